@@ -1,0 +1,105 @@
+"""How a call can end, as one enum: control result, metric label, gRPC status and HTTP code in one place."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Outcome(enum.StrEnum):
+    """How a call ended. The upper-case name is the `reason` of ErrorInfo; the value is the metric label."""
+
+    OK = "ok"
+    CANCELLED = "cancelled"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    MODEL_NOT_FOUND = "model_not_found"
+    INVALID_FIELD = "invalid_field"
+    CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+    UNAUTHENTICATED_KEY = "unauthenticated_key"
+    TENANT_SUSPENDED = "tenant_suspended"
+    RATE_LIMITED = "rate_limited"
+    BUDGET_EXHAUSTED = "budget_exhausted"
+    QUEUE_FULL = "queue_full"
+    SHED = "shed"
+    DEADLINE_UNREACHABLE = "deadline_unreachable"
+    MODEL_LOADING = "model_loading"
+    NO_WORKER = "no_worker"
+    WORKER_LOST = "worker_lost"
+    RESUME_UNSUPPORTED = "resume_unsupported"
+    RESUME_EXPIRED = "resume_expired"
+    GUARD_REFUSED = "guard_refused"
+    ADAPTER_INVALID = "adapter_invalid"
+    UNSUPPORTED_FEATURE = "unsupported_feature"
+    MANAGED_BY_FILE = "managed_by_file"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Whose fault an outcome is and what the faces say: gRPC status name, HTTP code, default pause before a retry."""
+
+    grpc: str
+    http: int
+    retry_after_s: float | None = None
+
+
+FAULTS: dict[Outcome, Fault] = {
+    Outcome.OK: Fault("OK", 200),
+    Outcome.CANCELLED: Fault("CANCELLED", 499),
+    Outcome.DEADLINE_EXCEEDED: Fault("DEADLINE_EXCEEDED", 504),
+    Outcome.MODEL_NOT_FOUND: Fault("NOT_FOUND", 404),
+    Outcome.INVALID_FIELD: Fault("INVALID_ARGUMENT", 400),
+    Outcome.CONTEXT_LENGTH_EXCEEDED: Fault("INVALID_ARGUMENT", 400),
+    Outcome.UNAUTHENTICATED_KEY: Fault("UNAUTHENTICATED", 401),
+    Outcome.TENANT_SUSPENDED: Fault("PERMISSION_DENIED", 403),
+    Outcome.RATE_LIMITED: Fault("RESOURCE_EXHAUSTED", 429, 1.0),
+    Outcome.BUDGET_EXHAUSTED: Fault("RESOURCE_EXHAUSTED", 429, 60.0),
+    Outcome.QUEUE_FULL: Fault("RESOURCE_EXHAUSTED", 503, 1.0),
+    Outcome.SHED: Fault("RESOURCE_EXHAUSTED", 503, 1.0),
+    Outcome.DEADLINE_UNREACHABLE: Fault("DEADLINE_EXCEEDED", 504),
+    Outcome.MODEL_LOADING: Fault("UNAVAILABLE", 503, 5.0),
+    Outcome.NO_WORKER: Fault("UNAVAILABLE", 503, 1.0),
+    Outcome.WORKER_LOST: Fault("UNAVAILABLE", 503, 0.5),
+    Outcome.RESUME_UNSUPPORTED: Fault("UNAVAILABLE", 503),
+    Outcome.RESUME_EXPIRED: Fault("FAILED_PRECONDITION", 400),
+    Outcome.GUARD_REFUSED: Fault("PERMISSION_DENIED", 403),
+    Outcome.ADAPTER_INVALID: Fault("INVALID_ARGUMENT", 400),
+    Outcome.UNSUPPORTED_FEATURE: Fault("UNIMPLEMENTED", 400),
+    Outcome.MANAGED_BY_FILE: Fault("FAILED_PRECONDITION", 409),
+    Outcome.INTERNAL: Fault("INTERNAL", 500),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One wrong field: its path in the request (`messages[2].role`) and what to do about it."""
+
+    field: str
+    description: str
+
+
+class CallError(Exception):
+    """A call that ends other than OK. `message` is for the caller: it names the field and the remedy, no inside."""
+
+    def __init__(
+        self,
+        outcome: Outcome,
+        message: str,
+        *,
+        violations: Sequence[Violation] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+        self.message = message
+        self.violations = tuple(violations)
+        self.retry_after_s = FAULTS[outcome].retry_after_s if retry_after_s is None else retry_after_s
+
+    def __repr__(self) -> str:
+        return f"CallError({self.outcome.name}: {self.message})"
+
+
+def invalid(field: str, description: str) -> CallError:
+    """The error for one wrong field of a request."""
+    return CallError(Outcome.INVALID_FIELD, f"{field}: {description}", violations=[Violation(field, description)])

@@ -1,0 +1,177 @@
+"""What travels between the packages. Token ids are ints in [0, vocab_size); times are seconds, monotonic."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+class FinishReason(enum.IntEnum):
+    """Why the engine ended a request; the numbers are those of link.v1 Finish.Reason."""
+
+    STOP = 1
+    LENGTH = 2
+    ABORT = 3
+    ERROR = 4
+    REPETITION = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A constraint on the output. Exactly one of kinds json_schema, json_object, regex, choice, grammar.
+
+    `value` is the schema, expression or grammar text; for choice the sequence of strings; for json_object "".
+    """
+
+    kind: str
+    value: str | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Engine-level sampling parameters, complete: the model's defaults are already in. Stop strings are the gateway's.
+
+    `logprobs`: None none, 0 of the sampled token only, k of the k most likely too. `top_k` 0 is off.
+    `stop_token_ids` are the caller's; the engine adds the generation config's EOS ids unless `ignore_eos`.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence for an engine. `request_id` is unique for the life of the engine (a duplicate is refused)."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    sampling: Sampling
+    emitted_token_ids: Sequence[int] = ()
+    cache_salt: str = ""
+    priority: int = 0
+    adapter: str = ""
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """Log probabilities at one output position: the sampled token first, then the most likely ones in order."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """What one engine step gave one request. Not frozen: one is made for each token, and freezing costs."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    finish: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The one of Sampling.stop_token_ids that ended it; None when EOS or length did."""
+    prompt_tokens: int | None = None
+    """With the first output only."""
+    cached_tokens: int | None = None
+    """Prompt tokens taken from the prefix cache; with the first output only."""
+    logprobs: Sequence[PositionLogprobs] | None = None
+    message: str = ""
+    """With finish ERROR: what happened, for logs."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is, fixed once it has started."""
+
+    engine_class: str
+    """dtype, quantization and parallelism in one word, e.g. `float32-tp2-pp1`: equal classes compute alike."""
+    engine_path: str
+    """`fastpath`, `public` (with `engine_path_reason`) or `sim`."""
+    engine_version: str
+    block_size: int
+    kv_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+    default_sampling: Mapping[str, object] = field(default_factory=dict)
+    """The generation config's sampling fields that differ from vLLM's own defaults, by vLLM's names."""
+    engine_path_reason: str = ""
+    capabilities: tuple[str, ...] = ()
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that fit into the KV cache."""
+        return self.block_size * self.kv_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine is doing now. `steps` only grows; `kv_usage` in [0, 1]; `step_s` the last step's length."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    steps: int = 0
+    step_s: float = 0.0
+    busy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    """Who a worker is, beside what its engine is."""
+
+    worker_id: str
+    incarnation: str
+    model: str
+    version: str = ""
+    weight_digest: str = ""
+    bundle_digest: str = ""
+    ray_cluster: str = "local"
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model's entry of the configuration, as control, rayserve and engine see it. Survives a trip through JSON.
+
+    `engine` holds vLLM's own argument names, already checked for those that Headrace owns. `gpu` is Ray's
+    accelerator type, empty for any. `idle_s` is checked, not yet used.
+    """
+
+    name: str
+    source: str
+    aliases: tuple[str, ...] = ()
+    version: str = "v1"
+    revision: str = ""
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    max_model_len: int | None = None
+    min_replicas: int = 1
+    max_replicas: int = 1
+    idle_s: float = 0.0
+    gpu: str = ""
+    engine: Mapping[str, object] = field(default_factory=dict)
+    allow_cross_node_tensor_parallel: bool = False
+    trust_remote_code: bool = False
+    load_format: str = "safetensors"
+
+    @property
+    def replicas(self) -> int:
+        """Replicas to run; fixed until the autoscaler exists."""
+        return max(self.min_replicas, 1)
