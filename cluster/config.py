@@ -132,7 +132,7 @@ class Gateway(_Section):
                 if self.link_tls is None:
                     raise ValueError(
                         f"listen.link is {address}, off loopback, and link_tls is not set: "
-                        "whoever reaches the link port could pose as a worker. Set gateway.link_tls, or listen on loopback"
+                        "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback"
                     )
             elif listener != "metrics":
                 raise ValueError(

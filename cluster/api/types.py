@@ -175,3 +175,38 @@ class ModelSpec:
     def replicas(self) -> int:
         """Replicas to run; fixed until the autoscaler exists."""
         return max(self.min_replicas, 1)
+
+
+class ModelState(enum.StrEnum):
+    """Where a model is in its life; the names of inference.proto's Model.State without prefix."""
+
+    DECLARED = "DECLARED"
+    PLACING = "PLACING"
+    LOADING = "LOADING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    FAILED = "FAILED"
+    GONE = "GONE"
+    IDLE = "IDLE"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A model as the controller tells it to the gateways."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    version: str = "v1"
+    revision: str = ""
+    state: ModelState = ModelState.DECLARED
+    state_reason: str = ""
+    bundle_digest: str = ""
+    weight_digests: tuple[str, ...] = ()
+    max_model_len: int = 0
+    default_sampling: Mapping[str, object] = field(default_factory=dict)
+    cold_start_s: float = 0.0
+    replicas: int = 0
+    replicas_desired: int = 0
+    family: str = ""
+    license: str = ""
+    engine_class: str = ""
