@@ -1,0 +1,1 @@
+"""The wire between a gateway (hub) and those who dial in: workers and the controller."""

@@ -365,29 +365,29 @@ Global___SlotLogprobs: _TypeAlias = SlotLogprobs  # noqa: Y015
 
 @_typing.final
 class Credit(_message.Message):
-    """Room granted to this gateway. Grants add up; each lives for ttl_ms."""
+    """Room granted to this gateway, as limits over the whole life of the link (as QUIC's MAX_STREAMS): the gateway may
+    send Submits while their number stays within `sequences` and their prompt tokens within `tokens`. A lower limit
+    than the last takes unused room back; the worker gives that room to others once grant_id is acknowledged.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GRANT_ID_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
-    TTL_MS_FIELD_NUMBER: _builtins.int
     grant_id: _builtins.int
     sequences: _builtins.int
     tokens: _builtins.int
-    ttl_ms: _builtins.int
     def __init__(
         self,
         *,
         grant_id: _builtins.int = ...,
         sequences: _builtins.int = ...,
         tokens: _builtins.int = ...,
-        ttl_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant_id", b"grant_id", "sequences", b"sequences", "tokens", b"tokens", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grant_id", b"grant_id", "sequences", b"sequences", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -511,7 +511,10 @@ class GatewayTurn(_message.Message):
     BACKLOG_FIELD_NUMBER: _builtins.int
     FETCH_BUNDLE_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
+    GRANT_ACK_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
+    grant_ack: _builtins.int
+    """The newest Credit that has been applied."""
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -531,10 +534,11 @@ class GatewayTurn(_message.Message):
         backlog: Global___Backlog | None = ...,
         fetch_bundle: Global___FetchBundle | None = ...,
         seq: _builtins.int = ...,
+        grant_ack: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "seq", b"seq", "submits", b"submits", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "seq", b"seq", "submits", b"submits", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

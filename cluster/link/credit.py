@@ -1,0 +1,166 @@
+"""Credit: how a worker shares its room between gateways, so that work leaves a gateway only for room that exists.
+
+Problem: each of G gateways would like to fill the same free place. Invariant: the room that a worker has promised to
+all its links together never exceeds its room. A promise is a limit on what a link may ever send (QUIC's MAX_STREAMS,
+RFC 9000 section 4.6), so that a lost or repeated message changes nothing. A limit can be lowered, to give unused room
+to a link with more waiting; the room counts as promised until the gateway has acknowledged the lower limit.
+
+Both objects are pure: no clock, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a worker can take now beyond what it has: sequences, and prompt tokens that fit its KV cache."""
+
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A link's new limits over its whole life: number of Submits and sum of their prompt tokens."""
+
+    link: int
+    grant_id: int
+    sequences: int
+    tokens: int
+
+
+@dataclass(slots=True)
+class _Account:
+    spent: Room = Room(0, 0)
+    limit: Room = Room(0, 0)
+    waiting: int = 0
+    grant_id: int = 0
+    unacked: list[tuple[int, Room]] = field(default_factory=list)
+
+    def promised(self) -> Room:
+        """Room this link may still claim: the largest limit that may be in force at the gateway, less what it spent."""
+        sequences, tokens = self.limit.sequences, self.limit.tokens
+        for _, older in self.unacked:
+            sequences, tokens = max(sequences, older.sequences), max(tokens, older.tokens)
+        return Room(max(sequences - self.spent.sequences, 0), max(tokens - self.spent.tokens, 0))
+
+
+class Granter:
+    """The worker's side: splits room by the backlog that links report, evenly where none does."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[int, _Account] = {}
+
+    def attach(self, link: int) -> None:
+        """A new link; it has sent nothing."""
+        self._accounts[link] = _Account()
+
+    def detach(self, link: int) -> None:
+        """A link that ended; its promises end with it."""
+        self._accounts.pop(link, None)
+
+    def spent(self, link: int, tokens: int) -> None:
+        """A Submit with that many prompt tokens has arrived."""
+        account = self._accounts[link]
+        account.spent = Room(account.spent.sequences + 1, account.spent.tokens + tokens)
+
+    def backlog(self, link: int, waiting: int) -> None:
+        """A gateway says how many of its calls wait for this worker's model."""
+        self._accounts[link].waiting = waiting
+
+    def acked(self, link: int, grant_id: int) -> None:
+        """A gateway has applied that grant: older limits are no longer in force."""
+        account = self._accounts[link]
+        account.unacked = [(i, older) for i, older in account.unacked if i > grant_id]
+
+    def promised(self) -> Room:
+        """Room promised to all links together."""
+        rooms = [account.promised() for account in self._accounts.values()]
+        return Room(sum(r.sequences for r in rooms), sum(r.tokens for r in rooms))
+
+    def grants(self, room: Room) -> list[Grant]:
+        """The limits to send now, for links whose limit changes. `room` is what is free, promised or not."""
+        if not self._accounts:
+            return []
+        share = self._shares(max(room.sequences, 0))
+        token_share = self._shares(max(room.tokens, 0))
+        promised = self.promised()
+        spare = Room(max(room.sequences - promised.sequences, 0), max(room.tokens - promised.tokens, 0))
+        out = []
+        # Those who give come first: their room is free only after their acknowledgement, yet the order keeps it plain.
+        for link, account in sorted(self._accounts.items()):
+            held = account.promised()
+            sequences = min(share[link], held.sequences + spare.sequences)
+            tokens = min(token_share[link], held.tokens + spare.tokens)
+            spare = Room(
+                spare.sequences - max(sequences - held.sequences, 0), spare.tokens - max(tokens - held.tokens, 0)
+            )
+            limit = Room(account.spent.sequences + sequences, account.spent.tokens + tokens)
+            if not _worth_telling(account.limit, limit, room.tokens):
+                continue
+            account.grant_id += 1
+            account.unacked.append((account.grant_id - 1, account.limit))
+            account.limit = limit
+            out.append(Grant(link, account.grant_id, limit.sequences, limit.tokens))
+        return out
+
+    def _shares(self, total: int) -> dict[int, int]:
+        """Split `total` by backlog (largest remainder); evenly when nobody waits."""
+        weights = {link: account.waiting for link, account in self._accounts.items()}
+        if not any(weights.values()):
+            weights = dict.fromkeys(weights, 1)
+        whole = sum(weights.values())
+        shares = {link: total * weight // whole for link, weight in weights.items()}
+        rest = total - sum(shares.values())
+        for link in _by_remainder(weights, total, whole)[:rest]:
+            shares[link] += 1
+        return shares
+
+
+def _by_remainder(weights: dict[int, int], total: int, whole: int) -> list[int]:
+    return sorted((k for k, w in weights.items() if w), key=lambda k: (-(total * weights[k] % whole), k))
+
+
+def _worth_telling(old: Room, new: Room, room_tokens: int) -> bool:
+    """Every change of sequences; of tokens only when it is a tenth of the room, since each decoded token moves it."""
+    if old.sequences != new.sequences:
+        return True
+    return abs(old.tokens - new.tokens) * 10 > max(room_tokens, 1)
+
+
+class Purse:
+    """The gateway's side of one link: what may still be sent."""
+
+    def __init__(self) -> None:
+        self._sent = Room(0, 0)
+        self._limit = Room(0, 0)
+        self.grant_id = 0
+
+    @property
+    def free(self) -> Room:
+        """Room that may be used now; never negative."""
+        return Room(
+            max(self._limit.sequences - self._sent.sequences, 0), max(self._limit.tokens - self._sent.tokens, 0)
+        )
+
+    def granted(self, grant_id: int, sequences: int, tokens: int) -> None:
+        """Apply a Credit; an older one than the last is ignored."""
+        if grant_id > self.grant_id:
+            self.grant_id = grant_id
+            self._limit = Room(sequences, tokens)
+
+    def spend(self, tokens: int) -> None:
+        """A Submit with that many prompt tokens goes out. The caller has looked at `free`."""
+        self._sent = Room(self._sent.sequences + 1, self._sent.tokens + tokens)
+
+
+def total(rooms: Iterable[Room]) -> Room:
+    """The sum of rooms."""
+    sequences = tokens = 0
+    for room in rooms:
+        sequences += room.sequences
+        tokens += room.tokens
+    return Room(sequences, tokens)
