@@ -76,7 +76,7 @@ class LinkServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Beat(self, request_iterator, context):
-        """Beat carries heartbeats both ways, on the Bulk connection, from a thread that no engine step can block.
+        """Beat carries heartbeats both ways, on a connection of its own, from a thread that no engine step can block.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

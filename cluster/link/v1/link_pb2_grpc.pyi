@@ -40,7 +40,7 @@ class LinkStub:
     Bulk: _grpc.StreamStreamMultiCallable[_link_pb2.Blob, _link_pb2.Blob]
     """Bulk carries what is large, in chunks, on a connection of its own."""
     Beat: _grpc.StreamStreamMultiCallable[_link_pb2.WorkerBeat, _link_pb2.GatewayBeat]
-    """Beat carries heartbeats both ways, on the Bulk connection, from a thread that no engine step can block."""
+    """Beat carries heartbeats both ways, on a connection of its own, from a thread that no engine step can block."""
     Control: _grpc.StreamStreamMultiCallable[_link_pb2.ControllerFrame, _link_pb2.GatewayControlFrame]
     """Control carries the catalog up and demand down; the controller dials it."""
 
@@ -54,7 +54,7 @@ class LinkAsyncStub(LinkStub):
     Bulk: _aio.StreamStreamMultiCallable[_link_pb2.Blob, _link_pb2.Blob]  # type: ignore[assignment]
     """Bulk carries what is large, in chunks, on a connection of its own."""
     Beat: _aio.StreamStreamMultiCallable[_link_pb2.WorkerBeat, _link_pb2.GatewayBeat]  # type: ignore[assignment]
-    """Beat carries heartbeats both ways, on the Bulk connection, from a thread that no engine step can block."""
+    """Beat carries heartbeats both ways, on a connection of its own, from a thread that no engine step can block."""
     Control: _aio.StreamStreamMultiCallable[_link_pb2.ControllerFrame, _link_pb2.GatewayControlFrame]  # type: ignore[assignment]
     """Control carries the catalog up and demand down; the controller dials it."""
 
@@ -83,7 +83,7 @@ class LinkServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_link_pb2.WorkerBeat],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_link_pb2.GatewayBeat], _abc.AsyncIterator[_link_pb2.GatewayBeat]]:
-        """Beat carries heartbeats both ways, on the Bulk connection, from a thread that no engine step can block."""
+        """Beat carries heartbeats both ways, on a connection of its own, from a thread that no engine step can block."""
 
     @_abc_1.abstractmethod
     def Control(

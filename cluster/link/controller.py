@@ -1,0 +1,195 @@
+"""The controller's end of its links: the catalog goes to every gateway, demand and fleet come back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.api.bundle import Bundle
+from cluster.api.types import CatalogEntry
+from cluster.link import codec
+from cluster.link.dial import LinkEnded, Timing, keep_dialing, open_channel, read
+from cluster.link.tls import TlsFiles
+from cluster.link.v1 import link_pb2 as pb
+from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from cluster.link.worker import send_bundle
+
+
+@dataclass(frozen=True, slots=True)
+class FleetWorker:
+    """A worker as some gateway sees it."""
+
+    worker_id: str
+    incarnation: str
+    model: str
+    ray_cluster: str = ""
+    weight_digest: str = ""
+    bundle_digest: str = ""
+    max_model_len: int = 0
+    engine_class: str = ""
+    running: int = 0
+    default_sampling: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDemand:
+    """A model's demand, summed over gateways; `arrived` counts since each gateway's start."""
+
+    model: str
+    waiting: int
+    waiting_tokens: int
+    running: int
+    arrived: int
+    arrived_tokens: int
+
+
+class ControllerEnd:
+    """Dials every gateway in `gateways` and keeps each told of the newest catalog."""
+
+    def __init__(
+        self,
+        *,
+        controller_id: str,
+        gateways: Sequence[str],
+        tls: TlsFiles | None,
+        bundles: Callable[[str], Bundle | None],
+        timing: Timing | None = None,
+    ) -> None:
+        self._controller_id = controller_id
+        self._incarnation = uuid.uuid4().hex[:12]
+        self._gateways = tuple(gateways)
+        self._tls = tls
+        self._bundles = bundles
+        self._timing = timing or Timing()
+        self._catalog: tuple[CatalogEntry, ...] = ()
+        self._revision = 0
+        self._changed: set[asyncio.Event] = set()
+        self._fleets: dict[str, Sequence[FleetWorker]] = {}
+        self._demands: dict[str, Sequence[ModelDemand]] = {}
+
+    def publish(self, entries: Sequence[CatalogEntry]) -> None:
+        """The newest catalog; sent to every gateway unless nothing changed."""
+        if tuple(entries) == self._catalog and self._revision:
+            return
+        self._catalog = tuple(entries)
+        self._revision += 1
+        for event in self._changed:
+            event.set()
+
+    def fleet(self) -> Sequence[FleetWorker]:
+        """Workers that some gateway has a link to, one entry each, by id."""
+        workers = {w.worker_id: w for fleet in self._fleets.values() for w in fleet}
+        return [workers[key] for key in sorted(workers)]
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """Demand by model, summed over the gateways."""
+        sums: dict[str, ModelDemand] = {}
+        for demands in self._demands.values():
+            for d in demands:
+                o = sums.get(d.model, ModelDemand(d.model, 0, 0, 0, 0, 0))
+                sums[d.model] = ModelDemand(
+                    d.model,
+                    o.waiting + d.waiting,
+                    o.waiting_tokens + d.waiting_tokens,
+                    o.running + d.running,
+                    o.arrived + d.arrived,
+                    o.arrived_tokens + d.arrived_tokens,
+                )
+        return [sums[key] for key in sorted(sums)]
+
+    @property
+    def linked(self) -> int:
+        """Gateways this controller has a link to now."""
+        return len(self._changed)
+
+    async def run(self) -> None:
+        """Dial until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for address in self._gateways:
+                group.create_task(keep_dialing(address, self._session, self._timing))
+
+    async def _session(self, address: str) -> None:
+        async with open_channel(address, self._tls) as channel, open_channel(address, self._tls) as bulk_channel:
+            call: Any = pb_grpc.LinkStub(channel).Control()
+            hello = pb.ControllerHello(
+                protocol_min=codec.PROTOCOL_MIN,
+                protocol_max=codec.PROTOCOL_MAX,
+                controller_id=self._controller_id,
+                incarnation=self._incarnation,
+            )
+            await call.write(pb.ControllerFrame(hello=hello))
+            first = await asyncio.wait_for(read(call), self._timing.welcome_s)
+            if first is None or not first.HasField("welcome"):
+                raise LinkEnded("the gateway did not welcome this controller")
+            changed = asyncio.Event()
+            changed.set()
+            self._changed.add(changed)
+            blobs: asyncio.Queue[pb.Blob] = asyncio.Queue(maxsize=64)
+            parts = [
+                asyncio.create_task(self._tell(call, changed)),
+                asyncio.create_task(self._listen(address, call, blobs)),
+                asyncio.create_task(self._bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), blobs)),
+            ]
+            try:
+                done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+                for part in done:
+                    part.result()
+            finally:
+                self._changed.discard(changed)
+                self._fleets.pop(address, None)
+                self._demands.pop(address, None)
+                for part in parts:
+                    part.cancel()
+                await asyncio.gather(*parts, return_exceptions=True)
+                call.cancel()
+
+    async def _tell(self, call: Any, changed: asyncio.Event) -> None:
+        while True:
+            await changed.wait()
+            changed.clear()
+            if not self._revision:
+                continue
+            catalog = pb.Catalog(
+                revision=self._revision,
+                models=[codec.entry_to_pb(e) for e in self._catalog],
+                gateways=len(self._gateways),
+            )
+            await call.write(pb.ControllerFrame(catalog=catalog))
+
+    async def _listen(self, address: str, call: Any, blobs: asyncio.Queue[pb.Blob]) -> None:
+        while (frame := await read(call)) is not None:
+            if frame.HasField("fleet"):
+                self._fleets[address] = [_worker(w) for w in frame.fleet.workers]
+            if frame.HasField("demand"):
+                self._demands[address] = [
+                    ModelDemand(d.model, d.waiting, d.waiting_tokens, d.running, d.arrived, d.arrived_tokens)
+                    for d in frame.demand.models
+                ]
+            if frame.HasField("fetch_bundle"):
+                digest = frame.fetch_bundle.digest
+                bundle = await asyncio.to_thread(self._bundles, digest)
+                await send_bundle(blobs, digest, bundle)
+
+    async def _bulk(self, call: Any, blobs: asyncio.Queue[pb.Blob]) -> None:
+        await call.write(pb.Blob(worker_id=f"controller:{self._controller_id}", incarnation=self._incarnation))
+        while True:
+            await call.write(await blobs.get())
+
+
+def _worker(w: pb.FleetWorker) -> FleetWorker:
+    return FleetWorker(
+        worker_id=w.worker_id,
+        incarnation=w.incarnation,
+        model=w.model,
+        ray_cluster=w.ray_cluster,
+        weight_digest=w.weight_digest,
+        bundle_digest=w.bundle_digest,
+        max_model_len=w.max_model_len,
+        engine_class=w.engine_class,
+        running=w.load.running,
+        default_sampling=json.loads(w.default_sampling_json or "{}"),
+    )

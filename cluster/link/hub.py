@@ -1,0 +1,466 @@
+"""The gateway's end of the links: whoever dials in is welcomed, and what they send reaches the sinks of running calls.
+
+A `WorkerLink` is one epoch of one worker. When it ends, for whatever reason, its slots are told once (`Sink.lost`)
+and nothing of that epoch is applied afterwards. Slots are not reused within a link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import structlog
+
+from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
+from cluster.api.types import CatalogEntry, EngineInfo, EngineLoad, EngineRequest, TokenOutput, WorkerIdentity
+from cluster.link import codec
+from cluster.link.credit import Purse, Room
+from cluster.link.dial import CHUNK_BYTES, MAX_MESSAGE_BYTES, Timing, read
+from cluster.link.outbox import CommandBox
+from cluster.link.tls import TlsFiles
+from cluster.link.v1 import link_pb2 as pb
+from cluster.link.v1 import link_pb2_grpc as pb_grpc
+
+log = structlog.get_logger("hub")
+
+# Longer prompts travel in chunks on Bulk, so that nothing large stands before a token.
+TURN_PROMPT_BYTES = 32_768
+
+
+class Sink(Protocol):
+    """Where one slot's news goes. Called from the link's reader: short, never awaiting."""
+
+    def accepted(self) -> None:
+        """The engine has taken the request."""
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        """The engine has not; nothing more comes."""
+
+    def output(self, output: TokenOutput) -> None:
+        """One step's tokens; with `finish` nothing more comes."""
+
+    def lost(self, why: str) -> None:
+        """The link has ended; nothing more comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDemand:
+    """What a gateway sees of a model's demand, for the controller."""
+
+    model: str
+    waiting: int
+    waiting_tokens: int
+    running: int
+    arrived: int
+    arrived_tokens: int
+
+
+class HubListener(Protocol):
+    """The gateway's side of the hub; called from the event loop, never awaiting."""
+
+    def joined(self, link: WorkerLink) -> None:
+        """A worker's link is up."""
+
+    def left(self, link: WorkerLink, why: str) -> None:
+        """A worker's link has ended; its sinks have been told."""
+
+    def changed(self, link: WorkerLink) -> None:
+        """Its credit, load or draining state has changed."""
+
+    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+        """The controller has sent a new catalog."""
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """What the controller should know."""
+
+
+class WorkerLink:
+    """One epoch of one worker, as the gateway sees it."""
+
+    def __init__(self, identity: WorkerIdentity, info: EngineInfo, epoch: int, task: asyncio.Task[Any]) -> None:
+        self.identity = identity
+        self.info = info
+        self.epoch = epoch
+        self.load = EngineLoad()
+        self.draining = ""
+        self.last_heard = time.monotonic()
+        self.box = CommandBox()
+        self.blobs: asyncio.Queue[pb.Blob] | None = None
+        self._purse = Purse()
+        self._sinks: dict[int, Sink] = {}
+        self._slots = itertools.count(1)
+        self._task = task
+        self.why = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"<WorkerLink {self.identity.worker_id} epoch {self.epoch} {self.identity.model} "
+            f"running {len(self._sinks)} free {self.free.sequences}>"
+        )
+
+    @property
+    def free(self) -> Room:
+        """Room granted to this gateway and not used."""
+        return self._purse.free
+
+    @property
+    def running(self) -> int:
+        """Requests of this gateway on this worker."""
+        return len(self._sinks)
+
+    def submit(self, request: EngineRequest, sink: Sink, attempt: int = 1) -> int:
+        """Send a request; its slot. The caller has seen room for it in `free`."""
+        slot = next(self._slots)
+        self._sinks[slot] = sink
+        self._purse.spend(len(request.prompt_token_ids))
+        message = codec.submit_to_pb(slot, attempt, request)
+        if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
+            key = f"prompt:{slot}:{attempt}"
+            data = message.prompt_ids
+            for at in range(0, len(data), CHUNK_BYTES):
+                chunk = data[at : at + CHUNK_BYTES]
+                self.blobs.put_nowait(pb.Blob(key=key, data=chunk, last=at + CHUNK_BYTES >= len(data)))
+            message.ClearField("prompt_ids")
+            message.prompt_blob = key
+        self.box.submit(message)
+        return slot
+
+    def abort(self, slot: int) -> None:
+        """Drop a request; its sink hears nothing more. Harmless for one that has ended."""
+        if self._sinks.pop(slot, None) is not None:
+            self.box.aborts([slot])
+
+    def close(self, why: str) -> None:
+        """End this link from the gateway's side."""
+        self.why = why
+        self._task.cancel()
+
+    # ---- called by the hub
+
+    def apply(self, message: pb.WorkerTurn) -> bool:
+        """Hand a message's frames on; True when credit, load or draining changed."""
+        self.last_heard = time.monotonic()
+        for accepted in message.accepted:
+            if (sink := self._sinks.get(accepted.slot)) is not None:
+                sink.accepted()
+        for refused in message.refused:
+            if (sink := self._sinks.pop(refused.slot, None)) is not None:
+                sink.refused(refused.reason, refused.message, refused.field)
+        if message.HasField("step"):
+            for slot, output in codec.outputs_from_pb(message.step):
+                sink = self._sinks.get(slot)
+                if sink is None:
+                    continue
+                if output.finish is not None:
+                    del self._sinks[slot]
+                sink.output(output)
+        changed = False
+        if message.HasField("load"):
+            self.load = codec.load_from_pb(message.load)
+        if message.HasField("credit"):
+            self._purse.granted(message.credit.grant_id, message.credit.sequences, message.credit.tokens)
+            self.box.grant_ack(message.credit.grant_id)
+            changed = True
+        if message.HasField("draining"):
+            self.draining = message.draining.reason or "draining"
+            changed = True
+        return changed
+
+    def end(self, why: str) -> None:
+        """Tell every slot, once."""
+        sinks, self._sinks = list(self._sinks.values()), {}
+        for sink in sinks:
+            sink.lost(why)
+
+
+@dataclass(frozen=True, slots=True)
+class HubStatistics:
+    """Links by state."""
+
+    workers: int
+    running: int
+    controllers: int
+
+
+class _Controller:
+    def __init__(self, controller_id: str, incarnation: str) -> None:
+        self.controller_id = controller_id
+        self.incarnation = incarnation
+        self.fetch: asyncio.Queue[str] = asyncio.Queue()
+        self.epoch = 0
+
+
+class Hub(pb_grpc.LinkServicer):
+    """Serves cluster.link.v1.Link, in grpc.aio's read/write style (the stubs know only the generator style)."""
+
+    def __init__(self, gateway_id: str, listener: HubListener, timing: Timing | None = None) -> None:
+        self.gateway_id = gateway_id
+        self.incarnation = uuid.uuid4().hex[:12]
+        self._listener = listener
+        self._timing = timing or Timing()
+        self._links: dict[str, WorkerLink] = {}
+        self._controller: _Controller | None = None
+        self._bundles: dict[str, asyncio.Future[Bundle]] = {}
+        self.catalog_at: float | None = None
+
+    def statistics(self) -> HubStatistics:
+        """A snapshot."""
+        return HubStatistics(
+            len(self._links), sum(link.running for link in self._links.values()), int(self._controller is not None)
+        )
+
+    @property
+    def links(self) -> Sequence[WorkerLink]:
+        """Links that are up, by worker id."""
+        return [self._links[key] for key in sorted(self._links)]
+
+    # ---- workers
+
+    async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """One epoch of one worker, from its Hello to its end."""
+        first = await read(context)
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must hold hello")
+        hello = first.hello
+        protocol = min(hello.protocol_max, codec.PROTOCOL_MAX)
+        if protocol < max(hello.protocol_min, codec.PROTOCOL_MIN):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"link protocol {hello.protocol_min}-{hello.protocol_max} offered, "
+                f"{codec.PROTOCOL_MIN}-{codec.PROTOCOL_MAX} spoken here: upgrade the older side",
+            )
+        try:
+            identity, info = codec.hello_from_pb(hello)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
+        task = asyncio.current_task()
+        assert task is not None
+        link = WorkerLink(identity, info, hello.epoch, task)
+        self._attach(link)  # before the welcome, whose reader may open Bulk at once
+        writer = asyncio.create_task(self._write(link, context, protocol))
+        try:
+            while (message := await read(context)) is not None:
+                if link.apply(message):
+                    self._listener.changed(link)
+                if writer.done():
+                    break
+        except asyncio.CancelledError:
+            if not link.why:
+                link.why = "the connection broke"
+            raise
+        finally:
+            writer.cancel()
+            self._detach(link)
+
+    def _welcome(self, protocol: int) -> pb.Welcome:
+        return pb.Welcome(protocol=protocol, gateway_id=self.gateway_id, incarnation=self.incarnation)
+
+    def _attach(self, link: WorkerLink) -> None:
+        older = self._links.get(link.identity.worker_id)
+        if older is not None:
+            older.close("the worker has dialed anew")
+            self._detach(older)
+        self._links[link.identity.worker_id] = link
+        log.info("worker_up", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
+        self._listener.joined(link)
+
+    def _detach(self, link: WorkerLink) -> None:
+        if self._links.get(link.identity.worker_id) is not link:
+            return
+        del self._links[link.identity.worker_id]
+        why = link.why or "the worker closed the link"
+        log.info("worker_down", worker=link.identity.worker_id, model=link.identity.model, reason=why)
+        link.end(why)
+        self._listener.left(link, why)
+
+    async def _write(self, link: WorkerLink, context: Any, protocol: int) -> None:
+        await context.write(pb.GatewayTurn(welcome=self._welcome(protocol)))
+        while True:
+            await context.write(await link.box.take())
+
+    async def Beat(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """Beats of one worker, answered one by one."""
+        while (beat := await read(context)) is not None:
+            link = self._links.get(beat.worker_id)
+            if link is not None and link.identity.incarnation == beat.incarnation and link.epoch == beat.epoch:
+                link.last_heard = time.monotonic()
+                link.load = codec.load_from_pb(beat.load)
+            await context.write(pb.GatewayBeat(seq=beat.seq))
+
+    async def watch(self) -> None:
+        """Close links that have gone silent; runs until cancelled."""
+        while True:
+            await asyncio.sleep(self._timing.silence_s / 10)
+            now = time.monotonic()
+            for link in self.links:
+                if now - link.last_heard > self._timing.silence_s:
+                    link.close(f"no beat for {now - link.last_heard:.1f} s")
+                    self._detach(link)
+
+    # ---- bulk
+
+    async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """What is large, of one worker or controller."""
+        hello = await read(context)
+        if hello is None or not hello.worker_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first blob must name its worker")
+        blobs: asyncio.Queue[pb.Blob] = asyncio.Queue()
+        link = self._links.get(hello.worker_id)
+        if link is not None and link.epoch == hello.epoch:
+            link.blobs = blobs
+        writer = asyncio.create_task(self._write_blobs(blobs, context))
+        parts: dict[str, bytearray] = {}
+        try:
+            while (blob := await read(context)) is not None:
+                self._receive(parts, blob)
+        finally:
+            writer.cancel()
+
+    async def _write_blobs(self, blobs: asyncio.Queue[pb.Blob], context: Any) -> None:
+        while True:
+            await context.write(await blobs.get())
+
+    def _receive(self, parts: dict[str, bytearray], blob: pb.Blob) -> None:
+        digest = blob.key.removeprefix("bundle:")
+        waiting = self._bundles.get(digest)
+        if waiting is None or waiting.done():
+            parts.pop(blob.key, None)
+            return
+        if blob.error:
+            waiting.set_exception(LookupError(blob.error))
+            return
+        buffer = parts.setdefault(blob.key, bytearray())
+        buffer.extend(blob.data)
+        if len(buffer) > MAX_BUNDLE_BYTES:
+            waiting.set_exception(LookupError(f"bundle is over {MAX_BUNDLE_BYTES} bytes"))
+        elif blob.last:
+            try:
+                bundle = Bundle.unpack(bytes(parts.pop(blob.key)))
+            except ValueError as error:
+                waiting.set_exception(LookupError(str(error)))
+                return
+            if bundle.digest != digest:
+                waiting.set_exception(LookupError("the bundle does not have the digest it was asked by"))
+            else:
+                waiting.set_result(bundle)
+
+    async def fetch_bundle(self, digest: str, timeout_s: float = 30.0) -> Bundle:
+        """Fetch from a worker that has it, or the controller. Raises LookupError."""
+        waiting = self._bundles.get(digest)
+        if waiting is None or waiting.done():
+            waiting = self._bundles[digest] = asyncio.get_running_loop().create_future()
+            holder = next((link for link in self.links if link.identity.bundle_digest == digest), None)
+            if holder is not None:
+                holder.box.fetch(digest)
+            elif self._controller is not None:
+                self._controller.fetch.put_nowait(digest)
+            else:
+                del self._bundles[digest]
+                raise LookupError("no worker and no controller is linked to fetch it from")
+        try:
+            return await asyncio.wait_for(asyncio.shield(waiting), timeout_s)
+        except TimeoutError:
+            raise LookupError(f"no answer within {timeout_s:g} s") from None
+        finally:
+            if self._bundles.get(digest) is waiting:
+                del self._bundles[digest]
+
+    # ---- controller
+
+    async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """The controller: catalog up, demand and fleet down."""
+        first = await read(context)
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must hold hello")
+        controller = _Controller(first.hello.controller_id, first.hello.incarnation)
+        await context.write(pb.GatewayControlFrame(welcome=self._welcome(codec.PROTOCOL_MAX)))
+        self._controller = controller
+        log.info("controller_up", controller=controller.controller_id)
+        writer = asyncio.create_task(self._report(controller, context))
+        try:
+            while (frame := await read(context)) is not None:
+                if frame.HasField("catalog"):
+                    self.catalog_at = time.monotonic()
+                    self._listener.catalog(_entries(frame.catalog))
+        finally:
+            writer.cancel()
+            if self._controller is controller:
+                self._controller = None
+                log.info("controller_down", controller=controller.controller_id)
+
+    async def _report(self, controller: _Controller, context: Any) -> None:
+        while True:
+            await context.write(pb.GatewayControlFrame(demand=self._demand(), fleet=self._fleet()))
+            try:
+                digest = await asyncio.wait_for(controller.fetch.get(), 0.5)
+            except TimeoutError:
+                continue
+            await context.write(pb.GatewayControlFrame(fetch_bundle=pb.FetchBundle(digest=digest)))
+
+    def _demand(self) -> pb.Demand:
+        return pb.Demand(
+            models=[
+                pb.ModelDemand(
+                    model=d.model,
+                    waiting=d.waiting,
+                    waiting_tokens=d.waiting_tokens,
+                    running=d.running,
+                    arrived=d.arrived,
+                    arrived_tokens=d.arrived_tokens,
+                )
+                for d in self._listener.demand()
+            ]
+        )
+
+    def _fleet(self) -> pb.FleetState:
+        return pb.FleetState(
+            workers=[
+                pb.FleetWorker(
+                    worker_id=link.identity.worker_id,
+                    incarnation=link.identity.incarnation,
+                    model=link.identity.model,
+                    ray_cluster=link.identity.ray_cluster,
+                    load=codec.load_to_pb(link.load),
+                    weight_digest=link.identity.weight_digest,
+                    bundle_digest=link.identity.bundle_digest,
+                    max_model_len=link.info.max_model_len,
+                    engine_class=link.info.engine_class,
+                    default_sampling_json=json.dumps(dict(link.info.default_sampling)),
+                )
+                for link in self.links
+            ]
+        )
+
+
+def _entries(catalog: pb.Catalog) -> list[CatalogEntry]:
+    entries = []
+    for model in catalog.models:
+        try:
+            entries.append(codec.entry_from_pb(model))
+        except ValueError as error:
+            log.warning("catalog_entry_refused", model=model.name, reason=str(error))
+    return entries
+
+
+def add_hub(hub: Hub, server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
+    """Serve the hub on `host:port`; the bound port."""
+    pb_grpc.add_LinkServicer_to_server(hub, server)
+    if tls is None:
+        return server.add_insecure_port(address)
+    return server.add_secure_port(address, tls.server_credentials())
+
+
+HUB_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)

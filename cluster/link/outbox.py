@@ -1,0 +1,140 @@
+"""What one link still has to send. Frames merge until the link's own writer takes them, so nobody waits for a link:
+a stopped gateway fills its outbox, which is bounded, and only that link is closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from cluster.api.types import EngineLoad, TokenOutput
+from cluster.link.codec import StepColumns, load_to_pb
+from cluster.link.credit import Grant
+from cluster.link.v1 import link_pb2 as pb
+
+
+class Outbox:
+    """A worker's frames for one gateway. Full when more than `max_tokens` token ids wait."""
+
+    def __init__(self, max_tokens: int = 65_536) -> None:
+        self._max_tokens = max_tokens
+        self._wake = asyncio.Event()
+        self._columns: StepColumns | None = None
+        self._accepted: list[pb.Accepted] = []
+        self._refused: list[pb.Refused] = []
+        self._grant: Grant | None = None
+        self._load: EngineLoad | None = None
+        self._draining = ""
+        self._frames = 0
+        self.acked_seq = 0
+
+    def output(self, slot: int, output: TokenOutput) -> None:
+        """Tokens of one step; the writer is woken by `flush` once the step is in."""
+        if self._columns is None:
+            self._columns = StepColumns()
+        self._columns.add(slot, output)
+
+    def accepted(self, slot: int) -> None:
+        """The engine took a Submit. Not urgent: it rides with the first tokens or the next beat."""
+        self._accepted.append(pb.Accepted(slot=slot))
+
+    def refused(self, slot: int, reason: str, message: str, field: str) -> None:
+        """The engine did not take a Submit."""
+        self._refused.append(pb.Refused(slot=slot, reason=reason, message=message, field=field))
+        self.flush()
+
+    def grant(self, grant: Grant) -> None:
+        """New limits; only the last before the writer's turn matters."""
+        self._grant = grant
+        self.flush()
+
+    def load(self, load: EngineLoad) -> None:
+        """The worker's load; only the last matters."""
+        self._load = load
+
+    def draining(self, reason: str) -> None:
+        """The worker takes no new work."""
+        self._draining = reason
+        self.flush()
+
+    def flush(self) -> None:
+        """Wake the writer."""
+        self._wake.set()
+
+    @property
+    def full(self) -> bool:
+        """Whether the other side has stopped reading for too long."""
+        return self._columns is not None and len(self._columns.token_ids) > self._max_tokens
+
+    async def take(self) -> pb.WorkerTurn:
+        """Wait to be woken, then everything that has gathered, as one message."""
+        await self._wake.wait()
+        self._wake.clear()
+        message = pb.WorkerTurn(acked_seq=self.acked_seq, accepted=self._accepted, refused=self._refused)
+        self._accepted, self._refused = [], []
+        if self._columns is not None:
+            message.step.CopyFrom(self._columns.to_pb())
+            self._columns = None
+        if self._grant is not None:
+            message.credit.CopyFrom(
+                pb.Credit(grant_id=self._grant.grant_id, sequences=self._grant.sequences, tokens=self._grant.tokens)
+            )
+            self._grant = None
+        if self._load is not None:
+            message.load.CopyFrom(load_to_pb(self._load))
+            self._load = None
+        if self._draining:
+            message.draining.reason = self._draining
+            self._draining = ""
+        return message
+
+
+class CommandBox:
+    """A gateway's frames for one worker, merged likewise."""
+
+    def __init__(self) -> None:
+        self._wake = asyncio.Event()
+        self._submits: list[pb.Submit] = []
+        self._aborts: list[int] = []
+        self._backlog: pb.Backlog | None = None
+        self._fetch: list[str] = []
+        self._grant_ack = 0
+        self._seq = 0
+
+    def submit(self, submit: pb.Submit) -> None:
+        """Work for the engine."""
+        self._submits.append(submit)
+        self._wake.set()
+
+    def aborts(self, slots: Sequence[int]) -> None:
+        """Requests to drop."""
+        self._aborts.extend(slots)
+        self._wake.set()
+
+    def backlog(self, waiting: int, tokens: int) -> None:
+        """What waits here for this worker's model."""
+        self._backlog = pb.Backlog(waiting=waiting, waiting_tokens=tokens)
+        self._wake.set()
+
+    def fetch(self, digest: str) -> None:
+        """Ask for a tokenizer bundle."""
+        self._fetch.append(digest)
+        self._wake.set()
+
+    def grant_ack(self, grant_id: int) -> None:
+        """A Credit has been applied."""
+        self._grant_ack = grant_id
+        self._wake.set()
+
+    async def take(self) -> pb.GatewayTurn:
+        """Wait to be woken, then everything that has gathered, as one message."""
+        await self._wake.wait()
+        self._seq += 1
+        message = pb.GatewayTurn(
+            seq=self._seq, submits=self._submits, aborts=self._aborts, grant_ack=self._grant_ack, backlog=self._backlog
+        )
+        if self._fetch:
+            message.fetch_bundle.digest = self._fetch.pop(0)
+        if not self._fetch:
+            self._wake.clear()
+        self._submits, self._aborts, self._backlog = [], [], None
+        return message

@@ -1,0 +1,401 @@
+"""The worker's end of its links: takes Submits from every gateway, runs them on one engine, sends each step's outputs.
+
+The engine loop never awaits a link (outbox.py). A link that ends takes its requests with it: they are aborted in the
+engine, and the gateway decides what becomes of the calls. Request ids inside the engine are gateway incarnation,
+epoch, slot and attempt, since a repeated id is fatal inside vLLM's engine core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+import structlog
+
+from cluster.api.bundle import Bundle
+from cluster.api.ports import Engine, EngineDead, EngineRefused
+from cluster.api.types import EngineInfo, EngineLoad, WorkerIdentity
+from cluster.link import codec
+from cluster.link.credit import Granter, Room
+from cluster.link.dial import CHUNK_BYTES, Beater, LinkEnded, Timing, keep_dialing, open_channel, read
+from cluster.link.outbox import Outbox
+from cluster.link.tls import TlsFiles
+from cluster.link.v1 import link_pb2 as pb
+from cluster.link.v1 import link_pb2_grpc as pb_grpc
+
+log = structlog.get_logger("worker")
+
+# Sequences granted beyond max_num_seqs, so that a freed place is filled in the next step, not a round trip later.
+LOOKAHEAD_SEQUENCES = 2
+INLINE_PROMPT_BYTES = 16_384
+
+
+@dataclass(eq=False, slots=True)
+class _Link:
+    """One session with one gateway."""
+
+    number: int
+    gateway: str
+    incarnation: str
+    outbox: Outbox
+    requests: dict[int, str] = field(default_factory=dict)
+    submitting: set[int] = field(default_factory=set)
+    aborted: set[int] = field(default_factory=set)
+    prompts: dict[str, bytearray] = field(default_factory=dict)
+    whole_prompts: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
+    blobs: asyncio.Queue[pb.Blob] = field(default_factory=lambda: asyncio.Queue(maxsize=64))
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def prompt(self, key: str) -> asyncio.Future[bytes]:
+        """The prompt that comes on Bulk under `key`, before or after its Submit."""
+        return self.whole_prompts.setdefault(key, asyncio.get_running_loop().create_future())
+
+
+@dataclass(slots=True)
+class _Running:
+    link: _Link
+    slot: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """What a worker's end holds: all zero but links and steps once its calls have ended."""
+
+    links: int
+    running: int
+    tokens: int
+    steps: int
+    promised: Room
+
+
+class WorkerEnd:
+    """Serves one started engine to every gateway in `gateways` (`host:port`) until closed."""
+
+    def __init__(
+        self,
+        *,
+        identity: WorkerIdentity,
+        engine: Engine,
+        info: EngineInfo,
+        bundle: Bundle,
+        gateways: Sequence[str],
+        tls: TlsFiles | None = None,
+        timing: Timing | None = None,
+    ) -> None:
+        self._identity = identity
+        self._engine = engine
+        self._info = info
+        self._bundle = bundle
+        self._gateways = tuple(gateways)
+        self._tls = tls
+        self._timing = timing or Timing()
+        self._granter = Granter()
+        self._links: dict[int, _Link] = {}
+        self._running: dict[str, _Running] = {}
+        self._tokens = 0
+        self._epochs = itertools.count(1)
+        self._steps = 0
+        self._draining = ""
+        self._load = EngineLoad()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = asyncio.Event()
+        self._failed: asyncio.Future[None] | None = None
+
+    def statistics(self) -> WorkerStatistics:
+        """A snapshot."""
+        return WorkerStatistics(
+            len(self._links), len(self._running), self._tokens, self._steps, self._granter.promised()
+        )
+
+    async def run(self) -> None:
+        """Serve until `close`. Raises EngineDead once the engine is lost; every link is closed by then."""
+        self._failed = asyncio.get_running_loop().create_future()
+        work: list[asyncio.Future[None]] = [
+            self._failed,
+            asyncio.create_task(self._engine_loop()),
+            asyncio.create_task(self._until_closed()),
+            *(asyncio.create_task(keep_dialing(g, self._session, self._timing)) for g in self._gateways),
+        ]
+        try:
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
+        finally:
+            for part in work:
+                part.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+
+    async def _until_closed(self) -> None:
+        await self._closed.wait()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no new work and wait for what runs; False when something still ran at the end."""
+        self._draining = "draining"
+        for link in self._links.values():
+            link.outbox.draining(self._draining)
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """End every link; `run` returns."""
+        self._closed.set()
+
+    # ---- the engine's side
+
+    async def _engine_loop(self) -> None:
+        while True:
+            outputs = await self._engine.step()
+            self._steps += 1
+            touched: dict[int, _Link] = {}
+            for output in outputs:
+                running = self._running.get(output.request_id)
+                if running is None:
+                    continue  # aborted; one more step may still hold it
+                link = running.link
+                link.outbox.output(running.slot, output)
+                touched[link.number] = link
+                running.tokens += len(output.token_ids)
+                self._tokens += len(output.token_ids)
+                if output.finish is not None:
+                    self._forget(output.request_id)
+            self._load = self._engine.load()
+            self._regrant()
+            for link in touched.values():
+                link.outbox.load(self._load)
+                link.outbox.flush()
+
+    def _forget(self, request_id: str) -> None:
+        running = self._running.pop(request_id, None)
+        if running is None:
+            return
+        self._tokens -= running.tokens
+        running.link.requests.pop(running.slot, None)
+        if not self._running:
+            self._idle.set()
+
+    def _regrant(self) -> None:
+        if self._draining:
+            return
+        room = Room(
+            self._info.max_num_seqs + LOOKAHEAD_SEQUENCES - len(self._running), self._info.kv_tokens - self._tokens
+        )
+        for grant in self._granter.grants(room):
+            self._links[grant.link].outbox.grant(grant)
+
+    # ---- one session with one gateway
+
+    async def _session(self, address: str) -> None:
+        epoch = next(self._epochs)
+        async with open_channel(address, self._tls) as turn_channel, open_channel(address, self._tls) as bulk_channel:
+            call = pb_grpc.LinkStub(turn_channel).Turn(metadata=(("x-headrace-worker", self._identity.worker_id),))
+            await call.write(pb.WorkerTurn(hello=codec.hello_to_pb(self._identity, self._info, epoch)))
+            try:
+                first = await asyncio.wait_for(read(call), self._timing.welcome_s)
+            except TimeoutError:
+                raise LinkEnded(f"no welcome within {self._timing.welcome_s} s") from None
+            if first is None or not first.HasField("welcome"):
+                raise LinkEnded("the gateway did not welcome this worker")
+            link = _Link(epoch, first.welcome.gateway_id, first.welcome.incarnation, Outbox())
+            log.info("link_up", gateway=first.welcome.gateway_id, address=address, epoch=epoch)
+            beater = Beater(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
+            self._links[epoch] = link
+            self._granter.attach(epoch)
+            self._regrant()
+            if self._draining:
+                link.outbox.draining(self._draining)
+            parts = [
+                asyncio.create_task(self._read(link, call)),
+                asyncio.create_task(self._write(link, call)),
+                asyncio.create_task(self._bulk(link, epoch, pb_grpc.LinkStub(bulk_channel).Bulk())),
+                asyncio.create_task(self._watch(link, beater)),
+            ]
+            try:
+                done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+                for part in done:
+                    part.result()
+            finally:
+                await self._end(link, parts, beater)
+                call.cancel()
+
+    def _beat(self, epoch: int, seq: int, link: _Link) -> pb.WorkerBeat:
+        return pb.WorkerBeat(
+            worker_id=self._identity.worker_id,
+            incarnation=self._identity.incarnation,
+            epoch=epoch,
+            seq=seq,
+            load=codec.load_to_pb(self._engine.load()),
+            acked_seq=link.outbox.acked_seq,
+        )
+
+    async def _end(self, link: _Link, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
+        """Undo all that a session has taken: its requests leave the engine, its promises lapse."""
+        self._links.pop(link.number, None)
+        self._granter.detach(link.number)
+        beater.stop()
+        doomed = list(link.requests.values())
+        for request_id in doomed:
+            self._forget(request_id)
+        for task in (*parts, *link.tasks):
+            task.cancel()
+        await asyncio.gather(*parts, *link.tasks, return_exceptions=True)
+        if doomed:
+            with contextlib.suppress(EngineDead):
+                await self._engine.abort(doomed)
+        self._regrant()
+
+    async def _watch(self, link: _Link, beater: Beater) -> None:
+        """Look after the link: silence of the gateway, a full outbox, and frames that were in no hurry."""
+        while True:
+            await asyncio.sleep(self._timing.beat_s)
+            if beater.silent_s > self._timing.silence_s:
+                raise LinkEnded(f"no beat from the gateway for {beater.silent_s:.1f} s")
+            if link.outbox.full:
+                raise LinkEnded("the gateway does not read; its outbox is full")
+            link.outbox.load(self._engine.load())
+            link.outbox.flush()
+
+    async def _write(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.WorkerTurn, pb.GatewayTurn]) -> None:
+        while True:
+            await call.write(await link.outbox.take())
+
+    async def _read(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.WorkerTurn, pb.GatewayTurn]) -> None:
+        while True:
+            message = await read(call)
+            if message is None:
+                return
+            if message.grant_ack:
+                self._granter.acked(link.number, message.grant_ack)
+            if message.HasField("backlog"):
+                self._granter.backlog(link.number, message.backlog.waiting)
+            for submit in message.submits:
+                await self._take(link, submit)
+            if message.aborts:
+                await self._abort(link, message.aborts)
+            if message.HasField("fetch_bundle"):
+                self._spawn(link, self._send_bundle(link, message.fetch_bundle.digest))
+            link.outbox.acked_seq = message.seq
+            if message.grant_ack or message.HasField("backlog"):
+                self._regrant()
+
+    # ---- commands
+
+    async def _take(self, link: _Link, submit: pb.Submit) -> None:
+        """Small requests go straight in; long prompts and grammars take their time beside the reader."""
+        if submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES or submit.sampling.HasField("grammar"):
+            self._spawn(link, self._submit(link, submit))
+        else:
+            await self._submit(link, submit)
+
+    async def _submit(self, link: _Link, submit: pb.Submit) -> None:
+        slot = submit.slot
+        request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
+        link.requests[slot] = request_id
+        link.submitting.add(slot)
+        prompt = submit.prompt_ids
+        if submit.prompt_blob:
+            prompt = await link.prompt(submit.prompt_blob)
+            del link.whole_prompts[submit.prompt_blob]
+        request = codec.submit_from_pb(submit, request_id, prompt)
+        tokens = len(request.prompt_token_ids)
+        self._granter.spent(link.number, tokens)
+        self._running[request_id] = _Running(link, slot, tokens)
+        self._tokens += tokens
+        self._idle.clear()
+        try:
+            await self._engine.submit(request)
+        except EngineRefused as refused:
+            self._forget(request_id)
+            link.outbox.refused(slot, refused.reason, refused.message, refused.field)
+            self._regrant()
+        except EngineDead as dead:
+            self._fail(dead)
+        else:
+            link.outbox.accepted(slot)
+        link.submitting.discard(slot)
+        if slot in link.aborted:  # the abort overtook a slow submit
+            link.aborted.discard(slot)
+            await self._abort(link, [slot])
+
+    async def _abort(self, link: _Link, slots: Sequence[int]) -> None:
+        doomed = []
+        for slot in slots:
+            request_id = link.requests.get(slot)
+            if slot in link.submitting:
+                link.aborted.add(slot)
+            elif request_id is not None:  # else it ended by itself while the abort was on its way
+                self._forget(request_id)
+                doomed.append(request_id)
+        await self._drop(doomed)
+        self._regrant()
+
+    async def _drop(self, request_ids: Sequence[str]) -> None:
+        if not request_ids:
+            return
+        try:
+            await self._engine.abort(request_ids)
+        except EngineDead as dead:
+            self._fail(dead)
+
+    def _fail(self, error: EngineDead) -> None:
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_exception(error)
+
+    def _spawn(self, link: _Link, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        link.tasks.add(task)
+        task.add_done_callback(link.tasks.discard)
+
+    # ---- bulk
+
+    async def _bulk(self, link: _Link, epoch: int, call: grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]) -> None:
+        await call.write(
+            pb.Blob(worker_id=self._identity.worker_id, incarnation=self._identity.incarnation, epoch=epoch)
+        )
+        reader = asyncio.create_task(self._read_blobs(link, call))
+        try:
+            while not reader.done():
+                getter = asyncio.create_task(link.blobs.get())
+                await asyncio.wait([getter, reader], return_when=asyncio.FIRST_COMPLETED)
+                if getter.done():
+                    await call.write(getter.result())
+                else:
+                    getter.cancel()
+            reader.result()
+        finally:
+            reader.cancel()
+            call.cancel()
+
+    async def _read_blobs(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]) -> None:
+        while True:
+            blob = await read(call)
+            if blob is None:
+                raise LinkEnded("the gateway closed the bulk stream")
+            link.prompts.setdefault(blob.key, bytearray()).extend(blob.data)
+            if blob.last:
+                whole = link.prompt(blob.key)
+                if not whole.done():
+                    whole.set_result(bytes(link.prompts.pop(blob.key)))
+
+    async def _send_bundle(self, link: _Link, digest: str) -> None:
+        await send_bundle(link.blobs, digest, self._bundle if digest == self._identity.bundle_digest else None)
+
+
+async def send_bundle(blobs: asyncio.Queue[pb.Blob], digest: str, bundle: Bundle | None) -> None:
+    """Queue a bundle's chunks, or word that it is not here."""
+    key = f"bundle:{digest}"
+    if bundle is None:
+        await blobs.put(pb.Blob(key=key, error="no such bundle here", last=True))
+        return
+    data = bundle.pack()
+    for at in range(0, max(len(data), 1), CHUNK_BYTES):
+        chunk = data[at : at + CHUNK_BYTES]
+        await blobs.put(pb.Blob(key=key, data=chunk, last=at + CHUNK_BYTES >= len(data)))
