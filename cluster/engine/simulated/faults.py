@@ -1,0 +1,99 @@
+"""Failures at named points.
+
+A fault is `ACTION@POINT[:AT[:SECONDS]]`, e.g. `die@step:5`, `slow@step:0:0.5`: it fires at the AT-th visit of its
+point after it was armed (1 the next; 0 every one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+POINTS: dict[str, tuple[str, ...]] = {
+    "submit": ("die", "refuse"),
+    "prefill": ("die", "hang", "slow", "nan"),
+    "step": ("die", "hang", "slow", "nan"),
+    "last_token": ("die", "hang", "slow", "nan"),
+}
+"""What can go wrong where: a request is taken; a step with prompt tokens, any step, or a step in which a request
+reaches its max_tokens begins. die: EngineDead; hang: steps stop coming; slow: the step takes SECONDS longer;
+nan: one request of the step ends with finish ERROR; refuse: EngineRefused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One failure to come. Raises ValueError for a pair that cannot be."""
+
+    action: str
+    point: str
+    at: int = 1
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.point not in POINTS:
+            raise ValueError(f"fault {self}: point {self.point!r} is none of {', '.join(POINTS)}")
+        if self.action not in POINTS[self.point]:
+            raise ValueError(f"fault {self}: at {self.point} only {', '.join(POINTS[self.point])} can be injected")
+        if self.at < 0:
+            raise ValueError(f"fault {self}: AT must be 0 (every time) or more")
+        if (self.action == "slow") != (self.seconds > 0):
+            raise ValueError(f"fault {self}: SECONDS above 0 go with slow, and with slow only")
+
+    def __str__(self) -> str:
+        tail = f":{self.seconds:g}" if self.seconds else ""
+        return f"{self.action}@{self.point}:{self.at}{tail}"
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """The inverse of str. Raises ValueError with the form that is meant."""
+        action, _, rest = text.partition("@")
+        point, *numbers = rest.split(":")
+        if not point or len(numbers) > 2:
+            raise ValueError(f"fault {text!r}: expected ACTION@POINT[:AT[:SECONDS]], e.g. die@step:5")
+        try:
+            at = int(numbers[0]) if numbers else 1
+            seconds = float(numbers[1]) if len(numbers) > 1 else 0.0
+        except ValueError:
+            raise ValueError(f"fault {text!r}: AT must be an integer and SECONDS a number") from None
+        return cls(action, point, at, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class SimFaults:
+    """The faults armed from the start."""
+
+    faults: tuple[Fault, ...] = ()
+
+
+class Armed:
+    """The faults to come, and how often their points were visited."""
+
+    def __init__(self, initial: SimFaults) -> None:
+        self._visits: list[tuple[Fault, int]] = [(fault, 0) for fault in initial.faults]
+
+    def __bool__(self) -> bool:
+        return bool(self._visits)
+
+    def arm(self, fault: Fault) -> None:
+        """Add one; its count starts now."""
+        self._visits.append((fault, 0))
+
+    def clear(self) -> None:
+        """Disarm all."""
+        self._visits.clear()
+
+    def visit(self, point: str) -> list[Fault]:
+        """Those that fire at this visit; one that fires once is spent by it."""
+        firing: list[Fault] = []
+        left: list[tuple[Fault, int]] = []
+        for fault, visits in self._visits:
+            if fault.point != point:
+                left.append((fault, visits))
+            elif fault.at == 0:
+                firing.append(fault)
+                left.append((fault, 0))
+            elif visits + 1 == fault.at:
+                firing.append(fault)
+            else:
+                left.append((fault, visits + 1))
+        self._visits = left
+        return firing

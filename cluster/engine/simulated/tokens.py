@@ -1,0 +1,100 @@
+"""Which token comes next: a hash of all tokens so far, of what shapes content, and of the salt.
+
+Problem: a test of faults must not pass by luck. If a resumed call loses one token, one sampling parameter or its
+salt, everything after must differ. Invariant: equal (engine seed, request content, tokens so far) give equal next
+tokens, on any engine, whatever the batch, the KV cache or a preemption.
+
+The tokens so far are read as one large number in base 2^32, modulo a prime P: a polynomial hash that C computes for
+a whole prompt at once (int.from_bytes) and that one multiplication extends by one token. P is not a Mersenne prime:
+there the powers of 2^32 would repeat after few positions. A splitmix64 finaliser (Steele, Lea, Flood 2014) then
+spreads the sum over all bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from array import array
+from collections.abc import Sequence
+
+from cluster.api.types import EngineRequest, PositionLogprobs
+
+P = 2**64 - 59
+MASK = 2**64 - 1
+
+
+def mix(x: int) -> int:
+    """64 bits in, 64 well spread bits out (splitmix64's finaliser)."""
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def digest64(*parts: object) -> int:
+    """64 bits of the parts' repr; the same in every process, as Python's own string hash is not."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
+
+
+def fold(state: int, token_ids: Sequence[int]) -> int:
+    """The state after `token_ids`, each in [0, 2^32). fold(fold(s, a), b) == fold(s, a + b)."""
+    words = array("I", token_ids)
+    if sys.byteorder == "little":
+        words.byteswap()
+    return int.from_bytes(state.to_bytes(8, "big") + words.tobytes(), "big") % P
+
+
+def extend(state: int, token_id: int) -> int:
+    """fold for a single token."""
+    return ((state << 32) | token_id) % P
+
+
+def content_key(seed: int, request: EngineRequest) -> int:
+    """What besides the tokens decides the content. Limits (max_tokens, min_tokens, stops) are no part of it.
+
+    As in a real engine, where the output begins matters only to what counts or replays output tokens: frequency and
+    presence penalties, a seeded generator, a grammar. Elsewhere prompt + emitted ids are as good as a prompt.
+    """
+    s = request.sampling
+    bias = tuple(sorted(s.logit_bias.items()))
+    grammar = (s.grammar.kind, s.grammar.value) if s.grammar else None
+    stateful = s.frequency_penalty or s.presence_penalty or s.seed is not None or grammar
+    shaping = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed, s.frequency_penalty, s.presence_penalty)
+    boundary = len(request.prompt_token_ids) if stateful else -1
+    return digest64(seed, request.cache_salt, request.adapter, shaping, s.repetition_penalty, bias, grammar, boundary)
+
+
+class TokenSource:
+    """Draws token ids from [lo, hi), and EOS with probability `eos_ratio` a token."""
+
+    def __init__(self, lo: int, hi: int, eos_token_id: int | None, eos_ratio: float) -> None:
+        self._lo = lo
+        self._span = hi - lo
+        self._eos = eos_token_id
+        self._eos_below = int(eos_ratio * 2**64) if eos_token_id is not None else 0
+
+    def draw(self, state: int, *, may_end: bool, ignore_eos: bool, forbidden: frozenset[int]) -> int:
+        """The token after `state`. While `may_end` is false it is none of `forbidden` (EOS and stop ids)."""
+        bits = mix(state)
+        if self._eos is not None and may_end and not ignore_eos and mix(bits) < self._eos_below:
+            return self._eos
+        offset = bits % self._span
+        if may_end or self._lo + offset not in forbidden:
+            return self._lo + offset
+        for step in range(1, self._span):
+            token = self._lo + (offset + step) % self._span
+            if token not in forbidden:
+                return token
+        return self._lo + offset
+
+    def logprobs(self, state: int, token_id: int, k: int, greedy: bool) -> PositionLogprobs:
+        """Made-up values in vLLM's shape: the sampled token, then the k likeliest, it among them if it is one."""
+        bits = mix(state ^ MASK)
+        rank = 0 if greedy else bits % 4
+        k = min(k, self._span)
+        values = [-((bits >> 8) % 1000) / 1000 - 0.75 * i for i in range(max(k, rank + 1))]
+        base = token_id - self._lo
+        top = [self._lo + (base + i - rank) % self._span for i in range(k)]
+        if rank < k:
+            top[rank] = token_id
+        return PositionLogprobs([token_id, *top], [values[rank], *values[:k]])

@@ -1,0 +1,1 @@
+"""Engines: one contract, held by the simulated and the real one."""

@@ -1,0 +1,323 @@
+"""The laws of cluster.api.ports.Engine, for any engine.
+
+A test module inherits EngineContract and offers a fixture `engine` that returns a `Subject`: a started engine with
+few places (so that it can be filled) and a range of ordinary token ids. The laws share the engine and leave it empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import Engine, EngineRefused
+from cluster.api.types import EngineInfo, EngineRequest, FinishReason, Sampling, TokenOutput
+
+MAX_PLACES = 16
+_serial = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """An engine under the contract. Prompts are made from ids in [token_lo, token_hi)."""
+
+    engine: Engine
+    info: EngineInfo
+    token_lo: int
+    token_hi: int
+    deadline_s: float = 60.0
+
+    def prompt(self, seed: int, tokens: int = 5) -> tuple[int, ...]:
+        """Some token ids, others for each seed."""
+        span = self.token_hi - self.token_lo
+        return tuple(self.token_lo + (seed * 7919 + i * (31 + seed % 7)) % span for i in range(tokens))
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came for one request."""
+
+    outputs: list[TokenOutput] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens in the order in which they came."""
+        return tuple(token for output in self.outputs for token in output.token_ids)
+
+    @property
+    def finish(self) -> FinishReason | None:
+        """Why it ended, once it has."""
+        return self.outputs[-1].finish if self.outputs else None
+
+
+class Driver:
+    """The one reader of an engine: steps it until something holds, and collects."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.engine = subject.engine
+        self.answers: dict[str, Answer] = {}
+
+    async def submit(self, request: EngineRequest) -> str:
+        """Hand a request over; its id."""
+        self.answers[request.request_id] = Answer()  # first: outputs may come while submit still returns
+        try:
+            await self.engine.submit(request)
+        except EngineRefused:
+            del self.answers[request.request_id]
+            raise
+        return request.request_id
+
+    async def step(self) -> Sequence[TokenOutput]:
+        """One step's outputs, each checked: of a request known here, and nothing after its finish."""
+        # Not wait_for: its task would leave a gap between the step's return and here, in which an abort could come.
+        async with asyncio.timeout(self.subject.deadline_s):
+            outputs = await self.engine.step()
+        for output in outputs:
+            answer = self.answers.get(output.request_id)
+            assert answer is not None, f"output for {output.request_id}, which was refused, aborted or never submitted"
+            assert answer.finish is None, f"{output.request_id}: an output after its finish"
+            answer.outputs.append(output)
+        return outputs
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Step until `holds`."""
+        deadline = time.monotonic() + self.subject.deadline_s
+        while not holds():
+            assert time.monotonic() < deadline, "the engine did not get there in time"
+            await self.step()
+
+    async def abort(self, request_ids: Iterable[str]) -> None:
+        """Abort, and take any further output for a fault."""
+        ids = list(request_ids)
+        await self.engine.abort(ids)
+        for request_id in ids:
+            self.answers.pop(request_id, None)
+
+    async def run(self, *requests: EngineRequest) -> list[Answer]:
+        """All to their end."""
+        ids = [await self.submit(request) for request in requests]
+        await self.until(lambda: all(self.answers[i].finish is not None for i in ids))
+        return [self.answers[i] for i in ids]
+
+    async def empty(self) -> None:
+        """Law: two steps after the last request has ended or was aborted, nothing runs or waits."""
+        for _ in range(2):
+            load = self.engine.load()
+            if load.running == load.waiting == 0:
+                return
+            await self.run(request(self.subject.prompt(1), max_tokens=1))
+        load = self.engine.load()
+        assert (load.running, load.waiting) == (0, 0)
+
+
+def request(prompt: Sequence[int], max_tokens: int = 6, **changes: object) -> EngineRequest:
+    """A greedy request that goes on to max_tokens; `changes` go to Sampling or EngineRequest by their names."""
+    names = {f.name for f in dataclasses.fields(Sampling)}
+    sampling: dict[str, object] = {"temperature": 0.0, "ignore_eos": True}
+    sampling |= {k: v for k, v in changes.items() if k in names}
+    outer = {k: v for k, v in changes.items() if k not in names}
+    return EngineRequest(
+        request_id=f"contract-{next(_serial)}",
+        prompt_token_ids=prompt,
+        sampling=Sampling(max_tokens=max_tokens, **sampling),  # type: ignore[arg-type]
+        **outer,  # type: ignore[arg-type]
+    )
+
+
+class EngineContract:
+    """What every engine keeps. Each law is one test."""
+
+    async def test_one_finish_after_max_tokens(self, engine: Subject) -> None:
+        """A request without EOS or stop ids gets exactly max_tokens and one finish, LENGTH."""
+        (answer,) = await Driver(engine).run(request(engine.prompt(2), max_tokens=7))
+        assert len(answer.token_ids) == 7
+        assert [o.finish for o in answer.outputs if o.finish is not None] == [FinishReason.LENGTH]
+        assert all(0 <= token < engine.info.vocab_size for token in answer.token_ids)
+
+    async def test_first_output_alone_carries_prompt_counts(self, engine: Subject) -> None:
+        """prompt_tokens and cached_tokens come with the first output and with no other."""
+        (answer,) = await Driver(engine).run(request(engine.prompt(3, tokens=9), cache_salt="counts"))
+        assert (answer.outputs[0].prompt_tokens, answer.outputs[0].cached_tokens) == (9, 0)
+        assert all(o.prompt_tokens is None and o.cached_tokens is None for o in answer.outputs[1:])
+
+    async def test_greedy_alone_equals_greedy_in_a_batch(self, engine: Subject) -> None:
+        """Equal greedy requests give equal tokens, alone or with others of other lengths beside them."""
+        driver = Driver(engine)
+        mine = engine.prompt(4, tokens=12)
+        (alone,) = await driver.run(request(mine, max_tokens=8))
+        batch = await driver.run(
+            request(engine.prompt(5, tokens=3), max_tokens=5),
+            request(mine, max_tokens=8),
+            request(engine.prompt(6, tokens=20), max_tokens=8),
+        )
+        assert batch[1].token_ids == alone.token_ids
+
+    async def test_stop_token_ends_and_is_named(self, engine: Subject) -> None:
+        """A stop token is the last token, and the output that ends says which it was."""
+        driver = Driver(engine)
+        (free,) = await driver.run(request(engine.prompt(7), max_tokens=6))
+        stop = free.token_ids[-1]
+        first = free.token_ids.index(stop)
+        (answer,) = await driver.run(request(engine.prompt(7), max_tokens=6, stop_token_ids=(stop,)))
+        assert answer.token_ids == free.token_ids[: first + 1]
+        assert (answer.finish, answer.outputs[-1].stop_token_id) == (FinishReason.STOP, stop)
+
+    async def test_min_tokens_holds_stop_tokens_back(self, engine: Subject) -> None:
+        """Before min_tokens no stop token comes, and so no end."""
+        driver = Driver(engine)
+        (free,) = await driver.run(request(engine.prompt(8), max_tokens=2))
+        stops = tuple(set(free.token_ids))
+        (answer,) = await driver.run(request(engine.prompt(8), max_tokens=9, min_tokens=5, stop_token_ids=stops))
+        assert len(answer.token_ids) >= 5
+        assert not set(answer.token_ids[:5]) & set(stops)
+
+    async def test_salts_isolate_the_prefix_cache(self, engine: Subject) -> None:
+        """A prompt is found in the cache under its own salt, in whole blocks, and never under another."""
+        driver = Driver(engine)
+        size = engine.info.block_size
+        prompt = engine.prompt(9, tokens=2 * size + 1)
+        cached = [
+            (await driver.run(request(prompt, max_tokens=1, cache_salt=salt)))[0].outputs[0].cached_tokens
+            for salt in ("cache-a", "cache-a", "cache-b", "")
+        ]
+        assert cached == [0, 2 * size, 0, 0]
+
+    @pytest.mark.parametrize("k", [0, 3])
+    async def test_logprobs_have_the_sampled_token_first(self, engine: Subject, k: int) -> None:
+        """Each position has the sampled token, then at most k more, none above zero and those in order."""
+        (answer,) = await Driver(engine).run(request(engine.prompt(10), max_tokens=3, logprobs=k))
+        positions = [p for output in answer.outputs for p in output.logprobs or ()]
+        assert [p.token_ids[0] for p in positions] == list(answer.token_ids)
+        for position in positions:
+            top = list(position.logprobs[1:])
+            assert len(position.token_ids) == len(position.logprobs) <= k + 1
+            assert all(value <= 0 for value in position.logprobs)
+            assert top == sorted(top, reverse=True)
+            assert len(set(position.token_ids[1:])) == len(top)
+
+    async def test_no_logprobs_unless_asked(self, engine: Subject) -> None:
+        """Without the parameter none are made."""
+        (answer,) = await Driver(engine).run(request(engine.prompt(10), max_tokens=2))
+        assert all(output.logprobs is None for output in answer.outputs)
+
+    async def test_abort_frees_within_two_steps(self, engine: Subject) -> None:
+        """Two steps after its abort a request no longer counts, has had no output, and others go on undisturbed."""
+        driver = Driver(engine)
+        prompts = [engine.prompt(11), engine.prompt(12)]
+        (undisturbed,) = await driver.run(request(prompts[0], max_tokens=12))
+        stays = await driver.submit(request(prompts[0], max_tokens=12))
+        goes = await driver.submit(request(prompts[1], max_tokens=64))
+        await driver.until(lambda: len(driver.answers[goes].outputs) >= 2)
+        await driver.abort([goes, "never-submitted"])
+        for _ in range(2):
+            await driver.step()
+        assert driver.engine.load().running <= 1
+        await driver.until(lambda: driver.answers[stays].finish is not None)
+        assert driver.answers[stays].token_ids == undisturbed.token_ids
+        await driver.empty()
+
+    async def test_abort_of_unknown_ids_is_ignored(self, engine: Subject) -> None:
+        """Ids never seen or already finished change nothing."""
+        driver = Driver(engine)
+        (done,) = await driver.run(request(engine.prompt(13), max_tokens=1))
+        await engine.engine.abort(["nobody", done.outputs[0].request_id])
+        (answer,) = await driver.run(request(engine.prompt(13), max_tokens=2))
+        assert answer.finish is FinishReason.LENGTH
+
+    async def test_duplicate_id_is_refused_and_harmless(self, engine: Subject) -> None:
+        """A second request under a live id is refused; the first one's tokens are as if nothing had been."""
+        driver = Driver(engine)
+        (alone,) = await driver.run(request(engine.prompt(14), max_tokens=5))
+        first = request(engine.prompt(14), max_tokens=5)
+        await driver.submit(first)
+        with pytest.raises(EngineRefused) as refusal:
+            await engine.engine.submit(dataclasses.replace(first, prompt_token_ids=engine.prompt(15)))
+        assert refusal.value.reason in Outcome.__members__
+        await driver.until(lambda: driver.answers[first.request_id].finish is not None)
+        assert driver.answers[first.request_id].token_ids == alone.token_ids
+
+    async def test_too_long_prompt_is_refused(self, engine: Subject) -> None:
+        """A prompt that leaves no room for output is refused with the reason, and the engine goes on."""
+        driver = Driver(engine)
+        with pytest.raises(EngineRefused) as refusal:
+            await engine.engine.submit(request(engine.prompt(16, tokens=engine.info.max_model_len + 1)))
+        assert refusal.value.reason == Outcome.CONTEXT_LENGTH_EXCEEDED.name
+        await driver.run(request(engine.prompt(16), max_tokens=1))
+        await driver.empty()
+
+    async def test_bad_token_ids_are_refused(self, engine: Subject) -> None:
+        """An empty prompt and ids outside the vocabulary are refused as a wrong field, and the engine goes on."""
+        driver = Driver(engine)
+        for prompt in ((), (engine.token_lo, engine.info.vocab_size)):
+            with pytest.raises(EngineRefused) as refusal:
+                await engine.engine.submit(request(prompt))
+            assert refusal.value.reason == Outcome.INVALID_FIELD.name
+        await driver.run(request(engine.prompt(17), max_tokens=1))
+        await driver.empty()
+
+    async def test_priority_decides_who_is_next_when_full(self, engine: Subject) -> None:
+        """With every place taken, the lower priority number gets the next one, whoever came first."""
+        places = engine.info.max_num_seqs
+        assert places <= MAX_PLACES, f"give the contract an engine with max_num_seqs <= {MAX_PLACES}"
+        driver = Driver(engine)
+        fillers = [await driver.submit(request(engine.prompt(20 + i), max_tokens=200)) for i in range(places)]
+        await driver.until(lambda: all(driver.answers[i].outputs for i in fillers))
+        later = await driver.submit(request(engine.prompt(18), max_tokens=2, priority=5))
+        sooner = await driver.submit(request(engine.prompt(19), max_tokens=2, priority=1))
+        await driver.abort(fillers[:1])
+        await driver.until(lambda: driver.answers[sooner].finish is not None)
+        assert driver.answers[later].finish is None
+        await driver.until(lambda: driver.answers[later].finish is not None)
+        await driver.abort(fillers[1:])
+        await driver.empty()
+
+    async def test_cut_and_continued_equals_uncut(self, engine: Subject) -> None:
+        """Given the tokens so far, the rest is that of the uncut call, or the engine says that it cannot."""
+        driver = Driver(engine)
+        (uncut,) = await driver.run(request(engine.prompt(40), max_tokens=8))
+        for cut in (1, 5):
+            rest = request(engine.prompt(40), max_tokens=8, emitted_token_ids=uncut.token_ids[:cut])
+            try:
+                (answer,) = await driver.run(rest)
+            except EngineRefused as refusal:
+                assert refusal.reason == Outcome.RESUME_UNSUPPORTED.name  # noqa: PT017
+                continue
+            assert answer.token_ids == uncut.token_ids[cut:]
+            assert answer.finish is FinishReason.LENGTH
+
+    async def test_storm_of_submits_and_aborts_leaves_nothing(self, engine: Subject) -> None:
+        """Submits and aborts that race with the steps end with every request finished or gone, and an empty engine."""
+        driver = Driver(engine)
+
+        async def caller(number: int) -> str:
+            requested = request(engine.prompt(50 + number, tokens=1 + number % 9), max_tokens=1 + number % 4)
+            await driver.submit(requested)
+            for _ in range(number % 5):
+                await asyncio.sleep(0)
+            if number % 3 == 0:
+                await driver.abort([requested.request_id])
+            return requested.request_id
+
+        callers = [asyncio.ensure_future(caller(number)) for number in range(30)]
+        await driver.until(lambda: any(a.finish is not None for a in driver.answers.values()))
+        await asyncio.gather(*callers)
+        await driver.until(lambda: all(a.finish is not None for a in driver.answers.values()))
+        assert len(driver.answers) >= 20
+        await driver.empty()
+
+    async def test_steps_only_grow(self, engine: Subject) -> None:
+        """load().steps counts up with every step that gave tokens, and kv_usage stays within [0, 1]."""
+        driver = Driver(engine)
+        before = engine.engine.load().steps
+        await driver.run(request(engine.prompt(41), max_tokens=4))
+        after = engine.engine.load()
+        assert after.steps >= before + 4
+        assert 0.0 <= after.kv_usage <= 1.0
+        await engine.engine.check()
