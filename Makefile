@@ -1,0 +1,58 @@
+# The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast check format protos requirements doctor clean clean-all
+
+VENV := .venv/bin
+# An environment that exists keeps its Python; PYTHON=... names another one.
+python = $(if $(PYTHON),$$(PYTHON=$(PYTHON) scripts/find-python.sh),$$([ -x $(VENV)/python ] && echo $(VENV)/python || scripts/find-python.sh))
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+export PYTHONUNBUFFERED := 1
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+setup: ## make the environment .venv (0 s when it is there)
+	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py
+
+demo: ## a local cluster with a real 135M model; Ctrl-C stops everything
+	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/4]"
+	@exec $(VENV)/headrace up -f deploy/demo.yaml --demo
+
+test: setup ## all tests, those with the real engine included
+	$(VENV)/python -m pytest $(ARGS)
+
+test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
+	$(VENV)/python -m pytest -m "not engine and not ray and not root" $(ARGS)
+
+check: setup ## format, lint, types, protos, generated code, architecture
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+	$(VENV)/mypy
+	$(VENV)/buf lint
+	scripts/protos.sh --check
+	$(VENV)/python -m pytest -q tests/test_architecture.py
+
+format: setup ## let ruff put format and imports right
+	$(VENV)/ruff format .
+	$(VENV)/ruff check --fix .
+
+protos: setup ## regenerate the Python code of protos/
+	scripts/protos.sh
+
+requirements: setup ## recompile the pinned files of requirements/ (ARGS=--upgrade takes newer releases)
+	scripts/requirements.sh $(ARGS)
+
+doctor: ## what this machine lacks, with the line that installs it
+	@python="$$(command -v $(VENV)/python || command -v python3.11 || command -v python3)" && [ -n "$$python" ] \
+		|| { echo "doctor itself needs a Python: apt-get install python3 python3-venv"; exit 1; }; \
+		PYTHONPATH=. "$$python" -m cluster.cli.doctor
+
+clean: ## remove caches and what was built
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find cluster tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-all: clean ## remove the environment too
+	rm -rf .venv *.egg-info

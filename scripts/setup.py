@@ -1,0 +1,248 @@
+"""Make the environment `.venv`: `make setup` runs this with the Python it has chosen, and any Python 3.11+ will do.
+
+Nothing but the standard library is used, and no registry's address is written down: pip's own configuration is
+tried first for torch's CPU build, and `uv --torch-backend=cpu`, which knows where that build lives, otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / "headrace-setup.json"
+LOG = VENV / "setup.log"
+PINS = ROOT / "requirements" / "cpu.txt"
+TOOLS = ROOT / "requirements" / "tools.txt"
+NEEDED_BYTES = 8 * 1024**3
+LABEL = "environment"
+
+
+class SetupError(Exception):
+    """A step failed; the message says what to do."""
+
+
+def pins(path: Path) -> list[str]:
+    """The requirements of a pinned file, one a line."""
+    return [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+
+
+def fingerprint() -> str:
+    """What the environment is made of; another value means that it must be made again."""
+    digest = hashlib.sha256()
+    for path in (PINS, TOOLS, ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class Line:
+    """One line that says how far a step is: redrawn on a terminal, written at its end elsewhere."""
+
+    def __init__(self, step: str) -> None:
+        self._head = f"{step} {LABEL:<13}".lstrip()
+        self._live = sys.stdout.isatty()
+        self._started = time.monotonic()
+
+    def show(self, text: str, part: float) -> None:
+        """Draw the line; `part` in [0, 1]."""
+        if self._live:
+            bar = ("█" * int(part * 20)).ljust(20, "·")
+            print(f"\r\033[K{self._head} {text:<34} {bar} {self._elapsed()}", end="", flush=True)
+
+    def note(self, text: str) -> None:
+        """Say something that stays on the screen."""
+        print(f"{chr(13) + chr(27) + '[K' if self._live else ''}{self._head} {text}", flush=True)
+
+    def done(self, text: str, hint: str = "") -> None:
+        """The last form of the line."""
+        self.note(f"{text:<34} {self._elapsed():>7}   {hint}".rstrip())
+
+    def _elapsed(self) -> str:
+        seconds = int(time.monotonic() - self._started)
+        return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def run(command: Sequence[str], remedy: str, watch: Callable[[], None] | None = None) -> None:
+    """Run a command with its output in LOG. Raises SetupError with the log's last lines and the remedy."""
+    with LOG.open("a") as log:
+        log.write(f"\n$ {' '.join(command)}\n")
+        log.flush()
+        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as process:
+            while watch is not None and process.poll() is None:
+                watch()
+                threading.Event().wait(0.3)
+            code = process.wait()
+    if code:
+        tail = "\n".join(f"    {line}" for line in LOG.read_text(errors="replace").splitlines()[-12:])
+        raise SetupError(f"`{' '.join(command)}` failed (exit {code}):\n{tail}\n  {remedy}\n  the whole log: {LOG}")
+
+
+NETWORK = "Check that pip reaches its package index (`pip download --no-deps typer`), then run `make setup` again."
+
+
+def make_venv(python: Path, line: Line) -> None:
+    """Create .venv when it is missing or of another Python, then the pinned installers in it."""
+    wanted = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if python.exists():
+        answer = subprocess.run(
+            [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if answer.stdout.strip() != wanted:
+            raise SetupError(
+                f"{VENV} was made with Python {answer.stdout.strip() or 'that no longer starts'}, and {wanted} was "
+                "chosen now. Remove it (`make clean-all`) and run `make setup` again."
+            )
+    else:
+        line.show("making .venv", 0.0)
+        VENV.mkdir(exist_ok=True)
+        run(
+            [sys.executable, "-m", "venv", str(VENV)],
+            f"Python's venv module is incomplete: on Debian or Ubuntu `apt-get install python{wanted}-venv`.",
+        )
+    line.show("pip and uv", 0.02)
+    run([str(python), "-m", "pip", "install", "--quiet", "-r", str(TOOLS)], NETWORK)
+
+
+def pip_finds_cpu_torch(python: Path) -> bool:
+    """Whether pip, as configured here, would take torch's CPU build for the pinned version."""
+    torch = next(line.split(";")[0].strip() for line in pins(PINS) if line.startswith("torch=="))
+    probe = subprocess.run(
+        [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--dry-run",
+            "--no-deps",
+            "--ignore-installed",
+            "--quiet",
+            "--report",
+            "-",
+            torch,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if probe.returncode:
+        return False
+    found = json.loads(probe.stdout)["install"]
+    return any(item["metadata"]["version"].endswith("+cpu") for item in found)
+
+
+def install_packages(python: Path, line: Line) -> str:
+    """Install the pinned set without its dependencies; returns which installer did it."""
+    line.show("looking for torch's CPU build", 0.04)
+    expected = len(pins(PINS))
+    site = Path(
+        subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    )
+    start = LOG.stat().st_size if LOG.exists() else 0
+
+    def watch() -> None:
+        with LOG.open(errors="replace") as log:
+            log.seek(start)
+            collected = log.read().count("Collecting ")
+        installed = sum(1 for _ in site.glob("*.dist-info"))
+        part = min(1.0, max(0.6 * min(collected, expected) / expected, installed / expected))
+        what = "installing" if installed > 10 or collected >= expected else "downloading"
+        line.show(f"{what} {max(collected, installed)}/{expected} packages", 0.05 + 0.9 * part)
+
+    remedy = f"{NETWORK} 8 GB of free disk are needed."
+    if pip_finds_cpu_torch(python):
+        run([str(python), "-m", "pip", "install", "--no-deps", "-r", str(PINS)], remedy, watch)
+        return "pip"
+    run(
+        [
+            str(python),
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "--python",
+            str(python),
+            "--torch-backend=cpu",
+            "--no-deps",
+            "-r",
+            str(PINS),
+        ],
+        remedy,
+        watch,
+    )
+    return "uv"
+
+
+def setup(step: str) -> None:
+    """Bring .venv to what the pinned files say; returns at once when it is there already."""
+    line = Line(step)
+    python = VENV / "bin" / "python"
+    stamp = json.loads(STAMP.read_text()) if STAMP.exists() else {}
+    if stamp.get("fingerprint") == fingerprint() and python.exists():
+        line.done(f".venv, {len(pins(PINS))} packages")
+        return
+    if stamp.get("root", str(ROOT)) != str(ROOT):
+        raise SetupError(
+            f".venv was made in {stamp['root']}, and environments cannot be moved: "
+            "remove it (`make clean-all`) and run `make setup` again."
+        )
+    STAMP.unlink(missing_ok=True)
+    free = shutil.disk_usage(ROOT).free
+    if not python.exists() and free < NEEDED_BYTES:
+        raise SetupError(f"{ROOT} has {free / 1024**3:.1f} GB of free disk, and the environment needs about 8.")
+    line.note(f"Python {sys.version.split()[0]} ({sys.executable})")
+    make_venv(python, line)
+    installer = install_packages(python, line)
+    line.show("headrace itself", 0.98)
+    run(
+        [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)],
+        "The project's own pyproject.toml may be broken.",
+    )
+    run(
+        [str(python), "-c", "import cluster.cli.main, vllm, ray"],
+        "The packages do not work together: remove .venv (`make clean-all`) and run `make setup` again.",
+    )
+    STAMP.write_text(json.dumps({"fingerprint": fingerprint(), "root": str(ROOT), "installer": installer}) + "\n")
+    line.done(f".venv, {len(pins(PINS))} packages (by {installer})", "(next time: 0 s)")
+
+
+def main() -> int:
+    """Exit code 0 when the environment is there."""
+    parser = argparse.ArgumentParser(description="Make the environment .venv.")
+    parser.add_argument("--step", default="", help="what stands before the line, e.g. [1/4]")
+    arguments = parser.parse_args()
+    if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+        print(f"setup: Python 3.11 to 3.14 is needed, this is {sys.version.split()[0]}", file=sys.stderr)
+        return 2
+    os.environ.pop("PYTHONPATH", None)
+    try:
+        setup(arguments.step)
+    except SetupError as error:
+        print(f"\nsetup failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nsetup was interrupted; `make setup` goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
