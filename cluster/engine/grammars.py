@@ -1,0 +1,79 @@
+"""Constraints on the output: what of them an engine takes, and vLLM's form of it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import EngineRefused
+from cluster.api.types import Grammar
+
+MAX_GRAMMAR_BYTES = 64 * 1024
+MAX_CHOICES = 1024
+MAX_REGEX_BYTES = 4096
+FIELD = "response_format"
+
+_TEXT_KINDS = {"json_schema": "json", "regex": "regex", "grammar": "grammar"}
+
+
+def _refused(kind: str, description: str) -> EngineRefused:
+    return EngineRefused(Outcome.INVALID_FIELD.name, f"{FIELD}.{kind}: {description}", f"{FIELD}.{kind}")
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Raise EngineRefused for an unknown kind, a wrong value, or one too large to compile on an engine."""
+    kind, value = grammar.kind, grammar.value
+    if kind == "choice":
+        _check_choice(value)
+    elif kind == "json_object":
+        if value:
+            raise _refused(kind, "takes no value")
+    elif kind in _TEXT_KINDS:
+        _check_text(kind, value)
+    else:
+        known = ", ".join(sorted([*_TEXT_KINDS, "choice", "json_object"]))
+        raise EngineRefused(Outcome.INVALID_FIELD.name, f"{FIELD}: kind {kind!r} is not one of {known}", FIELD)
+
+
+def _check_choice(value: str | tuple[str, ...]) -> None:
+    if isinstance(value, str) or not value:
+        raise _refused("choice", "needs at least one string to choose from")
+    if len(value) > MAX_CHOICES:
+        raise _refused("choice", f"at most {MAX_CHOICES} strings, got {len(value)}")
+    if any(not choice for choice in value):
+        raise _refused("choice", "an empty string cannot be chosen")
+    if sum(len(choice.encode()) for choice in value) > MAX_GRAMMAR_BYTES:
+        raise _refused("choice", f"at most {MAX_GRAMMAR_BYTES} bytes in all")
+
+
+def _check_text(kind: str, value: str | tuple[str, ...]) -> None:
+    if not isinstance(value, str) or (kind != "regex" and not value.strip()):
+        raise _refused(kind, "must be a text that is not empty")
+    limit = MAX_REGEX_BYTES if kind == "regex" else MAX_GRAMMAR_BYTES
+    if len(value.encode(errors="surrogatepass")) > limit:
+        raise _refused(kind, f"at most {limit} bytes, got {len(value.encode(errors='surrogatepass'))}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _refused(kind, "is not valid Unicode")
+    if kind == "json_schema":
+        _check_schema(value)
+
+
+def _check_schema(value: str) -> None:
+    try:
+        schema = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise _refused("json_schema", f"is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise _refused("json_schema", "must be a JSON object")
+
+
+def structured_outputs(grammar: Grammar) -> Any:
+    """vLLM's form of a checked grammar."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if grammar.kind == "choice":
+        return StructuredOutputsParams(choice=list(grammar.value))
+    if grammar.kind == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    return StructuredOutputsParams(**{_TEXT_KINDS[grammar.kind]: grammar.value})

@@ -1,0 +1,87 @@
+"""Faults of vLLM that a request could use to end an engine, repaired in place; each names its release and its check.
+
+**Seeds on CPU (vLLM 0.32.0).** A request with a seed whose prompt is prefilled in chunks is sampled from after each
+chunk, and the sample thrown away; the V1 runner then takes the draw back with `generator.set_offset(offset - 4)`. CPU
+generators have no offset, so this raises in the engine core and ends it. The repair gives requests a generator that
+remembers its state before the last draw and returns to it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+SEEDS_VERSIONS = ("0.32.0",)
+ACTIVE = "HEADRACE_WATCHDOG_PID"
+"""Set in an engine's processes (watchdog.MARK): a vLLM that merely shares the environment stays as it is."""
+
+_DRAW = 4
+"""What the runner subtracts for one draw (counted as CUDA's Philox counts)."""
+
+_applied: set[str] = set()
+
+
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__).split("+")[0]
+
+
+def _rewindable(torch: Any) -> type:
+    class RewindableGenerator(torch.Generator):  # type: ignore[misc]
+        """A CPU generator that can take back its last draw."""
+
+        before: Any = None
+
+        def remember(self) -> None:
+            self.before = self.get_state()
+
+        def get_offset(self) -> int:
+            return _DRAW
+
+        def set_offset(self, _: int) -> None:
+            if self.before is not None:
+                self.set_state(self.before)
+
+    return RewindableGenerator
+
+
+def _repair_seeds() -> None:
+    import torch
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+    rewindable = _rewindable(torch)
+    sample, post_init = TopKTopPSampler.forward_cpu, CachedRequestState.__post_init__
+
+    def forward_cpu(self: Any, logits: Any, generators: Any, k: Any, p: Any) -> Any:
+        for generator in generators.values():
+            if isinstance(generator, rewindable):
+                generator.remember()  # type: ignore[attr-defined]
+        return sample(self, logits, generators, k, p)
+
+    def __post_init__(self: Any) -> None:
+        post_init(self)
+        if self.generator is not None and self.generator.device.type == "cpu":
+            generator = rewindable(device="cpu")
+            generator.set_state(self.generator.get_state())
+            self.generator = generator
+
+    TopKTopPSampler.forward_cpu = forward_cpu
+    CachedRequestState.__post_init__ = __post_init__
+
+
+def seeds_are_safe() -> bool:
+    """Whether seeds are repaired for this vLLM; elsewhere the engine refuses seeds on CPU."""
+    return _version() in SEEDS_VERSIONS
+
+
+def apply() -> None:
+    """Plugin for vllm.general_plugins, loaded in every vLLM process. Idempotent; does nothing outside our engines."""
+    if not os.environ.get(ACTIVE) or "seeds" in _applied or not seeds_are_safe():
+        return
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _repair_seeds()
+    _applied.add("seeds")

@@ -1,0 +1,109 @@
+"""No orphans: every process of an engine ends itself soon after the process that owns the engine is gone.
+
+vLLM's engine core outlives a killed parent (and spins), its ranks keep their memory. A process cannot be told to
+watch from outside, so the owner leaves a mark in the environment, which its children inherit, and a vLLM plugin
+(entry point group vllm.general_plugins, loaded in every vLLM process) starts a thread that watches the owner. The
+mark names the owner by pid, start time, boot and pid namespace: a pid alone is reused, and means nothing on the other
+nodes to which Ray carries the environment. There the thread is not started, and the ranks end as Ray actors whose
+owner has died.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+MARK = "HEADRACE_WATCHDOG_PID"
+POLL_S = 0.5
+
+_started = threading.Event()
+
+
+def _start_time(pid: int) -> str:
+    """Start time of a process in clock ticks since boot; empty when it is gone or only waits to be reaped."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _here() -> str:
+    """This kernel and this pid namespace: where a pid has its meaning."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def mark(pid: int) -> str:
+    """The name of a process that no other process ever has; empty where /proc is not there."""
+    start, here = _start_time(pid), _here()
+    return f"{pid}@{start}@{here}" if start and here else ""
+
+
+def arm() -> None:
+    """Make this process the one that the children started from now on watch."""
+    own = mark(os.getpid())
+    if own:
+        os.environ[MARK] = own
+        carried = os.environ.get("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "")
+        if "HEADRACE_" not in carried.split(","):
+            os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = ",".join(filter(None, (carried, "HEADRACE_")))
+
+
+def alive(owner: str) -> bool | None:
+    """Whether the marked process lives; None when the mark says nothing here."""
+    pid, _, rest = owner.partition("@")
+    start, _, here = rest.partition("@")
+    if not pid.isdigit() or not start or here != _here():
+        return None
+    return _start_time(int(pid)) == start
+
+
+def shared_memory_files(maps: str) -> set[str]:
+    """The multiprocessing blocks under /dev/shm in the text of /proc/<pid>/maps."""
+    found = set()
+    for line in maps.splitlines():
+        path = line.partition("/dev/shm/")[2]  # noqa: S108
+        if path.startswith("psm_") and "/" not in path and not path.endswith("(deleted)"):
+            found.add(path)
+    return found
+
+
+def _sweep() -> None:
+    """Unlink the shared memory that this process has mapped: its sharers are its engine's processes, which end too."""
+    try:
+        names = shared_memory_files(Path("/proc/self/maps").read_text())
+    except OSError:
+        return
+    for name in names:
+        try:
+            os.unlink(f"/dev/shm/{name}")  # noqa: S108
+        except OSError:
+            continue  # a sibling was first
+
+
+def _end() -> None:
+    _sweep()
+    os.kill(os.getpid(), signal.SIGKILL)  # not sys.exit: the main thread may spin in native code
+
+
+def _watch(gone: Callable[[], bool]) -> None:
+    while not gone():
+        time.sleep(POLL_S)
+    _end()
+
+
+def watch() -> None:
+    """Plugin for vllm.general_plugins: watch the owner, if there is one and this is not it. Does nothing elsewhere."""
+    owner = os.environ.get(MARK, "")
+    if not owner or owner == mark(os.getpid()) or alive(owner) is None or _started.is_set():
+        return
+    _started.set()
+    threading.Thread(target=_watch, args=(lambda: not alive(owner),), name="headrace-watchdog", daemon=True).start()
