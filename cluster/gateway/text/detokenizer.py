@@ -1,0 +1,154 @@
+"""Token ids of one running call become text, to the letter as vLLM's own front end would give it.
+
+Theory. A token's text depends on its neighbours: a character may be split over tokens, and sentencepiece models drop
+the first space of a text. So the stream is primed with the prompt and gives text only when it is complete
+(tokenizers' DecodeStream). Three rules of vLLM are kept on top:
+
+- A decode that contradicts text already given (invalid bytes after valid ones) starts the stream anew, unprimed.
+- Stop strings are looked for in the text of each step; the one that ends first wins, the text ends before it and the
+  tokens after the one that completed it do not count. Within the first `min_tokens` tokens none is looked for.
+- What might be the beginning of a stop string, max(len(stop)) - 1 characters, is held back until the end.
+
+The token that ended a call by being a stop token (EOS included) counts, but has no text.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+from typing import Final
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+INVALID_PREFIX: Final = "Invalid prefix encountered"
+TAIL_TOKENS: Final = 96
+"""How much of a long prompt primes a stream where that is as good as the whole."""
+REPLACEMENT: Final = "\ufffd"
+
+
+class Detokenizer:
+    """The text of one call. `push` takes a step's tokens, `take` gives what may be sent; neither waits.
+
+    `token_ids` are the output tokens that count: those after a stop string are dropped from it.
+    """
+
+    __slots__ = ("_held_chars", "_min_tokens", "_skip_special", "_stop", "_stream", "_text", "_tokenizer", "token_ids")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """`prompt_ids` prime the stream (see `priming_ids`). `stop` strings must not be empty."""
+        if any(not text for text in stop):
+            raise ValueError("stop: an empty string would stop everything: leave it out")
+        self.token_ids: list[int] = []
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=skip_special_tokens)
+        self._skip_special = skip_special_tokens
+        self._stop = tuple(stop)
+        self._min_tokens = min_tokens
+        self._held_chars = max(map(len, stop)) - 1 if stop else 0
+        self._text = ""  # what has not been taken; a stop string can only begin in here, since as much is held back
+
+    def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
+        """Add a step's tokens. Returns the stop string that its text completed, if any; then push no more.
+
+        `stop_terminated`: the last of them is the stop token that ended the call.
+        """
+        if self._stop:
+            return self._push_watching(token_ids, stop_terminated)
+        for token_id in token_ids[:-1] if stop_terminated else token_ids:
+            try:
+                piece = self._stream.step(self._tokenizer, token_id)
+            except Exception as e:
+                piece = self._recover(token_id, e)
+            if piece is not None:
+                self._text += piece
+        self.token_ids += token_ids
+        return None
+
+    def take(self, finished: bool) -> str:
+        """The text since the last take; all of it when `finished`, else without what might begin a stop string."""
+        text = self._text
+        if finished or not self._held_chars:
+            self._text = ""
+            return text
+        self._text = text[-self._held_chars :]
+        return text[: -self._held_chars]
+
+    def __repr__(self) -> str:
+        return f"Detokenizer({len(self.token_ids)} tokens, {len(self._text)} characters not taken)"
+
+    def _push_watching(self, token_ids: Sequence[int], stop_terminated: bool) -> str | None:
+        """`push` for a call with stop strings: decode the step, then look for the one that ends first."""
+        before = len(self.token_ids)
+        pieces = [self._decode(token_id) for token_id in (token_ids[:-1] if stop_terminated else token_ids)]
+        if stop_terminated and token_ids:
+            pieces.append("")
+        ends = list(accumulate(map(len, pieces), initial=len(self._text)))  # where each new token's text ends
+        self._text += "".join(pieces)
+        self.token_ids += token_ids
+        if len(self.token_ids) <= self._min_tokens:
+            return None
+        new_chars = ends[-1] - ends[max(self._min_tokens - before, 0)]
+        found = self._first_stop(new_chars)
+        if found is None:
+            return None
+        stop, start = found
+        kept = bisect_left(ends, start + len(stop), lo=1)  # the token that completes the stop string is the last
+        del self.token_ids[before + kept :]
+        self._text = self._text[:start]
+        return stop
+
+    def _first_stop(self, new_chars: int) -> tuple[str, int] | None:
+        """(stop string, where it begins in the text) of the one that ends first within the last `new_chars`."""
+        if not new_chars:
+            return None
+        hits = [(self._text.find(stop, 1 - new_chars - len(stop)), stop) for stop in self._stop]
+        ends = [(start + len(stop), order) for order, (start, stop) in enumerate(hits) if start >= 0]
+        if not ends:
+            return None
+        start, stop = hits[min(ends)[1]]
+        return stop, start
+
+    def _decode(self, token_id: int) -> str:
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception as e:
+            return self._recover(token_id, e) or ""
+
+    def _recover(self, token_id: int, error: Exception) -> str | None:
+        """The token's text after the stream has failed on it. Raises what is not known to be harmless."""
+        if isinstance(error, (OverflowError, TypeError)):  # no token id at all
+            return None
+        if not str(error).startswith(INVALID_PREFIX):
+            raise error
+        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
+        return self._stream.step(self._tokenizer, token_id)
+
+
+def priming_ids(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], unsafe_ids: Collection[int], *, skip_special_tokens: bool = True
+) -> Sequence[int]:
+    """The part of a prompt that primes a stream as the whole would; usually its last TAIL_TOKENS or fewer.
+
+    DecodeStream decodes its priming ids twice at the first token, which for a long prompt is milliseconds. What
+    follows a prompt depends on its tail alone, if that begins with a token outside `unsafe_ids` (byte tokens, whose
+    runs decode together, and added tokens, which may be skipped), has text, and does not end inside a character.
+    """
+    if len(prompt_ids) <= TAIL_TOKENS:
+        return prompt_ids
+    tail = prompt_ids[-TAIL_TOKENS:]
+    for start in range(TAIL_TOKENS // 2):
+        if tail[start] in unsafe_ids:
+            continue
+        text = tokenizer.decode(list(tail[start:]), skip_special_tokens=skip_special_tokens)
+        return tail[start:] if text and not text.endswith(REPLACEMENT) else prompt_ids
+    return prompt_ids

@@ -1,0 +1,254 @@
+"""Chat templates: a model's own Jinja text turns messages into one prompt, as transformers renders it.
+
+The environment is transformers': sandboxed and immutable, trim_blocks and lstrip_blocks, loop controls, tojson
+without HTML escapes, raise_exception, strftime_now, and {% generation %} blocks (which only mark text for training,
+so here they are transparent). Templates come with the model and messages from tenants, so a render is bounded where
+Jinja allows it: characters put out, characters of a repeated string, and items of all `range`s together. Not
+bounded is a loop over the caller's own values; how many and how large those are is the gateway's limit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+
+from cluster.api.outcomes import CallError, Outcome, invalid
+
+MAX_RENDERED_CHARS: Final = 16 * 1024 * 1024
+MAX_RANGE_ITEMS: Final = 1_000_000
+MAX_MESSAGE_CHARS: Final = 500
+RESERVED_KWARGS: Final = frozenset(
+    {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
+)
+CONTINUE_MARK: Final = "\ue000HEADRACE-CONTINUES-HERE "
+"""Put behind the final message to find its end again; the space behind it tells whether the template trims."""
+
+
+class _Raised(TemplateError):
+    """The template's own raise_exception: its text is meant for the caller."""
+
+
+class _TooMuch(Exception):
+    """A render went over one of the bounds above."""
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %}: the body, with a scope of its own as a call block has."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """transformers' environment, with repetition bounded."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and (abs(left) > 1 and abs(right) > 1024):
+            raise _TooMuch("a power of more than 1024")
+        for sequence, times in ((left, right), (right, left)):
+            if hasattr(sequence, "__len__") and isinstance(times, int) and len(sequence) * times > MAX_RENDERED_CHARS:
+                raise _TooMuch(f"a text repeated to more than {MAX_RENDERED_CHARS} characters")
+        return super().call_binop(context, operator, left, right)
+
+
+def _raise_exception(message: object) -> None:
+    raise _Raised(str(message))
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment(now: Callable[[], datetime]) -> _Environment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: now().strftime(form)
+    return environment
+
+
+class ChatTemplate:
+    """A model's chat templates, compiled once. Rendering is pure but for `now` and safe from several threads."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        now: Callable[[], datetime] = datetime.now,
+    ) -> None:
+        """`sources`: name -> Jinja text, a single template is `default`. `special_tokens`: bos_token -> its text.
+
+        A text that does not compile is kept as a reason and refused at `render`: the model can still complete.
+        """
+        environment = _environment(now)
+        self._special_tokens = dict(special_tokens or {})
+        self._sources = dict(sources)
+        self._compiled: dict[str, jinja2.Template | str] = {}
+        for name, source in sources.items():
+            try:
+                self._compiled[name] = environment.from_string(source)
+            except TemplateSyntaxError as e:
+                self._compiled[name] = f"line {e.lineno}: {e.message}"
+
+    def __bool__(self) -> bool:
+        return bool(self._sources)
+
+    def __repr__(self) -> str:
+        return f"ChatTemplate({', '.join(sorted(self._sources)) or 'none'})"
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The prompt's text, special tokens included. No tools and an empty list of tools are the same.
+
+        `continue_final_message` leaves the last message open and so excludes the generation prompt. Raises CallError:
+        INVALID_FIELD on `messages` with the template's own words, UNSUPPORTED_FEATURE when there is no usable template.
+        """
+        if not messages:
+            raise invalid("messages", "at least one message is needed")
+        tools = list(tools) if tools else None
+        name = self._name_for(tools)
+        if continue_final_message:
+            messages = _marked(messages)
+        variables = {
+            "range": _bounded_range(),
+            **self._special_tokens,
+            **_checked(template_kwargs or {}),
+            "messages": list(messages),
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
+        variables.setdefault("documents", None)
+        text = _run(self._template(name), variables)
+        return _cut_at_mark(text, messages[-1]["content"]) if continue_final_message else text
+
+    def _name_for(self, tools: object) -> str:
+        if tools is not None and "tool_use" in self._compiled:
+            return "tool_use"
+        if "default" in self._compiled:
+            return "default"
+        found = f"only the templates {', '.join(sorted(self._compiled))}" if self._compiled else "no chat template"
+        raise CallError(
+            Outcome.UNSUPPORTED_FEATURE, f"the model has {found}: use Complete with a plain prompt instead of Chat"
+        )
+
+    def _template(self, name: str) -> jinja2.Template:
+        compiled = self._compiled[name]
+        if isinstance(compiled, str):
+            raise CallError(
+                Outcome.UNSUPPORTED_FEATURE,
+                f"the model's chat template does not compile ({compiled}): use Complete with a plain prompt",
+            )
+        return compiled
+
+
+def _checked(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    if wrong := sorted(RESERVED_KWARGS & kwargs.keys()):
+        raise invalid("chat_template_kwargs_json", f"{', '.join(wrong)} is set by the request itself: leave it out")
+    return kwargs
+
+
+def _bounded_range() -> Callable[..., range]:
+    """Jinja's sandboxed `range` for one render, bounded over all its calls."""
+    left = MAX_RANGE_ITEMS
+
+    def bounded(*args: int) -> range:
+        nonlocal left
+        wanted = safe_range(*args)
+        left -= len(wanted)
+        if left < 0:
+            raise _TooMuch(f"ranges of more than {MAX_RANGE_ITEMS} items")
+        return wanted
+
+    return bounded
+
+
+def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
+    """Render, and make of whatever goes wrong an error that names `messages`."""
+    try:
+        return "".join(_bounded(template.generate(variables)))
+    except _Raised as e:
+        raise invalid("messages", _short(str(e))) from e
+    except (_TooMuch, SecurityError, OverflowError, MemoryError, RecursionError) as e:
+        raise invalid(
+            "messages",
+            f"the chat template was stopped on these messages ({_short(str(e))}): send fewer or shorter ones",
+        ) from e
+    except (UndefinedError, TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
+        raise invalid(
+            "messages", f"the model's chat template cannot render these messages ({_short(str(e))}): check their fields"
+        ) from e
+
+
+def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > MAX_RENDERED_CHARS:
+            raise _TooMuch(f"a prompt of more than {MAX_RENDERED_CHARS} characters")
+        yield piece
+
+
+def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with a mark behind the last text of the last one."""
+    last = dict(messages[-1])
+    content = last.get("content")
+    if isinstance(content, str):
+        last["content"] = content + CONTINUE_MARK
+    elif isinstance(content, Sequence) and any("text" in part for part in content):
+        parts = [dict(part) for part in content]
+        at = max(index for index, part in enumerate(parts) if "text" in part)
+        parts[at]["text"] += CONTINUE_MARK
+        last["content"] = parts
+    else:
+        raise invalid("continue_final_message", "the last message has no text to continue: give it content")
+    return [*messages[:-1], last]
+
+
+def _cut_at_mark(text: str, content: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text up to the mark; where the template trimmed the message, trimmed as well."""
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+    final = parts[-1].removesuffix(CONTINUE_MARK)
+    at = text.rfind(CONTINUE_MARK.strip())
+    if at < 0 or final.strip() not in text:
+        raise invalid(
+            "continue_final_message", "the model's chat template changes the last message, so it cannot be continued"
+        )
+    return text[:at] if text.startswith(CONTINUE_MARK, at) else text[:at].rstrip()
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + "..."

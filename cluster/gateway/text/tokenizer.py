@@ -1,0 +1,286 @@
+"""A model's tokens and text, from its bundle: prompts become token ids, token ids become text.
+
+The ids are those of the model's own tools: transformers' tokenizer for a plain prompt (special tokens added, as vLLM's
+server does for completions), apply_chat_template(tokenize=True) for messages (none added: the template has its own
+BOS). Everything here may be called from several threads; the Rust tokenizer works outside the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+
+from cluster.api.bundle import Bundle
+from cluster.api.outcomes import invalid
+from cluster.gateway.text.detokenizer import Detokenizer, priming_ids
+from cluster.gateway.text.template import ChatTemplate
+
+ENCODE_OFFLOAD_CHARS: Final = 4096
+"""Longer texts are tokenized in a worker thread: about a millisecond of one core at 3-4 million characters a second."""
+SPECIAL_TOKEN_NAMES: Final = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+TAIL_SAFE_DECODERS: Final = frozenset({"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
+
+
+class TextModel:
+    """One model's tokenizer and chat templates. Made by `from_bundle`; holds no state between calls but a cache."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        *,
+        config: Mapping[str, Any],
+        generation_config: Mapping[str, Any],
+        model_config: Mapping[str, Any],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template = template
+        self._eos_token_ids = _eos_ids(tokenizer, config, generation_config)
+        self._vocab_size = int(model_config.get("vocab_size") or tokenizer.get_vocab_size())
+        self._family = str(model_config.get("model_type", ""))
+        layout = json.loads(_without_model(tokenizer))
+        self._space_mark = _space_mark(layout.get("pre_tokenizer"))
+        self._tail_primes = _kinds(layout.get("decoder"), "decoders") <= TAIL_SAFE_DECODERS
+        self._unsafe_ids = frozenset(tokenizer.get_added_tokens_decoder()) | _byte_ids(tokenizer)
+        self._token_texts: dict[int, str] = {}
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, *, now: Callable[[], datetime] = datetime.now) -> TextModel:
+        """Read a bundle. `now` is what strftime_now in a chat template tells.
+
+        Raises ValueError, naming the file, when one is missing or is not what it should be.
+        """
+        config = _json(bundle, "tokenizer_config.json")
+        try:
+            tokenizer = Tokenizer.from_buffer(bundle.files["tokenizer.json"])
+        except KeyError:
+            raise ValueError("bundle has no tokenizer.json: build it anew from the model's folder") from None
+        except Exception as e:  # the Rust side raises plain Exception
+            raise ValueError(f"bundle's tokenizer.json cannot be read: {e}") from e
+        tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
+        special = {name: str(config[name]) for name in SPECIAL_TOKEN_NAMES if config.get(name) is not None}
+        return cls(
+            tokenizer,
+            ChatTemplate(_template_sources(bundle), special_tokens=special, now=now),
+            config=config,
+            generation_config=_json(bundle, "generation_config.json"),
+            model_config=_json(bundle, "config.json"),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below this: the model's own vocabulary, which may be padded beyond the tokenizer's."""
+        return self._vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """What ends a generation: the tokenizer's EOS first, then the generation config's others."""
+        return self._eos_token_ids
+
+    @property
+    def family(self) -> str:
+        """The model_type of config.json: llama, mistral, falcon, ..."""
+        return self._family
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether Chat can be asked of the model at all."""
+        return bool(self._template)
+
+    def __repr__(self) -> str:
+        return f"TextModel({self._family or 'unknown'}, {self._vocab_size} tokens, {self._template!r})"
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """A plain prompt's ids, with the special tokens that the model wants (BOS)."""
+        return self._encode(text, "prompt", add_special_tokens=True)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The ids of messages through the chat template. Raises CallError as ChatTemplate.render does."""
+        text = self.render_chat(
+            messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            continue_final_message=continue_final_message,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return self._encode(text, "messages", add_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text that encode_chat tokenizes."""
+        return self._template.render(
+            messages,
+            tools=tools,
+            template_kwargs=template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+
+    async def encode_prompt_async(self, text: str) -> list[int]:
+        """encode_prompt; in a worker thread when the text is long."""
+        if len(text) > ENCODE_OFFLOAD_CHARS:
+            return await asyncio.to_thread(self.encode_prompt, text)
+        return self.encode_prompt(text)
+
+    async def encode_chat_async(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """encode_chat; in a worker thread when messages, tools and arguments together are long."""
+
+        def work() -> list[int]:
+            return self.encode_chat(
+                messages,
+                tools=tools,
+                template_kwargs=template_kwargs,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt,
+            )
+
+        if _chars([messages, tools, template_kwargs]) > ENCODE_OFFLOAD_CHARS:
+            return await asyncio.to_thread(work)
+        return work()
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids by themselves. Ids beyond the tokenizer's have none."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def detokenizer(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
+    ) -> Detokenizer:
+        """A detokenizer for one call whose prompt was `prompt_ids`."""
+        if self._tail_primes:
+            prompt_ids = priming_ids(
+                self._tokenizer, prompt_ids, self._unsafe_ids, skip_special_tokens=skip_special_tokens
+            )
+        return Detokenizer(
+            self._tokenizer, prompt_ids, stop=stop, min_tokens=min_tokens, skip_special_tokens=skip_special_tokens
+        )
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text by itself, special or not, with the leading spaces that a decoder strips. Cached."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self._token_texts[token_id] = self._text_of(token_id)
+        return text
+
+    def _text_of(self, token_id: int) -> str:
+        text = self.decode([token_id], skip_special_tokens=False)
+        if self._space_mark is None:
+            return text
+        piece = self._tokenizer.id_to_token(token_id) or ""
+        marks = len(piece) - len(piece.lstrip(self._space_mark))
+        spaces = len(text) - len(text.lstrip(" "))
+        return " " * max(marks - spaces, 0) + text
+
+    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            # The batch form: without offsets, twice as fast, and outside the interpreter's lock.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except TypeError:  # what the Rust side makes of a lone surrogate
+            raise invalid(field, "the text is not valid Unicode (a lone surrogate): send well-formed text") from None
+        return list(encoding.ids)
+
+
+def _json(bundle: Bundle, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(bundle.files.get(name, b"{}"))
+    except ValueError as e:
+        raise ValueError(f"bundle's {name} is not JSON: {e}") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"bundle's {name} must hold a JSON object")
+    return content
+
+
+def _template_sources(bundle: Bundle) -> dict[str, str]:
+    """chat_template.jinja is `default`, chat_template.NAME.jinja is NAME."""
+    sources = {}
+    for name, content in bundle.files.items():
+        if name == "chat_template.jinja":
+            sources["default"] = content.decode()
+        elif name.startswith("chat_template.") and name.endswith(".jinja"):
+            sources[name.removeprefix("chat_template.").removesuffix(".jinja")] = content.decode()
+    return sources
+
+
+def _eos_ids(tokenizer: Tokenizer, config: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
+    own = tokenizer.token_to_id(str(config["eos_token"])) if config.get("eos_token") is not None else None
+    listed = generation.get("eos_token_id")
+    others = [listed] if isinstance(listed, int) else list(listed or ())
+    return tuple(dict.fromkeys(number for number in (own, *others) if number is not None))
+
+
+def _without_model(tokenizer: Tokenizer) -> str:
+    """The tokenizer's parts as JSON, but for the vocabulary: that of a large model takes a tenth of a second."""
+    shell = Tokenizer.from_str('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    if tokenizer.pre_tokenizer is not None:
+        shell.pre_tokenizer = tokenizer.pre_tokenizer
+    if tokenizer.decoder is not None:
+        shell.decoder = tokenizer.decoder
+    return str(shell.to_str())
+
+
+def _space_mark(pre_tokenizer: Mapping[str, Any] | None) -> str | None:
+    """The mark for a space in the pieces of a Metaspace tokenizer, whose decoder strips the first one."""
+    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    return next((part.get("replacement", "▁") for part in parts if part.get("type") == "Metaspace"), None)
+
+
+def _kinds(part: Mapping[str, Any] | None, members: str) -> set[str]:
+    if part is None:
+        return {"none"}
+    return {str(member.get("type")) for member in part.get(members, [part])}
+
+
+def _byte_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    ids = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(number for number in ids if number is not None)
+
+
+def _chars(value: object) -> int:
+    """About how many characters a value of messages, tools and arguments will take in a prompt."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_chars(key) + _chars(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return sum(map(_chars, value))
+    return 4
