@@ -1,0 +1,41 @@
+"""A model's spec as JSON, and the digest that decides whether its replicas must be made anew. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+
+from cluster.api.types import ModelSpec
+
+# What the replicas never see: names are the gateway's, and counts are changed by scaling, not by a new start.
+_NOT_THE_REPLICAS = ("aliases", "min_replicas", "max_replicas", "idle_s")
+
+
+def to_json(spec: ModelSpec) -> dict[str, object]:
+    """The spec as plain JSON values; `from_json` is the inverse."""
+    values = dataclasses.asdict(spec)
+    values["aliases"] = list(spec.aliases)
+    values["engine"] = dict(spec.engine)
+    return values
+
+
+def from_json(values: Mapping[str, object]) -> ModelSpec:
+    """What `to_json` wrote. Raises ValueError for a key that no spec has."""
+    known = {f.name for f in dataclasses.fields(ModelSpec)}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"spec: unknown key {key!r}")
+    plain: dict[str, object] = dict(values)
+    aliases = plain.get("aliases")
+    if isinstance(aliases, list):
+        plain["aliases"] = tuple(aliases)
+    return ModelSpec(**plain)  # type: ignore[arg-type]
+
+
+def digest(spec: ModelSpec, surroundings: Mapping[str, object]) -> str:
+    """16 hex digits over what a replica is started with: its part of the spec, and its surroundings (JSON values)."""
+    seen = {key: value for key, value in to_json(spec).items() if key not in _NOT_THE_REPLICAS}
+    text = json.dumps([seen, dict(surroundings)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,145 @@
+"""Where a replica's processes go: bundles and strategy of its placement group, and the two checks around them. Pure.
+
+A replica of one GPU is one bundle, since its engine runs in the replica's own process tree and must see the GPU. A
+larger one is a CPU bundle for the replica and one bundle for each GPU, since vLLM refuses bundles of several GPUs.
+The group is packed onto one node strictly, unless pipeline parallelism or the entry's own key lets it spread.
+Machines without GPUs run the same groups over Ray's logical GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.api.types import ModelSpec
+
+REPLICA_CPUS = 1.0
+"""CPUs set aside for the replica's front end and its engine core."""
+SIMULATED_CPUS = 0.05
+"""CPUs set aside for a simulated engine, so that a laptop holds any number."""
+ACCELERATOR_SHARE = 0.001
+"""Ray marks a node with one `accelerator_type:X`; a bundle that asks for a sliver of it lands there."""
+
+Bundle = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A placement group to ask for. The replica itself sits in the first bundle and owns `replica_gpus` of it."""
+
+    bundles: tuple[Bundle, ...]
+    strategy: str
+    replica_cpus: float
+    replica_gpus: float
+
+
+def is_simulated(spec: ModelSpec) -> bool:
+    """Whether the entry names a simulated engine, which needs no GPU."""
+    return spec.source.startswith("sim://")
+
+
+def world_size(spec: ModelSpec) -> int:
+    """GPUs of one replica."""
+    return spec.tensor_parallel_size * spec.pipeline_parallel_size
+
+
+def may_spread(spec: ModelSpec) -> bool:
+    """Whether the replica's GPUs may lie on several nodes."""
+    return spec.pipeline_parallel_size > 1 or spec.allow_cross_node_tensor_parallel
+
+
+def placement(spec: ModelSpec) -> Placement:
+    """The placement group of one replica."""
+    strategy = "PACK" if may_spread(spec) else "STRICT_PACK"
+    if is_simulated(spec):
+        return Placement(({"CPU": SIMULATED_CPUS},), strategy, SIMULATED_CPUS, 0.0)
+    gpu: Bundle = {"GPU": 1.0}
+    if spec.gpu:
+        gpu[f"accelerator_type:{spec.gpu}"] = ACCELERATOR_SHARE
+    if world_size(spec) == 1:
+        return Placement(({"CPU": REPLICA_CPUS, **gpu},), strategy, REPLICA_CPUS, 1.0)
+    bundles = ({"CPU": REPLICA_CPUS}, *(dict(gpu) for _ in range(world_size(spec))))
+    return Placement(bundles, strategy, REPLICA_CPUS, 0.0)
+
+
+def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> str:
+    """Why these nodes could not hold one replica even if they were idle; "" when they could.
+
+    `nodes` are each node's total resources. Bundles of a packed group are placed greedily, largest node first, which
+    is exact here since all GPU bundles of a group are alike.
+    """
+    if not nodes:
+        return "cannot be placed: Ray has no node"
+    wanted = placement(spec)
+    need = _total(wanted.bundles)
+    if wanted.strategy == "STRICT_PACK":
+        if any(_fits(need, node) for node in nodes):
+            return ""
+        return _strict_reason(spec, need, nodes)
+    free = [dict(node) for node in nodes]
+    free.sort(key=lambda node: -node.get("GPU", 0.0))
+    for bundle in wanted.bundles:
+        home = next((node for node in free if _fits(bundle, node)), None)
+        if home is None:
+            have = _say(_total(nodes), need)
+            return f"cannot be placed: needs {_say(need, need)} over all nodes, and they have {have} in all"
+        for name, amount in bundle.items():
+            home[name] -= amount
+    return ""
+
+
+def _strict_reason(spec: ModelSpec, need: Bundle, nodes: Sequence[Mapping[str, float]]) -> str:
+    most = max(nodes, key=lambda node: (_fits({k: v for k, v in need.items() if ":" in k}, node), node.get("GPU", 0.0)))
+    reason = f"cannot be placed: needs {_say(need, need)} on one node, and the largest has {_say(most, need)}"
+    if spec.tensor_parallel_size > 1:
+        reason += (
+            "; add such a node, lower tensor_parallel_size, or set allow_cross_node_tensor_parallel: true "
+            "where the nodes' network is fast enough"
+        )
+    return reason
+
+
+def why_split(spec: ModelSpec, gpu_nodes: Sequence[str], driver_node: str) -> str:
+    """Why the group must not come up as Ray placed it; "" when it may.
+
+    `gpu_nodes` are the nodes of the GPU bundles in their order. vLLM orders ranks by node, the driver's first, then
+    by node id, and each run of tensor_parallel_size ranks is one tensor-parallel group.
+    """
+    if spec.allow_cross_node_tensor_parallel or spec.tensor_parallel_size == 1:
+        return ""
+    ranks = sorted(gpu_nodes, key=lambda node: (node != driver_node, node))
+    size = spec.tensor_parallel_size
+    for start in range(0, len(ranks), size):
+        group = ranks[start : start + size]
+        if len(set(group)) > 1:
+            return (
+                f"ranks {start} to {start + size - 1}, a tensor-parallel group, lie on {len(set(group))} nodes: "
+                "set allow_cross_node_tensor_parallel: true if the nodes' network is fast enough, "
+                "or lower tensor_parallel_size to what one node holds"
+            )
+    return ""
+
+
+def _total(bundles: Sequence[Mapping[str, float]]) -> Bundle:
+    total: Bundle = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def _fits(need: Mapping[str, float], node: Mapping[str, float]) -> bool:
+    return all(node.get(name, 0.0) + 1e-9 >= amount for name, amount in need.items())
+
+
+def _say(have: Mapping[str, float], need: Mapping[str, float]) -> str:
+    """`2 GPUs of type H100 and 1 CPU`, the kinds that `need` names."""
+    types = [name.split(":", 1)[1] for name in need if name.startswith("accelerator_type:")]
+    kind = f" of type {types[0]}" if types and f"accelerator_type:{types[0]}" in have else ""
+    parts = []
+    if "GPU" in need:
+        gpus = have.get("GPU", 0.0)
+        parts.append(f"{gpus:g} GPU{'' if gpus == 1 else 's'}{kind}")
+    cpus = have.get("CPU", 0.0)
+    parts.append(f"{cpus:g} CPU{'' if cpus == 1 else 's'}")
+    return " and ".join(parts)
