@@ -1,0 +1,104 @@
+"""cluster.admin.v1, read-only: what a gateway can answer itself of the fleet and the catalog."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from cluster.admin.v1 import admin_pb2 as pb
+from cluster.admin.v1 import admin_pb2_grpc as pb_grpc
+from cluster.api.outcomes import CallError
+from cluster.gateway.directory import Directory, KnownModel
+from cluster.gateway.dispatch import Dispatcher
+from cluster.gateway.grpc_face import paginate
+from cluster.gateway.status import grpc_code, trailers
+from cluster.link.hub import Hub, WorkerLink
+
+
+class FleetAdmin(pb_grpc.FleetServicer):
+    """Workers with a link to this gateway."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+
+    async def ListWorkers(self, request: pb.ListWorkersRequest, context: Any) -> pb.ListWorkersResponse:
+        """By worker id."""
+        links = {link.identity.worker_id: link for link in self._hub.links}
+        try:
+            page, token = paginate(sorted(links), request.page_size, request.page_token)
+        except CallError as error:
+            await context.abort(grpc_code(error), error.message, trailers(error))
+            raise
+        return pb.ListWorkersResponse(workers=[_worker(links[key]) for key in page], next_page_token=token)
+
+
+class CatalogAdmin(pb_grpc.CatalogServicer):
+    """Models as this gateway knows them."""
+
+    def __init__(self, hub: Hub, directory: Directory, dispatcher: Dispatcher) -> None:
+        self._hub = hub
+        self._directory = directory
+        self._dispatcher = dispatcher
+
+    async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:
+        """By name."""
+        try:
+            page, token = paginate([m.name for m in self._directory.models], request.page_size, request.page_token)
+            entries = [self._entry(self._directory.resolve(name)) for name in page]
+        except CallError as error:
+            await context.abort(grpc_code(error), error.message, trailers(error))
+            raise
+        heard = self._hub.catalog_at
+        age_s = -1.0 if heard is None else time.monotonic() - heard
+        return pb.ListResponse(models=entries, next_page_token=token, age_s=age_s)
+
+    async def Get(self, request: pb.GetRequest, context: Any) -> pb.CatalogEntry:
+        """By name or alias."""
+        try:
+            return self._entry(self._directory.resolve(request.name))
+        except CallError as error:
+            await context.abort(grpc_code(error), error.message, trailers(error))
+            raise
+
+    def _entry(self, model: KnownModel) -> pb.CatalogEntry:
+        entry = model.entry
+        link = next(iter(model.links.values()), None)
+        waiting, _ = self._dispatcher.waiting(model.name)
+        return pb.CatalogEntry(
+            name=entry.name,
+            aliases=entry.aliases,
+            state=model.state.value,
+            state_reason="" if link else entry.state_reason,
+            replicas=entry.replicas,
+            replicas_desired=entry.replicas_desired,
+            version=entry.version,
+            revision=entry.revision,
+            max_model_len=model.max_model_len,
+            weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
+            bundle_digest=model.bundle_digest,
+            ready_workers=sum(not link.draining for link in model.links.values()),
+            waiting=waiting,
+            note="" if model.in_catalog else "not in the catalog: known by its workers alone",
+        )
+
+
+def _worker(link: WorkerLink) -> pb.Worker:
+    return pb.Worker(
+        worker_id=link.identity.worker_id,
+        incarnation=link.identity.incarnation,
+        model=link.identity.model,
+        node=link.identity.node,
+        ray_cluster=link.identity.ray_cluster,
+        state="DRAINING" if link.draining else "READY",
+        running=link.load.running,
+        waiting=link.load.waiting,
+        kv_usage=link.load.kv_usage,
+        step_ms=link.load.step_s * 1000,
+        max_num_seqs=link.info.max_num_seqs,
+        engine_path=link.info.engine_path,
+        engine_path_reason=link.info.engine_path_reason,
+        engine_version=link.info.engine_version,
+        engine_class=link.info.engine_class,
+        free_sequences=link.free.sequences,
+        kv_tokens=link.info.kv_tokens,
+    )

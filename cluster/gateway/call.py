@@ -1,0 +1,237 @@
+"""A running call: its sequences receive tokens from the link, turn them into text and hand pieces to the face.
+
+Tokens become text when they arrive, not when the client reads, so that a stop string ends the engine's work at once
+however slow the reader is. A reader that is slow gets several tokens in one piece, never late ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.api.outcomes import CallError, Outcome, Violation
+from cluster.api.types import EngineRequest, FinishReason, TokenOutput
+from cluster.gateway.text.detokenizer import Detokenizer
+from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
+from cluster.link.hub import WorkerLink
+
+MAX_ATTEMPTS = 3
+
+_FINISH_WORDS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.REPETITION: "stop",
+}
+
+# Engine fields by the name that callers know them under.
+_CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one sequence has for the caller since the last piece."""
+
+    index: int
+    text: str
+    finish_reason: str = ""
+    logprobs: Sequence[TokenLogprob] = ()
+    first: bool = False
+
+
+@dataclass(slots=True)
+class CallUsage:
+    """The engine's counts, and where the time went (seconds)."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    queue_s: float = 0.0
+    ttft_s: float = 0.0
+
+
+class Output:
+    """One of a call's n outputs. A Sink of the link."""
+
+    def __init__(
+        self,
+        call: Call,
+        index: int,
+        request: EngineRequest,
+        detokenizer: Detokenizer,
+        logprob_texts: LogprobTexts | None = None,
+    ) -> None:
+        self.call = call
+        self.index = index
+        self.request = request
+        self.detokenizer = detokenizer
+        self.emitted: list[int] = []
+        self.attempt = 1
+        self.link: WorkerLink | None = None
+        self.slot = 0
+        self.finish_reason = ""
+        self.waiting_id = f"{call.id}#{index}"
+        self._told = False
+        self._told_finish = False
+        self._logprob_texts = logprob_texts
+        self._logprobs: list[TokenLogprob] = []
+
+    def __repr__(self) -> str:
+        return f"<Output {self.waiting_id} tokens {len(self.emitted)} {self.finish_reason or 'running'}>"
+
+    def bound(self, link: WorkerLink, slot: int) -> None:
+        """A worker has been chosen and the request sent."""
+        self.link, self.slot = link, slot
+
+    # ---- Sink
+
+    def accepted(self) -> None:
+        """Nothing to do: the first tokens say the same."""
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        """The request itself is at fault, or the engine had no room after all."""
+        self.link = None
+        if reason == "NO_ROOM":
+            self.call.again(self)
+            return
+        outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
+        name = _CALLER_FIELDS.get(field, field)
+        violations = [Violation(name, message)] if name else []
+        self.call.fail(CallError(outcome, f"{name}: {message}" if name else message, violations=violations))
+
+    def output(self, output: TokenOutput) -> None:
+        """One step's tokens."""
+        call = self.call
+        ids = output.token_ids
+        if output.prompt_tokens is not None and self.index == 0:
+            call.usage.prompt_tokens = output.prompt_tokens
+            call.usage.cached_tokens = output.cached_tokens or 0
+        if output.finish is not None:
+            self.link = None
+            if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
+                call.fail(CallError(Outcome.INTERNAL, "the engine could not go on with this call; it is safe to retry"))
+                return
+            self.finish_reason = _FINISH_WORDS[output.finish]
+        before = len(self.emitted)
+        stop = self.detokenizer.push(ids, output.finish is FinishReason.STOP)
+        self.emitted.extend(ids)
+        if stop is not None:
+            del self.emitted[len(self.detokenizer.token_ids) :]
+            self.finish_reason = "stop"
+            self._leave_engine()
+        if output.logprobs and self._logprob_texts is not None:
+            self._logprobs += self._logprob_texts.push(output.logprobs[: len(self.emitted) - before])
+        call.progressed(len(self.emitted) - before)
+
+    def lost(self, why: str) -> None:
+        """The worker is gone. Before the first token another one takes over; after it the caller is told."""
+        self.link = None
+        if self.finish_reason:
+            return
+        if not self.emitted and self.attempt < MAX_ATTEMPTS:
+            self.attempt += 1
+            self.call.again(self)
+            return
+        self.call.fail(
+            CallError(
+                Outcome.WORKER_LOST, f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
+            )
+        )
+
+    # ---- the face
+
+    def take(self) -> Piece | None:
+        """Text, finish and logprobs since the last take; None when there is nothing to tell."""
+        if self._told_finish:
+            return None
+        finished = bool(self.finish_reason)
+        text = self.detokenizer.take(finished)
+        if not (text or finished or self._logprobs):
+            return None
+        self._told_finish = finished
+        piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._told)
+        self._told = True
+        self._logprobs = []
+        return piece
+
+    def _leave_engine(self) -> None:
+        if self.link is not None:
+            self.link.abort(self.slot)
+            self.link = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One call from arrival to end. `again` puts a sequence back into the queue; `on_tokens` feeds the metrics."""
+
+    id: str
+    model: str
+    tenant: str
+    arrived: float
+    deadline: float | None
+    again: Callable[[Output], None]
+    clock: Callable[[], float]
+    on_tokens: Callable[[int, float], None] | None = None
+    sequences: list[Output] = field(default_factory=list)
+    usage: CallUsage = field(default_factory=CallUsage)
+    error: CallError | None = None
+    first_token_at: float | None = None
+    last_news_at: float = 0.0
+    silent: bool = False
+    """Set by the keep-alive: nothing has come for a while, and the caller's connection wants a sign of life."""
+    _waiter: asyncio.Future[None] | None = None
+    _news: bool = False
+
+    def progressed(self, tokens: int) -> None:
+        """A sequence has got tokens."""
+        now = self.clock()
+        if tokens:
+            if self.first_token_at is None:
+                self.first_token_at = now
+                self.usage.ttft_s = now - self.arrived
+            elif self.on_tokens is not None:
+                self.on_tokens(tokens, now - self.last_news_at)
+            self.last_news_at = now
+            self.usage.completion_tokens += tokens
+        self.wake()
+
+    def fail(self, error: CallError) -> None:
+        """The call ends with this error; what still runs of it is dropped."""
+        if self.error is None:
+            self.error = error
+        self.release()
+        self.wake()
+
+    def wake(self) -> None:
+        """Tell the face that there is something to look at."""
+        self._news = True
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def news(self) -> None:
+        """Wait until there is something to look at."""
+        if not self._news:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._news = False
+
+    def take(self) -> list[Piece]:
+        """Pieces since the last take. Raises the call's error once all text before it has been taken."""
+        pieces = [piece for sequence in self.sequences if (piece := sequence.take()) is not None]
+        if self.error is not None and not any(piece.text for piece in pieces):
+            raise self.error
+        return pieces
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence has ended by itself."""
+        return all(sequence.finish_reason for sequence in self.sequences)
+
+    def release(self) -> None:
+        """Drop whatever still runs in an engine."""
+        for sequence in self.sequences:
+            sequence._leave_engine()

@@ -1,0 +1,205 @@
+"""Which models there are: the controller's catalog and what the workers' Hellos say, under names and aliases.
+
+A gateway that starts before its controller knows the models of its workers; one that starts before its workers knows
+the catalog, and keeps the last one on disk for the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from cluster.api.bundle import Bundle
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.types import CatalogEntry, ModelState
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.link import codec
+from cluster.link.hub import WorkerLink
+from cluster.link.v1 import link_pb2 as pb
+
+log = structlog.get_logger("directory")
+
+
+class KnownModel:
+    """A model as this gateway knows it now."""
+
+    def __init__(self, entry: CatalogEntry, in_catalog: bool) -> None:
+        self.entry = entry
+        self.in_catalog = in_catalog
+        self.links: dict[str, WorkerLink] = {}
+
+    @property
+    def name(self) -> str:
+        """The model's own name."""
+        return self.entry.name
+
+    @property
+    def state(self) -> ModelState:
+        """READY while a worker is linked, else what the catalog says."""
+        if any(not link.draining for link in self.links.values()):
+            return ModelState.READY
+        if self.entry.state is ModelState.READY:  # the catalog is older than the loss of the last worker
+            return ModelState.LOADING
+        return self.entry.state
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of context; the smallest over the workers, so that a call fits whichever it meets. 0: unknown."""
+        lengths = [link.info.max_model_len for link in self.links.values()]
+        return min(lengths) if lengths else self.entry.max_model_len
+
+    @property
+    def bundle_digest(self) -> str:
+        """The tokenizer's digest; empty while unknown."""
+        for link in self.links.values():
+            return link.identity.bundle_digest
+        return self.entry.bundle_digest
+
+    @property
+    def default_sampling(self) -> Mapping[str, object]:
+        """The generation config's sampling defaults."""
+        for link in self.links.values():
+            return link.info.default_sampling
+        return self.entry.default_sampling
+
+
+class Directory:
+    """Models by name and alias, and their tokenizers by digest (memory, disk, then `fetch`)."""
+
+    def __init__(self, folder: Path, fetch: Callable[[str], Awaitable[Bundle]]) -> None:
+        self._folder = folder
+        self._fetch = fetch
+        self._models: dict[str, KnownModel] = {}
+        self._names: dict[str, str] = {}
+        self._texts: dict[str, asyncio.Task[TextModel]] = {}
+        self._heard = False
+        self._restore()
+
+    # ---- news
+
+    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+        """A new catalog: replaces what the last one said; models of linked workers stay."""
+        self._heard = True
+        known = {entry.name: entry for entry in entries}
+        for name, model in list(self._models.items()):
+            if name not in known:
+                if model.links:
+                    model.entry, model.in_catalog = replace(model.entry, aliases=()), False
+                else:
+                    del self._models[name]
+        for entry in entries:
+            model = self._models.setdefault(entry.name, KnownModel(entry, True))
+            model.entry, model.in_catalog = entry, True
+        self._rename()
+        self._keep(entries)
+
+    def joined(self, link: WorkerLink) -> None:
+        """A worker's link is up."""
+        self._heard = True
+        name = link.identity.model
+        entry = CatalogEntry(name=name, state=ModelState.READY, bundle_digest=link.identity.bundle_digest)
+        model = self._models.setdefault(name, KnownModel(entry, False))
+        model.links[link.identity.worker_id] = link
+        self._rename()
+        self._warm(model)
+
+    def left(self, link: WorkerLink) -> None:
+        """A worker's link has ended."""
+        model = self._models.get(link.identity.model)
+        if model is None or model.links.get(link.identity.worker_id) is not link:
+            return
+        del model.links[link.identity.worker_id]
+        if not model.links and not model.in_catalog:
+            model.entry = replace(
+                model.entry, state=ModelState.GONE, state_reason="its last worker left", max_model_len=0
+            )
+
+    def _rename(self) -> None:
+        names = {alias: m.name for m in self._models.values() for alias in m.entry.aliases}
+        self._names = names | {name: name for name in self._models}
+
+    # ---- questions
+
+    @property
+    def models(self) -> Sequence[KnownModel]:
+        """All models, by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    def find(self, name: str) -> KnownModel | None:
+        """By name or alias."""
+        return self._models.get(self._names.get(name, ""))
+
+    def resolve(self, name: str) -> KnownModel:
+        """By name or alias. Raises CallError."""
+        model = self.find(name)
+        if model is not None:
+            return model
+        if not self._heard:
+            raise CallError(
+                Outcome.MODEL_LOADING,
+                "this gateway has not heard of any model yet: its controller is not there",
+                retry_after_s=2.0,
+            )
+        if not name:
+            raise CallError(Outcome.MODEL_NOT_FOUND, "model: is empty; ListModels names the models that you may use")
+        raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name!r} does not exist; ListModels names those that do")
+
+    async def text(self, model: KnownModel) -> TextModel:
+        """The model's tokenizer and chat template. Raises CallError while it cannot be had."""
+        digest = model.bundle_digest
+        if not digest:
+            raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared: no tokenizer yet")
+        task = self._texts.get(digest)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = self._texts[digest] = asyncio.create_task(self._load(digest))
+        try:
+            return await asyncio.shield(task)
+        except LookupError as error:
+            raise CallError(Outcome.MODEL_LOADING, f"the tokenizer of {model.name} cannot be had: {error}") from None
+
+    def _warm(self, model: KnownModel) -> None:
+        """Fetch a tokenizer before the first call asks for it."""
+        digest = model.bundle_digest
+        if digest and digest not in self._texts:
+            task = self._texts[digest] = asyncio.create_task(self._load(digest))
+            task.add_done_callback(lambda t: t.cancelled() or t.exception())
+
+    async def _load(self, digest: str) -> TextModel:
+        folder = self._folder / "bundles" / digest.replace(":", "-")
+        if folder.exists():
+            bundle = await asyncio.to_thread(Bundle.load, folder)
+            if bundle.digest == digest:
+                return await asyncio.to_thread(TextModel.from_bundle, bundle)
+            log.warning("bundle_damaged", folder=str(folder))
+        bundle = await self._fetch(digest)
+        await asyncio.to_thread(bundle.save, folder)
+        return await asyncio.to_thread(TextModel.from_bundle, bundle)
+
+    # ---- the last catalog, on disk
+
+    def _keep(self, entries: Sequence[CatalogEntry]) -> None:
+        path = self._folder / "catalog.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".new")
+        draft.write_text(json.dumps([codec.entry_to_pb(entry).SerializeToString().hex() for entry in entries]))
+        draft.replace(path)
+
+    def _restore(self) -> None:
+        path = self._folder / "catalog.json"
+        try:
+            lines = json.loads(path.read_text())
+            entries = [codec.entry_from_pb(pb.CatalogModel.FromString(bytes.fromhex(line))) for line in lines]
+        except FileNotFoundError:
+            return
+        except (ValueError, TypeError, OSError) as error:
+            log.warning("kept_catalog_unreadable", path=str(path), reason=str(error))
+            return
+        for entry in entries:
+            self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
+        self._heard = bool(entries)
+        self._rename()

@@ -1,0 +1,230 @@
+"""Waiting and binding: sequences wait in tenancy's room and leave it when routing finds a worker that has granted room.
+
+Nothing is decided here. The waiting room says who is next, routing says where to; this module acts on it and hears
+the link's news.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.types import CatalogEntry, ModelState
+from cluster.gateway.call import Call, Output
+from cluster.gateway.directory import Directory, KnownModel
+from cluster.link.hub import ModelDemand, WorkerLink
+from cluster.observe.metrics import Metrics
+from cluster.routing.pick import Candidate, Decision, RouteCall, pick
+from cluster.tenancy.queue import Waiting, WaitingRoom
+
+log = structlog.get_logger("dispatch")
+
+
+class Dispatcher:
+    """Implements the hub's listener."""
+
+    def __init__(
+        self,
+        room: WaitingRoom,
+        metrics: Metrics,
+        directory: Callable[[], Directory],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._room = room
+        self._metrics = metrics
+        self._directory = directory
+        self._clock = clock
+        self._outputs: dict[str, Output] = {}
+        self._arrived: Counter[str] = Counter()
+        self._arrived_tokens: Counter[str] = Counter()
+        self._told_backlog: dict[str, int] = {}
+        self.on_state: Callable[[], None] = lambda: None
+
+    # ---- calls
+
+    def enter(self, call: Call, model: KnownModel) -> None:
+        """Queue every output of a call, and send what has room at once. Raises CallError; then nothing is queued."""
+        self._refuse_hopeless(model)
+        for output in call.sequences:
+            self._arrived[model.name] += 1
+            self._arrived_tokens[model.name] += len(output.request.prompt_token_ids)
+            outcome = self._room.enter(self._waiting(output), self._clock())
+            if outcome is not None:
+                self.leave(call)
+                raise CallError(outcome, "the cluster's queue is full; retry after the given pause")
+            self._outputs[output.waiting_id] = output
+        self._pump(model.name)
+
+    def leave(self, call: Call) -> None:
+        """A call is over, however it ended: nothing of it waits or runs any longer."""
+        waited = False
+        for output in call.sequences:
+            if self._outputs.pop(output.waiting_id, None) is not None:
+                waited |= self._room.leave(output.waiting_id)
+        call.release()
+        if waited:
+            self._report_backlog(call.model)
+
+    def again(self, output: Output) -> None:
+        """A sequence that has emitted nothing goes back to the head of its queue."""
+        self._outputs[output.waiting_id] = output
+        self._room.put_back(self._waiting(output), self._clock())
+        self._pump(output.call.model)
+
+    def _waiting(self, output: Output) -> Waiting:
+        call = output.call
+        return Waiting(
+            call_id=output.waiting_id,
+            model=call.model,
+            tenant=call.tenant,
+            tokens=len(output.request.prompt_token_ids),
+            deadline=call.deadline,
+            priority_class="standard",
+            arrived=call.arrived,
+        )
+
+    def position(self, call: Call) -> int:
+        """How many wait before the call's first waiting output; 0 when none of it waits."""
+        positions = [self._room.position(o.waiting_id) for o in call.sequences if o.waiting_id in self._outputs]
+        return min((p for p in positions if p is not None), default=0)
+
+    def _refuse_hopeless(self, model: KnownModel) -> None:
+        if model.state in (ModelState.FAILED, ModelState.GONE):
+            reason = model.entry.state_reason or "no reason known"
+            raise CallError(Outcome.NO_WORKER, f"model {model.name} is {model.state.lower()}: {reason}")
+
+    # ---- binding
+
+    def _pump(self, model: str) -> None:
+        """Send waiting outputs of a model while somebody has room."""
+        known = self._directory().find(model)
+        if known is None:
+            return
+        while True:
+            decision: Decision | None = None
+
+            def fits(waiting: Waiting) -> bool:
+                nonlocal decision
+                candidates = [_candidate(link) for link in known.links.values()]
+                decision = pick(RouteCall(model, waiting.tokens), candidates)
+                return decision.worker_id is not None
+
+            waiting = self._room.next(model, fits)
+            if waiting is None or decision is None or decision.worker_id is None:
+                break
+            self._bind(known.links[decision.worker_id], self._outputs.pop(waiting.call_id), decision)
+        self._report_backlog(model)
+
+    def _bind(self, link: WorkerLink, output: Output, decision: Decision) -> None:
+        call = output.call
+        if output.index == 0:
+            call.usage.queue_s = self._clock() - call.arrived
+        output.bound(link, link.submit(output.request, output, output.attempt))
+        self._metrics.count("route_decisions_total", call.model, decision.reason)
+
+    def _report_backlog(self, model: str) -> None:
+        """Tell the model's workers what waits, when that changes by more than they could guess."""
+        count, tokens = self._room.waiting(model)
+        told = self._told_backlog.get(model, 0)
+        if count == told or (told and count and 0.5 < count / told < 2):
+            return
+        self._told_backlog[model] = count
+        known = self._directory().find(model)
+        for link in known.links.values() if known is not None else ():
+            link.box.backlog(count, tokens)
+
+    # ---- time
+
+    def expire(self) -> None:
+        """End what has waited too long; called a few times a second."""
+        for waiting in self._room.expired(self._clock()):
+            output = self._outputs.pop(waiting.call_id, None)
+            if output is not None:
+                output.call.fail(self._too_late(output.call))
+
+    def _too_late(self, call: Call) -> CallError:
+        if call.deadline is not None and self._clock() >= call.deadline:
+            return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for a worker")
+        known = self._directory().find(call.model)
+        if known is None or not known.links:
+            state = known.state.lower() if known is not None else "gone"
+            reason = f" ({known.entry.state_reason})" if known is not None and known.entry.state_reason else ""
+            return CallError(
+                Outcome.MODEL_LOADING, f"model {call.model} is still {state}{reason}; no worker came in time"
+            )
+        return CallError(Outcome.SHED, "no worker had room in time; retry after the given pause")
+
+    # ---- HubListener
+
+    def joined(self, link: WorkerLink) -> None:
+        """A worker's link is up."""
+        self._directory().joined(link)
+        self._told_backlog.pop(link.identity.model, None)
+        self._pump(link.identity.model)
+        self.on_state()
+
+    def left(self, link: WorkerLink, why: str) -> None:
+        """A worker's link has ended; its outputs have been told already."""
+        self._directory().left(link)
+        self._metrics.count("worker_detected_total", link.identity.model)
+        self._pump(link.identity.model)
+        self.on_state()
+
+    def changed(self, link: WorkerLink) -> None:
+        """Credit or draining changed."""
+        self._pump(link.identity.model)
+        if link.draining:
+            self.on_state()
+
+    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+        """A new catalog."""
+        self._directory().catalog(entries)
+        self._fail_hopeless()
+        self.on_state()
+
+    def _fail_hopeless(self) -> None:
+        """Calls that wait for a model which has failed meanwhile are told so now, not at their deadline."""
+        for output in list(self._outputs.values()):
+            known = self._directory().find(output.call.model)
+            try:
+                if known is not None:
+                    self._refuse_hopeless(known)
+            except CallError as error:
+                output.call.fail(error)
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """What the controller should know."""
+        out = []
+        for model in self._directory().models:
+            count, tokens = self._room.waiting(model.name)
+            running = sum(link.running for link in model.links.values())
+            out.append(
+                ModelDemand(
+                    model.name, count, tokens, running, self._arrived[model.name], self._arrived_tokens[model.name]
+                )
+            )
+        return out
+
+    def waiting(self, model: str) -> tuple[int, int]:
+        """Sequences and prompt tokens of a model that wait here."""
+        return self._room.waiting(model)
+
+
+def _candidate(link: WorkerLink) -> Candidate:
+    free = link.free
+    return Candidate(
+        worker_id=link.identity.worker_id,
+        model=link.identity.model,
+        version=link.identity.version,
+        free_sequences=free.sequences,
+        free_tokens=free.tokens,
+        running=link.running,
+        waiting=link.load.waiting,
+        kv_usage=link.load.kv_usage,
+        healthy=True,
+        draining=bool(link.draining),
+    )

@@ -1,0 +1,305 @@
+"""Between inference.proto and wishes, pieces and usage: field by field, with the path of what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.api.types import Grammar
+from cluster.gateway.call import Call, CallUsage, Piece
+from cluster.gateway.directory import KnownModel
+from cluster.gateway.text.logprobs import TokenLogprob
+from cluster.gateway.wishes import DEFAULT_COMPLETE_TOKENS, ChatPrompt, IdsPrompt, Options, Prompt, TextPrompt, Wish
+from cluster.v1 import inference_pb2 as pb
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def unsupported(field: str, what: str) -> CallError:
+    """A field that this release knows and does not serve."""
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"{field}: {what} not in this release; leave it out",
+        violations=[Violation(field, "not supported")],
+    )
+
+
+# ---- requests
+
+
+def chat_wish(request: pb.ChatRequest) -> Wish:
+    """Raises CallError."""
+    if request.tools:
+        raise unsupported("tools", "tool calls are")
+    if request.HasField("tool_choice") and request.tool_choice.mode not in ("", "none", "auto"):
+        raise unsupported("tool_choice", "tool calls are")
+    if request.HasField("max_reasoning_tokens"):
+        raise unsupported("max_reasoning_tokens", "reasoning limits are")
+    if not request.messages:
+        raise invalid("messages", "must not be empty")
+    kwargs = dict(_template_kwargs(request.chat_template_kwargs_json))
+    if request.reasoning_effort:
+        kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+    prompt = ChatPrompt(
+        messages=[_message(i, message) for i, message in enumerate(request.messages)],
+        template_kwargs=kwargs,
+        continue_final_message=request.continue_final_message,
+    )
+    return Wish(request.model, prompt, _options(request))
+
+
+def complete_wish(request: pb.CompleteRequest) -> Wish:
+    """Raises CallError."""
+    prompt: Prompt
+    if request.prompt_token_ids:
+        if request.prompt:
+            raise invalid("prompt_token_ids", "give either prompt or prompt_token_ids, not both")
+        prompt = IdsPrompt(tuple(request.prompt_token_ids))
+    elif request.prompt:
+        prompt = TextPrompt(request.prompt)
+    else:
+        raise invalid("prompt", "must not be empty; give prompt or prompt_token_ids")
+    return Wish(request.model, prompt, _options(request), DEFAULT_COMPLETE_TOKENS)
+
+
+def tokenize_prompt(request: pb.TokenizeRequest) -> Prompt:
+    """Raises CallError."""
+    if bool(request.text) == bool(request.messages):
+        raise invalid("text", "give either text or messages")
+    if request.text:
+        return TextPrompt(request.text)
+    return ChatPrompt([_message(i, message) for i, message in enumerate(request.messages)])
+
+
+def _options(r: pb.ChatRequest | pb.CompleteRequest) -> Options:
+    if r.priority:
+        raise unsupported("priority", "priority classes are")
+    if r.resumable:
+        raise unsupported("resumable", "resume tokens are")
+
+    def given(name: str) -> Any:
+        return getattr(r, name) if r.HasField(name) else None  # type: ignore[arg-type]
+
+    logprobs = None
+    if r.logprobs or (given("top_logprobs") or 0) > 0:
+        if not r.logprobs:
+            raise invalid("top_logprobs", "needs logprobs to be true")
+        logprobs = r.top_logprobs
+    elif given("top_logprobs") is not None and r.top_logprobs < 0:
+        raise invalid("top_logprobs", f"must be at least 0, got {r.top_logprobs}")
+    return Options(
+        max_tokens=given("max_tokens"),
+        min_tokens=given("min_tokens"),
+        temperature=given("temperature"),
+        top_p=given("top_p"),
+        top_k=given("top_k"),
+        min_p=given("min_p"),
+        seed=given("seed"),
+        stop=tuple(r.stop),
+        stop_token_ids=tuple(r.stop_token_ids),
+        n=r.n if r.HasField("n") else 1,
+        frequency_penalty=given("frequency_penalty"),
+        presence_penalty=given("presence_penalty"),
+        repetition_penalty=given("repetition_penalty"),
+        logit_bias=dict(r.logit_bias),
+        logprobs=logprobs,
+        ignore_eos=r.ignore_eos,
+        grammar=_grammar(r.response_format) if r.HasField("response_format") else None,
+    )
+
+
+def _grammar(f: pb.ResponseFormat) -> Grammar | None:
+    match f.type:
+        case "" | "text":
+            return None
+        case "json_object":
+            return Grammar("json_object", "")
+        case "json_schema":
+            _json_object("response_format.json_schema", f.json_schema)
+            return Grammar("json_schema", f.json_schema)
+        case "regex":
+            return Grammar("regex", f.regex)
+        case "choice":
+            return Grammar("choice", tuple(f.choice))
+        case "grammar":
+            return Grammar("grammar", f.grammar)
+        case other:
+            known = "text, json_object, json_schema, regex, choice or grammar"
+            raise invalid("response_format.type", f"must be {known}, got {other!r}")
+
+
+def _template_kwargs(text: str) -> Mapping[str, Any]:
+    return _json_object("chat_template_kwargs_json", text) if text else {}
+
+
+def _json_object(field: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise invalid(field, f"is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise invalid(field, "must be a JSON object")
+    return value
+
+
+def _message(index: int, message: pb.Message) -> dict[str, Any]:
+    at = f"messages[{index}]"
+    if message.role not in ROLES:
+        raise invalid(f"{at}.role", f"must be one of {', '.join(ROLES)}; got {message.role!r}")
+    out: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.parts:
+        if message.content:
+            raise invalid(f"{at}.parts", "give either content or parts, not both")
+        out["content"] = _joined(at, message.parts)
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if value := getattr(message, name):
+            out[name] = value
+    if message.tool_calls:
+        out["tool_calls"] = [_tool_call(f"{at}.tool_calls[{i}]", c) for i, c in enumerate(message.tool_calls)]
+    return out
+
+
+def _joined(at: str, parts: Sequence[pb.ContentPart]) -> str:
+    """Text parts on lines of their own, as vLLM does for templates that take plain content."""
+    texts = []
+    for i, part in enumerate(parts):
+        kind = part.WhichOneof("part")
+        if kind == "image":
+            raise unsupported(f"{at}.parts[{i}].image", "images are")
+        if kind is None:
+            raise invalid(f"{at}.parts[{i}]", "is empty; give text")
+        texts.append(part.text)
+    return "\n".join(texts)
+
+
+def _tool_call(at: str, call: pb.ToolCall) -> dict[str, Any]:
+    arguments = _json_object(f"{at}.arguments", call.arguments) if call.arguments else {}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+# ---- answers
+
+
+def usage_pb(usage: CallUsage) -> pb.Usage:
+    """Counts and times of a call."""
+    return pb.Usage(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=usage.prompt_tokens + usage.completion_tokens,
+        cached_tokens=usage.cached_tokens,
+        queue_ms=int(usage.queue_s * 1000),
+        ttft_ms=int(usage.ttft_s * 1000),
+    )
+
+
+def logprobs_pb(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
+    """Log probabilities with their alternatives."""
+    return [
+        pb.TokenLogprob(
+            token_id=t.token_id,
+            token=t.token,
+            token_bytes=t.token_bytes,
+            logprob=t.logprob,
+            top_logprobs=logprobs_pb(t.top),
+        )
+        for t in logprobs
+    ]
+
+
+def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk:
+    """Pieces as a chunk; the last one carries usage."""
+    return pb.ChatChunk(
+        id=call.id,
+        model=call.model,
+        offset=offset,
+        choices=[
+            pb.ChoiceDelta(
+                index=piece.index,
+                delta=pb.Message(role="assistant", content=piece.text)
+                if piece.first
+                else pb.Message(content=piece.text),
+                finish_reason=piece.finish_reason,
+                logprobs=logprobs_pb(piece.logprobs) if piece.logprobs else (),
+            )
+            for piece in pieces
+        ],
+        usage=usage_pb(call.usage) if call.finished else None,
+    )
+
+
+def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.CompleteChunk:
+    """Pieces as a chunk; the last one carries usage."""
+    return pb.CompleteChunk(
+        id=call.id,
+        model=call.model,
+        offset=offset,
+        choices=_choices(pieces),
+        usage=usage_pb(call.usage) if call.finished else None,
+    )
+
+
+def _choices(pieces: Sequence[Piece]) -> list[pb.CompleteChoice]:
+    return [
+        pb.CompleteChoice(
+            index=p.index,
+            text=p.text,
+            finish_reason=p.finish_reason,
+            logprobs=logprobs_pb(p.logprobs) if p.logprobs else (),
+        )
+        for p in pieces
+    ]
+
+
+def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
+    """A whole answer; one piece for each choice."""
+    return pb.ChatResponse(
+        id=call.id,
+        model=call.model,
+        created=_now(),
+        choices=[
+            pb.Choice(
+                index=p.index,
+                message=pb.Message(role="assistant", content=p.text),
+                finish_reason=p.finish_reason,
+                logprobs=logprobs_pb(p.logprobs),
+            )
+            for p in pieces
+        ],
+        usage=usage_pb(call.usage),
+    )
+
+
+def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteResponse:
+    """A whole answer; one piece for each choice."""
+    return pb.CompleteResponse(
+        id=call.id, model=call.model, created=_now(), choices=_choices(pieces), usage=usage_pb(call.usage)
+    )
+
+
+def _now() -> Timestamp:
+    stamp = Timestamp()
+    stamp.GetCurrentTime()
+    return stamp
+
+
+def model_pb(model: KnownModel) -> pb.Model:
+    """A model as ListModels shows it."""
+    entry = model.entry
+    link = next(iter(model.links.values()), None)
+    return pb.Model(
+        name=entry.name,
+        aliases=entry.aliases,
+        family=entry.family,
+        version=entry.version,
+        revision=entry.revision,
+        weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
+        license=entry.license,
+        max_model_len=model.max_model_len,
+        capabilities=link.info.capabilities if link else (),
+        state=pb.Model.State.Value(f"STATE_{model.state.value}"),
+        state_reason="" if link else entry.state_reason,
+    )

@@ -1,0 +1,218 @@
+"""cluster.v1.Inference over gRPC: bytes become a wish, pieces become chunks, an error becomes a status."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError, Message
+
+from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway import grpc_codec as codec
+from cluster.gateway.call import Call, Piece
+from cluster.gateway.service import CallMeta, CallService, encode
+from cluster.gateway.status import grpc_code, trailers
+from cluster.gateway.wishes import Wish
+from cluster.v1 import inference_pb2 as pb
+
+log = structlog.get_logger("grpc")
+
+SERVICE = "cluster.v1.Inference"
+MAX_PAGE_SIZE = 1000
+_REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
+_TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
+
+
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """A body that is not the message it should be; answered with details rather than by grpc's bare INTERNAL."""
+
+    why: str
+
+
+def _decoder(kind: type[Message]) -> Callable[[bytes], Message | _Malformed]:
+    def decode(data: bytes) -> Message | _Malformed:
+        try:
+            return kind.FromString(data)
+        except DecodeError as error:
+            return _Malformed(str(error))
+
+    return decode
+
+
+def _encode(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What differs between chat and completion."""
+
+    wish: Callable[[Any], Wish]
+    chunk: Callable[[Call, Sequence[Piece], int], Message]
+    response: Callable[[Call, Sequence[Piece]], Message]
+    progress: Callable[[Call, pb.Progress], Message]
+
+
+_CHAT = _Kind(
+    codec.chat_wish,
+    codec.chat_chunk,
+    codec.chat_response,
+    lambda call, progress: pb.ChatChunk(id=call.id, model=call.model, progress=progress),
+)
+_COMPLETE = _Kind(
+    codec.complete_wish,
+    codec.complete_chunk,
+    codec.complete_response,
+    lambda call, progress: pb.CompleteChunk(id=call.id, model=call.model, progress=progress),
+)
+
+
+class GrpcFace:
+    """The gRPC face of a CallService."""
+
+    def __init__(self, service: CallService) -> None:
+        self._service = service
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """All methods of the service."""
+        methods: dict[str, tuple[type[Message], Callable[[Any, Any, CallMeta], Awaitable[Message | None]], bool]] = {
+            "Chat": (pb.ChatRequest, lambda r, c, m: self._whole(_CHAT, r, c, m), False),
+            "StreamChat": (pb.ChatRequest, lambda r, c, m: self._stream(_CHAT, r, c, m), True),
+            "Complete": (pb.CompleteRequest, lambda r, c, m: self._whole(_COMPLETE, r, c, m), False),
+            "StreamComplete": (pb.CompleteRequest, lambda r, c, m: self._stream(_COMPLETE, r, c, m), True),
+            "Tokenize": (pb.TokenizeRequest, lambda r, c, m: self._tokenize(r), False),
+            "Detokenize": (pb.DetokenizeRequest, lambda r, c, m: self._detokenize(r), False),
+            "ListModels": (pb.ListModelsRequest, lambda r, c, m: self._list_models(r), False),
+            "GetModel": (pb.GetModelRequest, lambda r, c, m: self._get_model(r), False),
+        }
+        handlers = {}
+        for name, (kind, method, streams) in methods.items():
+            make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+            handlers[name] = make(
+                self._guarded(method), request_deserializer=_decoder(kind), response_serializer=_encode
+            )
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    def _guarded(self, method: Callable[[Any, Any, CallMeta], Awaitable[Message | None]]) -> Callable[[Any, Any], Any]:
+        """The one place where an error of a call becomes a status."""
+
+        async def handle(request: Any, context: Any) -> Message | None:
+            meta = self._meta(context)
+            try:
+                if isinstance(request, _Malformed):
+                    raise invalid("request", f"is not a message of this method: {request.why}")
+                context.set_trailing_metadata((("x-request-id", meta.request_id),))
+                return await method(request, context, meta)
+            except CallError as error:
+                await self._abort(context, meta, error)
+            except (grpc.aio.AbortError, grpc.aio.UsageError):
+                raise
+            except Exception:
+                log.exception("unexpected", request_id=meta.request_id)
+                unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote request id {meta.request_id}")
+                await self._abort(context, meta, unexpected)
+            return None
+
+        return handle
+
+    async def _abort(self, context: Any, meta: CallMeta, error: CallError) -> None:
+        metadata = (*trailers(error), ("x-request-id", meta.request_id))
+        await context.abort(grpc_code(error), error.message, metadata)
+
+    def _meta(self, context: Any) -> CallMeta:
+        request_id = traceparent = ""
+        for key, value in context.invocation_metadata() or ():
+            if key == "x-request-id" and isinstance(value, str) and _REQUEST_ID.match(value):
+                request_id = value
+            elif key == "traceparent" and isinstance(value, str) and _TRACEPARENT.match(value):
+                traceparent = value
+        remaining_s = context.time_remaining()
+        deadline = None if remaining_s is None else self._service.clock() + remaining_s
+        return CallMeta(request_id or uuid.uuid4().hex, "grpc", deadline, traceparent)
+
+    # ---- calls
+
+    async def _stream(self, kind: _Kind, request: Any, context: Any, meta: CallMeta) -> None:
+        async with self._service.open(kind.wish(request), meta) as call:
+            await context.send_initial_metadata((("x-request-id", meta.request_id),))
+            offset = 0
+            while True:
+                await call.news()
+                pieces = call.take()
+                if not pieces:
+                    await self._silent(kind, call, context)
+                    continue
+                offset += 1
+                await context.write(kind.chunk(call, pieces, offset))
+                if call.finished:
+                    return
+
+    async def _silent(self, kind: _Kind, call: Call, context: Any) -> None:
+        """Woken without text: after keepalive_s of silence say so, else (held-back text) say nothing."""
+        if not call.silent:
+            return
+        call.silent = False
+        position = self._service.dispatcher.position(call)
+        state = "queued" if position else "running" if call.first_token_at is not None else "prefill"
+        model = self._service.directory.find(call.model)
+        if model is not None and not model.links:
+            state = model.state.lower()
+        await context.write(kind.progress(call, pb.Progress(state=state, queue_position=position)))
+
+    async def _whole(self, kind: _Kind, request: Any, context: Any, meta: CallMeta) -> Message:
+        async with self._service.open(kind.wish(request), meta) as call:
+            while not call.finished and call.error is None:
+                await call.news()
+            pieces = call.take()
+            if call.error is not None:
+                raise call.error
+            await context.send_initial_metadata((("x-request-id", meta.request_id),))
+            return kind.response(call, pieces)
+
+    # ---- tokens and models
+
+    async def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        model = self._service.directory.resolve(request.model)
+        text = await self._service.directory.text(model)
+        ids = await encode(codec.tokenize_prompt(request), text)
+        return pb.TokenizeResponse(token_ids=ids, max_model_len=model.max_model_len)
+
+    async def _detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        model = self._service.directory.resolve(request.model)
+        text = await self._service.directory.text(model)
+        for i, token_id in enumerate(request.token_ids):
+            if not 0 <= token_id < text.vocab_size:
+                raise invalid(f"token_ids[{i}]", f"must be in 0 to {text.vocab_size - 1}, got {token_id}")
+        return pb.DetokenizeResponse(text=text.decode(list(request.token_ids), skip_special_tokens=False))
+
+    async def _list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        page, token = paginate([m.name for m in self._service.directory.models], request.page_size, request.page_token)
+        models = [codec.model_pb(self._service.directory.resolve(name)) for name in page]
+        return pb.ListModelsResponse(models=models, next_page_token=token)
+
+    async def _get_model(self, request: pb.GetModelRequest) -> pb.Model:
+        return codec.model_pb(self._service.directory.resolve(request.name))
+
+
+def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Sequence[str], str]:
+    """One page of sorted names and the token of the next (AIP-158). Raises CallError."""
+    if page_size < 0:
+        raise invalid("page_size", f"must not be negative, got {page_size}")
+    after = ""
+    if page_token:
+        try:
+            after = json.loads(bytes.fromhex(page_token))["after"]
+        except (ValueError, KeyError, TypeError):
+            raise invalid("page_token", "is not one that this method has returned") from None
+    rest = [name for name in names if name > after] if after else list(names)
+    size = min(page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE)
+    page = rest[:size]
+    more = json.dumps({"after": page[-1]}).encode().hex() if len(rest) > size else ""
+    return page, more

@@ -1,0 +1,204 @@
+"""A gateway process: its listeners, made of one configuration, from start to drained end."""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cluster import __version__
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.api.types import ModelState
+from cluster.config import Config, Tls
+from cluster.gateway.admin import CatalogAdmin, FleetAdmin
+from cluster.gateway.directory import Directory
+from cluster.gateway.dispatch import Dispatcher
+from cluster.gateway.grpc_face import SERVICE, GrpcFace
+from cluster.gateway.service import CallService
+from cluster.link.dial import Timing
+from cluster.link.hub import HUB_OPTIONS, Hub, add_hub
+from cluster.link.tls import TlsFiles
+from cluster.observe.metrics import Metrics, Sample
+from cluster.tenancy.queue import WaitingRoom
+
+log = structlog.get_logger("gateway")
+
+
+class Gateway:
+    """Everything a gateway holds. `start` binds the ports, `stop` lets calls end and closes them."""
+
+    def __init__(self, config: Config, folder: Path, timing: Timing | None = None) -> None:
+        """`folder` keeps tokenizer bundles and the last catalog."""
+        self.config = config
+        queue = config.gateway.queue
+        self.metrics = Metrics(config.name)
+        room = WaitingRoom(max_requests=queue.max_requests, max_tokens=queue.max_tokens, max_wait_s=queue.max_wait_s)
+        self.dispatcher = Dispatcher(room, self.metrics, lambda: self.directory)
+        self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing)
+        self.directory = Directory(folder, self.hub.fetch_bundle)
+        self.service = CallService(self.directory, self.dispatcher, self.metrics)
+        self.endpoints: dict[str, str] = {}
+        self._health = health.aio.HealthServicer()
+        self._healthy: dict[str, int] = {}
+        self._servers: list[Any] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._lag = self.metrics.histogram("event_loop_lag_seconds")
+        self._states: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Bind every listener. Raises RuntimeError when an address cannot be had."""
+        gateway = self.config.gateway
+        listen = gateway.listen
+        await self._serve("link", listen.link, HUB_OPTIONS, self._add_hub)
+        await self._serve("admin", listen.admin, HUB_OPTIONS, self._add_admin)
+        host, port = listen.metrics.rsplit(":", 1)
+        try:
+            self.endpoints["metrics"] = f"{host}:{self.metrics.serve(host.strip('[]'), int(port))}"
+        except OSError as error:
+            raise RuntimeError(f"gateway.listen.metrics: {listen.metrics} cannot be bound: {error.strerror}") from None
+        self.metrics.on_scrape(self._gauges)
+        self.dispatcher.on_state = self._tell_health
+        self._tasks = [
+            asyncio.create_task(self.hub.watch()),
+            asyncio.create_task(self.service.nudge(gateway.keepalive_s)),
+            asyncio.create_task(self._measure_lag()),
+        ]
+        options = (
+            ("grpc.max_receive_message_length", gateway.max_message_bytes),
+            ("grpc.max_send_message_length", gateway.max_message_bytes),
+            ("grpc.max_connection_age_ms", int(gateway.max_connection_age_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", int(max(gateway.drain_timeout_s, 1) * 1000)),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ("grpc.so_reuseport", 0),
+        )
+        await self._serve("grpc", listen.grpc, options, self._add_inference)
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        log.info("gateway_up", gateway=self.hub.gateway_id, **self.endpoints)
+
+    async def _serve(self, name: str, address: str, options: Any, add: Callable[[grpc.aio.Server, str], int]) -> None:
+        server = grpc.aio.server(options=options)
+        try:
+            port = add(server, address)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise RuntimeError(f"gateway.listen.{name}: {address} cannot be bound; is another process on it?")
+        self._servers.append(server)
+        await server.start()
+        self.endpoints[name] = f"{address.rsplit(':', 1)[0]}:{port}"
+
+    def _add_hub(self, server: grpc.aio.Server, address: str) -> int:
+        return add_hub(self.hub, server, address, tls_files(self.config.gateway.link_tls))
+
+    def _add_admin(self, server: grpc.aio.Server, address: str) -> int:
+        admin_pb2_grpc.add_FleetServicer_to_server(FleetAdmin(self.hub), server)
+        admin_pb2_grpc.add_CatalogServicer_to_server(CatalogAdmin(self.hub, self.directory, self.dispatcher), server)
+        names = [service.full_name for service in admin_pb2.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        return server.add_insecure_port(address)
+
+    def _add_inference(self, server: grpc.aio.Server, address: str) -> int:
+        server.add_generic_rpc_handlers((GrpcFace(self.service).handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server.add_insecure_port(address)
+
+    async def stop(self, drain_s: float) -> None:
+        """No new calls; those under way get `drain_s` seconds; then everything is closed."""
+        self.service.close("stopping")
+        await self._health.enter_graceful_shutdown()
+        clients = self._servers.pop() if "grpc" in self.endpoints else None
+        if clients is not None:
+            await clients.stop(drain_s)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for server in reversed(self._servers):
+            await server.stop(0)
+        await asyncio.to_thread(self.metrics.close)
+
+    # ---- what others see
+
+    def _tell_health(self) -> None:
+        """grpc.health.v1 per model name and alias."""
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        now = {
+            name: serving if model.state is ModelState.READY else not_serving
+            for model in self.directory.models
+            for name in (model.name, *model.entry.aliases)
+        }
+        for name, status in {**dict.fromkeys(self._healthy, not_serving), **now}.items():
+            if self._healthy.get(name) != status:
+                self._healthy[name] = status
+                task = asyncio.create_task(self._health.set(name, status))
+                self._states.add(task)
+                task.add_done_callback(self._states.discard)
+
+    async def _measure_lag(self) -> None:
+        interval_s = 0.1
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(interval_s)
+            self._lag.observe(max(time.monotonic() - before - interval_s, 0.0))
+
+    def _gauges(self) -> Iterator[Sample]:
+        yield "build_info", (__version__, platform.python_version(), grpc.__version__), 1
+        statistics = self.hub.statistics()
+        yield "link_connected", ("worker",), statistics.workers
+        yield "link_connected", ("controller",), statistics.controllers
+        heard = self.hub.catalog_at
+        yield "catalog_age_seconds", (), -1 if heard is None else time.monotonic() - heard
+        running = self.service.statistics()
+        for model in self.directory.models:
+            waiting, tokens = self.dispatcher.waiting(model.name)
+            yield "requests_in_flight", (model.name,), running.get(model.name, 0)
+            yield "queue_requests", (model.name,), waiting
+            yield "queue_tokens", (model.name,), tokens
+            yield "model_replicas", (model.name,), len(model.links)
+            yield "model_replicas_desired", (model.name,), model.entry.replicas_desired
+            for state in ModelState:
+                yield "model_state", (model.name, state.value.lower()), float(model.state is state)
+        for link in self.hub.links:
+            labels, load = (link.identity.model, link.identity.worker_id), link.load
+            yield "worker_up", labels, 1
+            yield "worker_running_requests", labels, load.running
+            yield "worker_waiting_requests", labels, load.waiting
+            yield "worker_kv_usage_ratio", labels, load.kv_usage
+            yield "worker_step_seconds", labels, load.step_s
+            yield (
+                "engine_path_info",
+                (link.identity.worker_id, link.info.engine_path, link.info.engine_path_reason),
+                1,
+            )
+
+
+def tls_files(tls: Tls | None) -> TlsFiles | None:
+    """A configuration's TLS section as the link takes it."""
+    return None if tls is None else TlsFiles(tls.cert_file, tls.key_file, tls.ca_file)
+
+
+async def run_gateway(
+    config: Config,
+    *,
+    folder: Path,
+    stop: asyncio.Event,
+    ready: Callable[[dict[str, str]], None] = lambda endpoints: None,
+) -> None:
+    """Serve until `stop` is set, then drain. `ready` gets the bound endpoints by listener name."""
+    gateway = Gateway(config, folder)
+    try:
+        await gateway.start()
+        ready(gateway.endpoints)
+        await stop.wait()
+    finally:
+        await gateway.stop(config.gateway.drain_timeout_s)

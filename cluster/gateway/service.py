@@ -1,0 +1,191 @@
+"""One call from arrival to end, whichever face it came by. Reads in the order in which things happen."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+import structlog
+
+from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.api.types import EngineRequest
+from cluster.gateway import wishes
+from cluster.gateway.call import Call, Output
+from cluster.gateway.directory import Directory, KnownModel
+from cluster.gateway.dispatch import Dispatcher
+from cluster.gateway.text.logprobs import LogprobTexts
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.observe.metrics import Metrics
+
+log = structlog.get_logger("calls")
+
+
+@dataclass(frozen=True, slots=True)
+class CallMeta:
+    """What comes with a call beside its body. `deadline` is a point of the service's clock; None: none."""
+
+    request_id: str
+    face: str
+    deadline: float | None = None
+    traceparent: str = ""
+    tenant: str = "default"
+
+
+class CallService:
+    """Opens calls. Every open call is closed by leaving its context: places freed, queue left, metrics settled."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        dispatcher: Dispatcher,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.directory = directory
+        self.dispatcher = dispatcher
+        self.metrics = metrics
+        self.clock = clock
+        self._open: dict[str, Call] = {}
+        self._closing = ""
+
+    def statistics(self) -> dict[str, int]:
+        """Open calls by model; empty when idle."""
+        counts: dict[str, int] = {}
+        for call in list(self._open.values()):
+            counts[call.model] = counts.get(call.model, 0) + 1
+        return counts
+
+    def close(self, why: str) -> None:
+        """Take no new call."""
+        self._closing = why
+
+    @asynccontextmanager
+    async def open(self, wish: wishes.Wish, meta: CallMeta) -> AsyncIterator[Call]:
+        """A running call. Raises CallError when it cannot run; errors raised inside end it with their outcome."""
+        arrived = self.clock()
+        outcome, model_name, call = Outcome.OK, "", None
+        try:
+            if self._closing:
+                raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
+            wishes.check_options(wish.options)
+            model = self.directory.resolve(wish.model)
+            model_name = model.name
+            text = await self.directory.text(model)
+            prompt_ids = await encode(wish.prompt, text)
+            call = self._call(wish, meta, model, text, prompt_ids, arrived)
+            self._open[call.id] = call
+            self.dispatcher.enter(call, model)
+            yield call
+        except CallError as error:
+            outcome = error.outcome
+            raise
+        except asyncio.CancelledError:
+            late = meta.deadline is not None and self.clock() >= meta.deadline - 0.001
+            outcome = Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
+            raise
+        except Exception:
+            outcome = Outcome.INTERNAL
+            log.exception("call_failed", request_id=meta.request_id)
+            raise
+        finally:
+            if call is not None:
+                self._open.pop(call.id, None)
+                self.dispatcher.leave(call)
+            self._settle(model_name, meta, outcome, call, arrived)
+
+    def _call(
+        self,
+        wish: wishes.Wish,
+        meta: CallMeta,
+        model: KnownModel,
+        text: TextModel,
+        prompt_ids: list[int],
+        arrived: float,
+    ) -> Call:
+        options = wish.options
+        max_len = model.max_model_len
+        if not max_len:
+            raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared")
+        sampling = wishes.sampling(wish, model.default_sampling, len(prompt_ids), max_len, text.vocab_size)
+        itl = self.metrics.histogram("inter_token_latency_seconds", model.name)
+        call = Call(
+            id=f"{'chatcmpl' if isinstance(wish.prompt, wishes.ChatPrompt) else 'cmpl'}-{uuid.uuid4().hex}",
+            model=model.name,
+            tenant=meta.tenant,
+            arrived=arrived,
+            deadline=meta.deadline,
+            again=self.dispatcher.again,
+            clock=self.clock,
+            on_tokens=lambda tokens, elapsed_s: itl.observe(elapsed_s / tokens),
+        )
+        call.usage.prompt_tokens = len(prompt_ids)
+        for index in range(options.n):
+            seed = None if sampling.seed is None else sampling.seed + index
+            request = EngineRequest(
+                request_id="",
+                prompt_token_ids=prompt_ids,
+                sampling=sampling if index == 0 else replace(sampling, seed=seed),
+                traceparent=meta.traceparent,
+            )
+            detokenizer = text.detokenizer(prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
+            logprobs = None if options.logprobs is None else LogprobTexts(text, options.logprobs)
+            call.sequences.append(Output(call, index, request, detokenizer, logprobs))
+        return call
+
+    def _settle(self, model: str, meta: CallMeta, outcome: Outcome, call: Call | None, arrived: float) -> None:
+        metrics = self.metrics
+        metrics.count("requests_total", model, meta.tenant, meta.face, outcome.value)
+        if call is None or call.first_token_at is None:
+            if outcome not in (Outcome.OK, Outcome.CANCELLED):
+                metrics.count("rejected_total", model, outcome.value)
+            return
+        usage = call.usage
+        metrics.histogram("request_duration_seconds", model).observe(self.clock() - arrived)
+        metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
+        metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
+        metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
+        metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
+        metrics.count("generation_tokens_total", model, meta.tenant, by=usage.completion_tokens)
+
+    async def nudge(self, keepalive_s: float) -> None:
+        """A few times a second: end what waited too long, and wake calls that have been silent for keepalive_s."""
+        while True:
+            await asyncio.sleep(min(keepalive_s / 4, 0.25))
+            self.dispatcher.expire()
+            now = self.clock()
+            for call in list(self._open.values()):
+                if now - max(call.last_news_at, call.arrived) >= keepalive_s:
+                    call.last_news_at = now
+                    call.silent = True
+                    call.wake()
+
+
+async def encode(prompt: wishes.Prompt, text: TextModel) -> list[int]:
+    """Token ids of a prompt, off the event loop when long. Raises CallError."""
+    if isinstance(prompt, wishes.ChatPrompt):
+        if not text.has_chat_template:
+            raise CallError(
+                Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a prompt of your own"
+            )
+        return await text.encode_chat_async(
+            prompt.messages,
+            template_kwargs=prompt.template_kwargs,
+            continue_final_message=prompt.continue_final_message,
+            add_generation_prompt=not prompt.continue_final_message,
+        )
+    if isinstance(prompt, wishes.TextPrompt):
+        ids = await text.encode_prompt_async(prompt.text)
+    else:
+        ids = list(prompt.token_ids)
+        for i, token_id in enumerate(ids):
+            if not 0 <= token_id < text.vocab_size:
+                raise invalid(
+                    f"prompt_token_ids[{i}]", f"must be in 0 to {text.vocab_size - 1}, the vocabulary; got {token_id}"
+                )
+    if not ids:
+        raise invalid("prompt", "must not be empty")
+    return ids

@@ -1,0 +1,49 @@
+"""The one place where a CallError becomes a gRPC status with google.rpc details (AIP-193)."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from cluster.api.outcomes import FAULTS, CallError
+
+DOMAIN = "headrace"
+
+
+def grpc_code(error: CallError) -> grpc.StatusCode:
+    """The status code of an error."""
+    return grpc.StatusCode[FAULTS[error.outcome].grpc]
+
+
+def details(error: CallError) -> status_pb2.Status:
+    """google.rpc.Status: ErrorInfo always, BadRequest for wrong fields, RetryInfo where a retry makes sense."""
+    parts = [error_details_pb2.ErrorInfo(reason=error.outcome.name, domain=DOMAIN)]
+    packed = [_pack(part) for part in parts]
+    if error.violations:
+        bad = error_details_pb2.BadRequest(
+            field_violations=[
+                error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+                for v in error.violations
+            ]
+        )
+        packed.append(_pack(bad))
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+        packed.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status_pb2.Status(code=grpc_code(error).value[0], message=error.message, details=packed)
+
+
+def trailers(error: CallError) -> tuple[tuple[str, str | bytes], ...]:
+    """Trailing metadata of an error; stock gRPC retries honour grpc-retry-pushback-ms, not RetryInfo."""
+    out: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", details(error).SerializeToString())]
+    if error.retry_after_s is not None:
+        out.append(("grpc-retry-pushback-ms", str(int(error.retry_after_s * 1000))))
+    return tuple(out)
+
+
+def _pack(message: object) -> any_pb2.Any:
+    out = any_pb2.Any()
+    out.Pack(message)  # type: ignore[arg-type]
+    return out

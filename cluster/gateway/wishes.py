@@ -1,0 +1,208 @@
+"""What a caller asks for, checked field by field, still without the model's defaults; any face makes one.
+
+Ranges are vLLM's own (sampling_params.py), so that what passes here passes there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.api.types import Grammar, Sampling
+
+MAX_N = 64
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_CHARS = 262_144
+DEFAULT_COMPLETE_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Sampling as asked: None is "unset", so that the model's default applies."""
+
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    n: int = 1
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Messages for the model's chat template, as plain mappings in OpenAI's shape."""
+
+    messages: Sequence[Mapping[str, Any]]
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    continue_final_message: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """A plain prompt."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class IdsPrompt:
+    """A prompt in token ids."""
+
+    token_ids: tuple[int, ...]
+
+
+Prompt = ChatPrompt | TextPrompt | IdsPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """One call as asked."""
+
+    model: str
+    prompt: Prompt
+    options: Options
+    default_max_tokens: int | None = None
+
+
+# field -> (lowest, highest, whether the lowest itself is allowed); None is unbounded.
+RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
+    "max_tokens": (1, None, True),
+    "min_tokens": (0, None, True),
+    "temperature": (0.0, 2.0, True),
+    "top_p": (0.0, 1.0, False),
+    "top_k": (-1, None, True),
+    "min_p": (0.0, 1.0, True),
+    "n": (1, MAX_N, True),
+    "frequency_penalty": (-2.0, 2.0, True),
+    "presence_penalty": (-2.0, 2.0, True),
+    "repetition_penalty": (0.0, 1e6, False),
+    "logprobs": (0, MAX_TOP_LOGPROBS, True),
+}
+
+
+def check_options(options: Options) -> None:
+    """Raise one CallError that names every wrong field."""
+    wrong = [v for name in RANGES if (v := _range(name, getattr(options, name))) is not None]
+    if options.min_tokens is not None and options.max_tokens is not None and options.min_tokens > options.max_tokens:
+        wrong.append(Violation("min_tokens", f"must not be above max_tokens ({options.max_tokens})"))
+    if len(options.stop) > MAX_STOP_STRINGS:
+        wrong.append(Violation("stop", f"at most {MAX_STOP_STRINGS} strings, got {len(options.stop)}"))
+    for i, text in enumerate(options.stop):
+        if not text or len(text) > MAX_STOP_CHARS:
+            wrong.append(Violation(f"stop[{i}]", f"must have 1 to {MAX_STOP_CHARS} characters"))
+    for i, token_id in enumerate(options.stop_token_ids):
+        if token_id < 0:
+            wrong.append(Violation(f"stop_token_ids[{i}]", f"must not be negative, got {token_id}"))
+    if len(options.logit_bias) > MAX_LOGIT_BIAS:
+        wrong.append(Violation("logit_bias", f"at most {MAX_LOGIT_BIAS} entries"))
+    for token_id, bias in options.logit_bias.items():
+        if token_id < 0 or not math.isfinite(bias) or abs(bias) > 100:
+            wrong.append(Violation(f"logit_bias[{token_id}]", "token id must not be negative, bias in [-100, 100]"))
+    wrong += _grammar_violations(options.grammar)
+    if wrong:
+        raise CallError(
+            Outcome.INVALID_FIELD, "; ".join(f"{v.field}: {v.description}" for v in wrong), violations=wrong
+        )
+
+
+def _range(name: str, value: float | None) -> Violation | None:
+    if value is None:
+        return None
+    low, high, closed = RANGES[name]
+    if not math.isfinite(value):
+        return Violation(name, f"must be a finite number, got {value}")
+    if low is not None and (value < low or (value == low and not closed)):
+        return Violation(name, f"must be {'at least' if closed else 'above'} {low:g}, got {value:g}")
+    if high is not None and value > high:
+        return Violation(name, f"must be at most {high:g}, got {value:g}")
+    return None
+
+
+def _grammar_violations(grammar: Grammar | None) -> list[Violation]:
+    if grammar is None:
+        return []
+    if grammar.kind == "choice":
+        if not grammar.value or not all(grammar.value):
+            return [Violation("response_format.choice", "needs at least one string, none of them empty")]
+        size = sum(map(len, grammar.value))
+    else:
+        size = len(grammar.value)
+        if not size and grammar.kind != "json_object":
+            return [Violation(f"response_format.{grammar.kind}", "must not be empty")]
+    if size > MAX_GRAMMAR_CHARS:
+        return [Violation("response_format", f"at most {MAX_GRAMMAR_CHARS} characters, got {size}")]
+    return []
+
+
+def sampling(
+    wish: Wish, defaults: Mapping[str, object], prompt_tokens: int, max_model_len: int, vocab_size: int
+) -> Sampling:
+    """The engine's parameters: as asked, else the model's generation config, else vLLM's defaults.
+
+    Raises CallError when the prompt leaves no room, or an id lies outside the vocabulary.
+    """
+    o = wish.options
+    room = max_model_len - prompt_tokens
+    if room < 1:
+        raise CallError(
+            Outcome.CONTEXT_LENGTH_EXCEEDED,
+            f"the prompt has {prompt_tokens} tokens, the model's context holds {max_model_len} with at least one "
+            "token of output: shorten the prompt",
+            violations=[Violation("messages" if isinstance(wish.prompt, ChatPrompt) else "prompt", "too long")],
+        )
+    for name, ids in (("stop_token_ids", o.stop_token_ids), ("logit_bias", tuple(o.logit_bias))):
+        for token_id in ids:
+            if token_id >= vocab_size:
+                raise invalid(
+                    f"{name}[{token_id}]", f"the vocabulary has {vocab_size} tokens, ids 0 to {vocab_size - 1}"
+                )
+
+    def pick(name: str, otherwise: float) -> float:
+        asked = getattr(o, name)
+        if asked is not None:
+            return float(asked)
+        default = defaults.get(name)
+        return float(default) if isinstance(default, int | float) else otherwise
+
+    asked_tokens = o.max_tokens
+    if asked_tokens is None:
+        default = defaults.get("max_tokens")
+        asked_tokens = int(default) if isinstance(default, int | float) else wish.default_max_tokens
+    max_tokens = room if asked_tokens is None else min(asked_tokens, room)
+    min_tokens = o.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise invalid("min_tokens", f"must not be above the {max_tokens} tokens that this call may produce")
+    return Sampling(
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        temperature=pick("temperature", 1.0),
+        top_p=pick("top_p", 1.0),
+        top_k=max(int(pick("top_k", 0)), 0),
+        min_p=pick("min_p", 0.0),
+        seed=o.seed,
+        stop_token_ids=o.stop_token_ids,
+        frequency_penalty=o.frequency_penalty or 0.0,
+        presence_penalty=o.presence_penalty or 0.0,
+        repetition_penalty=pick("repetition_penalty", 1.0),
+        logit_bias=dict(o.logit_bias),
+        logprobs=o.logprobs,
+        ignore_eos=o.ignore_eos,
+        grammar=o.grammar,
+    )

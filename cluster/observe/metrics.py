@@ -1,0 +1,161 @@
+"""Every metric's name, labels and buckets. Counters of the token path are plain lists, read when scraped."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+# vLLM 0.32's own buckets, so that one panel shows both.
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+ITL_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+REQUEST_BUCKETS = (
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)  # fmt: skip
+LAG_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+@dataclass(frozen=True, slots=True)
+class _Definition:
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+DEFINITIONS: Mapping[str, _Definition] = {
+    "requests_total": _Definition("counter", "Calls ended, by outcome.", ("model", "tenant", "face", "outcome")),
+    "rejected_total": _Definition("counter", "Calls refused before a worker took them.", ("model", "reason")),
+    "prompt_tokens_total": _Definition("counter", "Prompt tokens of calls, as the engine counts.", ("model", "tenant")),
+    "cached_tokens_total": _Definition("counter", "Prompt tokens from the prefix cache.", ("model", "tenant")),
+    "generation_tokens_total": _Definition("counter", "Tokens delivered to callers.", ("model", "tenant")),
+    "route_decisions_total": _Definition("counter", "Calls bound to a worker, by reason.", ("model", "reason")),
+    "worker_detected_total": _Definition("counter", "Workers whose link ended.", ("model",)),
+    "request_duration_seconds": _Definition("histogram", "A call from arrival to end.", ("model",), REQUEST_BUCKETS),
+    "time_to_first_token_seconds": _Definition("histogram", "Arrival to first token.", ("model",), TTFT_BUCKETS),
+    "inter_token_latency_seconds": _Definition("histogram", "Between tokens of a call.", ("model",), ITL_BUCKETS),
+    "queue_time_seconds": _Definition("histogram", "Waiting in the gateway.", ("model",), REQUEST_BUCKETS),
+    "event_loop_lag_seconds": _Definition("histogram", "How late the event loop wakes.", (), LAG_BUCKETS),
+    "requests_in_flight": _Definition("gauge", "Calls under way.", ("model",)),
+    "queue_requests": _Definition("gauge", "Sequences waiting in the gateway.", ("model",)),
+    "queue_tokens": _Definition("gauge", "Prompt tokens waiting in the gateway.", ("model",)),
+    "worker_up": _Definition("gauge", "1 while a worker's link is up.", ("model", "worker")),
+    "worker_running_requests": _Definition("gauge", "Requests the engine runs.", ("model", "worker")),
+    "worker_waiting_requests": _Definition("gauge", "Requests in the engine's own queue.", ("model", "worker")),
+    "worker_kv_usage_ratio": _Definition("gauge", "Share of KV blocks in use.", ("model", "worker")),
+    "worker_step_seconds": _Definition("gauge", "Length of the engine's last step.", ("model", "worker")),
+    "link_connected": _Definition("gauge", "Links that are up, by who dialed: worker or controller.", ("face",)),
+    "model_replicas": _Definition("gauge", "Workers linked to this gateway.", ("model",)),
+    "model_replicas_desired": _Definition("gauge", "Replicas the controller wants.", ("model",)),
+    "model_state": _Definition("gauge", "1 for the model's state.", ("model", "state")),
+    "catalog_age_seconds": _Definition("gauge", "Since the controller last spoke; -1 when never.", ()),
+    "build_info": _Definition("gauge", "Always 1.", ("version", "python", "grpc")),
+    "engine_path_info": _Definition(
+        "gauge", "Always 1: which door of the engine a worker serves through, and why.", ("worker", "path", "reason")
+    ),
+}
+
+
+class _Histogram:
+    __slots__ = ("_bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """One value; about 0.3 µs."""
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Cumulative counts, as Prometheus wants them."""
+        out, running = [], 0
+        for bound, count in zip((*map(str, self._bounds), "+Inf"), list(self.counts), strict=True):
+            running += count
+            out.append((bound, float(running)))
+        return out
+
+
+Sample = tuple[str, tuple[str, ...], float]
+"""A gauge at the moment of a scrape: name, label values in the definition's order, value."""
+
+
+class Metrics(Collector):
+    """All metrics of one process. Names are given without the prefix `headrace_`."""
+
+    def __init__(self, cluster: str) -> None:
+        self._cluster = cluster
+        self._counters: dict[str, dict[tuple[str, ...], float]] = {}
+        self._histograms: dict[str, dict[tuple[str, ...], _Histogram]] = {}
+        self._gauges: list[Callable[[], Iterable[Sample]]] = []
+        self._server: tuple[WSGIServer, threading.Thread] | None = None
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
+        """Add to a counter."""
+        series = self._counters.setdefault(name, {})
+        series[labels] = series.get(labels, 0) + by
+
+    def histogram(self, name: str, *labels: str) -> _Histogram:
+        """A histogram's series; keep it where it is used often."""
+        series = self._histograms.setdefault(name, {})
+        if labels not in series:
+            series[labels] = _Histogram(DEFINITIONS[name].buckets)
+        return series[labels]
+
+    def on_scrape(self, gauges: Callable[[], Iterable[Sample]]) -> None:
+        """Gauges are asked for when scraped, from the scraping thread; they must only read."""
+        self._gauges.append(gauges)
+
+    def collect(self) -> Iterator[Metric]:
+        """For prometheus_client."""
+        samples: dict[str, list[tuple[tuple[str, ...], float]]] = {}
+        for gauges in self._gauges:
+            for name, labels, value in gauges():
+                samples.setdefault(name, []).append((labels, value))
+        for name, definition in DEFINITIONS.items():
+            full, labels = f"headrace_{name}", ("cluster", *definition.labels)
+            if definition.kind == "counter":
+                counter = CounterMetricFamily(full.removesuffix("_total"), definition.help, labels=labels)
+                for values, total in list(self._counters.get(name, {}).items()):
+                    counter.add_metric((self._cluster, *values), total)
+                yield counter
+            elif definition.kind == "histogram":
+                histogram = HistogramMetricFamily(full, definition.help, labels=labels)
+                for values, series in list(self._histograms.get(name, {}).items()):
+                    histogram.add_metric((self._cluster, *values), buckets=series.buckets(), sum_value=series.sum)
+                yield histogram
+            else:
+                gauge = GaugeMetricFamily(full, definition.help, labels=labels)
+                for values, value in samples.get(name, ()):
+                    gauge.add_metric((self._cluster, *values), value)
+                yield gauge
+
+    def serve(self, host: str, port: int) -> int:
+        """Serve /metrics from a thread; the bound port."""
+        self._server = start_http_server(port, addr=host, registry=self.registry)
+        return int(self._server[0].server_port)
+
+    def close(self) -> None:
+        """Stop serving."""
+        if self._server is not None:
+            server, thread = self._server
+            server.shutdown()
+            server.server_close()
+            thread.join()
+            self._server = None
