@@ -39,6 +39,7 @@ class SimEngine:
         self._model: SimModel | None = None
         self._plan: Plan | None = None
         self._nan = False
+        self._rested = True  # since the last step there was nothing to do
         self._ends_at = 0.0
         self._dead = ""
         self._frozen: EngineLoad | None = None
@@ -95,6 +96,7 @@ class SimEngine:
             self._raise_if_dead()
             self._plan = None
             outputs = model.complete(plan, self._nan)
+            self._rested = not model.has_work()
             if outputs:
                 return outputs
 
@@ -151,9 +153,8 @@ class SimEngine:
 
     async def _begin(self, model: SimModel) -> Plan:
         """The next step, scheduled, with its faults applied and its end set."""
-        waited = False
         while not model.has_work():
-            waited = True
+            self._rested = True
             self._wake.clear()
             await self._wake.wait()
             self._raise_if_dead()
@@ -163,7 +164,7 @@ class SimEngine:
         self._raise_if_dead()
         now = self._clock.now()
         # A step begins where the last one ended, unless the reader came more than a step late: then it is lost time.
-        late = waited or now - self._ends_at > plan.step_s
+        late = self._rested or now - self._ends_at > plan.step_s
         self._ends_at = (now if late else self._ends_at) + plan.step_s + extra_s
         return plan
 

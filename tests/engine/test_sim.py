@@ -69,6 +69,39 @@ CONTENT: list[dict[str, object]] = [
 ]
 
 
+async def test_every_value_of_a_parameter_counts() -> None:
+    """Of the parameters that also mark where the output begins, each value gives tokens of its own."""
+    _, driver = await subject(SimConfig(vocab=1000, token_lo=100, token_hi=900))
+    prompt = driver.subject.prompt(1)
+    values: dict[str, tuple[object, object]] = {
+        "seed": (7, 8),
+        "frequency_penalty": (0.1, 0.2),
+        "presence_penalty": (0.1, 0.2),
+        "grammar": (Grammar("regex", "a+"), Grammar("regex", "b+")),
+    }
+    answers = await driver.run(*(request(prompt, 8, **{k: v}) for k, pair in values.items() for v in pair))
+    assert len({answer.token_ids for answer in answers}) == len(answers)
+
+
+async def test_an_end_may_come_right_after_min_tokens() -> None:
+    """Where EOS is certain it is the first token after min_tokens."""
+    _, driver = await subject(SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, eos_ratio=1.0))
+    answers = await driver.run(
+        *(request(driver.subject.prompt(1), 9, ignore_eos=False, min_tokens=least) for least in range(5))
+    )
+    assert [len(answer.token_ids) for answer in answers] == [1, 2, 3, 4, 5]
+
+
+async def test_an_abort_in_mid_step_gives_no_output() -> None:
+    """A request aborted while its step is under way has no output of that step; its neighbour has."""
+    engine, driver = await subject()
+    goes, stays = [await driver.submit(request(driver.subject.prompt(i), 3)) for i in range(2)]
+    reader = asyncio.ensure_future(engine.step())
+    await asyncio.sleep(0)
+    await engine.abort([goes])
+    assert [output.request_id for output in await reader] == [stays]
+
+
 @pytest.mark.parametrize("change", CONTENT, ids=lambda change: next(iter(change)))
 async def test_whatever_shapes_content_changes_every_token(change: dict[str, object]) -> None:
     """A call that lost one parameter on its way shows it in its tokens, from the first one on."""
@@ -116,6 +149,17 @@ async def test_late_wake_ups_do_not_add_up() -> None:
     assert clock.now() == pytest.approx(50 * 0.02 + 0.003)
 
 
+async def test_a_step_begins_no_earlier_than_its_work() -> None:
+    """After a rest, however short, the next step takes its whole time from the submit on."""
+    clock = VirtualClock()
+    engine = SimEngine(SMALL, clock)
+    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    await driver.run(request(driver.subject.prompt(1, tokens=1), 1))
+    await clock.sleep_until(0.025)
+    await driver.run(request(driver.subject.prompt(1, tokens=1), 1))
+    assert clock.now() == pytest.approx(0.045)
+
+
 async def test_the_wall_clock_is_the_default() -> None:
     """Without a clock 10 steps of 4 ms take at least 40 ms of real time."""
     engine = SimEngine(SimConfig(vocab=1000, token_lo=100, token_hi=900, decode_ms=4.0))
@@ -126,10 +170,13 @@ async def test_the_wall_clock_is_the_default() -> None:
 
 
 async def test_a_cancelled_step_loses_no_output() -> None:
-    """A reader cancelled in mid-step gets that step's tokens with its next call."""
-    engine, driver = await subject()
-    (expected,) = await driver.run(request(driver.subject.prompt(1), 3))
-    request_id = await driver.submit(request(driver.subject.prompt(1), 3))
+    """A reader cancelled in mid-step gets that step's tokens with its next call, when they are due."""
+    clock = VirtualClock()
+    engine = SimEngine(SMALL, clock)
+    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    (expected,) = await driver.run(request(driver.subject.prompt(1, tokens=1), 3))
+    request_id = await driver.submit(request(driver.subject.prompt(1, tokens=1), 3))
+    await driver.step()
     reader = asyncio.ensure_future(engine.step())
     await asyncio.sleep(0)
     reader.cancel()
@@ -137,6 +184,7 @@ async def test_a_cancelled_step_loses_no_output() -> None:
         await reader
     await driver.until(lambda: driver.answers[request_id].finish is not None)
     assert driver.answers[request_id].token_ids == expected.token_ids
+    assert clock.now() == pytest.approx(6 * 0.02)
 
 
 @pytest.mark.parametrize(("point", "at", "tokens"), [("prefill", 1, 0), ("step", 3, 2), ("last_token", 1, 4)])

@@ -148,7 +148,10 @@ def test_a_crowded_engine_keeps_its_bounds_and_its_tokens(history: list[Move]) -
     aborted: set[str] = set()
 
     def step() -> None:
+        before = model.statistics()
         plan = model.schedule()
+        if model.statistics().preemptions > before.preemptions:
+            assert model.statistics().running < before.running, "who was preempted must not come straight back"
         assert len(plan.work) <= TIGHT.max_num_seqs
         assert plan.prefill_tokens + plan.decode_tokens <= TIGHT.max_num_batched_tokens
         assert plan.work, "an engine with work must go on"
@@ -206,6 +209,15 @@ def test_prefix_hits_never_cross_salts(prompt: list[int], mine: str, other: str)
     assert output.cached_tokens == (whole if mine == other else 0)
 
 
+def test_cached_tokens_count_the_prompt_alone() -> None:
+    """A continued request that finds prompt and emitted tokens in the cache reports those of the prompt."""
+    model = SimModel(ROOMY)
+    uncut = run(model, ask("a", [100] * 10, 30))["a"]
+    model.submit(ask("b", [100] * 10, 30, emitted=uncut[:20]))
+    (output,) = model.step(0.0).outputs
+    assert (output.prompt_tokens, output.cached_tokens) == (10, 10)
+
+
 @given(prompts)
 def test_salt_is_part_of_the_content(prompt: list[int]) -> None:
     """The same call under another salt gives other tokens."""
@@ -232,7 +244,7 @@ def test_kv_blocks_equal_a_recount(blocks: int, history: list[tuple[int, int, bo
         hashes: list[int] = []
         for i in range(length):
             hashes.append(chain(hashes[-1] if hashes else family, [i]))
-        found = kv.match(hashes)
+        found = max(0, kv.match(hashes) - 1)  # as the scheduler does where the last block's end must be computed
         kv.acquire(hashes[:found])
         if kv.allocate(length - found + 1):
             for block in hashes[found:]:
@@ -261,6 +273,18 @@ def test_oldest_idle_block_is_evicted_first_and_tails_before_heads() -> None:
     assert [kv.match([block]) for block in (1, 2, 3, 4)] == [1, 0, 1, 1]
     assert kv.allocate(2)
     assert [kv.match([block]) for block in (1, 3, 4)] == [0, 1, 0]
+
+
+def test_a_block_filled_again_is_not_idle_beside() -> None:
+    """A block that is still idle from before and is computed anew is held, once."""
+    kv = KvCache(4)
+    assert kv.allocate(2)
+    for block in (1, 2):
+        kv.commit(block)
+    kv.release([1, 2], 0)
+    assert kv.allocate(1)
+    kv.commit(2)
+    assert (kv.used, kv.idle) == (1, 1)
 
 
 def test_chunked_prefill_takes_its_steps() -> None:
