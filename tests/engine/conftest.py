@@ -1,0 +1,62 @@
+"""Real engines on a tiny checkpoint, started once a session and shared: a start takes tens of seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.engine.vllm_engine import VllmEngine
+from tests.engine.contract import Subject
+from tests.support.checkpoints import build_checkpoint
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+TOKEN_LO, TOKEN_HI = 300, 700
+"""Ordinary ids of the tiny tokenizer: above its bytes and special tokens."""
+
+
+def tiny_spec(**changes: object) -> ModelSpec:
+    """An entry for the tiny checkpoint: few places, chunks of 128 tokens, small blocks."""
+    engine = {
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "block_size": 32,
+    }
+    base: dict[str, object] = {"dtype": "float32", "max_model_len": 1024, "engine": engine}
+    return ModelSpec("tiny", "unused", **(base | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint."""
+    return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+async def _subject(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[Subject]:
+    engine = VllmEngine(tiny_spec(), folder, prefer_fastpath=prefer_fastpath)
+    info = await engine.start()
+    try:
+        yield Subject(engine, info, TOKEN_LO, TOKEN_HI)
+    finally:
+        await engine.close()
+
+
+@pytest.fixture(scope="session")
+async def fast_subject(llama_folder: Path) -> AsyncIterator[Subject]:
+    """An engine that serves by the fast path."""
+    async for subject in _subject(llama_folder, prefer_fastpath=True):
+        yield subject
+
+
+@pytest.fixture(scope="session")
+async def public_subject(llama_folder: Path) -> AsyncIterator[Subject]:
+    """An engine that serves through AsyncLLM."""
+    async for subject in _subject(llama_folder, prefer_fastpath=False):
+        yield subject
