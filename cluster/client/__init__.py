@@ -1,0 +1,24 @@
+"""The Python SDK: `Client` for blocking code, `AsyncClient` for asyncio, `HeadraceError` for what goes wrong."""
+
+from cluster.api.outcomes import Violation
+from cluster.client.aio import AsyncClient, AsyncStream
+from cluster.client.answers import Answer, ChatAnswer, CompleteAnswer
+from cluster.client.errors import UNREACHABLE, HeadraceError
+from cluster.client.requests import ChatParams, Messages, SamplingParams
+from cluster.client.sync import Client, Stream
+
+__all__ = [
+    "UNREACHABLE",
+    "Answer",
+    "AsyncClient",
+    "AsyncStream",
+    "ChatAnswer",
+    "ChatParams",
+    "Client",
+    "CompleteAnswer",
+    "HeadraceError",
+    "Messages",
+    "SamplingParams",
+    "Stream",
+    "Violation",
+]

@@ -1,0 +1,80 @@
+"""What a call gives back: whole answers, and the account that a stream keeps while it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from cluster.v1 import inference_pb2 as pb
+
+Raw = TypeVar("Raw", pb.ChatResponse, pb.CompleteResponse)
+Chunk = TypeVar("Chunk", pb.ChatChunk, pb.CompleteChunk)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[Raw]):
+    """A whole answer. `text` and `finish_reason` are the first choice's; `raw` is the message with all of them."""
+
+    text: str
+    finish_reason: str
+    usage: pb.Usage
+    id: str
+    model: str
+    request_id: str
+    raw: Raw
+
+    def __str__(self) -> str:
+        return self.text
+
+
+ChatAnswer = Answer[pb.ChatResponse]
+CompleteAnswer = Answer[pb.CompleteResponse]
+
+
+def chat_answer(raw: pb.ChatResponse, request_id: str) -> ChatAnswer:
+    """From the response message."""
+    first = raw.choices[0] if raw.choices else pb.Choice()
+    return Answer(first.message.content, first.finish_reason, raw.usage, raw.id, raw.model, request_id, raw)
+
+
+def complete_answer(raw: pb.CompleteResponse, request_id: str) -> CompleteAnswer:
+    """From the response message."""
+    first = raw.choices[0] if raw.choices else pb.CompleteChoice()
+    return Answer(first.text, first.finish_reason, raw.usage, raw.id, raw.model, request_id, raw)
+
+
+class Account:
+    """Kept while a stream is read.
+
+    `finish_reason` and `usage` come with the end; `progress` is set while the last chunk only told that the call
+    still waits; `request_id` is what to name when asking an operator about this call.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.id = ""
+        self.model = ""
+        self._parts: list[str] = []
+        self.finish_reason = ""
+        self.usage: pb.Usage | None = None
+        self.progress: pb.Progress | None = None
+
+    @property
+    def text(self) -> str:
+        """What has come so far."""
+        return "".join(self._parts)
+
+    def _take(self, chunk: pb.ChatChunk | pb.CompleteChunk) -> str:
+        """Note a chunk; returns the first choice's new text, "" if it has none."""
+        self.id = chunk.id or self.id
+        self.model = chunk.model or self.model
+        if chunk.HasField("usage"):
+            self.usage = chunk.usage
+        self.progress = chunk.progress if chunk.HasField("progress") else None
+        text = ""
+        for choice in chunk.choices:
+            if choice.index == 0:
+                text += choice.delta.content if isinstance(choice, pb.ChoiceDelta) else choice.text
+                self.finish_reason = choice.finish_reason or self.finish_reason
+        self._parts.append(text)
+        return text

@@ -1,0 +1,95 @@
+"""A failed call as one exception, parsed from google.rpc.Status; the only place where the SDK reads gRPC errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from cluster.api.outcomes import Violation
+
+DETAILS_KEY = "grpc-status-details-bin"
+UNREACHABLE = "UNREACHABLE"
+
+
+class HeadraceError(Exception):
+    """A call that did not succeed.
+
+    `reason` is ErrorInfo's (MODEL_NOT_FOUND, INVALID_FIELD, QUEUE_FULL, ...); where the server gave none it is
+    UNREACHABLE (nobody answered, or the connection broke) or the gRPC status name. `code` is the gRPC status name.
+    `retry_after_s` is None where a retry makes no sense or nobody said when.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        *,
+        code: str = "UNKNOWN",
+        violations: Sequence[Violation] = (),
+        retry_after_s: float | None = None,
+        request_id: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.code = code
+        self.violations = tuple(violations)
+        self.retry_after_s = retry_after_s
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
+    def __repr__(self) -> str:
+        return f"HeadraceError({self.reason!r}, {self.message!r}, request_id={self.request_id!r})"
+
+
+class _RpcOutcome(Protocol):
+    """What sync and asyncio gRPC errors have in common."""
+
+    def code(self) -> grpc.StatusCode: ...
+
+    def details(self) -> str | None: ...
+
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+
+def from_rpc(error: grpc.RpcError, *, endpoint: str, request_id: str = "") -> HeadraceError:
+    """What went wrong in a call to `endpoint`."""
+    outcome = cast(_RpcOutcome, error)
+    trailing = dict(outcome.trailing_metadata() or ())
+    code, text = outcome.code(), outcome.details() or ""
+    status = _status(trailing.get(DETAILS_KEY))
+    info = error_details_pb2.ErrorInfo()
+    bad = error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
+    for detail in status.details:
+        for kind in (info, bad, retry):
+            detail.Unpack(kind)
+    reason = info.reason
+    if not reason and code is grpc.StatusCode.UNAVAILABLE:
+        reason, text = UNREACHABLE, f"no gateway answers at {endpoint} ({text})"
+    return HeadraceError(
+        reason or code.name,
+        text or status.message,
+        code=code.name,
+        violations=[Violation(v.field, v.description) for v in bad.field_violations],
+        retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,
+        request_id=_text(trailing.get("x-request-id")) or request_id,
+    )
+
+
+def _status(packed: str | bytes | None) -> status_pb2.Status:
+    """The details a server packed; empty when there are none, or when a proxy has mangled them."""
+    try:
+        return status_pb2.Status.FromString(packed if isinstance(packed, bytes) else b"")
+    except DecodeError:
+        return status_pb2.Status()
+
+
+def _text(value: str | bytes | None) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value or ""

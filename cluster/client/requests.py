@@ -1,0 +1,153 @@
+"""Plain Python values become request messages. Wrong ones raise ValueError or TypeError that name the field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, cast
+
+from cluster.v1 import inference_pb2 as pb
+
+Messages = str | Sequence[Mapping[str, Any] | pb.Message]
+
+
+class SamplingParams(TypedDict, total=False):
+    """What both chat and completion take; absent means the model's own default. Names are the API's."""
+
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    n: int
+    frequency_penalty: float
+    presence_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    logprobs: bool
+    top_logprobs: int
+    ignore_eos: bool
+    user: str
+    response_format: Mapping[str, Any] | pb.ResponseFormat
+    priority: str
+    affinity_key: str
+    metadata: Mapping[str, str]
+
+
+class ChatParams(SamplingParams, total=False):
+    """What chat takes besides."""
+
+    tools: Sequence[Mapping[str, Any] | pb.Tool]
+    tool_choice: str | Mapping[str, Any] | pb.ToolChoice
+    parallel_tool_calls: bool
+    reasoning_effort: str
+    max_reasoning_tokens: int
+    chat_template_kwargs: Mapping[str, Any]
+    continue_final_message: bool
+
+
+def chat_request(model: str, messages: Messages, params: ChatParams) -> pb.ChatRequest:
+    """A ChatRequest; a string is one message of the user."""
+    fields = _common(params, ChatParams)
+    if "tools" in fields:
+        fields["tools"] = [_tool(tool, i) for i, tool in enumerate(fields["tools"])]
+    if "tool_choice" in fields:
+        fields["tool_choice"] = _tool_choice(fields["tool_choice"])
+    if "chat_template_kwargs" in fields:
+        fields["chat_template_kwargs_json"] = json.dumps(fields.pop("chat_template_kwargs"))
+    return pb.ChatRequest(model=model, messages=to_messages(messages), **fields)
+
+
+def complete_request(model: str, prompt: str | Sequence[int], params: SamplingParams) -> pb.CompleteRequest:
+    """A CompleteRequest; the prompt is a text or token ids."""
+    fields = _common(params, SamplingParams)
+    if isinstance(prompt, str):
+        return pb.CompleteRequest(model=model, prompt=prompt, **fields)
+    return pb.CompleteRequest(model=model, prompt_token_ids=prompt, **fields)
+
+
+def to_messages(messages: Messages) -> list[pb.Message]:
+    """Messages as the API has them, from a string, from OpenAI's dictionaries or from Message itself."""
+    if isinstance(messages, str):
+        return [pb.Message(role="user", content=messages)]
+    return [m if isinstance(m, pb.Message) else _message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+
+
+def _common(params: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    known = kind.__annotations__.keys() | SamplingParams.__annotations__.keys()
+    for name in params:
+        if name not in known:
+            raise TypeError(f"unknown parameter {name!r}; known are {', '.join(sorted(known))}")
+    fields = {name: value for name, value in params.items() if value is not None}
+    if isinstance(fields.get("stop"), str):
+        fields["stop"] = [fields["stop"]]
+    if "response_format" in fields:
+        fields["response_format"] = _response_format(fields["response_format"])
+    return fields
+
+
+def _take(data: Mapping[str, Any], where: str, *keys: str) -> dict[str, Any]:
+    """The known keys of a dictionary; an unknown one is an error, not silence."""
+    for key in data:
+        if key not in keys:
+            raise ValueError(f"{where}.{key}: unknown key; known are {', '.join(keys)}")
+    return {key: data[key] for key in keys if data.get(key) is not None}
+
+
+def _message(data: Mapping[str, Any], where: str) -> pb.Message:
+    keys = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+    fields = _take(data, where, *keys)
+    if "role" not in fields:
+        raise ValueError(f"{where}.role: missing; it is system, user, assistant or tool")
+    if not isinstance(fields.get("content", ""), str):
+        fields["parts"] = [_part(part, f"{where}.content[{i}]") for i, part in enumerate(fields.pop("content"))]
+    if "tool_calls" in fields:
+        fields["tool_calls"] = [
+            pb.ToolCall(index=i, id=call.get("id", ""), **_take(call["function"], where, "name", "arguments"))
+            for i, call in enumerate(fields["tool_calls"])
+        ]
+    return pb.Message(**fields)
+
+
+def _part(data: Mapping[str, Any], where: str) -> pb.ContentPart:
+    kind = data.get("type")
+    if kind == "text":
+        return pb.ContentPart(text=data["text"])
+    if kind == "image_url":
+        image = data["image_url"]
+        image = {"url": image} if isinstance(image, str) else image
+        return pb.ContentPart(image=pb.Image(**_take(image, where, "url", "detail")))
+    raise ValueError(f"{where}.type: {kind!r} is neither text nor image_url")
+
+
+def _tool(tool: Mapping[str, Any] | pb.Tool, i: int) -> pb.Tool:
+    if isinstance(tool, pb.Tool):
+        return tool
+    fields = _take(tool.get("function", tool), f"tools[{i}]", "name", "description", "parameters", "strict")
+    if "parameters" in fields:
+        fields["parameters_json"] = json.dumps(fields.pop("parameters"))
+    return pb.Tool(**fields)
+
+
+def _tool_choice(choice: str | Mapping[str, Any] | pb.ToolChoice) -> pb.ToolChoice:
+    if isinstance(choice, pb.ToolChoice):
+        return choice
+    if isinstance(choice, str):
+        return pb.ToolChoice(mode=choice)
+    return pb.ToolChoice(mode="function", name=choice["function"]["name"])
+
+
+def _response_format(value: Mapping[str, Any] | pb.ResponseFormat) -> pb.ResponseFormat:
+    if isinstance(value, pb.ResponseFormat):
+        return value
+    fields = _take(value, "response_format", "type", "json_schema", "regex", "choice", "grammar")
+    schema = cast("str | Mapping[str, Any] | None", fields.get("json_schema"))
+    if isinstance(schema, Mapping):
+        # OpenAI's form wraps the schema in {"name": ..., "schema": ...}
+        inner = schema["schema"] if "schema" in schema and "name" in schema else schema
+        fields["json_schema"] = json.dumps(inner)
+    return pb.ResponseFormat(**fields)

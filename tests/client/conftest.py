@@ -1,0 +1,17 @@
+"""A scripted gateway for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.scripted_gateway import Script, ScriptedGateway, serve
+
+
+@pytest.fixture
+def gateway() -> Iterator[ScriptedGateway]:
+    """A server on a free port, ended with the test."""
+    running = serve(Script())
+    yield running
+    running.stop()

@@ -1,0 +1,230 @@
+"""The blocking client against a real gRPC server."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from google.rpc import code_pb2
+
+from cluster.client import UNREACHABLE, Client, HeadraceError
+from cluster.v1 import inference_pb2 as pb
+from tests.support.scripted_gateway import WORDS, ScriptedGateway, refusal
+
+TEXT = "".join(WORDS)
+
+
+def test_chat_gives_text_reason_and_usage(gateway: ScriptedGateway) -> None:
+    """A whole answer carries its text, why it ended, its counts and ids."""
+    with Client(gateway.endpoint) as client:
+        answer = client.chat("tiny", "Where?", request_id="r-1", temperature=0.0, stop="\n")
+    assert (answer.text, answer.finish_reason, answer.usage.total_tokens) == (TEXT, "stop", 10)
+    assert (answer.id, answer.model, answer.request_id, str(answer)) == ("chat-1", "tiny", "r-1", TEXT)
+    (request,) = gateway.script.requests
+    assert request == pb.ChatRequest(
+        model="tiny", messages=[pb.Message(role="user", content="Where?")], temperature=0.0, stop=["\n"]
+    )
+
+
+def test_temperature_zero_is_sent_and_unset_is_not(gateway: ScriptedGateway) -> None:
+    """A zero differs from nothing said."""
+    with Client(gateway.endpoint) as client:
+        client.chat("tiny", "x", temperature=0.0)
+        client.chat("tiny", "x")
+    first, second = gateway.script.requests
+    assert first.HasField("temperature")
+    assert not second.HasField("temperature")
+
+
+def test_stream_yields_text_and_keeps_account(gateway: ScriptedGateway) -> None:
+    """Iterating gives the text pieces only; the rest is on the stream."""
+    with Client(gateway.endpoint) as client:
+        stream = client.stream_chat("tiny", "Where?")
+        usage_before = stream.usage
+        assert list(stream) == list(WORDS)
+    assert usage_before is None
+    assert stream.usage is not None
+    assert stream.usage.completion_tokens == 3
+    assert (stream.text, stream.finish_reason, stream.id, stream.model) == (TEXT, "stop", "chat-1", "tiny")
+
+
+def test_chunks_show_progress_too(gateway: ScriptedGateway) -> None:
+    """`chunks()` gives every message, those of a waiting call included."""
+    with Client(gateway.endpoint) as client:
+        chunks = list(client.stream_chat("tiny", "Where?").chunks())
+    assert [c.HasField("progress") for c in chunks] == [True, False, False, False]
+    assert chunks[0].progress.queue_position == 2
+
+
+def test_completion_takes_text_or_token_ids(gateway: ScriptedGateway) -> None:
+    """The prompt is a text or token ids, streamed or not."""
+    with Client(gateway.endpoint) as client:
+        assert client.complete("tiny", "Once").text == TEXT
+        assert list(client.stream_complete("tiny", [1, 2], max_tokens=3)) == list(WORDS)
+    first, second = gateway.script.requests
+    assert (first.prompt, list(first.prompt_token_ids)) == ("Once", [])
+    assert (second.prompt, list(second.prompt_token_ids), second.max_tokens) == ("", [1, 2], 3)
+
+
+def test_tokens_of_text_and_messages(gateway: ScriptedGateway) -> None:
+    """Tokenize takes a text or messages, and detokenize turns ids back."""
+    with Client(gateway.endpoint) as client:
+        assert client.tokenize("tiny", "Hé") == list("Hé".encode())
+        assert client.tokenize("tiny", [{"role": "user", "content": "Hi"}]) == [72, 105]
+        assert client.detokenize("tiny", [72, 105]) == "Hi"
+
+
+def test_models_reads_every_page(gateway: ScriptedGateway) -> None:
+    """A list longer than a page is whole."""
+    gateway.script.models = [pb.Model(name=f"m{i}") for i in range(5)]
+    gateway.script.page_size = 2
+    with Client(gateway.endpoint) as client:
+        assert [m.name for m in client.models()] == ["m0", "m1", "m2", "m3", "m4"]
+        assert client.model("m3").name == "m3"
+
+
+def test_metadata_carries_key_request_id_and_headers(gateway: ScriptedGateway) -> None:
+    """The API key travels as a bearer token, and is not shown by repr."""
+    client = Client(gateway.endpoint, api_key="sk-1")
+    with client:
+        client.chat("tiny", "x", request_id="r-9", headers={"traceparent": "00-1"})
+    (seen,) = gateway.script.metadata
+    assert (seen["authorization"], seen["x-request-id"], seen["traceparent"]) == ("Bearer sk-1", "r-9", "00-1")
+    assert "sk-1" not in repr(client) + repr(client._options)
+
+
+def test_deadline_travels_and_a_call_may_name_its_own(gateway: ScriptedGateway) -> None:
+    """The client's deadline reaches the server, and a call's own replaces it."""
+    with Client(gateway.endpoint, timeout_s=100) as client:
+        client.chat("tiny", "x")
+        client.chat("tiny", "x", timeout_s=7)
+    first, second = gateway.script.deadlines_s
+    assert first is not None
+    assert 50 < first <= 101
+    assert second is not None
+    assert second <= 8
+
+
+def test_deadline_passed_is_told(gateway: ScriptedGateway) -> None:
+    """A stream that does not end in time raises DEADLINE_EXCEEDED."""
+    gateway.script.hold = threading.Event()
+    with Client(gateway.endpoint) as client, pytest.raises(HeadraceError) as caught:
+        list(client.stream_chat("tiny", "x", timeout_s=0.3))
+    assert (caught.value.reason, caught.value.code) == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
+
+
+def test_error_is_read_whole(gateway: ScriptedGateway) -> None:
+    """Reason, message, fields, pause and request id come from the status's details."""
+    violations = (("messages[0].role", "unknown role 'boss'"),)
+    gateway.script.refusals = [
+        refusal(code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "bad", violations=violations, retry_after_s=1.5)
+    ]
+    with Client(gateway.endpoint) as client, pytest.raises(HeadraceError) as caught:
+        client.chat("tiny", "x", request_id="r-2")
+    error = caught.value
+    assert (error.reason, error.message, error.code, error.request_id) == (
+        "INVALID_FIELD",
+        "bad",
+        "INVALID_ARGUMENT",
+        "r-2",
+    )
+    assert [(v.field, v.description) for v in error.violations] == list(violations)
+    assert error.retry_after_s == 1.5
+
+
+def test_unavailable_is_retried_after_the_servers_pause(gateway: ScriptedGateway) -> None:
+    """A refusal before any answer is tried again, by the same request id."""
+    loading = refusal(code_pb2.UNAVAILABLE, "MODEL_LOADING", "loading", retry_after_s=0.05)
+    gateway.script.refusals = [loading, loading]
+    gateway.script.pushback_ms = 50
+    with Client(gateway.endpoint) as client:
+        assert "".join(client.stream_chat("tiny", "x")) == TEXT
+    assert len(gateway.script.requests) == 3
+    assert len({seen["x-request-id"] for seen in gateway.script.metadata}) == 1
+
+
+def test_a_negative_pause_forbids_the_retry(gateway: ScriptedGateway) -> None:
+    """A server that says "do not come back" is obeyed, and its reason raised."""
+    gateway.script.refusals = [refusal(code_pb2.UNAVAILABLE, "NO_WORKER", "none")] * 2
+    gateway.script.pushback_ms = -1
+    with Client(gateway.endpoint) as client, pytest.raises(HeadraceError, match="NO_WORKER: none"):
+        client.chat("tiny", "x")
+    assert len(gateway.script.requests) == 1
+
+
+def test_retries_can_be_turned_off(gateway: ScriptedGateway) -> None:
+    """With retries off the first refusal is raised."""
+    gateway.script.refusals = [refusal(code_pb2.UNAVAILABLE, "NO_WORKER", "none", retry_after_s=1)]
+    with Client(gateway.endpoint, retries=False) as client, pytest.raises(HeadraceError) as caught:
+        client.chat("tiny", "x")
+    assert (caught.value.reason, caught.value.retry_after_s) == ("NO_WORKER", 1.0)
+
+
+def test_a_broken_stream_is_not_repeated(gateway: ScriptedGateway) -> None:
+    """Once text has come, a failure is raised and what came is kept."""
+    gateway.script.break_after = 1
+    with Client(gateway.endpoint) as client:
+        stream = client.stream_chat("tiny", "x")
+        with pytest.raises(HeadraceError) as caught:
+            list(stream)
+    assert caught.value.reason == "WORKER_LOST"
+    assert stream.text == WORDS[0]
+    assert len(gateway.script.requests) == 1
+
+
+@pytest.mark.parametrize("how", ["cancel", "with", "dropped"])
+def test_leaving_a_stream_ends_the_call(gateway: ScriptedGateway, how: str) -> None:
+    """However a caller leaves a stream, the gateway sees the call end."""
+    gateway.script.hold = threading.Event()
+    client = Client(gateway.endpoint)
+    stream = client.stream_chat("tiny", "x")
+    assert next(stream) == WORDS[0]
+    if how == "cancel":
+        stream.cancel()
+    elif how == "with":
+        with stream:
+            pass
+    else:
+        del stream
+    assert gateway.script.ended.wait(10)
+    client.close()
+
+
+def test_nobody_there_is_unreachable() -> None:
+    """A closed port gives UNREACHABLE with the endpoint, not a gRPC dump."""
+    with Client("127.0.0.1:1") as client, pytest.raises(HeadraceError) as caught:
+        client.models(timeout_s=10)
+    assert caught.value.reason == UNREACHABLE
+    assert "127.0.0.1:1" in caught.value.message
+
+
+def test_four_megabytes_and_more_pass(gateway: ScriptedGateway) -> None:
+    """Messages above gRPC's default of 4 MB pass, up to the gateway's limit."""
+    with Client(gateway.endpoint) as client:
+        assert len(client.tokenize("tiny", "x" * 5_000_000)) == 5_000_000
+        with pytest.raises(HeadraceError) as caught:
+            client.tokenize("tiny", "x" * 17_000_000)
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+
+
+def test_endpoint_and_key_come_from_the_environment(gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HEADRACE_ENDPOINT and HEADRACE_API_KEY stand in for the arguments."""
+    monkeypatch.setenv("HEADRACE_ENDPOINT", gateway.endpoint)
+    monkeypatch.setenv("HEADRACE_API_KEY", "sk-env")
+    with Client() as client:
+        client.chat("tiny", "x")
+    assert gateway.script.metadata[0]["authorization"] == "Bearer sk-env"
+
+
+@pytest.mark.parametrize("endpoint", ["http://localhost:50051", "grpc://x:1"])
+def test_a_scheme_is_refused(endpoint: str) -> None:
+    """An address with a scheme is told how to be written."""
+    with pytest.raises(ValueError, match="give host:port"):
+        Client(endpoint)
+
+
+def test_a_missing_certificate_file_is_named(tmp_path: Path) -> None:
+    """A wrong CA file fails at once, with its name."""
+    with pytest.raises(FileNotFoundError, match="no-ca"):
+        Client("localhost:1", tls_ca_file=tmp_path / "no-ca.crt")

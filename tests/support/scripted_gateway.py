@@ -1,0 +1,205 @@
+"""A small real gRPC server that speaks the public and the admin API from a script: for tests of what calls it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.v1 import inference_pb2 as pb
+from cluster.v1 import inference_pb2_grpc
+
+WORDS = ("The capital", " of France", " is Paris.")
+
+
+def refusal(
+    code: int,
+    reason: str,
+    message: str,
+    *,
+    violations: tuple[tuple[str, str], ...] = (),
+    retry_after_s: float | None = None,
+) -> status_pb2.Status:
+    """A google.rpc.Status as a gateway packs it."""
+    details: list[Any] = [error_details_pb2.ErrorInfo(domain="headrace", reason=reason)]
+    if violations:
+        fields = [error_details_pb2.BadRequest.FieldViolation(field=f, description=d) for f, d in violations]
+        details.append(error_details_pb2.BadRequest(field_violations=fields))
+    if retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(int(retry_after_s * 1e9))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    packed = []
+    for detail in details:
+        boxed = any_pb2.Any()
+        boxed.Pack(detail)
+        packed.append(boxed)
+    return status_pb2.Status(code=code, message=message, details=packed)
+
+
+MODEL_NOT_FOUND = refusal(code_pb2.NOT_FOUND, "MODEL_NOT_FOUND", "no model is called 'nope'")
+
+
+@dataclass
+class Script:
+    """What the server does and what it has seen."""
+
+    models: list[pb.Model] = field(default_factory=list)
+    page_size: int = 100
+    refusals: list[status_pb2.Status] = field(default_factory=list)
+    """Given to the next calls, one each, before any of their answer."""
+    pushback_ms: int | None = None
+    break_after: int | None = None
+    """Pieces of a stream after which it ends with WORKER_LOST."""
+    hold: threading.Event | None = None
+    """Streams wait for it after their first piece."""
+    requests: list[Any] = field(default_factory=list)
+    metadata: list[dict[str, str]] = field(default_factory=list)
+    deadlines_s: list[float | None] = field(default_factory=list)
+    ended: threading.Event = field(default_factory=threading.Event)
+    """Set when a stream's call has ended at the server, for whatever reason."""
+    workers: list[admin_pb2.Worker] = field(default_factory=list)
+    entries: list[admin_pb2.CatalogEntry] = field(default_factory=list)
+
+
+class ScriptedInference(inference_pb2_grpc.InferenceServicer):
+    """The public API, by the script."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    def _enter(self, request: Any, context: Any) -> None:
+        self.script.requests.append(request)
+        self.script.metadata.append({key: str(value) for key, value in context.invocation_metadata()})
+        self.script.deadlines_s.append(context.time_remaining())
+        if self.script.refusals:
+            status: Any = rpc_status.to_status(self.script.refusals.pop(0))
+            if self.script.pushback_ms is not None:
+                pause = ("grpc-retry-pushback-ms", str(self.script.pushback_ms))
+                status = status._replace(trailing_metadata=(*status.trailing_metadata, pause))
+            context.abort_with_status(status)
+
+    def _usage(self) -> pb.Usage:
+        return pb.Usage(prompt_tokens=7, completion_tokens=3, total_tokens=10)
+
+    def _pieces(self, context: Any) -> Iterator[tuple[str, bool]]:
+        context.add_callback(self.script.ended.set)
+        for i, word in enumerate(WORDS):
+            if i == self.script.break_after:
+                lost = refusal(code_pb2.UNAVAILABLE, "WORKER_LOST", "the worker is gone", retry_after_s=0.5)
+                context.abort_with_status(rpc_status.to_status(lost))
+            if i == 1 and self.script.hold is not None:
+                self.script.hold.wait(20)
+            yield word, i == len(WORDS) - 1
+
+    def Chat(self, request: pb.ChatRequest, context: Any) -> pb.ChatResponse:
+        self._enter(request, context)
+        choice = pb.Choice(message=pb.Message(role="assistant", content="".join(WORDS)), finish_reason="stop")
+        return pb.ChatResponse(id="chat-1", model="tiny", choices=[choice], usage=self._usage())
+
+    def StreamChat(self, request: pb.ChatRequest, context: Any) -> Iterator[pb.ChatChunk]:
+        self._enter(request, context)
+        yield pb.ChatChunk(id="chat-1", model="tiny", progress=pb.Progress(state="queued", queue_position=2))
+        for word, last in self._pieces(context):
+            delta = pb.ChoiceDelta(delta=pb.Message(content=word), finish_reason="stop" if last else "")
+            yield pb.ChatChunk(id="chat-1", model="tiny", choices=[delta], usage=self._usage() if last else None)
+
+    def Complete(self, request: pb.CompleteRequest, context: Any) -> pb.CompleteResponse:
+        self._enter(request, context)
+        choice = pb.CompleteChoice(text="".join(WORDS), finish_reason="length")
+        return pb.CompleteResponse(id="cmpl-1", model="tiny", choices=[choice], usage=self._usage())
+
+    def StreamComplete(self, request: pb.CompleteRequest, context: Any) -> Iterator[pb.CompleteChunk]:
+        self._enter(request, context)
+        for word, last in self._pieces(context):
+            choice = pb.CompleteChoice(text=word, finish_reason="length" if last else "")
+            yield pb.CompleteChunk(id="cmpl-1", model="tiny", choices=[choice], usage=self._usage() if last else None)
+
+    def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        self._enter(request, context)
+        text = request.text or "".join(m.content for m in request.messages)
+        return pb.TokenizeResponse(token_ids=list(text.encode()), max_model_len=64)
+
+    def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        self._enter(request, context)
+        return pb.DetokenizeResponse(text=bytes(request.token_ids).decode())
+
+    def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        self._enter(request, context)
+        start = int(request.page_token or 0)
+        end = start + self.script.page_size
+        more = str(end) if end < len(self.script.models) else ""
+        return pb.ListModelsResponse(models=self.script.models[start:end], next_page_token=more)
+
+    def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.Model:
+        self._enter(request, context)
+        for model in self.script.models:
+            if request.name in (model.name, *model.aliases):
+                return model
+        context.abort_with_status(rpc_status.to_status(MODEL_NOT_FOUND))
+        raise AssertionError("abort raises")
+
+
+class ScriptedFleet(admin_pb2_grpc.FleetServicer):
+    """Workers, by the script."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    def ListWorkers(self, request: admin_pb2.ListWorkersRequest, context: Any) -> admin_pb2.ListWorkersResponse:
+        return admin_pb2.ListWorkersResponse(workers=self.script.workers)
+
+
+class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
+    """The catalog, by the script."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+
+    def List(self, request: admin_pb2.ListRequest, context: Any) -> admin_pb2.ListResponse:
+        return admin_pb2.ListResponse(models=self.script.entries, age_s=0.5)
+
+    def Get(self, request: admin_pb2.GetRequest, context: Any) -> admin_pb2.CatalogEntry:
+        for entry in self.script.entries:
+            if request.name in (entry.name, *entry.aliases):
+                return entry
+        context.abort_with_status(rpc_status.to_status(MODEL_NOT_FOUND))
+        raise AssertionError("abort raises")
+
+
+@dataclass
+class ScriptedGateway:
+    """The running server: `endpoint` is host:port; both APIs answer there."""
+
+    script: Script
+    server: grpc.Server
+    endpoint: str
+
+    def stop(self) -> None:
+        """End it and every call."""
+        if self.script.hold is not None:
+            self.script.hold.set()
+        self.server.stop(None).wait(10)
+
+
+def serve(script: Script, address: str = "127.0.0.1:0") -> ScriptedGateway:
+    """Start a server with the size limit of a real gateway."""
+    limit = 16 * 1024 * 1024
+    server = grpc.server(
+        ThreadPoolExecutor(8),
+        options=[("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)],
+    )
+    inference_pb2_grpc.add_InferenceServicer_to_server(ScriptedInference(script), server)
+    admin_pb2_grpc.add_FleetServicer_to_server(ScriptedFleet(script), server)
+    admin_pb2_grpc.add_CatalogServicer_to_server(ScriptedCatalog(script), server)
+    port = server.add_insecure_port(address)
+    server.start()
+    return ScriptedGateway(script, server, f"127.0.0.1:{port}")
