@@ -1,0 +1,215 @@
+"""Imports point one way. Each rule's message names the rule and the remedy; docs/design.md says what they are for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a package may import of ours, beside itself. `api` holds the words all others speak; `pb` is the generated
+# code, which belongs to the codec edges only.
+MAY_IMPORT: dict[str, set[str]] = {
+    "api": set(),
+    "pb": set(),
+    "config": {"api"},
+    "tenancy": {"api"},
+    "routing": {"api"},
+    "link": {"api", "pb"},
+    "engine": {"api"},
+    "control": {"api"},
+    "observe": {"api"},
+    "client": {"api", "pb"},
+    "gateway": {"api", "pb", "config", "tenancy", "routing", "link", "observe"},
+    "rayserve": {"api", "config", "engine", "link", "control", "observe"},
+    "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"},
+}
+PURE = ("tenancy", "routing", "control", "api")
+NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}
+# module -> what it may import nevertheless, with the reason beside it
+PURE_EXCEPTIONS = {
+    "cluster.api.bundle": {"os"},  # bundles rest in folders; reading and writing them is theirs
+}
+ONE_PLACE = {"ray": "rayserve", "vllm": "engine", "prometheus_client": "observe"}
+HEAVY = ("torch", "vllm", "ray", "transformers")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement's target, as a dotted name."""
+
+    module: str
+    target: str
+    file: Path
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file.relative_to(ROOT)}:{self.line}: {self.module} imports {self.target}"
+
+
+def module_name(file: Path) -> str:
+    """The dotted name of a source file."""
+    parts = list(file.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(file): file
+    for file in sorted((ROOT / "cluster").rglob("*.py"))
+    if "_pb2" not in file.name and "__pycache__" not in file.parts
+}
+
+
+def targets(node: ast.stmt, module: str, is_package: bool) -> Iterator[str]:
+    """The dotted names that a statement imports; of `from x import y` it is x.y where that is a module of ours."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parents = module.split(".")
+            parents = parents[: len(parents) - node.level + (1 if is_package else 0)]
+            base = ".".join([*parents, *([base] if base else [])])
+        for alias in node.names:
+            whole = f"{base}.{alias.name}"
+            yield whole if whole in MODULES or alias.name.endswith(("_pb2", "_pb2_grpc")) else base
+
+
+def imports_of(source: str, module: str, file: Path) -> list[Import]:
+    """Every import of a file, those inside functions too, but not those for the type checker alone."""
+    tree = ast.parse(source)
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    return [
+        Import(module, target, file, node.lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in typing_only
+        for target in targets(node, module, file.name == "__init__.py")
+    ]
+
+
+ALL = [found for name, file in MODULES.items() for found in imports_of(file.read_text(), name, file)]
+
+
+def package(module: str) -> str:
+    """The package of the table that a module of ours belongs to; empty for `cluster` itself."""
+    parts = module.split(".")
+    if "_pb2" in module or parts[1:2] in (["v1"], ["admin"]) or parts[1:3] == ["link", "v1"]:
+        return "pb"
+    return parts[1] if len(parts) > 1 else ""
+
+
+def ours(target: str) -> bool:
+    """Whether an import is of this project."""
+    return target == "cluster" or target.startswith("cluster.")
+
+
+def against_table(found: Import) -> bool:
+    """Whether an import is not in the table."""
+    here, there = package(found.module), package(found.target)
+    return ours(found.target) and bool(there) and here != there and there not in MAY_IMPORT.get(here, set())
+
+
+def test_every_package_has_its_row() -> None:
+    """A new package states what it may import."""
+    packages = {package(name) for name in MODULES} - {""}
+    assert packages <= MAY_IMPORT.keys(), "add the new package to MAY_IMPORT, and to docs/design.md"
+
+
+def test_imports_follow_the_table() -> None:
+    """Packages import only what their row allows."""
+    wrong = [str(found) for found in ALL if against_table(found)]
+    assert not wrong, (
+        "\n".join(wrong) + "\nRule: imports point one way (MAY_IMPORT). Remedy: put the word both need into "
+        "cluster/api, hand the object in as an argument, or compose the two in gateway/server.py, rayserve or cli."
+    )
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    """There is no cycle between modules, lazy imports included."""
+    graph: dict[str, set[str]] = {name: set() for name in MODULES}
+    for found in ALL:
+        if found.target in MODULES and found.target != found.module:
+            graph[found.module].add(found.target)
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, (
+            f"cycle: {' -> '.join([*path[path.index(name) :], name])}\nRule: no cycles. "
+            "Remedy: move what both need into a third module."
+        )
+        if name not in done:
+            for other in sorted(graph[name]):
+                walk(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+def test_pure_packages_are_pure() -> None:
+    """What decides knows no clock, no chance and no I/O."""
+    wrong = [
+        str(found)
+        for found in ALL
+        if package(found.module) in PURE
+        and found.target.split(".")[0] in NOT_IN_PURE - PURE_EXCEPTIONS.get(found.module, set())
+    ]
+    assert not wrong, (
+        "\n".join(wrong) + "\nRule: tenancy, routing, control and api are pure. "
+        "Remedy: take `now` or a seeded generator as an argument, return what is to be done and let the caller do it."
+    )
+
+
+@pytest.mark.parametrize("technology", ONE_PLACE)
+def test_one_technology_has_one_place(technology: str) -> None:
+    """Ray, vLLM and the Prometheus client are each imported by one package."""
+    home = ONE_PLACE[technology]
+    wrong = [str(found) for found in ALL if found.target.split(".")[0] == technology and package(found.module) != home]
+    assert not wrong, (
+        "\n".join(wrong) + f"\nRule: only cluster/{home} imports {technology}. "
+        f"Remedy: add what you need to cluster/{home} and use it through a port of cluster/api or a plain function."
+    )
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["cluster.gateway.server", "cluster.cli.main", "cluster.client", "cluster.link.hub", "cluster.link.worker"],
+)
+def test_the_base_install_needs_no_engine(module: str) -> None:
+    """The gateway, the command line, the SDK and the link start without torch, vLLM, Ray and transformers."""
+    program = f"import sys, {module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [], (
+        f"importing {module} also imports {done.stdout.split()}\nRule: the base install pulls none of {HEAVY}. "
+        "Remedy: import it inside the function that needs it, in cluster/engine or cluster/rayserve."
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "wrong"),
+    [
+        ("cluster.routing.pick", "from cluster.gateway import call", True),
+        ("cluster.routing.pick", "from ..gateway.call import Call", True),
+        ("cluster.routing.pick", "from cluster.api.types import Call", False),
+        ("cluster.engine.sim", "def f():\n    from cluster.v1 import inference_pb2", True),
+        ("cluster.gateway.call", "from cluster.link.v1 import link_pb2", False),
+        ("cluster.engine.sim", "if TYPE_CHECKING:\n    from cluster.gateway import call", False),
+        ("cluster.gateway.server", "from cluster import __version__", False),
+    ],
+)
+def test_the_rule_itself_sees_what_it_should(module: str, line: str, wrong: bool) -> None:
+    """The reader of imports knows relative, lazy and type-only imports."""
+    found = imports_of(line, module, ROOT / (module.replace(".", "/") + ".py"))
+    assert any(against_table(one) for one in found) is wrong
