@@ -1,0 +1,170 @@
+"""Which worker takes a call, and why: filters, then scorers, then the best.
+
+Problem: the call at the head of its queue may go to any worker of its model that has granted room for it; the load
+should even out, and a human must be able to ask why it went where it went.
+Invariants: the chosen worker passed every filter; no other that passed scores higher; equal inputs give equal
+decisions, whatever the order of the candidates; every candidate is in the decision, with its scores or with the
+filter that dropped it.
+Source: the filter-scorer-picker pipeline of Kubernetes' scheduler and of the Gateway API inference extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker as seen by the gateway that chooses. Room is what it has granted to this gateway and is unspent.
+
+    `running` are this gateway's sequences there, `waiting` those in the engine's own queue, `kv_usage` in [0, 1].
+    """
+
+    worker_id: str
+    model: str
+    version: str
+    free_sequences: int
+    free_tokens: int
+    running: int
+    waiting: int
+    kv_usage: float
+    healthy: bool
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RouteCall:
+    """What of a call matters for its way. `tokens` are those of its prompt."""
+
+    model: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Who may not take the call. `reason` is one word for metrics and humans."""
+
+    reason: str
+    passes: Callable[[RouteCall, Candidate], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """How good a worker is for the call, in [0, 1], 1 the best; `weight` above 0."""
+
+    name: str
+    score: Callable[[RouteCall, Candidate], float]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What became of one candidate: `dropped` by a filter's reason, or its scores by the scorers' names.
+
+    `total` is the weighted mean of the parts, in [0, 1]; 0 for one that was dropped.
+    """
+
+    worker_id: str
+    total: float = 0.0
+    parts: tuple[tuple[str, float], ...] = ()
+    dropped: str = ""
+
+    def __str__(self) -> str:
+        if self.dropped:
+            return f"{self.worker_id} {self.dropped}"
+        return f"{self.worker_id} {self.total:.3f} ({', '.join(f'{name} {value:.3f}' for name, value in self.parts)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where the call goes, or None, and why.
+
+    `reason` is one of few words (a metric label): least_loaded, only_choice; without a worker no_worker, or the
+    reason of the filter that dropped those who came furthest.
+    """
+
+    worker_id: str | None
+    reason: str
+    scores: tuple[Score, ...]
+
+    def explain(self) -> str:
+        """One line for a human: the choice, then every candidate, the best first."""
+        where = f"to {self.worker_id}" if self.worker_id is not None else "nowhere"
+        candidates = "; ".join(str(score) for score in self.scores) or "no candidates"
+        return f"{where}, {self.reason}: {candidates}"
+
+
+def _places(_: RouteCall, c: Candidate) -> float:
+    return c.free_sequences / (c.free_sequences + c.running)
+
+
+def _memory(_: RouteCall, c: Candidate) -> float:
+    return 1.0 - min(max(c.kv_usage, 0.0), 1.0)
+
+
+def _queue(_: RouteCall, c: Candidate) -> float:
+    return 1.0 / (1.0 + c.waiting)
+
+
+FILTERS = (
+    Filter("other_model", lambda call, c: c.model == call.model),
+    Filter("unhealthy", lambda _, c: c.healthy),
+    Filter("draining", lambda _, c: not c.draining),
+    Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),
+    Filter("too_few_free_tokens", lambda call, c: c.free_tokens >= call.tokens),
+)
+"""In this order: a candidate is dropped by the first that it does not pass."""
+
+SCORERS = (Scorer("free_places", _places), Scorer("free_memory", _memory), Scorer("short_queue", _queue))
+"""The least loaded, by the share of places free, of KV memory free, and by the engine's own queue."""
+
+
+class Router:
+    """One pipeline. The filters before the scorers may rely on what those drop (free_sequences > 0)."""
+
+    def __init__(self, filters: Sequence[Filter] = FILTERS, scorers: Sequence[Scorer] = SCORERS) -> None:
+        """Raises ValueError for no scorers or a weight that is not above 0."""
+        if not scorers or any(scorer.weight <= 0 for scorer in scorers):
+            raise ValueError("a router needs scorers, each with a weight above 0")
+        self._filters = tuple(filters)
+        self._scorers = tuple(scorers)
+        self._weights = sum(scorer.weight for scorer in scorers)
+        self._depth = {f.reason: depth for depth, f in enumerate(self._filters)}
+
+    def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> Decision:
+        """The best that may. Of equals the one with more free sequences, then the first by worker_id."""
+        passed: list[tuple[float, int, str, Score]] = []
+        dropped: list[Score] = []
+        for candidate in candidates:
+            score = self._score(call, candidate)
+            if score.dropped:
+                dropped.append(score)
+            else:
+                passed.append((-score.total, -candidate.free_sequences, candidate.worker_id, score))
+        passed.sort(key=lambda entry: entry[:3])
+        dropped.sort(key=lambda score: score.worker_id)
+        scores = (*(entry[3] for entry in passed), *dropped)
+        if passed:
+            return Decision(scores[0].worker_id, "least_loaded" if len(passed) > 1 else "only_choice", scores)
+        return Decision(None, self._why_nobody(dropped), scores)
+
+    def _score(self, call: RouteCall, candidate: Candidate) -> Score:
+        for f in self._filters:
+            if not f.passes(call, candidate):
+                return Score(candidate.worker_id, dropped=f.reason)
+        parts = tuple((scorer.name, scorer.score(call, candidate)) for scorer in self._scorers)
+        total = sum(s.weight * value for s, (_, value) in zip(self._scorers, parts, strict=True)) / self._weights
+        return Score(candidate.worker_id, total, parts)
+
+    def _why_nobody(self, dropped: Sequence[Score]) -> str:
+        furthest = max((score.dropped for score in dropped), key=self._depth.__getitem__, default="no_worker")
+        return "no_worker" if furthest == "other_model" else furthest
+
+
+_LEAST_LOADED = Router()
+
+
+def pick(call: RouteCall, candidates: Iterable[Candidate]) -> Decision:
+    """The default pipeline: the least loaded of those with room."""
+    return _LEAST_LOADED.pick(call, candidates)

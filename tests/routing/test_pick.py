@@ -1,0 +1,147 @@
+"""Routing: who may, who is best, and that the decision says why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.routing.pick import FILTERS, SCORERS, Candidate, RouteCall, Router, Scorer, pick
+
+CALL = RouteCall("m", 100)
+FREE = Candidate("w", "m", "v1", 4, 1000, 0, 0, 0.0, healthy=True, draining=False)
+
+
+def worker(worker_id: str, **changes: object) -> Candidate:
+    """An idle worker with room, but for the changes."""
+    return dataclasses.replace(FREE, worker_id=worker_id, **changes)  # type: ignore[arg-type]
+
+
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        worker_id=st.sampled_from("abcdefgh"),
+        model=st.sampled_from(["m", "m", "n"]),
+        version=st.just("v1"),
+        free_sequences=st.integers(0, 3),
+        free_tokens=st.sampled_from([0, 99, 100, 500]),
+        running=st.integers(0, 5),
+        waiting=st.integers(0, 3),
+        kv_usage=st.sampled_from([0.0, 0.5, 1.0]),
+        healthy=st.sampled_from([True, True, False]),
+        draining=st.sampled_from([False, False, True]),
+    ),
+    max_size=8,
+    unique_by=lambda c: c.worker_id,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model": "n"}, "other_model"),
+        ({"healthy": False}, "unhealthy"),
+        ({"draining": True}, "draining"),
+        ({"free_sequences": 0}, "no_free_sequence"),
+        ({"free_tokens": 99}, "too_few_free_tokens"),
+    ],
+)
+def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) -> None:
+    """Whoever may not take the call is passed over, however idle, and the decision says why."""
+    decision = pick(CALL, [worker("a", **change), worker("b", running=50, kv_usage=0.9, waiting=9)])
+    assert (decision.worker_id, decision.reason) == ("b", "only_choice")
+    assert {score.worker_id: score.dropped for score in decision.scores} == {"a": reason, "b": ""}
+
+
+@pytest.mark.parametrize(
+    ("load", "scorer"),
+    [({"running": 4}, "free_places"), ({"kv_usage": 0.4}, "free_memory"), ({"waiting": 1}, "short_queue")],
+)
+def test_each_kind_of_load_counts(load: dict[str, object], scorer: str) -> None:
+    """Of two workers that differ in one kind of load, the freer one is chosen, for that score alone."""
+    decision = pick(CALL, [worker("a", **load), worker("b")])
+    assert (decision.worker_id, decision.reason) == ("b", "least_loaded")
+    best, other = (dict(score.parts) for score in decision.scores)
+    assert {name for name in best if best[name] != other[name]} == {scorer}
+    assert best[scorer] > other[scorer]
+
+
+def test_exactly_enough_room_is_enough() -> None:
+    """A worker with one place and just the call's tokens takes it."""
+    assert pick(CALL, [worker("a", free_sequences=1, free_tokens=100)]).worker_id == "a"
+
+
+@pytest.mark.parametrize(
+    ("them", "reason"),
+    [
+        ([], "no_worker"),
+        ([worker("a", model="n")], "no_worker"),
+        ([worker("a", healthy=False), worker("b", free_sequences=0)], "no_free_sequence"),
+        ([worker("a", free_tokens=1), worker("b", draining=True)], "too_few_free_tokens"),
+    ],
+)
+def test_nobody_is_said_with_the_nearest_reason(them: list[Candidate], reason: str) -> None:
+    """Without a worker the reason is what kept the one that came furthest."""
+    decision = pick(CALL, them)
+    assert (decision.worker_id, decision.reason) == (None, reason)
+
+
+def test_ties_go_to_more_room_then_to_the_name() -> None:
+    """Of equally loaded workers the one with more places, of equal ones the first by name."""
+    assert pick(CALL, [worker("a"), worker("b", free_sequences=8)]).worker_id == "b"
+    assert pick(CALL, [worker("b"), worker("a")]).worker_id == "a"
+
+
+def test_calls_spread_by_size() -> None:
+    """Fifty calls over workers of 10, 20 and 70 places end as those sizes say."""
+    fleet = {i: worker(i, free_sequences=n, free_tokens=10**6) for i, n in (("s", 10), ("m", 20), ("l", 70))}
+    taken: Counter[str] = Counter()
+    for _ in range(50):
+        chosen = pick(CALL, fleet.values()).worker_id
+        assert chosen is not None
+        taken[chosen] += 1
+        c = fleet[chosen]
+        fleet[chosen] = dataclasses.replace(c, free_sequences=c.free_sequences - 1, running=c.running + 1)
+    assert taken == {"s": 5, "m": 10, "l": 35}
+
+
+def test_explain_names_every_candidate() -> None:
+    """The one line tells the choice, the reason, the scores and who was dropped for what."""
+    text = pick(CALL, [worker("busy", running=4), worker("idle"), worker("leaving", draining=True)]).explain()
+    assert text == (
+        "to idle, least_loaded: idle 1.000 (free_places 1.000, free_memory 1.000, short_queue 1.000); "
+        "busy 0.833 (free_places 0.500, free_memory 1.000, short_queue 1.000); leaving draining"
+    )
+    assert pick(CALL, []).explain() == "nowhere, no_worker: no candidates"
+
+
+@given(candidates, st.randoms(use_true_random=False))
+def test_the_choice_is_the_best_of_those_who_may(them: list[Candidate], chance: Random) -> None:
+    """Chosen are only those who pass; nobody who passes scores higher; everyone is told; order does not matter."""
+    decision = pick(CALL, them)
+    may = {c.worker_id for c in them if all(f.passes(CALL, c) for f in FILTERS)}
+    scores = {score.worker_id: score for score in decision.scores}
+    assert sorted(scores) == sorted(c.worker_id for c in them)
+    assert {i for i, score in scores.items() if not score.dropped} == may
+    assert (decision.worker_id in may) if may else decision.worker_id is None
+    for worker_id in may:
+        assert decision.worker_id is not None
+        assert scores[worker_id].total <= scores[decision.worker_id].total
+        assert all(0.0 <= value <= 1.0 for _, value in scores[worker_id].parts)
+        assert 0.0 <= scores[worker_id].total <= 1.0
+    shuffled = [*them]
+    chance.shuffle(shuffled)
+    assert pick(CALL, shuffled) == decision
+
+
+def test_weights_decide_between_scorers() -> None:
+    """A scorer of its own with enough weight outvotes the others; one without weight is refused."""
+    likes_b = Scorer("likes_b", lambda _, c: float(c.worker_id == "b"), weight=10.0)
+    router = Router(scorers=(*SCORERS, likes_b))
+    assert router.pick(CALL, [worker("a"), worker("b", kv_usage=0.9, running=9)]).worker_id == "b"
+    with pytest.raises(ValueError, match="weight above 0"):
+        Router(scorers=(dataclasses.replace(likes_b, weight=0.0),))
