@@ -102,7 +102,7 @@ class Detokenizer:
         if found is None:
             return None
         stop, start = found
-        kept = bisect_left(ends, start + len(stop), lo=1)  # the token that completes the stop string is the last
+        kept = bisect_left(ends, start + len(stop))  # the token that completes the stop string is the last
         del self.token_ids[before + kept :]
         self._text = self._text[:start]
         return stop

@@ -74,24 +74,12 @@ class LogprobTexts:
         return TokenLogprob(token_id, text, text.encode(errors="replace"), max(logprob, LEAST_LOGPROB))
 
     def _completed(self, token_id: int, context: Sequence[int]) -> str:
-        """What the token adds to as few of the sampled tokens before it as make whole characters; else nothing."""
+        """What the token completes: the text with as few of the sampled tokens before it as make it whole, or none.
+
+        Those few are all parts of the character: a whole token before them would not have been needed.
+        """
         for length in range(1, len(context) + 1):
-            before = context[-length:]
-            text = self._texts.decode([*before, token_id], skip_special_tokens=False)
+            text = self._texts.decode([*context[-length:], token_id], skip_special_tokens=False)
             if not text.endswith(REPLACEMENT):
-                return text[_common_length(self._whole_text(before), text) :]
+                return text
         return ""
-
-    def _whole_text(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens without those at the end that are parts of a character."""
-        end = len(tokens)
-        while end and self._texts.decode([tokens[end - 1]], skip_special_tokens=False).endswith(REPLACEMENT):
-            end -= 1
-        return self._texts.decode(list(tokens[:end]), skip_special_tokens=False) if end else ""
-
-
-def _common_length(left: str, right: str) -> int:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))

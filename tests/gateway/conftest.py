@@ -1,0 +1,31 @@
+"""A cluster on the simulated engine, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cluster.api.bundle import Bundle
+from tests.support.checkpoints import build_checkpoint
+from tests.support.cluster import TestCluster, bundle_of, running_cluster
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint folder; the simulated engine speaks its tokens."""
+    return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path) -> Bundle:
+    """Its tokenizer bundle."""
+    return bundle_of(checkpoint)
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[TestCluster]:
+    """A gateway without workers."""
+    async with running_cluster(tmp_path) as cluster:
+        yield cluster

@@ -1,0 +1,239 @@
+"""Calls through a real gateway and real links on the simulated engine: answers, streams, usage, listings."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.api.bundle import Bundle
+from cluster.api.types import CatalogEntry, ModelState
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.link.dial import read
+from cluster.v1 import inference_pb2 as pb
+from tests.support.calls import chat, complete, refused, text_of
+from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
+
+
+async def test_stream_and_whole_answer_agree(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A stream's pieces are the whole answer; its last chunk alone has finish_reason and usage; offsets grow."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    chunks = [c async for c in cluster.stub.StreamChat(chat(max_tokens=40, ignore_eos=True))]
+    whole = await cluster.stub.Chat(chat(max_tokens=40, ignore_eos=True))
+    assert text_of(chunks) == whole.choices[0].message.content != ""
+    assert [c.choices[0].finish_reason for c in chunks] == [""] * (len(chunks) - 1) + ["length"]
+    assert [c.HasField("usage") for c in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert [c.offset for c in chunks] == list(range(1, len(chunks) + 1))
+    assert [c.choices[0].delta.role for c in chunks] == ["assistant"] + [""] * (len(chunks) - 1)
+    usage = chunks[-1].usage
+    assert usage.completion_tokens == 40
+    assert usage.total_tokens == usage.prompt_tokens + 40
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (usage.prompt_tokens, 40)
+    assert {c.id for c in chunks} == {chunks[0].id}
+    assert chunks[0].model == "sim"
+    await cluster.until_idle()
+
+
+async def test_tokens_are_the_engines(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """What the caller reads is the text of exactly the ids that the engine alone gives for the same prompt."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    text = TextModel.from_bundle(bundle)
+    answer = await cluster.stub.Complete(complete(max_tokens=30, ignore_eos=True))
+    logprobs = await cluster.stub.Complete(complete(max_tokens=30, ignore_eos=True, logprobs=True, top_logprobs=2))
+    ids = [t.token_id for t in logprobs.choices[0].logprobs]
+    assert len(ids) == 30
+    assert all(len(t.top_logprobs) >= 2 and t.logprob <= 0 for t in logprobs.choices[0].logprobs)
+    prompt = text.encode_prompt("Once upon a time")
+    detokenizer = text.detokenizer(prompt)
+    detokenizer.push(ids)
+    assert logprobs.choices[0].text == detokenizer.take(True)
+    assert answer.usage.completion_tokens == 30
+    from_ids = await cluster.stub.Complete(
+        pb.CompleteRequest(model="sim", prompt_token_ids=prompt, max_tokens=30, temperature=0.0, ignore_eos=True)
+    )
+    assert from_ids.choices[0].text == answer.choices[0].text
+
+
+async def test_several_choices(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """n choices run as n requests; the prompt counts once; a seed makes each of them repeatable and different."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    request = chat(n=3, temperature=1.0, seed=11, max_tokens=12, ignore_eos=True)
+    first = [c async for c in cluster.stub.StreamChat(request)]
+    again = await cluster.stub.Chat(request)
+    texts = [text_of(first, i) for i in range(3)]
+    assert texts == [c.message.content for c in again.choices]
+    assert len(set(texts)) == 3
+    assert again.usage.completion_tokens == 36
+    one = await cluster.stub.Chat(chat(temperature=1.0, seed=11, max_tokens=12, ignore_eos=True))
+    assert one.usage.prompt_tokens == again.usage.prompt_tokens
+    assert one.choices[0].message.content == texts[0]
+
+
+async def test_stop_strings_end_the_engines_work(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A stop string ends the call at its first letter, is not told, and frees the engine's place at once."""
+    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
+    whole = (await cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True))).choices[0].text
+    stop = whole[20:24]
+    request = complete(max_tokens=2000, ignore_eos=True, stop=[stop])
+    chunks = [c async for c in cluster.stub.StreamComplete(request)]
+    told = "".join(c.choices[0].text for c in chunks)
+    assert told == whole[: whole.index(stop)]
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    await until(lambda: worker.engine.load().running == 0, "the engine's place is free")
+
+
+async def test_request_id_and_unknown_metadata(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A given request id comes back at once and at the end, a bad one is replaced; other metadata is let be."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    call = cluster.stub.StreamChat(
+        chat(), metadata=(("x-request-id", "abc-1"), ("x-whatever", "7"), ("x-b-bin", b"\xff"))
+    )
+    assert dict(await call.initial_metadata())["x-request-id"] == "abc-1"
+    assert [c async for c in call]
+    assert dict(await call.trailing_metadata())["x-request-id"] == "abc-1"
+    call = cluster.stub.StreamChat(chat(), metadata=(("x-request-id", "has space"),))
+    made = dict(await call.initial_metadata())["x-request-id"]
+    assert len(made) == 32
+    answer = await refused(cluster.stub.Chat(chat(model="no"), metadata=(("x-request-id", "abc-2"),)))
+    assert answer.trailers["x-request-id"] == "abc-2"
+
+
+async def test_tokenize_and_detokenize(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Ids of text and of messages; text of ids; the context's length is told."""
+    await cluster.add_worker(sim_engine(checkpoint, max_model_len=512), bundle)
+    text = TextModel.from_bundle(bundle)
+    plain = await cluster.stub.Tokenize(pb.TokenizeRequest(model="sim", text="Grüße, 世界"))
+    assert list(plain.token_ids) == text.encode_prompt("Grüße, 世界")
+    assert plain.max_model_len == 512
+    messages = await cluster.stub.Tokenize(
+        pb.TokenizeRequest(model="sim", messages=[pb.Message(role="user", content="Hi")])
+    )
+    assert list(messages.token_ids) == text.encode_chat([{"role": "user", "content": "Hi"}])
+    back = await cluster.stub.Detokenize(pb.DetokenizeRequest(model="sim", token_ids=plain.token_ids))
+    assert back.text.endswith("Grüße, 世界")
+
+
+async def test_models_health_and_workers_are_told(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Catalog entries without workers are listed with their state; a worker makes its model READY and SERVING."""
+    cluster.gateway.dispatcher.catalog(
+        [
+            CatalogEntry("sim", aliases=("default",), state=ModelState.LOADING, max_model_len=256),
+            CatalogEntry("other", state=ModelState.FAILED, state_reason="no such folder"),
+        ]
+    )
+    health: Any = health_pb2_grpc.HealthStub(cluster.channel)
+    states = {m.name: m.state for m in (await cluster.stub.ListModels(pb.ListModelsRequest())).models}
+    assert states == {"sim": pb.Model.STATE_LOADING, "other": pb.Model.STATE_FAILED}
+    assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+    await until(lambda: "sim" in cluster.gateway._healthy, "health is told")
+    loading = await health.Check(health_pb2.HealthCheckRequest(service="sim"))
+    assert loading.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    worker = await cluster.add_worker(sim_engine(checkpoint), bundle)
+    ready = await health.Check(health_pb2.HealthCheckRequest(service="default"))
+    assert ready.status == health_pb2.HealthCheckResponse.SERVING
+    model = await cluster.stub.GetModel(pb.GetModelRequest(name="default"))
+    assert (model.name, model.state) == ("sim", pb.Model.STATE_READY)
+    assert (await cluster.stub.Chat(chat(model="default"))).model == "sim"
+    page = await cluster.stub.ListModels(pb.ListModelsRequest(page_size=1))
+    rest = await cluster.stub.ListModels(pb.ListModelsRequest(page_size=1, page_token=page.next_page_token))
+    assert [m.name for m in (*page.models, *rest.models)] == ["other", "sim"]
+    assert rest.next_page_token == ""
+    async with grpc.aio.insecure_channel(cluster.gateway.endpoints["admin"]) as channel:
+        workers = await admin_pb2_grpc.FleetStub(channel).ListWorkers(admin_pb2.ListWorkersRequest())
+        assert [w.worker_id for w in workers.workers] == [worker.identity.worker_id]
+        assert workers.workers[0].engine_path == "sim"
+        entry = await admin_pb2_grpc.CatalogStub(channel).Get(admin_pb2.GetRequest(name="other"))
+        assert (entry.state, entry.state_reason) == ("FAILED", "no such folder")
+
+
+async def test_more_calls_than_room_all_end(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Calls beyond the engines' room wait in the gateway, not in the engines, and all of them are answered."""
+    workers = [await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, max_num_seqs=4), bundle) for _ in range(2)]
+    deepest = 0
+
+    async def watch() -> None:
+        nonlocal deepest
+        while True:
+            deepest = max(deepest, *(w.engine.load().waiting for w in workers))
+            await asyncio.sleep(0.001)
+
+    watcher = asyncio.create_task(watch())
+    answers = await asyncio.gather(
+        *(cluster.stub.Complete(complete(f"call {i}", max_tokens=8, ignore_eos=True)) for i in range(64))
+    )
+    watcher.cancel()
+    assert all(a.usage.completion_tokens == 8 for a in answers)
+    assert max(a.usage.queue_ms for a in answers) > 0
+    assert deepest <= 6, "an engine's own queue holds a lookahead, and what has not begun its first step"
+    await cluster.until_idle()
+
+
+async def test_long_prompts_travel_in_bulk(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A prompt of many tokens arrives whole, in chunks on its own connection."""
+    await cluster.add_worker(
+        sim_engine(checkpoint, max_model_len=400_000, kv_blocks=40_000, prefill_tokens_per_s=1e7), bundle
+    )
+    ids = [(i * 7) % 300 + 10 for i in range(300_000)]
+    answer = await cluster.stub.Complete(
+        pb.CompleteRequest(model="sim", prompt_token_ids=ids, max_tokens=4, temperature=0.0, ignore_eos=True)
+    )
+    assert answer.usage.prompt_tokens == 300_000
+    assert answer.usage.completion_tokens == 4
+
+
+async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """Every keepalive_s of silence a chunk with progress alone goes out, queued or running."""
+    config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  keepalive_s: 0.05")
+    async with running_cluster(tmp_path, config) as cluster:
+        cluster.gateway.dispatcher.catalog(
+            [CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)]
+        )
+        await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
+        call = cluster.stub.StreamChat(chat(max_tokens=3, ignore_eos=True))
+        first = await read(call)
+        assert first.progress.state == "loading"
+        assert (first.progress.queue_position, len(first.choices)) == (1, 0)
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=150), bundle)
+        rest = [c async for c in call]
+        assert [c.progress.state for c in rest if c.HasField("progress")].count("running") >= 1
+        assert rest[-1].usage.completion_tokens == 3
+
+
+async def test_text_before_an_error_is_delivered(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A worker lost in mid-stream ends the call UNAVAILABLE with a reason, after all text that had come."""
+    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+    call = cluster.stub.StreamChat(chat(max_tokens=1000, ignore_eos=True))
+    assert (await read(call)).choices
+    await worker.stop()
+    answer = await refused(call)
+    assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+    assert answer.retry_s is not None
+    assert "grpc-retry-pushback-ms" in answer.trailers
+
+
+async def test_a_call_without_tokens_moves_to_another_worker(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """A worker lost before the first token costs the caller nothing but time."""
+    doomed = await cluster.add_worker(sim_engine(checkpoint, fault="hang@step:1"), bundle)
+    call = asyncio.ensure_future(cluster.stub.Chat(chat(max_tokens=5, ignore_eos=True)))
+    await until(lambda: doomed.end.statistics().running == 1, "the call is at the first worker")
+    await cluster.add_worker(sim_engine(checkpoint), bundle)
+    await doomed.stop()
+    assert (await call).usage.completion_tokens == 5
+
+
+@pytest.mark.parametrize("kind", ["die@step:3", "nan@step:3"])
+async def test_engine_trouble_reaches_the_caller_as_a_clear_error(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, kind: str
+) -> None:
+    """An engine that dies or computes nonsense ends its calls with a status, never with wrong or missing tokens."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault=kind), bundle)
+    answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True)))
+    assert answer.reason in ("WORKER_LOST", "INTERNAL")
+    await until(lambda: not cluster.gateway.service.statistics(), "the call is gone")

@@ -1,0 +1,34 @@
+"""The families' tokenizers, built once a session."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from cluster.engine.bundles import build_bundle
+from cluster.gateway.text.tokenizer import TextModel
+from tests.gateway.text.kinds import Kind, kind_of
+from tests.support.checkpoints import FAMILIES, build_checkpoint
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    """Family -> its tokenizers."""
+    from transformers import AutoTokenizer
+
+    made = {}
+    for family in FAMILIES:
+        folder = build_checkpoint(family, tmp_path_factory.mktemp(family))
+        ours = TextModel.from_bundle(build_bundle(folder))
+        made[family] = kind_of(family, folder, AutoTokenizer.from_pretrained(folder), ours)
+    return made
+
+
+@pytest.fixture(params=FAMILIES)
+def kind(request: pytest.FixtureRequest, kinds: dict[str, Kind]) -> Kind:
+    """Each family in turn."""
+    return kinds[request.param]

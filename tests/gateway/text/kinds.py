@@ -1,0 +1,72 @@
+"""The tokenizers under test: each family's tiny one, as transformers loads it and as the gateway does."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+from cluster.gateway.text.tokenizer import TextModel
+from tests.support.corpus import SAMPLES
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One family's tokenizer, twice, and ids that are worth trying on it."""
+
+    family: str
+    folder: Path
+    theirs: Any
+    ours: TextModel
+    byte_ids: tuple[int, ...]
+    special_ids: tuple[int, ...]
+    sample_ids: tuple[int, ...]
+
+
+def kind_of(family: str, folder: Path, theirs: Any, ours: TextModel) -> Kind:
+    """Collect the ids: tokens that are no character by themselves, special ones, and those of the sample texts."""
+    broken = [i for i in range(len(theirs)) if "\ufffd" in theirs.decode([i])]
+    sample = [token_id for text in SAMPLES for token_id in theirs.encode(text, add_special_tokens=False)]
+    return Kind(family, folder, theirs, ours, tuple(broken), tuple(theirs.all_special_ids), tuple(sample))
+
+
+def token_ids(kind: Kind, *, beyond_vocabulary: bool = False) -> st.SearchStrategy[list[int]]:
+    """Runs of ids: of any token, of broken characters, special ones, and pieces of real text."""
+    pieces = st.integers(0, len(kind.sample_ids) - 1).flatmap(
+        lambda start: st.integers(1, 12).map(lambda size: list(kind.sample_ids[start : start + size]))
+    )
+    singles: list[st.SearchStrategy[int]] = [
+        st.integers(0, len(kind.theirs) - 1),
+        st.sampled_from(kind.byte_ids),
+        st.sampled_from(kind.special_ids),
+    ]
+    if beyond_vocabulary:
+        singles.append(st.integers(len(kind.theirs), len(kind.theirs) + 50))
+    runs = st.one_of(pieces, st.lists(st.one_of(singles), max_size=8))
+    return st.lists(runs, max_size=6).map(lambda parts: [token_id for part in parts for token_id in part])
+
+
+TEXTS = st.one_of(
+    st.sampled_from(SAMPLES),
+    st.text(max_size=60),
+    st.text(alphabet=string.printable, max_size=60),
+    st.lists(
+        st.sampled_from(["<s>", "<|eot_id|>", "[INST]", "<|endoftext|>", " ", "  ", "a", "\n", "é", "🎉"]), max_size=12
+    ).map("".join),
+)
+"""Prompts in all scripts, with special tokens' texts and odd spaces among them."""
+
+
+def with_template(kind: Kind, templates: Mapping[str, str]) -> TextModel:
+    """The kind's TextModel with other chat templates (name -> source) than its own."""
+    from cluster.api.bundle import Bundle
+    from cluster.engine.bundles import build_bundle
+
+    files = {n: c for n, c in build_bundle(kind.folder).files.items() if not n.startswith("chat_template")}
+    for name, source in templates.items():
+        files["chat_template.jinja" if name == "default" else f"chat_template.{name}.jinja"] = source.encode()
+    return TextModel.from_bundle(Bundle(files))

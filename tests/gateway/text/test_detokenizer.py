@@ -1,0 +1,151 @@
+"""The detokenizer gives vLLM's text to the letter, over every kind of tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.gateway.text.kinds import Kind, token_ids
+
+LAW = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+
+
+def vllm_detokenizer(kind: Kind, prompt: Sequence[int], **params: Any) -> Any:
+    """vLLM's own detokenizer for such a call."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
+
+    request = EngineCoreRequest(
+        request_id="r",
+        prompt_token_ids=list(prompt),
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=4096, **params),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    return FastIncrementalDetokenizer(kind.theirs, request)
+
+
+def run_both(
+    kind: Kind, prompt: list[int], steps: list[list[int]], takes: list[bool], stop_terminated: bool, **params: Any
+) -> None:
+    """Push the steps into both and compare what every step returns, gives and counts."""
+    theirs = vllm_detokenizer(kind, prompt, **params)
+    ours = kind.ours.detokenizer(prompt, **params)
+    for number, step in enumerate(steps):
+        last = number == len(steps) - 1
+        ended = last and stop_terminated and bool(step)
+        stopped = theirs.update(list(step), ended)
+        assert ours.push(step, ended) == stopped
+        assert ours.token_ids == theirs.output_token_ids
+        finished = last or stopped is not None
+        if finished or takes[number % len(takes)]:
+            assert ours.take(finished) == theirs.get_next_output_text(finished, delta=True)
+        if finished:
+            break
+
+
+@LAW
+@given(data=st.data())
+def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
+    """Any ids in steps of any size after any prompt give vLLM's text, stop string and token count at every step."""
+    prompt = data.draw(token_ids(kind), label="prompt")
+    if data.draw(st.booleans(), label="long prompt"):
+        prompt = [*kind.sample_ids[:150], *prompt]
+    ids = data.draw(token_ids(kind, beyond_vocabulary=True), label="ids")
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids)), label="cuts"))
+    steps = [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
+    text = kind.theirs.decode(ids, skip_special_tokens=True)
+    stops = st.text(max_size=3)
+    if text:
+        stops |= st.integers(0, len(text) - 1).flatmap(lambda i: st.integers(1, 8).map(lambda n: text[i : i + n]))
+    run_both(
+        kind,
+        prompt,
+        steps,
+        data.draw(st.lists(st.booleans(), min_size=1, max_size=4), label="takes"),
+        data.draw(st.booleans(), label="stop terminated"),
+        stop=data.draw(st.lists(stops.filter(bool), max_size=3), label="stop"),
+        min_tokens=data.draw(st.integers(0, 6), label="min tokens"),
+        skip_special_tokens=data.draw(st.booleans(), label="skip special tokens"),
+    )
+
+
+@settings(LAW, max_examples=100)
+@given(data=st.data())
+def test_long_prompts_prime_by_their_tail(kind: Kind, data: st.DataObject) -> None:
+    """A prompt longer than what primes the stream gives the same text as the whole would, whatever is in its tail."""
+    tail = [t for part in data.draw(st.lists(token_ids(kind), min_size=3, max_size=8), label="tail") for t in part]
+    prompt = [*kind.sample_ids[:200], *tail]
+    steps = [[token_id] for token_id in data.draw(token_ids(kind), label="ids")]
+    skip = data.draw(st.booleans(), label="skip special tokens")
+    run_both(kind, prompt, steps, [True], False, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama2"])
+def test_tails_that_do_not_prime(kinds: dict[str, Kind], family: str) -> None:
+    """A tail without text of its own, or inside a run of bytes that an earlier byte spoils, primes with the whole."""
+    kind = kinds[family]
+    byte = kind.theirs.convert_tokens_to_ids
+    emoji = [byte(f"<0x{b:02X}>") for b in "🎉".encode()]
+    space = byte("\u2581")
+    spoilt = [*kind.sample_ids[:20], byte("<0xFF>"), *emoji * 40]
+    silent = [*kind.sample_ids[:20], space, *[kind.theirs.eos_token_id] * 95]
+    hello = kind.theirs.encode("Hello 🎉 there", add_special_tokens=False)
+    for prompt in (spoilt, silent):
+        for ids in (hello, [*emoji[:2], *hello], [space, *hello]):
+            run_both(kind, prompt, [[token_id] for token_id in ids], [True], False)
+
+
+def test_text_is_whole_again(kind: Kind) -> None:
+    """Token by token, every sample text comes back as it was, no character cut and no first space lost."""
+    from tests.support.corpus import SAMPLES
+
+    prompt = kind.ours.encode_prompt("Once upon a time")
+    for text in SAMPLES:
+        ids = kind.theirs.encode("Once upon a time " + text, add_special_tokens=True)[len(prompt) :]
+        detokenizer = kind.ours.detokenizer(prompt)
+        pieces = []
+        for token_id in ids:
+            detokenizer.push([token_id])
+            pieces.append(detokenizer.take(False))
+        pieces.append(detokenizer.take(True))
+        assert "".join(pieces).strip() == text.strip()
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_holds_back_what_may_begin_a_stop_string(kinds: dict[str, Kind]) -> None:
+    """Up to len(stop) - 1 characters wait; they come at the end if the stop string never does."""
+    kind = kinds["llama"]
+    detokenizer = kind.ours.detokenizer([0], stop=["river bank"])
+    assert detokenizer.push(kind.theirs.encode("the river", add_special_tokens=False)) is None
+    assert detokenizer.take(False) == ""
+    assert detokenizer.push(kind.theirs.encode(" turns", add_special_tokens=False)) is None
+    assert detokenizer.take(False) == "the ri"
+    assert detokenizer.take(True) == "ver turns"
+
+
+def test_tokens_after_a_stop_string_do_not_count(kinds: dict[str, Kind]) -> None:
+    """Of a step of several tokens those after the one that completes the stop string are dropped, text and count."""
+    kind = kinds["falcon"]
+    ids = kind.theirs.encode("a b c d", add_special_tokens=False)
+    detokenizer = kind.ours.detokenizer([], stop=[" b"])
+    assert detokenizer.push(ids) == " b"
+    assert detokenizer.token_ids == ids[:2]
+    assert detokenizer.take(True) == "a"
+
+
+def test_an_empty_stop_string_is_refused(kinds: dict[str, Kind]) -> None:
+    """An empty stop string would end every call at once."""
+    with pytest.raises(ValueError, match="stop"):
+        kinds["llama"].ours.detokenizer([], stop=["x", ""])

@@ -1,0 +1,234 @@
+"""Chat templates give transformers' token ids, and their errors are the caller's to understand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.engine.bundles import build_bundle
+from cluster.gateway.text.template import ChatTemplate
+from cluster.gateway.text.tokenizer import TextModel
+from tests.gateway.text.kinds import Kind, with_template
+
+PUBLIC = Path(__file__).parents[2] / "data" / "chat_templates"
+NAMES = sorted(path.stem for path in PUBLIC.glob("*.jinja"))
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a <city> & its surroundings, e.g. Zürich 東京",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "enum": [1, 3]}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {"id": "abcdef123", "type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich"}}}
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one question": [{"role": "user", "content": "What is the capital of France?"}],
+    "with a system prompt": [
+        {"role": "system", "content": "You answer in one word. "},
+        {"role": "user", "content": " Où est 東京? 🎉 <b>&amp;</b> \n"},
+    ],
+    "several turns": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "<think>\nA greeting.\n</think>\n\nHello! How can I help? "},
+        {"role": "user", "content": "Count to <s> </s> <|eot_id|> [INST] <|im_end|> three"},
+    ],
+    "a tool was called": [
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": '{"sky": "blue"}', "tool_call_id": "abcdef123", "name": "get_weather"},
+        {"role": "assistant", "content": "Blue."},
+        {"role": "user", "content": "And tomorrow?"},
+    ],
+    "roles out of turn": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+    "an unknown role": [{"role": "wizard", "content": "Abracadabra"}],
+    "no content": [{"role": "user"}],
+    "content in parts": [
+        {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}
+    ],
+}
+
+
+def outcome_of(encode: Callable[..., Any], messages: list[dict[str, Any]], **kwargs: Any) -> Any:
+    """The ids, or the error: a template's own words, or `failed` for what the template could not do."""
+    from jinja2.exceptions import TemplateError, UndefinedError
+
+    try:
+        return encode(messages, **kwargs)
+    except CallError as e:
+        if e.outcome is not Outcome.INVALID_FIELD:
+            raise
+        text = e.message.removeprefix("messages: ")
+        return "failed" if text.startswith("the model's chat template cannot render") else text
+    except UndefinedError:
+        return "failed"
+    except TemplateError as e:
+        return str(e)
+    except (TypeError, AttributeError, KeyError):
+        return "failed"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("name", NAMES)
+def test_public_templates_give_transformers_ids(kinds: dict[str, Kind], name: str, family: str) -> None:
+    """Every conversation, with and without tools and generation prompt, has transformers' ids or its refusal."""
+    kind = kinds[family]
+    source = (PUBLIC / f"{name}.jinja").read_text()
+    model = with_template(kind, {"default": source})
+    rendered = 0
+    for title, messages in CONVERSATIONS.items():
+        for tools in (None, [WEATHER]):
+            for prompt in (True, False):
+                given: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt}
+                theirs = outcome_of(
+                    kind.theirs.apply_chat_template, messages, chat_template=source, return_dict=False, **given
+                )
+                ours = outcome_of(model.encode_chat, messages, **given)
+                assert ours == theirs, title
+                rendered += isinstance(ours, list)
+    assert rendered >= 8
+
+
+def test_own_templates_have_one_bos(kind: Kind) -> None:
+    """The families' own templates give transformers' ids, which hold BOS exactly once."""
+    messages = CONVERSATIONS["one question"]
+    ids = kind.ours.encode_chat(messages)
+    assert ids == kind.theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if kind.theirs.bos_token_id is not None:
+        assert ids.count(kind.theirs.bos_token_id) == 1
+
+
+def test_every_public_template_names_its_origin() -> None:
+    """Each text kept has an entry with its model, its holder and a permissive licence, and there are twelve or more."""
+    index = json.loads((PUBLIC / "index.json").read_text())
+    assert sorted(Path(entry["file"]).stem for entry in index) == NAMES
+    assert len(NAMES) >= 12
+    assert {entry["held_license"] for entry in index} <= {"MIT", "Apache-2.0"}
+    assert all(entry["model"] and entry["held_by"] for entry in index)
+
+
+def test_named_templates(kinds: dict[str, Kind], tmp_path: Path) -> None:
+    """A model with templates `default` and `tool_use` uses the second when tools are given, as transformers does."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(kinds["llama"].folder, folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.chat_template = {
+        "default": (PUBLIC / "chatml.jinja").read_text(),
+        "tool_use": (PUBLIC / "hermes-2-pro-tool-use.jinja").read_text(),
+    }
+    theirs.save_pretrained(folder)
+    bundle = build_bundle(folder)
+    assert {"chat_template.jinja", "chat_template.tool_use.jinja"} <= bundle.files.keys()
+    model = TextModel.from_bundle(bundle)
+    messages = CONVERSATIONS["several turns"]
+    for tools in (None, [WEATHER]):
+        expected = theirs.apply_chat_template(messages, tools, add_generation_prompt=True, return_dict=False)
+        assert model.encode_chat(messages, tools=tools) == expected
+    assert model.encode_chat(messages, tools=[]) == model.encode_chat(messages)
+
+
+@pytest.mark.parametrize("final", ["The capital is", "The capital is ", " Paris,\n\n and", "{"])
+@pytest.mark.parametrize("name", ["chatml", "qwen2.5", "mistral-nemo", "phi3-training", "granite-3.3", "trims"])
+def test_continues_the_final_message(kinds: dict[str, Kind], name: str, final: str) -> None:
+    """The last message is left open exactly where transformers leaves it, trimmed or not."""
+    kind = kinds["mistral"]
+    source = kinds["llama"].theirs.chat_template if name == "trims" else (PUBLIC / f"{name}.jinja").read_text()
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": final}]
+    theirs = kind.theirs.apply_chat_template(
+        messages, chat_template=source, continue_final_message=True, return_dict=False
+    )
+    assert with_template(kind, {"default": source}).encode_chat(messages, continue_final_message=True) == theirs
+
+
+def test_template_kwargs_reach_the_template(kinds: dict[str, Kind]) -> None:
+    """Extra arguments are the template's; those that the request sets itself are refused by name."""
+    kind = kinds["llama"]
+    source = (PUBLIC / "qwen3.5.jinja").read_text()
+    model = with_template(kind, {"default": source})
+    messages = CONVERSATIONS["one question"]
+    plain, without = (model.render_chat(messages, template_kwargs=k) for k in (None, {"enable_thinking": False}))
+    assert plain != without
+    assert without == kind.theirs.apply_chat_template(
+        messages, chat_template=source, add_generation_prompt=True, tokenize=False, enable_thinking=False
+    )
+    with pytest.raises(CallError, match="messages is set by the request") as error:
+        model.render_chat(messages, template_kwargs={"messages": []})
+    assert error.value.violations[0].field == "chat_template_kwargs_json"
+
+
+def render(source: str, **kwargs: Any) -> str:
+    """Render one short message through a template of the test's."""
+    return ChatTemplate({"default": source}).render([{"role": "user", "content": "hi"}], **kwargs)
+
+
+def test_the_date_is_given_from_outside() -> None:
+    """strftime_now tells the time it was made with, so a prompt can be repeated."""
+    template = ChatTemplate({"default": "{{ strftime_now('%d %B %Y') }}"}, now=lambda: datetime(2026, 3, 1))
+    assert template.render([{"role": "user", "content": "hi"}]) == "01 March 2026"
+
+
+def test_a_templates_refusal_is_the_callers() -> None:
+    """What a template raises comes to the caller, on `messages`, cut to a bounded length."""
+    with pytest.raises(CallError, match="messages: no wizards here") as error:
+        render("{{ raise_exception('no wizards here') }}")
+    assert error.value.outcome is Outcome.INVALID_FIELD
+    with pytest.raises(CallError) as error:
+        render("{{ raise_exception('x' * 100000) }}")
+    assert len(error.value.message) < 1000
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}",
+        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 100000000000 }}",
+        "{{ [0] * 100000000000 }}",
+        "{{ 10 ** 1000000000 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ range(1000000000) | length }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+    ],
+)
+def test_a_runaway_template_is_stopped(source: str) -> None:
+    """A template that grows without end, loops for ever or leaves the sandbox is an error, soon and without harm."""
+    with pytest.raises(CallError) as error:
+        render(source)
+    assert error.value.outcome is Outcome.INVALID_FIELD
+
+
+def test_a_model_without_template_says_so() -> None:
+    """No template, none called default, or one that does not compile: Chat is refused with the way out, Complete."""
+    for sources in ({}, {"rag": "x"}, {"default": "{% if %}"}):
+        with pytest.raises(CallError, match="use Complete") as error:
+            ChatTemplate(sources).render([{"role": "user", "content": "hi"}])
+        assert error.value.outcome is Outcome.UNSUPPORTED_FEATURE
+
+
+def test_no_messages_is_refused() -> None:
+    """An empty conversation is named before a template sees it."""
+    with pytest.raises(CallError, match="at least one message"):
+        ChatTemplate({"default": "x"}).render([])
+
+
+def test_a_message_without_text_cannot_be_continued() -> None:
+    """Continuing needs text in the last message, and a template that puts it out."""
+    for source, content in (("{{ messages[0].content }}", None), ("nothing", "hi")):
+        with pytest.raises(CallError, match="continue_final_message"):
+            ChatTemplate({"default": source}).render(
+                [{"role": "user", "content": content}], continue_final_message=True
+            )

@@ -1,0 +1,112 @@
+"""Prompts become the ids that transformers and vLLM's server would send to the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from cluster.api.bundle import Bundle
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.text.tokenizer import ENCODE_OFFLOAD_CHARS, TextModel
+from tests.gateway.text.kinds import TEXTS, Kind
+from tests.support.checkpoints import VOCAB_SIZES, big_tokenizer
+
+LAW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@LAW
+@given(text=TEXTS)
+def test_prompt_ids_equal_transformers(kind: Kind, text: str) -> None:
+    """A plain prompt has transformers' ids, BOS included."""
+    assert kind.ours.encode_prompt(text) == kind.theirs(text, add_special_tokens=True)["input_ids"]
+
+
+@LAW
+@given(text=TEXTS)
+def test_decode_equals_transformers(kind: Kind, text: str) -> None:
+    """Decoding whole lists equals transformers', with and without special tokens."""
+    ids = kind.ours.encode_prompt(text)
+    for skip in (True, False):
+        assert kind.ours.decode(ids, skip_special_tokens=skip) == kind.theirs.decode(ids, skip_special_tokens=skip)
+
+
+def test_token_text_equals_vllm(kind: Kind) -> None:
+    """Every token by itself has the text that vLLM tells in logprobs, a leading space included."""
+    from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
+
+    ids = list(range(len(kind.theirs)))
+    assert [kind.ours.token_text(i) for i in ids] == convert_ids_list_to_tokens(kind.theirs, ids)
+
+
+def test_what_a_model_is(kinds: dict[str, Kind]) -> None:
+    """Vocabulary, family and end tokens come from the model's files."""
+    llama, falcon = kinds["llama"].ours, kinds["falcon"].ours
+    assert llama.vocab_size == VOCAB_SIZES["llama"]
+    assert llama.family == "llama"
+    assert falcon.family == "falcon"
+    assert [llama.token_text(i) for i in llama.eos_token_ids] == ["<|eot_id|>", "<|end_of_text|>"]
+    assert [falcon.token_text(i) for i in falcon.eos_token_ids] == ["<|endoftext|>"]
+    assert llama.has_chat_template
+
+
+async def test_long_texts_leave_the_loop_free(kinds: dict[str, Kind]) -> None:
+    """A long prompt is tokenized in a thread: the loop turns meanwhile, and the ids are the same."""
+    model = kinds["llama"].ours
+    text = "The river turns the wheel. " * (40 * ENCODE_OFFLOAD_CHARS // 27)
+    turns = 0
+    task = asyncio.ensure_future(model.encode_prompt_async(text))
+    while not task.done():
+        turns += 1
+        await asyncio.sleep(0)
+    assert turns > 10
+    assert task.result() == model.encode_prompt(text)
+    messages = [{"role": "user", "content": text}]
+    assert await model.encode_chat_async(messages) == model.encode_chat(messages)
+
+
+async def test_short_texts_stay_on_the_loop(kinds: dict[str, Kind]) -> None:
+    """A short prompt is done at once, without a turn of the loop."""
+    model = kinds["mistral"].ours
+    with pytest.raises(StopIteration) as done:
+        model.encode_prompt_async("short").send(None)
+    assert done.value.value == model.encode_prompt("short")
+
+
+def test_a_lone_surrogate_is_refused(kinds: dict[str, Kind]) -> None:
+    """Text that is not Unicode gets an error that names the field."""
+    with pytest.raises(CallError) as error:
+        kinds["llama"].ours.encode_prompt("a\ud800b")
+    assert error.value.outcome is Outcome.INVALID_FIELD
+    assert error.value.violations[0].field == "prompt"
+
+
+@pytest.mark.parametrize("files", [{}, {"tokenizer.json": b"{"}, {"tokenizer.json": b"{}", "config.json": b"[]"}])
+def test_a_broken_bundle_is_named(files: dict[str, bytes]) -> None:
+    """A bundle without a usable tokenizer is refused with the file's name."""
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        TextModel.from_bundle(Bundle(files))
+
+
+def test_needs_no_engine_library() -> None:
+    """The text layer speaks a model without transformers, torch or vllm in its process."""
+    code = (
+        "import sys; import cluster.gateway.text.tokenizer, cluster.gateway.text.logprobs\n"
+        "assert not {'transformers', 'torch', 'vllm', 'ray'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_big_vocabulary_loads_without_training(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The generated tokenizer of 128k tokens is whole: it encodes, decodes, and has the family's special tokens."""
+    from cluster.engine.bundles import build_bundle
+
+    folder = big_tokenizer(tmp_path_factory.mktemp("big"))
+    model = TextModel.from_bundle(build_bundle(folder))
+    ids = model.encode_prompt("hello wörld")
+    assert model.vocab_size == 128_000
+    assert max(ids) == ids[0] == 128_000 - 8
+    assert model.decode(ids) == "hello wörld"

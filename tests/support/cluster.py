@@ -1,0 +1,162 @@
+"""A whole cluster in one process for tests: a real gateway on loopback, real links, any engine behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from cluster.api.bundle import Bundle
+from cluster.api.ports import Engine, EngineDead
+from cluster.api.types import EngineInfo, WorkerIdentity
+from cluster.config import Config, parse
+from cluster.engine.bundles import build_bundle
+from cluster.engine.sim import SimConfig, SimEngine
+from cluster.gateway.server import Gateway
+from cluster.link.dial import Timing
+from cluster.link.tls import TlsFiles
+from cluster.link.worker import WorkerEnd
+from cluster.v1 import inference_pb2_grpc as pb_grpc
+
+_numbers = itertools.count(1)
+
+LOOPBACK = """
+api_version: headrace/v1
+name: test
+gateway:
+  listen: {grpc: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}
+  drain_timeout_s: 0
+models:
+  - {name: sim, source: "sim:///nowhere"}
+"""
+
+
+async def until(holds: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
+    """Wait for a condition that other tasks bring about; fail with its name."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"timed out waiting until {what}")
+        await asyncio.sleep(0.005)
+
+
+@dataclass
+class Worker:
+    """A worker in this process."""
+
+    identity: WorkerIdentity
+    engine: Engine
+    info: EngineInfo
+    end: WorkerEnd
+    task: asyncio.Task[None]
+
+    async def stop(self) -> None:
+        """End its links, as an orderly exit does."""
+        await self.end.close()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+class TestCluster:
+    """A gateway and the workers that were added to it."""
+
+    __test__ = False
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.workers: list[Worker] = []
+        self.channel = grpc.aio.insecure_channel(gateway.endpoints["grpc"])
+        self.stub = pb_grpc.InferenceStub(self.channel)
+
+    async def add_worker(
+        self,
+        engine: Engine,
+        bundle: Bundle,
+        *,
+        model: str = "sim",
+        tls: TlsFiles | None = None,
+        timing: Timing | None = None,
+        wait: bool = True,
+        info: EngineInfo | None = None,
+    ) -> Worker:
+        """Start an engine (unless `info` says that it runs) and link it."""
+        number = next(_numbers)
+        if info is None:
+            info = await engine.start()
+        identity = WorkerIdentity(
+            worker_id=f"{model}-w{number}", incarnation=f"i{number}", model=model, bundle_digest=bundle.digest
+        )
+        end = WorkerEnd(
+            identity=identity,
+            engine=engine,
+            info=info,
+            bundle=bundle,
+            gateways=[self.gateway.endpoints["link"]],
+            tls=tls,
+            timing=timing,
+        )
+        worker = Worker(identity, engine, info, end, asyncio.create_task(_run(end)))
+        self.workers.append(worker)
+        if wait:
+            await until(lambda: self.linked(identity.worker_id), f"{identity.worker_id} is linked with room")
+        return worker
+
+    def linked(self, worker_id: str) -> bool:
+        """Whether a worker's link is up and has granted room."""
+        return any(link.identity.worker_id == worker_id and link.free.sequences > 0 for link in self.gateway.hub.links)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left of any call, in gateway, links and engines."""
+        return (
+            not self.gateway.service.statistics()
+            and self.gateway.hub.statistics().running == 0
+            and all(w.end.statistics().running == 0 for w in self.workers if not w.task.done())
+            and all(w.engine.load().running == 0 for w in self.workers if not w.task.done())
+            and all(self.gateway.dispatcher.waiting(m.name) == (0, 0) for m in self.gateway.directory.models)
+        )
+
+    async def until_idle(self, timeout_s: float = 20.0) -> None:
+        """Wait until `idle`."""
+        await until(lambda: self.idle, "nothing is left of any call", timeout_s)
+
+
+async def _run(end: WorkerEnd) -> None:
+    try:
+        await end.run()
+    except EngineDead:
+        return
+
+
+@asynccontextmanager
+async def running_cluster(
+    folder: Path, text: str = LOOPBACK, timing: Timing | None = None
+) -> AsyncIterator[TestCluster]:
+    """A gateway without workers; whatever was added is stopped at the end."""
+    config: Config = parse(text)
+    gateway = Gateway(config, folder, timing)
+    await gateway.start()
+    cluster = TestCluster(gateway)
+    try:
+        yield cluster
+    finally:
+        await cluster.channel.close()
+        for worker in cluster.workers:
+            await worker.stop()
+        await gateway.stop(0)
+
+
+def sim_engine(folder: Path, **parameters: object) -> SimEngine:
+    """A simulated engine that speaks the tokens of a checkpoint folder."""
+    query = "&".join(f"{name}={value}" for name, value in parameters.items())
+    return SimEngine(SimConfig.from_source(f"sim://{folder}?{query}"))
+
+
+def bundle_of(folder: Path) -> Bundle:
+    """The tokenizer bundle of a checkpoint folder."""
+    return build_bundle(folder)
