@@ -91,6 +91,7 @@ class LocalRay:
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._folder.stat().st_uid != os.getuid():
             raise RayDidNotStart(f"{self._folder} belongs to another user: remove it, or choose another instance name")
+        (self._folder / "ray_current_cluster").unlink(missing_ok=True)
         port, client_port, dashboard_port, autoscaler_metrics, dashboard_metrics = free_ports(5)
         self.dashboard_url = f"http://127.0.0.1:{dashboard_port}" if self._settings.dashboard else ""
         with self.log_file.open("wb") as log:
@@ -108,7 +109,7 @@ class LocalRay:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._wait_until_up(self._process)
+        self._wait_until_up(self._process, port)
 
     def _command(self, port: int, client_port: int, dashboard_port: int) -> list[str]:
         settings = self._settings
@@ -136,15 +137,17 @@ class LocalRay:
             *([f"--num-gpus={gpus}"] if gpus is not None else []),
         ]
 
-    def _wait_until_up(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait_until_up(self, process: subprocess.Popen[bytes], port: int) -> None:
+        address_file = self._folder / "ray_current_cluster"
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
-            log = self.log_file.read_text(errors="replace")
-            if "Ray runtime started" in log:
-                # The one place that names the address Ray chose; written into this session's own folder.
-                self.address = (self._folder / "ray_current_cluster").read_text().strip()
+            # Written last, into this session's own folder; the one place that names the address Ray chose.
+            address = address_file.read_text().strip() if address_file.exists() else ""
+            if address.endswith(f":{port}"):
+                self.address = address
                 return
             if process.poll() is not None:
+                log = self.log_file.read_text(errors="replace")
                 raise RayDidNotStart(f"Ray ended with {process.returncode} while starting:\n{_tail(log)}")
             time.sleep(_POLL_S)
         log = self.log_file.read_text(errors="replace")

@@ -1,0 +1,145 @@
+"""How the controller reaches Ray without joining it: a child process for one nearby, the job API for one elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.control.reconcile import Observed
+from cluster.rayserve.observing import observed
+from cluster.rayserve.settings import ReplicaSettings
+
+START_S = 60.0
+ANSWER_S = 30.0
+_LINE_BYTES = 64 * 1024 * 1024
+
+
+class RayAway(Exception):
+    """Ray, or the way to it, does not answer; trying again later may help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What Ray says now: this cluster's applications by model, and each node's total resources."""
+
+    apps: Mapping[str, Observed]
+    nodes: tuple[Mapping[str, float], ...]
+
+
+class Backend(Protocol):
+    """One Ray cluster. Every call raises RayAway when Ray does not answer."""
+
+    async def observe(self) -> Snapshot:
+        """Look."""
+
+    async def deploy(self, settings: ReplicaSettings) -> None:
+        """Make the model's application, or make it anew."""
+
+    async def scale(self, model: str, replicas: int) -> None:
+        """Change the number of replicas."""
+
+    async def delete(self, model: str) -> None:
+        """Drain and remove the model's application."""
+
+    async def shutdown(self) -> None:
+        """End Serve on that Ray."""
+
+    async def close(self) -> None:
+        """Let go of it; applications stay."""
+
+
+class ChildBackend:
+    """A driver process (driver.py) as a child of this one; started when needed, started again when it is lost."""
+
+    def __init__(self, cluster: str, address: str, environment: Mapping[str, str] | None = None) -> None:
+        """`environment` is added to this process's own: the token of the Ray at `address`, this cluster's tag."""
+        self._cluster = cluster
+        self._address = address
+        self._environment = dict(environment or {})
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        return f"ChildBackend({self._address}, {'up' if self._process else 'down'})"
+
+    async def observe(self) -> Snapshot:
+        """Look."""
+        answer = await self._ask({"do": "observe"})
+        return Snapshot(observed(answer["details"], self._cluster), tuple(answer["nodes"]))
+
+    async def deploy(self, settings: ReplicaSettings) -> None:
+        """Make the model's application, or make it anew."""
+        await self._ask({"do": "deploy", "settings": settings.to_json()})
+
+    async def scale(self, model: str, replicas: int) -> None:
+        """Change the number of replicas."""
+        await self._ask({"do": "scale", "model": model, "replicas": replicas})
+
+    async def delete(self, model: str) -> None:
+        """Drain and remove the model's application."""
+        await self._ask({"do": "delete", "model": model})
+
+    async def shutdown(self) -> None:
+        """End Serve on that Ray; its replicas drain."""
+        await self._ask({"do": "shutdown"})
+
+    async def close(self) -> None:
+        """End the child."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)  # it holds nothing; Ray's own exit handlers can hang on a lost Ray
+        await process.wait()
+
+    async def _ask(self, request: Mapping[str, object]) -> Any:
+        async with self._turn:
+            process = self._process or await self._start()
+            try:
+                return await self._exchange(process, json.dumps(request), ANSWER_S)
+            except (OSError, TimeoutError, EOFError) as error:
+                await self.close()
+                raise RayAway(f"the driver process for Ray at {self._address} was lost: {error!r}") from error
+            except asyncio.CancelledError:
+                await self.close()  # half an exchange: the next answer would be this one's
+                raise
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        process = self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "cluster.rayserve.driver",
+            self._cluster,
+            self._address,
+            env={**os.environ, **self._environment},
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_LINE_BYTES,
+        )
+        try:
+            await self._exchange(process, "", START_S)
+        except (OSError, TimeoutError, EOFError) as error:
+            await self.close()
+            raise RayAway(f"Ray at {self._address} does not answer") from error
+        return process
+
+    async def _exchange(self, process: asyncio.subprocess.Process, line: str, limit_s: float) -> Any:
+        if process.stdin is None or process.stdout is None:
+            raise EOFError("no pipe")
+        if line:
+            process.stdin.write(line.encode() + b"\n")
+            await process.stdin.drain()
+        text = await asyncio.wait_for(process.stdout.readline(), limit_s)
+        if not text:
+            raise EOFError("it has ended")
+        answer = json.loads(text)
+        if "error" in answer:
+            raise RayAway(str(answer["error"]))
+        return answer["ok"]

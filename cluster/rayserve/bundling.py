@@ -1,0 +1,81 @@
+"""Builds a model's tokenizer bundle in a process of its own: `python -m cluster.rayserve.bundling SETTINGS FOLDER`.
+
+Loading a tokenizer the engine's way imports transformers, which costs seconds and hundreds of megabytes; the
+controller keeps neither. The process writes the bundle to FOLDER/<digest> and prints `{"digest": ...}` or
+`{"error": ...}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+from cluster.api.bundle import Bundle
+from cluster.control.catalog import Known
+from cluster.rayserve import settings as replica_settings
+from cluster.rayserve.settings import ReplicaSettings
+
+_NICENESS = 10  # an engine that loads at the same time goes first
+
+
+async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None, Known]:
+    """The bundle, and what it says of the model; without one, `trouble` says why."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "cluster.rayserve.bundling",
+        json.dumps(settings.to_json()),
+        str(folder),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        out, _ = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    lines = out.decode().splitlines()
+    answer = json.loads(lines[-1]) if lines else {"error": f"the tokenizer's process ended with {process.returncode}"}
+    if "error" in answer:
+        return None, Known(trouble=str(answer["error"]))
+    bundle = Bundle.load(folder / _plain(answer["digest"]))
+    return bundle, describe(bundle)
+
+
+def describe(bundle: Bundle) -> Known:
+    """What a bundle says of its model."""
+    config = json.loads(bundle.files.get("config.json", b"{}"))
+    return Known(
+        bundle_digest=bundle.digest,
+        max_model_len=int(config.get("max_position_embeddings") or 0),
+        family=str(config.get("model_type") or ""),
+    )
+
+
+def _plain(digest: str) -> str:
+    return digest.replace(":", "-")
+
+
+def main(arguments: list[str]) -> int:
+    """Build, save, print the digest."""
+    from cluster.rayserve.opening import open_bundle
+
+    os.nice(_NICENESS)
+    settings, folder = replica_settings.from_json(json.loads(arguments[0])), Path(arguments[1])
+    try:
+        bundle = open_bundle(settings)
+        bundle.save(folder / _plain(bundle.digest))
+    except (ValueError, OSError) as error:
+        print(json.dumps({"error": str(error)}))
+        return 1
+    print(json.dumps({"digest": bundle.digest}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""From a model's entry to a folder on this disk, its bundle and its engine. Used by replicas and by the controller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.api.bundle import Bundle
+from cluster.api.ports import Engine
+from cluster.rayserve.placement import is_simulated
+from cluster.rayserve.replica import Opened
+from cluster.rayserve.settings import ReplicaSettings
+
+
+def open_model(settings: ReplicaSettings) -> Opened:
+    """Fetch or find the model, build its bundle, make its engine (not started). Blocks. Raises ValueError."""
+    if is_simulated(settings.spec):
+        return _open_simulated(settings)
+    from cluster.engine.digests import weight_digest
+    from cluster.engine.vllm_engine import VllmEngine
+
+    folder = _resolve(settings)
+    bundle = _bundle_of(folder, settings)
+    engine = VllmEngine(settings.spec, folder)
+    return Opened(engine, bundle, weight_digest(folder, _cache_dir(settings)))
+
+
+def open_bundle(settings: ReplicaSettings) -> Bundle:
+    """The model's tokenizer bundle alone, from its source. Blocks. Raises ValueError."""
+    if is_simulated(settings.spec):
+        return _open_simulated(settings).bundle
+    return _bundle_of(_resolve(settings), settings)
+
+
+def _open_simulated(settings: ReplicaSettings) -> Opened:
+    from cluster.engine.sim import SimConfig, SimEngine
+
+    config = SimConfig.from_source(settings.spec.source, settings.spec.engine)
+    bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
+    engine: Engine = SimEngine(config)
+    return Opened(engine, bundle, "sha256:" + settings.digest)
+
+
+def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
+    from cluster.engine.bundles import build_bundle
+
+    return build_bundle(folder, trust_remote_code=settings.spec.trust_remote_code)
+
+
+def _resolve(settings: ReplicaSettings) -> Path:
+    from cluster.engine.sources import SourceRules, resolve
+
+    rules = SourceRules(
+        cache_dir=_cache_dir(settings),
+        hub_endpoint=settings.hugging_face_endpoint,
+        hub_token_file=Path(settings.hugging_face_token_file) if settings.hugging_face_token_file else None,
+        allowed_sources=settings.allowed_sources,
+        allowed_formats=settings.allowed_formats,
+        allow_remote_code=settings.allow_remote_code,
+    )
+    return resolve(settings.spec, rules)
+
+
+def _cache_dir(settings: ReplicaSettings) -> Path:
+    """The configured folder; a relative one or none at all is below the user's own cache on that node."""
+    from cluster.config import cache_dir
+
+    return Path(settings.cache_dir) if settings.cache_dir else cache_dir()

@@ -1,0 +1,173 @@
+"""One engine replica: opens the model, starts the engine, serves it over the link. A plain class; Ray is serving.py's.
+
+Its end comes in three ways. Asked to stop, it drains and closes. Asked to come up with what cannot work, it raises
+ModelRefused and no other try follows. When its engine dies it closes its links and ends its own process at once, so
+that the gateways and Ray both see it within milliseconds; Ray and the engine's watchdog then end what the engine
+left behind, and Serve makes a new replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from cluster.api.bundle import Bundle
+from cluster.api.ports import Engine, EngineDead
+from cluster.api.types import EngineInfo, WorkerIdentity
+from cluster.link.worker import WorkerEnd
+from cluster.rayserve.placement import why_split
+from cluster.rayserve.settings import ModelRefused, ReplicaSettings
+
+log = structlog.get_logger("replica")
+
+CHECK_S = 0.25
+"""How often the engine is asked whether it is dead while no step tells."""
+_CLOSE_LINKS_S = 0.2
+_EXIT_ENGINE_DEAD = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where Ray put the replica: its node, and the nodes of its GPU bundles in their order."""
+
+    replica_id: str
+    node: str
+    gpu_nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model on this node's disk with the engine that is to run it."""
+
+    engine: Engine
+    bundle: Bundle
+    weight_digest: str
+
+
+class Opener(Protocol):
+    """Brings a model to this node. Raises ValueError for a source that cannot work, OSError for one out of reach."""
+
+    def __call__(self, settings: ReplicaSettings) -> Opened: ...
+
+
+def end_process(code: int) -> None:
+    """End this process now, without waiting for threads or exit handlers that a dead engine could hold."""
+    os._exit(code)
+
+
+@dataclass(eq=False, slots=True)
+class Replica:
+    """`start` once; then `check` until `stop`. `gateways` are dialled from the start of serving."""
+
+    settings: ReplicaSettings
+    place: Place
+    opener: Opener
+    on_engine_death: Callable[[int], None] = end_process
+    incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    engine: Engine | None = None
+    info: EngineInfo | None = None
+    end: WorkerEnd | None = None
+    _serving: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"Replica({self.worker_id}, {self.info.engine_class if self.info else 'not started'})"
+
+    @property
+    def worker_id(self) -> str:
+        """Stable for the life of the replica."""
+        return f"{self.settings.spec.name}-{self.place.replica_id}"
+
+    async def start(self) -> None:
+        """Come up. Raises ModelRefused for what cannot work, anything else for what may work the next time."""
+        spec = self.settings.spec
+        if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
+            raise ModelRefused(f"models[{spec.name}]: {reason}")
+        try:
+            opened = await asyncio.to_thread(self.opener, self.settings)
+            self.engine = opened.engine
+            self.info = await self.engine.start()
+        except ValueError as error:
+            await self.stop()
+            raise ModelRefused(str(error)) from error
+        except BaseException:
+            await self.stop()
+            raise
+        self._serve(opened, self.info)
+
+    def _serve(self, opened: Opened, info: EngineInfo) -> None:
+        identity = WorkerIdentity(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            model=self.settings.spec.name,
+            version=self.settings.spec.version,
+            weight_digest=opened.weight_digest,
+            bundle_digest=opened.bundle.digest,
+            ray_cluster=self.settings.ray_cluster,
+            node=self.place.node,
+        )
+        self.end = WorkerEnd(
+            identity=identity,
+            engine=opened.engine,
+            info=info,
+            bundle=opened.bundle,
+            gateways=self.settings.gateways,
+            tls=self.settings.tls,
+        )
+        self._serving = asyncio.create_task(self._until_dead(self.end, opened.engine))
+        log.info("worker.up", worker=self.worker_id, engine=info.engine_class, path=info.engine_path)
+
+    async def _until_dead(self, end: WorkerEnd, engine: Engine) -> None:
+        parts = [asyncio.create_task(end.run()), asyncio.create_task(_watch(engine))]
+        try:
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            failure = _first_failure(parts)
+        finally:
+            for part in parts:
+                part.cancel()
+        if failure is None:
+            return
+        log.error("worker.engine_dead", worker=self.worker_id, reason=str(failure))
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(end.close(), _CLOSE_LINKS_S)
+        await asyncio.wait(parts, timeout=_CLOSE_LINKS_S)
+        self.on_engine_death(_EXIT_ENGINE_DEAD)
+        raise failure
+
+    async def check(self) -> None:
+        """Raise when this replica no longer serves."""
+        if self.engine is None or self._serving is None:
+            raise EngineDead("the replica has not started")
+        if self._serving.done():
+            failure = None if self._serving.cancelled() else self._serving.exception()
+            raise EngineDead(f"the worker has ended: {failure or 'it was closed'}")
+        await self.engine.check()
+
+    async def stop(self) -> None:
+        """Drain within the settings' time, close the links, end the engine. Idempotent."""
+        end, self.end = self.end, None
+        serving, self._serving = self._serving, None
+        engine, self.engine = self.engine, None
+        if end is not None and serving is not None and not serving.done():
+            await end.drain(self.settings.drain_timeout_s)
+            await end.close()
+            with contextlib.suppress(Exception):
+                await serving
+        if engine is not None:
+            await engine.close()
+
+
+async def _watch(engine: Engine) -> None:
+    while True:
+        await engine.check()
+        await asyncio.sleep(CHECK_S)
+
+
+def _first_failure(parts: Sequence[asyncio.Task[None]]) -> BaseException | None:
+    return next((e for p in parts if p.done() and not p.cancelled() and (e := p.exception())), None)

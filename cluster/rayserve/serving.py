@@ -1,0 +1,106 @@
+"""The edge between Replica and Ray Serve: the class that Serve makes in an actor, and the deployment around it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.rayserve import settings as replica_settings
+from cluster.rayserve.opening import open_model
+from cluster.rayserve.placement import is_simulated, placement, world_size
+from cluster.rayserve.replica import Place, Replica
+from cluster.rayserve.settings import ReplicaSettings
+
+DEPLOYMENT = "worker"
+HEALTH_CHECK_PERIOD_S = 2.0
+HEALTH_CHECK_TIMEOUT_S = 10.0
+START_TRIES = 2
+"""Serve's own tries in a row before it gives up; the second is for what is not the entry's fault: a node lost, say."""
+_SHUTDOWN_MARGIN_S = 3.0
+
+
+class ServedReplica:
+    """What runs in the actor. Serve calls, in this order: __init__, reconfigure, check_health..., __del__."""
+
+    def __init__(self, settings: Mapping[str, object]) -> None:
+        self._replica = Replica(replica_settings.from_json(settings), _place(), open_model)
+
+    async def reconfigure(self, _digest: object) -> None:
+        """Start, at Serve's first call; a changed entry makes a new deployment version and so new replicas."""
+        if self._replica.engine is None:
+            await self._replica.start()
+
+    async def check_health(self) -> None:
+        """Raise when this replica no longer serves; Serve then replaces it."""
+        await self._replica.check()
+
+    async def __del__(self) -> None:
+        """Serve awaits this in graceful shutdown: drain and close."""
+        await self._replica.stop()
+
+
+def _place() -> Place:
+    context = ray.get_runtime_context()
+    group = ray.util.get_current_placement_group()
+    gpu_nodes: list[str] = []
+    if group is not None:
+        node_of = ray.util.placement_group_table(group)["bundles_to_node_id"]
+        gpu_nodes = [node_of[i] for i, bundle in enumerate(group.bundle_specs) if bundle.get("GPU")]
+    return Place(serve.get_replica_context().replica_id.unique_id, context.get_node_id(), tuple(gpu_nodes))
+
+
+def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type = ServedReplica) -> Any:
+    """The Serve application of one model. `logical_gpus`: this Ray's GPUs are only names, so vLLM runs on CPUs."""
+    where = placement(settings.spec)
+    deployment = serve.deployment(
+        served,
+        name=DEPLOYMENT,
+        num_replicas=settings.spec.replicas,
+        user_config={"digest": settings.digest},
+        placement_group_bundles=list(where.bundles),
+        placement_group_strategy=where.strategy,
+        max_ongoing_requests=1_000,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s + _SHUTDOWN_MARGIN_S,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        max_constructor_retry_count=START_TRIES,
+        ray_actor_options={
+            "num_cpus": where.replica_cpus,
+            "num_gpus": where.replica_gpus,
+            "runtime_env": {"env_vars": environment(settings, logical_gpus=logical_gpus)},
+        },
+    )
+    return deployment.bind(settings.to_json())
+
+
+def environment(settings: ReplicaSettings, *, logical_gpus: bool) -> dict[str, str]:
+    """What a replica and the processes it starts find in their environment."""
+    values = {"VLLM_NO_USAGE_STATS": "1"}
+    if not is_simulated(settings.spec):
+        # The engine core joins this Ray; without an address it would start one of its own.
+        values["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        if world_size(settings.spec) > 1:
+            values["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = "1"
+        if logical_gpus:
+            values |= {"HEADRACE_LOGICAL_GPUS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return {**passed_on, **values, **settings.environment}
+
+
+PASSED_ON = (
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "HEADRACE_INSTANCE",
+    "HEADRACE_CACHE_DIR",
+    "HEADRACE_LOG_LEVEL",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "RAY_AUTH_MODE",
+)
+"""Variables of whoever deploys that its replicas get too; never a secret, since Ray shows them in its dashboard."""
