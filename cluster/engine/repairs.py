@@ -8,6 +8,7 @@ remembers its state before the last draw and returns to it.
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -27,7 +28,11 @@ def _version() -> str:
     return str(vllm.__version__).split("+")[0]
 
 
-def _rewindable(torch: Any) -> type:
+@functools.cache
+def rewindable_generator() -> Any:
+    """The class of CPU generators that can take back their last draw."""
+    import torch
+
     class RewindableGenerator(torch.Generator):  # type: ignore[misc]
         """A CPU generator that can take back its last draw."""
 
@@ -47,17 +52,16 @@ def _rewindable(torch: Any) -> type:
 
 
 def _repair_seeds() -> None:
-    import torch
     from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
-    rewindable = _rewindable(torch)
+    rewindable = rewindable_generator()
     sample, post_init = TopKTopPSampler.forward_cpu, CachedRequestState.__post_init__
 
     def forward_cpu(self: Any, logits: Any, generators: Any, k: Any, p: Any) -> Any:
         for generator in generators.values():
             if isinstance(generator, rewindable):
-                generator.remember()  # type: ignore[attr-defined]
+                generator.remember()
         return sample(self, logits, generators, k, p)
 
     def __post_init__(self: Any) -> None:

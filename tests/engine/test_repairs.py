@@ -1,0 +1,52 @@
+"""The repairs of vLLM: each is for a known release, and the fault is still there to be repaired."""
+
+from __future__ import annotations
+
+import pytest
+
+from cluster.engine import repairs
+
+pytestmark = pytest.mark.engine
+
+
+def test_this_vllm_is_one_that_the_seed_repair_knows() -> None:
+    """A new vLLM must be looked at before seeds are let through on CPU: see cluster/engine/repairs.py."""
+    assert repairs.seeds_are_safe()
+
+
+def test_stock_generators_still_lack_an_offset() -> None:
+    """The fault: a CPU generator refuses what vLLM's runner asks of it. When this fails the repair can go."""
+    import torch
+
+    with pytest.raises(RuntimeError, match="offset"):
+        torch.Generator(device="cpu").get_offset()
+
+
+def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
+    """vLLM's runner subtracts one draw for each discarded sample, in one place."""
+    import inspect
+
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    assert source.count("set_offset") == 1
+    assert "gen.set_offset(gen.get_offset() - 4)" in source
+    signature = inspect.signature(inspect.unwrap(TopKTopPSampler.forward_cpu))
+    assert list(signature.parameters) == ["self", "logits", "generators", "k", "p"]
+    assert "generator" in CachedRequestState.__dataclass_fields__
+
+
+def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
+    """After set_offset the generator gives the same number as before; without a remembered draw it stays as it is."""
+    import torch
+
+    generator = repairs.rewindable_generator()(device="cpu")
+    generator.manual_seed(5)
+    generator.set_offset(generator.get_offset() - 4)
+    generator.remember()
+    first = torch.rand(1, generator=generator)
+    generator.set_offset(generator.get_offset() - 4)
+    assert torch.equal(torch.rand(1, generator=generator), first)
+    assert not torch.equal(torch.rand(1, generator=generator), first)
