@@ -3,8 +3,10 @@
 The environment is transformers': sandboxed and immutable, trim_blocks and lstrip_blocks, loop controls, tojson
 without HTML escapes, raise_exception, strftime_now, and {% generation %} blocks (which only mark text for training,
 so here they are transparent). Templates come with the model and messages from tenants, so a render is bounded where
-Jinja allows it: characters put out, characters of a repeated string, and items of all `range`s together. Not
-bounded is a loop over the caller's own values; how many and how large those are is the gateway's limit.
+Jinja allows it: characters put out, characters of a sum or repetition of texts, and items of all `range`s together.
+Not bounded are a loop over the caller's own values (how many and how large those are is the gateway's limit) and
+what only a template written to do harm would use: field widths, and `~` on a text by itself. A template is part of a
+model, and models are the operator's choice.
 """
 
 from __future__ import annotations
@@ -58,11 +60,15 @@ class _GenerationBlock(jinja2.ext.Extension):
 class _Environment(ImmutableSandboxedEnvironment):
     """transformers' environment, with repetition bounded."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and (abs(left) > 1 and abs(right) > 1024):
             raise _TooMuch("a power of more than 1024")
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            if len(left) + len(right) > MAX_RENDERED_CHARS:
+                raise _TooMuch(f"a text of more than {MAX_RENDERED_CHARS} characters")
+            return left + right
         for sequence, times in ((left, right), (right, left)):
             if hasattr(sequence, "__len__") and isinstance(times, int) and len(sequence) * times > MAX_RENDERED_CHARS:
                 raise _TooMuch(f"a text repeated to more than {MAX_RENDERED_CHARS} characters")

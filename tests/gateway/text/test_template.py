@@ -198,6 +198,7 @@ def test_a_templates_refusal_is_the_callers() -> None:
         "{{ 'x' * 100000000000 }}",
         "{{ [0] * 100000000000 }}",
         "{{ 10 ** 1000000000 }}",
+        "{% set ns = namespace(x='xx') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ range(1000000000) | length }}",
         "{{ messages.__class__.__mro__ }}",
