@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.control.reconcile import Observed
@@ -58,11 +59,17 @@ class Backend(Protocol):
 class ChildBackend:
     """A driver process (driver.py) as a child of this one; started when needed, started again when it is lost."""
 
-    def __init__(self, cluster: str, address: str, environment: Mapping[str, str] | None = None) -> None:
-        """`environment` is added to this process's own: the token of the Ray at `address`, this cluster's tag."""
+    def __init__(
+        self, cluster: str, address: str, environment: Mapping[str, str] | None = None, log_file: Path | None = None
+    ) -> None:
+        """`environment` is added to this process's own: the token of the Ray at `address`, this cluster's tag.
+
+        What the child and Ray print goes to `log_file`, or where this process's own errors go.
+        """
         self._cluster = cluster
         self._address = address
         self._environment = dict(environment or {})
+        self._log_file = log_file
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
 
@@ -112,17 +119,19 @@ class ChildBackend:
                 raise
 
     async def _start(self) -> asyncio.subprocess.Process:
-        process = self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "cluster.rayserve.driver",
-            self._cluster,
-            self._address,
-            env={**os.environ, **self._environment},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_LINE_BYTES,
-        )
+        with self._log_file.open("ab") if self._log_file else contextlib.nullcontext() as log:
+            process = self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "cluster.rayserve.driver",
+                self._cluster,
+                self._address,
+                env={**os.environ, **self._environment},
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                limit=_LINE_BYTES,
+            )
         try:
             await self._exchange(process, "", START_S)
         except (OSError, TimeoutError, EOFError) as error:

@@ -194,9 +194,11 @@ def link_tls(config: Config, *, local: bool) -> TlsFiles | None:
     return TlsFiles(files.cert_file, files.key_file, files.ca_file) if files else None
 
 
-def _backend(config: Config, instance: str, ray_address: str | None) -> Backend:
+def _backend(config: Config, instance: str, ray_address: str | None, run_folder: Path) -> Backend:
     if ray_address is not None:
-        return ChildBackend(config.name, ray_address, {"HEADRACE_INSTANCE": instance})
+        run_folder.mkdir(parents=True, exist_ok=True)
+        tag = {"HEADRACE_INSTANCE": instance}
+        return ChildBackend(config.name, ray_address, tag, run_folder / "driver.log")
     if len(config.ray) != 1:
         raise ValueError(f"ray: this release drives one Ray cluster, and there are {len(config.ray)}; keep one entry")
     return JobBackend(config.name, config.ray[0].dashboard_url, config.ray[0].token_file)
@@ -218,7 +220,7 @@ async def run_controller(
     with the controller, which is for a Ray of our own; else replicas go on without it.
     """
     local = ray_address is not None
-    backend = _backend(config, instance, ray_address)
+    backend = _backend(config, instance, ray_address, run_folder)
     bundles: dict[str, Bundle] = {}
     end = ControllerEnd(
         controller_id=f"{config.name}-{instance}",

@@ -1,0 +1,64 @@
+"""One local Ray for the whole run, a driver on it, and a gateway's end of the links."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.rayserve.backend import ChildBackend
+from cluster.rayserve.local import LocalRay, LocalRaySettings
+from tests.support.serving import Door, open_door
+
+ENGINE_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+def new_local_ray(name: str) -> LocalRay:
+    """A local Ray that is not started, in a folder short enough for its sockets."""
+    instance = f"{name}-{uuid.uuid4().hex[:8]}"
+    return LocalRay(LocalRaySettings(instance, Path(tempfile.mkdtemp(prefix="hr-"))))
+
+
+def end_local_ray(ray: LocalRay) -> None:
+    """Stop it and forget its files."""
+    ray.stop()
+    shutil.rmtree(ray.log_file.parent, ignore_errors=True)
+    shutil.rmtree(ray.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[LocalRay]:
+    """The Ray that the tests share; its processes carry what engines need in their environment."""
+    ray = new_local_ray("shared")
+    before = {name: os.environ.get(name) for name in ENGINE_ENVIRONMENT}
+    os.environ.update(ENGINE_ENVIRONMENT)
+    try:
+        ray.start()
+        yield ray
+    finally:
+        end_local_ray(ray)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="session")
+async def backend(local_ray: LocalRay) -> AsyncIterator[ChildBackend]:
+    """A driver on the shared Ray for the cluster named `test`."""
+    driver = ChildBackend("test", local_ray.address, local_ray.environment(), local_ray.log_file.parent / "driver.log")
+    try:
+        yield driver
+    finally:
+        await driver.shutdown()
+        await driver.close()
+
+
+@pytest.fixture
+async def door() -> AsyncIterator[Door]:
+    """A gateway's end of the links, on loopback."""
+    async with open_door() as opened:
+        yield opened

@@ -1,0 +1,130 @@
+"""What the tests over a real Ray share: a gateway's end of the links, and tokens asked for over it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import grpc
+
+from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput
+from cluster.link.hub import HUB_OPTIONS, Hub, ModelDemand, WorkerLink, add_hub
+from cluster.rayserve.backend import Backend, Snapshot
+
+T = TypeVar("T")
+
+
+@dataclass
+class Door:
+    """A hub on a port; the newest catalog and the links, as a gateway would hold them."""
+
+    hub: Hub = field(init=False)
+    address: str = ""
+    entries: dict[str, CatalogEntry] = field(default_factory=dict)
+
+    def joined(self, link: WorkerLink) -> None:
+        """Nothing to do: `hub.links` has it."""
+
+    def left(self, link: WorkerLink, why: str) -> None:
+        """Nothing to do: `hub.links` has it."""
+
+    def changed(self, link: WorkerLink) -> None:
+        """Nothing to do: `hub.links` has it."""
+
+    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+        """Keep the newest."""
+        self.entries = {entry.name: entry for entry in entries}
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """None: nobody waits here."""
+        return ()
+
+    def link_of(self, model: str) -> WorkerLink | None:
+        """A link of the model that has granted room."""
+        return next((x for x in self.hub.links if x.identity.model == model and x.free.sequences), None)
+
+    async def worker(self, model: str, timeout_s: float = 120.0, but: str = "") -> WorkerLink:
+        """Wait for a worker of `model` whose incarnation is not `but`."""
+        return await eventually(
+            lambda: (x := self.link_of(model)) and (x if x.identity.incarnation != but else None),
+            f"a worker of {model} has dialled in",
+            timeout_s,
+        )
+
+
+@asynccontextmanager
+async def open_door(host: str = "127.0.0.1") -> AsyncIterator[Door]:
+    """A hub on a free port of `host`."""
+    door = Door()
+    door.hub = Hub("test", door)
+    server = grpc.aio.server(options=HUB_OPTIONS)
+    door.address = f"{host}:{add_hub(door.hub, server, f'{host}:0', None)}"
+    await server.start()
+    watch = asyncio.create_task(door.hub.watch())
+    try:
+        yield door
+    finally:
+        watch.cancel()
+        await asyncio.gather(watch, return_exceptions=True)
+        await server.stop(0.1)
+
+
+@dataclass
+class _Answer:
+    """A sink that collects the tokens of one request."""
+
+    done: asyncio.Future[list[int]]
+    tokens: list[int] = field(default_factory=list)
+
+    def accepted(self) -> None:
+        """Nothing to do."""
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        """The request is at fault."""
+        self.done.set_exception(AssertionError(f"refused: {reason} {field} {message}"))
+
+    def output(self, output: TokenOutput) -> None:
+        """Collect."""
+        self.tokens.extend(output.token_ids)
+        if output.finish is not None and not self.done.done():
+            self.done.set_result(self.tokens)
+
+    def lost(self, why: str) -> None:
+        """The link is gone."""
+        if not self.done.done():
+            self.done.set_exception(AssertionError(f"lost: {why}"))
+
+
+async def greedy(link: WorkerLink, prompt: Sequence[int], count: int) -> list[int]:
+    """The next `count` tokens, greedily, over the link."""
+    answer = _Answer(asyncio.get_running_loop().create_future())
+    sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
+    link.submit(EngineRequest("", list(prompt), sampling), answer)
+    return await asyncio.wait_for(answer.done, 60.0)
+
+
+async def eventually(look: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
+    """The first thing that `look` finds; fails by name."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if found := look():
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"timed out after {timeout_s:g} s waiting until {what}")
+        await asyncio.sleep(0.05)
+
+
+async def settled(backend: Backend, holds: Callable[[Snapshot], bool], what: str, timeout_s: float = 60.0) -> Snapshot:
+    """The first snapshot of Ray for which `holds`; fails with what was last seen."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        snapshot = await backend.observe()
+        if holds(snapshot):
+            return snapshot
+        if time.monotonic() > deadline:
+            raise AssertionError(f"timed out after {timeout_s:g} s waiting until {what}; last seen {snapshot.apps}")
+        await asyncio.sleep(0.1)
