@@ -88,9 +88,9 @@ class Dispatcher:
         )
 
     def position(self, call: Call) -> int:
-        """How many wait before the call's first waiting output; 0 when none of it waits."""
+        """The place in line of the call's first waiting output, 1 the next; 0 when none of it waits."""
         positions = [self._room.position(o.waiting_id) for o in call.sequences if o.waiting_id in self._outputs]
-        return min((p for p in positions if p is not None), default=0)
+        return min((p + 1 for p in positions if p is not None), default=0)
 
     def _refuse_hopeless(self, model: KnownModel) -> None:
         if model.state in (ModelState.FAILED, ModelState.GONE):

@@ -84,7 +84,7 @@ class HubListener(Protocol):
 class WorkerLink:
     """One epoch of one worker, as the gateway sees it."""
 
-    def __init__(self, identity: WorkerIdentity, info: EngineInfo, epoch: int, task: asyncio.Task[Any]) -> None:
+    def __init__(self, identity: WorkerIdentity, info: EngineInfo, epoch: int) -> None:
         self.identity = identity
         self.info = info
         self.epoch = epoch
@@ -96,7 +96,7 @@ class WorkerLink:
         self._purse = Purse()
         self._sinks: dict[int, Sink] = {}
         self._slots = itertools.count(1)
-        self._task = task
+        self.closed = asyncio.Event()
         self.why = ""
 
     def __repr__(self) -> str:
@@ -140,7 +140,7 @@ class WorkerLink:
     def close(self, why: str) -> None:
         """End this link from the gateway's side."""
         self.why = why
-        self._task.cancel()
+        self.closed.set()
 
     # ---- called by the hub
 
@@ -240,24 +240,30 @@ class Hub(pb_grpc.LinkServicer):
             identity, info = codec.hello_from_pb(hello)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
-        task = asyncio.current_task()
-        assert task is not None
-        link = WorkerLink(identity, info, hello.epoch, task)
+        link = WorkerLink(identity, info, hello.epoch)
         self._attach(link)  # before the welcome, whose reader may open Bulk at once
-        writer = asyncio.create_task(self._write(link, context, protocol))
+        parts = [
+            asyncio.create_task(self._write(link, context, protocol)),
+            asyncio.create_task(self._read(link, context)),
+            asyncio.create_task(link.closed.wait()),
+        ]
         try:
-            while (message := await read(context)) is not None:
-                if link.apply(message):
-                    self._listener.changed(link)
-                if writer.done():
-                    break
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
-            if not link.why:
-                link.why = "the connection broke"
+            link.why = link.why or "the connection broke"
             raise
         finally:
-            writer.cancel()
+            for part in parts:
+                part.cancel()
             self._detach(link)
+            await asyncio.gather(*parts, return_exceptions=True)
+        if link.closed.is_set():  # a cancelled handler would leave the worker without an answer
+            await context.abort(grpc.StatusCode.UNAVAILABLE, link.why)
+
+    async def _read(self, link: WorkerLink, context: Any) -> None:
+        while (message := await read(context)) is not None:
+            if link.apply(message):
+                self._listener.changed(link)
 
     def _welcome(self, protocol: int) -> pb.Welcome:
         return pb.Welcome(protocol=protocol, gateway_id=self.gateway_id, incarnation=self.incarnation)

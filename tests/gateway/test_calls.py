@@ -16,7 +16,7 @@ from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
-from tests.support.calls import chat, complete, refused, text_of
+from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 
 
@@ -199,7 +199,7 @@ async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, b
         assert first.progress.state == "loading"
         assert (first.progress.queue_position, len(first.choices)) == (1, 0)
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=150), bundle)
-        rest = [c async for c in call]
+        rest = await rest_of(call)
         assert [c.progress.state for c in rest if c.HasField("progress")].count("running") >= 1
         assert rest[-1].usage.completion_tokens == 3
 
@@ -210,7 +210,7 @@ async def test_text_before_an_error_is_delivered(cluster: TestCluster, checkpoin
     call = cluster.stub.StreamChat(chat(max_tokens=1000, ignore_eos=True))
     assert (await read(call)).choices
     await worker.stop()
-    answer = await refused(call)
+    answer = await refused(rest_of(call))
     assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
     assert answer.retry_s is not None
     assert "grpc-retry-pushback-ms" in answer.trailers

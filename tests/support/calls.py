@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
 
 
@@ -58,6 +59,14 @@ class Answer:
 
     def __repr__(self) -> str:
         return f"{self.code.name} {self.reason} {self.message!r} {self.fields}"
+
+
+async def rest_of(call: Any) -> list[Any]:
+    """The messages of a stream that has been begun with `read`."""
+    out = []
+    while (message := await read(call)) is not None:
+        out.append(message)
+    return out
 
 
 async def refused(awaitable: Any) -> Answer:

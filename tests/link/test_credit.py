@@ -1,0 +1,132 @@
+"""Credit keeps its invariant under any interleaving of grants, submits, acknowledgements and attachments."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cluster.link.credit import Granter, Purse, Room
+
+CAPACITY = Room(12, 4000)
+
+
+class _Gateway:
+    def __init__(self) -> None:
+        self.purse = Purse()
+        self.inbox: list[tuple[int, int, int]] = []  # grants on their way
+        self.acks: list[int] = []
+        self.submits: list[int] = []  # submits on their way
+
+
+class CreditMachine(RuleBasedStateMachine):
+    """One worker and some gateways with messages in flight; rooms shrink by work and grow by its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.granter = Granter()
+        self.gateways: dict[int, _Gateway] = {}
+        self.running: list[int] = []
+        self.count = 0
+
+    def room(self) -> Room:
+        return Room(CAPACITY.sequences - len(self.running), CAPACITY.tokens - sum(self.running))
+
+    def regrant(self) -> None:
+        for grant in self.granter.grants(self.room()):
+            self.gateways[grant.link].inbox.append((grant.grant_id, grant.sequences, grant.tokens))
+
+    @precondition(lambda self: len(self.gateways) < 4)
+    @rule()
+    def attach(self) -> None:
+        self.count += 1
+        self.granter.attach(self.count)
+        self.gateways[self.count] = _Gateway()
+        self.regrant()
+
+    @precondition(lambda self: self.gateways)
+    @rule(data=st.data())
+    def detach(self, data: st.DataObject) -> None:
+        link = data.draw(st.sampled_from(sorted(self.gateways)))
+        del self.gateways[link]
+        self.granter.detach(link)
+        self.regrant()
+
+    @precondition(lambda self: self.gateways)
+    @rule(data=st.data(), waiting=st.integers(0, 50))
+    def backlog(self, data: st.DataObject, waiting: int) -> None:
+        link = data.draw(st.sampled_from(sorted(self.gateways)))
+        self.granter.backlog(link, waiting)
+        self.regrant()
+
+    @precondition(lambda self: self.gateways)
+    @rule(data=st.data(), tokens=st.integers(1, 800))
+    def submit(self, data: st.DataObject, tokens: int) -> None:
+        gateway = self.gateways[data.draw(st.sampled_from(sorted(self.gateways)))]
+        free = gateway.purse.free
+        if free.sequences >= 1 and free.tokens >= tokens:
+            gateway.purse.spend(tokens)
+            gateway.submits.append(tokens)
+
+    @precondition(lambda self: self.gateways)
+    @rule(data=st.data())
+    def deliver(self, data: st.DataObject) -> None:
+        link = data.draw(st.sampled_from(sorted(self.gateways)))
+        gateway = self.gateways[link]
+        if gateway.submits:
+            tokens = gateway.submits.pop(0)
+            self.granter.spent(link, tokens)
+            self.running.append(tokens)
+        if gateway.inbox:
+            grant_id, sequences, tokens = gateway.inbox.pop(0)
+            gateway.purse.granted(grant_id, sequences, tokens)
+            gateway.acks.append(grant_id)
+        elif gateway.acks and not gateway.submits:  # an ack follows the submits sent before it
+            self.granter.acked(link, gateway.acks.pop(0))
+        self.regrant()
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def finish(self) -> None:
+        self.running.pop(0)
+        self.regrant()
+
+    @invariant()
+    def never_more_than_room(self) -> None:
+        in_flight = sum(len(g.submits) for g in self.gateways.values())
+        free = sum(g.purse.free.sequences for g in self.gateways.values())
+        assert len(self.running) + in_flight + free <= CAPACITY.sequences
+        tokens = sum(sum(g.submits) + g.purse.free.tokens for g in self.gateways.values())
+        assert sum(self.running) + tokens <= CAPACITY.tokens
+
+    @invariant()
+    def promised_covers_purses(self) -> None:
+        promised = self.granter.promised()
+        assert promised.sequences <= max(self.room().sequences, 0)
+
+
+CreditMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestCredit = CreditMachine.TestCase
+
+
+def test_all_room_goes_to_the_only_link() -> None:
+    """With one gateway nothing is held back."""
+    granter = Granter()
+    granter.attach(1)
+    (grant,) = granter.grants(Room(10, 1000))
+    assert (grant.sequences, grant.tokens) == (10, 1000)
+
+
+def test_room_follows_the_backlog_once_it_is_given_back() -> None:
+    """Unused room moves to the gateway with calls waiting, after the other has acknowledged its lower limit."""
+    granter = Granter()
+    granter.attach(1)
+    granter.grants(Room(10, 1000))
+    granter.attach(2)
+    granter.backlog(2, 5)
+    grants = {g.link: g for g in granter.grants(Room(10, 1000))}
+    assert grants[1].sequences == 0
+    assert 2 not in grants, "nothing to give before the first gateway has acknowledged"
+    granter.acked(1, grants[1].grant_id)
+    (grant,) = granter.grants(Room(10, 1000))
+    assert (grant.link, grant.sequences, grant.tokens) == (2, 10, 1000)
