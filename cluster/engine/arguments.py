@@ -79,6 +79,8 @@ def prepare_environment(spec: ModelSpec, executor: str) -> None:
     """
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A new process title would else be written over the environment, by which an instance's processes are found.
+    os.environ.setdefault("SPT_NOENV", "1")
     if world_size(spec) > 1 and executor == "ray":
         os.environ.setdefault("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1")
     if not on_cpu():

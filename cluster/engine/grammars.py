@@ -8,6 +8,7 @@ from typing import Any
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import Grammar
+from cluster.engine.complexity import MAX_BOUNDED_STRINGS, MAX_REGEX_POSITIONS, bounded_strings, regex_positions
 
 MAX_GRAMMAR_BYTES = 64 * 1024
 MAX_CHOICES = 1024
@@ -57,6 +58,14 @@ def _check_text(kind: str, value: str | tuple[str, ...]) -> None:
         raise _refused(kind, "is not valid Unicode")
     if kind == "json_schema":
         _check_schema(value)
+    if kind == "regex":
+        _check_regex("regex", value)
+
+
+def _check_regex(kind: str, pattern: str) -> None:
+    positions = regex_positions(pattern)
+    if positions > MAX_REGEX_POSITIONS:
+        raise _refused(kind, f"unrolls to {positions} positions, at most {MAX_REGEX_POSITIONS}: repeat fewer times")
 
 
 def _check_schema(value: str) -> None:
@@ -66,6 +75,14 @@ def _check_schema(value: str) -> None:
         raise _refused("json_schema", f"is not JSON: {error}") from None
     if not isinstance(schema, dict):
         raise _refused("json_schema", "must be a JSON object")
+    bounded = bounded_strings(schema)
+    if len(bounded) > MAX_BOUNDED_STRINGS:
+        raise _refused(
+            "json_schema",
+            f"has {len(bounded)} strings with a pattern or length bound; at most {MAX_BOUNDED_STRINGS} compile in time",
+        )
+    for pattern in bounded:
+        _check_regex("json_schema", pattern)
 
 
 def structured_outputs(grammar: Grammar) -> Any:

@@ -7,7 +7,6 @@ every stream of the replica. So the bounds that protect the process are ours; vL
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,8 @@ from cluster.engine.grammars import check_grammar, structured_outputs
 MAX_STOP_TOKEN_IDS = 1024
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 LOGIT_BIAS_LIMIT = 100.0
+MAX_MESSAGE_CHARACTERS = 500
+"""Of vLLM's own words, which can repeat the whole grammar."""
 _INT64 = 1 << 63
 
 
@@ -189,5 +190,5 @@ def _clamped(sampling: Sampling) -> dict[int, float] | None:
 def refusal(error: Exception, default_field: str = "") -> EngineRefused:
     """The refusal for an error of vLLM's own validation: its parameter is the field."""
     field = getattr(error, "parameter", None) or default_field
-    message: Sequence[object] = error.args[:1] or (str(error),)
-    return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {message[0]}" if field else str(message[0]), field)
+    message = str(error.args[0] if error.args else error)[:MAX_MESSAGE_CHARACTERS]
+    return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {message}" if field else message, field)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 MARK = "HEADRACE_WATCHDOG_PID"
 POLL_S = 0.5
+SHARED_MEMORY = ("psm_", "vllm_dist_")
 
 _started = threading.Event()
 
@@ -67,11 +68,11 @@ def alive(owner: str) -> bool | None:
 
 
 def shared_memory_files(maps: str) -> set[str]:
-    """The multiprocessing blocks under /dev/shm in the text of /proc/<pid>/maps."""
+    """An engine's own blocks under /dev/shm in the text of /proc/<pid>/maps: multiprocessing's and vLLM's for CPU."""
     found = set()
     for line in maps.splitlines():
         path = line.partition("/dev/shm/")[2]  # noqa: S108
-        if path.startswith("psm_") and "/" not in path and not path.endswith("(deleted)"):
+        if path.startswith(SHARED_MEMORY) and "/" not in path and not path.endswith("(deleted)"):
             found.add(path)
     return found
 
