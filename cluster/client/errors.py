@@ -72,7 +72,8 @@ def from_rpc(error: grpc.RpcError, *, endpoint: str, request_id: str = "") -> He
             detail.Unpack(kind)
     reason = info.reason
     if not reason and code is grpc.StatusCode.UNAVAILABLE:
-        reason, text = UNREACHABLE, f"no gateway answers at {endpoint} ({text})"
+        # gRPC's text lists every address with its own prefix; the last part says what happened
+        reason, text = UNREACHABLE, f"no gateway answers at {endpoint} ({text.rsplit(': ', 1)[-1].strip(') ')})"
     return HeadraceError(
         reason or code.name,
         text or status.message,

@@ -1,0 +1,111 @@
+"""The processes of a local cluster: started with their output in a log file, watched, started again when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 30.0
+HEALTHY_S = 60.0
+
+
+class Backoff:
+    """How long to wait before the next start: doubled with each death, from the beginning after a healthy while."""
+
+    def __init__(self, first_s: float = FIRST_PAUSE_S, longest_s: float = LONGEST_PAUSE_S) -> None:
+        self._first_s = first_s
+        self._longest_s = longest_s
+        self._next_s = first_s
+
+    def after(self, lived_s: float) -> float:
+        """The pause after a process that lived so long."""
+        if lived_s >= HEALTHY_S:
+            self._next_s = self._first_s
+        pause = self._next_s
+        self._next_s = min(self._next_s * 2, self._longest_s)
+        return pause
+
+
+class Child:
+    """One process. `start` may be called again when it has ended."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log_file: Path) -> None:
+        self.name = name
+        self.command = list(command)
+        self.environment = dict(environment)
+        self.log_file = log_file
+        self._process: asyncio.subprocess.Process | None = None
+
+    def __repr__(self) -> str:
+        return f"Child({self.name}, pid {self.pid})"
+
+    @property
+    def pid(self) -> int | None:
+        """None when it does not run."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    async def start(self) -> None:
+        """Start it, in a session of its own: the terminal's Ctrl-C is for the supervisor alone."""
+        with self.log_file.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self.command,
+                env=self.environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    async def wait(self) -> int:
+        """Its exit code (negative: the signal that ended it)."""
+        if self._process is None:
+            raise RuntimeError(f"{self.name} was never started")
+        return await self._process.wait()
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after `grace_s` seconds. Nothing happens when it does not run."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), grace_s)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    def last_words(self, lines: int = 12) -> str:
+        """The end of its log."""
+        try:
+            text = self.log_file.read_text(errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(f"    {line[:400]}" for line in text.splitlines()[-lines:])
+
+
+async def keep_alive(
+    child: Child,
+    restart: Callable[[], Awaitable[None]],
+    tell: Callable[[str], None],
+    backoff: Backoff | None = None,
+) -> None:
+    """Wait for the child's death, say so, pause, start it again; for ever. Cancel to end."""
+    backoff = backoff or Backoff()
+    clock = asyncio.get_running_loop().time
+    while True:
+        began = clock()
+        code = await child.wait()
+        pause_s = backoff.after(clock() - began)
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        tell(f"{child.name} ended ({how}); starting it again in {pause_s:g} s; its log: {child.log_file}")
+        await asyncio.sleep(pause_s)
+        try:
+            await restart()
+        except Exception as error:  # whatever it is, the next try comes
+            tell(f"{child.name} did not start: {error}")

@@ -1,0 +1,127 @@
+"""What the commands share: options, where a cluster is found, and how an error becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import grpc
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from cluster.cli.runs import RunFolder
+from cluster.client import UNREACHABLE, Client, HeadraceError
+from cluster.client.errors import from_rpc
+from cluster.client.options import DEFAULT_ENDPOINT
+from cluster.config import Config, ConfigError, load
+
+OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
+ADMIN_PORT = 50053
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(highlight=False, soft_wrap=True, stderr=True)
+
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        envvar="HEADRACE_ENDPOINT",
+        help="The gateway's gRPC address, host:port.",
+        show_default="the local cluster, else localhost:50051",
+    ),
+]
+AdminOption = Annotated[
+    str | None,
+    typer.Option(
+        "--admin", help="The gateway's admin address.", show_default="the local cluster's, else port 50053 there"
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ApiKeyOption = Annotated[
+    Path | None, typer.Option("--api-key-file", help="A file with the API key.", exists=True, dir_okay=False)
+]
+TlsCaOption = Annotated[
+    Path | None, typer.Option("--tls-ca", help="The CA that signs the gateway's certificate.", dir_okay=False)
+]
+TimeoutOption = Annotated[float, typer.Option("--timeout-s", help="Seconds for the whole call.", min=0.001)]
+FileOption = Annotated[
+    Path, typer.Option("-f", "--file", envvar="HEADRACE_CONFIG", help="The cluster.yaml.", show_default=False)
+]
+
+
+def fail(message: str, code: int = FAILED) -> NoReturn:
+    """Say what is wrong on standard error and end with an exit code."""
+    err.print(f"[red]error:[/red] {escape(message)}")
+    raise typer.Exit(code)
+
+
+def print_json(value: Any) -> None:
+    """JSON on standard output, for programs."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_config(file: Path) -> Config:
+    """The checked configuration; a wrong one ends the command with exit code 2."""
+    try:
+        return load(file)
+    except ConfigError as error:
+        fail(str(error), USAGE)
+
+
+def local_run() -> RunFolder | None:
+    """The local cluster, if exactly one is up."""
+    running = RunFolder.running()
+    return running[0] if len(running) == 1 else None
+
+
+def grpc_endpoint(given: str | None) -> str:
+    """Where callers speak: what was given, else the only local cluster, else the default port."""
+    if given:
+        return given
+    run = local_run()
+    return (run.endpoints().get("grpc") if run else None) or DEFAULT_ENDPOINT
+
+
+def admin_endpoint(endpoint: str | None, given: str | None) -> str:
+    """Where operators speak: what was given, else the local cluster's, else the admin port of the endpoint's host."""
+    if given:
+        return given
+    run = local_run()
+    if run and endpoint in (None, run.endpoints().get("grpc")):
+        found = run.endpoints().get("admin")
+        if found:
+            return found
+    host = (endpoint or DEFAULT_ENDPOINT).rsplit(":", 1)[0]
+    return f"{host}:{ADMIN_PORT}"
+
+
+def make_client(
+    endpoint: str | None, api_key_file: Path | None, tls_ca: Path | None, timeout_s: float | None = None
+) -> Client:
+    """The SDK's client for the command's options."""
+    key = api_key_file.read_text().strip() if api_key_file else os.environ.get("HEADRACE_API_KEY", "")
+    try:
+        return Client(grpc_endpoint(endpoint), api_key=key, tls_ca_file=tls_ca, timeout_s=timeout_s)
+    except (ValueError, OSError) as error:
+        fail(str(error), USAGE)
+
+
+@contextlib.contextmanager
+def rpc_errors(endpoint: str) -> Iterator[None]:
+    """A failed call becomes one line; exit code 3 when nobody answers, else 1."""
+    try:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise from_rpc(error, endpoint=endpoint) from None
+    except HeadraceError as error:
+        if error.reason == UNREACHABLE:
+            fail(f"{error.message}; is the cluster up? `headrace status`, `headrace up -f FILE`", UNREACHABLE_CODE)
+        pause = f" (try again in {error.retry_after_s:g} s)" if error.retry_after_s else ""
+        fail(f"{error.reason}: {error.message}{pause}")

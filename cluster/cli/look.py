@@ -1,0 +1,151 @@
+"""Commands for operators: status and workers, read from the gateway's admin API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.cli.common import (
+    AdminOption,
+    EndpointOption,
+    JsonOption,
+    admin_endpoint,
+    local_run,
+    out,
+    print_json,
+    rpc_errors,
+)
+from cluster.client.options import Options
+
+TIMEOUT_S = 10.0
+PAGE_SIZE = 500
+
+
+class Admin:
+    """The read-only admin API, every page of it."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._channel = grpc.insecure_channel(endpoint, options=Options(endpoint).channel_options())
+        self._fleet = admin_pb2_grpc.FleetStub(self._channel)
+        self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._channel.close()
+
+    def workers(self) -> list[admin_pb2.Worker]:
+        """The workers linked to this gateway. Raises grpc.RpcError."""
+        found: list[admin_pb2.Worker] = []
+        page = ""
+        while True:
+            request = admin_pb2.ListWorkersRequest(page_size=PAGE_SIZE, page_token=page)
+            answer = self._fleet.ListWorkers(request, timeout=TIMEOUT_S)
+            found.extend(answer.workers)
+            page = answer.next_page_token
+            if not page:
+                return found
+
+    def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
+        """The models, and seconds since the controller last spoke (negative: never). Raises grpc.RpcError."""
+        found: list[admin_pb2.CatalogEntry] = []
+        page = ""
+        while True:
+            request = admin_pb2.ListRequest(page_size=PAGE_SIZE, page_token=page)
+            answer = self._catalog.List(request, timeout=TIMEOUT_S)
+            found.extend(answer.models)
+            page = answer.next_page_token
+            if not page:
+                return found, answer.age_s
+
+
+def plain(message: Any) -> dict[str, Any]:
+    """A message as a dictionary with every field, unset ones too, and 64-bit numbers as numbers."""
+    row: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    for field in message.DESCRIPTOR.fields:
+        if field.cpp_type == field.CPPTYPE_INT64 and not field.is_repeated:
+            row[field.name] = int(row[field.name])
+    return row
+
+
+def gather(endpoint: str | None, admin_address: str | None) -> dict[str, Any]:
+    """What `status --json` prints. Ends the command when the gateway is unreachable."""
+    address = admin_endpoint(endpoint, admin_address)
+    admin = Admin(address)
+    try:
+        with rpc_errors(address):
+            entries, age_s = admin.catalog()
+            workers = admin.workers()
+    finally:
+        admin.close()
+    run = local_run()
+    own = run is not None and run.endpoints().get("admin") == address
+    endpoints = (
+        run.endpoints() if run is not None and own else {"admin": address, **({"grpc": endpoint} if endpoint else {})}
+    )
+    return {
+        "name": run.name if run is not None and own else "",
+        "endpoints": endpoints,
+        "catalog_age_s": age_s,
+        "models": [plain(entry) for entry in entries],
+        "workers": [plain(worker) for worker in workers],
+    }
+
+
+def status(as_json: JsonOption = False, endpoint: EndpointOption = None, admin: AdminOption = None) -> None:
+    """Show where the cluster answers, its models and its workers."""
+    found = gather(endpoint, admin)
+    if as_json:
+        print_json(found)
+        return
+    head = f"cluster {found['name']}   " if found["name"] else ""
+    out.print(head + "   ".join(f"{name} {address}" for name, address in found["endpoints"].items()))
+    age_s = found["catalog_age_s"]
+    if age_s < 0:
+        out.print("[yellow]no controller has spoken to this gateway yet[/yellow]")
+    elif age_s > 30:
+        out.print(
+            f"[yellow]the controller has been silent for {age_s:.0f} s: nothing scales, everything serves[/yellow]"
+        )
+    out.print(_model_table(found["models"]))
+    out.print(_worker_table(found["workers"]))
+
+
+def workers(as_json: JsonOption = False, endpoint: EndpointOption = None, admin: AdminOption = None) -> None:
+    """List the workers that are linked to the gateway."""
+    rows = gather(endpoint, admin)["workers"]
+    if as_json:
+        print_json(rows)
+    else:
+        out.print(_worker_table(rows))
+
+
+def _model_table(rows: list[dict[str, Any]]) -> Table | str:
+    if not rows:
+        return "no models"
+    table = Table("model", "aliases", "state", "replicas", "waiting", "note", box=None, pad_edge=False)
+    for row in rows:
+        note = row["state_reason"] or row["note"]
+        replicas = f"{row['ready_workers']} of {row['replicas_desired']}"
+        cells = (row["name"], ", ".join(row["aliases"]), row["state"], replicas, str(row["waiting"]), note)
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def _worker_table(rows: list[dict[str, Any]]) -> Table | str:
+    if not rows:
+        return "no workers are linked"
+    table = Table("worker", "model", "state", "running", "waiting", "KV used", "step", "path", box=None, pad_edge=False)
+    for row in rows:
+        path = row["engine_path"] + (f" ({row['engine_path_reason']})" if row["engine_path_reason"] else "")
+        running = f"{row['running']} of {row['max_num_seqs']}"
+        load = (running, str(row["waiting"]), f"{row['kv_usage']:.0%}", f"{row['step_ms']:.1f} ms")
+        table.add_row(*map(escape, (row["worker_id"], row["model"], row["state"], *load, path)))
+    return table

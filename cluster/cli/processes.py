@@ -1,0 +1,131 @@
+"""Hidden commands: the processes that `up` starts. Each reads one configuration and ends on SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.cli.common import USAGE, FileOption, fail, read_config
+from cluster.cli.runs import write_whole
+from cluster.config import cache_dir
+from cluster.observe import log
+
+FolderOption = Annotated[Path, typer.Option("--folder", help="Where it keeps what must outlive it.")]
+ReadyOption = Annotated[
+    Path | None, typer.Option("--ready-file", help="Gets pid and endpoints as JSON once it serves.")
+]
+DrainOption = Annotated[float | None, typer.Option("--drain-s", help="In place of gateway.drain_timeout_s.", min=0)]
+
+
+def gateway(
+    file: FileOption, folder: FolderOption, ready_file: ReadyOption = None, drain_s: DrainOption = None
+) -> None:
+    """Run one gateway in the foreground."""
+    from cluster.gateway.server import run_gateway
+
+    config = read_config(file)
+    if drain_s is not None:
+        config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"drain_timeout_s": drain_s})})
+    log.configure(config.observe.log_level, cluster=config.name, part="gateway")
+
+    def ready(endpoints: dict[str, str]) -> None:
+        if ready_file is not None:
+            write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
+
+    async def serve() -> None:
+        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=ready)
+
+    run(serve())
+
+
+def controller(
+    file: FileOption,
+    folder: FolderOption,
+    instance: Annotated[str, typer.Option("--instance", help="The tag of this cluster's processes.")] = "",
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="A Ray of this cluster's own; else the file's `ray`.")
+    ] = None,
+    gateways: Annotated[
+        list[str] | None, typer.Option("--gateway", help="A link address to dial, in place of link.gateways.")
+    ] = None,
+) -> None:
+    """Run the controller in the foreground. On a Ray of this cluster's own, Serve ends with it."""
+    from cluster.rayserve.controller import run_controller
+
+    config = read_config(file)
+    dial = tuple(gateways or config.link.gateways)
+    if not dial:
+        fail("link.gateways: empty, and no --gateway was given: there is nobody to dial", USAGE)
+    log.configure(config.observe.log_level, cluster=config.name, part="controller")
+
+    async def serve() -> None:
+        await run_controller(
+            config,
+            instance=instance or f"{os.getpid()}",
+            ray_address=ray_address,
+            gateways=dial,
+            run_folder=folder,
+            stop=stop_on_signal(),
+            end_serve=ray_address is not None,
+        )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run(serve())
+
+
+def prepare(file: FileOption) -> None:
+    """Check every model's source and fetch or make what is missing; progress as JSON lines on standard output."""
+    from cluster.engine.sources import SourceError, SourceRules, resolve
+
+    config = read_config(file)
+    weights = config.weights
+    rules = SourceRules(
+        cache_dir=weights.cache_dir or cache_dir(),
+        hub_endpoint=weights.hugging_face.endpoint,
+        hub_token_file=weights.hugging_face.token_file,
+        allowed_sources=weights.allow.sources,
+        allowed_formats=weights.allow.formats,
+        allow_remote_code=weights.allow.remote_code,
+    )
+    for model in config.models:
+        if model.source.startswith("sim://"):
+            continue
+
+        def tell(done: int, total: int, what: str, name: str = model.name) -> None:
+            _line({"model": name, "done": done, "total": total, "what": what})
+
+        try:
+            resolve(model.spec(), rules, tell)
+        except SourceError as error:
+            fail(str(error))
+        _line({"model": model.name, "ready": True})
+
+
+def _line(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def stop_on_signal() -> asyncio.Event:
+    """An event that SIGTERM, SIGINT and SIGHUP set."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run to the end; what the environment refuses (a port, a file) becomes one line."""
+    try:
+        asyncio.run(main)
+    except (RuntimeError, OSError, ValueError) as error:
+        fail(str(error))

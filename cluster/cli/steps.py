@@ -1,0 +1,59 @@
+"""The lines of `up`: one a step, redrawn on a terminal, written once elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+BAR = 20
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 0.6 s, 21 s, 1m22s."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
+
+
+class Step:
+    """One line: `[2/4] model         SmolLM2 ████  15 s`."""
+
+    def __init__(self, number: str, name: str) -> None:
+        self._head = f"{number} {name:<13}" if number else f"{name:<13}"
+        self._live = sys.stdout.isatty()
+        self._shown = ""
+        self.started = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the step began."""
+        return time.monotonic() - self.started
+
+    def show(self, text: str, part: float | None = None) -> None:
+        """How far it is; `part` in [0, 1] draws a bar. Shown on a terminal only."""
+        if self._live:
+            bar = "" if part is None else " " + ("█" * int(part * BAR)).ljust(BAR, "·")
+            self._write(f"\r\033[K{self._head} {text}{bar} {duration(self.elapsed_s)}")
+
+    def note(self, text: str) -> None:
+        """Something that stays on the screen while the step goes on."""
+        self._write(f"{self._clear()}{self._head} {text}\n")
+
+    def done(self, text: str) -> None:
+        """The line as it stays."""
+        self._write(f"{self._clear()}{self._head} {text}\n")
+
+    def _clear(self) -> str:
+        return "\r\033[K" if self._live else ""
+
+    def _write(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """A line of its own."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,171 @@
+"""Commands for callers: chat, complete, models."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.cli.common import (
+    ApiKeyOption,
+    EndpointOption,
+    JsonOption,
+    TimeoutOption,
+    TlsCaOption,
+    err,
+    grpc_endpoint,
+    make_client,
+    out,
+    print_json,
+    rpc_errors,
+)
+from cluster.client import ChatParams, Client, SamplingParams, Stream
+from cluster.v1 import inference_pb2 as pb
+
+ModelArgument = Annotated[str, typer.Argument(help="A model's name or alias.", show_default=False)]
+MaxTokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", help="Tokens at most.", show_default="the model's")
+]
+TemperatureOption = Annotated[float | None, typer.Option("--temperature", show_default="the model's")]
+SeedOption = Annotated[int | None, typer.Option("--seed", show_default=False)]
+
+
+def chat(
+    model: ModelArgument,
+    prompt: Annotated[str | None, typer.Argument(help="The question; without one, a conversation.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="The system message.", show_default=False)] = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = None,
+    timeout_s: TimeoutOption = 600.0,
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Ask a model, and print its answer while it is made."""
+    params: ChatParams = _given(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    messages = [pb.Message(role="system", content=system)] if system else []
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().strip()
+        if not prompt:
+            err.print("[red]error:[/red] no prompt: give one as an argument or on standard input")
+            raise typer.Exit(2)
+    with make_client(endpoint, api_key_file, tls_ca, timeout_s) as client:
+        if prompt is None:
+            _converse(client, grpc_endpoint(endpoint), model, messages, params)
+            return
+        messages.append(pb.Message(role="user", content=prompt))
+        with rpc_errors(grpc_endpoint(endpoint)):
+            if as_json:
+                _print_message(client.chat(model, messages, **params).raw)
+            else:
+                _print_stream(client.stream_chat(model, messages, **params))
+
+
+def complete(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = None,
+    timeout_s: TimeoutOption = 600.0,
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Continue a plain text, without a chat template."""
+    params: SamplingParams = _given(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    with make_client(endpoint, api_key_file, tls_ca, timeout_s) as client, rpc_errors(grpc_endpoint(endpoint)):
+        if as_json:
+            _print_message(client.complete(model, prompt, **params).raw)
+        else:
+            _print_stream(client.stream_complete(model, prompt, **params))
+
+
+def models(
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """List the models that can be asked."""
+    with make_client(endpoint, api_key_file, tls_ca, 30.0) as client, rpc_errors(grpc_endpoint(endpoint)):
+        found = client.models()
+    if as_json:
+        print_json([model_row(model) for model in found])
+        return
+    table = Table("model", "aliases", "state", "context", "license", box=None, pad_edge=False)
+    for model in found:
+        row = model_row(model)
+        state = row["state"] + (f" ({model.state_reason})" if model.state_reason else "")
+        cells = (model.name, ", ".join(model.aliases), state, str(model.max_model_len or ""), model.license)
+        table.add_row(*map(escape, cells))
+    out.print(table)
+
+
+def model_row(model: pb.Model) -> dict[str, Any]:
+    """A model as --json prints it; the state without its prefix."""
+    row: dict[str, Any] = MessageToDict(model, preserving_proto_field_name=True)
+    return row | {
+        "name": model.name,
+        "aliases": list(model.aliases),
+        "state": pb.Model.State.Name(model.state).removeprefix("STATE_"),
+    }
+
+
+def _given(**values: Any) -> Any:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _print_message(message: pb.ChatResponse | pb.CompleteResponse) -> None:
+    print_json(MessageToDict(message, preserving_proto_field_name=True))
+
+
+def _print_stream(stream: Stream[Any]) -> None:
+    """Text as it comes; how long the call waits, and why it ended early, on standard error."""
+    ended = False
+    try:
+        for text in stream:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        ended = True
+    except KeyboardInterrupt:
+        stream.cancel()
+        raise typer.Exit(130) from None
+    finally:
+        if stream.text and not stream.text.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    if ended and stream.finish_reason == "length" and sys.stderr.isatty():
+        err.print("[dim](cut at the limit of tokens; --max-tokens gives more)[/dim]")
+
+
+def _converse(client: Client, endpoint: str, model: str, messages: list[pb.Message], params: ChatParams) -> None:
+    """Turn by turn until the end of input; Ctrl-C ends an answer, not the conversation."""
+    out.print(f"[dim]chat with {escape(model)}; an empty line or Ctrl-D ends it, Ctrl-C stops an answer[/dim]")
+    with rpc_errors(endpoint):
+        client.model(model)
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            sys.stdout.write("\n")
+            return
+        if not question:
+            return
+        messages.append(pb.Message(role="user", content=question))
+        stream = client.stream_chat(model, messages, **params)
+        try:
+            with rpc_errors(endpoint):
+                _print_stream(stream)
+        except typer.Exit as ended:
+            if ended.exit_code != 130:
+                messages.pop()
+                continue
+        messages.append(pb.Message(role="assistant", content=stream.text))
