@@ -1,0 +1,123 @@
+"""Real engines on Ray's placement groups: tensor parallelism of the three families, and deaths that leave nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.link.hub import WorkerLink
+from cluster.rayserve import reaper
+from cluster.rayserve.backend import ChildBackend
+from cluster.rayserve.local import LocalRay
+from cluster.rayserve.settings import ReplicaSettings
+from tests.support.checkpoints import build_checkpoint
+from tests.support.serving import Door, eventually, greedy, settled
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(400)]
+
+PROMPTS = ([5, 17, 230, 41, 99, 300], [11, 12, 13, 14], [7] * 40)
+TOKENS = 16
+ORPHANS_GONE_S = 10.0
+
+
+def two_ranks(name: str, folder: Path, gateway: str, **more: object) -> ReplicaSettings:
+    """A checkpoint at tensor_parallel_size 2, in float32 and with a small cache."""
+    spec = ModelSpec(
+        name=name,
+        source=str(folder),
+        dtype="float32",
+        tensor_parallel_size=2,
+        max_model_len=512,
+        engine={"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16},
+        **more,  # type: ignore[arg-type]
+    )
+    return ReplicaSettings(spec, "test", gateways=(gateway,))
+
+
+def expected(folder: Path, prompt: Sequence[int]) -> list[int]:
+    """transformers' own greedy continuation in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([list(prompt)])
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            repetition_penalty=1.0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+async def same_tokens(link: WorkerLink, folder: Path) -> None:
+    """The worker's greedy tokens, asked for at once, are transformers'."""
+    answers = await asyncio.gather(*(greedy(link, prompt, TOKENS) for prompt in PROMPTS))
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert answer == expected(folder, prompt)
+
+
+async def remove(backend: ChildBackend, model: str) -> None:
+    """Delete and wait until its processes have gone."""
+    await backend.delete(model)
+    await settled(backend, lambda s: model not in s.apps, f"{model} is gone")
+
+
+@pytest.mark.parametrize("family", ["mistral", "falcon"])
+async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend, door: Door, tmp_path: Path) -> None:
+    """Greedy tokens at TP 2 on a placement group equal transformers' in float32."""
+    folder = build_checkpoint(family, tmp_path / family)
+    await backend.deploy(two_ranks(family, folder, door.address))
+    link = await door.worker(family, 180.0)
+    assert link.info.engine_class == "float32-tp2-pp1"
+    await same_tokens(link, folder)
+    await remove(backend, family)
+
+
+def tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
+    """The processes of the one engine on `ray`: its replica, its engine core, its ranks."""
+    found: dict[str, set[psutil.Process]] = {"replica": set(), "core": set(), "rank": set()}
+    for pid in reaper.find(ray.environment()[reaper.INSTANCE_ENV], ray.folder):
+        try:
+            process = psutil.Process(pid)
+            title = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        for part, mark in (("replica", "ray::ServeReplica"), ("core", "EngineCore"), ("rank", "RayWorker")):
+            if mark in title:
+                found[part].add(process)
+    return found
+
+
+async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
+    """LLaMA at TP 2 as above; then a SIGKILL of replica, core and rank each leaves nothing and it serves again."""
+    folder = build_checkpoint("llama", tmp_path / "llama")
+    await backend.deploy(two_ranks("llama", folder, door.address))
+    link = await door.worker("llama", 180.0)
+    await same_tokens(link, folder)
+    for victim in ("replica", "core", "rank"):
+        before = tree(local_ray, folder)
+        assert {part: len(found) for part, found in before.items()} == {"replica": 1, "core": 1, "rank": 2}
+        next(iter(before[victim])).send_signal(signal.SIGKILL)
+        everyone = set().union(*before.values())
+        await eventually(
+            lambda e=everyone: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in e) or None,  # type: ignore[misc]
+            f"nothing is left after the {victim}'s death",
+            ORPHANS_GONE_S,
+        )
+        link = await door.worker("llama", 180.0, but=link.identity.incarnation)
+        await same_tokens(link, folder)
+    await remove(backend, "llama")
+    assert os.getpid() not in reaper.find(local_ray.environment()[reaper.INSTANCE_ENV])
