@@ -154,6 +154,11 @@ class Output:
         self._logprobs = []
         return piece
 
+    @property
+    def told(self) -> bool:
+        """Whether its end has been taken."""
+        return self._told_finish
+
     def _leave_engine(self) -> None:
         if self.link is not None:
             self.link.abort(self.slot)
@@ -230,6 +235,11 @@ class Call:
     def finished(self) -> bool:
         """Whether every sequence has ended by itself."""
         return all(sequence.finish_reason for sequence in self.sequences)
+
+    @property
+    def told(self) -> bool:
+        """Whether the end of every sequence has been taken: nothing more will come."""
+        return all(sequence.told for sequence in self.sequences)
 
     def release(self) -> None:
         """Drop whatever still runs in an engine."""

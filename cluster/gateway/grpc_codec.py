@@ -227,7 +227,7 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
             )
             for piece in pieces
         ],
-        usage=usage_pb(call.usage) if call.finished else None,
+        usage=usage_pb(call.usage) if call.told else None,
     )
 
 
@@ -238,7 +238,7 @@ def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.Compl
         model=call.model,
         offset=offset,
         choices=_choices(pieces),
-        usage=usage_pb(call.usage) if call.finished else None,
+        usage=usage_pb(call.usage) if call.told else None,
     )
 
 

@@ -151,7 +151,7 @@ class GrpcFace:
                     continue
                 offset += 1
                 await context.write(kind.chunk(call, pieces, offset))
-                if call.finished:
+                if call.told:  # not `finished`: the last tokens may have come during the write
                     return
 
     async def _silent(self, kind: _Kind, call: Call, context: Any) -> None:

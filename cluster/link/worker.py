@@ -360,19 +360,23 @@ class WorkerEnd:
         await call.write(
             pb.Blob(worker_id=self._identity.worker_id, incarnation=self._identity.incarnation, epoch=epoch)
         )
-        reader = asyncio.create_task(self._read_blobs(link, call))
+        parts = [
+            asyncio.create_task(self._read_blobs(link, call)),
+            asyncio.create_task(self._write_blobs(link, call)),
+        ]
         try:
-            while not reader.done():
-                getter = asyncio.create_task(link.blobs.get())
-                await asyncio.wait([getter, reader], return_when=asyncio.FIRST_COMPLETED)
-                if getter.done():
-                    await call.write(getter.result())
-                else:
-                    getter.cancel()
-            reader.result()
+            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            for part in done:
+                part.result()
         finally:
-            reader.cancel()
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
             call.cancel()
+
+    async def _write_blobs(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]) -> None:
+        while True:
+            await call.write(await link.blobs.get())
 
     async def _read_blobs(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]) -> None:
         while True:
