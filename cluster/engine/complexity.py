@@ -17,7 +17,7 @@ MAX_REGEX_POSITIONS = 10_000
 MAX_BOUNDED_STRINGS = 64
 
 _COUNTED = re.compile(r"\{(\d+)(,)?(\d*)\}")
-_UNBOUNDED = {"*", "+", "?"}
+_NO_ATOM = frozenset("*+?|")
 
 
 def regex_positions(pattern: str) -> int:
@@ -39,7 +39,7 @@ def regex_positions(pattern: str) -> int:
             sums[-1] += last * (times - 1)
             last *= times
             at = counted.end() - 1
-        elif character not in _UNBOUNDED:
+        elif character not in _NO_ATOM:
             at = _end_of_atom(pattern, at)
             last = 1
             sums[-1] += 1

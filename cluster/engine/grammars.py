@@ -42,6 +42,8 @@ def _check_choice(value: str | tuple[str, ...]) -> None:
         raise _refused("choice", "needs at least one string to choose from")
     if len(value) > MAX_CHOICES:
         raise _refused("choice", f"at most {MAX_CHOICES} strings, got {len(value)}")
+    for choice in value:
+        _check_unicode("choice", choice)
     if any(not choice for choice in value):
         raise _refused("choice", "an empty string cannot be chosen")
     if sum(len(choice.encode()) for choice in value) > MAX_GRAMMAR_BYTES:
@@ -51,11 +53,11 @@ def _check_choice(value: str | tuple[str, ...]) -> None:
 def _check_text(kind: str, value: str | tuple[str, ...]) -> None:
     if not isinstance(value, str) or (kind != "regex" and not value.strip()):
         raise _refused(kind, "must be a text that is not empty")
+    _check_unicode(kind, value)
     limit = MAX_REGEX_BYTES if kind == "regex" else MAX_GRAMMAR_BYTES
-    if len(value.encode(errors="surrogatepass")) > limit:
-        raise _refused(kind, f"at most {limit} bytes, got {len(value.encode(errors='surrogatepass'))}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _refused(kind, "is not valid Unicode")
+    size = len(value.encode())
+    if size > limit:
+        raise _refused(kind, f"at most {limit} bytes, got {size}")
     if kind == "json_schema":
         _check_schema(value)
     if kind == "regex":
@@ -66,6 +68,13 @@ def _check_regex(kind: str, pattern: str) -> None:
     positions = regex_positions(pattern)
     if positions > MAX_REGEX_POSITIONS:
         raise _refused(kind, f"unrolls to {positions} positions, at most {MAX_REGEX_POSITIONS}: repeat fewer times")
+
+
+def _check_unicode(kind: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # lone surrogates, which Python's strings can hold
+        raise _refused(kind, "is not valid Unicode") from None
 
 
 def _check_schema(value: str) -> None:

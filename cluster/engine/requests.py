@@ -20,6 +20,7 @@ REPETITION_PENALTY_RANGE = (0.01, 100.0)
 LOGIT_BIAS_LIMIT = 100.0
 MAX_MESSAGE_CHARACTERS = 500
 """Of vLLM's own words, which can repeat the whole grammar."""
+MAX_TEXT_CHARACTERS = 1024
 _INT64 = 1 << 63
 
 
@@ -42,6 +43,9 @@ def check(request: EngineRequest, limits: Limits) -> None:
     """Raise EngineRefused for whatever vLLM would choke on or silently take for something else."""
     if not request.request_id:
         raise refused("request_id", "must not be empty")
+    for field, text in (("request_id", request.request_id), ("cache_salt", request.cache_salt)):
+        if len(text) > MAX_TEXT_CHARACTERS or not text.isascii():
+            raise refused(field, f"must be ASCII of at most {MAX_TEXT_CHARACTERS} characters")
     if request.adapter:
         raise refused("adapter", f"{request.adapter!r} is not loaded", Outcome.ADAPTER_INVALID)
     if not -_INT64 <= request.priority < _INT64:
