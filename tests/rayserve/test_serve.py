@@ -14,7 +14,7 @@ import pytest
 
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState
 from cluster.link.controller import ControllerEnd
-from cluster.rayserve.backend import ChildBackend
+from cluster.rayserve.backend import Backend, ChildBackend
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.local import LocalRay
 from cluster.rayserve.settings import ReplicaSettings
@@ -30,7 +30,7 @@ def sim(name: str, door: Door, **more: object) -> ReplicaSettings:
 
 
 @asynccontextmanager
-async def controlling(backend: ChildBackend, door: Door, *settings: ReplicaSettings) -> AsyncIterator[Controller]:
+async def controlling(backend: Backend, door: Door, *settings: ReplicaSettings) -> AsyncIterator[Controller]:
     """A controller at work, linked to the door."""
     end = ControllerEnd(controller_id="test", gateways=[door.address], tls=None, bundles=lambda _: None)
     controller = Controller(backend, end)

@@ -1,0 +1,110 @@
+"""The local Ray's start and end, beside a foreign Ray on the same machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.rayserve import reaper
+from cluster.rayserve.backend import ChildBackend, RayAway
+from cluster.rayserve.local import LocalRay, LocalRaySettings, RayDidNotStart, end_remains, free_ports
+from cluster.rayserve.settings import ReplicaSettings
+from tests.rayserve.conftest import end_local_ray, new_local_ray
+from tests.support.serving import settled
+
+SLEEPER = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"]
+
+
+def sleeper(**environment: str) -> subprocess.Popen[bytes]:
+    """A process that waits to be ended; it has started when this returns."""
+    process = subprocess.Popen(SLEEPER, env={**os.environ, **environment}, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    return process
+
+
+def test_reaper_ends_the_tagged_alone() -> None:
+    """A process of this instance ends; one of another instance with the same beginning does not."""
+    ours, theirs = sleeper(HEADRACE_INSTANCE="abc"), sleeper(HEADRACE_INSTANCE="abcd")
+    try:
+        assert reaper.find("abc") == {ours.pid}
+        assert reaper.end("abc", grace_s=5.0) == 1
+        assert ours.wait(5.0) == -15
+        assert theirs.poll() is None
+    finally:
+        theirs.kill()
+        theirs.wait()
+        ours.kill()
+
+
+def test_reaper_finds_by_open_files(tmp_path: Path) -> None:
+    """A process without the tag belongs to the cluster when it writes below its folder."""
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=log)
+    try:
+        assert reaper.find("no-such-instance", tmp_path) == {process.pid}
+        assert reaper.find("no-such-instance", tmp_path / "other") == frozenset()
+        reaper.end("no-such-instance", tmp_path, grace_s=5.0)
+        assert process.wait(5.0) == -15
+    finally:
+        process.kill()
+
+
+def test_free_ports_differ() -> None:
+    """Ports asked for together are all different."""
+    assert len(set(free_ports(20))) == 20
+
+
+def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
+    """Ray's own words reach the caller, and nothing is left."""
+    ray = LocalRay(LocalRaySettings("cannot", tmp_path, object_store_bytes=1))
+    with pytest.raises(RayDidNotStart, match="object"):
+        ray.start()
+    assert reaper.find("cannot", ray.folder) == frozenset()
+
+
+@pytest.mark.ray
+async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
+    """After a stop no process of the cluster is left, whatever became of its driver; another Ray still answers."""
+    foreign, ours = new_local_ray("foreign"), new_local_ray("ours")
+    try:
+        foreign.start()
+        ours.start()
+        backend = ChildBackend("test", ours.address, ours.environment())
+        await backend.deploy(ReplicaSettings(ModelSpec(name="m", source="sim://?vocab=100"), "test"))
+        await settled(backend, lambda s: s.apps["m"].running == 1, "the replica runs")
+        instance, folder = ours.environment()[reaper.INSTANCE_ENV], ours.folder
+        assert len(reaper.find(instance, folder)) >= 6
+        started = time.monotonic()
+        await backend.shutdown()
+        ours.stop()
+        assert time.monotonic() - started < 10.0
+        assert reaper.find(instance, folder) == frozenset()
+        with pytest.raises(RayAway):
+            await backend.observe()
+        await backend.close()
+        theirs = ChildBackend("theirs", foreign.address, foreign.environment())
+        assert len((await theirs.observe()).nodes) == 1
+        await theirs.close()
+    finally:
+        end_local_ray(ours)
+        end_local_ray(foreign)
+
+
+@pytest.mark.ray
+def test_remains_of_a_lost_cluster_are_found() -> None:
+    """Whoever knows instance and run folder can end what a killed `cluster up` left."""
+    ray = new_local_ray("lost")
+    ray.start()
+    try:
+        instance = ray.environment()[reaper.INSTANCE_ENV]
+        assert end_remains(instance, ray.log_file.parent) >= 5
+        assert reaper.find(instance, ray.folder) == frozenset()
+    finally:
+        end_local_ray(ray)

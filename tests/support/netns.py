@@ -1,0 +1,68 @@
+"""Network namespaces joined by a bridge: several hosts on one machine. Made and removed by the test; needs root."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Host:
+    """One namespace with one interface, `eth0`, on the bridge."""
+
+    namespace: str
+    address: str
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line that runs `arguments` on this host."""
+        return ["ip", "netns", "exec", self.namespace, *arguments]
+
+    @property
+    def inode(self) -> int:
+        """What /proc/<pid>/ns/net points to for the processes on this host."""
+        return os.stat(f"/run/netns/{self.namespace}").st_ino
+
+    def holds(self, pid: int) -> bool:
+        """Whether a process runs on this host."""
+        return os.stat(f"/proc/{pid}/ns/net").st_ino == self.inode
+
+
+@dataclass(frozen=True)
+class Network:
+    """Hosts, and the address by which they reach this machine's own namespace."""
+
+    hosts: tuple[Host, ...]
+    address: str
+
+
+def _ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def network(count: int) -> Iterator[Network]:
+    """`count` hosts on a bridge of their own; names and the /24 are derived from this process's id."""
+    number = os.getpid() % 200 + 20
+    prefix, bridge = f"10.199.{number}", f"hrb{number}"
+    hosts = tuple(Host(f"hr{number}-{i}", f"{prefix}.{i}") for i in range(1, count + 1))
+    with contextlib.ExitStack() as undo:
+        _ip("link", "add", bridge, "type", "bridge")
+        undo.callback(_ip, "link", "del", bridge)
+        _ip("addr", "add", f"{prefix}.254/24", "dev", bridge)
+        _ip("link", "set", bridge, "up")
+        for i, host in enumerate(hosts):
+            _ip("netns", "add", host.namespace)
+            undo.callback(_ip, "netns", "del", host.namespace)  # takes its end of the veth pair along
+            _ip("link", "add", f"{bridge}v{i}", "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+            _ip("link", "set", f"{bridge}v{i}", "master", bridge, "up")
+            _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
+            _ip("-n", host.namespace, "link", "set", "eth0", "up")
+            _ip("-n", host.namespace, "link", "set", "lo", "up")
+            # Programs find their own address by asking for the route to somewhere far.
+            _ip("-n", host.namespace, "route", "add", "default", "via", f"{prefix}.254")
+        yield Network(hosts, f"{prefix}.254")
