@@ -24,7 +24,8 @@ from cluster.config import Config, ConfigError, load
 OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
 ADMIN_PORT = 50053
 
-out = Console(highlight=False, soft_wrap=True)
+# Tables are cut to the terminal's width; where there is no terminal nobody's lines end at 80 characters.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
 err = Console(highlight=False, soft_wrap=True, stderr=True)
 
 EndpointOption = Annotated[

@@ -12,7 +12,7 @@ def duration(seconds: float) -> str:
     """As people say it: 0.6 s, 21 s, 1m22s."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    if seconds < 59.5:
+    if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
 

@@ -1,0 +1,56 @@
+"""Ports are decided and checked before anything starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from cluster.cli.ports import PortTaken, decide
+from cluster.config import Config, parse
+
+
+def config(**listen: str) -> Config:
+    """A configuration whose other ports are free ones."""
+    ports = {"grpc": "127.0.0.1:0", "link": "127.0.0.1:0", "admin": "127.0.0.1:0", "metrics": "127.0.0.1:0", **listen}
+    lines = "".join(f'    {name}: "{address}"\n' for name, address in ports.items())
+    return parse(f"api_version: headrace/v1\nname: t\nmodels: []\ngateway:\n  listen:\n{lines}")
+
+
+def test_open_ports_are_chosen_all_different() -> None:
+    """Port 0 becomes a number, once for each listener, and can be bound."""
+    addresses = decide(config()).gateway.listen.model_dump().values()
+    ports = {int(address.rsplit(":", 1)[1]) for address in addresses}
+    assert len(ports) == 4
+    assert 0 not in ports
+    for port in ports:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+
+
+def test_a_taken_port_names_key_and_owner() -> None:
+    """The message says which listener, and who is there."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(PortTaken) as caught:
+            decide(config(admin=address))
+    assert f"gateway.listen.admin: {address} cannot be had" in str(caught.value)
+    assert f"process {os.getpid()} " in str(caught.value)
+
+
+def test_one_port_for_two_listeners_is_told() -> None:
+    """Two listeners on one address fail before either starts."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(PortTaken, match=r"gateway\.listen\.admin"):
+        decide(config(grpc=address, admin=address))
+
+
+def test_a_foreign_address_is_told() -> None:
+    """An address of another machine cannot be listened on."""
+    with pytest.raises(PortTaken, match=r"gateway\.listen\.metrics: 192\.0\.2\.1:9400"):
+        decide(config(metrics="192.0.2.1:9400"))

@@ -1,0 +1,96 @@
+"""chat, complete and models against a real gRPC server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from google.rpc import code_pb2
+from typer.testing import Result
+
+from cluster.v1 import inference_pb2 as pb
+from tests.support.scripted_gateway import WORDS, ScriptedGateway, refusal
+
+TEXT = "".join(WORDS)
+Run = Callable[..., Result]
+
+
+def test_chat_prints_the_answer(run: Run, gateway: ScriptedGateway) -> None:
+    """The answer is on standard output, with a newline, and the options reach the request."""
+    options = ("--temperature", "0", "--max-tokens", "9", "--seed", "4", "--system", "Be brief")
+    done = run("chat", "tiny", "Where?", *options, "--endpoint", gateway.endpoint)
+    assert (done.exit_code, done.stdout) == (0, TEXT + "\n")
+    (request,) = gateway.script.requests
+    messages = [pb.Message(role="system", content="Be brief"), pb.Message(role="user", content="Where?")]
+    assert request == pb.ChatRequest(model="tiny", messages=messages, temperature=0, max_tokens=9, seed=4)
+
+
+def test_chat_json_is_the_message(run: Run, gateway: ScriptedGateway) -> None:
+    """--json prints the whole response for programs."""
+    done = run("chat", "tiny", "Where?", "--json", "--endpoint", gateway.endpoint)
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["content"] == TEXT
+    assert answer["usage"]["total_tokens"] == 10
+
+
+def test_chat_reads_a_piped_prompt(run: Run, gateway: ScriptedGateway) -> None:
+    """Without a terminal the prompt is what comes on standard input."""
+    assert run("chat", "tiny", "--endpoint", gateway.endpoint, input="From a pipe\n").exit_code == 0
+    assert gateway.script.requests[0].messages[0].content == "From a pipe"
+    assert run("chat", "tiny", "--endpoint", gateway.endpoint, input="").exit_code == 2
+
+
+def test_complete_continues(run: Run, gateway: ScriptedGateway) -> None:
+    """A completion is printed as it comes, or as JSON."""
+    done = run("complete", "tiny", "Once", "--endpoint", gateway.endpoint)
+    assert done.stdout == TEXT + "\n"
+    done = run("complete", "tiny", "Once", "--json", "--endpoint", gateway.endpoint)
+    assert json.loads(done.stdout)["choices"][0]["text"] == TEXT
+
+
+def test_models_lists_names_aliases_and_states(run: Run, gateway: ScriptedGateway) -> None:
+    """People get a table with the reason of a failure, programs get JSON with bare state names."""
+    gateway.script.models = [
+        pb.Model(name="tiny", aliases=["default"], state=pb.Model.STATE_READY, max_model_len=64),
+        pb.Model(name="big", state=pb.Model.STATE_FAILED, state_reason="models[big].source: no folder"),
+    ]
+    done = run("models", "--endpoint", gateway.endpoint)
+    assert "tiny" in done.stdout
+    assert "FAILED (models[big].source: no folder)" in done.stdout
+    rows = json.loads(run("models", "--json", "--endpoint", gateway.endpoint).stdout)
+    assert [(row["name"], row["aliases"], row["state"]) for row in rows] == [
+        ("tiny", ["default"], "READY"),
+        ("big", [], "FAILED"),
+    ]
+
+
+def test_an_error_is_one_line_and_exit_code_one(run: Run, gateway: ScriptedGateway) -> None:
+    """Reason and message, and when to come back; no traceback."""
+    gateway.script.refusals = [refusal(code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full", retry_after_s=2)]
+    done = run("chat", "tiny", "x", "--endpoint", gateway.endpoint)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "error: QUEUE_FULL: the queue is full (try again in 2 s)\n"
+
+
+def test_nobody_there_is_exit_code_three(run: Run) -> None:
+    """Unreachable differs from failed, and names where it looked."""
+    done = run("models", "--endpoint", "127.0.0.1:1")
+    assert done.exit_code == 3
+    assert "no gateway answers at 127.0.0.1:1 (Connection refused)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("chat",), ("models", "--nope"), ("chat", "tiny", "x", "--endpoint", "http://localhost:1")]
+)
+def test_bad_usage_is_exit_code_two(run: Run, arguments: tuple[str, ...]) -> None:
+    """A missing argument, an unknown option or an address with a scheme is the caller's fault."""
+    assert run(*arguments).exit_code == 2
+
+
+def test_the_key_comes_from_its_file(run: Run, gateway: ScriptedGateway, tmp_path: Path) -> None:
+    """--api-key-file is read, and its newline left out."""
+    (tmp_path / "key").write_text("sk-7\n")
+    run("models", "--endpoint", gateway.endpoint, "--api-key-file", str(tmp_path / "key"))
+    assert gateway.script.metadata[0]["authorization"] == "Bearer sk-7"
