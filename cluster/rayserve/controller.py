@@ -50,7 +50,7 @@ class Gateways(Protocol):
         """Gateways linked to now."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Controller:
     """`want` sets what is wanted, `step` is one pass, `run` is a pass every second or when `want` is called."""
 
@@ -65,6 +65,10 @@ class Controller:
     _cold_starts_s: dict[str, float] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _away: str = ""
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"{name} {state.value}" for name, state in self._states.items())
+        return f"Controller({states or 'nothing seen'}{f'; Ray is away: {self._away}' if self._away else ''})"
 
     def want(self, settings: Sequence[ReplicaSettings]) -> None:
         """What is to run from now on; the next pass begins at once."""

@@ -1,0 +1,101 @@
+"""A replica as a plain class: it comes up and links, says why it cannot, and ends its process with its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.api.ports import EngineDead
+from cluster.api.types import ModelSpec
+from cluster.engine.sim import SimConfig, SimEngine
+from cluster.rayserve.opening import open_model
+from cluster.rayserve.replica import Opened, Place, Replica
+from cluster.rayserve.settings import ModelRefused, ReplicaSettings
+from tests.support.serving import Door, eventually, greedy
+
+SOURCE = "sim://?vocab=1000&decode_ms=1"
+
+
+def settings(door: Door, source: str = SOURCE, **more: object) -> ReplicaSettings:
+    """A simulated model that dials the door."""
+    spec = ModelSpec(name="m", source=source, **more)  # type: ignore[arg-type]
+    return ReplicaSettings(spec, "test", gateways=(door.address,))
+
+
+async def test_serves_until_stopped(door: Door) -> None:
+    """It dials in under a name of its own, serves, is healthy, and after a stop neither."""
+    replica = Replica(settings(door), Place("r1", "node1"), open_model)
+    with pytest.raises(EngineDead, match="not started"):
+        await replica.check()
+    await replica.start()
+    link = await door.worker("m")
+    assert (link.identity.worker_id, link.identity.node) == ("m-r1", "node1")
+    assert link.identity.incarnation == replica.incarnation
+    assert len(await greedy(link, [1, 2], 3)) == 3
+    await replica.check()
+    await replica.stop()
+    await eventually(lambda: not door.hub.links, "its link has ended")
+    with pytest.raises(EngineDead):
+        await replica.check()
+    await replica.stop()
+
+
+async def test_stop_drains_what_runs(door: Door) -> None:
+    """A request in flight is finished within the drain time."""
+    replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), Place("r1", "n"), open_model)
+    await replica.start()
+    running = asyncio.create_task(greedy(await door.worker("m"), [1, 2], 60))
+    await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
+    await replica.stop()
+    assert len(await running) == 60
+
+
+async def test_dead_engine_ends_the_process(door: Door) -> None:
+    """The links are closed first, then the process; health tells the reason meanwhile."""
+    engine = SimEngine(SimConfig.from_source(SOURCE))
+    exits: list[int] = []
+    opened = Opened(engine, Bundle({}), "")
+    replica = Replica(settings(door), Place("r1", "n"), lambda _: opened, on_engine_death=exits.append)
+    await replica.start()
+    await door.worker("m")
+    engine.kill("power cut")
+    await eventually(lambda: exits, "the process is ended")
+    assert exits == [70]
+    await eventually(lambda: not door.hub.links, "its link has ended")
+    with pytest.raises(EngineDead, match="power cut"):
+        await replica.check()
+    await replica.stop()
+
+
+@pytest.mark.parametrize(
+    ("source", "place", "more", "reason"),
+    [
+        ("sim://?vocab=9&speed=1", Place("r", "n"), {}, "'speed' is no parameter"),
+        ("/no/such/folder", Place("r", "n"), {}, r"models\[m\].source: there is no folder /no/such/folder"),
+        ("sim://", Place("r", "n"), {}, "vocab is not given"),
+        (SOURCE, Place("r", "a", ("a", "b")), {"tensor_parallel_size": 2}, r"models\[m\]: ranks 0 to 1, .* 2 nodes"),
+    ],
+)
+async def test_what_cannot_work_is_refused(
+    door: Door, source: str, place: Place, more: dict[str, object], reason: str
+) -> None:
+    """The reason names what is wrong; nothing was linked."""
+    replica = Replica(settings(door, source, **more), place, open_model)
+    with pytest.raises(ModelRefused) as caught:
+        await replica.start()
+    assert re.search(reason, caught.value.reason)
+    assert not door.hub.links
+
+
+async def test_bad_luck_is_not_a_refusal(door: Door) -> None:
+    """An error that another try may not meet stays what it is."""
+
+    def unlucky(settings: ReplicaSettings) -> Opened:
+        raise OSError("the disk is away")
+
+    model = settings(door)
+    with pytest.raises(OSError, match="disk"):
+        await Replica(model, Place("r", "n"), unlucky).start()
