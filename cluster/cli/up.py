@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -41,6 +42,7 @@ def up(
 ) -> None:
     """Start a local cluster: Ray, a gateway and a controller. Ctrl-C stops everything."""
     config = read_config(file)
+    _check_installed(config)
     if detach:
         raise typer.Exit(_detach(file, config))
     run = RunFolder(config.name)
@@ -55,6 +57,18 @@ def up(
         except PortTaken as error:
             fail(str(error), USAGE)
         raise typer.Exit(asyncio.run(_life(config, run, demo=demo, background=background)))
+
+
+def _check_installed(config: Config) -> None:
+    """The base install has no engine, which is better said than found out from a log."""
+    needed = [] if config.ray else ["ray"]
+    if not config.ray and any(not model.source.startswith("sim://") for model in config.models):
+        needed.append("vllm")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        fail(
+            f"{' and '.join(missing)} not installed: `up` needs the extra `cpu` or `gpu` (in a checkout: `make setup`)"
+        )
 
 
 def down(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,8 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield Up("uptest", file, done.stdout, run, run.instance())
     finally:
         headrace("down", "uptest")
+        for link in (folder / "cache" / "run").glob("*/ray-session"):
+            shutil.rmtree(link.readlink(), ignore_errors=True)
         if before is None:
             del os.environ["HEADRACE_CACHE_DIR"]
         else:
