@@ -210,3 +210,5 @@ class CatalogEntry:
     family: str = ""
     license: str = ""
     engine_class: str = ""
+    note: str = ""
+    """What an operator should know beside the state, e.g. a key that is not yet used."""

@@ -78,7 +78,7 @@ class CatalogAdmin(pb_grpc.CatalogServicer):
             bundle_digest=model.bundle_digest,
             ready_workers=sum(not link.draining for link in model.links.values()),
             waiting=waiting,
-            note="" if model.in_catalog else "not in the catalog: known by its workers alone",
+            note=entry.note if model.in_catalog else "not in the catalog: known by its workers alone",
         )
 
 

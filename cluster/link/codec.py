@@ -342,6 +342,7 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         family=e.family,
         license=e.license,
         engine_class=e.engine_class,
+        note=e.note,
     )
 
 
@@ -364,4 +365,5 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         family=m.family,
         license=m.license,
         engine_class=m.engine_class,
+        note=m.note,
     )

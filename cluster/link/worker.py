@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 
@@ -49,6 +50,9 @@ class _Link:
     whole_prompts: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
     blobs: asyncio.Queue[pb.Blob] = field(default_factory=lambda: asyncio.Queue(maxsize=64))
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    grant_id: int = 0
+    unacked_since: float | None = None
+    """Since when the gateway owes the acknowledgement of a grant; room it was promised is held until then."""
 
     def prompt(self, key: str) -> asyncio.Future[bytes]:
         """The prompt that comes on Bulk under `key`, before or after its Submit."""
@@ -86,7 +90,9 @@ class WorkerEnd:
         gateways: Sequence[str],
         tls: TlsFiles | None = None,
         timing: Timing | None = None,
+        outbox_tokens: int = 65_536,
     ) -> None:
+        """`outbox_tokens`: token ids that may wait for one gateway before its link is closed."""
         self._identity = identity
         self._engine = engine
         self._info = info
@@ -94,6 +100,7 @@ class WorkerEnd:
         self._gateways = tuple(gateways)
         self._tls = tls
         self._timing = timing or Timing()
+        self._outbox_tokens = outbox_tokens
         self._granter = Granter()
         self._links: dict[int, _Link] = {}
         self._running: dict[str, _Running] = {}
@@ -189,7 +196,11 @@ class WorkerEnd:
             self._info.max_num_seqs + LOOKAHEAD_SEQUENCES - len(self._running), self._info.kv_tokens - self._tokens
         )
         for grant in self._granter.grants(room):
-            self._links[grant.link].outbox.grant(grant)
+            link = self._links[grant.link]
+            link.outbox.grant(grant)
+            link.grant_id = grant.grant_id
+            if link.unacked_since is None:
+                link.unacked_since = time.monotonic()
 
     # ---- one session with one gateway
 
@@ -204,7 +215,7 @@ class WorkerEnd:
                 raise LinkEnded(f"no welcome within {self._timing.welcome_s} s") from None
             if first is None or not first.HasField("welcome"):
                 raise LinkEnded("the gateway did not welcome this worker")
-            link = _Link(epoch, first.welcome.gateway_id, first.welcome.incarnation, Outbox())
+            link = _Link(epoch, first.welcome.gateway_id, first.welcome.incarnation, Outbox(self._outbox_tokens))
             log.info("link_up", gateway=first.welcome.gateway_id, address=address, epoch=epoch)
             beater = Beater(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
             self._links[epoch] = link
@@ -260,6 +271,8 @@ class WorkerEnd:
                 raise LinkEnded(f"no beat from the gateway for {beater.silent_s:.1f} s")
             if link.outbox.full:
                 raise LinkEnded("the gateway does not read; its outbox is full")
+            if link.unacked_since is not None and time.monotonic() - link.unacked_since > self._timing.silence_s:
+                raise LinkEnded("the gateway beats but acknowledges nothing")
             link.outbox.load(self._engine.load())
             link.outbox.flush()
 
@@ -274,6 +287,10 @@ class WorkerEnd:
                 return
             if message.grant_ack:
                 self._granter.acked(link.number, message.grant_ack)
+                if message.grant_ack >= link.grant_id:
+                    link.unacked_since = None
+                else:
+                    link.unacked_since = time.monotonic()
             if message.HasField("backlog"):
                 self._granter.backlog(link.number, message.backlog.waiting)
             for submit in message.submits:

@@ -1,0 +1,108 @@
+"""What operators see: metrics as Prometheus reads them, reflection as a stock tool reads it, a catalog's notes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.api.bundle import Bundle
+from cluster.api.types import ModelSpec, ModelState
+from cluster.control import catalog
+from cluster.observe.metrics import DEFINITIONS, TTFT_BUCKETS
+from tests.support.calls import chat, refused
+from tests.support.cluster import TestCluster, sim_engine
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+async def scrape(cluster: TestCluster) -> Samples:
+    """All samples by name and labels."""
+    url = f"http://{cluster.gateway.endpoints['metrics']}/metrics"
+    text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())
+    return {
+        (s.name, frozenset(s.labels.items())): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Requests by outcome, tokens, times, queue and workers, each with the cluster's name and the known buckets."""
+    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    for _ in range(3):
+        await cluster.stub.Chat(chat(max_tokens=5, ignore_eos=True))
+    await refused(cluster.stub.Chat(chat(model="nope")))
+    await refused(cluster.stub.Chat(chat(temperature=9)))
+    samples = await scrape(cluster)
+
+    def value(name: str, **labels: str) -> float:
+        return samples[f"headrace_{name}", frozenset({"cluster": "test", **labels}.items())]
+
+    assert value("requests_total", model="sim", tenant="default", face="grpc", outcome="ok") == 3
+    assert value("requests_total", model="", tenant="default", face="grpc", outcome="model_not_found") == 1
+    assert value("requests_total", model="", tenant="default", face="grpc", outcome="invalid_field") == 1
+    assert value("generation_tokens_total", model="sim", tenant="default") == 15
+    assert value("prompt_tokens_total", model="sim", tenant="default") > 0
+    assert value("time_to_first_token_seconds_count", model="sim") == 3
+    assert value("inter_token_latency_seconds_count", model="sim") >= 3
+    assert value("request_duration_seconds_count", model="sim") == 3
+    assert value("queue_time_seconds_count", model="sim") == 3
+    assert value("worker_up", model="sim", worker=worker.identity.worker_id) == 1
+    assert value("worker_running_requests", model="sim", worker=worker.identity.worker_id) == 0
+    assert value("link_connected", face="worker") == 1
+    assert value("model_state", model="sim", state="ready") == 1
+    assert value("requests_in_flight", model="sim") == 0
+    assert value("engine_path_info", worker=worker.identity.worker_id, path="sim", reason="") == 1
+    bounds = {dict(labels)["le"] for name, labels in samples if name == "headrace_time_to_first_token_seconds_bucket"}
+    assert bounds == {*map(str, TTFT_BUCKETS), "+Inf"}
+    assert all(name.startswith("headrace_") for name, _ in samples)
+
+
+def test_every_label_is_of_the_vocabulary() -> None:
+    """No metric has a label of its own making (build_info is free)."""
+    allowed = {
+        "cluster", "model", "version", "tenant", "class", "worker", "face", "outcome", "reason", "limit", "state",
+        "gpu", "file", "path",
+    }  # fmt: skip
+    for name, definition in DEFINITIONS.items():
+        if name != "build_info":
+            assert set(definition.labels) <= allowed, name
+
+
+async def test_buf_curl_by_reflection(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A stock tool finds the service by reflection, calls it, and is told what is wrong in words."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    base = f"http://{cluster.gateway.endpoints['grpc']}/cluster.v1.Inference/StreamChat"
+    command = [str(Path(sys.executable).parent / "buf"), "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
+
+    async def curl(**body: object) -> subprocess.CompletedProcess[str]:
+        arguments = [*command, "-d", json.dumps(body), base]
+        return await asyncio.to_thread(
+            lambda: subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+        )
+
+    good = await curl(model="sim", messages=[{"role": "user", "content": "Hi"}], max_tokens=4, ignore_eos=True)
+    assert good.returncode == 0, good.stderr
+    assert '"completionTokens": 4' in good.stdout or '"completionTokens":4' in good.stdout
+    bad = await curl(model="sim", messages=[{"role": "king", "content": "Hi"}])
+    assert bad.returncode != 0
+    assert "messages[0].role" in bad.stderr
+    assert "google.rpc.ErrorInfo" in bad.stderr
+
+
+async def test_keys_that_are_not_used_yet_are_told(cluster: TestCluster) -> None:
+    """An entry that asks for scaling is shown with the note that this release does not scale."""
+    spec = ModelSpec("m", "s", min_replicas=0, max_replicas=4, idle_s=60)
+    cluster.gateway.dispatcher.catalog([catalog.entry(spec, ModelState.LOADING, None)])
+    async with grpc.aio.insecure_channel(cluster.gateway.endpoints["admin"]) as channel:
+        listed = await admin_pb2_grpc.CatalogStub(channel).List(admin_pb2.ListRequest())
+    assert "idle_s" in listed.models[0].note
+    assert "no autoscaling yet" in listed.models[0].note
