@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.types import ModelSpec
+from cluster.engine import repairs
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """Room for the KV cache on machines without GPUs, unless `engine.kv_cache_memory_bytes` says otherwise."""
@@ -81,6 +82,8 @@ def prepare_environment(spec: ModelSpec, executor: str) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # A new process title would else be written over the environment, by which an instance's processes are found.
     os.environ.setdefault("SPT_NOENV", "1")
+    os.environ[repairs.ACTIVE] = "1"
+    _carry_to_ray_ranks("HEADRACE_")
     if world_size(spec) > 1 and executor == "ray":
         os.environ.setdefault("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1")
     if not on_cpu():
@@ -91,6 +94,13 @@ def prepare_environment(spec: ModelSpec, executor: str) -> None:
     if world_size(spec) > 1:
         # The automatic binding refuses several ranks on one NUMA node.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def _carry_to_ray_ranks(prefix: str) -> None:
+    """vLLM copies the environment names with these prefixes to the ranks that Ray places, on other nodes too."""
+    prefixes = os.environ.get("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "")
+    if prefix not in prefixes.split(","):
+        os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = ",".join(filter(None, (prefixes, prefix)))
 
 
 def engine_class(dtype: str, quantization: str | None, spec: ModelSpec) -> str:

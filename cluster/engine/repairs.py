@@ -9,12 +9,16 @@ remembers its state before the last draw and returns to it.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 from typing import Any
 
 SEEDS_VERSIONS = ("0.32.0",)
-ACTIVE = "HEADRACE_WATCHDOG_PID"
-"""Set in an engine's processes (watchdog.MARK): a vLLM that merely shares the environment stays as it is."""
+ACTIVE = "HEADRACE_REPAIRS"
+"""Environment: set by an engine for its processes; a vLLM that merely has this package beside it stays as it is."""
+
+PLUGIN = "headrace_repairs"
+"""Name of the entry point."""
 
 _DRAW = 4
 """What the runner subtracts for one draw (counted as CUDA's Philox counts)."""
@@ -75,14 +79,23 @@ def _repair_seeds() -> None:
     CachedRequestState.__post_init__ = __post_init__
 
 
+def loaded_in_ranks() -> bool:
+    """Whether vLLM's processes load these repairs: the entry point is installed, and VLLM_PLUGINS lets it in."""
+    import vllm.envs
+
+    allowed = vllm.envs.VLLM_PLUGINS
+    installed = {point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    return PLUGIN in installed and (allowed is None or PLUGIN in allowed)
+
+
 def seeds_are_safe() -> bool:
     """Whether seeds are repaired for this vLLM; elsewhere the engine refuses seeds on CPU."""
-    return _version() in SEEDS_VERSIONS
+    return _version() in SEEDS_VERSIONS and loaded_in_ranks()
 
 
 def apply() -> None:
     """Plugin for vllm.general_plugins, loaded in every vLLM process. Idempotent; does nothing outside our engines."""
-    if not os.environ.get(ACTIVE) or "seeds" in _applied or not seeds_are_safe():
+    if not os.environ.get(ACTIVE) or "seeds" in _applied or _version() not in SEEDS_VERSIONS:
         return
     from vllm.platforms import current_platform
 

@@ -52,7 +52,11 @@ class VllmEngine:
         """Load the model. Raises ValueError for what cannot work, EngineDead when the core does not come up."""
         watchdog.arm()
         reason = self._why_not_fast()
-        config, path = await asyncio.to_thread(self._build, not reason)
+        try:
+            config, path = await asyncio.to_thread(self._build, not reason)
+        except asyncio.CancelledError:
+            self._closed = True  # the thread goes on, and ends what it has started
+            raise
         self._path = path
         await path.ready()
         return self._describe(config, reason)
@@ -72,9 +76,13 @@ class VllmEngine:
             raise ValueError(f"models[{self._spec.name}]: vLLM does not take this entry: {error}") from error
         repairs.apply()
         try:
-            return config, FastPath(config) if fast else PublicPath(config)
+            path: EnginePath = FastPath(config) if fast else PublicPath(config)
         except Exception as error:
             raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {error}") from error
+        if self._closed:
+            path.close()
+            raise EngineDead("the engine was closed while it started")
+        return config, path
 
     def _describe(self, config: Any, reason: str) -> EngineInfo:
         from vllm import __version__ as version

@@ -53,9 +53,6 @@ def arm() -> None:
     own = mark(os.getpid())
     if own:
         os.environ[MARK] = own
-        carried = os.environ.get("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "")
-        if "HEADRACE_" not in carried.split(","):
-            os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = ",".join(filter(None, (carried, "HEADRACE_")))
 
 
 def alive(owner: str) -> bool | None:

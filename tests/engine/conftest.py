@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.api.types import ModelSpec
@@ -39,13 +41,24 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
+def engine_children(process: psutil.Process) -> list[psutil.Process]:
+    """The engine cores of a process, or the ranks of a core."""
+    return [child for child in process.children() if "resource_tracker" not in " ".join(child.cmdline())]
+
+
 async def _subject(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[Subject]:
+    me = psutil.Process()
+    before = me.children()
     engine = VllmEngine(tiny_spec(), folder, prefer_fastpath=prefer_fastpath)
     info = await engine.start()
+    (core,) = [child for child in engine_children(me) if child not in before]
+    family = [core, *core.children(recursive=True)]
     try:
         yield Subject(engine, info, TOKEN_LO, TOKEN_HI)
     finally:
         await engine.close()
+    _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
+    assert not alive, "close left processes of the engine"
 
 
 @pytest.fixture(scope="session")

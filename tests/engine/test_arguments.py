@@ -69,9 +69,11 @@ def test_the_environment_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_OMP_THREADS_BIND", "SPT_NOENV"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "FIRST_")
     arguments.prepare_environment(spec(tensor_parallel_size=2), "mp")
     assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] == "FIRST_,HEADRACE_"
     assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
 
 

@@ -14,6 +14,14 @@ def test_this_vllm_is_one_that_the_seed_repair_knows() -> None:
     assert repairs.seeds_are_safe()
 
 
+def test_seeds_are_not_safe_where_the_repair_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With VLLM_PLUGINS naming others only, vLLM's processes stay as they are and the engine refuses seeds."""
+    monkeypatch.setenv("VLLM_PLUGINS", "something_else")
+    assert not repairs.seeds_are_safe()
+    monkeypatch.setenv("VLLM_PLUGINS", f"something_else,{repairs.PLUGIN}")
+    assert repairs.seeds_are_safe()
+
+
 def test_stock_generators_still_lack_an_offset() -> None:
     """The fault: a CPU generator refuses what vLLM's runner asks of it. When this fails the repair can go."""
     import torch

@@ -143,9 +143,7 @@ async def test_what_cannot_be_continued_exactly_is_refused(fast_subject: Subject
         {"grammar": Grammar("json_object", "")},
     ):
         with pytest.raises(EngineRefused) as refusal:
-            await fast_subject.engine.submit(
-                request(fast_subject.prompt(83), emitted_token_ids=(300, 301), **changes)
-            )
+            await fast_subject.engine.submit(request(fast_subject.prompt(83), emitted_token_ids=(300, 301), **changes))
         assert refusal.value.reason == "RESUME_UNSUPPORTED"
 
 
