@@ -1,0 +1,189 @@
+"""Answers of either side in one neutral form, and what is different between two of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from cluster.gateway.text.logprobs import LEAST_LOGPROB
+from cluster.v1 import inference_pb2 as pb
+from tests.differential.cases import Case
+from tests.support.calls import Answer as Refusal
+
+LOGPROB_TOLERANCE = 1e-4
+"""Of float32 log probabilities whose batches, chunks and cached blocks were different ones."""
+
+
+@dataclass
+class Choice:
+    """One of a call's outputs. `logprobs` in the side's own form; `token_ids` as far as the side tells them."""
+
+    text: str = ""
+    finish_reason: str = ""
+    logprobs: Any = None
+    token_ids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Answer:
+    """What one side said. `refused`: the request was called a bad one, with these words."""
+
+    choices: list[Choice] = field(default_factory=list)
+    usage: tuple[int, int, int] = (0, 0, 0)
+    refused: str = ""
+
+
+# ---- ours
+
+
+async def ours(stub: Any, case: Case) -> Answer:
+    """Ask the gateway; a stream's pieces are put together."""
+    method = f"{'Stream' if case.streamed else ''}{'Chat' if case.is_chat else 'Complete'}"
+    answer = Answer(choices=[Choice(logprobs=[]) for _ in range(case.options.get("n", 1))])
+    try:
+        call = getattr(stub, method)(case.proto(), timeout=60)
+        async for message in _messages(call, case.streamed):
+            for choice in message.choices:
+                _add(answer.choices[choice.index], choice)
+            if message.HasField("usage"):
+                usage = message.usage
+                answer.usage = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+    except grpc.aio.AioRpcError as error:
+        if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+            raise AssertionError(f"case {case.number}: {Refusal(error)}") from error
+        return Answer(refused=Refusal(error).message)
+    return answer
+
+
+async def _messages(call: Any, streamed: bool) -> AsyncIterator[Any]:
+    if not streamed:
+        yield await call
+        return
+    async for message in call:
+        yield message
+
+
+def _add(to: Choice, choice: Any) -> None:
+    if isinstance(choice, pb.CompleteChoice):
+        to.text += choice.text
+    else:
+        to.text += (choice.delta if isinstance(choice, pb.ChoiceDelta) else choice.message).content
+    assert not (choice.finish_reason and to.finish_reason), "an output ends once"
+    to.finish_reason = to.finish_reason or choice.finish_reason
+    to.logprobs += choice.logprobs
+    to.token_ids += [position.token_id for position in choice.logprobs]
+
+
+# ---- the peer's
+
+
+def of_peer(status: int, body: Mapping[str, Any]) -> Answer:
+    """From the HTTP answer of vLLM's server."""
+    if status == 400:
+        return Answer(refused=str(body))
+    assert status == 200, (status, body)
+    usage = body["usage"]
+    return Answer(
+        choices=[
+            Choice(
+                text=(choice["message"]["content"] or "") if "message" in choice else choice["text"],
+                finish_reason=choice["finish_reason"],
+                logprobs=choice["logprobs"],
+                token_ids=choice["token_ids"],
+            )
+            for choice in sorted(body["choices"], key=lambda choice: int(choice["index"]))
+        ],
+        usage=(usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]),
+    )
+
+
+# ---- compared
+
+
+def differences(case: Case, peer: Answer, own: Answer) -> list[str]:
+    """What is not equal, in words; empty when all is."""
+    if peer.refused or own.refused:
+        return [] if peer.refused and own.refused else [f"refused: {peer.refused!r} against {own.refused!r}"]
+    found = _unequal("usage", peer.usage, own.usage)
+    found += _unequal("number of choices", len(peer.choices), len(own.choices))
+    for i, (theirs, mine) in enumerate(zip(peer.choices, own.choices, strict=False)):
+        found += _unequal(f"choice {i} text", theirs.text, mine.text)
+        found += _unequal(f"choice {i} finish_reason", theirs.finish_reason, mine.finish_reason)
+        if case.top_logprobs is None:
+            found += _unequal(f"choice {i} has log probabilities", False, bool(mine.logprobs))
+        else:
+            found += _unequal(f"choice {i} token ids", theirs.token_ids, mine.token_ids)
+            compare = _chat_logprobs if case.is_chat else _complete_logprobs
+            found += [f"choice {i} {what}" for what in compare(case, theirs.logprobs, mine.logprobs)]
+    return found
+
+
+def _unequal(what: str, theirs: Any, mine: Any) -> list[str]:
+    return [] if theirs == mine else [f"{what}: {theirs!r} against {mine!r}"]
+
+
+def _name(case: Case, token: pb.TokenLogprob) -> str:
+    return f"token_id:{token.token_id}" if case.as_ids else token.token
+
+
+def _near(what: str, theirs: float, mine: float) -> list[str]:
+    near = math.isclose(theirs, mine, rel_tol=0, abs_tol=LOGPROB_TOLERANCE)
+    return [] if near else [f"{what}: {theirs} against {mine}"]
+
+
+def _chat_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
+    """`logprobs.content`: text or id, bytes and number of each token and of its alternatives, in order."""
+    found = _unequal("positions", len(theirs["content"]), len(mine))
+    for i, (position, token) in enumerate(zip(theirs["content"], mine, strict=False)):
+        found += _token(case, f"position {i}", position, token, with_bytes=True)
+        found += _unequal(f"position {i} alternatives", len(position["top_logprobs"]), len(token.top_logprobs))
+        for rank, (other, alternative) in enumerate(zip(position["top_logprobs"], token.top_logprobs, strict=False)):
+            found += _token(case, f"position {i} rank {rank}", other, alternative, with_bytes=not case.as_ids)
+    return found
+
+
+def _token(case: Case, at: str, theirs: Any, mine: pb.TokenLogprob, *, with_bytes: bool) -> list[str]:
+    if theirs["logprob"] == mine.logprob == LEAST_LOGPROB:
+        return []  # exception: impossible-alternatives
+    found = _unequal(f"{at} token", theirs["token"], _name(case, mine))
+    if with_bytes:
+        found += _unequal(f"{at} bytes", bytes(theirs["bytes"]), mine.token_bytes)
+    return found + _near(f"{at} logprob", theirs["logprob"], mine.logprob)
+
+
+def _complete_logprobs(case: Case, theirs: Any, mine: Sequence[pb.TokenLogprob]) -> list[str]:
+    """`logprobs` of completions: lists of tokens and numbers, and for each position a map of alternatives."""
+    found = _unequal("tokens", theirs["tokens"], [_name(case, token) for token in mine])
+    for i, token in enumerate(mine[: len(theirs["tokens"])]):
+        found += _near(f"position {i} logprob", theirs["token_logprobs"][i], token.logprob)
+        found += _alternatives(case, f"position {i}", theirs["top_logprobs"][i], token)
+    return found
+
+
+def _alternatives(case: Case, at: str, theirs: Mapping[str, float], token: pb.TokenLogprob) -> list[str]:
+    """A position's map, less what test_differential.EXCEPTIONS says that we leave out."""
+    asked = case.top_logprobs or 0
+    told = _by_name(case, token.top_logprobs or [token])
+    allowed = dict(theirs)
+    if case.grammar is not None:  # exception: impossible-alternatives
+        found = _unequal(f"{at} impossible", *(sum(v == LEAST_LOGPROB for v in x.values()) for x in (theirs, told)))
+        if found:
+            return found
+        allowed, told = _possible(allowed), _possible(told)
+    if asked and case.as_ids and len(theirs) == asked + 1 and len(told) == asked:
+        allowed.popitem()  # exception: completion-k-plus-one
+    found = _unequal(f"{at} alternatives", list(allowed), list(told))
+    return found or [what for name in told for what in _near(f"{at} {name!r}", allowed[name], told[name])]
+
+
+def _possible(alternatives: Mapping[str, float]) -> dict[str, float]:
+    return {name: number for name, number in alternatives.items() if number != LEAST_LOGPROB}
+
+
+def _by_name(case: Case, tokens: Iterable[pb.TokenLogprob]) -> dict[str, float]:
+    """As the peer makes its map: of two tokens with one text the later number stays."""
+    return {_name(case, token): token.logprob for token in tokens}

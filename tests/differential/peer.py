@@ -1,0 +1,112 @@
+"""vLLM's own OpenAI server as a child process: started on a free port of loopback, ended with all it started."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.differential.answers import Answer, of_peer
+from tests.differential.cases import MODEL, Case
+
+START_S = 120.0
+END_S = 15.0
+
+# Ends its whole process group when its standard input does: so the server goes even if the tests are killed.
+_GUARD = '"$@" </dev/null & read -r _; kill -KILL 0'
+
+
+class Peer:
+    """The server, which may still be starting, and the client of its callers."""
+
+    def __init__(self, client: httpx.AsyncClient, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._client = client
+        self._process = process
+        self._log = log
+
+    async def ready(self) -> None:
+        """Wait until it serves; fail with its last words when it does not."""
+        deadline = time.monotonic() + START_S
+        while not await self._healthy():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"vLLM's server did not start:\n{_tail(self._log)}")
+            await asyncio.sleep(0.1)
+
+    async def _healthy(self) -> bool:
+        try:
+            return (await self._client.get("/health")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    async def ask(self, case: Case) -> Answer:
+        """The server's answer to a case."""
+        path, body = case.http()
+        response = await self._client.post(path, json=body)
+        return of_peer(response.status_code, response.json())
+
+
+@asynccontextmanager
+async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path) -> AsyncIterator[Peer]:
+    """A starting server of the model in `folder`; `arguments` are vLLM's, by their names in Python."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["bash", "-c", _GUARD, "guard", sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(folder), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port)]
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        command += [flag] if value is True else [flag, str(value)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: ASYNC220 - forks a small process, does not wait for it
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_environment(),
+        )
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False) as client:
+            yield Peer(client, process, log)
+    finally:
+        await _end(process)
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what our own engine has put there: the peer is to be stock vLLM."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
+    return inherited | {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text().splitlines()[-30:])
+
+
+async def _end(process: subprocess.Popen[bytes]) -> None:
+    """In order first, then by force; nothing of its process group is left."""
+    deadline = time.monotonic() + END_S
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        _signal(process.pid, number)
+        while _signal(process.pid, 0) and (number == signal.SIGKILL or time.monotonic() < deadline):
+            process.poll()
+            await asyncio.sleep(0.05)
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
+
+
+def _signal(group: int, number: int) -> bool:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,173 @@
+"""The same answers as vLLM's own OpenAI server, from one engine build: text, finish_reason, logprobs and usage.
+
+EXCEPTIONS, where the two differ on purpose (a test below holds each, so that none is wider than it says):
+
+- completion-k-plus-one: asked for k alternatives, /v1/completions tells k + 1 where the chosen token is not among the
+  k likeliest (OpenAI's old format has no other place for it), and one for k = 0. Our CompleteChoice has the chosen
+  token beside its alternatives, so that k are k, as in chat.
+- impossible-alternatives: a grammar leaves fewer possible tokens than the alternatives asked for; the rest all have a
+  log probability of minus infinity, and which of them are named is the sort's chance, on either side. Compared is how
+  many there are.
+- greedy-n: several outputs at temperature 0 are a 400 there, since they are all the same; we give them.
+- more-than-the-context: max_tokens above the model's context is a 400 there, however short the prompt is; a prompt and
+  max_tokens that are too much only together are cut to the room. We cut in both cases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from tests.differential.answers import Answer, differences, ours
+from tests.differential.cases import END_IDS, Case, Earlier, Maker
+from tests.differential.conftest import MAX_MODEL_LEN
+from tests.differential.peer import Peer
+from tests.support.cluster import TestCluster
+
+pytestmark = pytest.mark.engine
+
+SEED = 20261124
+REQUESTS = 500
+PLAIN = 60
+AT_ONCE = 8
+
+
+async def _each(
+    cases: Sequence[Case], ask: Callable[[Case], Awaitable[Answer]], at_once: int = AT_ONCE
+) -> dict[int, Answer]:
+    places = asyncio.Semaphore(at_once)
+
+    async def one(case: Case) -> tuple[int, Answer]:
+        async with places:
+            return case.number, await ask(case)
+
+    return dict(await asyncio.gather(*map(one, cases)))
+
+
+async def _compare(
+    cases: Sequence[Case], peer: Peer, cluster: TestCluster, at_once: int = AT_ONCE
+) -> dict[int, Answer]:
+    """Ask both sides, ours in another order and so in other batches. Returns the peer's answers."""
+    theirs = await _each(cases, peer.ask, at_once)
+    shuffled = random.Random(SEED).sample(cases, len(cases))
+    mine = await _each(shuffled, lambda case: ours(cluster.stub, case), at_once)
+    wrong = {c.number: (c, found) for c in cases if (found := differences(c, theirs[c.number], mine[c.number]))}
+    told = "\n".join(f"{case}\n  " + "\n  ".join(found[:6]) for case, found in list(wrong.values())[:8])
+    assert not wrong, f"{len(wrong)} of {len(cases)} differ:\n{told}"
+    return theirs
+
+
+@pytest.fixture
+async def both(peer: Peer, cluster: TestCluster) -> tuple[Peer, TestCluster]:
+    """The peer, which has started beside our engine, and our gateway."""
+    await peer.ready()
+    return peer, cluster
+
+
+async def test_500_greedy_requests_are_answered_alike(both: tuple[Peer, TestCluster]) -> None:
+    """Text, finish_reason, log probabilities and usage are equal for 500 random requests, half of ours streamed."""
+    peer, cluster = both
+    maker = Maker(SEED)
+    plain = [maker.plain() for _ in range(PLAIN)]
+    answers = await _compare(plain, peer, cluster)
+    earlier = [
+        Earlier(case.prompt, case.continues, choice.text, choice.token_ids)
+        for case in plain
+        for choice in answers[case.number].choices
+    ]
+    cases = [maker.any(earlier) for _ in range(REQUESTS - PLAIN)]
+    answers |= await _compare(cases, peer, cluster)
+    _assert_spread([*plain, *cases], answers)
+    await cluster.until_idle()
+
+
+def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer]) -> None:
+    """The requests were not all of one kind: a comparison of nothing would pass."""
+    answered = [case for case in cases if not answers[case.number].refused]
+    choices = [choice for case in answered for choice in answers[case.number].choices]
+    cut_by_stop = [
+        case
+        for case in answered
+        if "stop" in case.options
+        and any(c.finish_reason == "stop" and c.token_ids[-1] not in END_IDS for c in answers[case.number].choices)
+    ]
+    ended = [c for c in choices if c.token_ids and c.token_ids[-1] in END_IDS]
+    counts = {
+        "answered": len(answered),
+        "chat": sum(case.is_chat for case in answered),
+        "ids": sum(isinstance(case.prompt, tuple) and not case.is_chat for case in answered),
+        "streamed": sum(case.streamed for case in answered),
+        "continued": sum(case.continues for case in answered),
+        "log probabilities": sum(case.top_logprobs is not None for case in answered),
+        "grammars": sum(case.grammar is not None for case in answered),
+        "cut by a stop string": len(cut_by_stop),
+        "ended by an end token": len(ended),
+        "ended by length": sum(c.finish_reason == "length" for c in choices),
+        "prompts of several chunks": sum(answers[case.number].usage[0] > 256 for case in answered),
+    }
+    least = {"answered": 490, "chat": 200, "ids": 60, "streamed": 200, "log probabilities": 200, "ended by length": 200}
+    assert all(count >= least.get(name, 25) for name, count in counts.items()), counts
+
+
+async def test_defaults_of_the_checkpoint_are_alike(both: tuple[Peer, TestCluster]) -> None:
+    """Seeded calls that leave temperature and top_p to the generation config draw the same tokens, n of them too.
+
+    One at a time and with prompts of one chunk: a seed with a chunked prefill ends a stock vLLM on CPU.
+    """
+    maker = Maker(SEED + 1)
+    options: list[dict[str, Any]] = [{}, {"temperature": 1.5}, {"top_p": 0.3}, {"top_k": 5, "min_p": 0.1}, {"n": 3}]
+    cases = [
+        Case(number, maker.prompt_ids(60), {"seed": number, "max_tokens": 16, **options[number % 5]}, 1)
+        for number in range(20)
+    ]
+    cases = [dataclasses.replace(case, as_ids=True, streamed=case.number % 2 == 0) for case in cases]
+    answers = await _compare(cases, *both, at_once=1)
+    drawn = {
+        tuple(choice.token_ids) for case in cases if "n" in case.options for choice in answers[case.number].choices
+    }
+    assert len(drawn) == 12, "a seed of its own for each output"
+
+
+async def _both_ways(case: Case, both: tuple[Peer, TestCluster]) -> tuple[Answer, Answer]:
+    return await both[0].ask(case), await ours(both[1].stub, case)
+
+
+async def test_exception_completion_k_plus_one(both: tuple[Peer, TestCluster]) -> None:
+    """The peer's map has one entry more for completions exactly where the chosen token is not among the k likeliest."""
+    prompt, forced = Maker(SEED).prompt_ids(20), {300: 100.0}
+    for asked, bias, extra in ((2, forced, 1), (2, {}, 0), (0, forced, 1), (0, {}, 1)):
+        case = Case(1, prompt, {"temperature": 0.0, "max_tokens": 1, "logit_bias": bias}, asked, as_ids=True)
+        theirs, mine = await _both_ways(case, both)
+        assert differences(case, theirs, mine) == []
+        assert len(theirs.choices[0].logprobs["top_logprobs"][0]) == asked + extra
+        assert len(mine.choices[0].logprobs[0].top_logprobs) == asked
+
+
+async def test_exception_greedy_n(both: tuple[Peer, TestCluster]) -> None:
+    """Several outputs at temperature 0: refused there, and the one answer several times here."""
+    prompt = Maker(SEED).prompt_ids(20)
+    theirs, mine = await _both_ways(Case(1, prompt, {"temperature": 0.0, "n": 3}), both)
+    assert "n must be 1" in theirs.refused
+    single = await ours(both[1].stub, Case(1, prompt, {"temperature": 0.0}))
+    assert [choice.text for choice in mine.choices] == [single.choices[0].text] * 3
+    assert mine.usage == (20, 3 * single.usage[1], 20 + 3 * single.usage[1])
+
+
+async def test_exception_more_than_the_context(both: tuple[Peer, TestCluster]) -> None:
+    """max_tokens above the context alone: refused there, cut to the room here as both do with a long prompt."""
+    prompt = Maker(SEED).prompt_ids(MAX_MODEL_LEN - 8)
+    options = {"temperature": 0.0, "ignore_eos": True}
+    theirs, cut = await _both_ways(Case(1, prompt, {**options, "max_tokens": MAX_MODEL_LEN}), both)
+    assert differences(Case(1, prompt, {}), theirs, cut) == []
+    assert (cut.usage[1], cut.choices[0].finish_reason) == (8, "length")
+    theirs, mine = await _both_ways(Case(1, prompt, {**options, "max_tokens": MAX_MODEL_LEN + 1}), both)
+    assert "max_tokens" in theirs.refused
+    assert mine == cut
+    too_long, full = await _both_ways(Case(1, Maker(SEED).prompt_ids(MAX_MODEL_LEN), options), both)
+    assert too_long.refused
+    assert full.refused
