@@ -12,7 +12,8 @@ from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.grpc_face import paginate
 from cluster.gateway.status import grpc_code, trailers
-from cluster.link.hub import Hub, WorkerLink
+from cluster.link.hub import Hub
+from cluster.link.worker_link import WorkerLink
 
 
 class FleetAdmin(pb_grpc.FleetServicer):

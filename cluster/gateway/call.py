@@ -14,7 +14,7 @@ from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import EngineRequest, FinishReason, TokenOutput
 from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
-from cluster.link.hub import WorkerLink
+from cluster.link.worker_link import WorkerLink
 
 MAX_ATTEMPTS = 3
 

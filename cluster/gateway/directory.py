@@ -19,8 +19,8 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import codec
-from cluster.link.hub import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
+from cluster.link.worker_link import WorkerLink
 
 log = structlog.get_logger("directory")
 

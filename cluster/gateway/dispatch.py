@@ -16,7 +16,8 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.call import Call, Output
 from cluster.gateway.directory import Directory, KnownModel
-from cluster.link.hub import ModelDemand, WorkerLink
+from cluster.link.hub import ModelDemand
+from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.routing.pick import Candidate, Decision, RouteCall, pick
 from cluster.tenancy.queue import Waiting, WaitingRoom

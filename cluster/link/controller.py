@@ -12,11 +12,11 @@ from typing import Any
 from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry
 from cluster.link import codec
+from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.dial import LinkEnded, Timing, keep_dialing, open_channel, read
 from cluster.link.tls import TlsFiles
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.link.worker import send_bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,9 @@ class ControllerEnd:
             parts = [
                 asyncio.create_task(self._tell(call, changed)),
                 asyncio.create_task(self._listen(address, call, blobs)),
-                asyncio.create_task(self._bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), blobs)),
+                asyncio.create_task(
+                    serve_bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), self._blob_hello(), Prompts(), blobs)
+                ),
             ]
             try:
                 done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
@@ -146,6 +148,9 @@ class ControllerEnd:
                     part.cancel()
                 await asyncio.gather(*parts, return_exceptions=True)
                 call.cancel()
+
+    def _blob_hello(self) -> pb.Blob:
+        return pb.Blob(worker_id=f"controller:{self._controller_id}", incarnation=self._incarnation)
 
     async def _tell(self, call: Any, changed: asyncio.Event) -> None:
         while True:
@@ -173,11 +178,6 @@ class ControllerEnd:
                 digest = frame.fetch_bundle.digest
                 bundle = await asyncio.to_thread(self._bundles, digest)
                 await send_bundle(blobs, digest, bundle)
-
-    async def _bulk(self, call: Any, blobs: asyncio.Queue[pb.Blob]) -> None:
-        await call.write(pb.Blob(worker_id=f"controller:{self._controller_id}", incarnation=self._incarnation))
-        while True:
-            await call.write(await blobs.get())
 
 
 def _worker(w: pb.FleetWorker) -> FleetWorker:

@@ -21,8 +21,9 @@ from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine, EngineDead, EngineRefused
 from cluster.api.types import EngineInfo, EngineLoad, WorkerIdentity
 from cluster.link import codec
+from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.credit import Granter, Room
-from cluster.link.dial import CHUNK_BYTES, Beater, LinkEnded, Timing, keep_dialing, open_channel, read
+from cluster.link.dial import Beater, LinkEnded, Timing, keep_dialing, open_channel, read
 from cluster.link.outbox import Outbox
 from cluster.link.tls import TlsFiles
 from cluster.link.v1 import link_pb2 as pb
@@ -46,17 +47,12 @@ class _Link:
     requests: dict[int, str] = field(default_factory=dict)
     submitting: set[int] = field(default_factory=set)
     aborted: set[int] = field(default_factory=set)
-    prompts: dict[str, bytearray] = field(default_factory=dict)
-    whole_prompts: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
+    prompts: Prompts = field(default_factory=Prompts)
     blobs: asyncio.Queue[pb.Blob] = field(default_factory=lambda: asyncio.Queue(maxsize=64))
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     grant_id: int = 0
     unacked_since: float | None = None
     """Since when the gateway owes the acknowledgement of a grant; room it was promised is held until then."""
-
-    def prompt(self, key: str) -> asyncio.Future[bytes]:
-        """The prompt that comes on Bulk under `key`, before or after its Submit."""
-        return self.whole_prompts.setdefault(key, asyncio.get_running_loop().create_future())
 
 
 @dataclass(slots=True)
@@ -226,7 +222,9 @@ class WorkerEnd:
             parts = [
                 asyncio.create_task(self._read(link, call)),
                 asyncio.create_task(self._write(link, call)),
-                asyncio.create_task(self._bulk(link, epoch, pb_grpc.LinkStub(bulk_channel).Bulk())),
+                asyncio.create_task(
+                    serve_bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), self._blob_hello(epoch), link.prompts, link.blobs)
+                ),
                 asyncio.create_task(self._watch(link, beater)),
             ]
             try:
@@ -236,6 +234,9 @@ class WorkerEnd:
             finally:
                 await self._end(link, parts, beater)
                 call.cancel()
+
+    def _blob_hello(self, epoch: int) -> pb.Blob:
+        return pb.Blob(worker_id=self._identity.worker_id, incarnation=self._identity.incarnation, epoch=epoch)
 
     def _beat(self, epoch: int, seq: int, link: _Link) -> pb.WorkerBeat:
         return pb.WorkerBeat(
@@ -319,8 +320,7 @@ class WorkerEnd:
         link.submitting.add(slot)
         prompt = submit.prompt_ids
         if submit.prompt_blob:
-            prompt = await link.prompt(submit.prompt_blob)
-            del link.whole_prompts[submit.prompt_blob]
+            prompt = await link.prompts.take(submit.prompt_blob)
         request = codec.submit_from_pb(submit, request_id, prompt)
         tokens = len(request.prompt_token_ids)
         self._granter.spent(link.number, tokens)
@@ -371,52 +371,5 @@ class WorkerEnd:
         link.tasks.add(task)
         task.add_done_callback(link.tasks.discard)
 
-    # ---- bulk
-
-    async def _bulk(self, link: _Link, epoch: int, call: grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]) -> None:
-        await call.write(
-            pb.Blob(worker_id=self._identity.worker_id, incarnation=self._identity.incarnation, epoch=epoch)
-        )
-        parts = [
-            asyncio.create_task(self._read_blobs(link, call)),
-            asyncio.create_task(self._write_blobs(link, call)),
-        ]
-        try:
-            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            for part in done:
-                part.result()
-        finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
-            call.cancel()
-
-    async def _write_blobs(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]) -> None:
-        while True:
-            await call.write(await link.blobs.get())
-
-    async def _read_blobs(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]) -> None:
-        while True:
-            blob = await read(call)
-            if blob is None:
-                raise LinkEnded("the gateway closed the bulk stream")
-            link.prompts.setdefault(blob.key, bytearray()).extend(blob.data)
-            if blob.last:
-                whole = link.prompt(blob.key)
-                if not whole.done():
-                    whole.set_result(bytes(link.prompts.pop(blob.key)))
-
     async def _send_bundle(self, link: _Link, digest: str) -> None:
         await send_bundle(link.blobs, digest, self._bundle if digest == self._identity.bundle_digest else None)
-
-
-async def send_bundle(blobs: asyncio.Queue[pb.Blob], digest: str, bundle: Bundle | None) -> None:
-    """Queue a bundle's chunks, or word that it is not here."""
-    key = f"bundle:{digest}"
-    if bundle is None:
-        await blobs.put(pb.Blob(key=key, error="no such bundle here", last=True))
-        return
-    data = bundle.pack()
-    for at in range(0, max(len(data), 1), CHUNK_BYTES):
-        chunk = data[at : at + CHUNK_BYTES]
-        await blobs.put(pb.Blob(key=key, data=chunk, last=at + CHUNK_BYTES >= len(data)))

@@ -1,0 +1,137 @@
+"""One epoch of one worker, as the gateway sees it: what may be sent, what runs, and where its news goes.
+
+When a link ends, for whatever reason, its slots are told once (`Sink.lost`) and nothing of that epoch is applied
+afterwards. Slots are not reused within a link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from typing import Protocol
+
+from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput, WorkerIdentity
+from cluster.link import codec
+from cluster.link.credit import Purse, Room
+from cluster.link.dial import CHUNK_BYTES
+from cluster.link.outbox import CommandBox
+from cluster.link.v1 import link_pb2 as pb
+
+# Longer prompts travel in chunks on Bulk, so that nothing large stands before a token.
+TURN_PROMPT_BYTES = 32_768
+
+
+class Sink(Protocol):
+    """Where one slot's news goes. Called from the link's reader: short, never awaiting."""
+
+    def accepted(self) -> None:
+        """The engine has taken the request."""
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        """The engine has not; nothing more comes."""
+
+    def output(self, output: TokenOutput) -> None:
+        """One step's tokens; with `finish` nothing more comes."""
+
+    def lost(self, why: str) -> None:
+        """The link has ended; nothing more comes."""
+
+
+class WorkerLink:
+    """One epoch of one worker, as the gateway sees it."""
+
+    def __init__(self, identity: WorkerIdentity, info: EngineInfo, epoch: int) -> None:
+        self.identity = identity
+        self.info = info
+        self.epoch = epoch
+        self.load = EngineLoad()
+        self.draining = ""
+        self.last_heard = time.monotonic()
+        self.box = CommandBox()
+        self.blobs: asyncio.Queue[pb.Blob] | None = None
+        self._purse = Purse()
+        self._sinks: dict[int, Sink] = {}
+        self._slots = itertools.count(1)
+        self.closed = asyncio.Event()
+        self.why = ""
+
+    def __repr__(self) -> str:
+        return (
+            f"<WorkerLink {self.identity.worker_id} epoch {self.epoch} {self.identity.model} "
+            f"running {len(self._sinks)} free {self.free.sequences}>"
+        )
+
+    @property
+    def free(self) -> Room:
+        """Room granted to this gateway and not used."""
+        return self._purse.free
+
+    @property
+    def running(self) -> int:
+        """Requests of this gateway on this worker."""
+        return len(self._sinks)
+
+    def submit(self, request: EngineRequest, sink: Sink, attempt: int = 1) -> int:
+        """Send a request; its slot. The caller has seen room for it in `free`."""
+        slot = next(self._slots)
+        self._sinks[slot] = sink
+        self._purse.spend(len(request.prompt_token_ids))
+        message = codec.submit_to_pb(slot, attempt, request)
+        if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
+            key = f"prompt:{slot}:{attempt}"
+            data = message.prompt_ids
+            for at in range(0, len(data), CHUNK_BYTES):
+                chunk = data[at : at + CHUNK_BYTES]
+                self.blobs.put_nowait(pb.Blob(key=key, data=chunk, last=at + CHUNK_BYTES >= len(data)))
+            message.ClearField("prompt_ids")
+            message.prompt_blob = key
+        self.box.submit(message)
+        return slot
+
+    def abort(self, slot: int) -> None:
+        """Drop a request; its sink hears nothing more. Harmless for one that has ended."""
+        if self._sinks.pop(slot, None) is not None:
+            self.box.aborts([slot])
+
+    def close(self, why: str) -> None:
+        """End this link from the gateway's side."""
+        self.why = why
+        self.closed.set()
+
+    # ---- called by the hub
+
+    def apply(self, message: pb.WorkerTurn) -> bool:
+        """Hand a message's frames on; True when credit, load or draining changed."""
+        self.last_heard = time.monotonic()
+        for accepted in message.accepted:
+            if (sink := self._sinks.get(accepted.slot)) is not None:
+                sink.accepted()
+        for refused in message.refused:
+            if (sink := self._sinks.pop(refused.slot, None)) is not None:
+                sink.refused(refused.reason, refused.message, refused.field)
+        if message.HasField("step"):
+            for slot, output in codec.outputs_from_pb(message.step):
+                sink = self._sinks.get(slot)
+                if sink is None:
+                    continue
+                if output.finish is not None:
+                    del self._sinks[slot]
+                sink.output(output)
+        changed = False
+        if message.HasField("load"):
+            self.load = codec.load_from_pb(message.load)
+        if message.HasField("credit"):
+            self._purse.granted(message.credit.grant_id, message.credit.sequences, message.credit.tokens)
+            self.box.grant_ack(message.credit.grant_id)
+            changed = True
+        if message.HasField("draining"):
+            self.draining = message.draining.reason or "draining"
+            changed = True
+        return changed
+
+    def end(self, why: str) -> None:
+        """Tell every slot, once."""
+        sinks, self._sinks = list(self._sinks.values()), {}
+        for sink in sinks:
+            sink.lost(why)
