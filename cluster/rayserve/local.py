@@ -148,6 +148,7 @@ class LocalRay:
                 return
             if process.poll() is not None:
                 log = self.log_file.read_text(errors="replace")
+                self.stop()
                 raise RayDidNotStart(f"Ray ended with {process.returncode} while starting:\n{_tail(log)}")
             time.sleep(_POLL_S)
         log = self.log_file.read_text(errors="replace")
@@ -165,7 +166,7 @@ class LocalRay:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=2.0)
             self._process = None
-        shutil.rmtree(self._folder / "sockets", ignore_errors=True)
+        _bring_home(self._folder, self._settings.run_folder)
         return ended
 
     def _signal(self, number: int) -> None:
@@ -175,7 +176,10 @@ class LocalRay:
 
 def end_remains(instance: str, run_folder: Path) -> int:
     """End what is left of a cluster whose own process is gone; returns how many processes there were."""
-    return reaper.end(instance, _short_folder(LocalRaySettings(instance, run_folder)))
+    folder = _short_folder(LocalRaySettings(instance, run_folder))
+    ended = reaper.end(instance, folder)
+    _bring_home(folder, run_folder)
+    return ended
 
 
 def has_gpus() -> bool:
@@ -203,6 +207,16 @@ def _short_folder(settings: LocalRaySettings) -> Path:
     if len(str(folder)) <= 30:
         return folder
     return Path("/tmp") / f"headrace-{os.getuid()}-{settings.instance}"  # noqa: S108 - made with mode 0700, named by us
+
+
+def _bring_home(folder: Path, run_folder: Path) -> None:
+    """Once Ray has ended: its logs go to `run_folder`/ray-logs, and a folder that stood in for a long name goes."""
+    logs = folder / "session_latest" / "logs"
+    if folder.parent == run_folder or not logs.exists():
+        return
+    shutil.rmtree(run_folder / "ray-logs", ignore_errors=True)
+    shutil.copytree(logs, run_folder / "ray-logs", symlinks=True, ignore_dangling_symlinks=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _tail(log: str, lines: int = 20) -> str:

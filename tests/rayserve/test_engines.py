@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cluster.api.types import ModelSpec
-from cluster.link.hub import WorkerLink
+from cluster.link.worker_link import WorkerLink
 from cluster.rayserve import reaper
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.local import LocalRay

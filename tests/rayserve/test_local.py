@@ -61,12 +61,26 @@ def test_free_ports_differ() -> None:
     assert len(set(free_ports(20))) == 20
 
 
+@pytest.mark.ray
 def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
     """Ray's own words reach the caller, and nothing is left."""
     ray = LocalRay(LocalRaySettings("cannot", tmp_path, object_store_bytes=1))
     with pytest.raises(RayDidNotStart, match="object"):
         ray.start()
     assert reaper.find("cannot", ray.folder) == frozenset()
+
+
+@pytest.mark.ray
+def test_logs_come_home(tmp_path: Path) -> None:
+    """A run folder too long for Ray's sockets has Ray's logs after the stop, and nothing else is left behind."""
+    ray = LocalRay(LocalRaySettings("home", tmp_path / ("x" * 40)))
+    try:
+        ray.start()
+        assert ray.folder.parent != ray.log_file.parent
+    finally:
+        ray.stop()
+    assert (ray.log_file.parent / "ray-logs" / "gcs_server.out").exists()
+    assert not ray.folder.exists()
 
 
 @pytest.mark.ray

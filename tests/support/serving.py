@@ -12,7 +12,8 @@ from typing import TypeVar
 import grpc
 
 from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput
-from cluster.link.hub import HUB_OPTIONS, Hub, ModelDemand, WorkerLink, add_hub
+from cluster.link.hub import HUB_OPTIONS, Hub, ModelDemand, add_hub
+from cluster.link.worker_link import WorkerLink
 from cluster.rayserve.backend import Backend, Snapshot
 
 T = TypeVar("T")
