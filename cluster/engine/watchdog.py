@@ -11,6 +11,7 @@ owner has died.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -19,7 +20,8 @@ from pathlib import Path
 
 MARK = "HEADRACE_WATCHDOG_PID"
 POLL_S = 0.5
-SHARED_MEMORY = ("psm_", "vllm_dist_")
+SHARED_MEMORY = re.compile(r"psm_\w+|.+-cpushm_\d+")
+"""Names of an engine's blocks under /dev/shm: multiprocessing's, and those of vLLM's communicator for CPU ranks."""
 
 _started = threading.Event()
 
@@ -65,11 +67,11 @@ def alive(owner: str) -> bool | None:
 
 
 def shared_memory_files(maps: str) -> set[str]:
-    """An engine's own blocks under /dev/shm in the text of /proc/<pid>/maps: multiprocessing's and vLLM's for CPU."""
+    """The names of an engine's blocks in the text of /proc/<pid>/maps."""
     found = set()
     for line in maps.splitlines():
         path = line.partition("/dev/shm/")[2]  # noqa: S108
-        if path.startswith(SHARED_MEMORY) and "/" not in path and not path.endswith("(deleted)"):
+        if SHARED_MEMORY.fullmatch(path):  # what is unlinked already ends with " (deleted)"
             found.add(path)
     return found
 

@@ -63,7 +63,7 @@ async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tupl
 
 def shared_memory() -> set[str]:
     """Names of the blocks on this machine that may be an engine's."""
-    return {path.name for prefix in watchdog.SHARED_MEMORY for path in Path("/dev/shm").glob(f"{prefix}*")}
+    return {path.name for path in Path("/dev/shm").iterdir() if watchdog.SHARED_MEMORY.fullmatch(path.name)}
 
 
 @pytest.mark.engine
@@ -148,5 +148,11 @@ def test_only_multiprocessing_blocks_are_swept() -> None:
 7f3-7f4 rw-s 0 00:1a 5 /dev/shm/psm_gone (deleted)
 7f4-7f5 r-xp 0 00:1a 5 /usr/lib/libc.so.6
 7f5-7f6 rw-s 0 00:1a 5 /dev/shm/vllm_dist_1f-tp:0-[0-1]-cpushm_0
+7f6-7f7 rw-s 0 00:1a 5 /dev/shm/33275-tp:0-[0-1]-cpushm_1
+7f7-7f8 rw-s 0 00:1a 5 /dev/shm/33275-tp:0-[0-1]-cpushm_2 (deleted)
 """
-    assert watchdog.shared_memory_files(maps) == {"psm_abc123", "vllm_dist_1f-tp:0-[0-1]-cpushm_0"}
+    assert watchdog.shared_memory_files(maps) == {
+        "psm_abc123",
+        "vllm_dist_1f-tp:0-[0-1]-cpushm_0",
+        "33275-tp:0-[0-1]-cpushm_1",
+    }
