@@ -66,6 +66,7 @@ class Output:
         self.request = request
         self.detokenizer = detokenizer
         self.emitted: list[int] = []
+        self.taken = 0
         self.attempt = 1
         self.link: WorkerLink | None = None
         self.slot = 0
@@ -149,6 +150,7 @@ class Output:
         if not (text or finished or self._logprobs):
             return None
         self._told_finish = finished
+        self.taken = len(self.emitted)
         piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._told)
         self._told = True
         self._logprobs = []
@@ -184,6 +186,8 @@ class Call:
     last_news_at: float = 0.0
     silent: bool = False
     """Set by the keep-alive: nothing has come for a while, and the caller's connection wants a sign of life."""
+    listener: Callable[[], None] | None = None
+    """Called at every news instead of waking `news`: for a face that gathers the news of many calls."""
     _waiter: asyncio.Future[None] | None = None
     _news: bool = False
 
@@ -210,6 +214,9 @@ class Call:
     def wake(self) -> None:
         """Tell the face that there is something to look at."""
         self._news = True
+        if self.listener is not None:
+            self.listener()
+            return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

@@ -12,6 +12,7 @@ from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import Grammar
 from cluster.gateway.call import Call, CallUsage, Piece
 from cluster.gateway.directory import KnownModel
+from cluster.gateway.service import Progress
 from cluster.gateway.text.logprobs import TokenLogprob
 from cluster.gateway.wishes import DEFAULT_COMPLETE_TOKENS, ChatPrompt, IdsPrompt, Options, Prompt, TextPrompt, Wish
 from cluster.v1 import inference_pb2 as pb
@@ -284,6 +285,11 @@ def _now() -> Timestamp:
     stamp = Timestamp()
     stamp.GetCurrentTime()
     return stamp
+
+
+def progress_pb(progress: Progress) -> pb.Progress:
+    """Where a silent call is."""
+    return pb.Progress(state=progress.state, queue_position=progress.queue_position)
 
 
 def model_pb(model: KnownModel) -> pb.Model:

@@ -17,6 +17,7 @@ from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
 from cluster.gateway.call import Call, Piece
 from cluster.gateway.service import CallMeta, CallService, encode
+from cluster.gateway.session_face import Session
 from cluster.gateway.status import grpc_code, trailers
 from cluster.gateway.wishes import Wish
 from cluster.v1 import inference_pb2 as pb
@@ -77,8 +78,10 @@ _COMPLETE = _Kind(
 class GrpcFace:
     """The gRPC face of a CallService."""
 
-    def __init__(self, service: CallService) -> None:
+    def __init__(self, service: CallService, session_age_s: float = 600.0) -> None:
+        """`session_age_s`: a session older than this takes no new call and ends with its last one."""
         self._service = service
+        self._session_age_s = session_age_s
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """All methods of the service."""
@@ -98,7 +101,13 @@ class GrpcFace:
             handlers[name] = make(
                 self._guarded(method), request_deserializer=_decoder(kind), response_serializer=_encode
             )
+        handlers["Session"] = grpc.stream_stream_rpc_method_handler(
+            self._session, request_deserializer=_decoder(pb.SessionRequest), response_serializer=_encode
+        )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+    async def _session(self, request_iterator: object, context: Any) -> None:
+        await Session(self._service, context, lambda: self._meta(context), self._session_age_s).run()
 
     def _guarded(self, method: Callable[[Any, Any, CallMeta], Awaitable[Message | None]]) -> Callable[[Any, Any], Any]:
         """The one place where an error of a call becomes a status."""
@@ -159,12 +168,8 @@ class GrpcFace:
         if not call.silent:
             return
         call.silent = False
-        position = self._service.dispatcher.position(call)
-        state = "queued" if position else "running" if call.first_token_at is not None else "prefill"
-        model = self._service.directory.find(call.model)
-        if model is not None and not model.links:
-            state = model.state.lower()
-        await context.write(kind.progress(call, pb.Progress(state=state, queue_position=position)))
+        progress = self._service.progress(call)
+        await context.write(kind.progress(call, codec.progress_pb(progress)))
 
     async def _whole(self, kind: _Kind, request: Any, context: Any, meta: CallMeta) -> Message:
         async with self._service.open(kind.wish(request), meta) as call:

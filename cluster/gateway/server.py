@@ -108,7 +108,9 @@ class Gateway:
         return server.add_insecure_port(address)
 
     def _add_inference(self, server: grpc.aio.Server, address: str) -> int:
-        server.add_generic_rpc_handlers((GrpcFace(self.service).handlers(),))
+        server.add_generic_rpc_handlers(
+            (GrpcFace(self.service, self.config.gateway.max_connection_age_s * 0.9).handlers(),)
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         return server.add_insecure_port(address)

@@ -35,6 +35,14 @@ class CallMeta:
     tenant: str = "default"
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Of a call without news: queued, prefill, running or the model's state; the place in line, 1 the next, or 0."""
+
+    state: str
+    queue_position: int
+
+
 class CallService:
     """Opens calls. Every open call is closed by leaving its context: places freed, queue left, metrics settled."""
 
@@ -49,6 +57,7 @@ class CallService:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.clock = clock
+        self.on_close: set[Callable[[], None]] = set()
         self._open: dict[str, Call] = {}
         self._closing = ""
 
@@ -60,8 +69,23 @@ class CallService:
         return counts
 
     def close(self, why: str) -> None:
-        """Take no new call."""
+        """Take no new call; sessions are told, so that they end with their last call."""
         self._closing = why
+        for told in list(self.on_close):
+            told()
+
+    @property
+    def closing(self) -> bool:
+        """Whether new calls are refused."""
+        return bool(self._closing)
+
+    def progress(self, call: Call) -> Progress:
+        """Where a silent call is."""
+        position = self.dispatcher.position(call)
+        model = self.directory.find(call.model)
+        if model is not None and not model.links:
+            return Progress(model.state.lower(), position)
+        return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
 
     @asynccontextmanager
     async def open(self, wish: wishes.Wish, meta: CallMeta) -> AsyncIterator[Call]:

@@ -55,6 +55,11 @@ class InferenceStub:
                 request_serializer=cluster_dot_v1_dot_inference__pb2.CompleteRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_inference__pb2.CompleteChunk.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/cluster.v1.Inference/Session',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.SessionRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.SessionEvents.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/cluster.v1.Inference/Tokenize',
                 request_serializer=cluster_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -104,6 +109,14 @@ class InferenceServicer:
 
     def StreamComplete(self, request, context):
         """StreamComplete is Complete with the text in pieces; the last chunk carries usage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Session(self, request_iterator, context):
+        """Session carries many calls of one client, all their pieces of a moment in one message. Each call is in every
+        other respect what StreamChat or StreamComplete would make of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,6 +172,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.StreamComplete,
                     request_deserializer=cluster_dot_v1_dot_inference__pb2.CompleteRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_inference__pb2.CompleteChunk.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.SessionRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.SessionEvents.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -290,6 +308,33 @@ class Inference:
             '/cluster.v1.Inference/StreamComplete',
             cluster_dot_v1_dot_inference__pb2.CompleteRequest.SerializeToString,
             cluster_dot_v1_dot_inference__pb2.CompleteChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/cluster.v1.Inference/Session',
+            cluster_dot_v1_dot_inference__pb2.SessionRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.SessionEvents.FromString,
             options,
             channel_credentials,
             insecure,

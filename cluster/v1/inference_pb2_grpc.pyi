@@ -41,6 +41,10 @@ class InferenceStub:
     """Complete continues a plain prompt, or prompt token ids, and returns the whole text."""
     StreamComplete: _grpc.UnaryStreamMultiCallable[_inference_pb2.CompleteRequest, _inference_pb2.CompleteChunk]
     """StreamComplete is Complete with the text in pieces; the last chunk carries usage."""
+    Session: _grpc.StreamStreamMultiCallable[_inference_pb2.SessionRequest, _inference_pb2.SessionEvents]
+    """Session carries many calls of one client, all their pieces of a moment in one message. Each call is in every
+    other respect what StreamChat or StreamComplete would make of it.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenize returns the token ids that a text, or messages under the chat template, become."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -63,6 +67,10 @@ class InferenceAsyncStub(InferenceStub):
     """Complete continues a plain prompt, or prompt token ids, and returns the whole text."""
     StreamComplete: _aio.UnaryStreamMultiCallable[_inference_pb2.CompleteRequest, _inference_pb2.CompleteChunk]  # type: ignore[assignment]
     """StreamComplete is Complete with the text in pieces; the last chunk carries usage."""
+    Session: _aio.StreamStreamMultiCallable[_inference_pb2.SessionRequest, _inference_pb2.SessionEvents]  # type: ignore[assignment]
+    """Session carries many calls of one client, all their pieces of a moment in one message. Each call is in every
+    other respect what StreamChat or StreamComplete would make of it.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize returns the token ids that a text, or messages under the chat template, become."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -106,6 +114,16 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.CompleteChunk], _abc.AsyncIterator[_inference_pb2.CompleteChunk]]:
         """StreamComplete is Complete with the text in pieces; the last chunk carries usage."""
+
+    @_abc_1.abstractmethod
+    def Session(
+        self,
+        request_iterator: _MaybeAsyncIterator[_inference_pb2.SessionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.SessionEvents], _abc.AsyncIterator[_inference_pb2.SessionEvents]]:
+        """Session carries many calls of one client, all their pieces of a moment in one message. Each call is in every
+        other respect what StreamChat or StreamComplete would make of it.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(

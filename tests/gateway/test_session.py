@@ -1,0 +1,210 @@
+"""Sessions: many calls on one stream, each as StreamChat would have made it, all pieces of a moment in one message."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from cluster.api.bundle import Bundle
+from cluster.link.dial import read
+from cluster.v1 import inference_pb2 as pb
+from tests.support.calls import chat, complete, text_of
+from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
+
+
+class Told:
+    """What a session has told of each call, as a client gathers it."""
+
+    def __init__(self) -> None:
+        self.text: dict[int, str] = defaultdict(str)
+        self.usage: dict[int, pb.Usage] = {}
+        self.status: dict[int, str] = {}
+        self.chunks: dict[int, list[Any]] = defaultdict(list)
+        self.messages = 0
+
+    def take(self, message: pb.SessionEvents) -> None:
+        self.messages += 1
+        for event in message.events:
+            self.text[event.call_id] += event.text
+            for kind in ("chat", "complete"):
+                if not event.HasField(kind):
+                    continue
+                chunk = getattr(event, kind)
+                self.chunks[event.call_id].append(chunk)
+                for choice in chunk.choices:
+                    if choice.index == 0:
+                        self.text[event.call_id] += choice.delta.content if kind == "chat" else choice.text
+                if chunk.HasField("usage"):
+                    self.usage[event.call_id] = chunk.usage
+            if event.status:
+                self.status[event.call_id] = _reason(event.status)
+
+    def ended(self, call_id: int) -> bool:
+        return call_id in self.usage or call_id in self.status
+
+
+def _reason(raw: bytes) -> str:
+    for part in status_pb2.Status.FromString(raw).details:
+        info = error_details_pb2.ErrorInfo()
+        if part.Unpack(info):
+            return str(info.reason)
+    return ""
+
+
+def start(call_id: int, request: pb.ChatRequest | pb.CompleteRequest, **fields: Any) -> pb.SessionRequest:
+    """A start of a call."""
+    message = pb.SessionStart(call_id=call_id, **fields)
+    if isinstance(request, pb.ChatRequest):
+        message.chat.CopyFrom(request)
+    else:
+        message.complete.CopyFrom(request)
+    return pb.SessionRequest(start=message)
+
+
+async def gather(stream: Any, told: Told, *call_ids: int) -> None:
+    """Read until all of `call_ids` have ended."""
+    while not all(told.ended(i) for i in call_ids):
+        message = await asyncio.wait_for(read(stream), 20)
+        assert message is not None, "the session ended early"
+        told.take(message)
+
+
+async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Forty calls at once give each the text and usage of its own stream, in far fewer messages than tokens."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+    requests = [chat(f"call {i}", max_tokens=30, ignore_eos=True) for i in range(40)]
+    alone = [text_of([c async for c in cluster.stub.StreamChat(r)]) for r in requests[:5]]
+    stream = cluster.stub.Session()
+    for i, request in enumerate(requests):
+        await stream.write(start(i, request, request_id=f"r{i}"))
+    told = Told()
+    await gather(stream, told, *range(40))
+    assert [told.text[i] for i in range(5)] == alone
+    assert all(told.usage[i].completion_tokens == 30 for i in range(40))
+    assert told.messages < 40 * 30 / 4
+    await stream.done_writing()
+    assert await read(stream) is None
+    assert await stream.code() is grpc.StatusCode.OK
+    await cluster.until_idle()
+
+
+async def test_errors_cancels_and_deadlines_are_each_calls_own(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """A wrong call, a cancelled one and a late one end with their status; the others of the session go on."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+    stream = cluster.stub.Session()
+    await stream.write(start(1, chat(max_tokens=100, ignore_eos=True)))
+    await stream.write(start(2, chat(model="nope")))
+    await stream.write(start(3, chat(temperature=-1)))
+    await stream.write(start(4, chat(max_tokens=2000, ignore_eos=True)))
+    await stream.write(start(5, chat(max_tokens=2000, ignore_eos=True), deadline_ms=100))
+    await stream.write(start(6, complete(max_tokens=5, ignore_eos=True, n=2, logprobs=True)))
+    await stream.write(pb.SessionRequest(start=pb.SessionStart(call_id=7)))
+    await stream.write(pb.SessionRequest(cancel=pb.SessionCancel(call_id=4)))
+    await stream.write(pb.SessionRequest(cancel=pb.SessionCancel(call_id=99)))
+    told = Told()
+    await gather(stream, told, *range(1, 8))
+    assert told.usage[1].completion_tokens == 100
+    assert told.status == {
+        2: "MODEL_NOT_FOUND",
+        3: "INVALID_FIELD",
+        4: "CANCELLED",
+        5: "DEADLINE_EXCEEDED",
+        7: "INVALID_FIELD",
+    }
+    assert told.usage[6].completion_tokens == 10
+    logprobs = [t for chunk in told.chunks[6] for c in chunk.choices for t in c.logprobs]
+    assert len(logprobs) == 10
+    await stream.done_writing()
+    assert await stream.code() is grpc.StatusCode.OK
+    await cluster.until_idle()
+
+
+async def test_a_call_id_is_unique_while_it_runs(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A second start under a running id is refused without harm; after its end the id may be used again."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+    stream = cluster.stub.Session()
+    await stream.write(start(1, chat(max_tokens=20, ignore_eos=True)))
+    await stream.write(start(1, chat(max_tokens=3, ignore_eos=True)))
+    told = Told()
+    while 1 not in told.usage:
+        message = await read(stream)
+        assert message is not None
+        told.take(message)
+    assert told.status[1] == "INVALID_FIELD"
+    assert told.usage[1].completion_tokens == 20
+    again = Told()
+    await stream.write(start(1, chat(max_tokens=3, ignore_eos=True)))
+    await gather(stream, again, 1)
+    assert again.usage[1].completion_tokens == 3
+    stream.cancel()
+
+
+async def test_client_gone_ends_all_calls(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A session that is cancelled frees every place its calls had."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=8), bundle)
+    stream = cluster.stub.Session()
+    for i in range(30):
+        await stream.write(start(i, chat(max_tokens=2000, ignore_eos=True)))
+    assert await read(stream) is not None
+    stream.cancel()
+    await cluster.until_idle()
+
+
+async def test_an_unread_session_slows_nobody(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A client that does not read its session gets all of it later; a neighbour's stream keeps the engine's pace."""
+    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
+    stream = cluster.stub.Session()
+    for i in range(32):
+        await stream.write(start(i, chat(f"call {i}", max_tokens=300, ignore_eos=True)))
+    await until(lambda: worker.engine.load().running == 32, "all run")
+    before = worker.engine.load().steps
+    answer = await cluster.stub.Chat(chat(max_tokens=200, ignore_eos=True))
+    assert answer.usage.completion_tokens == 200
+    assert worker.engine.load().steps - before <= 230
+    told = Told()
+    await gather(stream, told, *range(32))
+    assert all(told.usage[i].completion_tokens == 300 for i in range(32))
+    stream.cancel()
+
+
+@pytest.mark.parametrize("by", ["age", "drain"])
+async def test_a_session_retires_without_cutting_a_call(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, by: str
+) -> None:
+    """By age or when the gateway stops a session takes no new call, says so, and ends with its last one."""
+    config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 20")
+    if by == "age":
+        config = config.replace("drain_timeout_s: 20", "drain_timeout_s: 20\n  max_connection_age_s: 0.4")
+    async with running_cluster(tmp_path, config) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        stream = cluster.stub.Session()
+        await stream.write(start(1, chat(max_tokens=150, ignore_eos=True)))
+        told = Told()
+        told.take(await read(stream))
+        if by == "drain":
+            cluster.gateway.service.close("stopping")
+        number = 2
+        while "NO_WORKER" not in told.status.values():
+            await stream.write(start(number, chat(max_tokens=1)))
+            await gather(stream, told, number)
+            number += 1
+        await gather(stream, told, 1)
+        assert told.usage[1].completion_tokens == 150
+        assert await read(stream) is None
+        assert await stream.code() is grpc.StatusCode.OK
+
+
+async def test_malformed_requests(cluster: TestCluster) -> None:
+    """Bytes that are no SessionRequest end the session with the client's fault."""
+    call: Any = cluster.channel.stream_stream("/cluster.v1.Inference/Session", request_serializer=lambda b: b)
+    stream = call()
+    await stream.write(b"\xff\xff\xff")
+    assert await stream.code() is grpc.StatusCode.INVALID_ARGUMENT
