@@ -68,6 +68,11 @@ class CallService:
             counts[call.model] = counts.get(call.model, 0) + 1
         return counts
 
+    @property
+    def closing(self) -> str:
+        """Why no new call is taken; empty while they are."""
+        return self._closing
+
     def close(self, why: str) -> None:
         """Take no new call; sessions are told, so that they end with their last call."""
         self._closing = why
@@ -156,7 +161,8 @@ class CallService:
                 traceparent=meta.traceparent,
             )
             detokenizer = text.detokenizer(prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
-            logprobs = None if options.logprobs is None else LogprobTexts(text, options.logprobs)
+            told = options.logprobs if options.logprobs_told is None else options.logprobs_told
+            logprobs = None if told is None else LogprobTexts(text, told)
             call.sequences.append(Output(call, index, request, detokenizer, logprobs))
         return call
 
@@ -199,7 +205,7 @@ async def encode(prompt: wishes.Prompt, text: TextModel) -> list[int]:
             prompt.messages,
             template_kwargs=prompt.template_kwargs,
             continue_final_message=prompt.continue_final_message,
-            add_generation_prompt=not prompt.continue_final_message,
+            add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final_message,
         )
     if isinstance(prompt, wishes.TextPrompt):
         ids = await text.encode_prompt_async(prompt.text)

@@ -41,6 +41,8 @@ class Options:
     repetition_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    logprobs_told: int | None = None
+    """How many tokens of a position are told, the sampled one among them; None is `logprobs`."""
     ignore_eos: bool = False
     grammar: Grammar | None = None
 
@@ -52,6 +54,7 @@ class ChatPrompt:
     messages: Sequence[Mapping[str, Any]]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continue_final_message: bool = False
+    add_generation_prompt: bool = True
 
 
 @dataclass(frozen=True, slots=True)
