@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cluster.api.outcomes import CallError, Outcome, Violation
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import EngineRequest, FinishReason, TokenOutput
 from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
@@ -110,7 +110,7 @@ class Output:
         if output.finish is not None:
             self.link = None
             if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
-                call.fail(CallError(Outcome.INTERNAL, "the engine could not go on with this call; it is safe to retry"))
+                call.fail(self._broken(output.finish))
                 return
             self.finish_reason = _FINISH_WORDS[output.finish]
         before = len(self.emitted)
@@ -123,6 +123,16 @@ class Output:
         if output.logprobs and self._logprob_texts is not None:
             self._logprobs += self._logprob_texts.push(output.logprobs[: len(self.emitted) - before])
         call.progressed(len(self.emitted) - before)
+
+    def _broken(self, finish: FinishReason) -> CallError:
+        """The error for an output that the engine has ended. Under a grammar ERROR says that no token was left."""
+        if finish is FinishReason.ERROR and self.request.sampling.grammar is not None:
+            return invalid(
+                "response_format",
+                "no output can go on so that it fits this format together with the call's other fields "
+                "(a format that nothing fits, or stop_token_ids that it needs); change one of them",
+            )
+        return CallError(Outcome.INTERNAL, "the engine could not go on with this call; it is safe to retry")
 
     def lost(self, why: str) -> None:
         """The worker is gone. Before the first token another one takes over; after it the caller is told."""

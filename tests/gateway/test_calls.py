@@ -237,3 +237,13 @@ async def test_engine_trouble_reaches_the_caller_as_a_clear_error(
     answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True)))
     assert answer.reason in ("WORKER_LOST", "INTERNAL")
     await until(lambda: not cluster.gateway.service.statistics(), "the call is gone")
+
+
+async def test_a_grammar_without_a_way_on_is_the_callers(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """An engine that gives up a call with a grammar has met a contradiction of the call's own parameters."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:3"), bundle)
+    form = pb.ResponseFormat(type="regex", regex="a+")
+    answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True, response_format=form)))
+    assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["response_format"])
