@@ -90,6 +90,7 @@ class Listen(_Section):
     """Where a gateway listens, each `host:port`; port 0 picks a free one."""
 
     grpc: Address = "127.0.0.1:50051"
+    http: Address = "127.0.0.1:8000"
     link: Address = "127.0.0.1:50052"
     admin: Address = "127.0.0.1:50053"
     metrics: Address = "127.0.0.1:9400"

@@ -6,7 +6,7 @@ import asyncio
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from cluster.gateway.admin import CatalogAdmin, FleetAdmin
 from cluster.gateway.directory import Directory
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.grpc_face import SERVICE, GrpcFace
+from cluster.gateway.http_face import HttpFace
+from cluster.gateway.http_server import HttpServer
 from cluster.gateway.service import CallService
 from cluster.link.dial import Timing
 from cluster.link.hub import HUB_OPTIONS, Hub, add_hub
@@ -46,6 +48,7 @@ class Gateway:
         self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing)
         self.directory = Directory(folder, self.hub.fetch_bundle)
         self.service = CallService(self.directory, self.dispatcher, self.metrics)
+        self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
         self._healthy: dict[str, int] = {}
@@ -60,11 +63,7 @@ class Gateway:
         listen = gateway.listen
         await self._serve("link", listen.link, HUB_OPTIONS, self._add_hub)
         await self._serve("admin", listen.admin, HUB_OPTIONS, self._add_admin)
-        host, port = listen.metrics.rsplit(":", 1)
-        try:
-            self.endpoints["metrics"] = f"{host}:{self.metrics.serve(host.strip('[]'), int(port))}"
-        except OSError as error:
-            raise RuntimeError(f"gateway.listen.metrics: {listen.metrics} cannot be bound: {error.strerror}") from None
+        await self._bind("metrics", listen.metrics, self._serve_metrics)
         self.metrics.on_scrape(self._gauges)
         self.dispatcher.on_state = self._tell_health
         self._tasks = [
@@ -81,6 +80,7 @@ class Gateway:
             ("grpc.so_reuseport", 0),
         )
         await self._serve("grpc", listen.grpc, options, self._add_inference)
+        await self._bind("http", listen.http, self.http.start)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         log.info("gateway_up", gateway=self.hub.gateway_id, **self.endpoints)
@@ -96,6 +96,16 @@ class Gateway:
         self._servers.append(server)
         await server.start()
         self.endpoints[name] = f"{address.rsplit(':', 1)[0]}:{port}"
+
+    async def _bind(self, name: str, address: str, serve: Callable[[str, int], Awaitable[int]]) -> None:
+        host, port = address.rsplit(":", 1)
+        try:
+            self.endpoints[name] = f"{host}:{await serve(host.strip('[]'), int(port))}"
+        except OSError as error:
+            raise RuntimeError(f"gateway.listen.{name}: {address} cannot be bound: {error.strerror}") from None
+
+    async def _serve_metrics(self, host: str, port: int) -> int:
+        return self.metrics.serve(host, port)
 
     def _add_hub(self, server: grpc.aio.Server, address: str) -> int:
         return add_hub(self.hub, server, address, tls_files(self.config.gateway.link_tls))
@@ -120,8 +130,7 @@ class Gateway:
         self.service.close("stopping")
         await self._health.enter_graceful_shutdown()
         clients = self._servers.pop() if "grpc" in self.endpoints else None
-        if clients is not None:
-            await clients.stop(drain_s)
+        await asyncio.gather(self.http.stop(drain_s), *([clients.stop(drain_s)] if clients is not None else []))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

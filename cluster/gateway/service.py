@@ -68,11 +68,6 @@ class CallService:
             counts[call.model] = counts.get(call.model, 0) + 1
         return counts
 
-    @property
-    def closing(self) -> str:
-        """Why no new call is taken; empty while they are."""
-        return self._closing
-
     def close(self, why: str) -> None:
         """Take no new call; sessions are told, so that they end with their last call."""
         self._closing = why

@@ -13,7 +13,7 @@ from cluster.config import Config, parse
 
 def config(**listen: str) -> Config:
     """A configuration whose other ports are free ones."""
-    ports = {"grpc": "127.0.0.1:0", "link": "127.0.0.1:0", "admin": "127.0.0.1:0", "metrics": "127.0.0.1:0", **listen}
+    ports = dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), "127.0.0.1:0") | listen
     lines = "".join(f'    {name}: "{address}"\n' for name, address in ports.items())
     return parse(f"api_version: headrace/v1\nname: t\nmodels: []\ngateway:\n  listen:\n{lines}")
 

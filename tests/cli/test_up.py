@@ -28,7 +28,9 @@ pytestmark = pytest.mark.ray
 CONFIG = """
 api_version: headrace/v1
 name: {name}
-gateway: {{listen: {{grpc: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}}}}
+gateway:
+  listen:
+    {{grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}}
 models: [{{name: sim, aliases: [default], source: "{source}"}}]
 """
 

@@ -30,7 +30,8 @@ LOOPBACK = """
 api_version: headrace/v1
 name: test
 gateway:
-  listen: {grpc: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}
+  listen:
+    {grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}
   drain_timeout_s: 0
 models:
   - {name: sim, source: "sim:///nowhere"}

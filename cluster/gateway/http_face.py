@@ -1,0 +1,311 @@
+"""OpenAI's HTTP API over the CallService: the other codec of the one service.
+
+An ASGI application without layers on the way of a token: what a call has to say becomes one body message for each
+wake. A response starts with its first piece or its first sign of life, so that whatever fails before has its own
+status code. HTTP has no deadlines; instead a client that goes away ends its call at once, wherever it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Any
+
+import structlog
+from starlette.routing import Route, Router
+
+from cluster.api.outcomes import FAULTS, CallError, Outcome
+from cluster.gateway import http_answers as answers
+from cluster.gateway.call import Call, Piece
+from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
+from cluster.gateway.http_fields import Fields, read_object
+from cluster.gateway.service import CallMeta, CallService
+
+log = structlog.get_logger("http")
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
+_TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
+_EVENTS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What differs between chat and completion."""
+
+    asked: Callable[[Fields], Asked]
+    stream: type[answers.Stream]
+    answer: Callable[[str, str, int, Sequence[Call], Sequence[Piece]], bytes]
+
+
+_CHAT = _Kind(chat_asked, answers.ChatStream, answers.chat_answer)
+_COMPLETION = _Kind(completion_asked, answers.CompletionStream, answers.completion_answer)
+
+
+class Refused(Exception):
+    """A request that is wrong as HTTP, before it is any call."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.headers = headers
+
+
+class Exchange:
+    """One request and its response."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.started = False
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.request_id = self.header(b"x-request-id", _REQUEST_ID) or uuid.uuid4().hex
+
+    def header(self, name: bytes, form: re.Pattern[str]) -> str:
+        """A header's value where it has the form; else empty: a bad one is let be."""
+        value = self.headers.get(name, b"").decode("latin-1")
+        return value if form.match(value) else ""
+
+    async def body(self, limit_bytes: int) -> bytes:
+        """The whole body. Raises Refused, and ConnectionResetError when the client goes away before its end."""
+        length = self.headers.get(b"content-length", b"0")
+        parts, size = [], int(length) if length.isdigit() else 0
+        while size <= limit_bytes:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionResetError
+            parts.append(message["body"])
+            if not message["more_body"]:
+                return b"".join(parts)
+            size = max(size, sum(map(len, parts)))
+        raise Refused(413, "request_too_large", f"the body is larger than {limit_bytes} bytes")
+
+    async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Status and headers."""
+        self.started = True
+        common = [(b"date", formatdate(usegmt=True).encode()), (b"x-request-id", self.request_id.encode())]
+        await self.send({"type": "http.response.start", "status": status, "headers": [*common, *headers]})
+
+    async def write(self, part: bytes, more: bool = True) -> None:
+        """A part of a stream of events; the first begins it."""
+        if not self.started:
+            await self.start(200, _EVENTS)
+        await self.send({"type": "http.response.body", "body": part, "more_body": more})
+
+    async def whole(self, status: int, content: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """A whole JSON response."""
+        length = (b"content-length", b"%d" % len(content))
+        await self.start(status, [(b"content-type", b"application/json"), length, *headers])
+        await self.send({"type": "http.response.body", "body": content, "more_body": False})
+
+    async def fail(self, error: CallError) -> None:
+        """A call's error: as the response, or within a stream that has begun."""
+        if self.started:
+            await self.write(answers.error_event(error), more=False)
+        else:
+            status = FAULTS[error.outcome].http
+            await self.whole(status, answers.call_error_body(error), answers.retry_headers(error))
+
+
+class _Endpoint:
+    """A route's ASGI application: the methods it takes, and the one place where errors become responses."""
+
+    def __init__(self, method: str, answer: Callable[[Exchange], Awaitable[None]]) -> None:
+        self._methods = ("GET", "HEAD") if method == "GET" else (method,)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        try:
+            if scope["method"] not in self._methods:
+                allow = [(b"allow", ", ".join(self._methods).encode())]
+                raise Refused(405, "method_not_allowed", f"use {self._methods[0]} on {scope['path']}", allow)
+            await self._answer(exchange)
+        except ConnectionResetError:
+            return
+        except Refused as refused:
+            content = answers.error_body(str(refused), refused.status, refused.code)
+            await exchange.whole(refused.status, content, refused.headers)
+        except CallError as error:
+            await exchange.fail(error)
+        except Exception:
+            log.exception("unexpected", request_id=exchange.request_id)
+            message = f"unexpected failure; quote request id {exchange.request_id}"
+            await exchange.fail(CallError(Outcome.INTERNAL, message))
+
+
+class HttpFace:
+    """The HTTP face of a CallService, as an ASGI application."""
+
+    def __init__(self, service: CallService, max_body_bytes: int) -> None:
+        self._service = service
+        self._max_body_bytes = max_body_bytes
+        self._created = int(time.time())
+
+    def app(self) -> Router:
+        """All routes."""
+        endpoints = {
+            "/v1/chat/completions": _Endpoint("POST", lambda exchange: self._call(_CHAT, exchange)),
+            "/v1/completions": _Endpoint("POST", lambda exchange: self._call(_COMPLETION, exchange)),
+            "/v1/models": _Endpoint("GET", self._models),
+            "/v1/models/{name}": _Endpoint("GET", self._model),
+            "/health": _Endpoint("GET", self._health),
+            "/ready": _Endpoint("GET", self._ready),
+        }
+        routes = [Route(path, endpoint, name=path) for path, endpoint in endpoints.items()]
+        return Router(routes, redirect_slashes=False, default=_nowhere)
+
+    # ---- calls
+
+    async def _call(self, kind: _Kind, exchange: Exchange) -> None:
+        media_type = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if media_type != b"application/json":  # also what keeps other sites' pages from posting here unasked
+            raise Refused(415, "unsupported_media_type", "content-type must be application/json")
+        asked = kind.asked(read_object(await exchange.body(self._max_body_bytes)))
+        traceparent = exchange.header(b"traceparent", _TRACEPARENT)
+        meta = CallMeta(exchange.request_id, "http", traceparent=traceparent)
+        answer = self._stream if asked.stream else self._whole
+        await _while_connected(answer(kind, asked, meta, exchange), exchange.receive)
+
+    async def _stream(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
+        async with AsyncExitStack() as stack:
+            calls = await self._open(asked, meta, stack)
+            stream = kind.stream(
+                calls[0].id,
+                calls[0].model,
+                int(time.time()),
+                include_usage=asked.include_usage,
+                continuous_usage=asked.continuous_usage,
+            )
+            try:
+                await _all(
+                    [_relay(call, stream, i * asked.wishes[0].options.n, exchange) for i, call in enumerate(calls)]
+                )
+            except CallError as error:
+                raise answers.as_asked(error, asked.names) from None
+        # The calls' places are free by now, however slowly the end is read.
+        await exchange.write(stream.end([call.usage for call in calls]), more=False)
+
+    async def _whole(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
+        async with AsyncExitStack() as stack:
+            calls = await self._open(asked, meta, stack)
+            pieces: list[Piece] = []
+            for i, call in enumerate(calls):
+                try:
+                    for piece in await _ended(call):
+                        piece.index += i * asked.wishes[0].options.n
+                        pieces.append(piece)
+                except CallError as error:
+                    raise answers.as_asked(error, asked.names) from None
+        await exchange.whole(200, kind.answer(calls[0].id, calls[0].model, int(time.time()), calls, pieces))
+
+    async def _open(self, asked: Asked, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
+        """One running call for each prompt."""
+        calls = []
+        for i, wish in enumerate(asked.wishes):
+            try:
+                calls.append(await stack.enter_async_context(self._service.open(wish, meta)))
+            except CallError as error:
+                raise answers.as_asked(error, asked.names, i if len(asked.wishes) > 1 else None) from None
+        return calls
+
+    # ---- models and health
+
+    async def _models(self, exchange: Exchange) -> None:
+        cards = [answers.model_card(model, self._created) for model in self._service.directory.models]
+        await exchange.whole(200, answers.body({"object": "list", "data": cards}))
+
+    async def _model(self, exchange: Exchange) -> None:
+        model = self._service.directory.resolve(exchange.scope["path_params"]["name"])
+        await exchange.whole(200, answers.body(answers.model_card(model, self._created)))
+
+    async def _health(self, exchange: Exchange) -> None:
+        """The process lives."""
+        await exchange.whole(200, answers.body({"status": "ok"}))
+
+    async def _ready(self, exchange: Exchange) -> None:
+        """Calls are taken, whether or not a worker is linked: they may wait here for one."""
+        if self._service.closing:
+            raise CallError(Outcome.NO_WORKER, "this gateway is stopping; call another")
+        await exchange.whole(200, answers.body({"status": "ready"}))
+
+
+async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":  # a WebSocket: closed before it is accepted
+        await send({"type": "websocket.close", "code": 1000})
+        return
+    exchange = Exchange(scope, receive, send)
+    content = answers.error_body(f"there is nothing at {scope['path']}", 404, "not_found")
+    await exchange.whole(404, content)
+
+
+async def _relay(call: Call, stream: answers.Stream, shift: int, exchange: Exchange) -> None:
+    """Send a call's pieces as they come, until its end has been told."""
+    while True:
+        await call.news()
+        pieces = call.take()
+        if pieces:
+            await exchange.write(stream.events(call, pieces, shift))
+            if pieces[-1].finish_reason and call.told:
+                return
+        elif call.silent:
+            call.silent = False
+            await exchange.write(answers.KEEP_ALIVE)
+
+
+async def _ended(call: Call) -> list[Piece]:
+    """All pieces of a call that has ended. Raises its error, whatever text came before it."""
+    while not call.finished and call.error is None:
+        await call.news()
+    pieces = call.take()
+    if call.error is not None:
+        raise call.error
+    return pieces
+
+
+async def _all(works: Sequence[Awaitable[None]]) -> None:
+    """Run all; the first error ends the others and is raised by itself."""
+    if len(works) == 1:
+        return await works[0]
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _while_connected(work: Awaitable[None], receive: Receive) -> None:
+    """Run to the end, or until the client is gone."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        watch.cancel()
+        task.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,85 @@
+"""uvicorn's HTTP protocol on the gateway's own event loop: bound before it is announced, drained, then closed.
+
+`uvicorn.Server` would take the process's signals and poll ten times a second; of it only the protocol is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+KEEP_ALIVE_S = 75
+"""Longer than clients keep an idle connection in their pools, so that they never write to one that is closing."""
+MAX_HEAD_BYTES = 65_536
+
+
+class _Protocol(HttpToolsProtocol):
+    """Bounds what comes before a body, which the parser does not."""
+
+    _head_bytes = 0
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise ValueError(f"more than {MAX_HEAD_BYTES} bytes of headers")  # the parser's error, answered with 400
+
+
+class HttpServer:
+    """An ASGI application behind one address."""
+
+    def __init__(self, app: Any) -> None:
+        self._config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        self._state = ServerState()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Bind and serve; returns the port. Raises OSError."""
+        self._config.load()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=self._config.backlog)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(
+            lambda: _Protocol(self._config, self._state, {}, loop), sock=listener, backlog=self._config.backlog
+        )
+        return int(listener.getsockname()[1])
+
+    async def stop(self, drain_s: float) -> None:
+        """Take no new connection; requests under way get `drain_s` seconds; then their connections are cut."""
+        if self._server is None:
+            return
+        self._server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        if self._state.tasks:
+            await asyncio.wait(list(self._state.tasks), timeout=drain_s)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+        if self._state.tasks:
+            await asyncio.wait(list(self._state.tasks))
