@@ -231,7 +231,8 @@ def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, 
     where = {name: address.replace("127.0.0.1", "localhost") for name, address in cluster.endpoints.items()}
     command = _typed("cluster")
     say("")
-    say(f"ready   gRPC {where['grpc']}   admin {where['admin']}   metrics http://{where['metrics']}/metrics")
+    say(f"ready   gRPC {where['grpc']}   OpenAI http://{where['http']}/v1")
+    say(f"        admin {where['admin']}   metrics http://{where['metrics']}/metrics")
     for entry in entries:
         names = " = ".join([*entry.aliases, entry.name])
         say(f"        model {names}" + ("" if entry.state == "READY" else f"   {_told(entry)}"))

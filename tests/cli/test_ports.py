@@ -22,7 +22,7 @@ def test_open_ports_are_chosen_all_different() -> None:
     """Port 0 becomes a number, once for each listener, and can be bound."""
     addresses = decide(config()).gateway.listen.model_dump().values()
     ports = {int(address.rsplit(":", 1)[1]) for address in addresses}
-    assert len(ports) == 4
+    assert len(ports) == 5
     assert 0 not in ports
     for port in ports:
         with socket.socket() as free:
