@@ -17,6 +17,7 @@ MAX_N = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_SEED = 2**63 - 1
 MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_CHARS = 262_144
 DEFAULT_COMPLETE_TOKENS = 16
@@ -105,6 +106,8 @@ def check_options(options: Options) -> None:
     wrong = [v for name in RANGES if (v := _range(name, getattr(options, name))) is not None]
     if options.min_tokens is not None and options.max_tokens is not None and options.min_tokens > options.max_tokens:
         wrong.append(Violation("min_tokens", f"must not be above max_tokens ({options.max_tokens})"))
+    if options.seed is not None and options.seed + options.n - 1 > MAX_SEED:  # each output has the next seed
+        wrong.append(Violation("seed", f"must be at most {MAX_SEED} - (n - 1), got {options.seed} with n {options.n}"))
     if len(options.stop) > MAX_STOP_STRINGS:
         wrong.append(Violation("stop", f"at most {MAX_STOP_STRINGS} strings, got {len(options.stop)}"))
     for i, text in enumerate(options.stop):
