@@ -23,7 +23,7 @@ from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
 from tests.differential.cases import END_IDS, GRAMMARS, MODEL, VOCAB_SIZE, format_pb
 from tests.engine.test_vllm_killers import odd_grammars
-from tests.support.calls import Answer, chat
+from tests.support.calls import Answer, chat, refused
 from tests.support.cluster import TestCluster
 from tests.support.corpus import SAMPLES
 
@@ -88,9 +88,7 @@ class Oddities:
         self._random = random.Random(seed)
         self._max_model_len = max_model_len
         # Text that is no text cannot be put into a message of protobuf at all.
-        self._odd_grammars = [
-            grammar for grammar in odd_grammars() if not any("\ud800" in part for part in ("".join(grammar.value),))
-        ]
+        self._odd_grammars = [grammar for grammar in odd_grammars() if "\ud800" not in "".join(grammar.value)]
 
     def call(self, number: int) -> Odd:
         """The next one."""
@@ -246,4 +244,31 @@ async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
     assert await _plain(cluster.stub) == reference
     assert _engine_processes() == before
     await cluster.workers[0].engine.check()
+    await cluster.until_idle()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "more"),
+    [
+        ("grammar", "root ::= root", {}),
+        ("json_schema", {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}, {}),
+        ("choice", ("yes", "no"), {"stop_token_ids": range(VOCAB_SIZE)}),
+    ],
+    ids=["endless-grammar", "endless-schema", "needed-tokens-stop"],
+)
+async def test_a_format_that_nothing_fits_is_the_callers_fault(
+    cluster: TestCluster, kind: str, value: Any, more: dict[str, Any]
+) -> None:
+    """Where the engine finds no token that fits, the call is told so under response_format, not as an inner failure."""
+    answer = await refused(cluster.stub.Chat(chat(model=MODEL, response_format=format_pb(kind, value), **more)))
+    assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["response_format"])
+    await cluster.until_idle()
+
+
+async def test_the_last_outputs_seed_must_fit_too(cluster: TestCluster) -> None:
+    """Each of n outputs takes the next seed: one that would not fit into 64 bits is refused before anything is sent."""
+    answer = await refused(cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=3)))
+    assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["seed"])
+    fits = await cluster.stub.Chat(chat(model=MODEL, seed=2**63 - 2, n=2), timeout=LONGEST_S)
+    assert len(fits.choices) == 2
     await cluster.until_idle()
