@@ -18,9 +18,10 @@ from cluster.client.answers import (
     chat_answer,
     complete_answer,
 )
-from cluster.client.errors import from_rpc
+from cluster.client.errors import HeadraceError, from_rpc
 from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, Options, new_request_id
 from cluster.client.requests import ChatParams, Messages, SamplingParams, chat_request, complete_request, to_messages
+from cluster.client.session import Request, SessionCall, Sessions
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceStub
 
@@ -34,10 +35,20 @@ class AsyncStream(Account, Generic[Chunk]):
     Leaving an `async with` block, `cancel()` or dropping the object ends the call at the gateway.
     """
 
-    def __init__(self, call: Any, request_id: str, endpoint: str) -> None:
+    def __init__(
+        self,
+        call: Any,
+        request_id: str,
+        endpoint: str,
+        chunk_of: Callable[[str], Chunk],
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        """`chunk_of` makes a chunk of a piece of text alone, as sessions send it; `on_end` is called once."""
         super().__init__(request_id)
         self._call = call
         self._endpoint = endpoint
+        self._chunk_of: Callable[[str], Chunk] = chunk_of
+        self._on_end = on_end
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self
@@ -52,24 +63,42 @@ class AsyncStream(Account, Generic[Chunk]):
         """Every chunk as the API sends it, progress included. Raises HeadraceError."""
         while True:
             try:
-                chunk = await self._next()
+                found = await self._next()
             except StopAsyncIteration:
                 return
-            self._take(chunk)
-            yield chunk
+            self._take(found)
+            if isinstance(found, str):
+                found = self._chunk_of(found)
+                found.id, found.model = self.id, self.model
+            yield found
 
-    async def _next(self) -> Chunk:
+    async def _next(self) -> Chunk | str:
         try:
-            chunk: Chunk = await self._call.read()
+            chunk: Chunk | str = await self._call.read()
         except grpc.RpcError as error:
+            self._finish()
             raise from_rpc(error, endpoint=self._endpoint, request_id=self.request_id) from None
+        except HeadraceError:
+            self._finish()
+            raise
         if chunk is aio.EOF:
+            self._finish()
             raise StopAsyncIteration
         return chunk
+
+    def _finish(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()
 
     def cancel(self) -> None:
         """End the call now; nothing happens when it has ended."""
         self._call.cancel()
+        self._finish()
+
+    def __del__(self) -> None:
+        if self._on_end is not None:  # dropped before its end: a session would go on reading it
+            self.cancel()
 
     async def __aenter__(self) -> Self:
         return self
@@ -85,7 +114,7 @@ class AsyncClient:
 
     Every call raises HeadraceError when it fails. `timeout_s` is the deadline of the whole call, which travels with
     it to the engine; `request_id` is made up where none is given. UNAVAILABLE is retried while nothing of the answer
-    has arrived.
+    has arrived. From the second stream under way on, streams share a session (cluster.client.session).
     """
 
     def __init__(
@@ -116,6 +145,8 @@ class AsyncClient:
             else aio.insecure_channel(self._options.endpoint, options=arguments)
         )
         self._stub = InferenceStub(self._channel)
+        self._sessions = Sessions(self._stub, self._options)
+        self._streams = 0
 
     def __repr__(self) -> str:
         return f"AsyncClient({self._options.endpoint!r})"
@@ -130,6 +161,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End the connection and every call on it."""
+        await self._sessions.close()
         await self._channel.close()
 
     async def chat(
@@ -160,7 +192,7 @@ class AsyncClient:
     ) -> AsyncStream[pb.ChatChunk]:
         """The answer in pieces, as it is made."""
         request = chat_request(model, messages, params)
-        return self._stream(self._stub.StreamChat, request, timeout_s, request_id, headers)
+        return self._stream(self._stub.StreamChat, request, _chat_text, timeout_s, request_id, headers)
 
     async def complete(
         self,
@@ -190,7 +222,7 @@ class AsyncClient:
     ) -> AsyncStream[pb.CompleteChunk]:
         """The continuation in pieces, as it is made."""
         request = complete_request(model, prompt, params)
-        return self._stream(self._stub.StreamComplete, request, timeout_s, request_id, headers)
+        return self._stream(self._stub.StreamComplete, request, _complete_text, timeout_s, request_id, headers)
 
     async def tokenize(self, model: str, text: str | Messages, *, timeout_s: float | None = None) -> list[int]:
         """The token ids of a text, or of messages under the model's chat template."""
@@ -244,15 +276,34 @@ class AsyncClient:
     def _stream(
         self,
         method: Callable[..., Any],
-        request: object,
+        request: Request,
+        chunk_of: Callable[[str], Chunk],
         timeout_s: float | None,
         request_id: str | None,
         headers: Mapping[str, str] | None,
     ) -> AsyncStream[Chunk]:
         request_id = request_id or new_request_id()
-        call = method(
-            request,
-            timeout=self._options.timeout_s if timeout_s is None else timeout_s,
-            metadata=self._options.metadata(request_id, headers),
-        )
-        return AsyncStream(call, request_id, self._options.endpoint)
+        timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
+        metadata = self._options.metadata(request_id, headers)
+
+        def plain() -> Any:
+            return method(request, timeout=timeout_s, metadata=metadata)
+
+        if self._streams and not headers:  # headers belong to a call, and a session has one set for all
+            call: Any = SessionCall(request, timeout_s, request_id, plain, self._sessions)
+            self._sessions.start(call)
+        else:
+            call = plain()
+        self._streams += 1
+        return AsyncStream(call, request_id, self._options.endpoint, chunk_of, self._stream_ended)
+
+    def _stream_ended(self) -> None:
+        self._streams -= 1
+
+
+def _chat_text(text: str) -> pb.ChatChunk:
+    return pb.ChatChunk(choices=[pb.ChoiceDelta(delta=pb.Message(content=text))])
+
+
+def _complete_text(text: str) -> pb.CompleteChunk:
+    return pb.CompleteChunk(choices=[pb.CompleteChoice(text=text)])

@@ -64,8 +64,12 @@ class Account:
         """What has come so far."""
         return "".join(self._parts)
 
-    def _take(self, chunk: pb.ChatChunk | pb.CompleteChunk) -> str:
-        """Note a chunk; returns the first choice's new text, "" if it has none."""
+    def _take(self, chunk: pb.ChatChunk | pb.CompleteChunk | str) -> str:
+        """Note a chunk, or text alone; returns the first choice's new text, "" if it has none."""
+        if isinstance(chunk, str):
+            self.progress = None
+            self._parts.append(chunk)
+            return chunk
         self.id = chunk.id or self.id
         self.model = chunk.model or self.model
         if chunk.HasField("usage"):

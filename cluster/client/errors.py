@@ -64,24 +64,36 @@ def from_rpc(error: grpc.RpcError, *, endpoint: str, request_id: str = "") -> He
     trailing = dict(outcome.trailing_metadata() or ())
     code, text = outcome.code(), outcome.details() or ""
     status = _status(trailing.get(DETAILS_KEY))
+    found = from_status(status, request_id=_text(trailing.get("x-request-id")) or request_id)
+    if not status.details:
+        found.reason, found.code, found.message = code.name, code.name, text
+    if not status.details and code is grpc.StatusCode.UNAVAILABLE:
+        # gRPC's text lists every address with its own prefix; the last part says what happened
+        found.reason = UNREACHABLE
+        found.message = f"no gateway answers at {endpoint} ({text.rsplit(': ', 1)[-1].strip(') ')})"
+    return found
+
+
+def from_status(status: status_pb2.Status, *, request_id: str = "") -> HeadraceError:
+    """What a google.rpc.Status says, whichever way it came."""
     info = error_details_pb2.ErrorInfo()
     bad = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
     for detail in status.details:
         for kind in (info, bad, retry):
             detail.Unpack(kind)
-    reason = info.reason
-    if not reason and code is grpc.StatusCode.UNAVAILABLE:
-        # gRPC's text lists every address with its own prefix; the last part says what happened
-        reason, text = UNREACHABLE, f"no gateway answers at {endpoint} ({text.rsplit(': ', 1)[-1].strip(') ')})"
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN).name
     return HeadraceError(
-        reason or code.name,
-        text or status.message,
-        code=code.name,
+        info.reason or code,
+        status.message,
+        code=code,
         violations=[Violation(v.field, v.description) for v in bad.field_violations],
         retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None,
-        request_id=_text(trailing.get("x-request-id")) or request_id,
+        request_id=request_id,
     )
+
+
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def _status(packed: str | bytes | None) -> status_pb2.Status:

@@ -123,6 +123,11 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             choice = pb.CompleteChoice(text=word, finish_reason="length" if last else "")
             yield pb.CompleteChunk(id="cmpl-1", model="tiny", choices=[choice], usage=self._usage() if last else None)
 
+    def Session(self, request_iterator: object, context: Any) -> Iterator[pb.SessionEvents]:
+        """As a gateway of a release before sessions answers."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        raise AssertionError("abort raises")
+
     def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         self._enter(request, context)
         text = request.text or "".join(m.content for m in request.messages)

@@ -1,0 +1,122 @@
+"""The asyncio client shares a session by itself: same answers, every call its own end, gateways old and stopping."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.client import AsyncClient, HeadraceError
+from tests.gateway.conftest import bundle, checkpoint, cluster
+from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
+from tests.support.scripted_gateway import WORDS, ScriptedGateway
+
+__all__ = ["bundle", "checkpoint", "cluster"]
+
+
+@pytest.fixture
+async def client(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> AsyncIterator[AsyncClient]:
+    """A client of a cluster with one worker."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
+    async with AsyncClient(cluster.gateway.endpoints["grpc"]) as client:
+        yield client
+
+
+async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCluster) -> None:
+    """Twenty streams at once give each the text it has alone, with usage, over one session."""
+    alone = (await client.chat("sim", "call 3", max_tokens=25, ignore_eos=True, temperature=0.0)).text
+
+    async def one(i: int) -> tuple[str, int]:
+        stream = client.stream_chat("sim", f"call {i}", max_tokens=25, ignore_eos=True, temperature=0.0)
+        text = "".join([t async for t in stream])
+        assert text == stream.text
+        assert stream.usage is not None
+        assert stream.finish_reason == "length"
+        assert stream.model == "sim"
+        return text, stream.usage.completion_tokens
+
+    answers = await asyncio.gather(*(one(i) for i in range(20)))
+    assert answers[3][0] == alone
+    assert {count for _, count in answers} == {25}
+    assert len(client._sessions._all) == 1
+    assert client._streams == 0
+    await cluster.until_idle()
+
+
+async def test_chunks_of_a_session_are_chunks(client: AsyncClient) -> None:
+    """`chunks()` gives messages in a session too, each with id and model."""
+    first = client.stream_chat("sim", "a", max_tokens=30, ignore_eos=True)
+    second = client.stream_complete("sim", "b", max_tokens=10, ignore_eos=True)
+    chunks = [c async for c in second.chunks()]
+    assert "".join(c.choices[0].text for c in chunks) == second.text != ""
+    assert {(c.id, c.model) for c in chunks} == {(second.id, "sim")}
+    first.cancel()
+
+
+async def test_errors_are_each_calls_own(client: AsyncClient, cluster: TestCluster) -> None:
+    """A wrong call of a session raises as it would alone; a cancelled and a dropped one free their places."""
+    going = client.stream_chat("sim", "a", max_tokens=60, ignore_eos=True)
+    with pytest.raises(HeadraceError) as caught:
+        [t async for t in client.stream_chat("nope", "b")]
+    assert (caught.value.reason, caught.value.code) == ("MODEL_NOT_FOUND", "NOT_FOUND")
+    with pytest.raises(HeadraceError) as caught:
+        [t async for t in client.stream_chat("sim", "b", temperature=-1.0)]
+    assert [v.field for v in caught.value.violations] == ["temperature"]
+    with pytest.raises(HeadraceError) as caught:
+        [t async for t in client.stream_chat("sim", "c", max_tokens=2000, ignore_eos=True, timeout_s=0.2)]
+    assert caught.value.reason == "DEADLINE_EXCEEDED"
+    async with client.stream_chat("sim", "d", max_tokens=2000, ignore_eos=True) as left:
+        await anext(left)
+    dropped = client.stream_chat("sim", "e", max_tokens=2000, ignore_eos=True)
+    await anext(dropped)
+    del dropped
+    gc.collect()
+    assert len([t async for t in going]) > 0
+    await cluster.until_idle()
+
+
+async def test_old_sessions_are_replaced(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """When a session has become too old, later calls go to another, and none of them is lost."""
+    config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 20\n  max_connection_age_s: 0.5")
+    async with running_cluster(tmp_path, config) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
+        async with AsyncClient(cluster.gateway.endpoints["grpc"]) as client:
+
+            async def one(i: int) -> int:
+                stream = client.stream_chat("sim", f"{i}", max_tokens=40, ignore_eos=True)
+                async for _ in stream:
+                    pass
+                assert stream.usage is not None
+                return stream.usage.completion_tokens
+
+            for wave in range(12):
+                assert set(await asyncio.gather(*(one(wave * 8 + i) for i in range(8)))) == {40}
+            assert len(client._sessions._all) > 1
+
+
+async def test_a_gateway_without_sessions_gets_streams(gateway: ScriptedGateway) -> None:
+    """UNIMPLEMENTED makes the client fall back to a stream a call."""
+    async with AsyncClient(gateway.endpoint) as client:
+        streams = [client.stream_chat("tiny", "x") for _ in range(5)]
+        texts = await asyncio.gather(*(_text(s) for s in streams))
+    assert texts == ["".join(WORDS)] * 5
+
+
+async def _text(stream: AsyncIterator[str]) -> str:
+    return "".join([t async for t in stream])
+
+
+async def test_lost_gateway(client: AsyncClient, cluster: TestCluster) -> None:
+    """Calls of a session whose gateway is gone raise; none hangs."""
+    streams = [client.stream_chat("sim", f"{i}", max_tokens=2000, ignore_eos=True) for i in range(4)]
+    for stream in streams:
+        await anext(stream)
+    await cluster.gateway.stop(0)
+    for stream in streams:
+        with pytest.raises(HeadraceError):
+            [t async for t in stream]
+    await until(lambda: client._streams == 0, "all streams have ended")
