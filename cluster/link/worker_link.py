@@ -75,9 +75,9 @@ class WorkerLink:
     def submit(self, request: EngineRequest, sink: Sink, attempt: int = 1) -> int:
         """Send a request; its slot. The caller has seen room for it in `free`."""
         slot = next(self._slots)
+        message = codec.submit_to_pb(slot, attempt, request)  # first: what cannot be encoded takes no room
         self._sinks[slot] = sink
         self._purse.spend(len(request.prompt_token_ids))
-        message = codec.submit_to_pb(slot, attempt, request)
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"
             data = message.prompt_ids
