@@ -15,6 +15,7 @@ from cluster.api.types import EngineRequest, FinishReason, TokenOutput
 from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
 from cluster.link.worker_link import WorkerLink
+from cluster.observe.metrics import Histogram
 
 MAX_ATTEMPTS = 3
 
@@ -65,7 +66,8 @@ class Output:
         self.index = index
         self.request = request
         self.detokenizer = detokenizer
-        self.emitted: list[int] = []
+        self.emitted = detokenizer.token_ids
+        """Tokens told so far; the detokenizer's own list, so that those after a stop string are not in it."""
         self.taken = 0
         self.attempt = 1
         self.link: WorkerLink | None = None
@@ -115,14 +117,22 @@ class Output:
             self.finish_reason = _FINISH_WORDS[output.finish]
         before = len(self.emitted)
         stop = self.detokenizer.push(ids, output.finish is FinishReason.STOP)
-        self.emitted.extend(ids)
         if stop is not None:
-            del self.emitted[len(self.detokenizer.token_ids) :]
-            self.finish_reason = "stop"
-            self._leave_engine()
+            self._stopped()
         if output.logprobs and self._logprob_texts is not None:
             self._logprobs += self._logprob_texts.push(output.logprobs[: len(self.emitted) - before])
         call.progressed(len(self.emitted) - before)
+
+    def token(self, token_id: int) -> None:
+        """One step's only token: the common case of `output`."""
+        if self.detokenizer.push((token_id,)) is not None:
+            self._stopped()
+        self.call.progressed(1)
+
+    def _stopped(self) -> None:
+        """A stop string has come: the engine's work ends here."""
+        self.finish_reason = "stop"
+        self._leave_engine()
 
     def _broken(self, finish: FinishReason) -> CallError:
         """The error for an output that the engine has ended. Under a grammar ERROR says that no token was left."""
@@ -166,6 +176,13 @@ class Output:
         self._logprobs = []
         return piece
 
+    def take_text(self) -> str | None:
+        """The text since the last take when there is nothing else to tell, else None: then `take` tells it."""
+        if self.finish_reason or self._logprobs or not self._told:
+            return None
+        self.taken = len(self.emitted)
+        return self.detokenizer.take(False)
+
     @property
     def told(self) -> bool:
         """Whether its end has been taken."""
@@ -179,7 +196,7 @@ class Output:
 
 @dataclass(eq=False)
 class Call:
-    """One call from arrival to end. `again` puts a sequence back into the queue; `on_tokens` feeds the metrics."""
+    """One call from arrival to end. `again` puts a sequence back into the queue; `itl` measures time between tokens."""
 
     id: str
     model: str
@@ -188,7 +205,7 @@ class Call:
     deadline: float | None
     again: Callable[[Output], None]
     clock: Callable[[], float]
-    on_tokens: Callable[[int, float], None] | None = None
+    itl: Histogram | None = None
     sequences: list[Output] = field(default_factory=list)
     usage: CallUsage = field(default_factory=CallUsage)
     error: CallError | None = None
@@ -208,8 +225,8 @@ class Call:
             if self.first_token_at is None:
                 self.first_token_at = now
                 self.usage.ttft_s = now - self.arrived
-            elif self.on_tokens is not None:
-                self.on_tokens(tokens, now - self.last_news_at)
+            elif self.itl is not None:
+                self.itl.observe((now - self.last_news_at) / tokens)
             self.last_news_at = now
             self.usage.completion_tokens += tokens
         self.wake()
@@ -247,6 +264,14 @@ class Call:
         if self.error is not None and not any(piece.text for piece in pieces):
             raise self.error
         return pieces
+
+    def take_text(self) -> str | None:
+        """The common case of `take`: the next text of a call's only output, "" while it is held back; None when there
+        is more to tell than text."""
+        sequences = self.sequences
+        if len(sequences) != 1 or self.error is not None or self.silent:
+            return None
+        return sequences[0].take_text()
 
     @property
     def finished(self) -> bool:

@@ -47,8 +47,8 @@ def _decoder(kind: type[Message]) -> Callable[[bytes], Message | _Malformed]:
     return decode
 
 
-def _encode(message: Message) -> bytes:
-    return message.SerializeToString()
+def _encode(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,7 @@ class _Kind:
     chunk: Callable[[Call, Sequence[Piece], int], Message]
     response: Callable[[Call, Sequence[Piece]], Message]
     progress: Callable[[Call, pb.Progress], Message]
+    text: Callable[[bytes, str, int], bytes]
 
 
 _CHAT = _Kind(
@@ -66,12 +67,14 @@ _CHAT = _Kind(
     codec.chat_chunk,
     codec.chat_response,
     lambda call, progress: pb.ChatChunk(id=call.id, model=call.model, progress=progress),
+    codec.chat_text,
 )
 _COMPLETE = _Kind(
     codec.complete_wish,
     codec.complete_chunk,
     codec.complete_response,
     lambda call, progress: pb.CompleteChunk(id=call.id, model=call.model, progress=progress),
+    codec.complete_text,
 )
 
 
@@ -151,9 +154,15 @@ class GrpcFace:
     async def _stream(self, kind: _Kind, request: Any, context: Any, meta: CallMeta) -> None:
         async with self._service.open(kind.wish(request), meta) as call:
             await context.send_initial_metadata((("x-request-id", meta.request_id),))
+            head = pb.ChatChunk(id=call.id, model=call.model).SerializeToString()  # CompleteChunk's is the same
             offset = 0
             while True:
                 await call.news()
+                if (text := call.take_text()) is not None:
+                    if text:
+                        offset += 1
+                        await context.write(kind.text(head, text, offset))
+                    continue
                 pieces = call.take()
                 if not pieces:
                     await self._silent(kind, call, context)

@@ -135,7 +135,6 @@ class CallService:
         if not max_len:
             raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared")
         sampling = wishes.sampling(wish, model.default_sampling, len(prompt_ids), max_len, text.vocab_size)
-        itl = self.metrics.histogram("inter_token_latency_seconds", model.name)
         call = Call(
             id=f"{'chatcmpl' if isinstance(wish.prompt, wishes.ChatPrompt) else 'cmpl'}-{uuid.uuid4().hex}",
             model=model.name,
@@ -144,7 +143,7 @@ class CallService:
             deadline=meta.deadline,
             again=self.dispatcher.again,
             clock=self.clock,
-            on_tokens=lambda tokens, elapsed_s: itl.observe(elapsed_s / tokens),
+            itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
         )
         call.usage.prompt_tokens = len(prompt_ids)
         for index in range(options.n):

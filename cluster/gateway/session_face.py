@@ -17,7 +17,7 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
-from cluster.gateway.call import Call, Piece
+from cluster.gateway.call import Call
 from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.status import details
 from cluster.gateway.wishes import Wish
@@ -214,6 +214,9 @@ class Session:
         return events
 
     def _event(self, opened: _Open, call: Call) -> pb.SessionEvent | None:
+        if (text := call.take_text()) is not None:
+            opened.offset += bool(text)
+            return pb.SessionEvent(call_id=opened.call_id, text=text) if text else None
         try:
             pieces = call.take()
         except CallError:
@@ -226,8 +229,6 @@ class Session:
         if call.told:
             opened.told = True
             opened.ended.set()
-        elif _plain(pieces):
-            return pb.SessionEvent(call_id=opened.call_id, text=pieces[0].text)
         if opened.is_chat:
             return pb.SessionEvent(call_id=opened.call_id, chat=codec.chat_chunk(call, pieces, opened.offset))
         return pb.SessionEvent(call_id=opened.call_id, complete=codec.complete_chunk(call, pieces, opened.offset))
@@ -243,11 +244,3 @@ class Session:
         return pb.SessionEvent(
             call_id=opened.call_id, complete=pb.CompleteChunk(id=call.id, model=call.model, progress=progress)
         )
-
-
-def _plain(pieces: list[Piece]) -> bool:
-    """Whether there is nothing to tell but more text of choice 0."""
-    if len(pieces) != 1:
-        return False
-    piece = pieces[0]
-    return not (piece.first or piece.index or piece.finish_reason or piece.logprobs)

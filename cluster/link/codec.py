@@ -200,11 +200,16 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
         start = end
 
 
+def is_plain(step: pb.StepOutputs) -> bool:
+    """Whether every slot got one token and there is nothing else: slots and token_ids side by side say it all."""
+    return not (step.counts or step.firsts or step.finishes or step.logprobs)
+
+
 def outputs_from_pb(step: pb.StepOutputs) -> Iterator[tuple[int, TokenOutput]]:
     """(slot, output) in order. A slot's First, Finish and logprobs come with its last entry of the message."""
     slots = list(step.slots)
     ids = list(step.token_ids)
-    if not (step.counts or step.firsts or step.finishes or step.logprobs):
+    if is_plain(step):
         for slot, token_id in zip(slots, ids, strict=True):
             yield slot, TokenOutput("", (token_id,))
         return

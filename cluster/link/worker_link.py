@@ -31,6 +31,9 @@ class Sink(Protocol):
     def refused(self, reason: str, message: str, field: str) -> None:
         """The engine has not; nothing more comes."""
 
+    def token(self, token_id: int) -> None:
+        """`output` of one token with nothing else."""
+
     def output(self, output: TokenOutput) -> None:
         """One step's tokens; with `finish` nothing more comes."""
 
@@ -111,13 +114,7 @@ class WorkerLink:
             if (sink := self._sinks.pop(refused.slot, None)) is not None:
                 sink.refused(refused.reason, refused.message, refused.field)
         if message.HasField("step"):
-            for slot, output in codec.outputs_from_pb(message.step):
-                sink = self._sinks.get(slot)
-                if sink is None:
-                    continue
-                if output.finish is not None:
-                    del self._sinks[slot]
-                sink.output(output)
+            self._apply_step(message.step)
         changed = False
         if message.HasField("load"):
             self.load = codec.load_from_pb(message.load)
@@ -129,6 +126,22 @@ class WorkerLink:
             self.draining = message.draining.reason or "draining"
             changed = True
         return changed
+
+    def _apply_step(self, step: pb.StepOutputs) -> None:
+        sinks = self._sinks
+        if codec.is_plain(step):
+            for slot, token_id in zip(step.slots, step.token_ids, strict=True):
+                sink = sinks.get(slot)
+                if sink is not None:
+                    sink.token(token_id)
+            return
+        for slot, output in codec.outputs_from_pb(step):
+            sink = sinks.get(slot)
+            if sink is None:
+                continue
+            if output.finish is not None:
+                del sinks[slot]
+            sink.output(output)
 
     def end(self, why: str) -> None:
         """Tell every slot, once."""

@@ -68,7 +68,9 @@ DEFINITIONS: Mapping[str, _Definition] = {
 }
 
 
-class _Histogram:
+class Histogram:
+    """One series: counts by bucket and their sum."""
+
     __slots__ = ("_bounds", "counts", "sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -100,7 +102,7 @@ class Metrics(Collector):
     def __init__(self, cluster: str) -> None:
         self._cluster = cluster
         self._counters: dict[str, dict[tuple[str, ...], float]] = {}
-        self._histograms: dict[str, dict[tuple[str, ...], _Histogram]] = {}
+        self._histograms: dict[str, dict[tuple[str, ...], Histogram]] = {}
         self._gauges: list[Callable[[], Iterable[Sample]]] = []
         self._server: tuple[WSGIServer, threading.Thread] | None = None
         self.registry = CollectorRegistry(auto_describe=False)
@@ -111,11 +113,11 @@ class Metrics(Collector):
         series = self._counters.setdefault(name, {})
         series[labels] = series.get(labels, 0) + by
 
-    def histogram(self, name: str, *labels: str) -> _Histogram:
+    def histogram(self, name: str, *labels: str) -> Histogram:
         """A histogram's series; keep it where it is used often."""
         series = self._histograms.setdefault(name, {})
         if labels not in series:
-            series[labels] = _Histogram(DEFINITIONS[name].buckets)
+            series[labels] = Histogram(DEFINITIONS[name].buckets)
         return series[labels]
 
     def on_scrape(self, gauges: Callable[[], Iterable[Sample]]) -> None:

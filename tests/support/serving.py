@@ -88,6 +88,10 @@ class _Answer:
         """The request is at fault."""
         self.done.set_exception(AssertionError(f"refused: {reason} {field} {message}"))
 
+    def token(self, token_id: int) -> None:
+        """One token."""
+        self.output(TokenOutput("", (token_id,)))
+
     def output(self, output: TokenOutput) -> None:
         """Collect."""
         self.tokens.extend(output.token_ids)
