@@ -1,7 +1,6 @@
 """OpenAI's HTTP API over the CallService: the other codec of the one service.
 
-An ASGI application without layers on the way of a token: what a call has to say becomes one body message for each
-wake. A response starts with its first piece or its first sign of life, so that whatever fails before has its own
+An ASGI application; only the pieces of a stream pass by it, through http_relay. A response starts with its first piece or its first sign of life, so that whatever fails before has its own
 status code. HTTP has no deadlines; instead a client that goes away ends its call at once, wherever it is.
 """
 
@@ -25,6 +24,7 @@ from cluster.gateway import http_answers as answers
 from cluster.gateway.call import Call, Piece
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields, read_object
+from cluster.gateway.http_relay import Lane, Relay
 from cluster.gateway.service import CallMeta, CallService
 
 log = structlog.get_logger("http")
@@ -34,6 +34,8 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
+CONNECTION = "headrace.connection"
+"""Where the server puts a request's Connection in its scope."""
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
 _EVENTS = [
@@ -157,6 +159,7 @@ class HttpFace:
         self._service = service
         self._max_body_bytes = max_body_bytes
         self._created = int(time.time())
+        self._relay: Relay | None = None
 
     def app(self) -> Router:
         """All routes."""
@@ -194,13 +197,28 @@ class HttpFace:
                 continuous_usage=asked.continuous_usage,
             )
             try:
-                await _all(
-                    [_relay(call, stream, i * asked.wishes[0].options.n, exchange) for i, call in enumerate(calls)]
-                )
+                n = asked.wishes[0].options.n
+                await _all([self._relay_call(call, stream, i * n, exchange) for i, call in enumerate(calls)])
             except CallError as error:
                 raise answers.as_asked(error, asked.names) from None
         # The calls' places are free by now, however slowly the end is read.
         await exchange.write(stream.end([call.usage for call in calls]), more=False)
+
+    async def _relay_call(self, call: Call, stream: answers.Stream, shift: int, exchange: Exchange) -> None:
+        """Send a call's pieces as they come, until its end has been told."""
+        while not exchange.started:
+            await call.news()
+            pieces = call.take()
+            if pieces:
+                await exchange.write(stream.events(call, pieces, shift))
+                if call.told:
+                    return
+            elif call.silent:
+                call.silent = False
+                await exchange.write(answers.KEEP_ALIVE)
+        if self._relay is None:
+            self._relay = Relay()
+        await Lane(call, stream, shift, exchange.scope[CONNECTION], self._relay).run()
 
     async def _whole(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:
@@ -253,20 +271,6 @@ async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
     exchange = Exchange(scope, receive, send)
     content = answers.error_body(f"there is nothing at {scope['path']}", 404, "not_found")
     await exchange.whole(404, content)
-
-
-async def _relay(call: Call, stream: answers.Stream, shift: int, exchange: Exchange) -> None:
-    """Send a call's pieces as they come, until its end has been told."""
-    while True:
-        await call.news()
-        pieces = call.take()
-        if pieces:
-            await exchange.write(stream.events(call, pieces, shift))
-            if pieces[-1].finish_reason and call.told:
-                return
-        elif call.silent:
-            call.silent = False
-            await exchange.write(answers.KEEP_ALIVE)
 
 
 async def _ended(call: Call) -> list[Piece]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
+
+from cluster.gateway.http_face import CONNECTION
 
 KEEP_ALIVE_S = 75
 """Longer than clients keep an idle connection in their pools, so that they never write to one that is closing."""
@@ -19,13 +21,27 @@ MAX_HEAD_BYTES = 65_536
 
 
 class _Protocol(HttpToolsProtocol):
-    """Bounds what comes before a body, which the parser does not."""
+    """Bounds what comes before a body, which the parser does not, and is its requests' `Connection`."""
 
     _head_bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the client must read before more is written."""
+        return self.flow.write_paused
+
+    def write_chunk(self, data: bytes) -> None:
+        """Send one chunk of a body whose head has announced chunks, as every head without a length does."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    async def drained(self) -> None:
+        """Wait until it is full no longer, or closed."""
+        await self.flow.drain()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._head_bytes = 0
+        cast(dict[str, Any], self.scope)[CONNECTION] = self
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
