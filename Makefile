@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format protos requirements doctor clean clean-all
+.PHONY: help setup demo test test-fast check format protos requirements doctor bench bench-peers clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -49,6 +49,14 @@ doctor: ## what this machine lacks, with the line that installs it
 	@python="$$(command -v $(VENV)/python || command -v python3.11 || command -v python3)" && [ -n "$$python" ] \
 		|| { echo "doctor itself needs a Python: apt-get install python3 python3-venv"; exit 1; }; \
 		PYTHONPATH=. "$$python" -m cluster.cli.doctor
+
+bench: setup ## load tests (SCENARIO=relay ARGS="--json out.json --plot plots"); without SCENARIO the list
+	$(VENV)/python -m loadtests $(or $(SCENARIO),--help) $(ARGS)
+
+bench-peers: setup ## the environment .venv-peers, for the scenarios that run beside the peers
+	$(VENV)/uv venv --quiet --allow-existing --python $(VENV)/python .venv-peers
+	$(VENV)/uv pip sync --quiet --python .venv-peers/bin/python requirements/peers.txt
+	@echo "peers are in .venv-peers; try: make bench SCENARIO=relay"
 
 clean: ## remove caches and what was built
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,128 @@
+"""`python -m loadtests SCENARIO [--json FILE] [--plot DIR]`. Exit code 0 whole, 1 partial or failed, 2 bad usage."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+
+from loadtests import plots
+from loadtests.children import Children, DidNotStart
+from loadtests.report import Report
+from loadtests.scenarios import endpoint
+from loadtests.scenarios.common import PEERS, Options, Stage
+from loadtests.show import Screen
+from loadtests.traces import NoData
+
+SCENARIOS = {
+    "endpoint": "load any server that runs already: gRPC, OpenAI-compatible HTTP, Ray Serve's gRPC proxy",
+    "smoke": "every face of ours over a simulated engine, in seconds; no threshold on time",
+    "relay": "CPU per relayed token at 256 streams of a simulated engine, beside vllm-router",
+    "longprompt": "220 KB prompts at concurrency 50 over a simulated engine, beside vllm-router",
+    "startup": "gateway exec to first routed request with a 128k tokenizer",
+    "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
+}
+OK, PARTIAL, USAGE = 0, 1, 2
+PLAIN_WIDTH = 160
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
+    shared.add_argument("--plot", type=Path, metavar="DIR", help="write PNG plots")
+    shared.add_argument("--seed", type=int, default=1, help="of prompts, arrivals and engines (default 1)")
+    played = argparse.ArgumentParser(add_help=False)
+    played.add_argument("--rounds", type=positive, help="of each arm; below 10 no bound counts as met")
+    played.add_argument("--concurrency", type=positive, help="calls at once, in place of the scenario's")
+    played.add_argument("--tokens", type=positive, help="a call, in place of the scenario's")
+    played.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm; may be repeated")
+    played.add_argument("--no-pin", action="store_true", help="bind nothing to cores")
+    played.add_argument("--peers", type=Path, default=PEERS, help="the peers' environment (`make bench-peers`)")
+    played.add_argument("--logs", type=Path, metavar="DIR", help="keep the logs of all processes there")
+    out = argparse.ArgumentParser(prog="python -m loadtests", description="Load tests, beside the peers in one run.")
+    scenarios = out.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
+    for name, text in SCENARIOS.items():
+        one = scenarios.add_parser(
+            name, help=text, description=text, parents=[shared] + [played] * (name != "endpoint")
+        )
+        if name == "endpoint":
+            endpoint.add_arguments(one)
+    return out
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> Report:
+    """Run a scenario to its report, which is partial where something broke."""
+    report = Report(arguments.scenario, {"seed": arguments.seed})
+    if arguments.scenario == "endpoint":
+        await endpoint.play(arguments, screen, report)
+        return report
+    options = Options(
+        rounds=arguments.rounds,
+        tokens=arguments.tokens,
+        concurrency=arguments.concurrency,
+        seed=arguments.seed,
+        pin=not arguments.no_pin,
+        only=tuple(arguments.only),
+        peers=arguments.peers,
+    )
+    report.peers = options.peers
+    scenario = importlib.import_module(f"loadtests.scenarios.{arguments.scenario}")
+    async with Children(arguments.logs or folder / "logs") as children:
+        try:
+            await scenario.play(Stage(options, screen, children, folder, report))
+        except DidNotStart as error:
+            report.problems.append(str(error))
+        except asyncio.CancelledError:
+            report.problems.append("interrupted")
+    return report
+
+
+async def run(arguments: argparse.Namespace, screen: Screen) -> Report:
+    """`play`, which SIGINT and SIGTERM end early."""
+    with tempfile.TemporaryDirectory(prefix="headrace-loadtest-") as folder:
+        playing = asyncio.create_task(play(arguments, screen, Path(folder)))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
+        return await playing
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code."""
+    arguments = parser().parse_args(argv)
+    screen = Screen()
+    try:
+        if arguments.plot is not None:
+            plots.check()
+        report = asyncio.run(run(arguments, screen))
+    except (NoData, plots.NoPlots, endpoint.BadEndpoint, ValueError) as error:
+        screen.console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return USAGE
+    except asyncio.CancelledError:
+        return PARTIAL
+    report.show(Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH))
+    if arguments.json is not None:
+        report.write(arguments.json)
+        screen.say(f"report: {arguments.json}")
+    if arguments.plot is not None:
+        for path in plots.write(report, arguments.plot):
+            screen.say(f"plot: {path}")
+    return OK if report.complete else PARTIAL
+
+
+if __name__ == "__main__":
+    sys.exit(main())

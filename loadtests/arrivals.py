@@ -1,0 +1,33 @@
+"""When calls are due, seconds from the begin of a run. Seeded; nothing here waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def poisson(count: int, rate_per_s: float, seed: int) -> list[float]:
+    """`count` arrivals of a Poisson process."""
+    return gamma(count, rate_per_s, 1.0, seed)
+
+
+def gamma(count: int, rate_per_s: float, cv: float, seed: int) -> list[float]:
+    """Arrivals whose gaps are Gamma distributed with coefficient of variation `cv`: 1 is Poisson, above is bursty."""
+    if rate_per_s <= 0:
+        raise ValueError(f"the rate must be above 0 requests a second, got {rate_per_s:g}")
+    if cv <= 0:
+        raise ValueError(f"the coefficient of variation must be above 0, got {cv:g}")
+    shape = 1.0 / cv**2
+    gaps = np.random.default_rng(seed).gamma(shape, 1.0 / (rate_per_s * shape), size=count)
+    return [float(at) for at in np.cumsum(gaps)]
+
+
+def replay(times_s: Sequence[float], speed: float) -> list[float]:
+    """A trace's own arrival times from 0 on, `speed` times as fast."""
+    if speed <= 0:
+        raise ValueError(f"the speed must be above 0, got {speed:g}")
+    if not times_s:
+        return []
+    first = min(times_s)
+    return [(at - first) / speed for at in times_s]

@@ -1,0 +1,161 @@
+"""Processes that a scenario starts: on loopback, in groups of their own, with a log, and gone at its end.
+
+A child ends its whole group when its standard input does: so nothing stays even if the harness is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+_GUARD = """
+exec 3<&0
+"$@" </dev/null 3<&- &
+command=$!
+{ read -r _ <&3; kill -KILL 0; } &
+wait $command
+code=$?
+kill $!
+exit $code
+"""
+TERM_S = 10.0
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class DidNotStart(Exception):
+    """A child ended, or was not ready in time; the message holds its last words."""
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass(eq=False)
+class Child:
+    """One started process with all that it starts."""
+
+    name: str
+    kind: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    family: set[tuple[int, float]] = field(default_factory=set)
+    _stopped: bool = False
+
+    @property
+    def pid(self) -> int:
+        """Of the guard, the root of the tree."""
+        return self.process.pid
+
+    def tail(self, lines: int = 25) -> str:
+        """The last words of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    @property
+    def alive(self) -> bool:
+        """Whether the command itself still runs, not only its guard."""
+        return self.process.poll() is None
+
+    def commands(self) -> list[psutil.Process]:
+        """The command's own process, without the guard's."""
+        try:
+            return [p for p in psutil.Process(self.pid).children() if _GUARD not in p.cmdline()]
+        except psutil.NoSuchProcess:
+            return []
+
+    async def until(self, ready: Callable[[], Awaitable[bool]], what: str, timeout_s: float) -> None:
+        """Wait until it is ready. Raises DidNotStart."""
+        deadline = time.monotonic() + timeout_s
+        while not await ready():
+            why = "ended" if not self.alive else "was not ready in time" if time.monotonic() > deadline else ""
+            if why and not await ready():  # a program may be done between the two looks
+                raise DidNotStart(f"{self.name} {why} ({what}); its log ends:\n{self.tail()}")
+            await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        """End it and its descendants: in order first, then by force. Idempotent."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._remember()
+        for command in self.commands():  # not the guard, whose end would take the whole group at once
+            with contextlib.suppress(psutil.NoSuchProcess):
+                command.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + TERM_S
+        while self._living() and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
+            await asyncio.sleep(0.05)
+        for member in self._living():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        await asyncio.to_thread(self.process.wait)
+
+    def _remember(self) -> None:
+        try:
+            for member in psutil.Process(self.pid).children(recursive=True):
+                self.family.add((member.pid, member.create_time()))
+        except psutil.NoSuchProcess:
+            return
+
+    def _living(self) -> list[psutil.Process]:
+        self._remember()
+        living = []
+        for pid, created in self.family:
+            try:
+                member = psutil.Process(pid)
+                if member.create_time() == created and member.status() != psutil.STATUS_ZOMBIE:
+                    living.append(member)
+            except psutil.NoSuchProcess:
+                continue
+        return living
+
+
+class Children:
+    """All children of a scenario; leaving the context ends them."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` gets their logs."""
+        self.folder = folder
+        self.started: list[Child] = []
+
+    async def __aenter__(self) -> Children:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(child.stop() for child in reversed(self.started)))
+
+    def start(
+        self, name: str, kind: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+    ) -> Child:
+        """Start `command` with its output in `<name>.log`. `kind` is the class its CPU time counts in."""
+        log = self.folder / f"{name}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                ["bash", "-c", _GUARD, "guard", *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=ROOT,
+                env={**os.environ, **(environment or {})},
+            )
+        child = Child(name, kind, process, log)
+        self.started.append(child)
+        return child

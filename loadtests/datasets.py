@@ -1,0 +1,87 @@
+"""What is asked: seeded prompts of given lengths, with shared prefixes, from MT-bench, or in a trace's blocks.
+
+The driver has no tokenizer: lengths are in words of `WORDS`, each a token or a few of any English tokenizer, and the
+report states the true counts, which the server tells.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from loadtests import traces
+from loadtests.faces.base import Request
+from loadtests.traces import DEFAULT_FOLDER, NoData, Traced
+
+_TEXT = (
+    "the of and to in is that it was for on are with as his they be at one have this from or had by hot but some what "
+    "there we can out other were all your when up use word how said an each she which do their time if will way about "
+    "many then them would write like so these her long make thing see him two has look more day could go come did my "
+    "sound no most number who over know water than call first people may down side been now find"
+)
+WORDS = tuple(_TEXT.split())
+BLOCK_WORDS = 512
+NAMES = ("fixed", "prefixes", "mt-bench", *traces.TRACES)
+
+
+def words(seed: str, count: int) -> str:
+    """`count` words; equal seeds give equal words, and a longer text begins with the shorter one."""
+    rng = random.Random(seed)
+    return " ".join(rng.choices(WORDS, k=max(count, 1)))
+
+
+def fixed(count: int, prompt_words: int, max_tokens: int, seed: int, chat: bool = True) -> list[Request]:
+    """Prompts of one length that share nothing."""
+    return [
+        Request(f"fixed-{seed}-{i}", f"{i} {words(f'{seed}/{i}', prompt_words)}", max_tokens, chat)
+        for i in range(count)
+    ]
+
+
+def prefixes(
+    count: int, groups: int, prefix_words: int, own_words: int, max_tokens: int, seed: int, chat: bool = True
+) -> list[Request]:
+    """Prompts in `groups`, each with a prefix of its own that its members share."""
+    rng = random.Random(f"{seed}/groups")
+    out = []
+    for i in range(count):
+        group = rng.randrange(groups)
+        prompt = f"{words(f'{seed}/prefix/{group}', prefix_words)} {words(f'{seed}/own/{i}', own_words)}"
+        out.append(Request(f"prefixes-{seed}-{i}", prompt, max_tokens, chat, group=f"prefix-{group}"))
+    return out
+
+
+def mt_bench(count: int, max_tokens: int, seed: int, folder: Path = DEFAULT_FOLDER) -> list[Request]:
+    """MT-bench's first questions in a seeded order, again from the begin when there are too few."""
+    path = traces.data_file(folder, "fastchat/mt_bench_question.jsonl")
+    questions = [json.loads(line) for line in path.read_text().splitlines()]
+    random.Random(seed).shuffle(questions)
+    picked = [questions[i % len(questions)] for i in range(count)]
+    return [
+        Request(f"mt-{q['question_id']}-{i // len(questions)}", q["turns"][0], max_tokens, group=q["category"])
+        for i, q in enumerate(picked)
+    ]
+
+
+def from_trace(requests: Sequence[Traced], scale: float, seed: int, max_tokens: int = 0) -> list[Request]:
+    """A trace's requests with lengths times `scale`; equal blocks are equal text, so prefixes are shared as traced."""
+    out = []
+    for i, traced in enumerate(requests):
+        if traced.blocks:
+            each = max(1, round(BLOCK_WORDS * scale))
+            prompt = " ".join(words(f"{seed}/block/{block}", each) for block in traced.blocks)
+        else:
+            prompt = words(f"{seed}/{i}", round(traced.prompt_tokens * scale))
+        tokens = max(1, round(traced.output_tokens * scale))
+        tokens = min(tokens, max_tokens) if max_tokens else tokens
+        out.append(Request(f"trace-{seed}-{i}", prompt, tokens, group=traced.tenant))
+    return out
+
+
+def check_name(name: str) -> str:
+    """The name itself. Raises NoData for an unknown one."""
+    if name not in NAMES:
+        raise NoData(f"unknown dataset {name!r}: there are {', '.join(NAMES)}")
+    return name

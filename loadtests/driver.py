@@ -1,0 +1,187 @@
+"""The driver: makes the calls of a plan over a face, at their times or so many at once, and never hangs.
+
+Open loop: a call goes out when it is due, however many are under way. Closed loop: `concurrency` callers, each of
+which makes the next call when its last has ended. A server that dies ends the run early with an honest record of
+what came before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from loadtests.faces.base import CallFailed, Face, Request
+from loadtests.records import Record, Run, digest
+
+DEAD_AFTER_FAILURES = 8
+"""So many calls in a row that found the server gone, and none that did not, mean that it is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on time, seconds: a call's, and the whole run's."""
+
+    call_s: float = 120.0
+    run_s: float = 600.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a watcher may show while a run is under way."""
+
+    total: int
+    sent: int = 0
+    ended: int = 0
+    failed: int = 0
+    pieces: int = 0
+
+    @property
+    def running(self) -> int:
+        """Calls under way."""
+        return self.sent - self.ended
+
+
+OnStart = Callable[[Progress], None]
+
+
+class _Ended(Exception):
+    """The run is over before its plan is; the message says why."""
+
+
+class _Run:
+    def __init__(self, face: Face, limits: Limits, progress: Progress) -> None:
+        self.face = face
+        self.limits = limits
+        self.progress = progress
+        self.records: list[Record] = []
+        self.begin = time.perf_counter()
+        self.dead = 0
+        self.answered = False
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def now(self) -> float:
+        return time.perf_counter() - self.begin
+
+    async def call(self, request: Request, due_s: float) -> None:
+        record = Record(request.key, request.group, due_s, request.max_tokens)
+        self.records.append(record)
+        pieces: list[str] = []
+        gaps, progress, clock, begin = record.gaps_s, self.progress, time.perf_counter, self.begin
+        last = -1.0
+
+        def on_text(text: str) -> None:
+            nonlocal last
+            now = clock() - begin
+            if last < 0.0:
+                record.first_s = now
+            else:
+                gaps.append(now - last)
+            last = now
+            pieces.append(text)
+            progress.pieces += 1
+
+        progress.sent += 1
+        record.sent_s = self.now()
+        try:
+            async with asyncio.timeout(self.limits.call_s):
+                answer = await self.face.run(request, on_text)
+        except CallFailed as error:
+            self._failed(record, error)
+        except TimeoutError:
+            self._failed(record, CallFailed(CallFailed.TIMEOUT, f"no end within {self.limits.call_s:g} s"))
+        except asyncio.CancelledError:
+            record.error, record.message = "not ended", "the run was ended before this call"
+            raise
+        else:
+            record.tokens = answer.completion_tokens if answer.completion_tokens is not None else len(pieces)
+            record.prompt_tokens, record.cached_tokens = answer.prompt_tokens, answer.cached_tokens
+            record.finish_reason = answer.finish_reason
+            self.dead, self.answered = 0, True
+        finally:
+            record.ended_s = self.now()
+            record.pieces = len(pieces)
+            record.last_s = last if last >= 0.0 else None
+            record.text_digest = digest(pieces)
+            progress.ended += 1
+
+    def _failed(self, record: Record, error: CallFailed) -> None:
+        record.error, record.message = error.kind, error.message
+        self.progress.failed += 1
+        self.dead = self.dead + 1 if error.fatal else 0
+        if self.dead >= DEAD_AFTER_FAILURES and not self.over.done():
+            what = "the server died" if self.answered else "nobody answers"
+            self.over.set_exception(_Ended(f"{what}: {self.dead} calls in a row ended with {error}"))
+
+    async def open_loop(self, plan: Sequence[tuple[float, Request]]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for due_s, request in plan:
+                wait_s = due_s - self.now()
+                await asyncio.sleep(max(wait_s, 0.0))
+                group.create_task(self.call(request, due_s))
+
+    async def closed_loop(self, requests: Sequence[Request], concurrency: int) -> None:
+        left: Iterator[Request] = iter(requests)
+
+        async def caller() -> None:
+            for request in left:
+                await self.call(request, self.now())
+                if self.over.done():
+                    return
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(requests))):
+                group.create_task(caller())
+
+    async def bounded(self, work: asyncio.Task[None]) -> str:
+        """Wait for the plan's end, or for why it cannot come."""
+        try:
+            await asyncio.wait((work, self.over), timeout=self.limits.run_s, return_when=asyncio.FIRST_COMPLETED)
+            if self.over.done():
+                return str(self.over.exception())
+            if work.done():
+                work.result()
+                return ""
+            return f"the run was not over after {self.limits.run_s:g} s"
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            if self.over.done():
+                self.over.exception()
+            self.over.cancel()
+
+
+async def drive(
+    face: Face,
+    requests: Sequence[Request],
+    *,
+    concurrency: int | None = None,
+    due_s: Sequence[float] | None = None,
+    limits: Limits | None = None,
+    on_start: OnStart | None = None,
+) -> Run:
+    """Make all calls: `concurrency` at once, or each at its `due_s` (seconds from now). Never raises for a server."""
+    if (concurrency is None) == (due_s is None):
+        raise ValueError("give either concurrency (closed loop) or due_s (open loop)")
+    progress = Progress(len(requests))
+    if on_start is not None:
+        on_start(progress)
+    gc.collect()
+    gc.freeze()  # what is there stays; collections then walk over the run's own objects only
+    cpu_s = time.process_time()
+    run = _Run(face, limits or Limits(), progress)
+    plan = (
+        run.open_loop(list(zip(due_s, requests, strict=True)))
+        if due_s is not None
+        else run.closed_loop(requests, concurrency or 1)
+    )
+    try:
+        problem = await run.bounded(asyncio.create_task(plan))
+    finally:
+        gc.unfreeze()
+    duration_s, cpu_s = run.now(), time.process_time() - cpu_s
+    if not problem and run.records and not run.answered and run.dead:
+        problem = f"nobody answers: {run.records[-1].error}: {run.records[-1].message}"
+    return Run(run.records, duration_s, cpu_s, problem)

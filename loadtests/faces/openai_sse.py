@@ -1,0 +1,129 @@
+"""Any OpenAI-compatible endpoint: /v1/chat/completions and /v1/completions as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+from loadtests.faces.base import Answer, CallFailed, OnText, Request
+from loadtests.faces.http1 import Connection
+
+MAX_ERROR_BYTES = 4096
+
+
+class _Events:
+    """One answer: bytes in, pieces of text out, counts kept."""
+
+    def __init__(self, chat: bool, on_text: OnText) -> None:
+        self._chat = chat
+        self._on_text = on_text
+        self._rest = b""
+        self.head = b""
+        self.usage: dict[str, Any] | None = None
+        self.finish = ""
+        self.started = False
+        self.error = ""
+
+    def feed(self, data: bytes) -> None:
+        if len(self.head) < MAX_ERROR_BYTES:
+            self.head += data[:MAX_ERROR_BYTES]
+        *events, self._rest = (self._rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
+        for event in events:
+            for line in event.split(b"\n"):
+                if line.startswith(b"data:"):
+                    self._data(line[5:].strip())
+
+    def _data(self, data: bytes) -> None:
+        if data == b"[DONE]":
+            return
+        value = json.loads(data)
+        if "error" in value:
+            self.error = str(value["error"])
+            return
+        for choice in value.get("choices") or ():
+            text = (choice.get("delta") or {}).get("content") if self._chat else choice.get("text")
+            if text:
+                self.started = True
+                self._on_text(text)
+            self.finish = choice.get("finish_reason") or self.finish
+        self.usage = value.get("usage") or self.usage
+
+
+class OpenAiSse:
+    """Calls over a pool of kept-alive connections, one a call."""
+
+    name = "http"
+
+    def __init__(self, url: str, model: str, *, api_key: str = "") -> None:
+        """`url` is the server's root, e.g. http://127.0.0.1:8000. Raises ValueError for what is not http://host:port."""
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname:
+            raise ValueError(f"endpoint {url!r}: expected http://HOST:PORT (plain HTTP, the driver speaks no TLS)")
+        self._host, self._port = parts.hostname, parts.port or 80
+        self._root = parts.path.rstrip("/").removesuffix("/v1")
+        self._model = model
+        self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+        self._idle: list[Connection] = []
+
+    async def run(self, request: Request, on_text: OnText) -> Answer:
+        """See Face."""
+        events = _Events(request.chat, on_text)
+        connection = await self._connection()
+        whole = False
+        try:
+            status = await connection.ask(self._bytes(request), events.feed)
+            whole = True
+        finally:
+            if whole and connection.usable:
+                self._idle.append(connection)
+            else:
+                connection.close()
+        if status != 200:
+            raise CallFailed(f"status {status}", events.head[:300].decode(errors="replace"))
+        if events.error:
+            raise CallFailed("error event", events.error[:300])
+        if events.usage is None:
+            raise CallFailed(CallFailed.PROTOCOL, "the stream ended without usage (stream_options.include_usage)")
+        usage = events.usage
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        return Answer(usage.get("completion_tokens"), usage.get("prompt_tokens"), cached, events.finish)
+
+    async def _connection(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
+        try:
+            _, made = await asyncio.get_running_loop().create_connection(Connection, self._host, self._port)
+        except OSError as error:
+            raise CallFailed(CallFailed.UNREACHABLE, f"{self._host}:{self._port}: {error.strerror or error}") from None
+        return made
+
+    def _bytes(self, request: Request) -> bytes:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "max_tokens": request.max_tokens,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if request.chat:
+            body["messages"] = [{"role": "user", "content": request.prompt}]
+        else:
+            body["prompt"] = request.prompt
+        data = json.dumps(body, separators=(",", ":")).encode()
+        path = f"{self._root}/v1/{'chat/' if request.chat else ''}completions"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
+            f"Accept: text/event-stream\r\n{self._key}Content-Length: {len(data)}\r\n\r\n"
+        )
+        return head.encode() + data
+
+    async def close(self) -> None:
+        """See Face."""
+        while self._idle:
+            self._idle.pop().close()

@@ -1,0 +1,166 @@
+"""Figures: paired ratios over interleaved rounds, with a 95 % bootstrap interval and the absolute difference beside.
+
+Problem: on a shared machine two runs differ by more than two servers do. So the servers take turns (A-B-A-B), each
+round gives one ratio of neighbours in time, and the rounds are drawn again with replacement. Met means that the
+worse end of the interval is inside the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+MIN_ROUNDS = 10
+DRAWS = 10_000
+LEVEL = (2.5, 97.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What is to be reached: `<= limit` or `>= limit`."""
+
+    sense: str
+    limit: float
+
+    def __post_init__(self) -> None:
+        if self.sense not in ("<=", ">="):
+            raise ValueError(f"a bound is <= or >=, not {self.sense!r}")
+
+    def met(self, interval: Interval) -> bool:
+        """Whether the worse end is inside."""
+        return interval.high <= self.limit if self.sense == "<=" else interval.low >= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.sense} {self.limit:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One row of a scenario's table. `value` None comes with the reason; `met` None where nothing is asked."""
+
+    name: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bound: str | None = None
+    met: bool | None = None
+    reason: str | None = None
+    unit: str = "ratio"
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    difference_unit: str | None = None
+    rounds: int = 0
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def _bootstrap(estimate: Callable[[Any], Any], count: int, seed: int) -> Interval:
+    """`estimate` maps indices (draws, count) to one estimate a draw."""
+    drawn = np.random.default_rng(seed).integers(0, count, size=(DRAWS, count))
+    low, high = np.percentile(estimate(drawn), LEVEL)
+    return Interval(float(estimate(np.arange(count)[None, :])[0]), float(low), float(high))
+
+
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:
+    """The geometric mean of the rounds' ratios ours/theirs. Raises ValueError for unequal, empty or zero rounds."""
+    _check_pairs(ours, theirs)
+    if min(*ours, *theirs) <= 0:
+        raise ValueError("a ratio needs values above 0")
+    logs = np.log(np.asarray(ours) / np.asarray(theirs))
+    return _bootstrap(lambda index: np.exp(logs[index].mean(axis=1)), len(logs), seed)
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:
+    """The mean of the rounds' differences ours - theirs."""
+    _check_pairs(ours, theirs)
+    return mean([a - b for a, b in zip(ours, theirs, strict=True)], seed)
+
+
+def mean(values: Sequence[float], seed: int = 0) -> Interval:
+    """The mean of independent rounds."""
+    if not values:
+        raise ValueError("no rounds")
+    array = np.asarray(values)
+    return _bootstrap(lambda index: array[index].mean(axis=1), len(array), seed)
+
+
+def _check_pairs(ours: Sequence[float], theirs: Sequence[float]) -> None:
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"pairs of rounds are needed, got {len(ours)} and {len(theirs)}")
+
+
+def too_few(rounds: int) -> str | None:
+    """Why a bound cannot count as met; None when there are enough rounds."""
+    return None if rounds >= MIN_ROUNDS else f"{rounds} rounds; a bound counts as met from {MIN_ROUNDS} on"
+
+
+def ratio_figure(
+    name: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    bound: Bound | None,
+    *,
+    scale: float = 1.0,
+    difference_unit: str = "",
+    note: str = "",
+) -> Figure:
+    """A paired ratio as a row; `scale` turns the values into `difference_unit`. Too few rounds are never met."""
+    if not ours or not theirs:
+        return missing(name, bound, "no round gave a value for both")
+    ratio, difference = paired_ratio(ours, theirs), paired_difference(ours, theirs)
+    reason = too_few(len(ours))
+    return Figure(
+        name=name,
+        value=ratio.value,
+        low=ratio.low,
+        high=ratio.high,
+        bound=str(bound) if bound else None,
+        met=bound.met(ratio) and reason is None if bound else None,
+        reason=reason if bound else None,
+        difference=difference.value * scale,
+        difference_low=difference.low * scale,
+        difference_high=difference.high * scale,
+        difference_unit=difference_unit or None,
+        rounds=len(ours),
+        note=note,
+    )
+
+
+def plain_figure(
+    name: str, interval: Interval, unit: str, bound: Bound | None, rounds: int, *, note: str = ""
+) -> Figure:
+    """A value that is no ratio. Too few rounds are never met."""
+    reason = too_few(rounds) if bound else None
+    return Figure(
+        name=name,
+        value=interval.value,
+        low=interval.low,
+        high=interval.high,
+        bound=str(bound) if bound else None,
+        met=bound.met(interval) and reason is None if bound else None,
+        reason=reason,
+        unit=unit,
+        rounds=rounds,
+        note=note,
+    )
+
+
+def missing(name: str, bound: Bound | None, reason: str) -> Figure:
+    """A row that was not measured, and why."""
+    return Figure(name, bound=str(bound) if bound else None, reason=reason)

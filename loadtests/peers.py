@@ -1,0 +1,111 @@
+"""The peers: how each is started, and before what. They have an environment of their own (`make bench-peers`)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtests.children import Child, Children, free_port
+
+READY_S = 60.0
+ENGINE_READY_S = 180.0
+
+
+class NoPeers(Exception):
+    """The peers' environment is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A running peer."""
+
+    child: Child
+    url: str
+
+
+def program(environment: Path, name: str) -> str:
+    """A peer's command. Raises NoPeers."""
+    path = environment / "bin" / name
+    if not path.exists():
+        raise NoPeers(f"{path} is missing: `make bench-peers` makes the peers' environment")
+    return str(path)
+
+
+async def answers(port: int, path: str) -> bool:
+    """Whether a GET on loopback gets status 200."""
+    try:
+        async with asyncio.timeout(2.0):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+                line = await reader.readline()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
+    return line.split(b" ")[1:2] == [b"200"]
+
+
+async def _ready(child: Child, port: int, timeout_s: float, path: str = "/health") -> Peer:
+    await child.until(lambda: answers(port, path), f"it answers {path}", timeout_s)
+    return Peer(child, f"http://127.0.0.1:{port}")
+
+
+async def vllm_router(children: Children, environment: Path, engine_port: int) -> Peer:
+    """vllm-router, cache aware, before one server. Raises DidNotStart or NoPeers."""
+    port = free_port()
+    command = [program(environment, "vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--worker-urls", f"http://127.0.0.1:{engine_port}", "--policy", "cache_aware"]
+    command += ["--prometheus-port", str(free_port()), "--prometheus-host", "127.0.0.1", "--log-level", "warning"]
+    child = children.start("vllm-router", "vllm-router", command)
+    return await _ready(child, port, READY_S)
+
+
+async def smg(children: Children, environment: Path, engine_port: int, model: str, tokenizer: Path) -> Peer:
+    """SMG, cache aware, before one server over HTTP. Raises DidNotStart or NoPeers."""
+    port = free_port()
+    command = [program(environment, "smg"), "launch", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--worker-urls", f"http://127.0.0.1:{engine_port}", "--policy", "cache_aware"]
+    command += ["--prometheus-port", str(free_port()), "--prometheus-host", "127.0.0.1", "--log-level", "warn"]
+    command += ["--tokenizer-path", str(tokenizer)]
+    child = children.start("smg", "smg", command)
+    return await _ready(child, port, READY_S)
+
+
+async def litellm(children: Children, environment: Path, engine_port: int, model: str, folder: Path) -> Peer:
+    """LiteLLM's proxy, one worker, before one server. Raises DidNotStart or NoPeers."""
+    port = free_port()
+    entry = {"model": f"hosted_vllm/{model}", "api_base": f"http://127.0.0.1:{engine_port}/v1", "api_key": "none"}
+    configuration = folder / "litellm.yaml"
+    configuration.write_text(json.dumps({"model_list": [{"model_name": model, "litellm_params": entry}]}))
+    command = [program(environment, "litellm"), "--config", str(configuration), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--num_workers", "1", "--telemetry", "False"]
+    child = children.start(
+        "litellm", "litellm", command, {"LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    )
+    return await _ready(child, port, READY_S, "/health/liveliness")
+
+
+async def vllm_server(
+    children: Children, model: str, folder: Path, engine: Mapping[str, object], environment: Mapping[str, str]
+) -> tuple[Peer, int]:
+    """vLLM's own OpenAI server, stock, with the engine arguments that ours has. Raises DidNotStart."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", model, "--host", "127.0.0.1", "--port", str(port)]
+    command += [*flags(engine), "--disable-uvicorn-access-log"]
+    child = children.start("vllm-server", "vllm server", command, environment)
+    return await _ready(child, port, ENGINE_READY_S), port
+
+
+def flags(arguments: Mapping[str, object]) -> Sequence[str]:
+    """Engine arguments as the command line of vLLM takes them."""
+    out: list[str] = []
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        out += [flag] if value is True else [flag, str(value)]
+    return out

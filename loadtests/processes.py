@@ -1,0 +1,113 @@
+"""CPU time and memory of the serving side, process by process, each in a class.
+
+A root is a process that the harness has started, with the class it stands for; its descendants have the class that
+their command line says, else their parent's. The kernel keeps CPU time in steps of 10 ms a process: rounds are made
+long enough for that not to matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import psutil
+
+ENGINE_CORE, ENGINE_RANK = "engine core", "engine rank"
+SIMULATED = "simulated engine"
+_BY_COMMAND = (
+    (re.compile(r"^VLLM::EngineCore"), ENGINE_CORE),
+    (re.compile(r"^VLLM::Worker"), ENGINE_RANK),
+    (re.compile(r"^ray::.*[Pp]roxy"), "ray proxy"),
+    (re.compile(r"^ray::.*ServeReplica"), "ray replica"),
+    (re.compile(r"^ray::.*ServeController"), "ray controller"),
+    (re.compile(r"^ray::"), "ray worker"),
+    (re.compile(r"raylet|gcs_server|ray/dashboard|ray/_private|log_monitor|runtime_env"), "ray system"),
+)
+ENGINE = frozenset((ENGINE_CORE, ENGINE_RANK))
+NOBODY = frozenset((SIMULATED,))
+"""What stands in for an engine behind a peer counts for nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One process at one moment."""
+
+    kind: str
+    cpu_s: float
+    rss_bytes: int
+
+
+Snapshot = Mapping[tuple[int, float], Seen]
+"""By (pid, time of creation), so that a pid that is used again is another process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the serving side spent between two snapshots, by class of process."""
+
+    cpu_s: Mapping[str, float]
+    rss_bytes: Mapping[str, int]
+
+    def front_end_s(self) -> float:
+        """CPU seconds of everything but engine cores, ranks and simulated engines."""
+        return sum(s for kind, s in self.cpu_s.items() if kind not in ENGINE | NOBODY)
+
+    def whole_s(self) -> float:
+        """CPU seconds of everything that counts."""
+        return sum(s for kind, s in self.cpu_s.items() if kind not in NOBODY)
+
+
+def snapshot(roots: Iterable[tuple[int, str]]) -> Snapshot:
+    """All processes under `roots`, each (pid, class). Ended ones are missing."""
+    found: dict[tuple[int, float], Seen] = {}
+    for pid, kind in roots:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _look(psutil.Process(pid), kind, found)
+    return found
+
+
+def _look(process: psutil.Process, kind: str, found: dict[tuple[int, float], Seen]) -> None:
+    try:
+        with process.oneshot():
+            times, rss = process.cpu_times(), process.memory_info().rss
+            kind = classify(" ".join(process.cmdline()), kind)
+            found[(process.pid, process.create_time())] = Seen(kind, times.user + times.system, rss)
+        children = process.children()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return
+    for child in children:
+        _look(child, kind, found)
+
+
+def classify(command: str, parents: str) -> str:
+    """The class of a process by its command line, else its parent's."""
+    return next((kind for pattern, kind in _BY_COMMAND if pattern.search(command)), parents)
+
+
+def used(before: Snapshot, after: Snapshot) -> Usage:
+    """What was spent between two snapshots. A process that began in between counts from its begin."""
+    cpu: dict[str, float] = {}
+    rss: dict[str, int] = {}
+    for key, now in after.items():
+        then = before.get(key)
+        cpu[now.kind] = cpu.get(now.kind, 0.0) + now.cpu_s - (then.cpu_s if then else 0.0)
+        rss[now.kind] = rss.get(now.kind, 0) + now.rss_bytes
+    return Usage(cpu, rss)
+
+
+def pin(pid: int, cpus: Iterable[int]) -> None:
+    """Bind a process, its threads and all its descendants to `cpus`; those that have ended are passed over."""
+    wanted = list(cpus)
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for thread in member.threads():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread.id, wanted)

@@ -1,0 +1,178 @@
+"""What a run leaves behind: one record a call, and what is computed of them.
+
+TPOT is (last piece - first piece) / (tokens - 1) with the server's own token count: coalescing several tokens into
+a piece cannot flatter it. ITL is the gap between two pieces of text, which coalescing makes longer, never shorter;
+beside it stand the share of pieces that held one token and the longest silent gap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+QUANTILES = (50, 90, 99)
+
+
+@dataclass(slots=True)
+class Record:
+    """One call. Times are seconds from the run's begin; None where it did not come to that."""
+
+    key: str
+    group: str
+    due_s: float
+    asked_tokens: int
+    sent_s: float = 0.0
+    first_s: float | None = None
+    last_s: float | None = None
+    ended_s: float = 0.0
+    pieces: int = 0
+    gaps_s: list[float] = field(default_factory=list)
+    tokens: int = 0
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    finish_reason: str = ""
+    text_digest: str = ""
+    error: str = ""
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the whole answer came."""
+        return not self.error
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From sending to the first piece of text."""
+        return None if self.first_s is None else self.first_s - self.sent_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds a token after the first; None below two tokens."""
+        if self.first_s is None or self.last_s is None or self.tokens < 2:
+            return None
+        return (self.last_s - self.first_s) / (self.tokens - 1)
+
+    @property
+    def e2e_s(self) -> float:
+        """From sending to the end."""
+        return self.ended_s - self.sent_s
+
+    @property
+    def longest_gap_s(self) -> float:
+        """The longest silence after the first piece."""
+        return max(self.gaps_s, default=0.0)
+
+    def sample(self) -> dict[str, Any]:
+        """The raw sample of the report."""
+        return {
+            "due_s": _short(self.due_s),
+            "sent_s": _short(self.sent_s),
+            "ttft_s": _short(self.ttft_s),
+            "tpot_s": _short(self.tpot_s),
+            "e2e_s": _short(self.e2e_s),
+            "longest_gap_s": _short(self.longest_gap_s),
+            "tokens": self.tokens,
+            "pieces": self.pieces,
+            "prompt_tokens": self.prompt_tokens,
+            "error": self.error,
+        }
+
+
+def digest(pieces: Sequence[str]) -> str:
+    """A short name of a text."""
+    return hashlib.blake2b("".join(pieces).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Goodput counts the calls that meet every bound that is given, seconds."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+    def met_by(self, record: Record) -> bool:
+        """Whether a call meets it."""
+        pairs = ((self.ttft_s, record.ttft_s), (self.tpot_s, record.tpot_s), (self.e2e_s, record.e2e_s))
+        return record.ok and all(bound is None or (value or 0.0) <= bound for bound, value in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The calls of one run in the order in which they were due, and how long it took."""
+
+    records: Sequence[Record]
+    duration_s: float
+    driver_cpu_s: float
+    problem: str = ""
+    """Why it ended early; empty when every call was made."""
+
+    @property
+    def good(self) -> Sequence[Record]:
+        """Calls with a whole answer."""
+        return [record for record in self.records if record.ok]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all whole answers."""
+        return sum(record.tokens for record in self.good)
+
+    @property
+    def one_token_share(self) -> float | None:
+        """At least this share of the pieces held one token (if the others held two each, it is exactly that)."""
+        pieces = sum(record.pieces for record in self.good)
+        return None if not pieces else max(0.0, 1.0 - (self.tokens - pieces) / pieces)
+
+    def errors(self) -> dict[str, int]:
+        """Failed calls by kind."""
+        return dict(Counter(record.error for record in self.records if record.error))
+
+    def quantile(self, name: str, percent: float) -> float | None:
+        """A quantile of `ttft_s`, `tpot_s`, `e2e_s`, `itl_s` or `lateness_s` over the whole answers, seconds."""
+        values = self._values(name)
+        return float(np.percentile(values, percent)) if values else None
+
+    def _values(self, name: str) -> list[float]:
+        if name == "itl_s":
+            return [gap for record in self.good for gap in record.gaps_s]
+        if name == "lateness_s":
+            return [max(record.sent_s - record.due_s, 0.0) for record in self.records]
+        return [value for record in self.good if (value := getattr(record, name)) is not None]
+
+    def summary(self, slo: Slo | None = None) -> dict[str, Any]:
+        """Counts, rates and quantiles; the names carry their units."""
+        out: dict[str, Any] = {
+            "calls": len(self.records),
+            "whole_answers": len(self.good),
+            "errors": self.errors(),
+            "duration_s": round(self.duration_s, 4),
+            "tokens": self.tokens,
+            "requests_per_s": round(len(self.good) / self.duration_s, 3) if self.duration_s else None,
+            "tokens_per_s": round(self.tokens / self.duration_s, 2) if self.duration_s else None,
+            "short_answers": sum(1 for r in self.good if r.tokens != r.asked_tokens),
+            "longest_silent_gap_s": _short(max((r.longest_gap_s for r in self.good), default=0.0)),
+            "pieces_with_one_token_at_least": _short(self.one_token_share),
+            "driver_cpu_us_per_token": round(self.driver_cpu_s / self.tokens * 1e6, 2) if self.tokens else None,
+        }
+        for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s", "lateness_s"):
+            out[name] = {f"p{q}": _short(self.quantile(name, q)) for q in QUANTILES}
+        if slo is not None:
+            met = sum(1 for record in self.records if slo.met_by(record))
+            out["goodput_per_s"] = round(met / self.duration_s, 3) if self.duration_s else None
+        return out
+
+
+def same_texts(one: Run, other: Run) -> tuple[int, int]:
+    """(equal, compared) texts of two runs of the same requests."""
+    texts = {record.key: record.text_digest for record in one.good}
+    pairs: Mapping[str, tuple[str, str]] = {r.key: (texts[r.key], r.text_digest) for r in other.good if r.key in texts}
+    return sum(1 for a, b in pairs.values() if a == b), len(pairs)
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)

@@ -1,0 +1,1 @@
+"""The scenarios by name; each file is one."""

@@ -1,0 +1,175 @@
+"""What scenarios share: their options, arms that take turns, and cores to bind them to."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loadtests.children import Children
+from loadtests.driver import Limits, drive
+from loadtests.faces.base import CallFailed, Face, Request
+from loadtests.figures import MIN_ROUNDS
+from loadtests.processes import snapshot, used
+from loadtests.records import Run, same_texts
+from loadtests.report import Arm, Report, Round
+from loadtests.show import Screen
+
+PEERS = Path(__file__).resolve().parent.parent.parent / ".venv-peers"
+FIRST_CALL_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """From the command line. `rounds` and `tokens` None: the scenario's own."""
+
+    rounds: int | None = None
+    tokens: int | None = None
+    concurrency: int | None = None
+    seed: int = 1
+    pin: bool = True
+    only: tuple[str, ...] = ()
+    """Names of arms; empty for all."""
+    peers: Path = PEERS
+    cooldown_s: float = 0.0
+
+    def wants(self, arm: str) -> bool:
+        """Whether an arm is to run."""
+        return not self.only or arm in self.only
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where a scenario plays."""
+
+    options: Options
+    screen: Screen
+    children: Children
+    folder: Path
+    report: Report
+
+
+@dataclass(eq=False, slots=True)
+class Contestant:
+    """An arm with its client and its processes. `after` adds to a round what only the server can tell."""
+
+    arm: Arm
+    face: Face
+    roots: Sequence[tuple[int, str]]
+    after: Callable[[Run], Awaitable[dict[str, Any]]] | None = None
+    runs: list[Run] = field(default_factory=list)
+
+
+async def first_call(contestant: Contestant, request: Request, timeout_s: float = FIRST_CALL_S) -> bool:
+    """Wait until the arm answers one call; False, with the arm's problem told, where it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            await asyncio.wait_for(contestant.face.run(request, lambda text: None), max(deadline - time.monotonic(), 1))
+            return True
+        except (CallFailed, TimeoutError) as error:
+            if time.monotonic() > deadline:
+                contestant.arm.problem = f"no answer within {timeout_s:g} s: {error}"
+                return False
+            await asyncio.sleep(0.2)
+
+
+async def one_round(
+    contestant: Contestant,
+    screen: Screen,
+    number: int,
+    requests: Sequence[Request],
+    *,
+    concurrency: int | None = None,
+    due_s: Sequence[float] | None = None,
+    limits: Limits | None = None,
+    keep: bool = True,
+) -> Run:
+    """Drive the arm once, with its processes' CPU time before and after."""
+    title = f"{contestant.arm.name}, round {number}" if keep else f"{contestant.arm.name}, warm-up"
+    before = snapshot(contestant.roots)
+    async with screen.running(title) as on_start:
+        run = await drive(
+            contestant.face, requests, concurrency=concurrency, due_s=due_s, limits=limits, on_start=on_start
+        )
+    usage = used(before, snapshot(contestant.roots))
+    if keep:
+        extra: dict[str, Any] = {"concurrency": concurrency} if concurrency else {}
+        if contestant.after is not None:
+            extra |= await contestant.after(run)
+        contestant.arm.rounds.append(Round(number, run, usage, extra))
+        contestant.runs.append(run)
+    if run.problem:
+        contestant.arm.problem = f"round {number}: {run.problem}"
+    return run
+
+
+async def take_turns(
+    stage: Stage,
+    contestants: Sequence[Contestant],
+    requests_of: Callable[[int], Sequence[Request]],
+    *,
+    rounds: int,
+    concurrency: int,
+    limits: Limits | None = None,
+) -> None:
+    """A warm-up each, then `rounds` times every arm in turn, with the same requests. An arm that broke sits out."""
+    for contestant in contestants:
+        await one_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
+    for number in range(1, rounds + 1):
+        requests = requests_of(number)
+        for contestant in contestants:
+            if not contestant.arm.problem:
+                await one_round(contestant, stage.screen, number, requests, concurrency=concurrency, limits=limits)
+                await asyncio.sleep(stage.options.cooldown_s)
+    check_answers(stage.report, contestants)
+
+
+def check_answers(report: Report, contestants: Sequence[Contestant]) -> None:
+    """Every answer has the tokens that were asked for, and equal requests had equal texts on every arm."""
+    for contestant in contestants:
+        short = sum(1 for run in contestant.runs for r in run.good if r.tokens != r.asked_tokens)
+        if short:
+            report.problems.append(f"{contestant.arm.name}: {short} answers had not the number of tokens asked for")
+    ran = [contestant for contestant in contestants if contestant.runs]
+    for other in ran[1:]:
+        reference = ran[0]
+        pairs = [same_texts(a, b) for a, b in zip(reference.runs, other.runs, strict=False)]
+        equal, compared = sum(e for e, _ in pairs), sum(c for _, c in pairs)
+        report.settings[f"equal texts: {other.arm.name} and {reference.arm.name}"] = f"{equal} of {compared}"
+        if equal != compared:
+            report.problems.append(
+                f"{other.arm.name} and {reference.arm.name} gave different texts in {compared - equal} of {compared}"
+            )
+
+
+def per_round(
+    one: Contestant | None, other: Contestant | None, value: Callable[[Round], float | None]
+) -> tuple[list[float], list[float]]:
+    """The values of both arms in the rounds in which both have one."""
+    if one is None or other is None:
+        return [], []
+    theirs = {r.number: value(r) for r in other.arm.rounds}
+    pairs = [(value(r), theirs.get(r.number)) for r in one.arm.rounds]
+    whole = [(a, b) for a, b in pairs if a is not None and b is not None and a > 0 and b > 0]
+    return [a for a, _ in whole], [b for _, b in whole]
+
+
+def rounds_of(options: Options) -> int:
+    """As many as asked for, else as many as a bound needs."""
+    return options.rounds or MIN_ROUNDS
+
+
+def cores(pin: bool) -> tuple[list[int], list[int], list[int]] | None:
+    """Cores for what is measured, for engines, and for the driver; None where nothing is to be bound."""
+    import os
+
+    there = sorted(os.sched_getaffinity(0))
+    if not pin or len(there) < 2:
+        return None
+    if len(there) < 4:
+        return there[:1], there[1:], there[1:]
+    return there[:1], there[1:-1], there[-1:]

@@ -1,0 +1,171 @@
+"""Relay: what a streamed token costs between engine and caller.
+
+256 streams of a simulated engine at 20 ms a step, relayed by our gateway (link in; gRPC, HTTP or sessions out) and by
+vllm-router (SSE in, SSE out) in turns. What relays is bound to a core of its own, engines and driver to another.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.config import Listen
+from loadtests import peers
+from loadtests.children import Child, DidNotStart, free_port
+from loadtests.datasets import fixed
+from loadtests.driver import Limits
+from loadtests.faces import Request
+from loadtests.faces.grpc_stream import GrpcStream
+from loadtests.faces.openai_sse import OpenAiSse
+from loadtests.faces.session import Sessions
+from loadtests.figures import Bound, Figure, missing, ratio_figure
+from loadtests.processes import SIMULATED, pin
+from loadtests.report import Round
+from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns
+from loadtests.serving import ours as serving
+
+STREAMS, TOKENS, PROMPT_WORDS, STEP_MS = 256, 128, 24, 20
+SESSIONS = 16
+LEAST_ONE_TOKEN_SHARE = 0.95
+LIMITS = Limits(call_s=60.0, run_s=120.0)
+
+GRPC, HTTP, SESSION, ROUTER = "ours StreamChat", "ours HTTP", "ours Session", "vllm-router"
+NAMES = {
+    GRPC: "gateway CPU per relayed token, ours over gRPC against vllm-router",
+    HTTP: "gateway CPU per relayed token, ours over HTTP against vllm-router",
+    SESSION: f"gateway CPU per relayed token, ours over {SESSIONS} sessions against vllm-router",
+}
+BOUNDS = {GRPC: Bound("<=", 1.8), HTTP: Bound("<=", 1.1), SESSION: Bound("<=", 0.65)}
+CLIENT = "client CPU per token, ours over sessions against ours over gRPC"
+CLIENT_BOUND = Bound("<=", 0.4)
+
+
+def sim_source(model: Path, seed: int) -> str:
+    """The engine of both sides: room for every stream, prefill that takes no time beside a step."""
+    room = f"max_num_seqs={STREAMS}&max_num_batched_tokens=65536&kv_blocks=65536"
+    speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s=100000000"
+    return f"sim://{model}?{speed}&max_model_len=4096&{room}&seed={seed}&{serving.plain_tokens(model)}"
+
+
+def our_arms(stage: Stage, ours: serving.Ours, roots: Sequence[tuple[int, str]] | None = None) -> list[Contestant]:
+    """Our faces, as many as this build has."""
+    roots = ours.roots if roots is None else roots
+    report, arms = stage.report, []
+    if stage.options.wants(GRPC):
+        arm = report.arm(GRPC, "gateway process and worker process over the link; one gRPC stream a call")
+        arms.append(Contestant(arm, GrpcStream(ours.grpc, ours.model), roots))
+    if stage.options.wants(HTTP) and ours.http:
+        arm = report.arm(HTTP, "the same gateway; OpenAI's server-sent events, one kept-alive connection a call")
+        arms.append(Contestant(arm, OpenAiSse(ours.http, ours.model), roots))
+    if stage.options.wants(SESSION):
+        arm = report.arm(SESSION, f"the same gateway; {SESSIONS} Inference.Session streams carry all calls")
+        arms.append(Contestant(arm, Sessions(ours.grpc, ours.model, sessions=SESSIONS), roots))
+    return arms
+
+
+async def start_sse_engine(stage: Stage, bundle: Path, source: str) -> tuple[Child, int]:
+    """The simulated engine behind an OpenAI face. Raises DidNotStart."""
+    port = free_port()
+    command = [sys.executable, "-m", "loadtests.serving.sse_engine", "--port", str(port), "--model", serving.MODEL]
+    command += ["--bundle", str(bundle), "--source", source]
+    child = stage.children.start("sse-engine", SIMULATED, command)
+    await child.until(lambda: peers.answers(port, "/health"), "it listens", 60.0)
+    return child, port
+
+
+async def start_router(stage: Stage, port: int) -> Contestant | None:
+    """vllm-router before the engine at `port`; None with the arm's problem told where it does not start."""
+    arm = stage.report.arm(ROUTER, "vllm-router before the simulated engine's OpenAI face, cache_aware")
+    try:
+        peer = await peers.vllm_router(stage.children, stage.options.peers, port)
+    except (DidNotStart, peers.NoPeers) as error:
+        arm.problem = str(error)
+        return None
+    return Contestant(arm, OpenAiSse(peer.url, serving.MODEL), [(peer.child.pid, ROUTER)])
+
+
+async def play(stage: Stage) -> None:
+    """Start all, take turns, work out the rows."""
+    options, report = stage.options, stage.report
+    streams, tokens, rounds = options.concurrency or STREAMS, options.tokens or TOKENS, rounds_of(options)
+    model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
+    source = sim_source(model, options.seed)
+    ours = await serving.start(stage.children, stage.folder, bundle=bundle, source=source, kind=SIMULATED)
+    arms = our_arms(stage, ours)
+    router: Contestant | None = None
+    engines = [ours.worker.pid]
+    if options.wants(ROUTER):
+        engine, port = await start_sse_engine(stage, bundle, source)
+        engines.append(engine.pid)
+        router = await start_router(stage, port)
+        if router is not None:
+            arms.append(router)
+    report.settings |= {"streams": streams, "tokens_per_call": tokens, "step_ms": STEP_MS, "rounds": rounds}
+    report.settings["cores"] = _bind(options.pin, [root for arm in arms for root, _ in arm.roots], engines)
+    try:
+        ready = [arm for arm in arms if await first_call(arm, fixed(1, PROMPT_WORDS, 4, options.seed)[0])]
+        await take_turns(
+            stage, ready, lambda number: _requests(streams, tokens, options.seed, number),
+            rounds=rounds, concurrency=streams, limits=LIMITS,
+        )  # fmt: skip
+    finally:
+        for arm in arms:
+            await arm.face.close()
+    report.figures += figures({arm.arm.name: arm for arm in arms})
+
+
+def _requests(streams: int, tokens: int, seed: int, number: int) -> list[Request]:
+    return fixed(streams, PROMPT_WORDS, tokens, seed * 1000 + number)
+
+
+def _bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
+    plan = cores(wanted)
+    if plan is None:
+        return "nothing was bound to cores"
+    relay, engine, driver = plan
+    for pid in measured:
+        pin(pid, relay)
+    for pid in engines:
+        pin(pid, engine)
+    pin(os.getpid(), driver)
+    return f"what relays on {relay}, engines on {engine}, driver on {driver}"
+
+
+def relay_cpu(one: Round) -> float | None:
+    """CPU seconds a token of what relays: no engine is in it, simulated or not."""
+    return one.usage.front_end_s() / one.run.tokens if one.run.tokens else None
+
+
+def figures(arms: dict[str, Contestant]) -> list[Figure]:
+    """The rows of this scenario, in their order."""
+    out = []
+    router = arms.get(ROUTER)
+    for name in (GRPC, HTTP, SESSION):
+        out.append(_relay_figure(name, arms.get(name), router))
+    ours, theirs = per_round(
+        arms.get(SESSION), arms.get(GRPC), lambda one: one.run.driver_cpu_s / max(one.run.tokens, 1)
+    )
+    out.append(
+        ratio_figure(CLIENT, ours, theirs, CLIENT_BOUND, scale=1e6, difference_unit="µs/token")
+        if ours
+        else missing(CLIENT, CLIENT_BOUND, "one of the two did not run")
+    )
+    return out
+
+
+def _relay_figure(name: str, ours: Contestant | None, router: Contestant | None) -> Figure:
+    title, bound = NAMES[name], BOUNDS[name]
+    if name == HTTP and "http" not in Listen.model_fields:
+        return missing(title, bound, "this build's gateway has no HTTP listener")
+    for arm, what in ((ours, name), (router, ROUTER)):
+        if arm is None or not arm.arm.rounds:
+            return missing(title, bound, f"{what} did not run{': ' + arm.arm.problem if arm else ''}")
+    assert ours is not None
+    values = per_round(ours, router, relay_cpu)
+    shares = [one.run.one_token_share or 0.0 for one in ours.arm.rounds]
+    if min(shares) < LEAST_ONE_TOKEN_SHARE:
+        return missing(title, bound, f"only {min(shares):.0%} of the pieces surely held one token: not comparable")
+    note = f"at least {min(shares):.1%} of the pieces held one token"
+    return ratio_figure(title, *values, bound, scale=1e6, difference_unit="µs/token", note=note)

@@ -1,0 +1,104 @@
+"""Program: a gateway with a witness inside.
+
+    python -m loadtests.serving.gateway --modules FILE -- gateway -f ... --folder ...
+    python -m loadtests.serving.gateway --stalls FILE -- gateway -f ... --folder ...
+
+`--modules` runs the command line as it is and writes the names of all imported modules at the end. `--stalls` runs
+the same gateway and watches its event loop every few milliseconds: how late it came at worst is written at every
+SIGUSR1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+TICK_S = 0.004
+
+
+class Stalls:
+    """How late the loop runs what is due. `cpu_s`: the loop thread's own CPU time within the worst stall; where it is
+    much shorter than the stall, the thread did not run: another process or thread had the core."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._worst = (0.0, 0.0)
+        self._late: list[float] = []
+
+    async def watch(self) -> None:
+        """Until cancelled."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._tell)
+        while True:
+            due, cpu = time.perf_counter() + TICK_S, time.thread_time()
+            await asyncio.sleep(TICK_S)
+            late = time.perf_counter() - due
+            self._late.append(late)
+            if late > self._worst[0]:
+                self._worst = (late, time.thread_time() - cpu)
+
+    def _tell(self) -> None:
+        late = sorted(self._late)
+        told = {"worst_s": self._worst[0], "cpu_s": self._worst[1], "ticks": len(late)}
+        told["p99_s"] = late[int(len(late) * 0.99)] if late else 0.0
+        scratch = self._path.with_suffix(".new")
+        scratch.write_text(json.dumps(told))
+        scratch.rename(self._path)
+        self._worst, self._late = (0.0, 0.0), []
+
+
+async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: Stalls) -> None:
+    """What `headrace gateway` runs, and the watch in the same loop."""
+    from cluster.cli.common import read_config
+    from cluster.cli.processes import stop_on_signal
+    from cluster.gateway.server import run_gateway
+    from cluster.observe import log
+
+    config = read_config(file)
+    log.configure(config.observe.log_level, cluster=config.name, part="gateway")
+
+    def ready(endpoints: dict[str, str]) -> None:
+        ready_file.write_text(json.dumps({"endpoints": endpoints}))
+
+    watch = asyncio.create_task(stalls.watch())
+    try:
+        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=ready)
+    finally:
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+
+
+def main() -> None:
+    """Read what stands before `--`, and hand on the rest."""
+    at = sys.argv.index("--")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--modules", type=Path)
+    parser.add_argument("--stalls", type=Path)
+    wanted = parser.parse_args(sys.argv[1:at])
+    rest = sys.argv[at + 1 :]
+    if wanted.stalls is not None:
+        gateway = argparse.ArgumentParser()
+        gateway.add_argument("command")
+        gateway.add_argument("-f", type=Path)
+        gateway.add_argument("--folder", type=Path)
+        gateway.add_argument("--ready-file", type=Path)
+        given = gateway.parse_args(rest)
+        asyncio.run(watched_gateway(given.f, given.folder, given.ready_file, Stalls(wanted.stalls)))
+        return
+    sys.argv = ["headrace", *rest]
+    from cluster.cli.main import main as command_line
+
+    try:
+        command_line()
+    finally:
+        wanted.modules.write_text(json.dumps(sorted(sys.modules)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Our serving side without Ray: a gateway process and a worker process that dials it, on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import yaml
+
+from cluster.v1 import inference_pb2 as pb
+from cluster.v1 import inference_pb2_grpc as pb_grpc
+from loadtests.children import Child, Children
+
+GATEWAY, WORKER = "gateway", "worker replica"
+MODEL = "bench"
+LISTENERS = ("grpc", "http", "link", "admin", "metrics")
+READY_S = 30.0
+ENGINE_READY_S = 180.0
+PREPARE_S = 120.0
+
+
+async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Path]:
+    """The model folder and the bundle folder of a kind (see serving.prepare), made when missing. Raises DidNotStart."""
+    made = folder / kind
+    child = children.start(
+        f"prepare-{kind}", "preparation", [sys.executable, "-m", "loadtests.serving.prepare", kind, str(made)]
+    )
+
+    async def there() -> bool:
+        return (made / "bundle").exists() and (made / "model").exists()
+
+    await child.until(there, "model and bundle are written", PREPARE_S)
+    await child.stop()
+    return made / "model", made / "bundle"
+
+
+def plain_tokens(model: Path) -> str:
+    """Source parameters that let a simulated engine draw only tokens with text of their own: the longest run of
+    pieces of ASCII letters. With others a server rightly holds text back, and pieces hold two tokens on any of them."""
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    letters = {i for piece, i in vocabulary.items() if (word := piece.lstrip("Ġ▁")).isascii() and word.isalpha()}
+    longest = range(0)
+    for low in (i for i in letters if i - 1 not in letters):
+        high = low
+        while high in letters:
+            high += 1
+        longest = max(longest, range(low, high), key=len)
+    return f"token_lo={longest.start}&token_hi={longest.stop}"
+
+
+def configuration(model: str, *, max_model_len: int | None = None) -> str:
+    """A cluster.yaml for one gateway on free ports of loopback."""
+    entry: dict[str, object] = {"name": model, "source": "sim:///worker-of-the-load-test"}
+    if max_model_len:
+        entry["max_model_len"] = max_model_len
+    listen = dict.fromkeys(LISTENERS, "127.0.0.1:0")
+    return yaml.safe_dump(
+        {
+            "api_version": "headrace/v1",
+            "name": "loadtest",
+            "gateway": {"listen": listen, "drain_timeout_s": 0, "max_message_bytes": 64 << 20},
+            "observe": {"log_level": "warning"},
+            "models": [entry],
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """A running gateway with its worker."""
+
+    gateway: Child
+    worker: Child
+    endpoints: Mapping[str, str]
+    model: str = MODEL
+
+    @property
+    def grpc(self) -> str:
+        """host:port."""
+        return self.endpoints["grpc"]
+
+    @property
+    def http(self) -> str:
+        """The root of the HTTP face, empty where this build has none."""
+        return f"http://{self.endpoints['http']}" if "http" in self.endpoints else ""
+
+    @property
+    def roots(self) -> list[tuple[int, str]]:
+        """For processes.snapshot."""
+        return [(self.gateway.pid, self.gateway.kind), (self.worker.pid, self.worker.kind)]
+
+
+async def start_gateway(
+    children: Children, folder: Path, name: str = "gateway", *, witness: tuple[str, ...] = (), text: str = ""
+) -> tuple[Child, Mapping[str, str]]:
+    """A gateway and its endpoints by listener. Raises DidNotStart. `witness`: options of serving.gateway."""
+    home = folder / name
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "cluster.yaml").write_text(text or configuration(MODEL))
+    ready = home / "ready.json"
+    ready.unlink(missing_ok=True)
+    program = ["-m", "loadtests.serving.gateway", *witness, "--"] if witness else ["-m", "cluster.cli.main"]
+    command = [sys.executable, *program, "gateway", "-f", str(home / "cluster.yaml"), "--folder", str(home / "state")]
+    child = children.start(name, GATEWAY, [*command, "--ready-file", str(ready)])
+
+    async def there() -> bool:
+        return ready.exists()
+
+    await child.until(there, "it serves", READY_S)
+    return child, json.loads(ready.read_text())["endpoints"]
+
+
+async def start(
+    children: Children,
+    folder: Path,
+    *,
+    bundle: Path,
+    source: str,
+    engine: Mapping[str, object] | None = None,
+    name: str = "ours",
+    kind: str = WORKER,
+    witness: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Ours:
+    """Gateway and worker, the model ready. `source` and `engine` as serving.worker takes them. Raises DidNotStart."""
+    gateway, endpoints = await start_gateway(children, folder, f"{name}-gateway", witness=witness)
+    ready = folder / f"{name}-worker.ready"
+    ready.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "loadtests.serving.worker", "--name", MODEL, "--link", endpoints["link"]]
+    command += ["--bundle", str(bundle), "--source", source, "--ready", str(ready)]
+    command += ["--engine", json.dumps(dict(engine or {}))]
+    worker = children.start(f"{name}-worker", kind, command, environment)
+
+    async def engine_runs() -> bool:
+        return ready.exists()
+
+    await worker.until(engine_runs, "its engine runs", ENGINE_READY_S)
+    async with grpc.aio.insecure_channel(endpoints["grpc"]) as channel:
+        stub = pb_grpc.InferenceStub(channel)
+
+        async def model_ready() -> bool:
+            try:
+                model = await stub.GetModel(pb.GetModelRequest(name=MODEL), timeout=5.0)
+            except grpc.aio.AioRpcError:
+                return False
+            return model.state == pb.Model.STATE_READY
+
+        await worker.until(model_ready, "the gateway calls the model ready", READY_S)
+    return Ours(gateway, worker, endpoints)
+
+
+async def ask_stalls(ours: Ours, path: Path) -> dict[str, float]:
+    """The worst stall of the gateway's event loop since the last ask; needs the witness `--stalls path`."""
+    path.unlink(missing_ok=True)
+    for process in ours.gateway.commands():
+        process.send_signal(signal.SIGUSR1)
+    for _ in range(200):
+        if path.exists():
+            told: dict[str, float] = json.loads(path.read_text())
+            return told
+        await asyncio.sleep(0.02)
+    raise RuntimeError("the gateway did not tell its stalls")

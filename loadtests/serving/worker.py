@@ -1,0 +1,91 @@
+"""Program: one worker without Ray, on the simulated engine or on vLLM, by the replica's own parts.
+
+    python -m loadtests.serving.worker --name MODEL --link HOST:PORT --bundle DIR --ready FILE --source SOURCE
+
+SOURCE is `sim:///folder?...`, or a model folder that vLLM loads with the arguments of --engine (JSON). The file
+--ready is written when the engine runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from pathlib import Path
+
+from cluster.api.bundle import Bundle
+from cluster.api.ports import Engine
+from cluster.api.types import ModelSpec, WorkerIdentity
+from cluster.engine.sim import SCHEME, SimConfig, SimEngine
+from cluster.link.dial import Timing
+from cluster.link.worker import WorkerEnd
+
+
+def engine_of(arguments: argparse.Namespace) -> Engine:
+    """The engine that the source names. vLLM is imported only for a model of its own."""
+    if arguments.source.startswith(SCHEME):
+        return SimEngine(SimConfig.from_source(arguments.source))
+    from cluster.engine.vllm_engine import VllmEngine
+
+    given = json.loads(arguments.engine)
+    spec = ModelSpec(
+        arguments.name,
+        arguments.source,
+        dtype=given.pop("dtype", "auto"),
+        max_model_len=given.pop("max_model_len", None),
+        tensor_parallel_size=given.pop("tensor_parallel_size", 1),
+        engine=given,
+    )
+    return VllmEngine(spec, Path(arguments.source), executor="mp")
+
+
+async def serve(arguments: argparse.Namespace) -> None:
+    """Until SIGTERM, or the engine's end."""
+    engine = engine_of(arguments)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        info = await engine.start()
+        bundle = Bundle.load(Path(arguments.bundle))
+        identity = WorkerIdentity(
+            worker_id=f"{arguments.name}-w1",
+            incarnation=f"{os.getpid()}",
+            model=arguments.name,
+            bundle_digest=bundle.digest,
+        )
+        end = WorkerEnd(
+            identity=identity,
+            engine=engine,
+            info=info,
+            bundle=bundle,
+            gateways=[arguments.link],
+            timing=Timing(redial_max_s=arguments.redial_max_s),
+        )
+        Path(arguments.ready).write_text(json.dumps({"pid": os.getpid(), "engine": info.engine_version}))
+        running = asyncio.create_task(end.run())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        await end.close()
+        await running
+    finally:
+        with contextlib.suppress(Exception):
+            await engine.close()
+
+
+def main() -> None:
+    """Read the command line and serve."""
+    parser = argparse.ArgumentParser()
+    for name in ("name", "link", "bundle", "ready", "source"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--engine", default="{}")
+    parser.add_argument("--redial-max-s", type=float, default=Timing().redial_max_s)
+    asyncio.run(serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

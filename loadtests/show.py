@@ -1,0 +1,57 @@
+"""Progress while a run is under way: one line, redrawn a few times a second on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from loadtests.driver import Progress
+
+REDRAW_S = 0.5
+
+
+class Screen:
+    """Where progress and tables go."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False, highlight=False)
+
+    @asynccontextmanager
+    async def running(self, title: str) -> AsyncIterator[Callable[[Progress], None]]:
+        """Give the result to `drive` as `on_start`; the line lives until the context is left."""
+        columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.fields[now]}"))
+        with Bar(*columns, TimeElapsedColumn(), console=self.console, transient=True, auto_refresh=False) as bar:
+            redraw: list[asyncio.Task[None]] = []
+
+            def started(progress: Progress) -> None:
+                task = bar.add_task(title, total=progress.total, now="")
+                redraw.append(asyncio.create_task(self._follow(bar, task, progress)))
+
+            try:
+                yield started
+            finally:
+                for follower in redraw:
+                    follower.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await follower
+
+    async def _follow(self, bar: Bar, task: object, progress: Progress) -> None:
+        before = 0
+        while True:
+            rate, before = (progress.pieces - before) / REDRAW_S, progress.pieces
+            now = f"{progress.ended}/{progress.total} calls, {progress.running} running, {rate:.0f} pieces/s"
+            if progress.failed:
+                now += f", {progress.failed} failed"
+            bar.update(task, completed=progress.ended, now=now)  # type: ignore[arg-type]
+            bar.refresh()
+            await asyncio.sleep(REDRAW_S)

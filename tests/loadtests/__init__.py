@@ -1,0 +1,1 @@
+"""The load tests themselves: driver, metrics, harness."""

@@ -1,0 +1,93 @@
+"""Servers for the driver to meet: the simulated engine's SSE face in this process, and faces that do as told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.engine.bundles import build_bundle
+from cluster.engine.sim import SimConfig, SimEngine
+from cluster.gateway.text.tokenizer import TextModel
+from loadtests.faces import Answer, OnText, Request
+from loadtests.serving.ours import plain_tokens
+from loadtests.serving.sse_engine import Connection, Server
+from tests.support.checkpoints import build_tokenizer
+
+MODEL = "bench"
+
+
+@dataclass
+class Scripted:
+    """A face that answers as `script` says; the driver's tests need no server then."""
+
+    script: Callable[[Request, OnText, int], AsyncIterator[Answer]]
+    name: str = "scripted"
+    calls: int = 0
+    running: int = 0
+    most: int = 0
+    sent: list[str] = field(default_factory=list)
+
+    async def run(self, request: Request, on_text: OnText) -> Answer:
+        """One turn of the script."""
+        number, self.calls = self.calls, self.calls + 1
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.sent.append(request.key)
+        try:
+            return await anext(self.script(request, on_text, number))
+        finally:
+            self.running -= 1
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+
+@dataclass
+class SseServer:
+    """The simulated engine as a plain OpenAI server on a port of loopback."""
+
+    url: str
+    server: Server
+    listening: asyncio.Server
+    connections: list[Connection]
+
+    def die(self) -> None:
+        """As a killed process does: no more accepting, and every connection cut."""
+        self.listening.close()
+        for connection in self.connections:
+            connection.cut()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str]:
+    """A tiny tokenizer's bundle, and the source parameters that keep to tokens with text of their own."""
+    folder = build_tokenizer("llama", tmp_path_factory.mktemp("loadtests"))
+    return build_bundle(folder), plain_tokens(folder)
+
+
+@pytest.fixture
+async def sse(bundle: tuple[Bundle, str]) -> AsyncIterator[SseServer]:
+    """A server of steps of 2 ms."""
+    files, tokens = bundle
+    engine = SimEngine(SimConfig.from_source(f"sim://?decode_ms=2&vocab=768&max_model_len=2048&{tokens}"))
+    await engine.start()
+    server = Server(engine, TextModel.from_bundle(files), MODEL)
+    connections: list[Connection] = []
+
+    def connect() -> Connection:
+        connections.append(Connection(server))
+        return connections[-1]
+
+    listening = await asyncio.get_running_loop().create_server(connect, "127.0.0.1", 0)
+    stepping = asyncio.create_task(server.run())
+    host, port = listening.sockets[0].getsockname()
+    try:
+        yield SseServer(f"http://{host}:{port}", server, listening, connections)
+    finally:
+        stepping.cancel()
+        await asyncio.gather(stepping, return_exceptions=True)
+        listening.close()
