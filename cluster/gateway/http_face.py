@@ -1,7 +1,8 @@
 """OpenAI's HTTP API over the CallService: the other codec of the one service.
 
-An ASGI application; only the pieces of a stream pass by it, through http_relay. A response starts with its first piece or its first sign of life, so that whatever fails before has its own
-status code. HTTP has no deadlines; instead a client that goes away ends its call at once, wherever it is.
+An ASGI application; only the pieces of a stream pass by it, through http_relay. A response starts with its first
+piece or its first sign of life, so that whatever fails before has its own status code. HTTP has no deadlines; instead
+a client that goes away ends its call at once, wherever it is.
 """
 
 from __future__ import annotations
@@ -87,15 +88,16 @@ class Exchange:
     async def body(self, limit_bytes: int) -> bytes:
         """The whole body. Raises Refused, and ConnectionResetError when the client goes away before its end."""
         length = self.headers.get(b"content-length", b"0")
-        parts, size = [], int(length) if length.isdigit() else 0
+        parts, received, size = [], 0, int(length) if length.isdigit() else 0
         while size <= limit_bytes:
             message = await self.receive()
             if message["type"] == "http.disconnect":
                 raise ConnectionResetError
             parts.append(message["body"])
-            if not message["more_body"]:
+            received += len(message["body"])
+            size = max(size, received)
+            if not message["more_body"] and size <= limit_bytes:
                 return b"".join(parts)
-            size = max(size, sum(map(len, parts)))
         raise Refused(413, "request_too_large", f"the body is larger than {limit_bytes} bytes")
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:

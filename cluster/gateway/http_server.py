@@ -24,6 +24,7 @@ class _Protocol(HttpToolsProtocol):
     """Bounds what comes before a body, which the parser does not, and is its requests' `Connection`."""
 
     _head_bytes = 0
+    _in_head = True
 
     @property
     def full(self) -> bool:
@@ -38,23 +39,30 @@ class _Protocol(HttpToolsProtocol):
         """Wait until it is full no longer, or closed."""
         await self.flow.drain()
 
+    def data_received(self, data: bytes) -> None:
+        """The parser neither bounds a head nor tells of a part of one: what comes without ending it is counted."""
+        self._in_head = True
+        super().data_received(data)
+        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
+
     def on_message_begin(self) -> None:
+        self._in_head = True
         super().on_message_begin()
-        self._head_bytes = 0
         cast(dict[str, Any], self.scope)[CONNECTION] = self
 
-    def on_url(self, url: bytes) -> None:
-        self._count(len(url))
-        super().on_url(url)
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value))
-        super().on_header(name, value)
+    def on_body(self, body: bytes) -> None:
+        self._in_head = False
+        super().on_body(body)
 
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise ValueError(f"more than {MAX_HEAD_BYTES} bytes of headers")  # the parser's error, answered with 400
+    def on_message_complete(self) -> None:
+        self._in_head = False
+        super().on_message_complete()
 
 
 class HttpServer:

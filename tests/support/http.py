@@ -1,0 +1,128 @@
+"""HTTP as bytes: requests and responses of the gateway's HTTP face, without a client's own opinions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+
+from tests.support.cluster import TestCluster
+
+
+def client(cluster: TestCluster, **options: Any) -> openai.AsyncOpenAI:
+    """The official client; it repeats nothing by itself."""
+    base_url = f"http://{cluster.gateway.endpoints['http']}/v1"
+    return openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, **options)
+
+
+def chat_body(text: str = "Hello, who are you?", **fields: Any) -> dict[str, Any]:
+    """One user message; temperature 0 and 16 tokens unless said."""
+    return {
+        "model": "sim",
+        "messages": [{"role": "user", "content": text}],
+        "temperature": 0,
+        "max_tokens": 16,
+        **fields,
+    }
+
+
+def completion_body(prompt: Any = "Once upon a time", **fields: Any) -> dict[str, Any]:
+    """A plain prompt; temperature 0 and 16 tokens unless said."""
+    return {"model": "sim", "prompt": prompt, "temperature": 0, "max_tokens": 16, **fields}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole response; the body's chunks are joined, `chunks` has them apart."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    chunks: tuple[bytes, ...] = ()
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON."""
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object, of OpenAI's shape."""
+        error = self.json["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert self.json.keys() == {"error"}
+        assert isinstance(error, dict)
+        return error
+
+    @property
+    def events(self) -> list[Any]:
+        """What a stream's events hold, without its end; comments are left out."""
+        blocks = self.body.decode("ascii").split("\n\n")
+        data = [block.removeprefix("data: ") for block in blocks if block.startswith("data: ")]
+        return [json.loads(item) for item in data if item != "[DONE]"]
+
+
+class Wire:
+    """One connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def open(cls, cluster: TestCluster, limit: int = 1 << 26) -> Wire:
+        """Connect to the HTTP face."""
+        host, port = cluster.gateway.endpoints["http"].rsplit(":", 1)
+        return cls(*await asyncio.open_connection(host, int(port), limit=limit))
+
+    def ask(self, path: str, body: Any = None, *, method: str = "", **headers: str) -> None:
+        """Send a request; a body that is not bytes goes as JSON. Header names have `_` for `-`."""
+        content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        named = {"host": "test", **({} if body is None else {"content-type": "application/json"})}
+        named |= {name.replace("_", "-"): value for name, value in headers.items()}
+        if content and "transfer-encoding" not in named:
+            named.setdefault("content-length", str(len(content)))
+        lines = [f"{method or ('GET' if body is None else 'POST')} {path} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in named.items()]
+        self.writer.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + content)
+
+    async def head(self) -> tuple[int, dict[str, str]]:
+        """Status and headers."""
+        lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
+        pairs = (line.split(": ", 1) for line in lines[1:] if line)
+        return int(lines[0].split()[1]), {name: value for name, value in pairs}  # noqa: C416
+
+    async def chunk(self) -> bytes:
+        """One chunk of a chunked body; empty at its end."""
+        size = int(await self.reader.readline(), 16)
+        data = await self.reader.readexactly(size)
+        assert await self.reader.readexactly(2) == b"\r\n"
+        return data
+
+    async def reply(self) -> Reply:
+        """The whole response."""
+        status, headers = await self.head()
+        if headers.get("transfer-encoding") != "chunked":
+            return Reply(status, headers, await self.reader.readexactly(int(headers["content-length"])))
+        chunks = []
+        while chunk := await self.chunk():
+            chunks.append(chunk)
+        return Reply(status, headers, b"".join(chunks), tuple(chunks))
+
+    async def close(self) -> None:
+        """Go away."""
+        self.writer.close()
+        await asyncio.gather(self.writer.wait_closed(), return_exceptions=True)
+
+
+async def fetch(cluster: TestCluster, path: str, body: Any = None, **options: Any) -> Reply:
+    """One request on a connection of its own."""
+    wire = await Wire.open(cluster)
+    try:
+        wire.ask(path, body, **options)
+        return await wire.reply()
+    finally:
+        await wire.close()
