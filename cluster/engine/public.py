@@ -142,8 +142,17 @@ def _output(request_id: str, given: Any, record: Live) -> TokenOutput:
 
 
 def _flat(given: Any, width: int) -> list[PositionLogprobs]:
-    """vLLM's FlatLogprobs, cut into positions."""
-    spans = zip(given.start_indices, given.end_indices, strict=True)
+    """vLLM's FlatLogprobs, cut into positions of `width` entries: the sampled token, then the most likely ones."""
     return [
-        PositionLogprobs(given.token_ids[start:end][:width], given.logprobs[start:end][:width]) for start, end in spans
+        _position(given.token_ids[start:end], given.logprobs[start:end], given.ranks[start], width)
+        for start, end in zip(given.start_indices, given.end_indices, strict=True)
     ]
+
+
+def _position(token_ids: list[int], logprobs: list[float], rank: int, width: int) -> PositionLogprobs:
+    """One position. AsyncLLM merges outputs that nobody has read yet, and loses what stands in a position twice: the
+    sampled token among the most likely, whose place there is its `rank`, from 1."""
+    if len(token_ids) == width - 1:
+        token_ids = [*token_ids[:rank], token_ids[0], *token_ids[rank:]]
+        logprobs = [*logprobs[:rank], logprobs[0], *logprobs[rank:]]
+    return PositionLogprobs(token_ids[:width], logprobs[:width])
