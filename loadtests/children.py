@@ -145,7 +145,8 @@ class Children:
         self, name: str, kind: str, command: Sequence[str], environment: Mapping[str, str] | None = None
     ) -> Child:
         """Start `command` with its output in `<name>.log`. `kind` is the class its CPU time counts in."""
-        log = self.folder / f"{name}.log"
+        taken = sum(1 for child in self.started if child.name == name)
+        log = self.folder / (f"{name}-{taken + 1}.log" if taken else f"{name}.log")
         with log.open("wb") as output:
             process = subprocess.Popen(
                 ["bash", "-c", _GUARD, "guard", *command],

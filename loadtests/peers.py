@@ -11,6 +11,7 @@ from pathlib import Path
 
 from loadtests.children import Child, Children, free_port
 
+ROUTER = "vllm-router"
 READY_S = 60.0
 ENGINE_READY_S = 180.0
 
@@ -61,11 +62,11 @@ async def vllm_router(children: Children, environment: Path, engine_port: int) -
     command = [program(environment, "vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--worker-urls", f"http://127.0.0.1:{engine_port}", "--policy", "cache_aware"]
     command += ["--prometheus-port", str(free_port()), "--prometheus-host", "127.0.0.1", "--log-level", "warning"]
-    child = children.start("vllm-router", "vllm-router", command)
+    child = children.start("vllm-router", ROUTER, command)
     return await _ready(child, port, READY_S)
 
 
-async def smg(children: Children, environment: Path, engine_port: int, model: str, tokenizer: Path) -> Peer:
+async def smg(children: Children, environment: Path, engine_port: int, tokenizer: Path) -> Peer:
     """SMG, cache aware, before one server over HTTP. Raises DidNotStart or NoPeers."""
     port = free_port()
     command = [program(environment, "smg"), "launch", "--host", "127.0.0.1", "--port", str(port)]

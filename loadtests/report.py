@@ -115,7 +115,8 @@ class Report:
 
     def show(self, console: Console) -> None:
         """The tables, then what went wrong."""
-        console.print(_arms(self.arms))
+        if shown := [arm for arm in self.arms if arm.rounds]:
+            console.print(_arms(shown))
         if self.figures:
             console.print(_figures(self.figures))
         for arm in self.arms:

@@ -50,6 +50,12 @@ class Stage:
     children: Children
     folder: Path
     report: Report
+    part: str = ""
+    """Stands before the names of arms, where a scenario plays as a part of another."""
+
+    def arm(self, name: str, description: str) -> Arm:
+        """A new arm of the report."""
+        return self.report.arm(self.part + name, description)
 
 
 @dataclass(eq=False, slots=True)

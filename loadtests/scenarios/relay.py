@@ -49,18 +49,18 @@ def sim_source(model: Path, seed: int) -> str:
     return f"sim://{model}?{speed}&max_model_len=4096&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
-def our_arms(stage: Stage, ours: serving.Ours, roots: Sequence[tuple[int, str]] | None = None) -> list[Contestant]:
-    """Our faces, as many as this build has."""
-    roots = ours.roots if roots is None else roots
-    report, arms = stage.report, []
-    if stage.options.wants(GRPC):
-        arm = report.arm(GRPC, "gateway process and worker process over the link; one gRPC stream a call")
+def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTTP, SESSION)) -> list[Contestant]:
+    """Our faces by these names, as many as this build has and the options want."""
+    roots, wanted = ours.roots, [name for name in names if stage.options.wants(name)]
+    arms: list[Contestant] = []
+    if GRPC in wanted:
+        arm = stage.arm(GRPC, "gateway process and worker process over the link; one gRPC stream a call")
         arms.append(Contestant(arm, GrpcStream(ours.grpc, ours.model), roots))
-    if stage.options.wants(HTTP) and ours.http:
-        arm = report.arm(HTTP, "the same gateway; OpenAI's server-sent events, one kept-alive connection a call")
+    if HTTP in wanted and ours.http:
+        arm = stage.arm(HTTP, "the same gateway; OpenAI's server-sent events, one kept-alive connection a call")
         arms.append(Contestant(arm, OpenAiSse(ours.http, ours.model), roots))
-    if stage.options.wants(SESSION):
-        arm = report.arm(SESSION, f"the same gateway; {SESSIONS} Inference.Session streams carry all calls")
+    if SESSION in wanted:
+        arm = stage.arm(SESSION, f"the same gateway; {SESSIONS} Inference.Session streams carry all calls")
         arms.append(Contestant(arm, Sessions(ours.grpc, ours.model, sessions=SESSIONS), roots))
     return arms
 
@@ -77,13 +77,13 @@ async def start_sse_engine(stage: Stage, bundle: Path, source: str) -> tuple[Chi
 
 async def start_router(stage: Stage, port: int) -> Contestant | None:
     """vllm-router before the engine at `port`; None with the arm's problem told where it does not start."""
-    arm = stage.report.arm(ROUTER, "vllm-router before the simulated engine's OpenAI face, cache_aware")
+    arm = stage.arm(ROUTER, "vllm-router before the simulated engine's OpenAI face, cache_aware")
     try:
         peer = await peers.vllm_router(stage.children, stage.options.peers, port)
     except (DidNotStart, peers.NoPeers) as error:
         arm.problem = str(error)
         return None
-    return Contestant(arm, OpenAiSse(peer.url, serving.MODEL), [(peer.child.pid, ROUTER)])
+    return Contestant(arm, OpenAiSse(peer.url, serving.MODEL), [(peer.child.pid, peers.ROUTER)])
 
 
 async def play(stage: Stage) -> None:
@@ -102,8 +102,8 @@ async def play(stage: Stage) -> None:
         router = await start_router(stage, port)
         if router is not None:
             arms.append(router)
-    report.settings |= {"streams": streams, "tokens_per_call": tokens, "step_ms": STEP_MS, "rounds": rounds}
-    report.settings["cores"] = _bind(options.pin, [root for arm in arms for root, _ in arm.roots], engines)
+    report.settings[f"{stage.part}streams"] = {"streams": streams, "tokens": tokens, "step_ms": STEP_MS}
+    report.settings[f"{stage.part}cores"] = _bind(options.pin, [root for arm in arms for root, _ in arm.roots], engines)
     try:
         ready = [arm for arm in arms if await first_call(arm, fixed(1, PROMPT_WORDS, 4, options.seed)[0])]
         await take_turns(
@@ -113,7 +113,7 @@ async def play(stage: Stage) -> None:
     finally:
         for arm in arms:
             await arm.face.close()
-    report.figures += figures({arm.arm.name: arm for arm in arms})
+    report.figures += figures({arm.arm.name.removeprefix(stage.part): arm for arm in arms})
 
 
 def _requests(streams: int, tokens: int, seed: int, number: int) -> list[Request]:

@@ -20,6 +20,7 @@ from loadtests.children import Child, Children
 GATEWAY, WORKER = "gateway", "worker replica"
 MODEL = "bench"
 LISTENERS = ("grpc", "http", "link", "admin", "metrics")
+READY_FILE = "ready.json"
 READY_S = 30.0
 ENGINE_READY_S = 180.0
 PREPARE_S = 120.0
@@ -54,12 +55,10 @@ def plain_tokens(model: Path) -> str:
     return f"token_lo={longest.start}&token_hi={longest.stop}"
 
 
-def configuration(model: str, *, max_model_len: int | None = None) -> str:
-    """A cluster.yaml for one gateway on free ports of loopback."""
-    entry: dict[str, object] = {"name": model, "source": "sim:///worker-of-the-load-test"}
-    if max_model_len:
-        entry["max_model_len"] = max_model_len
-    listen = dict.fromkeys(LISTENERS, "127.0.0.1:0")
+def configuration(model: str, **addresses: str) -> str:
+    """A cluster.yaml for one gateway on free ports of loopback, but for the listeners in `addresses`."""
+    entry = {"name": model, "source": "sim:///worker-of-the-load-test"}
+    listen = dict.fromkeys(LISTENERS, "127.0.0.1:0") | addresses
     return yaml.safe_dump(
         {
             "api_version": "headrace/v1",
@@ -96,18 +95,22 @@ class Ours:
         return [(self.gateway.pid, self.gateway.kind), (self.worker.pid, self.worker.kind)]
 
 
-async def start_gateway(
-    children: Children, folder: Path, name: str = "gateway", *, witness: tuple[str, ...] = (), text: str = ""
-) -> tuple[Child, Mapping[str, str]]:
-    """A gateway and its endpoints by listener. Raises DidNotStart. `witness`: options of serving.gateway."""
+def exec_gateway(children: Children, folder: Path, name: str, text: str, witness: tuple[str, ...]) -> Child:
+    """Start a gateway with an empty folder of its own; READY_FILE in `folder/name` is written once it serves."""
     home = folder / name
     home.mkdir(parents=True, exist_ok=True)
-    (home / "cluster.yaml").write_text(text or configuration(MODEL))
-    ready = home / "ready.json"
-    ready.unlink(missing_ok=True)
+    (home / "cluster.yaml").write_text(text)
     program = ["-m", "loadtests.serving.gateway", *witness, "--"] if witness else ["-m", "cluster.cli.main"]
     command = [sys.executable, *program, "gateway", "-f", str(home / "cluster.yaml"), "--folder", str(home / "state")]
-    child = children.start(name, GATEWAY, [*command, "--ready-file", str(ready)])
+    return children.start(name, GATEWAY, [*command, "--ready-file", str(home / READY_FILE)])
+
+
+async def start_gateway(
+    children: Children, folder: Path, name: str, *, witness: tuple[str, ...] = ()
+) -> tuple[Child, Mapping[str, str]]:
+    """A gateway and its endpoints by listener. Raises DidNotStart. `witness`: options of serving.gateway."""
+    child = exec_gateway(children, folder, name, configuration(MODEL), witness)
+    ready = folder / name / READY_FILE
 
     async def there() -> bool:
         return ready.exists()

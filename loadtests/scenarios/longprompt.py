@@ -1,0 +1,100 @@
+"""Long prompts: 220 KB of text a call at concurrency 50, 16 tokens out, over a simulated engine of 131,072 tokens.
+
+The engine's prefill takes no time, so what is seen is what stands before it: reading, tokenizing and handing on. Both
+sides tokenize, ours in the gateway, the peer in the server behind it, in threads. Nothing is bound to cores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from loadtests.datasets import words
+from loadtests.driver import Limits
+from loadtests.faces import Request
+from loadtests.figures import Bound, Figure, Interval, missing, plain_figure, ratio_figure
+from loadtests.processes import SIMULATED
+from loadtests.records import Run
+from loadtests.report import Round
+from loadtests.scenarios import relay
+from loadtests.scenarios.common import Contestant, Stage, first_call, per_round, rounds_of, take_turns
+from loadtests.serving import ours as serving
+
+PROMPT_BYTES, CONCURRENCY, CALLS, TOKENS = 220_000, 50, 100, 16
+LIMITS = Limits(call_s=120.0, run_s=180.0)
+RATE = "requests/s with 220 KB prompts at concurrency 50, ours over gRPC against vllm-router"
+STALL = "longest stall of the gateway's event loop meanwhile"
+RATE_BOUND, STALL_BOUND = Bound(">=", 1.5), Bound("<=", 20.0)
+
+
+def requests_of(seed: int, number: int, tokens: int, calls: int = CALLS) -> list[Request]:
+    """Prompts that share no prefix."""
+    return [
+        Request(
+            f"long-{seed}-{number}-{i}", f"{number}.{i} {words(f'{seed}/{number}/{i}', 54_000)}"[:PROMPT_BYTES], tokens
+        )
+        for i in range(calls)
+    ]
+
+
+def sim_source(model: Path, seed: int) -> str:
+    """An engine with room for every prompt at once, whose prefill takes a millisecond."""
+    room = "max_model_len=131072&max_num_seqs=64&max_num_batched_tokens=16777216&kv_blocks=16384&block_size=1024"
+    return f"sim://{model}?decode_ms=5&prefill_tokens_per_s=1e9&{room}&seed={seed}&{serving.plain_tokens(model)}"
+
+
+async def play(stage: Stage) -> None:
+    """Start both sides, take turns, work out the rows."""
+    options, report = stage.options, stage.report
+    concurrency, tokens, rounds = options.concurrency or CONCURRENCY, options.tokens or TOKENS, rounds_of(options)
+    model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
+    source = sim_source(model, options.seed)
+    stalls = stage.folder / "stalls.json"
+    ours = await serving.start(
+        stage.children, stage.folder, bundle=bundle, source=source, name="long", kind=SIMULATED,
+        witness=("--stalls", str(stalls)),
+    )  # fmt: skip
+    arms = relay.our_arms(stage, ours, (relay.GRPC,))
+
+    async def stall(_: Run) -> dict[str, Any]:
+        return {"event_loop": await serving.ask_stalls(ours, stalls)}
+
+    for arm in arms:
+        arm.after = stall
+    if options.wants(relay.ROUTER):
+        _, port = await relay.start_sse_engine(stage, bundle, source)
+        if (router := await relay.start_router(stage, port)) is not None:
+            arms.append(router)
+    report.settings |= {f"{stage.part}prompt_bytes": PROMPT_BYTES, f"{stage.part}concurrency": concurrency}
+    try:
+        (short,) = requests_of(options.seed, 999, 1, 1)
+        ready = [arm for arm in arms if await first_call(arm, short)]
+        await take_turns(
+            stage, ready, lambda number: requests_of(options.seed, number, tokens),
+            rounds=rounds, concurrency=concurrency, limits=LIMITS,
+        )  # fmt: skip
+    finally:
+        for arm in arms:
+            await arm.face.close()
+    report.figures += figures(stage, {arm.arm.name: arm for arm in arms})
+
+
+def figures(stage: Stage, arms: dict[str, Contestant]) -> list[Figure]:
+    """The rows of this scenario, in their order."""
+    ours, router = arms.get(stage.part + relay.GRPC), arms.get(stage.part + relay.ROUTER)
+    pairs = per_round(ours, router, _rate)
+    rate = (
+        ratio_figure(RATE, *pairs, RATE_BOUND, difference_unit="requests/s")
+        if pairs[0]
+        else missing(RATE, RATE_BOUND, "one of the two did not run")
+    )
+    worst_ms = [r.extra["event_loop"]["worst_s"] * 1000 for r in ours.arm.rounds] if ours else []
+    if not worst_ms:
+        return [rate, missing(STALL, STALL_BOUND, "ours did not run")]
+    note = "the worst of all rounds; low is the best round's worst"
+    interval = Interval(max(worst_ms), min(worst_ms), max(worst_ms))
+    return [rate, plain_figure(STALL, interval, "ms", STALL_BOUND, len(worst_ms), note=note)]
+
+
+def _rate(one: Round) -> float | None:
+    return len(one.run.good) / one.run.duration_s if one.run.good else None

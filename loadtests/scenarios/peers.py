@@ -1,0 +1,288 @@
+"""Peers: ours beside what others use, on one tiny model with one set of engine settings, in turns.
+
+vLLM's own OpenAI server stands alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d); Ray Serve's own gRPC
+proxy and its direct ingress (e) stand over a plain vLLM deployment; ours (f, g, h) is a gateway process and a worker
+process with the parts of the Ray replica, without Ray's own processes. Engines and their ranks are bound to one core,
+all front ends and the driver to another. The rows that need no engine are measured by relay, longprompt and startup.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import psutil
+
+from loadtests import peers
+from loadtests.children import DidNotStart
+from loadtests.datasets import fixed
+from loadtests.driver import Limits
+from loadtests.faces.base import Face, Request
+from loadtests.faces.grpc_stream import GrpcStream
+from loadtests.faces.openai_sse import OpenAiSse
+from loadtests.figures import Bound, Figure, missing, ratio_figure
+from loadtests.processes import ENGINE, classify, pin
+from loadtests.report import Arm, Round
+from loadtests.scenarios import longprompt, relay, startup
+from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns
+from loadtests.scenarios.relay import GRPC, HTTP, SESSION
+from loadtests.serving import ours as serving
+from loadtests.serving import ray_serve
+
+SERVER, ROUTER, SMG, LITELLM = "vLLM server", "vllm-router", "SMG", "LiteLLM"
+RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
+STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
+ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
+LIMITS = Limits(call_s=120.0, run_s=300.0)
+ENGINE_ARGUMENTS: dict[str, object] = {
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 2048,
+    "block_size": 32,
+    "kv_cache_memory_bytes": 256 << 20,
+    "enforce_eager": True,
+}
+_B, _A = "against vllm-router", "ours StreamChat"
+ROWS: tuple[tuple[str, str, str, str, Bound], ...] = (
+    (f"front-end CPU per streamed token, 64 streams, {_A} {_B}", GRPC, ROUTER, "front", Bound("<=", 0.60)),
+    (f"CPU per token of the whole serving side, {_A} {_B}", GRPC, ROUTER, "whole", Bound("<=", 0.90)),
+    (f"front-end CPU per token, {_A} against Ray Serve's proxy", GRPC, RAY_PROXY, "front", Bound("<=", 0.08)),
+    (f"TTFT p50 at one stream, {_A} against vLLM's server alone", ONE + GRPC, ONE + SERVER, "p50", Bound("<=", 1.0)),
+    (f"TTFT p50 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p50", Bound("<=", 0.75)),
+    (f"TTFT p99 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p99", Bound("<=", 0.75)),
+    (f"tokens per CPU-second at 64 streams, {_A} {_B}", GRPC, ROUTER, "yield", Bound(">=", 1.15)),
+    (f"front-end CPU per token, ours HTTP {_B}", HTTP, ROUTER, "front", Bound("<=", 0.70)),
+)
+_MICROSECONDS, _MILLISECONDS = (1e6, "µs/token"), (1e3, "ms")
+UNITS: dict[str, tuple[float, str]] = {
+    "front": _MICROSECONDS,
+    "whole": _MICROSECONDS,
+    "p50": _MILLISECONDS,
+    "p99": _MILLISECONDS,
+    "yield": (1.0, "tokens/s"),
+}
+Start = Callable[[], Awaitable[tuple[Face, list[tuple[int, str]]]]]
+
+
+def value_of(kind: str) -> Callable[[Round], float | None]:
+    """What a row compares, of one round."""
+    if kind in ("p50", "p99"):
+        return lambda one: one.run.quantile("ttft_s", float(kind[1:]))
+
+    def cpu(one: Round) -> float | None:
+        seconds = one.usage.front_end_s() if kind == "front" else one.usage.whole_s()
+        if not one.run.tokens or not seconds:
+            return None
+        return one.run.tokens / seconds if kind == "yield" else seconds / one.run.tokens
+
+    return cpu
+
+
+class Field:
+    """The arms of this scenario as they come up; what does not start is told by its arm."""
+
+    def __init__(self, stage: Stage, stack: AsyncExitStack) -> None:
+        self.stage = stage
+        self.stack = stack
+        self.arms: list[Contestant] = []
+        self.environment = {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        if (plan := cores(stage.options.pin)) is not None:
+            self.environment["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, plan[0]))
+
+    async def add(self, name: str, description: str, start: Start) -> None:
+        """Start an arm and see it answer, or say why not."""
+        if not self.stage.options.wants(name):
+            return
+        arm: Arm = self.stage.arm(name, description)
+        self.stage.screen.say(f"starting {name}")
+        try:
+            face, roots = await start()
+        except (DidNotStart, peers.NoPeers) as error:
+            arm.problem = str(error)
+            return
+        self.stack.push_async_callback(face.close)
+        contestant = Contestant(arm, face, roots)
+        if await first_call(contestant, fixed(1, PROMPT_WORDS, 4, self.stage.options.seed)[0]):
+            self.arms.append(contestant)
+
+    def bind(self) -> str:
+        """Engines to a core, front ends and driver to another."""
+        plan = cores(self.stage.options.pin)
+        if plan is None:
+            return "nothing was bound to cores"
+        engines, others, driver = plan
+        for root in {root for arm in self.arms for root, _ in arm.roots}:
+            pin(root, others)
+            for process in psutil.Process(root).children(recursive=True):
+                if classify(" ".join(process.cmdline()), "") in ENGINE:
+                    pin(process.pid, engines)
+        pin(os.getpid(), driver)
+        return f"engines on {engines}, front ends on {others}, driver on {driver}"
+
+
+async def play(stage: Stage) -> None:
+    """The engines' rows first, then the parts that need none."""
+    model, bundle = await serving.prepare(stage.children, "llama", stage.folder)
+    async with AsyncExitStack() as stack:
+        field = Field(stage, stack)
+        await _with_vllm_server(field, model)
+        await _ours(field, model, bundle)
+        async with AsyncExitStack() as proxy:
+            await _ray(field, proxy, RAY_PROXY, model, direct_ingress=False)
+            await _rounds(field)
+        field.arms = [arm for arm in field.arms if arm.arm.name == GRPC]
+        if stage.options.wants(RAY_DIRECT):
+            await _ray(field, stack, RAY_DIRECT, model, direct_ingress=True)
+            await _rounds(field, part="beside direct ingress: ")
+        for child in stage.children.started:
+            await child.stop()
+    await _parts(stage)
+
+
+async def _with_vllm_server(field: Field, model: Path) -> None:
+    stage, name = field.stage, serving.MODEL
+    environment = stage.options.peers
+    if not any(stage.options.wants(arm) for arm in (SERVER, ROUTER, SMG, LITELLM)):
+        return
+    try:
+        server, port = await peers.vllm_server(stage.children, name, model, ENGINE_ARGUMENTS, field.environment)
+    except DidNotStart as error:
+        for arm in (SERVER, ROUTER, SMG, LITELLM):
+            stage.arm(arm, "vLLM's own server, or a router before it").problem = str(error)
+        return
+    behind = (server.child.pid, server.child.kind)
+
+    def before(
+        start: Callable[[], Awaitable[peers.Peer]],
+    ) -> Start:
+        async def started() -> tuple[Face, list[tuple[int, str]]]:
+            peer = await start()
+            return OpenAiSse(peer.url, name), [(peer.child.pid, peer.child.kind), behind]
+
+        return started
+
+    async def alone() -> tuple[Face, list[tuple[int, str]]]:
+        return OpenAiSse(server.url, name), [behind]
+
+    await field.add(SERVER, "vLLM's own OpenAI server, no gateway", alone)
+    await field.add(
+        ROUTER, "vllm-router, cache aware, before that server",
+        before(lambda: peers.vllm_router(stage.children, environment, port)),
+    )  # fmt: skip
+    await field.add(
+        SMG, "SMG, cache aware, before that server",
+        before(lambda: peers.smg(stage.children, environment, port, model)),
+    )  # fmt: skip
+    await field.add(
+        LITELLM, "LiteLLM's proxy, one worker, before that server",
+        before(lambda: peers.litellm(stage.children, environment, port, name, stage.folder)),
+    )  # fmt: skip
+
+
+async def _ours(field: Field, model: Path, bundle: Path) -> None:
+    stage = field.stage
+    if not any(stage.options.wants(arm) for arm in (GRPC, HTTP, SESSION)):
+        return
+    arguments = {name: value for name, value in ENGINE_ARGUMENTS.items() if name != "enforce_eager"}
+    try:
+        ours = await serving.start(
+            stage.children, stage.folder, bundle=bundle, source=str(model), engine=arguments,
+            environment=field.environment,
+        )  # fmt: skip
+    except DidNotStart as error:
+        for arm in (GRPC, HTTP, SESSION):
+            stage.arm(arm, "ours").problem = str(error)
+        return
+    for contestant in relay.our_arms(stage, ours):
+        field.stack.push_async_callback(contestant.face.close)
+        if await first_call(contestant, fixed(1, PROMPT_WORDS, 4, stage.options.seed)[0]):
+            field.arms.append(contestant)
+
+
+async def _ray(field: Field, stack: AsyncExitStack, name: str, model: Path, *, direct_ingress: bool) -> None:
+    async def start() -> tuple[Face, list[tuple[int, str]]]:
+        serving_ray = await stack.enter_async_context(
+            ray_serve.running(
+                field.stage.children, name.lower().replace(" ", "-"), model, ENGINE_ARGUMENTS, field.environment,
+                direct_ingress=direct_ingress,
+            )
+        )  # fmt: skip
+        face = GrpcStream(serving_ray.address, serving.MODEL, metadata=serving_ray.metadata)
+        return face, serving_ray.roots
+
+    await field.add(name, "Ray Serve over a plain AsyncLLM deployment, messages of the same proto over its gRPC", start)
+
+
+async def _rounds(field: Field, part: str = "") -> None:
+    """One stream first, then 64, all arms in turns; the figures of the rows that these arms have."""
+    stage, options = field.stage, field.stage.options
+    rounds, streams = rounds_of(options), options.concurrency or STREAMS
+    stage.report.settings[f"{part}cores"] = field.bind()
+    singles: list[Contestant] = []
+    if not part:
+        stage.report.settings |= {"engine": ENGINE_ARGUMENTS, "streams": streams, "rounds": rounds}
+        for arm in field.arms:
+            single = stage.report.arm(ONE + arm.arm.name, arm.arm.description)
+            singles.append(Contestant(single, arm.face, arm.roots))
+        await take_turns(
+            stage, singles, lambda number: fixed(ONE_CALLS, PROMPT_WORDS, ONE_TOKENS, options.seed * 2000 + number),
+            rounds=rounds, concurrency=1, limits=LIMITS,
+        )  # fmt: skip
+    turns = field.arms
+    if part:
+        turns = [dataclasses.replace(arm, arm=_renamed(stage, arm, part), runs=[]) for arm in field.arms]
+
+    def requests_of(number: int) -> list[Request]:
+        return fixed(CALLS, PROMPT_WORDS, options.tokens or TOKENS, options.seed * 1000 + number)
+
+    await take_turns(stage, turns, requests_of, rounds=rounds, concurrency=streams, limits=LIMITS)
+    if not part:
+        stage.report.figures += figures({arm.arm.name: arm for arm in (*field.arms, *singles)}, stage)
+
+
+def _renamed(stage: Stage, contestant: Contestant, part: str) -> Arm:
+    """Ours runs again beside the late arm, under a name of its own."""
+    if contestant.arm.name != GRPC:
+        return contestant.arm
+    return stage.report.arm(part + contestant.arm.name, contestant.arm.description)
+
+
+def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
+    """The rows that need an engine, in their order."""
+    told = {arm.name: arm.problem for arm in stage.report.arms}
+    out = []
+    for title, ours, theirs, kind, bound in ROWS:
+        pairs = per_round(arms.get(ours), arms.get(theirs), value_of(kind))
+        if pairs[0]:
+            scale, unit = UNITS[kind]
+            out.append(ratio_figure(title, *pairs, bound, scale=scale, difference_unit=unit))
+        else:
+            lacking = next((name for name in (ours, theirs) if name not in arms), ours)
+            why = told.get(lacking) or told.get(lacking.removeprefix(ONE)) or "it was not asked for"
+            out.append(missing(title, bound, f"{lacking} did not run: {why.splitlines()[0]}"))
+    return out
+
+
+async def _parts(stage: Stage) -> None:
+    """The rows without an engine: the other scenarios, as parts of this one."""
+    if plan := cores(stage.options.pin):
+        pin(os.getpid(), sorted({core for part in plan for core in part}))
+    for name, part in (("relay", relay), ("longprompt", longprompt), ("startup", startup)):
+        folder = stage.folder / name
+        folder.mkdir()
+        try:
+            await part.play(dataclasses.replace(stage, part=f"{name}: ", folder=folder))
+        except DidNotStart as error:
+            stage.report.problems.append(f"{name}: {error}")
+        for child in stage.children.started:
+            await child.stop()

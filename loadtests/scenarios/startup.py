@@ -1,0 +1,89 @@
+"""Start-up: from the gateway's exec to the first routed request, with a tokenizer of 128,000 pieces.
+
+A worker is there already and dials. The gateway has an empty folder: it must fetch the tokenizer from the worker,
+load it, and route. The caller asks again every few milliseconds until the first text comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+
+from loadtests.children import Children, DidNotStart, free_port
+from loadtests.faces import CallFailed, Request
+from loadtests.faces.grpc_stream import GrpcStream
+from loadtests.figures import Bound, mean, plain_figure
+from loadtests.scenarios.common import Stage, rounds_of
+from loadtests.serving import ours as serving
+
+HEAVY = ("torch", "vllm", "ray", "transformers")
+STARTUP = "gateway exec to first routed request, 128k-vocabulary tokenizer"
+BOUND = Bound("<=", 1.0)
+FIRST_S = 30.0
+REDIAL_S = 0.1
+
+
+async def play(stage: Stage) -> None:
+    """As many starts as rounds, one after the other."""
+    rounds = rounds_of(stage.options)
+    model, bundle = await serving.prepare(stage.children, "big", stage.folder)
+    seconds: list[float] = []
+    heavy: set[str] = set()
+    for number in range(1, rounds + 1):
+        took, modules = await one_start(stage.folder / f"start-{number}", model, bundle, number)
+        seconds.append(took)
+        heavy |= {name.split(".")[0] for name in modules} & set(HEAVY)
+        stage.screen.say(f"start {number}: {took:.3f} s, {len(modules)} modules")
+    stage.report.settings |= {f"{stage.part}starts_s": [round(s, 4) for s in seconds], "redial_s": REDIAL_S}
+    if heavy:
+        stage.report.problems.append(f"the gateway imports {', '.join(sorted(heavy))}")
+    imports = ", ".join(sorted(heavy)) if heavy else f"none of {', '.join(HEAVY)}"
+    note = f"imports {imports}; the worker redials every {REDIAL_S} s"
+    figure = plain_figure(STARTUP, mean(seconds), "s", BOUND, len(seconds), note=note)
+    stage.report.figures.append(figure)
+
+
+async def one_start(folder: Path, model: Path, bundle: Path, number: int) -> tuple[float, list[str]]:
+    """Seconds from exec to the first text, and the modules that the gateway had imported at its end."""
+    link, clients = free_port(), free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    modules, ready = folder / "modules.json", folder / "worker.ready"
+    text = serving.configuration(serving.MODEL, link=f"127.0.0.1:{link}", grpc=f"127.0.0.1:{clients}")
+    async with Children(folder) as children:
+        command = [sys.executable, "-m", "loadtests.serving.worker", "--name", serving.MODEL]
+        command += ["--link", f"127.0.0.1:{link}", "--bundle", str(bundle), "--ready", str(ready)]
+        command += ["--source", f"sim://{model}?decode_ms=1", "--redial-max-s", str(REDIAL_S)]
+        worker = children.start("worker", serving.WORKER, command)
+
+        async def runs() -> bool:
+            return ready.exists()
+
+        await worker.until(runs, "its engine runs", 60.0)
+        began = time.perf_counter()
+        gateway = serving.exec_gateway(children, folder, "gateway", text, ("--modules", str(modules)))
+        took = await _first_text(f"127.0.0.1:{clients}", began)
+        await gateway.stop()
+    if not modules.exists():
+        raise DidNotStart(f"the gateway did not tell its modules; its log ends:\n{gateway.tail()}")
+    return took, json.loads(modules.read_text())
+
+
+async def _first_text(address: str, began: float) -> float:
+    request = Request("first", "hello", 1, chat=True)
+    first: list[float] = []
+    face = GrpcStream(address, serving.MODEL, channels=1)
+    try:
+        while True:
+            try:
+                await face.run(request, lambda text: first.append(time.perf_counter()))
+                if first:
+                    return first[0] - began
+            except CallFailed as error:
+                if time.perf_counter() - began > FIRST_S:
+                    raise DidNotStart(f"no request was routed within {FIRST_S:g} s: {error}") from None
+            await asyncio.sleep(0.005)
+    finally:
+        await face.close()

@@ -1,0 +1,97 @@
+"""Program: a plain vLLM deployment on a Ray that runs, behind Ray Serve's own gRPC proxy or its direct ingress.
+
+    python -m loadtests.serving.ray_app --folder MODEL --engine JSON --grpc-port PORT --ready FILE
+
+What a user of Ray Serve would write: AsyncLLM in a deployment whose method is a generator of messages. The messages
+are ours (cluster.v1), so that one driver speaks to both. Joins the Ray of RAY_ADDRESS, ends on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import threading
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, gRPCOptions
+
+from cluster.v1 import inference_pb2 as pb
+
+APPLICATION = "bench"
+SERVICER = "cluster.v1.inference_pb2_grpc.add_InferenceServicer_to_server"
+
+
+class Plain:
+    """One engine and one method."""
+
+    def __init__(self, folder: str, engine: dict[str, Any]) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=folder, **engine))
+        self._tokenizer: Any = None
+
+    async def StreamChat(self, request: pb.ChatRequest) -> AsyncIterator[pb.ChatChunk]:
+        """A chunk for each of the engine's outputs; the last has usage."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(self._llm.model_config.model)
+        messages = [{"role": message.role, "content": message.content} for message in request.messages]
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        sampling = SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            ignore_eos=request.ignore_eos,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        call, tokens = uuid.uuid4().hex, 0
+        async for output in self._llm.generate({"prompt_token_ids": ids}, sampling, call):
+            (one,) = output.outputs
+            tokens += len(one.token_ids)
+            delta = pb.ChoiceDelta(index=0, delta=pb.Message(content=one.text), finish_reason=one.finish_reason or "")
+            chunk = pb.ChatChunk(id=call, model=request.model, choices=[delta])
+            if output.finished:
+                chunk.usage.CopyFrom(pb.Usage(prompt_tokens=len(ids), completion_tokens=tokens))
+            yield chunk
+
+
+def main() -> None:
+    """Deploy, say so, and stay until the end is asked for."""
+    parser = argparse.ArgumentParser()
+    for name in ("folder", "engine", "ready"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--grpc-port", type=int, required=True)
+    parser.add_argument("--http-port", type=int, required=True)
+    arguments = parser.parse_args()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    here = str(Path(__file__).resolve().parent.parent.parent)
+    environment = {"PYTHONPATH": here, **json.loads(os.environ.get("LOADTEST_ENGINE_ENVIRONMENT", "{}"))}
+    ray.init(log_to_driver=False, runtime_env={"env_vars": environment})
+    serve.start(
+        http_options=HTTPOptions(host="127.0.0.1", port=arguments.http_port),
+        grpc_options=gRPCOptions(port=arguments.grpc_port, grpc_servicer_functions=[SERVICER]),
+    )
+    deployment = serve.deployment(Plain, name="plain", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 1})
+    serve.run(deployment.bind(arguments.folder, json.loads(arguments.engine)), name=APPLICATION, route_prefix="/")
+    Path(arguments.ready).write_text("{}")
+    stop.wait()
+    serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
