@@ -96,8 +96,15 @@ async def run(arguments: argparse.Namespace, screen: Screen) -> Report:
     """`play`, which SIGINT and SIGTERM end early."""
     with tempfile.TemporaryDirectory(prefix="headrace-loadtest-") as folder:
         playing = asyncio.create_task(play(arguments, screen, Path(folder)))
+        interrupted = False
+
+        def interrupt() -> None:
+            nonlocal interrupted
+            if not interrupted:  # a second signal must not keep the first from ending what was started
+                interrupted = playing.cancel("interrupted")
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, playing.cancel)
+            asyncio.get_running_loop().add_signal_handler(number, interrupt)
         return await playing
 
 

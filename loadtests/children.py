@@ -52,8 +52,9 @@ class Child:
     kind: str
     process: subprocess.Popen[bytes]
     log: Path
+    term_s: float = TERM_S
     family: set[tuple[int, float]] = field(default_factory=set)
-    _stopped: bool = False
+    _stopping: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int:
@@ -86,15 +87,17 @@ class Child:
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
-        """End it and its descendants: in order first, then by force. Idempotent."""
-        if self._stopped:
-            return
-        self._stopped = True
+        """End it and its descendants: in order first, then by force. Idempotent, and whole even when cancelled."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._stop())
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self) -> None:
         self._remember()
         for command in self.commands():  # not the guard, whose end would take the whole group at once
             with contextlib.suppress(psutil.NoSuchProcess):
                 command.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + TERM_S
+        deadline = time.monotonic() + self.term_s
         while self._living() and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
             await asyncio.sleep(0.05)
         for member in self._living():
@@ -129,9 +132,10 @@ class Child:
 class Children:
     """All children of a scenario; leaving the context ends them."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` gets their logs."""
+    def __init__(self, folder: Path, term_s: float = TERM_S) -> None:
+        """`folder` gets their logs. At the end each has `term_s` to go by itself."""
         self.folder = folder
+        self.term_s = term_s
         self.started: list[Child] = []
 
     async def __aenter__(self) -> Children:
@@ -157,6 +161,6 @@ class Children:
                 cwd=ROOT,
                 env={**os.environ, **(environment or {})},
             )
-        child = Child(name, kind, process, log)
+        child = Child(name, kind, process, log, self.term_s)
         self.started.append(child)
         return child

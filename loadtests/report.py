@@ -20,6 +20,7 @@ from loadtests.processes import Usage
 from loadtests.records import QUANTILES, Run, Slo
 
 SCHEMA = 1
+ARMS_A_TABLE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +116,9 @@ class Report:
 
     def show(self, console: Console) -> None:
         """The tables, then what went wrong."""
-        if shown := [arm for arm in self.arms if arm.rounds]:
-            console.print(_arms(shown))
+        shown = [arm for arm in self.arms if arm.rounds]
+        for at in range(0, len(shown), ARMS_A_TABLE):
+            console.print(_arms(shown[at : at + ARMS_A_TABLE]))
         if self.figures:
             console.print(_figures(self.figures))
         for arm in self.arms:

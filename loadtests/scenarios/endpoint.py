@@ -119,6 +119,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, report: Report) ->
     given = (arguments.slo_ttft_ms, arguments.slo_tpot_ms, arguments.slo_e2e_ms)
     report.slo = Slo(*(None if ms is None else ms / 1000 for ms in given)) if any(given) else None
     report.settings |= {name: str(value) for name, value in vars(arguments).items() if name != "api_key"}
+    concurrencies = levels(arguments.concurrency)
     limits = Limits(arguments.call_timeout_s, arguments.run_timeout_s)
     face = face_of(arguments)
     arm = Contestant(report.arm(arguments.endpoint, f"{arguments.dataset} over {face.name}"), face, ())
@@ -127,7 +128,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, report: Report) ->
         if due_s is not None:
             await one_round(arm, screen, 1, requests, due_s=due_s, limits=limits)
         else:
-            for number, concurrency in enumerate(levels(arguments.concurrency), 1):
+            for number, concurrency in enumerate(concurrencies, 1):
                 if not arm.arm.problem:
                     await one_round(arm, screen, number, requests, concurrency=concurrency, limits=limits)
     finally:

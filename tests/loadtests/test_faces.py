@@ -55,6 +55,16 @@ async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestC
         await plain.close()
 
 
+async def test_no_token_waits_for_an_acknowledgement(ours: TestCluster) -> None:
+    """On a kept-alive connection the later calls' first token comes without the 40 ms of a delayed ACK."""
+    face = OpenAiSse(f"http://{ours.gateway.endpoints['http']}", MODEL)
+    try:
+        run = await drive(face, fixed(10, 8, 4, seed=5), concurrency=1, limits=LIMITS)
+        assert min(record.ttft_s or 1.0 for record in run.good[1:]) < 0.035
+    finally:
+        await face.close()
+
+
 @pytest.mark.parametrize("kind", ["grpc", "session", "http"])
 async def test_an_unknown_model_is_a_refusal_with_its_status(kind: str, ours: TestCluster) -> None:
     """The call fails by the server's own status, not as a dead server."""

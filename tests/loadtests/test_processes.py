@@ -1,0 +1,151 @@
+"""Children are ended with all that they started, and their CPU time is counted in the right class."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from loadtests.children import ROOT, Child, Children, DidNotStart
+from loadtests.processes import ENGINE_CORE, Seen, Usage, classify, snapshot, used
+from tests.support.cluster import until
+
+# A program with a child of its own that does not end when asked to.
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+inner = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", inner])
+time.sleep(600)
+"""
+BUSY = """
+import time
+end = time.process_time() + 0.3
+while time.process_time() < end:
+    pass
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def _family(child: Child) -> list[psutil.Process]:
+    return psutil.Process(child.pid).children(recursive=True)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it is there, and not only waits to be reaped by whoever inherited it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def _says_up(child: Child) -> None:
+    await until(lambda: "up" in child.log.read_text(), f"{child.name} says that it is up")
+
+
+async def test_a_stubborn_family_is_gone_at_the_end(tmp_path: Path) -> None:
+    """A child and its child ignore SIGTERM; neither outlives the context."""
+    async with Children(tmp_path, term_s=0.2) as children:
+        child = children.start("stubborn", "x", [sys.executable, "-c", STUBBORN])
+        await _says_up(child)
+        family = _family(child)
+    assert len(family) >= 3
+    assert not [process for process in family if _runs(process)]
+
+
+async def test_nothing_stays_when_the_harness_is_killed(tmp_path: Path) -> None:
+    """The guard ends the group when its standard input closes, as it does with the harness's death."""
+    harness = (
+        "import asyncio, sys\nfrom pathlib import Path\nfrom loadtests.children import Children\n"
+        "async def main():\n"
+        f"    async with Children(Path({str(tmp_path)!r})) as children:\n"
+        f"        child = children.start('stubborn', 'x', [sys.executable, '-c', {STUBBORN!r}])\n"
+        "        print(child.pid, flush=True)\n"
+        "        await asyncio.sleep(600)\n"
+        "asyncio.run(main())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", harness], stdout=subprocess.PIPE, text=True, cwd=ROOT)  # noqa: ASYNC220
+    assert process.stdout is not None
+    group = int(process.stdout.readline())
+    log = tmp_path / "stubborn.log"
+    await until(lambda: log.exists() and "up" in log.read_text(), "its child is up")
+    process.kill()
+    process.wait()
+
+    def gone() -> bool:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        return all(p.status() == psutil.STATUS_ZOMBIE for p in psutil.process_iter() if os.getpgid(p.pid) == group)
+
+    await until(gone, "the whole group is gone")
+
+
+async def test_a_program_that_ends_at_once_is_told_with_its_last_words(tmp_path: Path) -> None:
+    """Not waited for until the time is up."""
+    async with Children(tmp_path) as children:
+        child = children.start("broken", "x", [sys.executable, "-c", "raise SystemExit('no such model')"])
+
+        async def never() -> bool:
+            return False
+
+        with pytest.raises(DidNotStart, match=r"broken ended(?s:.)*no such model"):
+            await child.until(never, "it serves", 30.0)
+
+
+async def test_a_cancelled_stop_still_ends_the_child(tmp_path: Path) -> None:
+    """An interrupt in the middle of the end leaves nothing."""
+    async with Children(tmp_path, term_s=0.3) as children:
+        child = children.start("stubborn", "x", [sys.executable, "-c", STUBBORN])
+        await _says_up(child)
+        family = _family(child)
+        stopping = asyncio.create_task(child.stop())
+        await asyncio.sleep(0)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+    assert not [process for process in family if _runs(process)]
+
+
+async def test_cpu_time_of_a_child_is_counted_in_its_class(tmp_path: Path) -> None:
+    """A child that burns 0.3 s does so in its own class and no other."""
+    async with Children(tmp_path) as children:
+        child = children.start("busy", "gateway", [sys.executable, "-c", BUSY])
+        before = snapshot([(child.pid, child.kind)])
+        await _says_up(child)
+        usage = used(before, snapshot([(child.pid, child.kind)]))
+    assert set(usage.cpu_s) == {"gateway"}
+    assert 0.25 <= usage.cpu_s["gateway"] <= 0.8
+    assert usage.rss_bytes["gateway"] > 1 << 20
+
+
+def test_processes_are_told_apart_by_their_command_lines() -> None:
+    """vLLM's titles and Ray's, and the parent's class for everything else."""
+    assert classify("VLLM::EngineCore", "vllm server") == ENGINE_CORE
+    assert classify("VLLM::Worker_TP0", "vllm server") == "engine rank"
+    assert classify("ray::ProxyActor", "ray system") == "ray proxy"
+    assert classify("ray::ServeReplica:bench:plain", "ray system") == "ray replica"
+    assert classify("python -c from multiprocessing.resource_tracker import main", "gateway") == "gateway"
+
+
+def test_front_end_is_all_but_engines_and_what_counts_for_nobody() -> None:
+    """The sums that the figures are made of."""
+    usage = Usage(
+        {"gateway": 1.0, "worker replica": 2.0, "engine core": 4.0, "engine rank": 8.0, "simulated engine": 16.0}, {}
+    )
+    assert usage.front_end_s() == 3.0
+    assert usage.whole_s() == 15.0
+
+
+def test_a_process_that_began_in_between_counts_from_its_begin() -> None:
+    """And a pid that was used again is another process."""
+    before = {(5, 100.0): Seen("gateway", 2.0, 10)}
+    after = {(5, 200.0): Seen("gateway", 0.5, 20), (6, 150.0): Seen("gateway", 0.25, 30)}
+    assert used(before, after).cpu_s == {"gateway": 0.75}
