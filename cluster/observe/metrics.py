@@ -6,9 +6,10 @@ import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from wsgiref.simple_server import WSGIServer
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -96,6 +97,15 @@ Sample = tuple[str, tuple[str, ...], float]
 """A gauge at the moment of a scrape: name, label values in the definition's order, value."""
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """A scrape is not worth a line."""
+
+
 class Metrics(Collector):
     """All metrics of one process. Names are given without the prefix `headrace_`."""
 
@@ -150,8 +160,12 @@ class Metrics(Collector):
 
     def serve(self, host: str, port: int) -> int:
         """Serve /metrics from a thread; the bound port."""
-        self._server = start_http_server(port, addr=host, registry=self.registry)
-        return int(self._server[0].server_port)
+        server = make_server(host, port, make_wsgi_app(self.registry), _Server, handler_class=_SilentHandler)
+        # socketserver looks for the end every half second unless told; a gateway's stop should not wait for that
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="metrics", daemon=True)
+        thread.start()
+        self._server = (server, thread)
+        return int(server.server_port)
 
     def close(self) -> None:
         """Stop serving."""
