@@ -25,7 +25,7 @@ test: setup ## all tests, those with the real engine included
 	$(VENV)/python -m pytest $(ARGS)
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
-	$(VENV)/python -m pytest -m "not engine and not ray and not root" $(ARGS)
+	$(VENV)/python -m pytest -m "not engine and not ray and not root and not slow" $(ARGS)
 
 check: setup ## format, lint, types, protos, generated code, architecture
 	$(VENV)/ruff format --check .

@@ -64,6 +64,7 @@ async def test_unavailable_is_retried(gateway: ScriptedGateway) -> None:
     assert len(gateway.script.requests) == 2
 
 
+@pytest.mark.slow
 async def test_nobody_there_is_unreachable() -> None:
     """A closed port gives UNREACHABLE."""
     async with AsyncClient("127.0.0.1:1") as client:

@@ -79,6 +79,7 @@ async def test_errors_are_each_calls_own(client: AsyncClient, cluster: TestClust
     await cluster.until_idle()
 
 
+@pytest.mark.slow
 async def test_old_sessions_are_replaced(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """When a session has become too old, later calls go to another, and none of them is lost."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 20\n  max_connection_age_s: 0.5")

@@ -191,6 +191,7 @@ def test_leaving_a_stream_ends_the_call(gateway: ScriptedGateway, how: str) -> N
     client.close()
 
 
+@pytest.mark.slow
 def test_nobody_there_is_unreachable() -> None:
     """A closed port gives UNREACHABLE with the endpoint, not a gRPC dump."""
     with Client("127.0.0.1:1") as client, pytest.raises(HeadraceError) as caught:
@@ -199,6 +200,7 @@ def test_nobody_there_is_unreachable() -> None:
     assert "127.0.0.1:1" in caught.value.message
 
 
+@pytest.mark.slow
 def test_four_megabytes_and_more_pass(gateway: ScriptedGateway) -> None:
     """Messages above gRPC's default of 4 MB pass, up to the gateway's limit."""
     with Client(gateway.endpoint) as client:

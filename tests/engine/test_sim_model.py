@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,6 +142,7 @@ def check_blocks(model: SimModel, config: SimConfig) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(moves)
+@pytest.mark.slow
 def test_a_crowded_engine_keeps_its_bounds_and_its_tokens(history: list[Move]) -> None:
     """Full, chunking, preempting and aborting: bounds hold, nothing leaks, and every token is as alone."""
     model = SimModel(TIGHT)

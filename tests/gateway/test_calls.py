@@ -173,6 +173,7 @@ async def test_more_calls_than_room_all_end(cluster: TestCluster, checkpoint: Pa
     await cluster.until_idle()
 
 
+@pytest.mark.slow
 async def test_long_prompts_travel_in_bulk(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """A prompt of many tokens arrives whole, in chunks on its own connection."""
     await cluster.add_worker(

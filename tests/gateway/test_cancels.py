@@ -48,6 +48,7 @@ class StepClock:
         await self._engine.close()
 
 
+@pytest.mark.slow
 async def test_a_thousand_cancels_free_their_places(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """At 20 ms a step a place is free within two steps of the cancel (p99 of 1,000); others keep their tokens."""
     engine = StepClock(sim_engine(checkpoint, decode_ms=20, max_num_seqs=256, kv_blocks=2_000))
@@ -79,6 +80,7 @@ async def test_a_thousand_cancels_free_their_places(cluster: TestCluster, checkp
     await cluster.until_idle()
 
 
+@pytest.mark.slow
 async def test_a_thousand_cancels_at_once(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """A thousand calls, waiting and running, cancelled together leave nothing behind."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=32), bundle)
@@ -122,6 +124,7 @@ async def test_client_gone_in_mid_stream(cluster: TestCluster, checkpoint: Path,
     await cluster.until_idle()
 
 
+@pytest.mark.slow
 async def test_slow_reader_gets_whole_text_in_fewer_chunks(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:

@@ -188,6 +188,7 @@ async def test_gateway_that_knows_nothing_says_so(cluster: TestCluster) -> None:
     assert answer.retry_s is not None
 
 
+@pytest.mark.slow
 async def test_queue_bounds(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """A full queue refuses with QUEUE_FULL and a pause; what waits longer than max_wait_s is shed."""
     config = LOOPBACK.replace(

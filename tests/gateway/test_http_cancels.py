@@ -95,6 +95,7 @@ async def test_hundreds_gone_at_once(cluster: TestCluster, checkpoint: Path, bun
     assert (await fetch(cluster, CHAT, chat_body(max_tokens=4))).status == 200
 
 
+@pytest.mark.slow
 async def test_a_slow_reader_gets_its_text_in_fewer_events(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:

@@ -23,6 +23,7 @@ from tests.support.certificates import Authority
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 
 
+@pytest.mark.slow
 async def test_worker_survives_a_gateways_restart(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """The same worker serves a gateway, its successor on the same port, and could start before either."""
     engine = sim_engine(checkpoint, decode_ms=1)
@@ -120,6 +121,7 @@ async def test_strangers_are_turned_away(cluster: TestCluster, frame: pb.WorkerT
     assert not cluster.gateway.hub.links
 
 
+@pytest.mark.slow
 async def test_silent_worker_is_noticed(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """A worker that says hello and then nothing is dropped after silence_s, and its calls are told."""
     timing = Timing(beat_s=0.02, silence_s=0.3)
@@ -163,6 +165,7 @@ async def test_drain_ends_streams_and_takes_no_more(cluster: TestCluster, checkp
     assert other.engine.load().steps > 0
 
 
+@pytest.mark.slow
 async def test_controller_tells_catalog_and_hears_the_fleet(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, tmp_path: Path
 ) -> None:

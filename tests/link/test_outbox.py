@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from cluster.api.bundle import Bundle
 from cluster.api.types import EngineRequest, Sampling, TokenOutput, WorkerIdentity
@@ -48,6 +49,7 @@ class DeafGateway(pb_grpc.LinkServicer):
         await asyncio.Event().wait()
 
 
+@pytest.mark.slow
 async def test_a_deaf_gateway_slows_nobody(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """While one gateway does not read, streams through another keep the engine's pace; the deaf one's link closes
     and its requests leave the engine."""

@@ -38,6 +38,7 @@ async def ours(bundle: tuple[Bundle, str], tmp_path: Path) -> AsyncIterator[Test
 
 
 @pytest.mark.parametrize("kind", ["grpc", "session"])
+@pytest.mark.slow
 async def test_our_faces_give_the_texts_of_a_plain_server(kind: str, ours: TestCluster, sse: SseServer) -> None:
     """The same requests over ours and over SSE: all tokens, equal texts, for chats and completions."""
     address = ours.gateway.endpoints["grpc"]

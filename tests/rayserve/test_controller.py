@@ -121,6 +121,7 @@ async def test_unplaceable_model_fails_and_recovers() -> None:
     assert gateways.state("m") is ModelState.PLACING
 
 
+@pytest.mark.slow
 async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
     """While Ray is away what was told stays told; when it is back, empty, everything is made again."""
     ray, gateways = FakeRay(away="gone fishing"), FakeGateways(linked=0)

@@ -90,6 +90,7 @@ async def test_a_lost_driver_is_replaced(backend: ChildBackend) -> None:
     assert (await backend.observe()).nodes, "a failed request must not cost the driver"
 
 
+@pytest.mark.slow
 async def test_bundle_is_built_in_a_process_of_its_own(tmp_path: Path) -> None:
     """The bundle comes back by its digest with what it says of the model; a bad source says why."""
     folder = build_tokenizer("llama", tmp_path / "model")

@@ -57,6 +57,7 @@ def run_both(
 
 @LAW
 @given(data=st.data())
+@pytest.mark.slow
 def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
     """Any ids in steps of any size after any prompt give vLLM's text, stop string and token count at every step."""
     prompt = data.draw(token_ids(kind), label="prompt")
@@ -83,6 +84,7 @@ def test_equals_vllm(kind: Kind, data: st.DataObject) -> None:
 
 @settings(LAW, max_examples=100)
 @given(data=st.data())
+@pytest.mark.slow
 def test_long_prompts_prime_by_their_tail(kind: Kind, data: st.DataObject) -> None:
     """A prompt longer than what primes the stream gives the same text as the whole would, whatever is in its tail."""
     tail = [t for part in data.draw(st.lists(token_ids(kind), min_size=3, max_size=8), label="tail") for t in part]

@@ -100,6 +100,7 @@ def test_needs_no_engine_library() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_a_big_vocabulary_loads_without_training(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The generated tokenizer of 128k tokens is whole: it encodes, decodes, and has the family's special tokens."""
     from cluster.engine.bundles import build_bundle
