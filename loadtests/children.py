@@ -30,6 +30,8 @@ exit $code
 """
 TERM_S = 10.0
 ROOT = Path(__file__).resolve().parent.parent
+KILLED_S = 5.0
+"""How long a killed process may take to be gone."""
 
 
 class DidNotStart(Exception):
@@ -108,6 +110,9 @@ class Child:
         if self.process.stdin is not None:
             self.process.stdin.close()
         await asyncio.to_thread(self.process.wait)
+        deadline = time.monotonic() + KILLED_S  # SIGKILL is sent, not yet delivered, when kill returns
+        while self._living() and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
+            await asyncio.sleep(0.01)
 
     def _remember(self) -> None:
         try:
