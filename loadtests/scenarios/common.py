@@ -34,7 +34,6 @@ class Options:
     only: tuple[str, ...] = ()
     """Names of arms; empty for all."""
     peers: Path = PEERS
-    cooldown_s: float = 0.0
 
     def wants(self, arm: str) -> bool:
         """Whether an arm is to run."""
@@ -121,8 +120,12 @@ async def take_turns(
     rounds: int,
     concurrency: int,
     limits: Limits | None = None,
+    cooldown_s: float = 0.0,
 ) -> None:
-    """A warm-up each, then `rounds` times every arm in turn, with the same requests. An arm that broke sits out."""
+    """A warm-up each, then `rounds` times every arm in turn, with the same requests. An arm that broke sits out.
+
+    `cooldown_s`: rest between two arms, for what an arm's processes still do after its last call.
+    """
     for contestant in contestants:
         await one_round(contestant, stage.screen, 0, requests_of(0), concurrency=concurrency, limits=limits, keep=False)
     for number in range(1, rounds + 1):
@@ -130,7 +133,7 @@ async def take_turns(
         for contestant in contestants:
             if not contestant.arm.problem:
                 await one_round(contestant, stage.screen, number, requests, concurrency=concurrency, limits=limits)
-                await asyncio.sleep(stage.options.cooldown_s)
+                await asyncio.sleep(cooldown_s)
     check_answers(stage.report, contestants)
 
 

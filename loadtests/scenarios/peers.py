@@ -37,6 +37,8 @@ RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)
+COOLDOWN_S = 1.5
+"""vLLM's rank processes poll at full speed for a second after their last step, on the core of the next arm's."""
 ENGINE_ARGUMENTS: dict[str, object] = {
     "dtype": "float32",
     "max_model_len": 2048,
@@ -236,7 +238,7 @@ async def _rounds(field: Field, part: str = "") -> None:
             singles.append(Contestant(single, arm.face, arm.roots))
         await take_turns(
             stage, singles, lambda number: fixed(ONE_CALLS, PROMPT_WORDS, ONE_TOKENS, options.seed * 2000 + number),
-            rounds=rounds, concurrency=1, limits=LIMITS,
+            rounds=rounds, concurrency=1, limits=LIMITS, cooldown_s=COOLDOWN_S,
         )  # fmt: skip
     turns = field.arms
     if part:
@@ -245,7 +247,9 @@ async def _rounds(field: Field, part: str = "") -> None:
     def requests_of(number: int) -> list[Request]:
         return fixed(CALLS, PROMPT_WORDS, options.tokens or TOKENS, options.seed * 1000 + number)
 
-    await take_turns(stage, turns, requests_of, rounds=rounds, concurrency=streams, limits=LIMITS)
+    await take_turns(
+        stage, turns, requests_of, rounds=rounds, concurrency=streams, limits=LIMITS, cooldown_s=COOLDOWN_S
+    )
     if not part:
         stage.report.figures += figures({arm.arm.name: arm for arm in (*field.arms, *singles)}, stage)
 
