@@ -83,7 +83,9 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) 
     if min(*ours, *theirs) <= 0:
         raise ValueError("a ratio needs values above 0")
     logs = np.log(np.asarray(ours) / np.asarray(theirs))
-    return _bootstrap(lambda index: np.exp(logs[index].mean(axis=1)), len(logs), seed)
+    # Quantiles are taken of the logarithms: between ratios they would interpolate, and theirs/ours tell another story.
+    log = _bootstrap(lambda index: logs[index].mean(axis=1), len(logs), seed)
+    return Interval(float(np.exp(log.value)), float(np.exp(log.low)), float(np.exp(log.high)))
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Interval:

@@ -88,7 +88,7 @@ class HttpServer:
         self._config.load()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=self._config.backlog)
-        # asyncio sets it only for sockets made with proto=IPPROTO_TCP; without it a second call's tokens wait for an ACK.
+        # asyncio sets it only for sockets made with proto=IPPROTO_TCP; without it a second call's tokens wait for ACKs.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
