@@ -8,6 +8,7 @@ from typing import Any
 
 from loadtests.report import Arm, Report, middle
 
+SIZE = (9, 4.5)
 QUANTITIES = (("ttft_s", "time to first token"), ("tpot_s", "time per token"), ("e2e_s", "end to end"))
 
 
@@ -32,19 +33,30 @@ def write(report: Report, folder: Path) -> list[Path]:
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    arms = [arm for arm in report.arms if arm.rounds]
     written = []
-    for name, title in QUANTITIES:
-        series = [(arm.name, _values(arm, name)) for arm in arms]
-        path = folder / f"{report.scenario}-{name.removesuffix('_s')}.png"
-        if _draw(pyplot, path, f"{report.scenario}: {title}", series):
-            written.append(path)
-    swept = [(arm, _by_concurrency(arm)) for arm in arms]
-    if any(len(points) > 1 for _, points in swept):
+    for part, arms in _parts(report).items():
+        stem = "-".join(filter(None, (report.scenario, part.replace(" ", "-"))))
+        for name, title in QUANTITIES:
+            path = folder / f"{stem}-{name.removesuffix('_s')}.png"
+            series = [(label, _values(arm, name)) for label, arm in arms]
+            if _draw(pyplot, path, f"{report.scenario}{', ' * bool(part)}{part}: {title}", series):
+                written.append(path)
+    swept = _by_concurrency(report)
+    if any(len(points) > 1 for points in swept.values()):
         path = folder / f"{report.scenario}-throughput.png"
         _draw_sweep(pyplot, path, report.scenario, swept)
         written.append(path)
     return written
+
+
+def _parts(report: Report) -> dict[str, list[tuple[str, Arm]]]:
+    """Arms by what stands before the colon in their names: one picture each."""
+    parts: dict[str, list[tuple[str, Arm]]] = {}
+    for arm in report.arms:
+        part, colon, label = arm.name.partition(": ")
+        if arm.rounds:
+            parts.setdefault(part if colon else "", []).append((label if colon else arm.name, arm))
+    return parts
 
 
 def _values(arm: Arm, name: str) -> list[float]:
@@ -56,7 +68,7 @@ def _draw(pyplot: Any, path: Path, title: str, series: Sequence[tuple[str, list[
     series = [(name, values) for name, values in series if values]
     if not series:
         return False
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
     for name, values in series:
         axes.step(values, [(i + 1) / len(values) for i in range(len(values))], where="post", label=name)
     axes.set(title=title, xlabel="ms", ylabel="share of calls", ylim=(0, 1.01))
@@ -65,26 +77,32 @@ def _draw(pyplot: Any, path: Path, title: str, series: Sequence[tuple[str, list[
     return _save(pyplot, figure, axes, path)
 
 
-def _by_concurrency(arm: Arm) -> dict[int, float]:
-    rates: dict[int, list[float | None]] = {}
-    for one in arm.rounds:
-        if (concurrency := one.extra.get("concurrency")) and one.run.duration_s:
-            rates.setdefault(int(concurrency), []).append(one.run.tokens / one.run.duration_s)
-    return {c: middle(values) or 0.0 for c, values in sorted(rates.items())}
+def _by_concurrency(report: Report) -> dict[str, dict[int, float]]:
+    """Tokens a second by arm and concurrency; the arms of a single stream are their namesakes' first point."""
+    rates: dict[str, dict[int, list[float | None]]] = {}
+    for arm in report.arms:
+        points = rates.setdefault(arm.name.removeprefix("one stream: "), {})
+        for one in arm.rounds:
+            if (concurrency := one.extra.get("concurrency")) and one.run.duration_s:
+                points.setdefault(int(concurrency), []).append(one.run.tokens / one.run.duration_s)
+    return {
+        name: {level: middle(values) or 0.0 for level, values in sorted(points.items())}
+        for name, points in rates.items()
+    }
 
 
-def _draw_sweep(pyplot: Any, path: Path, scenario: str, swept: Sequence[tuple[Arm, dict[int, float]]]) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for arm, points in swept:
-        if points:
-            axes.plot(list(points), list(points.values()), marker="o", label=arm.name)
+def _draw_sweep(pyplot: Any, path: Path, scenario: str, swept: dict[str, dict[int, float]]) -> None:
+    figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
+    for name, points in swept.items():
+        if len(points) > 1:
+            axes.plot(list(points), list(points.values()), marker="o", label=name)
     axes.set(title=f"{scenario}: throughput", xlabel="concurrent calls", ylabel="tokens/s", xscale="log")
     _save(pyplot, figure, axes, path)
 
 
 def _save(pyplot: Any, figure: Any, axes: Any, path: Path) -> bool:
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
