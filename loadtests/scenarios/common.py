@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +14,15 @@ from loadtests.children import Children
 from loadtests.driver import Limits, drive
 from loadtests.faces.base import CallFailed, Face, Request
 from loadtests.figures import MIN_ROUNDS
-from loadtests.processes import snapshot, used
+from loadtests.processes import pin, snapshot, used
 from loadtests.records import Run, same_texts
 from loadtests.report import Arm, Report, Round
 from loadtests.show import Screen
 
 PEERS = Path(__file__).resolve().parent.parent.parent / ".venv-peers"
 FIRST_CALL_S = 60.0
+AVAILABLE = sorted(os.sched_getaffinity(0))
+"""This process's cores before it binds itself to some of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +175,15 @@ def rounds_of(options: Options) -> int:
     return options.rounds or MIN_ROUNDS
 
 
-def cores(pin: bool) -> tuple[list[int], list[int], list[int]] | None:
-    """Cores for what is measured, for engines, and for the driver; None where nothing is to be bound."""
-    import os
+def unbind() -> None:
+    """Give this process all its cores back: what it starts inherits them."""
+    pin(os.getpid(), AVAILABLE)
 
-    there = sorted(os.sched_getaffinity(0))
-    if not pin or len(there) < 2:
+
+def cores(bound: bool) -> tuple[list[int], list[int], list[int]] | None:
+    """Cores for what is measured, for engines, and for the driver; None where nothing is to be bound."""
+    there = AVAILABLE
+    if not bound or len(there) < 2:
         return None
     if len(there) < 4:
         return there[:1], there[1:], there[1:]

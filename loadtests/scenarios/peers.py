@@ -27,7 +27,7 @@ from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import ENGINE, classify, pin
 from loadtests.report import Arm, Round
 from loadtests.scenarios import longprompt, relay, startup
-from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns
+from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns, unbind
 from loadtests.scenarios.relay import GRPC, HTTP, SESSION
 from loadtests.serving import ours as serving
 from loadtests.serving import ray_serve
@@ -144,6 +144,7 @@ async def play(stage: Stage) -> None:
             await _rounds(field)
         field.arms = [arm for arm in field.arms if arm.arm.name == GRPC]
         if stage.options.wants(RAY_DIRECT):
+            unbind()
             await _ray(field, stack, RAY_DIRECT, model, direct_ingress=True)
             await _rounds(field, part="beside direct ingress: ")
         for child in stage.children.started:
@@ -279,9 +280,8 @@ def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
 
 async def _parts(stage: Stage) -> None:
     """The rows without an engine: the other scenarios, as parts of this one."""
-    if plan := cores(stage.options.pin):
-        pin(os.getpid(), sorted({core for part in plan for core in part}))
     for name, part in (("relay", relay), ("longprompt", longprompt), ("startup", startup)):
+        unbind()
         folder = stage.folder / name
         folder.mkdir()
         try:
