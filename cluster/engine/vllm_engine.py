@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
-from cluster.engine import arguments, fastpath, repairs, watchdog
+from cluster.engine import arguments, fastpath, repairs, sockets, watchdog
 from cluster.engine.fastpath import FastPath
 from cluster.engine.paths import EnginePath, Live
 from cluster.engine.public import PublicPath
@@ -43,6 +43,7 @@ class VllmEngine:
         self._last_step_at = 0.0
         self._step_s = 0.0
         self._closed = False
+        self._has_sockets = False
 
     def __repr__(self) -> str:
         name = type(self._path).__name__ if self._path else "not started"
@@ -69,6 +70,8 @@ class VllmEngine:
 
     def _build(self, fast: bool) -> tuple[Any, EnginePath]:
         arguments.prepare_environment(self._spec, self._executor)
+        if arguments.world_size(self._spec) == 1 or self._executor != "ray":
+            self._has_sockets = sockets.OURS.acquire()
         args = arguments.engine_arguments(self._spec, self._folder, self._executor)
         try:
             config = args.create_engine_config()
@@ -122,7 +125,7 @@ class VllmEngine:
             prepared = await self._prepare(path, request)
             if key in self._live:  # else aborted while it was validated in a thread
                 await path.add(prepared)
-        except BaseException:
+        except BaseException:  # a cancel too: the place goes with the one who took it
             self._end(key, remember=False)
             raise
 
@@ -231,3 +234,6 @@ class VllmEngine:
         if path is not None:
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(path.close)
+        has_sockets, self._has_sockets = self._has_sockets, False
+        if has_sockets:
+            sockets.OURS.release()

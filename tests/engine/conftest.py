@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from cluster.api.types import ModelSpec
+from cluster.engine import sockets
 from cluster.engine.vllm_engine import VllmEngine
 from tests.engine.contract import Subject
 from tests.support.checkpoints import build_checkpoint
@@ -55,6 +56,8 @@ async def _subject(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[Subj
     family = [core, *core.children(recursive=True)]
     try:
         yield Subject(engine, info, TOKEN_LO, TOKEN_HI)
+        folder = Path(os.environ[sockets.ENV])
+        assert any(folder.iterdir()), "vLLM's sockets lie in this process's own folder"
     finally:
         await engine.close()
     _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)

@@ -1,0 +1,59 @@
+"""A folder of this process's own for the sockets of vLLM's processes, which vLLM makes in /tmp and never removes.
+
+The folder goes with the last engine of the process. One that a killed process left is removed by the next engine of
+the same user on the host. Engines whose ranks Ray places keep vLLM's default: their ranks may be on other hosts, where
+the folder is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import psutil
+
+ENV = "VLLM_RPC_BASE_PATH"
+PREFIX = "headrace-ipc-"
+
+
+class SocketFolder:
+    """The folder of this process, shared by its engines."""
+
+    def __init__(self, base: Path | None = None) -> None:
+        self._base = base or Path(tempfile.gettempdir())
+        self._engines = 0
+
+    def acquire(self) -> bool:
+        """One more engine uses it; False when the environment names another place."""
+        mine = self._base / f"{PREFIX}{os.getpid()}"
+        if os.environ.get(ENV, str(mine)) != str(mine):
+            return False
+        sweep(self._base)
+        mine.mkdir(mode=0o700, exist_ok=True)
+        os.environ[ENV] = str(mine)
+        self._engines += 1
+        return True
+
+    def release(self) -> None:
+        """An engine that `acquire` answered True to has ended."""
+        self._engines -= 1
+        if self._engines == 0:
+            shutil.rmtree(os.environ.pop(ENV), ignore_errors=True)
+
+
+def sweep(base: Path) -> int:
+    """Remove what killed processes of this user left; how many folders."""
+    removed = 0
+    for folder in base.glob(f"{PREFIX}*"):
+        pid = folder.name.removeprefix(PREFIX)
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
+                removed += 1
+    return removed
+
+
+OURS = SocketFolder()

@@ -1,0 +1,44 @@
+"""The sockets of vLLM's processes lie in a folder that goes with their engines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.engine import sockets
+
+
+def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines of a process share it; the end of the second removes it with what is in it."""
+    monkeypatch.delenv(sockets.ENV, raising=False)
+    ours = sockets.SocketFolder(tmp_path)
+    assert ours.acquire()
+    assert ours.acquire()
+    folder = Path(os.environ[sockets.ENV])
+    (folder / "socket").touch()
+    ours.release()
+    assert folder.exists()
+    ours.release()
+    assert not folder.exists()
+    assert sockets.ENV not in os.environ
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    """Folders of processes that are gone are removed; those of living ones and of strangers' making are not."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for name in (f"{sockets.PREFIX}{gone.pid}", f"{sockets.PREFIX}{os.getpid()}", f"{sockets.PREFIX}abc"):
+        (tmp_path / name).mkdir()
+    assert sockets.sweep(tmp_path) == 1
+    assert {p.name for p in tmp_path.iterdir()} == {f"{sockets.PREFIX}{os.getpid()}", f"{sockets.PREFIX}abc"}
+
+
+def test_an_operators_own_place_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that the environment names already is vLLM's to use."""
+    monkeypatch.setenv(sockets.ENV, str(tmp_path / "elsewhere"))
+    assert not sockets.SocketFolder(tmp_path).acquire()
+    assert os.environ[sockets.ENV] == str(tmp_path / "elsewhere")
