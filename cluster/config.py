@@ -146,8 +146,16 @@ class Gateway(_Section):
 class Link(_Section):
     """Read by those who dial: workers and the controller. Empty `gateways` means the local gateway's link port."""
 
-    gateways: tuple[str, ...] = ()
+    gateways: tuple[Address, ...] = ()
     tls: Tls | None = None
+
+    @field_validator("gateways", mode="before")
+    @classmethod
+    def _no_names_of_services(cls, value: Any) -> Any:
+        for entry in value if isinstance(value, (list, tuple)) else ():
+            if isinstance(entry, str) and "://" in entry:
+                raise ValueError(f"{entry}: looking gateways up by DNS is not in this release; list each as host:port")
+        return value
 
 
 class RayCluster(_Section):
@@ -303,12 +311,12 @@ def _path(location: tuple[int | str, ...]) -> str:
 def _refuse_not_yet(data: Mapping[str, Any], where: str) -> None:
     for key, what in NOT_YET.items():
         if key in data:
-            raise ConfigError(f"{where}: {key}: {what} are not in this release; remove the section")
+            raise ConfigError(f"{where}: {key}: {what}: not in this release; remove the section")
     models = data.get("models")
     for i, entry in enumerate(models if isinstance(models, list) else []):
         for key, what in NOT_YET_MODEL.items():
             if isinstance(entry, dict) and key in entry:
-                raise ConfigError(f"{where}: models[{i}].{key}: {what} are not in this release; remove the key")
+                raise ConfigError(f"{where}: models[{i}].{key}: {what}: not in this release; remove the key")
 
 
 def parse(text: str, where: str = "configuration") -> Config:

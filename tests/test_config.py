@@ -1,0 +1,129 @@
+"""cluster.yaml: what is wrong is refused at start, by its path and with the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster import config
+from cluster.api.types import ModelSpec
+
+ROOT = Path(__file__).parents[1]
+HEAD = "api_version: headrace/v1\nname: c\n"
+MODEL = "models: [{name: m, source: /models/m}]\n"
+TLS = "{cert_file: /a, key_file: /b, ca_file: /c}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "deploy").glob("*.yaml")), ids=lambda f: f.name)
+def test_shipped_files_load(file: Path) -> None:
+    """Every configuration under deploy/ is one."""
+    assert config.load(file).models
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "expected a mapping"),
+        ("a: [", "not YAML"),
+        ("api_version: headrace/v9\nname: c\n" + MODEL, "api_version"),
+        (HEAD + "models: [{name: m, source: s, engin: {}}]", "models[0].engin: unknown key"),
+        (HEAD + "gatway: {}\n" + MODEL, "gatway: unknown key"),
+        (HEAD + "gateway: {listen: {grcp: '127.0.0.1:1'}}\n" + MODEL, "gateway.listen.grcp: unknown key"),
+        (HEAD + "gateway: {listen: {grpc: nowhere}}\n" + MODEL, "gateway.listen.grpc"),
+        (HEAD + "models: [{name: M, source: s}]", "models[0].name"),
+        (HEAD + "models: [{name: m, source: ''}]", "models[0].source"),
+        (HEAD + "models: [{name: m, source: s, tensor_parallel_size: 0}]", "models[0].tensor_parallel_size"),
+        (HEAD + "models: [{name: m, source: s, dtype: int3}]", "models[0].dtype"),
+        (HEAD + "models: [{name: m, source: s, replicas: {min: 3, max: 2}}]", "max (2) is below min (3)"),
+        (HEAD + "models: [{name: m, source: s, replicas: {min: 1, idle_s: 60}}]", "needs min: 0"),
+        (HEAD + "models: [{name: m, source: s}, {name: n, source: s, aliases: [m]}]", "'m' is used by"),
+        (HEAD + "models: [{name: m, source: s, engine: {port: 1}}]", "engine.port is Headrace's"),
+        (HEAD + "models: [{name: m, source: s, engine: {distributed_executor_backend: mp}}]", "placed by Ray"),
+        (HEAD + "models: [{name: m, source: s, trust_remote_code: true}]", "weights.allow.remote_code"),
+        (HEAD + "models: [{name: m, source: s, load_format: pt}]", "weights.allow.formats"),
+        (
+            HEAD + "models: [{name: m, source: s, slo: {}}]",
+            "models[0].slo: service level objectives: not in this release",
+        ),
+        (HEAD + "tenants: []\n" + MODEL, "tenants: tenants: not in this release"),
+        (HEAD + "auth: {}\n" + MODEL, "auth: authentication: not in this release"),
+        (HEAD + "link: {gateways: ['srv://_link._tcp.x']}\n" + MODEL, "list each as host:port"),
+        (HEAD + "gateway: {processes: 2}\n" + MODEL, "gateway.processes"),
+    ],
+)
+def test_wrong_files_are_refused_by_path(text: str, words: str) -> None:
+    """The message names the file, the path and what to do."""
+    with pytest.raises(config.ConfigError) as caught:
+        config.parse(text, "f.yaml")
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("f.yaml: ")
+
+
+def test_a_missing_file_is_one_line() -> None:
+    """No traceback for a path that is not there."""
+    with pytest.raises(config.ConfigError, match="cannot be read"):
+        config.load(Path("/nowhere/cluster.yaml"))
+
+
+@pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "gateway.example.com:1"])
+def test_client_ports_stay_on_loopback(listener: str, address: str) -> None:
+    """Without authentication no client port opens beyond this host."""
+    with pytest.raises(config.ConfigError, match=rf"listen\.{listener}.*no authentication"):
+        config.parse(HEAD + f"gateway: {{listen: {{{listener}: '{address}'}}}}\n" + MODEL)
+
+
+def test_the_link_port_opens_with_certificates_only() -> None:
+    """Off loopback it needs link_tls; metrics may be scraped from anywhere."""
+    wide = "gateway: {listen: {link: '0.0.0.0:1', metrics: '0.0.0.0:2'}"
+    with pytest.raises(config.ConfigError, match="link_tls"):
+        config.parse(HEAD + wide + "}\n" + MODEL)
+    assert config.parse(HEAD + wide + f", link_tls: {TLS}}}\n" + MODEL).gateway.link_tls is not None
+
+
+@pytest.mark.parametrize(
+    ("address", "loopback"),
+    [("127.0.0.1:1", True), ("127.9.9.9:1", True), ("localhost:1", True), ("[::1]:1", True), ("10.0.0.1:1", False)],
+)
+def test_loopback(address: str, loopback: bool) -> None:
+    """All of 127.0.0.0/8, ::1 and localhost."""
+    assert config.is_loopback(address) is loopback
+
+
+def test_an_entry_as_the_packages_see_it() -> None:
+    """Every key reaches the spec; the replica count is max(min, 1)."""
+    text = """
+models:
+  - name: m
+    aliases: [a]
+    source: hf://o/m
+    revision: abc
+    dtype: bfloat16
+    tensor_parallel_size: 2
+    pipeline_parallel_size: 3
+    max_model_len: 4096
+    replicas: {min: 0, max: 4, idle_s: 60}
+    gpu: H100
+    engine: {max_num_seqs: 7}
+    allow_cross_node_tensor_parallel: true
+"""
+    (model,) = config.parse(HEAD + text).models
+    spec = model.spec()
+    assert spec == ModelSpec(
+        name="m",
+        source="hf://o/m",
+        aliases=("a",),
+        revision="abc",
+        dtype="bfloat16",
+        tensor_parallel_size=2,
+        pipeline_parallel_size=3,
+        max_model_len=4096,
+        min_replicas=0,
+        max_replicas=4,
+        idle_s=60,
+        gpu="H100",
+        engine={"max_num_seqs": 7},
+        allow_cross_node_tensor_parallel=True,
+    )
+    assert spec.replicas == 1
