@@ -80,7 +80,7 @@ class LocalCluster:
             await self._start_gateway()
             step.show(f"gateway up in {duration(step.elapsed_s)}, ray starting")
             await asyncio.shield(ray)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: a Ray that is only starting must not outlive us
             await self._give_up_ray(ray)
             raise
         await self._start_controller()

@@ -140,7 +140,7 @@ def write_whole(file: Path, text: str) -> None:
         with os.fdopen(handle, "w") as target:
             target.write(text)
         Path(scratch).replace(file)
-    except BaseException:
+    except BaseException:  # whatever interrupts, no draft stays beside the file
         with contextlib.suppress(OSError):
             Path(scratch).unlink()
         raise

@@ -126,7 +126,7 @@ class GrpcFace:
                 await self._abort(context, meta, error)
             except (grpc.aio.AbortError, grpc.aio.UsageError):
                 raise
-            except Exception:
+            except Exception:  # no traceback reaches a caller; it is in the log under the request's id
                 log.exception("unexpected", request_id=meta.request_id)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote request id {meta.request_id}")
                 await self._abort(context, meta, unexpected)

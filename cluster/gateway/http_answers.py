@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -127,7 +128,7 @@ class TextOffsets:
 # ---- streams
 
 
-class Stream:
+class Stream(ABC):
     """Renders the events of one answer. Subclasses say how a choice looks."""
 
     kind = ""
@@ -178,11 +179,13 @@ class Stream:
             return DONE
         return f'{self._head}],"usage":{_encode(usage_of(usages))}}}\n\n'.encode("ascii") + DONE
 
+    @abstractmethod
     def _content(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+        """The piece's text under the name that this kind of answer has for it."""
 
+    @abstractmethod
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        raise NotImplementedError
+        """The piece's log probabilities in this kind's shape."""
 
 
 class ChatStream(Stream):

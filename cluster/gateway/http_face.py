@@ -148,7 +148,7 @@ class _Endpoint:
             await exchange.whole(refused.status, content, refused.headers)
         except CallError as error:
             await exchange.fail(error)
-        except Exception:
+        except Exception:  # no traceback reaches a caller; it is in the log under the request's id
             log.exception("unexpected", request_id=exchange.request_id)
             message = f"unexpected failure; quote request id {exchange.request_id}"
             await exchange.fail(CallError(Outcome.INTERNAL, message))

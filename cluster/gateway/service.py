@@ -111,7 +111,7 @@ class CallService:
             late = meta.deadline is not None and self.clock() >= meta.deadline - 0.001
             outcome = Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
             raise
-        except Exception:
+        except Exception:  # counted as what it is, then the face's to tell
             outcome = Outcome.INTERNAL
             log.exception("call_failed", request_id=meta.request_id)
             raise

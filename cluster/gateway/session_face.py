@@ -154,7 +154,7 @@ class Session:
         except asyncio.CancelledError:
             self._end(opened, CallError(Outcome.CANCELLED, "cancelled by the client"))
             raise
-        except Exception:
+        except Exception:  # it ends this call, not the session and its other calls
             log.exception("unexpected", request_id=meta.request_id)
             message = f"unexpected failure; quote request id {meta.request_id}"
             self._end(opened, CallError(Outcome.INTERNAL, message))

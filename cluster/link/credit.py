@@ -10,7 +10,6 @@ Both objects are pure: no clock, no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -155,12 +154,3 @@ class Purse:
     def spend(self, tokens: int) -> None:
         """A Submit with that many prompt tokens goes out. The caller has looked at `free`."""
         self._sent = Room(self._sent.sequences + 1, self._sent.tokens + tokens)
-
-
-def total(rooms: Iterable[Room]) -> Room:
-    """The sum of rooms."""
-    sequences = tokens = 0
-    for room in rooms:
-        sequences += room.sequences
-        tokens += room.tokens
-    return Room(sequences, tokens)

@@ -96,7 +96,7 @@ class Replica:
         except ValueError as error:
             await self.stop()
             raise ModelRefused(str(error)) from error
-        except BaseException:
+        except BaseException:  # a cancelled start too leaves no engine behind
             await self.stop()
             raise
         self._serve(opened, self.info)

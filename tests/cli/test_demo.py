@@ -7,11 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -20,28 +18,12 @@ from cluster.cli.runs import RunFolder
 from cluster.client import Client
 from cluster.config import cache_dir
 from cluster.rayserve import reaper
+from tests.support.shell import headrace, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo.yaml"
 QUESTION = "What is the capital of France?"
-
-
-def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> Any:
-    """Wait for something to be true."""
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"not within {deadline_s:g} s: {what}")
-
-
-def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
-    command = [sys.executable, "-m", "cluster.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, stdin=subprocess.DEVNULL)
 
 
 @dataclass

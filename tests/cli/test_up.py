@@ -10,10 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +21,7 @@ from cluster.cli.runs import RunFolder
 from cluster.client import Client
 from cluster.rayserve import reaper
 from tests.support.checkpoints import build_checkpoint
+from tests.support.shell import headrace, until
 
 pytestmark = pytest.mark.ray
 
@@ -33,23 +33,6 @@ gateway:
     {{grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}}
 models: [{{name: sim, aliases: [default], source: "{source}"}}]
 """
-
-
-def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
-    command = [sys.executable, "-m", "cluster.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, stdin=subprocess.DEVNULL)
-
-
-def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> Any:
-    """Wait for something to be true."""
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"not within {deadline_s:g} s: {what}")
 
 
 @dataclass

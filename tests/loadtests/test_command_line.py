@@ -29,6 +29,7 @@ async def _run(*arguments: str) -> tuple[int, str, str]:
     return process.returncode or 0, out.decode(), err.decode()
 
 
+@pytest.mark.slow
 async def test_smoke_runs_every_face_and_writes_report_and_plots(tmp_path: Path) -> None:
     """All calls answered on each, equal texts, figures in the JSON, PNG files."""
     code, out, err = await _run("smoke", "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "plots"))
@@ -77,6 +78,7 @@ async def test_nobody_at_the_endpoint_is_said_at_once(scheme: str) -> None:
     assert f"nobody answers at {address}" in " ".join(err.split())
 
 
+@pytest.mark.slow
 async def test_a_sweep_has_a_round_for_each_concurrency_and_a_plot(sse: SseServer, tmp_path: Path) -> None:
     """Throughput against concurrency is drawn."""
     code, out, err = await _run(
@@ -90,6 +92,7 @@ async def test_a_sweep_has_a_round_for_each_concurrency_and_a_plot(sse: SseServe
     assert (tmp_path / "endpoint-throughput.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 async def test_a_server_that_dies_leaves_a_partial_report(sse: SseServer, tmp_path: Path) -> None:
     """What came before stays, the report says what happened, and the exit code is 1."""
     running = asyncio.create_task(
@@ -122,6 +125,7 @@ async def test_a_server_that_dies_leaves_a_partial_report(sse: SseServer, tmp_pa
     assert one["calls"] < 5000
 
 
+@pytest.mark.slow
 async def test_an_interrupt_writes_the_report_and_leaves_no_process(tmp_path: Path) -> None:
     """Ctrl-C in the middle of a scenario: its gateway and worker are gone, and the JSON says so."""
     process = await asyncio.create_subprocess_exec(

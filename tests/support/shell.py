@@ -1,0 +1,26 @@
+"""The command line as a user runs it, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def headrace(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    command = [sys.executable, "-m", "cluster.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, stdin=subprocess.DEVNULL)
+
+
+def until(condition: Callable[[], Any], what: str, deadline_s: float = 60.0) -> Any:
+    """Wait until something that other processes bring about is true; what it was."""
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {deadline_s:g} s: {what}")
