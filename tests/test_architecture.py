@@ -18,17 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, set[str]] = {
     "api": set(),
     "pb": set(),
-    "config": {"api"},
+    "config": {"api", "config_tenants"},
+    "config_tenants": {"api", "tenancy"},
     "tenancy": {"api"},
+    "ledger": {"api", "tenancy"},
     "routing": {"api"},
     "link": {"api", "pb"},
     "engine": {"api"},
     "control": {"api"},
     "observe": {"api"},
     "client": {"api", "pb"},
-    "gateway": {"api", "pb", "config", "tenancy", "routing", "link", "observe"},
+    "rpc": set(),
+    "gateway": {"api", "pb", "config", "tenancy", "routing", "rpc", "link", "observe"},
     "rayserve": {"api", "config", "engine", "link", "control", "observe"},
-    "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"},
+    "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"}
+    | {"tenancy", "ledger"},
 }
 PURE = ("tenancy", "routing", "control", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}

@@ -18,6 +18,7 @@ class Outcome(enum.StrEnum):
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     UNAUTHENTICATED_KEY = "unauthenticated_key"
     TENANT_SUSPENDED = "tenant_suspended"
+    STORE_UNAVAILABLE = "store_unavailable"
     RATE_LIMITED = "rate_limited"
     BUDGET_EXHAUSTED = "budget_exhausted"
     QUEUE_FULL = "queue_full"
@@ -53,6 +54,7 @@ FAULTS: dict[Outcome, Fault] = {
     Outcome.CONTEXT_LENGTH_EXCEEDED: Fault("INVALID_ARGUMENT", 400),
     Outcome.UNAUTHENTICATED_KEY: Fault("UNAUTHENTICATED", 401),
     Outcome.TENANT_SUSPENDED: Fault("PERMISSION_DENIED", 403),
+    Outcome.STORE_UNAVAILABLE: Fault("UNAVAILABLE", 503, 5.0),
     Outcome.RATE_LIMITED: Fault("RESOURCE_EXHAUSTED", 429, 1.0),
     Outcome.BUDGET_EXHAUSTED: Fault("RESOURCE_EXHAUSTED", 429, 60.0),
     Outcome.QUEUE_FULL: Fault("RESOURCE_EXHAUSTED", 503, 1.0),
