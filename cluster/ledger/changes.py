@@ -1,0 +1,26 @@
+"""The number of a change, and what statements both databases share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Table, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from cluster.ledger.tables import change_sequence
+
+
+def next_change(connection: Connection) -> int:
+    """Take the next number of the change sequence, holding it until this transaction ends. Call it first."""
+    statement = update(change_sequence).where(change_sequence.c.id == 1).values(value=change_sequence.c.value + 1)
+    return int(connection.execute(statement.returning(change_sequence.c.value)).scalar_one())
+
+
+def rows_vanished(connection: Connection, number: int) -> None:
+    """Tell readers that rows are gone and that they must read everything anew."""
+    connection.execute(update(change_sequence).where(change_sequence.c.id == 1).values(reload_from=number))
+
+
+def insert_or(connection: Connection, table: Table) -> Any:
+    """The dialect's INSERT, which knows ON CONFLICT."""
+    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)

@@ -1,0 +1,135 @@
+"""From a database URL to an engine whose transactions mean the same on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from cluster.ledger.errors import StoreUnavailable
+
+DRIVERS = ("sqlite", "postgresql+psycopg")
+CONNECT_TIMEOUT_S = 3
+STATEMENT_TIMEOUT_MS = 30_000
+SQLITE_BUSY_MS = 10_000
+
+
+def parse_url(database_url: str, password: str = "") -> URL:
+    """A checked URL. Raises ValueError that names the remedy and never shows a password."""
+    try:
+        url = make_url(database_url)
+    except ArgumentError:
+        raise ValueError("store.database_url: is no URL; write sqlite:///file or postgresql+psycopg://…") from None
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername == "sqlite+pysqlite":
+        url = url.set(drivername="sqlite")
+    if url.drivername not in DRIVERS:
+        raise ValueError(f"store.database_url: {url.drivername} is not served; use one of {', '.join(DRIVERS)}")
+    if url.drivername == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ValueError("store.database_url: an in-memory database forgets everything; name a file: sqlite:///file")
+    return url.set(password=password) if password and url.drivername != "sqlite" else url
+
+
+def make_engine(database_url: str, password: str | None = None) -> Engine:
+    """An engine; nothing is connected yet. `password` None: HEADRACE_DATABASE_PASSWORD, if it is set."""
+    url = parse_url(database_url, os.environ.get("HEADRACE_DATABASE_PASSWORD", "") if password is None else password)
+    if url.drivername == "sqlite":
+        return _sqlite(url)
+    settings = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={STATEMENT_TIMEOUT_MS}"
+    arguments: dict[str, Any] = {
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "options": settings,
+        "application_name": "headrace",
+        # a database that is cut off without a word is noticed while a statement waits
+        "tcp_user_timeout": 5000,
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+    }
+    return create_engine(
+        url, connect_args=arguments, pool_pre_ping=True, pool_size=4, max_overflow=4, pool_timeout=CONNECT_TIMEOUT_S
+    )
+
+
+def _sqlite(url: URL) -> Engine:
+    folder = Path(str(url.database)).parent
+    if not folder.is_dir():
+        raise ValueError(f"store.database_url: the folder {folder} does not exist; make it")
+    engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
+
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions begin where we say, reads included
+        for pragma in (
+            "journal_mode=WAL",
+            "synchronous=FULL",  # a spool file is deleted after commit, so a commit must survive a power cut
+            "foreign_keys=ON",
+            f"busy_timeout={SQLITE_BUSY_MS}",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        reading = connection.get_execution_options().get("headrace_reading")
+        # a transaction that reads first and then writes would be refused if another wrote in between
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+@contextlib.contextmanager
+def told_apart(engine: Engine) -> Iterator[None]:
+    """A database that does not answer becomes StoreUnavailable; every other error stays what it is."""
+    try:
+        yield
+    except OperationalError as error:
+        raise StoreUnavailable(f"the database {where(engine)} does not answer: {_first_line(error)}") from error
+    except DBAPIError as error:
+        if error.connection_invalidated or _is_unusable(error):
+            raise StoreUnavailable(
+                f"the database {where(engine)} cannot be used: {_first_line(error)}; `headrace db check` says why"
+            ) from error
+        raise
+    except PoolTimeout as error:
+        raise StoreUnavailable(f"the database {where(engine)} is too busy: no connection came free") from error
+
+
+def _is_unusable(error: DBAPIError) -> bool:
+    if getattr(error.orig, "sqlstate", "") in ("42P01", "42703"):  # undefined table, undefined column
+        return True
+    return any(words in str(error.orig) for words in ("no such table", "not a database", "malformed"))
+
+
+def _first_line(error: DBAPIError) -> str:
+    return str(error.orig).strip().split("\n")[0]
+
+
+def where(engine: Engine) -> str:
+    """The database for messages, without its password."""
+    return engine.url.render_as_string(hide_password=True)
+
+
+@contextlib.contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """One consistent view of the database: all statements see the same moment."""
+    with told_apart(engine):
+        options: dict[str, Any] = {"headrace_reading": True}
+        if engine.dialect.name == "postgresql":
+            options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        with engine.connect().execution_options(**options) as connection, connection.begin():
+            yield connection
+
+
+@contextlib.contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """One transaction, committed at the end, rolled back by an exception."""
+    with told_apart(engine), engine.begin() as connection:
+        yield connection

@@ -1,0 +1,15 @@
+"""What alembic runs for each migration: on the connection that `migrate` hands over, in its transaction."""
+
+from __future__ import annotations
+
+from alembic import context
+
+from cluster.ledger.tables import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    version_table="schema_revision",
+    transactional_ddl=True,
+)
+context.run_migrations()

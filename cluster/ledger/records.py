@@ -1,0 +1,159 @@
+"""What is written about one call: the open record at its Submit, the usage record at its end, as plain JSON.
+
+A usage record is a fact with a name. Its `record_id` is chosen once, when the call opens, and travels sealed with the
+Submit; whoever reports the end, in whatever order and how often, writes the same row. The only replacement allowed is
+that of an estimate (`delivered_unknown`: the gateway was lost, delivery is taken from what was written to its link)
+by an exact report. So any sequence of reports of one call ends in one row, and the order does not matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+R = TypeVar("R", "OpenRecord", "UsageRecord")
+
+MAX_ID = 128
+MAX_NAME = 255
+MAX_LABELS_BYTES = 8192
+MAX_COUNT = 2**53
+
+
+class RecordError(ValueError):
+    """A record that cannot be; the message names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRecord:
+    """What is known when a call is submitted; sealed, it rests with the worker. `opened_at_s` is since the epoch."""
+
+    record_id: str
+    tenant: str
+    key_id: str
+    model: str
+    version: str
+    request_id: str
+    opened_at_s: float
+    adapter: str = ""
+    segment: int = 0
+    prompt_tokens: int = 0
+    queue_s: float = 0.0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` is the inverse."""
+        return _plain(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> OpenRecord:
+        """From plain values; unknown fields, which a later release may have written, are dropped. RecordError."""
+        return _build(OpenRecord, value)
+
+    def ended(self, **counts: Any) -> UsageRecord:
+        """The usage record of this call with what its end has told (UsageRecord's fields)."""
+        return UsageRecord(**{**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **counts})
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRecord:
+    """One admitted call, ended. Times in seconds, `opened_at_s` since the epoch.
+
+    `completion_tokens` were delivered and are billed, `generated_tokens` came from the engine. `gpu` is the
+    accelerator's type, by which `gpu_seconds` are priced. `outcome` is the value of an Outcome.
+    """
+
+    record_id: str
+    tenant: str
+    key_id: str
+    model: str
+    version: str
+    request_id: str
+    opened_at_s: float
+    outcome: str
+    adapter: str = ""
+    segment: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    generated_tokens: int = 0
+    queue_s: float = 0.0
+    ttft_s: float | None = None
+    duration_s: float = 0.0
+    gpu: str = ""
+    gpu_seconds: float = 0.0
+    delivered_unknown: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def day(self) -> str:
+        """The UTC day on which the call opened, YYYY-MM-DD."""
+        return datetime.datetime.fromtimestamp(self.opened_at_s, datetime.UTC).strftime("%Y-%m-%d")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` is the inverse."""
+        return _plain(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> UsageRecord:
+        """From plain values; unknown fields, which a later release may have written, are dropped. RecordError."""
+        return _build(UsageRecord, value)
+
+
+def _plain(record: OpenRecord | UsageRecord) -> dict[str, Any]:
+    out = {one.name: getattr(record, one.name) for one in dataclasses.fields(record)}
+    return {**out, "labels": dict(record.labels)}
+
+
+def _build(kind: type[R], value: Mapping[str, Any]) -> R:
+    try:
+        return kind(**{one.name: value[one.name] for one in dataclasses.fields(kind) if one.name in value})
+    except TypeError as error:
+        raise RecordError(f"a {kind.__name__} lacks or mistypes a field: {error}") from None
+
+
+def _check(record: OpenRecord | UsageRecord) -> None:
+    """Everything a database could choke on is refused here, where the caller can still be told."""
+    for one in dataclasses.fields(record):
+        value = getattr(record, one.name)
+        if one.type == "str":
+            _check_text(one.name, value, MAX_ID if one.name.endswith("_id") else MAX_NAME)
+        elif one.type == "int" and (
+            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_COUNT
+        ):
+            raise RecordError(f"{one.name}: {value!r} is no count")
+        elif one.type.startswith("float") and not _is_seconds(value, optional="None" in one.type):
+            raise RecordError(f"{one.name}: {value!r} is no number of seconds")
+    if not record.record_id or not record.tenant:
+        raise RecordError("record_id and tenant must not be empty")
+    if record.opened_at_s >= 253_402_300_800:
+        raise RecordError("opened_at_s: lies after the year 9999")
+    for key, value in record.labels.items():
+        _check_text(f"labels[{key!r}]", value, MAX_LABELS_BYTES)
+        _check_text("labels", key, MAX_NAME)
+    if sum(len(key.encode()) + len(value.encode()) for key, value in record.labels.items()) > MAX_LABELS_BYTES:
+        raise RecordError(f"labels: must not exceed {MAX_LABELS_BYTES} bytes in all")
+
+
+def _is_seconds(value: object, *, optional: bool) -> bool:
+    if value is None:
+        return optional
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _check_text(name: str, value: object, longest: int) -> None:
+    if not isinstance(value, str):
+        raise RecordError(f"{name}: {value!r} is no text")
+    if len(value) > longest:
+        raise RecordError(f"{name}: is longer than {longest} characters")
+    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        raise RecordError(f"{name}: holds a character that no database keeps")

@@ -1,0 +1,89 @@
+"""A ledger: one database, and what can be done with it. Synchronous; event loops call it in a thread."""
+
+from __future__ import annotations
+
+import getpass
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cluster.ledger import migrate
+from cluster.ledger.audit import AuditEvent, AuditLog
+from cluster.ledger.audits import Audits
+from cluster.ledger.backup import Counts, backup, restore
+from cluster.ledger.connect import make_engine, where
+from cluster.ledger.keys import Keys
+from cluster.ledger.snapshots import Snapshots
+from cluster.ledger.tenants import Tenants
+from cluster.ledger.usage import UsageTable
+
+
+class Ledger:
+    """Tenants, keys, usage, audit and snapshots of one database.
+
+    `peppers`: the first stores new keys, all verify; only `keys` needs one. `clock` gives seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        database_url: str,
+        *,
+        peppers: Sequence[bytes] = (),
+        password: str | None = None,
+        clock: Callable[[], float] = time.time,
+        audit_file: Path | None = None,
+    ) -> None:
+        self._engine = make_engine(database_url, password)
+        self.audit = Audits(self._engine)
+        self.tenants = Tenants(self._engine, clock)
+        self.keys = Keys(self._engine, clock, tuple(peppers))
+        self.usage = UsageTable(self._engine)
+        self.snapshots = Snapshots(self._engine, clock)
+        self._clock = clock
+        self._log = AuditLog(audit_file) if audit_file else None
+
+    def __repr__(self) -> str:
+        return f"Ledger({where(self._engine)})"
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._engine.dispose()
+
+    def check(self) -> migrate.Check:
+        """How the tables stand to this release. Raises StoreUnavailable."""
+        return migrate.check(self._engine)
+
+    def require_usable(self) -> None:
+        """Raises StoreUnavailable with the remedy when this release cannot work on the database."""
+        migrate.require_usable(self._engine)
+
+    def upgrade(self, *, contract: bool = False) -> tuple[str, ...]:
+        """Bring the tables up to this release; the revisions applied."""
+        return migrate.upgrade(self._engine, contract=contract)
+
+    def backup(self, file: Path) -> Counts:
+        """Write everything into one file, as of one moment; rows by table."""
+        return backup(self._engine, file, self._clock())
+
+    def restore(self, file: Path) -> Counts:
+        """Read a backup into an empty database, whole or not at all; rows by table."""
+        return restore(self._engine, file)
+
+    def record(self, action: str, object_name: str, *, tenant: str = "", reason: str = "", actor: str = "") -> None:
+        """Audit an admin action, in the table and in the file if there is one."""
+        event = AuditEvent(
+            at_s=self._clock(),
+            kind="admin",
+            action=action,
+            actor=actor or f"cli:{getpass.getuser()}",
+            tenant=tenant,
+            object=object_name,
+            reason=reason,
+        )
+        if self._log is not None:
+            self._log.write(event)
+        self.audit.insert([event])
+
+    def erase(self, tenant: str) -> int:
+        """Remove a tenant, its keys and every row that names it; returns how many. NotFound, ManagedByFile."""
+        return self.tenants.erase(tenant)

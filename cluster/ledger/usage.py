@@ -1,0 +1,190 @@
+"""The usage table: each call once, whoever reports it and how often; and the sums over it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Engine, and_, delete, func, not_, or_, select
+
+from cluster.ledger.changes import insert_or
+from cluster.ledger.connect import reading, writing
+from cluster.ledger.errors import LedgerError
+from cluster.ledger.records import UsageRecord
+from cluster.ledger.tables import erased, usage
+from cluster.ledger.tenants import digest_of_name
+
+COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "generated_tokens", "gpu_seconds")
+DIMENSIONS = ("tenant", "model", "day", "month", "key_id", "version", "adapter", "outcome", "gpu")
+IDLE_TENANT = "_idle"
+_LABEL = re.compile(r"^label:([A-Za-z0-9_./-]{1,63})$")
+_DAY = re.compile(r"^\d{4}-\d{2}-\d{2}$")
+_DELETE_ROWS = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class UsageQuery:
+    """What to sum. `group_by` of DIMENSIONS or `label:<name>`; days are UTC's, `until_day` is included."""
+
+    group_by: tuple[str, ...] = ("tenant", "model")
+    since_day: str = ""
+    until_day: str = ""
+    tenant: str = ""
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        for name in self.group_by:
+            if name not in DIMENSIONS and not _LABEL.match(name):
+                raise LedgerError(f"group_by: {name!r} is none of {', '.join(DIMENSIONS)} and label:<name>")
+        if len(set(self.group_by)) != len(self.group_by):
+            raise LedgerError("group_by: names a dimension twice")
+        for name in ("since_day", "until_day"):
+            if getattr(self, name) and not _DAY.match(getattr(self, name)):
+                raise LedgerError(f"{name}: must be a day like 2026-11-24")
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Money for one GPU hour by accelerator type; `""` is the rate of calls that name no type."""
+
+    currency: str
+    gpu_hour: Mapping[str, float]
+
+
+class UsageTable:
+    """The table of usage records."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def insert(self, records: Sequence[UsageRecord]) -> None:
+        """Write ended calls, all or none. One that is there stays, unless it was an estimate and this one is exact.
+
+        Records of a tenant that was erased after the call opened are dropped. Raises StoreUnavailable.
+        """
+        latest = _latest(records)
+        if not latest:
+            return
+        with writing(self._engine) as connection:
+            gone = {row.digest: row.erased_at for row in connection.execute(select(erased))}
+            rows = [_row(one) for one in latest if one.opened_at_s >= gone.get(digest_of_name(one.tenant), -1.0)]
+            if not rows:
+                return
+            statement = insert_or(connection, usage)
+            new = {c.name: statement.excluded[c.name] for c in usage.c if c.name != "record_id"}
+            better = and_(usage.c.delivered_unknown, not_(statement.excluded.delivered_unknown))
+            connection.execute(
+                statement.on_conflict_do_update(index_elements=["record_id"], set_=new, where=better), rows
+            )
+
+    def query(self, wanted: UsageQuery, rates: Rates | None = None) -> list[dict[str, Any]]:
+        """Sums by group, ordered by group; a label that a call lacks reads "". With `rates` also `cost`, which is
+        None where an accelerator has no rate."""
+        dimensions = [_dimension(name).label(f"d{at}") for at, name in enumerate(wanted.group_by)]
+        by_gpu = [usage.c.gpu.label("_gpu")] if rates is not None else []
+        sums = [func.count().label("requests"), *(func.sum(usage.c[name]).label(name) for name in COUNTS[1:])]
+        query = select(*dimensions, *by_gpu, *sums).where(*_conditions(wanted)).group_by(*dimensions, *by_gpu)
+        with reading(self._engine) as connection:
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+        return _fold(wanted, rows, rates)
+
+    def records(
+        self, wanted: UsageQuery, *, after: tuple[float, str] | None = None, limit: int = 1000
+    ) -> list[UsageRecord]:
+        """Single records in order of time; `after` is (opened_at_s, record_id) of the last one had."""
+        query = select(usage).where(*_conditions(wanted))
+        if after is not None:
+            at_s, record_id = after
+            query = query.where(
+                or_(usage.c.opened_at_s > at_s, and_(usage.c.opened_at_s == at_s, usage.c.record_id > record_id))
+            )
+        query = query.order_by(usage.c.opened_at_s, usage.c.record_id).limit(limit)
+        with reading(self._engine) as connection:
+            return [UsageRecord.from_json(dict(row)) for row in connection.execute(query).mappings()]
+
+    def tokens_since(self, since_day: str, tenants: Iterable[str] | None = None) -> dict[str, int]:
+        """Prompt and completion tokens by tenant from a day on; what budgets start from after a restart."""
+        query = select(usage.c.tenant, func.sum(usage.c.prompt_tokens + usage.c.completion_tokens))
+        query = query.where(usage.c.day >= since_day).group_by(usage.c.tenant)
+        if tenants is not None:
+            query = query.where(usage.c.tenant.in_(list(tenants)))
+        with reading(self._engine) as connection:
+            return {tenant: int(total) for tenant, total in connection.execute(query).tuples()}
+
+    def expire(self, before_s: float, *, tenant: str = "", except_tenants: Sequence[str] = ()) -> int:
+        """Remove records of calls that opened before, of one tenant or of all but some; how many.
+
+        In parts, so that no report waits long behind it.
+        """
+        old = select(usage.c.record_id).where(usage.c.opened_at_s < before_s)
+        if tenant:
+            old = old.where(usage.c.tenant == tenant)
+        if except_tenants:
+            old = old.where(usage.c.tenant.not_in(list(except_tenants)))
+        total = 0
+        while True:
+            with writing(self._engine) as connection:
+                gone = connection.execute(delete(usage).where(usage.c.record_id.in_(old.limit(_DELETE_ROWS)))).rowcount
+            total += gone
+            if gone < _DELETE_ROWS:
+                return total
+
+
+def _latest(records: Sequence[UsageRecord]) -> list[UsageRecord]:
+    """One record an id, the exact before the estimate: a statement may not touch a row twice. In order of id, so
+    that two gateways that report the same calls lock rows in one order."""
+    best: dict[str, UsageRecord] = {}
+    for one in records:
+        have = best.get(one.record_id)
+        if have is None or (have.delivered_unknown and not one.delivered_unknown):
+            best[one.record_id] = one
+    return [best[record_id] for record_id in sorted(best)]
+
+
+def _row(record: UsageRecord) -> dict[str, Any]:
+    return {**record.as_json(), "day": record.day}
+
+
+def _dimension(name: str) -> ColumnElement[Any]:
+    label = _LABEL.match(name)
+    if label:
+        return func.coalesce(usage.c.labels[label.group(1)].as_string(), "")
+    return func.substr(usage.c.day, 1, 7) if name == "month" else usage.c[name]
+
+
+def _conditions(wanted: UsageQuery) -> list[ColumnElement[bool]]:
+    conditions: list[ColumnElement[bool]] = []
+    if wanted.since_day:
+        conditions.append(usage.c.day >= wanted.since_day)
+    if wanted.until_day:
+        conditions.append(usage.c.day <= wanted.until_day)
+    if wanted.tenant:
+        conditions.append(usage.c.tenant == wanted.tenant)
+    if wanted.model:
+        conditions.append(usage.c.model == wanted.model)
+    return conditions
+
+
+def _fold(wanted: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Rates | None) -> list[dict[str, Any]]:
+    """Rows by group; with rates there is one row a group and accelerator, joined here."""
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(str(row[f"d{at}"]) for at in range(len(wanted.group_by)))
+        group = groups.setdefault(key, dict(zip(wanted.group_by, key, strict=True)) | dict.fromkeys(COUNTS, 0))
+        for name in COUNTS:
+            group[name] += float(row[name] or 0) if name == "gpu_seconds" else int(row[name] or 0)
+        if rates is not None:
+            cost = _cost(row["_gpu"], float(row["gpu_seconds"] or 0), rates)
+            had = group.get("cost", 0.0)
+            group["cost"] = None if cost is None or had is None else had + cost
+            group["currency"] = rates.currency
+    return [groups[key] for key in sorted(groups)]
+
+
+def _cost(gpu: str, gpu_seconds: float, rates: Rates) -> float | None:
+    rate = rates.gpu_hour.get(gpu)
+    if rate is None:
+        return 0.0 if gpu_seconds == 0 else None
+    return rate * gpu_seconds / 3600

@@ -1,0 +1,134 @@
+"""A real PostgreSQL of the test's own: loopback only, a free port, a temporary folder, an unprivileged user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+PASSWORD = "only for this test"
+START_S = 60.0
+
+
+def binaries() -> Path | None:
+    """The folder of the newest PostgreSQL's programs: Debian keeps them off PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3].split(".")[0]))
+    if found:
+        return found[-1].parent
+    on_path = shutil.which("initdb")
+    return Path(on_path).parent if on_path else None
+
+
+def free_port() -> int:
+    """A port nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class PostgresServer:
+    """Starts, stops, kills and freezes. `url` is that of one database of it."""
+
+    def __init__(self, programs: Path) -> None:
+        self._programs = programs
+        self.folder = Path(tempfile.mkdtemp(prefix="headrace-pg-"))
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            nobody = pwd.getpwnam("nobody")
+            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
+            self._as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+        self._init()
+
+    def _init(self) -> None:
+        password_file = self.folder / "password"
+        password_file.write_text(PASSWORD)
+        password_file.chmod(0o644)
+        command = [str(self._programs / "initdb"), "--no-sync", "--encoding=UTF8", "--locale=C", "--username=headrace"]
+        command += [f"--pwfile={password_file}", "--auth=scram-sha-256", f"--pgdata={self.folder / 'data'}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.folder, **self._as)
+        assert done.returncode == 0, done.stderr
+
+    def url(self, database: str, password: str = PASSWORD) -> str:
+        """A SQLAlchemy URL."""
+        secret = f":{password.replace(' ', '%20')}" if password else ""
+        return f"postgresql+psycopg://headrace{secret}@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        """Start it, the same data and port each time, and wait until it answers."""
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": str(self.port),
+            "unix_socket_directories": "",
+            "fsync": "off",
+            "shared_buffers": "32MB",
+            "max_connections": "40",
+        }
+        command = [str(self._programs / "postgres"), "-D", str(self.folder / "data")]
+        for key, value in settings.items():
+            command += ["-c", f"{key}={value}"]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **self._as)
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                self.connect("postgres").close()
+                return
+            except psycopg.OperationalError as error:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError((self.folder / "log").read_text()[-2000:]) from error
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=0.05)
+
+    def connect(self, database: str) -> psycopg.Connection[Any]:
+        """A connection for the test's own statements."""
+        return psycopg.connect(
+            host="127.0.0.1", port=self.port, user="headrace", password=PASSWORD, dbname=database, autocommit=True
+        )
+
+    def new_database(self) -> str:
+        """An empty database; returns its URL."""
+        name = f"t{uuid.uuid4().hex[:12]}"
+        with self.connect("postgres") as connection:
+            connection.execute(f'CREATE DATABASE "{name}"'.encode())
+        return self.url(name)
+
+    def kill(self) -> None:
+        """End it at once, as a crash would; `start` brings it back."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait(timeout=30)
+            self._process = None
+
+    def remove(self) -> None:
+        """End it and remove its folder."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[PostgresServer]:
+    """A server for the duration of the context; the test is skipped by name where PostgreSQL is not installed."""
+    programs = binaries()
+    if programs is None:
+        pytest.skip("postgresql: not found; apt-get install -y postgresql")
+    server = PostgresServer(programs)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
