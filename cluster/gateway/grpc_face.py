@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
 from cluster.gateway.call import Call, Piece
+from cluster.gateway.relay import Lane, Relay
 from cluster.gateway.service import CallMeta, CallService, encode
 from cluster.gateway.session_face import Session
 from cluster.gateway.status import grpc_code, trailers
@@ -78,6 +79,40 @@ _COMPLETE = _Kind(
 )
 
 
+class _Voice:
+    """A call's pieces as serialized chunks; see relay.Voice."""
+
+    __slots__ = ("_call", "_head", "_kind", "_offset", "_service", "ended")
+
+    def __init__(self, kind: _Kind, call: Call, service: CallService) -> None:
+        self.ended = False
+        self._kind = kind
+        self._call = call
+        self._service = service
+        self._head = pb.ChatChunk(id=call.id, model=call.model).SerializeToString()  # CompleteChunk's is the same
+        self._offset = 0
+
+    def take(self) -> bytes:
+        """See relay.Voice."""
+        call = self._call
+        if (text := call.take_text()) is not None:
+            if not text:
+                return b""
+            self._offset += 1
+            return self._kind.text(self._head, text, self._offset)
+        pieces = call.take()
+        if pieces:
+            self._offset += 1
+            chunk = self._kind.chunk(call, pieces, self._offset)
+            self.ended = call.told
+            return chunk.SerializeToString()
+        if call.silent:  # after keepalive_s without text; held-back text alone says nothing
+            call.silent = False
+            progress = codec.progress_pb(self._service.progress(call))
+            return self._kind.progress(call, progress).SerializeToString()
+        return b""
+
+
 class GrpcFace:
     """The gRPC face of a CallService."""
 
@@ -85,6 +120,7 @@ class GrpcFace:
         """`session_age_s`: a session older than this takes no new call and ends with its last one."""
         self._service = service
         self._session_age_s = session_age_s
+        self._relay: Relay | None = None
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """All methods of the service."""
@@ -154,31 +190,9 @@ class GrpcFace:
     async def _stream(self, kind: _Kind, request: Any, context: Any, meta: CallMeta) -> None:
         async with self._service.open(kind.wish(request), meta) as call:
             await context.send_initial_metadata((("x-request-id", meta.request_id),))
-            head = pb.ChatChunk(id=call.id, model=call.model).SerializeToString()  # CompleteChunk's is the same
-            offset = 0
-            while True:
-                await call.news()
-                if (text := call.take_text()) is not None:
-                    if text:
-                        offset += 1
-                        await context.write(kind.text(head, text, offset))
-                    continue
-                pieces = call.take()
-                if not pieces:
-                    await self._silent(kind, call, context)
-                    continue
-                offset += 1
-                await context.write(kind.chunk(call, pieces, offset))
-                if call.told:  # not `finished`: the last tokens may have come during the write
-                    return
-
-    async def _silent(self, kind: _Kind, call: Call, context: Any) -> None:
-        """Woken without text: after keepalive_s of silence say so, else (held-back text) say nothing."""
-        if not call.silent:
-            return
-        call.silent = False
-        progress = self._service.progress(call)
-        await context.write(kind.progress(call, codec.progress_pb(progress)))
+            if self._relay is None:
+                self._relay = Relay()
+            await Lane(call, _Voice(kind, call, self._service), context, self._relay).run()
 
     async def _whole(self, kind: _Kind, request: Any, context: Any, meta: CallMeta) -> Message:
         async with self._service.open(kind.wish(request), meta) as call:

@@ -23,6 +23,7 @@ DONE: Final = b"data: [DONE]\n\n"
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+_escape = json.encoder.encode_basestring_ascii  # what the encoder calls for a string, in C
 
 _ERROR_TYPES: Mapping[int, str] = {
     401: "authentication_error",
@@ -142,23 +143,26 @@ class Stream(ABC):
         self._head = f"data: {_encode(shown)[:-1]}," + '"choices":['
         self._end = '],"usage":null}\n\n' if include_usage else "]}\n\n"
         self._include_usage = include_usage
-        self._continuous_usage = continuous_usage
+        self.continuous_usage = continuous_usage
         self._plain_end = self.after_text + ',"logprobs":null,"finish_reason":null}' + self._end
         self._starts: dict[int, str] = {}
 
     def events(self, call: Call, pieces: Sequence[Piece], shift: int = 0) -> bytes:
         """One event for each piece. `shift` is the index of the call's first choice in the answer."""
-        text = ""
+        parts = []
         for piece in pieces:
-            if piece.finish_reason or piece.first or piece.logprobs or self._continuous_usage:
-                text += self._full(call, piece, shift)
-                continue
-            index = piece.index + shift
-            start = self._starts.get(index)
-            if start is None:
-                start = self._starts[index] = f'{self._head}{{"index":{index},{self.before_text}'
-            text += start + _encode(piece.text) + self._plain_end
-        return text.encode("ascii")
+            if piece.finish_reason or piece.first or piece.logprobs or self.continuous_usage:
+                parts.append(self._full(call, piece, shift).encode("ascii"))
+            else:
+                parts.append(self.text(piece.index + shift, piece.text))
+        return b"".join(parts)
+
+    def text(self, index: int, text: str) -> bytes:
+        """The event of a piece with text alone, for a choice that has begun; not with continuous usage."""
+        start = self._starts.get(index)
+        if start is None:
+            start = self._starts[index] = f'{self._head}{{"index":{index},{self.before_text}'
+        return (start + _escape(text) + self._plain_end).encode("ascii")
 
     def _full(self, call: Call, piece: Piece, shift: int) -> str:
         choice = {
@@ -168,7 +172,7 @@ class Stream(ABC):
             "finish_reason": piece.finish_reason or None,
         }
         end = self._end
-        if self._continuous_usage:
+        if self.continuous_usage:
             so_far = CallUsage(call.usage.prompt_tokens, len(call.sequences[piece.index].emitted))
             end = f'],"usage":{_encode(usage_of([so_far]))}}}\n\n'
         return self._head + _encode(choice) + end
@@ -218,6 +222,33 @@ class CompletionStream(Stream):
 
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         return self._offsets.logprobs(index, logprobs)
+
+
+class Voice:
+    """A call's pieces as events of a stream; see relay.Voice."""
+
+    __slots__ = ("_call", "_index", "_shift", "_stream", "ended")
+
+    def __init__(self, call: Call, stream: Stream, shift: int) -> None:
+        self.ended = False
+        self._call = call
+        self._stream = stream
+        self._shift = shift
+        self._index = -1 if stream.continuous_usage or len(call.sequences) != 1 else shift
+
+    def take(self) -> bytes:
+        """See relay.Voice."""
+        call = self._call
+        if self._index >= 0 and (text := call.take_text()) is not None:
+            return self._stream.text(self._index, text) if text else b""
+        pieces = call.take()
+        if pieces:
+            self.ended = call.told
+            return self._stream.events(call, pieces, self._shift)
+        if call.silent:
+            call.silent = False
+            return KEEP_ALIVE
+        return b""
 
 
 def error_event(error: CallError) -> bytes:

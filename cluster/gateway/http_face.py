@@ -25,7 +25,7 @@ from cluster.gateway import http_answers as answers
 from cluster.gateway.call import Call, Piece
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields, read_object
-from cluster.gateway.http_relay import Lane, Relay
+from cluster.gateway.relay import Lane, Relay
 from cluster.gateway.service import CallMeta, CallService
 
 log = structlog.get_logger("http")
@@ -208,19 +208,16 @@ class HttpFace:
 
     async def _relay_call(self, call: Call, stream: answers.Stream, shift: int, exchange: Exchange) -> None:
         """Send a call's pieces as they come, until its end has been told."""
+        voice = answers.Voice(call, stream, shift)
         while not exchange.started:
             await call.news()
-            pieces = call.take()
-            if pieces:
-                await exchange.write(stream.events(call, pieces, shift))
-                if call.told:
+            if data := voice.take():
+                await exchange.write(data)
+                if voice.ended:
                     return
-            elif call.silent:
-                call.silent = False
-                await exchange.write(answers.KEEP_ALIVE)
         if self._relay is None:
             self._relay = Relay()
-        await Lane(call, stream, shift, exchange.scope[CONNECTION], self._relay).run()
+        await Lane(call, voice, exchange.scope[CONNECTION], self._relay).run()
 
     async def _whole(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:

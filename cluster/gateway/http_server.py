@@ -31,7 +31,7 @@ class _Protocol(HttpToolsProtocol):
         """Whether the client must read before more is written."""
         return self.flow.write_paused
 
-    def write_chunk(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         """Send one chunk of a body whose head has announced chunks, as every head without a length does."""
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 

@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from cluster import __version__
+from cluster import __version__, rpc
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.api.types import ModelState
 from cluster.config import Config, Tls
@@ -53,6 +53,7 @@ class Gateway:
         self._health = health.aio.HealthServicer()
         self._healthy: dict[str, int] = {}
         self._servers: list[Any] = []
+        self._clients: rpc.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._lag = self.metrics.histogram("event_loop_lag_seconds")
         self._states: set[asyncio.Task[None]] = set()
@@ -71,15 +72,7 @@ class Gateway:
             asyncio.create_task(self.service.nudge(gateway.keepalive_s)),
             asyncio.create_task(self._measure_lag()),
         ]
-        options = (
-            ("grpc.max_receive_message_length", gateway.max_message_bytes),
-            ("grpc.max_send_message_length", gateway.max_message_bytes),
-            ("grpc.max_connection_age_ms", int(gateway.max_connection_age_s * 1000)),
-            ("grpc.max_connection_age_grace_ms", int(max(gateway.drain_timeout_s, 1) * 1000)),
-            ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-            ("grpc.so_reuseport", 0),
-        )
-        await self._serve("grpc", listen.grpc, options, self._add_inference)
+        await self._bind("grpc", listen.grpc, self._serve_clients)
         await self._bind("http", listen.http, self.http.start)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
@@ -117,20 +110,30 @@ class Gateway:
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
         return server.add_insecure_port(address)
 
-    def _add_inference(self, server: grpc.aio.Server, address: str) -> int:
-        server.add_generic_rpc_handlers(
-            (GrpcFace(self.service, self.config.gateway.max_connection_age_s * 0.9).handlers(),)
+    async def _serve_clients(self, host: str, port: int) -> int:
+        gateway = self.config.gateway
+        limits = rpc.Limits(
+            max_message_bytes=gateway.max_message_bytes,
+            age_s=gateway.max_connection_age_s,
+            age_grace_s=max(gateway.drain_timeout_s, 1.0),
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        return server.add_insecure_port(address)
+        server = rpc.Server(limits)
+        face = GrpcFace(self.service, gateway.max_connection_age_s * 0.9)
+        server.add_generic_rpc_handlers((face.handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # type: ignore[arg-type]
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflections = reflection.aio.ReflectionServicer(names)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflections, server)  # type: ignore[no-untyped-call]
+        bound = await server.start(host, port)
+        self._clients = server
+        return bound
 
     async def stop(self, drain_s: float) -> None:
         """No new calls; those under way get `drain_s` seconds; then everything is closed."""
         self.service.close("stopping")
         await self._health.enter_graceful_shutdown()
-        clients = self._servers.pop() if "grpc" in self.endpoints else None
-        await asyncio.gather(self.http.stop(drain_s), *([clients.stop(drain_s)] if clients is not None else []))
+        clients = [] if self._clients is None else [self._clients.stop(drain_s)]
+        await asyncio.gather(self.http.stop(drain_s), *clients)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

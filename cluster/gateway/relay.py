@@ -14,36 +14,46 @@ from typing import Protocol
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.call import Call
-from cluster.gateway.http_answers import KEEP_ALIVE, Stream
 
 LANES_A_PASS = 128
 """About a millisecond of writes, before the event loop turns to others."""
 
 
-class Connection(Protocol):
-    """What a lane needs of the server's connection, once the head of a chunked response is sent."""
+class Way(Protocol):
+    """What a lane needs of the stream to its client."""
 
     @property
     def full(self) -> bool:
-        """Whether the client must read before more is written."""
+        """Whether the client must read before more is sent."""
 
-    def write_chunk(self, data: bytes) -> None:
-        """Send one chunk of the body now."""
+    def send(self, data: bytes) -> None:
+        """Send this now, or as soon as may be; never waits."""
 
     async def drained(self) -> None:
         """Wait until it is full no longer, or closed."""
 
 
-class Lane:
-    """One call's way to its connection. `run` returns when the call's end is told and raises the call's error."""
+class Voice(Protocol):
+    """What a call has to say, in the bytes of its face."""
 
-    def __init__(self, call: Call, stream: Stream, shift: int, connection: Connection, relay: Relay) -> None:
+    ended: bool
+    """Whether the end of the call has been taken."""
+
+    def take(self) -> bytes:
+        """All since the last take, empty when there is nothing. Raises the call's error once all before it is taken."""
+
+
+class Lane:
+    """One call's way to its client. `run` returns when the call's end is told and raises the call's error."""
+
+    def __init__(self, call: Call, voice: Voice, way: Way, relay: Relay) -> None:
         self._call = call
-        self._stream = stream
-        self._shift = shift
-        self._connection = connection
+        self._take = voice.take
+        self._voice = voice
+        self._way = way
         self._relay = relay
         self._halted: asyncio.Future[bool] = relay.loop.create_future()
+        self._open = True
         self._error: CallError | None = None
         self.marked = False
 
@@ -53,11 +63,13 @@ class Lane:
         try:
             self.mark()
             while not await self._halted:
-                await self._connection.drained()
+                await self._way.drained()
                 self._halted = self._relay.loop.create_future()
+                self._open = True
                 self.mark()
         finally:
             self._call.listener = None
+            self._open = False
             self._halted.cancel()
         if self._error is not None:
             raise self._error
@@ -71,29 +83,31 @@ class Lane:
     def write(self) -> None:
         """Send what there is, or halt."""
         self.marked = False
-        if self._halted.done():
+        if not self._open:
             return
-        call = self._call
-        if self._connection.full:
-            self._halted.set_result(False)
+        way = self._way
+        if way.full:
+            self._halt(False)
             return
         try:
-            pieces = call.take()
+            data = self._take()
         except CallError as error:
             self._error = error
-            self._halted.set_result(True)
+            self._halt(True)
             return
-        if pieces:
-            self._connection.write_chunk(self._stream.events(call, pieces, self._shift))
-            if pieces[-1].finish_reason and call.told:
-                self._halted.set_result(True)
-        elif call.silent:
-            call.silent = False
-            self._connection.write_chunk(KEEP_ALIVE)
+        if data:
+            way.send(data)
+            if self._voice.ended:
+                self._halt(True)
+
+    def _halt(self, ended: bool) -> None:
+        self._open = False
+        if not self._halted.done():
+            self._halted.set_result(ended)
 
 
 class Relay:
-    """The marked lanes of a gateway."""
+    """The marked lanes of a face."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -106,7 +120,8 @@ class Relay:
         self._marked.append(lane)
 
     def _pass(self) -> None:
-        for _ in range(min(LANES_A_PASS, len(self._marked))):
-            self._marked.popleft().write()
-        if self._marked:
+        marked = self._marked
+        for _ in range(min(LANES_A_PASS, len(marked))):
+            marked.popleft().write()
+        if marked:
             self.loop.call_soon(self._pass)
