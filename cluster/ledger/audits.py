@@ -49,7 +49,12 @@ class Audits:
         with reading(self._engine) as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
-    def expire(self, before_s: float) -> int:
-        """Remove events older than that; how many."""
+    def expire(self, before_s: float, *, tenant: str = "", except_tenants: Sequence[str] = ()) -> int:
+        """Remove events older than that, of one tenant or of all but some; how many."""
+        old = delete(audit).where(audit.c.at_s < before_s)
+        if tenant:
+            old = old.where(audit.c.tenant == tenant)
+        if except_tenants:
+            old = old.where(audit.c.tenant.not_in(list(except_tenants)))
         with writing(self._engine) as connection:
-            return connection.execute(delete(audit).where(audit.c.at_s < before_s)).rowcount
+            return connection.execute(old).rowcount

@@ -90,13 +90,13 @@ def told_apart(engine: Engine) -> Iterator[None]:
     """A database that does not answer becomes StoreUnavailable; every other error stays what it is."""
     try:
         yield
-    except OperationalError as error:
-        raise StoreUnavailable(f"the database {where(engine)} does not answer: {_first_line(error)}") from error
     except DBAPIError as error:
         if error.connection_invalidated or _is_unusable(error):
             raise StoreUnavailable(
                 f"the database {where(engine)} cannot be used: {_first_line(error)}; `headrace db check` says why"
             ) from error
+        if isinstance(error, OperationalError):
+            raise StoreUnavailable(f"the database {where(engine)} does not answer: {_first_line(error)}") from error
         raise
     except PoolTimeout as error:
         raise StoreUnavailable(f"the database {where(engine)} is too busy: no connection came free") from error

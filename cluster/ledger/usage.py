@@ -111,7 +111,7 @@ class UsageTable:
         if tenants is not None:
             query = query.where(usage.c.tenant.in_(list(tenants)))
         with reading(self._engine) as connection:
-            return {tenant: int(total) for tenant, total in connection.execute(query).tuples()}
+            return {tenant: int(total) for tenant, total in connection.execute(query)}
 
     def expire(self, before_s: float, *, tenant: str = "", except_tenants: Sequence[str] = ()) -> int:
         """Remove records of calls that opened before, of one tenant or of all but some; how many.

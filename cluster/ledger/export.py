@@ -1,0 +1,38 @@
+"""Usage as CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def as_json(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One JSON array, numbers as numbers."""
+    return json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n"
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """RFC 4180 with a head; labels are one JSON column. Text that a spreadsheet would run as a formula is quoted
+    with an apostrophe, since labels and request ids are the callers' to choose."""
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\r\n")
+    names = list(rows[0])
+    writer.writerow([_cell(name) for name in names])
+    for row in rows:
+        writer.writerow([_cell(row[name]) for name in names])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return json.dumps(dict(value), ensure_ascii=False, sort_keys=True)
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return "'" + value
+    return "" if value is None else value

@@ -1,0 +1,145 @@
+"""Backups: one file of one moment that either database writes and either reads, whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select
+
+from cluster.ledger.audit import AuditEvent
+from cluster.ledger.backup import TABLES, verify
+from cluster.ledger.connect import make_engine, writing
+from cluster.ledger.errors import LedgerError
+from cluster.ledger.store import Ledger
+from cluster.ledger.tables import usage
+from cluster.ledger.usage import UsageQuery
+from cluster.tenancy.identity import authenticate
+from cluster.tenancy.policy import TenantPolicy
+from tests.ledger.conftest import PEPPER
+from tests.ledger.samples import record
+
+
+def fill(ledger: Ledger) -> str:
+    """Something in every table; returns a key."""
+    ledger.tenants.create(TenantPolicy("acme", labels={"ü": "x"}), model_aliases={"a": "b"})
+    ledger.tenants.create(TenantPolicy("gone"))
+    ledger.erase("gone")
+    ledger.usage.insert([record(f"r{at}", ttft_s=None if at % 2 else 0.1) for at in range(7)])
+    ledger.audit.insert([AuditEvent(1.0, "admin", "x", reason="because\nof ü", details={"n": 1})])
+    return ledger.keys.create("acme", "ci").secret
+
+
+def content(database_url: str) -> dict[str, list[Any]]:
+    """Every row of every table."""
+    engine = make_engine(database_url)
+    with engine.connect() as connection:
+        rows = {t.name: sorted(map(repr, connection.execute(select(t)))) for t in TABLES}
+    engine.dispose()
+    return rows
+
+
+@pytest.fixture
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    """Makes an empty database of a kind."""
+    numbers = itertools.count()
+
+    def make(kind: str) -> str:
+        if kind == "sqlite":
+            return f"sqlite:///{tmp_path / f'empty{next(numbers)}.db'}"
+        return str(request.getfixturevalue("server").new_database())
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_backup_moves_between_databases(
+    ledger: Ledger, database_url: str, tmp_path: Path, empty: Callable[[str], str], kind: str
+) -> None:
+    """Restored into either database every row is the same, keys work, and changes go on above the old numbers."""
+    key = fill(ledger)
+    counts = ledger.backup(tmp_path / "b.gz")
+    assert dict(counts) == {"tenants": 1, "keys": 1, "usage": 7, "audit": 1, "erased_tenants": 1}
+    assert (tmp_path / "b.gz").stat().st_mode & 0o077 == 0
+    url = empty(kind)
+    copy = Ledger(url, peppers=(PEPPER,))
+    assert copy.restore(tmp_path / "b.gz") == counts
+    assert content(url) == content(database_url)
+    restored = copy.snapshots.read(ledger.snapshots.read())
+    assert authenticate(restored, key, (PEPPER,), 0).reason == "ok"
+    copy.tenants.suspend("acme")
+    assert authenticate(copy.snapshots.read(restored), key, (PEPPER,), 0).reason == "suspended"
+    with pytest.raises(LedgerError, match="not empty"):
+        copy.restore(tmp_path / "b.gz")
+    copy.close()
+
+
+def test_a_damaged_backup_changes_nothing(tmp_path: Path, empty: Callable[[str], str]) -> None:
+    """Cut short, changed, foreign or of another format: refused before the first row."""
+    ledger = Ledger(empty("sqlite"), peppers=(PEPPER,))
+    ledger.upgrade()
+    fill(ledger)
+    good = tmp_path / "good.gz"
+    ledger.backup(good)
+    text = gzip.decompress(good.read_bytes())
+    tail = json.loads(text.splitlines()[-1])
+    cases = {
+        "cut": good.read_bytes()[:-20],
+        "lines": gzip.compress(b"".join(text.splitlines(keepends=True)[:-3])),
+        "changed": gzip.compress(text.replace(b'"acme"', b'"evil"')),
+        "foreign": b"hello",
+        "empty": b"",
+        "no tail": gzip.compress(json.dumps({**tail, "sha256": 1}).encode()),
+    }
+    for name, data in cases.items():
+        bad = tmp_path / "bad.gz"
+        bad.write_bytes(data)
+        copy = Ledger(empty("sqlite"))
+        copy.upgrade()
+        with pytest.raises(LedgerError, match=r"bad\.gz"):
+            copy.restore(bad)
+        assert copy.tenants.list() == [], name
+        copy.close()
+    ledger.close()
+    with pytest.raises(FileNotFoundError):
+        verify(tmp_path / "nothing.gz")
+
+
+def test_nothing_to_back_up(tmp_path: Path, empty: Callable[[str], str]) -> None:
+    """A database without tables is no empty backup but an error, and no file is left."""
+    with pytest.raises(LedgerError, match="nothing to back up"):
+        Ledger(empty("sqlite")).backup(tmp_path / "b.gz")
+    assert list(tmp_path.glob("*.gz*")) == []
+
+
+@pytest.mark.slow
+def test_a_million_records(tmp_path: Path) -> None:
+    """A million records are summed in seconds, backed up and restored, and the sums are the same."""
+    source = Ledger(f"sqlite:///{tmp_path / 'a.db'}")
+    source.upgrade()
+    engine = make_engine(f"sqlite:///{tmp_path / 'a.db'}")
+    row = {**record().as_json(), "day": "1970-01-02"}
+    with writing(engine) as connection:
+        for start in range(0, 1_000_000, 50_000):
+            many = [
+                {**row, "record_id": f"r{at}", "tenant": f"t{at % 100}", "day": f"2026-11-{at % 28 + 1:02}"}
+                for at in range(start, start + 50_000)
+            ]
+            connection.execute(insert(usage), many)
+    engine.dispose()
+    began = time.perf_counter()
+    sums = source.usage.query(UsageQuery(("tenant", "day")))
+    assert time.perf_counter() - began < 30
+    assert sum(one["requests"] for one in sums) == 1_000_000
+    assert source.backup(tmp_path / "b.gz")["usage"] == 1_000_000
+    source.close()
+    copy = Ledger(f"sqlite:///{tmp_path / 'c.db'}")
+    copy.restore(tmp_path / "b.gz")
+    assert copy.usage.query(UsageQuery(("tenant", "day"))) == sums
+    copy.close()
