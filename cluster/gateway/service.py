@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -127,7 +128,7 @@ class CallService:
         meta: CallMeta,
         model: KnownModel,
         text: TextModel,
-        prompt_ids: list[int],
+        prompt_ids: array[int],
         arrived: float,
     ) -> Call:
         options = wish.options
@@ -188,28 +189,30 @@ class CallService:
                     call.wake()
 
 
-async def encode(prompt: wishes.Prompt, text: TextModel) -> list[int]:
+async def encode(prompt: wishes.Prompt, text: TextModel) -> array[int]:
     """Token ids of a prompt, off the event loop when long. Raises CallError."""
     if isinstance(prompt, wishes.ChatPrompt):
         if not text.has_chat_template:
             raise CallError(
                 Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a prompt of your own"
             )
-        return await text.encode_chat_async(
+        return await text.chat_ids_async(
             prompt.messages,
             template_kwargs=prompt.template_kwargs,
             continue_final_message=prompt.continue_final_message,
             add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final_message,
         )
     if isinstance(prompt, wishes.TextPrompt):
-        ids = await text.encode_prompt_async(prompt.text)
+        ids = await text.prompt_ids_async(prompt.text)
     else:
-        ids = list(prompt.token_ids)
-        for i, token_id in enumerate(ids):
-            if not 0 <= token_id < text.vocab_size:
-                raise invalid(
-                    f"prompt_token_ids[{i}]", f"must be in 0 to {text.vocab_size - 1}, the vocabulary; got {token_id}"
-                )
+        ids = _in_vocabulary(prompt.token_ids, text.vocab_size)
     if not ids:
         raise invalid("prompt", "must not be empty")
     return ids
+
+
+def _in_vocabulary(ids: Sequence[int], vocab_size: int) -> array[int]:
+    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+        i, token_id = next((i, token_id) for i, token_id in enumerate(ids) if not 0 <= token_id < vocab_size)
+        raise invalid(f"prompt_token_ids[{i}]", f"must be in 0 to {vocab_size - 1}, the vocabulary; got {token_id}")
+    return array("I", ids)

@@ -34,13 +34,13 @@ def pack_ids(ids: Sequence[int]) -> bytes:
     return words.tobytes()
 
 
-def unpack_ids(data: bytes) -> list[int]:
+def unpack_ids(data: bytes) -> array[int]:
     """The inverse of pack_ids. Raises ValueError for a length that is no multiple of four."""
     words = array("I")
     words.frombytes(data)
     if sys.byteorder == "big":
         words.byteswap()
-    return words.tolist()
+    return words
 
 
 def sampling_to_pb(s: Sampling) -> pb.Sampling:
@@ -128,7 +128,7 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
         request_id=request_id,
         prompt_token_ids=unpack_ids(prompt_ids),
         sampling=sampling_from_pb(m.sampling),
-        emitted_token_ids=unpack_ids(m.emitted_ids),
+        emitted_token_ids=unpack_ids(m.emitted_ids).tolist(),
         cache_salt=m.cache_salt,
         priority=m.priority,
         adapter=m.adapter,

@@ -9,19 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+from array import array
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
 from cluster.api.bundle import Bundle
-from cluster.api.outcomes import invalid
+from cluster.api.outcomes import CallError, invalid
 from cluster.gateway.text.detokenizer import Detokenizer, priming_ids
+from cluster.gateway.text.encoding_pool import EncodingPool, Job
 from cluster.gateway.text.template import ChatTemplate
+from cluster.gateway.text.word_encoder import WordEncoder
 
 ENCODE_OFFLOAD_CHARS: Final = 4096
 """Longer texts are tokenized in a worker thread: about a millisecond of one core at 3-4 million characters a second."""
+ENCODE_HELPER_CHARS: Final = 32_768
+"""Longer texts are tokenized in a process of their own (encoding_pool.py), as soon as one is there."""
+_THREADS = ThreadPoolExecutor(min(os.cpu_count() or 1, 8), thread_name_prefix="encode")
+"""No more than there are cores: what these do beside the Rust tokenizer, they do one after the other anyway."""
 SPECIAL_TOKEN_NAMES: Final = (
     "bos_token",
     "eos_token",
@@ -45,13 +54,16 @@ class TextModel:
         config: Mapping[str, Any],
         generation_config: Mapping[str, Any],
         model_config: Mapping[str, Any],
+        pool: EncodingPool | None = None,
     ) -> None:
+        self.pool = pool
         self._tokenizer = tokenizer
         self._template = template
         self._eos_token_ids = _eos_ids(tokenizer, config, generation_config)
         self._vocab_size = int(model_config.get("vocab_size") or tokenizer.get_vocab_size())
         self._family = str(model_config.get("model_type", ""))
         layout = json.loads(_without_model(tokenizer))
+        self._words = WordEncoder.of(tokenizer, layout.get("pre_tokenizer"))
         self._space_mark = _space_mark(layout.get("pre_tokenizer"))
         self._tail_primes = _kinds(layout.get("decoder"), "decoders") <= TAIL_SAFE_DECODERS
         self._unsafe_ids = frozenset(tokenizer.get_added_tokens_decoder()) | _byte_ids(tokenizer)
@@ -78,6 +90,7 @@ class TextModel:
             config=config,
             generation_config=_json(bundle, "generation_config.json"),
             model_config=_json(bundle, "config.json"),
+            pool=EncodingPool(bundle) if now == datetime.now else None,  # helpers know no other time
         )
 
     @property
@@ -144,35 +157,46 @@ class TextModel:
             continue_final_message=continue_final_message,
         )
 
+    def prompt_ids(self, text: str) -> array[int]:
+        """encode_prompt, the ids packed."""
+        return self._packed(text, "prompt", add_special_tokens=True)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> array[int]:
+        """encode_chat, the ids packed."""
+        return self._packed(self.render_chat(messages, **options), "messages", add_special_tokens=False)
+
+    async def prompt_ids_async(self, text: str) -> array[int]:
+        """prompt_ids; elsewhere than on the loop when the text is long."""
+        return await self._ids(len(text), ("prompt_ids", (text,), {}))
+
+    async def chat_ids_async(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> array[int]:
+        """chat_ids; elsewhere than on the loop when messages and options together are long."""
+        return await self._ids(_chars([messages, options]), ("chat_ids", (messages,), options))
+
+    async def _ids(self, chars: int, job: Job) -> array[int]:
+        method, positional, named = job
+
+        def work() -> array[int]:
+            ids: array[int] = getattr(self, method)(*positional, **named)
+            return ids
+
+        if chars <= ENCODE_OFFLOAD_CHARS:
+            return work()
+        if chars > ENCODE_HELPER_CHARS and self.pool is not None and (ids := await self.pool.run(job)) is not None:
+            return ids
+        return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
+
     async def encode_prompt_async(self, text: str) -> list[int]:
-        """encode_prompt; in a worker thread when the text is long."""
+        """encode_prompt in one of the loop's own threads when the text is long."""
         if len(text) > ENCODE_OFFLOAD_CHARS:
             return await asyncio.to_thread(self.encode_prompt, text)
         return self.encode_prompt(text)
 
-    async def encode_chat_async(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final_message: bool = False,
-        add_generation_prompt: bool = True,
-    ) -> list[int]:
-        """encode_chat; in a worker thread when messages, tools and arguments together are long."""
-
-        def work() -> list[int]:
-            return self.encode_chat(
-                messages,
-                tools=tools,
-                template_kwargs=template_kwargs,
-                continue_final_message=continue_final_message,
-                add_generation_prompt=add_generation_prompt,
-            )
-
-        if _chars([messages, tools, template_kwargs]) > ENCODE_OFFLOAD_CHARS:
-            return await asyncio.to_thread(work)
-        return work()
+    async def encode_chat_async(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """encode_chat in one of the loop's own threads when messages and options together are long."""
+        if _chars([messages, options]) > ENCODE_OFFLOAD_CHARS:
+            return await asyncio.to_thread(self.encode_chat, messages, **options)
+        return self.encode_chat(messages, **options)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids by themselves. Ids beyond the tokenizer's have none."""
@@ -216,8 +240,22 @@ class TextModel:
             # The batch form: without offsets, twice as fast, and outside the interpreter's lock.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # what the Rust side makes of a lone surrogate
-            raise invalid(field, "the text is not valid Unicode (a lone surrogate): send well-formed text") from None
+            raise _no_unicode(field) from None
         return list(encoding.ids)
+
+    def _packed(self, text: str, field: str, *, add_special_tokens: bool) -> array[int]:
+        if self._words is None or len(text) <= ENCODE_OFFLOAD_CHARS:
+            return array("I", self._encode(text, field, add_special_tokens=add_special_tokens))
+        ids = array("I")
+        try:
+            ids.frombytes(self._words.encode(text, add_special_tokens=add_special_tokens))
+        except TypeError:
+            raise _no_unicode(field) from None
+        return ids
+
+
+def _no_unicode(field: str) -> CallError:
+    return invalid(field, "the text is not valid Unicode (a lone surrogate): send well-formed text")
 
 
 def _json(bundle: Bundle, name: str) -> dict[str, Any]:

@@ -1,0 +1,215 @@
+"""Long prompts become token ids in processes of their own, so that the gateway's event loop never waits for them.
+
+Problem: in a thread of the gateway, rendering and tokenizing 200 KB holds the interpreter for milliseconds at a time,
+and the loop waits for it after every system call; with many such threads that adds up to a quarter of a second.
+Helpers (pool_helper.py) start with the first long prompt, as many as are wanted at once and no more than `size`, run
+at a lower priority than the loop, and leave after a while without work. Until one is there, and where none can be,
+the caller does the work itself: `run` gives None.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import weakref
+from array import array
+from collections import deque
+from typing import Any, Final
+
+import structlog
+
+from cluster.api.bundle import Bundle
+from cluster.gateway.text.pool_helper import FAILED, HEAD
+
+log = structlog.get_logger("text")
+
+MAX_HELPERS: Final = 4
+MAX_FAILURES: Final = 3
+"""Helpers lost one after the other, none of which did any work, before no more are started."""
+Job = tuple[str, tuple[Any, ...], dict[str, Any]]
+"""Name of a TextModel's method that gives an array of ids, its arguments and its keyword arguments."""
+
+
+class _Helper:
+    """One process and the socket to it, which carries one job at a time."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "cluster.gateway.text.pool_helper"],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # the helpers are the parallelism
+            )
+        self._socket = ours
+        packed = bundle.pack()
+        try:
+            ours.sendall(HEAD.pack(len(packed)) + packed)
+        except OSError:
+            self.end()
+            raise
+        ours.setblocking(False)
+
+    async def ids(self, job: bytes) -> array[int] | None:
+        """A job's ids; None where the job itself failed. Raises OSError when the helper is gone."""
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self._socket, HEAD.pack(len(job)) + job)
+        (size,) = HEAD.unpack(await self._exactly(loop, HEAD.size))
+        if size == FAILED:
+            return None
+        ids = array("I")
+        ids.frombytes(await self._exactly(loop, size))
+        return ids
+
+    async def _exactly(self, loop: asyncio.AbstractEventLoop, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            count = await loop.sock_recv_into(self._socket, view)
+            if not count:
+                raise ConnectionResetError("the helper has closed its socket")
+            view = view[count:]
+        return data
+
+    def end(self) -> None:
+        """Now: a helper holds nothing that anyone would miss."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+
+class EncodingPool:
+    """The helpers of one model. Used from one event loop."""
+
+    def __init__(self, bundle: Bundle, size: int | None = None) -> None:
+        """`size`: helpers at most; by default as many as there are cores, up to MAX_HELPERS."""
+        self._bundle = bundle
+        self._size = size or min(os.cpu_count() or 1, MAX_HELPERS)
+        self._helpers: set[_Helper] = set()
+        self._idle: list[_Helper] = []
+        self._waiting: deque[asyncio.Future[_Helper | None]] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._starting = False
+        self._failures = 0
+        self._end = weakref.finalize(self, _end_all, self._helpers)
+
+    @property
+    def helpers(self) -> int:
+        """Processes that are there."""
+        return len(self._helpers)
+
+    async def run(self, job: Job) -> array[int] | None:
+        """The job's ids; None where no helper can be had, or the job failed: do it yourself."""
+        helper = await self._take()
+        if helper is None:
+            return None
+        # A job that nobody waits for any longer is finished all the same: its answer must leave the socket.
+        return await asyncio.shield(self._spawn(self._work(helper, pickle.dumps(job, protocol=5))))
+
+    async def ready(self) -> bool:
+        """Wait until a helper is there; False where none will be."""
+        if not self._helpers:
+            self._start()
+        while self._starting:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        return bool(self._helpers)
+
+    def close(self) -> None:
+        """End all helpers; calls under way do their work themselves."""
+        self._failures = MAX_FAILURES
+        self._end()
+        self._idle.clear()
+
+    async def _take(self) -> _Helper | None:
+        if self._idle:
+            return self._idle.pop()
+        self._start()
+        if not self._helpers:
+            return None
+        future: asyncio.Future[_Helper | None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and (helper := future.result()) is not None:
+                self._give(helper)
+            raise
+
+    def _give(self, helper: _Helper) -> None:
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(helper)
+                return
+        self._idle.append(helper)
+
+    async def _work(self, helper: _Helper, job: bytes) -> array[int] | None:
+        try:
+            ids = await helper.ids(job)
+        except OSError as error:
+            self._lost(helper, error)
+            return None
+        except BaseException:  # cancelled with the loop: what is on the socket is anybody's guess
+            self._lost(helper, None)
+            raise
+        self._failures = 0
+        if helper in self._helpers:
+            self._give(helper)
+        return ids
+
+    def _lost(self, helper: _Helper, error: OSError | None) -> None:
+        if helper not in self._helpers:
+            return
+        self._helpers.discard(helper)
+        helper.end()
+        if error is not None:
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        log.warning("encoding_helper_lost", error=str(error), started_again=self._failures < MAX_FAILURES)
+        while self._waiting and not self._helpers:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(None)
+
+    def _start(self) -> None:
+        if not self._starting and len(self._helpers) < self._size and self._failures < MAX_FAILURES:
+            self._starting = True
+            self._spawn(self._begin())
+
+    async def _begin(self) -> None:
+        try:
+            helper = await asyncio.to_thread(_Helper, self._bundle)
+            try:
+                await helper.ids(pickle.dumps(("prompt_ids", ("",), {}), protocol=5))  # until it has read the tokenizer
+            except BaseException:
+                helper.end()
+                raise
+        except OSError as error:
+            self._starting = False
+            self._failed(error)
+            return
+        finally:
+            self._starting = False
+        if self._failures >= MAX_FAILURES:  # closed meanwhile
+            helper.end()
+            return
+        self._helpers.add(helper)
+        self._give(helper)
+
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _end_all(helpers: set[_Helper]) -> None:
+    while helpers:
+        helpers.pop().end()

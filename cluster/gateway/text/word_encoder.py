@@ -1,0 +1,144 @@
+"""Long texts become token ids part by part: the same ids as the whole text's, for tokenizers where that is certain.
+
+Theory. A byte-level BPE tokenizer first splits a text by regular expressions, then merges within each piece alone. In
+the expressions of `WORD_PATTERNS` a match that covers a character which is no white space and a space behind it does
+not exist, and the only look-ahead looks from white space to what follows it. So a split always falls between such a
+character and a space, whatever stands around; what is left of it and what is right of it can be encoded apart. Each
+distinct part of a text is encoded once (a long text says most of its words again), and where too few are said again,
+the text is encoded in blocks, whose pieces stay in the processor's caches.
+
+Not for other tokenizers, nor where an added token may hold or swallow a space: `of` gives None for those.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from tokenizers import Encoding, Tokenizer, models, normalizers
+
+BLOCK_CHARS: Final = 16_384
+"""Work between two moments at which another thread may have the interpreter: about half a millisecond."""
+DISTINCT_SHARE: Final = 0.3
+"""More distinct words than this, of all words, and encoding words costs more than encoding blocks."""
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+WORD_PATTERNS: Final = frozenset((_GPT2, _LLAMA3, QWEN2))
+_DIGITS = "[0-9][0-9][0-9]"  # Falcon's
+_CUT = re.compile(r"(?<=[!-~\w]) ")
+"""A space behind a character that is surely no white space, in any version of Unicode."""
+PackedIds = bytes
+"""Token ids as uint32 in this machine's order."""
+
+
+class WordEncoder:
+    """A tokenizer's long texts. Made by `of`; holds nothing between calls and may be used from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, prefix: PackedIds, suffix: PackedIds, block_chars: int) -> None:
+        """`prefix` and `suffix` are the special tokens that the tokenizer puts around a text."""
+        self._tokenizer = tokenizer
+        self._prefix = prefix
+        self._suffix = suffix
+        self._block_chars = block_chars
+
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None, *, block_chars: int = BLOCK_CHARS
+    ) -> WordEncoder | None:
+        """None where cutting is not certain to keep the ids. `pre_tokenizer`: that part of tokenizer.json."""
+        around = _around(tokenizer)
+        if around is None or not _cuts_are_safe(tokenizer, pre_tokenizer):
+            return None
+        return cls(tokenizer, *around, block_chars)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> PackedIds:
+        """The ids of the whole text. Raises TypeError for a lone surrogate, as the tokenizer does."""
+        blocks = _blocks(text, self._block_chars)
+        words = [_CUT.split(block) for block in blocks]
+        distinct = set().union(*words)
+        if len(distinct) <= DISTINCT_SHARE * sum(map(len, words)):
+            ids = self._by_words(words, list(distinct))
+        else:
+            ids = b"".join(map(_packed, self._encoded([blocks[0], *(" " + block for block in blocks[1:])])))
+        return self._prefix + ids + self._suffix if add_special_tokens else ids
+
+    def _by_words(self, words: Sequence[Sequence[str]], distinct: Sequence[str]) -> PackedIds:
+        first = words[0][0]
+        head, *others = self._encoded([first, *(" " + word for word in distinct)])
+        packed = dict(zip(distinct, map(_packed, others), strict=True))
+        parts = [b"".join(map(packed.__getitem__, block)) for block in words]
+        parts[0] = parts[0][len(packed[first]) :]  # nothing stands before the first word
+        return b"".join((_packed(head), *parts))
+
+    def _encoded(self, texts: list[str]) -> list[Encoding]:
+        return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+
+
+def _packed(encoding: Encoding) -> PackedIds:
+    return array("I", encoding.ids).tobytes()
+
+
+def _blocks(text: str, chars: int) -> list[str]:
+    """The text in blocks of about `chars`, cut at spaces that are left out; one without such spaces stays whole."""
+    blocks, at = [], 0
+    while (cut := _CUT.search(text, at + chars)) is not None:
+        blocks.append(text[at : cut.start()])
+        at = cut.end()
+    blocks.append(text[at:])
+    return blocks
+
+
+def _cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None) -> bool:
+    model = tokenizer.model
+    return (
+        isinstance(model, models.BPE)
+        and not (model.dropout or model.continuing_subword_prefix or model.end_of_word_suffix)
+        and (tokenizer.normalizer is None or isinstance(tokenizer.normalizer, normalizers.NFC))
+        and tokenizer.truncation is None
+        and tokenizer.padding is None
+        and _splits_safely((pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]))
+        and not any(
+            " " in token.content or token.lstrip or token.rstrip or token.single_word
+            for token in tokenizer.get_added_tokens_decoder().values()
+        )
+    )
+
+
+def _splits_safely(steps: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether words are split, before text becomes bytes, and each step is one of which the law is known."""
+    to_bytes = next((at for at, step in enumerate(steps) if step.get("type") == "ByteLevel"), -1)
+    if to_bytes < 0 or not all(map(_is_safe, steps)):
+        return False
+    return bool(steps[to_bytes].get("use_regex", True)) or any(
+        _regex(step) in WORD_PATTERNS for step in steps[:to_bytes]
+    )
+
+
+def _is_safe(step: Mapping[str, Any]) -> bool:
+    kind = step.get("type")
+    if kind == "ByteLevel":
+        return not step.get("add_prefix_space", True)
+    if kind == "Split":
+        known = _regex(step) in WORD_PATTERNS or _regex(step) == _DIGITS
+        return known and step.get("behavior") == "Isolated" and not step.get("invert")
+    return kind in ("Digits", "Punctuation")
+
+
+def _regex(step: Mapping[str, Any]) -> str | None:
+    return (step.get("pattern") or {}).get("Regex")
+
+
+def _around(tokenizer: Tokenizer) -> tuple[PackedIds, PackedIds] | None:
+    """The special tokens before and after a text; None where they depend on it."""
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    if len(bare) != 1 or whole.count(bare[0]) != 1:
+        return None
+    at = whole.index(bare[0])
+    return array("I", whole[:at]).tobytes(), array("I", whole[at + 1 :]).tobytes()

@@ -1,0 +1,155 @@
+"""Encoding a long text by its words or blocks gives the ids of the whole text, or is not done at all."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from cluster.gateway.text.word_encoder import QWEN2, WordEncoder
+from tests.gateway.text.kinds import TEXTS
+from tests.support import tokenizer_kinds
+
+PIECES = ["a", "It's", "x,", "1234", "é", "e\u0301", "\u0301", "世界", "🎉", "_", "'s", "ſ", "'", "!", "-", "५"]
+PIECES += ["\u00a0", "\u2003", "\u0085", "\x1c", "\n", "\r\n", "\t", "\u200b", "  ", "   "]
+PIECES += ["<|eot_id|>", "<|endoftext|>"]
+LONG = st.one_of(
+    st.lists(TEXTS, max_size=5).map(" ".join),
+    st.lists(st.sampled_from([*PIECES, " ", " ", " "]), max_size=40).map("".join),
+)
+LAW = settings(max_examples=300, deadline=None)
+
+
+def qwen2(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
+    """LLaMA 3's tiny tokenizer with Qwen 2's split and normalizer."""
+    tokenizer, config = tokenizer_kinds.llama3(vocab_size)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer, config
+
+
+def encoder_of(tokenizer: Tokenizer, block_chars: int = 16) -> WordEncoder | None:
+    """The encoder, with blocks so small that short texts have many."""
+    return WordEncoder.of(tokenizer, json.loads(tokenizer.to_str())["pre_tokenizer"], block_chars=block_chars)
+
+
+MADE = {
+    "llama3": tokenizer_kinds.llama3(700)[0],
+    "falcon": tokenizer_kinds.falcon(700)[0],
+    "qwen2": qwen2(700)[0],
+    "synthetic": tokenizer_kinds.synthetic(1000),
+}
+"""synthetic: GPT-2's split, which the byte-level step does by itself."""
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_ids_equal_those_of_the_whole(name: str) -> None:
+    """By words (a text said again and again) and by blocks, with and without special tokens around."""
+    tokenizer = MADE[name]
+    encoder = encoder_of(tokenizer)
+    assert encoder is not None
+
+    @LAW
+    @given(text=LONG, times=st.sampled_from([1, 1, 8]), special=st.booleans())
+    def law(text: str, times: int, special: bool) -> None:
+        text = " ".join([text] * times)
+        whole = tokenizer.encode(text, add_special_tokens=special).ids
+        assert encoder.encode(text, add_special_tokens=special) == array("I", whole).tobytes()
+
+    law()
+
+
+@pytest.mark.parametrize("kind", [tokenizer_kinds.llama2, tokenizer_kinds.mistral])
+def test_sentencepiece_is_encoded_whole(kind: Callable[[int], tuple[Tokenizer, dict[str, Any]]]) -> None:
+    """A tokenizer whose pieces may reach over a space gets no such encoder."""
+    assert encoder_of(kind(700)[0]) is None
+
+
+def no_split(tokenizer: Tokenizer) -> None:
+    """Nothing splits words: merges may reach over spaces."""
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def space_first(tokenizer: Tokenizer) -> None:
+    """A space is put before every part."""
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def own_split(tokenizer: Tokenizer) -> None:
+    """An expression that keeps a word with the space behind it."""
+    split = pre_tokenizers.Split(Regex(r"\S+\s?"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def bytes_first(tokenizer: Tokenizer) -> None:
+    """The split comes when there are no spaces any more."""
+    late = pre_tokenizers.Split(Regex(QWEN2), "isolated")
+    mapped = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([mapped, late])
+
+
+def greedy_token(tokenizer: Tokenizer) -> None:
+    """An added token that swallows the space before it."""
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+
+
+def spaced_token(tokenizer: Tokenizer) -> None:
+    """An added token with a space in it."""
+    tokenizer.add_tokens(["the end"])
+
+
+def stripping(tokenizer: Tokenizer) -> None:
+    """A normalizer that looks at a part's ends."""
+    tokenizer.normalizer = normalizers.Strip()
+
+
+def dropping_out(tokenizer: Tokenizer) -> None:
+    """Merges by chance."""
+    tokenizer.model = models.BPE(vocab={"a": 0}, merges=[], dropout=0.5)
+
+
+def truncating(tokenizer: Tokenizer) -> None:
+    """Only the beginning of a text counts."""
+    tokenizer.enable_truncation(8)
+
+
+SPOILED = (
+    no_split,
+    space_first,
+    own_split,
+    bytes_first,
+    greedy_token,
+    spaced_token,
+    stripping,
+    dropping_out,
+    truncating,
+)
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_uncertain_tokenizers_are_encoded_whole(spoil: Callable[[Tokenizer], None]) -> None:
+    """Each condition is asked: with any of them broken there is no encoder."""
+    tokenizer = Tokenizer.from_str(MADE["llama3"].to_str())
+    assert encoder_of(tokenizer) is not None
+    spoil(tokenizer)
+    assert encoder_of(tokenizer) is None
+
+
+def test_a_lone_surrogate_is_the_tokenizers_error() -> None:
+    """As TypeError, by words and by blocks."""
+    encoder = encoder_of(MADE["llama3"])
+    assert encoder is not None
+    for text in ("a \ud800", "a " * 50 + "\ud800"):
+        with pytest.raises(TypeError):
+            encoder.encode(text, add_special_tokens=False)
