@@ -16,86 +16,106 @@ from cluster.tenancy.order import Waiting
 
 @dataclass(eq=False, slots=True)
 class _Line:
-    rank: int
-    tenant: str
-    waiting: dict[str, Waiting] = field(default_factory=dict)  # in order of arrival here
+    requests: int = 0
+    tokens: int = 0
+    entered: list[Waiting] = field(default_factory=list)  # in order, those who have left since among them
 
 
 class Lines:
-    """One line for each (rank, tenant), over all models."""
+    """One line for each tenant in each class, over all models."""
 
-    def __init__(self, weight_of: Callable[[str], float]) -> None:
+    def __init__(self, weight_of: Callable[[str], float], is_in: Callable[[Waiting], bool]) -> None:
+        """`is_in` tells whether one that was added waits still."""
         self._weight_of = weight_of
-        self._lines: dict[tuple[int, str], _Line] = {}
-        self._tenants: dict[str, tuple[int, int]] = {}
-        self._longest: dict[int, list[tuple[float, str]]] = {}  # rank -> heap of (-length, tenant), lengths may be old
+        self._is_in = is_in
+        self._ranks: dict[int, dict[str, _Line]] = {}
+        # rank -> heap of (-length, tenant), lengths may be old. Kept only while somebody asks: a room with place has no
+        # use for it, and making it costs less than the adds after which it is dropped.
+        self._longest: dict[int, list[tuple[float, str]]] | None = None
+        self._adds_unasked = 0
 
     def tenant(self, tenant: str) -> tuple[int, int]:
         """Requests and tokens of a tenant that wait, in all classes."""
-        return self._tenants.get(tenant, (0, 0))
+        lines = [lines[tenant] for lines in self._ranks.values() if tenant in lines]
+        return sum(line.requests for line in lines), sum(line.tokens for line in lines)
 
     def add(self, waiting: Waiting) -> None:
         """One waits."""
-        key = (waiting.rank, waiting.tenant)
-        line = self._lines.get(key)
+        lines = self._ranks.get(waiting.rank)
+        if lines is None:
+            lines = self._ranks[waiting.rank] = {}
+        line = lines.get(waiting.tenant)
         if line is None:
-            line = self._lines[key] = _Line(*key)
-        line.waiting[waiting.call_id] = waiting
-        requests, tokens = self.tenant(waiting.tenant)
-        self._tenants[waiting.tenant] = (requests + 1, tokens + waiting.tokens)
-        heap = self._longest.setdefault(waiting.rank, [])
-        heapq.heappush(heap, (-self._length(line), waiting.tenant))
-        if len(heap) > 64 and len(heap) > 4 * len(self._lines):
-            self._longest[waiting.rank] = [(-self._length(x), x.tenant) for x in self._of(waiting.rank)]
-            heapq.heapify(self._longest[waiting.rank])
+            line = lines[waiting.tenant] = _Line()
+        line.requests += 1
+        line.tokens += waiting.tokens
+        line.entered.append(waiting)
+        if len(line.entered) > 2 * line.requests + 32:
+            line.entered = [one for one in line.entered if self._is_in(one)]
+        if self._longest is not None:
+            self._note_length(waiting, self._longest)
 
     def remove(self, waiting: Waiting) -> None:
         """It waits no longer."""
-        key = (waiting.rank, waiting.tenant)
-        line = self._lines[key]
-        del line.waiting[waiting.call_id]
-        requests, tokens = self._tenants[waiting.tenant]
-        if requests == 1:
-            del self._tenants[waiting.tenant]
-        else:
-            self._tenants[waiting.tenant] = (requests - 1, tokens - waiting.tokens)
-        if not line.waiting:
-            del self._lines[key]
+        lines = self._ranks[waiting.rank]
+        line = lines[waiting.tenant]
+        line.requests -= 1
+        line.tokens -= waiting.tokens
+        if not line.requests:
+            del lines[waiting.tenant]
 
     def last_of_longest(self, below: Waiting) -> Waiting | None:
         """Who is to go so that `below` may enter; None where nobody is to be spared less than it."""
-        for rank in sorted(self._longest, reverse=True):
+        longest = self._longest = self._longest if self._longest is not None else self._all_lengths()
+        self._adds_unasked = 0
+        for rank in sorted(longest, reverse=True):
             if rank < below.rank:
                 break
-            line = self._longest_of(rank)
-            if line is None:
+            tenant = self._longest_of(longest[rank], rank)
+            if tenant is None:
                 continue
-            own = self._lines.get((rank, below.tenant))
-            would_be = ((len(own.waiting) if own is not None else 0) + 1) / self._weight_of(below.tenant)
-            if rank == below.rank and (line is own or self._length(line) <= would_be):
-                break
-            return line.waiting[next(reversed(line.waiting))]
+            if rank == below.rank:
+                would_be = self._length(below.tenant, rank) + 1 / self._weight_of(below.tenant)
+                if tenant == below.tenant or self._length(tenant, rank) <= would_be:
+                    break
+            entered = self._ranks[rank][tenant].entered
+            while not self._is_in(entered[-1]):
+                entered.pop()
+            return entered[-1]
         return None
 
-    def _longest_of(self, rank: int) -> _Line | None:
-        heap = self._longest[rank]
+    def _note_length(self, waiting: Waiting, longest: dict[int, list[tuple[float, str]]]) -> None:
+        most = 64 + 4 * sum(len(lines) for lines in self._ranks.values())
+        self._adds_unasked += 1
+        if self._adds_unasked > most:
+            self._longest = None
+            return
+        heap = longest.setdefault(waiting.rank, [])
+        heapq.heappush(heap, (-self._length(waiting.tenant, waiting.rank), waiting.tenant))
+        if len(heap) > most:
+            self._longest = self._all_lengths()
+
+    def _all_lengths(self) -> dict[int, list[tuple[float, str]]]:
+        out = {rank: [(-self._length(t, rank), t) for t in lines] for rank, lines in self._ranks.items()}
+        for heap in out.values():
+            heapq.heapify(heap)
+        return out
+
+    def _longest_of(self, heap: list[tuple[float, str]], rank: int) -> str | None:
         while heap:
             length, tenant = heap[0]
-            line = self._lines.get((rank, tenant))
-            if line is None:
+            now = self._length(tenant, rank)
+            if not now:
                 heapq.heappop(heap)
-            elif -length > (now := self._length(line)):
+            elif -length > now:
                 heapq.heapreplace(heap, (-now, tenant))
             else:
-                return line
-        del self._longest[rank]
+                return tenant
         return None
 
-    def _length(self, line: _Line) -> float:
-        return len(line.waiting) / self._weight_of(line.tenant)
-
-    def _of(self, rank: int) -> list[_Line]:
-        return [line for line in self._lines.values() if line.rank == rank]
+    def _length(self, tenant: str, rank: int) -> float:
+        line = self._ranks[rank].get(tenant)
+        return 0.0 if line is None else line.requests / self._weight_of(tenant)
 
     def __repr__(self) -> str:
-        return f"Lines({len(self._tenants)} tenants)"
+        return f"Lines({sum(len(lines) for lines in self._ranks.values())} lines)"

@@ -50,6 +50,9 @@ class Admission:
     shed: tuple[Waiting, ...] = ()
 
 
+_ADMITTED = Admission()
+
+
 @dataclass(slots=True)
 class _ModelQueue:
     order: Order
@@ -77,9 +80,13 @@ class WaitingRoom:
         self._max_tokens = max_tokens
         self._max_wait_s = max_wait_s
         self._order_of = order_of if order_of is not None else lambda model: order()
-        self._tenant_max_requests = math.inf if tenant_max_requests is None else tenant_max_requests
-        self._tenant_max_tokens = math.inf if tenant_max_tokens is None else tenant_max_tokens
-        self._lines = Lines(weight_of)
+        self._tenant_bounds: tuple[float, float] | None = None
+        if tenant_max_requests is not None or tenant_max_tokens is not None:
+            self._tenant_bounds = (
+                math.inf if tenant_max_requests is None else tenant_max_requests,
+                math.inf if tenant_max_tokens is None else tenant_max_tokens,
+            )
+        self._lines = Lines(weight_of, self._is_in)
         self._entries: dict[str, tuple[Waiting, int]] = {}  # with the number of its stay
         self._queues: dict[str, _ModelQueue] = {}
         self._tokens = 0
@@ -107,6 +114,9 @@ class WaitingRoom:
         outcome = self._own_bounds(waiting)
         if outcome is None and waiting.deadline is not None and now + starts_in_s >= waiting.deadline:
             outcome = Outcome.DEADLINE_UNREACHABLE
+        if outcome is None and self._has_place(waiting):
+            self._take_in(waiting, now)
+            return _ADMITTED
         shed: list[Waiting] = []
         while outcome is None and not self._has_place(waiting):
             victim = self._lines.last_of_longest(below=waiting) if waiting.tokens <= self._max_tokens else None
@@ -196,9 +206,15 @@ class WaitingRoom:
     def _own_bounds(self, waiting: Waiting) -> Outcome | None:
         if waiting.call_id in self._entries:
             raise ValueError(f"call_id {waiting.call_id!r} waits already")
+        if self._tenant_bounds is None:
+            return None
         requests, tokens = self._lines.tenant(waiting.tenant)
-        full = requests >= self._tenant_max_requests or tokens + waiting.tokens > self._tenant_max_tokens
+        full = requests >= self._tenant_bounds[0] or tokens + waiting.tokens > self._tenant_bounds[1]
         return Outcome.RATE_LIMITED if full else None
+
+    def _is_in(self, waiting: Waiting) -> bool:
+        entry = self._entries.get(waiting.call_id)
+        return entry is not None and entry[0] is waiting
 
     def _take_in(self, waiting: Waiting, now: float) -> None:
         self._add(waiting, now).push(waiting, now)
