@@ -27,6 +27,7 @@ from cluster.ledger.tables import audit, change_sequence, erased, keys, tenants,
 FORMAT = "headrace-ledger-backup/1"
 TABLES: tuple[Table, ...] = (tenants, keys, usage, audit, erased)  # in an order in which they can be filled
 BATCH_ROWS = 5_000
+SEQUENCE_JUMP = 1_000_000
 Counts = Mapping[str, int]
 
 
@@ -102,11 +103,12 @@ def restore(engine: Engine, file: Path) -> Counts:
 
 
 def _continue_sequence(connection: Connection) -> None:
-    """Let changes go on above every number that was restored, and readers of another history read anew."""
+    """Let changes go on far above every number of the backup, so that a reader who has followed the lost history
+    further never takes a number of this one for its own, and have everybody read anew."""
     newest = 1
     for table in (tenants, keys):
         newest = max(newest, connection.execute(select(func.max(table.c.changed))).scalar() or 0)
-    values = {"value": newest + 1, "reload_from": newest + 1}
+    values = {"value": newest + SEQUENCE_JUMP, "reload_from": newest + SEQUENCE_JUMP}
     connection.execute(update(change_sequence).where(change_sequence.c.id == 1).values(values))
 
 
