@@ -55,6 +55,11 @@ class _Helper:
             raise
         ours.setblocking(False)
 
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
     async def ids(self, job: bytes) -> array[int] | None:
         """A job's ids; None where the job itself failed. Raises OSError when the helper is gone."""
         loop = asyncio.get_running_loop()
@@ -95,13 +100,15 @@ class EncodingPool:
         self._waiting: deque[asyncio.Future[_Helper | None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._starting = False
-        self._failures = 0
+        self.failures = 0
+        """Helpers lost since one did some work."""
+        self._closed = False
         self._end = weakref.finalize(self, _end_all, self._helpers)
 
     @property
-    def helpers(self) -> int:
-        """Processes that are there."""
-        return len(self._helpers)
+    def pids(self) -> frozenset[int]:
+        """Of the helpers that are there."""
+        return frozenset(helper.pid for helper in self._helpers)
 
     async def run(self, job: Job) -> array[int] | None:
         """The job's ids; None where no helper can be had, or the job failed: do it yourself."""
@@ -121,7 +128,7 @@ class EncodingPool:
 
     def close(self) -> None:
         """End all helpers; calls under way do their work themselves."""
-        self._failures = MAX_FAILURES
+        self._closed = True
         self._end()
         self._idle.clear()
 
@@ -157,7 +164,7 @@ class EncodingPool:
         except BaseException:  # cancelled with the loop: what is on the socket is anybody's guess
             self._lost(helper, None)
             raise
-        self._failures = 0
+        self.failures = 0
         if helper in self._helpers:
             self._give(helper)
         return ids
@@ -171,15 +178,16 @@ class EncodingPool:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        self._failures += 1
-        log.warning("encoding_helper_lost", error=str(error), started_again=self._failures < MAX_FAILURES)
+        self.failures += 1
+        log.warning("encoding_helper_lost", error=str(error), started_again=self.failures < MAX_FAILURES)
         while self._waiting and not self._helpers:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(None)
 
     def _start(self) -> None:
-        if not self._starting and len(self._helpers) < self._size and self._failures < MAX_FAILURES:
+        wanted = len(self._helpers) < self._size and self.failures < MAX_FAILURES
+        if wanted and not (self._starting or self._closed):
             self._starting = True
             self._spawn(self._begin())
 
@@ -197,7 +205,7 @@ class EncodingPool:
             return
         finally:
             self._starting = False
-        if self._failures >= MAX_FAILURES:  # closed meanwhile
+        if self._closed:
             helper.end()
             return
         self._helpers.add(helper)
