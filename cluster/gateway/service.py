@@ -100,7 +100,7 @@ class CallService:
             model = self.directory.resolve(wish.model)
             model_name = model.name
             text = await self.directory.text(model)
-            prompt_ids = await encode(wish.prompt, text)
+            prompt_ids = await encode(wish.prompt, text, meta.tenant)
             call = self._call(wish, meta, model, text, prompt_ids, arrived)
             self._open[call.id] = call
             self.dispatcher.enter(call, model)
@@ -189,7 +189,7 @@ class CallService:
                     call.wake()
 
 
-async def encode(prompt: wishes.Prompt, text: TextModel) -> array[int]:
+async def encode(prompt: wishes.Prompt, text: TextModel, tenant: str = "default") -> array[int]:
     """Token ids of a prompt, off the event loop when long. Raises CallError."""
     if isinstance(prompt, wishes.ChatPrompt):
         if not text.has_chat_template:
@@ -197,13 +197,14 @@ async def encode(prompt: wishes.Prompt, text: TextModel) -> array[int]:
                 Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a prompt of your own"
             )
         return await text.chat_ids_async(
+            tenant,
             prompt.messages,
             template_kwargs=prompt.template_kwargs,
             continue_final_message=prompt.continue_final_message,
             add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final_message,
         )
     if isinstance(prompt, wishes.TextPrompt):
-        ids = await text.prompt_ids_async(prompt.text)
+        ids = await text.prompt_ids_async(tenant, prompt.text)
     else:
         ids = _in_vocabulary(prompt.token_ids, text.vocab_size)
     if not ids:

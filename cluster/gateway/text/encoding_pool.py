@@ -195,7 +195,9 @@ class EncodingPool:
         try:
             helper = await asyncio.to_thread(_Helper, self._bundle)
             try:
-                await helper.ids(pickle.dumps(("prompt_ids", ("",), {}), protocol=5))  # until it has read the tokenizer
+                await helper.ids(
+                    pickle.dumps(("prompt_ids", ("", ""), {}), protocol=5)
+                )  # until it has read the tokenizer
             except BaseException:
                 helper.end()
                 raise

@@ -44,7 +44,7 @@ TAIL_SAFE_DECODERS: Final = frozenset({"ByteLevel", "Replace", "ByteFallback", "
 
 
 class TextModel:
-    """One model's tokenizer and chat templates. Made by `from_bundle`; holds no state between calls but a cache."""
+    """One model's tokenizer and chat templates. Made by `from_bundle`; holds no state between calls but caches."""
 
     def __init__(
         self,
@@ -157,21 +157,21 @@ class TextModel:
             continue_final_message=continue_final_message,
         )
 
-    def prompt_ids(self, text: str) -> array[int]:
-        """encode_prompt, the ids packed."""
-        return self._packed(text, "prompt", add_special_tokens=True)
+    def prompt_ids(self, tenant: str, text: str) -> array[int]:
+        """encode_prompt, the ids packed. What long texts begin with is remembered for the tenant alone."""
+        return self._packed(tenant, text, "prompt", add_special_tokens=True)
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> array[int]:
-        """encode_chat, the ids packed."""
-        return self._packed(self.render_chat(messages, **options), "messages", add_special_tokens=False)
+    def chat_ids(self, tenant: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> array[int]:
+        """encode_chat, the ids packed, likewise."""
+        return self._packed(tenant, self.render_chat(messages, **options), "messages", add_special_tokens=False)
 
-    async def prompt_ids_async(self, text: str) -> array[int]:
+    async def prompt_ids_async(self, tenant: str, text: str) -> array[int]:
         """prompt_ids; elsewhere than on the loop when the text is long."""
-        return await self._ids(len(text), ("prompt_ids", (text,), {}))
+        return await self._ids(len(text), ("prompt_ids", (tenant, text), {}))
 
-    async def chat_ids_async(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> array[int]:
+    async def chat_ids_async(self, tenant: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> array[int]:
         """chat_ids; elsewhere than on the loop when messages and options together are long."""
-        return await self._ids(_chars([messages, options]), ("chat_ids", (messages,), options))
+        return await self._ids(_chars([messages, options]), ("chat_ids", (tenant, messages), options))
 
     async def _ids(self, chars: int, job: Job) -> array[int]:
         method, positional, named = job
@@ -243,12 +243,12 @@ class TextModel:
             raise _no_unicode(field) from None
         return list(encoding.ids)
 
-    def _packed(self, text: str, field: str, *, add_special_tokens: bool) -> array[int]:
+    def _packed(self, tenant: str, text: str, field: str, *, add_special_tokens: bool) -> array[int]:
         if self._words is None or len(text) <= ENCODE_OFFLOAD_CHARS:
             return array("I", self._encode(text, field, add_special_tokens=add_special_tokens))
         ids = array("I")
         try:
-            ids.frombytes(self._words.encode(text, add_special_tokens=add_special_tokens))
+            ids.frombytes(self._words.encode(text, add_special_tokens=add_special_tokens, tenant=tenant))
         except TypeError:
             raise _no_unicode(field) from None
         return ids

@@ -5,7 +5,8 @@ the expressions of `WORD_PATTERNS` a match that covers a character which is no w
 not exist, and the only look-ahead looks from white space to what follows it. So a split always falls between such a
 character and a space, whatever stands around; what is left of it and what is right of it can be encoded apart. Each
 distinct part of a text is encoded once (a long text says most of its words again), and where too few are said again,
-the text is encoded in blocks, whose pieces stay in the processor's caches.
+the text is encoded in blocks, whose pieces stay in the processor's caches. Blocks are cut from the text's beginning,
+so the next turn of a conversation has the blocks of the last one, and only what is new is encoded.
 
 Not for other tokenizers, nor where an added token may hold or swallow a space: `of` gives None for those.
 """
@@ -13,14 +14,19 @@ Not for other tokenizers, nor where an added token may hold or swallow a space: 
 from __future__ import annotations
 
 import re
+import sys
 from array import array
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from threading import Lock
 from typing import Any, Final
 
 from tokenizers import Encoding, Tokenizer, models, normalizers
 
 BLOCK_CHARS: Final = 16_384
 """Work between two moments at which another thread may have the interpreter: about half a millisecond."""
+MEMORY_BYTES: Final = 32 << 20
+"""Of blocks and their ids, in each process and for each model: the last turns of some tens of long conversations."""
 DISTINCT_SHARE: Final = 0.3
 """More distinct words than this, of all words, and encoding words costs more than encoding blocks."""
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -38,7 +44,7 @@ PackedIds = bytes
 
 
 class WordEncoder:
-    """A tokenizer's long texts. Made by `of`; holds nothing between calls and may be used from several threads."""
+    """A tokenizer's long texts. Made by `of`; may be used from several threads."""
 
     def __init__(self, tokenizer: Tokenizer, prefix: PackedIds, suffix: PackedIds, block_chars: int) -> None:
         """`prefix` and `suffix` are the special tokens that the tokenizer puts around a text."""
@@ -46,6 +52,7 @@ class WordEncoder:
         self._prefix = prefix
         self._suffix = suffix
         self._block_chars = block_chars
+        self.memory = BlockMemory()
 
     @classmethod
     def of(
@@ -57,27 +64,67 @@ class WordEncoder:
             return None
         return cls(tokenizer, *around, block_chars)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> PackedIds:
-        """The ids of the whole text. Raises TypeError for a lone surrogate, as the tokenizer does."""
+    def encode(self, text: str, *, add_special_tokens: bool, tenant: str = "") -> PackedIds:
+        """The ids of the whole text. Raises TypeError for a lone surrogate, as the tokenizer does.
+
+        What was encoded for the same tenant lately is not encoded again, as far as two texts begin alike.
+        """
         blocks = _blocks(text, self._block_chars)
-        words = [_CUT.split(block) for block in blocks]
-        distinct = set().union(*words)
-        if len(distinct) <= DISTINCT_SHARE * sum(map(len, words)):
-            ids = self._by_words(words, list(distinct))
-        else:
-            ids = b"".join(map(_packed, self._encoded([blocks[0], *(" " + block for block in blocks[1:])])))
+        known = [self.memory.get(tenant, block) for block in blocks]
+        fresh = iter(self._fresh([block for block, ids in zip(blocks, known, strict=True) if ids is None]))
+        parts = [next(fresh) if ids is None else ids for ids in known]
+        for block, ids, old in zip(blocks[:-1], parts, known, strict=False):  # the last is cut by the text's end
+            if old is None:
+                self.memory.put(tenant, block, ids)
+        ids = b"".join(parts)
         return self._prefix + ids + self._suffix if add_special_tokens else ids
 
-    def _by_words(self, words: Sequence[Sequence[str]], distinct: Sequence[str]) -> PackedIds:
-        first = words[0][0]
-        head, *others = self._encoded([first, *(" " + word for word in distinct)])
-        packed = dict(zip(distinct, map(_packed, others), strict=True))
-        parts = [b"".join(map(packed.__getitem__, block)) for block in words]
-        parts[0] = parts[0][len(packed[first]) :]  # nothing stands before the first word
-        return b"".join((_packed(head), *parts))
+    def _fresh(self, blocks: list[str]) -> list[PackedIds]:
+        words = [_CUT.split(block) for block in blocks]
+        distinct = list(set().union(*words))
+        if len(distinct) > DISTINCT_SHARE * sum(map(len, words)):
+            return self._encoded(blocks)
+        heads = self._encoded([head for head, *_ in words])
+        packed = dict(zip(distinct, self._encoded([" " + word for word in distinct]), strict=True))
+        return [b"".join((head, *map(packed.__getitem__, rest))) for head, (_, *rest) in zip(heads, words, strict=True)]
 
-    def _encoded(self, texts: list[str]) -> list[Encoding]:
-        return self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    def _encoded(self, texts: list[str]) -> list[PackedIds]:
+        return list(map(_packed, self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
+
+
+class BlockMemory:
+    """Blocks encoded lately and their ids, those used longest ago dropped first. A tenant finds its own alone, so that
+    no time tells one what another has sent."""
+
+    def __init__(self, max_bytes: int = MEMORY_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._ids: OrderedDict[tuple[str, str], PackedIds] = OrderedDict()
+        self._lock = Lock()
+        self.bytes = 0
+        """Held: four for a character at most, and the ids."""
+
+    def get(self, tenant: str, block: str) -> PackedIds | None:
+        """The ids of a block, if they are here."""
+        with self._lock:
+            ids = self._ids.get((tenant, block))
+            if ids is not None:
+                self._ids.move_to_end((tenant, block))
+            return ids
+
+    def put(self, tenant: str, block: str, ids: PackedIds) -> None:
+        """Keep the ids of a block."""
+        with self._lock:
+            if (tenant, block) in self._ids:
+                return
+            self._ids[tenant, block] = ids
+            self.bytes += _size(block, ids)
+            while self.bytes > self._max_bytes:
+                (_, oldest), dropped = self._ids.popitem(last=False)
+                self.bytes -= _size(oldest, dropped)
+
+
+def _size(block: str, ids: PackedIds) -> int:
+    return sys.getsizeof(block) + len(ids)
 
 
 def _packed(encoding: Encoding) -> PackedIds:
@@ -85,11 +132,11 @@ def _packed(encoding: Encoding) -> PackedIds:
 
 
 def _blocks(text: str, chars: int) -> list[str]:
-    """The text in blocks of about `chars`, cut at spaces that are left out; one without such spaces stays whole."""
+    """The text in blocks of about `chars`, each but the first with the space it is cut before; at least one."""
     blocks, at = [], 0
     while (cut := _CUT.search(text, at + chars)) is not None:
         blocks.append(text[at : cut.start()])
-        at = cut.end()
+        at = cut.start()
     blocks.append(text[at:])
     return blocks
 

@@ -19,7 +19,7 @@ from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.tokenizer import ENCODE_HELPER_CHARS, TextModel
 from tests.gateway.text.kinds import Kind
 
-READY_S = 30.0
+TENANT, READY_S = "acme", 30.0
 PROMPT = " ".join(f"The river {i % 700} turns the wheel, and {i % 11} boats wait." for i in range(6000))[:220_000]
 SENDS_A_TURN = 32
 LONGEST_TURN_S, RUNS = 0.008, 10
@@ -57,10 +57,10 @@ async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
     """With many prompts of 220 KB at once the event loop is never away for long, and no id differs."""
     expected = model.encode_prompt(PROMPT)
     worst_s = []
-    for _ in range(RUNS):
+    for run in range(RUNS):
         stop = asyncio.Event()
         witness = asyncio.create_task(longest_turn_s(stop))
-        answers = await asyncio.gather(*(model.prompt_ids_async(PROMPT) for _ in range(24)))
+        answers = await asyncio.gather(*(model.prompt_ids_async(f"{run}.{n}", PROMPT) for n in range(24)))
         stop.set()
         worst_s.append(await witness)
         assert all(ids.tolist() == expected for ids in answers)
@@ -72,16 +72,16 @@ async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
 async def test_messages_are_rendered_there_too(model: TextModel) -> None:
     """Chat goes the same way, its options with it."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
-    ids = await model.chat_ids_async(messages, continue_final_message=True)
+    ids = await model.chat_ids_async(TENANT, messages, continue_final_message=True)
     assert ids.tolist() == model.encode_chat(messages, continue_final_message=True)
 
 
 async def test_errors_are_the_callers_own(model: TextModel) -> None:
     """What a helper cannot tokenize gets the error that it would get without one."""
     with pytest.raises(CallError) as error:
-        await model.prompt_ids_async(PROMPT + "\ud800")
+        await model.prompt_ids_async(TENANT, PROMPT + "\ud800")
     assert error.value.outcome is Outcome.INVALID_FIELD
-    assert (await model.prompt_ids_async(PROMPT)).tolist() == model.encode_prompt(PROMPT)
+    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == model.encode_prompt(PROMPT)
 
 
 async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
@@ -89,7 +89,7 @@ async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
     pool = model.pool
     assert pool is not None
     expected = model.encode_prompt(PROMPT)
-    calls = [asyncio.create_task(model.prompt_ids_async(PROMPT)) for _ in range(8)]
+    calls = [asyncio.create_task(model.prompt_ids_async(TENANT, PROMPT)) for _ in range(8)]
     await asyncio.sleep(0)  # the first has its helper, the others wait
     for pid in pool.pids:
         os.kill(pid, signal.SIGKILL)
@@ -102,9 +102,9 @@ async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
     """Calls that are cancelled while they wait or are worked on do not spoil the answers of others."""
     expected = model.encode_prompt(PROMPT)
     others = ["other " * (n + ENCODE_HELPER_CHARS) for n in range(6)]
-    doomed = [asyncio.create_task(model.prompt_ids_async(text)) for text in others]
+    doomed = [asyncio.create_task(model.prompt_ids_async(TENANT, text)) for text in others]
     await asyncio.sleep(0)
-    kept = asyncio.create_task(model.prompt_ids_async(PROMPT))
+    kept = asyncio.create_task(model.prompt_ids_async(TENANT, PROMPT))
     await asyncio.sleep(0)
     for task in doomed:
         task.cancel()
@@ -112,7 +112,7 @@ async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
     assert (await kept).tolist() == expected
-    assert (await model.prompt_ids_async(PROMPT)).tolist() == expected
+    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == expected
 
 
 async def test_without_helpers_threads_do_it(kinds: dict[str, Kind]) -> None:
@@ -121,13 +121,13 @@ async def test_without_helpers_threads_do_it(kinds: dict[str, Kind]) -> None:
     assert model.pool is not None
     model.pool.close()
     assert not await model.pool.ready()
-    assert (await model.prompt_ids_async(PROMPT)).tolist() == model.encode_prompt(PROMPT)
+    assert (await model.prompt_ids_async(TENANT, PROMPT)).tolist() == model.encode_prompt(PROMPT)
 
 
 async def test_helpers_that_cannot_read_are_given_up(kinds: dict[str, Kind]) -> None:
     """After some tries no further helper is started."""
     pool = EncodingPool(Bundle({"tokenizer.json": b"{}"}), size=1)
     for _ in range(5):
-        assert await pool.run(("prompt_ids", ("a",), {})) is None
+        assert await pool.run(("prompt_ids", (TENANT, "a"), {})) is None
         assert not await asyncio.wait_for(pool.ready(), READY_S)
     assert pool.failures == 3

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from cluster.gateway.text.word_encoder import QWEN2, WordEncoder
+from cluster.gateway.text.word_encoder import QWEN2, BlockMemory, WordEncoder
 from tests.gateway.text.kinds import TEXTS
 from tests.support import tokenizer_kinds
 
@@ -153,3 +153,33 @@ def test_a_lone_surrogate_is_the_tokenizers_error() -> None:
     for text in ("a \ud800", "a " * 50 + "\ud800"):
         with pytest.raises(TypeError):
             encoder.encode(text, add_special_tokens=False)
+
+
+TURN = " ".join(f"Turn {i} says, that {i * i} boats wait." for i in range(40))
+
+
+def test_a_longer_text_costs_its_new_part() -> None:
+    """What a tenant's text shares with an earlier one of its own is not encoded again, and the ids stay the whole's."""
+    encoder = encoder_of(MADE["llama3"], block_chars=100)
+    assert encoder is not None
+    encoder.encode(TURN, add_special_tokens=False, tenant="acme")
+    held = encoder.memory.bytes
+    longer = TURN + " And some more was said, and the river went on to turn the wheel. " * 2
+    whole = MADE["llama3"].encode(longer, add_special_tokens=False).ids
+    assert encoder.encode(longer, add_special_tokens=False, tenant="acme") == array("I", whole).tobytes()
+    assert 0 < encoder.memory.bytes - held < held / 4
+    before = encoder.memory.bytes
+    encoder.encode(TURN, add_special_tokens=False, tenant="other")
+    assert encoder.memory.bytes - before == held
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    """Beyond its bytes the memory drops what was used longest ago, and finds a tenant's blocks for it alone."""
+    memory = BlockMemory(max_bytes=10_000)
+    for n in range(100):
+        memory.put("acme", f"{n:>1000}", b"1234")
+        memory.get("acme", f"{0:>1000}")
+        assert memory.bytes <= 10_000
+    assert memory.get("acme", f"{0:>1000}") == memory.get("acme", f"{99:>1000}") == b"1234"
+    assert memory.get("acme", f"{50:>1000}") is None
+    assert memory.get("other", f"{99:>1000}") is None
