@@ -1,0 +1,355 @@
+"""The sections of cluster.yaml about who may do what: auth, store, cost, classes, tenant_defaults, tenants.
+
+Each checks itself when built and names the field and the remedy; `check_together` holds them to each other. Files of
+secrets are read where they are used, not here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from cluster.tenancy.policy import GuardRule, PolicyError, TenantLimits, TenantPolicy
+
+_NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
+_CURRENCY = re.compile(r"^[A-Z]{3}$")
+_DNS = re.compile(r"^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.?$")
+_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+MAX_STALE_S = 30 * 86400
+MAX_DAYS = 36_500
+MAX_GPU_HOUR = 10_000.0
+RESERVED_TENANTS = frozenset({"_idle", "other", "nobody"})
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class ApiKeys(_Section):
+    """API keys are kept as hashes under this pepper; of several in the file the first stores, all verify."""
+
+    pepper_file: Path
+
+
+class Oidc(_Section):
+    """An OpenID issuer whose tokens name a tenant. Claims may be paths (`realm_access.tenant`)."""
+
+    issuer: str
+    audience: Annotated[str, Field(min_length=1)]
+    tenant_claim: Annotated[str, Field(min_length=1)]
+    role_claim: str = ""
+    algorithms: tuple[str, ...] = _ALGORITHMS
+
+    @field_validator("issuer")
+    @classmethod
+    def _over_tls(cls, value: str) -> str:
+        parts = urllib.parse.urlsplit(value)
+        if not parts.hostname or parts.scheme not in ("https", "http"):
+            raise ValueError(f"{value!r} is no URL: write the issuer as its tokens' `iss` does, https://…")
+        if parts.scheme == "http" and not _is_this_host(parts.hostname):
+            raise ValueError(f"{value!r}: an issuer's keys come over https (http only on this host)")
+        return value
+
+    @field_validator("algorithms")
+    @classmethod
+    def _asymmetric(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = sorted(set(value) - set(_ALGORITHMS))
+        if wrong or not value:
+            raise ValueError(f"{', '.join(wrong) or 'none given'}: allowed are {', '.join(_ALGORITHMS)}")
+        return value
+
+
+class ClientCertificate(_Section):
+    """A client certificate's alternative name, a URI or a DNS name, and the tenant it is."""
+
+    san: Annotated[str, Field(min_length=1)]
+    tenant: str
+
+    @field_validator("san")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if "*" in value:
+            raise ValueError(f"{value!r}: wildcards are not served; name each certificate's alternative name")
+        if "://" not in value and not _DNS.match(value.lower()):
+            raise ValueError(f"{value!r} is neither a URI (spiffe://…) nor a DNS name")
+        return value
+
+
+class Auth(_Section):
+    """How callers are told apart. Without this section there is one tenant and everything listens on loopback."""
+
+    cluster_secret_file: Path
+    api_keys: ApiKeys | None = None
+    oidc: tuple[Oidc, ...] = ()
+    client_certificates: tuple[ClientCertificate, ...] = ()
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Auth:
+        if self.api_keys is None and not self.oidc and not self.client_certificates:
+            raise ValueError("nobody could be let in: set api_keys, oidc or client_certificates")
+        _once("oidc", [one.issuer for one in self.oidc])
+        _once("client_certificates", [_folded(one.san) for one in self.client_certificates])
+        return self
+
+
+class RetentionDays(_Section):
+    """For how many days what is written stays."""
+
+    usage: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
+    audit: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
+
+
+class Store(_Section):
+    """Where tenants, keys and usage rest (SQLite in the cache folder when absent), and where limits are shared."""
+
+    database_url: str = ""
+    limits_url: str = ""
+    stale_after_s: Annotated[float, Field(gt=0, le=MAX_STALE_S)] = 86400.0
+    retention_days: RetentionDays = RetentionDays()
+
+    @field_validator("database_url")
+    @classmethod
+    def _database(cls, value: str) -> str:
+        if not value:
+            return value
+        parts = _url(value)
+        if parts.scheme == "sqlite":
+            if not parts.path.strip("/") or ":memory:" in parts.path:
+                raise ValueError("an in-memory database forgets everything: name a file, sqlite:////folder/ledger.db")
+            return value
+        if parts.scheme not in ("postgresql", "postgresql+psycopg"):
+            raise ValueError(f"{parts.scheme or value!r} is not served: use postgresql+psycopg://… or sqlite:////…")
+        if parts.password:
+            raise ValueError("holds a password: take it out and set HEADRACE_DATABASE_PASSWORD")
+        if not parts.hostname or not parts.path.strip("/"):
+            raise ValueError("names no host or no database: postgresql+psycopg://user@host/database")
+        return value
+
+    @field_validator("limits_url")
+    @classmethod
+    def _limits(cls, value: str) -> str:
+        if value and _url(value).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must be redis://, rediss:// (TLS) or unix://, of a Valkey or Redis")
+        return value
+
+
+class Cost(_Section):
+    """Money: GPU-seconds are measured, these are the rates by accelerator type."""
+
+    currency: str
+    gpu_hour: Mapping[str, float]
+
+    @field_validator("currency")
+    @classmethod
+    def _known_form(cls, value: str) -> str:
+        if not _CURRENCY.match(value):
+            raise ValueError(f"{value!r} must be three capital letters, as ISO 4217 has them")
+        return value
+
+    @field_validator("gpu_hour")
+    @classmethod
+    def _sane(cls, value: Mapping[str, float]) -> Mapping[str, float]:
+        for gpu, rate in value.items():
+            if not math.isfinite(rate) or not 0 <= rate <= MAX_GPU_HOUR:
+                raise ValueError(f"{gpu}: {rate} must lie between 0 and {MAX_GPU_HOUR:g} for one hour")
+        return value
+
+
+class Class(_Section):
+    """A priority class. Lower ranks are served first; under overload the highest rank is shed first."""
+
+    name: str
+    rank: Annotated[int, Field(ge=0, le=1000)]
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not _NAME.match(value):
+            raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters")
+        return value
+
+
+CLASSES = (Class(name="interactive", rank=0), Class(name="standard", rank=1), Class(name="batch", rank=2))
+
+
+class Limits(_Section):
+    """How much a tenant may use; a limit left out is the default's, null is none."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    daily_tokens: int | None = None
+    monthly_tokens: int | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _possible(cls, value: int | None, info: ValidationInfo) -> int | None:
+        try:
+            TenantLimits(**{str(info.field_name): value})
+        except PolicyError as error:
+            raise ValueError(error.remedy) from None
+        return value
+
+
+class TenantRetention(_Section):
+    """A tenant's own days, shorter or longer than the cluster's; 0 not at all."""
+
+    usage_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
+    audit_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
+    prompts_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
+
+
+class Guard(_Section):
+    """A filter on input or output; exactly one of `builtin` (patterns, sizes) and `address` (a guard server)."""
+
+    builtin: str = ""
+    address: str = ""
+    on: Literal["input", "output"] = "input"
+    action: Literal["refuse", "redact", "flag"] = "refuse"
+    patterns_file: str = ""
+    patterns: tuple[str, ...] = ()
+    max_characters: int | None = None
+    fail: Literal["closed", "open"] = "closed"
+    timeout_s: float = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_is_a_word(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and True in value:  # YAML 1.1 reads the bare word `on` as true
+            return {"on" if key is True else key: item for key, item in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Guard:
+        self.rule()
+        return self
+
+    def rule(self) -> GuardRule:
+        """As tenancy sees it."""
+        return GuardRule(**self.model_dump())
+
+
+class _TenantFields(_Section):
+    """What a tenant and the defaults share."""
+
+    class_: Annotated[str, Field(alias="class")] = "standard"
+    weight: float = 1.0
+    models: tuple[str, ...] = ("default",)
+    limits: Limits = Limits()
+    max_context_tokens: int | None = None
+    max_output_tokens: int | None = None
+    on_budget: Literal["finish", "stop"] = "finish"
+    retention: TenantRetention = TenantRetention()
+
+    @field_validator("weight", "models", "max_context_tokens", "max_output_tokens")
+    @classmethod
+    def _possible(cls, value: Any, info: ValidationInfo) -> Any:
+        try:
+            TenantPolicy("x", **{str(info.field_name): value})
+        except PolicyError as error:
+            raise ValueError(error.remedy) from None
+        return value
+
+
+class TenantDefaults(_TenantFields):
+    """What a tenant has that says nothing else. Tenants made over the API take a copy when they are made."""
+
+    def policy(self, name: str, own: Mapping[str, Any] | None = None) -> TenantPolicy:
+        """A tenant's whole policy: these defaults, and over them its own fields by the configuration's names
+        (`class`, `limits` key by key). Raises PolicyError."""
+        whole: dict[str, Any] = {"name": name, **_plain(self)}
+        for key, value in (own or {}).items():
+            mapped = isinstance(whole.get(key), dict) and isinstance(value, Mapping)
+            whole[key] = {**whole[key], **value} if mapped else value
+        return TenantPolicy.from_json(whole)
+
+
+class Tenant(_TenantFields):
+    """A tenant that this file declares, and that the API therefore only reads."""
+
+    name: str
+    cache_group: str = ""
+    guards: tuple[Guard, ...] = ()
+    log_prompts: bool = False
+    labels: Mapping[str, str] = Field(default_factory=dict)
+    suspended: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if value in RESERVED_TENANTS:
+            raise ValueError(f"{value!r} is a word of Headrace's own: choose another name")
+        try:
+            TenantPolicy(value)
+        except PolicyError as error:
+            raise ValueError(f"{value!r} {error.remedy}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _whole(self) -> Tenant:
+        self.policy(TenantDefaults())
+        return self
+
+    def policy(self, defaults: TenantDefaults) -> TenantPolicy:
+        """This tenant over the defaults. Raises PolicyError."""
+        own = _plain(self, only_set=True)
+        own.pop("name")
+        return defaults.policy(self.name, own)
+
+
+def _plain(section: _Section, *, only_set: bool = False) -> dict[str, Any]:
+    return section.model_dump(by_alias=True, exclude_unset=only_set, mode="json")
+
+
+def check_together(
+    auth: Auth | None,
+    classes: Sequence[Class],
+    defaults: TenantDefaults,
+    tenants: Sequence[Tenant],
+) -> None:
+    """What holds between the sections. Raises ValueError with the path and the remedy."""
+    _once("classes", [one.name for one in classes])
+    _once("classes", [f"rank {one.rank}" for one in classes])
+    names = {one.name for one in classes}
+    _known_class("tenant_defaults", defaults.class_, names)
+    _once("tenants", [one.name for one in tenants])
+    for at, tenant in enumerate(tenants):
+        _known_class(f"tenants[{at}]", tenant.policy(defaults).priority_class, names)
+    if tenants and auth is None:
+        raise ValueError("tenants: without auth nobody can be told apart: set auth, or remove the section")
+
+
+def _known_class(where: str, name: str, known: set[str]) -> None:
+    if name not in known:
+        raise ValueError(f"{where}.class: {name!r} is none of classes ({', '.join(sorted(known))})")
+
+
+def _once(where: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{where}: {name!r} is there twice; remove one")
+
+
+def _url(value: str) -> urllib.parse.SplitResult:
+    try:
+        return urllib.parse.urlsplit(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no URL") from None
+
+
+def _folded(san: str) -> str:
+    return san if "://" in san else san.lower().rstrip(".")
+
+
+def _is_this_host(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
