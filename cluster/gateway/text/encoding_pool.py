@@ -2,9 +2,8 @@
 
 Problem: in a thread of the gateway, rendering and tokenizing 200 KB holds the interpreter for milliseconds at a time,
 and the loop waits for it after every system call; with many such threads that adds up to a quarter of a second.
-Helpers (pool_helper.py) start with the first long prompt, as many as are wanted at once and no more than `size`, run
-at a lower priority than the loop, and leave after a while without work. Until one is there, and where none can be,
-the caller does the work itself: `run` gives None.
+Helpers (pool_helper.py) start with the first long prompt, run at a lower priority than the loop, and leave after a
+while without work. Until one is there, and where none can be, the caller does the work itself: `run` gives None.
 """
 
 from __future__ import annotations
@@ -32,6 +31,8 @@ MAX_FAILURES: Final = 3
 """Helpers lost one after the other, none of which did any work, before no more are started."""
 Job = tuple[str, tuple[Any, ...], dict[str, Any]]
 """Name of a TextModel's method that gives an array of ids, its arguments and its keyword arguments."""
+
+_NOTHING: Final[Job] = ("prompt_ids", ("", ""), {})
 
 
 class _Helper:
@@ -119,7 +120,7 @@ class EncodingPool:
         return await asyncio.shield(self._spawn(self._work(helper, pickle.dumps(job, protocol=5))))
 
     async def ready(self) -> bool:
-        """Wait until a helper is there; False where none will be."""
+        """Wait until all helpers are there; False where none will be."""
         if not self._helpers:
             self._start()
         while self._starting:
@@ -192,12 +193,11 @@ class EncodingPool:
             self._spawn(self._begin())
 
     async def _begin(self) -> None:
+        """Start one helper, then the next: a start holds the loop up for a moment, so they are all started early."""
         try:
             helper = await asyncio.to_thread(_Helper, self._bundle)
             try:
-                await helper.ids(
-                    pickle.dumps(("prompt_ids", ("", ""), {}), protocol=5)
-                )  # until it has read the tokenizer
+                await helper.ids(pickle.dumps(_NOTHING, protocol=5))  # until it has read the tokenizer
             except BaseException:
                 helper.end()
                 raise
@@ -212,6 +212,7 @@ class EncodingPool:
             return
         self._helpers.add(helper)
         self._give(helper)
+        self._start()
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

@@ -39,6 +39,7 @@ WORD_PATTERNS: Final = frozenset((_GPT2, _LLAMA3, QWEN2))
 _DIGITS = "[0-9][0-9][0-9]"  # Falcon's
 _CUT = re.compile(r"(?<=[!-~\w]) ")
 """A space behind a character that is surely no white space, in any version of Unicode."""
+_ENDS_SURELY = re.compile(r"(?s:.*)[!-~\w]").fullmatch
 PackedIds = bytes
 """Token ids as uint32 in this machine's order."""
 
@@ -80,13 +81,12 @@ class WordEncoder:
         return self._prefix + ids + self._suffix if add_special_tokens else ids
 
     def _fresh(self, blocks: list[str]) -> list[PackedIds]:
-        words = [_CUT.split(block) for block in blocks]
-        distinct = list(set().union(*words))
+        words, distinct = _words(blocks)
         if len(distinct) > DISTINCT_SHARE * sum(map(len, words)):
             return self._encoded(blocks)
-        heads = self._encoded([head for head, *_ in words])
+        heads = self._encoded([block[0] for block in words])
         packed = dict(zip(distinct, self._encoded([" " + word for word in distinct]), strict=True))
-        return [b"".join((head, *map(packed.__getitem__, rest))) for head, (_, *rest) in zip(heads, words, strict=True)]
+        return [head + b"".join(map(packed.__getitem__, block[1:])) for head, block in zip(heads, words, strict=True)]
 
     def _encoded(self, texts: list[str]) -> list[PackedIds]:
         return list(map(_packed, self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
@@ -139,6 +139,18 @@ def _blocks(text: str, chars: int) -> list[str]:
         at = cut.start()
     blocks.append(text[at:])
     return blocks
+
+
+def _words(blocks: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """Each block's words, the spaces between them left out, and the distinct ones."""
+    words = [block[1:].split(" ") for block in blocks]  # four times as fast as _CUT, and nearly always the same
+    distinct = list(set().union(*words))
+    if not all(map(_ENDS_SURELY, distinct)):
+        words = [_CUT.split(block) for block in blocks]
+        return words, list(set().union(*words))
+    for block, its in zip(blocks, words, strict=True):
+        its[0] = block[:1] + its[0]
+    return words, distinct
 
 
 def _cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None) -> bool:
