@@ -52,7 +52,29 @@ class CallUsage:
 
 
 class Output:
-    """One of a call's n outputs. A Sink of the link."""
+    """One of a call's n outputs. A Sink of the link.
+
+    `direct`, where a face has set it, takes the text of each further token that has nothing else to tell.
+    """
+
+    __slots__ = (
+        "_logprob_texts",
+        "_logprobs",
+        "_told",
+        "_told_finish",
+        "attempt",
+        "call",
+        "detokenizer",
+        "direct",
+        "emitted",
+        "finish_reason",
+        "heard_at",
+        "index",
+        "link",
+        "request",
+        "slot",
+        "waiting_id",
+    )
 
     def __init__(
         self,
@@ -68,11 +90,12 @@ class Output:
         self.detokenizer = detokenizer
         self.emitted = detokenizer.token_ids
         """Tokens told so far; the detokenizer's own list, so that those after a stop string are not in it."""
-        self.taken = 0
         self.attempt = 1
         self.link: WorkerLink | None = None
         self.slot = 0
         self.finish_reason = ""
+        self.heard_at = 0.0
+        self.direct: Callable[[str], None] | None = None
         self.waiting_id = f"{call.id}#{index}"
         self._told = False
         self._told_finish = False
@@ -109,6 +132,7 @@ class Output:
         if output.prompt_tokens is not None and self.index == 0:
             call.usage.prompt_tokens = output.prompt_tokens
             call.usage.cached_tokens = output.cached_tokens or 0
+        self.direct = None
         if output.finish is not None:
             self.link = None
             if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
@@ -121,13 +145,29 @@ class Output:
             self._stopped()
         if output.logprobs and self._logprob_texts is not None:
             self._logprobs += self._logprob_texts.push(output.logprobs[: len(self.emitted) - before])
-        call.progressed(len(self.emitted) - before)
+        call.progressed(self, len(self.emitted) - before)
 
     def token(self, token_id: int) -> None:
-        """One step's only token: the common case of `output`."""
+        """One step's only token, not its first: the common case of `output`. The link accounts for the time."""
+        direct = self.direct
+        if direct is not None:
+            text = self.detokenizer.text_of(token_id)
+            if text:
+                direct(text)
+            return
         if self.detokenizer.push((token_id,)) is not None:
             self._stopped()
-        self.call.progressed(1)
+        self.call.wake()
+
+    def go_direct(self, direct: Callable[[str], None]) -> None:
+        """From now on hand each token's text to `direct`, if there is nothing that it could not tell."""
+        if not (self.finish_reason or self._logprob_texts is not None or self.detokenizer.watches) and self._told:
+            self.direct = direct
+
+    def indirect(self, text: str) -> None:
+        """Take the text that `direct` was just given back, and keep it and all further ones for `take`."""
+        self.direct = None
+        self.detokenizer.give_back(text)
 
     def _stopped(self) -> None:
         """A stop string has come: the engine's work ends here."""
@@ -170,7 +210,6 @@ class Output:
         if not (text or finished or self._logprobs):
             return None
         self._told_finish = finished
-        self.taken = len(self.emitted)
         piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._told)
         self._told = True
         self._logprobs = []
@@ -180,8 +219,12 @@ class Output:
         """The text since the last take when there is nothing else to tell, else None: then `take` tells it."""
         if self.finish_reason or self._logprobs or not self._told:
             return None
-        self.taken = len(self.emitted)
         return self.detokenizer.take(False)
+
+    @property
+    def untaken(self) -> int:
+        """Characters that wait for a `take`, at most."""
+        return self.detokenizer.untaken
 
     @property
     def told(self) -> bool:
@@ -210,7 +253,8 @@ class Call:
     usage: CallUsage = field(default_factory=CallUsage)
     error: CallError | None = None
     first_token_at: float | None = None
-    last_news_at: float = 0.0
+    silent_since: float = 0.0
+    """When the keep-alive last spoke."""
     silent: bool = False
     """Set by the keep-alive: nothing has come for a while, and the caller's connection wants a sign of life."""
     listener: Callable[[], None] | None = None
@@ -218,18 +262,26 @@ class Call:
     _waiter: asyncio.Future[None] | None = None
     _news: bool = False
 
-    def progressed(self, tokens: int) -> None:
-        """A sequence has got tokens."""
-        now = self.clock()
+    def progressed(self, output: Output, tokens: int) -> None:
+        """A sequence has got tokens, by a step that had more to tell of it than one token."""
         if tokens:
+            now = self.clock()
             if self.first_token_at is None:
                 self.first_token_at = now
                 self.usage.ttft_s = now - self.arrived
-            elif self.itl is not None:
-                self.itl.observe((now - self.last_news_at) / tokens)
-            self.last_news_at = now
-            self.usage.completion_tokens += tokens
+            elif self.itl is not None and output.heard_at:
+                self.itl.observe((now - output.heard_at) / tokens)
+            output.heard_at = now
         self.wake()
+
+    @property
+    def heard_at(self) -> float:
+        """When its last token came, or the keep-alive spoke, or it arrived."""
+        return max(self.arrived, self.silent_since, *(output.heard_at for output in self.sequences))
+
+    def count(self) -> None:
+        """Bring `usage` up to the tokens that have come."""
+        self.usage.completion_tokens = sum(len(output.emitted) for output in self.sequences)
 
     def fail(self, error: CallError) -> None:
         """The call ends with this error; what still runs of it is dropped."""
@@ -260,6 +312,7 @@ class Call:
 
     def take(self) -> list[Piece]:
         """Pieces since the last take. Raises the call's error once all text before it has been taken."""
+        self.count()
         pieces = [piece for sequence in self.sequences if (piece := sequence.take()) is not None]
         if self.error is not None and not any(piece.text for piece in pieces):
             raise self.error

@@ -163,6 +163,7 @@ class Dispatcher:
 
     def joined(self, link: WorkerLink) -> None:
         """A worker's link is up."""
+        link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe
         self._directory().joined(link)
         self._told_backlog.pop(link.identity.model, None)
         self._pump(link.identity.model)

@@ -250,6 +250,25 @@ def complete_text(head: bytes, text: str, offset: int) -> bytes:
     return head + b"\x1a" + _varint(len(choice)) + choice + b"\x28" + _varint(offset)
 
 
+def event_head(call_id: int) -> bytes:
+    """A session's call as the beginning of each of its events, for `event_text`."""
+    return (b"\x08" + _varint(call_id) if call_id else b"") + b"\x12"  # call_id, then the tag of text
+
+
+def event_text(head: bytes, text: str) -> bytes:
+    """A SessionEvent with text alone, as an element of SessionEvents, serialized by hand."""
+    data = text.encode()
+    size = len(data)
+    body = head + _varint(size) + data
+    return b"\x0a" + _varint(len(body)) + body
+
+
+def event(message: pb.SessionEvent) -> bytes:
+    """Any SessionEvent, as an element of SessionEvents."""
+    data = message.SerializeToString()
+    return b"\x0a" + _varint(len(data)) + data
+
+
 def _varint(value: int) -> bytes:
     if value < 128:
         return _SMALL[value]

@@ -82,7 +82,7 @@ _COMPLETE = _Kind(
 class _Voice:
     """A call's pieces as serialized chunks; see relay.Voice."""
 
-    __slots__ = ("_call", "_head", "_kind", "_offset", "_service", "ended")
+    __slots__ = ("_call", "_head", "_kind", "_offset", "_service", "ended", "plain")
 
     def __init__(self, kind: _Kind, call: Call, service: CallService) -> None:
         self.ended = False
@@ -91,15 +91,18 @@ class _Voice:
         self._service = service
         self._head = pb.ChatChunk(id=call.id, model=call.model).SerializeToString()  # CompleteChunk's is the same
         self._offset = 0
+        self.plain = len(call.sequences) == 1
+
+    def text(self, text: str) -> bytes:
+        """See relay.Voice."""
+        self._offset += 1
+        return self._kind.text(self._head, text, self._offset)
 
     def take(self) -> bytes:
         """See relay.Voice."""
         call = self._call
         if (text := call.take_text()) is not None:
-            if not text:
-                return b""
-            self._offset += 1
-            return self._kind.text(self._head, text, self._offset)
+            return self.text(text) if text else b""
         pieces = call.take()
         if pieces:
             self._offset += 1

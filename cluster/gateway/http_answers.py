@@ -227,20 +227,24 @@ class CompletionStream(Stream):
 class Voice:
     """A call's pieces as events of a stream; see relay.Voice."""
 
-    __slots__ = ("_call", "_index", "_shift", "_stream", "ended")
+    __slots__ = ("_call", "_shift", "_stream", "ended", "plain")
 
     def __init__(self, call: Call, stream: Stream, shift: int) -> None:
         self.ended = False
         self._call = call
         self._stream = stream
         self._shift = shift
-        self._index = -1 if stream.continuous_usage or len(call.sequences) != 1 else shift
+        self.plain = len(call.sequences) == 1 and not stream.continuous_usage
+
+    def text(self, text: str) -> bytes:
+        """See relay.Voice."""
+        return self._stream.text(self._shift, text)
 
     def take(self) -> bytes:
         """See relay.Voice."""
         call = self._call
-        if self._index >= 0 and (text := call.take_text()) is not None:
-            return self._stream.text(self._index, text) if text else b""
+        if self.plain and (text := call.take_text()) is not None:
+            return self.text(text) if text else b""
         pieces = call.take()
         if pieces:
             self.ended = call.told

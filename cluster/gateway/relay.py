@@ -1,9 +1,10 @@
 """The way of a call's pieces from the link to the connections: all that one message of a worker brings, in one pass.
 
 A task that is woken for each piece costs about as much as everything else that Python does for it. So a stream that
-has begun has no task on its way: the call's listener marks its lane, and one callback writes what all marked lanes
-have to say, straight to their connections. A lane halts, and its task takes over, when its call has ended or its
-client reads too slowly; what comes meanwhile is one larger piece afterwards.
+has begun has no task on its way. A token with nothing but text goes from the link straight to its connection
+(`Output.direct`). For whatever else there is to tell, the call's listener marks its lane, and one callback writes what
+all marked lanes have to say. A lane halts, and its task takes over, when its call has ended or its client reads too
+slowly; what comes meanwhile is one larger piece afterwards.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ class Voice(Protocol):
     def take(self) -> bytes:
         """All since the last take, empty when there is nothing. Raises the call's error once all before it is taken."""
 
+    def text(self, text: str) -> bytes:
+        """A further token's text, when there is nothing else to tell."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether further tokens can be told by `text`."""
+
 
 class Lane:
     """One call's way to its client. `run` returns when the call's end is told and raises the call's error."""
@@ -49,6 +57,7 @@ class Lane:
     def __init__(self, call: Call, voice: Voice, way: Way, relay: Relay) -> None:
         self._call = call
         self._take = voice.take
+        self._tell = voice.text
         self._voice = voice
         self._way = way
         self._relay = relay
@@ -70,6 +79,8 @@ class Lane:
         finally:
             self._call.listener = None
             self._open = False
+            for output in self._call.sequences:
+                output.direct = None
             self._halted.cancel()
         if self._error is not None:
             raise self._error
@@ -99,6 +110,18 @@ class Lane:
             way.send(data)
             if self._voice.ended:
                 self._halt(True)
+                return
+        if self._voice.plain:
+            self._call.sequences[0].go_direct(self._text)
+
+    def _text(self, text: str) -> None:
+        """A token's text, within the link's pass."""
+        way = self._way
+        if self._open and not way.full:
+            way.send(self._tell(text))
+            return
+        self._call.sequences[0].indirect(text)
+        self.mark()
 
     def _halt(self, ended: bool) -> None:
         self._open = False

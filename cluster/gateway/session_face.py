@@ -1,15 +1,15 @@
 """Inference.Session: many calls of one client on one stream, all their pieces of a tick in one message.
 
-A tick is one pass of the session's writer: all that has gathered while the last message was being written. So a busy
-session costs one write a step instead of one a token, and a slow one gets larger messages, never later ones. Each
-call runs through the same CallService as StreamChat's; only the way out differs.
+A tick is one pass of the event loop: all that one message of a worker brings, or all that has gathered while the
+client did not read. So a busy session costs one write a step instead of one a token, and a slow one gets larger
+messages, never later ones. Each call runs through the same CallService as StreamChat's; only the way out differs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -17,7 +17,7 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
-from cluster.gateway.call import Call
+from cluster.gateway.call import Call, Piece
 from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.status import details
 from cluster.gateway.wishes import Wish
@@ -27,21 +27,43 @@ from cluster.v1 import inference_pb2 as pb
 log = structlog.get_logger("session")
 
 MAX_CALLS = 10_000
-MAX_UNREAD_TOKENS = 262_144
-"""Tokens that may wait for a client that does not read; beyond it the session is closed."""
+MAX_UNREAD_CHARS = 1 << 20
+"""Characters that may wait for a client that does not read; beyond it the session is closed."""
 
 
 class _Open:
     """A call of a session: `call` once it runs; `ended` when its context may close."""
 
-    def __init__(self, call_id: int, is_chat: bool) -> None:
+    __slots__ = ("call", "call_id", "ended", "head", "is_chat", "offset", "session", "task", "told")
+
+    def __init__(self, session: Session, call_id: int, is_chat: bool) -> None:
+        self.session = session
         self.call_id = call_id
         self.is_chat = is_chat
+        self.head = codec.event_head(call_id)
         self.call: Call | None = None
         self.ended = asyncio.Event()
         self.offset = 0
         self.told = False
         self.task: asyncio.Task[None] | None = None
+
+    def mark(self) -> None:
+        """The call has news."""
+        session = self.session
+        session.dirty[self.call_id] = self
+        session.wake()
+
+    def text(self, text: str) -> None:
+        """A token's text with nothing else to tell, within the link's pass."""
+        session = self.session
+        if session.halted:
+            assert self.call is not None
+            self.call.sequences[0].indirect(text)
+            session.dirty[self.call_id] = self
+            return
+        self.offset += 1
+        session.parts.append(codec.event_text(self.head, text))
+        session.wake()
 
 
 class Session:
@@ -53,32 +75,46 @@ class Session:
         self._age_s = age_s
         self._context = context
         self._meta = meta
+        self.dirty: dict[int, _Open] = {}
+        """Calls with news."""
+        self.parts: list[bytes] = []
+        """Serialized events of the next message."""
+        self.halted = False
+        """The client does not read: what comes is kept with its call, which joins it."""
         self._calls: dict[int, _Open] = {}
-        self._dirty: dict[int, _Open] = {}
-        self._extra: list[pb.SessionEvent] = []
-        self._wake = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._awake = False
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        self._drain: asyncio.Task[None] | None = None
         self._half_closed = False
         self._retired = False
+        self._unread_for_long = False
 
     async def run(self) -> None:
         """Serve until the client is done; whatever still runs when it vanishes is ended."""
         reader = asyncio.create_task(self._read())
-        writer = asyncio.create_task(self._write())
-        aging = asyncio.get_running_loop().call_later(self._age_s, self._retire)
+        reader.add_done_callback(self._read_ended)
+        aging = self._loop.call_later(self._age_s, self._retire)
         self._service.on_close.add(self._retire)
         try:
-            done, _ = await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
-            if reader in done:
-                reader.result()
-                await writer  # ends by itself once the last call has been told
-            writer.result()
+            await self._over  # ends once the client is done and the last call has been told
         finally:
             aging.cancel()
             self._service.on_close.discard(self._retire)
-            tasks = [reader, writer, *(o.task for o in self._calls.values() if o.task is not None)]
-            for task in tasks:
+            self._over.cancel()
+            tasks = [reader, self._drain, *(o.task for o in self._calls.values())]
+            running = [task for task in tasks if task is not None]
+            for task in running:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
+        if self._unread_for_long:
+            message = f"the session is not read: {MAX_UNREAD_CHARS} characters wait; read faster, or open more"
+            await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+
+    def _read_ended(self, reader: asyncio.Task[None]) -> None:
+        error = None if reader.cancelled() else reader.exception()
+        if error is not None and not self._over.done():
+            self._over.set_exception(error)
 
     # ---- what the client asks
 
@@ -91,12 +127,12 @@ class Session:
             elif request.HasField("cancel"):
                 self._cancel(request.cancel.call_id)
         self._half_closed = True
-        self._wake.set()
+        self.wake()
 
     def _retire(self) -> None:
         """Take no new call; the stream ends with the last one. The client opens another meanwhile."""
         self._retired = True
-        self._wake.set()
+        self.wake()
 
     def _start(self, start: pb.SessionStart) -> None:
         call_id = start.call_id
@@ -119,7 +155,7 @@ class Session:
         except CallError as error:
             self._refuse(call_id, error)
             return
-        opened = self._calls[call_id] = _Open(call_id, kind == "chat")
+        opened = self._calls[call_id] = _Open(self, call_id, kind == "chat")
         opened.task = asyncio.create_task(self._run(opened, wish, self._call_meta(start), start.deadline_ms / 1000))
 
     def _call_meta(self, start: pb.SessionStart) -> CallMeta:
@@ -129,8 +165,11 @@ class Session:
         return CallMeta(request_id, base.face, deadline, start.traceparent or base.traceparent, base.tenant)
 
     def _refuse(self, call_id: int, error: CallError) -> None:
-        self._extra.append(pb.SessionEvent(call_id=call_id, status=details(error).SerializeToString()))
-        self._wake.set()
+        self._tell(pb.SessionEvent(call_id=call_id, status=details(error).SerializeToString()))
+        self.wake()
+
+    def _tell(self, event: pb.SessionEvent) -> None:
+        self.parts.append(codec.event(event))
 
     def _cancel(self, call_id: int) -> None:
         opened = self._calls.get(call_id)
@@ -142,8 +181,8 @@ class Session:
         try:
             async with asyncio.timeout(deadline_s or None), self._service.open(wish, meta) as call:
                 opened.call = call
-                call.listener = lambda: self._mark(opened)
-                call.listener()
+                call.listener = opened.mark
+                opened.mark()
                 await opened.ended.wait()
                 if call.error is not None:
                     raise call.error
@@ -161,86 +200,106 @@ class Session:
         else:
             self._end(opened, None)
 
-    def _mark(self, opened: _Open) -> None:
-        self._dirty[opened.call_id] = opened
-        self._wake.set()
-
     def _end(self, opened: _Open, error: CallError | None) -> None:
         if self._calls.get(opened.call_id) is opened:
             del self._calls[opened.call_id]
-        self._dirty.pop(opened.call_id, None)
+        if self.dirty.get(opened.call_id) is opened:
+            del self.dirty[opened.call_id]
         if error is not None:
             self._refuse(opened.call_id, error)
-        self._wake.set()
+        self.wake()
 
     # ---- what the client gets
 
-    async def _write(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            events = self._events()
-            if events:
-                await self._send(pb.SessionEvents(events=events))
-            elif (self._half_closed or self._retired) and not self._calls and not self._extra:
-                return
+    def wake(self) -> None:
+        """There is something to write, or the end may have come: look in the next pass."""
+        if not self._awake and not self.halted:
+            self._awake = True
+            self._loop.call_soon(self._pass)
 
-    async def _send(self, message: pb.SessionEvents) -> None:
-        """Write; a client that lets too much gather meanwhile loses the session, not the gateway its memory."""
-        write = asyncio.ensure_future(self._context.write(message))
-        while not write.done():
-            await asyncio.wait([write], timeout=1.0)
-            if not write.done() and self._unread() > MAX_UNREAD_TOKENS:
-                write.cancel()
-                message_text = f"the session is not read: {MAX_UNREAD_TOKENS} tokens wait; read faster, or open more"
-                await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message_text)
-        write.result()
+    def _pass(self) -> None:
+        self._awake = False
+        if self._over.done():
+            return
+        self._gather()
+        if self.parts:
+            parts, self.parts = self.parts, []
+            self._context.send(b"".join(parts))
+            if self._context.full:
+                self.halted = True
+                self._drain = self._loop.create_task(self._until_read())
+        elif (self._half_closed or self._retired) and not self._calls:
+            self._over.set_result(None)
+
+    async def _until_read(self) -> None:
+        """A client that lets too much gather loses the session, not the gateway its memory."""
+        while True:
+            try:
+                async with asyncio.timeout(1.0):
+                    await self._context.drained()
+            except TimeoutError:
+                if self._unread() > MAX_UNREAD_CHARS and not self._over.done():
+                    self._unread_for_long = True
+                    self._over.set_result(None)
+                    return
+                continue
+            self.halted = False
+            self.wake()
+            return
 
     def _unread(self) -> int:
-        calls = (o.call for o in self._dirty.values() if o.call is not None)
-        return sum(len(output.emitted) - output.taken for call in calls for output in call.sequences)
+        calls = (o.call for o in self.dirty.values() if o.call is not None)
+        return sum(output.untaken for call in calls for output in call.sequences)
 
-    def _events(self) -> list[pb.SessionEvent]:
-        """All that has gathered: at most one event a call, and the ends of calls."""
-        dirty, self._dirty = self._dirty, {}
-        events, self._extra = self._extra, []
+    def _gather(self) -> None:
+        """The news of all marked calls, behind what came direct, at most one event a call."""
+        if not self.dirty:
+            return
+        dirty, self.dirty = self.dirty, {}
         for opened in dirty.values():
             call = opened.call
-            if call is None or opened.told:
-                continue
-            event = self._event(opened, call)
-            if event is not None:
-                events.append(event)
-        return events
+            if call is not None and not opened.told:
+                self._news(opened, call)
 
-    def _event(self, opened: _Open, call: Call) -> pb.SessionEvent | None:
-        if (text := call.take_text()) is not None:
-            opened.offset += bool(text)
-            return pb.SessionEvent(call_id=opened.call_id, text=text) if text else None
-        try:
-            pieces = call.take()
-        except CallError:
-            opened.told = True
-            opened.ended.set()  # `_run` raises the call's error and tells it
-            return None
-        if not pieces:
-            return self._silent(opened, call)
+    def _news(self, opened: _Open, call: Call) -> None:
+        text = call.take_text()
+        if text is None:
+            try:
+                pieces = call.take()
+            except CallError:
+                opened.told = True
+                opened.ended.set()  # `_run` raises the call's error and tells it
+                return
+            if pieces:
+                self._chunk(opened, call, pieces)
+            else:
+                self._silent(opened, call)
+        elif text:
+            opened.offset += 1
+            self.parts.append(codec.event_text(opened.head, text))
+        if len(call.sequences) == 1 and not opened.told:
+            call.sequences[0].go_direct(opened.text)
+
+    def _chunk(self, opened: _Open, call: Call, pieces: Sequence[Piece]) -> None:
         opened.offset += 1
         if call.told:
             opened.told = True
             opened.ended.set()
         if opened.is_chat:
-            return pb.SessionEvent(call_id=opened.call_id, chat=codec.chat_chunk(call, pieces, opened.offset))
-        return pb.SessionEvent(call_id=opened.call_id, complete=codec.complete_chunk(call, pieces, opened.offset))
+            chat = codec.chat_chunk(call, pieces, opened.offset)
+            self._tell(pb.SessionEvent(call_id=opened.call_id, chat=chat))
+        else:
+            complete = codec.complete_chunk(call, pieces, opened.offset)
+            self._tell(pb.SessionEvent(call_id=opened.call_id, complete=complete))
 
-    def _silent(self, opened: _Open, call: Call) -> pb.SessionEvent | None:
+    def _silent(self, opened: _Open, call: Call) -> None:
         if not call.silent:
-            return None
+            return
         call.silent = False
         progress = codec.progress_pb(self._service.progress(call))
         if opened.is_chat:
-            chunk = pb.ChatChunk(id=call.id, model=call.model, progress=progress)
-            return pb.SessionEvent(call_id=opened.call_id, chat=chunk)
-        return pb.SessionEvent(
-            call_id=opened.call_id, complete=pb.CompleteChunk(id=call.id, model=call.model, progress=progress)
-        )
+            chat = pb.ChatChunk(id=call.id, model=call.model, progress=progress)
+            self._tell(pb.SessionEvent(call_id=opened.call_id, chat=chat))
+        else:
+            complete = pb.CompleteChunk(id=call.id, model=call.model, progress=progress)
+            self._tell(pb.SessionEvent(call_id=opened.call_id, complete=complete))

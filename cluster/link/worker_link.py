@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections.abc import Callable, Container
 from typing import Protocol
 
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput, WorkerIdentity
@@ -31,8 +32,11 @@ class Sink(Protocol):
     def refused(self, reason: str, message: str, field: str) -> None:
         """The engine has not; nothing more comes."""
 
+    heard_at: float
+    """When its last token came (monotonic); kept by the link for what goes to `token`, by the sink otherwise."""
+
     def token(self, token_id: int) -> None:
-        """`output` of one token with nothing else."""
+        """`output` of one token with nothing else, never the first."""
 
     def output(self, output: TokenOutput) -> None:
         """One step's tokens; with `finish` nothing more comes."""
@@ -53,6 +57,9 @@ class WorkerLink:
         self.last_heard = time.monotonic()
         self.box = CommandBox()
         self.blobs: asyncio.Queue[pb.Blob] | None = None
+        self.on_gaps: Callable[[float, int], None] = lambda gap_s, count: None
+        """Told the time between tokens, and of how many tokens it was so long."""
+        self._step_at = 0.0
         self._purse = Purse()
         self._sinks: dict[int, Sink] = {}
         self._slots = itertools.count(1)
@@ -129,19 +136,38 @@ class WorkerLink:
 
     def _apply_step(self, step: pb.StepOutputs) -> None:
         sinks = self._sinks
-        if codec.is_plain(step):
-            for slot, token_id in zip(step.slots, step.token_ids, strict=True):
-                sink = sinks.get(slot)
-                if sink is not None:
-                    sink.token(token_id)
-            return
-        for slot, output in codec.outputs_from_pb(step):
+        more = codec.told_more(step)
+        if more is not None:
+            self._apply_tokens(step, more)
+            if not more:
+                return
+        for slot, output in codec.outputs_from_pb(step, more):
             sink = sinks.get(slot)
             if sink is None:
                 continue
             if output.finish is not None:
                 del sinks[slot]
             sink.output(output)
+
+    def _apply_tokens(self, step: pb.StepOutputs, without: Container[int]) -> None:
+        """The slots that got one token and nothing else. Most of them got their last one in the step before."""
+        now, before = self.last_heard, self._step_at
+        self._step_at = now
+        find, in_step = self._sinks.get, 0
+        for slot, token_id in zip(step.slots, step.token_ids, strict=True):
+            if slot in without:
+                continue
+            sink = find(slot)
+            if sink is None:
+                continue
+            if sink.heard_at == before:
+                in_step += 1
+            else:
+                self.on_gaps(now - sink.heard_at, 1)
+            sink.heard_at = now
+            sink.token(token_id)
+        if in_step:
+            self.on_gaps(now - before, in_step)
 
     def end(self, why: str) -> None:
         """Tell every slot, once."""

@@ -10,6 +10,9 @@ the first space of a text. So the stream is primed with the prompt and gives tex
 - What might be the beginning of a stop string, max(len(stop)) - 1 characters, is held back until the end.
 
 The token that ended a call by being a stop token (EOS included) counts, but has no text.
+
+Where a tokenizer's decoder only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT), a token that is whole
+characters has the same text after every whole character, and a table gives it for a tenth of what the stream takes.
 """
 
 from __future__ import annotations
@@ -20,12 +23,37 @@ from itertools import accumulate
 from typing import Final
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 INVALID_PREFIX: Final = "Invalid prefix encountered"
 TAIL_TOKENS: Final = 96
 """How much of a long prompt primes a stream where that is as good as the whole."""
 REPLACEMENT: Final = "\ufffd"
+
+
+class WholeTexts(dict[int, str | None]):
+    """Texts of a byte-level tokenizer's tokens that are whole characters; None for all others. Filled as asked."""
+
+    def __init__(self, tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> None:
+        """`unsafe_ids`: added tokens, which may be skipped and are not bytes."""
+        super().__init__()
+        self._tokenizer = tokenizer
+        self._unsafe_ids = unsafe_ids
+
+    def __missing__(self, token_id: int) -> str | None:
+        text = self[token_id] = self._text(token_id)
+        return text
+
+    def _text(self, token_id: int) -> str | None:
+        if token_id in self._unsafe_ids or self._tokenizer.id_to_token(token_id) is None:
+            return None
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text if text and REPLACEMENT not in text else None
+
+
+def whole_texts(tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> WholeTexts | None:
+    """The table of a tokenizer whose decoder only joins bytes; None for another."""
+    return WholeTexts(tokenizer, unsafe_ids) if isinstance(tokenizer.decoder, ByteLevel) else None
 
 
 class Detokenizer:
@@ -34,7 +62,18 @@ class Detokenizer:
     `token_ids` are the output tokens that count: those after a stop string are dropped from it.
     """
 
-    __slots__ = ("_held_chars", "_min_tokens", "_skip_special", "_stop", "_stream", "_text", "_tokenizer", "token_ids")
+    __slots__ = (
+        "_held_chars",
+        "_min_tokens",
+        "_skip_special",
+        "_stop",
+        "_stream",
+        "_text",
+        "_tokenizer",
+        "_whole",
+        "_whole_texts",
+        "token_ids",
+    )
 
     def __init__(
         self,
@@ -44,6 +83,7 @@ class Detokenizer:
         stop: Sequence[str] = (),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        whole_texts: WholeTexts | None = None,
     ) -> None:
         """`prompt_ids` prime the stream (see `priming_ids`). `stop` strings must not be empty."""
         if any(not text for text in stop):
@@ -55,6 +95,8 @@ class Detokenizer:
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._held_chars = max(map(len, stop)) - 1 if stop else 0
+        self._whole_texts = None if stop else whole_texts
+        self._whole = False
         self._text = ""  # what has not been taken; a stop string can only begin in here, since as much is held back
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
@@ -65,14 +107,39 @@ class Detokenizer:
         if self._stop:
             return self._push_watching(token_ids, stop_terminated)
         for token_id in token_ids[:-1] if stop_terminated else token_ids:
-            try:
-                piece = self._stream.step(self._tokenizer, token_id)
-            except Exception as e:
-                piece = self._recover(token_id, e)
-            if piece is not None:
-                self._text += piece
-        self.token_ids += token_ids
+            self._text += self.text_of(token_id)
+        if stop_terminated:
+            self.token_ids += token_ids[-1:]
         return None
+
+    def text_of(self, token_id: int) -> str:
+        """Add one token, which is no stop token, and hand its text out instead of keeping it. Without stop strings."""
+        if self._whole:
+            text = self._whole_texts[token_id]  # type: ignore[index]
+            if text is not None:
+                self.token_ids.append(token_id)
+                return text
+            self._stream = DecodeStream(ids=self.token_ids[-1:], skip_special_tokens=self._skip_special)
+        self.token_ids.append(token_id)
+        text = self._decode(token_id)
+        # Text means that no character is open. After a token of whole characters the table serves, and the stream,
+        # which misses what the table serves, begins anew behind the last such token.
+        self._whole = bool(text) and self._whole_texts is not None and self._whole_texts[token_id] is not None
+        return text
+
+    @property
+    def untaken(self) -> int:
+        """Characters that have not been taken."""
+        return len(self._text)
+
+    @property
+    def watches(self) -> bool:
+        """Whether there are stop strings to look for."""
+        return bool(self._stop)
+
+    def give_back(self, text: str) -> None:
+        """What `text_of` handed out last could not be sent: keep it for `take`."""
+        self._text += text
 
     def take(self, finished: bool) -> str:
         """The text since the last take; all of it when `finished`, else without what might begin a stop string."""
