@@ -24,6 +24,8 @@ from cluster.tenancy.order import Waiting
 
 IDLE_S = 2.0
 DEFICIT_TOKENS = 16_384.0
+CLAIM_PICKS = 8
+CLAIM_SCALE = 16
 
 
 def equal(tenant: str) -> float:
@@ -185,10 +187,12 @@ class FairOrder:
             for flow in turns.here.flows()
         }
 
-    def claim(self, picks: int = 128) -> int:
+    def claim(self, picks: int = CLAIM_PICKS) -> int:
         """This gateway's part of the next `picks` turns, were they one queue's: what to report as its backlog.
 
-        Rounded up: who waits here claims at least one. O(tenants + picks), for reports rather than for each call.
+        In CLAIM_SCALE to the turn, and at least 1 where somebody waits here. `picks` should be about as many as there
+        are between two reports: with more, one that is first among thousands would get a small part of each credit.
+        O(tenants + picks), for reports rather than for each call.
         """
         if not self._where:
             return 0
@@ -200,7 +204,7 @@ class FairOrder:
             part, taken = self._elsewhere.share_of_turns(self._classes[rank].anywhere.flows(), left)
             mine += part
             left -= taken
-        return max(1, min(round(mine), len(self._where)))
+        return max(1, round(CLAIM_SCALE * mine))
 
     def sweep(self, now: float) -> None:
         """Once a second: forget gateways silent for `idle_s`, and tenants who are no more than newcomers."""

@@ -137,6 +137,11 @@ class WaitingRoom:
         self._add(waiting, now).put_back(waiting)
         self._put_back += 1
 
+    def head(self, model: str) -> Waiting | None:
+        """Who would be next."""
+        queue = self._queues.get(model)
+        return queue.order.head() if queue is not None else None
+
     def next(self, model: str, fits: Callable[[Waiting], bool], now: float | None = None) -> Waiting | None:
         """Take out whose turn it is, if it fits; None when nobody waits or the head does not fit.
 

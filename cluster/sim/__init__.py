@@ -1,0 +1,1 @@
+"""A seeded world that drives tenancy, routing and control unchanged."""

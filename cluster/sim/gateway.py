@@ -1,0 +1,161 @@
+"""A simulated gateway: the waiting room, the order of turns, credits and routing as they are, without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.api.types import EngineRequest, TokenOutput
+from cluster.link.credit import Grant, Purse
+from cluster.routing.pick import Candidate, Decision, RouteCall, pick
+from cluster.sim.worker import SimSubmit, SimWorker
+from cluster.tenancy.charge import Charge, ServiceWeights
+from cluster.tenancy.fair import FairTurns
+from cluster.tenancy.flows import FlowKey
+from cluster.tenancy.order import Waiting
+from cluster.tenancy.outputs import LearntOutputs
+from cluster.tenancy.queue import WaitingRoom
+
+MODEL = "m"
+
+
+@dataclass(slots=True)
+class SimCall:
+    """One call's life."""
+
+    waiting: Waiting
+    request: EngineRequest
+    tenant: str
+    arrived: float
+    bound: float = -1.0
+    first: float = -1.0
+    ended: float = -1.0
+    generated: int = 0
+    cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the world hears of a gateway: a call was bound, has outputs; and the wires to workers (by their numbers)."""
+
+    bound: Callable[[int, SimCall], None]
+    served: Callable[[SimCall, TokenOutput], None]
+    submit: Callable[[int, int, SimSubmit], None]
+    ack: Callable[[int, int, int], None]
+
+
+class SimGateway:
+    """`fair` None: first come, first served."""
+
+    def __init__(
+        self,
+        number: int,
+        workers: Sequence[SimWorker],
+        fair: FairTurns | None,
+        service: ServiceWeights,
+        told: Told,
+    ) -> None:
+        self.number = number
+        self.fair = fair
+        self.calls: dict[str, SimCall] = {}
+        self.learnt = LearntOutputs()
+        self._learnt_cached = LearntOutputs(default_tokens=0)
+        order_of = None if fair is None else fair.order
+        self.room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
+        self._workers = workers
+        self._service = service
+        self._purses = [Purse() for _ in workers]
+        self._running = [0] * len(workers)
+        self._told = told
+
+    def enter(self, call: SimCall, now: float) -> None:
+        """A call arrives."""
+        self.calls[call.waiting.call_id] = call
+        self.room.admit(call.waiting, now)
+        self.pump(now)
+
+    def granted(self, worker: int, grant: Grant, now: float) -> None:
+        """A worker's credit."""
+        self._purses[worker].granted(grant.grant_id, grant.sequences, grant.tokens)
+        self._told.ack(self.number, worker, grant.grant_id)
+        self.pump(now)
+
+    def outputs(self, worker: int, outputs: Sequence[TokenOutput], now: float) -> None:
+        """A step's."""
+        order = self.fair.order(MODEL) if self.fair is not None else None
+        for output in outputs:
+            call = self.calls[output.request_id]
+            call.generated += len(output.token_ids)
+            if output.cached_tokens is not None:
+                call.first, call.cached = now, output.cached_tokens
+                self._learnt_cached.observe(call.tenant, MODEL, output.cached_tokens)
+                if order is not None:
+                    order.cached(output.request_id, output.cached_tokens)
+            if order is not None:
+                order.generated(output.request_id, call.generated)
+            if output.finish is not None:
+                call.ended = now
+                self._running[worker] -= 1
+                self.learnt.observe(call.tenant, MODEL, call.generated)
+                del self.calls[output.request_id]
+                if order is not None:
+                    order.ended(output.request_id)
+
+    def likely_cached(self, tenant: str, tokens: int) -> int:
+        """How much of a tenant's prompt is likely to be in a worker's cache."""
+        return self._learnt_cached.mean(tenant, MODEL, tokens)
+
+    def head(self) -> Waiting | None:
+        """Who is next."""
+        return self.room.head(MODEL)
+
+    def claim(self) -> int:
+        """What to report to the workers as its backlog."""
+        return self.room.waiting(MODEL)[0] if self.fair is None else self.fair.order(MODEL).claim()
+
+    def pump(self, now: float) -> None:
+        """Send who has his turn while somebody has room."""
+        while True:
+            decision: Decision | None = None
+
+            def fits(waiting: Waiting) -> bool:
+                nonlocal decision
+                decision = pick(RouteCall(MODEL, waiting.tokens), self._candidates())
+                return decision.worker_id is not None
+
+            if not any(purse.free.sequences for purse in self._purses):
+                return
+            waiting = self.room.next(MODEL, fits, now)
+            if waiting is None or decision is None or decision.worker_id is None:
+                return
+            self._bind(waiting, int(decision.worker_id), now)
+
+    def _bind(self, waiting: Waiting, worker: int, now: float) -> None:
+        call = self.calls[waiting.call_id]
+        call.bound = now
+        self._purses[worker].spend(waiting.tokens)
+        self._running[worker] += 1
+        charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
+        flow = FlowKey(waiting.rank, waiting.tenant)
+        self._told.submit(self.number, worker, SimSubmit(call.request, flow, charge))
+        self._told.bound(self.number, call)
+
+    def _candidates(self) -> list[Candidate]:
+        return [
+            Candidate(
+                worker_id=str(at),
+                model=MODEL,
+                version="",
+                free_sequences=purse.free.sequences,
+                free_tokens=purse.free.tokens,
+                running=self._running[at],
+                waiting=0,
+                kv_usage=self._workers[at].kv_usage,
+                healthy=True,
+                draining=False,
+            )
+            for at, purse in enumerate(self._purses)
+        ]
+
+    def __repr__(self) -> str:
+        return f"SimGateway({self.number}: {self.room})"

@@ -1,0 +1,78 @@
+"""Who calls, and with what: tenants with lengths of their own, seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+MAX_PROMPT_TOKENS = 4096
+MAX_OUTPUT_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Of one call, in tokens."""
+
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class SimTenant:
+    """One tenant's behaviour. It either keeps `backlog` calls waiting at each of its gateways, or sends `rate_s`.
+
+    `lengths` are drawn from; the first `prefix_tokens` of its prompts are alike. `gateways` None: all.
+    """
+
+    name: str
+    lengths: Sequence[Lengths]
+    backlog: int = 0
+    rate_s: float = 0.0
+    weight: float = 1.0
+    rank: int = 0
+    prefix_tokens: int = 256
+    gateways: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ValueError(f"tenant {self.name}: lengths must not be empty")
+        if (self.backlog > 0) == (self.rate_s > 0):
+            raise ValueError(f"tenant {self.name}: exactly one of backlog and rate_s must be above 0")
+
+    def at(self, gateways: int) -> tuple[int, ...]:
+        """Its gateways, of so many."""
+        if self.gateways is None:
+            return tuple(range(gateways))
+        return tuple(sorted({g % gateways for g in self.gateways}))
+
+
+def clipped(pairs: Sequence[tuple[int, int]]) -> list[Lengths]:
+    """Lengths of a trace, within what the simulated engine holds."""
+    return [
+        Lengths(min(max(prompt, 1), MAX_PROMPT_TOKENS), min(max(output, 1), MAX_OUTPUT_TOKENS))
+        for prompt, output in pairs
+    ]
+
+
+def made_up(rng: Random, prompt: float, output: float, count: int = 500) -> list[Lengths]:
+    """Log-normal lengths around two medians, for want of a trace."""
+    return clipped(
+        [(round(prompt * rng.lognormvariate(0, 0.7)), round(output * rng.lognormvariate(0, 0.5))) for _ in range(count)]
+    )
+
+
+class Prompts:
+    """Token ids for a call: its tenant's own beginning, then a part of one long random text."""
+
+    def __init__(self, rng: Random, vocab: int) -> None:
+        self._rng = rng
+        self._text = [rng.randrange(vocab) for _ in range(1 << 16)]
+        self._prefixes: dict[str, int] = {}
+
+    def make(self, tenant: SimTenant, tokens: int) -> list[int]:
+        """So many."""
+        start = self._prefixes.setdefault(tenant.name, self._rng.randrange(1 << 15))
+        prefix = self._text[start : start + min(tenant.prefix_tokens, tokens - 1)]
+        at = self._rng.randrange((1 << 16) - MAX_PROMPT_TOKENS)
+        return prefix + self._text[at : at + tokens - len(prefix)]

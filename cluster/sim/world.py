@@ -1,0 +1,187 @@
+"""A cluster in virtual time: gateways, workers, the delays between them, and the tenants who call.
+
+Problem: fairness between tenants over many workers and gateways cannot be tried on a clock: an hour of it would take an
+hour, and no two runs would be alike. Invariants: equal settings and seed give equal runs; the waiting room, the order
+of turns, credits, accounts and routing are those of production; nobody learns anything sooner than its delay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from cluster.api.types import EngineRequest, Sampling, TokenOutput
+from cluster.engine.simulated.config import SimConfig
+from cluster.link.credit import Grant
+from cluster.sim.events import Agenda
+from cluster.sim.gateway import MODEL, SimCall, SimGateway, Told
+from cluster.sim.observer import Observer
+from cluster.sim.traffic import Prompts, SimTenant
+from cluster.sim.worker import Heard, SimSubmit, SimWorker
+from cluster.tenancy.charge import ServiceWeights
+from cluster.tenancy.fair import FairOrder, FairTurns
+from cluster.tenancy.order import Waiting
+
+VOCAB = 32_000
+
+
+@dataclass(frozen=True, slots=True)
+class WorldConfig:
+    """What the world is. Times in seconds. `engine` must have its vocabulary and max_model_len."""
+
+    tenants: Sequence[SimTenant]
+    workers: int = 8
+    gateways: int = 2
+    fair: bool = True
+    seed: int = 1
+    report_every_s: float = 0.05
+    report_late_s: float = 0.1
+    link_s: float = 0.001
+    service: ServiceWeights = field(default_factory=ServiceWeights)
+    engine: SimConfig = field(
+        default_factory=lambda: SimConfig(
+            vocab=VOCAB, token_hi=VOCAB, max_model_len=8192, max_num_seqs=32, kv_blocks=6144, decode_ms=20.0
+        )
+    )
+
+
+class World:
+    """Run it, then ask `observer`, `workers` and `gateways`."""
+
+    def __init__(self, config: WorldConfig) -> None:
+        self.config = config
+        self.agenda = Agenda()
+        self._rng = Random(config.seed)  # noqa: S311 -- a world that can be repeated, no secret
+        self._prompts = Prompts(self._rng, VOCAB)
+        self._tenants = {tenant.name: tenant for tenant in config.tenants}
+        self._serial = 0
+        self.workers = [
+            SimWorker(str(at), config.engine, config.gateways, self.agenda, self._heard_of(at))
+            for at in range(config.workers)
+        ]
+        self.gateways = [self._gateway(at) for at in range(config.gateways)]
+        self.observer = Observer(self.workers, self.gateways, config.service, self.agenda)
+        for at in range(config.gateways):
+            self.agenda.every(config.report_every_s, lambda at=at: self._report(at))  # type: ignore[misc]
+            self.agenda.every(1.0, lambda at=at: self._sweep(at))  # type: ignore[misc]
+        for tenant in config.tenants:
+            self._begin(tenant)
+
+    def run(self, seconds: float) -> World:
+        """Till then."""
+        self.agenda.run_until(seconds)
+        return self
+
+    # ---- the cluster
+
+    def _gateway(self, number: int) -> SimGateway:
+        fair = FairTurns(self._order) if self.config.fair else None
+        told = Told(self._bound, self._served, self._submit, self._ack)
+        return SimGateway(number, self.workers, fair, self.config.service, told)
+
+    def _order(self) -> FairOrder:
+        return FairOrder(weight_of=lambda tenant: self._tenants[tenant].weight, service=self.config.service)
+
+    def _heard_of(self, worker: int) -> Heard:
+        def outputs(link: int, some: list[TokenOutput]) -> None:
+            self._later(lambda: self.gateways[link].outputs(worker, some, self.agenda.now))
+            for output in some:
+                self._served(self.gateways[link].calls[output.request_id], output)
+
+        def granted(link: int, grant: Grant) -> None:
+            self._later(lambda: self.gateways[link].granted(worker, grant, self.agenda.now))
+
+        return Heard(outputs, granted)
+
+    def _submit(self, gateway: int, worker: int, submit: SimSubmit) -> None:
+        self._later(lambda: self.workers[worker].submit(gateway, submit))
+
+    def _ack(self, gateway: int, worker: int, grant_id: int) -> None:
+        self._later(lambda: self.workers[worker].acked(gateway, grant_id))
+
+    def _later(self, action: object) -> None:
+        assert callable(action)
+        self.agenda.after(self.config.link_s, action)
+
+    # ---- reports
+
+    def _report(self, number: int) -> None:
+        late, gateway = self.config.report_late_s, self.gateways[number]
+        claim = gateway.claim()
+        waiting = None if gateway.fair is None else gateway.fair.order(MODEL).waiting_here()
+
+        def arrive() -> None:
+            for worker in self.workers:
+                worker.backlog(number, claim)
+            for other in self.gateways:
+                if waiting is not None and other is not gateway and other.fair is not None:
+                    other.fair.order(MODEL).waiting_elsewhere(str(number), waiting, self.agenda.now)
+
+        self.agenda.after(late, arrive)
+        if gateway.fair is not None:
+            order = gateway.fair.order(MODEL)
+            reports = [(worker.name, worker.served(number)) for worker in self.workers]
+
+            def told() -> None:
+                for name, totals in reports:
+                    order.served(name, "1", totals, self.agenda.now)
+
+            self.agenda.after(late, told)
+
+    def _sweep(self, number: int) -> None:
+        fair = self.gateways[number].fair
+        if fair is not None:
+            fair.sweep(self.agenda.now)
+
+    # ---- calls
+
+    def _begin(self, tenant: SimTenant) -> None:
+        for gateway in tenant.at(self.config.gateways):
+            for _ in range(tenant.backlog):
+                self.agenda.after(0.0, lambda g=gateway: self._arrive(tenant, g))  # type: ignore[misc]
+        if tenant.rate_s:
+            self._next_arrival(tenant)
+
+    def _next_arrival(self, tenant: SimTenant) -> None:
+        def arrive() -> None:
+            self._arrive(tenant, self._rng.choice(tenant.at(self.config.gateways)))
+            self._next_arrival(tenant)
+
+        self.agenda.after(self._rng.expovariate(tenant.rate_s), arrive)
+
+    def _arrive(self, tenant: SimTenant, number: int) -> None:
+        self._serial += 1
+        gateway, now, call_id = self.gateways[number], self.agenda.now, str(self._serial)
+        lengths = self._rng.choice(tenant.lengths)
+        prompt = self._prompts.make(tenant, lengths.prompt)
+        request = EngineRequest(
+            call_id, prompt, Sampling(max_tokens=lengths.output, temperature=0.0, ignore_eos=True), (), tenant.name
+        )
+        waiting = Waiting(
+            call_id=call_id,
+            model=MODEL,
+            tenant=tenant.name,
+            tokens=len(prompt),
+            deadline=None,
+            priority_class="standard",
+            arrived=now,
+            rank=tenant.rank,
+            cached_tokens=gateway.likely_cached(tenant.name, len(prompt)),
+            output_tokens=gateway.learnt.mean(tenant.name, MODEL, 1 << 20),
+        )
+        self.observer.arrived(tenant.name)
+        gateway.enter(SimCall(waiting, request, tenant.name, now), now)
+        self.observer.look()
+
+    def _bound(self, number: int, call: SimCall) -> None:
+        self.observer.bound(call)
+        tenant = self._tenants[call.tenant]
+        if tenant.backlog:
+            self.agenda.after(0.0, lambda: self._arrive(tenant, number))
+
+    def _served(self, call: SimCall, output: TokenOutput) -> None:
+        self.observer.served(call, output)
+
+    def __repr__(self) -> str:
+        return f"World({self.agenda.now:g} s, {len(self.workers)} workers, {len(self.gateways)} gateways)"
