@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gateway": {"api", "pb", "config", "tenancy", "routing", "rpc", "link", "observe"},
     "rayserve": {"api", "config", "engine", "link", "control", "observe"},
     "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"}
-    | {"tenancy", "ledger"},
+    | {"tenancy", "ledger", "config_tenants"},
 }
 PURE = ("tenancy", "routing", "control", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}
