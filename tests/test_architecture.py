@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observe": {"api"},
     "client": {"api", "pb"},
     "rpc": set(),
-    "gateway": {"api", "pb", "config", "tenancy", "routing", "rpc", "link", "observe"},
+    "gateway": {"api", "pb", "config", "config_tenants", "tenancy", "routing", "rpc", "link", "ledger", "observe"},
     "rayserve": {"api", "config", "engine", "link", "control", "observe"},
     "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"}
     | {"tenancy", "ledger", "config_tenants"},
