@@ -238,9 +238,9 @@ def chat_text(head: bytes, text: str, offset: int) -> bytes:
     The token path's common message. Built from protobuf objects it costs four times as much (docs/performance.md).
     """
     data = text.encode()
-    content = b"\x12" + _varint(len(data)) + data  # Message.content
-    delta = b"\x12" + _varint(len(content)) + content  # ChoiceDelta.delta
-    return head + b"\x1a" + _varint(len(delta)) + delta + b"\x28" + _varint(offset)
+    size = len(data)
+    start = _DELTA[size] if size < len(_DELTA) else _delta(size)
+    return head + start + data + (_OFFSET[offset] if offset < len(_OFFSET) else b"\x28" + _varint(offset))
 
 
 def complete_text(head: bytes, text: str, offset: int) -> bytes:
@@ -259,6 +259,9 @@ def event_text(head: bytes, text: str) -> bytes:
     """A SessionEvent with text alone, as an element of SessionEvents, serialized by hand."""
     data = text.encode()
     size = len(data)
+    length = len(head) + size
+    if length < 127:
+        return b"\x0a" + _SMALL[length + 1] + head + _SMALL[size] + data
     body = head + _varint(size) + data
     return b"\x0a" + _varint(len(body)) + body
 
@@ -281,6 +284,17 @@ def _varint(value: int) -> bytes:
 
 
 _SMALL = [bytes([value]) for value in range(128)]
+
+
+def _delta(size: int) -> bytes:
+    """All that stands before a text of so many bytes: ChatChunk.choices, ChoiceDelta.delta and Message.content."""
+    content = b"\x12" + _varint(size)
+    delta = b"\x12" + _varint(len(content) + size) + content
+    return b"\x1a" + _varint(len(delta) + size) + delta
+
+
+_DELTA = [_delta(size) for size in range(512)]
+_OFFSET = [b"\x28" + _varint(offset) for offset in range(4096)]
 
 
 def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.CompleteChunk:
