@@ -1,0 +1,88 @@
+"""Bytes to messages and back."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.rpc.messages import Assembler, BadMessage, headers_of, metadata_of, status_message, timeout_s
+
+messages = st.lists(st.binary(max_size=300), max_size=8)
+
+
+def framed(message: bytes, flag: int = 0) -> bytes:
+    """A message as it travels."""
+    return bytes([flag]) + len(message).to_bytes(4, "big") + message
+
+
+@given(messages, st.data())
+def test_messages_come_out_however_they_are_cut(sent: list[bytes], data: st.DataObject) -> None:
+    """Any cut of the wire's bytes gives the same messages, and all bytes are accounted for."""
+    wire = b"".join(map(framed, sent))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(wire)), max_size=10)))
+    assembler, got, size = Assembler(1000), [], 0
+    for begin, end in zip([0, *cuts], [*cuts, len(wire)], strict=True):
+        for message, on_wire in assembler.add(wire[begin:end]):
+            got.append(message)
+            size += on_wire
+        assert size + assembler.held_bytes == end
+    assert got == sent
+
+
+@given(st.binary(max_size=500), st.sampled_from(["gzip", "deflate"]))
+def test_compressed_messages(message: bytes, encoding: str) -> None:
+    """What a client compresses comes out as it was."""
+    packed = gzip.compress(message) if encoding == "gzip" else zlib.compress(message)
+    assert [m for m, _ in Assembler(1000, encoding).add(framed(packed, 1))] == [message]
+
+
+@pytest.mark.parametrize(
+    ("wire", "encoding", "too_large"),
+    [
+        (b"\x00" + (2000).to_bytes(4, "big"), "identity", True),
+        (framed(gzip.compress(b"a" * 100_000), 1), "gzip", True),
+        (framed(b"x", 1), "identity", False),
+        (framed(b"x", 2), "gzip", False),
+        (framed(b"no gzip at all", 1), "gzip", False),
+        (framed(gzip.compress(b"cut short")[:-9], 1), "gzip", True),
+    ],
+    ids=["announced", "bomb", "no-encoding", "unknown-flag", "garbage", "truncated"],
+)
+def test_what_is_no_message_is_refused(wire: bytes, encoding: str, too_large: bool) -> None:
+    """Too large, also once decompressed, and malformed: refused before it takes memory."""
+    with pytest.raises(BadMessage) as refused:
+        list(Assembler(1000, encoding).add(wire))
+    assert refused.value.too_large is too_large
+
+
+@given(st.integers(0, 99_999_999), st.sampled_from("HMSmun"))
+def test_timeouts(value: int, unit: str) -> None:
+    """Every unit of the protocol."""
+    scale = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}[unit]
+    assert timeout_s(f"{value}{unit}".encode()) == pytest.approx(value * scale)
+
+
+@pytest.mark.parametrize("wrong", [b"", b"1", b"S", b"-1S", b"123456789S", b"1.5S", b"1S "])
+def test_wrong_timeouts(wrong: bytes) -> None:
+    """What is none is refused rather than guessed."""
+    with pytest.raises(ValueError, match="grpc-timeout"):
+        timeout_s(wrong)
+
+
+@given(
+    st.lists(
+        st.one_of(st.tuples(st.just("x-a"), st.text("abc 1", min_size=1)), st.tuples(st.just("b-bin"), st.binary()))
+    )
+)
+def test_metadata_comes_back(metadata: list[tuple[str, str | bytes]]) -> None:
+    """Text and binary metadata survive the wire."""
+    assert list(metadata_of(headers_of(metadata))) == metadata
+
+
+def test_status_messages_are_printable_ascii() -> None:
+    """As the protocol wants them, whatever an error says."""
+    assert status_message("a b%ü\n") == b"a b%25%C3%BC%0A"

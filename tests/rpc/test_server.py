@@ -1,0 +1,228 @@
+"""The server by grpc's own client, and by one that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from h2.errors import ErrorCodes
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster import rpc
+from tests.rpc.conftest import SERVICE, Serve, _serve
+from tests.rpc.raw import raw_client
+
+CODE = grpc.StatusCode
+
+
+def unary_unary(channel: grpc.aio.Channel, method: str) -> Any:
+    """A method of the server, in bytes."""
+    return channel.unary_unary(f"/{SERVICE}/{method}")
+
+
+def unary_stream(channel: grpc.aio.Channel, method: str) -> Any:
+    """The same with a stream of answers."""
+    return channel.unary_stream(f"/{SERVICE}/{method}")
+
+
+def stream_stream(channel: grpc.aio.Channel, method: str) -> Any:
+    """The same with streams both ways."""
+    return channel.stream_stream(f"/{SERVICE}/{method}")
+
+
+async def test_one_message_with_metadata(serve: Serve) -> None:
+    """Metadata both ways, text and binary; trailers at the end."""
+    async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
+        call = unary_unary(channel, "One")(b"hello", metadata=(("x-text", "a b"), ("x-raw-bin", b"\x00\x01")))
+        assert await call == b"hello"
+        assert dict(await call.initial_metadata())["x-begin"] == "yes"
+        assert dict(await call.trailing_metadata())["x-end"] == "yes"
+        assert ("x-text", "a b") in echo.seen.metadata
+        assert ("x-raw-bin", b"\x00\x01") in echo.seen.metadata
+
+
+async def test_errors_become_statuses(serve: Serve) -> None:
+    """An abort with its details; an unexpected failure without its text; an unknown method; a bad message."""
+    async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as aborted:
+            await unary_unary(channel, "One")(b"abort")
+        assert (aborted.value.code(), aborted.value.details()) == (CODE.NOT_FOUND, "no, ünterwegs 100 %\n")
+        assert dict(aborted.value.trailing_metadata())["raw-bin"] == b"\x00\xff"
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await unary_unary(channel, "One")(b"raise")
+        assert raised.value.code() is CODE.UNKNOWN
+        assert "secret" not in str(raised.value.details())
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await unary_unary(channel, "Nothing")(b"")
+        assert unknown.value.code() is CODE.UNIMPLEMENTED
+
+
+async def test_compressed_requests(serve: Serve) -> None:
+    """What a client compresses is understood."""
+    async with serve() as echo, grpc.aio.insecure_channel(echo.address, compression=grpc.Compression.Gzip) as channel:
+        assert await unary_unary(channel, "One")(b"z" * 10_000) == b"z" * 10_000
+
+
+async def test_a_stream_each_way(serve: Serve) -> None:
+    """Every message comes back in order, large ones too, and the end of one side ends the other."""
+    sent = [bytes([i % 256]) * (i * 997 % 300_000) for i in range(60)]
+
+    async def messages() -> AsyncIterator[bytes]:
+        for message in sent:
+            yield message
+
+    async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
+        assert [m async for m in stream_stream(channel, "Back")(messages())] == sent
+
+
+async def test_deadline_and_cancel_end_the_handler(serve: Serve) -> None:
+    """The handler's task ends, not only the caller's wait."""
+    async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as late:
+            await unary_unary(channel, "Forever")(b"", timeout=0.1)
+        assert late.value.code() is CODE.DEADLINE_EXCEEDED
+        await asyncio.wait_for(echo.seen.cancelled.wait(), 5)
+        echo.seen.started.clear()
+        echo.seen.cancelled.clear()
+        call = unary_unary(channel, "Forever")(b"")
+        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        call.cancel()
+        await asyncio.wait_for(echo.seen.cancelled.wait(), 5)
+
+
+async def test_messages_over_the_limit(serve: Serve) -> None:
+    """Refused, and the connection goes on."""
+    limits = rpc.Limits(max_message_bytes=1000)
+    async with serve(limits) as echo, grpc.aio.insecure_channel(echo.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await unary_unary(channel, "One")(b"x" * 1001)
+        assert refused.value.code() is CODE.RESOURCE_EXHAUSTED
+        assert await unary_unary(channel, "One")(b"x" * 1000) == b"x" * 1000
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(window=st.integers(1, 400), count=st.integers(1, 20), size=st.integers(0, 900))
+def test_any_window_gives_the_same_bytes(window: int, count: int, size: int) -> None:
+    """However little a client lets come at a time, the messages are whole and in order."""
+
+    async def run() -> None:
+        async with _serve() as echo, raw_client(echo.port, window) as raw:
+            stream_id = await raw.call("Many", b"%dx%d" % (count, size))
+            trailers = await raw.until_ended(stream_id)
+            assert trailers["grpc-status"] == "0"
+            expected = b"".join(b"\x00" + size.to_bytes(4, "big") + bytes([i % 251]) * size for i in range(count))
+            assert bytes(raw.data.get(stream_id, b"")) == expected
+
+    asyncio.run(run())
+
+
+async def test_a_client_that_does_not_read_stops_its_writer_and_nobody_else(serve: Serve) -> None:
+    """With its window shut the handler waits after one message more; other calls of the connection go on."""
+    async with serve() as echo, raw_client(echo.port, window=100) as raw:
+        await raw.call("Many", b"1000x50")
+        other = await raw.call("One", b"still here")
+        while not raw.trailers(other):
+            await raw.receive(acknowledge=False)
+        assert echo.seen.written <= 2
+
+
+async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> None:
+    """What has not been read is bounded by the stream's window."""
+    limits = rpc.Limits(window_bytes=10_000)
+    async with serve(limits) as echo, raw_client(echo.port) as raw:
+        while not raw.events:  # the server's settings come first: they tell the window
+            await raw.receive()
+        stream_id = await raw.call("SlowReader", b"x" * 1000, end=False)
+        while (room := raw.h2.local_flow_control_window(stream_id)) >= 1005:
+            raw.h2.send_data(stream_id, b"\x00" + (1000).to_bytes(4, "big") + b"x" * 1000)
+            await raw.flush()
+            one = await raw.call("One", b"?")
+            await raw.until_ended(one)
+        assert room < 1005, "the handler has read one message: its bytes were given back, the others' were not"
+
+
+async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
+    """Rapid reset: opening and resetting streams faster than any client would."""
+    limits = rpc.Limits(resets_burst=50, resets_per_s=1)
+    async with serve(limits) as echo, raw_client(echo.port) as raw:
+        for _ in range(60):
+            stream_id = await raw.call("Forever", b"")
+            raw.h2.reset_stream(stream_id)
+        await raw.flush()
+        while not raw.eof and raw.goaway is None:
+            await raw.receive()
+        assert raw.goaway is not None
+        assert raw.goaway.error_code == ErrorCodes.ENHANCE_YOUR_CALM
+
+
+async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve) -> None:
+    """At its age limit a client is asked to go elsewhere; running calls end, new ones find a new connection."""
+    async with serve(rpc.Limits(age_s=0.3, age_grace_s=30)) as echo, grpc.aio.insecure_channel(echo.address) as channel:
+        one = unary_unary(channel, "One")
+        stream = unary_stream(channel, "Many")(b"3000x10")
+        seen: set[str] = set()
+        async with asyncio.timeout(20):
+            while len(seen) < 3:
+                assert await one(b"again") == b"again"
+                seen.update(connection.peer for connection in echo.server.connections)
+        assert len([message async for message in stream]) == 3000
+
+
+async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
+    """Those that do not end in time are told to go elsewhere."""
+    async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
+        call = unary_unary(channel, "Forever")(b"")
+        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        await echo.server.stop(0.2)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await call
+        assert ended.value.code() is CODE.UNAVAILABLE
+        assert not echo.seen.running
+
+
+def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
+    """What does not speak HTTP/2."""
+    yield "http1", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    yield "noise", b"\x00" * 64
+    yield "nothing", b""
+
+
+async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
+    """HTTP/1.1 gets a word, noise and silence do not; a real client is served beside them."""
+    async with serve(rpc.Limits(hello_s=0.3)) as echo:
+        for name, begin in silent_clients(echo.port):
+            reader, writer = await asyncio.open_connection("127.0.0.1", echo.port)
+            writer.write(begin)
+            answer = await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+            assert (b"speaks gRPC" in answer) is (name == "http1")
+        async with grpc.aio.insecure_channel(echo.address) as channel:
+            assert await unary_unary(channel, "One")(b"hello") == b"hello"
+
+
+async def test_a_request_that_never_comes_whole(serve: Serve) -> None:
+    """A call whose request dribbles in is ended."""
+    async with serve(rpc.Limits(request_s=0.2)) as echo, raw_client(echo.port) as raw:
+        stream_id = await raw.call("One", b"half", end=False)
+        trailers = await asyncio.wait_for(raw.until_ended(stream_id), 5)
+        assert trailers["grpc-status"] == str(CODE.DEADLINE_EXCEEDED.value[0])
+
+
+async def test_two_servers_share_a_port(serve: Serve) -> None:
+    """SO_REUSEPORT: the second process of a host binds the first one's port; without it that is refused."""
+    first, second = rpc.Server(), rpc.Server()
+    port = await first.start("127.0.0.1", 0, shared=True)
+    try:
+        assert await second.start("127.0.0.1", port, shared=True) == port
+        with pytest.raises(OSError, match="in use"):
+            await rpc.Server().start("127.0.0.1", port)
+    finally:
+        await first.stop(0)
+        await second.stop(0)
+    assert socket.socket().connect_ex(("127.0.0.1", port)) != 0
