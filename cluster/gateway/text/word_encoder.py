@@ -144,13 +144,13 @@ def _blocks(text: str, chars: int) -> list[str]:
 def _words(blocks: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     """Each block's words, the spaces between them left out, and the distinct ones."""
     words = [block[1:].split(" ") for block in blocks]  # four times as fast as _CUT, and nearly always the same
-    distinct = list(set().union(*words))
-    if not all(map(_ENDS_SURELY, distinct)):
-        words = [_CUT.split(block) for block in blocks]
-        return words, list(set().union(*words))
-    for block, its in zip(blocks, words, strict=True):
-        its[0] = block[:1] + its[0]
-    return words, distinct
+    unsure = {word for word in set().union(*words) if not _ENDS_SURELY(word)}
+    for at, block in enumerate(blocks):
+        if unsure.isdisjoint(words[at]):
+            words[at][0] = block[:1] + words[at][0]
+        else:
+            words[at] = _CUT.split(block)
+    return words, list(set().union(*words))
 
 
 def _cuts_are_safe(tokenizer: Tokenizer, pre_tokenizer: Mapping[str, Any] | None) -> bool:

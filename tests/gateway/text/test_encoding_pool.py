@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
@@ -21,10 +21,10 @@ from tests.gateway.text.kinds import Kind
 
 TENANT, READY_S = "acme", 30.0
 PROMPT = " ".join(f"The river {i % 700} turns the wheel, and {i % 11} boats wait." for i in range(6000))[:220_000]
-SENDS_A_TURN = 32
-LONGEST_TURN_S, RUNS = 0.008, 10
-"""Of the event loop, in the best of the runs: other work on the machine makes a turn longer, never shorter. In threads
-of the loop's own process these prompts make a turn of 12 to 30 ms in every run; in helpers, of 1 to 4 ms."""
+SENDS_A_TURN, RUNS = 32, 8
+LEAST_GAIN = 2.0
+"""Of the loop's longest turn in the best run, threads of its own process (12 to 30 ms on an idle machine) against
+helpers (1 to 4 ms). Other work on the machine makes both longer, never shorter."""
 
 
 @pytest.fixture
@@ -53,20 +53,29 @@ async def longest_turn_s(stop: asyncio.Event) -> float:
     return worst
 
 
+async def turn_meanwhile_s(encode: Callable[[int], Awaitable[Sequence[int]]], expected: list[int]) -> float:
+    """The loop's longest turn while it waits for many prompts of 220 KB, whose ids are `expected`."""
+    stop = asyncio.Event()
+    witness = asyncio.create_task(longest_turn_s(stop))
+    answers = await asyncio.gather(*map(encode, range(16)))
+    stop.set()
+    longest_s = await witness
+    assert all(list(ids) == expected for ids in answers)
+    return longest_s
+
+
 async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
-    """With many prompts of 220 KB at once the event loop is never away for long, and no id differs."""
+    """With many prompts at once the event loop is never away for as long as with the same work in its own threads."""
     expected = model.encode_prompt(PROMPT)
-    worst_s = []
+    helpers, threads = [], []
     for run in range(RUNS):
-        stop = asyncio.Event()
-        witness = asyncio.create_task(longest_turn_s(stop))
-        answers = await asyncio.gather(*(model.prompt_ids_async(f"{run}.{n}", PROMPT) for n in range(24)))
-        stop.set()
-        worst_s.append(await witness)
-        assert all(ids.tolist() == expected for ids in answers)
-        if worst_s[-1] < LONGEST_TURN_S:
+        helpers.append(
+            await turn_meanwhile_s(lambda n, run=run: model.prompt_ids_async(f"{run}.{n}", PROMPT), expected)
+        )
+        threads.append(await turn_meanwhile_s(lambda n: model.encode_prompt_async(PROMPT), expected))
+        if run and min(helpers) * LEAST_GAIN < min(threads):
             return
-    pytest.fail(f"the loop's longest turn, run by run: {worst_s} s")
+    pytest.fail(f"the loop's longest turns: {helpers} s with helpers, {threads} s with threads")
 
 
 async def test_messages_are_rendered_there_too(model: TextModel) -> None:
