@@ -18,6 +18,7 @@ from h2.exceptions import H2Error
 from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
+from cluster.rpc import frames
 from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata, metadata_of, timeout_s
 from cluster.rpc.rpc import Rpc
 
@@ -32,6 +33,13 @@ _HTTP1_ANSWER = (
     b"this port speaks gRPC (HTTP/2); OpenAI's HTTP API is on the gateway's http port\n"
 )
 MAX_STREAM_ID = 2**31 - 1
+# Of a request's headers only those are looked at that a call needs; nothing is handed on to another server.
+_CONFIGURATION = H2Configuration(
+    client_side=False,
+    header_encoding=None,
+    validate_inbound_headers=False,
+    normalize_inbound_headers=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ class Connection(asyncio.Protocol):
         """`age_s`: this connection's own age limit, 0 for none."""
         self.loop = asyncio.get_running_loop()
         self.limits = limits
-        self.h2 = H2Connection(H2Configuration(client_side=False, header_encoding=None))
+        self.h2 = H2Connection(_CONFIGURATION)
         self.peer = ""
         self.paused = False
         self.calls: dict[int, Rpc] = {}
@@ -76,6 +84,7 @@ class Connection(asyncio.Protocol):
         self._age_s = age_s
         self._out: list[bytes] = []
         self._flushing = False
+        self._table_is_news = True
         self._waiting: dict[int, Rpc] = {}
         self._greeted = False
         self._leaving = self._last = False
@@ -169,6 +178,19 @@ class Connection(asyncio.Protocol):
         if data:
             self.out(data)
 
+    def out_headers(self, tail: bytes, fields: bytes, end: bool) -> None:
+        """Send a block of header fields in its frames."""
+        if self._table_is_news:
+            self._table_is_news = False
+            fields = frames.NO_TABLE + fields
+        self.out(frames.header_frames(tail, fields, end_stream=end))
+
+    def stop_sending(self, stream_id: int) -> None:
+        """Tell the client that nobody will read the rest of its request."""
+        with suppress(H2Error):
+            self.h2.reset_stream(stream_id)
+        self.out_of_h2()
+
     def _flush(self) -> None:
         self._flushing = False
         out, self._out = self._out, []
@@ -199,12 +221,13 @@ class Connection(asyncio.Protocol):
         stream_id = event.stream_id
         headers = event.headers
         fields = dict(headers)
-        if fields.get(b":method") != b"POST" or not fields.get(b"content-type", b"").startswith(b"application/grpc"):
-            with suppress(H2Error):
-                self.h2.send_headers(stream_id, [(b":status", b"415")], end_stream=True)
-            return
         stream = self.h2.streams.get(stream_id)
         if stream is None:  # reset in the same bytes
+            return
+        if fields.get(b":method") != b"POST" or not fields.get(b"content-type", b"").startswith(b"application/grpc"):
+            refused = Rpc(self, stream, "", ())
+            refused.half_closed = True
+            refused.refuse(b"415")
             return
         if stream_id > self._last_taken:
             with suppress(H2Error):
@@ -269,6 +292,8 @@ class Connection(asyncio.Protocol):
 
     def _settings(self, event: events.RemoteSettingsChanged) -> None:
         self._charge()
+        if SettingCodes.HEADER_TABLE_SIZE in event.changed_settings:
+            self._table_is_news = True
         self._push_all()
 
     def _push_all(self) -> None:

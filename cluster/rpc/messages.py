@@ -46,7 +46,10 @@ class Assembler:
         while len(self._buffer) >= 5:
             length = int.from_bytes(self._buffer[1:5], "big")
             if length > self._max_bytes:
-                raise BadMessage(f"the message of {length} bytes is larger than {self._max_bytes}, the most that is taken", too_large=True)
+                raise BadMessage(
+                    f"the message of {length} bytes is larger than {self._max_bytes}, the most that is taken",
+                    too_large=True,
+                )
             if len(self._buffer) < 5 + length:
                 return
             flag, message = self._buffer[0], bytes(self._buffer[5 : 5 + length])

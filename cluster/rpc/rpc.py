@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 import grpc.aio
 from h2.exceptions import H2Error
+from h2.stream import StreamInputs
 
+from cluster.rpc import frames
+from cluster.rpc.frames import DATA_HEAD, MESSAGE_HEAD
 from cluster.rpc.messages import Assembler, Metadata, headers_of, status_message
 
 if TYPE_CHECKING:
@@ -19,11 +22,8 @@ if TYPE_CHECKING:
 
     from cluster.rpc.connection import Connection
 
-_OK_HEAD = ((b":status", b"200"), (b"content-type", b"application/grpc"))
-# The first five bytes of a DATA frame (length, type 0, no flags) by its length, for short ones; the rest is the
-# stream's. And a message's prefix: uncompressed, length.
-_FRAME_HEAD = tuple(n.to_bytes(3, "big") + b"\x00\x00" for n in range(2048))
-_PREFIX = tuple(b"\x00" + n.to_bytes(4, "big") for n in range(2048))
+_OK_HEAD = b"\x88" + frames.literal(b"content-type", b"application/grpc")  # \x88: `:status: 200` in the static table
+_OK_END = frames.literal(b"grpc-status", b"0")
 
 
 class Rpc:
@@ -65,7 +65,7 @@ class Rpc:
         self._trailing: Sequence[tuple[str, str | bytes]] = ()
         self._head_sent = False
         self._status: tuple[grpc.StatusCode, str] | None = None
-        self._end: list[tuple[bytes, bytes]] | None = None
+        self._end: bytes | None = None
         self._pending = bytearray()
         self._writers: list[asyncio.Future[None]] = []
         self._inbox: deque[tuple[bytes, int]] = deque()
@@ -174,7 +174,7 @@ class Rpc:
             # h2.send_data does no more for an open stream than this, in 7 µs.
             stream.outbound_flow_control_window -= frame
             h2.outbound_flow_control_window -= frame
-            self.connection.out(_FRAME_HEAD[frame] + self._tail + _PREFIX[size] + message)
+            self.connection.out(DATA_HEAD[frame] + self._tail + MESSAGE_HEAD[size] + message)
             return
         self._pending += b"\x00" + size.to_bytes(4, "big")
         self._pending += message
@@ -202,7 +202,7 @@ class Rpc:
                 return
             stream.outbound_flow_control_window -= size
             h2.outbound_flow_control_window -= size
-            self.connection.out(size.to_bytes(3, "big") + b"\x00\x00" + self._tail + bytes(pending[:size]))
+            self.connection.out(frames.data_frame(self._tail, bytes(pending[:size])))
             del pending[:size]
         if self._end is not None:
             self._send_end(self._end)
@@ -257,32 +257,40 @@ class Rpc:
         if code is None:
             code, details = self._status or (grpc.StatusCode.OK, "")
         number: int = code.value[0]
-        end = [(b"grpc-status", b"%d" % number)]
+        end = frames.literal(b"grpc-status", b"%d" % number) if number else _OK_END
         if details:
-            end.append((b"grpc-message", status_message(details)))
-        self._end = end + headers_of(self._trailing)
+            end += frames.literal(b"grpc-message", status_message(details))
+        self._end = end + frames.block(headers_of(self._trailing))
         self.push()
+
+    def refuse(self, http_status: bytes) -> None:
+        """What is no gRPC call is answered as HTTP."""
+        self._send_headers(frames.literal(b":status", http_status), end=True)
 
     def _send_head(self) -> None:
         if not self._head_sent and not self.closed:
             self._head_sent = True
-            self._send_headers([*_OK_HEAD, *headers_of(self._initial)], end=False)
+            self._send_headers(_OK_HEAD + frames.block(headers_of(self._initial)), end=False)
 
-    def _send_end(self, end: list[tuple[bytes, bytes]]) -> None:
+    def _send_end(self, end: bytes) -> None:
         if self.closed:
             return
-        self._send_headers(end if self._head_sent else [*_OK_HEAD, *end], end=True)
+        self._send_headers(end if self._head_sent else _OK_HEAD + end, end=True)
         self.closed = True
         self.connection.done(self)
 
-    def _send_headers(self, headers: list[tuple[bytes, bytes]], end: bool) -> None:
+    def _send_headers(self, fields: bytes, end: bool) -> None:
+        machine = self._stream.state_machine
         try:
-            self._h2.send_headers(self.stream_id, headers, end_stream=end)
-            if end and not self.half_closed:  # a client that still sends is told that nobody will read it
-                self._h2.reset_stream(self.stream_id)
+            machine.process_input(StreamInputs.SEND_HEADERS)
+            if end:
+                machine.process_input(StreamInputs.SEND_END_STREAM)
         except H2Error:  # it has been reset in the same bytes that opened it
             self.closed = True
-        self.connection.out_of_h2()
+            return
+        self.connection.out_headers(self._tail, fields, end)
+        if end and not self.half_closed:  # a client that still sends is told that nobody will read it
+            self.connection.stop_sending(self.stream_id)
 
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():

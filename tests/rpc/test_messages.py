@@ -6,9 +6,12 @@ import gzip
 import zlib
 
 import pytest
+from hpack import Decoder
+from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.rpc.frames import NO_TABLE, block, header_frames
 from cluster.rpc.messages import Assembler, BadMessage, headers_of, metadata_of, status_message, timeout_s
 
 messages = st.lists(st.binary(max_size=300), max_size=8)
@@ -86,3 +89,25 @@ def test_metadata_comes_back(metadata: list[tuple[str, str | bytes]]) -> None:
 def test_status_messages_are_printable_ascii() -> None:
     """As the protocol wants them, whatever an error says."""
     assert status_message("a b%ü\n") == b"a b%25%C3%BC%0A"
+
+
+@given(
+    st.lists(st.tuples(st.binary(min_size=1, max_size=300), st.binary(max_size=40_000)), max_size=4),
+    st.booleans(),
+)
+def test_any_client_reads_our_headers(fields: list[tuple[bytes, bytes]], end: bool) -> None:
+    """Header fields of any size come out of hyperframe and hpack as they went in, over as many frames as it takes."""
+    raw = memoryview(header_frames((7).to_bytes(4, "big"), NO_TABLE + block(fields), end_stream=end))
+    data, flags = b"", []
+    while raw:
+        frame, length = Frame.parse_frame_header(raw[:9])
+        frame.parse_body(raw[9 : 9 + length])
+        assert isinstance(frame, HeadersFrame | ContinuationFrame)
+        assert frame.stream_id == 7
+        assert length <= 16_384
+        data += frame.data
+        flags.append(frame.flags)
+        raw = raw[9 + length :]
+    assert ("END_STREAM" in flags[0]) is end
+    assert ["END_HEADERS" in flag for flag in flags] == [False] * (len(flags) - 1) + [True]
+    assert [(bytes(n), bytes(v)) for n, v in Decoder(max_header_list_size=1 << 20).decode(data, raw=True)] == fields
