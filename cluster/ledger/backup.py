@@ -13,11 +13,11 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from sqlalchemy import Connection, Engine, Table, func, insert, select, update
+from sqlalchemy import JSON, Connection, Engine, Table, func, select, update
 
 from cluster.ledger import migrate
 from cluster.ledger.connect import reading, writing
@@ -29,6 +29,7 @@ TABLES: tuple[Table, ...] = (tenants, keys, usage, audit, erased)  # in an order
 BATCH_ROWS = 5_000
 SEQUENCE_JUMP = 1_000_000
 Counts = Mapping[str, int]
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def backup(engine: Engine, file: Path, now_s: float) -> Counts:
@@ -59,7 +60,7 @@ class _Hashing:
         self._hash = hashlib.sha256()
 
     def line(self, value: Any) -> None:
-        text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False) + "\n"
+        text = _encode(value) + "\n"
         self._hash.update(text.encode())
         self._text.write(text)
 
@@ -95,11 +96,24 @@ def restore(engine: Engine, file: Path) -> Counts:
             if connection.execute(select(func.count()).select_from(table)).scalar_one():
                 raise LedgerError(f"the table {table.name} is not empty: restore into a new database")
         counts = dict.fromkeys(expected, 0)
-        for table, rows in _batches(file):
-            connection.execute(insert(table), rows)
+        for table, columns, rows in _batches(file):
+            _insert(connection, table, columns, rows)
             counts[table.name] += len(rows)
         _continue_sequence(connection)
     return counts
+
+
+def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: list[list[Any]]) -> None:
+    """Rows straight to the driver, which is three times as fast as through the statement's types."""
+    for at, name in enumerate(columns):
+        if isinstance(table.c[name].type, JSON):
+            for row in rows:
+                row[at] = _encode(row[at])
+    quote = connection.dialect.identifier_preparer.quote
+    mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
+    names, marks = ", ".join(map(quote, columns)), ", ".join([mark] * len(columns))
+    statement = f"INSERT INTO {quote(table.name)} ({names}) VALUES ({marks})"  # noqa: S608 - names of our own tables
+    connection.exec_driver_sql(statement, [tuple(row) for row in rows])
 
 
 def _continue_sequence(connection: Connection) -> None:
@@ -132,7 +146,8 @@ def verify(file: Path) -> Counts:
     return {str(name): int(rows) for name, rows in tail["rows"].items()}
 
 
-def _batches(file: Path) -> Iterator[tuple[Table, list[dict[str, Any]]]]:
+def _batches(file: Path) -> Iterator[tuple[Table, list[str], list[list[Any]]]]:
+    """Rows by table, as many at a time as one statement takes. Raises LedgerError for what we do not know."""
     by_name = {table.name: table for table in TABLES}
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         head = json.loads(next(lines))
@@ -140,14 +155,14 @@ def _batches(file: Path) -> Iterator[tuple[Table, list[dict[str, Any]]]]:
             raise LedgerError(f"{file}: its format is {head.get('format')!r}, this release reads {FORMAT}")
         table: Table | None = None
         columns: list[str] = []
-        batch: list[dict[str, Any]] = []
+        batch: list[list[Any]] = []
         for value in itertools.chain(map(json.loads, lines), ({"end": True},)):
             if isinstance(value, list):
-                batch.append(dict(zip(columns, value, strict=True)))
+                batch.append(value)
                 if len(batch) < BATCH_ROWS:
                     continue
             if table is not None and batch:
-                yield table, batch
+                yield table, columns, batch
             batch = []
             if isinstance(value, dict) and "table" in value:
                 if value["table"] not in by_name:

@@ -123,24 +123,31 @@ def _build(kind: type[R], value: Mapping[str, Any]) -> R:
 
 def _check(record: OpenRecord | UsageRecord) -> None:
     """Everything a database could choke on is refused here, where the caller can still be told."""
-    for one in dataclasses.fields(record):
-        value = getattr(record, one.name)
-        if one.type == "str":
-            _check_text(one.name, value, MAX_ID if one.name.endswith("_id") else MAX_NAME)
-        elif one.type == "int" and (
-            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_COUNT
-        ):
-            raise RecordError(f"{one.name}: {value!r} is no count")
-        elif one.type.startswith("float") and not _is_seconds(value, optional="None" in one.type):
-            raise RecordError(f"{one.name}: {value!r} is no number of seconds")
+    for name, kind in _FIELDS[type(record)]:
+        value = getattr(record, name)
+        if kind == "str":
+            _check_text(name, value, MAX_ID if name.endswith("_id") else MAX_NAME)
+        elif kind == "int":
+            if type(value) is not int or not 0 <= value < MAX_COUNT:
+                raise RecordError(f"{name}: {value!r} is no count")
+        elif kind.startswith("float") and not _is_seconds(value, optional="None" in kind):
+            raise RecordError(f"{name}: {value!r} is no number of seconds")
     if not record.record_id or not record.tenant:
         raise RecordError("record_id and tenant must not be empty")
     if record.opened_at_s >= 253_402_300_800:
         raise RecordError("opened_at_s: lies after the year 9999")
-    for key, value in record.labels.items():
+    if record.labels:
+        _check_labels(record.labels)
+
+
+_FIELDS = {kind: [(one.name, str(one.type)) for one in dataclasses.fields(kind)] for kind in (OpenRecord, UsageRecord)}
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
+    for key, value in labels.items():
         _check_text(f"labels[{key!r}]", value, MAX_LABELS_BYTES)
         _check_text("labels", key, MAX_NAME)
-    if sum(len(key.encode()) + len(value.encode()) for key, value in record.labels.items()) > MAX_LABELS_BYTES:
+    if sum(len(key.encode()) + len(value.encode()) for key, value in labels.items()) > MAX_LABELS_BYTES:
         raise RecordError(f"labels: must not exceed {MAX_LABELS_BYTES} bytes in all")
 
 
@@ -155,5 +162,5 @@ def _check_text(name: str, value: object, longest: int) -> None:
         raise RecordError(f"{name}: {value!r} is no text")
     if len(value) > longest:
         raise RecordError(f"{name}: is longer than {longest} characters")
-    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+    if "\0" in value or (not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value)):
         raise RecordError(f"{name}: holds a character that no database keeps")

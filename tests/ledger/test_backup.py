@@ -5,17 +5,18 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import select
 
 from cluster.ledger.audit import AuditEvent
 from cluster.ledger.backup import TABLES, verify
-from cluster.ledger.connect import make_engine, writing
+from cluster.ledger.connect import make_engine
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.store import Ledger
 from cluster.ledger.tables import usage
@@ -123,16 +124,16 @@ def test_a_million_records(tmp_path: Path) -> None:
     """A million records are summed in seconds, backed up and restored, and the sums are the same."""
     source = Ledger(f"sqlite:///{tmp_path / 'a.db'}")
     source.upgrade()
-    engine = make_engine(f"sqlite:///{tmp_path / 'a.db'}")
-    row = {**record().as_json(), "day": "1970-01-02"}
-    with writing(engine) as connection:
-        for start in range(0, 1_000_000, 50_000):
-            many = [
-                {**row, "record_id": f"r{at}", "tenant": f"t{at % 100}", "day": f"2026-11-{at % 28 + 1:02}"}
-                for at in range(start, start + 50_000)
-            ]
-            connection.execute(insert(usage), many)
-    engine.dispose()
+    source.usage.insert([record("r")])
+    columns = [column.name for column in usage.columns if column.name not in ("record_id", "tenant", "day")]
+    with sqlite3.connect(tmp_path / "a.db") as connection:
+        connection.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 999999) "  # noqa: S608
+            f"INSERT INTO usage (record_id, tenant, day, {', '.join(columns)}) "
+            "SELECT 'r' || i, 't' || (i % 100), printf('2026-11-%02d', i % 28 + 1), "
+            f"{', '.join('usage.' + name for name in columns)} FROM n, usage"
+        )
+    connection.close()
     began = time.perf_counter()
     sums = source.usage.query(UsageQuery(("tenant", "day")))
     assert time.perf_counter() - began < 30
