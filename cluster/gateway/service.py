@@ -168,6 +168,7 @@ class CallService:
             if outcome not in (Outcome.OK, Outcome.CANCELLED):
                 metrics.count("rejected_total", model, outcome.value)
             return
+        call.count()
         usage = call.usage
         metrics.histogram("request_duration_seconds", model).observe(self.clock() - arrived)
         metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
@@ -183,8 +184,8 @@ class CallService:
             self.dispatcher.expire()
             now = self.clock()
             for call in list(self._open.values()):
-                if now - max(call.last_news_at, call.arrived) >= keepalive_s:
-                    call.last_news_at = now
+                if now - call.heard_at >= keepalive_s:
+                    call.silent_since = now
                     call.silent = True
                     call.wake()
 

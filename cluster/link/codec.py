@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from cluster.api.types import (
     CatalogEntry,
@@ -200,19 +200,21 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
         start = end
 
 
-def is_plain(step: pb.StepOutputs) -> bool:
-    """Whether every slot got one token and there is nothing else: slots and token_ids side by side say it all."""
-    return not (step.counts or step.firsts or step.finishes or step.logprobs)
+def told_more(step: pb.StepOutputs) -> set[int] | None:
+    """Slots of which a step tells more than one token each; None when its counts say that any slot may be such."""
+    if step.counts:
+        return None
+    more = {first.slot for first in step.firsts}
+    more.update(finish.slot for finish in step.finishes)
+    more.update(block.slot for block in step.logprobs)
+    return more
 
 
-def outputs_from_pb(step: pb.StepOutputs) -> Iterator[tuple[int, TokenOutput]]:
-    """(slot, output) in order. A slot's First, Finish and logprobs come with its last entry of the message."""
+def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) -> Iterator[tuple[int, TokenOutput]]:
+    """(slot, output) in order, of all slots or of those in `only`. A slot's First, Finish and logprobs come with its
+    last entry of the message."""
     slots = list(step.slots)
     ids = list(step.token_ids)
-    if is_plain(step):
-        for slot, token_id in zip(slots, ids, strict=True):
-            yield slot, TokenOutput("", (token_id,))
-        return
     counts = list(step.counts) or [1] * len(slots)
     firsts = {f.slot: f for f in step.firsts}
     finishes = {f.slot: f for f in step.finishes}
@@ -225,6 +227,8 @@ def outputs_from_pb(step: pb.StepOutputs) -> Iterator[tuple[int, TokenOutput]]:
     for i, (slot, count) in enumerate(zip(slots, counts, strict=True)):
         piece = ids[at : at + count]
         at += count
+        if only is not None and slot not in only:
+            continue
         if last[slot] != i:
             held.setdefault(slot, []).extend(piece)
             continue

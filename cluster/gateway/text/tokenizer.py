@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, invalid
-from cluster.gateway.text.detokenizer import Detokenizer, priming_ids
+from cluster.gateway.text.detokenizer import Detokenizer, priming_ids, whole_texts
 from cluster.gateway.text.encoding_pool import EncodingPool, Job
 from cluster.gateway.text.template import ChatTemplate
 from cluster.gateway.text.word_encoder import WordEncoder
@@ -67,6 +67,7 @@ class TextModel:
         self._space_mark = _space_mark(layout.get("pre_tokenizer"))
         self._tail_primes = _kinds(layout.get("decoder"), "decoders") <= TAIL_SAFE_DECODERS
         self._unsafe_ids = frozenset(tokenizer.get_added_tokens_decoder()) | _byte_ids(tokenizer)
+        self._whole_texts = whole_texts(tokenizer, self._unsafe_ids)
         self._token_texts: dict[int, str] = {}
 
     @classmethod
@@ -216,7 +217,12 @@ class TextModel:
                 self._tokenizer, prompt_ids, self._unsafe_ids, skip_special_tokens=skip_special_tokens
             )
         return Detokenizer(
-            self._tokenizer, prompt_ids, stop=stop, min_tokens=min_tokens, skip_special_tokens=skip_special_tokens
+            self._tokenizer,
+            prompt_ids,
+            stop=stop,
+            min_tokens=min_tokens,
+            skip_special_tokens=skip_special_tokens,
+            whole_texts=self._whole_texts,
         )
 
     def token_text(self, token_id: int) -> str:
