@@ -7,6 +7,7 @@ negative number in a file or a call can come to mean "no limit"; a tenant that s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -188,10 +189,16 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Resolved once: a snapshot holds thousands of policies."""
+    return typing.get_type_hints(kind)
+
+
 def _build(kind: type[T], value: object) -> T:
     if not isinstance(value, Mapping):
         raise PolicyError("", f"must be an object, not {value!r}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]  # classes are hashable
     given: dict[str, Any] = {}
     for key, item in value.items():
         name = _RENAMED.get(key, key) if kind is TenantPolicy else key
