@@ -73,7 +73,7 @@ class Granter:
     def acked(self, link: int, grant_id: int) -> None:
         """A gateway has applied that grant: older limits are no longer in force."""
         account = self._accounts[link]
-        account.unacked = [(i, older) for i, older in account.unacked if i > grant_id]
+        account.unacked = [(i, older) for i, older in account.unacked if i >= grant_id]
 
     def promised(self) -> Room:
         """Room promised to all links together."""
