@@ -27,25 +27,28 @@ from cluster.gateway.http_face import HttpFace
 from cluster.gateway.http_server import HttpServer
 from cluster.gateway.service import CallService
 from cluster.link.dial import Timing
-from cluster.link.hub import HUB_OPTIONS, Hub, add_hub
+from cluster.link.hub import Hub, hub_server
 from cluster.link.tls import TlsFiles
 from cluster.observe.metrics import Metrics, Sample
 from cluster.tenancy.queue import WaitingRoom
 
 log = structlog.get_logger("gateway")
 
+ADMIN_OPTIONS = (("grpc.so_reuseport", 0),)
+
 
 class Gateway:
     """Everything a gateway holds. `start` binds the ports, `stop` lets calls end and closes them."""
 
-    def __init__(self, config: Config, folder: Path, timing: Timing | None = None) -> None:
-        """`folder` keeps tokenizer bundles and the last catalog."""
+    def __init__(self, config: Config, folder: Path, timing: Timing | None = None, process: int = 0) -> None:
+        """`folder` keeps tokenizer bundles and the last catalog. `process`: which of `gateway.processes` this is."""
         self.config = config
+        self._process = process
         queue = config.gateway.queue
         self.metrics = Metrics(config.name)
         room = WaitingRoom(max_requests=queue.max_requests, max_tokens=queue.max_tokens, max_wait_s=queue.max_wait_s)
         self.dispatcher = Dispatcher(room, self.metrics, lambda: self.directory)
-        self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing)
+        self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing, config.gateway.siblings(process))
         self.directory = Directory(folder, self.hub.fetch_bundle)
         self.service = CallService(self.directory, self.dispatcher, self.metrics)
         self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
@@ -54,6 +57,7 @@ class Gateway:
         self._healthy: dict[str, int] = {}
         self._servers: list[Any] = []
         self._clients: rpc.Server | None = None
+        self._links = hub_server(self.hub)
         self._tasks: list[asyncio.Task[None]] = []
         self._lag = self.metrics.histogram("event_loop_lag_seconds")
         self._states: set[asyncio.Task[None]] = set()
@@ -61,9 +65,15 @@ class Gateway:
     async def start(self) -> None:
         """Bind every listener. Raises RuntimeError when an address cannot be had."""
         gateway = self.config.gateway
-        listen = gateway.listen
-        await self._serve("link", listen.link, HUB_OPTIONS, self._add_hub)
-        await self._serve("admin", listen.admin, HUB_OPTIONS, self._add_admin)
+        listen = gateway.listen.of(self._process)
+        if name := gateway.open_port():
+            raise RuntimeError(
+                f"gateway.listen.{name}: port 0 with processes: {gateway.processes}: each process would pick another; "
+                "name a port (`headrace up` picks them for all)"
+            )
+        await self._bind("link", listen.link, self._serve_links)
+        if not self._process:
+            await self._serve("admin", listen.admin, ADMIN_OPTIONS, self._add_admin)
         await self._bind("metrics", listen.metrics, self._serve_metrics)
         self.metrics.on_scrape(self._gauges)
         self.dispatcher.on_state = self._tell_health
@@ -73,7 +83,7 @@ class Gateway:
             asyncio.create_task(self._measure_lag()),
         ]
         await self._bind("grpc", listen.grpc, self._serve_clients)
-        await self._bind("http", listen.http, self.http.start)
+        await self._bind("http", listen.http, self._serve_http)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         log.info("gateway_up", gateway=self.hub.gateway_id, **self.endpoints)
@@ -100,8 +110,9 @@ class Gateway:
     async def _serve_metrics(self, host: str, port: int) -> int:
         return self.metrics.serve(host, port)
 
-    def _add_hub(self, server: grpc.aio.Server, address: str) -> int:
-        return add_hub(self.hub, server, address, tls_files(self.config.gateway.link_tls))
+    async def _serve_links(self, host: str, port: int) -> int:
+        tls = tls_files(self.config.gateway.link_tls)
+        return await self._links.start(host, port, None if tls is None else tls.server_context())
 
     def _add_admin(self, server: grpc.aio.Server, address: str) -> int:
         admin_pb2_grpc.add_FleetServicer_to_server(FleetAdmin(self.hub), server)
@@ -124,9 +135,17 @@ class Gateway:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflections = reflection.aio.ReflectionServicer(names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflections, server)  # type: ignore[no-untyped-call]
-        bound = await server.start(host, port)
+        bound = await server.start(host, port, shared=self._shared)
         self._clients = server
         return bound
+
+    async def _serve_http(self, host: str, port: int) -> int:
+        return await self.http.start(host, port, shared=self._shared)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether other processes listen on the client ports too."""
+        return self.config.gateway.processes > 1
 
     async def stop(self, drain_s: float) -> None:
         """No new calls; those under way get `drain_s` seconds; then everything is closed."""
@@ -139,6 +158,7 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for server in reversed(self._servers):
             await server.stop(0)
+        await self._links.stop(0)
         await asyncio.to_thread(self.metrics.close)
 
     # ---- what others see
@@ -207,9 +227,10 @@ async def run_gateway(
     folder: Path,
     stop: asyncio.Event,
     ready: Callable[[dict[str, str]], None] = lambda endpoints: None,
+    process: int = 0,
 ) -> None:
     """Serve until `stop` is set, then drain. `ready` gets the bound endpoints by listener name."""
-    gateway = Gateway(config, folder)
+    gateway = Gateway(config, folder, process=process)
     try:
         await gateway.start()
         ready(gateway.endpoints)

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import grpc
 import structlog
 
+from cluster import rpc
 from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
 from cluster.api.types import CatalogEntry
 from cluster.link import codec
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
-from cluster.link.tls import TlsFiles
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.link.worker_link import WorkerLink
@@ -76,8 +76,12 @@ class _Controller:
 class Hub(pb_grpc.LinkServicer):
     """Serves cluster.link.v1.Link, in grpc.aio's read/write style (the stubs know only the generator style)."""
 
-    def __init__(self, gateway_id: str, listener: HubListener, timing: Timing | None = None) -> None:
+    def __init__(
+        self, gateway_id: str, listener: HubListener, timing: Timing | None = None, siblings: Sequence[str] = ()
+    ) -> None:
+        """`siblings`: link addresses of the other processes on these client ports; see link.siblings."""
         self.gateway_id = gateway_id
+        self._siblings = tuple(siblings)
         self.incarnation = uuid.uuid4().hex[:12]
         self._listener = listener
         self._timing = timing or Timing()
@@ -142,7 +146,9 @@ class Hub(pb_grpc.LinkServicer):
                 self._listener.changed(link)
 
     def _welcome(self, protocol: int) -> pb.Welcome:
-        return pb.Welcome(protocol=protocol, gateway_id=self.gateway_id, incarnation=self.incarnation)
+        return pb.Welcome(
+            protocol=protocol, gateway_id=self.gateway_id, incarnation=self.incarnation, siblings=self._siblings
+        )
 
     def _attach(self, link: WorkerLink) -> None:
         older = self._links.get(link.identity.worker_id)
@@ -331,18 +337,21 @@ def _entries(catalog: pb.Catalog) -> list[CatalogEntry]:
     return entries
 
 
-def add_hub(hub: Hub, server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
-    """Serve the hub on `host:port`; the bound port."""
-    pb_grpc.add_LinkServicer_to_server(hub, server)
-    if tls is None:
-        return server.add_insecure_port(address)
-    return server.add_secure_port(address, tls.server_credentials())
+def hub_server(hub: Hub) -> rpc.Server:
+    """A server of the hub, for the gateway to start."""
+    server = rpc.Server(LIMITS)
+    pb_grpc.add_LinkServicer_to_server(hub, server)  # type: ignore[arg-type]
+    return server
 
 
-HUB_OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
+# Those who dial in are ours: what bounds them is the link's own accounting.
+LIMITS = rpc.Limits(
+    max_message_bytes=MAX_MESSAGE_BYTES,
+    window_bytes=8 << 20,
+    frame_bytes=1 << 20,
+    resets_per_s=1e6,
+    resets_burst=1e6,
+    max_unsent_bytes=1 << 30,
+    ping_s=10.0,
+    ping_answer_s=5.0,
 )

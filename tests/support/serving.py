@@ -9,10 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import grpc
-
 from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput
-from cluster.link.hub import HUB_OPTIONS, Hub, ModelDemand, add_hub
+from cluster.link.hub import Hub, ModelDemand, hub_server
 from cluster.link.worker_link import WorkerLink
 from cluster.rayserve.backend import Backend, Snapshot
 
@@ -62,9 +60,8 @@ async def open_door(host: str = "127.0.0.1") -> AsyncIterator[Door]:
     """A hub on a free port of `host`."""
     door = Door()
     door.hub = Hub("test", door)
-    server = grpc.aio.server(options=HUB_OPTIONS)
-    door.address = f"{host}:{add_hub(door.hub, server, f'{host}:0', None)}"
-    await server.start()
+    server = hub_server(door.hub)
+    door.address = f"{host}:{await server.start(host, 0)}"
     watch = asyncio.create_task(door.hub.watch())
     try:
         yield door
@@ -80,6 +77,7 @@ class _Answer:
 
     done: asyncio.Future[list[int]]
     tokens: list[int] = field(default_factory=list)
+    heard_at: float = 0.0
 
     def accepted(self) -> None:
         """Nothing to do."""
