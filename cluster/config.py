@@ -85,6 +85,16 @@ class _Section(BaseModel):
 
 Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 
+MAX_PORT = 65_535
+# Of process i > 0: with the ports of Listen's defaults, 50060+i and 9410+i.
+LINK_ABOVE, METRICS_ABOVE = 8, 10
+
+
+def _above(address: str, by: int) -> str:
+    """The address that many ports higher; port 0 stays."""
+    host, port = address.rsplit(":", 1)
+    return f"{host}:{int(port) + by if int(port) else 0}"
+
 
 class Listen(_Section):
     """Where a gateway listens, each `host:port`; port 0 picks a free one."""
@@ -94,6 +104,16 @@ class Listen(_Section):
     link: Address = "127.0.0.1:50052"
     admin: Address = "127.0.0.1:50053"
     metrics: Address = "127.0.0.1:9400"
+
+    def of(self, process: int) -> Listen:
+        """Those of one process: `grpc` and `http` are shared, `link` and `metrics` its own, `admin` is process 0's."""
+        if not process:
+            return self
+        own = {
+            "link": _above(self.link, LINK_ABOVE + process),
+            "metrics": _above(self.metrics, METRICS_ABOVE + process),
+        }
+        return self.model_copy(update=own)
 
 
 class Tls(_Section):
@@ -117,12 +137,34 @@ class Gateway(_Section):
 
     listen: Listen = Listen()
     link_tls: Tls | None = None
-    processes: Literal[1] = 1
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
     keepalive_s: Annotated[float, Field(gt=0)] = 15.0
     max_connection_age_s: Annotated[float, Field(gt=0)] = 900.0
     drain_timeout_s: Annotated[float, Field(ge=0)] = 300.0
     max_message_bytes: Annotated[int, Field(ge=65536, le=1 << 30)] = 16 * 1024 * 1024
     queue: Queue = Queue()
+
+    def siblings(self, process: int) -> tuple[str, ...]:
+        """Link addresses of the other processes, each `:port` on the host on which this one is dialled."""
+        others = (self.listen.of(i).link for i in range(self.processes) if i != process)
+        return tuple(":" + address.rsplit(":", 1)[1] for address in others)
+
+    def open_port(self) -> str:
+        """The first listener whose port must be known before processes can share it or name it, and is 0; or ""."""
+        if self.processes == 1:
+            return ""
+        return next((n for n in ("grpc", "http", "link") if getattr(self.listen, n).endswith(":0")), "")
+
+    @model_validator(mode="after")
+    def _ports_of_all(self) -> Gateway:
+        last = self.listen.of(self.processes - 1)
+        for name in ("link", "metrics"):
+            if int(getattr(last, name).rsplit(":", 1)[1]) > MAX_PORT:
+                raise ValueError(
+                    f"processes: {self.processes} with listen.{name} {getattr(self.listen, name)}: the last process "
+                    f"would listen on {getattr(last, name)}, above {MAX_PORT}; take a lower port or fewer processes"
+                )
+        return self
 
     @model_validator(mode="after")
     def _only_loopback_is_open(self) -> Gateway:

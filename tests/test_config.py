@@ -49,7 +49,12 @@ def test_shipped_files_load(file: Path) -> None:
         (HEAD + "tenants: []\n" + MODEL, "tenants: tenants: not in this release"),
         (HEAD + "auth: {}\n" + MODEL, "auth: authentication: not in this release"),
         (HEAD + "link: {gateways: ['srv://_link._tcp.x']}\n" + MODEL, "list each as host:port"),
-        (HEAD + "gateway: {processes: 2}\n" + MODEL, "gateway.processes"),
+        (HEAD + "gateway: {processes: 0}\n" + MODEL, "gateway.processes"),
+        (HEAD + "gateway: {processes: 65}\n" + MODEL, "gateway.processes"),
+        (
+            HEAD + "gateway: {processes: 9, listen: {metrics: '127.0.0.1:65518'}}\n" + MODEL,
+            "listen.metrics 127.0.0.1:65518: the last process would listen on 127.0.0.1:65536",
+        ),
     ],
 )
 def test_wrong_files_are_refused_by_path(text: str, words: str) -> None:
@@ -89,6 +94,18 @@ def test_the_link_port_opens_with_certificates_only() -> None:
 def test_loopback(address: str, loopback: bool) -> None:
     """All of 127.0.0.0/8, ::1 and localhost."""
     assert config.is_loopback(address) is loopback
+
+
+def test_what_gateway_processes_share() -> None:
+    """The clients' ports; link and metrics are each one's own, and every one names the others' link ports."""
+    gateway = config.parse(HEAD + "gateway: {processes: 3}\n" + MODEL).gateway
+    first, second, third = (gateway.listen.of(process) for process in range(3))
+    assert (second.link, third.link) == ("127.0.0.1:50061", "127.0.0.1:50062")
+    assert (second.metrics, third.metrics) == ("127.0.0.1:9411", "127.0.0.1:9412")
+    assert (first.grpc, first.http) == (third.grpc, third.http)
+    assert gateway.siblings(0) == (":50061", ":50062")
+    assert gateway.siblings(2) == (":50052", ":50061")
+    assert not config.parse(HEAD + MODEL).gateway.siblings(0)
 
 
 def test_an_entry_as_the_packages_see_it() -> None:

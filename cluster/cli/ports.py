@@ -8,7 +8,9 @@ from typing import Any
 
 import psutil
 
-from cluster.config import Config
+from cluster.config import MAX_PORT, Config, Listen
+
+TRIES = 50
 
 
 class PortTaken(Exception):
@@ -16,15 +18,38 @@ class PortTaken(Exception):
 
 
 def decide(config: Config) -> Config:
-    """The configuration with every port 0 replaced by a free one. Raises PortTaken for addresses that cannot be had."""
-    listen = config.gateway.listen.model_dump()
+    """The configuration with every port 0 replaced by a free one. Raises PortTaken for addresses that cannot be had.
+
+    With several gateway processes the ports of all are looked at: an open one becomes a number above which theirs,
+    too, are free.
+    """
+    listen, last = config.gateway.listen, config.gateway.processes - 1
     with contextlib.ExitStack() as held:
-        for name, address in listen.items():
-            host, port = split(address)
-            listener = held.enter_context(_bind(name, address, host, port))
-            listen[name] = f"{address.rsplit(':', 1)[0]}:{listener.getsockname()[1]}"
-    gateway = config.gateway.model_copy(update={"listen": type(config.gateway.listen)(**listen)})
+        for name in type(listen).model_fields:
+            tries = TRIES if split(getattr(listen, name))[1] == 0 and last else 1
+            listen = _decide_one(held, listen, name, last, tries)
+    gateway = config.gateway.model_copy(update={"listen": listen})
     return config.model_copy(update={"gateway": gateway})
+
+
+def _decide_one(held: contextlib.ExitStack, listen: Listen, name: str, last: int, tries: int) -> Listen:
+    """`listen` with the port of one listener decided; what is bound meanwhile is closed with `held`."""
+    address = getattr(listen, name)
+    for left in reversed(range(tries)):
+        with contextlib.ExitStack() as bound:
+            port = bound.enter_context(_bind(name, address)).getsockname()[1]
+            found = listen.model_copy(update={name: f"{address.rsplit(':', 1)[0]}:{port}"})
+            others = {getattr(found.of(process), name) for process in range(1, last + 1)} - {getattr(found, name)}
+            try:
+                for other in sorted(others):
+                    bound.enter_context(_bind(name, other))
+            except PortTaken:
+                if not left:
+                    raise
+                continue
+            held.push(bound.pop_all())
+            return found
+    raise AssertionError("the last try returns or raises")
 
 
 def split(address: str) -> tuple[str, int]:
@@ -33,7 +58,10 @@ def split(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _bind(name: str, address: str, host: str, port: int) -> socket.socket:
+def _bind(name: str, address: str) -> socket.socket:
+    host, port = split(address)
+    if port > MAX_PORT:
+        raise PortTaken(f"gateway.listen.{name}: {address}: no port is above {MAX_PORT}")
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:

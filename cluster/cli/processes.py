@@ -26,24 +26,37 @@ DrainOption = Annotated[float | None, typer.Option("--drain-s", help="In place o
 
 
 def gateway(
-    file: FileOption, folder: FolderOption, ready_file: ReadyOption = None, drain_s: DrainOption = None
+    file: FileOption,
+    folder: FolderOption,
+    ready_file: ReadyOption = None,
+    drain_s: DrainOption = None,
+    process: Annotated[
+        int, typer.Option("--process", help="Which of the file's gateway.processes to be, from 0.", min=0)
+    ] = 0,
 ) -> None:
-    """Run one gateway in the foreground."""
+    """Run one gateway process in the foreground."""
     from cluster.gateway.server import run_gateway
 
     config = read_config(file)
+    if process >= config.gateway.processes:
+        fail(f"--process {process}: gateway.processes is {config.gateway.processes}, and they count from 0", USAGE)
     if drain_s is not None:
         config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"drain_timeout_s": drain_s})})
-    log.configure(config.observe.log_level, cluster=config.name, part="gateway")
+    log.configure(config.observe.log_level, cluster=config.name, part=part_name(process))
 
     def ready(endpoints: dict[str, str]) -> None:
         if ready_file is not None:
             write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 
     async def serve() -> None:
-        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=ready)
+        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=ready, process=process)
 
     run(serve())
+
+
+def part_name(process: int) -> str:
+    """What a gateway process is called in logs, run folders and sentences."""
+    return f"gateway-{process}" if process else "gateway"
 
 
 def controller(

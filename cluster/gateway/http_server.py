@@ -83,11 +83,11 @@ class HttpServer:
         self._state = ServerState()
         self._server: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int) -> int:
-        """Bind and serve; returns the port. Raises OSError."""
+    async def start(self, host: str, port: int, *, shared: bool = False) -> int:
+        """Bind and serve; returns the port. `shared`: other processes may bind it too. Raises OSError."""
         self._config.load()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=self._config.backlog)
+        listener = socket.create_server((host, port), family=family, backlog=self._config.backlog, reuse_port=shared)
         # asyncio sets it only for sockets made with proto=IPPROTO_TCP; without it a second call's tokens wait for ACKs.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop = asyncio.get_running_loop()

@@ -13,7 +13,8 @@ from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry
 from cluster.link import codec
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
-from cluster.link.dial import LinkEnded, Timing, keep_dialing, open_channel, read
+from cluster.link.dial import LinkEnded, Timing, open_channel, read
+from cluster.link.siblings import Gateways
 from cluster.link.tls import TlsFiles
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
@@ -48,7 +49,7 @@ class ModelDemand:
 
 
 class ControllerEnd:
-    """Dials every gateway in `gateways` and keeps each told of the newest catalog."""
+    """Dials every gateway in `gateways` and their siblings, and keeps each told of the newest catalog."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class ControllerEnd:
     ) -> None:
         self._controller_id = controller_id
         self._incarnation = uuid.uuid4().hex[:12]
-        self._gateways = tuple(gateways)
+        self._gateways = Gateways(gateways, self._tell_all)
         self._tls = tls
         self._bundles = bundles
         self._timing = timing or Timing()
@@ -77,6 +78,10 @@ class ControllerEnd:
             return
         self._catalog = tuple(entries)
         self._revision += 1
+        self._tell_all()
+
+    def _tell_all(self) -> None:
+        """Send the catalog again: it has changed, or the number of gateways in it."""
         for event in self._changed:
             event.set()
 
@@ -108,9 +113,7 @@ class ControllerEnd:
 
     async def run(self) -> None:
         """Dial until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for address in self._gateways:
-                group.create_task(keep_dialing(address, self._session, self._timing))
+        await self._gateways.dial(self._session, self._timing)
 
     async def _session(self, address: str) -> None:
         async with open_channel(address, self._tls) as channel, open_channel(address, self._tls) as bulk_channel:
@@ -125,6 +128,7 @@ class ControllerEnd:
             first = await asyncio.wait_for(read(call), self._timing.welcome_s)
             if first is None or not first.HasField("welcome"):
                 raise LinkEnded("the gateway did not welcome this controller")
+            self._gateways.welcomed(address, first.welcome.incarnation, first.welcome.siblings)
             changed = asyncio.Event()
             changed.set()
             self._changed.add(changed)
@@ -161,7 +165,7 @@ class ControllerEnd:
             catalog = pb.Catalog(
                 revision=self._revision,
                 models=[codec.entry_to_pb(e) for e in self._catalog],
-                gateways=len(self._gateways),
+                gateways=len(self._gateways.addresses),
             )
             await call.write(pb.ControllerFrame(catalog=catalog))
 

@@ -64,11 +64,16 @@ async def read(call: Any) -> Any:
     return None if message is grpc.aio.EOF else message
 
 
-async def keep_dialing(address: str, session: Callable[[str], Awaitable[None]], timing: Timing) -> None:
-    """Run `session(address)` again and again until cancelled; the pause grows while nobody answers."""
+async def keep_dialing(
+    address: str,
+    session: Callable[[str], Awaitable[None]],
+    timing: Timing,
+    wanted: Callable[[], bool] = lambda: True,
+) -> None:
+    """Run `session(address)` again and again while `wanted()`; the pause grows while nobody answers."""
     pause_s = timing.redial_min_s
     told = ""
-    while True:
+    while wanted():
         started = time.monotonic()
         try:
             await session(address)

@@ -23,8 +23,9 @@ from cluster.api.types import EngineInfo, EngineLoad, WorkerIdentity
 from cluster.link import codec
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.credit import Granter, Room
-from cluster.link.dial import Beater, LinkEnded, Timing, keep_dialing, open_channel, read
+from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, read
 from cluster.link.outbox import Outbox
+from cluster.link.siblings import Gateways
 from cluster.link.tls import TlsFiles
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
@@ -74,7 +75,7 @@ class WorkerStatistics:
 
 
 class WorkerEnd:
-    """Serves one started engine to every gateway in `gateways` (`host:port`) until closed."""
+    """Serves one started engine to every gateway in `gateways` (`host:port`) and their siblings until closed."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class WorkerEnd:
         self._engine = engine
         self._info = info
         self._bundle = bundle
-        self._gateways = tuple(gateways)
+        self._gateways = Gateways(gateways)
         self._tls = tls
         self._timing = timing or Timing()
         self._outbox_tokens = outbox_tokens
@@ -123,7 +124,7 @@ class WorkerEnd:
             self._failed,
             asyncio.create_task(self._engine_loop()),
             asyncio.create_task(self._until_closed()),
-            *(asyncio.create_task(keep_dialing(g, self._session, self._timing)) for g in self._gateways),
+            asyncio.create_task(self._gateways.dial(self._session, self._timing)),
         ]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -213,6 +214,7 @@ class WorkerEnd:
                 raise LinkEnded("the gateway did not welcome this worker")
             link = _Link(epoch, first.welcome.gateway_id, first.welcome.incarnation, Outbox(self._outbox_tokens))
             log.info("link_up", gateway=first.welcome.gateway_id, address=address, epoch=epoch)
+            self._gateways.welcomed(address, first.welcome.incarnation, first.welcome.siblings)
             beater = Beater(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
             self._links[epoch] = link
             self._granter.attach(epoch)

@@ -11,11 +11,13 @@ from cluster.cli.ports import PortTaken, decide
 from cluster.config import Config, parse
 
 
-def config(**listen: str) -> Config:
+def config(processes: int = 1, **listen: str) -> Config:
     """A configuration whose other ports are free ones."""
     ports = dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), "127.0.0.1:0") | listen
     lines = "".join(f'    {name}: "{address}"\n' for name, address in ports.items())
-    return parse(f"api_version: headrace/v1\nname: t\nmodels: []\ngateway:\n  listen:\n{lines}")
+    return parse(
+        f"api_version: headrace/v1\nname: t\nmodels: []\ngateway:\n  processes: {processes}\n  listen:\n{lines}"
+    )
 
 
 def test_open_ports_are_chosen_all_different() -> None:
@@ -54,3 +56,25 @@ def test_a_foreign_address_is_told() -> None:
     """An address of another machine cannot be listened on."""
     with pytest.raises(PortTaken, match=r"gateway\.listen\.metrics: 192\.0\.2\.1:9400"):
         decide(config(metrics="192.0.2.1:9400"))
+
+
+def test_open_ports_are_chosen_for_all_processes() -> None:
+    """Whatever any process listens on is free, and no two want the same."""
+    decided = decide(config(processes=5)).gateway
+    own = [address for i in range(5) for address in (decided.listen.of(i).link, decided.listen.of(i).metrics)]
+    addresses = [*own, decided.listen.grpc, decided.listen.http, decided.listen.admin]
+    assert len(set(addresses)) == len(addresses) == 13
+    for address in addresses:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+    assert not decided.open_port()
+
+
+def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
+    """The address named is that process's, not the one in the file."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} cannot be had"):
+            decide(config(processes=2, link=f"127.0.0.1:{port - 9}"))
