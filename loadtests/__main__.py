@@ -26,6 +26,7 @@ SCENARIOS = {
     "relay": "CPU per relayed token at 256 streams of a simulated engine, beside vllm-router",
     "longprompt": "220 KB prompts at concurrency 50 over a simulated engine, beside vllm-router",
     "startup": "gateway exec to first routed request with a 128k tokenizer",
+    "fairness": "fair turns between tenants over eight simulated workers, in virtual time, beside FIFO",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 OK, PARTIAL, USAGE = 0, 1, 2

@@ -66,9 +66,14 @@ class SimWorker:
         self._heard = heard
         self._live: dict[str, _Live] = {}
         self._stepping = False
+        self._ends_a_step = 0.0  # of late
         self._recent: deque[int] = deque([config.max_num_batched_tokens], RECENT_PROMPTS)
+        # Of equal claims the lower link gets what does not divide; were it the same gateway at every worker, the last
+        # would have no credit at all while nobody waits.
+        self._turned = {link: (link + int(name)) % gateways for link in range(gateways)}
+        self._gateway_of = {turned: link for link, turned in self._turned.items()}
         for link in range(gateways):
-            self._granter.attach(link)
+            self._granter.attach(self._turned[link])
             self.meter.attach(link)
         agenda.after(0.0, self.regrant)
 
@@ -78,13 +83,18 @@ class SimWorker:
         return len(self._live)
 
     @property
+    def lookahead(self) -> int:
+        """Calls that may wait in the engine: as many as are likely to end in a step, so that no place stays empty."""
+        return min(round(self._ends_a_step), LOOKAHEAD_SEQUENCES)
+
+    @property
     def places(self) -> int:
-        """Calls that it could still hold, two of them waiting."""
-        return self.config.max_num_seqs + LOOKAHEAD_SEQUENCES - self.live
+        """Calls that it could still hold, those who wait in the engine among them."""
+        return self.config.max_num_seqs + self.lookahead - self.live
 
     @property
     def room(self) -> Room:
-        """What it can take now: places, but no more calls at once than the next step can begin, and two."""
+        """What it can take now: places, but no more calls at once than the next step can begin."""
         in_one_step = self.config.max_num_batched_tokens // max(self._recent)
         ahead = in_one_step if in_one_step >= SHORT_PROMPTS else LOOKAHEAD_SEQUENCES
         return Room(min(self.places, ahead - self.engine_waiting), self.kv_tokens - self.tokens)
@@ -114,7 +124,7 @@ class SimWorker:
         """A call arrives."""
         self.last_submit = self._agenda.now
         tokens = len(submit.request.prompt_token_ids)
-        self._granter.spent(link, tokens)
+        self._granter.spent(self._turned[link], tokens)
         self._live[submit.request.request_id] = _Live(link, tokens)
         self.tokens += tokens
         self._recent.append(tokens)
@@ -125,12 +135,12 @@ class SimWorker:
 
     def backlog(self, link: int, claim: int) -> None:
         """A gateway says what part it claims."""
-        self._granter.backlog(link, claim)
+        self._granter.backlog(self._turned[link], claim)
         self.regrant()
 
     def acked(self, link: int, grant_id: int) -> None:
         """A gateway has applied a grant."""
-        self._granter.acked(link, grant_id)
+        self._granter.acked(self._turned[link], grant_id)
         self.regrant()
 
     def served(self, link: int) -> list[ServedTotal]:
@@ -140,7 +150,7 @@ class SimWorker:
     def regrant(self) -> None:
         """Share out its room."""
         for grant in self._granter.grants(self.room):
-            self._heard.granted(grant.link, grant)
+            self._heard.granted(self._gateway_of[grant.link], grant)
 
     def promised(self) -> Room:
         """What gateways may still send."""
@@ -159,6 +169,8 @@ class SimWorker:
     def _end_step(self, outputs: list[TokenOutput]) -> None:
         self._stepping = False
         by_link: dict[int, list[TokenOutput]] = {}
+        ends = sum(output.finish is not None for output in outputs)
+        self._ends_a_step += (ends - self._ends_a_step) / 64
         for output in outputs:
             live = self._live[output.request_id]
             by_link.setdefault(live.link, []).append(output)

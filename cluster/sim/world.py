@@ -56,6 +56,7 @@ class World:
         self._prompts = Prompts(self._rng, VOCAB)
         self._tenants = {tenant.name: tenant for tenant in config.tenants}
         self._serial = 0
+        self._open = True
         self.workers = [
             SimWorker(str(at), config.engine, config.gateways, self.agenda, self._heard_of(at))
             for at in range(config.workers)
@@ -65,6 +66,10 @@ class World:
         for at in range(config.gateways):
             self.agenda.every(config.report_every_s, lambda at=at: self._report(at))  # type: ignore[misc]
             self.agenda.every(1.0, lambda at=at: self._sweep(at))  # type: ignore[misc]
+        for gateway in self.gateways:  # the links are up: a worker's first word is where its account begins
+            if gateway.fair is not None:
+                for worker in self.workers:
+                    gateway.fair.order(MODEL).served(worker.name, "1", worker.served(gateway.number), 0.0)
         for tenant in config.tenants:
             self._begin(tenant)
 
@@ -72,6 +77,10 @@ class World:
         """Till then."""
         self.agenda.run_until(seconds)
         return self
+
+    def stop_arrivals(self) -> None:
+        """Nobody calls any more; who waits and runs goes on."""
+        self._open = False
 
     # ---- the cluster
 
@@ -151,6 +160,8 @@ class World:
         self.agenda.after(self._rng.expovariate(tenant.rate_s), arrive)
 
     def _arrive(self, tenant: SimTenant, number: int) -> None:
+        if not self._open:
+            return
         self._serial += 1
         gateway, now, call_id = self.gateways[number], self.agenda.now, str(self._serial)
         lengths = self._rng.choice(tenant.lengths)

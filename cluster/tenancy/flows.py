@@ -166,12 +166,14 @@ class ClassTurns:
         self.flows: dict[str, Flow] = {}
         self.here = LeastFirst()
         self.anywhere = LeastFirst()
-        self._last_counter = 0.0
+        self._last: Flow | None = None
 
     def floor(self) -> float:
         """Where one that comes back from idle begins: the least backlogged, else who was backlogged last (VTC)."""
         least = self.anywhere.least()
-        return self._last_counter if least is None else least.counter
+        if least is None:
+            least = self._last
+        return 0.0 if least is None else least.counter
 
     def update(self, flow: Flow) -> None:
         """Its counts of waiting have changed."""
@@ -179,7 +181,7 @@ class ClassTurns:
         was = flow in self.anywhere
         _keep(self.anywhere, flow, flow.waits)
         if was and not flow.waits and not len(self.anywhere):
-            self._last_counter = max(self._last_counter, flow.counter)
+            self._last = flow
 
     def fell(self, flow: Flow) -> None:
         """A counter has become less."""

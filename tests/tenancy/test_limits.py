@@ -204,6 +204,7 @@ class LimitsMachine(RuleBasedStateMachine):
         self.limiter = Limiter(quantum_tokens=8)
         self.policy = tenant("stop", requests_per_minute=6, tokens_per_minute=200, concurrent_requests=4)
         self.now = self.high = 1000.0
+        self.limiter.sweep(self.now)
         self.serial = 0
         self.running: dict[str, tuple[float, int, int]] = {}
         self.admitted: list[float] = []
@@ -248,6 +249,7 @@ class LimitsMachine(RuleBasedStateMachine):
         """Time passes, or the clock steps back."""
         self.now += seconds
         self.high = max(self.high, self.now)
+        self.limiter.sweep(self.now)
 
     @invariant()
     def counts_are_those_of_what_runs(self) -> None:

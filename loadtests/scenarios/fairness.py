@@ -1,0 +1,229 @@
+"""Fair turns between tenants: gap, shares, a quiet tenant beside a loud one, and what fairness costs.
+
+Eight simulated workers and one, two or eight gateways in virtual time; waiting room, order of turns, credits, accounts
+and routing are those of production (cluster/sim). Reports come 100 ms late. Tenants' lengths are from public traces
+where those are there. Only the cost of a turn is measured on the clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+from cluster.sim.traffic import Lengths, SimTenant, clipped, made_up
+from cluster.sim.world import World, WorldConfig
+from cluster.tenancy.fair import FairTurns
+from cluster.tenancy.queue import Waiting, WaitingRoom
+from loadtests import traces
+from loadtests.figures import Bound, mean, missing, plain_figure, ratio_figure
+from loadtests.scenarios.common import Stage, rounds_of
+
+WORLD_S, QUIET_S, SETTLE_S = 60.0, 60.0, 5.0
+GATEWAYS = (1, 2, 8)
+QUEUED, OPERATIONS, LIVE = 100_000, 20_000, 256
+FEW, MANY = 10, 10_000
+GAP = "largest gap in weighted service between two always-backlogged tenants, in U"
+SHARE = "least share of a backlogged tenant against its weight, in any 30 s"
+QUIET = "p99 TTFT of a quiet tenant beside one that sends 100x its share, against alone"
+QUIET_FIFO = QUIET + ", first come first served"
+THROUGHPUT, HITS = "total throughput against FIFO", "prefix hit rate against FIFO"
+TURN = "enqueue and pick, 10,000 tenants and 100,000 queued, p99"
+TURN_RATIO = "the same, against 10 tenants"
+PEERS = "the peers scenario with all of this on"
+
+
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """Always-backlogged tenants in one world, as seen from outside. `gap` in U."""
+
+    gap: float
+    share: float
+    throughput: float
+    hit_rate: float
+    engine_waiting: int
+    beside_room_s: float
+    promised_over_room: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one enqueue and one pick, p99 in µs."""
+
+    few_us: float
+    many_us: float
+
+
+async def play(stage: Stage) -> None:
+    """As many seeds as rounds, each through all worlds."""
+    rounds, seed = rounds_of(stage.options), stage.options.seed
+    costs = []
+    for number in range(1, rounds + 1):
+        costs.append(Cost(turn_us(FEW, seed + number), turn_us(MANY, seed + number)))
+    stage.screen.say(f"a turn: {costs[-1].few_us:.1f} us of 10 tenants, {costs[-1].many_us:.1f} us of 10,000")
+    seeds = [seed + number for number in range(rounds)]
+    loop = asyncio.get_running_loop()
+    cores = max(min(len(os.sched_getaffinity(0)), 8), 1)
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+        fair = {g: [loop.run_in_executor(pool, crowd, s, g, True) for s in seeds] for g in GATEWAYS}
+        fifo = [loop.run_in_executor(pool, crowd, s, 2, False) for s in seeds]
+        quiet = [loop.run_in_executor(pool, quiet_ttft, s) for s in seeds]
+        crowds = {g: list(await asyncio.gather(*runs)) for g, runs in fair.items()}
+        others, ttfts = list(await asyncio.gather(*fifo)), list(await asyncio.gather(*quiet))
+    stage.report.settings |= {
+        "virtual_s": WORLD_S,
+        "workers": 8,
+        "seeds": seeds,
+        "traces": from_traces(),
+        "crowds": {str(g): [repr(one) for one in runs] for g, runs in crowds.items()},
+        "fifo": [repr(one) for one in others],
+        "ttft_p99_s (alone, fair, fifo)": ttfts,
+        "turn_us (10 tenants, 10,000)": [(c.few_us, c.many_us) for c in costs],
+    }
+    if any(one.promised_over_room > 0 for runs in crowds.values() for one in runs):
+        stage.report.problems.append("credits exceeded a worker's room")
+    add_figures(stage, crowds, others, ttfts, costs)
+
+
+def add_figures(
+    stage: Stage,
+    crowds: dict[int, list[Crowd]],
+    fifo: Sequence[Crowd],
+    ttfts: Sequence[tuple[float, float, float]],
+    costs: Sequence[Cost],
+) -> None:
+    """The table of the scenario."""
+    two, rounds = crowds[2], len(fifo)
+    gap_of_fifo = sum(one.gap for one in fifo) / rounds
+    share_of_fifo = sum(one.share for one in fifo) / rounds
+    figures = stage.report.figures
+
+    def plain(name: str, values: Sequence[float], unit: str, bound: Bound, note: str = "") -> None:
+        figures.append(plain_figure(name, mean(values), unit, bound, len(values), note=note))
+
+    plain(GAP, [o.gap for o in two], "U", Bound("<=", 1.0), f"2 gateways; FIFO in the same run {gap_of_fifo:.1f}")
+    plain(SHARE, [o.share for o in two], "ratio", Bound(">=", 0.9), f"2 gateways; FIFO {share_of_fifo:.2f}")
+    alone, fair, first = ([t[i] for t in ttfts] for i in range(3))
+    figures.append(ratio_figure(QUIET, fair, alone, Bound("<=", 1.2), scale=1000, difference_unit="ms"))
+    figures.append(ratio_figure(QUIET_FIFO, first, alone, Bound(">=", 10), scale=1000, difference_unit="ms"))
+    figures.append(
+        ratio_figure(THROUGHPUT, [o.throughput for o in two], [o.throughput for o in fifo], Bound(">=", 0.98))
+    )
+    figures.append(ratio_figure(HITS, [o.hit_rate for o in two], [o.hit_rate for o in fifo], Bound(">=", 0.95)))
+    for g, runs in crowds.items():
+        note = f"gap {max(o.gap for o in runs):.2f} U, share {min(o.share for o in runs):.2f} at worst"
+        plain(f"engine's own waiting queue, {g} gateways", [o.engine_waiting for o in runs], "calls", Bound("<=", 2))
+        waits = [o.beside_room_s * 1000 for o in runs]
+        plain(f"longest wait beside free room, {g} gateways", waits, "ms", Bound("<=", 200), note)
+    plain(TURN, [c.many_us for c in costs], "us", Bound("<=", 20), "on the clock, one thread")
+    figures.append(ratio_figure(TURN_RATIO, [c.many_us for c in costs], [c.few_us for c in costs], Bound("<=", 1.5)))
+    figures.append(missing(PEERS, None, "measured by the scenario peers, with tenants and limits configured"))
+
+
+# ---- worlds
+
+
+def lengths(name: str, seed: int, longest: bool = False) -> list[Lengths]:
+    """A trace's, or made up ones like them where the traces are absent."""
+    try:
+        pairs = [(t.prompt_tokens, t.output_tokens) for t in traces.load(name)]
+    except traces.NoData:
+        medians = {"azure-code": (1500, 12), "azure-conv": (1000, 130), "vtc": (40, 190)}
+        prompt, output = medians[name]
+        return made_up(random.Random(seed), prompt, output * (3 if longest else 1))
+    return clipped([pair for pair in pairs if not longest or pair[1] >= 300])
+
+
+def from_traces() -> bool:
+    """Whether the lengths are recorded ones."""
+    try:
+        return bool(traces.load("vtc"))
+    except traces.NoData:
+        return False
+
+
+def tenants(seed: int) -> list[SimTenant]:
+    """Twelve: short, middling and long outputs, weights 1 and 2, half of them at one gateway only."""
+    kinds = (
+        ("code", lengths("azure-code", seed)),
+        ("chat", lengths("azure-conv", seed)),
+        ("long", lengths("azure-conv", seed, longest=True)),
+    )
+    return [
+        SimTenant(f"{name}-{i}", some, backlog=20, weight=1 + i % 2, gateways=None if i < 2 else (i,))
+        for name, some in kinds
+        for i in range(4)
+    ]
+
+
+def crowd(seed: int, gateways: int, fair: bool) -> Crowd:
+    """Everybody always has calls waiting."""
+    them = tenants(seed)
+    weights = {tenant.name: tenant.weight for tenant in them}
+    world = World(WorldConfig(them, gateways=gateways, fair=fair, seed=seed)).run(WORLD_S)
+    seen = world.observer
+    return Crowd(
+        gap=seen.largest_gap(list(weights), weights, 0.0) / seen.unit(),
+        share=seen.smallest_share(list(weights), weights, 0.0),
+        throughput=seen.throughput(SETTLE_S),
+        hit_rate=seen.hit_rate(),
+        engine_waiting=max(worker.most_waiting for worker in world.workers),
+        beside_room_s=seen.longest_beside_room_s,
+        promised_over_room=seen.most_promised_over_room,
+    )
+
+
+def quiet_ttft(seed: int) -> tuple[float, float, float]:
+    """p99 in seconds: alone, beside the loud one by fair turns, and beside it first come first served."""
+    quiet = SimTenant("quiet", lengths("azure-conv", seed), rate_s=5.0)
+    loud = SimTenant("loud", lengths("vtc", seed), backlog=1000)
+    out = []
+    for them, fair in (([quiet], True), ([quiet, loud], True), ([quiet, loud], False)):
+        config = WorldConfig(them, fair=fair, seed=seed)
+        config = replace(config, engine=replace(config.engine, max_num_seqs=64))
+        out.append(World(config).run(QUIET_S).observer.ttft("quiet", 0.99, SETTLE_S))
+    return out[0], out[1], out[2]
+
+
+# ---- the clock
+
+
+def turn_us(count: int, seed: int) -> float:
+    """p99 of one enqueue and one pick with QUEUED waiting, for so many tenants."""
+    rng = random.Random(seed)
+    turns = FairTurns()
+    room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=turns.order)
+    names = [f"tenant-{number}" for number in range(count)]
+
+    def one(number: int) -> Waiting:
+        tokens, output = rng.randrange(100, 2000), rng.randrange(20, 500)
+        return Waiting(str(number), "m", rng.choice(names), tokens, None, "standard", 0.0, 0, 0, output)
+
+    for number in range(QUEUED):
+        room.admit(one(number), 0.0)
+    newcomers = [one(QUEUED + number) for number in range(OPERATIONS)]
+    order, live, times = turns.order("m"), list[str](), list[int]()
+    gc.collect()
+    gc.disable()
+    try:
+        for waiting in newcomers:
+            began = time.perf_counter_ns()
+            room.admit(waiting, 1.0)
+            taken = room.next("m", lambda _: True, 1.0)
+            times.append(time.perf_counter_ns() - began)
+            if taken is not None:
+                live.append(taken.call_id)
+            if len(live) > LIVE:  # calls end, and what was predicted in vain is given back
+                call_id = live.pop(rng.randrange(LIVE))
+                order.generated(call_id, rng.randrange(20, 500))
+                order.ended(call_id)
+    finally:
+        gc.enable()
+    times.sort()
+    return times[int(0.99 * len(times))] / 1000
