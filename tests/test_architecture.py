@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observe": {"api"},
     "client": {"api", "pb"},
     "rpc": set(),
+    "sim": {"api", "tenancy", "routing", "control", "link", "engine"},
     "gateway": {"api", "pb", "config", "config_tenants", "tenancy", "routing", "rpc", "link", "ledger", "observe"},
     "rayserve": {"api", "config", "engine", "link", "control", "observe"},
     "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"}
