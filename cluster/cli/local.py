@@ -1,4 +1,4 @@
-"""A local cluster: a Ray, a gateway and a controller, started together, kept alive, and ended without a trace.
+"""A local cluster: a Ray, gateway processes and a controller, started together, kept alive, and ended without a trace.
 
 Every process carries the cluster's instance id in its environment (HEADRACE_INSTANCE), and the end of a cluster is a
 sweep for that tag. So another Ray, vLLM or Headrace on the machine is never touched, and nothing is forgotten.
@@ -15,6 +15,8 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -23,6 +25,7 @@ import yaml
 from cluster.admin.v1 import admin_pb2
 from cluster.cli.children import Child, keep_alive
 from cluster.cli.look import Admin
+from cluster.cli.processes import part_name
 from cluster.cli.runs import ProcessId, RunFolder, write_whole
 from cluster.cli.steps import Step, duration
 from cluster.config import Config
@@ -52,32 +55,31 @@ class LocalCluster:
         self._tell = tell
         self._ray: LocalRay | None = None if config.ray else self._new_ray()
         self._ray_up = asyncio.Event()
-        self._ready_file = run.path / "gateway.json"
-        self._gateway = Child("gateway", self._gateway_command(), self._environment(), run.log_file("gateway"))
+        self._gateways = [self._new_gateway(process) for process in range(config.gateway.processes)]
         self._controller = Child("controller", [], self._environment(), run.log_file("controller"))
-        self._endpoints: dict[str, str] = {}
+        self._endpoints: dict[int, dict[str, str]] = {}
 
     def __repr__(self) -> str:
         return f"LocalCluster({self.config.name}, {self.instance})"
 
     @property
     def endpoints(self) -> dict[str, str]:
-        """Listener -> host:port; empty before the gateway is up."""
-        return dict(self._endpoints)
+        """Listener -> host:port of the first process; empty before it is up."""
+        return dict(self._endpoints.get(0, {}))
 
     # ---- start
 
     async def start(self, step: Step) -> None:
-        """Bring Ray, the gateway and the controller up. Raises StartFailed."""
+        """Bring Ray, the gateways and the controller up. Raises StartFailed."""
         write_whole(self.run.config_file, self.config_text())
         self.write_state("starting")
-        for part in ("gateway", "controller"):
+        for part in (*(gateway.name for gateway in self._gateways), "controller"):
             self.run.log_file(part).write_bytes(b"")
         self._link_ray_logs()
         step.show("starting ray and the gateway")
         ray = asyncio.ensure_future(self._start_ray())
         try:
-            await self._start_gateway()
+            await self._start_gateways()
             step.show(f"gateway up in {duration(step.elapsed_s)}, ray starting")
             await asyncio.shield(ray)
         except BaseException:  # Ctrl-C too: a Ray that is only starting must not outlive us
@@ -89,7 +91,7 @@ class LocalCluster:
     async def wait_for_models(self, step: Step) -> list[admin_pb2.CatalogEntry]:
         """Until each model is READY or FAILED, by what the gateway says. Raises StartFailed if none became READY."""
         wanted = {model.name for model in self.config.models}
-        admin = Admin(self._endpoints["admin"])
+        admin = Admin(self.endpoints["admin"])
         try:
             while True:
                 entries = await self._catalog(admin)
@@ -128,22 +130,29 @@ class LocalCluster:
             return []
         return entries
 
-    async def _start_gateway(self) -> None:
-        self._ready_file.unlink(missing_ok=True)
-        await self._gateway.start()
+    async def _start_gateways(self) -> None:
+        starts = (self._start_gateway(process) for process in range(len(self._gateways)))
+        failures = [done for done in await asyncio.gather(*starts, return_exceptions=True) if done is not None]
+        if failures:
+            raise failures[0]
+
+    async def _start_gateway(self, process: int) -> None:
+        gateway, ready_file = self._gateways[process], self._ready_file(process)
+        ready_file.unlink(missing_ok=True)
+        await gateway.start()
         deadline = time.monotonic() + GATEWAY_START_S
         while time.monotonic() < deadline:
-            if self._gateway.pid is None:
-                raise StartFailed(f"the gateway ended while starting:\n{self._gateway.last_words()}")
+            if gateway.pid is None:
+                raise StartFailed(f"the {gateway.name} ended while starting:\n{gateway.last_words()}")
             with suppress(OSError, ValueError):
-                told = json.loads(self._ready_file.read_text())
-                if told["pid"] == self._gateway.pid:
-                    self._endpoints = dict(told["endpoints"])
+                told = json.loads(ready_file.read_text())
+                if told["pid"] == gateway.pid:
+                    self._endpoints[process] = dict(told["endpoints"])
                     return
             await asyncio.sleep(POLL_S / 2)
         raise StartFailed(
-            f"the gateway does not answer after {GATEWAY_START_S:g} s:\n{self._gateway.last_words()}\n"
-            f"  its log: {self._gateway.log_file}"
+            f"the {gateway.name} does not answer after {GATEWAY_START_S:g} s:\n{gateway.last_words()}\n"
+            f"  its log: {gateway.log_file}"
         )
 
     async def _start_ray(self) -> None:
@@ -176,7 +185,10 @@ class LocalCluster:
     async def supervise(self) -> None:
         """Start again what dies, and say so; runs until cancelled."""
         watches = [
-            keep_alive(self._gateway, self._restart_gateway, self._tell),
+            *(
+                keep_alive(gateway, partial(self._restart_gateway, process), self._tell)
+                for process, gateway in enumerate(self._gateways)
+            ),
             keep_alive(self._controller, self._start_controller, self._tell),
         ]
         if self._ray is not None:
@@ -185,8 +197,8 @@ class LocalCluster:
             for watch in watches:
                 group.create_task(watch)
 
-    async def _restart_gateway(self) -> None:
-        await self._start_gateway()
+    async def _restart_gateway(self, process: int) -> None:
+        await self._start_gateway(process)
         self.write_state("ready")
 
     async def _keep_ray(self) -> None:
@@ -197,7 +209,7 @@ class LocalCluster:
                 continue
             self._ray_up.clear()
             self._tell(f"ray ended; starting a new one, models load again; its log: {self._ray.log_file}")
-            keep = [pid for pid in (self._gateway.pid,) if pid is not None]
+            keep = [gateway.pid for gateway in self._gateways if gateway.pid is not None]
             await asyncio.to_thread(reaper.end, self.instance, self._ray.folder, keep=keep)
             self._ray = self._new_ray()
             try:
@@ -211,7 +223,7 @@ class LocalCluster:
         """End everything; returns how many processes are left (0)."""
         self.write_state("stopping")
         step.show("gateway")
-        await self._gateway.stop(DRAIN_S + 2.0)
+        await asyncio.gather(*(gateway.stop(DRAIN_S + 2.0) for gateway in self._gateways))
         step.show("controller")
         await self._controller.stop(CONTROLLER_GRACE_S)
         folder = None
@@ -230,7 +242,8 @@ class LocalCluster:
         """What `status`, `down` and a second `up` read."""
         processes: dict[str, Any] = {}
         ray = self._ray.pid if self._ray is not None else None
-        for name, pid in (("gateway", self._gateway.pid), ("controller", self._controller.pid), ("ray", ray)):
+        pids = {child.name: child.pid for child in (*self._gateways, self._controller)} | {"ray": ray}
+        for name, pid in pids.items():
             if pid is not None:
                 with suppress(Exception):  # it died this moment: the supervisor will say so
                     process = ProcessId.of(pid)
@@ -243,7 +256,8 @@ class LocalCluster:
                 "phase": phase,
                 "supervisor": {"pid": own.pid, "created": own.created},
                 "processes": processes,
-                "endpoints": self._endpoints,
+                "endpoints": self.endpoints,
+                "siblings": [self._endpoints[process] for process in sorted(self._endpoints) if process],
                 "config": str(self.run.config_file),
                 "ray_folder": str(self._ray.folder) if self._ray is not None else "",
             }
@@ -264,15 +278,19 @@ class LocalCluster:
     def _command(self, *arguments: object) -> list[str]:
         return [sys.executable, "-m", "cluster.cli.main", *map(str, arguments)]
 
-    def _gateway_command(self) -> list[str]:
-        folder = self.run.path / "gateway"
-        return self._command(
-            "gateway", "-f", self.run.config_file, "--folder", folder, "--ready-file", self._ready_file,
-            "--drain-s", min(DRAIN_S, self.config.gateway.drain_timeout_s),
+    def _ready_file(self, process: int) -> Path:
+        return self.run.path / f"{part_name(process)}.json"
+
+    def _new_gateway(self, process: int) -> Child:
+        name = part_name(process)
+        command = self._command(
+            "gateway", "-f", self.run.config_file, "--process", process, "--folder", self.run.path / name,
+            "--ready-file", self._ready_file(process), "--drain-s", min(DRAIN_S, self.config.gateway.drain_timeout_s),
         )  # fmt: skip
+        return Child(name, command, self._environment(), self.run.log_file(name))
 
     def _controller_command(self) -> list[str]:
-        dial = self.config.link.gateways or (_dialled(self._endpoints["link"]),)
+        dial = self.config.link.gateways or (_dialled(self.endpoints["link"]),)
         ray = ("--ray-address", self._ray.address) if self._ray is not None else ()
         return self._command(
             "controller", "-f", self.run.config_file, "--folder", self.run.path / "controller",

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.cli import siblings
 from cluster.cli.common import (
     AdminOption,
     EndpointOption,
@@ -90,11 +91,17 @@ def gather(endpoint: str | None, admin_address: str | None) -> dict[str, Any]:
     endpoints = (
         run.endpoints() if run is not None and own else {"admin": address, **({"grpc": endpoint} if endpoint else {})}
     )
+    models = [plain(entry) for entry in entries]
+    beside = run.siblings() if run is not None and own else []
+    gateways = siblings.rows([endpoints, *beside]) if beside else []
+    for model in models:  # the first process has told its own calls
+        model["waiting"] += sum(gateway["waiting_by_model"].get(model["name"], 0) for gateway in gateways[1:])
     return {
         "name": run.name if run is not None and own else "",
         "endpoints": endpoints,
+        "gateways": gateways,
         "catalog_age_s": age_s,
-        "models": [plain(entry) for entry in entries],
+        "models": models,
         "workers": [plain(worker) for worker in workers],
     }
 
@@ -114,6 +121,8 @@ def status(as_json: JsonOption = False, endpoint: EndpointOption = None, admin: 
         out.print(
             f"[yellow]the controller has been silent for {age_s:.0f} s: nothing scales, everything serves[/yellow]"
         )
+    if found["gateways"]:
+        out.print(_gateway_table(found["gateways"]))
     out.print(_model_table(found["models"]))
     out.print(_worker_table(found["workers"]))
 
@@ -125,6 +134,15 @@ def workers(as_json: JsonOption = False, endpoint: EndpointOption = None, admin:
         print_json(rows)
     else:
         out.print(_worker_table(rows))
+
+
+def _gateway_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("gateway", "state", "workers", "running", "waiting", "link", "metrics", box=None, pad_edge=False)
+    for row in rows:
+        load = [str(row[name]) for name in ("workers", "running", "waiting")]
+        cells = (str(row["process"]), "UP" if row["up"] else "DOWN", *load, row["link"], row["metrics"])
+        table.add_row(*map(escape, cells))
+    return table
 
 
 def _model_table(rows: list[dict[str, Any]]) -> Table | str:

@@ -96,6 +96,11 @@ class RunFolder:
         found = self.state().get("endpoints")
         return dict(found) if isinstance(found, dict) else {}
 
+    def siblings(self) -> list[dict[str, str]]:
+        """The endpoints of the gateway processes beside the first."""
+        found = self.state().get("siblings")
+        return [dict(one) for one in found] if isinstance(found, list) else []
+
     def instance(self) -> str:
         """The tag that all processes of the cluster carry in their environment."""
         return str(self.state().get("instance", ""))

@@ -40,7 +40,7 @@ def up(
     demo: Annotated[bool, typer.Option("--demo", hidden=True)] = False,
     background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
 ) -> None:
-    """Start a local cluster: Ray, a gateway and a controller. Ctrl-C stops everything."""
+    """Start a local cluster: Ray, one or more gateway processes and a controller. Ctrl-C stops everything."""
     config = read_config(file)
     _check_installed(config)
     if detach:
@@ -168,7 +168,9 @@ async def _come_up(cluster: LocalCluster, *, demo: bool, background: bool) -> No
     step.show("gateway and ray are up, models are loading")
     entries = await cluster.wait_for_models(step)
     up = "   ".join(_told(entry) for entry in entries)
-    step.done(f"{'ray · controller · gateway   ' + up:<34} {duration(step.elapsed_s):>7}")
+    count = cluster.config.gateway.processes
+    gateways = "gateway" if count == 1 else f"{count} gateways"
+    step.done(f"{f'ray · controller · {gateways}   ' + up:<34} {duration(step.elapsed_s):>7}")
     if demo:
         await _first_answer(cluster, Step(numbers[2], "first answer"))
     _say_ready(cluster, entries, background=background)

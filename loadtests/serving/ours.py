@@ -1,4 +1,4 @@
-"""Our serving side without Ray: a gateway process and a worker process that dials it, on loopback."""
+"""Our serving side without Ray: gateway processes and a worker process that dials them, on loopback."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import yaml
 
+from cluster.cli.ports import decide
+from cluster.cli.siblings import rows
+from cluster.config import parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.children import Child, Children
@@ -55,29 +58,35 @@ def plain_tokens(model: Path) -> str:
     return f"token_lo={longest.start}&token_hi={longest.stop}"
 
 
-def configuration(model: str, **addresses: str) -> str:
-    """A cluster.yaml for one gateway on free ports of loopback, but for the listeners in `addresses`."""
-    entry = {"name": model, "source": "sim:///worker-of-the-load-test"}
-    listen = dict.fromkeys(LISTENERS, "127.0.0.1:0") | addresses
-    return yaml.safe_dump(
-        {
-            "api_version": "headrace/v1",
-            "name": "loadtest",
-            "gateway": {"listen": listen, "drain_timeout_s": 0, "max_message_bytes": 64 << 20},
-            "observe": {"log_level": "warning"},
-            "models": [entry],
-        }
-    )
+def configuration(model: str, processes: int = 1, **addresses: str) -> str:
+    """A cluster.yaml for gateways on free ports of loopback, but for the listeners in `addresses`."""
+    gateway = {
+        "listen": dict.fromkeys(LISTENERS, "127.0.0.1:0") | addresses,
+        "processes": processes,
+        "drain_timeout_s": 0,
+        "max_message_bytes": 64 << 20,
+    }
+    whole = {
+        "api_version": "headrace/v1",
+        "name": "loadtest",
+        "gateway": gateway,
+        "observe": {"log_level": "warning"},
+        "models": [{"name": model, "source": "sim:///worker-of-the-load-test"}],
+    }
+    if processes > 1:
+        gateway["listen"] = decide(parse(yaml.safe_dump(whole))).gateway.listen.model_dump()
+    return yaml.safe_dump(whole)
 
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """A running gateway with its worker."""
+    """A running gateway with its worker; `siblings` are further processes of it and their endpoints."""
 
     gateway: Child
     worker: Child
     endpoints: Mapping[str, str]
     model: str = MODEL
+    siblings: Sequence[tuple[Child, Mapping[str, str]]] = ()
 
     @property
     def grpc(self) -> str:
@@ -92,31 +101,42 @@ class Ours:
     @property
     def roots(self) -> list[tuple[int, str]]:
         """For processes.snapshot."""
-        return [(self.gateway.pid, self.gateway.kind), (self.worker.pid, self.worker.kind)]
+        return [
+            (child.pid, child.kind) for child in (self.gateway, *(child for child, _ in self.siblings), self.worker)
+        ]
 
 
-def exec_gateway(children: Children, folder: Path, name: str, text: str, witness: tuple[str, ...]) -> Child:
+def exec_gateway(
+    children: Children, folder: Path, name: str, text: str, witness: tuple[str, ...] = (), process: int = 0
+) -> Child:
     """Start a gateway with an empty folder of its own; READY_FILE in `folder/name` is written once it serves."""
     home = folder / name
     home.mkdir(parents=True, exist_ok=True)
     (home / "cluster.yaml").write_text(text)
     program = ["-m", "loadtests.serving.gateway", *witness, "--"] if witness else ["-m", "cluster.cli.main"]
     command = [sys.executable, *program, "gateway", "-f", str(home / "cluster.yaml"), "--folder", str(home / "state")]
-    return children.start(name, GATEWAY, [*command, "--ready-file", str(home / READY_FILE)])
+    command += ["--ready-file", str(home / READY_FILE), *(("--process", str(process)) if process else ())]
+    return children.start(name, GATEWAY, command)
 
 
-async def start_gateway(
-    children: Children, folder: Path, name: str, *, witness: tuple[str, ...] = ()
-) -> tuple[Child, Mapping[str, str]]:
-    """A gateway and its endpoints by listener. Raises DidNotStart. `witness`: options of serving.gateway."""
-    child = exec_gateway(children, folder, name, configuration(MODEL), witness)
-    ready = folder / name / READY_FILE
+async def start_gateways(
+    children: Children, folder: Path, name: str, *, processes: int = 1, witness: tuple[str, ...] = ()
+) -> list[tuple[Child, Mapping[str, str]]]:
+    """Gateway processes on one port, each with its endpoints by listener. Raises DidNotStart.
 
-    async def there() -> bool:
-        return ready.exists()
+    `witness`: options of serving.gateway.
+    """
+    text, out = configuration(MODEL, processes), []
+    for process in range(processes):
+        own = f"{name}-{process}" if process else name
+        child, ready = exec_gateway(children, folder, own, text, witness, process), folder / own / READY_FILE
 
-    await child.until(there, "it serves", READY_S)
-    return child, json.loads(ready.read_text())["endpoints"]
+        async def there(ready: Path = ready) -> bool:
+            return ready.exists()
+
+        await child.until(there, "it serves", READY_S)
+        out.append((child, json.loads(ready.read_text())["endpoints"]))
+    return out
 
 
 async def start(
@@ -130,9 +150,11 @@ async def start(
     kind: str = WORKER,
     witness: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
+    processes: int = 1,
 ) -> Ours:
     """Gateway and worker, the model ready. `source` and `engine` as serving.worker takes them. Raises DidNotStart."""
-    gateway, endpoints = await start_gateway(children, folder, f"{name}-gateway", witness=witness)
+    first, *siblings = await start_gateways(children, folder, f"{name}-gateway", processes=processes, witness=witness)
+    gateway, endpoints = first
     ready = folder / f"{name}-worker.ready"
     ready.unlink(missing_ok=True)
     command = [sys.executable, "-m", "loadtests.serving.worker", "--name", MODEL, "--link", endpoints["link"]]
@@ -155,7 +177,14 @@ async def start(
             return model.state == pb.Model.STATE_READY
 
         await worker.until(model_ready, "the gateway calls the model ready", READY_S)
-    return Ours(gateway, worker, endpoints)
+
+    async def linked() -> bool:
+        processes = [addresses for _, addresses in (first, *siblings)]
+        return all(row["workers"] for row in await asyncio.to_thread(rows, processes))
+
+    if siblings:
+        await worker.until(linked, "every gateway process has its link", READY_S)
+    return Ours(gateway, worker, endpoints, siblings=siblings)
 
 
 async def ask_stalls(ours: Ours, path: Path) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A whole local cluster from the command line: real Ray, gateway and controller, a simulated engine."""
+"""A whole local cluster from the command line: real Ray, two gateway processes, controller, a simulated engine."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ CONFIG = """
 api_version: headrace/v1
 name: {name}
 gateway:
+  processes: 2
   listen:
     {{grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}}
 models: [{{name: sim, aliases: [default], source: "{source}"}}]
@@ -100,6 +101,16 @@ def test_status_finds_it(up: Up) -> None:
     assert [worker["model"] for worker in found["workers"]] == ["sim"]
 
 
+def test_both_gateways_are_linked(up: Up) -> None:
+    """Worker and controller were told of the first process and have dialled the second too."""
+
+    def linked() -> list[tuple[int, int]]:
+        rows = json.loads(headrace("status", "--json").stdout)["gateways"]
+        return [(row["workers"], row["controllers"]) for row in rows]
+
+    until(lambda: linked() == [(1, 1), (1, 1)], "both have both links")
+
+
 def test_a_second_up_is_refused(up: Up) -> None:
     """The first one goes on."""
     done = headrace("up", "-f", str(up.file), "--detach")
@@ -108,7 +119,7 @@ def test_a_second_up_is_refused(up: Up) -> None:
     assert up.ask()
 
 
-@pytest.mark.parametrize("part", ["gateway", "controller"])
+@pytest.mark.parametrize("part", ["gateway", "gateway-1", "controller"])
 def test_a_killed_part_comes_back(up: Up, part: str) -> None:
     """The supervisor starts it again, says so, and callers are served."""
     before = up.process(part)

@@ -1,0 +1,59 @@
+"""What `status` shows of each gateway process of a local cluster: read from its /metrics, for only one serves admin."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+TIMEOUT_S = 2.0
+
+
+def rows(endpoints: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """One row a process, in order; `up` is false, and the numbers 0, where nobody answers."""
+    return [_row(process, addresses) for process, addresses in enumerate(endpoints)]
+
+
+def _row(process: int, addresses: Mapping[str, str]) -> dict[str, Any]:
+    samples = scrape(addresses.get("metrics", ""))
+
+    def total(name: str, **labels: str) -> int:
+        return int(sum(value for n, given, value in samples or () if n == name and labels.items() <= given.items()))
+
+    waiting: dict[str, int] = {}
+    for name, labels, value in samples or ():
+        if name == "headrace_queue_requests":
+            waiting[labels["model"]] = int(value)
+    return {
+        "process": process,
+        "up": samples is not None,
+        "link": addresses.get("link", ""),
+        "metrics": addresses.get("metrics", ""),
+        "running": total("headrace_requests_in_flight"),
+        "waiting": sum(waiting.values()),
+        "waiting_by_model": waiting,
+        "workers": total("headrace_link_connected", face="worker"),
+        "controllers": total("headrace_link_connected", face="controller"),
+    }
+
+
+def scrape(address: str) -> list[tuple[str, dict[str, str], float]] | None:
+    """(name, labels, value) of every sample; None where nobody answers."""
+    host, _, port = address.rpartition(":")
+    if host in ("0.0.0.0", "[::]"):  # noqa: S104 - compared, not bound
+        host = "127.0.0.1"
+    connection = http.client.HTTPConnection(host.strip("[]"), int(port or 0), timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        text = answer.read().decode()
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+    if answer.status != http.client.OK:
+        return None
+    families = text_string_to_metric_families(text)
+    return [(sample.name, dict(sample.labels), sample.value) for family in families for sample in family.samples]

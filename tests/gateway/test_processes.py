@@ -1,0 +1,121 @@
+"""Two gateway processes on one port: both serve, each tells its own metrics, and either goes on without the other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.cli import siblings
+from cluster.cli.runs import ProcessId, RunFolder
+from cluster.v1 import inference_pb2_grpc as pb_grpc
+from loadtests.children import Children
+from loadtests.serving import ours as serving
+from tests.support.calls import chat
+from tests.support.cluster import until
+from tests.support.shell import headrace
+
+pytestmark = pytest.mark.slow
+
+OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+CONNECTIONS, TOKENS = 16, 8
+
+
+@pytest.fixture
+async def ours(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[serving.Ours]:
+    """Two processes, and a worker process that was told of the first alone."""
+    bundle.save(tmp_path / "bundle")
+    async with Children(tmp_path / "logs", term_s=2.0) as children:
+        yield await serving.start(
+            children, tmp_path, bundle=tmp_path / "bundle", source=f"sim://{checkpoint}?decode_ms=2", processes=2
+        )
+
+
+async def ask(address: str, connections: int) -> list[Any]:
+    """Two calls over each of many connections: the whole answers."""
+    channels = [grpc.aio.insecure_channel(address, options=OWN_CONNECTION) for _ in range(connections)]
+    try:
+        stubs = [pb_grpc.InferenceStub(channel) for channel in channels]
+        request = chat(model=serving.MODEL, max_tokens=TOKENS, ignore_eos=True)
+        return await asyncio.gather(*(stub.Chat(request, timeout=20) for stub in stubs for _ in range(2)))
+    finally:
+        for channel in channels:
+            await channel.close()
+
+
+def answered(endpoints: Mapping[str, str]) -> int:
+    """How many calls a process says it has answered."""
+    found = siblings.scrape(endpoints["metrics"])
+    assert found is not None
+    return int(sum(value for name, _, value in found if name == "headrace_requests_total"))
+
+
+def own_process(child: Any) -> int:
+    """The gateway's own pid, below its guard."""
+    (process,) = child.commands()
+    return int(process.pid)
+
+
+async def test_both_serve_and_one_goes_on_alone(
+    ours: serving.Ours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections land on both; calls in both metrics add up; `status` shows both; after one is killed, whichever,
+    the port is the other's."""
+    ((second, at_second),) = ours.siblings
+    assert at_second["grpc"] == ours.grpc
+    assert int(at_second["link"].rsplit(":", 1)[1]) == int(ours.endpoints["link"].rsplit(":", 1)[1]) + 9
+    assert "admin" not in at_second
+    before = [answered(ours.endpoints), answered(at_second)]
+    answers = await ask(ours.grpc, CONNECTIONS)
+    assert [answer.usage.completion_tokens for answer in answers] == [TOKENS] * 2 * CONNECTIONS
+    counts = [answered(e) - b for e, b in zip((ours.endpoints, at_second), before, strict=True)]
+    assert sum(counts) == 2 * CONNECTIONS
+    assert all(counts), "all connections at one of two would be a chance of 1 in 32768"
+
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
+    own, run = ProcessId.of(os.getpid()), RunFolder("here")
+    run.path.mkdir(parents=True)
+    supervisor = {"pid": own.pid, "created": own.created}
+    run.write({"supervisor": supervisor, "endpoints": dict(ours.endpoints), "siblings": [dict(at_second)]})
+    told = (await asyncio.to_thread(headrace, "status")).stdout
+    assert [line.split()[:3] for line in told.splitlines() if at_second["link"] in line] == [["1", "UP", "1"]]
+
+    os.kill(own_process(second), signal.SIGKILL)
+    await until(lambda: not second.alive, "the second is gone")
+    assert len(await ask(ours.grpc, CONNECTIONS)) == 2 * CONNECTIONS
+    rows = siblings.rows([ours.endpoints, at_second])
+    assert [(row["up"], row["workers"]) for row in rows] == [(True, 1), (False, 0)]
+
+
+async def test_the_second_lives_without_the_first(ours: serving.Ours) -> None:
+    """The worker learnt of it from the first, and does not forget it with the first's death."""
+    ((_, at_second),) = ours.siblings
+    os.kill(own_process(ours.gateway), signal.SIGKILL)
+    await until(lambda: not ours.gateway.alive, "the first is gone")
+    assert len(await ask(ours.grpc, 4)) == 8
+    assert answered(at_second) >= 8
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments", "code", "message"),
+    [
+        (1, ["--process", "1"], 2, "--process 1: gateway.processes is 1, and they count from 0"),
+        (2, [], 1, "gateway.listen.grpc: port 0 with processes: 2: each process would pick another"),
+    ],
+)
+def test_what_cannot_be_shared_is_told(
+    tmp_path: Path, processes: int, arguments: list[str], code: int, message: str
+) -> None:
+    """A process that the file does not have, and ports that nobody else could know."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text(serving.configuration("m").replace("processes: 1", f"processes: {processes}"))
+    done = headrace("gateway", "-f", str(file), "--folder", str(tmp_path / "state"), *arguments)
+    assert done.returncode == code
+    assert message in " ".join(done.stderr.split())
