@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -161,8 +163,7 @@ class Metrics(Collector):
     def serve(self, host: str, port: int) -> int:
         """Serve /metrics from a thread; the bound port."""
         server = make_server(host, port, make_wsgi_app(self.registry), _Server, handler_class=_SilentHandler)
-        # socketserver looks for the end every half second unless told; a gateway's stop should not wait for that
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="metrics", daemon=True)
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
         thread.start()
         self._server = (server, thread)
         return int(server.server_port)
@@ -171,6 +172,8 @@ class Metrics(Collector):
         """Stop serving."""
         if self._server is not None:
             server, thread = self._server
+            with contextlib.suppress(OSError):  # it looks for its end only twice a second; this wakes it at once
+                server.socket.shutdown(socket.SHUT_RDWR)
             server.shutdown()
             server.server_close()
             thread.join()
