@@ -25,6 +25,7 @@ SCENARIOS = {
     "smoke": "every face of ours over a simulated engine, in seconds; no threshold on time",
     "relay": "CPU per relayed token at 256 streams of a simulated engine, beside vllm-router",
     "longprompt": "220 KB prompts at concurrency 50 over a simulated engine, beside vllm-router",
+    "processes": "CPU per token of two gateway processes on one port against one, 256 streams",
     "startup": "gateway exec to first routed request with a 128k tokenizer",
     "fairness": "fair turns between tenants over eight simulated workers, in virtual time, beside FIFO",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",

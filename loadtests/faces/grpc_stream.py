@@ -20,7 +20,7 @@ OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # it bounds each try to connect, too: a busy server is no dead one
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 CHAT = "/cluster.v1.Inference/StreamChat"

@@ -3,7 +3,8 @@
 vLLM's own OpenAI server stands alone (a) and behind vllm-router (b), SMG (c) and LiteLLM (d); Ray Serve's own gRPC
 proxy and its direct ingress (e) stand over a plain vLLM deployment; ours (f, g, h) is a gateway process and a worker
 process with the parts of the Ray replica, without Ray's own processes. Engines and their ranks are bound to one core,
-all front ends and the driver to another. The rows that need no engine are measured by relay, longprompt and startup.
+all front ends and the driver to another. The rows that need no engine are measured by relay, longprompt,
+startup and processes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import ENGINE, classify, pin
 from loadtests.report import Arm, Round
-from loadtests.scenarios import longprompt, relay, startup
+from loadtests.scenarios import longprompt, processes, relay, startup
 from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns, unbind
 from loadtests.scenarios.relay import GRPC, HTTP, SESSION
 from loadtests.serving import ours as serving
@@ -280,7 +281,7 @@ def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
 
 async def _parts(stage: Stage) -> None:
     """The rows without an engine: the other scenarios, as parts of this one."""
-    for name, part in (("relay", relay), ("longprompt", longprompt), ("startup", startup)):
+    for name, part in (("relay", relay), ("longprompt", longprompt), ("startup", startup), ("processes", processes)):
         unbind()
         folder = stage.folder / name
         folder.mkdir()

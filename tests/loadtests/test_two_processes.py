@@ -1,0 +1,32 @@
+"""The scenario `processes`, small: both arms answer every call, and the row is there with too few rounds to be met."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loadtests.children import Children
+from loadtests.report import Report
+from loadtests.scenarios import processes
+from loadtests.scenarios.common import Options, Stage
+from loadtests.show import Screen
+
+
+@pytest.mark.slow
+async def test_the_row_of_two_processes(tmp_path: Path) -> None:
+    """Whole answers, equal texts, CPU time of gateways alone, one figure."""
+    report = Report("processes")
+    options = Options(rounds=1, tokens=8, concurrency=32, pin=False)
+    async with Children(tmp_path / "logs", term_s=2.0) as children:
+        await processes.play(Stage(options, Screen(), children, tmp_path, report))
+    assert report.complete, report.problems
+    for arm in report.arms:
+        ((one,),) = (arm.rounds,)
+        assert [record.tokens for record in one.run.good] == [8] * 32
+        assert "gateway" in one.usage.cpu_s
+    (figure,) = report.figures
+    assert figure.name == processes.FLAT
+    assert figure.bound == "<= 1.1"
+    assert figure.reason is not None
+    assert not figure.met
