@@ -74,6 +74,11 @@ async def play(stage: Stage) -> None:
         fair = {g: [loop.run_in_executor(pool, crowd, s, g, True) for s in seeds] for g in GATEWAYS}
         fifo = [loop.run_in_executor(pool, crowd, s, 2, False) for s in seeds]
         quiet = [loop.run_in_executor(pool, quiet_ttft, s) for s in seeds]
+        everything = [*fifo, *quiet, *(run for runs in fair.values() for run in runs)]
+        for number, done in enumerate(asyncio.as_completed(everything), 1):
+            await done
+            if number % rounds == 0:
+                stage.screen.say(f"{number} of {len(everything)} worlds have been run")
         crowds = {g: list(await asyncio.gather(*runs)) for g, runs in fair.items()}
         others, ttfts = list(await asyncio.gather(*fifo)), list(await asyncio.gather(*quiet))
     stage.report.settings |= {
