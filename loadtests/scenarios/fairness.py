@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.sim.traffic import Lengths, SimTenant, clipped, made_up
 from cluster.sim.world import World, WorldConfig
@@ -74,7 +75,7 @@ async def play(stage: Stage) -> None:
         fair = {g: [loop.run_in_executor(pool, crowd, s, g, True) for s in seeds] for g in GATEWAYS}
         fifo = [loop.run_in_executor(pool, crowd, s, 2, False) for s in seeds]
         quiet = [loop.run_in_executor(pool, quiet_ttft, s) for s in seeds]
-        everything = [*fifo, *quiet, *(run for runs in fair.values() for run in runs)]
+        everything: list[asyncio.Future[Any]] = [*fifo, *quiet, *(run for runs in fair.values() for run in runs)]
         for number, done in enumerate(asyncio.as_completed(everything), 1):
             await done
             if number % rounds == 0:
