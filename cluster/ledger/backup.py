@@ -104,7 +104,7 @@ def restore(engine: Engine, file: Path) -> Counts:
 
 
 def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: list[list[Any]]) -> None:
-    """Rows straight to the driver, which is three times as fast as through the statement's types."""
+    """Rows straight to the driver, which takes two thirds of the CPU time that the statement's types do."""
     for at, name in enumerate(columns):
         if isinstance(table.c[name].type, JSON):
             for row in rows:
