@@ -6,6 +6,8 @@ report states the true counts, which the server tells.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import random
 from collections.abc import Sequence
@@ -30,6 +32,20 @@ def words(seed: str, count: int) -> str:
     """`count` words; equal seeds give equal words, and a longer text begins with the shorter one."""
     rng = random.Random(seed)
     return " ".join(rng.choices(WORDS, k=max(count, 1)))
+
+
+@functools.cache
+def _reference() -> str:
+    """The language reference that every Python brings along for its help(): real prose with some code in it."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def prose(seed: str, size_bytes: int) -> str:
+    """So many bytes of Python's language reference, from a seeded place on."""
+    text = _reference()
+    at = random.Random(seed).randrange(len(text))
+    return (text[at:] + text)[:size_bytes].encode()[:size_bytes].decode("utf-8", "ignore")
 
 
 def fixed(count: int, prompt_words: int, max_tokens: int, seed: int, chat: bool = True) -> list[Request]:
