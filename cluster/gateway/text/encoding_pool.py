@@ -22,7 +22,7 @@ from typing import Any, Final
 import structlog
 
 from cluster.api.bundle import Bundle
-from cluster.gateway.text.pool_helper import FAILED, HEAD
+from cluster.gateway.text.pool_wire import FAILED, HEAD
 
 log = structlog.get_logger("text")
 

@@ -10,12 +10,10 @@ import os
 import pickle
 import signal
 import socket
-import struct
 from typing import Final
 
-HEAD: Final = struct.Struct("<Q")
-FAILED: Final = 2**64 - 1
-"""In place of a length: the job raised; whoever asked finds out why by doing it."""
+from cluster.gateway.text.pool_wire import FAILED, HEAD
+
 IDLE_S: Final = 600.0
 NICENESS: Final = 5
 """Behind the gateway's own loop, where the two want one core: tokens under way go before prompts to come."""
