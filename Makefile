@@ -1,11 +1,13 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format protos requirements doctor bench bench-peers clean clean-all
+.PHONY: help setup demo test test-fast check format protos requirements doctor bench bench-peers gpu-report clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
 python = $(if $(PYTHON),$$(PYTHON=$(PYTHON) scripts/find-python.sh),$$([ -x $(VENV)/python ] && echo $(VENV)/python || scripts/find-python.sh))
+# Only gpu-report fetches models, unless the environment forbids it.
+HUB_OFFLINE := $(or $(HF_HUB_OFFLINE),0)
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -57,6 +59,10 @@ bench-peers: setup ## the environment .venv-peers, for the scenarios that run be
 	$(VENV)/uv venv --quiet --allow-existing --python $(VENV)/python .venv-peers
 	$(VENV)/uv pip sync --quiet --python .venv-peers/bin/python requirements/peers.txt
 	@echo "peers are in .venv-peers; try: make bench SCENARIO=relay"
+
+gpu-report: ## peers with a real model on this machine's GPUs, as Markdown (MODEL=folder-or-id REPORT=docs/x.md)
+	@[ -x $(VENV)/python ] || { echo "no $(VENV): make one with the gpu extra, pip install -e '.[gpu,bench]'"; exit 2; }
+	HF_HUB_OFFLINE=$(HUB_OFFLINE) $(VENV)/python -m loadtests.gpu_report $(MODEL) $(if $(REPORT),--out $(REPORT)) $(ARGS)
 
 clean: ## remove caches and what was built
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

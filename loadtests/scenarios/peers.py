@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -38,6 +38,8 @@ RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)
+SINGLES_SHARE = 0.35
+"""Of the time that is left, where it is bounded: for one stream, before 64."""
 COOLDOWN_S = 1.5
 """vLLM's rank processes poll at full speed for a second after their last step, on the core of the next arm's."""
 ENGINE_ARGUMENTS: dict[str, object] = {
@@ -92,6 +94,9 @@ class Field:
         self.stage = stage
         self.stack = stack
         self.arms: list[Contestant] = []
+        setup = stage.options.setup
+        self.engine: Mapping[str, object] = ENGINE_ARGUMENTS if setup is None else setup.engine
+        self.gpus = 0 if setup is None else setup.gpus
         self.environment = {
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -135,7 +140,9 @@ class Field:
 
 async def play(stage: Stage) -> None:
     """The engines' rows first, then the parts that need none."""
-    model, bundle = await serving.prepare(stage.children, "llama", stage.folder)
+    setup = stage.options.setup
+    kind = str(setup.model) if setup is not None and setup.model is not None else "llama"
+    model, bundle = await serving.prepare(stage.children, kind, stage.folder)
     async with AsyncExitStack() as stack:
         field = Field(stage, stack)
         await _with_vllm_server(field, model)
@@ -150,7 +157,8 @@ async def play(stage: Stage) -> None:
             await _rounds(field, part="beside direct ingress: ")
         for child in stage.children.started:
             await child.stop()
-    await _parts(stage)
+    if setup is None:
+        await _parts(stage)
 
 
 async def _with_vllm_server(field: Field, model: Path) -> None:
@@ -159,7 +167,7 @@ async def _with_vllm_server(field: Field, model: Path) -> None:
     if not any(stage.options.wants(arm) for arm in (SERVER, ROUTER, SMG, LITELLM)):
         return
     try:
-        server, port = await peers.vllm_server(stage.children, name, model, ENGINE_ARGUMENTS, field.environment)
+        server, port = await peers.vllm_server(stage.children, name, model, field.engine, field.environment)
     except DidNotStart as error:
         for arm in (SERVER, ROUTER, SMG, LITELLM):
             stage.arm(arm, "vLLM's own server, or a router before it").problem = str(error)
@@ -197,7 +205,7 @@ async def _ours(field: Field, model: Path, bundle: Path) -> None:
     stage = field.stage
     if not any(stage.options.wants(arm) for arm in (GRPC, HTTP, SESSION)):
         return
-    arguments = {name: value for name, value in ENGINE_ARGUMENTS.items() if name != "enforce_eager"}
+    arguments = {name: value for name, value in field.engine.items() if name != "enforce_eager"}
     try:
         ours = await serving.start(
             stage.children, stage.folder, bundle=bundle, source=str(model), engine=arguments,
@@ -217,8 +225,8 @@ async def _ray(field: Field, stack: AsyncExitStack, name: str, model: Path, *, d
     async def start() -> tuple[Face, list[tuple[int, str]]]:
         serving_ray = await stack.enter_async_context(
             ray_serve.running(
-                field.stage.children, name.lower().replace(" ", "-"), model, ENGINE_ARGUMENTS, field.environment,
-                direct_ingress=direct_ingress,
+                field.stage.children, name.lower().replace(" ", "-"), model, field.engine, field.environment,
+                direct_ingress=direct_ingress, gpus=field.gpus,
             )
         )  # fmt: skip
         face = GrpcStream(serving_ray.address, serving.MODEL, metadata=serving_ray.metadata)
@@ -234,12 +242,13 @@ async def _rounds(field: Field, part: str = "") -> None:
     stage.report.settings[f"{part}cores"] = field.bind()
     singles: list[Contestant] = []
     if not part:
-        stage.report.settings |= {"engine": ENGINE_ARGUMENTS, "streams": streams, "rounds": rounds}
+        stage.report.settings |= {"engine": dict(field.engine), "streams": streams, "rounds": rounds}
         for arm in field.arms:
             single = stage.report.arm(ONE + arm.arm.name, arm.arm.description)
             singles.append(Contestant(single, arm.face, arm.roots))
         await take_turns(
-            stage, singles, lambda number: fixed(ONE_CALLS, PROMPT_WORDS, ONE_TOKENS, options.seed * 2000 + number),
+            stage.hurried(SINGLES_SHARE), singles,
+            lambda number: fixed(ONE_CALLS, PROMPT_WORDS, ONE_TOKENS, options.seed * 2000 + number),
             rounds=rounds, concurrency=1, limits=LIMITS, cooldown_s=COOLDOWN_S,
         )  # fmt: skip
     turns = field.arms
@@ -274,7 +283,7 @@ def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
             out.append(ratio_figure(title, *pairs, bound, scale=scale, difference_unit=unit))
         else:
             lacking = next((name for name in (ours, theirs) if name not in arms), ours)
-            why = told.get(lacking) or told.get(lacking.removeprefix(ONE)) or "it was not asked for"
+            why = told.get(lacking) or told.get(lacking.removeprefix(ONE)) or "it was not asked for, or time was up"
             out.append(missing(title, bound, f"{lacking} did not run: {why.splitlines()[0]}"))
     return out
 

@@ -31,9 +31,10 @@ PREPARE_S = 120.0
 
 async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Path]:
     """The model folder and the bundle folder of a kind (see serving.prepare), made when missing. Raises DidNotStart."""
-    made = folder / kind
+    name = Path(kind).name
+    made = folder / name
     child = children.start(
-        f"prepare-{kind}", "preparation", [sys.executable, "-m", "loadtests.serving.prepare", kind, str(made)]
+        f"prepare-{name}", "preparation", [sys.executable, "-m", "loadtests.serving.prepare", kind, str(made)]
     )
 
     async def there() -> bool:

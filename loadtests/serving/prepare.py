@@ -3,7 +3,7 @@
     python -m loadtests.serving.prepare KIND FOLDER
 
 writes FOLDER/model and FOLDER/bundle. KIND is `llama` (a tiny checkpoint with random weights), `tokenizer` (the same
-without weights) or `big` (a tokenizer of 128,000 pieces).
+without weights), `big` (a tokenizer of 128,000 pieces) or the folder of a checkpoint, which is used in place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(kind: str, folder: Path) -> None:
     if kind == "llama":
         checkpoints.build_checkpoint("llama", model)
         # Greedy and nothing else, on every face: the published models' sampling defaults are not what is measured.
-        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": _eos(model)}) + "\n")
+        _greedy(model)
     elif kind == "tokenizer":
         checkpoints.build_tokenizer("llama", model)
         vocab = checkpoints.VOCAB_SIZES["llama"]
@@ -35,13 +35,25 @@ def main(kind: str, folder: Path) -> None:
         (model / "config.json").write_text(json.dumps(config) + "\n")
     elif kind == "big":
         checkpoints.big_tokenizer(model)
+    elif Path(kind).is_dir():
+        _borrow(Path(kind), model)
     else:
         raise SystemExit(f"unknown kind {kind!r}")
     build_bundle(model).save(bundle)
 
 
-def _eos(model: Path) -> object:
-    return json.loads((model / "config.json").read_text())["eos_token_id"]
+def _greedy(model: Path) -> None:
+    eos = json.loads((model / "config.json").read_text()).get("eos_token_id")
+    (model / "generation_config.json").write_text(json.dumps({} if eos is None else {"eos_token_id": eos}) + "\n")
+
+
+def _borrow(there: Path, model: Path) -> None:
+    """A folder of links to a checkpoint's files, but with no sampling defaults of its own."""
+    model.mkdir(parents=True, exist_ok=True)
+    for file in there.iterdir():
+        if file.name != "generation_config.json":
+            (model / file.name).symlink_to(file.resolve())
+    _greedy(model)
 
 
 if __name__ == "__main__":

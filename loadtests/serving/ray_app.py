@@ -23,8 +23,8 @@ from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from cluster.v1 import inference_pb2 as pb
+from loadtests.serving.ray_serve import APPLICATION
 
-APPLICATION = "bench"
 SERVICER = "cluster.v1.inference_pb2_grpc.add_InferenceServicer_to_server"
 
 
@@ -74,6 +74,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--grpc-port", type=int, required=True)
     parser.add_argument("--http-port", type=int, required=True)
+    parser.add_argument("--gpus", type=int, default=0)
     arguments = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -85,7 +86,8 @@ def main() -> None:
         http_options=HTTPOptions(host="127.0.0.1", port=arguments.http_port),
         grpc_options=gRPCOptions(port=arguments.grpc_port, grpc_servicer_functions=[SERVICER]),
     )
-    deployment = serve.deployment(Plain, name="plain", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 1})
+    resources = {"num_cpus": 1, "num_gpus": arguments.gpus}
+    deployment = serve.deployment(Plain, name="plain", max_ongoing_requests=1000, ray_actor_options=resources)
     serve.run(deployment.bind(arguments.folder, json.loads(arguments.engine)), name=APPLICATION, route_prefix="/")
     Path(arguments.ready).write_text("{}")
     stop.wait()

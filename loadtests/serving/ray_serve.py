@@ -19,9 +19,9 @@ import grpc
 
 from cluster.rayserve.local import LocalRay, LocalRaySettings, RayDidNotStart
 from loadtests.children import Child, Children, DidNotStart, free_port
-from loadtests.serving.ray_app import APPLICATION
 
 READY_S = 240.0
+APPLICATION = "bench"
 RAY, DRIVER = "ray system", "ray driver"
 
 
@@ -43,6 +43,7 @@ async def running(
     environment: Mapping[str, str],
     *,
     direct_ingress: bool,
+    gpus: int = 0,
 ) -> AsyncIterator[RayServe]:
     """Ray and the application, ended with the context. Raises DidNotStart."""
     grpc_port, first = free_port(), free_port()
@@ -65,6 +66,8 @@ async def running(
         command += [
             "--engine",
             json.dumps(dict(engine)),
+            "--gpus",
+            str(gpus),
             "--grpc-port",
             str(grpc_port),
             "--http-port",

@@ -1,0 +1,152 @@
+"""`make gpu-report`: what is missing is said, memory is shared or refused, and a trial on CPU claims nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from loadtests import gpu_report
+from loadtests.children import ROOT, Children
+from loadtests.figures import Bound, missing, ratio_figure
+from loadtests.markdown import TRIAL, Device, Subject, page
+from loadtests.report import Report
+from loadtests.scenarios.peers import RAY_PROXY
+from loadtests.scenarios.relay import GRPC
+from loadtests.serving import ours as serving
+from tests.support.checkpoints import build_tokenizer
+
+GIB = 1 << 30
+CARD = Device("NVIDIA Example", 80 * GIB, 79 * GIB)
+
+
+def report() -> Report:
+    """One measured row, one that was not."""
+    made = Report("gpu-report", started_at=datetime(2026, 1, 2, tzinfo=UTC))
+    rows = [1.0, 1.1] * 5, [2.0, 2.1] * 5
+    made.figures.append(ratio_figure("CPU | per token", *rows, Bound("<=", 0.6), scale=1e6, difference_unit="µs/token"))
+    made.figures.append(missing("TTFT", Bound("<=", 1.0), "the peer did not run"))
+    return made
+
+
+def test_a_page_names_what_ran_where() -> None:
+    """GPUs counted by kind, driver, commit and command; a row with its interval, and one with why it is missing."""
+    subject = Subject("org/model-8b", "LlamaForCausalLM", 16 * GIB, "bfloat16", "python -m x", [CARD, CARD], "NVIDIA 1")
+    text = page(subject, [("One GPU", report()), ("Two", report())], ["A note."])
+    assert text.startswith("# Load test on GPUs, 2026-01-02\n")
+    assert "| GPU | 2 x NVIDIA Example, 80 GiB |" in text
+    assert "| driver | NVIDIA 1 |" in text
+    assert "| model | org/model-8b (LlamaForCausalLM, 16.00 GiB of weights) |" in text
+    assert "python 3." in text
+    assert "| CPU \\| per token | 0.512 | 0.5" in text
+    assert "| <= 0.6 | yes | -1e+06 µs/token | 10 |  |" in text
+    assert "| TTFT | not measured |  | <= 1 | - |  | 0 | the peer did not run |" in text
+    assert text.index("A note.") < text.index("## One GPU") < text.index("## Two")
+    assert TRIAL not in text
+
+
+def test_a_trial_says_so_first() -> None:
+    """Nobody can take it for a measurement."""
+    text = page(Subject("tiny", "X", 0, "float32", "c"), [("peers", report())])
+    assert text.splitlines()[0] == "# Trial of the GPU load test, on CPU, 2026-01-02"
+    assert text.splitlines()[2] == TRIAL
+    assert "| GPU | none was used |" in text
+
+
+def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
+    """A GPU, the peers and a model, each with what to do."""
+    told = "\n".join(gpu_report.lacking([], tmp_path, ""))
+    assert "no GPU: torch sees none here" in told
+    assert "make bench-peers" in told
+    assert "Hugging Face id" in told
+    assert not [line for line in gpu_report.lacking([CARD], tmp_path, "m") if "GPU: torch" in line or "id of" in line]
+
+
+def test_engines_share_the_memory_of_one_gpu() -> None:
+    """Three where they fit, two without Ray Serve's where not, and a clear refusal for less."""
+    arms, share, notes = gpu_report.share_memory(CARD, 16 * GIB, gpu_report.ARMS)
+    assert (RAY_PROXY in arms, share, notes) == (True, 0.3, [])
+    assert 3 * share * CARD.total_bytes <= CARD.free_bytes
+    arms, share, notes = gpu_report.share_memory(CARD, 30 * GIB, gpu_report.ARMS)
+    assert (RAY_PROXY in arms, GRPC in arms, share) == (False, True, 0.45)
+    assert notes == ["Ray Serve proxy was left out: a third engine does not fit."]
+    with pytest.raises(gpu_report.Missing, match=r"79\.0 GiB free, and two engines of this model need 86\.0"):
+        gpu_report.share_memory(CARD, 40 * GIB, gpu_report.ARMS)
+
+
+def test_engines_have_one_set_of_settings() -> None:
+    """bfloat16; no longer context than the model's; ranks only where asked for."""
+    settings = gpu_report.engine_settings(0.3, 1024)
+    assert (settings["dtype"], settings["max_model_len"]) == ("bfloat16", 1024)
+    assert "tensor_parallel_size" not in settings
+    assert gpu_report.engine_settings(0.3, 131072, 2)["tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize("model", ["nothing-here", "/nowhere/at/all", "a/b/c"])
+def test_a_model_that_is_none_is_refused(model: str) -> None:
+    """Neither a folder nor an id."""
+    with pytest.raises(gpu_report.Missing, match="neither a folder nor a Hugging Face id"):
+        gpu_report.checkpoint(model)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    """The file that is missing is named."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(gpu_report.Missing, match=r"holds no \*\.safetensors"):
+        gpu_report.checkpoint(str(tmp_path))
+
+
+@pytest.mark.slow
+async def test_a_real_checkpoint_is_served_without_its_sampling_defaults(tmp_path: Path) -> None:
+    """Its files are used in place; greedy and nothing else on every face."""
+    there = build_tokenizer("llama", tmp_path / "there" / "real-model")
+    config = {"model_type": "llama", "vocab_size": 768, "max_position_embeddings": 4096, "eos_token_id": 7}
+    (there / "config.json").write_text(json.dumps(config))
+    (there / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": 7}))
+    async with Children(tmp_path / "logs") as children:
+        model, bundle = await serving.prepare(children, str(there), tmp_path)
+    assert (model / "tokenizer.json").samefile(there / "tokenizer.json")
+    assert json.loads((model / "generation_config.json").read_text()) == {"eos_token_id": 7}
+    assert json.loads((there / "generation_config.json").read_text())["temperature"] == 0.6
+    assert any(bundle.iterdir())
+
+
+async def _run(*arguments: str) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "loadtests.gpu_report", *arguments, cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, err = await process.communicate()
+    return process.returncode or 0, out.decode(), err.decode()
+
+
+@pytest.mark.slow
+async def test_without_a_gpu_it_ends_with_what_is_missing(tmp_path: Path) -> None:
+    """Exit code 2, no page, no traceback."""
+    if gpu_report.devices():
+        pytest.skip("this machine has a GPU")
+    code, out, err = await _run("org/model", "--out", str(tmp_path / "page.md"))
+    assert code == 2
+    assert "error: no GPU" in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.engine
+async def test_a_trial_on_cpu_runs_the_whole_way(tmp_path: Path) -> None:
+    """The real engine and our gateway, one tiny round: rows without a peer say so, and none is met."""
+    where = tmp_path / "deep" / "page.md"
+    code, out, err = await _run(
+        "--cpu", "--rounds", "1", "--concurrency", "2", "--tokens", "4", "--only", GRPC, "--out", str(where)
+    )  # fmt: skip
+    assert code == 0, out + err
+    text = where.read_text()
+    assert TRIAL in text
+    assert "| GPU | none was used |" in text
+    assert "vllm-router did not run" in text
+    assert " yes |" not in text
+    assert "\n| ours StreamChat | 1 | " in text
