@@ -20,6 +20,7 @@ from cluster.api.types import (
     TokenOutput,
     WorkerIdentity,
 )
+from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 
 PROTOCOL_MIN = 1
@@ -247,6 +248,42 @@ def _positions(block: pb.SlotLogprobs) -> Iterator[PositionLogprobs]:
     ids, values, width = list(block.token_ids), list(block.logprobs), block.width
     for at in range(0, len(ids), width):
         yield PositionLogprobs(ids[at : at + width], values[at : at + width])
+
+
+def usage_to_pb(u: EndedUsage) -> pb.Usage:
+    """An ended request's counts as they travel."""
+    return pb.Usage(
+        key=u.key,
+        sealed_record=u.sealed,
+        prompt_tokens=u.prompt_tokens,
+        cached_tokens=u.cached_tokens,
+        generated_tokens=u.generated_tokens,
+        written_tokens=u.written_tokens,
+        gpu_seconds=u.gpu_seconds,
+        gpu=u.gpu,
+        outcome=u.outcome,
+        duration_ms=round(u.duration_s * 1000),
+        idle_id=u.idle_id,
+        idle_since_s=u.idle_since_s,
+    )
+
+
+def usage_from_pb(m: pb.Usage) -> EndedUsage:
+    """The inverse of usage_to_pb."""
+    return EndedUsage(
+        sealed=m.sealed_record,
+        prompt_tokens=m.prompt_tokens,
+        cached_tokens=m.cached_tokens,
+        generated_tokens=m.generated_tokens,
+        written_tokens=m.written_tokens,
+        gpu_seconds=m.gpu_seconds,
+        gpu=m.gpu,
+        outcome=m.outcome,
+        duration_s=m.duration_ms / 1000,
+        idle_id=m.idle_id,
+        idle_since_s=m.idle_since_s,
+        key=m.key,
+    )
 
 
 def load_to_pb(load: EngineLoad) -> pb.Load:

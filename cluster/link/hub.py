@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
 from cluster.api.types import CatalogEntry
 from cluster.link import codec
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
+from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.link.worker_link import WorkerLink
@@ -89,6 +90,8 @@ class Hub(pb_grpc.LinkServicer):
         self._controller: _Controller | None = None
         self._bundles: dict[str, asyncio.Future[Bundle]] = {}
         self.catalog_at: float | None = None
+        self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
+        """Set before the first link comes, where accounts are kept: told what ended requests have come to."""
 
     def statistics(self) -> HubStatistics:
         """A snapshot."""
@@ -121,6 +124,8 @@ class Hub(pb_grpc.LinkServicer):
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
         link = WorkerLink(identity, info, hello.epoch)
+        if self.on_usage is not None:
+            link.on_usage = self.on_usage
         self._attach(link)  # before the welcome, whose reader may open Bulk at once
         parts = [
             asyncio.create_task(self._write(link, context, protocol)),
@@ -147,7 +152,11 @@ class Hub(pb_grpc.LinkServicer):
 
     def _welcome(self, protocol: int) -> pb.Welcome:
         return pb.Welcome(
-            protocol=protocol, gateway_id=self.gateway_id, incarnation=self.incarnation, siblings=self._siblings
+            protocol=protocol,
+            gateway_id=self.gateway_id,
+            incarnation=self.incarnation,
+            siblings=self._siblings,
+            accounts=self.on_usage is not None,
         )
 
     def _attach(self, link: WorkerLink) -> None:

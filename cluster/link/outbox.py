@@ -4,11 +4,12 @@ a stopped gateway fills its outbox, which is bounded, and only that link is clos
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from cluster.api.types import EngineLoad, TokenOutput
-from cluster.link.codec import StepColumns, load_to_pb
+from cluster.link.codec import StepColumns, load_to_pb, usage_to_pb
 from cluster.link.credit import Grant
+from cluster.link.usage_keeper import MOST_A_MESSAGE, EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 
 
@@ -24,8 +25,9 @@ class Outbox:
         self._grant: Grant | None = None
         self._load: EngineLoad | None = None
         self._draining = ""
-        self._frames = 0
         self.acked_seq = 0
+        self.usage: Callable[[], Sequence[EndedUsage]] = tuple
+        """Asked for ended requests' counts with each message; when it gives many, another message follows."""
 
     def output(self, slot: int, output: TokenOutput) -> None:
         """Tokens of one step; the writer is woken by `flush` once the step is in."""
@@ -85,7 +87,19 @@ class Outbox:
         if self._draining:
             message.draining.reason = self._draining
             self._draining = ""
+        if usage := self.usage():
+            message.usage.extend(map(usage_to_pb, usage))
+            if len(usage) >= MOST_A_MESSAGE:
+                self._wake.set()
         return message
+
+    def unwritten(self) -> dict[int, int]:
+        """Tokens by slot that wait here still."""
+        counts: dict[int, int] = {}
+        if self._columns is not None:
+            for slot, count in zip(self._columns.slots, self._columns.counts, strict=True):
+                counts[slot] = counts.get(slot, 0) + count
+        return counts
 
 
 class CommandBox:
@@ -98,6 +112,7 @@ class CommandBox:
         self._backlog: pb.Backlog | None = None
         self._fetch: list[str] = []
         self._grant_ack = 0
+        self._usage_acks: list[int] = []
         self._seq = 0
 
     def submit(self, submit: pb.Submit) -> None:
@@ -125,16 +140,26 @@ class CommandBox:
         self._grant_ack = grant_id
         self._wake.set()
 
+    def usage_acks(self, keys: Sequence[int]) -> None:
+        """These counts are in the ledger's database."""
+        self._usage_acks.extend(keys)
+        self._wake.set()
+
     async def take(self) -> pb.GatewayTurn:
         """Wait to be woken, then everything that has gathered, as one message."""
         await self._wake.wait()
         self._seq += 1
         message = pb.GatewayTurn(
-            seq=self._seq, submits=self._submits, aborts=self._aborts, grant_ack=self._grant_ack, backlog=self._backlog
+            seq=self._seq,
+            submits=self._submits,
+            aborts=self._aborts,
+            grant_ack=self._grant_ack,
+            backlog=self._backlog,
+            usage_acks=self._usage_acks,
         )
         if self._fetch:
             message.fetch_bundle.digest = self._fetch.pop(0)
         if not self._fetch:
             self._wake.clear()
-        self._submits, self._aborts, self._backlog = [], [], None
+        self._submits, self._aborts, self._backlog, self._usage_acks = [], [], None, []
         return message

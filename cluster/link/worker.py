@@ -18,15 +18,18 @@ import grpc
 import structlog
 
 from cluster.api.bundle import Bundle
+from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineDead, EngineRefused
-from cluster.api.types import EngineInfo, EngineLoad, WorkerIdentity
+from cluster.api.types import EngineInfo, EngineLoad, FinishReason, WorkerIdentity
 from cluster.link import codec
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.credit import Granter, Room
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, read
+from cluster.link.gpu_meter import GpuMeter, Share
 from cluster.link.outbox import Outbox
 from cluster.link.siblings import Gateways
 from cluster.link.tls import TlsFiles
+from cluster.link.usage_keeper import EndedUsage, UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 
@@ -35,6 +38,10 @@ log = structlog.get_logger("worker")
 # Sequences granted beyond max_num_seqs, so that a freed place is filled in the next step, not a round trip later.
 LOOKAHEAD_SEQUENCES = 2
 INLINE_PROMPT_BYTES = 16_384
+# How long a drained worker waits until its last counts are acknowledged.
+HAND_OVER_S = 5.0
+
+_OUTCOMES = {FinishReason.ERROR: Outcome.INTERNAL, FinishReason.ABORT: Outcome.CANCELLED}
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +58,7 @@ class _Link:
     prompts: Prompts = field(default_factory=Prompts)
     blobs: asyncio.Queue[pb.Blob] = field(default_factory=lambda: asyncio.Queue(maxsize=64))
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    accounts: bool = False
     grant_id: int = 0
     unacked_since: float | None = None
     """Since when the gateway owes the acknowledgement of a grant; room it was promised is held until then."""
@@ -61,6 +69,16 @@ class _Running:
     link: _Link
     slot: int
     tokens: int
+    prompt_tokens: int
+    sealed: bytes
+    share: Share
+    began: float
+    cached_tokens: int = 0
+    accepted: bool = False
+
+    @property
+    def generated(self) -> int:
+        return self.tokens - self.prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +90,8 @@ class WorkerStatistics:
     tokens: int
     steps: int
     promised: Room
+    unacked_usage: int = 0
+    dropped_usage: int = 0
 
 
 class WorkerEnd:
@@ -88,8 +108,13 @@ class WorkerEnd:
         tls: TlsFiles | None = None,
         timing: Timing | None = None,
         outbox_tokens: int = 65_536,
+        gpus: float = 0.0,
+        gpu: str = "",
+        keeper: UsageKeeper | None = None,
+        idle_report_s: float = 60.0,
     ) -> None:
-        """`outbox_tokens`: token ids that may wait for one gateway before its link is closed."""
+        """`outbox_tokens`: token ids that may wait for one gateway before its link is closed. `gpus` of type `gpu` are
+        the replica's, for the ledger; every `idle_report_s` their idle time is told."""
         self._identity = identity
         self._engine = engine
         self._info = info
@@ -104,6 +129,13 @@ class WorkerEnd:
         self._tokens = 0
         self._epochs = itertools.count(1)
         self._steps = 0
+        self._gpu = gpu
+        self._meter = GpuMeter(gpus, info.max_num_batched_tokens, time.monotonic())
+        self._keeper = keeper or UsageKeeper()
+        self._idle_report_s = idle_report_s
+        self._idle_since_s = time.time()
+        self._idle_reports = itertools.count(1)
+        self._acked = asyncio.Event()
         self._draining = ""
         self._load = EngineLoad()
         self._idle = asyncio.Event()
@@ -113,8 +145,15 @@ class WorkerEnd:
 
     def statistics(self) -> WorkerStatistics:
         """A snapshot."""
+        kept = self._keeper.statistics()
         return WorkerStatistics(
-            len(self._links), len(self._running), self._tokens, self._steps, self._granter.promised()
+            len(self._links),
+            len(self._running),
+            self._tokens,
+            self._steps,
+            self._granter.promised(),
+            kept.kept,
+            kept.dropped,
         )
 
     async def run(self) -> None:
@@ -125,6 +164,7 @@ class WorkerEnd:
             asyncio.create_task(self._engine_loop()),
             asyncio.create_task(self._until_closed()),
             asyncio.create_task(self._gateways.dial(self._session, self._timing)),
+            asyncio.create_task(self._look_after_usage()),
         ]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -147,6 +187,7 @@ class WorkerEnd:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             return False
+        await self._hand_over(min(timeout_s, HAND_OVER_S))
         return True
 
     async def close(self) -> None:
@@ -160,6 +201,9 @@ class WorkerEnd:
             outputs = await self._engine.step()
             self._steps += 1
             touched: dict[int, _Link] = {}
+            firsts: list[tuple[Share, int, int]] = []
+            finished: list[tuple[str, FinishReason]] = []
+            emitted = 0
             for output in outputs:
                 running = self._running.get(output.request_id)
                 if running is None:
@@ -167,24 +211,104 @@ class WorkerEnd:
                 link = running.link
                 link.outbox.output(running.slot, output)
                 touched[link.number] = link
-                running.tokens += len(output.token_ids)
-                self._tokens += len(output.token_ids)
+                count = len(output.token_ids)
+                running.tokens += count
+                emitted += count
+                if output.prompt_tokens is not None:
+                    running.cached_tokens = output.cached_tokens or 0
+                    firsts.append((running.share, output.prompt_tokens - running.cached_tokens, count))
+                    running.accepted = True
                 if output.finish is not None:
-                    self._forget(output.request_id)
+                    running.accepted = True
+                    finished.append((output.request_id, output.finish))
+            self._tokens += emitted
+            if self._meter.gpus:
+                self._meter.step(time.monotonic(), emitted, firsts)
+            for request_id, reason in finished:
+                self._forget(request_id, _OUTCOMES.get(reason, Outcome.OK))
             self._load = self._engine.load()
             self._regrant()
             for link in touched.values():
                 link.outbox.load(self._load)
                 link.outbox.flush()
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, request_id: str, outcome: Outcome) -> None:
+        """A request has ended; its counts are kept if it was accepted with a record."""
         running = self._running.pop(request_id, None)
         if running is None:
             return
         self._tokens -= running.tokens
         running.link.requests.pop(running.slot, None)
+        if running.accepted:
+            gpu_seconds = self._meter.charge(running.share, running.generated)
+            if running.sealed:
+                self._keep(running, outcome, gpu_seconds)
         if not self._running:
+            self._meter.rested()
             self._idle.set()
+
+    # ---- counts of ended requests
+
+    def _keep(self, running: _Running, outcome: Outcome, gpu_seconds: float) -> None:
+        usage = EndedUsage(
+            running.sealed,
+            prompt_tokens=running.prompt_tokens,
+            cached_tokens=running.cached_tokens,
+            generated_tokens=running.generated,
+            written_tokens=running.generated,
+            gpu_seconds=gpu_seconds,
+            gpu=self._gpu,
+            outcome=outcome.value,
+            duration_s=time.monotonic() - running.began,
+        )
+        self._keeper.keep(usage, running.link.number, running.slot)
+        running.link.outbox.flush()
+
+    def _report_idle(self) -> None:
+        """The replica's time since the last report that no request owes, as a record of its own."""
+        running = [(one.share, one.generated) for one in self._running.values()]
+        gpu_seconds = self._meter.idle(time.monotonic(), running)
+        now_s = time.time()
+        if gpu_seconds > 0:
+            name = f"idle-{self._identity.incarnation}-{next(self._idle_reports)}"
+            since_s = self._idle_since_s
+            duration_s = max(now_s - since_s, 0.0)
+            usage = EndedUsage(
+                b"", gpu_seconds=gpu_seconds, gpu=self._gpu, duration_s=duration_s, idle_id=name, idle_since_s=since_s
+            )
+            self._keeper.keep(usage, 0)
+            self._tell_usage()
+        self._idle_since_s = now_s
+
+    def _tell_usage(self) -> None:
+        for link in self._links.values():
+            if self._keeper.due(link.number):
+                link.outbox.flush()
+
+    async def _look_after_usage(self) -> None:
+        """Tell idle time, and turn to other gateways where one does not acknowledge."""
+        dropped = 0
+        while True:
+            await asyncio.sleep(self._idle_report_s)
+            if any(link.accounts for link in self._links.values()):
+                self._report_idle()
+            self._keeper.hurry(time.monotonic())
+            self._tell_usage()
+            kept = self._keeper.statistics()
+            if kept.dropped > dropped:
+                log.error("usage_dropped", records=kept.dropped - dropped, kept=kept.kept)
+                dropped = kept.dropped
+
+    async def _hand_over(self, timeout_s: float) -> None:
+        """Before the end: the last idle time, and a while for gateways to acknowledge."""
+        if not any(link.accounts for link in self._links.values()):
+            return
+        self._report_idle()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._keeper.statistics().kept:
+                    self._acked.clear()
+                    await self._acked.wait()
 
     def _regrant(self) -> None:
         if self._draining:
@@ -217,6 +341,11 @@ class WorkerEnd:
             self._gateways.welcomed(address, first.welcome.incarnation, first.welcome.siblings)
             beater = Beater(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
             self._links[epoch] = link
+            link.accounts = first.welcome.accounts
+            if link.accounts:
+                link.outbox.usage = lambda: self._keeper.take(epoch, time.monotonic())
+                self._keeper.attach(epoch)
+                link.outbox.flush()
             self._granter.attach(epoch)
             self._regrant()
             if self._draining:
@@ -257,7 +386,9 @@ class WorkerEnd:
         beater.stop()
         doomed = list(link.requests.values())
         for request_id in doomed:
-            self._forget(request_id)
+            self._forget(request_id, Outcome.CANCELLED)
+        self._keeper.detach(link.number, link.outbox.unwritten())
+        self._tell_usage()
         for task in (*parts, *link.tasks):
             task.cancel()
         await asyncio.gather(*parts, *link.tasks, return_exceptions=True)
@@ -294,6 +425,9 @@ class WorkerEnd:
                     link.unacked_since = None
                 else:
                     link.unacked_since = time.monotonic()
+            if message.usage_acks:
+                self._keeper.acked(message.usage_acks)
+                self._acked.set()
             if message.HasField("backlog"):
                 self._granter.backlog(link.number, message.backlog.waiting)
             for submit in message.submits:
@@ -326,18 +460,21 @@ class WorkerEnd:
         request = codec.submit_from_pb(submit, request_id, prompt)
         tokens = len(request.prompt_token_ids)
         self._granter.spent(link.number, tokens)
-        self._running[request_id] = _Running(link, slot, tokens)
+        now = time.monotonic()
+        running = _Running(link, slot, tokens, tokens, submit.sealed_record, self._meter.entered(now), now)
+        self._running[request_id] = running
         self._tokens += tokens
         self._idle.clear()
         try:
             await self._engine.submit(request)
         except EngineRefused as refused:
-            self._forget(request_id)
+            self._forget(request_id, Outcome.INVALID_FIELD)
             link.outbox.refused(slot, refused.reason, refused.message, refused.field)
             self._regrant()
         except EngineDead as dead:
             self._fail(dead)
         else:
+            running.accepted = True
             link.outbox.accepted(slot)
         link.submitting.discard(slot)
         if slot in link.aborted:  # the abort overtook a slow submit
@@ -351,7 +488,7 @@ class WorkerEnd:
             if slot in link.submitting:
                 link.aborted.add(slot)
             elif request_id is not None:  # else it ended by itself while the abort was on its way
-                self._forget(request_id)
+                self._forget(request_id, Outcome.CANCELLED)
                 doomed.append(request_id)
         await self._drop(doomed)
         self._regrant()

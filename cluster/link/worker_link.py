@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput, WorkerIdentity
@@ -17,6 +17,7 @@ from cluster.link import codec
 from cluster.link.credit import Purse, Room
 from cluster.link.dial import CHUNK_BYTES
 from cluster.link.outbox import CommandBox
+from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 
 # Longer prompts travel in chunks on Bulk, so that nothing large stands before a token.
@@ -59,6 +60,8 @@ class WorkerLink:
         self.blobs: asyncio.Queue[pb.Blob] | None = None
         self.on_gaps: Callable[[float, int], None] = lambda gap_s, count: None
         """Told the time between tokens, and of how many tokens it was so long."""
+        self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] = lambda link, usage: None
+        """Told what ended requests have come to."""
         self._step_at = 0.0
         self._purse = Purse()
         self._sinks: dict[int, Sink] = {}
@@ -82,10 +85,13 @@ class WorkerLink:
         """Requests of this gateway on this worker."""
         return len(self._sinks)
 
-    def submit(self, request: EngineRequest, sink: Sink, attempt: int = 1) -> int:
-        """Send a request; its slot. The caller has seen room for it in `free`."""
+    def submit(self, request: EngineRequest, sink: Sink, attempt: int = 1, sealed_record: bytes = b"") -> int:
+        """Send a request; its slot. The caller has seen room for it in `free`. `sealed_record` comes back with what
+        the request has come to."""
         slot = next(self._slots)
         message = codec.submit_to_pb(slot, attempt, request)  # first: what cannot be encoded takes no room
+        if sealed_record:
+            message.sealed_record = sealed_record
         self._sinks[slot] = sink
         self._purse.spend(len(request.prompt_token_ids))
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
@@ -122,6 +128,8 @@ class WorkerLink:
                 sink.refused(refused.reason, refused.message, refused.field)
         if message.HasField("step"):
             self._apply_step(message.step)
+        if message.usage:
+            self.on_usage(self, [codec.usage_from_pb(one) for one in message.usage])
         changed = False
         if message.HasField("load"):
             self.load = codec.load_from_pb(message.load)

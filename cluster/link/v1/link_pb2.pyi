@@ -33,6 +33,7 @@ class WorkerTurn(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     ACKED_SEQ_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     acked_seq: _builtins.int
     """Sequence number of the last GatewayTurn applied."""
     @_builtins.property
@@ -49,6 +50,10 @@ class WorkerTurn(_message.Message):
     def load(self) -> Global___Load: ...
     @_builtins.property
     def draining(self) -> Global___Draining: ...
+    @_builtins.property
+    def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
+        """Ended requests' counts, kept by the worker until acknowledged."""
+
     def __init__(
         self,
         *,
@@ -60,10 +65,11 @@ class WorkerTurn(_message.Message):
         load: Global___Load | None = ...,
         draining: Global___Draining | None = ...,
         acked_seq: _builtins.int = ...,
+        usage: _abc.Iterable[Global___Usage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "draining", b"draining", "hello", b"hello", "load", b"load", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "draining", b"draining", "hello", b"hello", "load", b"load", "refused", b"refused", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "draining", b"draining", "hello", b"hello", "load", b"load", "refused", b"refused", "step", b"step", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -364,6 +370,70 @@ class SlotLogprobs(_message.Message):
 Global___SlotLogprobs: _TypeAlias = SlotLogprobs  # noqa: Y015
 
 @_typing.final
+class Usage(_message.Message):
+    """What a request that was accepted with a sealed record has come to. It is told with the request's end to the gateway
+    that sent it, and to any other gateway that keeps accounts once that link has ended.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    SEALED_RECORD_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    WRITTEN_TOKENS_FIELD_NUMBER: _builtins.int
+    GPU_SECONDS_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    IDLE_ID_FIELD_NUMBER: _builtins.int
+    IDLE_SINCE_S_FIELD_NUMBER: _builtins.int
+    key: _builtins.int
+    """Names it in usage_acks; unique within the worker's incarnation."""
+    sealed_record: _builtins.bytes
+    """As it came with the Submit; empty for idle time."""
+    prompt_tokens: _builtins.int
+    cached_tokens: _builtins.int
+    generated_tokens: _builtins.int
+    written_tokens: _builtins.int
+    """Of generated_tokens, those that were written to the link of the gateway that sent the request."""
+    gpu_seconds: _builtins.float
+    gpu: _builtins.str
+    """Accelerator type, empty when there is none or it has no name."""
+    outcome: _builtins.str
+    """The value of an Outcome, as the engine saw it."""
+    duration_ms: _builtins.int
+    """From its acceptance to its end."""
+    idle_id: _builtins.str
+    """Set for idle time of the replica, which belongs to no call: names the record."""
+    idle_since_s: _builtins.float
+    """With idle_id: when the time began, since the epoch."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.int = ...,
+        sealed_record: _builtins.bytes = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        generated_tokens: _builtins.int = ...,
+        written_tokens: _builtins.int = ...,
+        gpu_seconds: _builtins.float = ...,
+        gpu: _builtins.str = ...,
+        outcome: _builtins.str = ...,
+        duration_ms: _builtins.int = ...,
+        idle_id: _builtins.str = ...,
+        idle_since_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "duration_ms", b"duration_ms", "generated_tokens", b"generated_tokens", "gpu", b"gpu", "gpu_seconds", b"gpu_seconds", "idle_id", b"idle_id", "idle_since_s", b"idle_since_s", "key", b"key", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "sealed_record", b"sealed_record", "written_tokens", b"written_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
 class Credit(_message.Message):
     """Room granted to this gateway, as limits over the whole life of the link (as QUIC's MAX_STREAMS): the gateway may
     send Submits while their number stays within `sequences` and their prompt tokens within `tokens`. A lower limit
@@ -512,6 +582,7 @@ class GatewayTurn(_message.Message):
     FETCH_BUNDLE_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
     GRANT_ACK_FIELD_NUMBER: _builtins.int
+    USAGE_ACKS_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     grant_ack: _builtins.int
     """The newest Credit that has been applied."""
@@ -525,6 +596,10 @@ class GatewayTurn(_message.Message):
     def backlog(self) -> Global___Backlog: ...
     @_builtins.property
     def fetch_bundle(self) -> Global___FetchBundle: ...
+    @_builtins.property
+    def usage_acks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Keys of Usage that is in the ledger's database; the worker may forget it."""
+
     def __init__(
         self,
         *,
@@ -535,10 +610,11 @@ class GatewayTurn(_message.Message):
         fetch_bundle: Global___FetchBundle | None = ...,
         seq: _builtins.int = ...,
         grant_ack: _builtins.int = ...,
+        usage_acks: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "seq", b"seq", "submits", b"submits", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "seq", b"seq", "submits", b"submits", "usage_acks", b"usage_acks", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -552,9 +628,12 @@ class Welcome(_message.Message):
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     SIBLINGS_FIELD_NUMBER: _builtins.int
+    ACCOUNTS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     gateway_id: _builtins.str
     incarnation: _builtins.str
+    accounts: _builtins.bool
+    """Whether this gateway writes usage records: only such a one is told Usage."""
     @_builtins.property
     def siblings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -564,10 +643,11 @@ class Welcome(_message.Message):
         gateway_id: _builtins.str = ...,
         incarnation: _builtins.str = ...,
         siblings: _abc.Iterable[_builtins.str] | None = ...,
+        accounts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "incarnation", b"incarnation", "protocol", b"protocol", "siblings", b"siblings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounts", b"accounts", "gateway_id", b"gateway_id", "incarnation", b"incarnation", "protocol", b"protocol", "siblings", b"siblings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -588,6 +668,7 @@ class Submit(_message.Message):
     TENANT_HANDLE_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     PROMPT_BLOB_FIELD_NUMBER: _builtins.int
+    SEALED_RECORD_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     attempt: _builtins.int
     prompt_ids: _builtins.bytes
@@ -600,6 +681,8 @@ class Submit(_message.Message):
     traceparent: _builtins.str
     prompt_blob: _builtins.str
     """prompt_ids came ahead on Bulk under this key instead."""
+    sealed_record: _builtins.bytes
+    """The call's open record under the gateways' secret, which the worker cannot read; comes back with Usage."""
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     def __init__(
@@ -616,10 +699,11 @@ class Submit(_message.Message):
         tenant_handle: _builtins.str = ...,
         traceparent: _builtins.str = ...,
         prompt_blob: _builtins.str = ...,
+        sealed_record: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "emitted_ids", b"emitted_ids", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "slot", b"slot", "tenant_handle", b"tenant_handle", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "emitted_ids", b"emitted_ids", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "tenant_handle", b"tenant_handle", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
