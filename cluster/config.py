@@ -1,7 +1,7 @@
 """cluster.yaml: read once, checked when built, frozen; an unknown key is refused with its path.
 
-Sections that later releases bring (tenants, limits, autoscaling, ...) are refused by name rather than accepted
-and ignored: a limit that nobody enforces is worse than none.
+Sections that later releases bring (autoscaling, ...) are refused by name rather than accepted and ignored: a bound
+that nobody enforces is worse than none. Those about tenants are in config_tenants.
 """
 
 from __future__ import annotations
@@ -17,18 +17,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.api.types import ModelSpec
+from cluster.config_tenants import CLASSES, Auth, Class, Cost, Store, Tenant, TenantDefaults, check_together
+from cluster.tenancy.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"
 
-NOT_YET = {
-    "auth": "authentication",
-    "store": "the ledger and limits stores",
-    "cost": "cost accounting",
-    "classes": "priority classes",
-    "scaling": "autoscaling",
-    "tenant_defaults": "tenants",
-    "tenants": "tenants",
-}
+NOT_YET = {"scaling": "autoscaling"}
 NOT_YET_MODEL = {
     "slo": "service level objectives",
     "canary": "canary releases",
@@ -124,6 +118,15 @@ class Tls(_Section):
     ca_file: Path
 
 
+class ClientTls(_Section):
+    """The client ports' certificate, read again when the files change. `client_ca_file`: whose certificates callers
+    may show in place of a key (auth.client_certificates)."""
+
+    cert_file: Path
+    key_file: Path
+    client_ca_file: Path | None = None
+
+
 class Queue(_Section):
     """Bounds on what waits in a gateway."""
 
@@ -136,6 +139,7 @@ class Gateway(_Section):
     """The door."""
 
     listen: Listen = Listen()
+    tls: ClientTls | None = None
     link_tls: Tls | None = None
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     keepalive_s: Annotated[float, Field(gt=0)] = 15.0
@@ -168,20 +172,17 @@ class Gateway(_Section):
 
     @model_validator(mode="after")
     def _only_loopback_is_open(self) -> Gateway:
-        for listener, address in self.listen.model_dump().items():
-            if is_loopback(address):
-                continue
-            if listener == "link":
-                if self.link_tls is None:
-                    raise ValueError(
-                        f"listen.link is {address}, off loopback, and link_tls is not set: "
-                        "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback"
-                    )
-            elif listener != "metrics":
-                raise ValueError(
-                    f"listen.{listener} is {address}, off loopback, and this release has no authentication yet: "
-                    "listen on 127.0.0.1 and put an authenticating proxy before it"
-                )
+        link, admin = self.listen.link, self.listen.admin
+        if not is_loopback(link) and self.link_tls is None:
+            raise ValueError(
+                f"listen.link is {link}, off loopback, and link_tls is not set: "
+                "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback"
+            )
+        if not is_loopback(admin):
+            raise ValueError(
+                f"listen.admin is {admin}, off loopback, and the admin port has no authentication in this release: "
+                "listen on 127.0.0.1 and put an authenticating proxy before it"
+            )
         return self
 
 
@@ -233,9 +234,10 @@ class Weights(_Section):
 
 
 class Observe(_Section):
-    """Logs."""
+    """Logs and metrics. `max_tenant_series`: tenants that metrics name, the first to call; the rest are `other`."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    max_tenant_series: Annotated[int, Field(ge=0, le=100_000)] = 500
 
 
 class Replicas(_Section):
@@ -311,6 +313,13 @@ class Model(_Section):
         )
 
 
+_WHY_NOT = {
+    "auth": "whoever reaches it could use every model",
+    "gateway.tls": "keys would travel for everybody to read",
+    "auth and gateway.tls": "whoever reaches it could use every model and read what others ask",
+}
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -322,6 +331,41 @@ class Config(_Section):
     weights: Weights = Weights()
     observe: Observe = Observe()
     models: tuple[Model, ...]
+    auth: Auth | None = None
+    store: Store = Store()
+    cost: Cost | None = None
+    classes: tuple[Class, ...] = CLASSES
+    tenant_defaults: TenantDefaults = TenantDefaults()
+    tenants: tuple[Tenant, ...] = ()
+
+    @model_validator(mode="after")
+    def _who_may_call(self) -> Config:
+        check_together(self.auth, self.classes, self.tenant_defaults, self.tenants)
+        gateway, auth = self.gateway, self.auth
+        for listener in ("grpc", "http"):
+            address = getattr(gateway.listen, listener)
+            lacks = " and ".join(
+                name for name, there in (("auth", auth), ("gateway.tls", gateway.tls)) if there is None
+            )
+            if lacks and not is_loopback(address):
+                raise ValueError(
+                    f"gateway.listen.{listener} is {address}, off loopback, without {lacks}: {_WHY_NOT[lacks]}. "
+                    "Set both auth and gateway.tls, or listen on 127.0.0.1"
+                )
+        if auth is not None and auth.client_certificates and (gateway.tls is None or not gateway.tls.client_ca_file):
+            raise ValueError(
+                "auth.client_certificates: nobody's certificate could be verified: set gateway.tls.client_ca_file"
+            )
+        if auth is not None and self.ray and auth.cluster_secret_file is None:
+            raise ValueError(
+                "auth.cluster_secret_file: with a Ray cluster of its own every gateway needs the same secret: name a "
+                "file that all have"
+            )
+        return self
+
+    def policies(self) -> tuple[TenantPolicy, ...]:
+        """The tenants that this file declares, each whole."""
+        return tuple(tenant.policy(self.tenant_defaults) for tenant in self.tenants)
 
     @model_validator(mode="after")
     def _together(self) -> Config:
@@ -390,6 +434,22 @@ def load(path: Path) -> Config:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     return parse(text, str(path))
+
+
+def secret_files(config: Config) -> Mapping[str, Path]:
+    """Where the secrets of `auth` rest, by setting: the files it names, else those of the cache folder."""
+    if config.auth is None:
+        return {}
+    files = {"auth.cluster_secret_file": config.auth.cluster_secret_file or cache_dir() / "cluster-secret"}
+    if config.auth.api_keys is not None:
+        pepper = config.auth.api_keys.pepper_file
+        files["auth.api_keys.pepper_file"] = pepper or cache_dir() / "key-pepper"
+    return files
+
+
+def database_url(config: Config) -> str:
+    """The ledger's database: the file's, else one in the cache folder."""
+    return config.store.database_url or f"sqlite:///{cache_dir() / 'ledger.db'}"
 
 
 def cache_dir() -> Path:

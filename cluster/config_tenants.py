@@ -33,9 +33,11 @@ class _Section(BaseModel):
 
 
 class ApiKeys(_Section):
-    """API keys are kept as hashes under this pepper; of several in the file the first stores, all verify."""
+    """API keys are kept as hashes under this pepper; of several in the file the first stores, all verify.
 
-    pepper_file: Path
+    Left out: `key-pepper` in the cache folder, which local commands make."""
+
+    pepper_file: Path | None = None
 
 
 class Oidc(_Section):
@@ -83,9 +85,11 @@ class ClientCertificate(_Section):
 
 
 class Auth(_Section):
-    """How callers are told apart. Without this section there is one tenant and everything listens on loopback."""
+    """How callers are told apart. Without this section there is one tenant and everything listens on loopback.
 
-    cluster_secret_file: Path
+    `cluster_secret_file` left out: `cluster-secret` in the cache folder, which `up` makes; for one host only."""
+
+    cluster_secret_file: Path | None = None
     api_keys: ApiKeys | None = None
     oidc: tuple[Oidc, ...] = ()
     client_certificates: tuple[ClientCertificate, ...] = ()

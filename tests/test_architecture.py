@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, set[str]] = {
     "api": set(),
     "pb": set(),
-    "config": {"api", "config_tenants"},
+    "config": {"api", "config_tenants", "tenancy"},
     "config_tenants": {"api", "tenancy"},
     "tenancy": {"api"},
     "ledger": {"api", "tenancy"},

@@ -12,6 +12,7 @@ from cluster.api.types import ModelSpec
 ROOT = Path(__file__).parents[1]
 HEAD = "api_version: headrace/v1\nname: c\n"
 MODEL = "models: [{name: m, source: /models/m}]\n"
+KEYS = "auth: {api_keys: {}}\n"
 TLS = "{cert_file: /a, key_file: /b, ca_file: /c}"
 
 
@@ -46,8 +47,23 @@ def test_shipped_files_load(file: Path) -> None:
             HEAD + "models: [{name: m, source: s, slo: {}}]",
             "models[0].slo: service level objectives: not in this release",
         ),
-        (HEAD + "tenants: []\n" + MODEL, "tenants: tenants: not in this release"),
-        (HEAD + "auth: {}\n" + MODEL, "auth: authentication: not in this release"),
+        (HEAD + "scaling: {}\n" + MODEL, "scaling: autoscaling: not in this release"),
+        (HEAD + "auth: {}\n" + MODEL, "auth: nobody could be let in"),
+        (HEAD + "tenants: [{name: acme}]\n" + MODEL, "without auth nobody can be told apart"),
+        (HEAD + KEYS + "tenants: [{name: acme, class: gold}]\n" + MODEL, "tenants[0].class: 'gold' is none of classes"),
+        (
+            HEAD + KEYS + "tenants: [{name: acme, limits: {daily_tokens: 0}}]\n" + MODEL,
+            "tenants[0].limits.daily_tokens",
+        ),
+        (HEAD + "store: {stale_after_s: 0}\n" + MODEL, "store.stale_after_s"),
+        (
+            HEAD + "auth: {client_certificates: [{san: a.example.com, tenant: acme}]}\n" + MODEL,
+            "set gateway.tls.client_ca_file",
+        ),
+        (
+            HEAD + KEYS + "ray: [{name: blue, dashboard_url: 'http://head:8265'}]\n" + MODEL,
+            "auth.cluster_secret_file: with a Ray cluster",
+        ),
         (HEAD + "link: {gateways: ['srv://_link._tcp.x']}\n" + MODEL, "list each as host:port"),
         (HEAD + "gateway: {processes: 0}\n" + MODEL, "gateway.processes"),
         (HEAD + "gateway: {processes: 65}\n" + MODEL, "gateway.processes"),
@@ -75,8 +91,31 @@ def test_a_missing_file_is_one_line() -> None:
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "gateway.example.com:1"])
 def test_client_ports_stay_on_loopback(listener: str, address: str) -> None:
     """Without authentication no client port opens beyond this host."""
-    with pytest.raises(config.ConfigError, match=rf"listen\.{listener}.*no authentication"):
+    with pytest.raises(config.ConfigError, match=rf"listen\.{listener}.*(without auth|no authentication)"):
         config.parse(HEAD + f"gateway: {{listen: {{{listener}: '{address}'}}}}\n" + MODEL)
+
+
+@pytest.mark.parametrize("listener", ["grpc", "http"])
+def test_client_ports_open_with_auth_and_tls_together(listener: str) -> None:
+    """Either alone is refused in words; both open the port; the admin port stays at home."""
+    wide = f"listen: {{{listener}: '0.0.0.0:1'}}"
+    tls = "tls: {cert_file: /tls/tls.crt, key_file: /tls/tls.key}"
+    with pytest.raises(config.ConfigError, match=r"without auth:.*use every model"):
+        config.parse(HEAD + f"gateway: {{{wide}, {tls}}}\n" + MODEL)
+    with pytest.raises(config.ConfigError, match=r"without gateway\.tls: keys would travel"):
+        config.parse(HEAD + KEYS + f"gateway: {{{wide}}}\n" + MODEL)
+    assert config.parse(HEAD + KEYS + f"gateway: {{{wide}, {tls}}}\n" + MODEL).auth is not None
+    with pytest.raises(config.ConfigError, match="admin port has no authentication"):
+        config.parse(HEAD + KEYS + f"gateway: {{listen: {{admin: '0.0.0.0:1'}}, {tls}}}\n" + MODEL)
+
+
+def test_tenants_stand_over_the_defaults() -> None:
+    """A declared tenant's policy is the file's defaults with its own fields over them; secrets rest where it says."""
+    text = "tenant_defaults: {class: batch, models: [m]}\ntenants: [{name: acme, weight: 4}]\n"
+    found = config.parse(HEAD + KEYS + text + MODEL)
+    (policy,) = found.policies()
+    assert (policy.name, policy.priority_class, policy.weight, policy.models) == ("acme", "batch", 4.0, ("m",))
+    assert config.secret_files(found)["auth.api_keys.pepper_file"] == config.cache_dir() / "key-pepper"
 
 
 def test_the_link_port_opens_with_certificates_only() -> None:

@@ -265,7 +265,7 @@ class LocalCluster:
 
     def config_text(self) -> str:
         """The configuration as the parts read it: the user's, with every port decided."""
-        plain: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True)
+        plain: dict[str, Any] = self.config.model_dump(mode="json", exclude_unset=True, by_alias=True)
         plain.setdefault("gateway", {})["listen"] = self.config.gateway.listen.model_dump(mode="json")
         return yaml.safe_dump(plain, sort_keys=False)
 

@@ -90,7 +90,7 @@ def settings(file: Path | None, database_url: str | None, pepper_file: Path | No
             fail(f"{file}: is no mapping", USAGE)
     store, auth = _section(Store, data, "store", file), _section(Auth, data, "auth", file)
     url = database_url or (store.database_url if store else "")
-    pepper = pepper_file or (auth.api_keys.pepper_file if auth and auth.api_keys else local_pepper())
+    pepper = pepper_file or (auth.api_keys.pepper_file if auth and auth.api_keys else None) or local_pepper()
     defaults = _section(TenantDefaults, data, "tenant_defaults", file) or TenantDefaults()
     local = f"sqlite:///{cache_dir() / 'ledger.db'}"
     return Settings(url or local, not url, pepper, defaults, _section(Cost, data, "cost", file))

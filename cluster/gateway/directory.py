@@ -17,10 +17,12 @@ import structlog
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
+from cluster.gateway.door import ANYBODY
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import codec
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.worker_link import WorkerLink
+from cluster.tenancy.identity import Principal
 
 log = structlog.get_logger("directory")
 
@@ -37,6 +39,10 @@ class KnownModel:
     def name(self) -> str:
         """The model's own name."""
         return self.entry.name
+
+    def open_to(self, principal: Principal) -> bool:
+        """Whether the caller may use it: its tenant's policy allows one of its names."""
+        return any(map(principal.tenant.allows, (self.name, *self.entry.aliases)))
 
     @property
     def state(self) -> ModelState:
@@ -130,14 +136,25 @@ class Directory:
         """All models, by name."""
         return [self._models[name] for name in sorted(self._models)]
 
+    def open_to(self, principal: Principal) -> Sequence[KnownModel]:
+        """Those that a caller may use, by name."""
+        return [model for model in self.models if model.open_to(principal)]
+
+    def aliases(self, model: KnownModel, principal: Principal) -> Sequence[str]:
+        """A model's other names for a caller: the catalog's, less those its tenant uses otherwise, and its own."""
+        own = principal.model_aliases
+        mine = [name for name, target in own.items() if self.find(target) is model]
+        return [*(name for name in model.entry.aliases if name not in own), *mine]
+
     def find(self, name: str) -> KnownModel | None:
         """By name or alias."""
         return self._models.get(self._names.get(name, ""))
 
-    def resolve(self, name: str) -> KnownModel:
-        """By name or alias. Raises CallError."""
-        model = self.find(name)
-        if model is not None:
+    def resolve(self, name: str, principal: Principal = ANYBODY) -> KnownModel:
+        """By name or alias, the tenant's own before the catalog's. Raises CallError, which is the same for a model
+        that the caller may not use as for one that does not exist."""
+        model = self.find(principal.model_aliases.get(name, name))
+        if model is not None and model.open_to(principal):
             return model
         if not self._heard:
             raise CallError(

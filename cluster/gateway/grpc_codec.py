@@ -357,13 +357,13 @@ def progress_pb(progress: Progress) -> pb.Progress:
     return pb.Progress(state=progress.state, queue_position=progress.queue_position)
 
 
-def model_pb(model: KnownModel) -> pb.Model:
-    """A model as ListModels shows it."""
+def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
+    """A model as ListModels shows it, with its other names for the caller."""
     entry = model.entry
     link = next(iter(model.links.values()), None)
     return pb.Model(
         name=entry.name,
-        aliases=entry.aliases,
+        aliases=aliases,
         family=entry.family,
         version=entry.version,
         revision=entry.revision,

@@ -6,7 +6,7 @@ import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
 from cluster.gateway.call import Call, Piece
+from cluster.gateway.door import Shown, alternative_names
 from cluster.gateway.relay import Lane, Relay
 from cluster.gateway.service import CallMeta, CallService, encode
 from cluster.gateway.session_face import Session
@@ -46,6 +47,11 @@ def _decoder(kind: type[Message]) -> Callable[[bytes], Message | _Malformed]:
             return _Malformed(str(error))
 
     return decode
+
+
+def _as_it_came(data: bytes) -> bytes:
+    """A request's body before anybody has looked at it."""
+    return data
 
 
 def _encode(message: Message | bytes) -> bytes:
@@ -132,31 +138,52 @@ class GrpcFace:
             "StreamChat": (pb.ChatRequest, lambda r, c, m: self._stream(_CHAT, r, c, m), True),
             "Complete": (pb.CompleteRequest, lambda r, c, m: self._whole(_COMPLETE, r, c, m), False),
             "StreamComplete": (pb.CompleteRequest, lambda r, c, m: self._stream(_COMPLETE, r, c, m), True),
-            "Tokenize": (pb.TokenizeRequest, lambda r, c, m: self._tokenize(r), False),
-            "Detokenize": (pb.DetokenizeRequest, lambda r, c, m: self._detokenize(r), False),
-            "ListModels": (pb.ListModelsRequest, lambda r, c, m: self._list_models(r), False),
-            "GetModel": (pb.GetModelRequest, lambda r, c, m: self._get_model(r), False),
+            "Tokenize": (pb.TokenizeRequest, lambda r, c, m: self._tokenize(r, m), False),
+            "Detokenize": (pb.DetokenizeRequest, lambda r, c, m: self._detokenize(r, m), False),
+            "ListModels": (pb.ListModelsRequest, lambda r, c, m: self._list_models(r, m), False),
+            "GetModel": (pb.GetModelRequest, lambda r, c, m: self._get_model(r, m), False),
         }
-        handlers = {}
+        handlers: dict[str, Any] = {}
         for name, (kind, method, streams) in methods.items():
             make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-            handlers[name] = make(
-                self._guarded(method), request_deserializer=_decoder(kind), response_serializer=_encode
-            )
+            guarded = self._guarded(method, _decoder(kind))
+            handlers[name] = make(guarded, request_deserializer=_as_it_came, response_serializer=_encode)
         handlers["Session"] = grpc.stream_stream_rpc_method_handler(
             self._session, request_deserializer=_decoder(pb.SessionRequest), response_serializer=_encode
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def _session(self, request_iterator: object, context: Any) -> None:
-        await Session(self._service, context, lambda: self._meta(context), self._session_age_s).run()
+        """One identity a session: it is asked for at its head, and again when what is known of callers changes."""
+        door = self._service.door
+        try:
+            visitor = await door.visit(self._shown(context))
+        except CallError as error:
+            await self._abort(context, self._meta(context), error)
+            return
 
-    def _guarded(self, method: Callable[[Any, Any, CallMeta], Awaitable[Message | None]]) -> Callable[[Any, Any], Any]:
-        """The one place where an error of a call becomes a status."""
+        def meta() -> CallMeta:
+            return replace(self._meta(context), principal=visitor.require())
 
-        async def handle(request: Any, context: Any) -> Message | None:
+        try:
+            await Session(self._service, context, meta, self._session_age_s).run()
+        finally:
+            door.leave(visitor)
+
+    def _guarded(
+        self,
+        method: Callable[[Any, Any, CallMeta], Awaitable[Message | None]],
+        decode: Callable[[bytes], Message | _Malformed],
+    ) -> Callable[[Any, Any], Any]:
+        """The one place where an error of a call becomes a status. Who calls is asked before anything is parsed."""
+
+        async def handle(data: bytes, context: Any) -> Message | None:
             meta = self._meta(context)
             try:
+                principal = await self._service.door.principal(self._shown(context))
+                if principal is not meta.principal:
+                    meta = replace(meta, principal=principal)
+                request = decode(data)
                 if isinstance(request, _Malformed):
                     raise invalid("request", f"is not a message of this method: {request.why}")
                 context.set_trailing_metadata((("x-request-id", meta.request_id),))
@@ -176,6 +203,13 @@ class GrpcFace:
     async def _abort(self, context: Any, meta: CallMeta, error: CallError) -> None:
         metadata = (*trailers(error), ("x-request-id", meta.request_id))
         await context.abort(grpc_code(error), error.message, metadata)
+
+    def _shown(self, context: Any) -> Shown:
+        """What the caller shows."""
+        metadata = context.invocation_metadata() or ()
+        authorization = tuple(str(value) for key, value in metadata if key == "authorization")
+        names = alternative_names(context.peer_certificate()) if self._service.door.by_certificate else ()
+        return Shown(authorization, names, context.peer())
 
     def _meta(self, context: Any) -> CallMeta:
         request_id = traceparent = ""
@@ -209,27 +243,31 @@ class GrpcFace:
 
     # ---- tokens and models
 
-    async def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
-        model = self._service.directory.resolve(request.model)
+    async def _tokenize(self, request: pb.TokenizeRequest, meta: CallMeta) -> pb.TokenizeResponse:
+        model = self._service.directory.resolve(request.model, meta.principal)
         text = await self._service.directory.text(model)
-        ids = await encode(codec.tokenize_prompt(request), text)
+        ids = await encode(codec.tokenize_prompt(request), text, meta.tenant)
         return pb.TokenizeResponse(token_ids=ids, max_model_len=model.max_model_len)
 
-    async def _detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
-        model = self._service.directory.resolve(request.model)
+    async def _detokenize(self, request: pb.DetokenizeRequest, meta: CallMeta) -> pb.DetokenizeResponse:
+        model = self._service.directory.resolve(request.model, meta.principal)
         text = await self._service.directory.text(model)
         for i, token_id in enumerate(request.token_ids):
             if not 0 <= token_id < text.vocab_size:
                 raise invalid(f"token_ids[{i}]", f"must be in 0 to {text.vocab_size - 1}, got {token_id}")
         return pb.DetokenizeResponse(text=text.decode(list(request.token_ids), skip_special_tokens=False))
 
-    async def _list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
-        page, token = paginate([m.name for m in self._service.directory.models], request.page_size, request.page_token)
-        models = [codec.model_pb(self._service.directory.resolve(name)) for name in page]
+    async def _list_models(self, request: pb.ListModelsRequest, meta: CallMeta) -> pb.ListModelsResponse:
+        directory, who = self._service.directory, meta.principal
+        known = {model.name: model for model in directory.open_to(who)}
+        page, token = paginate(list(known), request.page_size, request.page_token)
+        models = [codec.model_pb(known[name], directory.aliases(known[name], who)) for name in page]
         return pb.ListModelsResponse(models=models, next_page_token=token)
 
-    async def _get_model(self, request: pb.GetModelRequest) -> pb.Model:
-        return codec.model_pb(self._service.directory.resolve(request.name))
+    async def _get_model(self, request: pb.GetModelRequest, meta: CallMeta) -> pb.Model:
+        directory = self._service.directory
+        model = directory.resolve(request.name, meta.principal)
+        return codec.model_pb(model, directory.aliases(model, meta.principal))
 
 
 def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Sequence[str], str]:

@@ -303,7 +303,7 @@ def _answer(
     )
 
 
-def model_card(model: KnownModel, created: int) -> dict[str, Any]:
+def model_card(model: KnownModel, aliases: Sequence[str], created: int) -> dict[str, Any]:
     """A model as /v1/models shows it; what OpenAI's shape does not have comes after it."""
     return {
         "id": model.name,
@@ -311,6 +311,6 @@ def model_card(model: KnownModel, created: int) -> dict[str, Any]:
         "created": created,
         "owned_by": "headrace",
         "max_model_len": model.max_model_len or None,
-        "aliases": list(model.entry.aliases),
+        "aliases": list(aliases),
         "state": model.state.value,
     }

@@ -19,6 +19,7 @@ from cluster.gateway.wishes import DEFAULT_COMPLETE_TOKENS, ChatPrompt, IdsPromp
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_PROMPTS = 128
+MAX_SALT_CHARS = 512
 _TOKEN_ID = re.compile(r"^-?[0-9]{1,10}$")
 
 # Fields that are known, would change the answer, and are not served: refused unless they say what happens anyway.
@@ -26,7 +27,6 @@ _UNSERVED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "cache_salt": (),
     "ec_transfer_params": (),
     "echo": (False,),
     "guided_choice": (),
@@ -121,7 +121,8 @@ def chat_asked(body: Fields) -> Asked:
         add_generation_prompt=generates,
     )
     length = "max_tokens" if body.values.get("max_completion_tokens") is None else "max_completion_tokens"
-    wish = Wish(body.text("model") or "", prompt, _options(body, length, *_chat_logprobs(body)))
+    options = _options(body, length, *_chat_logprobs(body))
+    wish = Wish(body.text("model") or "", prompt, options, cache_salt=_salt(body))
     return _asked(body, [wish], {"max_tokens": length, "logprobs": "top_logprobs"})
 
 
@@ -134,8 +135,8 @@ def completion_asked(body: Fields) -> Asked:
     logprobs = body.integer("logprobs")
     # OpenAI's shape has the sampled token beside the k most likely ones: one more is told than is asked of the engine.
     options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
-    model = body.text("model") or ""
-    wishes = [Wish(model, prompt, options, DEFAULT_COMPLETE_TOKENS) for prompt in _prompts(body)]
+    model, salt = body.text("model") or "", _salt(body)
+    wishes = [Wish(model, prompt, options, DEFAULT_COMPLETE_TOKENS, salt) for prompt in _prompts(body)]
     return _asked(body, wishes, {"prompt_token_ids": "prompt"})
 
 
@@ -147,6 +148,13 @@ def _asked(body: Fields, wishes: Sequence[Wish], names: Mapping[str, str]) -> As
     usage = options is not None and options.flag("include_usage")
     continuous = options is not None and options.flag("continuous_usage_stats")
     return Asked(wishes, stream, usage, usage and continuous, names)
+
+
+def _salt(body: Fields) -> str:
+    salt = body.text("cache_salt")
+    if salt == "" or (salt is not None and len(salt) > MAX_SALT_CHARS):
+        raise invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARS} characters")
+    return salt or ""
 
 
 def _refuse_unserved(body: Fields, unserved: Mapping[str, tuple[Any, ...]]) -> None:

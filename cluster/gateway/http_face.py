@@ -23,6 +23,7 @@ from starlette.routing import Route, Router
 from cluster.api.outcomes import FAULTS, CallError, Outcome
 from cluster.gateway import http_answers as answers
 from cluster.gateway.call import Call, Piece
+from cluster.gateway.door import ANYBODY, Door, Shown, alternative_names
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields, read_object
 from cluster.gateway.relay import Lane, Relay
@@ -77,6 +78,7 @@ class Exchange:
         self.receive = receive
         self.send = send
         self.started = False
+        self.principal = ANYBODY
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = self.header(b"x-request-id", _REQUEST_ID) or uuid.uuid4().hex
 
@@ -84,6 +86,14 @@ class Exchange:
         """A header's value where it has the form; else empty: a bad one is let be."""
         value = self.headers.get(name, b"").decode("latin-1")
         return value if form.match(value) else ""
+
+    def shown(self, certificates: bool) -> Shown:
+        """What the caller shows; its certificate where `certificates` count."""
+        authorization = tuple(v.decode("latin-1") for name, v in self.scope["headers"] if name == b"authorization")
+        host, port = self.scope.get("client") or ("", 0)
+        tls = self.scope[CONNECTION].transport.get_extra_info("ssl_object") if certificates else None
+        names = alternative_names(tls.getpeercert()) if tls is not None else ()
+        return Shown(authorization, names, f"{host}:{port}")
 
     async def body(self, limit_bytes: int) -> bytes:
         """The whole body. Raises Refused, and ConnectionResetError when the client goes away before its end."""
@@ -124,13 +134,20 @@ class Exchange:
             await self.write(answers.error_event(error), more=False)
         else:
             status = FAULTS[error.outcome].http
-            await self.whole(status, answers.call_error_body(error), answers.retry_headers(error))
+            headers = answers.retry_headers(error)
+            if status == 401:
+                headers.append((b"www-authenticate", b"Bearer"))
+            await self.whole(status, answers.call_error_body(error), headers)
 
 
 class _Endpoint:
-    """A route's ASGI application: the methods it takes, and the one place where errors become responses."""
+    """A route's ASGI application: the methods it takes, and the one place where errors become responses.
 
-    def __init__(self, method: str, answer: Callable[[Exchange], Awaitable[None]]) -> None:
+    With a `door` who calls is asked before the body is read.
+    """
+
+    def __init__(self, method: str, answer: Callable[[Exchange], Awaitable[None]], door: Door | None = None) -> None:
+        self._door = door
         self._methods = ("GET", "HEAD") if method == "GET" else (method,)
         self._answer = answer
 
@@ -140,6 +157,8 @@ class _Endpoint:
             if scope["method"] not in self._methods:
                 allow = [(b"allow", ", ".join(self._methods).encode())]
                 raise Refused(405, "method_not_allowed", f"use {self._methods[0]} on {scope['path']}", allow)
+            if self._door is not None:
+                exchange.principal = await self._door.principal(exchange.shown(self._door.by_certificate))
             await self._answer(exchange)
         except ConnectionResetError:
             return
@@ -165,11 +184,12 @@ class HttpFace:
 
     def app(self) -> Router:
         """All routes."""
+        door = self._service.door
         endpoints = {
-            "/v1/chat/completions": _Endpoint("POST", lambda exchange: self._call(_CHAT, exchange)),
-            "/v1/completions": _Endpoint("POST", lambda exchange: self._call(_COMPLETION, exchange)),
-            "/v1/models": _Endpoint("GET", self._models),
-            "/v1/models/{name}": _Endpoint("GET", self._model),
+            "/v1/chat/completions": _Endpoint("POST", lambda exchange: self._call(_CHAT, exchange), door),
+            "/v1/completions": _Endpoint("POST", lambda exchange: self._call(_COMPLETION, exchange), door),
+            "/v1/models": _Endpoint("GET", self._models, door),
+            "/v1/models/{name}": _Endpoint("GET", self._model, door),
             "/health": _Endpoint("GET", self._health),
             "/ready": _Endpoint("GET", self._ready),
         }
@@ -184,7 +204,7 @@ class HttpFace:
             raise Refused(415, "unsupported_media_type", "content-type must be application/json")
         asked = kind.asked(read_object(await exchange.body(self._max_body_bytes)))
         traceparent = exchange.header(b"traceparent", _TRACEPARENT)
-        meta = CallMeta(exchange.request_id, "http", traceparent=traceparent)
+        meta = CallMeta(exchange.request_id, "http", traceparent=traceparent, principal=exchange.principal)
         answer = self._stream if asked.stream else self._whole
         await _while_connected(answer(kind, asked, meta, exchange), exchange.receive)
 
@@ -245,12 +265,16 @@ class HttpFace:
     # ---- models and health
 
     async def _models(self, exchange: Exchange) -> None:
-        cards = [answers.model_card(model, self._created) for model in self._service.directory.models]
+        directory, who = self._service.directory, exchange.principal
+        cards = [
+            answers.model_card(model, directory.aliases(model, who), self._created) for model in directory.open_to(who)
+        ]
         await exchange.whole(200, answers.body({"object": "list", "data": cards}))
 
     async def _model(self, exchange: Exchange) -> None:
-        model = self._service.directory.resolve(exchange.scope["path_params"]["name"])
-        await exchange.whole(200, answers.body(answers.model_card(model, self._created)))
+        directory, who = self._service.directory, exchange.principal
+        model = directory.resolve(exchange.scope["path_params"]["name"], who)
+        await exchange.whole(200, answers.body(answers.model_card(model, directory.aliases(model, who), self._created)))
 
     async def _health(self, exchange: Exchange) -> None:
         """The process lives."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from typing import Any, cast
 
 import uvicorn
@@ -83,7 +84,7 @@ class HttpServer:
         self._state = ServerState()
         self._server: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int, *, shared: bool = False) -> int:
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
         """Bind and serve; returns the port. `shared`: other processes may bind it too. Raises OSError."""
         self._config.load()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -92,7 +93,10 @@ class HttpServer:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            lambda: _Protocol(self._config, self._state, {}, loop), sock=listener, backlog=self._config.backlog
+            lambda: _Protocol(self._config, self._state, {}, loop),
+            sock=listener,
+            backlog=self._config.backlog,
+            ssl=tls,
         )
         return int(listener.getsockname()[1])
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
@@ -22,15 +22,20 @@ from cluster.config import Config, Tls
 from cluster.gateway.admin import CatalogAdmin, FleetAdmin
 from cluster.gateway.directory import Directory
 from cluster.gateway.dispatch import Dispatcher
+from cluster.gateway.door import OpenDoor
 from cluster.gateway.grpc_face import SERVICE, GrpcFace
 from cluster.gateway.http_face import HttpFace
 from cluster.gateway.http_server import HttpServer
 from cluster.gateway.service import CallService
+from cluster.gateway.tls import NewestContext
 from cluster.link.dial import Timing
 from cluster.link.hub import Hub, hub_server
 from cluster.link.tls import TlsFiles
 from cluster.observe.metrics import Metrics, Sample
 from cluster.tenancy.queue import WaitingRoom
+
+if TYPE_CHECKING:
+    from cluster.gateway.tenants import TenantDoor
 
 log = structlog.get_logger("gateway")
 
@@ -41,17 +46,20 @@ class Gateway:
     """Everything a gateway holds. `start` binds the ports, `stop` lets calls end and closes them."""
 
     def __init__(self, config: Config, folder: Path, timing: Timing | None = None, process: int = 0) -> None:
-        """`folder` keeps tokenizer bundles and the last catalog. `process`: which of `gateway.processes` this is."""
+        """`folder` keeps tokenizer bundles, the last catalog and, with `auth`, who may call. `process`: which of
+        `gateway.processes` this is. Raises ValueError for a file of secrets."""
         self.config = config
         self._process = process
         queue = config.gateway.queue
-        self.metrics = Metrics(config.name)
+        self.metrics = Metrics(config.name, config.observe.max_tenant_series)
+        self.tenants = _tenants(config, folder, self.metrics, process)
         room = WaitingRoom(max_requests=queue.max_requests, max_tokens=queue.max_tokens, max_wait_s=queue.max_wait_s)
         self.dispatcher = Dispatcher(room, self.metrics, lambda: self.directory)
         siblings = config.gateway.siblings(process)
         self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing, siblings)
         self.directory = Directory(folder, self.hub.fetch_bundle)
-        self.service = CallService(self.directory, self.dispatcher, self.metrics)
+        door = self.tenants if self.tenants is not None else OpenDoor()
+        self.service = CallService(self.directory, self.dispatcher, self.metrics, door=door)
         self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
@@ -72,6 +80,8 @@ class Gateway:
                 f"gateway.listen.{name}: port 0 with processes: {gateway.processes}: each process would pick another; "
                 "name a port (`headrace up` picks them for all)"
             )
+        if self.tenants is not None:
+            await self.tenants.start()
         await self._bind("link", listen.link, self._serve_links)
         if not self._process:
             await self._serve("admin", listen.admin, ADMIN_OPTIONS, self._add_admin)
@@ -136,12 +146,16 @@ class Gateway:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflections = reflection.aio.ReflectionServicer(names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflections, server)  # type: ignore[no-untyped-call]
-        bound = await server.start(host, port, shared=self._shared)
+        bound = await server.start(host, port, self._tls("h2"), shared=self._shared)
         self._clients = server
         return bound
 
     async def _serve_http(self, host: str, port: int) -> int:
-        return await self.http.start(host, port, shared=self._shared)
+        return await self.http.start(host, port, self._tls("http/1.1"), shared=self._shared)
+
+    def _tls(self, protocol: str) -> NewestContext | None:
+        tls = self.config.gateway.tls
+        return None if tls is None else NewestContext.of(tls, protocol)
 
     @property
     def _shared(self) -> bool:
@@ -160,12 +174,16 @@ class Gateway:
         for server in reversed(self._servers):
             await server.stop(0)
         await self._links.stop(0)
+        if self.tenants is not None:
+            await self.tenants.stop()
         await asyncio.to_thread(self.metrics.close)
 
     # ---- what others see
 
     def _tell_health(self) -> None:
-        """grpc.health.v1 per model name and alias."""
+        """grpc.health.v1 per model name and alias; it asks for no key, so with `auth` it tells of no model."""
+        if self.tenants is not None:
+            return
         serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
         now = {
             name: serving if model.state is ModelState.READY else not_serving
@@ -215,6 +233,15 @@ class Gateway:
                 (link.identity.worker_id, link.info.engine_path, link.info.engine_path_reason),
                 1,
             )
+
+
+def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> TenantDoor | None:
+    """The door of a file with `auth`; only then databases and tokens are imported."""
+    if config.auth is None:
+        return None
+    from cluster.gateway.tenants import TenantDoor
+
+    return TenantDoor(config, folder, metrics, process)
 
 
 def tls_files(tls: Tls | None) -> TlsFiles | None:

@@ -18,9 +18,11 @@ from cluster.gateway import wishes
 from cluster.gateway.call import Call, Output
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
+from cluster.gateway.door import ANYBODY, Door, OpenDoor
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
+from cluster.tenancy.identity import Principal
 
 log = structlog.get_logger("calls")
 
@@ -33,7 +35,12 @@ class CallMeta:
     face: str
     deadline: float | None = None
     traceparent: str = ""
-    tenant: str = "default"
+    principal: Principal = ANYBODY
+
+    @property
+    def tenant(self) -> str:
+        """Whose call it is."""
+        return self.principal.tenant.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,10 @@ class CallService:
         dispatcher: Dispatcher,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        door: Door | None = None,
     ) -> None:
+        self.door: Door = door if door is not None else OpenDoor()
+        self.door.on_change.add(self._end_fallen)
         self.directory = directory
         self.dispatcher = dispatcher
         self.metrics = metrics
@@ -97,10 +107,12 @@ class CallService:
             if self._closing:
                 raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
             wishes.check_options(wish.options)
-            model = self.directory.resolve(wish.model)
+            model = self.directory.resolve(wish.model, meta.principal)
             model_name = model.name
             text = await self.directory.text(model)
             prompt_ids = await encode(wish.prompt, text, meta.tenant)
+            if (fallen := self.door.standing(meta.tenant)) is not None:  # since it has come
+                raise fallen
             call = self._call(wish, meta, model, text, prompt_ids, arrived)
             self._open[call.id] = call
             self.dispatcher.enter(call, model)
@@ -132,10 +144,17 @@ class CallService:
         arrived: float,
     ) -> Call:
         options = wish.options
-        max_len = model.max_model_len
+        max_len, policy = model.max_model_len, meta.principal.tenant
         if not max_len:
             raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared")
-        sampling = wishes.sampling(wish, model.default_sampling, len(prompt_ids), max_len, text.vocab_size)
+        sampling = wishes.sampling(
+            wish,
+            model.default_sampling,
+            len(prompt_ids),
+            min(max_len, policy.max_context_tokens or max_len),
+            text.vocab_size,
+            policy.max_output_tokens,
+        )
         call = Call(
             id=f"{'chatcmpl' if isinstance(wish.prompt, wishes.ChatPrompt) else 'cmpl'}-{uuid.uuid4().hex}",
             model=model.name,
@@ -147,6 +166,7 @@ class CallService:
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
         )
         call.usage.prompt_tokens = len(prompt_ids)
+        salt = self.door.salt(meta.principal, wish.cache_salt)
         for index in range(options.n):
             seed = None if sampling.seed is None else sampling.seed + index
             request = EngineRequest(
@@ -154,6 +174,7 @@ class CallService:
                 prompt_token_ids=prompt_ids,
                 sampling=sampling if index == 0 else replace(sampling, seed=seed),
                 traceparent=meta.traceparent,
+                cache_salt=salt,
             )
             detokenizer = text.detokenizer(prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
             told = options.logprobs if options.logprobs_told is None else options.logprobs_told
@@ -176,6 +197,14 @@ class CallService:
         metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
         metrics.count("generation_tokens_total", model, meta.tenant, by=usage.completion_tokens)
+
+    def _end_fallen(self) -> None:
+        """Calls of tenants that may no longer call end now, wherever they are."""
+        fallen = {tenant: self.door.standing(tenant) for tenant in {call.tenant for call in self._open.values()}}
+        for call in list(self._open.values()):
+            error = fallen[call.tenant]
+            if error is not None:
+                call.fail(error)
 
     async def nudge(self, keepalive_s: float) -> None:
         """A few times a second: end what waited too long, and wake calls that have been silent for keepalive_s."""

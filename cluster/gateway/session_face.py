@@ -70,7 +70,8 @@ class Session:
     """One session. `run` returns when the client has closed its side and every call has ended."""
 
     def __init__(self, service: CallService, context: Any, meta: Callable[[], CallMeta], age_s: float) -> None:
-        """`meta` reads the stream's own metadata; after `age_s` seconds no new call is taken."""
+        """`meta` reads the stream's own metadata and who it is now, or raises CallError; after `age_s` seconds no new
+        call is taken."""
         self._service = service
         self._age_s = age_s
         self._context = context
@@ -149,6 +150,7 @@ class Session:
             return
         kind = start.WhichOneof("call")
         try:
+            meta = self._call_meta(start)
             if kind is None:
                 raise invalid("start", "must hold chat or complete")
             wish = codec.chat_wish(start.chat) if kind == "chat" else codec.complete_wish(start.complete)
@@ -156,13 +158,14 @@ class Session:
             self._refuse(call_id, error)
             return
         opened = self._calls[call_id] = _Open(self, call_id, kind == "chat")
-        opened.task = asyncio.create_task(self._run(opened, wish, self._call_meta(start), start.deadline_ms / 1000))
+        opened.task = asyncio.create_task(self._run(opened, wish, meta, start.deadline_ms / 1000))
 
     def _call_meta(self, start: pb.SessionStart) -> CallMeta:
+        """Raises CallError once the session's caller may no longer call."""
         base = self._meta()
         deadline = self._service.clock() + start.deadline_ms / 1000 if start.deadline_ms else None
         request_id = start.request_id or uuid.uuid4().hex
-        return CallMeta(request_id, base.face, deadline, start.traceparent or base.traceparent, base.tenant)
+        return CallMeta(request_id, base.face, deadline, start.traceparent or base.traceparent, base.principal)
 
     def _refuse(self, call_id: int, error: CallError) -> None:
         self._tell(pb.SessionEvent(call_id=call_id, status=details(error).SerializeToString()))

@@ -83,6 +83,8 @@ class Wish:
     prompt: Prompt
     options: Options
     default_max_tokens: int | None = None
+    cache_salt: str = ""
+    """The caller's own: its calls share a cached prefix only with those of the same salt."""
 
 
 # field -> (lowest, highest, whether the lowest itself is allowed); None is unbounded.
@@ -158,11 +160,17 @@ def _grammar_violations(grammar: Grammar | None) -> list[Violation]:
 
 
 def sampling(
-    wish: Wish, defaults: Mapping[str, object], prompt_tokens: int, max_model_len: int, vocab_size: int
+    wish: Wish,
+    defaults: Mapping[str, object],
+    prompt_tokens: int,
+    max_model_len: int,
+    vocab_size: int,
+    max_output_tokens: int | None = None,
 ) -> Sampling:
     """The engine's parameters: as asked, else the model's generation config, else vLLM's defaults.
 
-    Raises CallError when the prompt leaves no room, or an id lies outside the vocabulary.
+    `max_model_len` is what the caller may use of the model's context, `max_output_tokens` of its output. Raises
+    CallError when the prompt leaves no room, or an id lies outside the vocabulary.
     """
     o = wish.options
     room = max_model_len - prompt_tokens
@@ -173,6 +181,7 @@ def sampling(
             "token of output: shorten the prompt",
             violations=[Violation("messages" if isinstance(wish.prompt, ChatPrompt) else "prompt", "too long")],
         )
+    room = min(room, max_output_tokens or room)
     for name, ids in (("stop_token_ids", o.stop_token_ids), ("logit_bias", tuple(o.logit_bias))):
         for token_id in ids:
             if token_id >= vocab_size:

@@ -40,6 +40,7 @@ class _Definition:
 
 DEFINITIONS: Mapping[str, _Definition] = {
     "requests_total": _Definition("counter", "Calls ended, by outcome.", ("model", "tenant", "face", "outcome")),
+    "auth_failures_total": _Definition("counter", "Callers that were let in by nothing they showed.", ("reason",)),
     "rejected_total": _Definition("counter", "Calls refused before a worker took them.", ("model", "reason")),
     "prompt_tokens_total": _Definition("counter", "Prompt tokens of calls, as the engine counts.", ("model", "tenant")),
     "cached_tokens_total": _Definition("counter", "Prompt tokens from the prefix cache.", ("model", "tenant")),
@@ -69,6 +70,9 @@ DEFINITIONS: Mapping[str, _Definition] = {
         "gauge", "Always 1: which door of the engine a worker serves through, and why.", ("worker", "path", "reason")
     ),
 }
+
+OTHER = "other"
+_TENANT_AT = {name: one.labels.index("tenant") for name, one in DEFINITIONS.items() if "tenant" in one.labels}
 
 
 class Histogram:
@@ -111,8 +115,11 @@ class _SilentHandler(WSGIRequestHandler):
 class Metrics(Collector):
     """All metrics of one process. Names are given without the prefix `headrace_`."""
 
-    def __init__(self, cluster: str) -> None:
+    def __init__(self, cluster: str, max_tenants: int = 500) -> None:
+        """`max_tenants` are named, the first that are counted; the others are one series, `other`."""
         self._cluster = cluster
+        self._max_tenants = max_tenants
+        self._tenants: set[str] = set()
         self._counters: dict[str, dict[tuple[str, ...], float]] = {}
         self._histograms: dict[str, dict[tuple[str, ...], Histogram]] = {}
         self._gauges: list[Callable[[], Iterable[Sample]]] = []
@@ -122,6 +129,12 @@ class Metrics(Collector):
 
     def count(self, name: str, *labels: str, by: float = 1) -> None:
         """Add to a counter."""
+        at = _TENANT_AT.get(name)
+        if at is not None and labels[at] not in self._tenants:
+            if len(self._tenants) < self._max_tenants:
+                self._tenants.add(labels[at])
+            else:
+                labels = (*labels[:at], OTHER, *labels[at + 1 :])
         series = self._counters.setdefault(name, {})
         series[labels] = series.get(labels, 0) + by
 

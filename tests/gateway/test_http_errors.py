@@ -84,6 +84,9 @@ BAD_CHATS: list[tuple[str, dict[str, Any], str]] = [
      "structured_outputs"),
     ("template arguments", {"chat_template_kwargs": [1]}, "chat_template_kwargs"),
     ("two endings", {"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+    ("empty salt", {"cache_salt": ""}, "cache_salt"),
+    ("long salt", {"cache_salt": "x" * 513}, "cache_salt"),
+    ("salt of a wrong type", {"cache_salt": 1}, "cache_salt"),
     ("lone surrogate in a message", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
     ("lone surrogate in a stop", {"stop": ["a", "\udc00"]}, "stop[1]"),
 ]  # fmt: skip
@@ -99,7 +102,6 @@ UNSERVED_CHATS: list[tuple[str, dict[str, Any], str]] = [
     ("priority", {"priority": 1}, "priority"),
     ("a template of one's own", {"chat_template": "{{ x }}"}, "chat_template"),
     ("special tokens", {"skip_special_tokens": False}, "skip_special_tokens"),
-    ("salt", {"cache_salt": "abc"}, "cache_salt"),
     ("old guided decoding", {"guided_json": {}}, "guided_json"),
     ("structural tag", {"response_format": {"type": "structural_tag"}}, "response_format.type"),
 ]  # fmt: skip

@@ -1,0 +1,81 @@
+"""TLS of the client ports, with certificates that are read again when their files change.
+
+The context given to a listener stands for the newest one: each connection begins with a context made of the files as
+they are then. Files that do not fit together (one half of a renewal is written) leave the last good ones in force.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any, Self
+
+import structlog
+
+from cluster.config import ClientTls
+
+log = structlog.get_logger("tls")
+
+HANDSHAKE_S = 20.0
+Stamp = tuple[tuple[int, int, int], ...]
+
+
+class NewestContext(ssl.SSLContext):
+    """What a listener is given. asyncio calls `wrap_bio` once for each connection."""
+
+    _files: tuple[Path, ...]
+    _tls: ClientTls
+    _protocols: list[str]
+    _stamp: Stamp
+    _now: ssl.SSLContext
+
+    @classmethod
+    def of(cls, tls: ClientTls, *protocols: str) -> Self:
+        """From the files; `protocols` are ALPN's. Raises ValueError that names the setting."""
+        context = cls(ssl.PROTOCOL_TLS_SERVER)
+        context._tls = tls
+        context._files = tuple(path for path in (tls.cert_file, tls.key_file, tls.client_ca_file) if path is not None)
+        context._protocols = list(protocols)
+        context._stamp = context._look()
+        context._now = context._read()
+        return context
+
+    def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
+        """Begin a connection."""
+        self._refresh()
+        return self._now.wrap_bio(*arguments, **named)
+
+    def _refresh(self) -> None:
+        stamp = self._look()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._now = self._read()
+            log.info("certificate_read", file=str(self._tls.cert_file))
+        except ValueError as error:
+            log.warning("certificate_not_read", error=str(error))
+
+    def _look(self) -> Stamp:
+        try:
+            found = [path.stat() for path in self._files]
+        except OSError:
+            return ()
+        return tuple((one.st_ino, one.st_mtime_ns, one.st_size) for one in found)
+
+    def _read(self) -> ssl.SSLContext:
+        tls = self._tls
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(self._protocols)
+        try:
+            context.load_cert_chain(tls.cert_file, tls.key_file)
+        except OSError as error:  # ssl's own errors too
+            raise ValueError(f"gateway.tls: {tls.cert_file} or {tls.key_file} cannot be used: {error}") from None
+        if tls.client_ca_file is not None:
+            context.verify_mode = ssl.CERT_OPTIONAL  # who shows a key needs none
+            try:
+                context.load_verify_locations(tls.client_ca_file)
+            except OSError as error:
+                raise ValueError(f"gateway.tls.client_ca_file: {tls.client_ca_file} cannot be used: {error}") from None
+        return context
