@@ -102,13 +102,22 @@ def admin_endpoint(endpoint: str | None, given: str | None) -> str:
     return f"{host}:{ADMIN_PORT}"
 
 
+def api_key(file: Path | None) -> str:
+    """The key that a command calls with: the file's, else HEADRACE_API_KEY, else none."""
+    if file is None:
+        return os.environ.get("HEADRACE_API_KEY", "")
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--api-key-file {file}: cannot be read: {error}", USAGE)
+
+
 def make_client(
     endpoint: str | None, api_key_file: Path | None, tls_ca: Path | None, timeout_s: float | None = None
 ) -> Client:
     """The SDK's client for the command's options."""
-    key = api_key_file.read_text().strip() if api_key_file else os.environ.get("HEADRACE_API_KEY", "")
     try:
-        return Client(grpc_endpoint(endpoint), api_key=key, tls_ca_file=tls_ca, timeout_s=timeout_s)
+        return Client(grpc_endpoint(endpoint), api_key=api_key(api_key_file), tls_ca_file=tls_ca, timeout_s=timeout_s)
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
 

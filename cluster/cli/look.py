@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,9 +14,11 @@ from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.cli import siblings
 from cluster.cli.common import (
     AdminOption,
+    ApiKeyOption,
     EndpointOption,
     JsonOption,
     admin_endpoint,
+    api_key,
     local_run,
     out,
     print_json,
@@ -30,8 +33,10 @@ PAGE_SIZE = 500
 class Admin:
     """The read-only admin API, every page of it."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, key: str = "") -> None:
+        """`key` goes with each call."""
         self.endpoint = endpoint
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
         self._channel = grpc.insecure_channel(endpoint, options=Options(endpoint).channel_options())
         self._fleet = admin_pb2_grpc.FleetStub(self._channel)
         self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
@@ -46,7 +51,7 @@ class Admin:
         page = ""
         while True:
             request = admin_pb2.ListWorkersRequest(page_size=PAGE_SIZE, page_token=page)
-            answer = self._fleet.ListWorkers(request, timeout=TIMEOUT_S)
+            answer = self._fleet.ListWorkers(request, timeout=TIMEOUT_S, metadata=self._metadata)
             found.extend(answer.workers)
             page = answer.next_page_token
             if not page:
@@ -58,7 +63,7 @@ class Admin:
         page = ""
         while True:
             request = admin_pb2.ListRequest(page_size=PAGE_SIZE, page_token=page)
-            answer = self._catalog.List(request, timeout=TIMEOUT_S)
+            answer = self._catalog.List(request, timeout=TIMEOUT_S, metadata=self._metadata)
             found.extend(answer.models)
             page = answer.next_page_token
             if not page:
@@ -76,10 +81,10 @@ def plain(message: Any) -> dict[str, Any]:
     return row
 
 
-def gather(endpoint: str | None, admin_address: str | None) -> dict[str, Any]:
+def gather(endpoint: str | None, admin_address: str | None, api_key_file: Path | None = None) -> dict[str, Any]:
     """What `status --json` prints. Ends the command when the gateway is unreachable."""
     address = admin_endpoint(endpoint, admin_address)
-    admin = Admin(address)
+    admin = Admin(address, api_key(api_key_file))
     try:
         with rpc_errors(address):
             entries, age_s = admin.catalog()
@@ -106,9 +111,14 @@ def gather(endpoint: str | None, admin_address: str | None) -> dict[str, Any]:
     }
 
 
-def status(as_json: JsonOption = False, endpoint: EndpointOption = None, admin: AdminOption = None) -> None:
+def status(
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+) -> None:
     """Show where the cluster answers, its models and its workers."""
-    found = gather(endpoint, admin)
+    found = gather(endpoint, admin, api_key_file)
     if as_json:
         print_json(found)
         return
@@ -127,9 +137,14 @@ def status(as_json: JsonOption = False, endpoint: EndpointOption = None, admin: 
     out.print(_worker_table(found["workers"]))
 
 
-def workers(as_json: JsonOption = False, endpoint: EndpointOption = None, admin: AdminOption = None) -> None:
+def workers(
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+) -> None:
     """List the workers that are linked to the gateway."""
-    rows = gather(endpoint, admin)["workers"]
+    rows = gather(endpoint, admin, api_key_file)["workers"]
     if as_json:
         print_json(rows)
     else:

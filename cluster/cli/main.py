@@ -7,7 +7,7 @@ from importlib import metadata
 
 import typer
 
-from cluster.cli import configuration, doctor, look, processes, talk, up
+from cluster.cli import configuration, doctor, look, processes, talk, tenants, up
 from cluster.cli.common import JsonOption, out, print_json
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command()(talk.complete)
 app.command()(talk.models)
 app.command()(look.workers)
 app.add_typer(configuration.app, name="config")
+tenants.register(app)
 for process in (processes.gateway, processes.controller, processes.prepare):
     app.command(hidden=True)(process)
 

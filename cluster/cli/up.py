@@ -27,7 +27,8 @@ from cluster.cli.ports import PortTaken, decide
 from cluster.cli.runs import AlreadyUp, RunFolder, write_whole
 from cluster.cli.steps import Step, duration, say
 from cluster.client import AsyncClient, HeadraceError
-from cluster.config import Config
+from cluster.config import Config, secret_files
+from cluster.ledger.files import make_secret
 from cluster.rayserve import reaper
 
 DOWN_S = 30.0
@@ -56,7 +57,21 @@ def up(
             config = decide(config)
         except PortTaken as error:
             fail(str(error), USAGE)
+        _make_secrets(config)
         raise typer.Exit(asyncio.run(_life(config, run, demo=demo, background=background)))
+
+
+def _make_secrets(config: Config) -> None:
+    """A local cluster's secrets are made where they are missing; others are named files that all hosts have."""
+    if config.ray:
+        return
+    for setting, path in secret_files(config).items():
+        if path.exists():
+            continue
+        try:
+            make_secret(path)
+        except OSError as error:
+            fail(f"{setting}: {path} cannot be made: {error.strerror}")
 
 
 def _check_installed(config: Config) -> None:
@@ -171,7 +186,7 @@ async def _come_up(cluster: LocalCluster, *, demo: bool, background: bool) -> No
     count = cluster.config.gateway.processes
     gateways = "gateway" if count == 1 else f"{count} gateways"
     step.done(f"{f'ray · controller · {gateways}   ' + up:<34} {duration(step.elapsed_s):>7}")
-    if demo:
+    if demo and cluster.config.auth is None:
         await _first_answer(cluster, Step(numbers[2], "first answer"))
     _say_ready(cluster, entries, background=background)
 
@@ -238,7 +253,10 @@ def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, 
     for entry in entries:
         names = " = ".join([*entry.aliases, entry.name])
         say(f"        model {names}" + ("" if entry.state == "READY" else f"   {_told(entry)}"))
-    say("        loopback only, no keys needed")
+    if cluster.config.auth is None:
+        say("        loopback only, no keys needed")
+    elif cluster.config.auth.api_keys is not None:
+        say(f"keys    {command} keys create TENANT -f {cluster.run.config_file}")
     ready = [entry for entry in entries if entry.state == "READY"]
     if ready:
         name = ready[0].aliases[0] if ready[0].aliases else ready[0].name
