@@ -7,8 +7,9 @@ however slow the reader is. A reader that is slow gets several tokens in one pie
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import EngineRequest, FinishReason, TokenOutput
@@ -16,6 +17,9 @@ from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
+
+if TYPE_CHECKING:
+    from cluster.gateway.accounting import Account
 
 MAX_ATTEMPTS = 3
 
@@ -62,6 +66,8 @@ class Output:
         "_logprobs",
         "_told",
         "_told_finish",
+        "account",
+        "admitted",
         "attempt",
         "call",
         "detokenizer",
@@ -91,6 +97,10 @@ class Output:
         self.emitted = detokenizer.token_ids
         """Tokens told so far; the detokenizer's own list, so that those after a stop string are not in it."""
         self.attempt = 1
+        self.account: Account | None = None
+        """Where accounts are kept and it has been submitted."""
+        self.admitted = False
+        """Whether an engine has accepted it."""
         self.link: WorkerLink | None = None
         self.slot = 0
         self.finish_reason = ""
@@ -112,11 +122,13 @@ class Output:
     # ---- Sink
 
     def accepted(self) -> None:
-        """Nothing to do: the first tokens say the same."""
+        """From here on the call costs."""
+        self.admitted = True
 
     def refused(self, reason: str, message: str, field: str) -> None:
         """The request itself is at fault, or the engine had no room after all."""
         self.link = None
+        self.call.on_refused(self)
         if reason == "NO_ROOM":
             self.call.again(self)
             return
@@ -227,6 +239,11 @@ class Output:
         return self.detokenizer.untaken
 
     @property
+    def delivered(self) -> int:
+        """Tokens whose text has been taken; one whose text is taken in part counts."""
+        return len(self.emitted) if self._told_finish else len(self.emitted) - self.detokenizer.untaken_tokens()
+
+    @property
     def told(self) -> bool:
         """Whether its end has been taken."""
         return self._told_finish
@@ -249,6 +266,11 @@ class Call:
     again: Callable[[Output], None]
     clock: Callable[[], float]
     itl: Histogram | None = None
+    request_id: str = ""
+    key_id: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    on_refused: Callable[[Output], None] = lambda output: None
+    """Told when a worker has not taken a sequence."""
     sequences: list[Output] = field(default_factory=list)
     usage: CallUsage = field(default_factory=CallUsage)
     error: CallError | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -21,6 +22,9 @@ from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.routing.pick import Candidate, Decision, RouteCall, pick
 from cluster.tenancy.queue import Waiting, WaitingRoom
+
+if TYPE_CHECKING:
+    from cluster.gateway.accounting import Accounting
 
 log = structlog.get_logger("dispatch")
 
@@ -44,6 +48,8 @@ class Dispatcher:
         self._arrived_tokens: Counter[str] = Counter()
         self._told_backlog: dict[str, int] = {}
         self.on_state: Callable[[], None] = lambda: None
+        self.accounting: Accounting | None = None
+        """Set before the first call, where accounts are kept."""
 
     # ---- calls
 
@@ -124,7 +130,8 @@ class Dispatcher:
         call = output.call
         if output.index == 0:
             call.usage.queue_s = self._clock() - call.arrived
-        output.bound(link, link.submit(output.request, output, output.attempt))
+        sealed = b"" if self.accounting is None else self.accounting.open(output, link)
+        output.bound(link, link.submit(output.request, output, output.attempt, sealed))
         self._metrics.count("route_decisions_total", call.model, decision.reason)
 
     def _report_backlog(self, model: str) -> None:

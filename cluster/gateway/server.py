@@ -6,7 +6,7 @@ import asyncio
 import platform
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,9 @@ from cluster.observe.metrics import Metrics, Sample
 from cluster.tenancy.queue import WaitingRoom
 
 if TYPE_CHECKING:
+    from cluster.gateway.accounting import Accounting
     from cluster.gateway.tenants import TenantDoor
+    from cluster.ledger.records import UsageRecord
 
 log = structlog.get_logger("gateway")
 
@@ -67,6 +69,8 @@ class Gateway:
         self._servers: list[Any] = []
         self._clients: rpc.Server | None = None
         self._links = hub_server(self.hub)
+        self.accounting: Accounting | None = None
+        self._folder = folder
         self._tasks: list[asyncio.Task[None]] = []
         self._lag = self.metrics.histogram("event_loop_lag_seconds")
         self._states: set[asyncio.Task[None]] = set()
@@ -82,6 +86,7 @@ class Gateway:
             )
         if self.tenants is not None:
             await self.tenants.start()
+            self.account(self.tenants.secrets, self.tenants.ledger.usage.insert)
         await self._bind("link", listen.link, self._serve_links)
         if not self._process:
             await self._serve("admin", listen.admin, ADMIN_OPTIONS, self._add_admin)
@@ -98,6 +103,21 @@ class Gateway:
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         log.info("gateway_up", gateway=self.hub.gateway_id, **self.endpoints)
+
+    def account(self, secrets: Sequence[bytes], insert: Callable[[Sequence[UsageRecord]], None]) -> None:
+        """Keep accounts from now on; before any worker or caller comes."""
+        from cluster.gateway.accounting import Accounting
+        from cluster.ledger.sealed import Sealer
+
+        accounting = Accounting(
+            incarnation=self.hub.incarnation,
+            sealer=Sealer(secrets),
+            folder=self._folder / "usage",
+            insert=insert,
+        )
+        accounting.start()
+        self.accounting = self.dispatcher.accounting = accounting
+        self.hub.on_usage = accounting.usage
 
     async def _serve(self, name: str, address: str, options: Any, add: Callable[[grpc.aio.Server, str], int]) -> None:
         server = grpc.aio.server(options=options)
@@ -171,6 +191,8 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.accounting is not None:
+            await self.accounting.stop()
         for server in reversed(self._servers):
             await server.stop(0)
         await self._links.stop(0)
@@ -210,6 +232,14 @@ class Gateway:
         yield "link_connected", ("worker",), statistics.workers
         yield "link_connected", ("controller",), statistics.controllers
         heard = self.hub.catalog_at
+        if self.accounting is not None:
+            ledger = self.accounting.statistics()
+            yield "ledger_pending_records", (), ledger.pending
+            yield (
+                "ledger_lag_seconds",
+                (),
+                0 if ledger.oldest_at_s is None else max(time.time() - ledger.oldest_at_s, 0),
+            )
         yield "catalog_age_seconds", (), -1 if heard is None else time.monotonic() - heard
         running = self.service.statistics()
         for model in self.directory.models:

@@ -132,6 +132,8 @@ class CallService:
             if call is not None:
                 self._open.pop(call.id, None)
                 self.dispatcher.leave(call)
+                if self.dispatcher.accounting is not None:
+                    self.dispatcher.accounting.ended(call, outcome)
             self._settle(model_name, meta, outcome, call, arrived)
 
     def _call(
@@ -166,6 +168,11 @@ class CallService:
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
         )
         call.usage.prompt_tokens = len(prompt_ids)
+        if self.dispatcher.accounting is not None:
+            principal = meta.principal
+            call.request_id, call.labels = meta.request_id, policy.labels
+            call.key_id = principal.subject if principal.by == "key" else ""
+            call.on_refused = self.dispatcher.accounting.refused
         salt = self.door.salt(meta.principal, wish.cache_salt)
         for index in range(options.n):
             seed = None if sampling.seed is None else sampling.seed + index

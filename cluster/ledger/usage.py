@@ -60,7 +60,8 @@ class UsageTable:
         self._engine = engine
 
     def insert(self, records: Sequence[UsageRecord]) -> None:
-        """Write ended calls, all or none. One that is there stays, unless it was an estimate and this one is exact.
+        """Write ended calls, all or none. One that is there stays, unless it was an estimate and this one is exact, or
+        estimates more tokens (a call that was retried has one of each worker).
 
         Records of a tenant that was erased after the call opened are dropped. Raises StoreUnavailable.
         """
@@ -74,7 +75,9 @@ class UsageTable:
                 return
             statement = insert_or(connection, usage)
             new = {c.name: statement.excluded[c.name] for c in usage.c if c.name != "record_id"}
-            better = and_(usage.c.delivered_unknown, not_(statement.excluded.delivered_unknown))
+            newer = statement.excluded
+            more = newer.generated_tokens > usage.c.generated_tokens
+            better = and_(usage.c.delivered_unknown, or_(not_(newer.delivered_unknown), more))
             connection.execute(
                 statement.on_conflict_do_update(index_elements=["record_id"], set_=new, where=better), rows
             )
@@ -133,14 +136,18 @@ class UsageTable:
 
 
 def _latest(records: Sequence[UsageRecord]) -> list[UsageRecord]:
-    """One record an id, the exact before the estimate: a statement may not touch a row twice. In order of id, so
-    that two gateways that report the same calls lock rows in one order."""
+    """One record an id, the exact before estimates, of those the largest: a statement may not touch a row twice. In
+    order of id, so that two gateways that report the same calls lock rows in one order."""
     best: dict[str, UsageRecord] = {}
     for one in records:
         have = best.get(one.record_id)
-        if have is None or (have.delivered_unknown and not one.delivered_unknown):
+        if have is None or (have.delivered_unknown and _better(one, have)):
             best[one.record_id] = one
     return [best[record_id] for record_id in sorted(best)]
+
+
+def _better(one: UsageRecord, estimate: UsageRecord) -> bool:
+    return not one.delivered_unknown or one.generated_tokens > estimate.generated_tokens
 
 
 def _row(record: UsageRecord) -> dict[str, Any]:

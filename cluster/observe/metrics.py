@@ -65,6 +65,8 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "model_replicas_desired": _Definition("gauge", "Replicas the controller wants.", ("model",)),
     "model_state": _Definition("gauge", "1 for the model's state.", ("model", "state")),
     "catalog_age_seconds": _Definition("gauge", "Since the controller last spoke; -1 when never.", ()),
+    "ledger_pending_records": _Definition("gauge", "Usage records that are not in the database yet.", ()),
+    "ledger_lag_seconds": _Definition("gauge", "Age of the oldest of them.", ()),
     "build_info": _Definition("gauge", "Always 1.", ("version", "python", "grpc")),
     "engine_path_info": _Definition(
         "gauge", "Always 1: which door of the engine a worker serves through, and why.", ("worker", "path", "reason")

@@ -132,6 +132,17 @@ class Detokenizer:
         """Characters that have not been taken."""
         return len(self._text)
 
+    def untaken_tokens(self) -> int:
+        """How many of the last tokens have no text that was taken. Looked for when asked, not kept."""
+        if not self._text:
+            return 0
+
+        def chars(tokens: int) -> int:
+            tail = self.token_ids[-tokens:]
+            return len(self._tokenizer.decode(tail, skip_special_tokens=self._skip_special))
+
+        return bisect_left(range(len(self.token_ids)), len(self._text), lo=1, key=chars) if self.token_ids else 0
+
     @property
     def watches(self) -> bool:
         """Whether there are stop strings to look for."""
