@@ -200,7 +200,9 @@ async def on_gpus(
         setup = Setup(folder, engine_settings(share, context, 2), gpus=2)
         two = replace(options, only=TENSOR_PARALLEL_ARMS, setup=setup, ends_at=ends_at)
         logs = arguments.logs and arguments.logs / "tensor-parallel"
-        reports.append(("Tensor parallel over two GPUs", await measure("gpu-report-tp2", two, logs, screen)))
+        wide = await measure("gpu-report-tp2", two, logs, screen)
+        wide.figures = [f for f in wide.figures if not (f.reason or "").endswith(scenario.NOT_ASKED)]
+        reports.append(("Tensor parallel over two GPUs", wide))
     else:
         notes.append("One GPU was there, so tensor parallelism was not measured.")
     notes.append("Rows of `peers` that need no engine (relay, longprompt, startup, processes) are not on this page.")

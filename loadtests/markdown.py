@@ -10,6 +10,7 @@ from loadtests import machine
 from loadtests.figures import Figure
 from loadtests.report import Report, middle
 
+LOG_LINES = 12
 TRIAL = "**A trial on CPU with a tiny model of random weights. No GPU was used: nothing on this page is a GPU figure.**"
 
 
@@ -112,9 +113,18 @@ def _arms(report: Report) -> list[str]:
 
 
 def _problems(report: Report) -> list[str]:
-    told = [f"{arm.name}: {arm.problem.splitlines()[0]}" for arm in report.arms if arm.problem]
-    told += [problem.splitlines()[0] for problem in report.problems]
-    return ["This report is partial:", "", *(f"- {_cell(line)}" for line in told), ""] if told else []
+    """Each once, with the end of its log."""
+    by_text: dict[str, list[str]] = {}
+    for arm in report.arms:
+        if arm.problem:
+            by_text.setdefault(arm.problem, []).append(arm.name)
+    texts = [f"{', '.join(names)}: {text}" for text, names in by_text.items()] + list(report.problems)
+    out = ["This report is partial.", ""] if texts else []
+    for text in texts:
+        first, *rest = text.splitlines()
+        log = ["", "  ```", *(f"  {line}" for line in rest[-LOG_LINES:]), "  ```"] if rest else []
+        out += [f"- {first}", *log, ""]
+    return out
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -38,6 +38,7 @@ RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)
+NOT_ASKED = "it was not asked for, or time was up"
 SINGLES_SHARE = 0.35
 """Of the time that is left, where it is bounded: for one stream, before 64."""
 COOLDOWN_S = 1.5
@@ -283,7 +284,7 @@ def figures(arms: dict[str, Contestant], stage: Stage) -> list[Figure]:
             out.append(ratio_figure(title, *pairs, bound, scale=scale, difference_unit=unit))
         else:
             lacking = next((name for name in (ours, theirs) if name not in arms), ours)
-            why = told.get(lacking) or told.get(lacking.removeprefix(ONE)) or "it was not asked for, or time was up"
+            why = told.get(lacking) or told.get(lacking.removeprefix(ONE)) or NOT_ASKED
             out.append(missing(title, bound, f"{lacking} did not run: {why.splitlines()[0]}"))
     return out
 

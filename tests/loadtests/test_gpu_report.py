@@ -57,6 +57,16 @@ def test_a_trial_says_so_first() -> None:
     assert "| GPU | none was used |" in text
 
 
+def test_a_page_tells_each_problem_once_with_the_end_of_its_log() -> None:
+    """Arms that fail for one reason are named together; a longer log is cut."""
+    made = report()
+    for name in ("SMG", "LiteLLM"):
+        made.arm(name, "").problem = "server ended; its log ends:\n" + "\n".join(f"line {i}" for i in range(20))
+    text = page(Subject("m", "X", 0, "bfloat16", "c", [CARD]), [("One GPU", made)])
+    assert "- SMG, LiteLLM: server ended; its log ends:\n\n  ```\n  line 8\n" in text
+    assert text.count("line 19") == 1
+
+
 def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     """A GPU, the peers and a model, each with what to do."""
     told = "\n".join(gpu_report.lacking([], tmp_path, ""))
