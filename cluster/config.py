@@ -128,11 +128,13 @@ class ClientTls(_Section):
 
 
 class Queue(_Section):
-    """Bounds on what waits in a gateway."""
+    """Bounds on what waits in a gateway, in all and (`tenant_...`; none when absent) of each tenant."""
 
     max_requests: Annotated[int, Field(ge=1)] = 20_000
     max_tokens: Annotated[int, Field(ge=1)] = 40_000_000
     max_wait_s: Annotated[float, Field(gt=0)] = 120.0
+    tenant_max_requests: Annotated[int, Field(ge=1)] | None = None
+    tenant_max_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class Gateway(_Section):

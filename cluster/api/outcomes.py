@@ -91,11 +91,16 @@ class CallError(Exception):
         *,
         violations: Sequence[Violation] = (),
         retry_after_s: float | None = None,
+        quota: Sequence[Violation] = (),
+        headers: Sequence[tuple[str, str]] = (),
     ) -> None:
+        """`quota` names the limits that are reached; `headers` go with the answer, as metadata over gRPC."""
         super().__init__(message)
         self.outcome = outcome
         self.message = message
         self.violations = tuple(violations)
+        self.quota = tuple(quota)
+        self.headers = tuple(headers)
         self.retry_after_s = FAULTS[outcome].retry_after_s if retry_after_s is None else retry_after_s
 
     def __repr__(self) -> str:

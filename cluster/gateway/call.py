@@ -17,6 +17,7 @@ from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
+from cluster.tenancy.policy import TenantPolicy
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Account
@@ -69,7 +70,9 @@ class Output:
         "account",
         "admitted",
         "attempt",
+        "cached_tokens",
         "call",
+        "charge_due",
         "detokenizer",
         "direct",
         "emitted",
@@ -77,6 +80,8 @@ class Output:
         "heard_at",
         "index",
         "link",
+        "over",
+        "ran",
         "request",
         "slot",
         "waiting_id",
@@ -107,6 +112,13 @@ class Output:
         self.heard_at = 0.0
         self.direct: Callable[[str], None] | None = None
         self.waiting_id = f"{call.id}#{index}"
+        self.ran = False
+        """Whether a worker was given it, and has not refused it."""
+        self.over = False
+        """Whether its tenant's account has been told of its end."""
+        self.cached_tokens = 0
+        self.charge_due = 0
+        """At so many tokens its tenant's account is to hear of it."""
         self._told = False
         self._told_finish = False
         self._logprob_texts = logprob_texts
@@ -117,7 +129,7 @@ class Output:
 
     def bound(self, link: WorkerLink, slot: int) -> None:
         """A worker has been chosen and the request sent."""
-        self.link, self.slot = link, slot
+        self.link, self.slot, self.ran = link, slot, True
 
     # ---- Sink
 
@@ -127,7 +139,7 @@ class Output:
 
     def refused(self, reason: str, message: str, field: str) -> None:
         """The request itself is at fault, or the engine had no room after all."""
-        self.link = None
+        self.link, self.ran = None, False
         self.call.on_refused(self)
         if reason == "NO_ROOM":
             self.call.again(self)
@@ -141,9 +153,11 @@ class Output:
         """One step's tokens."""
         call = self.call
         ids = output.token_ids
-        if output.prompt_tokens is not None and self.index == 0:
-            call.usage.prompt_tokens = output.prompt_tokens
-            call.usage.cached_tokens = output.cached_tokens or 0
+        if output.prompt_tokens is not None:
+            if self.index == 0:
+                call.usage.prompt_tokens = output.prompt_tokens
+                call.usage.cached_tokens = output.cached_tokens or 0
+            call.began(self, output.cached_tokens or 0)
         self.direct = None
         if output.finish is not None:
             self.link = None
@@ -180,6 +194,12 @@ class Output:
         """Take the text that `direct` was just given back, and keep it and all further ones for `take`."""
         self.direct = None
         self.detokenizer.give_back(text)
+
+    def cut(self) -> None:
+        """End it with what it has, as if its length were reached."""
+        if not self.finish_reason:
+            self.finish_reason, self.direct = "length", None
+            self._leave_engine()
 
     def _stopped(self) -> None:
         """A stop string has come: the engine's work ends here."""
@@ -256,14 +276,17 @@ class Output:
 
 @dataclass(eq=False)
 class Call:
-    """One call from arrival to end. `again` puts a sequence back into the queue; `itl` measures time between tokens."""
+    """One call from arrival to end. `again` puts a sequence back into the queue, `began` is told of a sequence's first
+    output and how much of its prompt was cached; `itl` measures time between tokens. `rank`: of its priority class."""
 
     id: str
     model: str
-    tenant: str
+    policy: TenantPolicy
+    rank: int
     arrived: float
     deadline: float | None
     again: Callable[[Output], None]
+    began: Callable[[Output, int], None]
     clock: Callable[[], float]
     itl: Histogram | None = None
     request_id: str = ""
@@ -274,6 +297,8 @@ class Call:
     sequences: list[Output] = field(default_factory=list)
     usage: CallUsage = field(default_factory=CallUsage)
     error: CallError | None = None
+    headers: Sequence[tuple[str, str]] = ()
+    """How its tenant's limits stood when it was admitted, for its caller."""
     first_token_at: float | None = None
     silent_since: float = 0.0
     """When the keep-alive last spoke."""
@@ -283,6 +308,21 @@ class Call:
     """Called at every news instead of waking `news`: for a face that gathers the news of many calls."""
     _waiter: asyncio.Future[None] | None = None
     _news: bool = False
+
+    @property
+    def tenant(self) -> str:
+        """Whose call it is, by name."""
+        return self.policy.name
+
+    @property
+    def flow(self) -> str:
+        """Whose turn it is, by the handle under which workers know the tenant."""
+        return self.policy.handle or self.policy.name
+
+    @property
+    def prompt_computed(self) -> bool:
+        """Whether an engine has worked on its prompt; where a worker was lost before any token, nobody pays for it."""
+        return self.first_token_at is not None or (self.error is None and any(one.ran for one in self.sequences))
 
     def progressed(self, output: Output, tokens: int) -> None:
         """A sequence has got tokens, by a step that had more to tell of it than one token."""

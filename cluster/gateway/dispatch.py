@@ -1,7 +1,7 @@
 """Waiting and binding: sequences wait in tenancy's room and leave it when routing finds a worker that has granted room.
 
-Nothing is decided here. The waiting room says who is next, routing says where to; this module acts on it and hears
-the link's news.
+Nothing is decided here. The waiting room says who is next, by the tenants' turns, routing says where to; this module
+acts on it and hears the link's news.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.call import Call, Output
 from cluster.gateway.directory import Directory, KnownModel
+from cluster.gateway.turns import Turns
 from cluster.link.hub import ModelDemand
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("dispatch")
 
+SWEEP_S = 1.0
+_WHY_NOT = {
+    Outcome.QUEUE_FULL: "the cluster's queue is full; retry after the given pause",
+    Outcome.RATE_LIMITED: "too many of your own calls wait already; let some of them end first",
+    Outcome.DEADLINE_UNREACHABLE: "what waits before this call takes longer than its deadline allows",
+}
+
 
 class Dispatcher:
     """Implements the hub's listener."""
@@ -35,11 +43,14 @@ class Dispatcher:
     def __init__(
         self,
         room: WaitingRoom,
+        turns: Turns,
         metrics: Metrics,
         directory: Callable[[], Directory],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`room` takes its orders from `turns`."""
         self._room = room
+        self.turns = turns
         self._metrics = metrics
         self._directory = directory
         self._clock = clock
@@ -47,6 +58,7 @@ class Dispatcher:
         self._arrived: Counter[str] = Counter()
         self._arrived_tokens: Counter[str] = Counter()
         self._told_backlog: dict[str, int] = {}
+        self._swept = clock()
         self.on_state: Callable[[], None] = lambda: None
         self.accounting: Accounting | None = None
         """Set before the first call, where accounts are kept."""
@@ -56,15 +68,23 @@ class Dispatcher:
     def enter(self, call: Call, model: KnownModel) -> None:
         """Queue every output of a call, and send what has room at once. Raises CallError; then nothing is queued."""
         self._refuse_hopeless(model)
+        starts_in_s = 0.0 if call.deadline is None else self.turns.starts_in_s(call)
         for output in call.sequences:
             self._arrived[model.name] += 1
             self._arrived_tokens[model.name] += len(output.request.prompt_token_ids)
-            outcome = self._room.enter(self._waiting(output), self._clock())
-            if outcome is not None:
+            admission = self._room.admit(self.turns.waiting(output), self._clock(), starts_in_s)
+            self._fail_shed(admission.shed)
+            if admission.outcome is not None:
                 self.leave(call)
-                raise CallError(outcome, "the cluster's queue is full; retry after the given pause")
+                raise CallError(admission.outcome, _WHY_NOT[admission.outcome])
             self._outputs[output.waiting_id] = output
         self._pump(model.name)
+
+    def _fail_shed(self, shed: Sequence[Waiting]) -> None:
+        for waiting in shed:
+            output = self._outputs.pop(waiting.call_id, None)
+            if output is not None:
+                output.call.fail(CallError(Outcome.SHED, "the cluster is short of room; retry after the given pause"))
 
     def leave(self, call: Call) -> None:
         """A call is over, however it ended: nothing of it waits or runs any longer."""
@@ -72,6 +92,7 @@ class Dispatcher:
         for output in call.sequences:
             if self._outputs.pop(output.waiting_id, None) is not None:
                 waited |= self._room.leave(output.waiting_id)
+            self.turns.over(output)
         call.release()
         if waited:
             self._report_backlog(call.model)
@@ -79,23 +100,27 @@ class Dispatcher:
     def again(self, output: Output) -> None:
         """A sequence that has emitted nothing goes back to the head of its queue."""
         self._outputs[output.waiting_id] = output
-        self._room.put_back(self._waiting(output), self._clock())
+        self._room.put_back(self.turns.waiting(output), self._clock())
         self._pump(output.call.model)
 
-    def _waiting(self, output: Output) -> Waiting:
-        call = output.call
-        return Waiting(
-            call_id=output.waiting_id,
-            model=call.model,
-            tenant=call.tenant,
-            tokens=len(output.request.prompt_token_ids),
-            deadline=call.deadline,
-            priority_class="standard",
-            arrived=call.arrived,
-        )
+    def cut(self, call: Call) -> None:
+        """End a call with what it has; what waits of it still gets nothing."""
+        for output in call.sequences:
+            if self._outputs.pop(output.waiting_id, None) is not None:
+                self._room.leave(output.waiting_id)
+            output.cut()
+        call.wake()
+
+    def grew(self, call: Call) -> None:
+        """A few times a second for each running call: its tenant's account follows it."""
+        for output in call.sequences:
+            if output.finish_reason:
+                self.turns.over(output)
+            elif output.emitted:
+                self.turns.grew(output)
 
     def position(self, call: Call) -> int:
-        """The place in line of the call's first waiting output, 1 the next; 0 when none of it waits."""
+        """The place of the call's first waiting output in its tenant's line, 1 the next; 0 when none of it waits."""
         positions = [self._room.position(o.waiting_id) for o in call.sequences if o.waiting_id in self._outputs]
         return min((p + 1 for p in positions if p is not None), default=0)
 
@@ -111,6 +136,7 @@ class Dispatcher:
         known = self._directory().find(model)
         if known is None:
             return
+        now = self._clock()
         while True:
             decision: Decision | None = None
 
@@ -120,7 +146,7 @@ class Dispatcher:
                 decision = pick(RouteCall(model, waiting.tokens), candidates)
                 return decision.worker_id is not None
 
-            waiting = self._room.next(model, fits)
+            waiting = self._room.next(model, fits, now)
             if waiting is None or decision is None or decision.worker_id is None:
                 break
             self._bind(known.links[decision.worker_id], self._outputs.pop(waiting.call_id), decision)
@@ -149,7 +175,11 @@ class Dispatcher:
 
     def expire(self) -> None:
         """End what has waited too long; called a few times a second."""
-        for waiting in self._room.expired(self._clock()):
+        now = self._clock()
+        if now - self._swept >= SWEEP_S:
+            self._swept = now
+            self.turns.sweep({model.name: bool(model.links) for model in self._directory().models}, now)
+        for waiting in self._room.expired(now):
             output = self._outputs.pop(waiting.call_id, None)
             if output is not None:
                 output.call.fail(self._too_late(output.call))

@@ -226,7 +226,7 @@ class GrpcFace:
 
     async def _stream(self, kind: _Kind, request: Any, context: Any, meta: CallMeta) -> None:
         async with self._service.open(kind.wish(request), meta) as call:
-            await context.send_initial_metadata((("x-request-id", meta.request_id),))
+            await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             if self._relay is None:
                 self._relay = Relay()
             await Lane(call, _Voice(kind, call, self._service), context, self._relay).run()
@@ -238,7 +238,7 @@ class GrpcFace:
             pieces = call.take()
             if call.error is not None:
                 raise call.error
-            await context.send_initial_metadata((("x-request-id", meta.request_id),))
+            await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             return kind.response(call, pieces)
 
     # ---- tokens and models

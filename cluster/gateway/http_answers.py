@@ -53,13 +53,20 @@ def call_error_body(error: CallError) -> bytes:
 
 
 def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
-    """Whole seconds for everyone, and milliseconds under the name that OpenAI's clients prefer."""
+    """How limits stand; the pause in whole seconds for everyone, and in milliseconds as OpenAI's clients prefer it."""
+    headers = as_headers(error.headers)
     if error.retry_after_s is None:
-        return []
+        return headers
     return [
+        *headers,
         (b"retry-after", b"%d" % math.ceil(error.retry_after_s)),
         (b"retry-after-ms", b"%d" % (error.retry_after_s * 1000)),
     ]
+
+
+def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    """As HTTP writes them."""
+    return [(name.encode("ascii"), value.encode("ascii")) for name, value in pairs]
 
 
 def as_asked(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:

@@ -79,6 +79,8 @@ class Exchange:
         self.send = send
         self.started = False
         self.principal = ANYBODY
+        self.standing: list[tuple[bytes, bytes]] = []
+        """Headers of how the caller's limits stand, for an answer that is no error."""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = self.header(b"x-request-id", _REQUEST_ID) or uuid.uuid4().hex
 
@@ -119,7 +121,7 @@ class Exchange:
     async def write(self, part: bytes, more: bool = True) -> None:
         """A part of a stream of events; the first begins it."""
         if not self.started:
-            await self.start(200, _EVENTS)
+            await self.start(200, [*_EVENTS, *self.standing])
         await self.send({"type": "http.response.body", "body": part, "more_body": more})
 
     async def whole(self, status: int, content: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
@@ -211,6 +213,7 @@ class HttpFace:
     async def _stream(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:
             calls = await self._open(asked, meta, stack)
+            exchange.standing = answers.as_headers(calls[-1].headers)
             stream = kind.stream(
                 calls[0].id,
                 calls[0].model,
@@ -242,6 +245,7 @@ class HttpFace:
     async def _whole(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:
             calls = await self._open(asked, meta, stack)
+            exchange.standing = answers.as_headers(calls[-1].headers)
             pieces: list[Piece] = []
             for i, call in enumerate(calls):
                 try:
@@ -250,7 +254,8 @@ class HttpFace:
                         pieces.append(piece)
                 except CallError as error:
                     raise answers.as_asked(error, asked.names) from None
-        await exchange.whole(200, kind.answer(calls[0].id, calls[0].model, int(time.time()), calls, pieces))
+        answer = kind.answer(calls[0].id, calls[0].model, int(time.time()), calls, pieces)
+        await exchange.whole(200, answer, exchange.standing)
 
     async def _open(self, asked: Asked, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
         """One running call for each prompt."""

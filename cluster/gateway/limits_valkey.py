@@ -15,7 +15,7 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import structlog
 from redis.asyncio import Redis
@@ -44,39 +44,6 @@ ALIVE_S = 10.0
 TIMEOUT_S = 0.25
 AWAY = (RedisError, OSError, TimeoutError)
 _ORDER = (Limit.MONTHLY, Limit.DAILY, Limit.CONCURRENT, Limit.REQUESTS, Limit.TOKENS)
-
-
-class Limits(Protocol):
-    """What the gateway asks, whatever keeps the limits."""
-
-    async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
-        """Admit or refuse."""
-
-    async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
-        """So many output tokens there are; False: the call must stop."""
-
-    async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
-        """It ended, and so much the engine counted. Never fails."""
-
-
-class LocalLimits:
-    """One gateway alone: the limits are this process's."""
-
-    def __init__(self, limiter: Limiter, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limiter = limiter
-        self._clock = clock
-
-    async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
-        """As the port says."""
-        return self._limiter.reserve(policy, ask, self._clock(), time.time())
-
-    async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
-        """As the port says."""
-        return self._limiter.top_up(policy, call_id, output_tokens, self._clock(), time.time())
-
-    async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
-        """As the port says."""
-        self._limiter.settle(call_id, prompt_tokens, output_tokens, self._clock(), time.time())
 
 
 @dataclass(slots=True)
@@ -200,6 +167,10 @@ class ValkeyLimits:
                 change += back
         if await self._ask(held.tenant, "settle", plain, held.day, held.month, *corrections) is None:
             self._owe(held.tenant, plain)
+
+    def sweep(self) -> None:
+        """As the port says."""
+        self._mirror.sweep(time.monotonic())
 
     def __repr__(self) -> str:
         state = "degraded" if self.degraded else "shared"

@@ -20,22 +20,27 @@ from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.api.types import ModelState
 from cluster.config import Config, Tls
 from cluster.gateway.admin import CatalogAdmin, FleetAdmin
-from cluster.gateway.directory import Directory
+from cluster.gateway.allowance import Allowances
+from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.door import OpenDoor
 from cluster.gateway.grpc_face import SERVICE, GrpcFace
 from cluster.gateway.http_face import HttpFace
 from cluster.gateway.http_server import HttpServer
+from cluster.gateway.limits_local import LocalLimits
 from cluster.gateway.service import CallService
 from cluster.gateway.tls import NewestContext
+from cluster.gateway.turns import Turns
 from cluster.link.dial import Timing
 from cluster.link.hub import Hub, hub_server
 from cluster.link.tls import TlsFiles
 from cluster.observe.metrics import Metrics, Sample
+from cluster.tenancy.limits import Limiter
 from cluster.tenancy.queue import WaitingRoom
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting
+    from cluster.gateway.limits_valkey import ValkeyLimits
     from cluster.gateway.tenants import TenantDoor
     from cluster.ledger.records import UsageRecord
 
@@ -55,13 +60,31 @@ class Gateway:
         queue = config.gateway.queue
         self.metrics = Metrics(config.name, config.observe.max_tenant_series)
         self.tenants = _tenants(config, folder, self.metrics, process)
-        room = WaitingRoom(max_requests=queue.max_requests, max_tokens=queue.max_tokens, max_wait_s=queue.max_wait_s)
-        self.dispatcher = Dispatcher(room, self.metrics, lambda: self.directory)
+        turns = Turns({one.name: one.rank for one in config.classes}, self.metrics)
+        room = WaitingRoom(
+            max_requests=queue.max_requests,
+            max_tokens=queue.max_tokens,
+            max_wait_s=queue.max_wait_s,
+            order_of=turns.fair.order,
+            weight_of=turns.weight_of,
+            tenant_max_requests=queue.tenant_max_requests,
+            tenant_max_tokens=queue.tenant_max_tokens,
+        )
+        self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory)
         siblings = config.gateway.siblings(process)
         self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing, siblings)
         self.directory = Directory(folder, self.hub.fetch_bundle)
         door = self.tenants if self.tenants is not None else OpenDoor()
-        self.service = CallService(self.directory, self.dispatcher, self.metrics, door=door)
+        self._shared_limits = _shared_limits(config, self.hub.gateway_id)
+        self._limits = self._shared_limits or LocalLimits(Limiter())
+        self.allowances = Allowances(
+            self._limits,
+            turns.learnt,
+            self.metrics,
+            self.dispatcher.cut,
+            max_tenants=config.observe.max_tenant_series,
+        )
+        self.service = CallService(self.directory, self.dispatcher, self.allowances, self.metrics, door=door)
         self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
@@ -87,6 +110,8 @@ class Gateway:
         if self.tenants is not None:
             await self.tenants.start()
             self.account(self.tenants.secrets, self.tenants.ledger.usage.insert)
+        if self._shared_limits is not None:
+            await self._shared_limits.start()
         await self._bind("link", listen.link, self._serve_links)
         if not self._process:
             await self._serve("admin", listen.admin, ADMIN_OPTIONS, self._add_admin)
@@ -96,6 +121,7 @@ class Gateway:
         self._tasks = [
             asyncio.create_task(self.hub.watch()),
             asyncio.create_task(self.service.nudge(gateway.keepalive_s)),
+            asyncio.create_task(self.allowances.watch()),
             asyncio.create_task(self._measure_lag()),
         ]
         await self._bind("grpc", listen.grpc, self._serve_clients)
@@ -191,6 +217,9 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.allowances.close()
+        if self._shared_limits is not None:
+            await self._shared_limits.close()
         if self.accounting is not None:
             await self.accounting.stop()
         for server in reversed(self._servers):
@@ -241,8 +270,13 @@ class Gateway:
                 0 if ledger.oldest_at_s is None else max(time.time() - ledger.oldest_at_s, 0),
             )
         yield "catalog_age_seconds", (), -1 if heard is None else time.monotonic() - heard
+        yield "limits_degraded", (), float(self._limits.degraded)
+        for tenant, limit, ratio in self.allowances.utilization():
+            yield "limit_utilization_ratio", (tenant, limit), ratio
+        spreads = self.dispatcher.turns.spreads
         running = self.service.statistics()
         for model in self.directory.models:
+            yield "fairness_gap_ratio", (model.name,), spreads.get(model.name, 0.0) / _turn_tokens(model)
             waiting, tokens = self.dispatcher.waiting(model.name)
             yield "requests_in_flight", (model.name,), running.get(model.name, 0)
             yield "queue_requests", (model.name,), waiting
@@ -272,6 +306,21 @@ def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> Te
     from cluster.gateway.tenants import TenantDoor
 
     return TenantDoor(config, folder, metrics, process)
+
+
+def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:
+    """The limits of all gateways together, where the file names their store; only then its client is imported."""
+    if not config.store.limits_url:
+        return None
+    from cluster.gateway.limits_valkey import ValkeyLimits
+
+    return ValkeyLimits(config.store.limits_url, gateway)
+
+
+def _turn_tokens(model: KnownModel) -> float:
+    """U of docs/tenancy.md: weighted tokens of the longest input, or of all that one worker holds as outputs."""
+    held = max((link.info.kv_tokens for link in model.links.values()), default=0)
+    return max(2.0 * held, float(model.max_model_len), 1.0)
 
 
 def tls_files(tls: Tls | None) -> TlsFiles | None:

@@ -15,6 +15,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import EngineRequest
 from cluster.gateway import wishes
+from cluster.gateway.allowance import Allowances
 from cluster.gateway.call import Call, Output
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
@@ -58,10 +59,12 @@ class CallService:
         self,
         directory: Directory,
         dispatcher: Dispatcher,
+        allowances: Allowances,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         door: Door | None = None,
     ) -> None:
+        self._allowances = allowances
         self.door: Door = door if door is not None else OpenDoor()
         self.door.on_change.add(self._end_fallen)
         self.directory = directory
@@ -115,6 +118,9 @@ class CallService:
                 raise fallen
             call = self._call(wish, meta, model, text, prompt_ids, arrived)
             self._open[call.id] = call
+            await self._allowances.admit(call)
+            if call.error is not None:  # its tenant has fallen while its limits were asked
+                raise call.error
             self.dispatcher.enter(call, model)
             yield call
         except CallError as error:
@@ -135,6 +141,8 @@ class CallService:
                 if self.dispatcher.accounting is not None:
                     self.dispatcher.accounting.ended(call, outcome)
             self._settle(model_name, meta, outcome, call, arrived)
+            if call is not None:
+                await self._allowances.settle(call)
 
     def _call(
         self,
@@ -157,13 +165,16 @@ class CallService:
             text.vocab_size,
             policy.max_output_tokens,
         )
+        rank = self.dispatcher.turns.rank_of(policy.priority_class)
         call = Call(
             id=f"{'chatcmpl' if isinstance(wish.prompt, wishes.ChatPrompt) else 'cmpl'}-{uuid.uuid4().hex}",
             model=model.name,
-            tenant=meta.tenant,
+            policy=policy,
+            rank=rank,
             arrived=arrived,
             deadline=meta.deadline,
             again=self.dispatcher.again,
+            began=self.dispatcher.turns.began,
             clock=self.clock,
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
         )
@@ -182,6 +193,7 @@ class CallService:
                 sampling=sampling if index == 0 else replace(sampling, seed=seed),
                 traceparent=meta.traceparent,
                 cache_salt=salt,
+                priority=rank,
             )
             detokenizer = text.detokenizer(prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
             told = options.logprobs if options.logprobs_told is None else options.logprobs_told
@@ -214,12 +226,14 @@ class CallService:
                 call.fail(error)
 
     async def nudge(self, keepalive_s: float) -> None:
-        """A few times a second: end what waited too long, and wake calls that have been silent for keepalive_s."""
+        """A few times a second: end what waited too long, bring the tenants' accounts up to date, and wake calls that
+        have been silent for keepalive_s."""
         while True:
             await asyncio.sleep(min(keepalive_s / 4, 0.25))
             self.dispatcher.expire()
             now = self.clock()
             for call in list(self._open.values()):
+                self.dispatcher.grew(call)
                 if now - call.heard_at >= keepalive_s:
                     call.silent_since = now
                     call.silent = True

@@ -17,7 +17,8 @@ def grpc_code(error: CallError) -> grpc.StatusCode:
 
 
 def details(error: CallError) -> status_pb2.Status:
-    """google.rpc.Status: ErrorInfo always, BadRequest for wrong fields, RetryInfo where a retry makes sense."""
+    """google.rpc.Status: ErrorInfo always, BadRequest for wrong fields, QuotaFailure for limits that are reached,
+    RetryInfo where a retry makes sense."""
     parts = [error_details_pb2.ErrorInfo(reason=error.outcome.name, domain=DOMAIN)]
     packed = [_pack(part) for part in parts]
     if error.violations:
@@ -28,6 +29,14 @@ def details(error: CallError) -> status_pb2.Status:
             ]
         )
         packed.append(_pack(bad))
+    if error.quota:
+        failure = error_details_pb2.QuotaFailure(
+            violations=[
+                error_details_pb2.QuotaFailure.Violation(subject=v.field, description=v.description)
+                for v in error.quota
+            ]
+        )
+        packed.append(_pack(failure))
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(error.retry_after_s * 1e9))
@@ -40,6 +49,9 @@ def trailers(error: CallError) -> tuple[tuple[str, str | bytes], ...]:
     out: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", details(error).SerializeToString())]
     if error.retry_after_s is not None:
         out.append(("grpc-retry-pushback-ms", str(int(error.retry_after_s * 1000))))
+    elif error.quota:
+        out.append(("grpc-retry-pushback-ms", "-1"))  # never: the call alone exceeds its limit
+    out.extend(error.headers)
     return tuple(out)
 
 

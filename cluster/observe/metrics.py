@@ -45,6 +45,9 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "prompt_tokens_total": _Definition("counter", "Prompt tokens of calls, as the engine counts.", ("model", "tenant")),
     "cached_tokens_total": _Definition("counter", "Prompt tokens from the prefix cache.", ("model", "tenant")),
     "generation_tokens_total": _Definition("counter", "Tokens delivered to callers.", ("model", "tenant")),
+    "tenant_service_tokens_total": _Definition(
+        "counter", "Weighted tokens that ended calls were charged.", ("model", "tenant")
+    ),
     "route_decisions_total": _Definition("counter", "Calls bound to a worker, by reason.", ("model", "reason")),
     "worker_detected_total": _Definition("counter", "Workers whose link ended.", ("model",)),
     "request_duration_seconds": _Definition("histogram", "A call from arrival to end.", ("model",), REQUEST_BUCKETS),
@@ -55,6 +58,13 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "requests_in_flight": _Definition("gauge", "Calls under way.", ("model",)),
     "queue_requests": _Definition("gauge", "Sequences waiting in the gateway.", ("model",)),
     "queue_tokens": _Definition("gauge", "Prompt tokens waiting in the gateway.", ("model",)),
+    "fairness_gap_ratio": _Definition(
+        "gauge", "Largest difference between two waiting tenants' accounts, in U of docs/tenancy.md.", ("model",)
+    ),
+    "limit_utilization_ratio": _Definition(
+        "gauge", "Used part of a limit when its tenant last called, within a minute.", ("tenant", "limit")
+    ),
+    "limits_degraded": _Definition("gauge", "1 while the store of shared limits is away.", ()),
     "worker_up": _Definition("gauge", "1 while a worker's link is up.", ("model", "worker")),
     "worker_running_requests": _Definition("gauge", "Requests the engine runs.", ("model", "worker")),
     "worker_waiting_requests": _Definition("gauge", "Requests in the engine's own queue.", ("model", "worker")),

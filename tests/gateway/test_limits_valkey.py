@@ -16,7 +16,8 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cluster.api.outcomes import Outcome
-from cluster.gateway.limits_valkey import PREFIX, Limits, LocalLimits, ValkeyLimits
+from cluster.gateway.limits_local import Limits, LocalLimits
+from cluster.gateway.limits_valkey import PREFIX, ValkeyLimits
 from cluster.tenancy.limits import Ask, Granted, Limit, Limiter, LimitRefusal
 from cluster.tenancy.policy import TenantPolicy
 

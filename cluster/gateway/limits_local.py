@@ -1,0 +1,58 @@
+"""Limits as the gateway asks for them, and the plainest answer: kept in this process. Shared ones: limits_valkey.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from cluster.tenancy.limits import Ask, Granted, Limiter, LimitRefusal
+from cluster.tenancy.policy import TenantPolicy
+
+
+class Limits(Protocol):
+    """What the gateway asks, whatever keeps the limits."""
+
+    degraded: bool
+    """Shared limits whose store is away: the gauge `limits_degraded`."""
+
+    async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
+        """Admit or refuse."""
+
+    async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
+        """So many output tokens there are; False: the call must stop."""
+
+    async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
+        """It ended, and so much the engine counted. Never fails."""
+
+    def sweep(self) -> None:
+        """Once a minute: forget tenants with nothing in any sum."""
+
+
+class LocalLimits:
+    """One gateway alone: the limits are this process's."""
+
+    degraded = False
+
+    def __init__(self, limiter: Limiter, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limiter = limiter
+        self._clock = clock
+
+    async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
+        """As the port says."""
+        return self._limiter.reserve(policy, ask, self._clock(), time.time())
+
+    async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
+        """As the port says."""
+        return self._limiter.top_up(policy, call_id, output_tokens, self._clock(), time.time())
+
+    async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
+        """As the port says."""
+        self._limiter.settle(call_id, prompt_tokens, output_tokens, self._clock(), time.time())
+
+    def sweep(self) -> None:
+        """As the port says."""
+        self._limiter.sweep(self._clock())
+
+    def __repr__(self) -> str:
+        return f"LocalLimits({self._limiter})"
