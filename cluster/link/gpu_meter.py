@@ -71,9 +71,18 @@ class GpuMeter:
         since = now if self._busy_since is None else self._busy_since
         self._busy_since = now
         self._steps += 1
+        gpu_s = (now - since) * self.gpus
+        if firsts:
+            self._step_with(gpu_s, emitted, firsts)
+            return
+        tokens = emitted or 1
+        self._last.append(_Step(gpu_s, tokens))
+        self._price += gpu_s / tokens
+
+    def _step_with(self, gpu_s: float, emitted: int, firsts: Sequence[tuple[Share, int, int]]) -> None:
         spread = [(share, max(prompt, 1), self._spread(share, prompt)) for share, prompt, _ in firsts]
         tokens = emitted + sum(prompt / steps for _, prompt, steps in spread) - sum(got for _, _, got in firsts)
-        this = _Step((now - since) * self.gpus, max(tokens, 1.0))
+        this = _Step(gpu_s, max(tokens, 1.0))
         price = this.gpu_s / this.tokens
         for share, prompt, steps in spread:
             share.prefill_s += price * prompt / steps
