@@ -17,7 +17,7 @@ from pathlib import Path
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.config import Config, database_url, secret_files
+from cluster.config import Config, cache_dir, database_url, secret_files
 from cluster.config_tenants import Auth
 from cluster.gateway.authenticate import Authenticator
 from cluster.gateway.door import Shown, Visitor
@@ -67,6 +67,8 @@ class TenantDoor:
         self._first = process == 0
         self._metrics = metrics
         self._policies = config.policies()
+        if not config.store.database_url:
+            cache_dir().mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger(database_url(config))
         self._audit = AuditWriter(AuditLog(folder / "audit.jsonl"), self.ledger.audit.insert)
         self._watcher = Watcher(
@@ -162,6 +164,10 @@ class TenantDoor:
     def leave(self, visitor: Visitor) -> None:
         """See Door."""
         self._visitors.discard(visitor)
+
+    def snapshot(self) -> Snapshot:
+        """Everybody known now. Raises CallError STORE_UNAVAILABLE."""
+        return self._watcher.current()
 
     def standing(self, tenant: str) -> CallError | None:
         """See Door. While the database is away too long new calls are refused, but those that run go on."""

@@ -1,0 +1,161 @@
+"""A gateway with `auth` over a ledger of its own, and callers with keys, over both faces."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from cluster.gateway.server import Gateway
+from cluster.gateway.tenants import TenantDoor
+from cluster.ledger.store import Ledger
+from cluster.link.dial import Timing, read
+from cluster.tenancy.policy import TenantPolicy
+from cluster.v1 import inference_pb2 as pb
+from tests.support.cluster import LOOPBACK, TestCluster, running_cluster
+from tests.support.http import Reply, Wire
+from tests.support.shell import headrace
+
+SECRET, PEPPER = "s" * 32, "p" * 32
+
+
+def keyed_text(folder: Path, more: str = "", gateway: str = "") -> str:
+    """A configuration with keys, secrets and a ledger in a folder. `gateway`: more lines of that section."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "secret").write_text(SECRET + "\n")
+    (folder / "pepper").write_text(PEPPER + "\n")
+    text = LOOPBACK.replace("gateway:\n", f"gateway:\n{gateway}")
+    if "auth:" not in more:
+        more += f"auth: {{cluster_secret_file: {folder / 'secret'}, api_keys: {{pepper_file: {folder / 'pepper'}}}}}\n"
+    if "store:" not in more:
+        more += f"store: {{database_url: 'sqlite:///{folder / 'ledger.db'}'}}\n"
+    return text + more
+
+
+class Keyed:
+    """A cluster whose callers need keys."""
+
+    def __init__(self, cluster: TestCluster, file: Path) -> None:
+        self.cluster = cluster
+        self.file = file
+        self.ledger = Ledger(f"sqlite:///{file.parent / 'ledger.db'}", peppers=(PEPPER.encode(),))
+        """The same database, as the command line opens it."""
+
+    @property
+    def gateway(self) -> Gateway:
+        """The gateway."""
+        return self.cluster.gateway
+
+    @property
+    def door(self) -> TenantDoor:
+        """Its door."""
+        assert self.gateway.tenants is not None
+        return self.gateway.tenants
+
+    async def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command over the same file, as an operator types it."""
+        return await asyncio.to_thread(headrace, *arguments, "-f", str(self.file))
+
+    async def suspend(self, tenant: str, suspended: bool = True) -> None:
+        """As `tenants suspend` and `resume`."""
+        await asyncio.to_thread(self.ledger.tenants.suspend, tenant, suspended)
+
+    async def key(self, tenant: str, **fields: Any) -> str:
+        """A new tenant's key, which works; `fields` are those of its policy."""
+        await asyncio.to_thread(self.ledger.tenants.create, TenantPolicy.from_json({"name": tenant, **fields}))
+        key = await self.another_key(tenant)
+        await self.until_known(tenant, key)
+        return key
+
+    async def another_key(self, tenant: str) -> str:
+        """One more, which works soon."""
+        return (await asyncio.to_thread(self.ledger.keys.create, tenant, "")).secret
+
+    async def until_known(self, tenant: str, key: str) -> None:
+        """Wait until the gateway lets a key in as a tenant, as the database has that now."""
+        wanted = (await asyncio.to_thread(self.ledger.tenants.get, tenant)).policy
+        await eventually(lambda: self._knows(wanted, key), f"{tenant} is known")
+
+    async def _knows(self, wanted: TenantPolicy, key: str) -> bool:
+        stub = self.cluster.stub
+        try:
+            await stub.ListModels(pb.ListModelsRequest(), metadata=bearer(key))
+        except grpc.aio.AioRpcError:
+            return False
+        entry = self.door.snapshot().tenants.get(wanted.name)
+        return entry is not None and entry.policy == wanted
+
+    async def fetch(self, path: str, body: Any = None, *, key: str = "", **options: Any) -> Reply:
+        """One HTTP request on a connection of its own."""
+        named = {"authorization": f"Bearer {key}"} if key else {}
+        return await fetch_raw(self.cluster, path, body, **named, **options)
+
+
+async def eventually(holds: Callable[[], Awaitable[Any]], what: str, timeout_s: float = 10.0) -> None:
+    """Ask until it is true; fail with its name."""
+    deadline = time.monotonic() + timeout_s
+    while not await holds():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"timed out waiting until {what}")
+        await asyncio.sleep(0.02)
+
+
+async def fetch_raw(cluster: TestCluster, path: str, body: Any, **options: Any) -> Reply:
+    """As http.fetch, for any headers."""
+    wire = await Wire.open(cluster)
+    try:
+        wire.ask(path, body, **options)
+        return await wire.reply()
+    finally:
+        await wire.close()
+
+
+def bearer(key: str) -> tuple[tuple[str, str], ...]:
+    """gRPC metadata with a key."""
+    return (("authorization", f"Bearer {key}"),)
+
+
+@asynccontextmanager
+async def keyed_cluster(
+    folder: Path, more: str = "", gateway: str = "", timing: Timing | None = None
+) -> AsyncIterator[Keyed]:
+    """A gateway without workers that asks for keys."""
+    text = keyed_text(folder, more, gateway)
+    file = folder / "cluster.yaml"
+    file.write_text(text)
+    async with running_cluster(folder / "gateway", text, timing) as cluster:
+        keyed = Keyed(cluster, file)
+        try:
+            yield keyed
+        finally:
+            keyed.ledger.close()
+
+
+async def session_end(stream: Any, call_id: int) -> str:
+    """Read a session until one of its calls has ended; the reason, "" for a good end."""
+    while True:
+        message = await asyncio.wait_for(read(stream), 20)
+        assert message is not None, "the session ended early"
+        for event in message.events:
+            if event.call_id != call_id:
+                continue
+            if event.status:
+                return reason_of(event.status)
+            if event.HasField("chat") and event.chat.HasField("usage"):
+                return ""
+
+
+def reason_of(raw: bytes) -> str:
+    """ErrorInfo's reason of a packed status."""
+    for part in status_pb2.Status.FromString(raw).details:
+        info = error_details_pb2.ErrorInfo()
+        if part.Unpack(info):
+            return str(info.reason)
+    return ""
