@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tenancy": {"api"},
     "ledger": {"api", "tenancy"},
     "routing": {"api"},
-    "link": {"api", "pb", "rpc"},
+    "link": {"api", "pb", "rpc", "tenancy"},
     "engine": {"api"},
     "control": {"api"},
     "observe": {"api"},

@@ -17,6 +17,7 @@ from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
+from cluster.tenancy.order import Waiting
 from cluster.tenancy.policy import TenantPolicy
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Output:
         "index",
         "link",
         "over",
+        "place",
         "ran",
         "request",
         "slot",
@@ -112,6 +114,8 @@ class Output:
         self.heard_at = 0.0
         self.direct: Callable[[str], None] | None = None
         self.waiting_id = f"{call.id}#{index}"
+        self.place: Waiting | None = None
+        """How it stands, or stood, in line."""
         self.ran = False
         """Whether a worker was given it, and has not refused it."""
         self.over = False

@@ -15,13 +15,16 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
+from cluster.gateway.backlogs import Backlogs
 from cluster.gateway.call import Call, Output
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.turns import Turns
+from cluster.link.codec_turns import Weighed
 from cluster.link.hub import ModelDemand
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.routing.pick import Candidate, Decision, RouteCall, pick
+from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.queue import Waiting, WaitingRoom
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ class Dispatcher:
         self._outputs: dict[str, Output] = {}
         self._arrived: Counter[str] = Counter()
         self._arrived_tokens: Counter[str] = Counter()
-        self._told_backlog: dict[str, int] = {}
+        self.backlogs = Backlogs(turns, room.waiting, self._links, clock)
         self._swept = clock()
         self.on_state: Callable[[], None] = lambda: None
         self.accounting: Accounting | None = None
@@ -95,7 +98,7 @@ class Dispatcher:
             self.turns.over(output)
         call.release()
         if waited:
-            self._report_backlog(call.model)
+            self.backlogs.changed(call.model)
 
     def again(self, output: Output) -> None:
         """A sequence that has emitted nothing goes back to the head of its queue."""
@@ -149,27 +152,21 @@ class Dispatcher:
             waiting = self._room.next(model, fits, now)
             if waiting is None or decision is None or decision.worker_id is None:
                 break
-            self._bind(known.links[decision.worker_id], self._outputs.pop(waiting.call_id), decision)
-        self._report_backlog(model)
+            self._bind(known.links[decision.worker_id], self._outputs.pop(waiting.call_id), decision, waiting)
+        self.backlogs.changed(model)
 
-    def _bind(self, link: WorkerLink, output: Output, decision: Decision) -> None:
+    def _bind(self, link: WorkerLink, output: Output, decision: Decision, waiting: Waiting) -> None:
         call = output.call
         if output.index == 0:
             call.usage.queue_s = self._clock() - call.arrived
         sealed = b"" if self.accounting is None else self.accounting.open(output, link)
-        output.bound(link, link.submit(output.request, output, output.attempt, sealed))
+        turn = Weighed(waiting, call.policy.weight)
+        output.bound(link, link.submit(output.request, output, output.attempt, sealed, turn))
         self._metrics.count("route_decisions_total", call.model, decision.reason)
 
-    def _report_backlog(self, model: str) -> None:
-        """Tell the model's workers what waits, when that changes by more than they could guess."""
-        count, tokens = self._room.waiting(model)
-        told = self._told_backlog.get(model, 0)
-        if count == told or (told and count and 0.5 < count / told < 2):
-            return
-        self._told_backlog[model] = count
+    def _links(self, model: str) -> Sequence[WorkerLink]:
         known = self._directory().find(model)
-        for link in known.links.values() if known is not None else ():
-            link.box.backlog(count, tokens)
+        return [] if known is None else [known.links[worker] for worker in sorted(known.links)]
 
     # ---- time
 
@@ -200,18 +197,27 @@ class Dispatcher:
 
     def joined(self, link: WorkerLink) -> None:
         """A worker's link is up."""
+        link.on_served = self._served
+        link.on_elsewhere = lambda gateway, waiting: self.turns.waiting_elsewhere(
+            link.identity.model, gateway, waiting, self._clock()
+        )
+        self.turns.joined(link.identity)
         link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe
         self._directory().joined(link)
-        self._told_backlog.pop(link.identity.model, None)
+        self.backlogs.joined(link.identity.model)
         self._pump(link.identity.model)
         self.on_state()
 
     def left(self, link: WorkerLink, why: str) -> None:
         """A worker's link has ended; its outputs have been told already."""
         self._directory().left(link)
+        self.turns.left(link.identity, self._clock())
         self._metrics.count("worker_detected_total", link.identity.model)
         self._pump(link.identity.model)
         self.on_state()
+
+    def _served(self, link: WorkerLink, totals: Sequence[Weighed[ServedTotal]]) -> None:
+        self.turns.served(link.identity, totals, self._clock())
 
     def changed(self, link: WorkerLink) -> None:
         """Credit or draining changed."""

@@ -122,6 +122,7 @@ class Gateway:
             asyncio.create_task(self.hub.watch()),
             asyncio.create_task(self.service.nudge(gateway.keepalive_s)),
             asyncio.create_task(self.allowances.watch()),
+            asyncio.create_task(self.dispatcher.backlogs.watch()),
             asyncio.create_task(self._measure_lag()),
         ]
         await self._bind("grpc", listen.grpc, self._serve_clients)

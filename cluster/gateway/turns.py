@@ -7,18 +7,23 @@ predicted, and at its end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cluster.api.types import WorkerIdentity
 from cluster.gateway.call import Call, Output
+from cluster.link.codec_turns import FlowBacklog, Weighed
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.charge import ServiceWeights
+from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.fair import FairOrder, FairTurns
 from cluster.tenancy.order import Waiting
 from cluster.tenancy.outputs import LearntOutputs
 
 GROWTH_TOKENS = 64
 """A charge follows an output beyond its prediction in steps of as many."""
+GONE_S = 600.0
+"""A worker that has no link for so long does not come back."""
 SPEED_DECAY = 0.98
 """What is left of the speed that a model once had, after each second in which it was slower."""
 
@@ -46,16 +51,13 @@ class Turns:
         self.learnt = LearntOutputs()
         self._learnt_cached = LearntOutputs(default_tokens=0)
         self._speeds: dict[str, _Speed] = {}
+        self._gone: dict[tuple[str, str], float] = {}
         self.spreads: dict[str, float] = {}
         """By model, the largest difference between two backlogged tenants' accounts, as of the last second."""
 
     def weight_of(self, tenant: str) -> float:
         """A tenant's weight, by its handle; 1 until anybody has told it."""
         return self._weights.get(tenant, 1.0)
-
-    def weighs(self, tenant: str, weight: float) -> None:
-        """A tenant's weight, as its policy or a worker's report has it."""
-        self._weights[tenant] = weight
 
     def rank_of(self, priority_class: str) -> int:
         """0 is served first."""
@@ -64,11 +66,13 @@ class Turns:
     # ---- one sequence's life
 
     def waiting(self, output: Output) -> Waiting:
-        """How it stands in line."""
+        """How it stands in line; put back, as it did before: what it was charged stays."""
+        if output.place is not None:
+            return output.place
         call, tokens = output.call, len(output.request.prompt_token_ids)
         flow = call.flow
         self._weights[flow] = call.policy.weight
-        return Waiting(
+        output.place = Waiting(
             call_id=output.waiting_id,
             model=call.model,
             tenant=flow,
@@ -80,6 +84,7 @@ class Turns:
             cached_tokens=self._learnt_cached.mean(flow, call.model, tokens),
             output_tokens=self.learnt.mean(flow, call.model, output.request.sampling.max_tokens),
         )
+        return output.place
 
     def began(self, output: Output, cached_tokens: int) -> None:
         """Its first output has come."""
@@ -113,6 +118,30 @@ class Turns:
         if tokens:
             self.learnt.observe(call.flow, call.model, tokens)
 
+    # ---- what workers tell
+
+    def joined(self, worker: WorkerIdentity) -> None:
+        """Its link is up."""
+        self._gone.pop((worker.model, worker.worker_id), None)
+
+    def left(self, worker: WorkerIdentity, now: float) -> None:
+        """Its link has ended; it may come back."""
+        self.fair.order(worker.model).link_ended(worker.worker_id)
+        self._gone[worker.model, worker.worker_id] = now
+
+    def served(self, worker: WorkerIdentity, totals: Sequence[Weighed[ServedTotal]], now: float) -> None:
+        """Whom it has served, by whatever gateway."""
+        for one in totals:
+            self._weights[one.what.tenant] = one.weight
+        self.fair.order(worker.model).served(worker.worker_id, worker.incarnation, [one.what for one in totals], now)
+
+    def waiting_elsewhere(self, model: str, gateway: str, waiting: Sequence[Weighed[FlowBacklog]], now: float) -> None:
+        """All that wait for a model at another gateway."""
+        for one in waiting:
+            self._weights[one.what.flow.tenant] = one.weight
+        flows = {one.what.flow: one.what.backlog for one in waiting}
+        self.fair.order(model).waiting_elsewhere(gateway, flows, now)
+
     # ---- time
 
     def starts_in_s(self, call: Call) -> float:
@@ -124,6 +153,10 @@ class Turns:
 
     def sweep(self, models: Mapping[str, bool], now: float) -> None:
         """Once a second. `models`: those that there are, and whether a worker serves them."""
+        for (model, worker), when in list(self._gone.items()):
+            if now - when >= GONE_S:
+                del self._gone[model, worker]
+                self.fair.order(model).worker_gone(worker)
         self.fair.sweep(now)
         self.fair.keep(models)
         self._speeds = {model: speed for model, speed in self._speeds.items() if model in models}

@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 
 from cluster.api.types import EngineLoad, TokenOutput
 from cluster.link.codec import StepColumns, load_to_pb, usage_to_pb
+from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_to_pb, served_to_pb
 from cluster.link.credit import Grant
 from cluster.link.usage_keeper import MOST_A_MESSAGE, EndedUsage
 from cluster.link.v1 import link_pb2 as pb
+from cluster.tenancy.elsewhere import ServedTotal
+from cluster.tenancy.flows import FlowKey
 
 
 class Outbox:
@@ -25,6 +28,8 @@ class Outbox:
         self._grant: Grant | None = None
         self._load: EngineLoad | None = None
         self._draining = ""
+        self._served: dict[FlowKey, Weighed[ServedTotal]] | None = None
+        self._elsewhere: dict[str, Sequence[Weighed[FlowBacklog]]] = {}
         self.acked_seq = 0
         self.usage: Callable[[], Sequence[EndedUsage]] = tuple
         """Asked for ended requests' counts with each message; when it gives many, another message follows."""
@@ -58,6 +63,19 @@ class Outbox:
         self._draining = reason
         self.flush()
 
+    def served(self, totals: Sequence[Weighed[ServedTotal]]) -> None:
+        """Whom the worker has served; of each flow only the last total matters. The first, empty or not, begins."""
+        if self._served is None:
+            self._served = {}
+        for one in totals:
+            self._served[FlowKey(one.what.rank, one.what.tenant)] = one
+        self.flush()
+
+    def elsewhere(self, gateway: str, waiting: Sequence[Weighed[FlowBacklog]]) -> None:
+        """What another gateway has told of those that wait there; only the last matters."""
+        self._elsewhere[gateway] = waiting
+        self.flush()
+
     def flush(self) -> None:
         """Wake the writer."""
         self._wake.set()
@@ -87,6 +105,12 @@ class Outbox:
         if self._draining:
             message.draining.reason = self._draining
             self._draining = ""
+        if self._served is not None:
+            message.served.CopyFrom(served_to_pb(self._served.values()))
+            self._served = None
+        if self._elsewhere:
+            message.elsewhere.extend(elsewhere_to_pb(self._elsewhere))
+            self._elsewhere = {}
         if usage := self.usage():
             message.usage.extend(map(usage_to_pb, usage))
             if len(usage) >= MOST_A_MESSAGE:
@@ -125,9 +149,13 @@ class CommandBox:
         self._aborts.extend(slots)
         self._wake.set()
 
-    def backlog(self, waiting: int, tokens: int) -> None:
-        """What waits here for this worker's model."""
-        self._backlog = pb.Backlog(waiting=waiting, waiting_tokens=tokens)
+    def backlog(self, backlog: pb.Backlog) -> None:
+        """What waits here for this worker's model; what was told of whom and has not left is not lost with it."""
+        if self._backlog is not None and self._backlog.tells_flows and not backlog.tells_flows:
+            told = self._backlog
+            told.waiting, told.waiting_tokens, told.claim = backlog.waiting, backlog.waiting_tokens, backlog.claim
+        else:
+            self._backlog = backlog
         self._wake.set()
 
     def fetch(self, digest: str) -> None:

@@ -27,6 +27,7 @@ from cluster.link.credit import Granter, Room
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, read
 from cluster.link.gpu_meter import GpuMeter, Share
 from cluster.link.outbox import Outbox
+from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
 from cluster.link.tls import TlsFiles
 from cluster.link.usage_keeper import EndedUsage, UsageKeeper
@@ -38,6 +39,7 @@ log = structlog.get_logger("worker")
 # Sequences granted beyond max_num_seqs, so that a freed place is filled in the next step, not a round trip later.
 LOOKAHEAD_SEQUENCES = 2
 INLINE_PROMPT_BYTES = 16_384
+REPORT_S = 0.1
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
 
@@ -132,6 +134,7 @@ class WorkerEnd:
         self._gpu = gpu
         self._meter = GpuMeter(gpus, info.max_num_batched_tokens, time.monotonic())
         self._keeper = keeper or UsageKeeper()
+        self._served = ServedReports()
         self._idle_report_s = idle_report_s
         self._idle_since_s = time.time()
         self._idle_reports = itertools.count(1)
@@ -165,6 +168,7 @@ class WorkerEnd:
             asyncio.create_task(self._until_closed()),
             asyncio.create_task(self._gateways.dial(self._session, self._timing)),
             asyncio.create_task(self._look_after_usage()),
+            asyncio.create_task(self._report_served()),
         ]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -216,6 +220,7 @@ class WorkerEnd:
                 emitted += count
                 if output.prompt_tokens is not None:
                     running.cached_tokens = output.cached_tokens or 0
+                    self._served.cached(output.request_id, running.cached_tokens)
                     firsts.append((running.share, output.prompt_tokens - running.cached_tokens, count))
                     running.accepted = True
                 if output.finish is not None:
@@ -238,6 +243,7 @@ class WorkerEnd:
         if running is None:
             return
         self._tokens -= running.tokens
+        self._served.ended(request_id, running.generated)
         running.link.requests.pop(running.slot, None)
         if running.accepted:
             gpu_seconds = self._meter.charge(running.share, running.generated)
@@ -246,6 +252,12 @@ class WorkerEnd:
         if not self._running:
             self._meter.rested()
             self._idle.set()
+
+    async def _report_served(self) -> None:
+        """Tell every gateway whom this worker serves; nothing of it is done for each token."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            self._served.report((request_id, one.generated) for request_id, one in self._running.items())
 
     # ---- counts of ended requests
 
@@ -347,6 +359,7 @@ class WorkerEnd:
                 self._keeper.attach(epoch)
                 link.outbox.flush()
             self._granter.attach(epoch)
+            self._served.attach(epoch, link.incarnation, link.outbox)
             self._regrant()
             if self._draining:
                 link.outbox.draining(self._draining)
@@ -383,6 +396,7 @@ class WorkerEnd:
         """Undo all that a session has taken: its requests leave the engine, its promises lapse."""
         self._links.pop(link.number, None)
         self._granter.detach(link.number)
+        self._served.detach(link.number)
         beater.stop()
         doomed = list(link.requests.values())
         for request_id in doomed:
@@ -429,7 +443,8 @@ class WorkerEnd:
                 self._keeper.acked(message.usage_acks)
                 self._acked.set()
             if message.HasField("backlog"):
-                self._granter.backlog(link.number, message.backlog.waiting)
+                self._granter.backlog(link.number, message.backlog.claim or message.backlog.waiting)
+                self._served.relay(link.number, message.backlog)
             for submit in message.submits:
                 await self._take(link, submit)
             if message.aborts:
@@ -464,10 +479,12 @@ class WorkerEnd:
         running = _Running(link, slot, tokens, tokens, submit.sealed_record, self._meter.entered(now), now)
         self._running[request_id] = running
         self._tokens += tokens
+        self._served.accepted(request_id, link.number, submit, tokens)
         self._idle.clear()
         try:
             await self._engine.submit(request)
         except EngineRefused as refused:
+            self._served.revoked(request_id)
             self._forget(request_id, Outcome.INVALID_FIELD)
             link.outbox.refused(slot, refused.reason, refused.message, refused.field)
             self._regrant()

@@ -14,11 +14,14 @@ from typing import Protocol
 
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput, WorkerIdentity
 from cluster.link import codec
+from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_from_pb, put_turn, served_from_pb
 from cluster.link.credit import Purse, Room
 from cluster.link.dial import CHUNK_BYTES
 from cluster.link.outbox import CommandBox
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
+from cluster.tenancy.elsewhere import ServedTotal
+from cluster.tenancy.order import Waiting
 
 # Longer prompts travel in chunks on Bulk, so that nothing large stands before a token.
 TURN_PROMPT_BYTES = 32_768
@@ -62,6 +65,10 @@ class WorkerLink:
         """Told the time between tokens, and of how many tokens it was so long."""
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] = lambda link, usage: None
         """Told what ended requests have come to."""
+        self.on_served: Callable[[WorkerLink, Sequence[Weighed[ServedTotal]]], None] = lambda link, totals: None
+        """Told whom the worker has served."""
+        self.on_elsewhere: Callable[[str, Sequence[Weighed[FlowBacklog]]], None] = lambda gateway, waiting: None
+        """Told who waits for the worker's model at another gateway."""
         self._step_at = 0.0
         self._purse = Purse()
         self._sinks: dict[int, Sink] = {}
@@ -85,13 +92,22 @@ class WorkerLink:
         """Requests of this gateway on this worker."""
         return len(self._sinks)
 
-    def submit(self, request: EngineRequest, sink: Sink, attempt: int = 1, sealed_record: bytes = b"") -> int:
+    def submit(
+        self,
+        request: EngineRequest,
+        sink: Sink,
+        attempt: int = 1,
+        sealed_record: bytes = b"",
+        turn: Weighed[Waiting] | None = None,
+    ) -> int:
         """Send a request; its slot. The caller has seen room for it in `free`. `sealed_record` comes back with what
-        the request has come to."""
+        the request has come to; `turn` says whose it was and what it was charged."""
         slot = next(self._slots)
         message = codec.submit_to_pb(slot, attempt, request)  # first: what cannot be encoded takes no room
         if sealed_record:
             message.sealed_record = sealed_record
+        if turn is not None:
+            put_turn(message, turn)
         self._sinks[slot] = sink
         self._purse.spend(len(request.prompt_token_ids))
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
@@ -128,6 +144,10 @@ class WorkerLink:
                 sink.refused(refused.reason, refused.message, refused.field)
         if message.HasField("step"):
             self._apply_step(message.step)
+        if message.HasField("served"):
+            self.on_served(self, served_from_pb(message.served))
+        for gateway, waiting in elsewhere_from_pb(message.elsewhere):
+            self.on_elsewhere(gateway, waiting)
         if message.usage:
             self.on_usage(self, [codec.usage_from_pb(one) for one in message.usage])
         changed = False

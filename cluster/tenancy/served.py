@@ -21,6 +21,7 @@ class ServedMeter:
         self._by_link: dict[int, dict[FlowKey, float]] = {}
         self._changed: dict[int, set[FlowKey]] = {}
         self._open: dict[str, tuple[int, FlowKey, Charge]] = {}
+        self._again: set[str] = set()
 
     def attach(self, link: int) -> None:
         """A new link: its first report names every flow."""
@@ -35,8 +36,18 @@ class ServedMeter:
     def accepted(self, request_id: str, link: int, flow: FlowKey, charge: Charge, *, again: bool = False) -> None:
         """A call came. `again`: another worker has counted it already, only corrections are to come."""
         self._open[request_id] = (link, flow, charge)
-        if not again:
+        if again:
+            self._again.add(request_id)
+        else:
             self._add(link, flow, charge.amount)
+
+    def revoked(self, request_id: str) -> None:
+        """The engine did not take it after all."""
+        if (entry := self._open.pop(request_id, None)) is None:
+            return
+        if request_id not in self._again:
+            self._add(entry[0], entry[1], entry[2].revoked())
+        self._again.discard(request_id)
 
     def cached(self, request_id: str, cached_tokens: int) -> None:
         """With its first output."""
@@ -51,6 +62,7 @@ class ServedMeter:
     def ended(self, request_id: str) -> None:
         """However it ended."""
         if (entry := self._open.pop(request_id, None)) is not None:
+            self._again.discard(request_id)
             self._add(entry[0], entry[1], entry[2].ended())
 
     def report(self, link: int) -> Sequence[ServedTotal]:

@@ -34,6 +34,8 @@ class WorkerTurn(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     ACKED_SEQ_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    SERVED_FIELD_NUMBER: _builtins.int
+    ELSEWHERE_FIELD_NUMBER: _builtins.int
     acked_seq: _builtins.int
     """Sequence number of the last GatewayTurn applied."""
     @_builtins.property
@@ -54,6 +56,10 @@ class WorkerTurn(_message.Message):
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
         """Ended requests' counts, kept by the worker until acknowledged."""
 
+    @_builtins.property
+    def served(self) -> Global___Served: ...
+    @_builtins.property
+    def elsewhere(self) -> _containers.RepeatedCompositeFieldContainer[Global___Elsewhere]: ...
     def __init__(
         self,
         *,
@@ -66,10 +72,12 @@ class WorkerTurn(_message.Message):
         draining: Global___Draining | None = ...,
         acked_seq: _builtins.int = ...,
         usage: _abc.Iterable[Global___Usage] | None = ...,
+        served: Global___Served | None = ...,
+        elsewhere: _abc.Iterable[Global___Elsewhere] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "draining", b"draining", "hello", b"hello", "load", b"load", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "draining", b"draining", "hello", b"hello", "load", b"load", "served", b"served", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "draining", b"draining", "hello", b"hello", "load", b"load", "refused", b"refused", "step", b"step", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "draining", b"draining", "elsewhere", b"elsewhere", "hello", b"hello", "load", b"load", "refused", b"refused", "served", b"served", "step", b"step", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -669,6 +677,9 @@ class Submit(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     PROMPT_BLOB_FIELD_NUMBER: _builtins.int
     SEALED_RECORD_FIELD_NUMBER: _builtins.int
+    EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     attempt: _builtins.int
     prompt_ids: _builtins.bytes
@@ -683,6 +694,12 @@ class Submit(_message.Message):
     """prompt_ids came ahead on Bulk under this key instead."""
     sealed_record: _builtins.bytes
     """The call's open record under the gateways' secret, which the worker cannot read; comes back with Usage."""
+    expected_cached_tokens: _builtins.int
+    """What the gateway has charged the tenant for this request: with these the worker's account is made by the same
+    rule. The priority is the rank of the tenant's class; a second attempt was charged with the first.
+    """
+    expected_output_tokens: _builtins.int
+    tenant_weight: _builtins.float
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     def __init__(
@@ -700,10 +717,13 @@ class Submit(_message.Message):
         traceparent: _builtins.str = ...,
         prompt_blob: _builtins.str = ...,
         sealed_record: _builtins.bytes = ...,
+        expected_cached_tokens: _builtins.int = ...,
+        expected_output_tokens: _builtins.int = ...,
+        tenant_weight: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "emitted_ids", b"emitted_ids", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "tenant_handle", b"tenant_handle", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -863,21 +883,150 @@ class Backlog(_message.Message):
 
     WAITING_FIELD_NUMBER: _builtins.int
     WAITING_TOKENS_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
+    FLOWS_FIELD_NUMBER: _builtins.int
+    TELLS_FLOWS_FIELD_NUMBER: _builtins.int
     waiting: _builtins.int
     waiting_tokens: _builtins.int
+    claim: _builtins.int
+    """By what room is shared out: the gateway's part of the next turns, were all gateways one queue."""
+    tells_flows: _builtins.bool
+    @_builtins.property
+    def flows(self) -> _containers.RepeatedCompositeFieldContainer[Global___FlowBacklog]:
+        """Who waits, for the worker to tell the other gateways; only where tells_flows."""
+
     def __init__(
         self,
         *,
         waiting: _builtins.int = ...,
         waiting_tokens: _builtins.int = ...,
+        claim: _builtins.int = ...,
+        flows: _abc.Iterable[Global___FlowBacklog] | None = ...,
+        tells_flows: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "flows", b"flows", "tells_flows", b"tells_flows", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Backlog: _TypeAlias = Backlog  # noqa: Y015
+
+@_typing.final
+class FlowBacklog(_message.Message):
+    """A tenant that waits within a priority class, by the handle under which workers know it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    TENANT_HANDLE_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    SERVICE_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    tenant_handle: _builtins.str
+    requests: _builtins.int
+    service: _builtins.float
+    """Weighted tokens that they are expected to cost."""
+    weight: _builtins.float
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        tenant_handle: _builtins.str = ...,
+        requests: _builtins.int = ...,
+        service: _builtins.float = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank", "requests", b"requests", "service", b"service", "tenant_handle", b"tenant_handle", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FlowBacklog: _TypeAlias = FlowBacklog  # noqa: Y015
+
+@_typing.final
+class Elsewhere(_message.Message):
+    """What another gateway has told of those that wait there. Replaces what it told before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GATEWAY_FIELD_NUMBER: _builtins.int
+    FLOWS_FIELD_NUMBER: _builtins.int
+    gateway: _builtins.str
+    @_builtins.property
+    def flows(self) -> _containers.RepeatedCompositeFieldContainer[Global___FlowBacklog]: ...
+    def __init__(
+        self,
+        *,
+        gateway: _builtins.str = ...,
+        flows: _abc.Iterable[Global___FlowBacklog] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flows", b"flows", "gateway", b"gateway"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Elsewhere: _TypeAlias = Elsewhere  # noqa: Y015
+
+@_typing.final
+class Served(_message.Message):
+    """Whom this worker has served: each flow that has changed since the last report on this link, every one in the first.
+    Totals are the worker's, over its incarnation, so that a repeated report changes nothing.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FLOWS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def flows(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedFlow]: ...
+    def __init__(
+        self,
+        *,
+        flows: _abc.Iterable[Global___ServedFlow] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["flows", b"flows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Served: _TypeAlias = Served  # noqa: Y015
+
+@_typing.final
+class ServedFlow(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    TENANT_HANDLE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    BY_THIS_LINK_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    tenant_handle: _builtins.str
+    total: _builtins.float
+    """Weighted tokens."""
+    by_this_link: _builtins.float
+    """Of them, those of calls that came by this link."""
+    weight: _builtins.float
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        tenant_handle: _builtins.str = ...,
+        total: _builtins.float = ...,
+        by_this_link: _builtins.float = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_this_link", b"by_this_link", "rank", b"rank", "tenant_handle", b"tenant_handle", "total", b"total", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedFlow: _TypeAlias = ServedFlow  # noqa: Y015
 
 @_typing.final
 class FetchBundle(_message.Message):

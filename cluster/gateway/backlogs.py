@@ -1,0 +1,91 @@
+"""What a gateway tells of its lines: to every worker what part of the next turns it claims, to some of them who waits.
+
+Room is shared out by claims, so that a line begun or ended is told at once; the rest a few times a second, and who
+waits again every half second, since gateways that fall silent are forgotten. Workers hand that on to the other
+gateways; two of them suffice, since the next report makes up for a lost one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.gateway.turns import Turns
+from cluster.link.codec_turns import FlowBacklog, Weighed, backlog_to_pb
+from cluster.link.worker_link import WorkerLink
+from cluster.tenancy.elsewhere import Backlog
+from cluster.tenancy.flows import FlowKey
+
+REPORT_S = 0.1
+REPEAT_S = 0.5
+RELAYS = 2
+FLOWS_A_REPORT = 1000
+"""With more tenants waiting than this, who waits is told more seldom in proportion."""
+
+
+@dataclass(slots=True)
+class _Told:
+    claim: int = 0
+    flows: dict[FlowKey, Backlog] = field(default_factory=dict)
+    flows_at: float = float("-inf")
+
+
+class Backlogs:
+    """Of all models."""
+
+    def __init__(
+        self,
+        turns: Turns,
+        waiting: Callable[[str], tuple[int, int]],
+        links: Callable[[str], Sequence[WorkerLink]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`waiting` gives a model's waiting sequences and prompt tokens, `links` those of its workers, by their ids."""
+        self._turns = turns
+        self._waiting = waiting
+        self._links = links
+        self._clock = clock
+        self._told: dict[str, _Told] = {}
+
+    def changed(self, model: str) -> None:
+        """Something has entered or left a line: told at once if the line begins or ends by it."""
+        told = self._told.get(model)
+        if (told is not None and told.claim > 0) != (self._waiting(model)[0] > 0):
+            self._tell(model, self._clock())
+
+    def joined(self, model: str) -> None:
+        """A worker knows nothing yet."""
+        self._told.pop(model, None)
+        self.changed(model)
+
+    async def watch(self) -> None:
+        """Report what waits, until cancelled."""
+        while True:
+            await asyncio.sleep(REPORT_S)
+            now = self._clock()
+            for model in list(self._told):
+                self._tell(model, now)
+
+    def _tell(self, model: str, now: float) -> None:
+        told = self._told.setdefault(model, _Told())
+        count, tokens = self._waiting(model)
+        order = self._turns.fair.order(model)
+        claim = order.claim() if count else 0
+        flows: list[Weighed[FlowBacklog]] | None = None
+        if now - told.flows_at >= REPORT_S * len(told.flows) / FLOWS_A_REPORT or not count:
+            here = order.waiting_here() if count else {}
+            if here != told.flows or (here and now - told.flows_at >= REPEAT_S):
+                told.flows, told.flows_at = here, now
+                flows = [Weighed(FlowBacklog(*item), self._turns.weight_of(item[0].tenant)) for item in here.items()]
+        if claim == told.claim and flows is None:
+            if not count:
+                del self._told[model]
+            return
+        told.claim = claim
+        for at, link in enumerate(self._links(model)):
+            link.box.backlog(backlog_to_pb(count, tokens, claim, flows if at < RELAYS else None))
+
+    def __repr__(self) -> str:
+        return f"Backlogs({len(self._told)} models)"

@@ -1,0 +1,94 @@
+"""The frames of link.v1 about whose turn it is, and the types of tenancy; beside codec.py, which knows the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from cluster.link.v1 import link_pb2 as pb
+from cluster.tenancy.elsewhere import Backlog, ServedTotal
+from cluster.tenancy.flows import FlowKey
+from cluster.tenancy.order import Waiting
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed(Generic[T]):
+    """Something of one tenant, and the tenant's weight, which its reader may not know."""
+
+    what: T
+    weight: float
+
+
+class FlowBacklog(NamedTuple):
+    """What waits of one tenant in one class."""
+
+    flow: FlowKey
+    backlog: Backlog
+
+
+def put_turn(message: pb.Submit, turn: Weighed[Waiting]) -> None:
+    """Say whose turn it was, and what it was charged; the class's rank is the request's priority already."""
+    waiting = turn.what
+    message.tenant_handle, message.tenant_weight = waiting.tenant, turn.weight
+    message.expected_cached_tokens, message.expected_output_tokens = waiting.cached_tokens, waiting.output_tokens
+
+
+def backlog_to_pb(waiting: int, tokens: int, claim: int, flows: Sequence[Weighed[FlowBacklog]] | None) -> pb.Backlog:
+    """What waits at a gateway; `flows` None where another worker is told of them."""
+    return pb.Backlog(
+        waiting=waiting, waiting_tokens=tokens, claim=claim, flows=_flows(flows or ()), tells_flows=flows is not None
+    )
+
+
+def _flows(flows: Iterable[Weighed[FlowBacklog]]) -> Iterator[pb.FlowBacklog]:
+    for one in flows:
+        (rank, tenant), (requests, service) = one.what
+        yield pb.FlowBacklog(
+            rank=rank, tenant_handle=tenant, requests=requests, service=max(service, 0.0), weight=one.weight
+        )
+
+
+def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[Weighed[FlowBacklog]]:
+    """Who waits."""
+    return [
+        Weighed(FlowBacklog(FlowKey(m.rank, m.tenant_handle), Backlog(m.requests, m.service)), _weight(m.weight))
+        for m in flows
+    ]
+
+
+def elsewhere_to_pb(waiting: Mapping[str, Sequence[Weighed[FlowBacklog]]]) -> Iterator[pb.Elsewhere]:
+    """By gateway."""
+    return (pb.Elsewhere(gateway=gateway, flows=_flows(flows)) for gateway, flows in waiting.items())
+
+
+def elsewhere_from_pb(messages: Iterable[pb.Elsewhere]) -> Iterator[tuple[str, list[Weighed[FlowBacklog]]]]:
+    """The inverse of elsewhere_to_pb."""
+    return ((m.gateway, flows_from_pb(m.flows)) for m in messages)
+
+
+def served_to_pb(totals: Iterable[Weighed[ServedTotal]]) -> pb.Served:
+    """A worker's report."""
+    return pb.Served(
+        flows=[
+            pb.ServedFlow(
+                rank=one.what.rank,
+                tenant_handle=one.what.tenant,
+                total=one.what.total,
+                by_this_link=one.what.by_this_link,
+                weight=one.weight,
+            )
+            for one in totals
+        ]
+    )
+
+
+def served_from_pb(m: pb.Served) -> list[Weighed[ServedTotal]]:
+    """The inverse of served_to_pb."""
+    return [Weighed(ServedTotal(f.rank, f.tenant_handle, f.total, f.by_this_link), _weight(f.weight)) for f in m.flows]
+
+
+def _weight(weight: float) -> float:
+    return weight if weight > 0 else 1.0
