@@ -2,7 +2,9 @@
 
 256 streams of a simulated engine at 20 ms a step over gRPC, by one gateway process and by two that share the port, in
 turns. Gateways are bound to one core, engines and driver to another. Each has a worker of its own, which links to
-every process: with two the same step goes out as two messages of half the tokens.
+every process: with two the same step goes out as two messages of half the tokens. What a process spends on a step, a
+beat and the wake-up of a sleeping client is the same for one token as for a hundred, so the one process also takes
+turns with half the streams: then each process has the same load, which is what a second one is started for.
 """
 
 from __future__ import annotations
@@ -10,15 +12,25 @@ from __future__ import annotations
 import os
 
 from loadtests.datasets import fixed
-from loadtests.faces.grpc_stream import GrpcStream
+from loadtests.faces.grpc_stream import CHANNELS, GrpcStream
 from loadtests.figures import Bound, Figure, missing, ratio_figure
 from loadtests.processes import SIMULATED, pin
-from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns
+from loadtests.scenarios.common import (
+    Contestant,
+    Stage,
+    check_answers,
+    cores,
+    first_call,
+    one_round,
+    per_round,
+    rounds_of,
+)
 from loadtests.scenarios.relay import LIMITS, PROMPT_WORDS, STEP_MS, STREAMS, TOKENS, relay_cpu, sim_source
 from loadtests.serving import ours as serving
 
-ONE, TWO = "one gateway process", "two gateway processes"
+ONE, TWO, HALF = "one gateway process", "two gateway processes", "one gateway process, half the streams"
 COUNTS = {ONE: 1, TWO: 2}
+SAME_LOAD = f"CPU per token, two gateway processes with {STREAMS} streams against one with {STREAMS // 2}"
 FLAT = f"CPU per token, two gateway processes against one, {STREAMS} streams over gRPC"
 BOUND = Bound("<=", 1.1)
 
@@ -34,26 +46,33 @@ async def play(stage: Stage) -> None:
             stage.children, stage.folder, bundle=bundle, source=sim_source(model, options.seed), kind=SIMULATED,
             name=name.replace(" ", "-"), processes=COUNTS[name],
         )  # fmt: skip
-    arms = {
-        name: Contestant(
-            stage.arm(name, "StreamChat, one gRPC stream a call, calls in turn over 16 connections"),
-            GrpcStream(ours.grpc, ours.model),
-            ours.roots,
-        )
-        for name, ours in sides.items()
-    }
+    if ONE in sides and TWO in sides:
+        sides[HALF] = sides[ONE]
+    share = {name: 2 if name == HALF else 1 for name in sides}
+    arms = {name: _arm(stage, name, ours, CHANNELS // share[name]) for name, ours in sides.items()}
     report.settings[f"{stage.part}streams"] = {"streams": streams, "tokens": tokens, "step_ms": STEP_MS}
     report.settings[f"{stage.part}cores"] = _bind(options.pin, list(sides.values()))
     try:
-        ready = [arm for arm in arms.values() if await first_call(arm, fixed(1, PROMPT_WORDS, 4, options.seed)[0])]
-        await take_turns(
-            stage, ready, lambda number: fixed(streams, PROMPT_WORDS, tokens, options.seed * 1000 + number),
-            rounds=rounds, concurrency=streams, limits=LIMITS,
-        )  # fmt: skip
+        first = fixed(1, PROMPT_WORDS, 4, options.seed)[0]
+        ready = {name: arm for name, arm in arms.items() if await first_call(arm, first)}
+        for number in range(rounds + 1):
+            requests = fixed(streams, PROMPT_WORDS, tokens, options.seed * 1000 + number)
+            for name, arm in ready.items():
+                own = requests[: max(streams // share[name], 1)]
+                if not arm.arm.problem:
+                    await one_round(
+                        arm, stage.screen, number, own, concurrency=len(own), limits=LIMITS, keep=number > 0
+                    )
+        check_answers(report, list(ready.values()))
     finally:
         for arm in arms.values():
             await arm.face.close()
-    report.figures.append(figure(arms))
+    report.figures += [figure(FLAT, arms, TWO, ONE, BOUND), figure(SAME_LOAD, arms, TWO, HALF, None)]
+
+
+def _arm(stage: Stage, name: str, ours: serving.Ours, channels: int) -> Contestant:
+    arm = stage.arm(name, f"StreamChat, one gRPC stream a call, calls in turn over {channels} connections")
+    return Contestant(arm, GrpcStream(ours.grpc, ours.model, channels=channels), ours.roots)
 
 
 def _bind(wanted: bool, sides: list[serving.Ours]) -> str:
@@ -68,12 +87,12 @@ def _bind(wanted: bool, sides: list[serving.Ours]) -> str:
     return f"gateways on {gateways}, engines on {engines}, driver on {driver}"
 
 
-def figure(arms: dict[str, Contestant]) -> Figure:
-    """The row of this scenario."""
-    two, one = per_round(arms.get(TWO), arms.get(ONE), relay_cpu)
-    if two:
-        return ratio_figure(FLAT, two, one, BOUND, scale=1e6, difference_unit="µs/token")
-    lacking = next((name for name in COUNTS if name not in arms or not arms[name].arm.rounds), TWO)
+def figure(title: str, arms: dict[str, Contestant], ours: str, theirs: str, bound: Bound | None) -> Figure:
+    """A row of this scenario."""
+    pairs = per_round(arms.get(ours), arms.get(theirs), relay_cpu)
+    if pairs[0]:
+        return ratio_figure(title, *pairs, bound, scale=1e6, difference_unit="µs/token")
+    lacking = next((name for name in (ours, theirs) if name not in arms or not arms[name].arm.rounds), ours)
     return missing(
         FLAT, BOUND, f"{lacking} did not run: {arms[lacking].arm.problem if lacking in arms else 'not asked'}"
     )
