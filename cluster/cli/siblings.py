@@ -6,7 +6,7 @@ import http.client
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prometheus_client.parser import text_string_to_metric_families
+from cluster.observe.exposition import samples as read_samples
 
 TIMEOUT_S = 2.0
 
@@ -55,5 +55,4 @@ def scrape(address: str) -> list[tuple[str, dict[str, str], float]] | None:
         connection.close()
     if answer.status != http.client.OK:
         return None
-    families = text_string_to_metric_families(text)
-    return [(sample.name, dict(sample.labels), sample.value) for family in families for sample in family.samples]
+    return read_samples(text)
