@@ -57,11 +57,11 @@ def up(
             config = decide(config)
         except PortTaken as error:
             fail(str(error), USAGE)
-        _make_secrets(config)
+        make_secrets(config)
         raise typer.Exit(asyncio.run(_life(config, run, demo=demo, background=background)))
 
 
-def _make_secrets(config: Config) -> None:
+def make_secrets(config: Config) -> None:
     """A local cluster's secrets are made where they are missing; others are named files that all hosts have."""
     if config.ray:
         return

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from cluster import __version__, rpc
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.api.types import ModelState
-from cluster.config import Config, Tls
+from cluster.config import Config
 from cluster.gateway.admin import CatalogAdmin, FleetAdmin
 from cluster.gateway.allowance import Allowances
 from cluster.gateway.directory import Directory, KnownModel
@@ -33,7 +33,6 @@ from cluster.gateway.tls import NewestContext
 from cluster.gateway.turns import Turns
 from cluster.link.dial import Timing
 from cluster.link.hub import Hub, hub_server
-from cluster.link.tls import TlsFiles
 from cluster.observe.metrics import Metrics, Sample
 from cluster.tenancy.limits import Limiter
 from cluster.tenancy.queue import WaitingRoom
@@ -169,8 +168,8 @@ class Gateway:
         return self.metrics.serve(host, port)
 
     async def _serve_links(self, host: str, port: int) -> int:
-        tls = tls_files(self.config.gateway.link_tls)
-        return await self._links.start(host, port, None if tls is None else tls.server_context())
+        tls = self.config.gateway.link_tls
+        return await self._links.start(host, port, None if tls is None else NewestContext.of_link(tls))
 
     def _add_admin(self, server: grpc.aio.Server, address: str) -> int:
         admin_pb2_grpc.add_FleetServicer_to_server(FleetAdmin(self.hub), server)
@@ -322,11 +321,6 @@ def _turn_tokens(model: KnownModel) -> float:
     """U of docs/tenancy.md: weighted tokens of the longest input, or of all that one worker holds as outputs."""
     held = max((link.info.kv_tokens for link in model.links.values()), default=0)
     return max(2.0 * held, float(model.max_model_len), 1.0)
-
-
-def tls_files(tls: Tls | None) -> TlsFiles | None:
-    """A configuration's TLS section as the link takes it."""
-    return None if tls is None else TlsFiles(tls.cert_file, tls.key_file, tls.ca_file)
 
 
 async def run_gateway(

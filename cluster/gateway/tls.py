@@ -1,4 +1,4 @@
-"""TLS of the client ports, with certificates that are read again when their files change.
+"""TLS of the ports that are dialled, with certificates that are read again when their files change.
 
 The context given to a listener stands for the newest one: each connection begins with a context made of the files as
 they are then. Files that do not fit together (one half of a renewal is written) leave the last good ones in force.
@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import structlog
 
-from cluster.config import ClientTls
+from cluster.config import ClientTls, Tls
 
 log = structlog.get_logger("tls")
 
@@ -26,13 +26,27 @@ class NewestContext(ssl.SSLContext):
     _files: tuple[Path, ...]
     _tls: ClientTls
     _protocols: list[str]
+    _setting: str
+    _client: ssl.VerifyMode
     _stamp: Stamp
     _now: ssl.SSLContext
 
     @classmethod
     def of(cls, tls: ClientTls, *protocols: str) -> Self:
-        """From the files; `protocols` are ALPN's. Raises ValueError that names the setting."""
+        """Of a client port; `protocols` are ALPN's. Raises ValueError that names the setting."""
+        return cls._of(tls, "gateway.tls", ssl.CERT_OPTIONAL, *protocols)  # who shows a key needs no certificate
+
+    @classmethod
+    def of_link(cls, tls: Tls) -> Self:
+        """Of the link port, where both sides show one. Raises ValueError that names the setting."""
+        files = ClientTls(cert_file=tls.cert_file, key_file=tls.key_file, client_ca_file=tls.ca_file)
+        return cls._of(files, "gateway.link_tls", ssl.CERT_REQUIRED, "h2")
+
+    @classmethod
+    def _of(cls, tls: ClientTls, setting: str, client: ssl.VerifyMode, *protocols: str) -> Self:
         context = cls(ssl.PROTOCOL_TLS_SERVER)
+        context._setting = setting
+        context._client = client
         context._tls = tls
         context._files = tuple(path for path in (tls.cert_file, tls.key_file, tls.client_ca_file) if path is not None)
         context._protocols = list(protocols)
@@ -71,11 +85,12 @@ class NewestContext(ssl.SSLContext):
         try:
             context.load_cert_chain(tls.cert_file, tls.key_file)
         except OSError as error:  # ssl's own errors too
-            raise ValueError(f"gateway.tls: {tls.cert_file} or {tls.key_file} cannot be used: {error}") from None
+            raise ValueError(f"{self._setting}: {tls.cert_file} or {tls.key_file} cannot be used: {error}") from None
         if tls.client_ca_file is not None:
-            context.verify_mode = ssl.CERT_OPTIONAL  # who shows a key needs none
+            context.verify_mode = self._client
             try:
                 context.load_verify_locations(tls.client_ca_file)
             except OSError as error:
-                raise ValueError(f"gateway.tls.client_ca_file: {tls.client_ca_file} cannot be used: {error}") from None
+                what = f"{self._setting}: the authorities of {tls.client_ca_file}"
+                raise ValueError(f"{what} cannot be used: {error}") from None
         return context
