@@ -157,6 +157,22 @@ def check_name_clash() -> Finding:
     )
 
 
+def check_valkey() -> Finding:
+    """A store of limits that gateways share; Redis will do."""
+    needed_for = "tests of limits that gateways share"
+    if (redis := find_tool("redis-server")) and not find_tool("valkey-server"):
+        return Finding("valkey-server", needed_for=needed_for, found=redis)
+    return _tool("valkey-server", needed_for, "apt-get install -y valkey-server", "valkey-server")
+
+
+def check_postgresql() -> Finding:
+    """PostgreSQL's programs, which Debian keeps out of PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if found or (initdb := find_tool("initdb")):
+        return Finding("postgresql", needed_for="tests of the ledger", found=str(found[-1] if found else initdb))
+    return Finding("postgresql", "not found", "apt-get install -y postgresql", "tests of the ledger", "postgresql")
+
+
 CHECKS: Sequence[Callable[[], Finding]] = (
     check_python,
     check_environment,
@@ -169,6 +185,8 @@ CHECKS: Sequence[Callable[[], Finding]] = (
     lambda: _tool("buf", "make check", "make setup (it brings buf)"),
     check_ip,
     check_namespaces,
+    check_valkey,
+    check_postgresql,
 )
 
 

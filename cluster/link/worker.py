@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import time
+import zlib
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,7 @@ log = structlog.get_logger("worker")
 # Sequences granted beyond max_num_seqs, so that a freed place is filled in the next step, not a round trip later.
 LOOKAHEAD_SEQUENCES = 2
 INLINE_PROMPT_BYTES = 16_384
+_EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
@@ -51,6 +53,8 @@ class _Link:
     """One session with one gateway."""
 
     number: int
+    turn: int
+    """Its number among those that share room: whoever comes first gets what does not divide."""
     gateway: str
     incarnation: str
     outbox: Outbox
@@ -329,7 +333,7 @@ class WorkerEnd:
             self._info.max_num_seqs + LOOKAHEAD_SEQUENCES - len(self._running), self._info.kv_tokens - self._tokens
         )
         for grant in self._granter.grants(room):
-            link = self._links[grant.link]
+            link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)
             link.grant_id = grant.grant_id
             if link.unacked_since is None:
@@ -348,7 +352,13 @@ class WorkerEnd:
                 raise LinkEnded(f"no welcome within {self._timing.welcome_s} s") from None
             if first is None or not first.HasField("welcome"):
                 raise LinkEnded("the gateway did not welcome this worker")
-            link = _Link(epoch, first.welcome.gateway_id, first.welcome.incarnation, Outbox(self._outbox_tokens))
+            link = _Link(
+                epoch,
+                self._turn(epoch, first.welcome.incarnation),
+                first.welcome.gateway_id,
+                first.welcome.incarnation,
+                Outbox(self._outbox_tokens),
+            )
             log.info("link_up", gateway=first.welcome.gateway_id, address=address, epoch=epoch)
             self._gateways.welcomed(address, first.welcome.incarnation, first.welcome.siblings)
             beater = Beater(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
@@ -358,7 +368,7 @@ class WorkerEnd:
                 link.outbox.usage = lambda: self._keeper.take(epoch, time.monotonic())
                 self._keeper.attach(epoch)
                 link.outbox.flush()
-            self._granter.attach(epoch)
+            self._granter.attach(link.turn)
             self._served.attach(epoch, link.incarnation, link.outbox)
             self._regrant()
             if self._draining:
@@ -379,6 +389,11 @@ class WorkerEnd:
                 await self._end(link, parts, beater)
                 call.cancel()
 
+    def _turn(self, epoch: int, gateway: str) -> int:
+        """Another order of the gateways at each worker: were one the last everywhere, it would have no credit at all
+        while nobody waits and less room is free than there are gateways."""
+        return zlib.crc32(f"{self._identity.worker_id}/{gateway}".encode()) << 32 | epoch
+
     def _blob_hello(self, epoch: int) -> pb.Blob:
         return pb.Blob(worker_id=self._identity.worker_id, incarnation=self._identity.incarnation, epoch=epoch)
 
@@ -395,7 +410,7 @@ class WorkerEnd:
     async def _end(self, link: _Link, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
         """Undo all that a session has taken: its requests leave the engine, its promises lapse."""
         self._links.pop(link.number, None)
-        self._granter.detach(link.number)
+        self._granter.detach(link.turn)
         self._served.detach(link.number)
         beater.stop()
         doomed = list(link.requests.values())
@@ -434,7 +449,7 @@ class WorkerEnd:
             if message is None:
                 return
             if message.grant_ack:
-                self._granter.acked(link.number, message.grant_ack)
+                self._granter.acked(link.turn, message.grant_ack)
                 if message.grant_ack >= link.grant_id:
                     link.unacked_since = None
                 else:
@@ -443,7 +458,7 @@ class WorkerEnd:
                 self._keeper.acked(message.usage_acks)
                 self._acked.set()
             if message.HasField("backlog"):
-                self._granter.backlog(link.number, message.backlog.claim or message.backlog.waiting)
+                self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting)
                 self._served.relay(link.number, message.backlog)
             for submit in message.submits:
                 await self._take(link, submit)
@@ -474,7 +489,7 @@ class WorkerEnd:
             prompt = await link.prompts.take(submit.prompt_blob)
         request = codec.submit_from_pb(submit, request_id, prompt)
         tokens = len(request.prompt_token_ids)
-        self._granter.spent(link.number, tokens)
+        self._granter.spent(link.turn, tokens)
         now = time.monotonic()
         running = _Running(link, slot, tokens, tokens, submit.sealed_record, self._meter.entered(now), now)
         self._running[request_id] = running

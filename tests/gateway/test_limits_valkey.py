@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import socket
 import time
@@ -16,12 +15,13 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cluster.api.outcomes import Outcome
+from cluster.cli import doctor
 from cluster.gateway.limits_local import Limits, LocalLimits
 from cluster.gateway.limits_valkey import PREFIX, ValkeyLimits
 from cluster.tenancy.limits import Ask, Granted, Limit, Limiter, LimitRefusal
 from cluster.tenancy.policy import TenantPolicy
 
-SERVER = shutil.which("valkey-server") or shutil.which("redis-server")
+SERVER = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
 
 
 class Server:
@@ -41,7 +41,9 @@ class Server:
 
     async def start(self) -> None:
         """Until it answers."""
-        assert SERVER is not None, "install valkey-server (or redis-server): limits shared by gateways need a store"
+        if SERVER is None:
+            lack = doctor.check_valkey()
+            pytest.skip(f"{lack.name}: {lack.missing}; {lack.remedy}")
         words = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
         self._process = await asyncio.create_subprocess_exec(
             SERVER, *words, cwd=self._folder, stdout=asyncio.subprocess.DEVNULL

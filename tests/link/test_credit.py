@@ -130,3 +130,19 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
     granter.acked(1, grants[1].grant_id)
     (grant,) = granter.grants(Room(10, 1000))
     assert (grant.link, grant.sequences, grant.tokens) == (2, 10, 1000)
+
+
+def test_a_limit_holds_until_a_later_one_is_acknowledged() -> None:
+    """The word that a grant is applied, which crosses a lower one, frees nothing: that grant is in force still."""
+    granter = Granter()
+    granter.attach(1)
+    (first,) = granter.grants(Room(10, 1000))
+    granter.attach(2)
+    granter.backlog(2, 5)
+    (lower,) = granter.grants(Room(10, 1000))
+    assert (lower.link, lower.sequences) == (1, 0)
+    granter.acked(1, first.grant_id)  # sent before the lower one arrived
+    assert granter.promised().sequences == 10
+    assert granter.grants(Room(10, 1000)) == [], "the first gateway may still send ten"
+    granter.acked(1, lower.grant_id)
+    assert [(g.link, g.sequences) for g in granter.grants(Room(10, 1000))] == [(2, 10)]
