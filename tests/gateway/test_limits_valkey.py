@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from cluster.api.outcomes import Outcome
 from cluster.cli import doctor
 from cluster.gateway.limits_local import Limits, LocalLimits
-from cluster.gateway.limits_valkey import PREFIX, ValkeyLimits
+from cluster.gateway.limits_valkey import PREFIX, TIMEOUT_S, ValkeyLimits
 from cluster.tenancy.limits import Ask, Granted, Limit, Limiter, LimitRefusal
 from cluster.tenancy.policy import TenantPolicy
 
@@ -95,10 +95,14 @@ class Gateways:
         self.all: list[ValkeyLimits] = []
         self.now = 1_790_000_000.0
 
-    async def add(self, name: str, *, virtual: bool = True, quantum_tokens: int = 16) -> ValkeyLimits:
+    async def add(
+        self, name: str, *, virtual: bool = True, quantum_tokens: int = 16, timeout_s: float = TIMEOUT_S
+    ) -> ValkeyLimits:
         """One more, beating fast."""
         clock = (lambda: self.now) if virtual else None
-        one = ValkeyLimits(self._server.url, name, quantum_tokens=quantum_tokens, beat_s=0.05, store_clock=clock)
+        one = ValkeyLimits(
+            self._server.url, name, quantum_tokens=quantum_tokens, beat_s=0.05, store_clock=clock, timeout_s=timeout_s
+        )
         await one.start()
         self.all.append(one)
         return one
@@ -176,7 +180,8 @@ async def test_contract_in_the_store(gateways: Gateways) -> None:
 
 async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> None:
     """A hundred at once over two gateways: as many as the limit get in, by the store's own clock."""
-    one, two = await gateways.add("g1", virtual=False), await gateways.add("g2", virtual=False)
+    one = await gateways.add("g1", virtual=False, timeout_s=10.0)  # a busy machine is no store that is away
+    two = await gateways.add("g2", virtual=False, timeout_s=10.0)
     policy = tenant(requests_per_minute=30)
     asked = [(one, two)[i % 2].reserve(policy, Ask(str(i), 1, 1)) for i in range(100)]
     got = await asyncio.gather(*asked)
@@ -216,7 +221,8 @@ async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> No
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, server: Server, how: str) -> None:
     """Killed or silent: no request fails, each admits its half of the limit, and the flag says so until it is back."""
-    one, two = await gateways.add("g1", virtual=False), await gateways.add("g2", virtual=False)
+    one = await gateways.add("g1", virtual=False, timeout_s=10.0)  # a busy machine is no store that is away
+    two = await gateways.add("g2", virtual=False, timeout_s=10.0)
 
     async def both_seen() -> bool:
         return one.gateways_alive == two.gateways_alive == 2
