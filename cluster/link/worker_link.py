@@ -75,6 +75,7 @@ class WorkerLink:
         self._slots = itertools.count(1)
         self.closed = asyncio.Event()
         self.why = ""
+        self._ended = False
 
     def __repr__(self) -> str:
         return (
@@ -84,8 +85,8 @@ class WorkerLink:
 
     @property
     def free(self) -> Room:
-        """Room granted to this gateway and not used."""
-        return self._purse.free
+        """Room granted to this gateway and not used; none once the link has ended."""
+        return self._purse.free if not self._ended else Room(0, 0)
 
     @property
     def running(self) -> int:
@@ -199,6 +200,7 @@ class WorkerLink:
 
     def end(self, why: str) -> None:
         """Tell every slot, once."""
+        self._ended = True  # first: whoever is told looks for another place at once
         sinks, self._sinks = list(self._sinks.values()), {}
         for sink in sinks:
             sink.lost(why)
