@@ -1,0 +1,126 @@
+"""Gateways that keep accounts, and workers that remember what they have accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from cluster.api.bundle import Bundle
+from cluster.api.ports import Engine
+from cluster.api.types import WorkerIdentity
+from cluster.config import parse
+from cluster.gateway.server import Gateway
+from cluster.ledger.errors import StoreUnavailable
+from cluster.ledger.records import OpenRecord, UsageRecord
+from cluster.ledger.sealed import Sealer
+from cluster.ledger.store import Ledger
+from cluster.ledger.usage import UsageQuery
+from cluster.link.dial import Timing
+from cluster.link.usage_keeper import EndedUsage, UsageKeeper
+from cluster.link.worker import WorkerEnd
+from tests.support.cluster import LOOPBACK, TestCluster
+
+SECRET = b"s" * 32
+_numbers = itertools.count(1)
+
+
+class Witness(UsageKeeper):
+    """A keeper that also notes every request that the worker had accepted, for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[EndedUsage] = []
+
+    def keep(self, usage: EndedUsage, home: int, slot: int = 0) -> int:
+        self.seen.append(usage)
+        return super().keep(usage, home, slot)
+
+    def accepted(self, sealer: Sealer) -> list[tuple[OpenRecord, EndedUsage]]:
+        """What gateways had sealed, with the engine's counts."""
+        return [(sealer.open(one.sealed), one) for one in self.seen if one.sealed]
+
+
+class AccountedWorker:
+    """A worker in this process whose keeper is a witness."""
+
+    def __init__(self, end: WorkerEnd, witness: Witness) -> None:
+        self.end = end
+        self.witness = witness
+        self.task = asyncio.create_task(end.run())
+
+    async def stop(self, drain_s: float = 5.0) -> None:
+        """Drain and end it."""
+        await self.end.drain(drain_s)
+        await self.end.close()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
+async def start_worker(
+    engine: Engine,
+    bundle: Bundle,
+    gateways: Sequence[str],
+    *,
+    gpus: float = 0.0,
+    model: str = "sim",
+    timing: Timing | None = None,
+) -> AccountedWorker:
+    """Start an engine and dial."""
+    info = await engine.start()
+    number, witness = next(_numbers), Witness()
+    identity = WorkerIdentity(f"{model}-a{number}", f"a{number}", model, version="v1", bundle_digest=bundle.digest)
+    end = WorkerEnd(
+        identity=identity,
+        engine=engine,
+        info=info,
+        bundle=bundle,
+        gateways=gateways,
+        timing=timing,
+        gpus=gpus,
+        gpu="H100" if gpus else "",
+        keeper=witness,
+        idle_report_s=0.2,
+    )
+    return AccountedWorker(end, witness)
+
+
+class Switch:
+    """A database that can be taken away."""
+
+    def __init__(self, insert: Callable[[Sequence[UsageRecord]], None]) -> None:
+        self._insert = insert
+        self.away = False
+
+    def insert(self, records: Sequence[UsageRecord]) -> None:
+        """Raises StoreUnavailable while it is away."""
+        if self.away:
+            raise StoreUnavailable("taken away by the test")
+        self._insert(records)
+
+
+@asynccontextmanager
+async def accounting_cluster(
+    folder: Path, insert: Callable[[Sequence[UsageRecord]], None], text: str = LOOPBACK
+) -> AsyncIterator[TestCluster]:
+    """A gateway that keeps accounts, without workers."""
+    gateway = Gateway(parse(text), folder)
+    gateway.account([SECRET], insert)
+    await gateway.start()
+    cluster = TestCluster(gateway)
+    try:
+        yield cluster
+    finally:
+        await cluster.channel.close()
+        await gateway.stop(0)
+
+
+def records(ledger: Ledger) -> list[UsageRecord]:
+    """All usage but idle time, in order of time."""
+    return [one for one in ledger.usage.records(UsageQuery(), limit=100_000) if one.tenant != "_idle"]
+
+
+def idle_gpu_seconds(ledger: Ledger) -> float:
+    """What of the replicas' time was nobody's."""
+    return sum(one.gpu_seconds for one in ledger.usage.records(UsageQuery(tenant="_idle"), limit=100_000))
