@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,9 +34,11 @@ class Witness(UsageKeeper):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[EndedUsage] = []
+        self.told_at = 0.0
 
     def keep(self, usage: EndedUsage, home: int, slot: int = 0) -> int:
         self.seen.append(usage)
+        self.told_at = time.monotonic()
         return super().keep(usage, home, slot)
 
     def accepted(self, sealer: Sealer) -> list[tuple[OpenRecord, EndedUsage]]:
