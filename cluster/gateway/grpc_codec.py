@@ -50,7 +50,7 @@ def chat_wish(request: pb.ChatRequest) -> Wish:
         template_kwargs=kwargs,
         continue_final_message=request.continue_final_message,
     )
-    return Wish(request.model, prompt, _options(request))
+    return Wish(request.model, prompt, _options(request), metadata=dict(request.metadata))
 
 
 def complete_wish(request: pb.CompleteRequest) -> Wish:
@@ -64,7 +64,7 @@ def complete_wish(request: pb.CompleteRequest) -> Wish:
         prompt = TextPrompt(request.prompt)
     else:
         raise invalid("prompt", "must not be empty; give prompt or prompt_token_ids")
-    return Wish(request.model, prompt, _options(request), DEFAULT_COMPLETE_TOKENS)
+    return Wish(request.model, prompt, _options(request), DEFAULT_COMPLETE_TOKENS, metadata=dict(request.metadata))
 
 
 def tokenize_prompt(request: pb.TokenizeRequest) -> Prompt:

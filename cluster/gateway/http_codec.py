@@ -122,7 +122,7 @@ def chat_asked(body: Fields) -> Asked:
     )
     length = "max_tokens" if body.values.get("max_completion_tokens") is None else "max_completion_tokens"
     options = _options(body, length, *_chat_logprobs(body))
-    wish = Wish(body.text("model") or "", prompt, options, cache_salt=_salt(body))
+    wish = Wish(body.text("model") or "", prompt, options, cache_salt=_salt(body), metadata=_metadata(body))
     return _asked(body, [wish], {"max_tokens": length, "logprobs": "top_logprobs"})
 
 
@@ -135,8 +135,8 @@ def completion_asked(body: Fields) -> Asked:
     logprobs = body.integer("logprobs")
     # OpenAI's shape has the sampled token beside the k most likely ones: one more is told than is asked of the engine.
     options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
-    model, salt = body.text("model") or "", _salt(body)
-    wishes = [Wish(model, prompt, options, DEFAULT_COMPLETE_TOKENS, salt) for prompt in _prompts(body)]
+    model, salt, metadata = body.text("model") or "", _salt(body), _metadata(body)
+    wishes = [Wish(model, prompt, options, DEFAULT_COMPLETE_TOKENS, salt, metadata) for prompt in _prompts(body)]
     return _asked(body, wishes, {"prompt_token_ids": "prompt"})
 
 
@@ -148,6 +148,11 @@ def _asked(body: Fields, wishes: Sequence[Wish], names: Mapping[str, str]) -> As
     usage = options is not None and options.flag("include_usage")
     continuous = options is not None and options.flag("continuous_usage_stats")
     return Asked(wishes, stream, usage, usage and continuous, names)
+
+
+def _metadata(body: Fields) -> dict[str, str]:
+    entries = body.object("metadata")
+    return {} if entries is None else {name: entries.text(name) or "" for name in entries.values}
 
 
 def _salt(body: Fields) -> str:

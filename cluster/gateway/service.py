@@ -110,6 +110,8 @@ class CallService:
             if self._closing:
                 raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
             wishes.check_options(wish.options)
+            if wish.metadata:
+                wishes.check_metadata(wish.metadata)
             model = self.directory.resolve(wish.model, meta.principal)
             model_name = model.name
             text = await self.directory.text(model)
@@ -181,7 +183,7 @@ class CallService:
         call.usage.prompt_tokens = len(prompt_ids)
         if self.dispatcher.accounting is not None:
             principal = meta.principal
-            call.request_id, call.labels = meta.request_id, policy.labels
+            call.request_id, call.labels = meta.request_id, {**wish.metadata, **policy.labels}
             call.key_id = principal.subject if principal.by == "key" else ""
             call.on_refused = self.dispatcher.accounting.refused
         salt = self.door.salt(meta.principal, wish.cache_salt)

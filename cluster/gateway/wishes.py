@@ -85,7 +85,11 @@ class Wish:
     default_max_tokens: int | None = None
     cache_salt: str = ""
     """The caller's own: its calls share a cached prefix only with those of the same salt."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Labels of the usage record; the tenant's own of the same name win."""
 
+
+MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_BYTES = 16, 64, 256
 
 # field -> (lowest, highest, whether the lowest itself is allowed); None is unbounded.
 RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
@@ -101,6 +105,17 @@ RANGES: Mapping[str, tuple[float | None, float | None, bool]] = {
     "repetition_penalty": (0.0, 1e6, False),
     "logprobs": (0, MAX_TOP_LOGPROBS, True),
 }
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raise CallError for what a usage record does not take."""
+    if len(metadata) > MAX_METADATA:
+        raise invalid("metadata", f"must not have more than {MAX_METADATA} entries; has {len(metadata)}")
+    for name, value in metadata.items():
+        if not 1 <= len(name) <= MAX_METADATA_NAME or not name.isprintable():
+            raise invalid("metadata", f"{name[:20]!r}: names must have 1 to {MAX_METADATA_NAME} printable characters")
+        if len(value.encode("utf-8", "replace")) > MAX_METADATA_BYTES or not value.isprintable():
+            raise invalid(f"metadata.{name}", f"must be printable and not exceed {MAX_METADATA_BYTES} bytes")
 
 
 def check_options(options: Options) -> None:

@@ -153,7 +153,10 @@ async def test_counts_wait_while_the_database_is_away(
         await linked(cluster)
         switch.away = True
         for number in range(5):
-            await cluster.stub.Chat(chat(f"{number}", max_tokens=3, ignore_eos=True))
+            labels = {"team": f"t{number}"}
+            await cluster.stub.Chat(chat(f"{number}", max_tokens=3, ignore_eos=True, metadata=labels))
+        wrong = await refused(cluster.stub.Chat(chat(metadata={"team": "x" * 300})))
+        assert wrong.fields == ["metadata.team"]
         accounting = cluster.gateway.accounting
         assert accounting is not None
         await until(lambda: accounting.statistics().pending == 5, "the spool has them")
@@ -161,7 +164,8 @@ async def test_counts_wait_while_the_database_is_away(
         assert records(ledger) == []
         switch.away = False
         await settled(cluster, worker)
-        assert [one.completion_tokens for one in records(ledger)] == [3] * 5
+        found = [(one.completion_tokens, dict(one.labels)) for one in records(ledger)]
+        assert found == [(3, {"team": f"t{number}"}) for number in range(5)]
         await worker.stop()
 
 
