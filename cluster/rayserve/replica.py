@@ -35,11 +35,12 @@ _EXIT_ENGINE_DEAD = 70
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where Ray put the replica: its node, and the nodes of its GPU bundles in their order."""
+    """Where Ray put the replica: its node, and the nodes of its GPU bundles in their order. `gpus` of them are real."""
 
     replica_id: str
     node: str
     gpu_nodes: tuple[str, ...] = ()
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,8 @@ class Replica:
             bundle=opened.bundle,
             gateways=self.settings.gateways,
             tls=self.settings.tls,
+            gpus=self.place.gpus,
+            gpu=self.settings.spec.gpu if self.place.gpus else "",
         )
         self._serving = asyncio.create_task(self._until_dead(self.end, opened.engine))
         log.info("worker.up", worker=self.worker_id, engine=info.engine_class, path=info.engine_path)

@@ -16,6 +16,7 @@ from cluster.rayserve.replica import Place, Replica
 from cluster.rayserve.settings import ReplicaSettings
 
 DEPLOYMENT = "worker"
+_LOGICAL_GPUS = "HEADRACE_LOGICAL_GPUS"
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 10.0
 START_TRIES = 2
@@ -50,7 +51,8 @@ def _place() -> Place:
     if group is not None:
         node_of = ray.util.placement_group_table(group)["bundles_to_node_id"]
         gpu_nodes = [node_of[i] for i, bundle in enumerate(group.bundle_specs) if bundle.get("GPU")]
-    return Place(serve.get_replica_context().replica_id.unique_id, context.get_node_id(), tuple(gpu_nodes))
+    gpus = 0 if os.environ.get(_LOGICAL_GPUS) == "1" else len(gpu_nodes)
+    return Place(serve.get_replica_context().replica_id.unique_id, context.get_node_id(), tuple(gpu_nodes), gpus)
 
 
 def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type = ServedReplica) -> Any:
@@ -87,7 +89,7 @@ def environment(settings: ReplicaSettings, *, logical_gpus: bool) -> dict[str, s
         if world_size(settings.spec) > 1:
             values["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = "1"
         if logical_gpus:
-            values |= {"HEADRACE_LOGICAL_GPUS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            values |= {_LOGICAL_GPUS: "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     return {**passed_on, **values, **settings.environment}
 
