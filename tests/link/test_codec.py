@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.api.types import EngineRequest, FinishReason, Grammar, PositionLogprobs, Sampling, TokenOutput
 from cluster.link import codec
+from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 
 ids = st.integers(0, 2**32 - 1)
@@ -111,3 +112,22 @@ def test_numbers_keep_their_precision() -> None:
     """Sampling numbers travel as doubles, so that nothing is rounded on the way."""
     sampling = Sampling(max_tokens=1, temperature=math.pi / 2, top_p=1 / 3)
     assert codec.sampling_from_pb(codec.sampling_to_pb(sampling)) == sampling
+
+
+def test_ended_counts_round_trip() -> None:
+    """What a worker tells of an ended request arrives whole; its duration to the millisecond."""
+    told = EndedUsage(
+        b"\0sealed\xff",
+        prompt_tokens=7,
+        cached_tokens=3,
+        generated_tokens=5,
+        written_tokens=4,
+        gpu_seconds=0.123456789,
+        gpu="H100",
+        outcome="ok",
+        duration_s=1.25,
+        idle_id="idle-1",
+        idle_since_s=1_795_554_958.9606254,
+        key=2**40,
+    )
+    assert codec.usage_from_pb(pb.Usage.FromString(codec.usage_to_pb(told).SerializeToString())) == told
