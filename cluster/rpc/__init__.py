@@ -5,7 +5,7 @@ token. Here HTTP/2's state (headers, settings, windows, resets) is h2's and only
 are grpc's own: generated servicers and GrpcFace run on either server.
 """
 
-from cluster.rpc.connection import Limits
+from cluster.rpc.limits import Limits
 from cluster.rpc.server import Server
 
 __all__ = ["Limits", "Server"]

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
@@ -19,6 +18,7 @@ from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
 from cluster.rpc import frames
+from cluster.rpc.limits import Limits
 from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata, metadata_of, timeout_s
 from cluster.rpc.rpc import Rpc
 
@@ -40,32 +40,6 @@ _CONFIGURATION = H2Configuration(
     validate_inbound_headers=False,
     normalize_inbound_headers=False,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one client may take. Seconds and bytes."""
-
-    max_message_bytes: int = 16 << 20
-    max_calls: int = 4096
-    """Calls at once on one connection; a client's further ones wait on its side."""
-    max_header_bytes: int = 65_536
-    window_bytes: int = 1 << 20
-    """Of one call's request that is not read yet; the connection's window is four times this."""
-    frame_bytes: int = 65_536
-    hello_s: float = 20.0
-    """A client that has not introduced itself by then is cut off."""
-    request_s: float = 120.0
-    """A call with one request must have sent it by then."""
-    ping_s: float = 60.0
-    ping_answer_s: float = 20.0
-    resets_per_s: float = 1000.0
-    resets_burst: float = 10_000.0
-    """Resets, pings and settings of a client, as a token bucket: beyond it the connection ends (rapid reset)."""
-    max_unsent_bytes: int = 64 << 20
-    age_s: float = 0.0
-    """Then the client is asked to open another connection; 0: never."""
-    age_grace_s: float = 300.0
 
 
 # Where the next bytes of any connection are read to: as much as one takes of the loop at a time. asyncio's own read of
@@ -120,7 +94,8 @@ class Connection(asyncio.BufferedProtocol):
         h2.decoder.max_header_list_size = limits.max_header_bytes
         h2.max_inbound_frame_size = limits.frame_bytes
         h2.initiate_connection()
-        h2.increment_flow_control_window(4 * limits.window_bytes - 65_535)
+        if (more := 4 * limits.window_bytes - 65_535) > 0:  # what HTTP/2 begins with
+            h2.increment_flow_control_window(more)
         self.out_of_h2()
         self._later(limits.hello_s, self._expect_hello)
         self._later(limits.ping_s, self._ping)
@@ -137,11 +112,9 @@ class Connection(asyncio.BufferedProtocol):
         self._received(bytes(_READ[:nbytes]))
 
     def _received(self, data: bytes) -> None:
-        if not self._greeted:
-            if data[:4] in _HTTP1:
-                self._refuse_http1()
-                return
-            self._greeted = True
+        if not self._greeted and data[:4] in _HTTP1:
+            self._refuse_http1()
+            return
         try:
             for event in self.h2.receive_data(data):
                 handle = _EVENTS.get(type(event))
@@ -218,10 +191,9 @@ class Connection(asyncio.BufferedProtocol):
         self._waiting[call.stream_id] = call
 
     def consumed(self, stream_id: int, size: int) -> None:
-        """A handler has read a message: the client may send as much again."""
-        if stream_id in self.calls:
-            self._acknowledge(stream_id, size + 5)
-            self.out_of_h2()
+        """A handler has read so many bytes of a message and its prefix: the client may send as much again."""
+        self._acknowledge(stream_id, size)
+        self.out_of_h2()
 
     def _acknowledge(self, stream_id: int, size: int) -> None:
         with suppress(H2Error):  # the connection has ended meanwhile
@@ -303,6 +275,7 @@ class Connection(asyncio.BufferedProtocol):
             self._push_all()
 
     def _settings(self, event: events.RemoteSettingsChanged) -> None:
+        self._greeted = True  # they follow the preface at once
         self._charge()
         if SettingCodes.HEADER_TABLE_SIZE in event.changed_settings:
             self._table_is_news = True
@@ -418,11 +391,8 @@ class Connection(asyncio.BufferedProtocol):
         self._later(self.limits.ping_s, self._ping)
 
     def _refuse_http1(self) -> None:
-        head = (
-            b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
-        )
         self._out.clear()
-        self.transport.write(head % len(_HTTP1_ANSWER) + _HTTP1_ANSWER)
+        self.transport.write(_HTTP1_ANSWER)
         self.transport.close()
 
 

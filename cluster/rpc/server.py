@@ -15,7 +15,8 @@ import grpc
 import grpc.aio
 import structlog
 
-from cluster.rpc.connection import Connection, Limits
+from cluster.rpc.connection import Connection
+from cluster.rpc.limits import Limits
 from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata
 from cluster.rpc.rpc import Rpc
 

@@ -37,6 +37,11 @@ class Raw:
         self._writer.write(self.h2.data_to_send())
         await self._writer.drain()
 
+    async def send(self, data: bytes) -> None:
+        """Bytes that h2 knows nothing of."""
+        self._writer.write(data)
+        await self._writer.drain()
+
     async def receive(self, *, acknowledge: bool = True) -> None:
         """Read once; open the windows for what has come."""
         raw = await self._reader.read(65_536)

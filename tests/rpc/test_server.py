@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 from h2.errors import ErrorCodes
+from hyperframe.frame import GoAwayFrame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -147,6 +148,36 @@ async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> No
         assert room < 1005, "the handler has read one message: its bytes were given back, the others' were not"
 
 
+async def test_what_was_read_is_given_back_once(serve: Serve) -> None:
+    """After any number of messages that a handler has read, the client may send as much as in the beginning."""
+    limits = rpc.Limits(window_bytes=10_000)
+    async with serve(limits) as echo, raw_client(echo.port, window=1 << 20) as raw:
+        while not raw.events:
+            await raw.receive()
+        stream_id = await raw.call("Back", b"first", end=False)
+        for size in (1, 700, 3000) * 20:
+            while raw.h2.local_flow_control_window(stream_id) < size + 5:
+                await raw.receive()
+            raw.h2.send_data(stream_id, b"\x00" + size.to_bytes(4, "big") + b"x" * size)
+            await raw.flush()
+        raw.h2.end_stream(stream_id)
+        await raw.flush()
+        assert (await raw.until_ended(stream_id))["grpc-status"] == "0"
+        assert len(raw.data[stream_id]) == 10 + sum(size + 5 for size in (1, 700, 3000)) * 20
+        assert raw.h2.outbound_flow_control_window <= 65_535
+
+
+async def test_a_client_that_says_goodbye_gets_its_running_calls(serve: Serve) -> None:
+    """GOAWAY of a client means no further calls, not the end of those that run."""
+    async with serve() as echo, raw_client(echo.port) as raw:
+        stream_id = await raw.call("Many", b"5000x20")
+        await raw.send(GoAwayFrame(0, last_stream_id=0, error_code=0).serialize())
+        assert (await raw.until_ended(stream_id))["grpc-status"] == "0"
+        assert len(raw.data[stream_id]) == 5000 * 25
+        while not raw.eof:
+            await raw.receive()
+
+
 async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
     """Rapid reset: opening and resetting streams faster than any client would."""
     limits = rpc.Limits(resets_burst=50, resets_per_s=1)
@@ -189,6 +220,7 @@ async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
 def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
     """What does not speak HTTP/2."""
     yield "http1", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+    yield "half", b"PRI * HTTP/2.0\r\n"
     yield "noise", b"\x00" * 64
     yield "nothing", b""
 
@@ -201,6 +233,7 @@ async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
             writer.write(begin)
             answer = await asyncio.wait_for(reader.read(), 5)
             writer.close()
+            assert answer.count(b"HTTP/1.1") == (name == "http1")
             assert (b"speaks gRPC" in answer) is (name == "http1")
         async with grpc.aio.insecure_channel(echo.address) as channel:
             assert await unary_unary(channel, "One")(b"hello") == b"hello"
