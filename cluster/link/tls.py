@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,20 +24,6 @@ class TlsFiles:
             except OSError as error:
                 raise ValueError(f"link TLS: {what} {path} cannot be read: {error.strerror}") from None
         return parts[0], parts[1], parts[2]
-
-    def server_context(self) -> ssl.SSLContext:
-        """The gateway's link port; a client without a certificate of ca_file is refused."""
-        self._read()  # says which file cannot be read
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.set_alpn_protocols(["h2"])
-        try:
-            context.load_cert_chain(self.cert_file, self.key_file)
-            context.load_verify_locations(self.ca_file)
-        except ssl.SSLError as error:
-            raise ValueError(f"link TLS: {self.cert_file}, {self.key_file} or {self.ca_file}: {error}") from None
-        return context
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Credentials of one who dials."""

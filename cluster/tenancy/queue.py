@@ -95,19 +95,9 @@ class WaitingRoom:
         self._now = -math.inf
         self._entered = self._refused = self._put_back = self._bound = self._left = self._expired = self._shed = 0
 
-    def enter(self, waiting: Waiting, now: float) -> Outcome | None:
-        """Take one in: None; or why not, and nothing has changed. ValueError for a call id that waits already."""
-        outcome = self._own_bounds(waiting)
-        if outcome is None and not self._has_place(waiting):
-            outcome = Outcome.QUEUE_FULL
-        if outcome is not None:
-            self._refused += 1
-            return outcome
-        self._take_in(waiting, now)
-        return None
-
     def admit(self, waiting: Waiting, now: float, starts_in_s: float = 0.0) -> Admission:
-        """As `enter`, but a full room sheds what may rather be spared than this one; who is shed no longer waits.
+        """Take one in, or say why not. A full room sheds what may rather be spared than this one; who is shed no
+        longer waits. ValueError for a call id that waits already.
 
         `starts_in_s`: no turn comes sooner than that; who must be done before it is refused at once.
         """

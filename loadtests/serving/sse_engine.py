@@ -14,6 +14,7 @@ import itertools
 import json
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,15 @@ from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput
 from cluster.engine.sim import SimConfig, SimEngine
 from cluster.gateway.text.detokenizer import Detokenizer
-from cluster.gateway.text.tokenizer import TextModel
+from cluster.gateway.text.tokenizer import ENCODE_OFFLOAD_CHARS, TextModel
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 _numbers = itertools.count(1)
+
+
+async def _encoded(encode: Callable[[Any], list[int]], what: Any, chars: int) -> list[int]:
+    """A long text in one of the loop's own threads, as vLLM's server does."""
+    return await asyncio.to_thread(encode, what) if chars > ENCODE_OFFLOAD_CHARS else encode(what)
 
 
 @dataclass(slots=True)
@@ -85,10 +91,12 @@ class Server:
     async def start(self, body: dict[str, Any], chat: bool, connection: Connection) -> str:
         """Begin a call; its id in the engine. Raises ValueError or EngineRefused."""
         if chat:
-            ids = await self.text.encode_chat_async(body["messages"])
+            messages = body["messages"]
+            ids = await _encoded(self.text.encode_chat, messages, sum(len(m["content"]) for m in messages))
         else:
             prompt = body["prompt"]
-            ids = list(prompt) if isinstance(prompt, list) else await self.text.encode_prompt_async(prompt)
+            is_text = isinstance(prompt, str)
+            ids = await _encoded(self.text.encode_prompt, prompt, len(prompt)) if is_text else list(prompt)
         sampling = Sampling(
             max_tokens=int(body.get("max_tokens") or body.get("max_completion_tokens") or 16),
             temperature=float(body.get("temperature", 1.0)),

@@ -191,7 +191,7 @@ def test_orders_outlive_an_empty_room() -> None:
     """A tenant's account is there when its model's queue was empty in between; unknown models are forgotten."""
     fair = FairTurns()
     room = WaitingRoom(max_requests=9, max_tokens=10**6, max_wait_s=60.0, order_of=fair.order)
-    room.enter(call("x"), 0.0)
+    room.admit(call("x"), 0.0)
     assert room.next("m", lambda _: True, 0.0) is not None
     assert fair.order("m").counter("a") == 100.0
     fair.keep([])
@@ -432,13 +432,6 @@ def test_a_flood_makes_room_for_others_of_its_class() -> None:
     assert room.admit(call("d", "d"), 0.0).outcome is None or room.statistics().requests == 4
 
 
-def test_enter_sheds_nobody() -> None:
-    """The plain way in refuses rather than throws anyone out."""
-    room = shedding(1)
-    assert room.enter(call("a", "a", rank=2), 0.0) is None
-    assert room.enter(call("b", "b", rank=0), 0.0) is Outcome.QUEUE_FULL
-
-
 def test_what_cannot_be_in_time_is_refused_at_once() -> None:
     """The estimate is the caller's; without a deadline there is none to miss."""
     room = shedding()
@@ -454,7 +447,7 @@ def test_a_tenants_own_bounds() -> None:
     assert room.admit(call("a"), 0.0).outcome is None
     assert room.admit(call("b"), 0.0).outcome is Outcome.RATE_LIMITED
     assert room.admit(call("c", tokens=50), 0.0).outcome is None
-    assert room.enter(call("d", tokens=0), 0.0) is Outcome.RATE_LIMITED
+    assert room.admit(call("d", tokens=0), 0.0).outcome is Outcome.RATE_LIMITED
     assert room.admit(call("e", "other"), 0.0).outcome is None
 
 

@@ -34,7 +34,7 @@ def test_first_come_first_served_by_model() -> None:
     """Each model's line is its own, in the order of arrival."""
     r = room()
     for call_id, model in (("a", "x"), ("b", "y"), ("c", "x")):
-        assert r.enter(waiting(call_id, model=model), 0.0) is None
+        assert r.admit(waiting(call_id, model=model), 0.0).outcome is None
     taken = [r.next(model, fits) for model in ("x", "x", "x", "y", "none")]
     assert [w.call_id if w else None for w in taken] == ["a", "c", None, "b", None]
 
@@ -42,8 +42,8 @@ def test_first_come_first_served_by_model() -> None:
 def test_only_the_head_is_offered() -> None:
     """A head that does not fit is not overtaken by a shorter one behind it."""
     r = room()
-    r.enter(waiting("long", tokens=900), 0.0)
-    r.enter(waiting("short", tokens=1), 0.0)
+    r.admit(waiting("long", tokens=900), 0.0)
+    r.admit(waiting("short", tokens=1), 0.0)
     offered: list[str] = []
 
     def small(w: Waiting) -> bool:
@@ -58,10 +58,10 @@ def test_only_the_head_is_offered() -> None:
 def test_full_by_requests_and_by_tokens() -> None:
     """What would exceed either bound is refused and leaves no trace; what just reaches it enters."""
     r = room(max_requests=2, max_tokens=100)
-    assert r.enter(waiting("a", tokens=60), 0.0) is None
-    assert r.enter(waiting("b", tokens=41), 0.0) is Outcome.QUEUE_FULL
-    assert r.enter(waiting("c", tokens=40, model="other"), 0.0) is None
-    assert r.enter(waiting("d", tokens=0), 0.0) is Outcome.QUEUE_FULL
+    assert r.admit(waiting("a", tokens=60), 0.0).outcome is None
+    assert r.admit(waiting("b", tokens=41), 0.0).outcome is Outcome.QUEUE_FULL
+    assert r.admit(waiting("c", tokens=40, model="other"), 0.0).outcome is None
+    assert r.admit(waiting("d", tokens=0), 0.0).outcome is Outcome.QUEUE_FULL
     assert r.position("b") is None
     assert r.waiting("m") == (1, 60)
     s = r.statistics()
@@ -72,10 +72,10 @@ def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
     """Calls of a lost worker come before all others, the earliest first, even into a full room."""
     r = room(max_requests=3)
     for number, call_id in enumerate("abc"):
-        r.enter(waiting(call_id, arrived=float(number)), 0.0)
+        r.admit(waiting(call_id, arrived=float(number)), 0.0)
     lost = [w for w in (r.next("m", fits), r.next("m", fits)) if w is not None]
-    r.enter(waiting("d", arrived=5.0), 5.0)
-    r.enter(waiting("e", arrived=6.0), 6.0)
+    r.admit(waiting("d", arrived=5.0), 5.0)
+    r.admit(waiting("e", arrived=6.0), 6.0)
     for w in reversed(lost):
         r.put_back(w, 7.0)
     assert [r.position(call_id) for call_id in "abcde"] == [0, 1, 2, 3, 4]
@@ -86,9 +86,9 @@ def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
 def test_expiry_by_deadline_and_by_wait() -> None:
     """Whoever is past the deadline or has waited too long is given out once, the longest overdue first."""
     r = room(max_wait_s=10.0)
-    r.enter(waiting("patient"), 1.0)
-    r.enter(waiting("late", deadline=5.0), 1.0)
-    r.enter(waiting("far", deadline=500.0), 4.0)
+    r.admit(waiting("patient"), 1.0)
+    r.admit(waiting("late", deadline=5.0), 1.0)
+    r.admit(waiting("far", deadline=500.0), 4.0)
     assert r.expired(4.9) == []
     assert [w.call_id for w in r.expired(11.0)] == ["late", "patient"]
     assert [w.call_id for w in r.expired(14.0)] == ["far"]
@@ -99,7 +99,7 @@ def test_expiry_by_deadline_and_by_wait() -> None:
 def test_a_second_stay_has_its_own_time() -> None:
     """The first stay's time-out does not end the second."""
     r = room(max_wait_s=10.0)
-    r.enter(waiting("a"), 0.0)
+    r.admit(waiting("a"), 0.0)
     w = r.next("m", fits)
     assert w is not None
     r.put_back(w, 9.0)
@@ -110,9 +110,9 @@ def test_a_second_stay_has_its_own_time() -> None:
 def test_entering_twice_is_an_error() -> None:
     """A call id that waits already is the caller's mistake, and changes nothing."""
     r = room()
-    r.enter(waiting("a"), 0.0)
+    r.admit(waiting("a"), 0.0)
     with pytest.raises(ValueError, match="waits already"):
-        r.enter(waiting("a"), 0.0)
+        r.admit(waiting("a"), 0.0)
     with pytest.raises(ValueError, match="waits already"):
         r.put_back(waiting("a"), 0.0)
     assert r.waiting("m") == (1, 10)
@@ -122,7 +122,7 @@ def test_leave_of_a_stranger_is_false() -> None:
     """Cancelling what does not wait says so."""
     r = room()
     assert not r.leave("nobody")
-    r.enter(waiting("a"), 0.0)
+    r.admit(waiting("a"), 0.0)
     assert r.leave("a")
     assert not r.leave("a")
 
@@ -133,7 +133,7 @@ def test_a_hundred_thousand_cost_microseconds_each() -> None:
     ids = [str(i) for i in range(100_000)]
     before = time.process_time()
     for call_id in ids:
-        r.enter(waiting(call_id), 0.0)
+        r.admit(waiting(call_id), 0.0)
     for call_id in ids:
         r.position(call_id)
     for call_id in ids[1::2]:
@@ -179,8 +179,11 @@ class RoomMachine(RuleBasedStateMachine):
             self.serial += 1
             there = self._all()
             full = len(there) >= 90 or sum(x.tokens for x in there) + tokens > 600
-            assert self.room.enter(w, self.now) is (Outcome.QUEUE_FULL if full else None)
-            if not full:
+            refused = Outcome.DEADLINE_UNREACHABLE if patience == 0 else Outcome.QUEUE_FULL if full else None
+            admission = self.room.admit(w, self.now)
+            assert admission.outcome is refused
+            assert not admission.shed, "of one tenant and class nobody is thrown out for another"
+            if refused is None:
                 self.lines[model].append(w)
                 self.expires[w.call_id] = min(self.now + 10.0, self.now + 10.0 if deadline is None else deadline)
 

@@ -187,18 +187,6 @@ class TextModel:
             return ids
         return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
 
-    async def encode_prompt_async(self, text: str) -> list[int]:
-        """encode_prompt in one of the loop's own threads when the text is long."""
-        if len(text) > ENCODE_OFFLOAD_CHARS:
-            return await asyncio.to_thread(self.encode_prompt, text)
-        return self.encode_prompt(text)
-
-    async def encode_chat_async(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """encode_chat in one of the loop's own threads when messages and options together are long."""
-        if _chars([messages, options]) > ENCODE_OFFLOAD_CHARS:
-            return await asyncio.to_thread(self.encode_chat, messages, **options)
-        return self.encode_chat(messages, **options)
-
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids by themselves. Ids beyond the tokenizer's have none."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))

@@ -74,7 +74,7 @@ async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
         return await model.prompt_ids_async(f"{next(tenants)}", PROMPT)
 
     async def by_threads(_: int) -> Sequence[int]:
-        return await model.encode_prompt_async(PROMPT)
+        return await asyncio.to_thread(model.encode_prompt, PROMPT)
 
     helpers, threads = [], []
     for run in range(RUNS):
