@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from cluster.api.outcomes import Outcome
 from cluster.tenancy.limits import Ask, Granted, Limit, Limiter, LimitRefusal, TokenWeights, shared
 from cluster.tenancy.policy import TenantLimits, TenantPolicy
-from cluster.tenancy.windows import WINDOW_S, SlidingSum, Steady, day_ends_in_s, month_ends_in_s, month_of
+from cluster.tenancy.windows import STEP_BACK_S, WINDOW_S, SlidingSum, Steady, day_ends_in_s, month_ends_in_s, month_of
 
 NOON = 1_790_000_000.0
 
@@ -203,7 +203,7 @@ class LimitsMachine(RuleBasedStateMachine):
         super().__init__()
         self.limiter = Limiter(quantum_tokens=8)
         self.policy = tenant("stop", requests_per_minute=6, tokens_per_minute=200, concurrent_requests=4)
-        self.now = self.high = 1000.0
+        self.now = self.high = self.told = 1000.0
         self.limiter.sweep(self.now)
         self.serial = 0
         self.running: dict[str, tuple[float, int, int]] = {}
@@ -246,9 +246,12 @@ class LimitsMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.3, 5.0, 31.0, 70.0, -0.5, -20.0]))
     def pass_time(self, seconds: float) -> None:
-        """Time passes, or the clock steps back."""
+        """Time passes, or the clock steps back: by a minute and more in all, it goes on from where it was."""
         self.now += seconds
-        self.high = max(self.high, self.now)
+        self.told += seconds
+        if self.high - self.told > STEP_BACK_S:
+            self.told = self.high
+        self.high = max(self.high, self.told)
         self.limiter.sweep(self.now)
 
     @invariant()
@@ -262,8 +265,8 @@ class LimitsMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """At the end, with all settled and a minute gone, every sum of a minute is zero."""
         for call_id, (_, prompt, output) in self.running.items():
-            self.limiter.settle(call_id, prompt, output, self.high, NOON)
-        self.limiter.sweep(self.high + 2 * WINDOW_S)
+            self.limiter.settle(call_id, prompt, output, self.now, NOON)
+        self.limiter.sweep(self.now + 4 * WINDOW_S)
         use = self.limiter.use("acme")
         assert (use.running, use.requests.total, use.tokens.total) == (0, 0, 0)
 
