@@ -7,7 +7,7 @@ from importlib import metadata
 
 import typer
 
-from cluster.cli import configuration, doctor, look, processes, talk, tenants, up
+from cluster.cli import configuration, database, doctor, look, processes, talk, tenants, up, usage
 from cluster.cli.common import JsonOption, out, print_json
 
 app = typer.Typer(
@@ -27,7 +27,12 @@ app.command()(talk.complete)
 app.command()(talk.models)
 app.command()(look.workers)
 app.add_typer(configuration.app, name="config")
-tenants.register(app)
+app.add_typer(tenants.tenants_app, name="tenants")
+app.add_typer(tenants.keys_app, name="keys")
+app.command()(usage.usage)
+app.command()(usage.audit)
+app.add_typer(database.db_app, name="db")
+app.add_typer(database.import_app, name="import")
 for process in (processes.gateway, processes.controller, processes.prepare):
     app.command(hidden=True)(process)
 

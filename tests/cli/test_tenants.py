@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from cluster.cli.tenants import register
+from cluster.cli.main import app
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.tenancy.identity import authenticate
@@ -32,8 +31,6 @@ def url(tmp_path: Path) -> str:
 @pytest.fixture
 def run() -> Run:
     """Runs the commands in this process."""
-    app = typer.Typer()
-    register(app)
 
     def invoke(*arguments: str, input: str | None = None) -> Result:
         return CliRunner().invoke(app, arguments, input=input)
