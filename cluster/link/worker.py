@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import time
 import zlib
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -34,6 +34,7 @@ from cluster.link.tls import TlsFiles
 from cluster.link.usage_keeper import EndedUsage, UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from cluster.link.worker_usage import WorkerUsage
 
 log = structlog.get_logger("worker")
 
@@ -64,7 +65,6 @@ class _Link:
     prompts: Prompts = field(default_factory=Prompts)
     blobs: asyncio.Queue[pb.Blob] = field(default_factory=lambda: asyncio.Queue(maxsize=64))
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    accounts: bool = False
     grant_id: int = 0
     unacked_since: float | None = None
     """Since when the gateway owes the acknowledgement of a grant; room it was promised is held until then."""
@@ -135,14 +135,11 @@ class WorkerEnd:
         self._tokens = 0
         self._epochs = itertools.count(1)
         self._steps = 0
-        self._gpu = gpu
         self._meter = GpuMeter(gpus, info.max_num_batched_tokens, time.monotonic())
-        self._keeper = keeper or UsageKeeper()
+        self._usage = WorkerUsage(
+            identity.incarnation, keeper or UsageKeeper(), self._meter, gpu, idle_report_s, self._shares
+        )
         self._served = ServedReports()
-        self._idle_report_s = idle_report_s
-        self._idle_since_s = time.time()
-        self._idle_reports = itertools.count(1)
-        self._acked = asyncio.Event()
         self._draining = ""
         self._load = EngineLoad()
         self._idle = asyncio.Event()
@@ -152,7 +149,7 @@ class WorkerEnd:
 
     def statistics(self) -> WorkerStatistics:
         """A snapshot."""
-        kept = self._keeper.statistics()
+        kept = self._usage.statistics()
         return WorkerStatistics(
             len(self._links),
             len(self._running),
@@ -171,7 +168,7 @@ class WorkerEnd:
             asyncio.create_task(self._engine_loop()),
             asyncio.create_task(self._until_closed()),
             asyncio.create_task(self._gateways.dial(self._session, self._timing)),
-            asyncio.create_task(self._look_after_usage()),
+            asyncio.create_task(self._usage.look_after()),
             asyncio.create_task(self._report_served()),
         ]
         try:
@@ -195,7 +192,7 @@ class WorkerEnd:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             return False
-        await self._hand_over(min(timeout_s, HAND_OVER_S))
+        await self._usage.hand_over(min(timeout_s, HAND_OVER_S))
         return True
 
     async def close(self) -> None:
@@ -257,13 +254,14 @@ class WorkerEnd:
             self._meter.rested()
             self._idle.set()
 
+    def _shares(self) -> Iterator[tuple[Share, int]]:
+        return ((running.share, running.generated) for running in self._running.values())
+
     async def _report_served(self) -> None:
         """Tell every gateway whom this worker serves; nothing of it is done for each token."""
         while True:
             await asyncio.sleep(REPORT_S)
             self._served.report((request_id, one.generated) for request_id, one in self._running.items())
-
-    # ---- counts of ended requests
 
     def _keep(self, running: _Running, outcome: Outcome, gpu_seconds: float) -> None:
         usage = EndedUsage(
@@ -273,58 +271,11 @@ class WorkerEnd:
             generated_tokens=running.generated,
             written_tokens=running.generated,
             gpu_seconds=gpu_seconds,
-            gpu=self._gpu,
+            gpu=self._usage.gpu,
             outcome=outcome.value,
             duration_s=time.monotonic() - running.began,
         )
-        self._keeper.keep(usage, running.link.number, running.slot)
-        running.link.outbox.flush()
-
-    def _report_idle(self) -> None:
-        """The replica's time since the last report that no request owes, as a record of its own."""
-        running = [(one.share, one.generated) for one in self._running.values()]
-        gpu_seconds = self._meter.idle(time.monotonic(), running)
-        now_s = time.time()
-        if gpu_seconds > 0:
-            name = f"idle-{self._identity.incarnation}-{next(self._idle_reports)}"
-            since_s = self._idle_since_s
-            duration_s = max(now_s - since_s, 0.0)
-            usage = EndedUsage(
-                b"", gpu_seconds=gpu_seconds, gpu=self._gpu, duration_s=duration_s, idle_id=name, idle_since_s=since_s
-            )
-            self._keeper.keep(usage, 0)
-            self._tell_usage()
-        self._idle_since_s = now_s
-
-    def _tell_usage(self) -> None:
-        for link in self._links.values():
-            if self._keeper.due(link.number):
-                link.outbox.flush()
-
-    async def _look_after_usage(self) -> None:
-        """Tell idle time, and turn to other gateways where one does not acknowledge."""
-        dropped = 0
-        while True:
-            await asyncio.sleep(self._idle_report_s)
-            if any(link.accounts for link in self._links.values()):
-                self._report_idle()
-            self._keeper.hurry(time.monotonic())
-            self._tell_usage()
-            kept = self._keeper.statistics()
-            if kept.dropped > dropped:
-                log.error("usage_dropped", records=kept.dropped - dropped, kept=kept.kept)
-                dropped = kept.dropped
-
-    async def _hand_over(self, timeout_s: float) -> None:
-        """Before the end: the last idle time, and a while for gateways to acknowledge."""
-        if not any(link.accounts for link in self._links.values()):
-            return
-        self._report_idle()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while self._keeper.statistics().kept:
-                    self._acked.clear()
-                    await self._acked.wait()
+        self._usage.keep(usage, running.link.number, running.slot)
 
     def _regrant(self) -> None:
         if self._draining:
@@ -363,11 +314,8 @@ class WorkerEnd:
             self._gateways.welcomed(address, first.welcome.incarnation, first.welcome.siblings)
             beater = Beater(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
             self._links[epoch] = link
-            link.accounts = first.welcome.accounts
-            if link.accounts:
-                link.outbox.usage = lambda: self._keeper.take(epoch, time.monotonic())
-                self._keeper.attach(epoch)
-                link.outbox.flush()
+            if first.welcome.accounts:
+                self._usage.attach(epoch, link.outbox)
             self._granter.attach(link.turn)
             self._served.attach(epoch, link.incarnation, link.outbox)
             self._regrant()
@@ -416,8 +364,7 @@ class WorkerEnd:
         doomed = list(link.requests.values())
         for request_id in doomed:
             self._forget(request_id, Outcome.CANCELLED)
-        self._keeper.detach(link.number, link.outbox.unwritten())
-        self._tell_usage()
+        self._usage.detach(link.number, link.outbox)
         for task in (*parts, *link.tasks):
             task.cancel()
         await asyncio.gather(*parts, *link.tasks, return_exceptions=True)
@@ -455,8 +402,7 @@ class WorkerEnd:
                 else:
                     link.unacked_since = time.monotonic()
             if message.usage_acks:
-                self._keeper.acked(message.usage_acks)
-                self._acked.set()
+                self._usage.acked(message.usage_acks)
             if message.HasField("backlog"):
                 self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting)
                 self._served.relay(link.number, message.backlog)
