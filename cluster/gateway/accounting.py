@@ -28,7 +28,8 @@ from pathlib import Path
 import structlog
 
 from cluster.api.outcomes import Outcome
-from cluster.gateway.call import Call, Output
+from cluster.gateway.call import Call
+from cluster.gateway.output import Output
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.records import MAX_ID, OpenRecord, RecordError, UsageRecord
 from cluster.ledger.sealed import Sealer, SealError

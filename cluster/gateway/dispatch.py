@@ -16,8 +16,9 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.backlogs import Backlogs
-from cluster.gateway.call import Call, Output
+from cluster.gateway.call import Call
 from cluster.gateway.directory import Directory, KnownModel
+from cluster.gateway.output import Output
 from cluster.gateway.turns import Turns
 from cluster.link.codec_turns import Weighed
 from cluster.link.hub import ModelDemand

@@ -10,8 +10,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import Grammar
-from cluster.gateway.call import Call, CallUsage, Piece
+from cluster.gateway.call import Call, CallUsage
 from cluster.gateway.directory import KnownModel
+from cluster.gateway.output import Piece
 from cluster.gateway.service import Progress
 from cluster.gateway.text.logprobs import TokenLogprob
 from cluster.gateway.wishes import DEFAULT_COMPLETE_TOKENS, ChatPrompt, IdsPrompt, Options, Prompt, TextPrompt, Wish

@@ -15,8 +15,9 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
-from cluster.gateway.call import Call, Piece
+from cluster.gateway.call import Call
 from cluster.gateway.door import Shown, alternative_names
+from cluster.gateway.output import Piece
 from cluster.gateway.relay import Lane, Relay
 from cluster.gateway.service import CallMeta, CallService, encode
 from cluster.gateway.session_face import Session

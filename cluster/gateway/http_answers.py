@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from cluster.api.outcomes import FAULTS, CallError, Outcome, Violation
-from cluster.gateway.call import Call, CallUsage, Piece
+from cluster.gateway.call import Call, CallUsage
 from cluster.gateway.directory import KnownModel
+from cluster.gateway.output import Piece
 from cluster.gateway.text.logprobs import TokenLogprob
 
 DONE: Final = b"data: [DONE]\n\n"

@@ -22,10 +22,11 @@ from starlette.routing import Route, Router
 
 from cluster.api.outcomes import FAULTS, CallError, Outcome
 from cluster.gateway import http_answers as answers
-from cluster.gateway.call import Call, Piece
+from cluster.gateway.call import Call
 from cluster.gateway.door import ANYBODY, Door, Shown, alternative_names
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields, read_object
+from cluster.gateway.output import Piece
 from cluster.gateway.relay import Lane, Relay
 from cluster.gateway.service import CallMeta, CallService
 

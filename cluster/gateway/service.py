@@ -16,10 +16,11 @@ from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import EngineRequest
 from cluster.gateway import wishes
 from cluster.gateway.allowance import Allowances
-from cluster.gateway.call import Call, Output
+from cluster.gateway.call import Call
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.door import ANYBODY, Door, OpenDoor
+from cluster.gateway.output import Output
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics

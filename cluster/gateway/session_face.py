@@ -17,7 +17,8 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
-from cluster.gateway.call import Call, Piece
+from cluster.gateway.call import Call
+from cluster.gateway.output import Piece
 from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.status import details
 from cluster.gateway.wishes import Wish

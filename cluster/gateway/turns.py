@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.api.types import WorkerIdentity
-from cluster.gateway.call import Call, Output
+from cluster.gateway.call import Call
+from cluster.gateway.output import Output
 from cluster.link.codec_turns import FlowBacklog, Weighed
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.charge import ServiceWeights

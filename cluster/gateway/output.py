@@ -1,0 +1,266 @@
+"""One of a call's n outputs: tokens come from the link, become text, and wait for the face or go straight to it.
+
+Tokens become text when they arrive, not when the client reads, so that a stop string ends the engine's work at once
+however slow the reader is. A reader that is slow gets several tokens in one piece, never late ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.api.types import EngineRequest, FinishReason, TokenOutput
+from cluster.gateway.text.detokenizer import Detokenizer
+from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
+from cluster.link.worker_link import WorkerLink
+from cluster.tenancy.order import Waiting
+
+if TYPE_CHECKING:
+    from cluster.gateway.accounting import Account
+    from cluster.gateway.call import Call
+
+MAX_ATTEMPTS = 3
+
+_FINISH_WORDS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.REPETITION: "stop",
+}
+
+# Engine fields by the name that callers know them under.
+_CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one sequence has for the caller since the last piece."""
+
+    index: int
+    text: str
+    finish_reason: str = ""
+    logprobs: Sequence[TokenLogprob] = ()
+    first: bool = False
+
+
+class Output:
+    """One of a call's n outputs. A Sink of the link.
+
+    `direct`, where a face has set it, takes the text of each further token that has nothing else to tell.
+    """
+
+    __slots__ = (
+        "_logprob_texts",
+        "_logprobs",
+        "_told",
+        "_told_finish",
+        "account",
+        "admitted",
+        "attempt",
+        "cached_tokens",
+        "call",
+        "charge_due",
+        "detokenizer",
+        "direct",
+        "emitted",
+        "finish_reason",
+        "heard_at",
+        "index",
+        "link",
+        "over",
+        "place",
+        "ran",
+        "request",
+        "slot",
+        "waiting_id",
+    )
+
+    def __init__(
+        self,
+        call: Call,
+        index: int,
+        request: EngineRequest,
+        detokenizer: Detokenizer,
+        logprob_texts: LogprobTexts | None = None,
+    ) -> None:
+        self.call = call
+        self.index = index
+        self.request = request
+        self.detokenizer = detokenizer
+        self.emitted = detokenizer.token_ids
+        """Tokens told so far; the detokenizer's own list, so that those after a stop string are not in it."""
+        self.attempt = 1
+        self.account: Account | None = None
+        """Where accounts are kept and it has been submitted."""
+        self.admitted = False
+        """Whether an engine has accepted it."""
+        self.link: WorkerLink | None = None
+        self.slot = 0
+        self.finish_reason = ""
+        self.heard_at = 0.0
+        self.direct: Callable[[str], None] | None = None
+        self.waiting_id = f"{call.id}#{index}"
+        self.place: Waiting | None = None
+        """How it stands, or stood, in line."""
+        self.ran = False
+        """Whether a worker was given it, and has not refused it."""
+        self.over = False
+        """Whether its tenant's account has been told of its end."""
+        self.cached_tokens = 0
+        self.charge_due = 0
+        """At so many tokens its tenant's account is to hear of it."""
+        self._told = False
+        self._told_finish = False
+        self._logprob_texts = logprob_texts
+        self._logprobs: list[TokenLogprob] = []
+
+    def __repr__(self) -> str:
+        return f"<Output {self.waiting_id} tokens {len(self.emitted)} {self.finish_reason or 'running'}>"
+
+    def bound(self, link: WorkerLink, slot: int) -> None:
+        """A worker has been chosen and the request sent."""
+        self.link, self.slot, self.ran = link, slot, True
+
+    # ---- Sink
+
+    def accepted(self) -> None:
+        """From here on the call costs."""
+        self.admitted = True
+
+    def refused(self, reason: str, message: str, field: str) -> None:
+        """The request itself is at fault, or the engine had no room after all."""
+        self.link, self.ran = None, False
+        self.call.on_refused(self)
+        if reason == "NO_ROOM":
+            self.call.again(self)
+            return
+        outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
+        name = _CALLER_FIELDS.get(field, field)
+        violations = [Violation(name, message)] if name else []
+        self.call.fail(CallError(outcome, f"{name}: {message}" if name else message, violations=violations))
+
+    def output(self, output: TokenOutput) -> None:
+        """One step's tokens."""
+        call = self.call
+        ids = output.token_ids
+        if output.prompt_tokens is not None:
+            if self.index == 0:
+                call.usage.prompt_tokens = output.prompt_tokens
+                call.usage.cached_tokens = output.cached_tokens or 0
+            call.began(self, output.cached_tokens or 0)
+        self.direct = None
+        if output.finish is not None:
+            self.link = None
+            if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
+                call.fail(self._broken(output.finish))
+                return
+            self.finish_reason = _FINISH_WORDS[output.finish]
+        before = len(self.emitted)
+        stop = self.detokenizer.push(ids, output.finish is FinishReason.STOP)
+        if stop is not None:
+            self._stopped()
+        if output.logprobs and self._logprob_texts is not None:
+            self._logprobs += self._logprob_texts.push(output.logprobs[: len(self.emitted) - before])
+        call.progressed(self, len(self.emitted) - before)
+
+    def token(self, token_id: int) -> None:
+        """One step's only token, not its first: the common case of `output`. The link accounts for the time."""
+        direct = self.direct
+        if direct is not None:
+            text = self.detokenizer.text_of(token_id)
+            if text:
+                direct(text)
+            return
+        if self.detokenizer.push((token_id,)) is not None:
+            self._stopped()
+        self.call.wake()
+
+    def go_direct(self, direct: Callable[[str], None]) -> None:
+        """From now on hand each token's text to `direct`, if there is nothing that it could not tell."""
+        if not (self.finish_reason or self._logprob_texts is not None or self.detokenizer.watches) and self._told:
+            self.direct = direct
+
+    def indirect(self, text: str) -> None:
+        """Take the text that `direct` was just given back, and keep it and all further ones for `take`."""
+        self.direct = None
+        self.detokenizer.give_back(text)
+
+    def cut(self) -> None:
+        """End it with what it has, as if its length were reached."""
+        if not self.finish_reason:
+            self.finish_reason, self.direct = "length", None
+            self.leave_engine()
+
+    def _stopped(self) -> None:
+        """A stop string has come: the engine's work ends here."""
+        self.finish_reason = "stop"
+        self.leave_engine()
+
+    def _broken(self, finish: FinishReason) -> CallError:
+        """The error for an output that the engine has ended. Under a grammar ERROR says that no token was left."""
+        if finish is FinishReason.ERROR and self.request.sampling.grammar is not None:
+            return invalid(
+                "response_format",
+                "no output can go on so that it fits this format together with the call's other fields "
+                "(a format that nothing fits, or stop_token_ids that it needs); change one of them",
+            )
+        return CallError(Outcome.INTERNAL, "the engine could not go on with this call; it is safe to retry")
+
+    def lost(self, why: str) -> None:
+        """The worker is gone. Before the first token another one takes over; after it the caller is told."""
+        self.link = None
+        if self.finish_reason:
+            return
+        if not self.emitted and self.attempt < MAX_ATTEMPTS:
+            self.attempt += 1
+            self.call.again(self)
+            return
+        self.call.fail(
+            CallError(
+                Outcome.WORKER_LOST, f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
+            )
+        )
+
+    # ---- the face
+
+    def take(self) -> Piece | None:
+        """Text, finish and logprobs since the last take; None when there is nothing to tell."""
+        if self._told_finish:
+            return None
+        finished = bool(self.finish_reason)
+        text = self.detokenizer.take(finished)
+        if not (text or finished or self._logprobs):
+            return None
+        self._told_finish = finished
+        piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._told)
+        self._told = True
+        self._logprobs = []
+        return piece
+
+    def take_text(self) -> str | None:
+        """The text since the last take when there is nothing else to tell, else None: then `take` tells it."""
+        if self.finish_reason or self._logprobs or not self._told:
+            return None
+        return self.detokenizer.take(False)
+
+    @property
+    def untaken(self) -> int:
+        """Characters that wait for a `take`, at most."""
+        return self.detokenizer.untaken
+
+    @property
+    def delivered(self) -> int:
+        """Tokens whose text has been taken; one whose text is taken in part counts."""
+        return len(self.emitted) if self._told_finish else len(self.emitted) - self.detokenizer.untaken_tokens()
+
+    @property
+    def told(self) -> bool:
+        """Whether its end has been taken."""
+        return self._told_finish
+
+    def leave_engine(self) -> None:
+        """Drop it in the engine, where it runs there."""
+        if self.link is not None:
+            self.link.abort(self.slot)
+            self.link = None
