@@ -6,7 +6,6 @@ that nobody enforces is worse than none. Those about tenants are in config_tenan
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.api.types import ModelSpec
+from cluster.config_gateway import Address, Gateway, Section, Tls, is_loopback
 from cluster.config_tenants import CLASSES, Auth, Class, Cost, Store, Tenant, TenantDefaults, check_together
 from cluster.tenancy.policy import TenantPolicy
 
@@ -58,137 +58,11 @@ OWNED_ENGINE_ARGS = {
 _NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 
 
-def is_loopback(address: str) -> bool:
-    """Whether `host:port` is reachable from this host only."""
-    host = address.rsplit(":", 1)[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class ConfigError(ValueError):
     """The configuration is wrong; the message names the file, the key's path and the remedy."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
-
-
-Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
-
-MAX_PORT = 65_535
-# Of process i > 0: with the ports of Listen's defaults, 50060+i and 9410+i.
-LINK_ABOVE, METRICS_ABOVE = 8, 10
-
-
-def _above(address: str, by: int) -> str:
-    """The address that many ports higher; port 0 stays."""
-    host, port = address.rsplit(":", 1)
-    return f"{host}:{int(port) + by if int(port) else 0}"
-
-
-class Listen(_Section):
-    """Where a gateway listens, each `host:port`; port 0 picks a free one."""
-
-    grpc: Address = "127.0.0.1:50051"
-    http: Address = "127.0.0.1:8000"
-    link: Address = "127.0.0.1:50052"
-    admin: Address = "127.0.0.1:50053"
-    metrics: Address = "127.0.0.1:9400"
-
-    def of(self, process: int) -> Listen:
-        """Those of one process: `grpc` and `http` are shared, `link` and `metrics` its own, `admin` is process 0's."""
-        if not process:
-            return self
-        own = {
-            "link": _above(self.link, LINK_ABOVE + process),
-            "metrics": _above(self.metrics, METRICS_ABOVE + process),
-        }
-        return self.model_copy(update=own)
-
-
-class Tls(_Section):
-    """Certificate files of one side of a mutual TLS connection."""
-
-    cert_file: Path
-    key_file: Path
-    ca_file: Path
-
-
-class ClientTls(_Section):
-    """The client ports' certificate, read again when the files change. `client_ca_file`: whose certificates callers
-    may show in place of a key (auth.client_certificates)."""
-
-    cert_file: Path
-    key_file: Path
-    client_ca_file: Path | None = None
-
-
-class Queue(_Section):
-    """Bounds on what waits in a gateway, in all and (`tenant_...`; none when absent) of each tenant."""
-
-    max_requests: Annotated[int, Field(ge=1)] = 20_000
-    max_tokens: Annotated[int, Field(ge=1)] = 40_000_000
-    max_wait_s: Annotated[float, Field(gt=0)] = 120.0
-    tenant_max_requests: Annotated[int, Field(ge=1)] | None = None
-    tenant_max_tokens: Annotated[int, Field(ge=1)] | None = None
-
-
-class Gateway(_Section):
-    """The door."""
-
-    listen: Listen = Listen()
-    tls: ClientTls | None = None
-    link_tls: Tls | None = None
-    processes: Annotated[int, Field(ge=1, le=64)] = 1
-    keepalive_s: Annotated[float, Field(gt=0)] = 15.0
-    max_connection_age_s: Annotated[float, Field(gt=0)] = 900.0
-    drain_timeout_s: Annotated[float, Field(ge=0)] = 300.0
-    max_message_bytes: Annotated[int, Field(ge=65536, le=1 << 30)] = 16 * 1024 * 1024
-    queue: Queue = Queue()
-
-    def siblings(self, process: int) -> tuple[str, ...]:
-        """Link addresses of the other processes, each `:port` on the host on which this one is dialled."""
-        others = (self.listen.of(i).link for i in range(self.processes) if i != process)
-        return tuple(":" + address.rsplit(":", 1)[1] for address in others)
-
-    def open_port(self) -> str:
-        """The first listener whose port must be known before processes can share it or name it, and is 0; or ""."""
-        if self.processes == 1:
-            return ""
-        return next((n for n in ("grpc", "http", "link") if getattr(self.listen, n).endswith(":0")), "")
-
-    @model_validator(mode="after")
-    def _ports_of_all(self) -> Gateway:
-        last = self.listen.of(self.processes - 1)
-        for name in ("link", "metrics"):
-            if int(getattr(last, name).rsplit(":", 1)[1]) > MAX_PORT:
-                raise ValueError(
-                    f"processes: {self.processes} with listen.{name} {getattr(self.listen, name)}: the last process "
-                    f"would listen on {getattr(last, name)}, above {MAX_PORT}; take a lower port or fewer processes"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _only_loopback_is_open(self) -> Gateway:
-        link, admin = self.listen.link, self.listen.admin
-        if not is_loopback(link) and self.link_tls is None:
-            raise ValueError(
-                f"listen.link is {link}, off loopback, and link_tls is not set: "
-                "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback"
-            )
-        if not is_loopback(admin):
-            raise ValueError(
-                f"listen.admin is {admin}, off loopback, and the admin port has no authentication in this release: "
-                "listen on 127.0.0.1 and put an authenticating proxy before it"
-            )
-        return self
-
-
-class Link(_Section):
+class Link(Section):
     """Read by those who dial: workers and the controller. Empty `gateways` means the local gateway's link port."""
 
     gateways: tuple[Address, ...] = ()
@@ -203,7 +77,7 @@ class Link(_Section):
         return value
 
 
-class RayCluster(_Section):
+class RayCluster(Section):
     """A Ray cluster that exists already. Without any, `cluster up` starts a local one."""
 
     name: Annotated[str, Field(pattern=_NAME.pattern)]
@@ -212,14 +86,14 @@ class RayCluster(_Section):
     token_file: Path | None = None
 
 
-class HuggingFace(_Section):
+class HuggingFace(Section):
     """Where `hf://` sources come from; huggingface_hub's own settings otherwise."""
 
     endpoint: str = ""
     token_file: Path | None = None
 
 
-class Allow(_Section):
+class Allow(Section):
     """What may be loaded at all."""
 
     sources: tuple[str, ...] = ("*",)
@@ -227,7 +101,7 @@ class Allow(_Section):
     remote_code: bool = False
 
 
-class Weights(_Section):
+class Weights(Section):
     """Where weights rest on each node, and which are allowed."""
 
     cache_dir: Path | None = None
@@ -235,14 +109,14 @@ class Weights(_Section):
     allow: Allow = Allow()
 
 
-class Observe(_Section):
+class Observe(Section):
     """Logs and metrics. `max_tenant_series`: tenants that metrics name, the first to call; the rest are `other`."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_tenant_series: Annotated[int, Field(ge=0, le=100_000)] = 500
 
 
-class Replicas(_Section):
+class Replicas(Section):
     """Bounds on the number of replicas. Until the autoscaler exists max(min, 1) run, and `idle_s` is not used."""
 
     min: Annotated[int, Field(ge=0, le=1000)] = 1
@@ -258,7 +132,7 @@ class Replicas(_Section):
         return self
 
 
-class Model(_Section):
+class Model(Section):
     """One model. Engine words are vLLM's own."""
 
     name: str
@@ -322,7 +196,7 @@ _WHY_NOT = {
 }
 
 
-class Config(_Section):
+class Config(Section):
     """The whole file."""
 
     api_version: Literal["headrace/v1"]

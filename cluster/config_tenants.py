@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from cluster.config_gateway import Section
 from cluster.tenancy.policy import GuardRule, PolicyError, TenantLimits, TenantPolicy
 
 _NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
@@ -28,11 +29,7 @@ MAX_GPU_HOUR = 10_000.0
 RESERVED_TENANTS = frozenset({"_idle", "other", "nobody"})
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
-
-
-class ApiKeys(_Section):
+class ApiKeys(Section):
     """API keys are kept as hashes under this pepper; of several in the file the first stores, all verify.
 
     Left out: `key-pepper` in the cache folder, which local commands make."""
@@ -40,7 +37,7 @@ class ApiKeys(_Section):
     pepper_file: Path | None = None
 
 
-class Oidc(_Section):
+class Oidc(Section):
     """An OpenID issuer whose tokens name a tenant. Claims may be paths (`realm_access.tenant`)."""
 
     issuer: str
@@ -68,7 +65,7 @@ class Oidc(_Section):
         return value
 
 
-class ClientCertificate(_Section):
+class ClientCertificate(Section):
     """A client certificate's alternative name, a URI or a DNS name, and the tenant it is."""
 
     san: Annotated[str, Field(min_length=1)]
@@ -84,7 +81,7 @@ class ClientCertificate(_Section):
         return value
 
 
-class Auth(_Section):
+class Auth(Section):
     """How callers are told apart. Without this section there is one tenant and everything listens on loopback.
 
     `cluster_secret_file` left out: `cluster-secret` in the cache folder, which `up` makes; for one host only."""
@@ -103,14 +100,14 @@ class Auth(_Section):
         return self
 
 
-class RetentionDays(_Section):
+class RetentionDays(Section):
     """For how many days what is written stays."""
 
     usage: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
     audit: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
 
 
-class Store(_Section):
+class Store(Section):
     """Where tenants, keys and usage rest (SQLite in the cache folder when absent), and where limits are shared."""
 
     database_url: str = ""
@@ -144,7 +141,7 @@ class Store(_Section):
         return value
 
 
-class Cost(_Section):
+class Cost(Section):
     """Money: GPU-seconds are measured, these are the rates by accelerator type."""
 
     currency: str
@@ -166,7 +163,7 @@ class Cost(_Section):
         return value
 
 
-class Class(_Section):
+class Class(Section):
     """A priority class. Lower ranks are served first; under overload the highest rank is shed first."""
 
     name: str
@@ -183,7 +180,7 @@ class Class(_Section):
 CLASSES = (Class(name="interactive", rank=0), Class(name="standard", rank=1), Class(name="batch", rank=2))
 
 
-class Limits(_Section):
+class Limits(Section):
     """How much a tenant may use; a limit left out is the default's, null is none."""
 
     requests_per_minute: int | None = None
@@ -202,7 +199,7 @@ class Limits(_Section):
         return value
 
 
-class TenantRetention(_Section):
+class TenantRetention(Section):
     """A tenant's own days, shorter or longer than the cluster's; 0 not at all."""
 
     usage_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
@@ -210,7 +207,7 @@ class TenantRetention(_Section):
     prompts_days: Annotated[int, Field(ge=0, le=MAX_DAYS)] | None = None
 
 
-class Guard(_Section):
+class Guard(Section):
     """A filter on input or output; exactly one of `builtin` (patterns, sizes) and `address` (a guard server)."""
 
     builtin: str = ""
@@ -240,7 +237,7 @@ class Guard(_Section):
         return GuardRule(**self.model_dump())
 
 
-class _TenantFields(_Section):
+class _TenantFields(Section):
     """What a tenant and the defaults share."""
 
     class_: Annotated[str, Field(alias="class")] = "standard"
@@ -308,7 +305,7 @@ class Tenant(_TenantFields):
         return defaults.policy(self.name, own)
 
 
-def _plain(section: _Section, *, only_set: bool = False) -> dict[str, Any]:
+def _plain(section: Section, *, only_set: bool = False) -> dict[str, Any]:
     return section.model_dump(by_alias=True, exclude_unset=only_set, mode="json")
 
 

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, set[str]] = {
     "api": set(),
     "pb": set(),
-    "config": {"api", "config_tenants", "tenancy"},
-    "config_tenants": {"api", "tenancy"},
+    "config": {"api", "config_gateway", "config_tenants", "tenancy"},
+    "config_gateway": set(),
+    "config_tenants": {"api", "config_gateway", "tenancy"},
     "tenancy": {"api"},
     "ledger": {"api", "tenancy"},
     "routing": {"api"},
@@ -30,10 +31,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": {"api", "pb"},
     "rpc": set(),
     "sim": {"api", "tenancy", "routing", "control", "link", "engine"},
-    "gateway": {"api", "pb", "config", "config_tenants", "tenancy", "routing", "rpc", "link", "ledger", "observe"},
-    "rayserve": {"api", "config", "engine", "link", "control", "observe"},
+    "gateway": {"api", "pb", "config", "config_gateway", "config_tenants", "tenancy", "routing", "rpc", "link"}
+    | {"ledger", "observe"},
+    "rayserve": {"api", "config", "config_gateway", "engine", "link", "control", "observe"},
     "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"}
-    | {"tenancy", "ledger", "config_tenants"},
+    | {"tenancy", "ledger", "config_gateway", "config_tenants"},
 }
 PURE = ("tenancy", "routing", "control", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}

@@ -8,6 +8,7 @@ import pytest
 
 from cluster import config
 from cluster.api.types import ModelSpec
+from cluster.config_gateway import is_loopback
 
 ROOT = Path(__file__).parents[1]
 HEAD = "api_version: headrace/v1\nname: c\n"
@@ -132,7 +133,7 @@ def test_the_link_port_opens_with_certificates_only() -> None:
 )
 def test_loopback(address: str, loopback: bool) -> None:
     """All of 127.0.0.0/8, ::1 and localhost."""
-    assert config.is_loopback(address) is loopback
+    assert is_loopback(address) is loopback
 
 
 def test_what_gateway_processes_share() -> None:

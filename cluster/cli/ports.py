@@ -8,7 +8,8 @@ from typing import Any
 
 import psutil
 
-from cluster.config import MAX_PORT, Config, Listen
+from cluster.config import Config
+from cluster.config_gateway import MAX_PORT, Listen
 
 TRIES = 50
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import structlog
 
-from cluster.config import ClientTls, Tls
+from cluster.config_gateway import ClientTls, Tls
 
 log = structlog.get_logger("tls")
 

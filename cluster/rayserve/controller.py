@@ -18,7 +18,8 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState
-from cluster.config import Config, Tls
+from cluster.config import Config
+from cluster.config_gateway import Tls
 from cluster.control import catalog, reconcile
 from cluster.control.catalog import Known, Reported
 from cluster.link.controller import ControllerEnd, FleetWorker

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.api.bundle import Bundle
 from cluster.client import AsyncClient
-from cluster.config import ClientTls
+from cluster.config_gateway import ClientTls
 from cluster.gateway.tls import NewestContext
 from cluster.link.tls import TlsFiles
 from cluster.v1 import inference_pb2 as pb

@@ -1,0 +1,137 @@
+"""The gateway's section of cluster.yaml: where it listens, under which certificates, and what may wait in it."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host:port` is reachable from this host only."""
+    host = address.rsplit(":", 1)[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and an unknown key is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
+
+MAX_PORT = 65_535
+# Of process i > 0: with the ports of Listen's defaults, 50060+i and 9410+i.
+LINK_ABOVE, METRICS_ABOVE = 8, 10
+
+
+def _above(address: str, by: int) -> str:
+    """The address that many ports higher; port 0 stays."""
+    host, port = address.rsplit(":", 1)
+    return f"{host}:{int(port) + by if int(port) else 0}"
+
+
+class Listen(Section):
+    """Where a gateway listens, each `host:port`; port 0 picks a free one."""
+
+    grpc: Address = "127.0.0.1:50051"
+    http: Address = "127.0.0.1:8000"
+    link: Address = "127.0.0.1:50052"
+    admin: Address = "127.0.0.1:50053"
+    metrics: Address = "127.0.0.1:9400"
+
+    def of(self, process: int) -> Listen:
+        """Those of one process: `grpc` and `http` are shared, `link` and `metrics` its own, `admin` is process 0's."""
+        if not process:
+            return self
+        own = {
+            "link": _above(self.link, LINK_ABOVE + process),
+            "metrics": _above(self.metrics, METRICS_ABOVE + process),
+        }
+        return self.model_copy(update=own)
+
+
+class Tls(Section):
+    """Certificate files of one side of a mutual TLS connection."""
+
+    cert_file: Path
+    key_file: Path
+    ca_file: Path
+
+
+class ClientTls(Section):
+    """The client ports' certificate, read again when the files change. `client_ca_file`: whose certificates callers
+    may show in place of a key (auth.client_certificates)."""
+
+    cert_file: Path
+    key_file: Path
+    client_ca_file: Path | None = None
+
+
+class Queue(Section):
+    """Bounds on what waits in a gateway, in all and (`tenant_...`; none when absent) of each tenant."""
+
+    max_requests: Annotated[int, Field(ge=1)] = 20_000
+    max_tokens: Annotated[int, Field(ge=1)] = 40_000_000
+    max_wait_s: Annotated[float, Field(gt=0)] = 120.0
+    tenant_max_requests: Annotated[int, Field(ge=1)] | None = None
+    tenant_max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class Gateway(Section):
+    """The door."""
+
+    listen: Listen = Listen()
+    tls: ClientTls | None = None
+    link_tls: Tls | None = None
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    keepalive_s: Annotated[float, Field(gt=0)] = 15.0
+    max_connection_age_s: Annotated[float, Field(gt=0)] = 900.0
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 300.0
+    max_message_bytes: Annotated[int, Field(ge=65536, le=1 << 30)] = 16 * 1024 * 1024
+    queue: Queue = Queue()
+
+    def siblings(self, process: int) -> tuple[str, ...]:
+        """Link addresses of the other processes, each `:port` on the host on which this one is dialled."""
+        others = (self.listen.of(i).link for i in range(self.processes) if i != process)
+        return tuple(":" + address.rsplit(":", 1)[1] for address in others)
+
+    def open_port(self) -> str:
+        """The first listener whose port must be known before processes can share it or name it, and is 0; or ""."""
+        if self.processes == 1:
+            return ""
+        return next((n for n in ("grpc", "http", "link") if getattr(self.listen, n).endswith(":0")), "")
+
+    @model_validator(mode="after")
+    def _ports_of_all(self) -> Gateway:
+        last = self.listen.of(self.processes - 1)
+        for name in ("link", "metrics"):
+            if int(getattr(last, name).rsplit(":", 1)[1]) > MAX_PORT:
+                raise ValueError(
+                    f"processes: {self.processes} with listen.{name} {getattr(self.listen, name)}: the last process "
+                    f"would listen on {getattr(last, name)}, above {MAX_PORT}; take a lower port or fewer processes"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _only_loopback_is_open(self) -> Gateway:
+        link, admin = self.listen.link, self.listen.admin
+        if not is_loopback(link) and self.link_tls is None:
+            raise ValueError(
+                f"listen.link is {link}, off loopback, and link_tls is not set: "
+                "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback"
+            )
+        if not is_loopback(admin):
+            raise ValueError(
+                f"listen.admin is {admin}, off loopback, and the admin port has no authentication in this release: "
+                "listen on 127.0.0.1 and put an authenticating proxy before it"
+            )
+        return self
