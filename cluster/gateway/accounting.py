@@ -312,7 +312,7 @@ class Accounting:
             self._insert(records)
         except StoreUnavailable:
             raise
-        except Exception:
+        except Exception:  # what a database says of a record that it cannot take
             if len(records) == 1:  # it will never enter: the spool keeps it aside, nobody need offer it again
                 self._tell_moved(records)
             raise

@@ -20,7 +20,7 @@ def write_whole(path: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.rename(name, path)
-    except BaseException:
+    except BaseException:  # whatever interrupts, no draft stays beside the file
         os.unlink(name)
         raise
     sync_folder(path.parent)

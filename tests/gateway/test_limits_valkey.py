@@ -6,8 +6,7 @@ import asyncio
 import os
 import signal
 import socket
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from cluster.gateway.limits_local import Limits, LocalLimits
 from cluster.gateway.limits_valkey import PREFIX, TIMEOUT_S, ValkeyLimits
 from cluster.tenancy.limits import Ask, Granted, Limit, Limiter, LimitRefusal
 from cluster.tenancy.policy import TenantPolicy
+from tests.support.keyed import eventually
 
 SERVER = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
 
@@ -56,7 +56,7 @@ class Server:
                 except RedisError:
                     return False
 
-        await until(answers)
+        await eventually(answers, "the store answers")
 
     async def stop(self) -> None:
         """At once."""
@@ -68,14 +68,6 @@ class Server:
         """It holds its connections and answers nothing."""
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP if on else signal.SIGCONT)
-
-
-async def until(holds: Callable[[], Awaitable[bool]], limit_s: float = 10.0) -> None:
-    """Wait for a condition, no longer than `limit_s`."""
-    deadline = time.monotonic() + limit_s
-    while not await holds():
-        assert time.monotonic() < deadline, "the condition did not come in time"
-        await asyncio.sleep(0.02)
 
 
 @pytest.fixture
@@ -199,7 +191,7 @@ async def test_a_dead_gateways_calls_do_not_run_for_ever(gateways: Gateways, ser
         assert isinstance(await one.reserve(policy, Ask("a", 1, 1)), LimitRefusal)
         gateways.now += 11.0
         assert isinstance(await one.reserve(policy, Ask("b", 1, 1)), Granted)
-        await until(lambda: _one_alive(client))
+        await eventually(lambda: _one_alive(client), "one gateway is alive")
 
 
 async def _one_alive(client: Redis) -> bool:
@@ -227,7 +219,7 @@ async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, ser
     async def both_seen() -> bool:
         return one.gateways_alive == two.gateways_alive == 2
 
-    await until(both_seen)
+    await eventually(both_seen, "both are seen")
     if how == "killed":
         await server.stop()
     else:
@@ -246,7 +238,7 @@ async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, ser
     async def back() -> bool:
         return not one.degraded and not two.degraded
 
-    await until(back)
+    await eventually(back, "the store is back")
     async with Redis.from_url(server.url) as client:
         fields = await client.hgetall(f"{PREFIX}tenant:acme")
         assert float(fields[b"du"]) == 102 + 9 * 2

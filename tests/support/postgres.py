@@ -19,6 +19,8 @@ from typing import Any
 import psycopg
 import pytest
 
+from cluster.cli import doctor
+
 PASSWORD = "only for this test"
 START_S = 60.0
 
@@ -125,7 +127,8 @@ def running() -> Iterator[PostgresServer]:
     """A server for the duration of the context; the test is skipped by name where PostgreSQL is not installed."""
     programs = binaries()
     if programs is None:
-        pytest.skip("postgresql: not found; apt-get install -y postgresql")
+        lack = doctor.check_postgresql()
+        pytest.skip(f"{lack.name}: {lack.missing}; {lack.remedy}")
     server = PostgresServer(programs)
     try:
         server.start()

@@ -198,7 +198,7 @@ class EncodingPool:
             helper = await asyncio.to_thread(_Helper, self._bundle)
             try:
                 await helper.ids(pickle.dumps(_NOTHING, protocol=5))  # until it has read the tokenizer
-            except BaseException:
+            except BaseException:  # cancelled too: a helper that nobody knows would stay for ever
                 helper.end()
                 raise
         except OSError as error:
