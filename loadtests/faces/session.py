@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -54,7 +55,8 @@ class _Call:
 class _Stream:
     """One session. It opens with its first call and is opened anew after it has broken."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._metadata = metadata
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._method: Any = self._channel.stream_stream(
             SESSION,
@@ -71,7 +73,7 @@ class _Stream:
         if not chat:
             start.complete.CopyFrom(message)
         if self._rpc is None or self._reader is None or self._reader.done():
-            self._rpc = self._method()
+            self._rpc = self._method(metadata=self._metadata)
             self._reader = asyncio.create_task(self._read(self._rpc))
         self._calls[number] = call
         await self._write(pb.SessionRequest(start=start), call)
@@ -139,9 +141,11 @@ class Sessions:
 
     name = "session"
 
-    def __init__(self, address: str, model: str, *, sessions: int = 16) -> None:
+    def __init__(
+        self, address: str, model: str, *, sessions: int = 16, metadata: Sequence[tuple[str, str]] = ()
+    ) -> None:
         self._model = model
-        self._streams = [_Stream(address) for _ in range(sessions)]
+        self._streams = [_Stream(address, tuple(metadata)) for _ in range(sessions)]
         self._numbers = itertools.count(1)
 
     async def run(self, request: Request, on_text: OnText) -> Answer:

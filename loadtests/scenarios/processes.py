@@ -72,7 +72,8 @@ async def play(stage: Stage) -> None:
 
 def _arm(stage: Stage, name: str, ours: serving.Ours, channels: int) -> Contestant:
     arm = stage.arm(name, f"StreamChat, one gRPC stream a call, calls in turn over {channels} connections")
-    return Contestant(arm, GrpcStream(ours.grpc, ours.model, channels=channels), ours.roots)
+    face = GrpcStream(ours.grpc, ours.model, channels=channels, metadata=ours.metadata)
+    return Contestant(arm, face, ours.roots)
 
 
 def _bind(wanted: bool, sides: list[serving.Ours]) -> str:

@@ -55,13 +55,14 @@ def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTT
     arms: list[Contestant] = []
     if GRPC in wanted:
         arm = stage.arm(GRPC, "gateway process and worker process over the link; one gRPC stream a call")
-        arms.append(Contestant(arm, GrpcStream(ours.grpc, ours.model), roots))
+        arms.append(Contestant(arm, GrpcStream(ours.grpc, ours.model, metadata=ours.metadata), roots))
     if HTTP in wanted and ours.http:
         arm = stage.arm(HTTP, "the same gateway; OpenAI's server-sent events, one kept-alive connection a call")
-        arms.append(Contestant(arm, OpenAiSse(ours.http, ours.model), roots))
+        arms.append(Contestant(arm, OpenAiSse(ours.http, ours.model, api_key=ours.key), roots))
     if SESSION in wanted:
         arm = stage.arm(SESSION, f"the same gateway; {SESSIONS} Inference.Session streams carry all calls")
-        arms.append(Contestant(arm, Sessions(ours.grpc, ours.model, sessions=SESSIONS), roots))
+        face = Sessions(ours.grpc, ours.model, sessions=SESSIONS, metadata=ours.metadata)
+        arms.append(Contestant(arm, face, roots))
     return arms
 
 

@@ -18,6 +18,7 @@ from loadtests.faces.grpc_stream import GrpcStream
 from loadtests.figures import Bound, mean, plain_figure
 from loadtests.scenarios.common import Stage, rounds_of
 from loadtests.serving import ours as serving
+from loadtests.serving import tenants
 
 HEAVY = ("torch", "vllm", "ray", "transformers")
 STARTUP = "gateway exec to first routed request, 128k-vocabulary tokenizer"
@@ -51,11 +52,13 @@ async def one_start(folder: Path, model: Path, bundle: Path, number: int) -> tup
     link, clients = free_port(), free_port()
     folder.mkdir(parents=True, exist_ok=True)
     modules, ready = folder / "modules.json", folder / "worker.ready"
-    text = serving.configuration(serving.MODEL, link=f"127.0.0.1:{link}", grpc=f"127.0.0.1:{clients}")
+    key = await tenants.make_key(folder)
+    text = serving.configuration(serving.MODEL, folder, link=f"127.0.0.1:{link}", grpc=f"127.0.0.1:{clients}")
     async with Children(folder) as children:
         command = [sys.executable, "-m", "loadtests.serving.worker", "--name", serving.MODEL]
         command += ["--link", f"127.0.0.1:{link}", "--bundle", str(bundle), "--ready", str(ready)]
-        command += ["--source", f"sim://{model}?decode_ms=1", "--redial-max-s", str(REDIAL_S)]
+        source = f"sim://{model}?decode_ms=1&{serving.plain_tokens(model)}"
+        command += ["--source", source, "--redial-max-s", str(REDIAL_S)]
         worker = children.start("worker", serving.WORKER, command)
 
         async def runs() -> bool:
@@ -64,26 +67,28 @@ async def one_start(folder: Path, model: Path, bundle: Path, number: int) -> tup
         await worker.until(runs, "its engine runs", 60.0)
         began = time.perf_counter()
         gateway = serving.exec_gateway(children, folder, "gateway", text, ("--modules", str(modules)))
-        took = await _first_text(f"127.0.0.1:{clients}", began)
+        took = await _first_text(f"127.0.0.1:{clients}", key, began)
         await gateway.stop()
     if not modules.exists():
         raise DidNotStart(f"the gateway did not tell its modules; its log ends:\n{gateway.tail()}")
     return took, json.loads(modules.read_text())
 
 
-async def _first_text(address: str, began: float) -> float:
+async def _first_text(address: str, key: str, began: float) -> float:
     request = Request("first", "hello", 1, chat=True)
     first: list[float] = []
-    face = GrpcStream(address, serving.MODEL, channels=1)
+    face = GrpcStream(address, serving.MODEL, channels=1, metadata=serving.authorization(key))
     try:
-        while True:
+        why = ""
+        while time.perf_counter() - began < FIRST_S:
             try:
                 await face.run(request, lambda text: first.append(time.perf_counter()))
                 if first:
                     return first[0] - began
+                why = "an answer without text"
             except CallFailed as error:
-                if time.perf_counter() - began > FIRST_S:
-                    raise DidNotStart(f"no request was routed within {FIRST_S:g} s: {error}") from None
+                why = str(error)
             await asyncio.sleep(0.005)
+        raise DidNotStart(f"no request was routed within {FIRST_S:g} s: {why}")
     finally:
         await face.close()

@@ -19,6 +19,7 @@ from cluster.config import parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.children import Child, Children
+from loadtests.serving import tenants
 
 GATEWAY, WORKER = "gateway", "worker replica"
 MODEL = "bench"
@@ -59,8 +60,9 @@ def plain_tokens(model: Path) -> str:
     return f"token_lo={longest.start}&token_hi={longest.stop}"
 
 
-def configuration(model: str, processes: int = 1, **addresses: str) -> str:
-    """A cluster.yaml for gateways on free ports of loopback, but for the listeners in `addresses`."""
+def configuration(model: str, home: Path, processes: int = 1, **addresses: str) -> str:
+    """A cluster.yaml for gateways on free ports of loopback, but for the listeners in `addresses`. Keys, limits and
+    ledger are those that tenants.make_key makes in `home`."""
     gateway = {
         "listen": dict.fromkeys(LISTENERS, "127.0.0.1:0") | addresses,
         "processes": processes,
@@ -73,6 +75,7 @@ def configuration(model: str, processes: int = 1, **addresses: str) -> str:
         "gateway": gateway,
         "observe": {"log_level": "warning"},
         "models": [{"name": model, "source": "sim:///worker-of-the-load-test"}],
+        **tenants.sections(home),
     }
     if processes > 1:
         gateway["listen"] = decide(parse(yaml.safe_dump(whole))).gateway.listen.model_dump()
@@ -86,8 +89,14 @@ class Ours:
     gateway: Child
     worker: Child
     endpoints: Mapping[str, str]
+    key: str
     model: str = MODEL
     siblings: Sequence[tuple[Child, Mapping[str, str]]] = ()
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a gRPC call shows."""
+        return authorization(self.key)
 
     @property
     def grpc(self) -> str:
@@ -107,6 +116,11 @@ class Ours:
         ]
 
 
+def authorization(key: str) -> tuple[tuple[str, str], ...]:
+    """A key as gRPC metadata."""
+    return (("authorization", f"Bearer {key}"),)
+
+
 def exec_gateway(
     children: Children, folder: Path, name: str, text: str, witness: tuple[str, ...] = (), process: int = 0
 ) -> Child:
@@ -121,13 +135,13 @@ def exec_gateway(
 
 
 async def start_gateways(
-    children: Children, folder: Path, name: str, *, processes: int = 1, witness: tuple[str, ...] = ()
+    children: Children, folder: Path, name: str, home: Path, *, processes: int = 1, witness: tuple[str, ...] = ()
 ) -> list[tuple[Child, Mapping[str, str]]]:
     """Gateway processes on one port, each with its endpoints by listener. Raises DidNotStart.
 
-    `witness`: options of serving.gateway.
+    `home` is where tenants.make_key has been. `witness`: options of serving.gateway.
     """
-    text, out = configuration(MODEL, processes), []
+    text, out = configuration(MODEL, home, processes), []
     for process in range(processes):
         own = f"{name}-{process}" if process else name
         child, ready = exec_gateway(children, folder, own, text, witness, process), folder / own / READY_FILE
@@ -154,7 +168,11 @@ async def start(
     processes: int = 1,
 ) -> Ours:
     """Gateway and worker, the model ready. `source` and `engine` as serving.worker takes them. Raises DidNotStart."""
-    first, *siblings = await start_gateways(children, folder, f"{name}-gateway", processes=processes, witness=witness)
+    home = folder / f"{name}-tenants"
+    key = await tenants.make_key(home)
+    first, *siblings = await start_gateways(
+        children, folder, f"{name}-gateway", home, processes=processes, witness=witness
+    )
     gateway, endpoints = first
     ready = folder / f"{name}-worker.ready"
     ready.unlink(missing_ok=True)
@@ -172,7 +190,7 @@ async def start(
 
         async def model_ready() -> bool:
             try:
-                model = await stub.GetModel(pb.GetModelRequest(name=MODEL), timeout=5.0)
+                model = await stub.GetModel(pb.GetModelRequest(name=MODEL), timeout=5.0, metadata=authorization(key))
             except grpc.aio.AioRpcError:
                 return False
             return model.state == pb.Model.STATE_READY
@@ -185,7 +203,7 @@ async def start(
 
     if siblings:
         await worker.until(linked, "every gateway process has its link", READY_S)
-    return Ours(gateway, worker, endpoints, siblings=siblings)
+    return Ours(gateway, worker, endpoints, key, siblings=siblings)
 
 
 async def ask_stalls(ours: Ours, path: Path) -> dict[str, float]:
