@@ -48,7 +48,8 @@ async def prepare(children: Children, kind: str, folder: Path) -> tuple[Path, Pa
 
 def plain_tokens(model: Path) -> str:
     """Source parameters that let a simulated engine draw only tokens with text of their own: the longest run of
-    pieces of ASCII letters. With others a server rightly holds text back, and pieces hold two tokens on any of them."""
+    pieces of ASCII letters. With others a server rightly holds text back, and pieces hold two tokens on any of them.
+    And the salt, which only our side has, shapes no text, so that both sides' can be compared."""
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     letters = {i for piece, i in vocabulary.items() if (word := piece.lstrip("Ġ▁")).isascii() and word.isalpha()}
     longest = range(0)
@@ -57,7 +58,7 @@ def plain_tokens(model: Path) -> str:
         while high in letters:
             high += 1
         longest = max(longest, range(low, high), key=len)
-    return f"token_lo={longest.start}&token_hi={longest.stop}"
+    return f"token_lo={longest.start}&token_hi={longest.stop}&salted=0"
 
 
 def configuration(model: str, home: Path, processes: int = 1, **addresses: str) -> str:

@@ -16,7 +16,7 @@ from cluster.api.types import EngineRequest, Sampling
 from cluster.engine.simulated.config import SimConfig
 from cluster.engine.simulated.kv import KvCache, chain
 from cluster.engine.simulated.model import SimModel
-from cluster.engine.simulated.tokens import extend, fold
+from cluster.engine.simulated.tokens import content_key, extend, fold
 
 ROOMY = SimConfig(vocab=500, token_lo=100, token_hi=400, eos=2, max_model_len=128, kv_blocks=4096, block_size=4)
 TIGHT = dataclasses.replace(ROOMY, kv_blocks=32, max_num_seqs=5, max_num_batched_tokens=13)
@@ -311,3 +311,13 @@ def test_256_streams_cost_little_of_a_core() -> None:
         model.step(0.0)
         costs.append(time.process_time() - before)
     assert sorted(costs)[25] < 0.005
+
+
+@given(st.text(max_size=8), st.text(max_size=8))
+def test_a_salt_shapes_content_only_where_it_is_wanted(one: str, other: str) -> None:
+    """A real engine's output knows no salt; a test's may, so that a lost one is seen."""
+    requests = [EngineRequest("r", [1, 2, 3], Sampling(max_tokens=4), cache_salt=salt) for salt in (one, other)]
+    plain = {content_key(7, request, salted=False) for request in requests}
+    salted = {content_key(7, request) for request in requests}
+    assert len(plain) == 1
+    assert len(salted) == len({one, other})

@@ -24,6 +24,7 @@ class SimConfig:
 
     `folder` is where tokenizer and configuration lie, "" for none. `vocab` 0, `eos` -1, `token_hi` 0 and
     `max_model_len` 0 stand for "as the folder says" (`resolved`). Output tokens are drawn from [token_lo, token_hi).
+    `salted` 0: the cache salt shapes no content, as in a real engine; tests want a lost salt to be seen.
     """
 
     folder: str = ""
@@ -41,12 +42,14 @@ class SimConfig:
     eos_ratio: float = 0.0
     seed: int = 0
     load_s: float = 0.0
+    salted: int = 1
     faults: SimFaults = field(default_factory=SimFaults)
     default_sampling: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_blocks", "block_size"):
             _check(getattr(self, name) >= 1, name, "must be 1 or more")
+        _check(self.salted in (0, 1), "salted", "must be 0 or 1")
         for name in ("decode_ms", "load_s", "max_model_len", "vocab", "token_lo", "token_hi"):
             _check(getattr(self, name) >= 0, name, "must not be negative")
         _check(self.prefill_tokens_per_s > 0, "prefill_tokens_per_s", "must be above 0")

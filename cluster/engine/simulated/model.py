@@ -75,7 +75,7 @@ class SimSequence:
         self.key = (request.priority, arrival)
         self.tokens = [*request.prompt_token_ids, *request.emitted_token_ids]
         self.output_from = len(request.prompt_token_ids)
-        self.content = content_key(config.seed, request)
+        self.content = content_key(config.seed, request, bool(config.salted))
         self.state = fold(self.content, self.tokens)
         self.root = digest64(request.cache_salt, request.adapter)
         self.blocks: list[int] = []  # hashes of all full blocks known so far

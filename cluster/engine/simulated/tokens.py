@@ -1,4 +1,4 @@
-"""Which token comes next: a hash of all tokens so far, of what shapes content, and of the salt.
+"""Which token comes next: a hash of all tokens so far, of what shapes content, and of the salt where that is wanted.
 
 Problem: a test of faults must not pass by luck. If a resumed call loses one token, one sampling parameter or its
 salt, everything after must differ. Invariant: equal (engine seed, request content, tokens so far) give equal next
@@ -49,7 +49,7 @@ def extend(state: int, token_id: int) -> int:
     return ((state << 32) | token_id) % P
 
 
-def content_key(seed: int, request: EngineRequest) -> int:
+def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
     """What besides the tokens decides the content. Limits (max_tokens, min_tokens, stops) are no part of it.
 
     As in a real engine, where the output begins matters only to what counts or replays output tokens: frequency and
@@ -61,7 +61,8 @@ def content_key(seed: int, request: EngineRequest) -> int:
     stateful = s.frequency_penalty or s.presence_penalty or s.seed is not None or grammar
     shaping = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed, s.frequency_penalty, s.presence_penalty)
     boundary = len(request.prompt_token_ids) if stateful else -1
-    return digest64(seed, request.cache_salt, request.adapter, shaping, s.repetition_penalty, bias, grammar, boundary)
+    salt = request.cache_salt if salted else ""
+    return digest64(seed, salt, request.adapter, shaping, s.repetition_penalty, bias, grammar, boundary)
 
 
 class TokenSource:
