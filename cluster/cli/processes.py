@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ def gateway(
     ] = 0,
 ) -> None:
     """Run one gateway process in the foreground."""
+    gc.disable()  # until it serves: what a start makes stays, and looking for garbage in it is a tenth of the start
     from cluster.gateway.server import run_gateway
 
     config = read_config(file)
@@ -45,6 +47,8 @@ def gateway(
     log.configure(config.observe.log_level, cluster=config.name, part=part_name(process))
 
     def ready(endpoints: dict[str, str]) -> None:
+        gc.freeze()
+        gc.enable()
         if ready_file is not None:
             write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 

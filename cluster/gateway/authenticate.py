@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.oidc import OidcVerifier, TokenRefused, looks_like_jwt
+from cluster.gateway.tokens import TokenRefused, looks_like_jwt
 from cluster.tenancy.identity import (
     CertificateRule,
     Principal,
@@ -21,6 +21,9 @@ from cluster.tenancy.identity import (
     identify,
     tenant_of_certificate,
 )
+
+if TYPE_CHECKING:
+    from cluster.gateway.oidc import OidcVerifier
 
 NO_CREDENTIALS = "no credentials: send `authorization: Bearer <key>`"
 

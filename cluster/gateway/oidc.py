@@ -25,7 +25,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.tenancy.identity import BAD_KEY
+from cluster.gateway.tokens import TokenRefused
 
 log = structlog.get_logger("oidc")
 
@@ -65,19 +65,6 @@ class Claims:
     tenant: str
     role: str
     expires_at_s: float
-
-
-class TokenRefused(CallError):
-    """A token that lets nobody in. The caller is told what a bad key is told; `reason` is for audit and metrics."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(Outcome.UNAUTHENTICATED_KEY, BAD_KEY)
-        self.reason = reason
-
-
-def looks_like_jwt(token: str) -> bool:
-    """Whether a bearer token is for this module rather than a key; looks at its first characters only."""
-    return token.startswith("eyJ")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -21,12 +22,10 @@ from cluster.config import Config, cache_dir, database_url, secret_files
 from cluster.config_tenants import Auth
 from cluster.gateway.authenticate import Authenticator
 from cluster.gateway.door import Shown, Visitor
-from cluster.gateway.oidc import Issuer, OidcVerifier
 from cluster.ledger.audit import AuditEvent, AuditLog
 from cluster.ledger.audit_writer import AuditWriter
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import read_secrets
-from cluster.ledger.retention import expire
 from cluster.ledger.store import Ledger
 from cluster.ledger.watch import Watcher
 from cluster.observe.metrics import Metrics
@@ -41,10 +40,15 @@ from cluster.tenancy.identity import (
 )
 from cluster.tenancy.policy import TenantPolicy
 
+if TYPE_CHECKING:
+    from cluster.gateway.oidc import OidcVerifier
+
 log = structlog.get_logger("tenants")
 
 FIRST_ANSWER_S = 5.0
 """How long a start waits for the database, where no snapshot of an earlier life serves meanwhile."""
+CHECK_AFTER_S = 2.0
+"""A database that has answered is checked when the first calls are through: the check takes 0.2 s of this process."""
 AGAIN_S = 5.0
 ASK_AGAIN_S = 30.0
 """Sessions are asked again this often without any change, since keys and tokens expire by themselves."""
@@ -98,8 +102,12 @@ class TenantDoor:
         """Know who may call, or say in the log why not yet."""
         self._loop = asyncio.get_running_loop()
         tried = asyncio.Event()
-        self._tasks = [asyncio.create_task(self._prepare(tried)), asyncio.create_task(self._ask_again())]
-        if self._watcher.statistics().age_s == float("inf"):
+        waits = self._watcher.statistics().age_s == float("inf")
+        if waits and self._is_there():  # most likely it is as we need it: who may call is known before that is checked
+            waits = not await asyncio.to_thread(self._watcher.ask)
+        after_s = 0.0 if waits else CHECK_AFTER_S
+        self._tasks = [asyncio.create_task(self._prepare(tried, after_s)), asyncio.create_task(self._ask_again())]
+        if waits:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_ANSWER_S):
                     await tried.wait()
@@ -118,8 +126,9 @@ class TenantDoor:
         await asyncio.to_thread(self._audit.close)
         self.ledger.close()
 
-    async def _prepare(self, tried: asyncio.Event) -> None:
+    async def _prepare(self, tried: asyncio.Event, after_s: float) -> None:
         """Process 0 brings the database up to the file; then, daily, what is too old goes."""
+        await asyncio.sleep(after_s)
         while self._first:
             try:
                 await asyncio.to_thread(self._bring_up)
@@ -133,6 +142,8 @@ class TenantDoor:
         while self._first:
             await asyncio.sleep(wait_s)
             wait_s = EXPIRY_S
+            from cluster.ledger.retention import expire
+
             days = self._config.store.retention_days
             try:
                 gone = await asyncio.to_thread(
@@ -141,6 +152,11 @@ class TenantDoor:
                 log.info("ledger_expired", usage=gone.usage, audit=gone.audit)
             except LedgerError as error:
                 log.warning("ledger_not_expired", error=str(error))
+
+    def _is_there(self) -> bool:
+        """Whether the database can have been prepared before: a file of SQLite's that is not there has not."""
+        url = database_url(self._config)
+        return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).exists()
 
     def _bring_up(self) -> None:
         if database_url(self._config).startswith("sqlite"):
@@ -233,6 +249,8 @@ class TenantDoor:
 def _verifier(auth: Auth) -> OidcVerifier | None:
     if not auth.oidc:
         return None
+    from cluster.gateway.oidc import Issuer, OidcVerifier
+
     issuers = [
         Issuer(one.issuer, one.audience, one.tenant_claim, one.role_claim, frozenset(one.algorithms))
         for one in auth.oidc

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import Connection, Table, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from cluster.ledger.tables import change_sequence
 
@@ -23,4 +22,10 @@ def rows_vanished(connection: Connection, number: int) -> None:
 
 def insert_or(connection: Connection, table: Table) -> Any:
     """The dialect's INSERT, which knows ON CONFLICT."""
-    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
+    if connection.dialect.name == "postgresql":  # imported where it is used: a process needs one of the two
+        from sqlalchemy.dialects import postgresql
+
+        return postgresql.insert(table)
+    from sqlalchemy.dialects import sqlite
+
+    return sqlite.insert(table)

@@ -13,18 +13,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import Script, ScriptDirectory
 from sqlalchemy import Connection, Engine, insert, inspect, select, text
 
 from cluster.ledger.connect import reading, told_apart, where, writing
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.tables import metadata, schema_history
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+    from alembic.script import Script
+
+# Alembic is imported where it is used: a gateway's start waits for nothing that it does.
 FOLDER = Path(__file__).parent / "migrations"
 REVISION_TABLE = "schema_revision"
 _LOCK = 0x4845_4144  # one number that all of ours agree on: PostgreSQL's advisory lock of migrations
@@ -82,6 +83,8 @@ class Migrations:
 
     def config(self, connection: Connection | None = None) -> Config:
         """Alembic's settings, without a file."""
+        from alembic.config import Config
+
         config = Config()
         config.set_main_option("script_location", str(FOLDER))
         config.set_main_option("path_separator", "newline")
@@ -91,6 +94,8 @@ class Migrations:
 
     def scripts(self) -> Sequence[Script]:
         """Oldest first."""
+        from alembic.script import ScriptDirectory
+
         return list(ScriptDirectory.from_config(self.config()).walk_revisions())[::-1]
 
 
@@ -105,6 +110,8 @@ def kind_of(script: Script) -> str:
 
 
 def _revision(connection: Connection) -> str | None:
+    from alembic.migration import MigrationContext
+
     return MigrationContext.configure(connection, opts={"version_table": REVISION_TABLE}).get_current_revision()
 
 
@@ -130,6 +137,9 @@ def check(engine: Engine, migrations: Migrations | None = None) -> Check:
 
 
 def _differences(connection: Connection) -> list[str]:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
     def of_ours(_name: str | None, kind: str, _parents: object) -> bool:
         return kind != "table" or _name != REVISION_TABLE
 
@@ -142,6 +152,8 @@ def upgrade(engine: Engine, *, contract: bool = False, migrations: Migrations | 
 
     Without `contract` it stops before the first migration that takes something away.
     """
+    from alembic import command
+
     scripts = (migrations or Migrations()).scripts()
     with told_apart(engine), writing(engine) as connection:
         if engine.dialect.name == "postgresql":

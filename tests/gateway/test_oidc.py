@@ -21,8 +21,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway import oidc
-from cluster.gateway.oidc import Claims, Issuer, OidcVerifier, TokenRefused
+from cluster.gateway import oidc, tokens
+from cluster.gateway.oidc import Claims, Issuer, OidcVerifier
+from cluster.gateway.tokens import TokenRefused
 from cluster.tenancy.identity import BAD_KEY
 
 NOW = 1_800_000_000.0
@@ -392,7 +393,7 @@ async def test_a_verified_token_is_remembered_no_longer_than_it_lives(
 
 def test_which_tokens_are_for_this_module() -> None:
     """Keys are told from JWTs by their first characters."""
-    looks: Callable[[str], bool] = oidc.looks_like_jwt
+    looks: Callable[[str], bool] = tokens.looks_like_jwt
     assert [looks(sign()), looks("hr_k1_abc"), looks("sk-eyJ"), looks("")] == [True, False, False, False]
 
 

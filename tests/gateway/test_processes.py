@@ -115,7 +115,7 @@ def test_what_cannot_be_shared_is_told(
 ) -> None:
     """A process that the file does not have, and ports that nobody else could know."""
     file = tmp_path / "cluster.yaml"
-    file.write_text(serving.configuration("m").replace("processes: 1", f"processes: {processes}"))
+    file.write_text(serving.configuration("m", tmp_path).replace("processes: 1", f"processes: {processes}"))
     done = headrace("gateway", "-f", str(file), "--folder", str(tmp_path / "state"), *arguments)
     assert done.returncode == code
     assert message in " ".join(done.stderr.split())
