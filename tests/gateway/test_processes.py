@@ -18,6 +18,7 @@ from cluster.cli.runs import ProcessId, RunFolder
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.children import Children
 from loadtests.serving import ours as serving
+from loadtests.serving import tenants
 from tests.support.calls import chat
 from tests.support.cluster import until
 from tests.support.shell import headrace
@@ -38,13 +39,14 @@ async def ours(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterato
         )
 
 
-async def ask(address: str, connections: int) -> list[Any]:
+async def ask(ours: serving.Ours, connections: int) -> list[Any]:
     """Two calls over each of many connections: the whole answers."""
-    channels = [grpc.aio.insecure_channel(address, options=OWN_CONNECTION) for _ in range(connections)]
+    channels = [grpc.aio.insecure_channel(ours.grpc, options=OWN_CONNECTION) for _ in range(connections)]
     try:
         stubs = [pb_grpc.InferenceStub(channel) for channel in channels]
         request = chat(model=serving.MODEL, max_tokens=TOKENS, ignore_eos=True)
-        return await asyncio.gather(*(stub.Chat(request, timeout=20) for stub in stubs for _ in range(2)))
+        calls = [stub.Chat(request, timeout=20, metadata=ours.metadata) for stub in stubs for _ in range(2)]
+        return await asyncio.gather(*calls)
     finally:
         for channel in channels:
             await channel.close()
@@ -73,7 +75,7 @@ async def test_both_serve_and_one_goes_on_alone(
     assert int(at_second["link"].rsplit(":", 1)[1]) == int(ours.endpoints["link"].rsplit(":", 1)[1]) + 9
     assert "admin" not in at_second
     before = [answered(ours.endpoints), answered(at_second)]
-    answers = await ask(ours.grpc, CONNECTIONS)
+    answers = await ask(ours, CONNECTIONS)
     assert [answer.usage.completion_tokens for answer in answers] == [TOKENS] * 2 * CONNECTIONS
     counts = [answered(e) - b for e, b in zip((ours.endpoints, at_second), before, strict=True)]
     assert sum(counts) == 2 * CONNECTIONS
@@ -89,7 +91,7 @@ async def test_both_serve_and_one_goes_on_alone(
 
     os.kill(own_process(second), signal.SIGKILL)
     await until(lambda: not second.alive, "the second is gone")
-    assert len(await ask(ours.grpc, CONNECTIONS)) == 2 * CONNECTIONS
+    assert len(await ask(ours, CONNECTIONS)) == 2 * CONNECTIONS
     rows = siblings.rows([ours.endpoints, at_second])
     assert [(row["up"], row["workers"]) for row in rows] == [(True, 1), (False, 0)]
 
@@ -99,7 +101,7 @@ async def test_the_second_lives_without_the_first(ours: serving.Ours) -> None:
     ((_, at_second),) = ours.siblings
     os.kill(own_process(ours.gateway), signal.SIGKILL)
     await until(lambda: not ours.gateway.alive, "the first is gone")
-    assert len(await ask(ours.grpc, 4)) == 8
+    assert len(await ask(ours, 4)) == 8
     assert answered(at_second) >= 8
 
 
@@ -110,12 +112,15 @@ async def test_the_second_lives_without_the_first(ours: serving.Ours) -> None:
         (2, [], 1, "gateway.listen.grpc: port 0 with processes: 2: each process would pick another"),
     ],
 )
-def test_what_cannot_be_shared_is_told(
+async def test_what_cannot_be_shared_is_told(
     tmp_path: Path, processes: int, arguments: list[str], code: int, message: str
 ) -> None:
     """A process that the file does not have, and ports that nobody else could know."""
+    await tenants.make_key(tmp_path)
     file = tmp_path / "cluster.yaml"
     file.write_text(serving.configuration("m", tmp_path).replace("processes: 1", f"processes: {processes}"))
-    done = headrace("gateway", "-f", str(file), "--folder", str(tmp_path / "state"), *arguments)
+    done = await asyncio.to_thread(
+        headrace, "gateway", "-f", str(file), "--folder", str(tmp_path / "state"), *arguments
+    )
     assert done.returncode == code
     assert message in " ".join(done.stderr.split())
