@@ -146,6 +146,16 @@ class WorkerIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class Likeness:
+    """What two workers must have in common for one to go on with what the other has begun: weights, tokenizer, and the
+    engine's arithmetic (dtype, quantization, parallelism)."""
+
+    weight_digest: str
+    bundle_digest: str
+    engine_class: str
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A model's entry of the configuration, as control, rayserve and engine see it. Survives a trip through JSON.
 

@@ -76,6 +76,8 @@ class _Running:
     slot: int
     tokens: int
     prompt_tokens: int
+    emitted_tokens: int
+    """By other workers, before it came here."""
     sealed: bytes
     share: Share
     began: float
@@ -84,6 +86,11 @@ class _Running:
 
     @property
     def generated(self) -> int:
+        return self.tokens - self.prompt_tokens - self.emitted_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """Of the sequence in all, wherever they were generated."""
         return self.tokens - self.prompt_tokens
 
 
@@ -221,8 +228,10 @@ class WorkerEnd:
                 emitted += count
                 if output.prompt_tokens is not None:
                     running.cached_tokens = output.cached_tokens or 0
-                    self._served.cached(output.request_id, running.cached_tokens)
-                    firsts.append((running.share, output.prompt_tokens - running.cached_tokens, count))
+                    if not running.emitted_tokens:  # of a continued one its first worker has told
+                        self._served.cached(output.request_id, running.cached_tokens)
+                    computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
+                    firsts.append((running.share, computed, count))
                     running.accepted = True
                 if output.finish is not None:
                     running.accepted = True
@@ -244,7 +253,7 @@ class WorkerEnd:
         if running is None:
             return
         self._tokens -= running.tokens
-        self._served.ended(request_id, running.generated)
+        self._served.ended(request_id, running.output_tokens)
         running.link.requests.pop(running.slot, None)
         if running.accepted:
             gpu_seconds = self._meter.charge(running.share, running.generated)
@@ -261,7 +270,7 @@ class WorkerEnd:
         """Tell every gateway whom this worker serves; nothing of it is done for each token."""
         while True:
             await asyncio.sleep(REPORT_S)
-            self._served.report((request_id, one.generated) for request_id, one in self._running.items())
+            self._served.report((request_id, one.output_tokens) for request_id, one in self._running.items())
 
     def _keep(self, running: _Running, outcome: Outcome, gpu_seconds: float) -> None:
         usage = EndedUsage(
@@ -430,17 +439,19 @@ class WorkerEnd:
         request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
         link.requests[slot] = request_id
         link.submitting.add(slot)
-        prompt = submit.prompt_ids
+        ids = submit.prompt_ids
         if submit.prompt_blob:
-            prompt = await link.prompts.take(submit.prompt_blob)
-        request = codec.submit_from_pb(submit, request_id, prompt)
-        tokens = len(request.prompt_token_ids)
+            ids = await link.prompts.take(submit.prompt_blob)
+        request = codec.submit_from_pb(submit, request_id, ids)
+        prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
+        tokens = prompt + emitted
         self._granter.spent(link.turn, tokens)
         now = time.monotonic()
-        running = _Running(link, slot, tokens, tokens, submit.sealed_record, self._meter.entered(now), now)
+        share = self._meter.entered(now)
+        running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, share, now)
         self._running[request_id] = running
         self._tokens += tokens
-        self._served.accepted(request_id, link.number, submit, tokens)
+        self._served.accepted(request_id, link.number, submit, prompt)
         self._idle.clear()
         try:
             await self._engine.submit(request)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
-from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput, WorkerIdentity
+from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, Likeness, TokenOutput, WorkerIdentity
 from cluster.link import codec
 from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_from_pb, put_turn, served_from_pb
 from cluster.link.credit import Purse, Room
@@ -56,6 +56,9 @@ class WorkerLink:
         self.identity = identity
         self.info = info
         self.epoch = epoch
+        self.likeness = Likeness(identity.weight_digest, identity.bundle_digest, info.engine_class)
+        self.replaying = 0
+        """Tokens of continued calls that this gateway has sent and whose next token has not come; kept by the sinks."""
         self.load = EngineLoad()
         self.draining = ""
         self.last_heard = time.monotonic()
@@ -110,7 +113,7 @@ class WorkerLink:
         if turn is not None:
             put_turn(message, turn)
         self._sinks[slot] = sink
-        self._purse.spend(len(request.prompt_token_ids))
+        self._purse.spend(len(request.prompt_token_ids) + len(request.emitted_token_ids))
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"
             data = message.prompt_ids
