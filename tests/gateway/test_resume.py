@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from cluster.api.bundle import Bundle
+from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
@@ -44,11 +45,10 @@ async def test_a_stream_goes_on_at_another_worker(
     request = chat(max_tokens=120, ignore_eos=True, **fields)
     undisturbed = [c async for c in cluster.stub.StreamChat(request)]
     call = cluster.stub.StreamChat(request)
-    chunks = []
+    chunks: list[pb.ChatChunk] = []
     for doomed in range(2):
         while sum(len(c.choices) for c in chunks) < 20 * (doomed + 1):
-            chunk: pb.ChatChunk = await asyncio.wait_for(call.read(), 10)
-            chunks.append(chunk)
+            chunks.append(await asyncio.wait_for(read(call), 10))
         await with_calls(cluster).stop()
     chunks += await rest_of(call)
     n = fields.get("n", 1)
@@ -69,7 +69,7 @@ async def test_only_a_worker_like_the_first_goes_on(tmp_path: Path, checkpoint: 
     async with running_cluster(tmp_path, IMPATIENT) as cluster:
         doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         call = cluster.stub.StreamChat(chat(max_tokens=1000, ignore_eos=True))
-        assert (await call.read()).choices
+        assert (await read(call)).choices
         engine = sim_engine(checkpoint, decode_ms=1)
         info = dataclasses.replace(await engine.start(), engine_class="bfloat16-tp2")
         await cluster.add_worker(engine, bundle, info=info)
@@ -88,7 +88,7 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
     request = chat(max_tokens=60, ignore_eos=True)
     whole = await cluster.stub.Chat(request)
     call = cluster.stub.StreamChat(request)
-    chunks = [await call.read(), await call.read()]
+    chunks = [await read(call), await read(call)]
     await doomed.stop()
     (running,) = cluster.gateway.service._open.values()
     await until(lambda: cluster.gateway.dispatcher.returning(running), "the call waits to go on")
@@ -107,7 +107,7 @@ async def test_those_that_go_on_come_before_those_that_begin(
     doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3, max_num_seqs=2), bundle)
     begun = [cluster.stub.StreamChat(chat(str(i), max_tokens=80, ignore_eos=True)) for i in range(2)]
     for call in begun:
-        assert (await call.read()).choices
+        assert (await read(call)).choices
     late = [
         asyncio.ensure_future(cluster.stub.Chat(chat(f"late {i}", max_tokens=80, ignore_eos=True))) for i in range(12)
     ]
@@ -138,7 +138,7 @@ async def test_one_engines_nonsense_is_made_good_by_another(
     """An engine that gives a call up does not get it again while there is another."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:9"), bundle)
     call = cluster.stub.StreamChat(chat(max_tokens=60, ignore_eos=True))
-    first = await call.read()
+    first = await read(call)
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
     chunks = [first, *await rest_of(call)]
     whole = await cluster.stub.Chat(chat(max_tokens=60, ignore_eos=True))
