@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Sequence
 
 from cluster.api.ports import EngineDead, EngineRefused
-from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput
+from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
 from cluster.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.engine.simulated.config import SCHEME, SimConfig
 from cluster.engine.simulated.faults import Armed, Fault, SimFaults
@@ -65,7 +65,7 @@ class SimEngine:
             max_model_len=config.max_model_len,
             vocab_size=config.vocab,
             default_sampling=config.default_sampling,
-            capabilities=("resume",),
+            capabilities=(RESUME_EXACT,),
         )
 
     async def submit(self, request: EngineRequest) -> None:

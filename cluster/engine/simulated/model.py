@@ -86,8 +86,7 @@ class SimSequence:
         self.first = True
         self.alive = True
         self.logprobs = sampling.logprobs
-        eos = () if sampling.ignore_eos or config.eos < 0 else (config.eos,)
-        self.stops = frozenset((*sampling.stop_token_ids, *eos))
+        self.stops = _stops(request, config)
 
     @property
     def outputs(self) -> int:
@@ -141,6 +140,7 @@ class SimModel:
             (s.max_tokens < 1, "max_tokens", "must be 1 or more"),
             (s.min_tokens > s.max_tokens, "min_tokens", "must not exceed max_tokens"),
             (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens: nothing is left"),
+            (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "hold a stop token"),
             (s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS, "logprobs", f"are 0 to {MAX_LOGPROBS}"),
         )
         for is_wrong, name, what in wrong:
@@ -368,6 +368,11 @@ class SimModel:
 
     def __repr__(self) -> str:
         return f"SimModel({len(self._running)} running, {self._waiting} waiting, {self.kv})"
+
+
+def _stops(request: EngineRequest, config: SimConfig) -> frozenset[int]:
+    eos = () if request.sampling.ignore_eos or config.eos < 0 else (config.eos,)
+    return frozenset((*request.sampling.stop_token_ids, *eos))
 
 
 def _key(sequence: SimSequence) -> tuple[int, int]:
