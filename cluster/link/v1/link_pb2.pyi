@@ -485,13 +485,22 @@ class Load(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     STEP_MS_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
+    STEP_AGE_MS_FIELD_NUMBER: _builtins.int
+    STEP_P99_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     kv_usage: _builtins.float
     steps: _builtins.int
     step_ms: _builtins.float
     busy: _builtins.str
-    """What the engine is busy with when steps stand still (prefill, grammar, ...), empty otherwise."""
+    """The work that explains why steps stand still (start, prefill, grammar, adapter); empty when nothing does."""
+    step_age_ms: _builtins.float
+    """For how long the step under way has run; 0 when there is nothing to do."""
+    step_p99_ms: _builtins.float
+    """Of the last few thousand steps; 0 before the first."""
+    prefill_tokens: _builtins.int
+    """Of prompts that have no output yet."""
     def __init__(
         self,
         *,
@@ -501,10 +510,13 @@ class Load(_message.Message):
         steps: _builtins.int = ...,
         step_ms: _builtins.float = ...,
         busy: _builtins.str = ...,
+        step_age_ms: _builtins.float = ...,
+        step_p99_ms: _builtins.float = ...,
+        prefill_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "kv_usage", b"kv_usage", "running", b"running", "step_ms", b"step_ms", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "kv_usage", b"kv_usage", "prefill_tokens", b"prefill_tokens", "running", b"running", "step_age_ms", b"step_age_ms", "step_ms", b"step_ms", "step_p99_ms", b"step_p99_ms", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
