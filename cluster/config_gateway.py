@@ -92,7 +92,7 @@ class Resume(Section):
     `max_attempts` workers may fail a call before it fails; it waits `max_wait_s` for another worker. With
     `max_attempts: 1` it fails with its worker."""
 
-    max_attempts: Annotated[int, Field(ge=1, le=16)] = 3
+    max_attempts: Annotated[int, Field(ge=1, le=16)] = 5
     max_wait_s: Annotated[float, Field(ge=0)] = 60.0
 
 

@@ -26,6 +26,7 @@ from cluster.link.codec_turns import Weighed
 from cluster.link.hub import ModelDemand
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
+from cluster.routing.breaker import Breakers
 from cluster.routing.pick import Candidate, Decision, RouteCall, pick
 from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.queue import Waiting, WaitingRoom
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("dispatch")
 
 SWEEP_S = 1.0
+STANDS_STILL = ("silent", "hung", "deaf", "mute")
+"""Ways of a link's end after which its worker, should it dial anew, has to show that it serves."""
 REPLAY_PARTS = 2
 """At most such a part of what an engine computes in a step may be of continued calls, so that its others go on."""
 _WHY_NOT = {
@@ -68,6 +71,7 @@ class Dispatcher:
         self._arrived: Counter[str] = Counter()
         self._arrived_tokens: Counter[str] = Counter()
         self._returning = Returning(resume_wait_s)
+        self.breakers = Breakers()
         self.backlogs = Backlogs(turns, self.waiting, self._returning.waiting, self._links, clock)
         self._swept = clock()
         self.on_state: Callable[[], None] = lambda: None
@@ -159,8 +163,7 @@ class Dispatcher:
 
             def fits(waiting: Waiting) -> bool:
                 nonlocal decision
-                candidates = [_candidate(link) for link in known.links.values()]
-                decision = pick(RouteCall(model, waiting.tokens), candidates)
+                decision = pick(RouteCall(model, waiting.tokens), self._candidates(known, now))
                 return decision.worker_id is not None
 
             waiting = self._room.next(model, fits, now)
@@ -171,8 +174,9 @@ class Dispatcher:
 
     def _send_returning(self, known: KnownModel) -> None:
         """Let those go on that have lost their worker, each at one like it."""
+        now = self._clock()
         for output in self._returning.of(known.name):
-            candidates = [_candidate(link) for link in known.links.values()]
+            candidates = self._candidates(known, now)
             decision = pick(_onward(output, candidates), candidates)
             if decision.worker_id is not None and self._returning.take(output):
                 self._bind(known.links[decision.worker_id], output, decision, self.turns.waiting(output))
@@ -185,8 +189,22 @@ class Dispatcher:
         if output.resuming == "moved":  # its last worker has given back what it was not to generate
             waiting = replace(waiting, output_tokens=len(output.emitted))
         turn = Weighed(waiting, call.policy.weight)
+        self.breakers.sent(link.identity.incarnation, self._clock())
         output.bound(link, link.submit(output.submission(), output, output.attempt, sealed, turn))
         self._metrics.count("route_decisions_total", call.model, decision.reason)
+
+    def _candidates(self, known: KnownModel, now: float) -> list[Candidate]:
+        lets = self.breakers.lets
+        return [_candidate(link, lets(link.identity.incarnation, now)) for link in known.links.values()]
+
+    def answered(self, output: Output, link: WorkerLink, well: bool) -> None:
+        """A worker has given a sequence its first token, or has failed it."""
+        incarnation = link.identity.incarnation
+        if well:
+            self.breakers.answered(incarnation)
+            return
+        others = (one.identity.incarnation for one in self._links(link.identity.model) if one is not link)
+        self.breakers.failed(incarnation, others, self._clock())
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
         """A sequence has gone on at another worker, and its caller has waited so long for its next token."""
@@ -204,13 +222,34 @@ class Dispatcher:
         now = self._clock()
         if now - self._swept >= SWEEP_S:
             self._swept = now
-            self.turns.sweep({model.name: bool(model.links) for model in self._directory().models}, now)
+            self._sweep(now)
         for waiting in self._room.expired(now):
             output = self._outputs.pop(waiting.call_id, None)
             if output is not None:
                 output.call.fail(self._too_late(output.call))
         for output in self._returning.expired(now):
             output.call.fail(self._not_resumed(output))
+        if self.breakers.open:  # a pause may be over
+            for model in self._directory().models:
+                self._pump(model.name)
+
+    def _sweep(self, now: float) -> None:
+        models = self._directory().models
+        self.turns.sweep({model.name: bool(model.links) for model in models}, now)
+        self.breakers.forget(link.identity.incarnation for model in models for link in model.links.values())
+        for model in models:
+            for link in list(model.links.values()):
+                if now >= link.leave_at:
+                    self._move(link, model)
+
+    def _move(self, link: WorkerLink, model: KnownModel) -> None:
+        """A worker is about to leave: let go on elsewhere what can, a few at a time, the rest as places come free."""
+        for output in [one for one in link.sinks if isinstance(one, Output)]:
+            candidates = [
+                one for one in self._candidates(model, self._clock()) if one.worker_id != link.identity.worker_id
+            ]
+            if pick(RouteCall(model.name, output.tokens, output.likeness), candidates).worker_id is not None:
+                output.move()
 
     def _not_resumed(self, output: Output) -> CallError:
         if output.call.deadline is not None and self._clock() >= output.call.deadline:
@@ -251,7 +290,9 @@ class Dispatcher:
         """A worker's link has ended; its outputs have been told already."""
         self._directory().left(link)
         self.turns.left(link.identity, self._clock())
-        self._metrics.count("worker_detected_total", link.identity.model)
+        self._metrics.count("worker_detected_total", link.identity.model, link.reason)
+        if link.reason in STANDS_STILL:
+            self.breakers.stood_still(link.identity.incarnation, self._clock())
         self._pump(link.identity.model)
         self.on_state()
 
@@ -311,7 +352,7 @@ def _onward(output: Output, candidates: Sequence[Candidate]) -> RouteCall:
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
 
 
-def _candidate(link: WorkerLink) -> Candidate:
+def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
     free = link.free
     return Candidate(
         worker_id=link.identity.worker_id,
@@ -322,7 +363,7 @@ def _candidate(link: WorkerLink) -> Candidate:
         running=link.running,
         waiting=link.load.waiting,
         kv_usage=link.load.kv_usage,
-        healthy=True,
+        healthy=healthy,
         draining=bool(link.draining),
         incarnation=link.identity.incarnation,
         likeness=link.likeness,

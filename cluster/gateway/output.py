@@ -213,6 +213,8 @@ class Output:
             if self.index == 0:
                 call.usage.prompt_tokens, call.usage.cached_tokens = output.prompt_tokens or 0, cached
             call.began(self, cached)
+        if self.link is not None:
+            call.answered(self, self.link, True)
         self._replay_over()
         if self.resuming:
             call.resumed(self)
@@ -265,6 +267,7 @@ class Output:
             return
         if link is not None:
             self.shuns |= {link.identity.incarnation}
+            self.call.answered(self, link, False)
         self._failed(Outcome.INTERNAL, "error", "the engine could not go on with this call; it is safe to retry")
 
     def lost(self, why: str) -> None:

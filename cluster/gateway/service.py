@@ -185,6 +185,7 @@ class CallService:
             again=self.dispatcher.again,
             max_attempts=self.max_attempts,
             on_resumed=self.dispatcher.resumed,
+            answered=self.dispatcher.answered,
             began=self.dispatcher.turns.began,
             clock=self.clock,
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),

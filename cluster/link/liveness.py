@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from cluster.api.types import EngineLoad
 
 STEPS = 5
-"""So many of its slowest steps may pass before an engine that stands still is taken for stuck."""
+"""So many of its longest steps (p99) may pass before an engine that stands still is taken for stuck."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Liveness:
 
     def told(self, load: EngineLoad, now: float) -> None:
         """Its load has come, by whatever way."""
-        self._slowest_s = max(load.step_s, getattr(load, "step_p99_s", 0.0), self._slowest_s * 0.99)
+        self._slowest_s = max(load.step_p99_s, load.step_s)
         if load.steps != self._steps or not load.running or load.busy:
             self._steps, self._stepped = load.steps, now
         self._stuck_with = load
@@ -90,7 +90,8 @@ class Liveness:
     def received(self, seq: int, acked_seq: int, now: float) -> None:
         """A message of its stream has come."""
         self._heard = now
-        self._received = max(self._received, seq)
+        if seq > self._received:
+            self._received, self._missing_since = seq, None
         self._acked(acked_seq)
         self._compare(now)
 

@@ -43,6 +43,8 @@ LOOKAHEAD_SEQUENCES = 2
 INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
+# The part of a drain's time in which running calls may end by themselves; then they go on elsewhere.
+STAY_PART = 0.5
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
 
@@ -148,6 +150,7 @@ class WorkerEnd:
         )
         self._served = ServedReports()
         self._draining = ""
+        self._stays_until = 0.0
         self._load = EngineLoad()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -193,8 +196,9 @@ class WorkerEnd:
     async def drain(self, timeout_s: float) -> bool:
         """Take no new work and wait for what runs; False when something still ran at the end."""
         self._draining = "draining"
+        self._stays_until = time.monotonic() + timeout_s * STAY_PART
         for link in self._links.values():
-            link.outbox.draining(self._draining)
+            link.outbox.draining(self._draining, timeout_s * STAY_PART)
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
@@ -329,7 +333,7 @@ class WorkerEnd:
             self._served.attach(epoch, link.incarnation, link.outbox)
             self._regrant()
             if self._draining:
-                link.outbox.draining(self._draining)
+                link.outbox.draining(self._draining, max(self._stays_until - time.monotonic(), 0.0))
             parts = [
                 asyncio.create_task(self._read(link, call)),
                 asyncio.create_task(self._write(link, call)),
@@ -362,6 +366,7 @@ class WorkerEnd:
             seq=seq,
             load=codec.load_to_pb(self._engine.load()),
             acked_seq=link.outbox.acked_seq,
+            sent_seq=link.outbox.sent_seq,
         )
 
     async def _end(self, link: _Link, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:

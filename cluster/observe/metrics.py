@@ -56,7 +56,7 @@ DEFINITIONS: Mapping[str, _Definition] = {
         ("model",),
         TTFT_BUCKETS,
     ),
-    "worker_detected_total": _Definition("counter", "Workers whose link ended.", ("model",)),
+    "worker_detected_total": _Definition("counter", "Workers whose link ended, by how.", ("model", "reason")),
     "request_duration_seconds": _Definition("histogram", "A call from arrival to end.", ("model",), REQUEST_BUCKETS),
     "time_to_first_token_seconds": _Definition("histogram", "Arrival to first token.", ("model",), TTFT_BUCKETS),
     "inter_token_latency_seconds": _Definition("histogram", "Between tokens of a call.", ("model",), ITL_BUCKETS),

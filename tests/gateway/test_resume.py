@@ -16,6 +16,7 @@ from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
+from tests.support.cuttable import cuttable
 
 IMPATIENT = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 3, max_wait_s: 0.3}")
 
@@ -144,3 +145,68 @@ async def test_one_engines_nonsense_is_made_good_by_another(
     whole = await cluster.stub.Chat(chat(max_tokens=60, ignore_eos=True))
     assert text_of(chunks) == whole.choices[0].message.content
     assert chunks[-1].usage.resumed == 1
+
+
+@pytest.mark.slow
+async def test_a_stuck_engine_is_found_and_spared(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """An engine that stops stepping while its process beats loses its calls within the bound, gets no others at once,
+    and serves again by itself when it goes on."""
+    stuck = sim_engine(checkpoint, decode_ms=5)
+    await cluster.add_worker(stuck, bundle)
+    request = chat(max_tokens=150, ignore_eos=True)
+    call = cluster.stub.StreamChat(request)
+    chunks = [await read(call) for _ in range(5)]
+    other = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+    stuck.fail("step", "hang")
+    began = asyncio.get_running_loop().time()
+    chunks += await rest_of(call)
+    assert asyncio.get_running_loop().time() - began < 0.5 + 150 * 0.005 + 2.0
+    assert chunks[-1].usage.resumed == 1
+    assert text_of(chunks) == (await cluster.stub.Chat(request)).choices[0].message.content
+    before = stuck.load().steps
+    for _ in range(4):
+        await cluster.stub.Chat(chat(max_tokens=2, ignore_eos=True))
+    assert stuck.load().steps == before
+    stuck.heal()
+    await other.stop()
+    answer = await cluster.stub.Chat(request)
+    assert answer.usage.completion_tokens == 150
+    assert stuck.load().steps > before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["up", "down"])
+async def test_a_link_cut_one_way_is_found(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, cluster: TestCluster, way: str
+) -> None:
+    """A connection that carries nothing one way, while beats go both ways, does not hold its calls."""
+    async with cuttable(cluster.gateway.endpoints["link"]) as relay:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle, gateways=[relay.address])
+        request = chat(max_tokens=300, ignore_eos=True)
+        call = cluster.stub.StreamChat(request)
+        chunks = [await read(call) for _ in range(5)]
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        turn = relay.ways[0]
+        turn[way == "down"].cut()
+        late = [asyncio.ensure_future(cluster.stub.Chat(chat(str(i), max_tokens=5, ignore_eos=True))) for i in range(8)]
+        chunks += await asyncio.wait_for(rest_of(call), 15)
+        assert chunks[-1].usage.completion_tokens == 300
+        assert text_of(chunks) == (await cluster.stub.Chat(request)).choices[0].message.content
+        assert [answer.usage.completion_tokens for answer in await asyncio.gather(*late)] == [5] * 8
+
+
+async def test_streams_move_when_their_worker_leaves(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A drained worker is free long before its longest stream would have ended, and nothing of that is cut."""
+    leaving = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
+    request = chat(max_tokens=400, ignore_eos=True)
+    calls = [cluster.stub.StreamChat(request) for _ in range(3)]
+    chunks = [[await read(call)] for call in calls]
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    assert await leaving.end.drain(3.0)
+    for some, call in zip(chunks, calls, strict=True):
+        some += await rest_of(call)
+        assert some[-1].usage.completion_tokens == 400
+        assert some[-1].usage.resumed == 1
+    whole = await cluster.stub.Chat(request)
+    assert {text_of(some) for some in chunks} == {whole.choices[0].message.content}
+    await cluster.until_idle()
