@@ -16,6 +16,9 @@ from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
 from cluster.engine.paths import Live, StepStats
 
+NAN_MESSAGE = "NaN in the logits"
+NOT_ITS_GRAMMAR = "the emitted tokens do not follow response_format, or it could not be compiled"
+
 SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.renderers.renderer_from_config": ("config",),
     "vllm.renderers.BaseRenderer.shutdown": (),
@@ -128,15 +131,23 @@ class FastPath:
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
         self.stats.stepped(time.monotonic(), step.scheduler_stats)
-        outputs = []
+        outputs: list[TokenOutput] = []
+        poisoned: list[str] = []
         for given in step.outputs:
             record = live.get(given.request_id)
             if record is None:  # aborted, while the step was under way
+                continue
+            if given.num_nans_in_logits:
+                if given.finish_reason is None:
+                    poisoned.append(given.request_id)
+                outputs.append(TokenOutput(given.request_id, (), FinishReason.ERROR, message=NAN_MESSAGE))
                 continue
             output = TokenOutput(given.request_id, given.new_token_ids)
             if record.first or given.finish_reason is not None or given.new_logprobs is not None:
                 _complete(output, given, record)
             outputs.append(output)
+        if poisoned:
+            await self.abort(poisoned)
         return outputs
 
     def eos_token_id(self) -> int | None:
@@ -165,7 +176,8 @@ def _complete(output: TokenOutput, given: Any, record: Live) -> None:
         if given.stop_reason in record.stop_token_ids:
             output.stop_token_id = given.stop_reason
         if output.finish is FinishReason.ERROR:
-            output.message = "the engine could not go on with this request"
+            refused = record.grammar and record.emitted_tokens and record.first
+            output.message = NOT_ITS_GRAMMAR if refused else "the engine could not go on with this request"
     if given.new_logprobs is not None and record.logprobs is not None:
         width = record.logprobs + 1
         rows = zip(given.new_logprobs.logprob_token_ids, given.new_logprobs.logprobs, strict=True)

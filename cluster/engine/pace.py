@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 
-SHORTEST_S = 1e-5
+SHORTEST_S = 1e-6
 GROWTH = 1.1
-BUCKETS = 220
-"""Up to about three hours."""
+BUCKETS = 240
+"""Up to about two hours."""
 FORGET_AFTER = 4096
 """Samples in the histogram when all counts are halved."""
 QUANTILE_EVERY = 16
@@ -23,11 +23,11 @@ QUANTILE_EVERY = 16
 FIRST_TOKEN_S = 0.05
 """Seconds that a prompt token may take before any has been seen."""
 PATIENCE = 5.0
-"""Times as long as the slowest tokens so far may be taken before the work no longer explains it."""
+"""Times as long as prompt tokens usually take at most they may take before the work no longer explains it."""
 LEAST_S = 0.5
-"""Prompt tokens explain as much in any case: a cold cache, a first compilation."""
-_SAMPLE_TOKENS = 8
-_FADE = 0.999
+"""Prompt tokens explain as much in any case."""
+SAMPLE_TOKENS = 8
+"""So few in a step at least tell what one costs."""
 
 
 class Quantile:
@@ -68,14 +68,14 @@ class Quantile:
 
 
 class Pace:
-    """The steps of one engine. `began` and `step` as they happen; the rest may be read from any thread."""
+    """The steps of one engine. `began`, `step` and `prefilled` as they happen; the rest may be read by any thread."""
 
-    __slots__ = ("_most_tokens", "_per_token_s", "_since", "last_s", "times")
+    __slots__ = ("_most_tokens", "_per_token", "_since", "last_s", "times")
 
     def __init__(self, most_tokens: int = 1 << 30) -> None:
         """`most_tokens`: what one step computes at most."""
         self._most_tokens = most_tokens
-        self._per_token_s = 0.0
+        self._per_token = Quantile(0.9)  # a step that stood for another reason must not count for ever
         self._since: float | None = None
         self.last_s = 0.0
         self.times = Quantile()
@@ -88,13 +88,18 @@ class Pace:
         """There is work, after there was none."""
         self._since = now
 
-    def step(self, now: float, prompt_tokens: int = 0, *, goes_on: bool = True) -> None:
-        """A step has ended, before which `prompt_tokens` were still to be computed."""
+    def step(self, now: float, *, goes_on: bool = True) -> None:
+        """A step has ended."""
         if self._since is not None:
             self.last_s = now - self._since
             self.times.add(self.last_s)
-            self._learn(self.last_s, min(prompt_tokens, self._most_tokens))
         self._since = now if goes_on else None
+
+    def prefilled(self, tokens: int) -> None:
+        """The last step was the end of prompts of so many tokens."""
+        tokens = min(tokens, self._most_tokens)
+        if tokens >= SAMPLE_TOKENS:
+            self._per_token.add(self.last_s / tokens)
 
     def rested(self) -> None:
         """There is no work any more."""
@@ -110,9 +115,4 @@ class Pace:
         if prompt_tokens <= 0:
             return False
         tokens = min(prompt_tokens, self._most_tokens)
-        return self.age_s(now) <= max(LEAST_S, PATIENCE * tokens * (self._per_token_s or FIRST_TOKEN_S))
-
-    def _learn(self, seconds: float, tokens: int) -> None:
-        """Not every waiting token was in the step, so a sample can be too low, never too high: the highest counts."""
-        if tokens >= _SAMPLE_TOKENS:
-            self._per_token_s = max(seconds / tokens, self._per_token_s * _FADE)
+        return self.age_s(now) <= max(LEAST_S, PATIENCE * tokens * (self._per_token.value_s or FIRST_TOKEN_S))

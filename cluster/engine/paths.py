@@ -40,7 +40,7 @@ class StepStats:
         """A step has ended, with vLLM's SchedulerStats or None."""
         self.steps += 1
         if self.running or seen is None or seen.num_running_reqs:
-            self.pace.step(now, self.prefill_tokens, goes_on=self.live > 0)
+            self.pace.step(now, goes_on=self.live > 0)
         elif self.live:
             self.pace.began(now)  # an empty turn of the engine core, while a grammar is compiled
         if seen is not None:

@@ -194,11 +194,16 @@ class VllmEngine:
         path = self._started()
         while True:
             outputs = await path.collect(self._live)
+            computed = 0
             for output in outputs:
                 if output.prompt_tokens is not None:
-                    self._first(self._live[output.request_id])
+                    record = self._live[output.request_id]
+                    self._first(record)
+                    computed += record.prompt_tokens + record.emitted_tokens - (output.cached_tokens or 0)
                 if output.finish is not None:
                     self._end(output.request_id)
+            if computed:
+                path.stats.pace.prefilled(computed)
             if outputs:
                 return outputs
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.engine.pace import FORGET_AFTER, GROWTH, LEAST_S, PATIENCE, Pace, Quantile
+from cluster.engine.pace import FORGET_AFTER, GROWTH, LEAST_S, PATIENCE, SAMPLE_TOKENS, Pace, Quantile
 
 durations = st.floats(1e-4, 100.0)
 
@@ -40,15 +40,16 @@ def test_it_forgets_what_was_long_ago() -> None:
     assert quantile.value_s == pytest.approx(0.01, rel=0.1)
 
 
-@given(durations, st.integers(8, 2048), st.integers(8, 2048))
+@given(durations, st.integers(SAMPLE_TOKENS, 2048), st.integers(1, 2048))
 def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: int, tokens: int) -> None:
-    """Prompt tokens explain a step up to PATIENCE times what such tokens have taken, and nothing beyond."""
+    """Prompt tokens explain a step up to PATIENCE times what such tokens have taken, and nothing much beyond."""
     pace = Pace(most_tokens=2048)
     pace.began(0.0)
-    pace.step(seconds, learned)
-    bound_s = max(LEAST_S, PATIENCE * tokens * seconds / learned)
-    assert pace.explains(seconds + bound_s * 0.999, tokens)
-    assert not pace.explains(seconds + bound_s * 1.001, tokens)
+    pace.step(seconds)
+    pace.prefilled(learned)
+    bound_s = PATIENCE * tokens * seconds / learned
+    assert pace.explains(seconds + max(LEAST_S, bound_s) * 0.999, tokens)
+    assert not pace.explains(seconds + max(LEAST_S, bound_s * GROWTH) * 1.001, tokens)
     assert not pace.explains(seconds, 0)
 
 
@@ -56,9 +57,22 @@ def test_a_step_computes_no_more_than_its_most() -> None:
     """A queue of prompts explains no more than the one chunk of them that a step can hold."""
     pace = Pace(most_tokens=100)
     pace.began(0.0)
-    pace.step(0.2, 100)
+    pace.step(0.2)
+    pace.prefilled(100)
     assert pace.explains(1.1, 1_000_000)
-    assert not pace.explains(1.3, 1_000_000)
+    assert not pace.explains(1.4, 1_000_000)
+
+
+def test_a_few_steps_that_stood_do_not_excuse_a_hang() -> None:
+    """Prompts in steps that were slow for another reason, one in twenty, do not raise what prompts explain."""
+    pace = Pace(most_tokens=100)
+    now = 0.0
+    pace.began(now)
+    for number in range(200):
+        now += 30.0 if number % 20 == 5 else 0.2
+        pace.step(now)
+        pace.prefilled(100)
+    assert not pace.explains(now + 1.4, 100)
 
 
 def test_rest_has_no_age() -> None:
