@@ -176,6 +176,8 @@ class Dispatcher:
         """Let those go on that have lost their worker, each at one like it."""
         now = self._clock()
         for output in self._returning.of(known.name):
+            if output.call.error is not None:  # its face is about to end it
+                continue
             candidates = self._candidates(known, now)
             decision = pick(_onward(output, candidates), candidates)
             if decision.worker_id is not None and self._returning.take(output):
