@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cluster.ledger.audit import AuditEvent
-from cluster.ledger.errors import AlreadyExists, LedgerError
+from cluster.ledger.errors import AlreadyExists, LedgerError, NotPermitted
 from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import NewKey, Rates, StoredKey, StoredTenant, UsageQuery
 from cluster.tenancy.policy import PolicyError, TenantPolicy
@@ -88,7 +88,7 @@ class LedgerDesk:
     """Implements Desk on a database, in the caller's thread. Cheap: one is made for each who asks.
 
     `policy_of` makes a whole policy of a name and what is given; `write` takes audit events; `classes` are the
-    priority classes there are, all when empty.
+    priority classes there are, all when empty; `may_grant` says of which roles keys may be made, replaced and ended.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class LedgerDesk:
         *,
         clock: Callable[[], float],
         classes: Collection[str] = (),
+        may_grant: Callable[[str], bool] = lambda role: True,
         rates: Rates | None = None,
     ) -> None:
         self.ledger = ledger
@@ -108,6 +109,7 @@ class LedgerDesk:
         self._policy_of = policy_of
         self._clock = clock
         self._classes = frozenset(classes)
+        self._may_grant = may_grant
         self._rates = rates
 
     # ---- tenants
@@ -216,6 +218,7 @@ class LedgerDesk:
         """See Desk. With `request_id` asking twice makes no second key."""
 
         def act() -> NewKey:
+            self._require_grant(role)
             return self.ledger.keys.create(
                 tenant, name, expires_at=expires_at, role=role, request_id=request_id, validate_only=validate_only
             )
@@ -223,10 +226,6 @@ class LedgerDesk:
         return self._done(
             "keys.create", f"tenants/{tenant}/keys/", tenant, reason, act, details={"role": role}, quiet=validate_only
         )
-
-    def get_key(self, tenant: str, key_id: str) -> StoredKey:
-        """One. Raises NotFound."""
-        return self.ledger.keys.get(tenant, key_id)
 
     def keys(self, tenant: str) -> list[StoredKey]:
         """See Desk."""
@@ -238,6 +237,7 @@ class LedgerDesk:
         """See Desk."""
 
         def act() -> NewKey:
+            self._require_grant(self.ledger.keys.get(tenant, key_id).role)
             return self.ledger.keys.rotate(tenant, key_id, overlap_s=overlap_s, expires_at=expires_at)
 
         return self._done("keys.rotate", f"tenants/{tenant}/keys/{key_id}", tenant, reason, act)
@@ -245,8 +245,16 @@ class LedgerDesk:
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
         """See Desk."""
         require_reason(reason)
-        name = f"tenants/{tenant}/keys/{key_id}"
-        return self._done("keys.revoke", name, tenant, reason, lambda: self.ledger.keys.revoke(tenant, key_id))
+
+        def act() -> StoredKey:
+            self._require_grant(self.ledger.keys.get(tenant, key_id).role)
+            return self.ledger.keys.revoke(tenant, key_id)
+
+        return self._done("keys.revoke", f"tenants/{tenant}/keys/{key_id}", tenant, reason, act)
+
+    def _require_grant(self, role: str) -> None:
+        if not self._may_grant(role):
+            raise NotPermitted(f"who asks has no say in keys of the role {role[:32]!r}")
 
     # ---- usage and audit
 

@@ -29,6 +29,12 @@ class ManagedByFile(LedgerError):
     outcome = Outcome.MANAGED_BY_FILE
 
 
+class NotPermitted(LedgerError):
+    """Who asks has no say in this."""
+
+    outcome = Outcome.PERMISSION_DENIED
+
+
 class StoreUnavailable(LedgerError):
     """The database does not answer, or its tables are not those this release needs."""
 
