@@ -224,7 +224,13 @@ class LedgerDesk:
             )
 
         return self._done(
-            "keys.create", f"tenants/{tenant}/keys/", tenant, reason, act, details={"role": role}, quiet=validate_only
+            "keys.create",
+            f"tenants/{tenant}/keys/",
+            tenant,
+            reason,
+            act,
+            details={"key_role": role},
+            quiet=validate_only,
         )
 
     def keys(self, tenant: str) -> list[StoredKey]:

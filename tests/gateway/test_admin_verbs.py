@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import ParseDict
+from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
@@ -21,6 +24,7 @@ from tests.support.keyed import PEPPER, Keyed, keyed_cluster
 
 Tenant, Limits = tenants_pb2.Tenant, tenants_pb2.Limits
 DEFAULTS = "tenant_defaults: {class: batch, models: [m], limits: {daily_tokens: 7, requests_per_minute: 9}}\n"
+DOCS = Path(__file__).parents[2] / "docs" / "admin.md"
 COST = "cost: {currency: EUR, gpu_hour: {H100: 2.0}}\n"
 
 
@@ -299,6 +303,21 @@ async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
     assert [one.outcome for one in (await world.ask("Audit.List", none)).events] == ["not_found"]
     late = usage_pb2.ListAuditRequest(since_time=Timestamp(seconds=int(time.time()) + 60))
     assert not (await world.ask("Audit.List", late)).events
+
+
+# ---- docs
+
+
+async def test_the_documented_calls(world: World) -> None:
+    """Each example of docs/admin.md is a request that the gateway takes; of the call that does not run it says so."""
+    shown = [shlex.split(line) for line in DOCS.read_text().splitlines() if line.startswith("    ask ")]
+    assert len(shown) >= 8
+    for _, method, body in shown:
+        service, name = method.split("/")
+        file = {"Usage": usage_pb2, "Audit": usage_pb2, "Fleet": admin_pb2}.get(service, tenants_pb2)
+        kind = GetMessageClass(file.DESCRIPTOR.services_by_name[service].methods_by_name[name].input_type)
+        code = await world.operator.code(f"{service}.{name}", ParseDict(json.loads(body), kind()))
+        assert code == ("NOT_FOUND" if name == "AbortRequest" else "OK"), body
 
 
 # ---- bad input
