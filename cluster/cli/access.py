@@ -61,9 +61,11 @@ def reach(endpoint: str | None, admin: str | None, api_key_file: Path | None, tl
 
 def local_access(address: str, config: Config) -> Access:
     """To a gateway of this host that runs this configuration; without what this user may not read."""
+    from cluster.gateway.tls import name_in
+
     tls = config.gateway.tls
     roots = _read(tls.cert_file) if tls is not None else None
-    return Access(address, _token(config), roots, _name_in(roots) if roots else "")
+    return Access(address, _token(config), roots, name_in(roots) if roots else "")
 
 
 def _token(config: Config) -> str:
@@ -77,18 +79,6 @@ def _token(config: Config) -> str:
         return admin_token(read_secrets(file, "auth.cluster_secret_file")[0])
     except ValueError:
         return ""
-
-
-def _name_in(certificate: bytes) -> str:
-    from cryptography import x509
-
-    try:
-        found = x509.load_pem_x509_certificate(certificate).extensions.get_extension_for_class(
-            x509.SubjectAlternativeName
-        )
-    except (ValueError, x509.ExtensionNotFound):
-        return ""
-    return next(iter(found.value.get_values_for_type(x509.DNSName)), "")
 
 
 def _read(file: Path) -> bytes | None:

@@ -172,7 +172,7 @@ def abort(
     api_key_file: ApiKeyOption = None,
     tls_ca: TlsCaOption = None,
 ) -> None:
-    """End a running call. A gateway knows its own calls only: name each that may have it."""
+    """End a running call. A gateway knows its own host's calls only: name each gateway that may have it."""
     aborted, missing = 0, ""
     for address in admin or [""]:
         access = reach(endpoint, address or None, api_key_file, tls_ca)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
@@ -16,12 +17,16 @@ from cluster.gateway.service import CallService
 from cluster.link.hub import Hub
 from cluster.link.worker_link import WorkerLink
 
+if TYPE_CHECKING:
+    from cluster.gateway.sibling_aborts import SiblingAborts
+
 
 class FleetAdmin:
     """Workers with a link to this gateway, and the calls that it runs."""
 
-    def __init__(self, hub: Hub, service: CallService, door: AdminDoor) -> None:
+    def __init__(self, hub: Hub, service: CallService, door: AdminDoor, siblings: SiblingAborts | None = None) -> None:
         self._hub = hub
+        self._siblings = siblings
         self._service = service
         self._door = door
 
@@ -32,7 +37,7 @@ class FleetAdmin:
         return pb.ListWorkersResponse(workers=[_worker(links[key]) for key in page], next_page_token=token)
 
     async def AbortRequest(self, request: pb.AbortRequestRequest, asker: Asker) -> pb.AbortRequestResponse:
-        """Of this process: gateways do not know each other's calls."""
+        """Of this host's processes: other gateways do not tell each other of calls."""
         wanted, tenant = request.request_id, ""
         if not wanted:
             raise invalid("request_id", "must name a call: its x-request-id, or the id of its answer")
@@ -42,7 +47,10 @@ class FleetAdmin:
             from cluster.gateway.admin_codec import tenant_name
 
             tenant = tenant_name(request.parent, "parent")
-        ended = self._service.abort(wanted, tenant)
+        ended, silent = self._service.abort(wanted, tenant), 0
+        if self._siblings is not None:
+            more, silent = await self._siblings.abort(wanted, tenant)
+            ended += more
         outcome = "ok" if ended else Outcome.NOT_FOUND.value
         details = {"aborted": len(ended), "tenants": sorted(set(ended))}
         whose = ended[0] if len(set(ended)) == 1 else tenant
@@ -50,11 +58,10 @@ class FleetAdmin:
             asker, "admin", "fleet.abort", wanted, outcome=outcome, reason=request.reason, tenant=whose, details=details
         )
         if not ended:
-            message = (
-                f"no call of request id {wanted[:128]!r} runs on this gateway process; if there are others, ask them"
-            )
-            raise CallError(Outcome.NOT_FOUND, message)
-        return pb.AbortRequestResponse(aborted=len(ended))
+            message = f"no call of request id {wanted[:128]!r} runs on this gateway; if there are others, ask them too"
+            unasked = f" ({silent} of its processes did not answer)" if silent else ""
+            raise CallError(Outcome.NOT_FOUND, message + unasked)
+        return pb.AbortRequestResponse(aborted=len(ended), tenants=ended)
 
 
 class CatalogAdmin:

@@ -41,6 +41,7 @@ from cluster.tenancy.queue import WaitingRoom
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting
     from cluster.gateway.limits_valkey import ValkeyLimits
+    from cluster.gateway.sibling_aborts import SiblingAborts
     from cluster.gateway.tenants import TenantDoor
     from cluster.ledger.records import UsageRecord
 
@@ -93,6 +94,7 @@ class Gateway:
         self._admin: rpc.Server | None = None
         self._clients: rpc.Server | None = None
         self._links = hub_server(self.hub)
+        self._siblings = self._sibling_aborts()
         self.accounting: Accounting | None = None
         self._folder = folder
         self._tasks: list[asyncio.Task[None]] = []
@@ -164,7 +166,7 @@ class Gateway:
     async def _serve_admin(self, host: str, port: int) -> int:
         server = rpc.Server(rpc.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS))
         services: dict[str, object] = {
-            "Fleet": FleetAdmin(self.hub, self.service, self._admin_door),
+            "Fleet": FleetAdmin(self.hub, self.service, self._admin_door, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.dispatcher),
             **self._ledger_services(),
         }
@@ -176,6 +178,17 @@ class Gateway:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflections, server)  # type: ignore[no-untyped-call]
         self._admin = server
         return await server.start(host, port, self._tls("h2"))
+
+    def _sibling_aborts(self) -> SiblingAborts | None:
+        """How the processes of one host end each other's calls; only the first has an admin port."""
+        if self.config.gateway.processes == 1:
+            return None
+        from cluster.gateway.sibling_aborts import SiblingAborts
+
+        secrets = self.tenants.secrets if self.tenants is not None else ()
+        siblings = SiblingAborts(self.config.gateway, self._process, secrets, self.service.abort)
+        self._links.add_generic_rpc_handlers((siblings.handler(),))
+        return siblings
 
     def _ledger_services(self) -> dict[str, object]:
         if self.tenants is None:

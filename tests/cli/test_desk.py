@@ -222,7 +222,7 @@ async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> 
         (("tenants", "suspend", "b", *at), 2, "--reason"),
         (("usage", "--group-by", "shoe", *at), 2, "shoe"),
         (("usage", "--gpu-hour", "H100=1", *at), 2, "--gpu-hour"),
-        (("abort", "nothing", "--reason", "x", *at), 1, "on this gateway process"),
+        (("abort", "nothing", "--reason", "x", *at), 1, "on this gateway"),
         (("abort", "nothing", "--reason", " ", *at), 2, "reason"),
         (("tenants", "list", "--admin", admin, "--api-key-file", str(tmp_path / "bad")), 1, "UNAUTHENTICATED_KEY"),
         (("tenants", "list", "--admin", "127.0.0.1:1"), 3, "no gateway answers"),

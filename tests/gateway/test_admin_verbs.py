@@ -198,7 +198,7 @@ async def test_listing_by_page_and_filter(world: World) -> None:
 # ---- keys
 
 
-async def test_a_keys_life(world: World) -> None:
+async def test_a_keys_life(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     """Made and shown once, listed without it, rotated with an overlap, revoked; no audit row and no log holds it."""
     await world.create("keyed")
     expiry = Timestamp(seconds=int(time.time()) + 3600)
@@ -225,7 +225,7 @@ async def test_a_keys_life(world: World) -> None:
             break
     assert [(one.name, one.state) for one in listed] == [(made.key.name, "active"), (second.key.name, "revoked")]
     rows = json.dumps(world.keyed.ledger.audit.list(tenant="keyed", limit=1000))
-    lines = world.audit_file()
+    lines = world.audit_file() + "".join(capfd.readouterr())
     for secret in (made.secret, second.secret):
         assert secret not in rows
         assert secret not in lines

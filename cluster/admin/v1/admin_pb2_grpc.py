@@ -59,7 +59,7 @@ class FleetServicer:
         raise NotImplementedError('Method not implemented!')
 
     def AbortRequest(self, request, context):
-        """AbortRequest ends the calls that run under a request id on this gateway process; NOT_FOUND where none does.
+        """AbortRequest ends the calls of a request id on this gateway, all its processes; NOT_FOUND where there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,7 @@ class FleetStub:
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]
     """ListWorkers lists workers with their load, by worker id."""
     AbortRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestRequest, _admin_pb2.AbortRequestResponse]
-    """AbortRequest ends the calls that run under a request id on this gateway process; NOT_FOUND where none does."""
+    """AbortRequest ends the calls of a request id on this gateway, all its processes; NOT_FOUND where there is none."""
 
 @_typing.type_check_only
 class FleetAsyncStub(FleetStub):
@@ -46,7 +46,7 @@ class FleetAsyncStub(FleetStub):
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]  # type: ignore[assignment]
     """ListWorkers lists workers with their load, by worker id."""
     AbortRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestRequest, _admin_pb2.AbortRequestResponse]  # type: ignore[assignment]
-    """AbortRequest ends the calls that run under a request id on this gateway process; NOT_FOUND where none does."""
+    """AbortRequest ends the calls of a request id on this gateway, all its processes; NOT_FOUND where there is none."""
 
 class FleetServicer(metaclass=_abc_1.ABCMeta):
     """Fleet shows the workers that are linked to this gateway."""
@@ -65,7 +65,7 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.AbortRequestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.AbortRequestResponse, _abc.Awaitable[_admin_pb2.AbortRequestResponse]]:
-        """AbortRequest ends the calls that run under a request id on this gateway process; NOT_FOUND where none does."""
+        """AbortRequest ends the calls of a request id on this gateway, all its processes; NOT_FOUND where there is none."""
 
 def add_FleetServicer_to_server(servicer: FleetServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
