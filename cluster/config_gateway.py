@@ -68,8 +68,9 @@ class Tls(Section):
 
 
 class ClientTls(Section):
-    """The client ports' certificate, read again when the files change. `client_ca_file`: whose certificates callers
-    may show in place of a key (auth.client_certificates)."""
+    """The certificate of client and admin ports, read again when the files change.
+
+    `client_ca_file`: whose certificates may be shown in place of a key (auth.client_certificates)."""
 
     cert_file: Path
     key_file: Path
@@ -134,15 +135,10 @@ class Gateway(Section):
 
     @model_validator(mode="after")
     def _only_loopback_is_open(self) -> Gateway:
-        link, admin = self.listen.link, self.listen.admin
+        link = self.listen.link
         if not is_loopback(link) and self.link_tls is None:
             raise ValueError(
                 f"listen.link is {link}, off loopback, and link_tls is not set: "
                 "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback"
-            )
-        if not is_loopback(admin):
-            raise ValueError(
-                f"listen.admin is {admin}, off loopback, and the admin port has no authentication in this release: "
-                "listen on 127.0.0.1 and put an authenticating proxy before it"
             )
         return self

@@ -189,11 +189,12 @@ class CallService:
             began=self.dispatcher.turns.began,
             clock=self.clock,
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
+            request_id=meta.request_id,
         )
         call.usage.prompt_tokens = len(prompt_ids)
         if self.dispatcher.accounting is not None:
             principal = meta.principal
-            call.request_id, call.labels = meta.request_id, {**wish.metadata, **policy.labels}
+            call.labels = {**wish.metadata, **policy.labels}
             call.key_id = principal.subject if principal.by == "key" else ""
             call.on_refused = self.dispatcher.accounting.refused
         salt = self.door.salt(meta.principal, wish.cache_salt)
@@ -236,6 +237,13 @@ class CallService:
             error = fallen[call.tenant]
             if error is not None:
                 call.fail(error)
+
+    def abort(self, request_id: str, tenant: str = "") -> list[str]:
+        """End the open calls of a request id or call id, only one tenant's if it is named; the tenant of each."""
+        found = [c for c in self._open.values() if request_id in (c.request_id, c.id) and tenant in ("", c.tenant)]
+        for call in found:
+            call.fail(CallError(Outcome.CANCELLED, "ended by the cluster's operators"))
+        return [call.tenant for call in found]
 
     async def nudge(self, keepalive_s: float) -> None:
         """A few times a second: end what waited too long, bring the tenants' accounts up to date, and wake calls that
