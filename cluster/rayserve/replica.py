@@ -129,7 +129,13 @@ class Replica:
             gpu=self.settings.spec.gpu if self.place.gpus else "",
         )
         self._serving = asyncio.create_task(self._until_dead(self.end, engine))
-        log.info("worker.up", worker=self.worker_id, engine=info.engine_class, path=info.engine_path)
+        log.info(
+            "worker.up",
+            worker=self.worker_id,
+            engine=info.engine_class,
+            path=info.engine_path,
+            capabilities=" ".join(info.capabilities),
+        )
 
     async def _until_dead(self, end: WorkerEnd, engine: Engine) -> None:
         parts = [asyncio.create_task(end.run()), asyncio.create_task(_watch(engine))]
