@@ -25,6 +25,8 @@ from cluster.cli.ledger import (
     shown_time,
 )
 
+from cluster.config_tenants import on_is_a_word
+
 if TYPE_CHECKING:
     from cluster.ledger.keys import NewKey, StoredKey
     from cluster.ledger.tenants import StoredTenant
@@ -63,7 +65,7 @@ def _changes(
         *parents, last = path.split(".")
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[last] = yaml.safe_load(value)
+        place[last] = on_is_a_word(yaml.safe_load(value))
     return changes
 
 
