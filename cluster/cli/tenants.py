@@ -24,7 +24,6 @@ from cluster.cli.ledger import (
     show_table,
     shown_time,
 )
-
 from cluster.config_tenants import on_is_a_word
 
 if TYPE_CHECKING:

@@ -74,6 +74,12 @@ class Patterns:
         return f"Patterns({', '.join(self.names)}; at most {self.longest} characters)"
 
 
+@functools.lru_cache(maxsize=1024)
+def patterns_of(sources: tuple[tuple[str, str], ...]) -> Patterns:
+    """Patterns of (name, expression); kept, since policies are made anew whenever any of them changes."""
+    return Patterns(dict(sources))
+
+
 def check_patterns(sources: Mapping[str, str]) -> None:
     """Raise PatternError for the first pattern that cannot be served."""
     if not sources:

@@ -106,10 +106,10 @@ class GuardRule:
             raise PolicyError("patterns", "the patterns guard needs either patterns or patterns_file")
         if not self.patterns:
             return
-        from cluster.tenancy.patterns import PatternError, Patterns  # what it needs is not for who has no patterns
+        from cluster.tenancy.patterns import PatternError, patterns_of  # needs what most have no use for
 
         try:
-            Patterns(self.patterns)
+            patterns_of(tuple(self.patterns.items()))
         except PatternError as error:
             raise PolicyError(f"patterns.{error.name}".rstrip("."), error.remedy) from None
 

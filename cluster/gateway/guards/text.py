@@ -21,7 +21,19 @@ GUARD = "guard"
 class GuardedText:
     """A detokenizer and the guards behind it."""
 
-    __slots__ = ("_chain", "_fed", "_inner", "_marks", "_open", "_out", "_ready", "_seen", "_taken", "told", "token_ids")
+    __slots__ = (
+        "_chain",
+        "_fed",
+        "_inner",
+        "_marks",
+        "_open",
+        "_out",
+        "_ready",
+        "_seen",
+        "_taken",
+        "token_ids",
+        "told",
+    )
 
     def __init__(self, inner: Detokenizer, chain: Chain) -> None:
         self._inner = inner

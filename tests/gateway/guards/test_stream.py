@@ -85,7 +85,8 @@ def test_marks_tell_which_tokens_a_redaction_has_touched(
     text = "".join(chunks)
     spans = list(Patterns(sources).find(text))
     filters = chain([PatternStage(Patterns(sources), "redact", ignore), SizeStage(10**6, "refuse", ignore)])
-    at, out, marks, wanted = 0, "", [], []
+    at, out, wanted = 0, "", []
+    marks: list[Mark] = []
     for token, chunk in enumerate(chunks):
         mark = Mark(at, at + len(chunk), token)
         text_out, decided = filters.feed(chunk, [mark])
