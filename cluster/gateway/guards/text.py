@@ -62,7 +62,8 @@ class GuardedText:
     @property
     def untaken(self) -> int:
         """Characters that have not been taken."""
-        return self._inner.untaken + self._chain.held + len(self._ready)
+        held = 0 if self._chain.done else self._inner.untaken + self._chain.held
+        return held + len(self._ready)
 
     def untaken_tokens(self) -> int:
         """How many of the last tokens have no text that was taken; one taken in part is one of them."""
