@@ -13,15 +13,19 @@ import pytest
 
 from cluster.api.bundle import Bundle
 from cluster.config import parse
+from cluster.gateway.guards.remote import on_this_host
 from cluster.gateway.server import Gateway
 from cluster.guard.v1 import guard_pb2, guard_pb2_grpc
 from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
 from tests.gateway.test_session import Told, start
 from tests.support.calls import chat, complete, refused, rest_of, text_of
+from tests.support.certificates import Authority
 from tests.support.cluster import sim_engine, until
 from tests.support.http import chat_body, completion_body
 from tests.support.keyed import Keyed, bearer, eventually, keyed_cluster, keyed_text
+
+pytestmark = pytest.mark.slow
 
 TOKENS = 60
 ASK: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True}
@@ -312,7 +316,7 @@ async def test_a_guard_server_decides_in_its_time(keyed: Keyed) -> None:
     lab = await tenant(keyed, "server")
     bare = await lab.text()
     servicer, server = Server(), grpc.aio.server()
-    guard_pb2_grpc.add_GuardServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    guard_pb2_grpc.add_GuardServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     rule = {"address": f"127.0.0.1:{port}", "timeout_s": 0.3}
@@ -338,6 +342,39 @@ async def test_a_guard_server_decides_in_its_time(keyed: Keyed) -> None:
         await server.stop(0)
     await lab.guard(rule)
     assert (await refused(lab.stub.Chat(chat(), metadata=lab.who))).reason == "GUARD_REFUSED"
+
+
+async def test_a_guard_server_elsewhere_is_asked_over_tls(keyed: Keyed, tmp_path: Path) -> None:
+    """Prompts would cross a network in plain text, or go to whoever answers at that address."""
+    lab = await tenant(keyed, "far")
+    files = Authority(tmp_path / "ca").issue("guard")
+    servicer, server = Server(), grpc.aio.server()
+    guard_pb2_grpc.add_GuardServicer_to_server(servicer, server)
+    pair = (files.key_file.read_bytes(), files.cert_file.read_bytes())
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    await server.start()
+    address = f"ipv4:127.0.0.1:{port}"  # a spelling that is not known to be of this host
+    assert not on_this_host(address)
+    try:
+        for ca_file, allowed in ((files.ca_file, True), (Authority(tmp_path / "other").issue("x").ca_file, False)):
+            await lab.guard({"address": address, "ca_file": str(ca_file), "timeout_s": 2})
+            asking = lab.stub.Chat(chat(), metadata=lab.who)
+            if allowed:
+                assert (await asking).choices
+            else:
+                assert (await refused(asking)).reason == "GUARD_REFUSED"
+        assert len(servicer.asked) == 1
+    finally:
+        await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [("unix:/run/g", True), ("localhost:1", True), ("[::1]:1", True), ("10.0.0.1:1", False), ("guard:1", False)],
+)
+def test_what_is_on_this_host(address: str, here: bool) -> None:
+    """Only there plain text may be spoken."""
+    assert on_this_host(address) is here
 
 
 async def test_guards_by_the_command_line(keyed: Keyed) -> None:
