@@ -213,20 +213,20 @@ class Guard(Section):
 
     builtin: str = ""
     address: str = ""
+    ca_file: str = ""
     on: Literal["input", "output"] = "input"
     action: Literal["refuse", "redact", "flag"] = "refuse"
     patterns_file: str = ""
-    patterns: tuple[str, ...] = ()
+    patterns: Mapping[str, str] = Field(default_factory=dict)
     max_characters: int | None = None
+    max_messages: int | None = None
     fail: Literal["closed", "open"] = "closed"
     timeout_s: float = 1.0
 
     @model_validator(mode="before")
     @classmethod
     def _on_is_a_word(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and True in value:  # YAML 1.1 reads the bare word `on` as true
-            return {"on" if key is True else key: item for key, item in value.items()}
-        return value
+        return on_is_a_word(value)
 
     @model_validator(mode="after")
     def _possible(self) -> Guard:
@@ -248,6 +248,7 @@ class _TenantFields(Section):
     max_context_tokens: int | None = None
     max_output_tokens: int | None = None
     on_budget: Literal["finish", "stop"] = "finish"
+    guards: tuple[Guard, ...] = ()
     retention: TenantRetention = TenantRetention()
 
     @field_validator("weight", "models", "max_context_tokens", "max_output_tokens")
@@ -280,7 +281,6 @@ class Tenant(_TenantFields):
 
     name: str
     cache_group: str = ""
-    guards: tuple[Guard, ...] = ()
     log_prompts: bool = False
     labels: Mapping[str, str] = Field(default_factory=dict)
     suspended: bool = False
@@ -308,6 +308,13 @@ class Tenant(_TenantFields):
         return defaults.policy(self.name, own)
 
 
+def on_is_a_word(value: Any) -> Any:
+    """What YAML has read of guards, with the key `on` where YAML 1.1 has read the bare word as true."""
+    if isinstance(value, Mapping):
+        return {"on" if key is True else key: on_is_a_word(item) for key, item in value.items()}
+    return [on_is_a_word(item) for item in value] if isinstance(value, list) else value
+
+
 def _plain(section: Section, *, only_set: bool = False) -> dict[str, Any]:
     return section.model_dump(by_alias=True, exclude_unset=only_set, mode="json")
 
@@ -326,6 +333,8 @@ def check_together(
     _once("tenants", [one.name for one in tenants])
     for at, tenant in enumerate(tenants):
         _known_class(f"tenants[{at}]", tenant.policy(defaults).priority_class, names)
+    if defaults.guards and auth is None:
+        raise ValueError("tenant_defaults.guards: without auth there are no tenants to guard: set auth, or remove them")
     if tenants and auth is None:
         raise ValueError("tenants: without auth nobody can be told apart: set auth, or remove the section")
 

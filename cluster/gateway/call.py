@@ -137,8 +137,8 @@ class Call:
 
     def take(self) -> list[Piece]:
         """Pieces since the last take. Raises the call's error once all text before it has been taken."""
-        self.count()
         pieces = [piece for sequence in self.sequences if (piece := sequence.take()) is not None]
+        self.count()  # now: a guard that refuses at the very end takes tokens back
         if self.error is not None and not any(piece.text for piece in pieces):
             raise self.error
         return pieces

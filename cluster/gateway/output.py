@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import EngineRequest, FinishReason, Likeness, TokenOutput
-from cluster.gateway.text.detokenizer import Detokenizer
-from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
+from cluster.gateway.text.detokenizer import TextSource
+from cluster.gateway.text.logprobs import LogprobSource, TokenLogprob
 from cluster.link.worker_link import WorkerLink
 from cluster.tenancy.order import Waiting
 
@@ -85,8 +85,8 @@ class Output:
         call: Call,
         index: int,
         request: EngineRequest,
-        detokenizer: Detokenizer,
-        logprob_texts: LogprobTexts | None = None,
+        detokenizer: TextSource,
+        logprob_texts: LogprobSource | None = None,
     ) -> None:
         self.call = call
         self.index = index
@@ -202,9 +202,10 @@ class Output:
         stop = self.detokenizer.push(ids, output.finish is FinishReason.STOP)
         if stop is not None:
             self._stopped()
+        came = max(len(self.emitted) - before, 0)  # a guard's refusal takes back tokens of earlier steps too
         if output.logprobs and self._logprob_texts is not None:
-            self._logprobs += self._logprob_texts.push(output.logprobs[: len(self.emitted) - before])
-        call.progressed(self, len(self.emitted) - before)
+            self._logprobs += self._logprob_texts.push(output.logprobs[:came])
+        call.progressed(self, came)
 
     def _began(self, output: TokenOutput) -> None:
         """The first output that a worker gives it."""
@@ -249,8 +250,8 @@ class Output:
             self.leave_engine()
 
     def _stopped(self) -> None:
-        """A stop string has come: the engine's work ends here."""
-        self.finish_reason = "stop"
+        """A stop string has come, or a guard has refused: the engine's work ends here."""
+        self.finish_reason = "content_filter" if self.detokenizer.refused else "stop"
         self.leave_engine()
 
     def _broken(self, finish: FinishReason, link: WorkerLink | None) -> None:
@@ -305,6 +306,11 @@ class Output:
             return None
         finished = bool(self.finish_reason)
         text = self.detokenizer.take(finished)
+        if finished:
+            if self.detokenizer.refused:  # by what had been held back to the end
+                self.finish_reason = "content_filter"
+            if self._logprob_texts is not None:
+                self._logprobs += self._logprob_texts.push(())
         if not (text or finished or self._logprobs):
             return None
         self._told_finish = finished

@@ -40,6 +40,7 @@ from cluster.tenancy.queue import WaitingRoom
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting
+    from cluster.gateway.guards.guards import Guards
     from cluster.gateway.limits_valkey import ValkeyLimits
     from cluster.gateway.sibling_aborts import SiblingAborts
     from cluster.gateway.tenants import TenantDoor
@@ -86,8 +87,15 @@ class Gateway:
             self.dispatcher.cut,
             max_tenants=config.observe.max_tenant_series,
         )
+        self.guards = _guards(config, self.metrics, self.tenants)
         self.service = CallService(
-            self.directory, self.dispatcher, self.allowances, self.metrics, door=door, max_attempts=resume.max_attempts
+            self.directory,
+            self.dispatcher,
+            self.allowances,
+            self.metrics,
+            door=door,
+            guards=self.guards,
+            max_attempts=resume.max_attempts,
         )
         self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
         self.endpoints: dict[str, str] = {}
@@ -242,6 +250,8 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.allowances.close()
+        if self.guards is not None:
+            await self.guards.close()
         if self._shared_limits is not None:
             await self._shared_limits.close()
         if self.accounting is not None:
@@ -331,6 +341,17 @@ def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> Te
     from cluster.gateway.tenants import TenantDoor
 
     return TenantDoor(config, folder, metrics, process)
+
+
+def _guards(config: Config, metrics: Metrics, tenants: TenantDoor | None) -> Guards | None:
+    """The guards of tenants' policies, where there are tenants. Raises ValueError for a file of patterns."""
+    if tenants is None:
+        return None
+    from cluster.gateway.guards.guards import Guards
+
+    guards = Guards(metrics, tenants.decided)
+    guards.check(config.policies())
+    return guards
 
 
 def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -41,6 +41,7 @@ from cluster.tenancy.identity import (
 from cluster.tenancy.policy import TenantPolicy
 
 if TYPE_CHECKING:
+    from cluster.gateway.guards.guards import Decided
     from cluster.gateway.oidc import OidcVerifier
 
 log = structlog.get_logger("tenants")
@@ -209,6 +210,28 @@ class TenantDoor:
             known = (policy, replace(policy, handle=handle), cache_salt(self.secrets, policy))
             self._dressed[policy.name] = known
         return known
+
+    def decided(self, one: Decided) -> None:
+        """What a guard has decided goes into the audit log."""
+        details: dict[str, Any] = {
+            "guard": one.guard,
+            "model": one.model,
+            "request_id": one.request_id,
+            "found": one.found,
+        }
+        if one.texts:
+            details["texts"] = list(one.texts)
+        event = AuditEvent(
+            time.time(),
+            "policy",
+            "guard",
+            actor=one.actor,
+            tenant=one.tenant,
+            object=f"tenants/{one.tenant}",
+            outcome=one.outcome,
+            details=details,
+        )
+        self._audit.write(event)
 
     # ---- news
 

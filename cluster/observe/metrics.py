@@ -41,6 +41,11 @@ class _Definition:
 DEFINITIONS: Mapping[str, _Definition] = {
     "requests_total": _Definition("counter", "Calls ended, by outcome.", ("model", "tenant", "face", "outcome")),
     "auth_failures_total": _Definition("counter", "Callers that were let in by nothing they showed.", ("reason",)),
+    "guard_actions_total": _Definition(
+        "counter",
+        "What guards did, by guard (input_patterns, ...): redacted, refused, flagged, failed_closed, failed_open.",
+        ("tenant", "reason", "outcome"),
+    ),
     "rejected_total": _Definition("counter", "Calls refused before a worker took them.", ("model", "reason")),
     "prompt_tokens_total": _Definition("counter", "Prompt tokens of calls, as the engine counts.", ("model", "tenant")),
     "cached_tokens_total": _Definition("counter", "Prompt tokens from the prefix cache.", ("model", "tenant")),

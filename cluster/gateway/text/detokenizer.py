@@ -20,7 +20,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Final, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel, DecodeStream
@@ -29,6 +29,39 @@ INVALID_PREFIX: Final = "Invalid prefix encountered"
 TAIL_TOKENS: Final = 96
 """How much of a long prompt primes a stream where that is as good as the whole."""
 REPLACEMENT: Final = "\ufffd"
+
+
+class TextSource(Protocol):
+    """What an output needs of whatever makes its tokens text: a Detokenizer, or the guards that stand before one."""
+
+    token_ids: list[int]
+
+    @property
+    def watches(self) -> bool:
+        """Whether there is something to look for, so that every token must pass `push`."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether a guard has ended the text."""
+
+    @property
+    def untaken(self) -> int:
+        """Characters that have not been taken."""
+
+    def untaken_tokens(self) -> int:
+        """How many of the last tokens have no text that was taken."""
+
+    def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
+        """Add a step's tokens. Returns what has ended the text, if anything has; then push no more."""
+
+    def text_of(self, token_id: int) -> str:
+        """Add one token and hand its text out. Not where it `watches`."""
+
+    def give_back(self, text: str) -> None:
+        """What `text_of` handed out last could not be sent: keep it for `take`."""
+
+    def take(self, finished: bool) -> str:
+        """The text since the last take."""
 
 
 class WholeTexts(dict[int, str | None]):
@@ -147,6 +180,11 @@ class Detokenizer:
     def watches(self) -> bool:
         """Whether there are stop strings to look for."""
         return bool(self._stop)
+
+    @property
+    def refused(self) -> bool:
+        """Nobody refuses here."""
+        return False
 
     def give_back(self, text: str) -> None:
         """What `text_of` handed out last could not be sent: keep it for `take`."""

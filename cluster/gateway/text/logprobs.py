@@ -41,6 +41,13 @@ class TokenLogprob:
     top: tuple[TokenLogprob, ...] = ()
 
 
+class LogprobSource(Protocol):
+    """What an output needs of whatever makes log probabilities readable."""
+
+    def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
+        """Add a step's positions; those that may be told come out."""
+
+
 class LogprobTexts:
     """Turns one call's positions, in order, into TokenLogprobs. Keeps the last sampled tokens between steps."""
 

@@ -121,6 +121,10 @@ class TextModel:
         """A plain prompt's ids, with the special tokens that the model wants (BOS)."""
         return self._encode(text, "prompt", add_special_tokens=True)
 
+    def plain_ids(self, text: str) -> array[int]:
+        """The ids of a text that holds its special tokens itself: none are added."""
+        return array("I", self._encode(text, "prompt_token_ids", add_special_tokens=False))
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
