@@ -87,6 +87,16 @@ class Queue(Section):
     tenant_max_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
+class Resume(Section):
+    """What becomes of calls whose worker is lost or leaves: they go on at another like it.
+
+    `max_attempts` workers may fail a call before it fails; it waits `max_wait_s` for another worker. With
+    `max_attempts: 1` it fails with its worker."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=16)] = 5
+    max_wait_s: Annotated[float, Field(ge=0)] = 60.0
+
+
 class Gateway(Section):
     """The door."""
 
@@ -99,6 +109,7 @@ class Gateway(Section):
     drain_timeout_s: Annotated[float, Field(ge=0)] = 300.0
     max_message_bytes: Annotated[int, Field(ge=65536, le=1 << 30)] = 16 * 1024 * 1024
     queue: Queue = Queue()
+    resume: Resume = Resume()
 
     def siblings(self, process: int) -> tuple[str, ...]:
         """Link addresses of the other processes, each `:port` on the host on which this one is dialled."""

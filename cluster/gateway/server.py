@@ -71,7 +71,8 @@ class Gateway:
             tenant_max_requests=queue.tenant_max_requests,
             tenant_max_tokens=queue.tenant_max_tokens,
         )
-        self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory)
+        resume = config.gateway.resume
+        self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s)
         siblings = config.gateway.siblings(process)
         self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing, siblings)
         self.directory = Directory(folder, self.hub.fetch_bundle)
@@ -85,7 +86,9 @@ class Gateway:
             self.dispatcher.cut,
             max_tenants=config.observe.max_tenant_series,
         )
-        self.service = CallService(self.directory, self.dispatcher, self.allowances, self.metrics, door=door)
+        self.service = CallService(
+            self.directory, self.dispatcher, self.allowances, self.metrics, door=door, max_attempts=resume.max_attempts
+        )
         self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()

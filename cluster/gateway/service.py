@@ -47,7 +47,8 @@ class CallMeta:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Of a call without news: queued, prefill, running or the model's state; the place in line, 1 the next, or 0."""
+    """Of a call without news: queued, prefill, running, resuming (its worker was lost) or the model's state; the place
+    in line, 1 the next, or 0."""
 
     state: str
     queue_position: int
@@ -64,7 +65,10 @@ class CallService:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         door: Door | None = None,
+        max_attempts: int = 3,
     ) -> None:
+        """`max_attempts` workers may fail a sequence before its call fails."""
+        self.max_attempts = max_attempts
         self._allowances = allowances
         self.door: Door = door if door is not None else OpenDoor()
         self.door.on_change.add(self._end_fallen)
@@ -100,6 +104,8 @@ class CallService:
         model = self.directory.find(call.model)
         if model is not None and not model.links:
             return Progress(model.state.lower(), position)
+        if self.dispatcher.returning(call):
+            return Progress("resuming", position)
         return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
 
     @asynccontextmanager
@@ -177,6 +183,9 @@ class CallService:
             arrived=arrived,
             deadline=meta.deadline,
             again=self.dispatcher.again,
+            max_attempts=self.max_attempts,
+            on_resumed=self.dispatcher.resumed,
+            answered=self.dispatcher.answered,
             began=self.dispatcher.turns.began,
             clock=self.clock,
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
