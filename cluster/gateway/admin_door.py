@@ -240,7 +240,8 @@ class AdminDoor:
 
 def details_of(asker: Asker) -> dict[str, str]:
     """What every event of an asker says of them."""
-    return {"role": asker.principal.role, "of": asker.principal.tenant.name if asker.principal.subject else ""}
+    own = asker.principal not in (_ANYBODY, _SECRET_HOLDER)  # these are of no tenant
+    return {"role": asker.principal.role, "of": asker.principal.tenant.name if own else ""}
 
 
 def _named_tenant(request: Message, verb: Verb) -> str:

@@ -51,8 +51,8 @@ def _clean(value: Any) -> Any:
 class AuditEvent:
     """One event. `at_s` since the epoch; `action` e.g. keys.create; `object` e.g. tenants/acme/keys/k1.
 
-    `actor` is who (a key id, a claim's subject, `cli:<user>`), `source` from where (a peer's address). Texts are
-    scrubbed when it is made.
+    `actor` is who (`key:<id>`, `jwt:<subject>`, `cli:<user>`; of a failure the id that was claimed), `source` from
+    where (a peer's address). Texts are scrubbed when it is made.
     """
 
     at_s: float

@@ -15,7 +15,7 @@ from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.admin_door import VERBS
 from cluster.tenancy.identity import admin_token
-from cluster.tenancy.policy import TenantLimits, TenantPolicy
+from cluster.tenancy.policy import GuardRule, Retention, TenantLimits, TenantPolicy
 from tests.ledger.samples import record
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.keyed import SECRET, Keyed, eventually, keyed_cluster
@@ -253,7 +253,9 @@ def test_limits_are_all_in_the_api() -> None:
     ours = {"class" if one.name == "priority_class" else one.name for one in dataclasses.fields(TenantPolicy)}
     theirs = {"class" if one.name == "priority_class" else one.name for one in tenants_pb2.Tenant.DESCRIPTOR.fields}
     assert ours - {"handle"} <= theirs
-    assert {one.name for one in dataclasses.fields(TenantLimits)} == set(tenants_pb2.Limits.DESCRIPTOR.fields_by_name)
+    parts = ((TenantLimits, tenants_pb2.Limits), (Retention, tenants_pb2.Retention), (GuardRule, tenants_pb2.GuardRule))
+    for part, message in parts:
+        assert {one.name for one in dataclasses.fields(part)} == set(message.DESCRIPTOR.fields_by_name)
 
 
 async def test_a_suspended_tenants_administrator_is_out(world: World) -> None:
