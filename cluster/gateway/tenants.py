@@ -231,7 +231,7 @@ class TenantDoor:
             outcome=one.outcome,
             details=details,
         )
-        self._audit.write(event)
+        self.audit.write(event)
 
     # ---- news
 
