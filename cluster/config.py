@@ -218,7 +218,7 @@ class Config(Section):
     def _who_may_call(self) -> Config:
         check_together(self.auth, self.classes, self.tenant_defaults, self.tenants)
         gateway, auth = self.gateway, self.auth
-        for listener in ("grpc", "http"):
+        for listener in ("grpc", "http", "admin"):
             address = getattr(gateway.listen, listener)
             lacks = " and ".join(
                 name for name, there in (("auth", auth), ("gateway.tls", gateway.tls)) if there is None

@@ -68,8 +68,9 @@ class Tls(Section):
 
 
 class ClientTls(Section):
-    """The client ports' certificate, read again when the files change. `client_ca_file`: whose certificates callers
-    may show in place of a key (auth.client_certificates)."""
+    """The certificate of client and admin ports, read again when the files change.
+
+    `client_ca_file`: whose certificates may be shown in place of a key (auth.client_certificates)."""
 
     cert_file: Path
     key_file: Path
@@ -86,6 +87,16 @@ class Queue(Section):
     tenant_max_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
+class Resume(Section):
+    """What becomes of calls whose worker is lost or leaves: they go on at another like it.
+
+    `max_attempts` workers may fail a call before it fails; it waits `max_wait_s` for another worker. With
+    `max_attempts: 1` it fails with its worker."""
+
+    max_attempts: Annotated[int, Field(ge=1, le=16)] = 5
+    max_wait_s: Annotated[float, Field(ge=0)] = 60.0
+
+
 class Gateway(Section):
     """The door."""
 
@@ -98,6 +109,7 @@ class Gateway(Section):
     drain_timeout_s: Annotated[float, Field(ge=0)] = 300.0
     max_message_bytes: Annotated[int, Field(ge=65536, le=1 << 30)] = 16 * 1024 * 1024
     queue: Queue = Queue()
+    resume: Resume = Resume()
 
     def siblings(self, process: int) -> tuple[str, ...]:
         """Link addresses of the other processes, each `:port` on the host on which this one is dialled."""
@@ -123,15 +135,10 @@ class Gateway(Section):
 
     @model_validator(mode="after")
     def _only_loopback_is_open(self) -> Gateway:
-        link, admin = self.listen.link, self.listen.admin
+        link = self.listen.link
         if not is_loopback(link) and self.link_tls is None:
             raise ValueError(
                 f"listen.link is {link}, off loopback, and link_tls is not set: "
                 "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback"
-            )
-        if not is_loopback(admin):
-            raise ValueError(
-                f"listen.admin is {admin}, off loopback, and the admin port has no authentication in this release: "
-                "listen on 127.0.0.1 and put an authenticating proxy before it"
             )
         return self

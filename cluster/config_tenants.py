@@ -66,10 +66,11 @@ class Oidc(Section):
 
 
 class ClientCertificate(Section):
-    """A client certificate's alternative name, a URI or a DNS name, and the tenant it is."""
+    """A client certificate's alternative name, a URI or a DNS name; the tenant it is, and in which role."""
 
     san: Annotated[str, Field(min_length=1)]
     tenant: str
+    role: Literal["caller", "viewer", "tenant_admin", "operator"] = "caller"
 
     @field_validator("san")
     @classmethod
@@ -266,6 +267,8 @@ class TenantDefaults(_TenantFields):
     def policy(self, name: str, own: Mapping[str, Any] | None = None) -> TenantPolicy:
         """A tenant's whole policy: these defaults, and over them its own fields by the configuration's names
         (`class`, `limits` key by key). Raises PolicyError."""
+        if name in RESERVED_TENANTS:
+            raise PolicyError("name", f"{name!r} is a word of Headrace's own: choose another")
         whole: dict[str, Any] = {"name": name, **_plain(self)}
         for key, value in (own or {}).items():
             mapped = isinstance(whole.get(key), dict) and isinstance(value, Mapping)

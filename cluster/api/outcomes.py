@@ -33,6 +33,9 @@ class Outcome(enum.StrEnum):
     ADAPTER_INVALID = "adapter_invalid"
     UNSUPPORTED_FEATURE = "unsupported_feature"
     MANAGED_BY_FILE = "managed_by_file"
+    NOT_FOUND = "not_found"
+    ALREADY_EXISTS = "already_exists"
+    PERMISSION_DENIED = "permission_denied"
     INTERNAL = "internal"
 
 
@@ -69,6 +72,9 @@ FAULTS: dict[Outcome, Fault] = {
     Outcome.ADAPTER_INVALID: Fault("INVALID_ARGUMENT", 400),
     Outcome.UNSUPPORTED_FEATURE: Fault("UNIMPLEMENTED", 400),
     Outcome.MANAGED_BY_FILE: Fault("FAILED_PRECONDITION", 409),
+    Outcome.NOT_FOUND: Fault("NOT_FOUND", 404),
+    Outcome.ALREADY_EXISTS: Fault("ALREADY_EXISTS", 409),
+    Outcome.PERMISSION_DENIED: Fault("PERMISSION_DENIED", 403),
     Outcome.INTERNAL: Fault("INTERNAL", 500),
 }
 

@@ -12,6 +12,10 @@ class EngineDead(Exception):
     """The engine has stopped for good; its process must end so that Ray sees a dead actor at once."""
 
 
+class EngineSick(EngineDead):
+    """The engine runs and answers wrongly; it goes the way of a dead one. The message names its node."""
+
+
 class EngineRefused(Exception):
     """The engine does not take this request, and is unharmed. `reason` names an Outcome, `field` a field."""
 

@@ -93,6 +93,13 @@ class TokenOutput:
     """With finish ERROR: what happened, for logs."""
 
 
+RESUME_EXACT = "resume:exact"
+"""Capability: emitted tokens are taken as output, and every parameter goes on as if there had been no cut."""
+
+RESUME_PLAIN = "resume:plain"
+"""Capability: emitted tokens are taken as prompt; with frequency or presence penalty, seed or grammar it refuses."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What an engine is, fixed once it has started."""
@@ -121,7 +128,12 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What an engine is doing now. `steps` only grows; `kv_usage` in [0, 1]; `step_s` the last step's length."""
+    """What an engine is doing now. `steps` only grows; `kv_usage` in [0, 1]; `step_s` the last step's length.
+
+    A step that stands (`running` above 0, `steps` the same, `step_age_s` far beyond `step_p99_s`) is a hang unless
+    `busy` says what the engine is at: `start`, `prefill`, `grammar` or `adapter`. It says so only while that work can
+    explain the time that the step has taken, so an engine that hangs with a full queue soon states no work.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -129,6 +141,12 @@ class EngineLoad:
     steps: int = 0
     step_s: float = 0.0
     busy: str = ""
+    step_age_s: float = 0.0
+    """For how long the step under way has run; 0 when there is nothing to do."""
+    step_p99_s: float = 0.0
+    """Of the last few thousand steps; 0 before the first."""
+    prefill_tokens: int = 0
+    """Tokens of the prompts that have no output yet, those in the engine's queue included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +161,16 @@ class WorkerIdentity:
     bundle_digest: str = ""
     ray_cluster: str = "local"
     node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """What two workers must have in common for one to go on with what the other has begun: weights, tokenizer, and the
+    engine's arithmetic (dtype, quantization, parallelism)."""
+
+    weight_digest: str
+    bundle_digest: str
+    engine_class: str
 
 
 @dataclass(frozen=True, slots=True)

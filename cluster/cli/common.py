@@ -23,6 +23,7 @@ from cluster.config import Config, ConfigError, load
 
 OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
 ADMIN_PORT = 50053
+_CODES = {"INVALID_FIELD": USAGE, "STORE_UNAVAILABLE": UNREACHABLE_CODE}
 
 # Tables are cut to the terminal's width; where there is no terminal nobody's lines end at 80 characters.
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
@@ -124,7 +125,7 @@ def make_client(
 
 @contextlib.contextmanager
 def rpc_errors(endpoint: str) -> Iterator[None]:
-    """A failed call becomes one line; exit code 3 when nobody answers, else 1."""
+    """A failed call becomes one line; exit code 3 when nobody answers, 2 for a bad value, else 1."""
     try:
         try:
             yield
@@ -134,4 +135,4 @@ def rpc_errors(endpoint: str) -> Iterator[None]:
         if error.reason == UNREACHABLE:
             fail(f"{error.message}; is the cluster up? `headrace status`, `headrace up -f FILE`", UNREACHABLE_CODE)
         pause = f" (try again in {error.retry_after_s:g} s)" if error.retry_after_s else ""
-        fail(f"{error.reason}: {error.message}{pause}")
+        fail(f"{error.reason}: {error.message}{pause}", _CODES.get(error.reason, FAILED))

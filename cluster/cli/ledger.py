@@ -1,6 +1,6 @@
 """What the commands about tenants share: the ledger they open, how it refuses, and how rows are shown.
 
-The database is that of --database-url, else of the file's store.database_url, else the local one in the cache folder.
+Its database is that of --database-url, else of the file's store.database_url, else the local one in the cache folder.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.table import Table
 from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, out
 from cluster.config import cache_dir
 from cluster.config_tenants import Auth, Cost, Store, TenantDefaults
+from cluster.ledger.rows import Rates
 from cluster.tenancy.policy import PolicyError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ PepperOption = Annotated[
     Path | None, typer.Option("--pepper-file", help="The file of auth.api_keys.pepper_file.", dir_okay=False)
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit log.")]
+RequiredReasonOption = Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class Settings:
     pepper_file: Path
     defaults: TenantDefaults
     cost: Cost | None
+
+    @property
+    def rates(self) -> Rates | None:
+        """Of the file's cost section."""
+        return Rates(self.cost.currency, dict(self.cost.gpu_hour)) if self.cost else None
 
 
 def local_pepper() -> Path:

@@ -23,6 +23,7 @@ import grpc
 import yaml
 
 from cluster.admin.v1 import admin_pb2
+from cluster.cli.access import local_access
 from cluster.cli.children import Child, keep_alive
 from cluster.cli.look import Admin
 from cluster.cli.processes import part_name
@@ -91,7 +92,7 @@ class LocalCluster:
     async def wait_for_models(self, step: Step) -> list[admin_pb2.CatalogEntry]:
         """Until each model is READY or FAILED, by what the gateway says. Raises StartFailed if none became READY."""
         wanted = {model.name for model in self.config.models}
-        admin = Admin(self.endpoints["admin"])
+        admin = Admin(local_access(self.endpoints["admin"], self.config))
         try:
             while True:
                 entries = await self._catalog(admin)

@@ -1,43 +1,43 @@
-"""Commands for operators: status and workers, read from the gateway's admin API."""
+"""Commands for operators: status, workers and abort, over the gateway's admin API."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import grpc
+import typer
 from google.protobuf.json_format import MessageToDict
 from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.cli import siblings
+from cluster.cli.access import Access, reach
 from cluster.cli.common import (
     AdminOption,
     ApiKeyOption,
     EndpointOption,
     JsonOption,
-    admin_endpoint,
-    api_key,
+    TlsCaOption,
+    fail,
     local_run,
     out,
     print_json,
     rpc_errors,
 )
-from cluster.client.options import Options
+from cluster.client.errors import from_rpc
 
 TIMEOUT_S = 10.0
 PAGE_SIZE = 500
 
 
 class Admin:
-    """The read-only admin API, every page of it."""
+    """A gateway's fleet and catalog, every page of them."""
 
-    def __init__(self, endpoint: str, key: str = "") -> None:
-        """`key` goes with each call."""
-        self.endpoint = endpoint
-        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
-        self._channel = grpc.insecure_channel(endpoint, options=Options(endpoint).channel_options())
+    def __init__(self, access: Access) -> None:
+        self._metadata = access.metadata
+        self._channel = access.channel()
         self._fleet = admin_pb2_grpc.FleetStub(self._channel)
         self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
 
@@ -69,6 +69,12 @@ class Admin:
             if not page:
                 return found, answer.age_s
 
+    def abort(self, request_id: str, tenant: str, reason: str) -> int:
+        """End the calls of a request id on this gateway; how many. Raises grpc.RpcError."""
+        parent = f"tenants/{tenant}" if tenant else ""
+        request = admin_pb2.AbortRequestRequest(request_id=request_id, parent=parent, reason=reason)
+        return int(self._fleet.AbortRequest(request, timeout=TIMEOUT_S, metadata=self._metadata).aborted)
+
 
 def plain(message: Any) -> dict[str, Any]:
     """A message as a dictionary with every field, unset ones too, and 64-bit numbers as numbers."""
@@ -81,10 +87,12 @@ def plain(message: Any) -> dict[str, Any]:
     return row
 
 
-def gather(endpoint: str | None, admin_address: str | None, api_key_file: Path | None = None) -> dict[str, Any]:
+def gather(
+    endpoint: str | None, admin_address: str | None, api_key_file: Path | None = None, tls_ca: Path | None = None
+) -> dict[str, Any]:
     """What `status --json` prints. Ends the command when the gateway is unreachable."""
-    address = admin_endpoint(endpoint, admin_address)
-    admin = Admin(address, api_key(api_key_file))
+    access = reach(endpoint, admin_address, api_key_file, tls_ca)
+    address, admin = access.address, Admin(access)
     try:
         with rpc_errors(address):
             entries, age_s = admin.catalog()
@@ -116,9 +124,10 @@ def status(
     endpoint: EndpointOption = None,
     admin: AdminOption = None,
     api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
 ) -> None:
     """Show where the cluster answers, its models and its workers."""
-    found = gather(endpoint, admin, api_key_file)
+    found = gather(endpoint, admin, api_key_file, tls_ca)
     if as_json:
         print_json(found)
         return
@@ -142,13 +151,46 @@ def workers(
     endpoint: EndpointOption = None,
     admin: AdminOption = None,
     api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
 ) -> None:
     """List the workers that are linked to the gateway."""
-    rows = gather(endpoint, admin, api_key_file)["workers"]
+    rows = gather(endpoint, admin, api_key_file, tls_ca)["workers"]
     if as_json:
         print_json(rows)
     else:
         out.print(_worker_table(rows))
+
+
+def abort(
+    request_id: Annotated[str, typer.Argument(help="The call's x-request-id, or its answer's id.", show_default=False)],
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)],
+    tenant: Annotated[str, typer.Option("--tenant", help="Only this tenant's: callers choose request ids.")] = "",
+    endpoint: EndpointOption = None,
+    admin: Annotated[
+        list[str] | None, typer.Option("--admin", help="A gateway's admin address; repeats: each is asked.")
+    ] = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """End a running call. A gateway knows its own host's calls only: name each gateway that may have it."""
+    aborted, missing = 0, ""
+    for address in admin or [""]:
+        access = reach(endpoint, address or None, api_key_file, tls_ca)
+        asked = Admin(access)
+        try:
+            with rpc_errors(access.address):
+                try:
+                    aborted += asked.abort(request_id, tenant, reason)
+                except grpc.RpcError as error:
+                    found = from_rpc(error, endpoint=access.address)
+                    if found.reason != "NOT_FOUND":
+                        raise
+                    missing = found.message
+        finally:
+            asked.close()
+    if not aborted:
+        fail(missing)
+    out.print(f"aborted {aborted} {'call' if aborted == 1 else 'calls'}", markup=False)
 
 
 def _gateway_table(rows: list[dict[str, Any]]) -> Table:

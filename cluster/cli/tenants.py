@@ -1,34 +1,20 @@
-"""Commands about tenants and their API keys. They work on the ledger's database itself."""
+"""Commands about tenants and their API keys; see desk.py for where they work."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import yaml
 
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
-from cluster.cli.ledger import (
-    DAY_S,
-    PAGE,
-    ConfigOption,
-    PepperOption,
-    ReasonOption,
-    Settings,
-    UrlOption,
-    opened,
-    pair,
-    settings,
-    show_table,
-    shown_time,
-)
+from cluster.cli.desk import at_desk
+from cluster.cli.ledger import DAY_S, ReasonOption, RequiredReasonOption, pair, show_table, shown_time
 from cluster.config_tenants import on_is_a_word
-
-if TYPE_CHECKING:
-    from cluster.ledger.keys import NewKey, StoredKey
-    from cluster.ledger.tenants import StoredTenant
+from cluster.ledger.desk import ROTATION_S, Desk
+from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, key_state
 
 tenants_app = typer.Typer(no_args_is_help=True, help="Tenants: who may use what, and how much of it.")
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of a tenant. A key is shown once, when it is made.")
@@ -69,7 +55,9 @@ def _changes(
 
 
 @tenants_app.command("create")
+@at_desk()
 def create_tenant(
+    desk: Desk,
     name: NameArgument,
     class_: ClassOption = None,
     weight: WeightOption = None,
@@ -77,41 +65,31 @@ def create_tenant(
     label: LabelOption = None,
     sets: SetOption = None,
     reason: ReasonOption = "",
-    file: ConfigOption = None,
-    database_url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a tenant: the file's tenant_defaults, and over them what is given here."""
-    chosen = settings(file, database_url)
-    with opened(chosen) as ledger:
-        policy = chosen.defaults.policy(name, _changes(class_, weight, model, label, sets))
-        made = ledger.tenants.create(policy)
-        ledger.record("tenants.create", f"tenants/{name}", tenant=name, reason=reason)
+    """Make a tenant: the configuration's tenant_defaults, and over them what is given here."""
+    made = desk.create_tenant(name, _changes(class_, weight, model, label, sets), reason=reason)
     _show_tenants([made], as_json, one=True)
 
 
 @tenants_app.command("get")
-def get_tenant(
-    name: NameArgument, file: ConfigOption = None, database_url: UrlOption = None, as_json: JsonOption = False
-) -> None:
+@at_desk()
+def get_tenant(desk: Desk, name: NameArgument, as_json: JsonOption = False) -> None:
     """Show one tenant."""
-    with opened(settings(file, database_url)) as ledger:
-        found = ledger.tenants.get(name)
-    _show_tenants([found], as_json, one=True)
+    _show_tenants([desk.get_tenant(name)], as_json, one=True)
 
 
 @tenants_app.command("list")
-def list_tenants(file: ConfigOption = None, database_url: UrlOption = None, as_json: JsonOption = False) -> None:
+@at_desk()
+def list_tenants(desk: Desk, as_json: JsonOption = False) -> None:
     """List all tenants."""
-    found: list[StoredTenant] = []
-    with opened(settings(file, database_url)) as ledger:
-        while page := ledger.tenants.list(after=found[-1].policy.name if found else "", limit=PAGE):
-            found += page
-    _show_tenants(found, as_json)
+    _show_tenants(list(desk.tenants()), as_json)
 
 
 @tenants_app.command("update")
+@at_desk()
 def update_tenant(
+    desk: Desk,
     name: NameArgument,
     class_: ClassOption = None,
     weight: WeightOption = None,
@@ -119,138 +97,101 @@ def update_tenant(
     label: LabelOption = None,
     sets: SetOption = None,
     reason: ReasonOption = "",
-    file: ConfigOption = None,
-    database_url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Change what is given; the rest stays. A value of null takes away: --set limits.daily_tokens=null"""
     changes = _changes(class_, weight, model, label, sets)
     if not changes:
         fail("nothing to change is given", USAGE)
-    with opened(settings(file, database_url)) as ledger:
-        changed = ledger.tenants.update(name, changes)
-        ledger.record("tenants.update", f"tenants/{name}", tenant=name, reason=reason)
-    _show_tenants([changed], as_json, one=True)
+    _show_tenants([desk.update_tenant(name, changes, reason=reason)], as_json, one=True)
 
 
 @tenants_app.command("suspend")
-def suspend_tenant(
-    name: NameArgument, reason: ReasonOption = "", file: ConfigOption = None, database_url: UrlOption = None
-) -> None:
+@at_desk()
+def suspend_tenant(desk: Desk, name: NameArgument, reason: RequiredReasonOption) -> None:
     """Stop a tenant's calls, everywhere within two seconds."""
-    _suspend(name, True, reason, settings(file, database_url))
+    desk.suspend_tenant(name, True, reason=reason)
+    out.print(f"suspended {name}", markup=False)
 
 
 @tenants_app.command("resume")
-def resume_tenant(
-    name: NameArgument, reason: ReasonOption = "", file: ConfigOption = None, database_url: UrlOption = None
-) -> None:
+@at_desk()
+def resume_tenant(desk: Desk, name: NameArgument, reason: ReasonOption = "") -> None:
     """Let a suspended tenant call again."""
-    _suspend(name, False, reason, settings(file, database_url))
-
-
-def _suspend(name: str, suspended: bool, reason: str, chosen: Settings) -> None:
-    with opened(chosen) as ledger:
-        ledger.tenants.suspend(name, suspended)
-        action = "tenants.suspend" if suspended else "tenants.resume"
-        ledger.record(action, f"tenants/{name}", tenant=name, reason=reason)
-    out.print(f"{'suspended' if suspended else 'resumed'} {name}", markup=False)
+    desk.suspend_tenant(name, False, reason=reason)
+    out.print(f"resumed {name}", markup=False)
 
 
 @tenants_app.command("delete")
+@at_desk()
 def delete_tenant(
+    desk: Desk,
     name: NameArgument,
+    reason: RequiredReasonOption,
     erase: Annotated[
         bool, typer.Option("--erase", help="Remove its usage and audit rows too; not to be undone.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    reason: ReasonOption = "",
-    file: ConfigOption = None,
-    database_url: UrlOption = None,
 ) -> None:
     """Take a tenant away: its keys stop at once. Its usage stays unless it is erased."""
     if erase and not yes:
         typer.confirm(f"Erase every record of {name}? This cannot be undone", abort=True)
-    with opened(settings(file, database_url)) as ledger:
-        if erase:
-            from cluster.ledger.tenants import digest_of_name
-
-            rows = ledger.erase(name)
-            # who erased and why stays; whose name it was does not
-            ledger.record("tenants.erase", f"tenants/{digest_of_name(name)[:16]}", reason=reason.replace(name, "…"))
-            out.print(f"erased {name}: {rows} rows", markup=False)
-        else:
-            ledger.tenants.delete(name)
-            ledger.record("tenants.delete", f"tenants/{name}", tenant=name, reason=reason)
-            out.print(f"deleted {name}", markup=False)
+    rows = desk.delete_tenant(name, erase=erase, reason=reason)
+    out.print(f"erased {name}: {rows} rows" if erase else f"deleted {name}", markup=False)
 
 
 @keys_app.command("create")
+@at_desk(keys=True)
 def create_key(
+    desk: Desk,
     tenant: NameArgument,
     name: Annotated[str, typer.Option("--name", help="What it is for.")] = "",
     expires_days: Annotated[float | None, typer.Option("--expires-days", help="Days until it expires.")] = None,
     role: Annotated[str, typer.Option("--role", help="caller, viewer, tenant_admin or operator.")] = "caller",
     reason: ReasonOption = "",
-    file: ConfigOption = None,
-    database_url: UrlOption = None,
-    pepper_file: PepperOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a key and show it, this once."""
-    with opened(settings(file, database_url, pepper_file), keys=True) as ledger:
-        made = ledger.keys.create(tenant, name, expires_at=_expiry(expires_days), role=role)
-        ledger.record("keys.create", f"tenants/{tenant}/keys/{made.stored.id}", tenant=tenant, reason=reason)
+    made = desk.create_key(tenant, name, expires_at=_expiry(expires_days), role=role, reason=reason)
     _show_new_key(made, as_json)
 
 
 @keys_app.command("list")
-def list_keys(
-    tenant: NameArgument, file: ConfigOption = None, database_url: UrlOption = None, as_json: JsonOption = False
-) -> None:
+@at_desk()
+def list_keys(desk: Desk, tenant: NameArgument, as_json: JsonOption = False) -> None:
     """List a tenant's keys; the keys themselves nobody can read."""
-    with opened(settings(file, database_url)) as ledger:
-        found = ledger.keys.list(tenant)
+    found = desk.keys(tenant)
     rows = [_plain_key(one) for one in found]
     if as_json:
         print_json(rows)
         return
-    show_table([{**row, "state": _key_state(one)} for row, one in zip(rows, found, strict=True)], "no keys")
+    now_s = time.time()
+    show_table([{**row, "state": key_state(one, now_s)} for row, one in zip(rows, found, strict=True)], "no keys")
 
 
 @keys_app.command("rotate")
+@at_desk(keys=True)
 def rotate_key(
+    desk: Desk,
     tenant: NameArgument,
     key: KeyArgument,
     overlap_s: Annotated[
         float, typer.Option("--overlap-s", help="Seconds for which the old key still works.", min=0)
-    ] = DAY_S,
+    ] = ROTATION_S,
     expires_days: Annotated[float | None, typer.Option("--expires-days", help="Days until the new expires.")] = None,
     reason: ReasonOption = "",
-    file: ConfigOption = None,
-    database_url: UrlOption = None,
-    pepper_file: PepperOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a key's successor and show it, this once; the old key goes on for a while."""
-    with opened(settings(file, database_url, pepper_file), keys=True) as ledger:
-        made = ledger.keys.rotate(tenant, key, overlap_s=overlap_s, expires_at=_expiry(expires_days))
-        ledger.record("keys.rotate", f"tenants/{tenant}/keys/{key}", tenant=tenant, reason=reason)
+    made = desk.rotate_key(tenant, key, overlap_s=overlap_s, expires_at=_expiry(expires_days), reason=reason)
     _show_new_key(made, as_json)
 
 
 @keys_app.command("revoke")
-def revoke_key(
-    tenant: NameArgument,
-    key: KeyArgument,
-    reason: ReasonOption = "",
-    file: ConfigOption = None,
-    database_url: UrlOption = None,
-) -> None:
+@at_desk()
+def revoke_key(desk: Desk, tenant: NameArgument, key: KeyArgument, reason: RequiredReasonOption) -> None:
     """End a key, everywhere within two seconds."""
-    with opened(settings(file, database_url)) as ledger:
-        ledger.keys.revoke(tenant, key)
-        ledger.record("keys.revoke", f"tenants/{tenant}/keys/{key}", tenant=tenant, reason=reason)
+    desk.revoke_key(tenant, key, reason=reason)
     out.print(f"revoked {key}", markup=False)
 
 
@@ -262,12 +203,6 @@ def _plain_key(key: StoredKey) -> dict[str, Any]:
     times = {"created_at": key.created_at, "expires_at": key.expires_at, "revoked_at": key.revoked_at}
     named = {"id": key.id, "tenant": key.tenant, "name": key.name, "role": key.role}
     return {**named, **{name: shown_time(at_s) for name, at_s in times.items()}, "rotated_from": key.rotated_from}
-
-
-def _key_state(key: StoredKey) -> str:
-    if key.revoked_at is not None:
-        return "revoked"
-    return "expired" if key.expires_at is not None and key.expires_at <= time.time() else "active"
 
 
 def _show_new_key(made: NewKey, as_json: bool) -> None:

@@ -2,15 +2,13 @@
 
 AsyncLLM gives every request a generator, an output processor and a task switch a token. Here the engine core's own
 message of a step is read as it is (at 64 streams about a fifth of the CPU time a token). The price is private
-names, which move between releases: all of them stand in SYMBOLS, `missing` checks them at start, and where one is
+names, which move between releases: all of them stand in SYMBOLS, which is checked at start, and where one is
 missing the engine goes through public AsyncLLM instead (public.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,10 +16,13 @@ from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
 from cluster.engine.paths import Live, StepStats
 
-# Dotted path -> the names used on it: parameters of a function or method, fields of a class.
+NAN_MESSAGE = "NaN in the logits"
+NOT_ITS_GRAMMAR = "the emitted tokens do not follow response_format, or it could not be compiled"
+
 SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.renderers.renderer_from_config": ("config",),
     "vllm.renderers.BaseRenderer.shutdown": (),
+    "vllm.renderers.BaseRenderer.get_eos_token_id": (),
     "vllm.transformers_utils.config.maybe_register_config_serialize_by_value": (),
     "vllm.v1.engine.input_processor.InputProcessor": ("vllm_config", "renderer"),
     "vllm.v1.engine.input_processor.InputProcessor.process_inputs": (
@@ -52,6 +53,7 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "finish_reason",
         "stop_reason",
         "prefill_stats",
+        "num_nans_in_logits",
     ),
     "vllm.v1.engine.FinishReason": ("STOP", "LENGTH", "ABORT", "ERROR", "REPETITION"),
     "vllm.v1.engine.exceptions.EngineDeadError": (),
@@ -65,44 +67,6 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.outputs.LogprobsLists": ("logprob_token_ids", "logprobs"),
 }
-
-
-def resolve(path: str) -> Any:
-    """The object at a dotted path: a module's attribute, or deeper. Raises ImportError, AttributeError."""
-    parts = path.split(".")
-    for cut in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for name in parts[cut:]:
-            found = getattr(found, name)
-        return found
-    raise ImportError(path)
-
-
-def _names(symbol: Any) -> set[str]:
-    names = set(getattr(symbol, "__struct_fields__", ())) | set(getattr(symbol, "_fields", ()))
-    names |= set(getattr(symbol, "__members__", ()))
-    if dataclasses.is_dataclass(symbol):
-        names |= {field.name for field in dataclasses.fields(symbol)}
-    if callable(symbol):
-        names |= set(inspect.signature(symbol).parameters)
-    return names
-
-
-def missing(symbols: Mapping[str, Sequence[str]] = SYMBOLS) -> list[str]:
-    """The entries of the table that this vLLM does not have, as `path` or `path: name`; empty when all is there."""
-    lacking = []
-    for path, fields in symbols.items():
-        try:
-            symbol = resolve(path)
-            names = _names(symbol) if fields else set()
-        except (ImportError, AttributeError, ValueError):
-            lacking.append(path)
-            continue
-        lacking += [f"{path}: {field}" for field in fields if field not in names]
-    return lacking
 
 
 class FastPath:
@@ -166,22 +130,28 @@ class FastPath:
             step = await self._core.get_output_async()
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
-        stats, seen = self.stats, step.scheduler_stats
-        stats.steps += 1
-        if seen is not None:
-            stats.running = seen.num_running_reqs
-            stats.waiting = seen.num_waiting_reqs + seen.num_skipped_waiting_reqs
-            stats.kv_usage = seen.kv_cache_usage
+        self.stats.stepped(time.monotonic(), step.scheduler_stats)
+        poisoned = [o.request_id for o in step.outputs if o.num_nans_in_logits and o.request_id in live]
+        if poisoned:  # first: others may be aborted meanwhile
+            await self.abort(poisoned)
         outputs = []
         for given in step.outputs:
             record = live.get(given.request_id)
             if record is None:  # aborted, while the step was under way
+                continue
+            if given.num_nans_in_logits:
+                outputs.append(TokenOutput(given.request_id, (), FinishReason.ERROR, message=NAN_MESSAGE))
                 continue
             output = TokenOutput(given.request_id, given.new_token_ids)
             if record.first or given.finish_reason is not None or given.new_logprobs is not None:
                 _complete(output, given, record)
             outputs.append(output)
         return outputs
+
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's."""
+        found = self._renderer.get_eos_token_id()
+        return None if found is None else int(found)
 
     def dead(self) -> bool:
         """What the client's monitor thread knows."""
@@ -195,7 +165,8 @@ class FastPath:
 
 def _complete(output: TokenOutput, given: Any, record: Live) -> None:
     """The parts that most outputs do not have: first, last, with log probabilities."""
-    if record.first:
+    first, record.first = record.first, False
+    if first:
         output.prompt_tokens = record.prompt_tokens
         if given.prefill_stats is not None:
             output.cached_tokens = min(given.prefill_stats.num_cached_tokens, record.prompt_tokens)
@@ -204,7 +175,8 @@ def _complete(output: TokenOutput, given: Any, record: Live) -> None:
         if given.stop_reason in record.stop_token_ids:
             output.stop_token_id = given.stop_reason
         if output.finish is FinishReason.ERROR:
-            output.message = "the engine could not go on with this request"
+            refused = record.grammar and record.emitted_tokens and first
+            output.message = NOT_ITS_GRAMMAR if refused else "the engine could not go on with this request"
     if given.new_logprobs is not None and record.logprobs is not None:
         width = record.logprobs + 1
         rows = zip(given.new_logprobs.logprob_token_ids, given.new_logprobs.logprobs, strict=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.api.types import TokenOutput
+from cluster.engine.pace import Pace
 
 
 @dataclass(slots=True)
@@ -17,17 +18,38 @@ class Live:
     logprobs: int | None
     stop_token_ids: frozenset[int]
     grammar: bool
+    emitted_tokens: int = 0
+    """By another engine, before this one took the request."""
     first: bool = True
+    """Until the path has made an output of it."""
+    waits: bool = True
+    """Until the engine has seen one: one look at the path may find several."""
 
 
 @dataclass(slots=True)
 class StepStats:
-    """The scheduler's statistics of the last step, and how many steps there were."""
+    """The scheduler's statistics of the last step, how many steps there were, and how long they take."""
 
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
     steps: int = 0
+    live: int = 0
+    prefill_tokens: int = 0
+    """Of live requests without an output; with `live` kept by the engine."""
+    pace: Pace = field(default_factory=Pace)
+
+    def stepped(self, now: float, seen: Any) -> None:
+        """A step has ended, with vLLM's SchedulerStats or None."""
+        self.steps += 1
+        if self.running or seen is None or seen.num_running_reqs:
+            self.pace.step(now, goes_on=self.live > 0)
+        elif self.live:
+            self.pace.began(now)  # an empty turn of the engine core, while a grammar is compiled
+        if seen is not None:
+            self.running = seen.num_running_reqs
+            self.waiting = seen.num_waiting_reqs + seen.num_skipped_waiting_reqs
+            self.kv_usage = seen.kv_cache_usage
 
 
 class EnginePath(Protocol):
@@ -49,6 +71,9 @@ class EnginePath(Protocol):
 
     async def collect(self, live: Mapping[str, Live]) -> list[TokenOutput]:
         """Wait for one step and return its outputs for live requests; may be empty."""
+
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's EOS, which ends a request beside those of the generation config."""
 
     def dead(self) -> bool:
         """Whether the engine core is known to be dead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,11 +29,7 @@ def _stat_logger(stats: StepStats) -> Any:
             pass
 
         def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
-            stats.steps += 1
-            if scheduler_stats is not None:
-                stats.running = scheduler_stats.num_running_reqs
-                stats.waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
-                stats.kv_usage = scheduler_stats.kv_cache_usage
+            stats.stepped(time.monotonic(), scheduler_stats)
 
         def log_engine_initialized(self) -> None:
             pass
@@ -114,6 +111,11 @@ class PublicPath:
                 outputs.append(_output(request_id, given, record))
         return outputs
 
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's."""
+        tokenizer = self._llm.renderer.tokenizer
+        return None if tokenizer is None else tokenizer.eos_token_id
+
     def dead(self) -> bool:
         """What AsyncLLM knows."""
         return bool(self._llm.errored)
@@ -129,6 +131,7 @@ def _output(request_id: str, given: Any, record: Live) -> TokenOutput:
     completion = given.outputs[0]
     output = TokenOutput(request_id, list(completion.token_ids))
     if record.first:
+        record.first = False
         output.prompt_tokens = record.prompt_tokens
         if given.num_cached_tokens is not None:
             output.cached_tokens = min(given.num_cached_tokens, record.prompt_tokens)

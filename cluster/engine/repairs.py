@@ -13,6 +13,8 @@ import importlib.metadata
 import os
 from typing import Any
 
+from cluster.engine.symbols import missing
+
 SEEDS_VERSIONS = ("0.32.0",)
 ACTIVE = "HEADRACE_REPAIRS"
 """Environment: set by an engine for its processes; a vLLM that merely has this package beside it stays as it is."""
@@ -94,11 +96,29 @@ def seeds_are_safe() -> bool:
 
 
 def apply() -> None:
-    """Plugin for vllm.general_plugins, loaded in every vLLM process. Idempotent; does nothing outside our engines."""
+    """Plugin for vllm.general_plugins, loaded in every vLLM process. Idempotent; does nothing outside our engines.
+
+    It also installs what continues a call exactly (resume.py), which builds on the repaired generators.
+    """
     if not os.environ.get(ACTIVE) or "seeds" in _applied or _version() not in SEEDS_VERSIONS:
         return
     from vllm.platforms import current_platform
 
+    from cluster.engine import resume
+
     if current_platform.is_cpu():
         _repair_seeds()
+        if _version() in resume.VERSIONS and not missing(resume.SYMBOLS):
+            resume.install()
     _applied.add("seeds")
+
+
+def why_resume_is_plain(config: Any) -> str:
+    """Why engines of this VllmConfig continue a call as a new prompt; empty where they do it exactly."""
+    from cluster.engine import resume
+
+    if _version() not in resume.VERSIONS:
+        return f"vLLM {_version()} is not known"
+    if not loaded_in_ranks():
+        return f"the plugin {PLUGIN} is not loaded in vLLM's processes"
+    return resume.why_plain(config)

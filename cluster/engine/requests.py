@@ -14,6 +14,7 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, Sampling
 from cluster.engine.grammars import check_grammar, structured_outputs
+from cluster.engine.resume import extra_args
 
 MAX_STOP_TOKEN_IDS = 1024
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
@@ -32,6 +33,9 @@ class Limits:
     vocab_size: int
     max_logprobs: int
     seeds: bool = True
+    eos_token_ids: frozenset[int] = frozenset()
+    exact_resume: bool = True
+    """Whether emitted tokens can be installed as output (resume.py)."""
 
 
 def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIELD) -> EngineRefused:
@@ -56,7 +60,7 @@ def check(request: EngineRequest, limits: Limits) -> None:
     if request.sampling.grammar is not None:
         check_grammar(request.sampling.grammar)
     if request.emitted_token_ids:
-        _check_resume(request)
+        _check_resume(request, limits)
 
 
 def _check_tokens(request: EngineRequest, limits: Limits) -> None:
@@ -119,11 +123,16 @@ def _check_ids(sampling: Sampling, limits: Limits) -> None:
         raise refused("logit_bias", "biases must be finite numbers")
 
 
-def _check_resume(request: EngineRequest) -> None:
-    """Refuse what prompt + emitted tokens as a new prompt would continue differently, rather than differ silently."""
+def _check_resume(request: EngineRequest, limits: Limits) -> None:
+    """Refuse a call that had ended, and one that this engine would continue differently."""
     sampling = request.sampling
     if len(request.emitted_token_ids) >= sampling.max_tokens:
         raise refused("emitted_token_ids", "max_tokens are emitted already; the call is at its end")
+    ends = set(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else limits.eos_token_ids)
+    if not ends.isdisjoint(request.emitted_token_ids):
+        raise refused("emitted_token_ids", "a token that ends the call is among them; the call is at its end")
+    if limits.exact_resume:
+        return
     restarts = (
         ("frequency_penalty", sampling.frequency_penalty != 0),
         ("presence_penalty", sampling.presence_penalty != 0),
@@ -133,21 +142,21 @@ def _check_resume(request: EngineRequest) -> None:
     for field, differs in restarts:
         if differs:
             raise refused(
-                field, "a call with it cannot be continued exactly on another worker", Outcome.RESUME_UNSUPPORTED
+                field, "a call with it cannot be continued exactly on this engine", Outcome.RESUME_UNSUPPORTED
             )
 
 
 def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
     """Whether validation takes longer than an event loop may stand still (about a millisecond)."""
-    return request.sampling.grammar is not None or len(request.prompt_token_ids) > inline_tokens
+    return request.sampling.grammar is not None or (
+        len(request.prompt_token_ids) + len(request.emitted_token_ids) > inline_tokens
+    )
 
 
-def prompt_of(request: EngineRequest) -> dict[str, Any]:
-    """vLLM's token input: prompt and emitted ids, and the salt of the prefix cache."""
-    prompt: dict[str, Any] = {
-        "type": "token",
-        "prompt_token_ids": [*request.prompt_token_ids, *request.emitted_token_ids],
-    }
+def prompt_of(request: EngineRequest, limits: Limits) -> dict[str, Any]:
+    """vLLM's token input, with the salt of the prefix cache. Emitted ids are part of it where they cannot be output."""
+    emitted = () if limits.exact_resume else request.emitted_token_ids
+    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*request.prompt_token_ids, *emitted]}
     if request.cache_salt:
         prompt["cache_salt"] = request.cache_salt
     return prompt
@@ -158,13 +167,14 @@ def sampling_params(request: EngineRequest, limits: Limits) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    sampling = request.sampling
-    emitted = len(request.emitted_token_ids)
-    room = limits.max_model_len - len(request.prompt_token_ids) - emitted
-    max_tokens = min(sampling.max_tokens - emitted, room)
+    sampling, emitted = request.sampling, request.emitted_token_ids
+    as_prompt = 0 if limits.exact_resume else len(emitted)
+    room = limits.max_model_len - len(request.prompt_token_ids) - as_prompt
+    max_tokens = min(sampling.max_tokens - as_prompt, room)
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=max(0, min(sampling.min_tokens - emitted, max_tokens)),
+        min_tokens=max(0, min(sampling.min_tokens - as_prompt, max_tokens)),
+        extra_args=extra_args(emitted) if emitted and limits.exact_resume else None,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k if 0 < sampling.top_k < limits.vocab_size else 0,

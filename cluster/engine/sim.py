@@ -7,10 +7,15 @@ on command (`fail`, `kill`, or `fault=` in the source).
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import os
+import signal
+import time
 from collections.abc import Sequence
 
 from cluster.api.ports import EngineDead, EngineRefused
-from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput
+from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
+from cluster.engine.pace import LEAST_S, PATIENCE, Pace
 from cluster.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.engine.simulated.config import SCHEME, SimConfig
 from cluster.engine.simulated.faults import Armed, Fault, SimFaults
@@ -41,6 +46,8 @@ class SimEngine:
         self._nan = False
         self._rested = True  # since the last step there was nothing to do
         self._ends_at = 0.0
+        self._stated_until = 0.0
+        self._pace = Pace()
         self._dead = ""
         self._frozen: EngineLoad | None = None
         self._wake = asyncio.Event()
@@ -65,7 +72,7 @@ class SimEngine:
             max_model_len=config.max_model_len,
             vocab_size=config.vocab,
             default_sampling=config.default_sampling,
-            capabilities=("resume",),
+            capabilities=(RESUME_EXACT,),
         )
 
     async def submit(self, request: EngineRequest) -> None:
@@ -74,9 +81,12 @@ class SimEngine:
         for fault in self._armed.visit("submit"):
             if fault.action == "refuse":
                 raise EngineRefused("INVALID_FIELD", f"injected fault {fault}", "prompt_token_ids")
-            self.kill(f"injected fault {fault}")
+            self._end_by(fault)
         self._raise_if_dead()
+        idle = not model.has_work()
         model.submit(request)
+        if idle:
+            self._pace.began(self._clock.now())
         self._wake.set()
 
     async def abort(self, request_ids: Sequence[str]) -> None:
@@ -84,6 +94,8 @@ class SimEngine:
         model = self._started()
         for request_id in request_ids:
             model.abort(request_id)
+        if not model.has_work():
+            self._pace.rested()
 
     async def step(self) -> Sequence[TokenOutput]:
         """Wait for the next step that emits. A cancelled wait loses nothing: the next call goes on with that step."""
@@ -97,16 +109,20 @@ class SimEngine:
             self._plan = None
             outputs = model.complete(plan, self._nan)
             self._rested = not model.has_work()
+            self._pace.step(self._clock.now(), goes_on=not self._rested)
             if outputs:
                 return outputs
 
     def load(self) -> EngineLoad:
-        """What the engine does now; while it hangs, what it did when that began."""
-        if self._frozen is not None:
-            return self._frozen
+        """What the engine does now; while it hangs, what it did when that began, and for how long. For any thread."""
         if self._model is None:
-            return EngineLoad()
-        return self._model.load("prefill" if self._plan is not None and self._plan.prefill_tokens else "")
+            return EngineLoad(busy="start")
+        now, plan = self._clock.now(), self._plan
+        busy = "prefill" if plan is not None and plan.prefill_tokens and now <= self._stated_until else ""
+        age_s, p99_s = self._pace.age_s(now), self._pace.times.value_s
+        if self._frozen is not None:
+            return dataclasses.replace(self._frozen, busy=busy, step_age_s=age_s)
+        return self._model.load(busy, age_s, p99_s)
 
     async def check(self) -> None:
         """Raise EngineDead if it is. A hang is not seen here, as it is not in a real engine."""
@@ -123,9 +139,11 @@ class SimEngine:
         self._armed.arm(Fault(action, point, at, seconds))
 
     def heal(self) -> None:
-        """Disarm all faults and end a hang; the dead stay dead."""
+        """Disarm all faults, end a hang and give right tokens again; the dead stay dead."""
         self._armed.clear()
         self._frozen = None
+        if self._model is not None:
+            self._model.corrupt = False
         self._wake.set()
 
     def kill(self, reason: str = "killed") -> None:
@@ -160,31 +178,43 @@ class SimEngine:
             self._raise_if_dead()
         self._plan = plan = model.schedule()
         self._nan = False
-        extra_s = self._visit_points(model, plan) if self._armed else 0.0
+        slowed = self._visit_points(model, plan) if self._armed else []
         self._raise_if_dead()
         now = self._clock.now()
         # A step begins where the last one ended, unless the reader came more than a step late: then it is lost time.
         late = self._rested or now - self._ends_at > plan.step_s
-        self._ends_at = (now if late else self._ends_at) + plan.step_s + extra_s
+        begins_at = now if late else self._ends_at
+        self._ends_at = begins_at + plan.step_s + sum(fault.seconds for fault in slowed)
+        stated_s = plan.step_s + sum(fault.seconds for fault in slowed if fault.point == "prefill")
+        self._stated_until = begins_at + max(LEAST_S, PATIENCE * stated_s)
+        self._pace.began(begins_at)
         return plan
 
-    def _visit_points(self, model: SimModel, plan: Plan) -> float:
+    def _visit_points(self, model: SimModel, plan: Plan) -> list[Fault]:
+        """Let the faults of this step happen; those that make it take longer."""
         points = ["step"]
         if plan.prefill_tokens:
             points.append("prefill")
         if model.reaches_max_tokens(plan):
             points.append("last_token")
-        extra_s = 0.0
-        for fault in [fault for point in points for fault in self._armed.visit(point)]:
-            if fault.action == "die":
-                self.kill(f"injected fault {fault}")
+        firing = [fault for point in points for fault in self._armed.visit(point)]
+        for fault in firing:
+            if fault.action in ("die", "kill"):
+                self._end_by(fault)
             elif fault.action == "hang":
-                self._frozen = model.load()
+                self._frozen = model.load(p99_s=self._pace.times.value_s)
             elif fault.action == "nan":
                 self._nan = True
-            else:
-                extra_s += fault.seconds
-        return extra_s
+            elif fault.action == "wrong":
+                model.corrupt = True
+            elif fault.action == "block":
+                time.sleep(fault.seconds)
+        return [fault for fault in firing if fault.action == "slow"]
+
+    def _end_by(self, fault: Fault) -> None:
+        if fault.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.kill(f"injected fault {fault}")
 
     async def _while_hung(self) -> None:
         while self._frozen is not None:

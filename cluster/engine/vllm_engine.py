@@ -10,38 +10,48 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.ports import EngineDead
-from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
+from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
 from cluster.engine import arguments, fastpath, repairs, sockets, watchdog
 from cluster.engine.fastpath import FastPath
-from cluster.engine.paths import EnginePath, Live
+from cluster.engine.paths import EnginePath, Live, StepStats
 from cluster.engine.public import PublicPath
 from cluster.engine.requests import Limits, check, is_heavy, prompt_of, refusal, refused, sampling_params
+from cluster.engine.symbols import missing
 
 REMEMBERED_IDS = 65_536
 """Ended request ids that are still refused as duplicates; live ones always are."""
+
+GRAMMAR_BESIDE_S, GRAMMAR_ALONE_S = 10.0, 90.0
+"""What the compilation of a grammar (complexity.py bounds it) may explain: on a thread of the engine core it slows the
+steps of others, and holds back those of its own request."""
 
 
 class VllmEngine:
     """One vLLM engine: its engine core and rank processes, owned by this object until `close`."""
 
     def __init__(
-        self, spec: ModelSpec, model_folder: Path, *, prefer_fastpath: bool = True, executor: str = "ray"
+        self,
+        spec: ModelSpec,
+        model_folder: Path,
+        *,
+        prefer_fastpath: bool = True,
+        executor: str = "ray",
+        exact_resume: bool = True,
     ) -> None:
         """`executor` places the ranks of a world larger than one: "ray" on the placement group of the Ray actor that
-        this runs in, "mp" as processes of this host."""
+        this runs in, "mp" as processes of this host. `exact_resume` off: calls are continued as on an engine that
+        cannot do it exactly."""
         self._spec = spec
         self._folder = model_folder
         self._prefer_fastpath = prefer_fastpath
         self._executor = executor
+        self._exact_resume = exact_resume
         self._path: EnginePath | None = None
         self._limits = Limits(0, 0, 0)
         self._live: dict[str, Live] = {}
         self._ended: dict[str, None] = {}
-        self._awaiting_first = 0
         self._awaiting_grammar = 0
         self._validating = 0
-        self._last_step_at = 0.0
-        self._step_s = 0.0
         self._closed = False
         self._has_sockets = False
 
@@ -65,7 +75,7 @@ class VllmEngine:
     def _why_not_fast(self) -> str:
         if not self._prefer_fastpath:
             return "switched off"
-        lacking = fastpath.missing()
+        lacking = missing(fastpath.SYMBOLS)
         return f"this vLLM lacks {', '.join(lacking)}" if lacking else ""
 
     def _build(self, fast: bool) -> tuple[Any, EnginePath]:
@@ -91,11 +101,16 @@ class VllmEngine:
         from vllm import __version__ as version
 
         model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
+        path = self._started()
+        path.stats.pace.limit(scheduler.max_num_batched_tokens)
+        exact = self._exact_resume and not repairs.why_resume_is_plain(config)
         self._limits = Limits(
             max_model_len=model.max_model_len,
             vocab_size=model.get_vocab_size(),
             max_logprobs=model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size(),
             seeds=not arguments.on_cpu() or repairs.seeds_are_safe(),
+            eos_token_ids=_eos_token_ids(config, path),
+            exact_resume=exact,
         )
         dtype = str(model.dtype).removeprefix("torch.")
         return EngineInfo(
@@ -110,7 +125,10 @@ class VllmEngine:
             max_model_len=self._limits.max_model_len,
             vocab_size=self._limits.vocab_size,
             default_sampling=arguments.plain_defaults(model.get_diff_sampling_param()),
-            capabilities=("chat", "complete", "logprobs", "response_format"),
+            capabilities=(
+                *("chat", "complete", "logprobs", "response_format"),
+                RESUME_EXACT if exact else RESUME_PLAIN,
+            ),
         )
 
     async def submit(self, request: EngineRequest) -> None:
@@ -131,23 +149,28 @@ class VllmEngine:
 
     def _begin(self, key: str, request: EngineRequest) -> None:
         sampling = request.sampling
-        if not self._live:
-            self._last_step_at = time.monotonic()
-        self._live[key] = Live(
+        record = Live(
             prompt_tokens=len(request.prompt_token_ids),
             logprobs=sampling.logprobs,
             stop_token_ids=frozenset(sampling.stop_token_ids),
             grammar=sampling.grammar is not None,
+            emitted_tokens=len(request.emitted_token_ids),
         )
-        self._awaiting_first += 1
-        self._awaiting_grammar += sampling.grammar is not None
+        stats = self._started().stats
+        if not self._live:
+            stats.pace.began(time.monotonic())
+        self._live[key] = record
+        stats.live += 1
+        stats.prefill_tokens += record.prompt_tokens + record.emitted_tokens
+        self._awaiting_grammar += record.grammar
 
     async def _prepare(self, path: EnginePath, request: EngineRequest) -> Any:
         from vllm.exceptions import VLLMError
 
         def prepare() -> Any:
             params = sampling_params(request, self._limits)
-            return path.prepare(request.request_id, prompt_of(request), params, request.priority)
+            prompt = prompt_of(request, self._limits)
+            return path.prepare(request.request_id, prompt, params, request.priority)
 
         self._validating += 1
         try:
@@ -171,29 +194,36 @@ class VllmEngine:
         path = self._started()
         while True:
             outputs = await path.collect(self._live)
-            now = time.monotonic()
-            if self._last_step_at:
-                self._step_s = now - self._last_step_at
+            computed = 0
             for output in outputs:
                 if output.prompt_tokens is not None:
-                    self._first(self._live[output.request_id])
+                    record = self._live[output.request_id]
+                    self._first(record)
+                    computed += record.prompt_tokens + record.emitted_tokens - (output.cached_tokens or 0)
                 if output.finish is not None:
                     self._end(output.request_id)
-            self._last_step_at = now if self._live else 0.0
+            if computed:
+                path.stats.pace.prefilled(computed)
             if outputs:
                 return outputs
 
     def _first(self, record: Live) -> None:
-        record.first = False
-        self._awaiting_first -= 1
+        if not record.waits:
+            return
+        record.waits = False
         self._awaiting_grammar -= record.grammar
+        if self._path is not None:
+            self._path.stats.prefill_tokens -= record.prompt_tokens + record.emitted_tokens
 
     def _end(self, key: str, *, remember: bool = True) -> None:
         record = self._live.pop(key, None)
         if record is None:
             return
-        if record.first:
-            self._first(record)
+        self._first(record)
+        if self._path is not None:
+            self._path.stats.live -= 1
+            if not self._live:
+                self._path.stats.pace.rested()
         if not remember:
             return
         self._ended[key] = None
@@ -201,19 +231,29 @@ class VllmEngine:
             del self._ended[next(iter(self._ended))]
 
     def load(self) -> EngineLoad:
-        """The scheduler's counts of the last step; what it does not know of yet counts as waiting."""
-        if self._path is None:
+        """The scheduler's counts of the last step; what it does not know of yet counts as waiting. For any thread."""
+        path = self._path
+        if path is None:
             return EngineLoad(busy="start")
-        stats = self._path.stats
-        busy = "grammar" if self._awaiting_grammar or self._validating else "prefill" if self._awaiting_first else ""
+        stats, now = path.stats, time.monotonic()
         return EngineLoad(
             running=stats.running,
-            waiting=max(stats.waiting, len(self._live) - stats.running, 0),
+            waiting=max(stats.waiting, stats.live - stats.running, 0),
             kv_usage=stats.kv_usage,
             steps=stats.steps,
-            step_s=self._step_s,
-            busy=busy,
+            step_s=stats.pace.last_s,
+            busy=self._stated_work(stats, now),
+            step_age_s=stats.pace.age_s(now),
+            step_p99_s=stats.pace.times.value_s,
+            prefill_tokens=stats.prefill_tokens,
         )
+
+    def _stated_work(self, stats: StepStats, now: float) -> str:
+        if self._awaiting_grammar or self._validating:
+            bound_s = GRAMMAR_BESIDE_S if stats.running else GRAMMAR_ALONE_S
+            if stats.pace.age_s(now) <= bound_s:
+                return "grammar"
+        return "prefill" if stats.pace.explains(now, stats.prefill_tokens) else ""
 
     async def check(self) -> None:
         """Raise EngineDead if the core is known to be dead."""
@@ -237,3 +277,11 @@ class VllmEngine:
         has_sockets, self._has_sockets = self._has_sockets, False
         if has_sockets:
             sockets.OURS.release()
+
+
+def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:
+    """What ends a request that does not ignore EOS, as vLLM gathers it."""
+    found = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
+    ids = {found} if isinstance(found, int) else set(found or ())
+    own = path.eos_token_id()
+    return frozenset(ids if own is None else ids | {own})

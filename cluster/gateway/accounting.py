@@ -55,6 +55,8 @@ class Account:
     sealed: bytes
     awaited: int = 0
     told: set[tuple[str, int]] = field(default_factory=set)
+    continued: bool = False
+    """Whether another worker has begun it: then what the last one found in its cache is not the caller's."""
     cached_tokens: int = 0
     generated_tokens: int = 0
     gpu: str = ""
@@ -161,6 +163,7 @@ class Accounting:
             account = output.account = Account(record, self._sealer.seal(record))
             self._calls[account.sealed] = account
         account.awaited += 1
+        account.continued = bool(output.emitted)
         return account.sealed
 
     def _record(self, output: Output, link: WorkerLink) -> OpenRecord:
@@ -192,6 +195,8 @@ class Accounting:
             if account is None or account.final is not None:
                 continue
             account.admitted = account.admitted or output.admitted or bool(output.emitted)
+            if account.continued:
+                account.cached_tokens = output.cached_tokens
             account.final = account.record.ended(
                 outcome=outcome.value,
                 completion_tokens=output.delivered,
@@ -263,7 +268,8 @@ class Accounting:
         account.told.add(name)
         account.admitted = True
         account.awaited -= 1
-        account.cached_tokens = one.cached_tokens
+        if not account.continued:
+            account.cached_tokens = one.cached_tokens
         account.generated_tokens += one.generated_tokens
         account.gpu = one.gpu
         account.gpu_seconds += one.gpu_seconds

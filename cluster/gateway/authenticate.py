@@ -19,7 +19,7 @@ from cluster.tenancy.identity import (
     Verdict,
     authenticate,
     identify,
-    tenant_of_certificate,
+    owner_of_certificate,
 )
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ class Authenticator:
             return _refused("several")
         if authorization:
             return await self._of_token(snapshot, authorization[0])
-        tenant = tenant_of_certificate(names, self._certificates) if names else None
-        if tenant is not None:
-            return identify(snapshot, tenant, "certificate", next(iter(names)))
+        owner = owner_of_certificate(names, self._certificates) if names else None
+        if owner is not None:
+            return identify(snapshot, owner[0], "certificate", next(iter(names)), owner[1])
         return _refused("unknown_certificate" if names and self._certificates else "missing")
 
     async def _of_token(self, snapshot: Snapshot, authorization: str) -> Verdict:

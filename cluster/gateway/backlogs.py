@@ -39,12 +39,15 @@ class Backlogs:
         self,
         turns: Turns,
         waiting: Callable[[str], tuple[int, int]],
+        returning: Callable[[str], tuple[int, int]],
         links: Callable[[str], Sequence[WorkerLink]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`waiting` gives a model's waiting sequences and prompt tokens, `links` those of its workers, by their ids."""
+        """`waiting` gives a model's waiting sequences and prompt tokens, `returning` those among them that go on before
+        all others wherever they wait, `links` those of its workers, by their ids."""
         self._turns = turns
         self._waiting = waiting
+        self._returning = returning
         self._links = links
         self._clock = clock
         self._told: dict[str, _Told] = {}
@@ -72,7 +75,7 @@ class Backlogs:
         told = self._told.setdefault(model, _Told())
         count, tokens = self._waiting(model)
         order = self._turns.fair.order(model)
-        claim = order.claim() if count else 0
+        claim = order.claim() + self._returning(model)[0] if count else 0
         flows: list[Weighed[FlowBacklog]] | None = None
         if now - told.flows_at >= REPORT_S * len(told.flows) / FLOWS_A_REPORT or not count:
             here = order.waiting_here() if count else {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.output import Output, Piece
+from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
 from cluster.tenancy.policy import TenantPolicy
 
@@ -21,12 +22,17 @@ class CallUsage:
     cached_tokens: int = 0
     queue_s: float = 0.0
     ttft_s: float = 0.0
+    resumed: int = 0
+    """How often one of its sequences went on at another worker."""
 
 
 @dataclass(eq=False)
 class Call:
     """One call from arrival to end. `again` puts a sequence back into the queue, `began` is told of a sequence's first
-    output and how much of its prompt was cached; `itl` measures time between tokens. `rank`: of its priority class."""
+    output and how much of its prompt was cached; `itl` measures time between tokens. `rank`: of its priority class.
+    `max_attempts` workers may fail a sequence before the call does; `on_resumed` is told of a sequence that has gone on
+    elsewhere, why, and after which silence in seconds; `answered` of a worker's first output for a sequence, and
+    (False) of one that has failed it."""
 
     id: str
     model: str
@@ -41,6 +47,9 @@ class Call:
     request_id: str = ""
     key_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    max_attempts: int = 3
+    answered: Callable[[Output, WorkerLink, bool], None] = lambda output, link, well: None
+    on_resumed: Callable[[str, str, float], None] = lambda model, reason, gap_s: None
     on_refused: Callable[[Output], None] = lambda output: None
     """Told when a worker has not taken a sequence."""
     sequences: list[Output] = field(default_factory=list)
@@ -84,6 +93,11 @@ class Call:
                 self.itl.observe((now - output.heard_at) / tokens)
             output.heard_at = now
         self.wake()
+
+    def resumed(self, output: Output) -> None:
+        """A sequence's first token at another worker has come."""
+        self.usage.resumed += 1
+        self.on_resumed(self.model, output.resuming, self.clock() - output.heard_at)
 
     @property
     def heard_at(self) -> float:

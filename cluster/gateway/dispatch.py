@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import structlog
@@ -19,11 +20,13 @@ from cluster.gateway.backlogs import Backlogs
 from cluster.gateway.call import Call
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.output import Output
+from cluster.gateway.returning import Returning
 from cluster.gateway.turns import Turns
 from cluster.link.codec_turns import Weighed
 from cluster.link.hub import ModelDemand
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
+from cluster.routing.breaker import Breakers
 from cluster.routing.pick import Candidate, Decision, RouteCall, pick
 from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.queue import Waiting, WaitingRoom
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
 log = structlog.get_logger("dispatch")
 
 SWEEP_S = 1.0
+STANDS_STILL = ("silent", "hung", "deaf", "mute")
+"""Ways of a link's end after which its worker, should it dial anew, has to show that it serves."""
+REPLAY_PARTS = 2
+"""At most such a part of what an engine computes in a step may be of continued calls, so that its others go on."""
 _WHY_NOT = {
     Outcome.QUEUE_FULL: "the cluster's queue is full; retry after the given pause",
     Outcome.RATE_LIMITED: "too many of your own calls wait already; let some of them end first",
@@ -51,8 +58,10 @@ class Dispatcher:
         metrics: Metrics,
         directory: Callable[[], Directory],
         clock: Callable[[], float] = time.monotonic,
+        resume_wait_s: float = 30.0,
     ) -> None:
-        """`room` takes its orders from `turns`."""
+        """`room` takes its orders from `turns`. `resume_wait_s`: how long a sequence that has lost its worker waits for
+        another like it."""
         self._room = room
         self.turns = turns
         self._metrics = metrics
@@ -61,7 +70,9 @@ class Dispatcher:
         self._outputs: dict[str, Output] = {}
         self._arrived: Counter[str] = Counter()
         self._arrived_tokens: Counter[str] = Counter()
-        self.backlogs = Backlogs(turns, room.waiting, self._links, clock)
+        self._returning = Returning(resume_wait_s)
+        self.breakers = Breakers()
+        self.backlogs = Backlogs(turns, self.waiting, self._returning.waiting, self._links, clock)
         self._swept = clock()
         self.on_state: Callable[[], None] = lambda: None
         self.accounting: Accounting | None = None
@@ -94,6 +105,7 @@ class Dispatcher:
         """A call is over, however it ended: nothing of it waits or runs any longer."""
         waited = False
         for output in call.sequences:
+            waited |= self._returning.take(output)
             if self._outputs.pop(output.waiting_id, None) is not None:
                 waited |= self._room.leave(output.waiting_id)
             self.turns.over(output)
@@ -102,14 +114,18 @@ class Dispatcher:
             self.backlogs.changed(call.model)
 
     def again(self, output: Output) -> None:
-        """A sequence that has emitted nothing goes back to the head of its queue."""
-        self._outputs[output.waiting_id] = output
-        self._room.put_back(self.turns.waiting(output), self._clock())
+        """A sequence that has lost its place goes on before all others; one without a token at the head of its line."""
+        if output.emitted or output.shuns:
+            self._returning.add(output, self._clock())
+        else:
+            self._outputs[output.waiting_id] = output
+            self._room.put_back(self.turns.waiting(output), self._clock())
         self._pump(output.call.model)
 
     def cut(self, call: Call) -> None:
         """End a call with what it has; what waits of it still gets nothing."""
         for output in call.sequences:
+            self._returning.take(output)
             if self._outputs.pop(output.waiting_id, None) is not None:
                 self._room.leave(output.waiting_id)
             output.cut()
@@ -141,13 +157,13 @@ class Dispatcher:
         if known is None:
             return
         now = self._clock()
+        self._send_returning(known)
         while True:
             decision: Decision | None = None
 
             def fits(waiting: Waiting) -> bool:
                 nonlocal decision
-                candidates = [_candidate(link) for link in known.links.values()]
-                decision = pick(RouteCall(model, waiting.tokens), candidates)
+                decision = pick(RouteCall(model, waiting.tokens), self._candidates(known, now))
                 return decision.worker_id is not None
 
             waiting = self._room.next(model, fits, now)
@@ -156,14 +172,46 @@ class Dispatcher:
             self._bind(known.links[decision.worker_id], self._outputs.pop(waiting.call_id), decision, waiting)
         self.backlogs.changed(model)
 
+    def _send_returning(self, known: KnownModel) -> None:
+        """Let those go on that have lost their worker, each at one like it."""
+        now = self._clock()
+        for output in self._returning.of(known.name):
+            if output.call.error is not None:  # its face is about to end it
+                continue
+            candidates = self._candidates(known, now)
+            decision = pick(_onward(output, candidates), candidates)
+            if decision.worker_id is not None and self._returning.take(output):
+                self._bind(known.links[decision.worker_id], output, decision, self.turns.waiting(output))
+
     def _bind(self, link: WorkerLink, output: Output, decision: Decision, waiting: Waiting) -> None:
         call = output.call
-        if output.index == 0:
+        if output.index == 0 and not output.emitted:
             call.usage.queue_s = self._clock() - call.arrived
         sealed = b"" if self.accounting is None else self.accounting.open(output, link)
+        if output.resuming == "moved":  # its last worker has given back what it was not to generate
+            waiting = replace(waiting, output_tokens=len(output.emitted))
         turn = Weighed(waiting, call.policy.weight)
-        output.bound(link, link.submit(output.request, output, output.attempt, sealed, turn))
+        self.breakers.sent(link.identity.incarnation, self._clock())
+        output.bound(link, link.submit(output.submission(), output, output.attempt, sealed, turn))
         self._metrics.count("route_decisions_total", call.model, decision.reason)
+
+    def _candidates(self, known: KnownModel, now: float) -> list[Candidate]:
+        lets = self.breakers.lets
+        return [_candidate(link, lets(link.identity.incarnation, now)) for link in known.links.values()]
+
+    def answered(self, output: Output, link: WorkerLink, well: bool) -> None:
+        """A worker has given a sequence its first token, or has failed it."""
+        incarnation = link.identity.incarnation
+        if well:
+            self.breakers.answered(incarnation)
+            return
+        others = (one.identity.incarnation for one in self._links(link.identity.model) if one is not link)
+        self.breakers.failed(incarnation, others, self._clock())
+
+    def resumed(self, model: str, reason: str, gap_s: float) -> None:
+        """A sequence has gone on at another worker, and its caller has waited so long for its next token."""
+        self._metrics.count("resumes_total", model, reason)
+        self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
 
     def _links(self, model: str) -> Sequence[WorkerLink]:
         known = self._directory().find(model)
@@ -176,11 +224,42 @@ class Dispatcher:
         now = self._clock()
         if now - self._swept >= SWEEP_S:
             self._swept = now
-            self.turns.sweep({model.name: bool(model.links) for model in self._directory().models}, now)
+            self._sweep(now)
         for waiting in self._room.expired(now):
             output = self._outputs.pop(waiting.call_id, None)
             if output is not None:
                 output.call.fail(self._too_late(output.call))
+        for output in self._returning.expired(now):
+            output.call.fail(self._not_resumed(output))
+        if self.breakers.open:  # a pause may be over
+            for model in self._directory().models:
+                self._pump(model.name)
+
+    def _sweep(self, now: float) -> None:
+        models = self._directory().models
+        self.turns.sweep({model.name: bool(model.links) for model in models}, now)
+        self.breakers.forget(link.identity.incarnation for model in models for link in model.links.values())
+        for model in models:
+            for link in list(model.links.values()):
+                if now >= link.leave_at:
+                    self._move(link, model)
+
+    def _move(self, link: WorkerLink, model: KnownModel) -> None:
+        """A worker is about to leave: let go on elsewhere what can, a few at a time, the rest as places come free."""
+        for output in [one for one in link.sinks if isinstance(one, Output)]:
+            candidates = [
+                one for one in self._candidates(model, self._clock()) if one.worker_id != link.identity.worker_id
+            ]
+            if pick(RouteCall(model.name, output.tokens, output.likeness), candidates).worker_id is not None:
+                output.move()
+
+    def _not_resumed(self, output: Output) -> CallError:
+        if output.call.deadline is not None and self._clock() >= output.call.deadline:
+            return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for another worker")
+        told = f"the worker was lost after {len(output.emitted)} tokens"
+        return CallError(
+            Outcome.WORKER_LOST, f"{told}, and no other with the same weights came in time; retry the call"
+        )
 
     def _too_late(self, call: Call) -> CallError:
         if call.deadline is not None and self._clock() >= call.deadline:
@@ -213,7 +292,9 @@ class Dispatcher:
         """A worker's link has ended; its outputs have been told already."""
         self._directory().left(link)
         self.turns.left(link.identity, self._clock())
-        self._metrics.count("worker_detected_total", link.identity.model)
+        self._metrics.count("worker_detected_total", link.identity.model, link.reason)
+        if link.reason in STANDS_STILL:
+            self.breakers.stood_still(link.identity.incarnation, self._clock())
         self._pump(link.identity.model)
         self.on_state()
 
@@ -246,7 +327,7 @@ class Dispatcher:
         """What the controller should know."""
         out = []
         for model in self._directory().models:
-            count, tokens = self._room.waiting(model.name)
+            count, tokens = self.waiting(model.name)
             running = sum(link.running for link in model.links.values())
             out.append(
                 ModelDemand(
@@ -257,10 +338,23 @@ class Dispatcher:
 
     def waiting(self, model: str) -> tuple[int, int]:
         """Sequences and prompt tokens of a model that wait here."""
-        return self._room.waiting(model)
+        (begins, prompt_tokens), (returns, tokens) = self._room.waiting(model), self._returning.waiting(model)
+        return begins + returns, prompt_tokens + tokens
+
+    def returning(self, call: Call) -> bool:
+        """Whether some of a call waits to go on at another worker."""
+        return any(output in self._returning for output in call.sequences)
 
 
-def _candidate(link: WorkerLink) -> Candidate:
+def _onward(output: Output, candidates: Sequence[Candidate]) -> RouteCall:
+    """What a sequence needs to go on. Where nobody is left but those that have failed it, they may try again: Ray may
+    be about to replace one, and it is not certain whose fault it was."""
+    call = RouteCall(output.call.model, output.tokens, output.likeness, output.shuns)
+    others = (one for one in candidates if call.likeness in (None, one.likeness) and not one.draining)
+    return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
+
+
+def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
     free = link.free
     return Candidate(
         worker_id=link.identity.worker_id,
@@ -271,6 +365,10 @@ def _candidate(link: WorkerLink) -> Candidate:
         running=link.running,
         waiting=link.load.waiting,
         kv_usage=link.load.kv_usage,
-        healthy=True,
+        healthy=healthy,
         draining=bool(link.draining),
+        incarnation=link.identity.incarnation,
+        likeness=link.likeness,
+        replaying=link.replaying,
+        max_replaying=link.info.max_num_batched_tokens // REPLAY_PARTS,
     )

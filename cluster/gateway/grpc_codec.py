@@ -195,6 +195,7 @@ def usage_pb(usage: CallUsage) -> pb.Usage:
         cached_tokens=usage.cached_tokens,
         queue_ms=int(usage.queue_s * 1000),
         ttft_ms=int(usage.ttft_s * 1000),
+        resumed=usage.resumed,
     )
 
 

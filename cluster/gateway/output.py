@@ -7,11 +7,11 @@ however slow the reader is. A reader that is slow gets several tokens in one pie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
-from cluster.api.types import EngineRequest, FinishReason, TokenOutput
+from cluster.api.types import EngineRequest, FinishReason, Likeness, TokenOutput
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.logprobs import LogprobSource, TokenLogprob
 from cluster.link.worker_link import WorkerLink
@@ -20,8 +20,6 @@ from cluster.tenancy.order import Waiting
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Account
     from cluster.gateway.call import Call
-
-MAX_ATTEMPTS = 3
 
 _FINISH_WORDS = {
     FinishReason.STOP: "stop",
@@ -67,11 +65,17 @@ class Output:
         "finish_reason",
         "heard_at",
         "index",
+        "likeness",
         "link",
+        "losses",
         "over",
         "place",
         "ran",
+        "replayed",
         "request",
+        "resumes",
+        "resuming",
+        "shuns",
         "slot",
         "waiting_id",
     )
@@ -91,6 +95,19 @@ class Output:
         self.emitted = detokenizer.token_ids
         """Tokens told so far; the detokenizer's own list, so that those after a stop string are not in it."""
         self.attempt = 1
+        """One more for each worker that it was taken from; no two Submits of it have the same."""
+        self.losses = 0
+        """How often a worker has failed it."""
+        self.shuns: frozenset[str] = frozenset()
+        """Incarnations of workers whose engine could not go on with it."""
+        self.likeness: Likeness | None = None
+        """What the worker was like that gave its first token; only such another can go on with it."""
+        self.resumes = 0
+        """How often it was to go on elsewhere after its first token."""
+        self.resuming = ""
+        """Why it has to, until its next token comes."""
+        self.replayed = 0
+        """Tokens that its worker computes anew for that, until then."""
         self.account: Account | None = None
         """Where accounts are kept and it has been submitted."""
         self.admitted = False
@@ -118,9 +135,35 @@ class Output:
     def __repr__(self) -> str:
         return f"<Output {self.waiting_id} tokens {len(self.emitted)} {self.finish_reason or 'running'}>"
 
+    @property
+    def tokens(self) -> int:
+        """What an engine has to compute before its next token."""
+        return len(self.request.prompt_token_ids) + len(self.emitted)
+
+    def submission(self) -> EngineRequest:
+        """The request as the next worker is to have it."""
+        if not self.emitted:
+            return self.request
+        return replace(self.request, emitted_token_ids=tuple(self.emitted))
+
     def bound(self, link: WorkerLink, slot: int) -> None:
         """A worker has been chosen and the request sent."""
         self.link, self.slot, self.ran = link, slot, True
+        if self.emitted:
+            self.replayed = self.tokens
+            link.replaying += self.replayed
+        else:
+            self.likeness = link.likeness
+
+    def _unbound(self) -> None:
+        """Its worker has nothing to do with it any longer."""
+        self._replay_over()
+        self.link = None
+
+    def _replay_over(self) -> None:
+        if self.link is not None:
+            self.link.replaying -= self.replayed
+        self.replayed = 0
 
     # ---- Sink
 
@@ -130,7 +173,8 @@ class Output:
 
     def refused(self, reason: str, message: str, field: str) -> None:
         """The request itself is at fault, or the engine had no room after all."""
-        self.link, self.ran = None, False
+        self._unbound()
+        self.ran = bool(self.emitted)
         self.call.on_refused(self)
         if reason == "NO_ROOM":
             self.call.again(self)
@@ -145,15 +189,13 @@ class Output:
         call = self.call
         ids = output.token_ids
         if output.prompt_tokens is not None:
-            if self.index == 0:
-                call.usage.prompt_tokens = output.prompt_tokens
-                call.usage.cached_tokens = output.cached_tokens or 0
-            call.began(self, output.cached_tokens or 0)
+            self._began(output)
         self.direct = None
         if output.finish is not None:
-            self.link = None
+            link = self.link
+            self._unbound()
             if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
-                call.fail(self._broken(output.finish))
+                self._broken(output.finish, link)
                 return
             self.finish_reason = _FINISH_WORDS[output.finish]
         before = len(self.emitted)
@@ -164,6 +206,20 @@ class Output:
         if output.logprobs and self._logprob_texts is not None:
             self._logprobs += self._logprob_texts.push(output.logprobs[:came])
         call.progressed(self, came)
+
+    def _began(self, output: TokenOutput) -> None:
+        """The first output that a worker gives it."""
+        call, cached = self.call, output.cached_tokens or 0
+        if not self.emitted:
+            if self.index == 0:
+                call.usage.prompt_tokens, call.usage.cached_tokens = output.prompt_tokens or 0, cached
+            call.began(self, cached)
+        if self.link is not None:
+            call.answered(self, self.link, True)
+        self._replay_over()
+        if self.resuming:
+            call.resumed(self)
+            self.resuming = ""
 
     def token(self, token_id: int) -> None:
         """One step's only token, not its first: the common case of `output`. The link accounts for the time."""
@@ -198,30 +254,49 @@ class Output:
         self.finish_reason = "content_filter" if self.detokenizer.refused else "stop"
         self.leave_engine()
 
-    def _broken(self, finish: FinishReason) -> CallError:
-        """The error for an output that the engine has ended. Under a grammar ERROR says that no token was left."""
+    def _broken(self, finish: FinishReason, link: WorkerLink | None) -> None:
+        """The engine has ended it. Under a grammar ERROR says that no token was left; else the engine is at fault, and
+        another may know better."""
         if finish is FinishReason.ERROR and self.request.sampling.grammar is not None:
-            return invalid(
-                "response_format",
-                "no output can go on so that it fits this format together with the call's other fields "
-                "(a format that nothing fits, or stop_token_ids that it needs); change one of them",
+            self.call.fail(
+                invalid(
+                    "response_format",
+                    "no output can go on so that it fits this format together with the call's other fields "
+                    "(a format that nothing fits, or stop_token_ids that it needs); change one of them",
+                )
             )
-        return CallError(Outcome.INTERNAL, "the engine could not go on with this call; it is safe to retry")
+            return
+        if link is not None:
+            self.shuns |= {link.identity.incarnation}
+            self.call.answered(self, link, False)
+        self._failed(Outcome.INTERNAL, "error", "the engine could not go on with this call; it is safe to retry")
 
     def lost(self, why: str) -> None:
-        """The worker is gone. Before the first token another one takes over; after it the caller is told."""
-        self.link = None
-        if self.finish_reason:
-            return
-        if not self.emitted and self.attempt < MAX_ATTEMPTS:
-            self.attempt += 1
-            self.call.again(self)
-            return
-        self.call.fail(
-            CallError(
-                Outcome.WORKER_LOST, f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
-            )
-        )
+        """The worker is gone; another one goes on from here."""
+        self._unbound()
+        if not self.finish_reason:
+            told = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
+            self._failed(Outcome.WORKER_LOST, "lost", told)
+
+    def _failed(self, outcome: Outcome, reason: str, told: str) -> None:
+        self.losses += 1
+        if self.losses >= self.call.max_attempts:
+            self.call.fail(CallError(outcome, told))
+        else:
+            self._go_elsewhere(reason)
+
+    def move(self) -> None:
+        """Leave its worker, which is to end; another one goes on from here."""
+        if self.link is not None and not self.finish_reason:
+            self.leave_engine()
+            self._go_elsewhere("moved")
+
+    def _go_elsewhere(self, reason: str) -> None:
+        self.attempt += 1
+        if self.emitted:
+            self.resumes += 1
+            self.resuming = reason
+        self.call.again(self)
 
     # ---- the face
 
@@ -269,4 +344,4 @@ class Output:
         """Drop it in the engine, where it runs there."""
         if self.link is not None:
             self.link.abort(self.slot)
-            self.link = None
+            self._unbound()

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -16,10 +16,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster import __version__, rpc
-from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import ModelState
 from cluster.config import Config
-from cluster.gateway.admin import CatalogAdmin, FleetAdmin
+from cluster.gateway.admin import CatalogAdmin, FleetAdmin, NoLedger
+from cluster.gateway.admin_door import AdminDoor
 from cluster.gateway.allowance import Allowances
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
@@ -41,12 +42,13 @@ if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.limits_valkey import ValkeyLimits
+    from cluster.gateway.sibling_aborts import SiblingAborts
     from cluster.gateway.tenants import TenantDoor
     from cluster.ledger.records import UsageRecord
 
 log = structlog.get_logger("gateway")
 
-ADMIN_OPTIONS = (("grpc.so_reuseport", 0),)
+ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
 
 
 class Gateway:
@@ -70,7 +72,8 @@ class Gateway:
             tenant_max_requests=queue.tenant_max_requests,
             tenant_max_tokens=queue.tenant_max_tokens,
         )
-        self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory)
+        resume = config.gateway.resume
+        self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s)
         siblings = config.gateway.siblings(process)
         self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing, siblings)
         self.directory = Directory(folder, self.hub.fetch_bundle)
@@ -86,15 +89,23 @@ class Gateway:
         )
         self.guards = _guards(config, self.metrics, self.tenants)
         self.service = CallService(
-            self.directory, self.dispatcher, self.allowances, self.metrics, door=door, guards=self.guards
+            self.directory,
+            self.dispatcher,
+            self.allowances,
+            self.metrics,
+            door=door,
+            guards=self.guards,
+            max_attempts=resume.max_attempts,
         )
         self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
         self._healthy: dict[str, int] = {}
-        self._servers: list[Any] = []
+        self._admin_door = AdminDoor(self.tenants)
+        self._admin: rpc.Server | None = None
         self._clients: rpc.Server | None = None
         self._links = hub_server(self.hub)
+        self._siblings = self._sibling_aborts()
         self.accounting: Accounting | None = None
         self._folder = folder
         self._tasks: list[asyncio.Task[None]] = []
@@ -117,7 +128,7 @@ class Gateway:
             await self._shared_limits.start()
         await self._bind("link", listen.link, self._serve_links)
         if not self._process:
-            await self._serve("admin", listen.admin, ADMIN_OPTIONS, self._add_admin)
+            await self._bind("admin", listen.admin, self._serve_admin)
         await self._bind("metrics", listen.metrics, self._serve_metrics)
         self.metrics.on_scrape(self._gauges)
         self.dispatcher.on_state = self._tell_health
@@ -149,18 +160,6 @@ class Gateway:
         self.accounting = self.dispatcher.accounting = accounting
         self.hub.on_usage = accounting.usage
 
-    async def _serve(self, name: str, address: str, options: Any, add: Callable[[grpc.aio.Server, str], int]) -> None:
-        server = grpc.aio.server(options=options)
-        try:
-            port = add(server, address)
-        except RuntimeError:
-            port = 0
-        if not port:
-            raise RuntimeError(f"gateway.listen.{name}: {address} cannot be bound; is another process on it?")
-        self._servers.append(server)
-        await server.start()
-        self.endpoints[name] = f"{address.rsplit(':', 1)[0]}:{port}"
-
     async def _bind(self, name: str, address: str, serve: Callable[[str, int], Awaitable[int]]) -> None:
         host, port = address.rsplit(":", 1)
         try:
@@ -175,12 +174,41 @@ class Gateway:
         tls = self.config.gateway.link_tls
         return await self._links.start(host, port, None if tls is None else NewestContext.of_link(tls))
 
-    def _add_admin(self, server: grpc.aio.Server, address: str) -> int:
-        admin_pb2_grpc.add_FleetServicer_to_server(FleetAdmin(self.hub), server)
-        admin_pb2_grpc.add_CatalogServicer_to_server(CatalogAdmin(self.hub, self.directory, self.dispatcher), server)
-        names = [service.full_name for service in admin_pb2.DESCRIPTOR.services_by_name.values()]
-        reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
-        return server.add_insecure_port(address)
+    async def _serve_admin(self, host: str, port: int) -> int:
+        server = rpc.Server(rpc.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS))
+        services: dict[str, object] = {
+            "Fleet": FleetAdmin(self.hub, self.service, self._admin_door, self._siblings),
+            "Catalog": CatalogAdmin(self.hub, self.directory, self.dispatcher),
+            **self._ledger_services(),
+        }
+        names = [reflection.SERVICE_NAME]
+        for file in (admin_pb2.DESCRIPTOR, tenants_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR):
+            server.add_generic_rpc_handlers(self._admin_door.handlers(file, services))
+            names += [service.full_name for service in file.services_by_name.values()]
+        reflections = reflection.aio.ReflectionServicer(names)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflections, server)  # type: ignore[no-untyped-call]
+        self._admin = server
+        return await server.start(host, port, self._tls("h2"))
+
+    def _sibling_aborts(self) -> SiblingAborts | None:
+        """How the processes of one host end each other's calls; only the first has an admin port."""
+        if self.config.gateway.processes == 1:
+            return None
+        from cluster.gateway.sibling_aborts import SiblingAborts
+
+        secrets = self.tenants.secrets if self.tenants is not None else ()
+        siblings = SiblingAborts(self.config.gateway, self._process, secrets, self.service.abort)
+        self._links.add_generic_rpc_handlers((siblings.handler(),))
+        return siblings
+
+    def _ledger_services(self) -> dict[str, object]:
+        if self.tenants is None:
+            return dict.fromkeys(("Tenants", "Keys", "Usage", "Audit"), NoLedger())
+        from cluster.gateway.admin_ledger import AuditAdmin, Desks, KeysAdmin, TenantsAdmin, UsageAdmin
+
+        desks = Desks(self.config, self.tenants, self._admin_door)
+        kinds = {"Tenants": TenantsAdmin, "Keys": KeysAdmin, "Usage": UsageAdmin, "Audit": AuditAdmin}
+        return {name: kind(desks) for name, kind in kinds.items()}
 
     async def _serve_clients(self, host: str, port: int) -> int:
         gateway = self.config.gateway
@@ -228,8 +256,9 @@ class Gateway:
             await self._shared_limits.close()
         if self.accounting is not None:
             await self.accounting.stop()
-        for server in reversed(self._servers):
-            await server.stop(0)
+        if self._admin is not None:
+            await self._admin.stop(0)
+        self._admin_door.close()
         await self._links.stop(0)
         if self.tenants is not None:
             await self.tenants.stop()

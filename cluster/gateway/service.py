@@ -51,7 +51,8 @@ class CallMeta:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Of a call without news: queued, prefill, running or the model's state; the place in line, 1 the next, or 0."""
+    """Of a call without news: queued, prefill, running, resuming (its worker was lost) or the model's state; the place
+    in line, 1 the next, or 0."""
 
     state: str
     queue_position: int
@@ -69,9 +70,12 @@ class CallService:
         clock: Callable[[], float] = time.monotonic,
         door: Door | None = None,
         guards: Guards | None = None,
+        max_attempts: int = 3,
     ) -> None:
-        """`guards`: where there are tenants whose policies name some."""
+        """`guards`: where there are tenants whose policies name some. `max_attempts` workers may fail a sequence
+        before its call fails."""
         self._guards = guards
+        self.max_attempts = max_attempts
         self._allowances = allowances
         self.door: Door = door if door is not None else OpenDoor()
         self.door.on_change.add(self._end_fallen)
@@ -107,6 +111,8 @@ class CallService:
         model = self.directory.find(call.model)
         if model is not None and not model.links:
             return Progress(model.state.lower(), position)
+        if self.dispatcher.returning(call):
+            return Progress("resuming", position)
         return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
 
     @asynccontextmanager
@@ -190,14 +196,18 @@ class CallService:
             arrived=arrived,
             deadline=meta.deadline,
             again=self.dispatcher.again,
+            max_attempts=self.max_attempts,
+            on_resumed=self.dispatcher.resumed,
+            answered=self.dispatcher.answered,
             began=self.dispatcher.turns.began,
             clock=self.clock,
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
+            request_id=meta.request_id,
         )
         call.usage.prompt_tokens = len(prompt_ids)
         if self.dispatcher.accounting is not None:
             principal = meta.principal
-            call.request_id, call.labels = meta.request_id, {**wish.metadata, **policy.labels}
+            call.labels = {**wish.metadata, **policy.labels}
             call.key_id = principal.subject if principal.by == "key" else ""
             call.on_refused = self.dispatcher.accounting.refused
         salt = self.door.salt(meta.principal, wish.cache_salt)
@@ -246,6 +256,13 @@ class CallService:
             error = fallen[call.tenant]
             if error is not None:
                 call.fail(error)
+
+    def abort(self, request_id: str, tenant: str = "") -> list[str]:
+        """End the open calls of a request id or call id, only one tenant's if it is named; the tenant of each."""
+        found = [c for c in self._open.values() if request_id in (c.request_id, c.id) and tenant in ("", c.tenant)]
+        for call in found:
+            call.fail(CallError(Outcome.CANCELLED, "ended by the cluster's operators"))
+        return [call.tenant for call in found]
 
     async def nudge(self, keepalive_s: float) -> None:
         """A few times a second: end what waited too long, bring the tenants' accounts up to date, and wake calls that

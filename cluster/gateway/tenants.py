@@ -74,8 +74,9 @@ class TenantDoor:
         self._policies = config.policies()
         if not config.store.database_url:
             cache_dir().mkdir(parents=True, exist_ok=True)
-        self.ledger = Ledger(database_url(config))
-        self._audit = AuditWriter(AuditLog(folder / "audit.jsonl"), self.ledger.audit.insert)
+        peppers = found.get("auth.api_keys.pepper_file", ())
+        self.ledger = Ledger(database_url(config), peppers=peppers)
+        self.audit = AuditWriter(AuditLog(folder / "audit.jsonl"), self.ledger.audit.insert)
         self._watcher = Watcher(
             self.ledger.snapshots.read,
             folder / "snapshot.json",
@@ -86,9 +87,9 @@ class TenantDoor:
         self._oidc = _verifier(config.auth)
         self._authenticator = Authenticator(
             self._watcher.current,
-            peppers=found.get("auth.api_keys.pepper_file", ()),
+            peppers=peppers,
             oidc=self._oidc,
-            certificates=[CertificateRule(one.san, one.tenant) for one in config.auth.client_certificates],
+            certificates=[CertificateRule(one.san, one.tenant, one.role) for one in config.auth.client_certificates],
             told=self._told,
         )
         self._dressed: dict[str, tuple[TenantPolicy, TenantPolicy, str]] = {}
@@ -124,7 +125,7 @@ class TenantDoor:
         if self._oidc is not None:
             await self._oidc.close()
         await asyncio.to_thread(self._watcher.stop)
-        await asyncio.to_thread(self._audit.close)
+        await asyncio.to_thread(self.audit.close)
         self.ledger.close()
 
     async def _prepare(self, tried: asyncio.Event, after_s: float) -> None:
@@ -230,7 +231,7 @@ class TenantDoor:
             outcome=one.outcome,
             details=details,
         )
-        self._audit.write(event)
+        self.audit.write(event)
 
     # ---- news
 
@@ -266,7 +267,7 @@ class TenantDoor:
         event = AuditEvent(
             time.time(), "auth_failure", "authenticate", actor=subject, outcome=reason, source=peer
         )  # of a wrong key nothing but the id that it claims
-        self._audit.write(event)
+        self.audit.write(event)
 
 
 def _verifier(auth: Auth) -> OidcVerifier | None:

@@ -94,3 +94,15 @@ class NewestContext(ssl.SSLContext):
                 what = f"{self._setting}: the authorities of {tls.client_ca_file}"
                 raise ValueError(f"{what} cannot be used: {error}") from None
         return context
+
+
+def name_in(certificate: bytes) -> str:
+    """The first DNS name of a PEM certificate, "" where there is none; who has the file knows what to be shown."""
+    from cryptography import x509
+
+    try:
+        loaded = x509.load_pem_x509_certificate(certificate)
+        found = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (ValueError, x509.ExtensionNotFound):
+        return ""
+    return next(iter(found.value.get_values_for_type(x509.DNSName)), "")

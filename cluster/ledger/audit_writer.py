@@ -56,6 +56,7 @@ class AuditWriter:
         self._period_s = period_s
         self._monotonic = monotonic
         self._lock = threading.Lock()
+        self._flushing = threading.Lock()
         self._fresh: list[AuditEvent] = []
         self._window = -1
         self._in_window = 0
@@ -116,6 +117,10 @@ class AuditWriter:
 
     def flush(self) -> None:
         """Write what is there, in the caller's thread; what the table does not take now is tried again."""
+        with self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
         with self._lock:
             fresh, self._fresh = self._fresh, []
         error = ""

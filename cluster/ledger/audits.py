@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Engine, delete, select
@@ -33,15 +33,19 @@ class Audits:
         tenant: str = "",
         kind: str = "",
         since_s: float = 0.0,
+        equal: Mapping[str, str] | None = None,
         before: tuple[float, str] | None = None,
         limit: int = 100,
     ) -> list[dict[str, Any]]:
-        """Newest first. `before` is (at_s, event_id) of the last one of the page before."""
+        """Newest first. `equal` holds columns to values; `before` is (at_s, event_id) of the last one of the page
+        before."""
         query = select(audit).where(audit.c.at_s >= since_s)
         if tenant:
             query = query.where(audit.c.tenant == tenant)
         if kind:
             query = query.where(audit.c.kind == kind)
+        for name, value in (equal or {}).items():
+            query = query.where(audit.c[name] == value)
         if before is not None:
             at_s, event_id = before
             query = query.where((audit.c.at_s < at_s) | ((audit.c.at_s == at_s) & (audit.c.event_id < event_id)))

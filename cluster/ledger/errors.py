@@ -9,30 +9,33 @@ class LedgerError(Exception):
     """The ledger does not do what was asked."""
 
     outcome = Outcome.INVALID_FIELD
-    grpc = "INVALID_ARGUMENT"
 
 
 class NotFound(LedgerError):
     """There is no such object."""
 
-    grpc = "NOT_FOUND"
+    outcome = Outcome.NOT_FOUND
 
 
 class AlreadyExists(LedgerError):
     """There is one of that name already."""
 
-    grpc = "ALREADY_EXISTS"
+    outcome = Outcome.ALREADY_EXISTS
 
 
 class ManagedByFile(LedgerError):
     """The object is declared in a file and read-only over the API."""
 
     outcome = Outcome.MANAGED_BY_FILE
-    grpc = "FAILED_PRECONDITION"
+
+
+class NotPermitted(LedgerError):
+    """Who asks has no say in this."""
+
+    outcome = Outcome.PERMISSION_DENIED
 
 
 class StoreUnavailable(LedgerError):
     """The database does not answer, or its tables are not those this release needs."""
 
     outcome = Outcome.STORE_UNAVAILABLE
-    grpc = "UNAVAILABLE"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, insert, select, update
@@ -12,36 +11,12 @@ from sqlalchemy import Connection, Engine, Row, insert, select, update
 from cluster.ledger.changes import next_change
 from cluster.ledger.connect import reading, writing
 from cluster.ledger.errors import AlreadyExists, LedgerError, NotFound
+from cluster.ledger.rows import NewKey, StoredKey
 from cluster.ledger.tables import keys, tenants
-from cluster.tenancy.identity import ROLES, SECRET_BYTES, digest_of, make_key, sha256_of
+from cluster.tenancy.identity import ROLES, SECRET_BYTES, derive, digest_of, make_key, sha256_of
 
 MAX_NAME = 255
 _ID_BYTES = 6
-
-
-@dataclass(frozen=True, slots=True)
-class StoredKey:
-    """A key as it rests; neither it nor its digest is here. Times are seconds since the epoch."""
-
-    id: str
-    tenant: str
-    name: str
-    role: str
-    created_at: float
-    expires_at: float | None = None
-    revoked_at: float | None = None
-    rotated_from: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class NewKey:
-    """A key that was just made. `secret` is the whole key; nobody can read it again. Not in the repr."""
-
-    stored: StoredKey
-    secret: str
-
-    def __repr__(self) -> str:
-        return f"NewKey({self.stored!r})"
 
 
 class Keys:
@@ -52,10 +27,35 @@ class Keys:
         self._clock = clock
         self._peppers = peppers
 
-    def create(self, tenant: str, name: str = "", *, expires_at: float | None = None, role: str = "caller") -> NewKey:
-        """A new key of a tenant, whatever the tenant's origin. Raises LedgerError, NotFound."""
+    def create(
+        self,
+        tenant: str,
+        name: str = "",
+        *,
+        expires_at: float | None = None,
+        role: str = "caller",
+        request_id: str = "",
+        validate_only: bool = False,
+    ) -> NewKey:
+        """A new key of a tenant, whatever the tenant's origin. Its id follows from `request_id`, if there is one, so
+        that nobody makes two keys by asking twice. Raises LedgerError, NotFound, AlreadyExists."""
+        key_id = _new_id() if not request_id else self._id_of(tenant, request_id)
         with writing(self._engine) as connection:
-            return self._add(connection, next_change(connection), tenant, name, expires_at, role, "")
+            number = next_change(connection)
+            if validate_only:
+                now = self._clock()
+                _require_tenant(connection, tenant)
+                self._check(name, expires_at, role, now)
+                return NewKey(StoredKey("", tenant, name, role, now, expires_at), "")
+            if connection.execute(select(keys.c.id).where(keys.c.id == key_id)).first() is not None:
+                raise AlreadyExists(
+                    f"tenants/{tenant}/keys/{key_id} was made by this request_id already: "
+                    "rotate it if it was lost, or send another request_id"
+                )
+            return self._add(connection, number, tenant, name, expires_at, role, "", key_id)
+
+    def _id_of(self, tenant: str, request_id: str) -> str:
+        return "k" + derive(self._pepper(), "key-request", tenant, request_id)[:_ID_BYTES].hex()
 
     def import_hash(
         self,
@@ -105,7 +105,7 @@ class Keys:
             ends = now + overlap_s if old.expires_at is None else min(old.expires_at, now + overlap_s)
             values = {"expires_at": ends, "changed": number}
             connection.execute(update(keys).where(keys.c.id == key_id).values(values))
-            return self._add(connection, number, tenant, old.name, expires_at, old.role, key_id)
+            return self._add(connection, number, tenant, old.name, expires_at, old.role, key_id, _new_id())
 
     def revoke(self, tenant: str, key_id: str) -> StoredKey:
         """End a key now; doing it twice changes nothing. Raises NotFound."""
@@ -125,8 +125,8 @@ class Keys:
         expires_at: float | None,
         role: str,
         rotated_from: str,
+        key_id: str,
     ) -> NewKey:
-        key_id = _new_id()
         secret = make_key(key_id, secrets.token_bytes(SECRET_BYTES))
         inner = sha256_of(secret)
         stored = self._insert(connection, number, tenant, name, expires_at, role, rotated_from, key_id, inner, False)

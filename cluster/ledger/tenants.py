@@ -7,8 +7,8 @@ A deleted tenant's row stays, removed, while its usage does: the name cannot pas
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
@@ -16,19 +16,9 @@ from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 from cluster.ledger.changes import insert_or, next_change, rows_vanished
 from cluster.ledger.connect import reading, writing
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound
+from cluster.ledger.rows import StoredTenant
 from cluster.ledger.tables import audit, erased, keys, tenants, usage
 from cluster.tenancy.policy import PolicyError, TenantPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTenant:
-    """A tenant as it rests. Times are seconds since the epoch."""
-
-    policy: TenantPolicy
-    origin: str
-    created_at: float
-    updated_at: float
-    model_aliases: Mapping[str, str]
 
 
 def digest_of_name(tenant: str) -> str:
@@ -43,7 +33,13 @@ class Tenants:
         self._engine = engine
         self._clock = clock
 
-    def create(self, policy: TenantPolicy, *, model_aliases: Mapping[str, str] | None = None) -> StoredTenant:
+    def create(
+        self,
+        policy: TenantPolicy,
+        *,
+        model_aliases: Mapping[str, str] | None = None,
+        validate_only: bool = False,
+    ) -> StoredTenant:
         """Add one. Raises AlreadyExists, also for a deleted one whose usage is still here."""
         now = self._clock()
         with writing(self._engine) as connection:
@@ -57,7 +53,8 @@ class Tenants:
             if found is not None:
                 raise AlreadyExists(f"tenants/{policy.name} exists already; update it instead")
             row = _values(policy, "api", model_aliases or {}, now, number) | {"created_at": now, "removed_at": None}
-            connection.execute(insert(tenants).values(row))
+            if not validate_only:
+                connection.execute(insert(tenants).values(row))
         return StoredTenant(policy, "api", now, now, dict(model_aliases or {}))
 
     def get(self, name: str) -> StoredTenant:
@@ -71,29 +68,36 @@ class Tenants:
         with reading(self._engine) as connection:
             return [_stored(row) for row in connection.execute(query.order_by(tenants.c.name).limit(limit))]
 
-    def update(self, name: str, changes: Mapping[str, Any]) -> StoredTenant:
+    def update(
+        self,
+        name: str,
+        changes: Mapping[str, Any],
+        *,
+        whole: Collection[str] = (),
+        validate_only: bool = False,
+    ) -> StoredTenant:
         """Change fields of the policy, by the configuration's names (`class`, `limits`: null or `{}` takes away).
 
-        `limits`, `retention` and `labels` are merged key by key, where null removes a key. Raises LedgerError,
-        NotFound, ManagedByFile.
+        `limits`, `retention` and `labels` are merged key by key, where null removes a key, unless `whole` names them.
+        Raises LedgerError, NotFound, ManagedByFile.
         """
         if "name" in changes:
             raise LedgerError("name: a tenant keeps its name; create another one")
 
         def changed(policy: TenantPolicy) -> TenantPolicy:
-            whole = policy.as_json()
+            now = policy.as_json()
             for key, value in changes.items():
-                merged = isinstance(whole.get(key), dict) and isinstance(value, Mapping)
-                together = {**whole[key], **value} if merged else value
+                merged = isinstance(now.get(key), dict) and isinstance(value, Mapping)
+                together = {**now[key], **value} if merged and key not in whole else value
                 if key == "labels" and merged:
                     together = {k: v for k, v in together.items() if v is not None}
-                whole[key] = together
+                now[key] = together
             try:
-                return TenantPolicy.from_json({k: v for k, v in whole.items() if v is not None or k not in changes})
+                return TenantPolicy.from_json({k: v for k, v in now.items() if v is not None or k not in changes})
             except PolicyError as error:
                 raise LedgerError(str(error)) from None
 
-        return self._change(name, changed)
+        return self._change(name, changed, validate_only=validate_only)
 
     def suspend(self, name: str, suspended: bool = True) -> StoredTenant:
         """Suspend or resume. Raises NotFound, ManagedByFile."""
@@ -108,6 +112,8 @@ class Tenants:
         name: str,
         change: Callable[[TenantPolicy], TenantPolicy],
         model_aliases: Mapping[str, str] | None = None,
+        *,
+        validate_only: bool = False,
     ) -> StoredTenant:
         now = self._clock()
         with writing(self._engine) as connection:
@@ -116,22 +122,25 @@ class Tenants:
             aliases = before.model_aliases if model_aliases is None else dict(model_aliases)
             policy = change(before.policy)
             values = _values(policy, "api", aliases, now, number)
-            connection.execute(update(tenants).where(tenants.c.name == name).values(values))
+            if not validate_only:
+                connection.execute(update(tenants).where(tenants.c.name == name).values(values))
         return replace(before, policy=policy, model_aliases=aliases, updated_at=now)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, validate_only: bool = False) -> None:
         """Take a tenant away; its keys stop at once, its usage stays. Raises NotFound, ManagedByFile."""
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
             _own(connection, name)
+            if validate_only:
+                return
             values = {"removed_at": now, "updated_at": now, "changed": number}
             connection.execute(update(tenants).where(tenants.c.name == name).values(values))
             revoked = {"revoked_at": now, "changed": number}
             mine = (keys.c.tenant == name) & keys.c.revoked_at.is_(None)
             connection.execute(update(keys).where(mine).values(revoked))
 
-    def erase(self, name: str) -> int:
+    def erase(self, name: str, *, validate_only: bool = False) -> int:
         """Remove every row that names a tenant, present or deleted; how many rows went. NotFound, ManagedByFile.
 
         A digest of the name stays, so that a gateway's late report does not bring the tenant back.
@@ -144,6 +153,8 @@ class Tenants:
                 raise NotFound(f"tenants/{name} does not exist")
             if found.origin == "file" and found.removed_at is None:
                 raise ManagedByFile(_declared(name))
+            if validate_only:
+                return 0
             gone = 0
             for table in (keys, usage, audit):
                 gone += connection.execute(delete(table).where(table.c.tenant == name)).rowcount

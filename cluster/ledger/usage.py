@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, and_, delete, func, not_, or_, select
 
 from cluster.ledger.changes import insert_or
 from cluster.ledger.connect import reading, writing
-from cluster.ledger.errors import LedgerError
 from cluster.ledger.records import UsageRecord
+from cluster.ledger.rows import COUNTS, LABEL, Rates, UsageQuery
 from cluster.ledger.tables import erased, usage
 from cluster.ledger.tenants import digest_of_name
 
-COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "generated_tokens", "gpu_seconds")
-DIMENSIONS = ("tenant", "model", "day", "month", "key_id", "version", "adapter", "outcome", "gpu")
 IDLE_TENANT = "_idle"
-_LABEL = re.compile(r"^label:([A-Za-z0-9_./-]{1,63})$")
-_DAY = re.compile(r"^\d{4}-\d{2}-\d{2}$")
 _DELETE_ROWS = 20_000
-
-
-@dataclass(frozen=True, slots=True)
-class UsageQuery:
-    """What to sum. `group_by` of DIMENSIONS or `label:<name>`; days are UTC's, `until_day` is included."""
-
-    group_by: tuple[str, ...] = ("tenant", "model")
-    since_day: str = ""
-    until_day: str = ""
-    tenant: str = ""
-    model: str = ""
-
-    def __post_init__(self) -> None:
-        for name in self.group_by:
-            if name not in DIMENSIONS and not _LABEL.match(name):
-                raise LedgerError(f"group_by: {name!r} is none of {', '.join(DIMENSIONS)} and label:<name>")
-        if len(set(self.group_by)) != len(self.group_by):
-            raise LedgerError("group_by: names a dimension twice")
-        for name in ("since_day", "until_day"):
-            if getattr(self, name) and not _DAY.match(getattr(self, name)):
-                raise LedgerError(f"{name}: must be a day like 2026-11-24")
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Money for one GPU hour by accelerator type; `""` is the rate of calls that name no type."""
-
-    currency: str
-    gpu_hour: Mapping[str, float]
 
 
 class UsageTable:
@@ -155,7 +120,7 @@ def _row(record: UsageRecord) -> dict[str, Any]:
 
 
 def _dimension(name: str) -> ColumnElement[Any]:
-    label = _LABEL.match(name)
+    label = LABEL.match(name)
     if label:
         return func.coalesce(usage.c.labels[label.group(1)].as_string(), "")
     return func.substr(usage.c.day, 1, 7) if name == "month" else usage.c[name]

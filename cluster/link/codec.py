@@ -295,12 +295,25 @@ def load_to_pb(load: EngineLoad) -> pb.Load:
         steps=load.steps,
         step_ms=load.step_s * 1000,
         busy=load.busy,
+        step_age_ms=load.step_age_s * 1000,
+        step_p99_ms=load.step_p99_s * 1000,
+        prefill_tokens=load.prefill_tokens,
     )
 
 
 def load_from_pb(m: pb.Load) -> EngineLoad:
     """The inverse of load_to_pb."""
-    return EngineLoad(m.running, m.waiting, m.kv_usage, m.steps, m.step_ms / 1000, m.busy)
+    return EngineLoad(
+        running=m.running,
+        waiting=m.waiting,
+        kv_usage=m.kv_usage,
+        steps=m.steps,
+        step_s=m.step_ms / 1000,
+        busy=m.busy,
+        step_age_s=m.step_age_ms / 1000,
+        step_p99_s=m.step_p99_ms / 1000,
+        prefill_tokens=m.prefill_tokens,
+    )
 
 
 def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.Hello:

@@ -41,7 +41,11 @@ class Timing:
 
     beat_s: float = 0.1
     silence_s: float = 5.0
-    """Without a beat or message for this long the other side is taken for lost."""
+    """Without a beat or message for this long a worker takes its gateway for lost, and a gateway a worker that has
+    not beaten yet."""
+    hang_s: float = 0.5
+    """A gateway takes a worker for lost that stands still for this long, or for five of its steps where they are
+    longer; see liveness.py."""
     redial_min_s: float = 0.1
     redial_max_s: float = 2.0
     welcome_s: float = 5.0

@@ -18,12 +18,16 @@ from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
 from cluster.api.types import CatalogEntry
 from cluster.link import codec
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
+from cluster.link.liveness import Liveness, Waking
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.link.worker_link import WorkerLink
 
 log = structlog.get_logger("hub")
+
+TICKS = 10
+"""How often workers are looked at in the time after which they are suspected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,7 @@ class Hub(pb_grpc.LinkServicer):
         self._links: dict[str, WorkerLink] = {}
         self._controller: _Controller | None = None
         self._bundles: dict[str, asyncio.Future[Bundle]] = {}
+        self._waking = Waking(2 * self._timing.hang_s / TICKS, time.monotonic())
         self.catalog_at: float | None = None
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
         """Set before the first link comes, where accounts are kept: told what ended requests have come to."""
@@ -124,6 +129,7 @@ class Hub(pb_grpc.LinkServicer):
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
         link = WorkerLink(identity, info, hello.epoch)
+        link.liveness = Liveness(self._now(), self._timing.hang_s, self._timing.silence_s)
         if self.on_usage is not None:
             link.on_usage = self.on_usage
         self._attach(link)  # before the welcome, whose reader may open Bulk at once
@@ -147,7 +153,13 @@ class Hub(pb_grpc.LinkServicer):
 
     async def _read(self, link: WorkerLink, context: Any) -> None:
         while (message := await read(context)) is not None:
-            if link.apply(message):
+            changed = link.apply(message)
+            if link.liveness is not None:
+                now = self._now()
+                link.liveness.received(message.seq, message.acked_seq, now)
+                if message.HasField("load"):
+                    link.liveness.told(link.load, now)
+            if changed:
                 self._listener.changed(link)
 
     def _welcome(self, protocol: int) -> pb.Welcome:
@@ -180,7 +192,10 @@ class Hub(pb_grpc.LinkServicer):
     async def _write(self, link: WorkerLink, context: Any, protocol: int) -> None:
         await context.write(pb.GatewayTurn(welcome=self._welcome(protocol)))
         while True:
-            await context.write(await link.box.take())
+            message = await link.box.take()
+            if link.liveness is not None:
+                link.liveness.commanded(message.seq, self._now())
+            await context.write(message)
 
     async def Beat(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """Beats of one worker, answered one by one."""
@@ -189,16 +204,23 @@ class Hub(pb_grpc.LinkServicer):
             if link is not None and link.identity.incarnation == beat.incarnation and link.epoch == beat.epoch:
                 link.last_heard = time.monotonic()
                 link.load = codec.load_from_pb(beat.load)
+                if link.liveness is not None:
+                    link.liveness.beat(link.load, beat.acked_seq, beat.sent_seq, self._now())
             await context.write(pb.GatewayBeat(seq=beat.seq))
 
+    def _now(self) -> float:
+        """Waking time: this process's own pauses are nobody else's silence."""
+        return self._waking.tick(time.monotonic())
+
     async def watch(self) -> None:
-        """Close links that have gone silent; runs until cancelled."""
+        """Close the links of workers that are taken for lost; runs until cancelled."""
         while True:
-            await asyncio.sleep(self._timing.silence_s / 10)
-            now = time.monotonic()
-            for link in self.links:
-                if now - link.last_heard > self._timing.silence_s:
-                    link.close(f"no beat for {now - link.last_heard:.1f} s")
+            await asyncio.sleep(self._timing.hang_s / TICKS)
+            now = self._now()
+            for link in list(self._links.values()):
+                found = None if link.liveness is None else link.liveness.suspicion(now)
+                if found is not None:
+                    link.close(found.why, found.reason)
                     self._detach(link)
 
     # ---- bulk

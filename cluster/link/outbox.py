@@ -28,9 +28,12 @@ class Outbox:
         self._grant: Grant | None = None
         self._load: EngineLoad | None = None
         self._draining = ""
+        self._stay_ms = 0
         self._served: dict[FlowKey, Weighed[ServedTotal]] | None = None
         self._elsewhere: dict[str, Sequence[Weighed[FlowBacklog]]] = {}
         self.acked_seq = 0
+        self.sent_seq = 0
+        """Messages taken so far."""
         self.usage: Callable[[], Sequence[EndedUsage]] = tuple
         """Asked for ended requests' counts with each message; when it gives many, another message follows."""
 
@@ -58,9 +61,9 @@ class Outbox:
         """The worker's load; only the last matters."""
         self._load = load
 
-    def draining(self, reason: str) -> None:
-        """The worker takes no new work."""
-        self._draining = reason
+    def draining(self, reason: str, stay_s: float) -> None:
+        """The worker takes no new work; what runs may end by itself for `stay_s`, then it is to go on elsewhere."""
+        self._draining, self._stay_ms = reason, int(stay_s * 1000)
         self.flush()
 
     def served(self, totals: Sequence[Weighed[ServedTotal]]) -> None:
@@ -89,7 +92,10 @@ class Outbox:
         """Wait to be woken, then everything that has gathered, as one message."""
         await self._wake.wait()
         self._wake.clear()
-        message = pb.WorkerTurn(acked_seq=self.acked_seq, accepted=self._accepted, refused=self._refused)
+        self.sent_seq += 1
+        message = pb.WorkerTurn(
+            seq=self.sent_seq, acked_seq=self.acked_seq, accepted=self._accepted, refused=self._refused
+        )
         self._accepted, self._refused = [], []
         if self._columns is not None:
             message.step.CopyFrom(self._columns.to_pb())
@@ -103,7 +109,7 @@ class Outbox:
             message.load.CopyFrom(load_to_pb(self._load))
             self._load = None
         if self._draining:
-            message.draining.reason = self._draining
+            message.draining.CopyFrom(pb.Draining(reason=self._draining, stay_ms=self._stay_ms))
             self._draining = ""
         if self._served is not None:
             message.served.CopyFrom(served_to_pb(self._served.values()))

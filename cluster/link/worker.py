@@ -43,6 +43,8 @@ LOOKAHEAD_SEQUENCES = 2
 INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
+# The part of a drain's time in which running calls may end by themselves; then they go on elsewhere.
+STAY_PART = 0.5
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
 
@@ -76,6 +78,8 @@ class _Running:
     slot: int
     tokens: int
     prompt_tokens: int
+    emitted_tokens: int
+    """By other workers, before it came here."""
     sealed: bytes
     share: Share
     began: float
@@ -84,6 +88,11 @@ class _Running:
 
     @property
     def generated(self) -> int:
+        return self.tokens - self.prompt_tokens - self.emitted_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """Of the sequence in all, wherever they were generated."""
         return self.tokens - self.prompt_tokens
 
 
@@ -141,6 +150,7 @@ class WorkerEnd:
         )
         self._served = ServedReports()
         self._draining = ""
+        self._stays_until = 0.0
         self._load = EngineLoad()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -186,8 +196,9 @@ class WorkerEnd:
     async def drain(self, timeout_s: float) -> bool:
         """Take no new work and wait for what runs; False when something still ran at the end."""
         self._draining = "draining"
+        self._stays_until = time.monotonic() + timeout_s * STAY_PART
         for link in self._links.values():
-            link.outbox.draining(self._draining)
+            link.outbox.draining(self._draining, timeout_s * STAY_PART)
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
@@ -221,8 +232,10 @@ class WorkerEnd:
                 emitted += count
                 if output.prompt_tokens is not None:
                     running.cached_tokens = output.cached_tokens or 0
-                    self._served.cached(output.request_id, running.cached_tokens)
-                    firsts.append((running.share, output.prompt_tokens - running.cached_tokens, count))
+                    if not running.emitted_tokens:  # of a continued one its first worker has told
+                        self._served.cached(output.request_id, running.cached_tokens)
+                    computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
+                    firsts.append((running.share, computed, count))
                     running.accepted = True
                 if output.finish is not None:
                     running.accepted = True
@@ -244,7 +257,7 @@ class WorkerEnd:
         if running is None:
             return
         self._tokens -= running.tokens
-        self._served.ended(request_id, running.generated)
+        self._served.ended(request_id, running.output_tokens)
         running.link.requests.pop(running.slot, None)
         if running.accepted:
             gpu_seconds = self._meter.charge(running.share, running.generated)
@@ -261,7 +274,7 @@ class WorkerEnd:
         """Tell every gateway whom this worker serves; nothing of it is done for each token."""
         while True:
             await asyncio.sleep(REPORT_S)
-            self._served.report((request_id, one.generated) for request_id, one in self._running.items())
+            self._served.report((request_id, one.output_tokens) for request_id, one in self._running.items())
 
     def _keep(self, running: _Running, outcome: Outcome, gpu_seconds: float) -> None:
         usage = EndedUsage(
@@ -320,7 +333,7 @@ class WorkerEnd:
             self._served.attach(epoch, link.incarnation, link.outbox)
             self._regrant()
             if self._draining:
-                link.outbox.draining(self._draining)
+                link.outbox.draining(self._draining, max(self._stays_until - time.monotonic(), 0.0))
             parts = [
                 asyncio.create_task(self._read(link, call)),
                 asyncio.create_task(self._write(link, call)),
@@ -353,6 +366,7 @@ class WorkerEnd:
             seq=seq,
             load=codec.load_to_pb(self._engine.load()),
             acked_seq=link.outbox.acked_seq,
+            sent_seq=link.outbox.sent_seq,
         )
 
     async def _end(self, link: _Link, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
@@ -430,17 +444,19 @@ class WorkerEnd:
         request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
         link.requests[slot] = request_id
         link.submitting.add(slot)
-        prompt = submit.prompt_ids
+        ids = submit.prompt_ids
         if submit.prompt_blob:
-            prompt = await link.prompts.take(submit.prompt_blob)
-        request = codec.submit_from_pb(submit, request_id, prompt)
-        tokens = len(request.prompt_token_ids)
+            ids = await link.prompts.take(submit.prompt_blob)
+        request = codec.submit_from_pb(submit, request_id, ids)
+        prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
+        tokens = prompt + emitted
         self._granter.spent(link.turn, tokens)
         now = time.monotonic()
-        running = _Running(link, slot, tokens, tokens, submit.sealed_record, self._meter.entered(now), now)
+        share = self._meter.entered(now)
+        running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, share, now)
         self._running[request_id] = running
         self._tokens += tokens
-        self._served.accepted(request_id, link.number, submit, tokens)
+        self._served.accepted(request_id, link.number, submit, prompt)
         self._idle.clear()
         try:
             await self._engine.submit(request)

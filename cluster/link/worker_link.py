@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
-from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput, WorkerIdentity
+from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, Likeness, TokenOutput, WorkerIdentity
 from cluster.link import codec
 from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_from_pb, put_turn, served_from_pb
 from cluster.link.credit import Purse, Room
 from cluster.link.dial import CHUNK_BYTES
+from cluster.link.liveness import Liveness
 from cluster.link.outbox import CommandBox
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
@@ -56,8 +57,15 @@ class WorkerLink:
         self.identity = identity
         self.info = info
         self.epoch = epoch
+        self.likeness = Likeness(identity.weight_digest, identity.bundle_digest, info.engine_class)
+        self.replaying = 0
+        """Tokens of continued calls that this gateway has sent and whose next token has not come; kept by the sinks."""
         self.load = EngineLoad()
         self.draining = ""
+        self.leave_at = float("inf")
+        """When those that still run there are to go on elsewhere, since it drains (monotonic)."""
+        self.liveness: Liveness | None = None
+        """Kept by the hub."""
         self.last_heard = time.monotonic()
         self.box = CommandBox()
         self.blobs: asyncio.Queue[pb.Blob] | None = None
@@ -75,6 +83,8 @@ class WorkerLink:
         self._slots = itertools.count(1)
         self.closed = asyncio.Event()
         self.why = ""
+        self.reason = "lost"
+        """How it ended, in one word: lost is a connection that broke."""
         self._ended = False
 
     def __repr__(self) -> str:
@@ -110,7 +120,7 @@ class WorkerLink:
         if turn is not None:
             put_turn(message, turn)
         self._sinks[slot] = sink
-        self._purse.spend(len(request.prompt_token_ids))
+        self._purse.spend(len(request.prompt_token_ids) + len(request.emitted_token_ids))
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"
             data = message.prompt_ids
@@ -127,9 +137,14 @@ class WorkerLink:
         if self._sinks.pop(slot, None) is not None:
             self.box.aborts([slot])
 
-    def close(self, why: str) -> None:
-        """End this link from the gateway's side."""
-        self.why = why
+    @property
+    def sinks(self) -> Sequence[Sink]:
+        """Whose requests run there."""
+        return list(self._sinks.values())
+
+    def close(self, why: str, reason: str = "closed") -> None:
+        """End this link from the gateway's side. `reason` is one word, a metric's label."""
+        self.why, self.reason = why, reason
         self.closed.set()
 
     # ---- called by the hub
@@ -160,6 +175,7 @@ class WorkerLink:
             changed = True
         if message.HasField("draining"):
             self.draining = message.draining.reason or "draining"
+            self.leave_at = self.last_heard + message.draining.stay_ms / 1000
             changed = True
         return changed
 

@@ -54,7 +54,14 @@ DEFINITIONS: Mapping[str, _Definition] = {
         "counter", "Weighted tokens that ended calls were charged.", ("model", "tenant")
     ),
     "route_decisions_total": _Definition("counter", "Calls bound to a worker, by reason.", ("model", "reason")),
-    "worker_detected_total": _Definition("counter", "Workers whose link ended.", ("model",)),
+    "resumes_total": _Definition("counter", "Sequences that went on at another worker, by why.", ("model", "reason")),
+    "resume_gap_seconds": _Definition(
+        "histogram",
+        "A caller's wait between the last token of one worker and the first of the next.",
+        ("model",),
+        TTFT_BUCKETS,
+    ),
+    "worker_detected_total": _Definition("counter", "Workers whose link ended, by how.", ("model", "reason")),
     "request_duration_seconds": _Definition("histogram", "A call from arrival to end.", ("model",), REQUEST_BUCKETS),
     "time_to_first_token_seconds": _Definition("histogram", "Arrival to first token.", ("model",), TTFT_BUCKETS),
     "inter_token_latency_seconds": _Definition("histogram", "Between tokens of a call.", ("model",), ITL_BUCKETS),

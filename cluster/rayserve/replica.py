@@ -1,9 +1,9 @@
 """One engine replica: opens the model, starts the engine, serves it over the link. A plain class; Ray is serving.py's.
 
 Its end comes in three ways. Asked to stop, it drains and closes. Asked to come up with what cannot work, it raises
-ModelRefused and no other try follows. When its engine dies it closes its links and ends its own process at once, so
-that the gateways and Ray both see it within milliseconds; Ray and the engine's watchdog then end what the engine
-left behind, and Serve makes a new replica.
+ModelRefused and no other try follows. When its engine dies, or is found sick (engine/golden.py), it closes its links
+and ends its own process at once, so that the gateways and Ray both see it within milliseconds; Ray and the engine's
+watchdog then end what the engine left behind, and Serve makes a new replica.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Protocol
 import structlog
 
 from cluster.api.bundle import Bundle
-from cluster.api.ports import Engine, EngineDead
+from cluster.api.ports import Engine, EngineDead, EngineSick
 from cluster.api.types import EngineInfo, WorkerIdentity
+from cluster.engine.golden import Examined
 from cluster.link.worker import WorkerEnd
 from cluster.rayserve.placement import why_split
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
@@ -92,17 +93,21 @@ class Replica:
             raise ModelRefused(f"models[{spec.name}]: {reason}")
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
-            self.engine = opened.engine
-            self.info = await self.engine.start()
+            self.engine = engine = Examined(opened.engine, node=self.place.node)
+            self.info = await engine.start()
         except ValueError as error:
             await self.stop()
             raise ModelRefused(str(error)) from error
+        except EngineSick as error:
+            log.error("worker.engine_sick", worker=self.worker_id, node=self.place.node, reason=str(error))
+            await self.stop()
+            raise
         except BaseException:  # a cancelled start too leaves no engine behind
             await self.stop()
             raise
-        self._serve(opened, self.info)
+        self._serve(opened, engine, self.info)
 
-    def _serve(self, opened: Opened, info: EngineInfo) -> None:
+    def _serve(self, opened: Opened, engine: Engine, info: EngineInfo) -> None:
         identity = WorkerIdentity(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -115,7 +120,7 @@ class Replica:
         )
         self.end = WorkerEnd(
             identity=identity,
-            engine=opened.engine,
+            engine=engine,
             info=info,
             bundle=opened.bundle,
             gateways=self.settings.gateways,
@@ -123,8 +128,14 @@ class Replica:
             gpus=self.place.gpus,
             gpu=self.settings.spec.gpu if self.place.gpus else "",
         )
-        self._serving = asyncio.create_task(self._until_dead(self.end, opened.engine))
-        log.info("worker.up", worker=self.worker_id, engine=info.engine_class, path=info.engine_path)
+        self._serving = asyncio.create_task(self._until_dead(self.end, engine))
+        log.info(
+            "worker.up",
+            worker=self.worker_id,
+            engine=info.engine_class,
+            path=info.engine_path,
+            capabilities=" ".join(info.capabilities),
+        )
 
     async def _until_dead(self, end: WorkerEnd, engine: Engine) -> None:
         parts = [asyncio.create_task(end.run()), asyncio.create_task(_watch(engine))]
@@ -136,7 +147,8 @@ class Replica:
                 part.cancel()
         if failure is None:
             return
-        log.error("worker.engine_dead", worker=self.worker_id, reason=str(failure))
+        event = "worker.engine_sick" if isinstance(failure, EngineSick) else "worker.engine_dead"
+        log.error(event, worker=self.worker_id, node=self.place.node, reason=str(failure))
         with contextlib.suppress(Exception):
             await asyncio.wait_for(end.close(), _CLOSE_LINKS_S)
         await asyncio.wait(parts, timeout=_CLOSE_LINKS_S)

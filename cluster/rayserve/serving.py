@@ -103,6 +103,7 @@ PASSED_ON = (
     "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",
     "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_COMPUTE_NANS_IN_LOGITS",
     "RAY_AUTH_MODE",
 )
 """Variables of whoever deploys that its replicas get too; never a secret, since Ray shows them in its dashboard."""

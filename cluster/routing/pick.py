@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from cluster.api.types import Likeness
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A worker as seen by the gateway that chooses. Room is what it has granted to this gateway and is unspent.
 
     `running` are this gateway's sequences there, `waiting` those in the engine's own queue, `kv_usage` in [0, 1].
+    `replaying` tokens of continued calls are being computed there for this gateway, at most `max_replaying` may be.
     """
 
     worker_id: str
@@ -31,14 +34,22 @@ class Candidate:
     kv_usage: float
     healthy: bool
     draining: bool
+    incarnation: str = ""
+    likeness: Likeness | None = None
+    replaying: int = 0
+    max_replaying: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RouteCall:
-    """What of a call matters for its way. `tokens` are those of its prompt."""
+    """What of a call matters for its way. `tokens` are to be computed before its next one: those of its prompt, and of
+    a continued call those that it has emitted. Such a call has the `likeness` of the worker that began it, and shuns
+    the incarnations at which it has failed."""
 
     model: str
     tokens: int
+    likeness: Likeness | None = None
+    shuns: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,11 @@ class Decision:
         return f"{where}, {self.reason}: {candidates}"
 
 
+def _replays_fit(call: RouteCall, c: Candidate) -> bool:
+    """Continued calls come in crowds; computed all at once they would hold up everybody's next token."""
+    return call.likeness is None or not c.replaying or c.replaying + call.tokens <= c.max_replaying
+
+
 def _places(_: RouteCall, c: Candidate) -> float:
     return c.free_sequences / (c.free_sequences + c.running)
 
@@ -111,6 +127,9 @@ FILTERS = (
     Filter("other_model", lambda call, c: c.model == call.model),
     Filter("unhealthy", lambda _, c: c.healthy),
     Filter("draining", lambda _, c: not c.draining),
+    Filter("other_weights", lambda call, c: call.likeness is None or c.likeness == call.likeness),
+    Filter("failed_there", lambda call, c: c.incarnation not in call.shuns),
+    Filter("replaying", _replays_fit),
     Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),
     Filter("too_few_free_tokens", lambda call, c: c.free_tokens >= call.tokens),
 )

@@ -237,19 +237,20 @@ def identify(snapshot: Snapshot, tenant: str, by: str, subject: str, role: str =
 
 @dataclass(frozen=True, slots=True)
 class CertificateRule:
-    """A client certificate's subject alternative name (`spiffe://...` or a DNS name) and whose it is."""
+    """A client certificate's subject alternative name (`spiffe://...` or a DNS name), whose it is, in which role."""
 
     san: str
     tenant: str
+    role: str = "caller"
 
 
-def tenant_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule]) -> str | None:
-    """The tenant of a verified certificate with these alternative names (with or without `URI:`/`DNS:`).
+def owner_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule]) -> tuple[str, str] | None:
+    """The tenant and role of a verified certificate with these alternative names (with or without `URI:`/`DNS:`).
 
-    None when no rule fits, or when rules of two tenants do. URIs are compared to the letter, DNS names without case;
-    no wildcards, since a wildcard certificate would then be every tenant below it.
+    None when no rule fits, or when rules of two tenants or roles do. URIs are compared to the letter, DNS names without
+    case; no wildcards, since a wildcard certificate would then be every tenant below it.
     """
-    owners = {_plain_name(rule.san): rule.tenant for rule in rules}
+    owners = {_plain_name(rule.san): (rule.tenant, rule.role) for rule in rules}
     found = {owners[name] for name in map(_plain_name, names) if name in owners}
     return found.pop() if len(found) == 1 else None
 
@@ -263,7 +264,7 @@ def _plain_name(name: str) -> str:
 # What a role may do, and whether to its own tenant only.
 _GRANTS: Mapping[str, tuple[frozenset[str], bool]] = {
     "caller": (frozenset(), True),
-    "viewer": (frozenset({"read"}), True),
+    "viewer": (frozenset({"read"}), False),
     "tenant_admin": (frozenset({"read", "keys"}), True),
     "operator": (frozenset({"read", "keys", "tenants", "fleet"}), False),
 }
@@ -273,6 +274,16 @@ def may(principal: Principal, what: str, tenant: str = "") -> bool:
     """Whether a role may do `what` (read, keys, tenants, fleet) to a tenant; "" means the cluster as a whole."""
     granted, own_only = _GRANTS[principal.role]
     return what in granted and (not own_only or tenant == principal.tenant.name)
+
+
+def may_grant(principal: Principal, role: str) -> bool:
+    """Whether a role may make, replace or end keys of another; else a tenant's administrator would make an operator."""
+    return principal.role == "operator" or (principal.role == "tenant_admin" and role in ("caller", "tenant_admin"))
+
+
+def admin_token(secret: bytes) -> str:
+    """What whoever holds the cluster's secret shows on the admin port: for a local cluster's own commands."""
+    return f"{KEY_PREFIX}admin_{derive(secret, 'admin-token').hex()}"
 
 
 def derive(secret: bytes, purpose: str, *parts: str | bytes) -> bytes:

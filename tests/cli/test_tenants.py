@@ -69,7 +69,7 @@ def test_a_tenants_life(run: Run) -> None:
     assert good(run("tenants", "get", "acme", "--json"))["suspended"] is True
     assert "suspended" in run("tenants", "list").stdout
     assert "resumed acme" in run("tenants", "resume", "acme").stdout
-    assert run("tenants", "delete", "acme").exit_code == 0
+    assert run("tenants", "delete", "acme", "--reason", "left").exit_code == 0
     assert run("tenants", "get", "acme").exit_code == 1
     events = good(run("audit", "--json"))
     assert [one["action"] for one in reversed(events)] == [
@@ -79,9 +79,9 @@ def test_a_tenants_life(run: Run) -> None:
         "tenants.resume",
         "tenants.delete",
     ]
-    assert {one["reason"] for one in events} == {"", "unpaid"}
+    assert {one["reason"] for one in events} == {"", "unpaid", "left"}
     assert "unpaid" in run("audit", "--tenant", "acme").stdout
-    assert run("tenants", "delete", "acme", "--erase", input="n\n").exit_code == 1
+    assert run("tenants", "delete", "acme", "--erase", "--reason", "acme asked", input="n\n").exit_code == 1
     assert "erased acme" in run("tenants", "delete", "acme", "--erase", "--yes", "--reason", "acme asked").stdout
     (left,) = good(run("audit", "--json"))
     assert "acme" not in json.dumps(left)
@@ -94,11 +94,11 @@ def test_keys_are_rotated_and_revoked(run: Run) -> None:
     first = good(run("keys", "create", "acme", "--expires-days", "2", "--json"))
     second = good(run("keys", "rotate", "acme", first["id"], "--overlap-s", "3600", "--json"))
     assert second["rotated_from"] == first["id"]
-    assert run("keys", "revoke", "acme", first["id"]).exit_code == 0
+    assert run("keys", "revoke", "acme", first["id"], "--reason", "lost").exit_code == 0
     rows = {one["id"]: one for one in good(run("keys", "list", "acme", "--json"))}
     assert bool(rows[first["id"]]["revoked_at"]) is True
     assert rows[second["id"]]["revoked_at"] == ""
-    assert run("keys", "revoke", "acme", "nope").exit_code == 1
+    assert run("keys", "revoke", "acme", "nope", "--reason", "lost").exit_code == 1
     assert run("keys", "create", "acme", "--role", "root").exit_code == 2
     assert run("keys", "create", "nobody").exit_code == 1
 
@@ -133,7 +133,7 @@ def test_what_is_declared_in_a_file_is_read_only(run: Run, url: str) -> None:
     ledger.upgrade()
     ledger.tenants.declare([TenantPolicy("acme")])
     ledger.close()
-    done = run("tenants", "suspend", "acme", "--database-url", url)
+    done = run("tenants", "suspend", "acme", "--reason", "unpaid", "--database-url", url)
     assert done.exit_code == 1
     assert "declared in a file" in done.stderr
 
@@ -166,6 +166,10 @@ def test_the_database_is_checked_upgraded_and_moved(run: Run, url: str, tmp_path
         (("tenants", "create", "a", "--set", "wieght=1"), 2, "wieght"),
         (("tenants", "create", "a", "--set", "nonsense"), 2, "name=value"),
         (("tenants", "update", "a"), 2, "nothing to change"),
+        (("tenants", "suspend", "a"), 2, "--reason"),
+        (("tenants", "delete", "a", "--reason", " "), 2, "reason"),
+        (("tenants", "list", "-f", "x", "--admin", "h:1"), 2, "give one of them"),
+        (("tenants", "list", "--admin", "127.0.0.1:1"), 3, "no gateway answers"),
         (("tenants", "get", "a"), 1, "tenants/a does not exist"),
         (("tenants", "list", "--database-url", "mysql://h/d"), 2, "not served"),
         (("tenants", "list", "--database-url", "postgresql://u@127.0.0.1:1/d"), 3, "does not answer"),

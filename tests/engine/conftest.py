@@ -47,7 +47,7 @@ def engine_children(process: psutil.Process) -> list[psutil.Process]:
     return [child for child in process.children() if "resource_tracker" not in " ".join(child.cmdline())]
 
 
-async def _subject(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[Subject]:
+async def _started(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[tuple[Subject, psutil.Process]]:
     me = psutil.Process()
     before = me.children()
     engine = VllmEngine(tiny_spec(), folder, prefer_fastpath=prefer_fastpath)
@@ -55,7 +55,7 @@ async def _subject(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[Subj
     (core,) = [child for child in engine_children(me) if child not in before]
     family = [core, *core.children(recursive=True)]
     try:
-        yield Subject(engine, info, TOKEN_LO, TOKEN_HI)
+        yield Subject(engine, info, TOKEN_LO, TOKEN_HI), core
         folder = Path(os.environ[sockets.ENV])
         assert any(folder.iterdir()), "vLLM's sockets lie in this process's own folder"
     finally:
@@ -65,14 +65,26 @@ async def _subject(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[Subj
 
 
 @pytest.fixture(scope="session")
-async def fast_subject(llama_folder: Path) -> AsyncIterator[Subject]:
+async def fast_engine(llama_folder: Path) -> AsyncIterator[tuple[Subject, psutil.Process]]:
+    """An engine that serves by the fast path, and the process of its core."""
+    async for started in _started(llama_folder, prefer_fastpath=True):
+        yield started
+
+
+@pytest.fixture(scope="session")
+def fast_subject(fast_engine: tuple[Subject, psutil.Process]) -> Subject:
     """An engine that serves by the fast path."""
-    async for subject in _subject(llama_folder, prefer_fastpath=True):
-        yield subject
+    return fast_engine[0]
+
+
+@pytest.fixture(scope="session")
+def fast_core(fast_engine: tuple[Subject, psutil.Process]) -> psutil.Process:
+    """The process of its core."""
+    return fast_engine[1]
 
 
 @pytest.fixture(scope="session")
 async def public_subject(llama_folder: Path) -> AsyncIterator[Subject]:
     """An engine that serves through AsyncLLM."""
-    async for subject in _subject(llama_folder, prefer_fastpath=False):
+    async for subject, _ in _started(llama_folder, prefer_fastpath=False):
         yield subject

@@ -9,18 +9,99 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
-from cluster.api.types import EngineInfo, EngineRequest, FinishReason, Sampling, TokenOutput
+from cluster.api.types import (
+    RESUME_EXACT,
+    EngineInfo,
+    EngineRequest,
+    FinishReason,
+    Grammar,
+    PositionLogprobs,
+    Sampling,
+    TokenOutput,
+)
 
 MAX_PLACES = 16
+CUTS = 28
 _serial = itertools.count()
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {"numbers": {"type": "array", "items": {"type": "integer"}, "minItems": 12}},
+    "required": ["numbers"],
+    "additionalProperties": False,
+}
+_SAMPLED: dict[str, object] = {"temperature": 1.0, "seed": 7}
+RESUMED: dict[str, dict[str, object]] = {
+    "greedy": {},
+    "seed": _SAMPLED,
+    "another seed and top_p, top_k, min_p": {
+        "temperature": 0.7,
+        "seed": -3,
+        "top_p": 0.9,
+        "top_k": 50,
+        "min_p": 0.01,
+    },
+    "frequency penalty": {"frequency_penalty": 1.2},
+    "presence penalty": {"presence_penalty": 1.5},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "all penalties and a seed": {
+        **_SAMPLED,
+        "frequency_penalty": 0.6,
+        "presence_penalty": -0.4,
+        "repetition_penalty": 1.1,
+    },
+    "logprobs": {"logprobs": 3},
+    "logprobs of a seeded call": {**_SAMPLED, "logprobs": 2},
+    "logit bias": {"logit_bias": {310: 4.0, 311: -50.0, 412: 4.0}},
+    "eos heeded": {**_SAMPLED, "ignore_eos": False},
+    "json grammar": {"grammar": Grammar("json_schema", json.dumps(_SCHEMA)), "ignore_eos": False},
+    "json grammar, seed": {
+        **_SAMPLED,
+        "grammar": Grammar("json_schema", json.dumps(_SCHEMA)),
+        "ignore_eos": False,
+    },
+    "any json, seed, penalty": {
+        **_SAMPLED,
+        "grammar": Grammar("json_object", ""),
+        "frequency_penalty": 0.8,
+        "ignore_eos": False,
+    },
+    "regex": {**_SAMPLED, "grammar": Grammar("regex", "([a-f]{3}-){9,}[x-z]"), "ignore_eos": False},
+    "choice": {
+        **_SAMPLED,
+        "grammar": Grammar("choice", ("abcdefghijklmnopqrstuvwxyz" * 3, "aabbccddeeffgghhii" * 3)),
+        "ignore_eos": False,
+    },
+    "grammar": {
+        **_SAMPLED,
+        "grammar": Grammar("grammar", 'root ::= "(" root ")" root | "a" root | "b"'),
+        "ignore_eos": False,
+        "logprobs": 1,
+    },
+    "everything": {
+        "temperature": 0.9,
+        "seed": 12,
+        "top_p": 0.95,
+        "frequency_penalty": 0.3,
+        "presence_penalty": 0.2,
+        "repetition_penalty": 1.05,
+        "logit_bias": {320: 2.0},
+        "logprobs": 2,
+        "min_tokens": 10,
+        "grammar": Grammar("regex", "[a-z ]+"),
+        "ignore_eos": False,
+    },
+}
+"""Sampling parameters under which a call is cut and continued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +130,16 @@ class Answer:
     def token_ids(self) -> tuple[int, ...]:
         """All tokens in the order in which they came."""
         return tuple(token for output in self.outputs for token in output.token_ids)
+
+    @property
+    def logprobs(self) -> list[PositionLogprobs]:
+        """Those of all positions."""
+        return [position for output in self.outputs for position in output.logprobs or ()]
+
+    @property
+    def end(self) -> tuple[FinishReason | None, int | None]:
+        """How it ended: why, and by which stop token."""
+        return self.finish, self.outputs[-1].stop_token_id if self.outputs else None
 
     @property
     def finish(self) -> FinishReason | None:
@@ -278,19 +369,47 @@ class EngineContract:
         await driver.abort(fillers[1:])
         await driver.empty()
 
-    async def test_cut_and_continued_equals_uncut(self, engine: Subject) -> None:
-        """Given the tokens so far, the rest is that of the uncut call, or the engine says that it cannot."""
+    @pytest.mark.parametrize("name", RESUMED)
+    async def test_cut_anywhere_equals_uncut(self, engine: Subject, name: str) -> None:
+        """Cut after any token and continued in a batch, a call has the tokens, end and values of the uncut one."""
+        await _cut_everywhere(engine, engine.prompt(40, tokens=40), CUTS + 1, RESUMED[name])
+
+    async def test_a_continued_call_keeps_min_tokens_and_stop_tokens(self, engine: Subject) -> None:
+        """Emitted tokens count towards min_tokens, and a stop token is held back and ends as in the uncut call."""
         driver = Driver(engine)
-        (uncut,) = await driver.run(request(engine.prompt(40), max_tokens=8))
-        for cut in (1, 5):
-            rest = request(engine.prompt(40), max_tokens=8, emitted_token_ids=uncut.token_ids[:cut])
-            try:
-                (answer,) = await driver.run(rest)
-            except EngineRefused as refusal:
-                assert refusal.reason == Outcome.RESUME_UNSUPPORTED.name  # noqa: PT017
-                continue
-            assert answer.token_ids == uncut.token_ids[cut:]
-            assert answer.finish is FinishReason.LENGTH
+        (free,) = await driver.run(request(engine.prompt(43), max_tokens=30))
+        for least in (0, 20):
+            stops = {"min_tokens": least, "stop_token_ids": (free.token_ids[-1],)}
+            uncut = await _cut_everywhere(engine, engine.prompt(43), 40, stops)
+            assert len(uncut.token_ids) >= max(1, least)
+
+    async def test_a_continued_call_tells_its_true_prompt(self, engine: Subject) -> None:
+        """prompt_tokens leaves the emitted tokens out, and cached_tokens never exceeds it."""
+        if RESUME_EXACT not in engine.info.capabilities:
+            pytest.skip("this engine continues a call as a new prompt")
+        size = engine.info.block_size
+        prompt, emitted = engine.prompt(44, tokens=2 * size), engine.prompt(45, tokens=2 * size)
+        driver, seen = Driver(engine), []
+        for _ in range(2):
+            (answer,) = await driver.run(
+                request(prompt, max_tokens=2 * size + 3, emitted_token_ids=emitted, cache_salt="true-prompt")
+            )
+            seen.append((answer.outputs[0].prompt_tokens, answer.outputs[0].cached_tokens, len(answer.token_ids)))
+        assert seen == [(2 * size, 0, 3), (2 * size, 2 * size, 3)]
+
+    async def test_a_call_at_its_end_is_not_continued(self, engine: Subject) -> None:
+        """Emitted tokens that reach max_tokens or hold a stop token are refused: nothing may follow them."""
+        stop = engine.token_lo + 5
+        for emitted, changes in (
+            (engine.prompt(46, tokens=6), {}),
+            ((engine.token_lo, stop, engine.token_lo), {"stop_token_ids": (stop,)}),
+        ):
+            with pytest.raises(EngineRefused) as refusal:
+                await engine.engine.submit(
+                    request(engine.prompt(46), max_tokens=6, emitted_token_ids=emitted, **changes)
+                )
+            assert (refusal.value.reason, refusal.value.field) == (Outcome.INVALID_FIELD.name, "emitted_token_ids")
+        await Driver(engine).empty()
 
     async def test_storm_of_submits_and_aborts_leaves_nothing(self, engine: Subject) -> None:
         """Submits and aborts that race with the steps end with every request finished or gone, and an empty engine."""
@@ -312,6 +431,21 @@ class EngineContract:
         assert len(driver.answers) >= 20
         await driver.empty()
 
+    async def test_a_step_ages_only_while_there_is_work(self, engine: Subject) -> None:
+        """While requests run, load() tells a step's age and what prompts are left; at rest neither, and no work."""
+        driver = Driver(engine)
+        running = [await driver.submit(request(engine.prompt(47 + i, tokens=30), max_tokens=8)) for i in range(2)]
+        assert engine.engine.load().prefill_tokens == 60
+        await driver.until(lambda: all(driver.answers[i].outputs for i in running))
+        load = engine.engine.load()
+        assert (load.prefill_tokens, load.busy) == (0, "")
+        assert load.step_p99_s > 0
+        await driver.abort(running[:1])
+        await driver.until(lambda: driver.answers[running[1]].finish is not None)
+        load = engine.engine.load()
+        assert (load.prefill_tokens, load.busy, load.step_age_s) == (0, "", 0.0)
+        await driver.empty()
+
     async def test_steps_only_grow(self, engine: Subject) -> None:
         """load().steps counts up with every step that gave tokens, and kv_usage stays within [0, 1]."""
         driver = Driver(engine)
@@ -321,3 +455,27 @@ class EngineContract:
         assert after.steps >= before + 4
         assert 0.0 <= after.kv_usage <= 1.0
         await engine.engine.check()
+
+
+async def _cut_everywhere(
+    subject: Subject, prompt: Sequence[int], tokens: int, changes: Mapping[str, object]
+) -> Answer:
+    """The uncut answer, which every cut and continued one must equal; all of those run beside each other."""
+    driver = Driver(subject)
+    (uncut,) = await driver.run(request(prompt, max_tokens=tokens, **changes))
+    cuts = range(1, len(uncut.token_ids))
+    assert uncut.finish is FinishReason.STOP or len(cuts) == tokens - 1
+    rests = [request(prompt, max_tokens=tokens, emitted_token_ids=uncut.token_ids[:cut], **changes) for cut in cuts]
+    try:
+        answers = await driver.run(*rests)
+    except EngineRefused as refusal:
+        assert RESUME_EXACT not in subject.info.capabilities
+        assert refusal.reason == Outcome.RESUME_UNSUPPORTED.name  # noqa: PT017
+        return uncut
+    for cut, answer in zip(cuts, answers, strict=True):
+        assert answer.token_ids == uncut.token_ids[cut:], f"cut after {cut}"
+        assert answer.end == uncut.end
+        for mine, theirs in zip(answer.logprobs, uncut.logprobs[cut:], strict=True):
+            assert mine.token_ids[0] == theirs.token_ids[0]
+            assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    return uncut

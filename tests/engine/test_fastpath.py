@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.engine import fastpath
-from cluster.engine.fastpath import SYMBOLS, missing, resolve
+from cluster.engine.fastpath import SYMBOLS
+from cluster.engine.symbols import missing, resolve
 
 
 @pytest.mark.engine

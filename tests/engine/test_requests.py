@@ -69,6 +69,33 @@ def test_a_wrong_request_is_refused(changes: dict[str, object], field: str, reas
     assert (error.value.field, error.value.reason) == (field, reason)
 
 
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"seed": 1}, "seed"),
+        ({"grammar": Grammar("json_object", "")}, "response_format"),
+    ],
+)
+def test_what_would_start_anew_is_not_continued_as_a_prompt(changes: dict[str, object], field: str) -> None:
+    """An engine that can only append emitted ids to the prompt refuses what counts or replays output, by name."""
+    cut = dataclasses.replace(PLAIN, emitted_token_ids=(7,), sampling=Sampling(max_tokens=4, **changes))  # type: ignore[arg-type]
+    check(cut, LIMITS)
+    with pytest.raises(EngineRefused) as error:
+        check(cut, dataclasses.replace(LIMITS, exact_resume=False))
+    assert (error.value.reason, error.value.field) == ("RESUME_UNSUPPORTED", field)
+
+
+def test_a_call_that_had_ended_is_not_continued() -> None:
+    """EOS among the emitted tokens is refused, unless the call ignores EOS."""
+    limits = dataclasses.replace(LIMITS, eos_token_ids=frozenset({9}))
+    ended = dataclasses.replace(PLAIN, emitted_token_ids=(9,))
+    with pytest.raises(EngineRefused, match="at its end"):
+        check(ended, limits)
+    check(dataclasses.replace(ended, sampling=Sampling(max_tokens=4, ignore_eos=True)), limits)
+
+
 def test_seeds_are_refused_where_they_would_kill() -> None:
     """On a CPU whose vLLM the seed repair does not know, a seed is an unsupported feature."""
     seeded = dataclasses.replace(PLAIN, sampling=Sampling(max_tokens=4, seed=1))
@@ -149,11 +176,13 @@ def test_bounded_strings_are_found_at_any_depth() -> None:
     assert sorted(bounded_strings(schema)) == ["", "x+", "y"]
 
 
-def test_the_prompt_goes_on_with_what_was_emitted() -> None:
-    """A continued call's prompt is the prompt and the emitted tokens; the salt goes along only when there is one."""
+def test_emitted_tokens_are_output_or_else_prompt() -> None:
+    """Emitted ids travel beside the prompt, and in it on an engine that cannot install them; a salt only if given."""
     continued = dataclasses.replace(PLAIN, emitted_token_ids=(7, 8), cache_salt="s")
-    assert prompt_of(continued) == {"type": "token", "prompt_token_ids": [1, 2, 3, 7, 8], "cache_salt": "s"}
-    assert "cache_salt" not in prompt_of(PLAIN)
+    plainly = dataclasses.replace(LIMITS, exact_resume=False)
+    assert prompt_of(continued, LIMITS) == {"type": "token", "prompt_token_ids": [1, 2, 3], "cache_salt": "s"}
+    assert prompt_of(continued, plainly)["prompt_token_ids"] == [1, 2, 3, 7, 8]
+    assert "cache_salt" not in prompt_of(PLAIN, LIMITS)
 
 
 def test_long_prompts_and_grammars_leave_the_event_loop() -> None:

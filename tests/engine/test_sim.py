@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster.api.ports import EngineDead, EngineRefused
-from cluster.api.types import FinishReason, Grammar
+from cluster.api.types import EngineLoad, FinishReason, Grammar
 from cluster.engine.sim import Fault, SimConfig, SimEngine, VirtualClock
 from tests.engine.contract import Driver, EngineContract, Subject, request
 
@@ -140,6 +145,29 @@ class LateClock(VirtualClock):
             await super().sleep_until(when + 0.003)
 
 
+class HeldClock:
+    """Stands until it is set."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._moved = asyncio.Event()
+
+    def now(self) -> float:
+        """The time."""
+        return self._now
+
+    def be(self, now: float) -> None:
+        """Set it."""
+        self._now = now
+        self._moved.set()
+
+    async def sleep_until(self, when: float) -> None:
+        """Wait till it is set to then."""
+        while self._now < when:
+            self._moved.clear()
+            await self._moved.wait()
+
+
 async def test_late_wake_ups_do_not_add_up() -> None:
     """50 steps of 20 ms end after a second and one lateness, not after 50 latenesses."""
     clock = LateClock()
@@ -237,13 +265,106 @@ async def test_hang_stands_still_until_healed() -> None:
     stood = engine.load()
     other = await driver.submit(request(driver.subject.prompt(2), 2))
     assert not reader.done()
-    assert engine.load() == stood
+    assert (engine.load().steps, engine.load().running, engine.load().busy) == (stood.steps, 1, "")
     await engine.check()
     engine.heal()
     for output in await asyncio.wait_for(reader, 5):
         driver.answers[output.request_id].outputs.append(output)
     await driver.until(lambda: all(driver.answers[i].finish is not None for i in (request_id, other)))
     assert driver.answers[request_id].token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("point", ["step", "prefill"])
+async def test_a_hang_ages_and_soon_states_no_work(point: str) -> None:
+    """In a hang the step's age grows beyond any earlier step's, and a prompt explains that only for a while."""
+    clock = VirtualClock()
+    engine = SimEngine(SMALL, clock)
+    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    await driver.run(request(driver.subject.prompt(1), 20))
+    engine.fail(point, "hang")
+    await driver.submit(request(driver.subject.prompt(2, tokens=50), 3))
+    reader = asyncio.ensure_future(engine.step())
+    await asyncio.sleep(0)
+    assert engine.load().busy == "prefill"
+    await clock.sleep_until(clock.now() + 2.0)
+    load = engine.load()
+    assert (load.running, load.busy) == (1, "")
+    assert load.step_age_s >= 2.0 > 50 * load.step_p99_s
+    engine.heal()
+    await asyncio.wait_for(reader, 5)
+
+
+@pytest.mark.parametrize(("point", "busy"), [("prefill", "prefill"), ("step", "")])
+async def test_a_slow_prefill_states_its_work(point: str, busy: str) -> None:
+    """A prefill that takes seconds says so all the time; a step that is slow for no reason does not."""
+    clock = HeldClock()
+    engine = SimEngine(SMALL, clock)
+    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    engine.fail(point, "slow", seconds=8.0)
+    await driver.submit(request(driver.subject.prompt(1, tokens=50), 1))
+    reader = asyncio.ensure_future(engine.step())
+    await asyncio.sleep(0)
+    clock.be(7.0)
+    load = engine.load()
+    assert (load.busy, load.prefill_tokens) == (busy, 50)
+    assert load.step_age_s == 7.0
+    clock.be(9.0)
+    await reader
+    assert engine.load().prefill_tokens == 0
+
+
+async def test_a_blocked_loop_shows_to_other_threads() -> None:
+    """While the event loop stands still a thread sees the step age, and no work stated."""
+    engine = SimEngine(dataclasses.replace(SMALL, decode_ms=2.0))
+    driver = Driver(Subject(engine, await engine.start(), 100, 900))
+    await driver.run(request(driver.subject.prompt(1), 30))
+    engine.fail("step", "block", at=3, seconds=0.6)
+    seen: list[EngineLoad] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            seen.append(engine.load())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    await driver.run(request(driver.subject.prompt(2), 6))
+    done.set()
+    thread.join()
+    oldest = max(seen, key=lambda load: load.step_age_s)
+    assert oldest.step_age_s > 0.5 > 5 * oldest.step_p99_s
+    assert (oldest.running, oldest.busy) == (1, "")
+
+
+async def test_a_sick_engine_gives_other_tokens_until_healed() -> None:
+    """After `wrong` no token is the right one, nothing else shows it, and a healed engine gives the right ones."""
+    engine, driver = await subject()
+    (right,) = await driver.run(request(driver.subject.prompt(1), 6))
+    engine.fail("step", "wrong")
+    (wrong,) = await driver.run(request(driver.subject.prompt(1), 6))
+    assert wrong.finish is FinishReason.LENGTH
+    assert wrong.token_ids[0] != right.token_ids[0]
+    engine.heal()
+    (healed,) = await driver.run(request(driver.subject.prompt(1), 6))
+    assert healed.token_ids == right.token_ids
+
+
+def test_kill_ends_the_process() -> None:
+    """A `kill` leaves no time for anything: the process is gone by SIGKILL in the middle of its step."""
+    program = (
+        "import asyncio\n"
+        "from cluster.engine.sim import SimConfig, SimEngine\n"
+        "from tests.engine.contract import request\n"
+        "async def main():\n"
+        "    engine = SimEngine(SimConfig.from_source('sim://?vocab=99&fault=kill@step:2'))\n"
+        "    await engine.start()\n"
+        "    await engine.submit(request((1, 2), 9))\n"
+        "    while True:\n"
+        "        print(len(await engine.step()), flush=True)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "1\n"), done.stderr
 
 
 async def test_close_ends_a_hang() -> None:
@@ -326,7 +447,7 @@ def test_source_gives_every_parameter() -> None:
         ("sim:///x?fault=die@noon", "'noon' is none of"),
         ("sim:///x?fault=refuse@step", "at step only"),
         ("sim:///x?fault=die@step:x", "AT must be an integer"),
-        ("sim:///x?fault=slow@step", "SECONDS above 0 go with slow"),
+        ("sim:///x?fault=slow@step", "SECONDS above 0 go with slow and block"),
         ("sim:///x?fault=die@step:-1", "AT must be 0"),
     ],
 )

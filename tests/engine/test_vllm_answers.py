@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from cluster.api.ports import EngineRefused
 from cluster.api.types import Grammar
 from tests.engine.contract import Answer, Driver, Subject, request
 
@@ -132,19 +131,6 @@ async def test_json_schema_holds(fast_subject: Subject, llama_folder: Path) -> N
     value = json.loads(text)
     assert set(value) == {"a", "b"}
     assert value["b"] in ("x", "y")
-
-
-async def test_what_cannot_be_continued_exactly_is_refused(fast_subject: Subject) -> None:
-    """A penalty over the output, a seed or a grammar cannot be taken up in the middle; the refusal says so."""
-    for changes in (
-        {"frequency_penalty": 0.5},
-        {"presence_penalty": 0.5},
-        {"seed": 1, "temperature": 1.0},
-        {"grammar": Grammar("json_object", "")},
-    ):
-        with pytest.raises(EngineRefused) as refusal:
-            await fast_subject.engine.submit(request(fast_subject.prompt(83), emitted_token_ids=(300, 301), **changes))
-        assert refusal.value.reason == "RESUME_UNSUPPORTED"
 
 
 async def test_load_tells_what_runs_and_waits(fast_subject: Subject) -> None:

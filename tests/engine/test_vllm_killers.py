@@ -135,6 +135,44 @@ async def test_odd_grammars_do_no_harm(fast_subject: Subject) -> None:
     await driver.empty()
 
 
+FORGED: dict[str, tuple[int, ...]] = {
+    "one": (300,),
+    "special tokens": (0, 1, 2, 255, 256),
+    "the whole vocabulary": EVERY_TOKEN,
+    "the same for long": (301,) * 700,
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+async def test_emitted_tokens_that_nobody_emitted(fast_subject: Subject, name: str) -> None:
+    """Forged emitted ids are refused, continued or end their call, under grammars too; a neighbour runs on."""
+    driver, plain, emitted = Driver(fast_subject), fast_subject.prompt(96), FORGED[name]
+    (reference,) = await driver.run(request(plain, max_tokens=16))
+    for number, grammar in enumerate((*odd_grammars()[:3], Grammar("json_object", ""), Grammar("regex", "[a-z]+"))):
+        shaping = EXTREMES["grammar, penalties, seed and logprobs"] | {"grammar": grammar}
+        for changes in (shaping, shaping | {"grammar": None}, {"grammar": grammar}):
+            beside = await driver.submit(request(plain, max_tokens=16))
+            forged = request(
+                fast_subject.prompt(97),
+                max_tokens=len(emitted) + 4,
+                emitted_token_ids=emitted,
+                ignore_eos=bool(number % 2),
+                **changes,
+            )
+            await _survives(driver, forged)
+            await driver.until(lambda beside=beside: driver.answers[beside].finish is not None)  # type: ignore[misc]
+            assert driver.answers[beside].token_ids == reference.token_ids
+    await driver.empty()
+
+
+@pytest.mark.parametrize("emitted", [(300, -1), (300, 768), (1 << 70,)])
+async def test_emitted_tokens_outside_the_vocabulary(fast_subject: Subject, emitted: tuple[int, ...]) -> None:
+    """They are refused by the field's name, before anything of vLLM sees them."""
+    with pytest.raises(EngineRefused) as refusal:
+        await fast_subject.engine.submit(request(fast_subject.prompt(97), emitted_token_ids=emitted))
+    assert _well_refused(refusal.value) == "emitted_token_ids"
+
+
 async def test_prompts_at_the_edge_of_the_context(fast_subject: Subject) -> None:
     """The longest prompt gives its one token; one more is refused with both lengths."""
     driver, context = Driver(fast_subject), fast_subject.info.max_model_len
@@ -191,8 +229,20 @@ class Chance:
             pick(["", "", "x"]),
         )
         return dataclasses.replace(
-            base, sampling=self.sampling(), cache_salt=salt, priority=priority, adapter=adapter if priority else ""
+            base,
+            sampling=self.sampling(),
+            emitted_token_ids=self.emitted(),
+            cache_salt=salt,
+            priority=priority,
+            adapter=adapter if priority else "",
         )
+
+    def emitted(self) -> tuple[int, ...]:
+        """None for most; else ids that no engine has emitted, at times outside the vocabulary."""
+        if self.random.random() < 0.6:
+            return ()
+        odd = self.random.choice([(), (), (), (-1,), (768,), (1 << 40,), (0, 767)])
+        return (*self.subject.prompt(self.random.randrange(10**6), tokens=self.random.choice([1, 2, 5, 11])), *odd)
 
 
 @pytest.mark.parametrize("seed", range(4))

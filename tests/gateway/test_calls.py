@@ -205,16 +205,18 @@ async def test_silence_is_broken_by_progress(tmp_path: Path, checkpoint: Path, b
         assert rest[-1].usage.completion_tokens == 3
 
 
-async def test_text_before_an_error_is_delivered(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker lost in mid-stream ends the call UNAVAILABLE with a reason, after all text that had come."""
-    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
-    call = cluster.stub.StreamChat(chat(max_tokens=1000, ignore_eos=True))
-    assert (await read(call)).choices
-    await worker.stop()
-    answer = await refused(rest_of(call))
-    assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
-    assert answer.retry_s is not None
-    assert "grpc-retry-pushback-ms" in answer.trailers
+async def test_text_before_an_error_is_delivered(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A worker lost in mid-stream, with resume off, ends the call UNAVAILABLE with a reason, after all its text."""
+    config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
+    async with running_cluster(tmp_path, config) as cluster:
+        worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        call = cluster.stub.StreamChat(chat(max_tokens=1000, ignore_eos=True))
+        assert (await read(call)).choices
+        await worker.stop()
+        answer = await refused(rest_of(call))
+        assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+        assert answer.retry_s is not None
+        assert "grpc-retry-pushback-ms" in answer.trailers
 
 
 async def test_a_call_without_tokens_moves_to_another_worker(
@@ -229,15 +231,18 @@ async def test_a_call_without_tokens_moves_to_another_worker(
     assert (await call).usage.completion_tokens == 5
 
 
-@pytest.mark.parametrize("kind", ["die@step:3", "nan@step:3"])
+@pytest.mark.parametrize("kind", ["die@step:3", "nan@step:0"])
 async def test_engine_trouble_reaches_the_caller_as_a_clear_error(
-    cluster: TestCluster, checkpoint: Path, bundle: Bundle, kind: str
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, kind: str
 ) -> None:
-    """An engine that dies or computes nonsense ends its calls with a status, never with wrong or missing tokens."""
-    await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault=kind), bundle)
-    answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True)))
-    assert answer.reason in ("WORKER_LOST", "INTERNAL")
-    await until(lambda: not cluster.gateway.service.statistics(), "the call is gone")
+    """An engine that dies or computes nonsense, with no other there, ends its calls with a status, never with wrong or
+    missing tokens."""
+    config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_wait_s: 0.2}")
+    async with running_cluster(tmp_path, config) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault=kind), bundle)
+        answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True)))
+        assert answer.reason in ("WORKER_LOST", "INTERNAL")
+        await until(lambda: not cluster.gateway.service.statistics(), "the call is gone")
 
 
 async def test_a_grammar_without_a_way_on_is_the_callers(

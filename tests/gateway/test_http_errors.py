@@ -271,27 +271,29 @@ async def test_the_official_clients_exceptions(busy: TestCluster, cluster: TestC
         assert loading.value.response.headers["retry-after-ms"] == "2000"
 
 
-async def test_a_worker_lost_in_mid_stream(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """The stream ends with an error event, after all text that had come, and without [DONE]; the client raises."""
-    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
-    body = chat_body(max_tokens=1000, extra_body={"ignore_eos": True})
-    wire = await Wire.open(cluster)
-    wire.ask(CHAT, chat_body(max_tokens=1000, ignore_eos=True, stream=True))
-    assert (await wire.head())[0] == 200
-    assert await wire.chunk()
-    async with client(cluster) as ai:
-        stream = await ai.chat.completions.create(**body, stream=True)
-        assert await anext(aiter(stream))
-        await worker.stop()
-        with pytest.raises(openai.APIError, match="the worker was lost"):
-            async for _ in stream:
-                pass
-    chunks = []
-    while chunk := await wire.chunk():
-        chunks.append(chunk)
-    assert json.loads(chunks[-1].removeprefix(b"data: "))["error"]["code"] == "worker_lost"
-    await wire.close()
-    await cluster.until_idle()
+async def test_a_worker_lost_in_mid_stream(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """With resume off the stream ends with an error event after all its text, and without [DONE]; the client raises."""
+    config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
+    async with running_cluster(tmp_path, config) as cluster:
+        worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        body = chat_body(max_tokens=1000, extra_body={"ignore_eos": True})
+        wire = await Wire.open(cluster)
+        wire.ask(CHAT, chat_body(max_tokens=1000, ignore_eos=True, stream=True))
+        assert (await wire.head())[0] == 200
+        assert await wire.chunk()
+        async with client(cluster) as ai:
+            stream = await ai.chat.completions.create(**body, stream=True)
+            assert await anext(aiter(stream))
+            await worker.stop()
+            with pytest.raises(openai.APIError, match="the worker was lost"):
+                async for _ in stream:
+                    pass
+        chunks = []
+        while chunk := await wire.chunk():
+            chunks.append(chunk)
+        assert json.loads(chunks[-1].removeprefix(b"data: "))["error"]["code"] == "worker_lost"
+        await wire.close()
+        await cluster.until_idle()
 
 
 async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:

@@ -39,6 +39,12 @@ async def ours(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterato
         )
 
 
+def configuration_of(folder: Path) -> str:
+    """What the first process runs, as `up` leaves it in the run folder."""
+    (file,) = folder.glob("*-gateway/cluster.yaml")
+    return file.read_text()
+
+
 async def ask(ours: serving.Ours, connections: int) -> list[Any]:
     """Two calls over each of many connections: the whole answers."""
     channels = [grpc.aio.insecure_channel(ours.grpc, options=OWN_CONNECTION) for _ in range(connections)]
@@ -85,6 +91,7 @@ async def test_both_serve_and_one_goes_on_alone(
     own, run = ProcessId.of(os.getpid()), RunFolder("here")
     run.path.mkdir(parents=True)
     supervisor = {"pid": own.pid, "created": own.created}
+    run.config_file.write_text(configuration_of(tmp_path))
     run.write({"supervisor": supervisor, "endpoints": dict(ours.endpoints), "siblings": [dict(at_second)]})
     told = (await asyncio.to_thread(headrace, "status")).stdout
     assert [line.split()[:3] for line in told.splitlines() if at_second["link"] in line] == [["1", "UP", "1"]]

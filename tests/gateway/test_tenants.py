@@ -69,7 +69,7 @@ async def test_from_nothing_to_a_call_and_to_its_end(keyed: Keyed) -> None:
     start = pb.SessionStart(call_id=1, chat=chat(**LONG))
     await session.write(pb.SessionRequest(start=start))
     assert await read(session) is not None
-    assert (await keyed.cli("tenants", "suspend", "lab")).returncode == 0
+    assert (await keyed.cli("tenants", "suspend", "lab", "--reason", "unpaid")).returncode == 0
     began = time.monotonic()
     ended = await refused(rest_of(stream))
     assert (ended.code.name, ended.reason) == ("PERMISSION_DENIED", "TENANT_SUSPENDED")
@@ -148,7 +148,7 @@ async def test_what_the_file_declares_is_there(keyed: Keyed) -> None:
     await keyed.until_known("fixed", key)
     models = await keyed.cluster.stub.ListModels(pb.ListModelsRequest(), metadata=bearer(key))
     assert [(m.name, list(m.aliases)) for m in models.models] == [("sim", ["sim-alias"])]
-    result = await keyed.cli("tenants", "suspend", "fixed")
+    result = await keyed.cli("tenants", "suspend", "fixed", "--reason", "unpaid")
     assert result.returncode == 1
     assert "declared in a file" in result.stderr
 

@@ -19,8 +19,10 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from cluster.admin.v1 import tenants_pb2
 from cluster.api.bundle import Bundle
 from cluster.tenancy.identity import BAD_KEY
+from tests.support.admin import AdminClient
 from tests.support.calls import chat, refused
 from tests.support.cluster import sim_engine
 from tests.support.http import Wire, chat_body
@@ -74,7 +76,7 @@ async def keyed(
     folder = tmp_path_factory.mktemp("forged")
     auth = (
         f"auth: {{cluster_secret_file: {folder / 'secret'}, api_keys: {{pepper_file: {folder / 'pepper'}}}, "
-        f"oidc: [{{issuer: '{issuer}', audience: headrace, tenant_claim: org}}]}}\n"
+        f"oidc: [{{issuer: '{issuer}', audience: headrace, tenant_claim: org, role_claim: role}}]}}\n"
     )
     async with keyed_cluster(folder, auth) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
@@ -216,3 +218,32 @@ async def test_nobodys_body_is_not_read(keyed: Keyed) -> None:
     status, _ = await asyncio.wait_for(wire.head(), 5)
     assert status == 401
     await wire.close()
+
+
+@pytest.mark.parametrize(
+    ("claims", "code"),
+    [
+        ({"role": "operator"}, "OK"),
+        ({"role": "viewer"}, "OK"),
+        ({"role": "tenant_admin"}, "OK"),
+        ({}, "PERMISSION_DENIED"),
+        ({"role": "root"}, "PERMISSION_DENIED"),
+        ({"role": ["operator"]}, "PERMISSION_DENIED"),
+        ({"role": "operator", "exp": 1.0}, "UNAUTHENTICATED"),
+        ({"role": "operator", "aud": "other"}, "UNAUTHENTICATED"),
+        ({"role": "operator", "org": "nobody"}, "UNAUTHENTICATED"),
+    ],
+)
+async def test_an_issuers_role_on_the_admin_port(
+    keyed: Keyed, key: str, issuer: str, claims: dict[str, Any], code: str
+) -> None:
+    """The role claim of a good token counts; one that is no role is a caller's."""
+    async with AdminClient(keyed.gateway.endpoints["admin"], token(issuer, **claims)) as client:
+        assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == code
+
+
+@pytest.mark.parametrize("what", FORGED)
+async def test_forged_on_the_admin_port(keyed: Keyed, key: str, issuer: str, what: str) -> None:
+    """The same forgeries are nobody there too."""
+    async with AdminClient(keyed.gateway.endpoints["admin"], FORGED[what](key, issuer)) as client:
+        assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == "UNAUTHENTICATED"

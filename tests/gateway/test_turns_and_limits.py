@@ -115,7 +115,7 @@ async def test_a_call_larger_than_its_limit_is_not_to_be_repeated(
 
 async def test_nothing_leaks(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """However calls end, with several outputs, cancelled, late, or by a lost worker, what they used stays counted."""
-    async with keyed_cluster(tmp_path) as keyed:
+    async with keyed_cluster(tmp_path, gateway="  resume: {max_wait_s: 0.3}\n") as keyed:
         worker = await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         key = await keyed.key("some", limits={"tokens_per_minute": 10_000, "concurrent_requests": 2})
         stub, identity = keyed.cluster.stub, bearer(key)

@@ -18,9 +18,9 @@ from cluster.ledger.audit import AuditEvent
 from cluster.ledger.backup import TABLES, verify
 from cluster.ledger.connect import make_engine
 from cluster.ledger.errors import LedgerError
+from cluster.ledger.rows import UsageQuery
 from cluster.ledger.store import Ledger
 from cluster.ledger.tables import usage
-from cluster.ledger.usage import UsageQuery
 from cluster.tenancy.identity import authenticate
 from cluster.tenancy.policy import TenantPolicy
 from tests.ledger.conftest import PEPPER

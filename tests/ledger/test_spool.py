@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.records import UsageRecord
+from cluster.ledger.rows import UsageQuery
 from cluster.ledger.spool import REJECTED, Replayer, Spool, decode, encode
 from cluster.ledger.store import Ledger
-from cluster.ledger.usage import UsageQuery
 from tests.ledger.samples import record
 
 HOSTILE = HealthCheck.function_scoped_fixture

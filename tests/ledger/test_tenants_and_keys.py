@@ -10,8 +10,8 @@ import pytest
 from cluster.ledger import errors
 from cluster.ledger.audit import AuditEvent
 from cluster.ledger.records import UsageRecord
+from cluster.ledger.rows import UsageQuery
 from cluster.ledger.store import Ledger
-from cluster.ledger.usage import UsageQuery
 from cluster.tenancy.identity import Snapshot, authenticate
 from cluster.tenancy.policy import TenantLimits, TenantPolicy
 from tests.ledger.conftest import PEPPER

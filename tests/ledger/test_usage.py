@@ -19,8 +19,8 @@ from cluster.ledger.audit import AuditEvent
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.records import OpenRecord, RecordError, UsageRecord
 from cluster.ledger.retention import Expired, expire
+from cluster.ledger.rows import Rates, UsageQuery
 from cluster.ledger.store import Ledger
-from cluster.ledger.usage import Rates, UsageQuery
 from cluster.tenancy.policy import Retention, TenantPolicy
 from tests.ledger.samples import DAY_S, record
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from cluster.api.bundle import Bundle
-from cluster.api.ports import EngineDead
+from cluster.api.ports import EngineDead, EngineSick
 from cluster.api.types import ModelSpec
 from cluster.engine.sim import SimConfig, SimEngine
 from cluster.rayserve.opening import open_model
@@ -68,6 +68,33 @@ async def test_dead_engine_ends_the_process(door: Door) -> None:
     with pytest.raises(EngineDead, match="power cut"):
         await replica.check()
     await replica.stop()
+
+
+async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
+    """After an error the golden prompt is asked; a wrong answer closes the link, ends the process, names the node."""
+    engine = SimEngine(SimConfig.from_source(SOURCE))
+    exits: list[int] = []
+    opened = Opened(engine, Bundle({}), "")
+    replica = Replica(settings(door), Place("r1", "node-7"), lambda _: opened, on_engine_death=exits.append)
+    await replica.start()
+    link = await door.worker("m")
+    assert len(await greedy(link, [1, 2], 3)) == 3
+    engine.fail("step", "wrong")
+    engine.fail("step", "nan", at=2)
+    assert len(await greedy(link, [1, 2], 3)) == 1
+    await eventually(lambda: exits, "the process is ended")
+    await eventually(lambda: not door.hub.links, "its link has ended")
+    with pytest.raises(EngineDead, match="engine on node node-7 is sick: its answer to the golden prompt"):
+        await replica.check()
+    await replica.stop()
+
+
+async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> None:
+    """NaN in the first golden answer keeps the replica from coming up, and may be another node's luck: no refusal."""
+    replica = Replica(settings(door, SOURCE + "&fault=nan@step:3"), Place("r1", "node-7"), open_model)
+    with pytest.raises(EngineSick, match=r"node-7 is sick.*NaN in the logits"):
+        await replica.start()
+    assert not door.hub.links
 
 
 @pytest.mark.parametrize(

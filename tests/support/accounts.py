@@ -16,9 +16,9 @@ from cluster.config import parse
 from cluster.gateway.server import Gateway
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.records import OpenRecord, UsageRecord
+from cluster.ledger.rows import UsageQuery
 from cluster.ledger.sealed import Sealer
 from cluster.ledger.store import Ledger
-from cluster.ledger.usage import UsageQuery
 from cluster.link.dial import Timing
 from cluster.link.usage_keeper import EndedUsage, UsageKeeper
 from cluster.link.worker import WorkerEnd

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +84,7 @@ class TestCluster:
         timing: Timing | None = None,
         wait: bool = True,
         info: EngineInfo | None = None,
+        gateways: Sequence[str] = (),
     ) -> Worker:
         """Start an engine (unless `info` says that it runs) and link it."""
         number = next(_numbers)
@@ -97,7 +98,7 @@ class TestCluster:
             engine=engine,
             info=info,
             bundle=bundle,
-            gateways=[self.gateway.endpoints["link"]],
+            gateways=gateways or [self.gateway.endpoints["link"]],
             tls=tls,
             timing=timing,
         )

@@ -162,6 +162,10 @@ class ScriptedFleet(admin_pb2_grpc.FleetServicer):
     def ListWorkers(self, request: admin_pb2.ListWorkersRequest, context: Any) -> admin_pb2.ListWorkersResponse:
         return admin_pb2.ListWorkersResponse(workers=self.script.workers)
 
+    def AbortRequest(self, request: admin_pb2.AbortRequestRequest, context: Any) -> admin_pb2.AbortRequestResponse:
+        self.script.requests.append(request)
+        return admin_pb2.AbortRequestResponse(aborted=1)
+
 
 class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
     """The catalog, by the script."""

@@ -227,7 +227,11 @@ def test_certificates_map_by_their_alternative_names() -> None:
         CertificateRule("spiffe://example.com/ns/billing", "billing"),
         CertificateRule("api.acme.example", "acme"),
     ]
-    find = identity.tenant_of_certificate
+
+    def find(names: list[str], rules: list[CertificateRule]) -> str | None:
+        owner = identity.owner_of_certificate(names, rules)
+        return owner[0] if owner else None
+
     assert find(["URI:spiffe://example.com/ns/billing", "DNS:x"], rules) == "billing"
     assert find(["API.acme.example."], rules) == "acme"
     assert find(["spiffe://example.com/ns/Billing"], rules) is None
@@ -235,10 +239,13 @@ def test_certificates_map_by_their_alternative_names() -> None:
     assert find(["*.acme.example"], rules) is None
     assert find(["spiffe://example.com/ns/billing", "api.acme.example"], rules) is None
     assert find([], rules) is None
+    ops = CertificateRule("ops.example", "acme", "operator")
+    assert identity.owner_of_certificate(["ops.example"], [*rules, ops]) == ("acme", "operator")
+    assert identity.owner_of_certificate(["ops.example", "api.acme.example"], [*rules, ops]) is None
 
 
 def test_what_each_role_may_do() -> None:
-    """Operators rule the cluster; the other roles see or keep their own tenant's things; callers nothing."""
+    """Operators rule the cluster, viewers see it, administrators keep their own tenant's keys, callers do nothing."""
 
     def allowed(role: str) -> set[tuple[str, str]]:
         principal = identity.identify(world(), "acme", "jwt", "s", role).require()
@@ -246,7 +253,7 @@ def test_what_each_role_may_do() -> None:
         return {pair for pair in pairs if identity.may(principal, *pair)}
 
     assert allowed("caller") == set()
-    assert allowed("viewer") == {("read", "acme")}
+    assert allowed("viewer") == {("read", "acme"), ("read", "gone"), ("read", "")}
     assert allowed("tenant_admin") == {("read", "acme"), ("keys", "acme")}
     assert len(allowed("operator")) == 12
 

@@ -40,6 +40,11 @@ class FleetStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.AbortRequest = channel.unary_unary(
+                '/cluster.admin.v1.Fleet/AbortRequest',
+                request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
@@ -53,6 +58,13 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AbortRequest(self, request, context):
+        """AbortRequest ends the calls of a request id on this gateway, all its processes; NOT_FOUND where there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.ListWorkers,
                     request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.ListWorkersRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'AbortRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortRequest,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class Fleet:
             '/cluster.admin.v1.Fleet/ListWorkers',
             cluster_dot_admin_dot_v1_dot_admin__pb2.ListWorkersRequest.SerializeToString,
             cluster_dot_admin_dot_v1_dot_admin__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Fleet/AbortRequest',
+            cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

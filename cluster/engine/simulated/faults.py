@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_IN_A_STEP = ("die", "kill", "hang", "slow", "block", "nan", "wrong")
+
 POINTS: dict[str, tuple[str, ...]] = {
-    "submit": ("die", "refuse"),
-    "prefill": ("die", "hang", "slow", "nan"),
-    "step": ("die", "hang", "slow", "nan"),
-    "last_token": ("die", "hang", "slow", "nan"),
+    "submit": ("die", "kill", "refuse"),
+    "prefill": _IN_A_STEP,
+    "step": _IN_A_STEP,
+    "last_token": _IN_A_STEP,
 }
 """What can go wrong where: a request is taken; a step with prompt tokens, any step, or a step in which a request
-reaches its max_tokens begins. die: EngineDead; hang: steps stop coming; slow: the step takes SECONDS longer;
-nan: one request of the step ends with finish ERROR; refuse: EngineRefused."""
+reaches its max_tokens begins. die: EngineDead; kill: SIGKILL to the own process; hang: steps stop coming while all
+else goes on; slow: the step takes SECONDS longer (at prefill as stated work); block: the event loop stands still for
+SECONDS; nan: one request of the step ends with finish ERROR; wrong: from then on all tokens are others than they
+should be; refuse: EngineRefused."""
+
+_TIMED = ("slow", "block")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +41,8 @@ class Fault:
             raise ValueError(f"fault {self}: at {self.point} only {', '.join(POINTS[self.point])} can be injected")
         if self.at < 0:
             raise ValueError(f"fault {self}: AT must be 0 (every time) or more")
-        if (self.action == "slow") != (self.seconds > 0):
-            raise ValueError(f"fault {self}: SECONDS above 0 go with slow, and with slow only")
+        if (self.action in _TIMED) != (self.seconds > 0):
+            raise ValueError(f"fault {self}: SECONDS above 0 go with slow and block, and with these only")
 
     def __str__(self) -> str:
         tail = f":{self.seconds:g}" if self.seconds else ""

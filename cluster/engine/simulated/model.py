@@ -86,8 +86,7 @@ class SimSequence:
         self.first = True
         self.alive = True
         self.logprobs = sampling.logprobs
-        eos = () if sampling.ignore_eos or config.eos < 0 else (config.eos,)
-        self.stops = frozenset((*sampling.stop_token_ids, *eos))
+        self.stops = _stops(request, config)
 
     @property
     def outputs(self) -> int:
@@ -115,6 +114,8 @@ class SimModel:
         self._steps = self._finished = self._aborted = self._preemptions = 0
         self._prefill_tokens = self._decode_tokens = self._cached_tokens = 0
         self._step_s = 0.0
+        self._prompt_tokens_left = 0
+        self.corrupt = False
 
     # -- requests -------------------------------------------------------------------------------------------------
 
@@ -124,6 +125,7 @@ class SimModel:
         sequence = SimSequence(request, self._arrivals, self.config)
         self._arrivals += 1
         self._live[request.request_id] = sequence
+        self._prompt_tokens_left += len(sequence.tokens)
         heapq.heappush(self._queue, (sequence.key, sequence))
 
     def _refuse_bad(self, request: EngineRequest) -> None:
@@ -141,6 +143,7 @@ class SimModel:
             (s.max_tokens < 1, "max_tokens", "must be 1 or more"),
             (s.min_tokens > s.max_tokens, "min_tokens", "must not exceed max_tokens"),
             (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens: nothing is left"),
+            (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "hold a stop token"),
             (s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS, "logprobs", f"are 0 to {MAX_LOGPROBS}"),
         )
         for is_wrong, name, what in wrong:
@@ -261,12 +264,14 @@ class SimModel:
             ignore_eos=sampling.ignore_eos,
             forbidden=sequence.stops,
         )
+        if self.corrupt:
+            token = self._source.another(token)
         output = TokenOutput(sequence.request.request_id, (token,))
         if sequence.logprobs is not None:
             greedy = sampling.temperature == 0
             output.logprobs = [self._source.logprobs(sequence.state, token, sequence.logprobs, greedy)]
         if sequence.first:
-            sequence.first = False
+            self._has_first(sequence)
             output.prompt_tokens, output.cached_tokens = sequence.output_from, sequence.cached_tokens
         sequence.tokens.append(token)
         sequence.state = extend(sequence.state, token)
@@ -277,6 +282,12 @@ class SimModel:
         elif sequence.outputs >= sampling.max_tokens or len(sequence.tokens) >= self.config.max_model_len:
             output.finish = FinishReason.LENGTH
         return output
+
+    def _has_first(self, sequence: SimSequence) -> None:
+        """Its prompt is no work that is still to come."""
+        if sequence.first:
+            sequence.first = False
+            self._prompt_tokens_left -= sequence.output_from + len(sequence.request.emitted_token_ids)
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
@@ -330,6 +341,7 @@ class SimModel:
 
     def _end(self, sequence: SimSequence) -> None:
         sequence.alive = False
+        self._has_first(sequence)
         del self._live[sequence.request.request_id]
         self._drop_blocks(sequence)
         if sequence in self._running:
@@ -344,10 +356,19 @@ class SimModel:
     def _waiting(self) -> int:
         return len(self._live) - len(self._running)
 
-    def load(self, busy: str = "") -> EngineLoad:
-        """What is held now."""
-        usage = self.kv.used / self.kv.blocks
-        return EngineLoad(len(self._running), self._waiting, usage, self._steps, self._step_s, busy)
+    def load(self, busy: str = "", age_s: float = 0.0, p99_s: float = 0.0) -> EngineLoad:
+        """What is held now, with what the shell knows of the step under way."""
+        return EngineLoad(
+            running=len(self._running),
+            waiting=self._waiting,
+            kv_usage=self.kv.used / self.kv.blocks,
+            steps=self._steps,
+            step_s=self._step_s,
+            busy=busy,
+            step_age_s=age_s,
+            step_p99_s=p99_s,
+            prefill_tokens=self._prompt_tokens_left,
+        )
 
     def statistics(self) -> SimStatistics:
         """Counts since the start, and what is held now."""
@@ -368,6 +389,11 @@ class SimModel:
 
     def __repr__(self) -> str:
         return f"SimModel({len(self._running)} running, {self._waiting} waiting, {self.kv})"
+
+
+def _stops(request: EngineRequest, config: SimConfig) -> frozenset[int]:
+    eos = () if request.sampling.ignore_eos or config.eos < 0 else (config.eos,)
+    return frozenset((*request.sampling.stop_token_ids, *eos))
 
 
 def _key(sequence: SimSequence) -> tuple[int, int]:

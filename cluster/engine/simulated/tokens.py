@@ -88,6 +88,10 @@ class TokenSource:
                 return token
         return self._lo + offset
 
+    def another(self, token_id: int) -> int:
+        """A token that is not this one, where there is another."""
+        return self._lo + (token_id - self._lo + 1) % self._span
+
     def logprobs(self, state: int, token_id: int, k: int, greedy: bool) -> PositionLogprobs:
         """Made-up values in vLLM's shape: the sampled token, then the k likeliest, it among them if it is one."""
         bits = mix(state ^ MASK)

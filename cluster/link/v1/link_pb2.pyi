@@ -36,8 +36,11 @@ class WorkerTurn(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
     ELSEWHERE_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
     acked_seq: _builtins.int
     """Sequence number of the last GatewayTurn applied."""
+    seq: _builtins.int
+    """Grows by one a message; beats tell how far it is, so that a stream that is cut shows."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -74,10 +77,11 @@ class WorkerTurn(_message.Message):
         usage: _abc.Iterable[Global___Usage] | None = ...,
         served: Global___Served | None = ...,
         elsewhere: _abc.Iterable[Global___Elsewhere] | None = ...,
+        seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "draining", b"draining", "hello", b"hello", "load", b"load", "served", b"served", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "draining", b"draining", "elsewhere", b"elsewhere", "hello", b"hello", "load", b"load", "refused", b"refused", "served", b"served", "step", b"step", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "draining", b"draining", "elsewhere", b"elsewhere", "hello", b"hello", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "step", b"step", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -481,13 +485,22 @@ class Load(_message.Message):
     STEPS_FIELD_NUMBER: _builtins.int
     STEP_MS_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
+    STEP_AGE_MS_FIELD_NUMBER: _builtins.int
+    STEP_P99_MS_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     kv_usage: _builtins.float
     steps: _builtins.int
     step_ms: _builtins.float
     busy: _builtins.str
-    """What the engine is busy with when steps stand still (prefill, grammar, ...), empty otherwise."""
+    """The work that explains why steps stand still (start, prefill, grammar, adapter); empty when nothing does."""
+    step_age_ms: _builtins.float
+    """For how long the step under way has run; 0 when there is nothing to do."""
+    step_p99_ms: _builtins.float
+    """Of the last few thousand steps; 0 before the first."""
+    prefill_tokens: _builtins.int
+    """Of prompts that have no output yet."""
     def __init__(
         self,
         *,
@@ -497,10 +510,13 @@ class Load(_message.Message):
         steps: _builtins.int = ...,
         step_ms: _builtins.float = ...,
         busy: _builtins.str = ...,
+        step_age_ms: _builtins.float = ...,
+        step_p99_ms: _builtins.float = ...,
+        prefill_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "kv_usage", b"kv_usage", "running", b"running", "step_ms", b"step_ms", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "kv_usage", b"kv_usage", "prefill_tokens", b"prefill_tokens", "running", b"running", "step_age_ms", b"step_age_ms", "step_ms", b"step_ms", "step_p99_ms", b"step_p99_ms", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -508,18 +524,23 @@ Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
 class Draining(_message.Message):
+    """The worker takes no new work. What runs may end by itself for `stay_ms`; then it is to go on elsewhere."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    STAY_MS_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    stay_ms: _builtins.int
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        stay_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "stay_ms", b"stay_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -535,11 +556,14 @@ class WorkerBeat(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     ACKED_SEQ_FIELD_NUMBER: _builtins.int
+    SENT_SEQ_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     epoch: _builtins.int
     seq: _builtins.int
     acked_seq: _builtins.int
+    sent_seq: _builtins.int
+    """seq of the last WorkerTurn sent."""
     @_builtins.property
     def load(self) -> Global___Load: ...
     def __init__(
@@ -551,10 +575,11 @@ class WorkerBeat(_message.Message):
         seq: _builtins.int = ...,
         load: Global___Load | None = ...,
         acked_seq: _builtins.int = ...,
+        sent_seq: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_seq", b"acked_seq", "epoch", b"epoch", "incarnation", b"incarnation", "load", b"load", "seq", b"seq", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acked_seq", b"acked_seq", "epoch", b"epoch", "incarnation", b"incarnation", "load", b"load", "sent_seq", b"sent_seq", "seq", b"seq", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

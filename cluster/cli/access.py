@@ -1,0 +1,88 @@
+"""How a command reaches an admin port: which address, with which credential, under which certificate.
+
+A local cluster's own commands need none of the three: its configuration lies in the run folder, and who may read the
+cluster's secret is an operator. Its port is on this host, so the certificate that it must show is the one on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from cluster.cli.common import USAGE, admin_endpoint, api_key, fail, local_run
+from cluster.client.options import Options
+from cluster.config import Config, ConfigError, load, secret_files
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """An admin port. `roots`: whose certificates it may show, plain text without; `name`: the one expected in it."""
+
+    address: str
+    key: str = field(default="", repr=False)
+    roots: bytes | None = None
+    name: str = ""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes with each call."""
+        return (("authorization", f"Bearer {self.key}"),) if self.key else ()
+
+    def channel(self) -> grpc.Channel:
+        """A connection."""
+        options = Options(self.address).channel_options()
+        if self.roots is None:
+            return grpc.insecure_channel(self.address, options=options)
+        if self.name:
+            options.append(("grpc.ssl_target_name_override", self.name))
+        return grpc.secure_channel(self.address, grpc.ssl_channel_credentials(self.roots), options=options)
+
+
+def reach(endpoint: str | None, admin: str | None, api_key_file: Path | None, tls_ca: Path | None) -> Access:
+    """By a command's options. Ends it with exit code 2 for a file that cannot be read."""
+    address = admin_endpoint(endpoint, admin)
+    run = local_run()
+    local = Access(address)
+    if run is not None and run.endpoints().get("admin") == address:
+        try:
+            local = local_access(address, load(run.config_file))
+        except ConfigError:  # of another release, or gone
+            local = Access(address)
+    key = (api_key(api_key_file) if api_key_file else local.key) or api_key(None)
+    if tls_ca is None:
+        return Access(address, key, local.roots, local.name)
+    try:
+        return Access(address, key, tls_ca.read_bytes())
+    except OSError as error:
+        fail(f"--tls-ca {tls_ca}: cannot be read: {error.strerror}", USAGE)
+
+
+def local_access(address: str, config: Config) -> Access:
+    """To a gateway of this host that runs this configuration; without what this user may not read."""
+    from cluster.gateway.tls import name_in
+
+    tls = config.gateway.tls
+    roots = _read(tls.cert_file) if tls is not None else None
+    return Access(address, _token(config), roots, name_in(roots) if roots else "")
+
+
+def _token(config: Config) -> str:
+    file = secret_files(config).get("auth.cluster_secret_file")
+    if file is None:
+        return ""
+    from cluster.ledger.files import read_secrets
+    from cluster.tenancy.identity import admin_token
+
+    try:
+        return admin_token(read_secrets(file, "auth.cluster_secret_file")[0])
+    except ValueError:
+        return ""
+
+
+def _read(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None

@@ -1,0 +1,194 @@
+"""The desk behind a gateway's admin API; see ledger/desk.py for the one on a database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grpc
+from google.protobuf.json_format import MessageToDict
+
+from cluster.admin.v1 import tenants_pb2 as pb
+from cluster.admin.v1 import tenants_pb2_grpc, usage_pb2, usage_pb2_grpc
+from cluster.cli.access import Access
+from cluster.client.errors import from_rpc
+from cluster.gateway import admin_codec as codec
+from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound, StoreUnavailable
+from cluster.ledger.records import UsageRecord
+from cluster.ledger.rows import NewKey, Rates, StoredKey, StoredTenant, UsageQuery
+
+TIMEOUT_S = 60.0
+PAGE = 500
+_KINDS: Mapping[str, type[LedgerError]] = {
+    kind.outcome.name: kind for kind in (LedgerError, NotFound, AlreadyExists, ManagedByFile, StoreUnavailable)
+}
+
+
+class RemoteDesk:
+    """Implements Desk. What a gateway refuses for other reasons (a key, a role) is a HeadraceError."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._channel = access.channel()
+        self._tenants = tenants_pb2_grpc.TenantsStub(self._channel)
+        self._keys = tenants_pb2_grpc.KeysStub(self._channel)
+        self._usage = usage_pb2_grpc.UsageStub(self._channel)
+        self._audit = usage_pb2_grpc.AuditStub(self._channel)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._channel.close()
+
+    def _ask(self, method: Callable[..., Any], request: Any) -> Any:
+        try:
+            return method(request, timeout=TIMEOUT_S, metadata=self._access.metadata)
+        except grpc.RpcError as error:
+            raise self._told(error) from None
+
+    def _told(self, error: grpc.RpcError) -> Exception:
+        found = from_rpc(error, endpoint=self._access.address)
+        kind = _KINDS.get(found.reason)
+        return found if kind is None else kind(found.message)
+
+    def _pages(self, method: Callable[..., Any], request: Any) -> Iterator[Any]:
+        request.page_size = PAGE
+        while True:
+            page = self._ask(method, request)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    # ---- Desk
+
+    def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
+        """See Desk."""
+        tenant, _, empty = codec.tenant_and_paths(name, own)
+        request = pb.CreateTenantRequest(tenant=tenant, reason=reason)
+        request.unset_mask.paths.extend(empty)
+        return codec.stored_tenant(self._ask(self._tenants.Create, request))
+
+    def get_tenant(self, name: str) -> StoredTenant:
+        """See Desk."""
+        return codec.stored_tenant(self._ask(self._tenants.Get, pb.GetTenantRequest(name=f"tenants/{name}")))
+
+    def tenants(self) -> Iterator[StoredTenant]:
+        """See Desk."""
+        for page in self._pages(self._tenants.List, pb.ListTenantsRequest()):
+            yield from map(codec.stored_tenant, page.tenants)
+
+    def update_tenant(self, name: str, changes: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
+        """See Desk."""
+        tenant, paths, _ = codec.tenant_and_paths(name, changes)
+        request = pb.UpdateTenantRequest(tenant=tenant, reason=reason)
+        request.update_mask.paths.extend(paths)
+        return codec.stored_tenant(self._ask(self._tenants.Update, request))
+
+    def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
+        """See Desk."""
+        named = {"name": f"tenants/{name}", "reason": reason}
+        if suspended:
+            return codec.stored_tenant(self._ask(self._tenants.Suspend, pb.SuspendTenantRequest(**named)))
+        return codec.stored_tenant(self._ask(self._tenants.Resume, pb.ResumeTenantRequest(**named)))
+
+    def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "") -> int:
+        """See Desk."""
+        request = pb.DeleteTenantRequest(name=f"tenants/{name}", erase=erase, reason=reason)
+        return int(self._ask(self._tenants.Delete, request).erased_rows)
+
+    def create_key(
+        self, tenant: str, name: str = "", *, expires_at: float | None = None, role: str = "caller", reason: str = ""
+    ) -> NewKey:
+        """See Desk."""
+        key = pb.Key(display_name=name, role=role, expire_time=codec.timestamp(expires_at))
+        request = pb.CreateKeyRequest(parent=f"tenants/{tenant}", key=key, reason=reason)
+        return _new_key(self._ask(self._keys.Create, request))
+
+    def keys(self, tenant: str) -> list[StoredKey]:
+        """See Desk."""
+        pages = self._pages(self._keys.List, pb.ListKeysRequest(parent=f"tenants/{tenant}"))
+        return [codec.stored_key(one) for page in pages for one in page.keys]
+
+    def rotate_key(
+        self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
+    ) -> NewKey:
+        """See Desk."""
+        request = pb.RotateKeyRequest(
+            name=f"tenants/{tenant}/keys/{key_id}",
+            overlap_s=overlap_s,
+            expire_time=codec.timestamp(expires_at),
+            reason=reason,
+        )
+        return _new_key(self._ask(self._keys.Rotate, request))
+
+    def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
+        """See Desk."""
+        request = pb.RevokeKeyRequest(name=f"tenants/{tenant}/keys/{key_id}", reason=reason)
+        return codec.stored_key(self._ask(self._keys.Revoke, request))
+
+    def usage(self, wanted: UsageQuery, rates: Rates | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
+        """See Desk."""
+        if rates is not None:
+            raise LedgerError("--gpu-hour: a gateway prices by its own cost section; leave it out, or use -f")
+        request = usage_pb2.QueryUsageRequest(
+            **_range(wanted), group_by=wanted.group_by, total=not wanted.group_by, cost=cost
+        )
+        return [_sum(one, wanted, cost) for page in self._pages(self._usage.Query, request) for one in page.sums]
+
+    def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
+        """See Desk."""
+        try:
+            for page in self._ask(self._usage.Export, usage_pb2.ExportUsageRequest(**_range(wanted))):
+                yield from map(_record, page.records)
+        except grpc.RpcError as error:
+            raise self._told(error) from None
+
+    def audit(
+        self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
+    ) -> Iterator[dict[str, Any]]:
+        """See Desk."""
+        request = usage_pb2.ListAuditRequest(
+            parent=f"tenants/{tenant}" if tenant else "",
+            filter=" AND ".join(f'{name} = "{value}"' for name, value in (equal or {}).items()),
+            since_time=codec.timestamp(since_s),
+        )
+        for page in self._pages(self._audit.List, request):
+            yield from map(_event, page.events)
+
+
+def _new_key(message: pb.NewKey) -> NewKey:
+    return NewKey(codec.stored_key(message.key), message.secret)
+
+
+def _range(wanted: UsageQuery) -> dict[str, Any]:
+    return {
+        "parent": f"tenants/{wanted.tenant}" if wanted.tenant else "",
+        "since_day": wanted.since_day,
+        "until_day": wanted.until_day,
+        "model": wanted.model,
+    }
+
+
+def _sum(message: usage_pb2.UsageSum, wanted: UsageQuery, cost: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {name: message.group[name] for name in wanted.group_by}
+    for field in message.DESCRIPTOR.fields:
+        if field.name not in ("group", "cost", "currency"):
+            row[field.name] = getattr(message, field.name)
+    if cost:
+        row |= {"cost": message.cost if message.HasField("cost") else None, "currency": message.currency}
+    return row
+
+
+def _record(message: usage_pb2.UsageRecord) -> UsageRecord:
+    row = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
+    row |= {"labels": dict(message.labels), "ttft_s": message.ttft_s if message.HasField("ttft_s") else None}
+    return UsageRecord.from_json(row)
+
+
+def _event(message: usage_pb2.AuditEvent) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        field.name: getattr(message, field.name)
+        for field in message.DESCRIPTOR.fields
+        if field.name not in ("time", "details")
+    }
+    return row | {"at_s": codec.seconds(message.time), "details": MessageToDict(message.details)}

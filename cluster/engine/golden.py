@@ -1,0 +1,208 @@
+"""A sick engine is taken out: it is asked a golden prompt at start and after every error, and must answer as at first.
+
+Problem: a GPU with a broken memory cell, or a half-loaded checkpoint, goes on serving and answers nonsense.
+`Examined` is an engine around an engine. At start it asks a fixed prompt, greedily, and keeps the answer; where the
+engine says that it continues calls exactly, it also asks for the rest of that answer, so that a rank without the
+plugin is found before a call is. From then on any request that ends in ERROR (NaN logits do so) makes it ask again,
+beside the running requests. A wrong answer raises EngineSick from `step`, which ends the worker as a dead engine does.
+
+An error alone takes nobody out: a caller can provoke one. And a right answer need not be equal to the last bit:
+batches differ, and in 16-bit numbers the likeliest token may change places with its neighbour. So log probabilities
+are compared, within what such numbers are worth.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.api.ports import Engine, EngineRefused, EngineSick
+from cluster.api.types import (
+    RESUME_EXACT,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    FinishReason,
+    PositionLogprobs,
+    Sampling,
+    TokenOutput,
+)
+
+PROMPT_TOKENS = 12
+ANSWER_TOKENS = 8
+"""Together shorter than a block of the KV cache: the answer is computed anew each time."""
+TOP = 3
+PREFIX = "headrace-golden-"
+FIRST_PRIORITY = -(1 << 31)
+TOLERANCES = {"float32": 0.02, "sim": 0.02}
+"""Of a log probability, by the first word of the engine class."""
+TOLERANCE_16_BIT = 0.5
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came for the golden prompt."""
+
+    positions: list[PositionLogprobs] = field(default_factory=list)
+    error: str = ""
+
+    def add(self, output: TokenOutput) -> None:
+        """The next output."""
+        self.positions += output.logprobs or ()
+        if output.finish is FinishReason.ERROR:
+            self.error = output.message or "it ended in an error"
+
+    def tail(self, start: int) -> Answer:
+        """The answer without its first tokens."""
+        return Answer(self.positions[start:])
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The sampled tokens."""
+        return tuple(position.token_ids[0] for position in self.positions)
+
+
+def why_wrong(reference: Answer, answer: Answer, tolerance: float) -> str:
+    """What is wrong with an answer; empty when it is right."""
+    if answer.error:
+        return answer.error
+    if len(answer.positions) != len(reference.positions):
+        return f"{len(answer.positions)} tokens instead of {len(reference.positions)}"
+    for at, (right, found) in enumerate(zip(reference.positions, answer.positions, strict=True)):
+        token, value = found.token_ids[0], found.logprobs[0]
+        if not math.isfinite(value):
+            return f"token {at} has the log probability {value}"
+        expected = _value_of(right, token)
+        if expected is None or right.logprobs[0] - expected > 2 * tolerance:
+            return f"token {at} is {token} instead of {right.token_ids[0]}"
+        if abs(value - expected) > tolerance:
+            return f"token {at} has the log probability {value:.3f} instead of {expected:.3f}"
+        if token != right.token_ids[0]:
+            return ""  # two tokens that were equally likely; what follows is another text
+    return ""
+
+
+def _value_of(position: PositionLogprobs, token: int) -> float | None:
+    pairs = zip(position.token_ids, position.logprobs, strict=True)
+    return next((value for candidate, value in pairs if candidate == token), None)
+
+
+def golden_request(info: EngineInfo, name: str, emitted: Sequence[int] = (), top: int = TOP) -> EngineRequest:
+    """The prompt: ids from the middle of the vocabulary, where every tokenizer has ordinary text."""
+    room = max(2, min(PROMPT_TOKENS + ANSWER_TOKENS, info.max_model_len))
+    prompt = [info.vocab_size // 3 + i * info.vocab_size // (4 * PROMPT_TOKENS) for i in range(PROMPT_TOKENS)]
+    length = max(1, room - ANSWER_TOKENS)
+    return EngineRequest(
+        request_id=PREFIX + name,
+        prompt_token_ids=prompt[:length],
+        sampling=Sampling(max_tokens=room - length, temperature=0.0, ignore_eos=True, logprobs=top),
+        emitted_token_ids=emitted,
+        cache_salt=PREFIX,
+        priority=FIRST_PRIORITY,
+    )
+
+
+class Examined:
+    """An engine (cluster.api.ports) around one that is asked whether it is well. `node` is named when it is not."""
+
+    def __init__(self, engine: Engine, *, node: str = "") -> None:
+        self._engine = engine
+        self._node = node
+        self._info: EngineInfo | None = None
+        self._reference = Answer()
+        self._asked = ""  # the id of the question under way
+        self._answer = Answer()
+        self._ask_again = False
+        self._top = TOP
+
+    def __repr__(self) -> str:
+        return f"Examined({self._engine!r})"
+
+    async def start(self) -> EngineInfo:
+        """Start and record the reference. Raises EngineSick when there is none, or when its rest is not its rest."""
+        self._info = info = await self._engine.start()
+        self._reference = await self._asked_alone()
+        self._judge(self._reference, self._reference)
+        cut = len(self._reference.positions) // 2
+        if RESUME_EXACT in info.capabilities and cut:
+            rest = await self._asked_alone(self._reference.token_ids[:cut])
+            self._judge(self._reference.tail(cut), rest, "continued, ")
+        return info
+
+    async def _asked_alone(self, emitted: Sequence[int] = ()) -> Answer:
+        await self._ask(emitted)
+        while self._asked:
+            self._take(await self._engine.step())
+        return self._answer
+
+    async def _ask(self, emitted: Sequence[int] = ()) -> None:
+        assert self._info is not None
+        question = golden_request(self._info, uuid.uuid4().hex, emitted, self._top)
+        self._answer, self._ask_again = Answer(), False
+        self._asked = question.request_id  # before submit: outputs may come while that returns
+        try:
+            await self._engine.submit(question)
+        except EngineRefused as refused:
+            if refused.field != "logprobs" or not self._top:
+                raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
+            self._top = 0  # max_logprobs says so: of the sampled token alone
+            await self._ask(emitted)
+
+    async def step(self) -> Sequence[TokenOutput]:
+        """The next step with outputs for callers. Raises EngineDead, EngineSick among them."""
+        while True:
+            asked = self._asked
+            outputs = self._take(await self._engine.step())
+            if asked and not self._asked:
+                self._judge(self._reference, self._answer)
+            if self._ask_again and not self._asked:
+                await self._ask()
+            if outputs:
+                return outputs
+
+    def _take(self, outputs: Sequence[TokenOutput]) -> Sequence[TokenOutput]:
+        """Keep what answers the golden prompt, and note errors; the outputs of others."""
+        mine = None
+        for output in outputs:
+            if output.request_id == self._asked:
+                mine = output
+            elif output.finish is FinishReason.ERROR:
+                self._ask_again = True
+        if mine is None:
+            return outputs
+        self._answer.add(mine)
+        if mine.finish is not None:
+            self._asked = ""
+        return [output for output in outputs if output is not mine]
+
+    def _judge(self, reference: Answer, answer: Answer, how: str = "") -> None:
+        assert self._info is not None
+        tolerance = TOLERANCES.get(self._info.engine_class.split("-")[0], TOLERANCE_16_BIT)
+        if reason := why_wrong(reference, answer, tolerance):
+            raise self._sick(f"{how}its answer to the golden prompt is wrong: {reason}")
+
+    def _sick(self, reason: str) -> EngineSick:
+        where = f" on node {self._node}" if self._node else ""
+        return EngineSick(f"the engine{where} is sick: {reason}")
+
+    async def submit(self, request: EngineRequest) -> None:
+        """Hand a request over."""
+        await self._engine.submit(request)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests."""
+        await self._engine.abort(request_ids)
+
+    def load(self) -> EngineLoad:
+        """What the engine does, the golden prompt included."""
+        return self._engine.load()
+
+    async def check(self) -> None:
+        """Raise EngineDead if it is."""
+        await self._engine.check()
+
+    async def close(self) -> None:
+        """End it."""
+        await self._engine.close()

@@ -1,0 +1,72 @@
+"""Sequences that have lost their worker after their first token: they go on elsewhere before anybody begins.
+
+Why a line of its own: such a sequence can go on only at a worker like the one that began it. In the waiting room it
+would stand at the head and, while no such worker has room, keep back all who could go to any other. It had its turn
+and was charged; so it asks nobody's leave, and the tenants' accounts hear nothing of it.
+
+Invariant: whoever is in here has emitted a token, has no worker, and leaves by going on, by ending with its call, or
+when it has waited too long. First come, first served within a class, the higher class first. `now` is an argument.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.gateway.output import Output
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    output: Output
+    expires: float
+
+
+class Returning:
+    """Of all models of one gateway."""
+
+    def __init__(self, max_wait_s: float) -> None:
+        self._max_wait_s = max_wait_s
+        self._places: dict[str, dict[str, _Place]] = {}
+
+    def add(self, output: Output, now: float) -> None:
+        """It waits from now on."""
+        deadline = output.call.deadline
+        expires = min(now + self._max_wait_s, math.inf if deadline is None else deadline)
+        self._places.setdefault(output.call.model, {})[output.waiting_id] = _Place(output, expires)
+
+    def take(self, output: Output) -> bool:
+        """It no longer waits; False when it did not."""
+        model = output.call.model
+        places = self._places.get(model)
+        if places is None or places.pop(output.waiting_id, None) is None:
+            return False
+        if not places:
+            del self._places[model]
+        return True
+
+    def of(self, model: str) -> Sequence[Output]:
+        """Those of a model, whose turn it is first."""
+        places = self._places.get(model)
+        if not places:
+            return ()
+        return sorted((place.output for place in places.values()), key=lambda output: output.call.rank)
+
+    def expired(self, now: float) -> Sequence[Output]:
+        """Take out those that have waited too long."""
+        gone = [p.output for places in self._places.values() for p in places.values() if p.expires <= now]
+        for output in gone:
+            self.take(output)
+        return gone
+
+    def waiting(self, model: str) -> tuple[int, int]:
+        """Sequences of a model, and the tokens to compute for them."""
+        places = self._places.get(model)
+        return (len(places), sum(p.output.tokens for p in places.values())) if places else (0, 0)
+
+    def __contains__(self, output: Output) -> bool:
+        return output.waiting_id in self._places.get(output.call.model, ())
+
+    def __repr__(self) -> str:
+        return f"Returning({ {model: len(places) for model, places in self._places.items()} })"

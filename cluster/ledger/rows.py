@@ -1,0 +1,87 @@
+"""What rests in a ledger, as values: for those who ask one, wherever it is. Nothing of SQLAlchemy is imported."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.ledger.errors import LedgerError
+from cluster.tenancy.policy import TenantPolicy
+
+COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "generated_tokens", "gpu_seconds")
+DIMENSIONS = ("tenant", "model", "day", "month", "key_id", "version", "adapter", "outcome", "gpu")
+LABEL = re.compile(r"^label:([A-Za-z0-9_./-]{1,63})$")
+_DAY = re.compile(r"^\d{4}-\d{2}-\d{2}$")
+
+
+@dataclass(frozen=True, slots=True)
+class UsageQuery:
+    """What to sum. `group_by` of DIMENSIONS or `label:<name>`; days are UTC's, `until_day` is included."""
+
+    group_by: tuple[str, ...] = ("tenant", "model")
+    since_day: str = ""
+    until_day: str = ""
+    tenant: str = ""
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        for name in self.group_by:
+            if name not in DIMENSIONS and not LABEL.match(name):
+                raise LedgerError(f"group_by: {name!r} is none of {', '.join(DIMENSIONS)} and label:<name>")
+        if len(set(self.group_by)) != len(self.group_by):
+            raise LedgerError("group_by: names a dimension twice")
+        for name in ("since_day", "until_day"):
+            if getattr(self, name) and not _DAY.match(getattr(self, name)):
+                raise LedgerError(f"{name}: must be a day like 2026-11-24")
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Money for one GPU hour by accelerator type; `""` is the rate of calls that name no type."""
+
+    currency: str
+    gpu_hour: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTenant:
+    """A tenant as it rests. Times are seconds since the epoch."""
+
+    policy: TenantPolicy
+    origin: str
+    created_at: float
+    updated_at: float
+    model_aliases: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """A key as it rests; neither it nor its digest is here. Times are seconds since the epoch."""
+
+    id: str
+    tenant: str
+    name: str
+    role: str
+    created_at: float
+    expires_at: float | None = None
+    revoked_at: float | None = None
+    rotated_from: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key that was just made. `secret` is the whole key; nobody can read it again. Not in the repr."""
+
+    stored: StoredKey
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"NewKey({self.stored!r})"
+
+
+def key_state(stored: StoredKey, now_s: float) -> str:
+    """active, expired or revoked."""
+    if stored.revoked_at is not None:
+        return "revoked"
+    return "expired" if stored.expires_at is not None and stored.expires_at <= now_s else "active"

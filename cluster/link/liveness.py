@@ -1,0 +1,127 @@
+"""Whether a worker lives, as far as its link tells: beats, steps, acknowledgements and its own count of messages.
+
+Problem: a process that is stopped, an engine that is stuck and a connection cut one way all leave the link up. The
+caller must not wait for TCP to notice; nor may a long prefill, a grammar or a busy machine be taken for death.
+Invariant: a worker that beats, whose engine steps or says what it is busy with, and that applies and is heard, is never
+suspected. A wrong suspicion costs its calls one prefill elsewhere (epochs keep what it still says from being applied).
+
+Time is the gateway's *waking* time (`Waking`): seconds in which the gateway itself stood still do not count, else its
+own hiccup would look like the death of all its workers. No clock is read here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from cluster.api.types import EngineLoad
+
+STEPS = 5
+"""So many of its longest steps (p99) may pass before an engine that stands still is taken for stuck."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """Why a worker is taken for lost: `reason` is one word, a metric's label; `why` is for people."""
+
+    reason: str
+    why: str
+
+
+class Waking:
+    """A clock that stands still while its owner does: no tick counts for more than `longest_s`."""
+
+    def __init__(self, longest_s: float, now: float) -> None:
+        self._longest_s = longest_s
+        self._before = now
+        self.now = 0.0
+
+    def tick(self, now: float) -> float:
+        """It is `now`; the waking time."""
+        self.now += min(max(now - self._before, 0.0), self._longest_s)
+        self._before = now
+        return self.now
+
+
+class Liveness:
+    """Of one epoch of one worker. `now` is always waking time."""
+
+    def __init__(self, now: float, hang_s: float, silence_s: float) -> None:
+        """`hang_s`: the least time after which a worker that stands still is suspected; `silence_s` for one that has
+        not beaten at all yet, whose beats have a connection to open first."""
+        self._hang_s = hang_s
+        self._silence_s = silence_s
+        self._heard = now
+        self._beats = False
+        self._steps = -1
+        self._stepped = now
+        self._stuck_with = EngineLoad()
+        self._slowest_s = 0.0
+        self._unacked: deque[tuple[int, float]] = deque()
+        self._received = 0
+        self._sent = 0
+        self._missing_since: float | None = None
+
+    @property
+    def bound_s(self) -> float:
+        """How long it may stand still."""
+        return max(STEPS * self._slowest_s, self._hang_s)
+
+    @property
+    def silent_since(self) -> float:
+        """When it was last heard."""
+        return self._heard
+
+    def told(self, load: EngineLoad, now: float) -> None:
+        """Its load has come, by whatever way."""
+        self._slowest_s = max(load.step_p99_s, load.step_s)
+        if load.steps != self._steps or not load.running or load.busy:
+            self._steps, self._stepped = load.steps, now
+        self._stuck_with = load
+
+    def beat(self, load: EngineLoad, acked_seq: int, sent_seq: int, now: float) -> None:
+        """A beat has come."""
+        self._heard, self._beats = now, True
+        self.told(load, now)
+        self._acked(acked_seq)
+        self._sent = max(self._sent, sent_seq)
+        self._compare(now)
+
+    def received(self, seq: int, acked_seq: int, now: float) -> None:
+        """A message of its stream has come."""
+        self._heard = now
+        if seq > self._received:
+            self._received, self._missing_since = seq, None
+        self._acked(acked_seq)
+        self._compare(now)
+
+    def commanded(self, seq: int, now: float) -> None:
+        """A message goes out to it."""
+        self._unacked.append((seq, now))
+
+    def suspicion(self, now: float) -> Suspicion | None:
+        """Whether it is to be taken for lost."""
+        bound = self.bound_s
+        silent = now - self._heard
+        if silent > (bound if self._beats else self._silence_s):
+            return Suspicion("silent", f"no beat for {silent:.1f} s")
+        if self._stuck_with.running and now - self._stepped > bound:
+            return Suspicion("hung", f"its engine has not stepped for {now - self._stepped:.1f} s")
+        if self._unacked and now - self._unacked[0][1] > 2 * bound:
+            return Suspicion("deaf", "it beats but acknowledges nothing")
+        if self._missing_since is not None and now - self._missing_since > 2 * bound:
+            return Suspicion("mute", "it beats but what it sends does not arrive")
+        return None
+
+    def _acked(self, seq: int) -> None:
+        while self._unacked and self._unacked[0][0] <= seq:
+            self._unacked.popleft()
+
+    def _compare(self, now: float) -> None:
+        if self._received >= self._sent:
+            self._missing_since = None
+        elif self._missing_since is None:
+            self._missing_since = now
+
+    def __repr__(self) -> str:
+        return f"Liveness(bound {self.bound_s:.2f} s, {len(self._unacked)} unacknowledged)"

@@ -1,0 +1,105 @@
+"""What a gateway makes of a worker's beats, steps and acknowledgements: the dead are found, the busy let be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.types import EngineLoad
+from cluster.link.liveness import Liveness, Waking
+
+BUSY = EngineLoad(running=3, steps=1, step_s=0.02, step_p99_s=0.03)
+
+
+def alive(load: EngineLoad = BUSY) -> Liveness:
+    """One that has beaten at 0."""
+    one = Liveness(0.0, hang_s=0.5, silence_s=5.0)
+    one.beat(load, 0, 0, 0.0)
+    return one
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0.0, 0.4),
+            st.sampled_from(["step", "prefill", "rest"]),
+            st.integers(0, 3),
+        ),
+        max_size=60,
+    )
+)
+def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[float, str, int]]) -> None:
+    """A false alarm costs prefills; none may come of any mixture of steps, stated work, rest, and messages each way."""
+    one, now, load, sent = alive(), 0.0, BUSY, 0
+    for pause_s, what, messages in story:
+        now += pause_s
+        if what == "step":
+            load = replace(load, running=3, steps=load.steps + 1, busy="")
+        elif what == "prefill":
+            load = replace(load, running=3, busy="prefill")
+        else:
+            load = replace(load, running=0, busy="")
+        for _ in range(messages):
+            sent += 1
+            one.commanded(sent, now)
+        one.received(sent, sent, now)
+        one.beat(load, sent, sent, now)
+        assert one.suspicion(now) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "at"),
+    [("silent", 0.5), ("hung", 0.5), ("deaf", 1.0), ("mute", 1.0)],
+)
+def test_each_way_of_standing_still_is_found_by_its_bound(reason: str, at: float) -> None:
+    """Not a tenth of a second late, not early, and named, since a breaker and a metric go by the word."""
+    one = alive()
+    if reason == "deaf":
+        one.commanded(1, 0.0)
+    for tick in range(1, 20):
+        now = tick * 0.1
+        if reason != "silent":
+            steps = 1 if reason == "hung" else 1 + tick
+            one.beat(replace(BUSY, steps=steps), 0, 1 if reason == "mute" else 0, now)
+        found = one.suspicion(now)
+        if now <= at:
+            assert found is None
+        elif found is not None:
+            assert found.reason == reason
+            assert now <= at + 0.21
+            return
+    raise AssertionError("never found")
+
+
+def test_long_steps_get_longer() -> None:
+    """An engine whose steps take a second is not stuck after half a second."""
+    slow = EngineLoad(running=1, steps=1, step_s=0.9, step_p99_s=1.0)
+    one = alive(slow)
+    for tick in range(1, 50):
+        one.beat(slow, 0, 0, tick * 0.1)
+        assert one.suspicion(tick * 0.1) is None
+    one.beat(slow, 0, 0, 5.1)
+    found = one.suspicion(5.1)
+    assert found is not None
+    assert found.reason == "hung"
+
+
+def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
+    """Beats have a connection of their own, which may take longer than a hang."""
+    one = Liveness(0.0, hang_s=0.5, silence_s=5.0)
+    assert one.suspicion(4.9) is None
+    assert one.suspicion(5.1) is not None
+
+
+@given(st.lists(st.floats(0.0, 10.0), max_size=30))
+def test_ones_own_pause_is_nobodys_silence(pauses_s: list[float]) -> None:
+    """However long a gateway has stood still, that alone makes it suspect nobody."""
+    clock, now = Waking(0.1, 0.0), 0.0
+    for pause_s in pauses_s:
+        before = clock.now
+        now += pause_s
+        assert before <= clock.tick(now) <= before + 0.1
+    assert clock.now <= now + 1e-6

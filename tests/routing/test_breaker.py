@@ -1,0 +1,62 @@
+"""Circuit breakers: who fails is spared, the last is kept, and one answer is enough to be let in again."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.routing.breaker import FAILURES, LONGEST_PAUSE_S, PAUSE_S, TRIAL_S, Breakers
+
+WORKERS = ("a", "b", "c")
+events = st.lists(st.tuples(st.sampled_from(WORKERS), st.booleans(), st.floats(0.0, 3.0)), max_size=80)
+
+
+@given(events)
+def test_failures_never_close_every_door(story: list[tuple[str, bool, float]]) -> None:
+    """Whatever fails in whatever order, one worker's breaker is closed: a cluster that fails calls must still try."""
+    breakers, now = Breakers(), 0.0
+    for worker, well, pause_s in story:
+        now += pause_s
+        if not breakers.lets(worker, now):
+            continue
+        breakers.sent(worker, now)
+        if well:
+            breakers.answered(worker)
+        else:
+            breakers.failed(worker, [other for other in WORKERS if other != worker], now)
+        assert breakers.open < len(WORKERS)
+        assert any(breakers.lets(one, now) for one in WORKERS)
+
+
+def test_a_trial_is_one_call_and_its_answer_closes() -> None:
+    """Open, then one call after the pause, not two; failing doubles the pause up to a bound, an answer ends it all."""
+    breakers, now = Breakers(), 0.0
+    for _ in range(FAILURES):
+        assert breakers.lets("a", now)
+        breakers.failed("a", ["b"], now)
+    pause_s = PAUSE_S
+    for _ in range(8):
+        assert not breakers.lets("a", now + pause_s * 0.99)
+        now += pause_s
+        assert breakers.lets("a", now)
+        breakers.sent("a", now)
+        assert not breakers.lets("a", now)
+        assert breakers.lets("a", now + TRIAL_S), "a trial whose caller has gone does not block for ever"
+        breakers.failed("a", ["b"], now)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+    now += pause_s
+    breakers.sent("a", now)
+    breakers.answered("a")
+    assert breakers.lets("a", now)
+    breakers.failed("a", ["b"], now)
+    assert breakers.lets("a", now), "its failures count anew"
+
+
+def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
+    """A worker that was found standing still answers nobody: waiting for another is better than to try it at once."""
+    breakers = Breakers()
+    breakers.stood_still("a", 0.0)
+    assert not breakers.lets("a", PAUSE_S * 0.9)
+    assert breakers.lets("a", PAUSE_S)
+    breakers.forget([])
+    assert not breakers.lets("a", 0.5), "not forgotten while its link is away"

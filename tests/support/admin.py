@@ -1,0 +1,86 @@
+"""The admin port as a client sees it, for tests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from cluster.admin.v1 import admin_pb2_grpc, tenants_pb2_grpc, usage_pb2_grpc
+from cluster.ledger.store import Ledger
+from cluster.tenancy.policy import TenantPolicy
+from tests.support.calls import Answer
+from tests.support.keyed import bearer, eventually
+
+
+class AdminClient:
+    """Stubs of every service, with one credential. `metadata` in place of `key` for what is none."""
+
+    def __init__(
+        self, address: str, key: str = "", *, metadata: Sequence[tuple[str, str]] = (), tls: Any = None
+    ) -> None:
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        self.channel = (
+            grpc.aio.insecure_channel(address, options=options)
+            if tls is None
+            else grpc.aio.secure_channel(address, tls, options=options)
+        )
+        self._metadata = tuple(metadata) or (bearer(key) if key else ())
+        self._stubs = {
+            "Fleet": admin_pb2_grpc.FleetStub(self.channel),
+            "Catalog": admin_pb2_grpc.CatalogStub(self.channel),
+            "Tenants": tenants_pb2_grpc.TenantsStub(self.channel),
+            "Keys": tenants_pb2_grpc.KeysStub(self.channel),
+            "Usage": usage_pb2_grpc.UsageStub(self.channel),
+            "Audit": usage_pb2_grpc.AuditStub(self.channel),
+        }
+
+    async def __aenter__(self) -> AdminClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.channel.close()
+
+    async def ask(self, verb: str, request: Any, timeout_s: float = 20.0) -> Any:
+        """The answer to `Service.Method`; a stream's as a list. Raises AioRpcError."""
+        service, method = verb.split(".")
+        call = getattr(self._stubs[service], method)(request, metadata=self._metadata, timeout=timeout_s)
+        return [message async for message in call] if hasattr(call, "__aiter__") else await call
+
+    async def refused(self, verb: str, request: Any, timeout_s: float = 20.0) -> Answer:
+        """The error of a call that must fail."""
+        try:
+            answer = await self.ask(verb, request, timeout_s)
+        except grpc.aio.AioRpcError as error:
+            return Answer(error)
+        raise AssertionError(f"{verb} was granted: {answer}")
+
+    async def code(self, verb: str, request: Any) -> str:
+        """The status of a call, OK too."""
+        try:
+            await self.ask(verb, request)
+        except grpc.aio.AioRpcError as error:
+            return str(error.code().name)
+        return "OK"
+
+
+async def role_key(ledger: Ledger, tenant: str, role: str) -> str:
+    """A key of a role; the tenant is made if it is not there."""
+
+    def make() -> str:
+        if tenant not in {one.policy.name for one in ledger.tenants.list()}:
+            ledger.tenants.create(TenantPolicy(tenant))
+        return ledger.keys.create(tenant, role, role=role).secret
+
+    return await asyncio.to_thread(make)
+
+
+async def until_known(client: AdminClient, verb: str, request: Any) -> None:
+    """Wait until a credential is one."""
+
+    async def known() -> bool:
+        return await client.code(verb, request) != "UNAUTHENTICATED"
+
+    await eventually(known, "the key is known")

@@ -1,0 +1,95 @@
+"""A relay of TCP connections on loopback that can be cut one way or both, for a while: what a broken network does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+CHUNK = 65_536
+
+
+class Way:
+    """One direction of all connections."""
+
+    def __init__(self) -> None:
+        self._open = asyncio.Event()
+        self._open.set()
+
+    def cut(self) -> None:
+        """Nothing passes from now on; nobody is told."""
+        self._open.clear()
+
+    def heal(self) -> None:
+        """What has waited passes, and all after it."""
+        self._open.set()
+
+    async def carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on until the end."""
+        while data := await reader.read(CHUNK):
+            await self._open.wait()
+            writer.write(data)
+            await writer.drain()
+
+
+class Cuttable:
+    """`up` carries from those who dial to `target`, `down` back; `number` counts connections from 0, in their order."""
+
+    def __init__(self, target: str) -> None:
+        host, port = target.rsplit(":", 1)
+        self._target = (host, int(port))
+        self.address = ""
+        self.ways: list[tuple[Way, Way]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        """End every connection."""
+        if self._server is not None:
+            self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up, down = Way(), Way()
+        self.ways.append((up, down))
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            there, back = await asyncio.open_connection(*self._target)
+            carriers = [
+                asyncio.create_task(up.carry(reader, back)),
+                asyncio.create_task(down.carry(there, writer)),
+            ]
+            try:
+                await asyncio.wait(carriers, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for carrier in carriers:
+                    carrier.cancel()
+                await asyncio.gather(*carriers, return_exceptions=True)
+                back.close()
+        except OSError:
+            pass
+        finally:
+            self._tasks.discard(task)
+            with contextlib.suppress(OSError):
+                writer.close()
+
+
+@asynccontextmanager
+async def cuttable(target: str) -> AsyncIterator[Cuttable]:
+    """A relay to `host:port`, stopped at the end."""
+    relay = Cuttable(target)
+    await relay.start()
+    try:
+        yield relay
+    finally:
+        await relay.stop()
