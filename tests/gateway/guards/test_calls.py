@@ -407,6 +407,26 @@ async def test_who_has_no_guards_keeps_the_short_way(keyed: Keyed) -> None:
     stream.cancel()
 
 
+async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A secret of which one worker has said the first half and another the second would be delivered."""
+    async with keyed_cluster(tmp_path) as keyed:
+        engines = [sim_engine(checkpoint, decode_ms=5, max_model_len=50_000) for _ in range(2)]
+        for engine in engines:
+            await keyed.cluster.add_worker(engine, bundle)
+        lab = await tenant(keyed, "moved")
+        bare = await lab.text(max_tokens=120)
+        secret = bare[len(bare) // 4 : -len(bare) // 4]  # long enough to be still open when the worker dies
+        await lab.guard(redacting(secret))
+        stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 120}), metadata=lab.who)
+        chunks = [await asyncio.wait_for(read(stream), 20)]
+        (call,) = keyed.gateway.service._open.values()
+        await until(lambda: len(call.sequences[0].emitted) >= 60, "half of it has come")
+        next(engine for engine in engines if engine.load().running).kill()
+        chunks += await rest_of(stream)
+        assert text_of(chunks) == bare.replace(secret, "[redacted: secret]")
+        assert chunks[-1].usage.completion_tokens == 120
+
+
 def test_a_declared_tenants_file_must_be_there(tmp_path: Path) -> None:
     """A gateway would start, and refuse every call of a tenant whose file has a typing error."""
     (tmp_path / "bad.yaml").write_text("mail: '.+@.+'\n")
