@@ -147,7 +147,8 @@ class Dispatcher:
             def fits(waiting: Waiting) -> bool:
                 nonlocal decision
                 candidates = [_candidate(link) for link in known.links.values()]
-                decision = pick(RouteCall(model, waiting.tokens), candidates)
+                keep_free = self.turns.fair.order(model).keep_free(waiting)
+                decision = pick(RouteCall(model, waiting.tokens, keep_free), candidates)
                 return decision.worker_id is not None
 
             waiting = self._room.next(model, fits, now)
@@ -273,4 +274,5 @@ def _candidate(link: WorkerLink) -> Candidate:
         kv_usage=link.load.kv_usage,
         healthy=True,
         draining=bool(link.draining),
+        prefill_tokens=link.prefill_tokens,
     )

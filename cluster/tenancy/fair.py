@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from cluster.tenancy.charge import Charge, ServiceWeights
 from cluster.tenancy.elsewhere import Backlog, Elsewhere, ServedBooks, ServedTotal
 from cluster.tenancy.flows import ClassTurns, Flow, FlowKey
+from cluster.tenancy.guests import Guests
 from cluster.tenancy.order import Waiting
 
 IDLE_S = 2.0
@@ -68,6 +69,7 @@ class FairOrder:
         self._returned_keys: dict[str, tuple[int, float, int]] = {}
         self._returns = 0
         self._open: dict[str, tuple[Flow, Charge]] = {}
+        self._guests = Guests()
         self._elsewhere = Elsewhere()
         self._books = ServedBooks()
         self._charged = 0.0
@@ -126,6 +128,13 @@ class FairOrder:
         end = len(self._returned) if key is None else bisect_left(self._returned, key)
         before = sum(1 for _, _, _, w in self._returned[:end] if (w.rank, w.tenant) == flow.key)
         return before if key is not None else before + flow.line.position(serial)
+
+    def keep_free(self, waiting: Waiting) -> int:
+        """How many places must stay free, for guests, when this one that waits takes its turn."""
+        flow, _, serial = self._where[waiting.call_id]
+        if serial < 0 or flow.since > self._now - self._idle_s:
+            return 0
+        return self._guests.places(waiting.rank, len(self._open), self._now)
 
     # ---- what becomes of those that had their turn
 
@@ -207,7 +216,8 @@ class FairOrder:
         return max(1, round(CLAIM_SCALE * mine))
 
     def sweep(self, now: float) -> None:
-        """Once a second: forget gateways silent for `idle_s`, and tenants who are no more than newcomers."""
+        """Once a second: forget gateways silent for `idle_s`, and tenants who are no more than newcomers; note who of
+        them is a guest (guests.py)."""
         self._hear(now)
         for key, change in self._elsewhere.silent_since(now - self._idle_s).items():
             self._wait_elsewhere(self._flow(*key), change)
@@ -215,8 +225,11 @@ class FairOrder:
         floors = {rank: turns.floor() for rank, turns in self._classes.items()}
         for rank, turns in self._classes.items():
             for tenant, flow in list(turns.flows.items()):
-                idle = not flow.waits and flow.last_waiting <= now - self._idle_s
-                if idle and not charged[id(flow)] and flow.counter <= floors[rank]:
+                if flow.waits or flow.counter > floors[rank]:
+                    continue
+                if flow.last_waiting > now - self._idle_s:
+                    self._guests.seen(rank, now)
+                elif not charged[id(flow)]:
                     del turns.flows[tenant]
 
     # ---- what it tells
@@ -298,6 +311,7 @@ class FairOrder:
         """It waits here, or elsewhere, from now on or no longer."""
         if not waited:
             self._lift(flow)
+            flow.since = self._now
         flow.last_waiting = self._now
         self._classes[flow.key.rank].update(flow)
 

@@ -88,6 +88,8 @@ class Flow:
     elsewhere_service: float = 0.0
     last_waiting: float = float("-inf")
     """When it was last known to wait anywhere."""
+    since: float = float("-inf")
+    """Since when it waits without a pause, where it waits."""
 
     @property
     def waits(self) -> bool:
