@@ -27,6 +27,7 @@ from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.credit import Granter, Room
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, read
 from cluster.link.gpu_meter import GpuMeter, Share
+from cluster.link.lookahead import Lookahead
 from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
@@ -38,8 +39,6 @@ from cluster.link.worker_usage import WorkerUsage
 
 log = structlog.get_logger("worker")
 
-# Sequences granted beyond max_num_seqs, so that a freed place is filled in the next step, not a round trip later.
-LOOKAHEAD_SEQUENCES = 2
 INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
@@ -130,6 +129,7 @@ class WorkerEnd:
         self._timing = timing or Timing()
         self._outbox_tokens = outbox_tokens
         self._granter = Granter()
+        self._lookahead = Lookahead(info.max_num_seqs, info.max_num_batched_tokens)
         self._links: dict[int, _Link] = {}
         self._running: dict[str, _Running] = {}
         self._tokens = 0
@@ -221,6 +221,7 @@ class WorkerEnd:
                 emitted += count
                 if output.prompt_tokens is not None:
                     running.cached_tokens = output.cached_tokens or 0
+                    self._lookahead.began(output.request_id)
                     self._served.cached(output.request_id, running.cached_tokens)
                     firsts.append((running.share, output.prompt_tokens - running.cached_tokens, count))
                     running.accepted = True
@@ -232,6 +233,7 @@ class WorkerEnd:
                 self._meter.step(time.monotonic(), emitted, firsts)
             for request_id, reason in finished:
                 self._forget(request_id, _OUTCOMES.get(reason, Outcome.OK))
+            self._lookahead.stepped()
             self._load = self._engine.load()
             self._regrant()
             for link in touched.values():
@@ -244,6 +246,7 @@ class WorkerEnd:
         if running is None:
             return
         self._tokens -= running.tokens
+        self._lookahead.ended(request_id)
         self._served.ended(request_id, running.generated)
         running.link.requests.pop(running.slot, None)
         if running.accepted:
@@ -280,9 +283,7 @@ class WorkerEnd:
     def _regrant(self) -> None:
         if self._draining:
             return
-        room = Room(
-            self._info.max_num_seqs + LOOKAHEAD_SEQUENCES - len(self._running), self._info.kv_tokens - self._tokens
-        )
+        room = Room(self._lookahead.sequences(len(self._links)), self._info.kv_tokens - self._tokens)
         for grant in self._granter.grants(room):
             link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)
@@ -439,6 +440,7 @@ class WorkerEnd:
         now = time.monotonic()
         running = _Running(link, slot, tokens, tokens, submit.sealed_record, self._meter.entered(now), now)
         self._running[request_id] = running
+        self._lookahead.submitted(request_id, tokens)
         self._tokens += tokens
         self._served.accepted(request_id, link.number, submit, tokens)
         self._idle.clear()

@@ -77,7 +77,9 @@ def test_two_who_flood_are_nobodys_guests() -> None:
     assert order.keep_free(last) == 0
 
 
-@given(st.integers(0, 100_000), st.lists(st.tuples(st.integers(0, 5), st.floats(0, 100)), max_size=5), st.floats(0, 200))
+@given(
+    st.integers(0, 100_000), st.lists(st.tuples(st.integers(0, 5), st.floats(0, 100)), max_size=5), st.floats(0, 200)
+)
 def test_never_more_than_its_part(filled: int, seen: list[tuple[int, float]], now: float) -> None:
     """Whoever is about: at most one in KEPT_OF of what runs, and at most KEPT_MOST."""
     guests = Guests()
