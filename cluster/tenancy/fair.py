@@ -82,7 +82,7 @@ class FairOrder:
         self._hear(now)
         flow = self._flow(waiting.rank, waiting.tenant)
         charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
-        self._where[waiting.call_id] = (flow, charge, flow.line.push(waiting))
+        self._where[waiting.call_id] = (flow, charge, flow.push(waiting))
         self._wait_here(flow, 1, charge.amount)
 
     def put_back(self, waiting: Waiting) -> None:
@@ -105,7 +105,7 @@ class FairOrder:
         for rank in self._ranks:
             flow = self._classes[rank].here.least()
             if flow is not None:
-                return flow.line.head()
+                return flow.head()
         return None
 
     def remove(self, call_id: str) -> None:
@@ -127,7 +127,7 @@ class FairOrder:
         key = self._returned_keys.get(call_id)
         end = len(self._returned) if key is None else bisect_left(self._returned, key)
         before = sum(1 for _, _, _, w in self._returned[:end] if (w.rank, w.tenant) == flow.key)
-        return before if key is not None else before + flow.line.position(serial)
+        return before if key is not None else before + flow.position(serial)
 
     def keep_free(self, waiting: Waiting) -> int:
         """How many places must stay free, for guests, when this one that waits takes its turn."""
@@ -288,7 +288,7 @@ class FairOrder:
         """Whose it was, and what it is to be charged, unless it has been."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
-            flow.line.remove(serial)
+            flow.remove(serial)
             self._wait_here(flow, -1, 0.0 if charge is None else -charge.amount)
         else:
             del self._returned[bisect_left(self._returned, self._returned_keys.pop(call_id))]
