@@ -21,6 +21,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.config import Config, cache_dir, database_url, secret_files
 from cluster.config_tenants import Auth
 from cluster.gateway.authenticate import Authenticator
+from cluster.gateway.budgets import BudgetWatch, Spent
 from cluster.gateway.door import Shown, Visitor
 from cluster.ledger.audit import AuditEvent, AuditLog
 from cluster.ledger.audit_writer import AuditWriter
@@ -125,6 +126,22 @@ class TenantDoor:
         await asyncio.to_thread(self._watcher.stop)
         await asyncio.to_thread(self._audit.close)
         self.ledger.close()
+
+    def budgets(self, spent: Spent) -> BudgetWatch:
+        """What follows every tenant's budget. Raises ValueError for the webhook's secret."""
+        observe = self._config.observe
+        webhook = observe.budget_webhook if self._first else None
+        setting = "observe.budget_webhook.secret_file"
+        return BudgetWatch(
+            self._config.name,
+            self.ledger,
+            lambda: [entry.policy for entry in self.snapshot().tenants.values()],
+            self._metrics,
+            spent,
+            webhook=webhook,
+            secret=b"" if webhook is None else read_secrets(webhook.secret_file, setting)[0],
+            max_tenants=observe.max_tenant_series,
+        )
 
     async def _prepare(self, tried: asyncio.Event, after_s: float) -> None:
         """Process 0 brings the database up to the file; then, daily, what is too old goes."""

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 from cluster.ledger.changes import insert_or, next_change, rows_vanished
 from cluster.ledger.connect import reading, writing
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound
-from cluster.ledger.tables import audit, erased, keys, tenants, usage
+from cluster.ledger.tables import audit, budget_notices, erased, keys, tenants, usage
 from cluster.tenancy.policy import PolicyError, TenantPolicy
 
 
@@ -145,7 +145,7 @@ class Tenants:
             if found.origin == "file" and found.removed_at is None:
                 raise ManagedByFile(_declared(name))
             gone = 0
-            for table in (keys, usage, audit):
+            for table in (keys, usage, audit, budget_notices):
                 gone += connection.execute(delete(table).where(table.c.tenant == name)).rowcount
             gone += connection.execute(delete(tenants).where(tenants.c.name == name)).rowcount
             mark = insert_or(connection, erased).values(digest=digest_of_name(name), erased_at=now)
