@@ -105,6 +105,7 @@ class RetentionDays(Section):
 
     usage: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
     audit: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
+    prompts: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 30
 
 
 class Store(Section):

@@ -109,6 +109,7 @@ class Gateway:
         if self.tenants is not None:
             await self.tenants.start()
             self.account(self.tenants.secrets, self.tenants.ledger.usage.insert)
+            self.service.prompts = self.tenants.prompts
         if self._shared_limits is not None:
             await self._shared_limits.start()
         await self._bind("link", listen.link, self._serve_links)

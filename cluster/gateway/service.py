@@ -9,6 +9,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -25,6 +26,9 @@ from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.identity import Principal
+
+if TYPE_CHECKING:
+    from cluster.gateway.prompt_log import PromptLog
 
 log = structlog.get_logger("calls")
 
@@ -75,6 +79,8 @@ class CallService:
         self.on_close: set[Callable[[], None]] = set()
         self._open: dict[str, Call] = {}
         self._closing = ""
+        self.prompts: PromptLog | None = None
+        """Where prompts are written of tenants whose policy says so."""
 
     def statistics(self) -> dict[str, int]:
         """Open calls by model; empty when idle."""
@@ -143,6 +149,8 @@ class CallService:
                 self.dispatcher.leave(call)
                 if self.dispatcher.accounting is not None:
                     self.dispatcher.accounting.ended(call, outcome)
+                if self.prompts is not None:
+                    self.prompts.ended(call, wish.prompt, text, outcome)
             self._settle(model_name, meta, outcome, call, arrived)
             if call is not None:
                 await self._allowances.settle(call)

@@ -23,6 +23,7 @@ from cluster.config_tenants import Auth
 from cluster.gateway.authenticate import Authenticator
 from cluster.gateway.budgets import BudgetWatch, Spent
 from cluster.gateway.door import Shown, Visitor
+from cluster.gateway.prompt_log import PromptLog
 from cluster.ledger.audit import AuditEvent, AuditLog
 from cluster.ledger.audit_writer import AuditWriter
 from cluster.ledger.errors import LedgerError
@@ -83,6 +84,9 @@ class TenantDoor:
             declared=self._policies,
             on_change=self._changed,
         )
+        self.prompts = PromptLog(
+            folder / "prompts", self._everybody, config.store.retention_days.prompts, self._metrics
+        )
         self._oidc = _verifier(config.auth)
         self._authenticator = Authenticator(
             self._watcher.current,
@@ -114,6 +118,7 @@ class TenantDoor:
                     await tried.wait()
                     await asyncio.to_thread(self._watcher.ask)
         self._watcher.start()
+        self.prompts.start()
 
     async def stop(self) -> None:
         """End the threads; what is to be audited is written."""
@@ -125,6 +130,7 @@ class TenantDoor:
             await self._oidc.close()
         await asyncio.to_thread(self._watcher.stop)
         await asyncio.to_thread(self._audit.close)
+        await asyncio.to_thread(self.prompts.close)
         self.ledger.close()
 
     def budgets(self, spent: Spent) -> BudgetWatch:
@@ -135,7 +141,7 @@ class TenantDoor:
         return BudgetWatch(
             self._config.name,
             self.ledger,
-            lambda: [entry.policy for entry in self.snapshot().tenants.values()],
+            lambda: list(self._everybody().values()),
             self._metrics,
             spent,
             webhook=webhook,
@@ -201,6 +207,9 @@ class TenantDoor:
     def snapshot(self) -> Snapshot:
         """Everybody known now. Raises CallError STORE_UNAVAILABLE."""
         return self._watcher.current()
+
+    def _everybody(self) -> dict[str, TenantPolicy]:
+        return {name: entry.policy for name, entry in self.snapshot().tenants.items()}
 
     def standing(self, tenant: str) -> CallError | None:
         """See Door. While the database is away too long new calls are refused, but those that run go on."""

@@ -22,6 +22,7 @@ from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.link.worker import WorkerEnd
+from cluster.observe.cores import leave_no_core_dumps
 from cluster.rayserve.placement import why_split
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
 
@@ -90,6 +91,7 @@ class Replica:
         spec = self.settings.spec
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
             raise ModelRefused(f"models[{spec.name}]: {reason}")
+        leave_no_core_dumps()
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
             self.engine = opened.engine
