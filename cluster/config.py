@@ -17,7 +17,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.api.types import ModelSpec
 from cluster.config_gateway import Address, Gateway, Section, Tls, is_loopback
-from cluster.config_tenants import CLASSES, Auth, Class, Cost, Store, Tenant, TenantDefaults, check_together
+from cluster.config_tenants import (
+    CLASSES,
+    Auth,
+    BudgetWebhook,
+    Class,
+    Cost,
+    Store,
+    Tenant,
+    TenantDefaults,
+    check_together,
+)
 from cluster.tenancy.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"
@@ -114,6 +124,7 @@ class Observe(Section):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_tenant_series: Annotated[int, Field(ge=0, le=100_000)] = 500
+    budget_webhook: BudgetWebhook | None = None
 
 
 class Replicas(Section):
@@ -218,6 +229,8 @@ class Config(Section):
     def _who_may_call(self) -> Config:
         check_together(self.auth, self.classes, self.tenant_defaults, self.tenants)
         gateway, auth = self.gateway, self.auth
+        if self.observe.budget_webhook is not None and auth is None:
+            raise ValueError("observe.budget_webhook: without auth there are no tenants and no budgets: set auth")
         for listener in ("grpc", "http", "admin"):
             address = getattr(gateway.listen, listener)
             lacks = " and ".join(

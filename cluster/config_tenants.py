@@ -106,6 +106,7 @@ class RetentionDays(Section):
 
     usage: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
     audit: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
+    prompts: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 30
 
 
 class Store(Section):
@@ -161,6 +162,34 @@ class Cost(Section):
         for gpu, rate in value.items():
             if not math.isfinite(rate) or not 0 <= rate <= MAX_GPU_HOUR:
                 raise ValueError(f"{gpu}: {rate} must lie between 0 and {MAX_GPU_HOUR:g} for one hour")
+        return value
+
+
+class BudgetWebhook(Section):
+    """Who is told, once in each day or month, that a tenant's token budget has been used to a threshold (a part of it).
+    Each request is signed with the secret, so that a receiver can tell it from others'."""
+
+    url: str
+    secret_file: Path
+    thresholds: tuple[Annotated[float, Field(gt=0, le=10)], ...] = (0.8, 1.0)
+
+    @field_validator("url")
+    @classmethod
+    def _over_tls(cls, value: str) -> str:
+        parts = _url(value)
+        if not parts.hostname or parts.scheme not in ("https", "http"):
+            raise ValueError(f"{value!r} is no URL of a web server: write https://…")
+        if parts.username or parts.password:
+            raise ValueError("holds a name or password: take it out; the signature says who asks")
+        if parts.scheme == "http" and not _is_this_host(parts.hostname):
+            raise ValueError(f"{value!r}: names of tenants travel over https (http only on this host)")
+        return value
+
+    @field_validator("thresholds")
+    @classmethod
+    def _some(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or len(set(value)) != len(value) or len(value) > 10:
+            raise ValueError("must be one to ten different parts of a budget, e.g. [0.8, 1.0]")
         return value
 
 

@@ -163,7 +163,8 @@ class Dispatcher:
 
             def fits(waiting: Waiting) -> bool:
                 nonlocal decision
-                decision = pick(RouteCall(model, waiting.tokens), self._candidates(known, now))
+                keep_free = self.turns.fair.order(model).keep_free(waiting)
+                decision = pick(RouteCall(model, waiting.tokens, keep_free), self._candidates(known, now))
                 return decision.worker_id is not None
 
             waiting = self._room.next(model, fits, now)
@@ -250,7 +251,7 @@ class Dispatcher:
             candidates = [
                 one for one in self._candidates(model, self._clock()) if one.worker_id != link.identity.worker_id
             ]
-            if pick(RouteCall(model.name, output.tokens, output.likeness), candidates).worker_id is not None:
+            if pick(RouteCall(model.name, output.tokens, likeness=output.likeness), candidates).worker_id is not None:
                 output.move()
 
     def _not_resumed(self, output: Output) -> CallError:
@@ -349,7 +350,7 @@ class Dispatcher:
 def _onward(output: Output, candidates: Sequence[Candidate]) -> RouteCall:
     """What a sequence needs to go on. Where nobody is left but those that have failed it, they may try again: Ray may
     be about to replace one, and it is not certain whose fault it was."""
-    call = RouteCall(output.call.model, output.tokens, output.likeness, output.shuns)
+    call = RouteCall(output.call.model, output.tokens, likeness=output.likeness, shuns=output.shuns)
     others = (one for one in candidates if call.likeness in (None, one.likeness) and not one.draining)
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
 
@@ -371,4 +372,5 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         likeness=link.likeness,
         replaying=link.replaying,
         max_replaying=link.info.max_num_batched_tokens // REPLAY_PARTS,
+        prefill_tokens=link.prefill_tokens,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from cluster.tenancy.limits import Ask, Granted, Limiter, LimitRefusal
@@ -24,6 +24,10 @@ class Limits(Protocol):
 
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
         """It ended, and so much the engine counted. Never fails."""
+
+    def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
+        """What the ledger has of this day and month, by tenant: no budget stands lower. A store that outlives the
+        gateway knows by itself."""
 
     def sweep(self) -> None:
         """Once a minute: forget tenants with nothing in any sum."""
@@ -49,6 +53,10 @@ class LocalLimits:
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
         """As the port says."""
         self._limiter.settle(call_id, prompt_tokens, output_tokens, self._clock(), time.time())
+
+    def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
+        """As the port says: a gateway that starts anew goes on where the last one was."""
+        self._limiter.spent(today, month, epoch_s)
 
     def sweep(self) -> None:
         """As the port says."""

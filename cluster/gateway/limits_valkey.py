@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -167,6 +167,10 @@ class ValkeyLimits:
                 change += back
         if await self._ask(held.tenant, "settle", plain, held.day, held.month, *corrections) is None:
             self._owe(held.tenant, plain)
+
+    def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
+        """As the port says: the store knows; the mirror serves while that is away."""
+        self._mirror.spent(today, month, epoch_s)
 
     def sweep(self) -> None:
         """As the port says."""

@@ -124,6 +124,7 @@ class Gateway:
         if self.tenants is not None:
             await self.tenants.start()
             self.account(self.tenants.secrets, self.tenants.ledger.usage.insert)
+            self.service.prompts = self.tenants.prompts
         if self._shared_limits is not None:
             await self._shared_limits.start()
         await self._bind("link", listen.link, self._serve_links)
@@ -139,6 +140,10 @@ class Gateway:
             asyncio.create_task(self.dispatcher.backlogs.watch()),
             asyncio.create_task(self._measure_lag()),
         ]
+        if self.tenants is not None:
+            budgets = self.tenants.budgets(self._limits.spent)
+            self.metrics.on_scrape(budgets.gauges)
+            self._tasks.append(asyncio.create_task(budgets.run()))
         await self._bind("grpc", listen.grpc, self._serve_clients)
         await self._bind("http", listen.http, self._serve_http)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)

@@ -29,6 +29,7 @@ from cluster.tenancy.identity import Principal
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
+    from cluster.gateway.prompt_log import PromptLog
 
 log = structlog.get_logger("calls")
 
@@ -86,6 +87,8 @@ class CallService:
         self.on_close: set[Callable[[], None]] = set()
         self._open: dict[str, Call] = {}
         self._closing = ""
+        self.prompts: PromptLog | None = None
+        """Where prompts are written of tenants whose policy says so."""
 
     def statistics(self) -> dict[str, int]:
         """Open calls by model; empty when idle."""
@@ -159,6 +162,8 @@ class CallService:
                 self.dispatcher.leave(call)
                 if self.dispatcher.accounting is not None:
                     self.dispatcher.accounting.ended(call, outcome)
+                if self.prompts is not None:
+                    self.prompts.ended(call, wish.prompt, text, outcome)
             if guards is not None:
                 guards.close()
             self._settle(model_name, meta, outcome, call, arrived)

@@ -21,7 +21,9 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.config import Config, cache_dir, database_url, secret_files
 from cluster.config_tenants import Auth
 from cluster.gateway.authenticate import Authenticator
+from cluster.gateway.budgets import BudgetWatch, Spent
 from cluster.gateway.door import Shown, Visitor
+from cluster.gateway.prompt_log import PromptLog
 from cluster.ledger.audit import AuditEvent, AuditLog
 from cluster.ledger.audit_writer import AuditWriter
 from cluster.ledger.errors import LedgerError
@@ -84,6 +86,9 @@ class TenantDoor:
             declared=self._policies,
             on_change=self._changed,
         )
+        self.prompts = PromptLog(
+            folder / "prompts", self._everybody, config.store.retention_days.prompts, self._metrics
+        )
         self._oidc = _verifier(config.auth)
         self._authenticator = Authenticator(
             self._watcher.current,
@@ -115,6 +120,7 @@ class TenantDoor:
                     await tried.wait()
                     await asyncio.to_thread(self._watcher.ask)
         self._watcher.start()
+        self.prompts.start()
 
     async def stop(self) -> None:
         """End the threads; what is to be audited is written."""
@@ -126,7 +132,24 @@ class TenantDoor:
             await self._oidc.close()
         await asyncio.to_thread(self._watcher.stop)
         await asyncio.to_thread(self.audit.close)
+        await asyncio.to_thread(self.prompts.close)
         self.ledger.close()
+
+    def budgets(self, spent: Spent) -> BudgetWatch:
+        """What follows every tenant's budget. Raises ValueError for the webhook's secret."""
+        observe = self._config.observe
+        webhook = observe.budget_webhook if self._first else None
+        setting = "observe.budget_webhook.secret_file"
+        return BudgetWatch(
+            self._config.name,
+            self.ledger,
+            lambda: list(self._everybody().values()),
+            self._metrics,
+            spent,
+            webhook=webhook,
+            secret=b"" if webhook is None else read_secrets(webhook.secret_file, setting)[0],
+            max_tenants=observe.max_tenant_series,
+        )
 
     async def _prepare(self, tried: asyncio.Event, after_s: float) -> None:
         """Process 0 brings the database up to the file; then, daily, what is too old goes."""
@@ -186,6 +209,9 @@ class TenantDoor:
     def snapshot(self) -> Snapshot:
         """Everybody known now. Raises CallError STORE_UNAVAILABLE."""
         return self._watcher.current()
+
+    def _everybody(self) -> dict[str, TenantPolicy]:
+        return {name: entry.policy for name, entry in self.snapshot().tenants.items()}
 
     def standing(self, tenant: str) -> CallError | None:
         """See Door. While the database is away too long new calls are refused, but those that run go on."""

@@ -37,6 +37,17 @@ def scrub(text: str) -> str:
     return cut if len(cut) <= MAX_TEXT else cut[: MAX_TEXT - 1] + "…"
 
 
+def hide_secrets(value: Any) -> Any:
+    """Plain values of any length without anything that looks like a key or token."""
+    if isinstance(value, str):
+        return _SECRET.sub(HIDDEN, value)
+    if isinstance(value, Mapping):
+        return {str(key): hide_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide_secrets(item) for item in value]
+    return value if isinstance(value, bool | int | float) or value is None else hide_secrets(str(value))
+
+
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
         return scrub(value)

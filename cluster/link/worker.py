@@ -27,6 +27,7 @@ from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.credit import Granter, Room
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, read
 from cluster.link.gpu_meter import GpuMeter, Share
+from cluster.link.lookahead import Lookahead
 from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
@@ -38,8 +39,6 @@ from cluster.link.worker_usage import WorkerUsage
 
 log = structlog.get_logger("worker")
 
-# Sequences granted beyond max_num_seqs, so that a freed place is filled in the next step, not a round trip later.
-LOOKAHEAD_SEQUENCES = 2
 INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
@@ -139,6 +138,7 @@ class WorkerEnd:
         self._timing = timing or Timing()
         self._outbox_tokens = outbox_tokens
         self._granter = Granter()
+        self._lookahead = Lookahead(info.max_num_seqs, info.max_num_batched_tokens)
         self._links: dict[int, _Link] = {}
         self._running: dict[str, _Running] = {}
         self._tokens = 0
@@ -232,6 +232,7 @@ class WorkerEnd:
                 emitted += count
                 if output.prompt_tokens is not None:
                     running.cached_tokens = output.cached_tokens or 0
+                    self._lookahead.began(output.request_id)
                     if not running.emitted_tokens:  # of a continued one its first worker has told
                         self._served.cached(output.request_id, running.cached_tokens)
                     computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
@@ -245,6 +246,7 @@ class WorkerEnd:
                 self._meter.step(time.monotonic(), emitted, firsts)
             for request_id, reason in finished:
                 self._forget(request_id, _OUTCOMES.get(reason, Outcome.OK))
+            self._lookahead.stepped()
             self._load = self._engine.load()
             self._regrant()
             for link in touched.values():
@@ -257,6 +259,7 @@ class WorkerEnd:
         if running is None:
             return
         self._tokens -= running.tokens
+        self._lookahead.ended(request_id)
         self._served.ended(request_id, running.output_tokens)
         running.link.requests.pop(running.slot, None)
         if running.accepted:
@@ -293,9 +296,7 @@ class WorkerEnd:
     def _regrant(self) -> None:
         if self._draining:
             return
-        room = Room(
-            self._info.max_num_seqs + LOOKAHEAD_SEQUENCES - len(self._running), self._info.kv_tokens - self._tokens
-        )
+        room = Room(self._lookahead.sequences(len(self._links)), self._info.kv_tokens - self._tokens)
         for grant in self._granter.grants(room):
             link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)
@@ -455,6 +456,7 @@ class WorkerEnd:
         share = self._meter.entered(now)
         running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, share, now)
         self._running[request_id] = running
+        self._lookahead.submitted(request_id, tokens)
         self._tokens += tokens
         self._served.accepted(request_id, link.number, submit, prompt)
         self._idle.clear()

@@ -80,6 +80,9 @@ class WorkerLink:
         self._step_at = 0.0
         self._purse = Purse()
         self._sinks: dict[int, Sink] = {}
+        self._prefilling: dict[int, int] = {}
+        self.prefill_tokens = 0
+        """Prompt tokens of this gateway's requests there that have no output yet."""
         self._slots = itertools.count(1)
         self.closed = asyncio.Event()
         self.why = ""
@@ -120,7 +123,9 @@ class WorkerLink:
         if turn is not None:
             put_turn(message, turn)
         self._sinks[slot] = sink
-        self._purse.spend(len(request.prompt_token_ids) + len(request.emitted_token_ids))
+        tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        self.prefill_tokens += tokens
+        self._purse.spend(tokens)
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"
             data = message.prompt_ids
@@ -135,7 +140,12 @@ class WorkerLink:
     def abort(self, slot: int) -> None:
         """Drop a request; its sink hears nothing more. Harmless for one that has ended."""
         if self._sinks.pop(slot, None) is not None:
+            self._prefilled(slot)
             self.box.aborts([slot])
+
+    def _prefilled(self, slot: int) -> None:
+        """Its prompt stands before nobody any longer."""
+        self.prefill_tokens -= self._prefilling.pop(slot, 0)
 
     @property
     def sinks(self) -> Sequence[Sink]:
@@ -157,6 +167,7 @@ class WorkerLink:
                 sink.accepted()
         for refused in message.refused:
             if (sink := self._sinks.pop(refused.slot, None)) is not None:
+                self._prefilled(refused.slot)
                 sink.refused(refused.reason, refused.message, refused.field)
         if message.HasField("step"):
             self._apply_step(message.step)
@@ -190,6 +201,8 @@ class WorkerLink:
             sink = sinks.get(slot)
             if sink is None:
                 continue
+            if slot in self._prefilling:
+                self._prefilled(slot)
             if output.finish is not None:
                 del sinks[slot]
             sink.output(output)

@@ -76,6 +76,11 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "limit_utilization_ratio": _Definition(
         "gauge", "Used part of a limit when its tenant last called, within a minute.", ("tenant", "limit")
     ),
+    "budget_used_ratio": _Definition(
+        "gauge", "Used part of a tenant's budget of this day or month, by the ledger.", ("tenant", "limit")
+    ),
+    "budget_webhook_total": _Definition("counter", "Budget notices sent, by what became of it.", ("outcome",)),
+    "prompt_log_lost_total": _Definition("counter", "Calls that could not be written to the log of prompts.", ()),
     "limits_degraded": _Definition("gauge", "1 while the store of shared limits is away.", ()),
     "worker_up": _Definition("gauge", "1 while a worker's link is up.", ("model", "worker")),
     "worker_running_requests": _Definition("gauge", "Requests the engine runs.", ("model", "worker")),

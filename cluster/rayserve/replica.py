@@ -23,6 +23,7 @@ from cluster.api.ports import Engine, EngineDead, EngineSick
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.engine.golden import Examined
 from cluster.link.worker import WorkerEnd
+from cluster.observe.cores import leave_no_core_dumps
 from cluster.rayserve.placement import why_split
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
 
@@ -91,6 +92,7 @@ class Replica:
         spec = self.settings.spec
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
             raise ModelRefused(f"models[{spec.name}]: {reason}")
+        leave_no_core_dumps()
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
             self.engine = engine = Examined(opened.engine, node=self.place.node)

@@ -13,6 +13,7 @@ A running call is never ended for a limit of a minute, only for a budget, and on
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -209,6 +210,17 @@ class Limiter:
             use.tokens.correct(bucket, -back)
             change += back
         self._spend(use, held, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)
+
+    def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
+        """So much of this day's and month's budgets is used in any case, by tenant; less changes nothing."""
+        for name in {*today, *month}:
+            use = self._tenants.setdefault(name, TenantUse())
+            use.day.advance(day_of(epoch_s))
+            use.month.advance(month_of(epoch_s))
+            if use.day.number == day_of(epoch_s):
+                use.day.used = max(use.day.used, today.get(name, 0))
+            if use.month.number == month_of(epoch_s):
+                use.month.used = max(use.month.used, month.get(name, 0))
 
     def holds(self, call_id: str) -> bool:
         """Whether there is a reservation."""
