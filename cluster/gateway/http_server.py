@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Any, cast
 
 import uvicorn
@@ -24,6 +25,8 @@ MAX_HEAD_BYTES = 65_536
 class _Protocol(HttpToolsProtocol):
     """Bounds what comes before a body, which the parser does not, and is its requests' `Connection`."""
 
+    _gone = False
+    _watcher: Callable[[], None] | None = None
     _head_bytes = 0
     _in_head = True
 
@@ -39,6 +42,25 @@ class _Protocol(HttpToolsProtocol):
     async def drained(self) -> None:
         """Wait until it is full no longer, or closed."""
         await self.flow.drain()
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call this once the client is gone, or soon where it is gone already."""
+        self._watcher = lost
+        self.flow.resume_reading()  # a long body has paused it, and the client's end is read too
+        if self._gone:
+            self.loop.call_soon(lost)
+
+    def unwatch(self, lost: Callable[[], None]) -> None:
+        """No longer."""
+        if self._watcher is lost:
+            self._watcher = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Its request has nobody to answer any more."""
+        super().connection_lost(exc)
+        self._gone = True
+        if self._watcher is not None:
+            self._watcher()
 
     def data_received(self, data: bytes) -> None:
         """The parser neither bounds a head nor tells of a part of one: what comes without ending it is counted."""

@@ -22,6 +22,7 @@ from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.link.worker import WorkerEnd
+from cluster.observe import garbage
 from cluster.rayserve.placement import why_split
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
 
@@ -124,6 +125,7 @@ class Replica:
             gpu=self.settings.spec.gpu if self.place.gpus else "",
         )
         self._serving = asyncio.create_task(self._until_dead(self.end, opened.engine))
+        garbage.settle()
         log.info("worker.up", worker=self.worker_id, engine=info.engine_class, path=info.engine_path)
 
     async def _until_dead(self, end: WorkerEnd, engine: Engine) -> None:
