@@ -17,7 +17,7 @@ import typer
 from cluster.cli.common import USAGE, FileOption, fail, read_config
 from cluster.cli.runs import write_whole
 from cluster.config import cache_dir
-from cluster.observe import log
+from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps
 
 FolderOption = Annotated[Path, typer.Option("--folder", help="Where it keeps what must outlive it.")]
@@ -49,8 +49,7 @@ def gateway(
     leave_no_core_dumps()
 
     def ready(endpoints: dict[str, str]) -> None:
-        gc.freeze()
-        gc.enable()
+        garbage.settle()
         if ready_file is not None:
             write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 

@@ -22,6 +22,7 @@ from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import codec
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.worker_link import WorkerLink
+from cluster.observe import garbage
 from cluster.tenancy.identity import Principal
 
 log = structlog.get_logger("directory")
@@ -191,11 +192,11 @@ class Directory:
         if folder.exists():
             bundle = await asyncio.to_thread(Bundle.load, folder)
             if bundle.digest == digest:
-                return await asyncio.to_thread(TextModel.from_bundle, bundle)
+                return await _made(bundle)
             log.warning("bundle_damaged", folder=str(folder))
         bundle = await self._fetch(digest)
         await asyncio.to_thread(bundle.save, folder)
-        return await asyncio.to_thread(TextModel.from_bundle, bundle)
+        return await _made(bundle)
 
     # ---- the last catalog, on disk
 
@@ -220,3 +221,9 @@ class Directory:
             self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
         self._heard = bool(entries)
         self._rename()
+
+
+async def _made(bundle: Bundle) -> TextModel:
+    text = await asyncio.to_thread(TextModel.from_bundle, bundle)
+    garbage.settle()
+    return text

@@ -15,6 +15,8 @@ class Limits(Protocol):
 
     degraded: bool
     """Shared limits whose store is away: the gauge `limits_degraded`."""
+    at_once: bool
+    """Whether it answers without waiting for anything, so that nothing can come in between."""
 
     async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
         """Admit or refuse."""
@@ -37,6 +39,7 @@ class LocalLimits:
     """One gateway alone: the limits are this process's."""
 
     degraded = False
+    at_once = True
 
     def __init__(self, limiter: Limiter, clock: Callable[[], float] = time.monotonic) -> None:
         self._limiter = limiter

@@ -87,6 +87,7 @@ class ValkeyLimits:
         self._beating: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self.gateways_alive = 1
+        self.at_once = False
         self.degraded = False
         """The store is away: the gauge `limits_degraded`."""
 

@@ -30,6 +30,7 @@ from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.ledger.watch import Watcher
+from cluster.observe import garbage
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.identity import (
     BAD_KEY,
@@ -157,6 +158,7 @@ class TenantDoor:
         while self._first:
             try:
                 await asyncio.to_thread(self._bring_up)
+                garbage.settle()  # the check has imported what migrates
                 break
             except LedgerError as error:
                 log.warning("ledger_not_ready", error=str(error))
@@ -194,7 +196,8 @@ class TenantDoor:
     async def principal(self, shown: Shown) -> Principal:
         """See Door."""
         found = await self._authenticator.principal(shown.authorization, shown.names, shown.peer)
-        return replace(found, tenant=self._dress(found.tenant)[1])
+        tenant = self._dress(found.tenant)[1]
+        return Principal(tenant, found.role, found.by, found.subject, found.model_aliases)
 
     async def visit(self, shown: Shown) -> Visitor:
         """See Door."""

@@ -23,6 +23,7 @@ SALT_BYTES, NONCE_BYTES, TAG_BYTES = 16, 12, 16
 HEAD_BYTES = 1 + 4 + SALT_BYTES
 MAX_BYTES = 64 * 1024
 _MAX_KEYS = 1024
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 class SealError(ValueError):
@@ -36,15 +37,13 @@ class Sealer:
         if not secrets:
             raise ValueError("auth.cluster_secret_file: records cannot be sealed without a secret")
         self._secrets = {bytes.fromhex(key_number(secret)): secret for secret in secrets}
-        self._number = bytes.fromhex(key_number(secrets[0]))
-        self._salt = os.urandom(SALT_BYTES)
+        self._head = bytes([VERSION]) + bytes.fromhex(key_number(secrets[0])) + os.urandom(SALT_BYTES)
         self._keys: dict[bytes, AESGCM] = {}
 
     def seal(self, record: OpenRecord) -> bytes:
         """Some 350 bytes for a record without labels."""
-        head = bytes([VERSION]) + self._number + self._salt
-        nonce = os.urandom(NONCE_BYTES)
-        body = json.dumps(record.as_json(), separators=(",", ":")).encode()
+        head, nonce = self._head, os.urandom(NONCE_BYTES)
+        body = _encode(record.as_json()).encode()
         return head + nonce + self._key(head).encrypt(nonce, body, head)
 
     def open(self, data: bytes) -> OpenRecord:

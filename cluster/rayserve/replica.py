@@ -23,6 +23,7 @@ from cluster.api.ports import Engine, EngineDead, EngineSick
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.engine.golden import Examined
 from cluster.link.worker import WorkerEnd
+from cluster.observe import garbage
 from cluster.observe.cores import leave_no_core_dumps
 from cluster.rayserve.placement import why_split
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
@@ -131,6 +132,7 @@ class Replica:
             gpu=self.settings.spec.gpu if self.place.gpus else "",
         )
         self._serving = asyncio.create_task(self._until_dead(self.end, engine))
+        garbage.settle()
         log.info(
             "worker.up",
             worker=self.worker_id,

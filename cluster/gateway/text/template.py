@@ -205,7 +205,7 @@ def _bounded_range() -> Callable[..., range]:
 def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
     """Render, and make of whatever goes wrong an error that names `messages`."""
     try:
-        return "".join(_bounded(template.generate(variables)))
+        return "".join(_bounded(template.root_render_func(template.new_context(variables))))
     except _Raised as e:
         raise invalid("messages", _short(str(e))) from e
     except (_TooMuch, SecurityError, OverflowError, MemoryError, RecursionError) as e:
