@@ -205,6 +205,15 @@ class ModelSpec:
         return max(self.min_replicas, 1)
 
 
+class Standing(enum.StrEnum):
+    """Whether a worker takes new work; the names are those of link.v1 Standing.State."""
+
+    SERVING = "SERVING"
+    CORDONED = "CORDONED"
+    DRAINING = "DRAINING"
+    DRAINED = "DRAINED"
+
+
 class ModelState(enum.StrEnum):
     """Where a model is in its life; the names of inference.proto's Model.State without prefix."""
 

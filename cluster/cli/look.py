@@ -31,7 +31,7 @@ PAGE_SIZE = 500
 
 
 class Admin:
-    """The read-only admin API, every page of it."""
+    """The admin API, every page of it."""
 
     def __init__(self, endpoint: str, key: str = "") -> None:
         """`key` goes with each call."""
@@ -56,6 +56,10 @@ class Admin:
             page = answer.next_page_token
             if not page:
                 return found
+
+    def fleet(self, verb: str, request: Any) -> Any:
+        """One of Fleet's verbs, with its request. Raises grpc.RpcError."""
+        return getattr(self._fleet, verb)(request, timeout=TIMEOUT_S, metadata=self._metadata)
 
     def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
         """The models, and seconds since the controller last spoke (negative: never). Raises grpc.RpcError."""
@@ -134,7 +138,7 @@ def status(
     if found["gateways"]:
         out.print(_gateway_table(found["gateways"]))
     out.print(_model_table(found["models"]))
-    out.print(_worker_table(found["workers"]))
+    out.print(worker_table(found["workers"]))
 
 
 def workers(
@@ -148,7 +152,7 @@ def workers(
     if as_json:
         print_json(rows)
     else:
-        out.print(_worker_table(rows))
+        out.print(worker_table(rows))
 
 
 def _gateway_table(rows: list[dict[str, Any]]) -> Table:
@@ -172,7 +176,8 @@ def _model_table(rows: list[dict[str, Any]]) -> Table | str:
     return table
 
 
-def _worker_table(rows: list[dict[str, Any]]) -> Table | str:
+def worker_table(rows: list[dict[str, Any]]) -> Table | str:
+    """Workers with their load."""
     if not rows:
         return "no workers are linked"
     table = Table("worker", "model", "state", "running", "waiting", "KV used", "step", "path", box=None, pad_edge=False)

@@ -47,7 +47,7 @@ class KnownModel:
     @property
     def state(self) -> ModelState:
         """READY while a worker is linked, else what the catalog says."""
-        if any(not link.draining for link in self.links.values()):
+        if any(link.serves for link in self.links.values()):
             return ModelState.READY
         if self.entry.state is ModelState.READY:  # the catalog is older than the loss of the last worker
             return ModelState.LOADING

@@ -279,6 +279,7 @@ class Dispatcher:
         link.on_elsewhere = lambda gateway, waiting: self.turns.waiting_elsewhere(
             link.identity.model, gateway, waiting, self._clock()
         )
+        link.on_standing = lambda: self.on_state()
         self.turns.joined(link.identity)
         link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe
         self._directory().joined(link)
@@ -300,10 +301,8 @@ class Dispatcher:
         self.turns.served(link.identity, totals, self._clock())
 
     def changed(self, link: WorkerLink) -> None:
-        """Credit or draining changed."""
+        """Credit or standing changed."""
         self._pump(link.identity.model)
-        if link.draining:
-            self.on_state()
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """A new catalog."""
@@ -364,7 +363,7 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         waiting=link.load.waiting,
         kv_usage=link.load.kv_usage,
         healthy=healthy,
-        draining=bool(link.draining),
+        draining=not link.serves,
         incarnation=link.identity.incarnation,
         likeness=link.likeness,
         replaying=link.replaying,

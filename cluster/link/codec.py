@@ -17,6 +17,7 @@ from cluster.api.types import (
     ModelState,
     PositionLogprobs,
     Sampling,
+    Standing,
     TokenOutput,
     WorkerIdentity,
 )
@@ -403,6 +404,13 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         engine_class=e.engine_class,
         note=e.note,
     )
+
+
+def standing_from_pb(standing: pb.Standing) -> Standing:
+    """Whether a worker takes new work. One that this gateway does not know is taken for draining."""
+    known = pb.Standing.State.items()
+    name = next((name for name, value in known if value == standing.state), "").removeprefix("STATE_")
+    return Standing[name] if name in Standing.__members__ else Standing.DRAINING
 
 
 def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:

@@ -52,7 +52,7 @@ class HubListener(Protocol):
         """A worker's link has ended; its sinks have been told."""
 
     def changed(self, link: WorkerLink) -> None:
-        """Its credit, load or draining state has changed."""
+        """Its credit or standing has changed."""
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """The controller has sent a new catalog."""
