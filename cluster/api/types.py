@@ -198,6 +198,8 @@ class ModelSpec:
     allow_cross_node_tensor_parallel: bool = False
     trust_remote_code: bool = False
     load_format: str = "safetensors"
+    digest: str = ""
+    """The weights' digest that every worker must have; empty for any."""
 
     @property
     def replicas(self) -> int:
@@ -247,5 +249,7 @@ class CatalogEntry:
     family: str = ""
     license: str = ""
     engine_class: str = ""
+    weights_pinned: bool = False
+    """Only workers with one of `weight_digests` may serve it; else they are what its workers have told."""
     note: str = ""
     """What an operator should know beside the state, e.g. a key that is not yet used."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, ModelState
+from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
 from cluster.gateway.backlogs import Backlogs
 from cluster.gateway.call import Call
 from cluster.gateway.directory import Directory, KnownModel
@@ -319,6 +319,10 @@ class Dispatcher:
                     self._refuse_hopeless(known)
             except CallError as error:
                 output.call.fail(error)
+
+    def refuses(self, identity: WorkerIdentity) -> str:
+        """Why a worker may not serve its model; empty when it may."""
+        return self._directory().refuses(identity)
 
     def demand(self) -> Sequence[ModelDemand]:
         """What the controller should know."""

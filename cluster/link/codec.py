@@ -403,6 +403,7 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         license=e.license,
         engine_class=e.engine_class,
         note=e.note,
+        weights_pinned=e.weights_pinned,
     )
 
 
@@ -433,4 +434,5 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         license=m.license,
         engine_class=m.engine_class,
         note=m.note,
+        weights_pinned=m.weights_pinned,
     )

@@ -93,6 +93,11 @@ class Replica:
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
             self.engine = opened.engine
+            if spec.digest not in ("", opened.weight_digest):
+                raise ValueError(
+                    f"models[{spec.name}].digest: the weights here have {opened.weight_digest}, "
+                    f"the entry wants {spec.digest}: mend the files, or pin what they are"
+                )
             self.info = await self.engine.start()
         except ValueError as error:
             await self.stop()

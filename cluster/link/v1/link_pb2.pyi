@@ -1328,6 +1328,7 @@ class CatalogModel(_message.Message):
     LICENSE_FIELD_NUMBER: _builtins.int
     ENGINE_CLASS_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_PINNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     revision: _builtins.str
@@ -1343,6 +1344,8 @@ class CatalogModel(_message.Message):
     license: _builtins.str
     engine_class: _builtins.str
     note: _builtins.str
+    weights_pinned: _builtins.bool
+    """Only workers with one of weight_digests may serve it."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -1367,10 +1370,11 @@ class CatalogModel(_message.Message):
         license: _builtins.str = ...,
         engine_class: _builtins.str = ...,
         note: _builtins.str = ...,
+        weights_pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "version", b"version", "weight_digests", b"weight_digests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "version", b"version", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
