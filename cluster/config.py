@@ -38,7 +38,6 @@ NOT_YET_MODEL = {
     "canary": "canary releases",
     "adapters": "adapters",
     "fallback": "fallback models",
-    "digest": "pinned weights",
 }
 
 # Engine arguments that Headrace sets itself, with the reason a user is told.
@@ -151,6 +150,7 @@ class Model(Section):
     source: Annotated[str, Field(min_length=1)]
     version: str = "v1"
     revision: str = ""
+    digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
@@ -197,6 +197,7 @@ class Model(Section):
             allow_cross_node_tensor_parallel=self.allow_cross_node_tensor_parallel,
             trust_remote_code=self.trust_remote_code,
             load_format=self.load_format,
+            digest=self.digest,
         )
 
 

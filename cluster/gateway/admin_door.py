@@ -62,6 +62,9 @@ READ_CLUSTER = Verb("read", whole=True)
 VERBS: Mapping[str, Verb] = {
     "Fleet.ListWorkers": READ_CLUSTER,
     "Fleet.AbortRequest": Verb("fleet", whole=True),
+    "Fleet.Drain": Verb("fleet", whole=True),
+    "Fleet.Cordon": Verb("fleet", whole=True),
+    "Fleet.Uncordon": Verb("fleet", whole=True),
     "Catalog.List": READ_CLUSTER,
     "Catalog.Get": READ_CLUSTER,
     "Tenants.Create": Verb("tenants", "tenant.name"),

@@ -16,7 +16,7 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, ModelState
+from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
 from cluster.gateway.door import ANYBODY
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import codec
@@ -48,7 +48,7 @@ class KnownModel:
     @property
     def state(self) -> ModelState:
         """READY while a worker is linked, else what the catalog says."""
-        if any(not link.draining for link in self.links.values()):
+        if any(link.serves for link in self.links.values()):
             return ModelState.READY
         if self.entry.state is ModelState.READY:  # the catalog is older than the loss of the last worker
             return ModelState.LOADING
@@ -129,6 +129,15 @@ class Directory:
     def _rename(self) -> None:
         names = {alias: m.name for m in self._models.values() for alias in m.entry.aliases}
         self._names = names | {name: name for name in self._models}
+
+    def refuses(self, identity: WorkerIdentity) -> str:
+        """Why a worker may not serve its model: the catalog pins other weights. Empty when it may."""
+        known = self._models.get(identity.model)
+        if known is None or not known.in_catalog or not known.entry.weights_pinned:
+            return ""
+        if identity.weight_digest in known.entry.weight_digests:
+            return ""
+        return f"weight_digest {identity.weight_digest or 'none'} is not what the catalog has for {identity.model}"
 
     # ---- questions
 

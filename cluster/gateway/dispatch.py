@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, ModelState
+from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
 from cluster.gateway.backlogs import Backlogs
 from cluster.gateway.call import Call
 from cluster.gateway.directory import Directory, KnownModel
@@ -282,6 +282,7 @@ class Dispatcher:
         link.on_elsewhere = lambda gateway, waiting: self.turns.waiting_elsewhere(
             link.identity.model, gateway, waiting, self._clock()
         )
+        link.on_standing = lambda: self.on_state()
         self.turns.joined(link.identity)
         link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe
         self._directory().joined(link)
@@ -303,10 +304,8 @@ class Dispatcher:
         self.turns.served(link.identity, totals, self._clock())
 
     def changed(self, link: WorkerLink) -> None:
-        """Credit or draining changed."""
+        """Credit or standing changed."""
         self._pump(link.identity.model)
-        if link.draining:
-            self.on_state()
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """A new catalog."""
@@ -323,6 +322,10 @@ class Dispatcher:
                     self._refuse_hopeless(known)
             except CallError as error:
                 output.call.fail(error)
+
+    def refuses(self, identity: WorkerIdentity) -> str:
+        """Why a worker may not serve its model; empty when it may."""
+        return self._directory().refuses(identity)
 
     def demand(self) -> Sequence[ModelDemand]:
         """What the controller should know."""
@@ -367,7 +370,7 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         waiting=link.load.waiting,
         kv_usage=link.load.kv_usage,
         healthy=healthy,
-        draining=bool(link.draining),
+        draining=not link.serves,
         incarnation=link.identity.incarnation,
         likeness=link.likeness,
         replaying=link.replaying,

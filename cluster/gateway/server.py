@@ -75,7 +75,13 @@ class Gateway:
         resume = config.gateway.resume
         self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s)
         siblings = config.gateway.siblings(process)
-        self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing, siblings)
+        self.hub = Hub(
+            f"{config.name}-{uuid.uuid4().hex[:6]}",
+            self.dispatcher,
+            timing,
+            siblings,
+            config.gateway.link_tls is not None,
+        )
         self.directory = Directory(folder, self.hub.fetch_bundle)
         door = self.tenants if self.tenants is not None else OpenDoor()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)

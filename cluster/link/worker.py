@@ -31,6 +31,7 @@ from cluster.link.lookahead import Lookahead
 from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
+from cluster.link.standing import Duty
 from cluster.link.tls import TlsFiles
 from cluster.link.usage_keeper import EndedUsage, UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
@@ -42,8 +43,6 @@ log = structlog.get_logger("worker")
 INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
-# The part of a drain's time in which running calls may end by themselves; then they go on elsewhere.
-STAY_PART = 0.5
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
 
@@ -149,8 +148,8 @@ class WorkerEnd:
             identity.incarnation, keeper or UsageKeeper(), self._meter, gpu, idle_report_s, self._shares
         )
         self._served = ServedReports()
-        self._draining = ""
-        self._stays_until = 0.0
+        self._duty = Duty(lambda: (link.outbox for link in self._links.values()))
+        self._drains: set[asyncio.Task[bool]] = set()
         self._load = EngineLoad()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -188,22 +187,22 @@ class WorkerEnd:
         finally:
             for part in work:
                 part.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
+            self._end_drains()
+            await asyncio.gather(*work, *self._drains, return_exceptions=True)
 
     async def _until_closed(self) -> None:
         await self._closed.wait()
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Take no new work and wait for what runs; False when something still ran at the end."""
-        self._draining = "draining"
-        self._stays_until = time.monotonic() + timeout_s * STAY_PART
-        for link in self._links.values():
-            link.outbox.draining(self._draining, timeout_s * STAY_PART)
+    async def drain(self, timeout_s: float, leaving: bool = True) -> bool:
+        """Take no new work and wait for what runs; False when something still ran at the end. `leaving`: the process
+        ends afterwards, so that no uncordon takes it back."""
+        self._duty.drain(time.monotonic(), timeout_s, leaving)
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             return False
         await self._usage.hand_over(min(timeout_s, HAND_OVER_S))
+        self._duty.drained(time.monotonic())
         return True
 
     async def close(self) -> None:
@@ -294,7 +293,7 @@ class WorkerEnd:
         self._usage.keep(usage, running.link.number, running.slot)
 
     def _regrant(self) -> None:
-        if self._draining:
+        if not self._duty.serves:
             return
         room = Room(self._lookahead.sequences(len(self._links)), self._info.kv_tokens - self._tokens)
         for grant in self._granter.grants(room):
@@ -333,8 +332,7 @@ class WorkerEnd:
             self._granter.attach(link.turn)
             self._served.attach(epoch, link.incarnation, link.outbox)
             self._regrant()
-            if self._draining:
-                link.outbox.draining(self._draining, max(self._stays_until - time.monotonic(), 0.0))
+            self._duty.attach(link.outbox, time.monotonic())
             parts = [
                 asyncio.create_task(self._read(link, call)),
                 asyncio.create_task(self._write(link, call)),
@@ -427,6 +425,8 @@ class WorkerEnd:
                 await self._abort(link, message.aborts)
             if message.HasField("fetch_bundle"):
                 self._spawn(link, self._send_bundle(link, message.fetch_bundle.digest))
+            for command in message.commands:
+                self._command(command)
             link.outbox.acked_seq = message.seq
             if message.grant_ack or message.HasField("backlog"):
                 self._regrant()
@@ -496,6 +496,26 @@ class WorkerEnd:
             await self._engine.abort(request_ids)
         except EngineDead as dead:
             self._fail(dead)
+
+    def _command(self, command: pb.Command) -> None:
+        """What an operator asks, through whichever gateway."""
+        verb = command.WhichOneof("verb")
+        log.info("command", verb=verb, worker=self._identity.worker_id)
+        if verb == "cordon":
+            self._duty.cordon(time.monotonic())
+        elif verb == "uncordon":
+            self._end_drains()
+            if self._duty.uncordon(time.monotonic()):
+                self._regrant()
+        elif verb == "drain" and not self._duty.leaving:
+            self._end_drains()
+            task = asyncio.create_task(self.drain(command.drain.timeout_ms / 1000, leaving=False))
+            self._drains.add(task)
+            task.add_done_callback(self._drains.discard)
+
+    def _end_drains(self) -> None:
+        for task in self._drains:
+            task.cancel()
 
     def _fail(self, error: EngineDead) -> None:
         if self._failed is not None and not self._failed.done():

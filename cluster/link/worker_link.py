@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
-from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, Likeness, TokenOutput, WorkerIdentity
+from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, Likeness, Standing, TokenOutput, WorkerIdentity
 from cluster.link import codec
 from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_from_pb, put_turn, served_from_pb
 from cluster.link.credit import Purse, Room
@@ -61,7 +61,7 @@ class WorkerLink:
         self.replaying = 0
         """Tokens of continued calls that this gateway has sent and whose next token has not come; kept by the sinks."""
         self.load = EngineLoad()
-        self.draining = ""
+        self.standing = Standing.SERVING
         self.leave_at = float("inf")
         """When those that still run there are to go on elsewhere, since it drains (monotonic)."""
         self.liveness: Liveness | None = None
@@ -77,6 +77,8 @@ class WorkerLink:
         """Told whom the worker has served."""
         self.on_elsewhere: Callable[[str, Sequence[Weighed[FlowBacklog]]], None] = lambda gateway, waiting: None
         """Told who waits for the worker's model at another gateway."""
+        self.on_standing: Callable[[], None] = lambda: None
+        """Told that the worker takes new work no more, or again."""
         self._step_at = 0.0
         self._purse = Purse()
         self._sinks: dict[int, Sink] = {}
@@ -137,6 +139,15 @@ class WorkerLink:
         self.box.submit(message)
         return slot
 
+    @property
+    def serves(self) -> bool:
+        """Whether it takes new work."""
+        return self.standing is Standing.SERVING
+
+    def command(self, command: pb.Command) -> None:
+        """Pass on what an operator asks."""
+        self.box.command(command)
+
     def abort(self, slot: int) -> None:
         """Drop a request; its sink hears nothing more. Harmless for one that has ended."""
         if self._sinks.pop(slot, None) is not None:
@@ -160,7 +171,7 @@ class WorkerLink:
     # ---- called by the hub
 
     def apply(self, message: pb.WorkerTurn) -> bool:
-        """Hand a message's frames on; True when credit, load or draining changed."""
+        """Hand a message's frames on; True when credit or standing changed."""
         self.last_heard = time.monotonic()
         for accepted in message.accepted:
             if (sink := self._sinks.get(accepted.slot)) is not None:
@@ -184,9 +195,11 @@ class WorkerLink:
             self._purse.granted(message.credit.grant_id, message.credit.sequences, message.credit.tokens)
             self.box.grant_ack(message.credit.grant_id)
             changed = True
-        if message.HasField("draining"):
-            self.draining = message.draining.reason or "draining"
-            self.leave_at = self.last_heard + message.draining.stay_ms / 1000
+        if message.HasField("standing"):
+            self.standing = codec.standing_from_pb(message.standing)
+            stays_s = message.standing.stay_ms / 1000
+            self.leave_at = self.last_heard + stays_s if self.standing is Standing.DRAINING else float("inf")
+            self.on_standing()
             changed = True
         return changed
 

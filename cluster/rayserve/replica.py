@@ -96,6 +96,11 @@ class Replica:
         leave_no_core_dumps()
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
+            if spec.digest not in ("", opened.weight_digest):
+                raise ValueError(
+                    f"models[{spec.name}].digest: the weights here have {opened.weight_digest}, "
+                    f"the entry wants {spec.digest}: mend the files, or pin what they are"
+                )
             self.engine = engine = Examined(opened.engine, node=self.place.node)
             self.info = await engine.start()
         except ValueError as error:

@@ -65,6 +65,9 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
     made: dict[str, Any] = {
         "Fleet.ListWorkers": admin_pb2.ListWorkersRequest(),
         "Fleet.AbortRequest": admin_pb2.AbortRequestRequest(request_id="none", reason="x"),
+        "Fleet.Drain": admin_pb2.DrainRequest(target="nobody"),
+        "Fleet.Cordon": admin_pb2.CordonRequest(target="nobody"),
+        "Fleet.Uncordon": admin_pb2.UncordonRequest(target="nobody"),
         "Catalog.List": admin_pb2.ListRequest(),
         "Catalog.Get": admin_pb2.GetRequest(name="sim"),
         "Tenants.Create": t.CreateTenantRequest(tenant=t.Tenant(name=f"{name}2"), validate_only=True),
@@ -85,7 +88,7 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
     return made[verb]
 
 
-NO, OK, MISSING = "PERMISSION_DENIED", "OK", "NOT_FOUND"
+NO, OK, MISSING, BAD = "PERMISSION_DENIED", "OK", "NOT_FOUND", "INVALID_ARGUMENT"
 # verb -> what viewer, tenant_admin and operator are told about acme; and about its rival
 CLUSTER = (OK, NO, OK), (OK, NO, OK)
 READ = (OK, OK, OK), (OK, MISSING, OK)
@@ -94,6 +97,7 @@ RULE = (NO, NO, OK), (NO, NO, OK)
 TABLE = {
     "Fleet.ListWorkers": CLUSTER,
     "Fleet.AbortRequest": ((NO, NO, MISSING), (NO, NO, MISSING)),
+    **dict.fromkeys(("Fleet.Drain", "Fleet.Cordon", "Fleet.Uncordon"), ((NO, NO, BAD), (NO, NO, BAD))),
     "Catalog.List": CLUSTER,
     "Catalog.Get": CLUSTER,
     "Tenants.Create": RULE,

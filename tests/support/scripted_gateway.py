@@ -166,6 +166,15 @@ class ScriptedFleet(admin_pb2_grpc.FleetServicer):
         self.script.requests.append(request)
         return admin_pb2.AbortRequestResponse(aborted=1)
 
+    def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainResponse:
+        raise AssertionError("a script moves no worker")
+
+    def Cordon(self, request: admin_pb2.CordonRequest, context: Any) -> admin_pb2.CordonResponse:
+        raise AssertionError("a script moves no worker")
+
+    def Uncordon(self, request: admin_pb2.UncordonRequest, context: Any) -> admin_pb2.UncordonResponse:
+        raise AssertionError("a script moves no worker")
+
 
 class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
     """The catalog, by the script."""
