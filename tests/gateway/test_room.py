@@ -59,7 +59,7 @@ async def test_places_are_filled_and_the_engines_queue_is_short(
         run = asyncio.create_task(end.run())
         stack.push_async_callback(lambda: asyncio.wait([run]))
         stack.push_async_callback(end.close)
-        await until(lambda: all(one.linked("w") for one in clusters), "every gateway has room")
+        await until(lambda: all(one.gateway.hub.links for one in clusters), "the worker is linked to every gateway")
         watch = Watch(clusters, end)
         looking = asyncio.create_task(watch.run())
         half = (gateways + 1) // 2
