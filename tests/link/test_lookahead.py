@@ -17,7 +17,7 @@ from cluster.link.lookahead import LOOKAHEAD_SEQUENCES, UNKNOWN_PROMPTS, Lookahe
 
 
 def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
-    """What one step can begin is let in: a hundred prompts of 20 tokens, but of those that fill two steps only three."""
+    """What one step can begin is let in: a hundred prompts of 20 tokens, of those that fill two only three."""
     short, long = Lookahead(256, 2048), Lookahead(256, 2048)
     for number in range(200):
         for one, tokens in ((short, 20), (long, 4096)):
