@@ -42,14 +42,14 @@ class Lookahead:
         """Calls that it could still hold, those that wait in the engine among them; may be below 0."""
         return self._max_num_seqs + min(round(self._ends_a_step), LOOKAHEAD_SEQUENCES) - self._live
 
-    def sequences(self, links: int) -> int:
-        """Calls that may be sent now by all links together: one for each where no prompt is to begin, so that a call
-        need not wait until its gateway's claim is heard."""
+    @property
+    def sequences(self) -> int:
+        """Calls that may be sent now by all links together. Where no prompt is to begin the first begins at once."""
         budget = max(self._step_tokens - self._live, 1)
         before = max(self._work - budget, 0) + self._late
         mean = max(self._recent_tokens // len(self._recent), 1)
         begins = (budget - before) // mean + 1 if before < budget else 0
-        at_least = LOOKAHEAD_SEQUENCES - len(self._pending) if self._pending else max(LOOKAHEAD_SEQUENCES, links)
+        at_least = LOOKAHEAD_SEQUENCES - len(self._pending) if self._pending else 1 + LOOKAHEAD_SEQUENCES
         return min(self.places, max(begins, at_least))
 
     def submitted(self, request_id: str, tokens: int) -> None:

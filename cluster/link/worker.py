@@ -295,7 +295,7 @@ class WorkerEnd:
     def _regrant(self) -> None:
         if not self._duty.serves:
             return
-        room = Room(self._lookahead.sequences(len(self._links)), self._info.kv_tokens - self._tokens)
+        room = Room(self._lookahead.sequences, self._info.kv_tokens - self._tokens)
         for grant in self._granter.grants(room):
             link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)

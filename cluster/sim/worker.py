@@ -82,7 +82,7 @@ class SimWorker:
     @property
     def room(self) -> Room:
         """What it can take now."""
-        return Room(self._lookahead.sequences(len(self._turned)), self.kv_tokens - self.tokens)
+        return Room(self._lookahead.sequences, self.kv_tokens - self.tokens)
 
     @property
     def kv_tokens(self) -> int:

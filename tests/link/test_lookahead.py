@@ -17,7 +17,7 @@ from cluster.link.lookahead import LOOKAHEAD_SEQUENCES, UNKNOWN_PROMPTS, Lookahe
 
 
 def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
-    """What one step can begin is let in: a hundred prompts of 20 tokens, but of those that fill a step only two."""
+    """What one step can begin is let in: a hundred prompts of 20 tokens, of those that fill two only three."""
     short, long = Lookahead(256, 2048), Lookahead(256, 2048)
     for number in range(200):
         for one, tokens in ((short, 20), (long, 4096)):
@@ -25,8 +25,8 @@ def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
             one.began(str(number))
             one.ended(str(number))
             one.stepped()
-    assert short.sequences(1) > 100
-    assert long.sequences(1) == LOOKAHEAD_SEQUENCES
+    assert short.sequences > 100
+    assert long.sequences == 1 + LOOKAHEAD_SEQUENCES
 
 
 def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
@@ -34,16 +34,16 @@ def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
     ahead = Lookahead(8, 1000)
     ahead.submitted("a", 5000)
     ahead.submitted("b", 5000)
-    assert ahead.sequences(1) == 0
+    assert ahead.sequences == 0
     ahead.began("a")
     ahead.stepped()
-    assert ahead.sequences(1) == 1
+    assert ahead.sequences == 1
 
 
-def test_an_idle_engine_has_room_for_each_gateway() -> None:
-    """With eight gateways none must first make its claim heard; the places bound it all the same."""
-    assert Lookahead(32, 2048).sequences(8) == 8
-    assert Lookahead(3, 2048).sequences(8) == 3
+def test_an_idle_engine_has_room_for_three() -> None:
+    """One begins at once and two may wait, so that several gateways have credit; the places bound it all the same."""
+    assert Lookahead(32, 2048).sequences == 1 + LOOKAHEAD_SEQUENCES
+    assert Lookahead(2, 2048).sequences == 2
 
 
 def test_more_than_places_only_where_calls_end_in_each_step() -> None:
@@ -68,7 +68,7 @@ class LookaheadMachine(RuleBasedStateMachine):
         self.pending: set[str] = set()
         self.count = 0
 
-    @precondition(lambda self: self.ahead.sequences(1) > 0)
+    @precondition(lambda self: self.ahead.sequences > 0)
     @rule(tokens=st.integers(1, 3000))
     def submit(self, tokens: int) -> None:
         self.count += 1
@@ -97,13 +97,13 @@ class LookaheadMachine(RuleBasedStateMachine):
 
     @invariant()
     def bounded_by_places(self) -> None:
-        assert len(self.live) + self.ahead.sequences(4) <= 6 + LOOKAHEAD_SEQUENCES
+        assert len(self.live) + self.ahead.sequences <= 6 + LOOKAHEAD_SEQUENCES
 
     @invariant()
     def never_idle(self) -> None:
         """With a place free and no prompt to begin, somebody may come."""
         if not self.pending and len(self.live) < 6:
-            assert self.ahead.sequences(1) > 0
+            assert self.ahead.sequences > 0
 
 
 TestLookahead = LookaheadMachine.TestCase
@@ -120,7 +120,7 @@ def test_the_engines_own_queue_stays_short(median: int, seed: int) -> None:
     model = SimModel(dataclasses.replace(config, vocab=1000, token_lo=1, token_hi=900, max_model_len=9000))
     ahead, most, full = Lookahead(32, config.max_num_batched_tokens), 0, 0
     for step in range(300):
-        for number in range(ahead.sequences(1)):
+        for number in range(ahead.sequences):
             tokens = min(max(round(median * chance.lognormvariate(0, 0.7)), 1), 8000)
             sampling = Sampling(max_tokens=chance.randrange(20, 120), temperature=0.0, ignore_eos=True)
             request_id = f"{step}-{number}"
