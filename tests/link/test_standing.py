@@ -162,7 +162,7 @@ async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bund
 )
 @pytest.mark.slow
 async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[str, ...], says: str) -> None:
-    """A target that nobody has is an error that says where the names are, with exit code 1."""
+    """A target that nobody has is an error that says where the names are, with exit code 2."""
     done = await ask(cluster, *arguments)
     assert done.exit_code == 2
     assert says in done.stderr
