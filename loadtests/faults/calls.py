@@ -69,6 +69,7 @@ class Told:
     ask: Ask
     request_id: str
     sent: float
+    ended: float = 0.0
     whole: int = 0
     """Characters of the undisturbed answer, where it is known."""
     texts: dict[int, str] = field(default_factory=dict)
@@ -179,15 +180,13 @@ class Caller:
             for c in self._channels
         ]
         self._made = 0
-        self.running: set[str] = set()
 
     async def call(self, ask: Ask, on_chunk: Callable[[Told], None] = lambda told: None, whole: int = 0) -> Told:
         """One call to its end. Never raises for the server: `error` says what happened."""
         self._made += 1
-        told = Told(ask, f"{self._run}-{self._made}", time.time(), whole)
+        told = Told(ask, f"{self._run}-{self._made}", time.time(), whole=whole)
         metadata = (*self._metadata, ("x-request-id", told.request_id))
         call = self._methods[self._made % CHANNELS](ask.message, metadata=metadata, timeout=CALL_S)
-        self.running.add(told.request_id)
         try:
             on_chunk(told)
             async for chunk in call:
@@ -196,7 +195,7 @@ class Caller:
         except grpc.aio.AioRpcError as error:
             told.error = f"{error.code().name}: {error.details()}"
         finally:
-            self.running.discard(told.request_id)
+            told.ended = time.time()
             call.cancel()
         if not told.error and told.usage is None:
             told.error = "the stream ended without usage"

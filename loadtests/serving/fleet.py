@@ -138,7 +138,8 @@ class Fleet:
     gateway: Child
     brood: Child
     endpoints: Mapping[str, str]
-    key: str
+    keys: Mapping[str, str]
+    """By priority class, "" for the default."""
     ledger: Path
     workers: Sequence[SimWorker]
     news: News
@@ -152,7 +153,11 @@ class Fleet:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What a gRPC call shows."""
-        return authorization(self.key)
+        return self.metadata_of("")
+
+    def metadata_of(self, cls: str) -> tuple[tuple[str, str], ...]:
+        """The same of a tenant of a priority class."""
+        return authorization(self.keys[cls])
 
     @property
     def gateway_pid(self) -> int:
@@ -176,11 +181,12 @@ async def running(
     gateway: Mapping[str, object] | None = None,
     witness: tuple[str, ...] = (),
     restart_s: float = 0.2,
+    classes: Sequence[str] = (),
 ) -> AsyncIterator[Fleet]:
     """A worker for each of `sources`; `gateway` more keys of its section; the processes end with the context. Raises
     DidNotStart."""
     home = folder / name
-    key = await tenants.make_key(home / "tenants")
+    keys = await tenants.make_keys(home / "tenants", ("", *classes))
     text = configuration(MODEL, home / "tenants", log_level="info", more=gateway)
     child = exec_gateway(children, home, "gateway", text, witness)
     ready = home / "gateway" / READY_FILE
@@ -207,7 +213,7 @@ async def running(
         following = asyncio.create_task(news.follow())
         stack.callback(following.cancel)
         workers = [SimWorker(f"w{i}", relay, home / f"{i}.pid") for i, relay in enumerate(relays)]
-        fleet = Fleet(child, brood, endpoints, key, home / "tenants" / "ledger.db", workers, news)
+        fleet = Fleet(child, brood, endpoints, keys, home / "tenants" / "ledger.db", workers, news)
         await brood.until(lambda: _up(fleet), "every worker has its link", UP_S)
         yield fleet
 
