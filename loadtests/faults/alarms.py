@@ -20,13 +20,15 @@ from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.faces.grpc_stream import OPTIONS
 from loadtests.faults.calls import Caller, Told, ask
-from loadtests.serving.fleet import Fleet
+from loadtests.serving.fleet import Fleet, SimWorker
 
 HANGS, HANG_AFTER_STEPS, HANG_STEP_MS = 10, 40, 10
 PREFILL_WORKERS, PREFILL_RUN_S = 40, 60.0
 PROMPT_TOKENS = (16_000, 60_000)
 PREFILL_TOKENS_PER_S = 16_000
 NOTICED_S = 8.0
+CREDIT_S = 0.2
+"""After which a worker whose link has come up has room granted, too."""
 
 
 def hanging(model: Path, plain: str, seed: int) -> list[str]:
@@ -60,23 +62,39 @@ async def hangs(fleet: Fleet, count: int) -> Hangs:
     try:
         for number in range(count):
             await fleet.all_up()
+            await asyncio.sleep(CREDIT_S)
             since, steps = time.time(), 3 * HANG_AFTER_STEPS
             asks = [ask(f"h{number}-{i}", "greedy", fleet.model, steps, 8, number) for i in range(4)]
             calls = [asyncio.create_task(caller.call(one)) for one in asks]
             event = await fleet.news.downs(stuck.id, since, NOTICED_S)
             told = await asyncio.gather(*calls)
             out.calls += told
-            if event is not None:
-                last = [max(at for at in one.chunks if at < event.at) for one in told if one.resumed]
-                out.noticed_s.append(event.at - max(last, default=float("nan")))
+            left = [max(at for at in one.chunks if event and at < event.at) for one in told if one.resumed]
+            if event is not None and left:
+                out.noticed_s.append(event.at - max(left))
                 out.reasons.add(event.reason)
-            else:
-                out.noticed_s.append(float("inf"))
-            stuck.signal(signal.SIGKILL)
-            await fleet.news.downs(stuck.id, time.time(), 0.5)
+            await _fresh(fleet, stuck)
     finally:
         await caller.close()
     return out
+
+
+async def _fresh(fleet: Fleet, worker: SimWorker) -> None:
+    """Wait for another process in its place, whose engine has not hung yet."""
+    since, news = time.time(), fleet.news
+    worker.signal(signal.SIGKILL)
+    await news.downs(worker.id, since, NOTICED_S)
+
+    def back() -> bool:
+        gone = False
+        for event in news.events:
+            if event.worker == worker.id and event.at >= since:
+                gone |= event.name == "worker_down"
+                if gone and event.name == "worker_up":
+                    return True
+        return False
+
+    await news.until(back, NOTICED_S)
 
 
 @dataclass(frozen=True, slots=True)

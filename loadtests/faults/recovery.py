@@ -24,7 +24,7 @@ from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.serving.fleet import Fleet, SimWorker
 
 WORKERS, STREAMS, FRESH = 4, 32, 8
-STEP_MS, PREFILL_TOKENS_PER_S = 40, 20_000
+STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
 BEGUN_CHUNKS = 12
 CALM = "calm"
@@ -167,7 +167,7 @@ class Recovery:
                 task.cancel()
             await asyncio.gather(*beside, *streams, return_exceptions=True)
         self.findings.calls += [*told, *fresh, *crowd]
-        _read(episode, told, crowd or [one for one in fresh if one.sent < episode.struck])
+        _read(episode, told, crowd or [one for one in fresh if 0 < episode.struck - one.sent < BEFORE_S])
         return episode
 
     async def _fresh(self, into: list[Told], over: asyncio.Event) -> None:
