@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast check format protos requirements doctor bench bench-peers gpu-report clean clean-all
+.PHONY: help setup demo demo-failover test test-fast check format protos requirements doctor bench bench-peers gpu-report clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -22,6 +22,10 @@ setup: ## make the environment .venv (0 s when it is there)
 demo: ## a local cluster with a real 135M model; Ctrl-C stops everything
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/4]"
 	@exec $(VENV)/headrace up -f deploy/demo.yaml --demo
+
+demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes, then everything is stopped
+	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/2]"
+	@PYTHONPATH=. $(VENV)/python scripts/demo_failover.py
 
 test: setup ## all tests, those with the real engine included
 	$(VENV)/python -m pytest $(ARGS)

@@ -28,6 +28,7 @@ SCENARIOS = {
     "processes": "CPU per token of two gateway processes on one port against one, 256 streams",
     "startup": "gateway exec to first routed request with a 128k tokenizer",
     "fairness": "fair turns between tenants over eight simulated workers, in virtual time, beside FIFO",
+    "faults": "kill points by the thousand, recovery, overload and a soak: what callers see of each",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 OK, PARTIAL, USAGE = 0, 1, 2
@@ -56,6 +57,9 @@ def parser() -> argparse.ArgumentParser:
         )
         if name == "endpoint":
             endpoint.add_arguments(one)
+        if name == "faults":
+            one.add_argument("--points", type=positive, help="faults of the part mass (default 1000)")
+            one.add_argument("--soak-s", type=positive, help="length of the part soak in seconds (default 300)")
     return out
 
 
@@ -81,6 +85,8 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
         pin=not arguments.no_pin,
         only=tuple(arguments.only),
         peers=arguments.peers,
+        points=getattr(arguments, "points", None),
+        soak_s=getattr(arguments, "soak_s", None),
     )
     report.peers = options.peers
     scenario = importlib.import_module(f"loadtests.scenarios.{arguments.scenario}")

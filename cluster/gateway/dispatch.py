@@ -213,6 +213,9 @@ class Dispatcher:
         """A sequence has gone on at another worker, and its caller has waited so long for its next token."""
         self._metrics.count("resumes_total", model, reason)
         self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
+        known = self._directory().find(model)
+        if known is not None:  # what it had computed anew is done, so that another's may be
+            self._send_returning(known)
 
     def _links(self, model: str) -> Sequence[WorkerLink]:
         known = self._directory().find(model)

@@ -28,7 +28,10 @@ from cluster.link.worker_link import WorkerLink
 log = structlog.get_logger("hub")
 
 TICKS = 10
-"""How often workers are looked at in the time after which they are suspected."""
+"""How often workers are looked at, at least, in the time after which they are suspected; and when one would be."""
+LEAST_REST_S = 0.002
+NOTICING_S = 0.02
+"""Of the time in which a worker that stands still is to be found: what the finding itself may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,7 @@ class Hub(pb_grpc.LinkServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
         await self._admit(context, identity, info, hello.epoch)
         link = WorkerLink(identity, info, hello.epoch)
-        link.liveness = Liveness(self._now(), self._timing.hang_s, self._timing.silence_s)
+        link.liveness = Liveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
         if self.on_usage is not None:
             link.on_usage = self.on_usage
         self._attach(link)  # before the welcome, whose reader may open Bulk at once
@@ -260,13 +263,18 @@ class Hub(pb_grpc.LinkServicer):
     async def watch(self) -> None:
         """Close the links of workers that are taken for lost; runs until cancelled."""
         while True:
-            await asyncio.sleep(self._timing.hang_s / TICKS)
             now = self._now()
+            rest_s = self._timing.hang_s / TICKS
             for link in list(self._links.values()):
-                found = None if link.liveness is None else link.liveness.suspicion(now)
+                if link.liveness is None:
+                    continue
+                found = link.liveness.suspicion(now)
                 if found is not None:
                     link.close(found.why, found.reason)
                     self._detach(link)
+                else:
+                    rest_s = min(rest_s, link.liveness.due - now)
+            await asyncio.sleep(max(rest_s, LEAST_REST_S))
 
     # ---- bulk
 

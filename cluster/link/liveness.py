@@ -12,12 +12,21 @@ own hiccup would look like the death of all its workers. No clock is read here.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.api.types import EngineLoad
 
 STEPS = 5
 """So many of its longest steps (p99) may pass before an engine that stands still is taken for stuck."""
+
+
+_WHY = {
+    "silent": "no beat for {:.1f} s",
+    "hung": "its engine has not stepped for {:.1f} s",
+    "deaf": "it beats but acknowledges nothing",
+    "mute": "it beats but what it sends does not arrive",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,17 +110,26 @@ class Liveness:
 
     def suspicion(self, now: float) -> Suspicion | None:
         """Whether it is to be taken for lost."""
-        bound = self.bound_s
-        silent = now - self._heard
-        if silent > (bound if self._beats else self._silence_s):
-            return Suspicion("silent", f"no beat for {silent:.1f} s")
-        if self._stuck_with.running and now - self._stepped > bound:
-            return Suspicion("hung", f"its engine has not stepped for {now - self._stepped:.1f} s")
-        if self._unacked and now - self._unacked[0][1] > 2 * bound:
-            return Suspicion("deaf", "it beats but acknowledges nothing")
-        if self._missing_since is not None and now - self._missing_since > 2 * bound:
-            return Suspicion("mute", "it beats but what it sends does not arrive")
+        for reason, since, bound_s in self._standing():
+            if now > since + bound_s:
+                return Suspicion(reason, _WHY[reason].format(now - since))
         return None
+
+    @property
+    def due(self) -> float:
+        """When it will be suspected if nothing more is heard of it."""
+        return min(since + bound_s for _, since, bound_s in self._standing())
+
+    def _standing(self) -> Iterator[tuple[str, float, float]]:
+        """What it owes: (reason, since when, how long it may)."""
+        bound_s = self.bound_s
+        yield "silent", self._heard, bound_s if self._beats else self._silence_s
+        if self._stuck_with.running:
+            yield "hung", self._stepped, bound_s
+        if self._unacked:
+            yield "deaf", self._unacked[0][1], 2 * bound_s
+        if self._missing_since is not None:
+            yield "mute", self._missing_since, 2 * bound_s
 
     def _acked(self, seq: int) -> None:
         while self._unacked and self._unacked[0][0] <= seq:

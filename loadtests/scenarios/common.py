@@ -52,6 +52,10 @@ class Options:
     peers: Path = PEERS
     setup: Setup | None = None
     """Of `peers`: None for the tiny model, and the rows without an engine after it."""
+    points: int | None = None
+    """Of `faults`: how many faults fall."""
+    soak_s: float | None = None
+    """Of `faults`: how long the soak is."""
     ends_at: float | None = None
     """By time.monotonic: no round begins later."""
 

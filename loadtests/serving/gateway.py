@@ -5,7 +5,7 @@
 
 `--modules` runs the command line as it is and writes the names of all imported modules at the end. `--stalls` runs
 the same gateway and watches its event loop every few milliseconds: how late it came at worst is written at every
-SIGUSR1.
+SIGUSR1, and how many tasks it has.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ class Stalls:
 
     def _tell(self) -> None:
         late = sorted(self._late)
-        told = {"worst_s": self._worst[0], "cpu_s": self._worst[1], "ticks": len(late)}
+        told: dict[str, float] = {
+            "worst_s": self._worst[0],
+            "cpu_s": self._worst[1],
+            "ticks": len(late),
+            "tasks": len(asyncio.all_tasks()),
+        }
         told["p99_s"] = late[int(len(late) * 0.99)] if late else 0.0
         scratch = self._path.with_suffix(".new")
         scratch.write_text(json.dumps(told))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import yaml
@@ -61,20 +62,29 @@ def plain_tokens(model: Path) -> str:
     return f"token_lo={longest.start}&token_hi={longest.stop}&salted=0"
 
 
-def configuration(model: str, home: Path, processes: int = 1, **addresses: str) -> str:
+def configuration(
+    model: str,
+    home: Path,
+    processes: int = 1,
+    *,
+    log_level: str = "warning",
+    more: Mapping[str, object] | None = None,
+    **addresses: str,
+) -> str:
     """A cluster.yaml for gateways on free ports of loopback, but for the listeners in `addresses`. Keys, limits and
-    ledger are those that tenants.make_key makes in `home`."""
-    gateway = {
+    ledger are those that tenants.make_key makes in `home`. `more` keys of the section gateway."""
+    gateway: dict[str, Any] = {
         "listen": dict.fromkeys(LISTENERS, "127.0.0.1:0") | addresses,
         "processes": processes,
         "drain_timeout_s": 0,
         "max_message_bytes": 64 << 20,
+        **(more or {}),
     }
     whole = {
         "api_version": "headrace/v1",
         "name": "loadtest",
         "gateway": gateway,
-        "observe": {"log_level": "warning"},
+        "observe": {"log_level": log_level},
         "models": [{"name": model, "source": "sim:///worker-of-the-load-test"}],
         **tenants.sections(home),
     }

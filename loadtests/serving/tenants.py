@@ -7,6 +7,8 @@ usage record into SQLite.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,27 @@ def sections(home: Path) -> dict[str, Any]:
 
 async def make_key(home: Path) -> str:
     """Secrets, a ledger, a tenant that may use all, and its key."""
-    return await asyncio.to_thread(_make_key, home)
+    return (await make_keys(home, ("",)))[""]
 
 
-def _make_key(home: Path) -> str:
+async def make_keys(home: Path, classes: Sequence[str]) -> dict[str, str]:
+    """The same with a tenant for each priority class ("" for the default): keys by class."""
+    return await asyncio.to_thread(_make_keys, home, classes)
+
+
+def _make_keys(home: Path, classes: Sequence[str]) -> dict[str, str]:
     home.mkdir(parents=True, exist_ok=True)
     for name in ("cluster-secret", "key-pepper"):
         make_secret(home / name)
     ledger = Ledger(f"sqlite:///{home / 'ledger.db'}", peppers=read_secrets(home / "key-pepper", "key-pepper"))
     try:
         ledger.upgrade()
-        ledger.tenants.create(TenantPolicy(TENANT, limits=LIMITS))
-        return ledger.keys.create(TENANT).secret
+        keys = {}
+        for cls in classes:
+            name = f"{TENANT}-{cls}" if cls else TENANT
+            policy = TenantPolicy(name, limits=LIMITS)
+            ledger.tenants.create(dataclasses.replace(policy, priority_class=cls or policy.priority_class))
+            keys[cls] = ledger.keys.create(name).secret
+        return keys
     finally:
         ledger.close()

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.api.bundle import Bundle
@@ -53,7 +54,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         info = await engine.start()
         bundle = Bundle.load(Path(arguments.bundle))
         identity = WorkerIdentity(
-            worker_id=f"{arguments.name}-w1",
+            worker_id=arguments.id or f"{arguments.name}-w1",
             incarnation=f"{os.getpid()}",
             model=arguments.name,
             bundle_digest=bundle.digest,
@@ -79,15 +80,16 @@ async def serve(arguments: argparse.Namespace) -> None:
             await engine.close()
 
 
-def main() -> None:
-    """Read the command line and serve."""
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser()
     for name in ("name", "link", "bundle", "ready", "source"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--engine", default="{}")
     parser.add_argument("--redial-max-s", type=float, default=Timing().redial_max_s)
-    asyncio.run(serve(parser.parse_args()))
+    parser.add_argument("--id", default="", help="of the worker, where there are several")
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(serve(parse()))

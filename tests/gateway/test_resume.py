@@ -122,6 +122,22 @@ async def test_those_that_go_on_come_before_those_that_begin(
     await cluster.until_idle()
 
 
+async def test_continued_calls_follow_one_another(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Where only one may be computed anew at a time the next follows as soon as it is, not when some call ends."""
+    doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
+    calls = [cluster.stub.StreamChat(chat(str(i), max_tokens=1000, ignore_eos=True)) for i in range(3)]
+    for call in calls:
+        assert (await read(call)).choices
+    await doomed.stop()
+    survivor = await cluster.add_worker(
+        sim_engine(checkpoint, decode_ms=20, max_num_seqs=8, max_num_batched_tokens=8), bundle, wait=False
+    )
+    await until(lambda: survivor.end.statistics().running == 3, "all three go on", 10)
+    for call in calls:
+        call.cancel()
+    await cluster.until_idle()
+
+
 async def test_a_call_that_fails_everywhere_ends(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """A call that every engine gives up is not handed on for ever, and other calls go on beside it."""
     workers = [

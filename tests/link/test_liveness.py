@@ -64,7 +64,8 @@ def test_each_way_of_standing_still_is_found_by_its_bound(reason: str, at: float
         if reason != "silent":
             steps = 1 if reason == "hung" else 1 + tick
             one.beat(replace(BUSY, steps=steps), 0, 1 if reason == "mute" else 0, now)
-        found = one.suspicion(now)
+        due, found = one.due, one.suspicion(now)
+        assert (found is None) is (now <= due), "whoever waits until it is due would be too early or too late"
         if now <= at:
             assert found is None
         elif found is not None:

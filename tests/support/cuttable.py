@@ -34,7 +34,8 @@ class Way:
 
 
 class Cuttable:
-    """`up` carries from those who dial to `target`, `down` back; `number` counts connections from 0, in their order."""
+    """`up` carries from those who dial to `target`, `down` back; `ways` are those of the connections that are there, in
+    the order in which they came."""
 
     def __init__(self, target: str) -> None:
         host, port = target.rsplit(":", 1)
@@ -42,6 +43,7 @@ class Cuttable:
         self.address = ""
         self.ways: list[tuple[Way, Way]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -57,14 +59,22 @@ class Cuttable:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def sever(self) -> None:
+        """Break every connection that is there, as a reset does: both sides are told at once."""
+        for writer in list(self._writers):
+            writer.transport.abort()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        up, down = Way(), Way()
-        self.ways.append((up, down))
+        ways = up, down = Way(), Way()
+        self.ways.append(ways)
+        pair = {writer}
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
             there, back = await asyncio.open_connection(*self._target)
+            pair.add(back)
+            self._writers |= pair
             carriers = [
                 asyncio.create_task(up.carry(reader, back)),
                 asyncio.create_task(down.carry(there, writer)),
@@ -75,13 +85,15 @@ class Cuttable:
                 for carrier in carriers:
                     carrier.cancel()
                 await asyncio.gather(*carriers, return_exceptions=True)
-                back.close()
-        except OSError:
+        except (OSError, asyncio.CancelledError):  # cancelled by `stop`: the connection's end is this task's
             pass
         finally:
             self._tasks.discard(task)
-            with contextlib.suppress(OSError):
-                writer.close()
+            self._writers -= pair
+            self.ways.remove(ways)
+            for one in pair:
+                with contextlib.suppress(OSError):
+                    one.close()
 
 
 @asynccontextmanager

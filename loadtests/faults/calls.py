@@ -1,0 +1,207 @@
+"""Calls of every kind that a fault may hit, what each has told, and how that differs from the undisturbed answer."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from cluster.v1 import inference_pb2 as pb
+from loadtests.faces.grpc_stream import CHAT, OPTIONS
+
+CHANNELS = 8
+CALL_S = 120.0
+HIT_S = 0.1
+LAST_CHARACTERS = 8
+_WORDS = ("river", "stone", "lantern", "orchard", "copper", "velvet", "harbour", "meadow", "thunder", "willow", "amber")
+
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 0.9, "seed": 7, "top_p": 0.95},
+    "n": {"temperature": 0.8, "seed": 11, "n": 3},
+    "stop": {"temperature": 0.0, "stop": ["qu", "zz", "ent", "!?"]},
+    "grammar": {"temperature": 0.0, "response_format": pb.ResponseFormat(type="regex", regex="[a-z ]+")},
+    "logprobs": {"temperature": 0.0, "logprobs": True, "top_logprobs": 2},
+    "penalties": {"temperature": 0.7, "seed": 3, "frequency_penalty": 0.4, "presence_penalty": 0.2},
+    "all": {"temperature": 0.6, "seed": 5, "n": 2, "logprobs": True, "repetition_penalty": 1.1, "stop": ["zqx"]},
+}
+"""By name, the fields beyond the prompt and the length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request."""
+
+    key: str
+    kind: str
+    message: pb.ChatRequest
+
+
+def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: tuple[int, int]) -> list[Ask]:
+    """So many requests, all kinds in turn, each with a prompt and a length of its own."""
+    rng = random.Random(seed)
+    out = []
+    for number in range(count):
+        kind = list(KINDS)[number % len(KINDS)]
+        out.append(ask(f"{seed}-{number}", kind, model, rng.randint(*tokens), rng.randint(*words), rng.random()))
+    return out
+
+
+def ask(key: str, kind: str, model: str, tokens: int, words: int, seed: float) -> Ask:
+    """A request of a kind, as long as asked for but where a stop string ends it."""
+    rng = random.Random(f"{key} {seed}")
+    prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
+    message = pb.ChatRequest(
+        model=model, messages=[pb.Message(role="user", content=prompt)], max_tokens=tokens, ignore_eos=True,
+        **KINDS[kind],
+    )  # fmt: skip
+    return Ask(key, kind, message)
+
+
+@dataclass(slots=True)
+class Told:
+    """What a call has told its caller. Times are the wall clock's."""
+
+    ask: Ask
+    request_id: str
+    sent: float
+    ended: float = 0.0
+    whole: int = 0
+    """Characters of the undisturbed answer, where it is known."""
+    texts: dict[int, str] = field(default_factory=dict)
+    finishes: dict[int, str] = field(default_factory=dict)
+    tokens: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    """Ids with their log probabilities, by index, where they are told."""
+    chunks: list[float] = field(default_factory=list)
+    """When each chunk with text or tokens came."""
+    offsets: list[int] = field(default_factory=list)
+    usage: pb.Usage | None = None
+    error: str = ""
+    silence_s: float = 0.0
+    """The longest between two chunks."""
+
+    def take(self, chunk: pb.ChatChunk, now: float) -> None:
+        """One more chunk."""
+        self.offsets.append(chunk.offset)
+        if chunk.choices:
+            if self.chunks:
+                self.silence_s = max(self.silence_s, now - self.chunks[-1])
+            self.chunks.append(now)
+        for choice in chunk.choices:
+            index = choice.index
+            self.texts[index] = self.texts.get(index, "") + choice.delta.content
+            if choice.finish_reason:
+                self.finishes[index] = choice.finish_reason
+            if choice.logprobs:
+                self.tokens.setdefault(index, []).extend((one.token_id, one.logprob) for one in choice.logprobs)
+        if chunk.HasField("usage"):
+            self.usage = chunk.usage
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the answer has come."""
+        return bool(self.chunks)
+
+    @property
+    def resumed(self) -> int:
+        """How often it went on elsewhere after its first token."""
+        return self.usage.resumed if self.usage is not None else 0
+
+    @property
+    def last(self) -> bool:
+        """Whether all but a token or two of the undisturbed answer has come."""
+        return self.whole > 0 and sum(map(len, self.texts.values())) >= self.whole - LAST_CHARACTERS
+
+    @property
+    def mid_character(self) -> bool:
+        """Whether the last text that came ends in a piece of a character, as far as its replacement shows it."""
+        return any(text.endswith("�") for text in self.texts.values())
+
+    @property
+    def hit(self) -> bool:
+        """Whether it has been silent for so long that it seems to have lost a worker."""
+        return self.silence_s > HIT_S
+
+    def gaps(self) -> list[tuple[float, float]]:
+        """(when, how long) of each silence between two chunks."""
+        return [(b, b - a) for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
+
+
+def difference(one: Told, undisturbed: Told) -> str:
+    """How a call differs from its undisturbed self: "" for not at all, else failed, duplicate, gap or other."""
+    if one.error:
+        return f"failed: {one.error}"
+    if one.offsets != sorted(set(one.offsets)):
+        return "duplicate"
+    for index, text in undisturbed.texts.items():
+        found = _texts_differ(one.texts.get(index, ""), text)
+        if found:
+            return found
+    if one.tokens != undisturbed.tokens or one.finishes != undisturbed.finishes:
+        return "other"
+    assert one.usage is not None
+    assert undisturbed.usage is not None
+    counts = [(u.prompt_tokens, u.completion_tokens) for u in (one.usage, undisturbed.usage)]
+    return "" if counts[0] == counts[1] and one.texts.keys() == undisturbed.texts.keys() else "other"
+
+
+SEEN = 12
+"""So many equal characters beyond a difference tell a duplicate or a gap from another text."""
+
+
+def _texts_differ(ours: str, whole: str) -> str:
+    if ours == whole:
+        return ""
+    at = next((i for i, (a, b) in enumerate(zip(ours, whole, strict=False)) if a != b), min(len(ours), len(whole)))
+    rest, missing = ours[at : at + SEEN], whole[at : at + SEEN]
+    if missing and missing in ours[at:]:
+        return "duplicate"
+    if not rest or rest in whole[at:]:
+        return "gap"
+    return "other"
+
+
+class Caller:
+    """Makes calls over a few connections and notes what comes, chunk by chunk."""
+
+    def __init__(self, address: str, metadata: Sequence[tuple[str, str]], run: str) -> None:
+        """`run` begins every request id, so that the ledger's rows can be told apart."""
+        self._metadata = tuple(metadata)
+        self._run = run
+        self._channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(CHANNELS)]
+        self._methods = [
+            c.unary_stream(
+                CHAT, request_serializer=pb.ChatRequest.SerializeToString, response_deserializer=pb.ChatChunk.FromString
+            )
+            for c in self._channels
+        ]
+        self._made = 0
+
+    async def call(self, ask: Ask, on_chunk: Callable[[Told], None] = lambda told: None, whole: int = 0) -> Told:
+        """One call to its end. Never raises for the server: `error` says what happened."""
+        self._made += 1
+        told = Told(ask, f"{self._run}-{self._made}", time.time(), whole=whole)
+        metadata = (*self._metadata, ("x-request-id", told.request_id))
+        call = self._methods[self._made % CHANNELS](ask.message, metadata=metadata, timeout=CALL_S)
+        try:
+            on_chunk(told)
+            async for chunk in call:
+                told.take(chunk, time.time())
+                on_chunk(told)
+        except grpc.aio.AioRpcError as error:
+            told.error = f"{error.code().name}: {error.details()}"
+        finally:
+            told.ended = time.time()
+            call.cancel()
+        if not told.error and told.usage is None:
+            told.error = "the stream ended without usage"
+        return told
+
+    async def close(self) -> None:
+        """End the connections."""
+        for channel in self._channels:
+            await channel.close()

@@ -1,0 +1,70 @@
+"""Whether the ledger has every call exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtests.faults.calls import Told
+
+CAUGHT_UP_S = 25.0
+"""A record waits for the counts of a worker that is gone for ten seconds."""
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """Sequences that were answered, and what the ledger has of them."""
+
+    sequences: int
+    missing: int
+    doubled: int
+    miscounted: int
+    """Calls whose rows hold other numbers of tokens than their callers were told."""
+
+    @property
+    def wrong(self) -> int:
+        """Missing or doubled."""
+        return self.missing + self.doubled
+
+    def __add__(self, other: Books) -> Books:
+        return Books(
+            self.sequences + other.sequences, self.missing + other.missing, self.doubled + other.doubled,
+            self.miscounted + other.miscounted,
+        )  # fmt: skip
+
+
+async def audit(ledger: Path, calls: Sequence[Told]) -> Books:
+    """Compare, once the records of all calls have had time to come."""
+    answered = [told for told in calls if not told.error]
+    deadline = time.monotonic() + CAUGHT_UP_S
+    while True:
+        books = await asyncio.to_thread(_compare, ledger, answered)
+        if not (books.missing or books.miscounted) or time.monotonic() > deadline:
+            return books
+        await asyncio.sleep(LOOK_S)
+
+
+def _compare(ledger: Path, calls: Sequence[Told]) -> Books:
+    rows = Counter[tuple[str, int]]()
+    tokens = Counter[str]()
+    with sqlite3.connect(f"file:{ledger}?mode=ro", uri=True, timeout=10) as database:
+        for request_id, segment, completion in database.execute(
+            "SELECT request_id, segment, completion_tokens FROM usage"
+        ):
+            rows[request_id, segment] += 1
+            tokens[request_id] += completion
+    wanted = [(told.request_id, segment) for told in calls for segment in range(max(told.ask.message.n, 1))]
+    return Books(
+        sequences=len(wanted),
+        missing=sum(not rows[one] for one in wanted),
+        doubled=sum(count - 1 for count in rows.values()),
+        miscounted=sum(
+            told.usage is not None and tokens[told.request_id] != told.usage.completion_tokens for told in calls
+        ),
+    )

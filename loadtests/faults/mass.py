@@ -1,0 +1,242 @@
+"""Kill points by the thousand: 64 streams of every kind on four simulated workers, of which some always fall.
+
+Every call is compared with its undisturbed self, asked before of the same cluster: the simulated engine's tokens are a
+function of all tokens so far and of everything in the request that shapes content, so one token lost, doubled or
+computed under other parameters changes all that follow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loadtests.faults.calls import Ask, Caller, Told, difference, mixed
+from loadtests.serving.fleet import Fleet, SimWorker
+
+STREAMS, WORKERS, SEQUENCES, STEP_MS = 64, 4, 20, 15
+"""Streams at once, workers, places at each (fewer than all streams' sequences, so that some always wait)."""
+ASKS = 192
+TOKENS, WORDS = (24, 120), (8, 160)
+KILL, STOP, LINK, ONE_WAY = "SIGKILL", "SIGSTOP", "link cut", "one-way cut"
+ODDS: Mapping[str, float] = {KILL: 0.3, STOP: 0.2, LINK: 0.3, ONE_WAY: 0.2}
+"""How often each; those that the gateway has to find out for itself take a worker away for longer."""
+PHASES = ("in queue", "prefill", "first step", "mid-character", "last step", "twice", "any step")
+INTERVAL_S = (0.02, 0.12)
+MOMENT_S = 0.5
+BACK_S = (0.2, 1.6)
+"""How long what is stopped or cut stays so: now shorter, now longer than it takes to be noticed."""
+PREFILL_S = 0.01
+LEAST_UP = 1
+"""A fault waits until so many others serve."""
+END_S = 60.0
+MAX_ATTEMPTS = 16
+"""Faults fall so densely that five losses are nothing unusual for a call."""
+NOTICED_S = 5.0
+
+
+def source(model: Path, seed: int) -> str:
+    """All four workers': tokens over the whole vocabulary, so that bytes of broken characters are among them."""
+    room = f"max_num_seqs={SEQUENCES}&max_num_batched_tokens=2048&kv_blocks=8192&max_model_len=4096"
+    return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=40000&{room}&seed={seed}&token_lo=0&token_hi=760"
+
+
+class Moments:
+    """Lets the injector wait until some call is at a point of its life."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, asyncio.Event] = {}
+
+    def seen(self, told: Told) -> None:
+        """After each chunk of a call, and once before its first."""
+        if not self._waiting:
+            return
+        for phase in _phases(told):
+            event = self._waiting.pop(phase, None)
+            if event is not None:
+                event.set()
+
+    async def wait(self, phase: str) -> bool:
+        """Until a call is there; False when none is in time."""
+        event = self._waiting[phase] = asyncio.Event()
+        try:
+            async with asyncio.timeout(MOMENT_S):
+                await event.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._waiting.pop(phase, None)
+        return True
+
+
+def _phases(told: Told) -> list[str]:
+    if not told.begun:
+        return ["in queue", "prefill"]
+    out = ["any step"]
+    if len(told.chunks) == 1:
+        out.append("first step")
+    if told.mid_character:
+        out.append("mid-character")
+    if told.last:
+        out.append("last step")
+    if told.hit:
+        out.append("twice")
+    return out
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the part has found."""
+
+    points: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By (kind, phase)."""
+    calls: list[Told] = field(default_factory=list)
+    differences: dict[str, str] = field(default_factory=dict)
+    """By request id, of those that differ from their undisturbed selves."""
+    seconds: float = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """For the report."""
+        kinds, phases = Counter[str](), Counter[str]()
+        for (kind, phase), count in self.points.items():
+            kinds[kind] += count
+            phases[phase] += count
+        resumed = [told.resumed for told in self.calls]
+        return {
+            "points": sum(kinds.values()),
+            "by kind": dict(kinds),
+            "by phase": dict(phases),
+            "calls": len(self.calls),
+            "calls that went on elsewhere after their first token": sum(count > 0 for count in resumed),
+            "more than once": sum(count > 1 for count in resumed),
+            "resumes": sum(resumed),
+            "seconds": round(self.seconds, 1),
+            "calls by kind": dict(Counter(told.ask.kind for told in self.calls)),
+            "different": dict(Counter(self.differences.values())),
+        }
+
+
+class Mass:
+    """The callers and the injector over a running fleet."""
+
+    def __init__(self, fleet: Fleet, seed: int, asks: Sequence[Ask], run: str = "mass") -> None:
+        self._fleet = fleet
+        self._rng = random.Random(seed)
+        self._asks = asks
+        self._caller = Caller(fleet.grpc, fleet.metadata, run)
+        self._moments = Moments()
+        self._busy: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._over = False
+        self.outcome = Outcome()
+
+    async def reference(self) -> dict[str, Told]:
+        """Every request once, undisturbed."""
+        gate = asyncio.Semaphore(STREAMS)
+
+        async def one(ask: Ask) -> Told:
+            async with gate:
+                return await self._caller.call(ask)
+
+        told = await asyncio.gather(*(one(ask) for ask in self._asks))
+        return {one.ask.key: one for one in told}
+
+    async def play(self, points: int, streams: int) -> Outcome:
+        """`streams` callers at once, until so many faults have fallen and every call has ended."""
+        undisturbed = await self.reference()
+        failed = [told.error for told in undisturbed.values() if told.error]
+        if failed:
+            raise RuntimeError(f"{len(failed)} calls failed undisturbed: {failed[0]}")
+        began = time.monotonic()
+        whole = {key: sum(map(len, told.texts.values())) for key, told in undisturbed.items()}
+        callers = [asyncio.create_task(self._callers(number, streams, whole)) for number in range(streams)]
+        try:
+            await self._inject(points)
+        finally:
+            self._over = True
+            await asyncio.wait(callers, timeout=END_S)
+            for task in (*callers, *self._tasks):
+                task.cancel()
+            await asyncio.gather(*callers, *self._tasks, return_exceptions=True)
+            for worker in self._fleet.workers:
+                _bring_back(worker)
+            await self._caller.close()
+        self.outcome.seconds = time.monotonic() - began
+        for told in self.outcome.calls:
+            found = difference(told, undisturbed[told.ask.key])
+            if found:
+                self.outcome.differences[told.request_id] = found
+        return self.outcome
+
+    async def _callers(self, number: int, streams: int, whole: Mapping[str, int]) -> None:
+        at = number
+        while not self._over:
+            ask = self._asks[at % len(self._asks)]
+            at += streams + 1  # all asks in other company each time
+            self.outcome.calls.append(await self._caller.call(ask, self._moments.seen, whole[ask.key]))
+
+    # ---- faults
+
+    async def _inject(self, points: int) -> None:
+        for _ in range(points):
+            kind = self._rng.choices(list(ODDS), list(ODDS.values()))[0]
+            phase = self._rng.choice(PHASES)
+            worker = await self._victim()
+            if phase != "any step" and not await self._moments.wait(phase):
+                phase = "any step"
+            if phase == "prefill":
+                await asyncio.sleep(PREFILL_S)
+            self.outcome.points[kind, phase] += 1
+            task = asyncio.create_task(self._strike(kind, worker))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await asyncio.sleep(self._rng.uniform(*INTERVAL_S))
+
+    async def _victim(self) -> SimWorker:
+        """One that serves, while enough others do."""
+        fleet, news = self._fleet, self._fleet.news
+
+        def serving() -> list[SimWorker]:
+            return [worker for worker in fleet.workers if worker.id in news.up and worker.id not in self._busy]
+
+        while not await news.until(lambda: len(serving()) > LEAST_UP, END_S):
+            pass
+        victim = self._rng.choice(serving())
+        self._busy.add(victim.id)
+        return victim
+
+    async def _strike(self, kind: str, worker: SimWorker) -> None:
+        try:
+            since = time.time()
+            if kind in (KILL, LINK):
+                if kind == KILL:
+                    worker.signal(signal.SIGKILL)
+                else:
+                    worker.relay.sever()
+                await self._fleet.news.downs(worker.id, since, NOTICED_S)
+            else:
+                if kind == STOP:
+                    worker.signal(signal.SIGSTOP)
+                else:
+                    worker.cut_way(self._rng.random() < 0.5, beats=self._rng.random() < 0.5)
+                await asyncio.sleep(self._rng.uniform(*BACK_S))
+                _bring_back(worker)
+        finally:
+            self._busy.discard(worker.id)
+            self._fleet.news.nudge()
+
+
+def _bring_back(worker: SimWorker) -> None:
+    worker.heal()
+    worker.signal(signal.SIGCONT)
+
+
+def asks_of(model: str, seed: int) -> list[Ask]:
+    """The requests of this part."""
+    return mixed(ASKS, model, seed, tokens=TOKENS, words=WORDS)

@@ -1,0 +1,213 @@
+"""One fault at a time: how soon it is noticed, how long callers wait, and what those feel whom it did not hit.
+
+An episode is a set of streams that begin together on all workers, with fresh calls of the same length beside them all
+the time; when all have begun, one worker is killed or stopped. Streams that say that they went on elsewhere were hit,
+the others are the survivors. In calm episodes nothing falls, and as many fresh calls come at once as a worker had
+streams: what a crowd of beginners waits is what a crowd of continued calls may wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loadtests.faults.calls import Ask, Caller, Told, ask
+from loadtests.faults.mass import KILL, LINK, STOP
+from loadtests.serving.fleet import Fleet, SimWorker
+
+WORKERS, STREAMS, FRESH = 4, 32, 8
+STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
+WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
+BEGUN_CHUNKS = 12
+CALM = "calm"
+EPISODES = (KILL, STOP, KILL, CALM, LINK, STOP, KILL, STOP) * 3
+NOTICED_S, BACK_S = 8.0, 1.5
+BEFORE_S = 1.0
+
+
+def source(model: Path, plain: str, seed: int) -> str:
+    """Every worker's; tokens with text of their own, so that each step is a chunk."""
+    room = "max_num_seqs=64&max_num_batched_tokens=2048&kv_blocks=16384&max_model_len=4096"
+    speed = f"decode_ms={STEP_MS}&prefill_tokens_per_s={PREFILL_TOKENS_PER_S}"
+    return f"sim://{model}?{speed}&{room}&seed={seed}&{plain}"
+
+
+@dataclass(slots=True)
+class Episode:
+    """What one of them has shown, seconds."""
+
+    kind: str
+    struck: float = 0.0
+    noticed_s: float | None = None
+    gaps_s: list[float] = field(default_factory=list)
+    """Of each stream that was hit: its longest silence."""
+    fresh_s: list[float] = field(default_factory=list)
+    """TTFT of fresh calls before the fault, in a calm one of a crowd of them."""
+    before_s: list[float] = field(default_factory=list)
+    during_s: list[float] = field(default_factory=list)
+    """Gaps between the survivors' chunks before the fault, and from it until the last hit stream has gone on."""
+    around: list[tuple[float, float]] = field(default_factory=list)
+    """(when after the fault, how long) of every gap, for the plot."""
+    failed: int = 0
+
+
+@dataclass(slots=True)
+class Findings:
+    """All episodes."""
+
+    episodes: list[Episode] = field(default_factory=list)
+    calls: list[Told] = field(default_factory=list)
+    alarms: int = 0
+    """Links that ended though nothing had been done to their workers."""
+
+    def of(self, *kinds: str) -> list[Episode]:
+        """Those of some kinds."""
+        return [one for one in self.episodes if one.kind in kinds]
+
+    def noticed_s(self, *kinds: str) -> list[float]:
+        """Times to the end of the link; infinite where it did not come."""
+        return [float("inf") if one.noticed_s is None else one.noticed_s for one in self.of(*kinds)]
+
+    def silence(self, crowd: bool) -> list[float]:
+        """Each silent gap over (p99 TTFT of fresh calls, alone or in a crowd, + its fault's detection)."""
+        calm = self.of(CALM) if crowd else [one for one in self.episodes if one.kind != CALM]
+        fresh = percentile([s for one in calm for s in one.fresh_s], 99)
+        return [
+            gap / (fresh + one.noticed_s)
+            for one in self.of(KILL, STOP, LINK)
+            if one.noticed_s is not None
+            for gap in one.gaps_s
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """For the report, milliseconds."""
+        fresh = [s for one in self.episodes if one.kind != CALM for s in one.fresh_s]
+        crowd = [s for one in self.of(CALM) for s in one.fresh_s]
+        out: dict[str, Any] = {"fresh TTFT ms": quantiles(fresh), "TTFT ms in a crowd": quantiles(crowd)}
+        for kind in (KILL, STOP, LINK):
+            episodes = self.of(kind)
+            out[kind] = {
+                "episodes": len(episodes),
+                "noticed ms": quantiles([s for one in episodes if (s := one.noticed_s) is not None]),
+                "silent gap ms": quantiles([gap for one in episodes for gap in one.gaps_s]),
+                "survivors' ITL ms before": quantiles([gap for one in episodes for gap in one.before_s]),
+                "survivors' ITL ms during": quantiles([gap for one in episodes for gap in one.during_s]),
+            }
+        return out | {"gaps around faults": [(round(a, 3), round(b, 4)) for e in self.episodes for a, b in e.around]}
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """NaN of nothing."""
+    return float(np.percentile(values, percent)) if len(values) else float("nan")
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """In milliseconds."""
+    return {f"p{q}": round(percentile(values, q) * 1000, 1) for q in (50, 99, 100)} | {"count": len(values)}
+
+
+class Recovery:
+    """Episodes over a running fleet."""
+
+    def __init__(self, fleet: Fleet, seed: int) -> None:
+        self._fleet = fleet
+        self._rng = random.Random(seed)
+        self._caller = Caller(fleet.grpc, fleet.metadata, "recovery")
+        self._asked = 0
+        self.findings = Findings()
+
+    async def play(self, kinds: Sequence[str]) -> Findings:
+        """One episode of each."""
+        try:
+            for kind in kinds:
+                await self._fleet.all_up()
+                seen = len(self._fleet.news.events)
+                self.findings.episodes.append(await self._episode(kind))
+                downs = [e for e in self._fleet.news.events[seen:] if e.name == "worker_down"]
+                self.findings.alarms += max(len(downs) - (kind != CALM), 0)
+        finally:
+            await self._caller.close()
+        return self.findings
+
+    def _ask(self, tokens: int) -> Ask:
+        self._asked += 1
+        return ask(f"r{self._asked}", "greedy", self._fleet.model, tokens, WORDS, self._rng.random())
+
+    async def _episode(self, kind: str) -> Episode:
+        episode = Episode(kind)
+        begun: set[str] = set()
+        all_begun = asyncio.Event()
+
+        def on_chunk(told: Told) -> None:
+            if len(told.chunks) == BEGUN_CHUNKS:
+                begun.add(told.request_id)
+                if len(begun) == STREAMS:
+                    all_begun.set()
+
+        streams = [asyncio.create_task(self._caller.call(self._ask(TOKENS), on_chunk)) for _ in range(STREAMS)]
+        over = asyncio.Event()
+        fresh: list[Told] = []
+        beside = [asyncio.create_task(self._fresh(fresh, over)) for _ in range(FRESH // 2)]
+        try:
+            await asyncio.wait_for(all_begun.wait(), 30)
+            await asyncio.sleep(BEFORE_S / 2 + self._rng.uniform(0, 0.1))
+            crowd = await self._strike(kind, episode)
+            told = await asyncio.gather(*streams)
+        finally:
+            over.set()
+            for task in streams:
+                task.cancel()
+            await asyncio.gather(*beside, *streams, return_exceptions=True)
+        self.findings.calls += [*told, *fresh, *crowd]
+        _read(episode, told, crowd or [one for one in fresh if 0 < episode.struck - one.sent < BEFORE_S])
+        return episode
+
+    async def _fresh(self, into: list[Told], over: asyncio.Event) -> None:
+        while not over.is_set():
+            into.append(await self._caller.call(self._ask(FRESH_TOKENS)))
+
+    async def _strike(self, kind: str, episode: Episode) -> Sequence[Told]:
+        """Let the fault fall, or the crowd come."""
+        episode.struck = time.time()
+        if kind == CALM:
+            return await asyncio.gather(*(self._caller.call(self._ask(FRESH_TOKENS)) for _ in range(FRESH)))
+        worker = self._rng.choice(self._fleet.workers)
+        _fall(kind, worker)
+        event = await self._fleet.news.downs(worker.id, episode.struck, NOTICED_S)
+        if event is not None:
+            episode.noticed_s = event.at - episode.struck
+        if kind == STOP:
+            await asyncio.sleep(BACK_S)
+            worker.signal(signal.SIGCONT)
+        return ()
+
+
+def _fall(kind: str, worker: SimWorker) -> None:
+    if kind == LINK:
+        worker.relay.sever()
+    else:
+        worker.signal(signal.SIGKILL if kind == KILL else signal.SIGSTOP)
+
+
+def _read(episode: Episode, streams: Sequence[Told], fresh: Sequence[Told]) -> None:
+    """Work an episode's calls out."""
+    struck = episode.struck
+    episode.failed = sum(bool(told.error) for told in streams)
+    episode.fresh_s = [told.chunks[0] - told.sent for told in fresh if told.chunks]
+    hit = [told for told in streams if told.resumed]
+    silences = [max(((s, at) for at, s in told.gaps() if at >= struck), default=(0.0, struck)) for told in hit]
+    episode.gaps_s = [silence for silence, _ in silences]
+    recovered = max((at for _, at in silences), default=struck)
+    survivors = [gap for told in streams if not told.resumed for gap in told.gaps()]
+    episode.before_s = [s for at, s in survivors if struck - BEFORE_S <= at < struck]
+    episode.during_s = [s for at, s in survivors if struck <= at <= recovered]
+    if episode.kind != CALM:
+        episode.around = [(at - struck, s) for told in streams for at, s in told.gaps() if -0.5 <= at - struck <= 1.5]

@@ -1,0 +1,136 @@
+"""Soak: short calls at a high rate for a while, and what of the gateway has grown by then.
+
+Counted at rest, before and after, with the callers' connections open: sockets and other open files, threads, tasks of
+the event loop. Memory is looked at every second; its slope is that of the last three quarters of the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from loadtests.faults.calls import Caller, Told, ask
+from loadtests.serving.fleet import Fleet
+
+WORKERS, RATE_PER_S, SOAK_S, WARM_S, REST_S = 2, 100.0, 300.0, 15.0, 14.0
+TOKENS, WORDS = 8, 6
+LAST_PART = 0.75
+DRAWS, BLOCKS = 2000, 15
+
+
+def source(model: Path, plain: str, seed: int) -> str:
+    """Every worker's: answers as fast as a caller can read."""
+    return f"sim://{model}?decode_ms=2&prefill_tokens_per_s=1000000&max_model_len=2048&seed={seed}&{plain}"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What the gateway holds at rest."""
+
+    sockets: int
+    files: int
+    threads: int
+    tasks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Soak:
+    """What came of it. The slope is in MB an hour for each thousand requests a second, with its 95 % interval."""
+
+    seconds: float
+    rate_per_s: float
+    calls: int
+    failed: int
+    before: Held
+    after: Held
+    rss_bytes: Sequence[tuple[float, int]]
+    slope: tuple[float, float, float]
+
+    def grown(self) -> dict[str, int]:
+        """What is more than before."""
+        before, after = asdict(self.before), asdict(self.after)
+        return {name: after[name] - before[name] for name in before if after[name] > before[name]}
+
+
+def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0) -> tuple[float, float, float]:
+    """Least squares over the last part; the interval by drawing blocks of neighbours anew."""
+    at = np.array([when for when, _ in samples])
+    mb = np.array([rss for _, rss in samples]) / 1e6
+    kept = at >= at[0] + (at[-1] - at[0]) * (1 - LAST_PART)
+    blocks = np.array_split(np.flatnonzero(kept), BLOCKS)
+    scale = 3600 / (rate_per_s / 1000)
+
+    def fit(index: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
+        return float(np.polyfit(at[index], mb[index], 1)[0]) * scale
+
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(DRAWS):
+        chosen = rng.integers(0, BLOCKS, BLOCKS)
+        if len(set(chosen)) > 1:
+            draws.append(fit(np.concatenate([blocks[i] for i in chosen])))
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return fit(np.flatnonzero(kept)), float(low), float(high)
+
+
+async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tuple[Soak, list[Told]]:
+    """Warm up, rest, count, run, rest, count. `told_file` is where the gateway's witness tells."""
+    process = psutil.Process(fleet.gateway_pid)
+    caller = Caller(fleet.grpc, fleet.metadata, "soak")
+    rng = random.Random(seed)
+    samples: list[tuple[float, int]] = []
+    calls: list[Told] = []
+
+    async def run(for_s: float) -> None:
+        began, number = time.monotonic(), 0
+        looked = 0.0
+        pending: set[asyncio.Task[Told]] = set()
+        while (now := time.monotonic() - began) < for_s:
+            if now - looked >= 1.0:
+                looked = now
+                samples.append((time.monotonic(), process.memory_info().rss))
+            number += 1
+            one = ask(f"s{len(calls)}", "greedy", fleet.model, TOKENS, WORDS, rng.random())
+            task = asyncio.create_task(caller.call(one))
+            pending.add(task)
+            task.add_done_callback(pending.discard)
+            task.add_done_callback(lambda done: calls.append(done.result()))
+            await asyncio.sleep(max(began + number / RATE_PER_S - time.monotonic(), 0.0))
+        await asyncio.gather(*pending)
+
+    try:
+        await run(WARM_S)
+        await asyncio.sleep(REST_S)
+        before = await _held(process, told_file)
+        samples.clear()
+        warm, began = len(calls), time.monotonic()
+        await run(seconds)
+        took = time.monotonic() - began
+        rate = (len(calls) - warm) / took
+        await asyncio.sleep(REST_S)
+        after = await _held(process, told_file)
+    finally:
+        await caller.close()
+    failed = sum(bool(told.error) for told in calls)
+    return Soak(took, rate, len(calls) - warm, failed, before, after, samples, slope(samples, rate, seed)), calls
+
+
+async def _held(process: psutil.Process, told_file: Path) -> Held:
+    told_file.unlink(missing_ok=True)
+    process.send_signal(signal.SIGUSR1)
+    for _ in range(200):
+        if told_file.exists():
+            break
+        await asyncio.sleep(0.02)
+    tasks = json.loads(told_file.read_text())["tasks"]
+    sockets = len(process.net_connections(kind="all"))
+    return Held(sockets, process.num_fds() - sockets, process.num_threads(), tasks)

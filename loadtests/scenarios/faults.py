@@ -1,0 +1,248 @@
+"""Faults: what callers see while workers are killed, stopped and cut off, and what the gateway does under overload.
+
+Parts, each with its rows, in the order of the table: mass (kill points under every kind of call), engines (the same on
+real vLLM), recovery (silent gaps, detection, the survivors), alarms, overload, soak; the ledger is looked at after
+each. `--only PART` runs some of them; `--points`, `--soak-s` and `--rounds` size them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from loadtests.faults import alarms, mass, overload, soak
+from loadtests.faults import recovery as recovering
+from loadtests.faults.ledger import Books, audit
+from loadtests.faults.mass import KILL, LINK, STOP
+from loadtests.figures import Bound, Figure, Interval, missing
+from loadtests.scenarios.common import Stage
+from loadtests.serving import fleet
+from loadtests.serving import ours as serving
+
+POINTS, ENGINE_POINTS = 1000, 40
+NOT_ASKED = "not asked for (--only)"
+EXACT = "calls under random faults that end with exactly the undisturbed answer"
+DUPLICATES, GAPS = "such calls that told something twice", "such calls with something missing"
+SILENCE = "silent gap, p99, against TTFT of a fresh call of that length + detection"
+CROWD = "the same, against a crowd of fresh calls that come at once"
+KILLED = "detection of a kill, at worst"
+HUNG = "detection of a stopped process, at worst, against max(5 x p99 step, 500 ms)"
+STUCK = "detection of an engine that stands still, at worst, against the same"
+ALARMS = "false alarms in long prefills, and in all that was not struck"
+SURVIVORS = "survivors' p99 ITL during recovery, against before"
+GOODPUT = "goodput at {:g}x capacity, against capacity"
+REFUSALS = "refusals at the door, p99"
+TOP_LOST = "calls of the top class that were lost at 2x"
+SLOPE = "slope of the gateway's memory, MB/h for 1,000 requests/s"
+GROWN = "sockets, files, threads and tasks of the gateway that are more after the soak"
+BOOKS = "calls missing or doubled in the ledger, over all parts"
+_GOODPUT, _REFUSALS, _SLOPE = Bound(">=", 0.9), Bound("<=", 50.0), Bound("<=", 1.0)
+HANG_BOUND_S = 0.5
+_SILENCE, _KILLED, _HUNG, _SURVIVORS = Bound("<=", 1.25), Bound("<=", 50.0), Bound("<=", 1.0), Bound("<=", 1.5)
+_ALL, _NONE = Bound(">=", 1.0), Bound("<=", 0.0)
+
+
+@dataclass(slots=True)
+class Field:
+    """What the parts share."""
+
+    stage: Stage
+    model: Path
+    bundle: Path
+    books: Books = field(default_factory=lambda: Books(0, 0, 0, 0))
+
+
+def exact(name: str, value: float, bound: Bound, unit: str, note: str = "") -> Figure:
+    """A row that is counted, not estimated: every case is in it."""
+    met = value >= bound.limit if bound.sense == ">=" else value <= bound.limit
+    return Figure(name, value=value, bound=str(bound), met=met, unit=unit, note=note)
+
+
+async def play(stage: Stage) -> None:
+    """The parts that are wanted, and their rows in the table's order."""
+    model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
+    field = Field(stage, model, bundle)
+    for name, (part, rows) in PARTS.items():
+        if stage.options.wants(name):
+            stage.screen.say(f"part {name}")
+            stage.report.figures += await part(field)
+        else:
+            stage.report.figures += [missing(row, bound, NOT_ASKED) for row, bound in rows.items()]
+    books = field.books
+    note = f"{books.sequences} answered sequences; {books.miscounted} calls with other token counts than told"
+    stage.report.settings["ledger"] = note
+    if books.sequences:
+        stage.report.figures.append(exact(BOOKS, books.wrong, _NONE, "calls", note))
+    else:
+        stage.report.figures.append(missing(BOOKS, _NONE, NOT_ASKED))
+
+
+async def _mass(field: Field) -> list[Figure]:
+    stage, options = field.stage, field.stage.options
+    source = mass.source(field.model, options.seed)
+    async with fleet.running(
+        stage.children, stage.folder, bundle=field.bundle, sources=[source] * mass.WORKERS, name="mass",
+        gateway={"resume": {"max_attempts": mass.MAX_ATTEMPTS}},
+    ) as running:  # fmt: skip
+        calls = mass.Mass(running, options.seed, mass.asks_of(running.model, options.seed))
+        outcome = await calls.play(options.points or POINTS, options.concurrency or mass.STREAMS)
+        field.books += await audit(running.ledger, outcome.calls)
+    told = outcome.settings()
+    stage.report.settings["mass"] = told
+    for request_id, found in list(outcome.differences.items())[:10]:
+        stage.report.problems.append(f"mass: call {request_id} differs: {found}")
+    kinds = list(outcome.differences.values())
+    note = f"{told['points']} faults in {told['seconds']:.0f} s, {len(outcome.calls)} calls, {told['resumes']} resumes"
+    return [
+        exact(EXACT, 1 - len(kinds) / len(outcome.calls), _ALL, "share", note),
+        exact(DUPLICATES, kinds.count("duplicate"), _NONE, "calls"),
+        exact(GAPS, kinds.count("gap"), _NONE, "calls"),
+    ]
+
+
+async def _recovery(field: Field) -> list[Figure]:
+    stage, options = field.stage, field.stage.options
+    plain = serving.plain_tokens(field.model)
+    source = recovering.source(field.model, plain, options.seed)
+    async with fleet.running(
+        stage.children, stage.folder, bundle=field.bundle, sources=[source] * recovering.WORKERS, name="recovery"
+    ) as running:
+        kinds = recovering.EPISODES[: options.rounds]
+        found = await recovering.Recovery(running, options.seed).play(kinds)
+        field.books += await audit(running.ledger, found.calls)
+    sources = alarms.hanging(field.model, plain, options.seed)
+    async with fleet.running(
+        stage.children, stage.folder, bundle=field.bundle, sources=sources, name="hangs"
+    ) as running:
+        stuck = await alarms.hangs(running, min(options.rounds or alarms.HANGS, alarms.HANGS))
+        field.books += await audit(running.ledger, stuck.calls)
+    stage.report.settings["recovery"] = found.settings()
+    stage.report.settings["hangs"] = {
+        "noticed ms": recovering.quantiles(stuck.noticed_s),
+        "reasons": sorted(stuck.reasons),
+    }
+    failed = [told.error for told in (*found.calls, *stuck.calls) if told.error]
+    if failed:
+        stage.report.problems.append(f"recovery: {len(failed)} calls failed: {failed[0]}")
+    return _recovery_rows(found, stuck)
+
+
+def _recovery_rows(found: recovering.Findings, stuck: alarms.Hangs) -> list[Figure]:
+    out = []
+    for name, crowd, bound in ((SILENCE, False, _SILENCE), (CROWD, True, None)):
+        ratios = found.silence(crowd)
+        row = missing(name, bound, "no stream was hit")
+        if ratios:
+            row = at_worst(name, recovering.percentile(ratios, 99), bound, "ratio", f"{len(ratios)} gaps")
+        out.append(row)
+    killed, stopped = found.noticed_s(KILL, LINK), found.noticed_s(STOP)
+    out += [
+        at_worst(KILLED, max(killed, default=None), _KILLED, "ms", f"{len(killed)} kills and cuts", 1000),
+        at_worst(HUNG, max(stopped, default=None), _HUNG, "ratio", f"{len(stopped)} stops", 1 / HANG_BOUND_S),
+        at_worst(
+            STUCK, max(stuck.noticed_s, default=None), _HUNG, "ratio", f"{len(stuck.noticed_s)} hangs", 1 / HANG_BOUND_S
+        ),
+    ]
+    before = [gap for one in found.of(KILL, STOP, LINK) for gap in one.before_s]
+    during = [gap for one in found.of(KILL, STOP, LINK) for gap in one.during_s]
+    ratio = recovering.percentile(during, 99) / recovering.percentile(before, 99) if before and during else None
+    note = f"{len(before)} gaps before, {len(during)} during; {found.alarms} links of others ended"
+    return [*out, at_worst(SURVIVORS, ratio, _SURVIVORS, "ratio", note)]
+
+
+def at_worst(name: str, value: float | None, bound: Bound | None, unit: str, note: str, scale: float = 1.0) -> Figure:
+    """A row of one number that stands for the worst, or for a quantile near it."""
+    if value is None:
+        return missing(name, bound, "nothing of it came about")
+    value *= scale
+    met = None if bound is None else value <= bound.limit
+    return Figure(name, value=value, bound=str(bound) if bound else None, met=met, unit=unit, note=note)
+
+
+async def _alarms(field: Field) -> list[Figure]:
+    stage, options = field.stage, field.stage.options
+    source = alarms.prefilling(field.model, serving.plain_tokens(field.model), options.seed)
+    count = min(alarms.PREFILL_WORKERS, 4 * (options.rounds or alarms.PREFILL_WORKERS))
+    async with fleet.running(
+        stage.children, stage.folder, bundle=field.bundle, sources=[source] * count, name="prefills"
+    ) as running:
+        told = await alarms.prefills(running, alarms.PREFILL_RUN_S * count / alarms.PREFILL_WORKERS, options.seed)
+    note = f"{told.prefills} prefills of 1 to 4 s in {told.worker_s / 3600:.2f} h of {count} workers' time"
+    if told.failed:
+        stage.report.problems.append(f"alarms: {told.failed} calls failed")
+    stage.report.settings["alarms"] = {"note": note, "links that ended": list(told.downs)}
+    return [exact(ALARMS, len(told.downs), _NONE, "alarms", note)]
+
+
+async def _overload(field: Field) -> list[Figure]:
+    stage, options = field.stage, field.stage.options
+    source = overload.source(field.model, serving.plain_tokens(field.model), options.seed)
+    async with fleet.running(
+        stage.children, stage.folder, bundle=field.bundle, sources=[source] * overload.WORKERS, name="overload",
+        gateway={"queue": overload.QUEUE}, classes=tuple(overload.SHARES),
+    ) as running:  # fmt: skip
+        found = await overload.Overload(running, options.seed).play(min((options.rounds or 10) / 10, 1.0))
+        field.books += await audit(running.ledger, found.calls)
+    stage.report.settings["overload"] = {
+        "slo": {"ttft_s": overload.SLO.ttft_s, "tpot_s": overload.SLO.tpot_s},
+        "sweep": [load.settings() for load in found.sweep],
+        **{f"{times:g}x": load.settings() for times, load in found.overs.items()},
+    }
+    capacity = found.capacity_per_s
+    out = [
+        exact(
+            GOODPUT.format(times), load.goodput_per_s / capacity, _GOODPUT, "ratio",
+            f"{load.goodput_per_s:.1f} of {capacity:.1f} calls/s, {load.rate_per_s:.0f} came",
+        )
+        for times, load in found.overs.items()
+    ]  # fmt: skip
+    refused, shed = found.refused_s(False), found.refused_s(True)
+    note = (
+        f"{len(refused)} refused; {len(shed)} shed for a higher class, after {found.refusals_p99_ms(True):.0f} ms (p99)"
+    )
+    out.append(at_worst(REFUSALS, found.refusals_p99_ms(False) if refused else None, _REFUSALS, "ms", note))
+    top = found.overs[2.0]
+    came = sum(cls == overload.TOP for cls, _ in top.calls)
+    return [*out, exact(TOP_LOST, top.lost(overload.TOP), _NONE, "calls", f"of {came}")]
+
+
+async def _soak(field: Field) -> list[Figure]:
+    stage, options = field.stage, field.stage.options
+    source = soak.source(field.model, serving.plain_tokens(field.model), options.seed)
+    told_file = stage.folder / "witness.json"
+    async with fleet.running(
+        stage.children, stage.folder, bundle=field.bundle, sources=[source] * soak.WORKERS, name="soak",
+        witness=("--stalls", str(told_file)),
+    ) as running:  # fmt: skip
+        found, calls = await soak.soak(running, told_file, options.soak_s or soak.SOAK_S, options.seed)
+        field.books += await audit(running.ledger, calls)
+    stage.report.settings["soak"] = {
+        "seconds": round(found.seconds), "requests_per_s": round(found.rate_per_s, 1), "calls": found.calls,
+        "before": asdict(found.before), "after": asdict(found.after),
+        "rss_bytes": [(round(at - found.rss_bytes[0][0], 1), rss) for at, rss in found.rss_bytes],
+    }  # fmt: skip
+    if found.failed:
+        stage.report.problems.append(f"soak: {found.failed} calls failed")
+    value, low, high = found.slope
+    note = f"{found.seconds:.0f} s at {found.rate_per_s:.0f} requests/s; {found.before} before, {found.after} after"
+    return [
+        Figure(SLOPE, value, low, high, str(_SLOPE), _SLOPE.met(Interval(value, low, high)), unit="MB/h"),
+        exact(GROWN, sum(found.grown().values()), _NONE, "count", note),
+    ]
+
+
+Part = Callable[[Field], Awaitable[list[Figure]]]
+PARTS: Mapping[str, tuple[Part, Mapping[str, Bound | None]]] = {
+    "mass": (_mass, {EXACT: _ALL, DUPLICATES: _NONE, GAPS: _NONE}),
+    "recovery": (
+        _recovery,
+        {SILENCE: _SILENCE, CROWD: None, KILLED: _KILLED, HUNG: _HUNG, STUCK: _HUNG, SURVIVORS: _SURVIVORS},
+    ),
+    "alarms": (_alarms, {ALARMS: _NONE}),
+    "overload": (
+        _overload,
+        {**{GOODPUT.format(x): _GOODPUT for x in overload.OVERS}, REFUSALS: _REFUSALS, TOP_LOST: _NONE},
+    ),
+    "soak": (_soak, {SLOPE: _SLOPE, GROWN: _NONE}),
+}

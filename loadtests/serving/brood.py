@@ -1,0 +1,87 @@
+"""Program: simulated workers as processes of their own, each started again when it dies.
+
+    python -m loadtests.serving.brood --folder DIR --workers FILE [--restart-s 0.2]
+
+FILE holds a JSON list of command lines for loadtests.serving.worker. Everything is imported once and each worker is a
+fork of that, so that a worker that was killed is back in a moment, as real ones with a warm page cache are not. The
+pid of worker i that lives now is in DIR/i.pid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from loadtests.serving import worker
+
+
+def be_worker(arguments: Sequence[str]) -> NoReturn:
+    """In the child: serve until the end."""
+    code = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        asyncio.run(worker.serve(worker.parse(arguments)))
+        code = 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Brood:
+    """Parent of the workers. Forks before any thread or channel exists in this process, and makes none."""
+
+    def __init__(self, folder: Path, workers: Sequence[Sequence[str]], restart_s: float) -> None:
+        self._folder = folder
+        self._workers = workers
+        self._restart_s = restart_s
+        self._living: dict[int, int] = {}
+
+    def start(self, number: int) -> None:
+        """Fork one and tell its pid."""
+        pid = os.fork()
+        if pid == 0:
+            be_worker(self._workers[number])
+        self._living[pid] = number
+        scratch = self._folder / f"{number}.new"
+        scratch.write_text(str(pid))
+        scratch.rename(self._folder / f"{number}.pid")
+
+    def run(self) -> None:
+        """Until SIGTERM."""
+        signal.signal(signal.SIGTERM, self._stop)
+        for number in range(len(self._workers)):
+            self.start(number)
+        while True:
+            pid, _ = os.wait()
+            number = self._living.pop(pid)
+            time.sleep(self._restart_s)
+            self.start(number)
+
+    def _stop(self, *_: object) -> NoReturn:
+        for pid in self._living:
+            os.kill(pid, signal.SIGKILL)
+        os._exit(0)
+
+
+def main() -> None:
+    """Read the command line and start."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--workers", type=Path, required=True)
+    parser.add_argument("--restart-s", type=float, default=0.2)
+    given = parser.parse_args()
+    Brood(given.folder, json.loads(given.workers.read_text()), given.restart_s).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""One gateway and several simulated workers as processes of their own, each behind a relay that can be cut.
+
+What a scenario of faults needs: it kills, stops and cuts workers, sees when the gateway has noticed, and they come
+back by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from loadtests.children import Child, Children
+from loadtests.serving import tenants
+from loadtests.serving.ours import MODEL, READY_FILE, READY_S, authorization, configuration, exec_gateway
+from tests.support.cuttable import Cuttable, Way, cuttable
+
+LOOK_S = 0.01
+UP_S = 30.0
+REDIAL_MAX_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A line of the gateway's log about a link. `at` is the wall clock's."""
+
+    at: float
+    name: str
+    worker: str
+    reason: str
+
+
+class News:
+    """What the gateway's log says of links, as it is written."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._read = 0
+        self.events: list[Event] = []
+        self.up: set[str] = set()
+        self._more = asyncio.Event()
+
+    async def follow(self) -> None:
+        """Until cancelled."""
+        with self._log.open("rb") as lines:
+            rest = b""
+            while True:
+                *whole, rest = (rest + lines.read()).split(b"\n")
+                for line in whole:
+                    self._line(line)
+                await asyncio.sleep(LOOK_S)
+
+    def _line(self, line: bytes) -> None:
+        if b'"worker_' not in line:
+            return
+        told = json.loads(line)
+        at = datetime.fromisoformat(told["timestamp"]).timestamp()
+        event = Event(at, told["event"], told["worker"], told.get("reason", ""))
+        self.events.append(event)
+        if event.name == "worker_up":
+            self.up.add(event.worker)
+        elif event.name == "worker_down":
+            self.up.discard(event.worker)
+        self._more.set()
+
+    def nudge(self) -> None:
+        """Let those look who wait for something that the log does not tell."""
+        self._more.set()
+
+    async def until(self, holds: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait for news until it holds; False when it does not in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not holds():
+                    self._more.clear()
+                    await self._more.wait()
+        return holds()
+
+    async def downs(self, worker: str, since: float, timeout_s: float) -> Event | None:
+        """The first loss of a worker's link after `since`."""
+
+        def found() -> Event | None:
+            return next(
+                (e for e in self.events if e.name == "worker_down" and e.worker == worker and e.at >= since), None
+            )
+
+        await self.until(lambda: found() is not None, timeout_s)
+        return found()
+
+
+@dataclass(eq=False, slots=True)
+class SimWorker:
+    """One simulated worker, whatever process it is at the moment."""
+
+    id: str
+    relay: Cuttable
+    pid_file: Path
+    cut: list[Way] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        """Of the process that lives now."""
+        return int(self.pid_file.read_text())
+
+    def signal(self, number: signal.Signals) -> int:
+        """To the process that lives now; its pid."""
+        pid = self.pid
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        return pid
+
+    def cut_way(self, down: bool, *, beats: bool) -> None:
+        """Nothing passes one way any longer, on all connections, or without `beats` on the first alone, the calls'."""
+        ways = [pair[down] for pair in self.relay.ways]
+        self.cut = ways if beats else ways[:1]
+        for way in self.cut:
+            way.cut()
+
+    def heal(self) -> None:
+        """What was cut passes again."""
+        for way in self.cut:
+            way.heal()
+        self.cut = []
+
+
+@dataclass(eq=False, slots=True)
+class Fleet:
+    """All of it, running."""
+
+    gateway: Child
+    brood: Child
+    endpoints: Mapping[str, str]
+    keys: Mapping[str, str]
+    """By priority class, "" for the default."""
+    ledger: Path
+    workers: Sequence[SimWorker]
+    news: News
+    model: str = MODEL
+
+    @property
+    def grpc(self) -> str:
+        """host:port."""
+        return self.endpoints["grpc"]
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What a gRPC call shows."""
+        return self.metadata_of("")
+
+    def metadata_of(self, cls: str) -> tuple[tuple[str, str], ...]:
+        """The same of a tenant of a priority class."""
+        return authorization(self.keys[cls])
+
+    @property
+    def gateway_pid(self) -> int:
+        """Of the gateway itself, not its guard."""
+        return next(process.pid for process in self.gateway.commands())
+
+    async def all_up(self, timeout_s: float = UP_S) -> bool:
+        """Wait until every worker has its link."""
+        ids = {worker.id for worker in self.workers}
+        return await self.news.until(lambda: self.news.up >= ids, timeout_s)
+
+
+@asynccontextmanager
+async def running(
+    children: Children,
+    folder: Path,
+    *,
+    bundle: Path,
+    sources: Sequence[str],
+    name: str = "fleet",
+    gateway: Mapping[str, object] | None = None,
+    witness: tuple[str, ...] = (),
+    restart_s: float = 0.2,
+    classes: Sequence[str] = (),
+) -> AsyncIterator[Fleet]:
+    """A worker for each of `sources`; `gateway` more keys of its section; the processes end with the context. Raises
+    DidNotStart."""
+    home = folder / name
+    keys = await tenants.make_keys(home / "tenants", ("", *classes))
+    text = configuration(MODEL, home / "tenants", log_level="info", more=gateway)
+    child = exec_gateway(children, home, "gateway", text, witness)
+    ready = home / "gateway" / READY_FILE
+
+    async def there() -> bool:
+        return ready.exists()
+
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(child.stop)
+        await child.until(there, "it serves", READY_S)
+        endpoints = json.loads(ready.read_text())["endpoints"]
+        relays = [await stack.enter_async_context(cuttable(endpoints["link"])) for _ in sources]
+        shared = ["--name", MODEL, "--bundle", str(bundle), "--redial-max-s", str(REDIAL_MAX_S)]
+        lines = []
+        for i, (relay, source) in enumerate(zip(relays, sources, strict=True)):
+            own = ["--id", f"w{i}", "--link", relay.address, "--source", source, "--ready", str(home / f"{i}.ready")]
+            lines.append(shared + own)
+        (home / "workers.json").write_text(json.dumps(lines))
+        command = [sys.executable, "-m", "loadtests.serving.brood", "--folder", str(home)]
+        command += ["--workers", str(home / "workers.json"), "--restart-s", str(restart_s)]
+        brood = children.start(f"{name}-workers", "worker replica", command)
+        stack.push_async_callback(brood.stop)
+        news = News(child.log)
+        following = asyncio.create_task(news.follow())
+        stack.callback(following.cancel)
+        workers = [SimWorker(f"w{i}", relay, home / f"{i}.pid") for i, relay in enumerate(relays)]
+        fleet = Fleet(child, brood, endpoints, keys, home / "tenants" / "ledger.db", workers, news)
+        await brood.until(lambda: _up(fleet), "every worker has its link", UP_S)
+        yield fleet
+
+
+async def _up(fleet: Fleet) -> bool:
+    return await fleet.all_up(LOOK_S)
