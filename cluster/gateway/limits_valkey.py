@@ -168,6 +168,17 @@ class ValkeyLimits:
         if await self._ask(held.tenant, "settle", plain, held.day, held.month, *corrections) is None:
             self._owe(held.tenant, plain)
 
+    async def first(self, name: str, expires_s: float) -> bool | None:
+        """Whether no gateway has said this name before, for as many seconds; None while the store is away."""
+        if self.degraded:
+            return None
+        try:
+            key = f"{PREFIX}first:{name}"
+            return bool(await self._redis.set(key, self._gateway, nx=True, px=max(int(expires_s * 1000), 1)))
+        except AWAY as error:
+            self._away(error)
+            return None
+
     def sweep(self) -> None:
         """As the port says."""
         self._mirror.sweep(time.monotonic())

@@ -114,6 +114,13 @@ erased = Table(
     Column("erased_at", Float(53), nullable=False),
 )
 
+resumed = Table(
+    "resumed",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("expires_at_s", Float(53), nullable=False, index=True),
+)
+
 change_sequence = Table(
     "change_sequence",
     metadata,

@@ -50,6 +50,10 @@ class LogprobTexts:
         self._top_logprobs = top_logprobs
         self._context: deque[int] = deque(maxlen=CONTEXT_TOKENS)
 
+    def restore(self, token_ids: Sequence[int]) -> None:
+        """These were sampled, and told, before."""
+        self._context.extend(token_ids[-CONTEXT_TOKENS:])
+
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
         """The positions of a step. A position with no tokens is left out."""
         return [self._position(position) for position in positions if position.token_ids]
