@@ -37,7 +37,7 @@ class Admin:
         """`key` goes with each call."""
         self.endpoint = endpoint
         self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
-        self._channel = grpc.insecure_channel(endpoint, options=Options(endpoint).channel_options())
+        self._channel = grpc.insecure_channel(endpoint, options=Options((endpoint,)).channel_options())
         self._fleet = admin_pb2_grpc.FleetStub(self._channel)
         self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
 
