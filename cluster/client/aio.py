@@ -47,11 +47,11 @@ class AsyncStream(Account, Generic[Chunk]):
         request_id: str,
         endpoint: str,
         chunk_of: Callable[[str], Chunk],
+        onward: _Onward,
         on_end: Callable[[], None] | None = None,
-        onward: _Onward | None = None,
     ) -> None:
-        """`chunk_of` makes a chunk of a piece of text alone, as sessions send it; `on_end` is called once; `onward`
-        goes on with a call that has broken."""
+        """`chunk_of` makes a chunk of a piece of text alone, as sessions send it; `onward` goes on with a call that has
+        broken; `on_end` is called once."""
         super().__init__(request_id)
         self._call = call
         self._endpoint = endpoint
@@ -94,8 +94,7 @@ class AsyncStream(Account, Generic[Chunk]):
                 if chunk is aio.EOF:
                     self._finish()
                     raise StopAsyncIteration
-                if self._onward is not None:
-                    chunk = self._onward.resumption.note(chunk)
+                chunk = self._onward.resumption.note(chunk)
                 if chunk is None:
                     continue
                 found: Chunk | str = chunk
@@ -105,14 +104,15 @@ class AsyncStream(Account, Generic[Chunk]):
                 raise failed from None
 
     async def _go_on(self, failed: HeadraceError) -> bool:
-        onward = self._onward
-        pause_s = None if onward is None or self._cancelled else onward.resumption.pause_s(failed)
-        if onward is None or pause_s is None:
+        if failed.reason == UNREACHABLE:
+            self._onward.leave(self._call)
+        pause_s = None if self._cancelled else self._onward.resumption.pause_s(failed)
+        if pause_s is None:
             return False
         await asyncio.sleep(pause_s)
         if self._cancelled:
             return False
-        self._call = onward.again(self._call)
+        self._call = self._onward.again(self._call)
         return True
 
     def _finish(self) -> None:
@@ -164,9 +164,13 @@ class _Onward:
         """The call; `shared`: in a session."""
         return self._call(self.resumption.request, self._method, shared)
 
-    def again(self, broken: Any) -> Any:
-        """The call that goes on with a broken one, at the next gateway where there are several."""
+    def leave(self, broken: Any) -> None:
+        """The gateway of a call does not answer: whatever comes next goes to another, where there are several."""
         self._gateways.turn(broken.asked if isinstance(broken, SessionCall) else self._asked)
+
+    def again(self, broken: Any) -> Any:
+        """The call that goes on with a broken one, likewise."""
+        self.leave(broken)
         request, shared = self.resumption.resumes, isinstance(broken, SessionCall)
         if request is None:
             return self.begin(shared)
@@ -377,13 +381,13 @@ class AsyncClient:
         request_id = request_id or new_request_id()
         timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
         metadata = self._options.metadata(request_id, headers)
-        resumption = Resumption(self._options.streamed(request), timeout_s, len(self._options.endpoints))
+        options = self._options
+        resumption = Resumption(options.streamed(request), timeout_s, len(options.endpoints), wanted=options.resume)
         onward = _Onward(self._gateways, self._sessions, method, resumption, request_id, metadata)
         # headers belong to a call, and a session has one set for all
         call = onward.begin(shared=bool(self._streams) and not headers)
         self._streams += 1
-        further = onward if self._options.resume else None
-        return AsyncStream(call, request_id, self._options.endpoint, chunk_of, self._stream_ended, further)
+        return AsyncStream(call, request_id, self._options.endpoint, chunk_of, onward, self._stream_ended)
 
     def _stream_ended(self) -> None:
         self._streams -= 1

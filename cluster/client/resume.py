@@ -25,9 +25,15 @@ class Resumption:
     """What one stream keeps to go on from. Pure but for `clock`."""
 
     def __init__(
-        self, request: Request, timeout_s: float | None, endpoints: int, clock: Callable[[], float] = time.monotonic
+        self,
+        request: Request,
+        timeout_s: float | None,
+        endpoints: int,
+        clock: Callable[[], float] = time.monotonic,
+        wanted: bool = True,
     ) -> None:
-        """`endpoints`: how many gateways may be asked."""
+        """`endpoints`: how many gateways may be asked. Not `wanted`: an error is the stream's end."""
+        self._wanted = wanted
         self.request = request
         self._clock = clock
         self._deadline = None if timeout_s is None else clock() + timeout_s
@@ -69,6 +75,8 @@ class Resumption:
         return None if left_s is not None and pause_s >= left_s else pause_s
 
     def _may(self, error: HeadraceError) -> bool:
+        if not self._wanted:
+            return False
         if self._tokens:
             # A refusal for want of room is waited out only once the stream is being resumed: a call that the lost
             # gateway held for its tenant counts for some seconds more.

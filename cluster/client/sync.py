@@ -36,7 +36,7 @@ class Stream(Account, Generic[Chunk]):
     Leaving a `with` block, `cancel()` or dropping the object ends the call at the gateway.
     """
 
-    def __init__(self, call: Any, request_id: str, endpoint: str, onward: _Onward | None = None) -> None:
+    def __init__(self, call: Any, request_id: str, endpoint: str, onward: _Onward) -> None:
         """`onward` goes on with a call that has broken."""
         super().__init__(request_id)
         self._call = call
@@ -72,18 +72,18 @@ class Stream(Account, Generic[Chunk]):
                 if not self._go_on(failed):
                     raise failed from None
                 continue
-            if self._onward is not None:
-                chunk = self._onward.resumption.note(chunk)
+            chunk = self._onward.resumption.note(chunk)
             if chunk is not None:
                 found: Chunk = chunk
                 return found
 
     def _go_on(self, failed: HeadraceError) -> bool:
-        onward = self._onward
-        pause_s = None if onward is None or self._cancelled.is_set() else onward.resumption.pause_s(failed)
-        if onward is None or pause_s is None or self._cancelled.wait(pause_s):
+        if failed.reason == UNREACHABLE:
+            self._onward.leave()
+        pause_s = None if self._cancelled.is_set() else self._onward.resumption.pause_s(failed)
+        if pause_s is None or self._cancelled.wait(pause_s):
             return False
-        self._call = onward.again()
+        self._call = self._onward.again()
         if self._cancelled.is_set():
             self._call.cancel()
         return True
@@ -125,9 +125,13 @@ class _Onward:
         method = self._method(self._gateways.stub)
         return method(self.resumption.request, timeout=self.resumption.left_s, metadata=self._metadata)
 
-    def again(self) -> Any:
-        """The call that goes on, at the next gateway where there are several."""
+    def leave(self) -> None:
+        """The gateway does not answer: whatever comes next goes to another, where there are several."""
         self._gateways.turn(self._asked)
+
+    def again(self) -> Any:
+        """The call that goes on, likewise."""
+        self.leave()
         request = self.resumption.resumes
         if request is None:
             return self.begin()
@@ -317,6 +321,7 @@ class Client:
     ) -> Stream[Chunk]:
         request_id = request_id or new_request_id()
         timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
-        resumption = Resumption(self._options.streamed(request), timeout_s, len(self._options.endpoints))
+        options = self._options
+        resumption = Resumption(options.streamed(request), timeout_s, len(options.endpoints), wanted=options.resume)
         onward = _Onward(self._gateways, method, resumption, self._options.metadata(request_id, headers))
-        return Stream(onward.begin(), request_id, self._options.endpoint, onward if self._options.resume else None)
+        return Stream(onward.begin(), request_id, self._options.endpoint, onward)

@@ -51,7 +51,19 @@ TAKEN = "has been resumed from here already: go on reading there, or begin anew"
 class Tickets:
     """The tokens of one call: each chunk gets the next."""
 
-    __slots__ = ("_before", "_chars", "_choices", "_expires_s", "_seal", "_told", "_wall", "head", "number", "old")
+    __slots__ = (
+        "_before",
+        "_chars",
+        "_choices",
+        "_expires_s",
+        "_seal",
+        "_told",
+        "_wall",
+        "head",
+        "number",
+        "old",
+        "timer",
+    )
 
     def __init__(
         self, call: Call, head: CallHead, seal: Callable[[bytes], bytes], wall: Callable[[], float], expires_s: float
@@ -60,6 +72,8 @@ class Tickets:
         self.number = 0
         self.old: set[int] = set()
         """Choices that have begun: their likeness is told."""
+        self.timer: asyncio.TimerHandle | None = None
+        """Ends a call that goes on at its first deadline, which its new stream need not know."""
         self._seal = seal
         self._wall = wall
         self._expires_s = expires_s
@@ -177,6 +191,10 @@ class Resumes:
         call.tickets = Tickets(call, head, envelopes.seal, self._wall, self._expires_s)
         if chain is not None:
             _restore(call, chain, bundle_digest)
+            if call.deadline is not None:
+                late = CallError(Outcome.DEADLINE_EXCEEDED, "the deadline that the call began with has passed")
+                left_s = max(call.deadline - self._clock(), 0.0)
+                call.tickets.timer = asyncio.get_running_loop().call_later(left_s, call.fail, late)
 
     # ---- a call that goes on
 

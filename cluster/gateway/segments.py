@@ -150,6 +150,8 @@ def decode(body: bytes) -> tuple[int, int, bytes, list[Choice], Mapping[str, Any
         more = json.loads(body[at:]) if at < len(body) else {}
     except (struct.error, IndexError, ValueError) as error:
         raise BadSegment(f"holds no segment of this release: {error}") from None
+    if not isinstance(more, dict):
+        raise BadSegment("holds no segment of this release")
     return number, expires_s, before, choices, more
 
 

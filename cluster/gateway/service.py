@@ -172,6 +172,8 @@ class CallService:
         finally:
             if call is not None:
                 self._open.pop(call.id, None)
+                if call.tickets is not None and call.tickets.timer is not None:
+                    call.tickets.timer.cancel()
                 self.dispatcher.leave(call)
                 if self.dispatcher.accounting is not None:
                     self.dispatcher.accounting.ended(call, outcome)

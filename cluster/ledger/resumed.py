@@ -21,7 +21,7 @@ class Resumed:
             connection.execute(delete(resumed).where(resumed.c.name == name, resumed.c.expires_at_s < now_s))
             row = {"name": name, "expires_at_s": expires_at_s}
             statement = insert_or(connection, resumed).values(row).on_conflict_do_nothing(index_elements=["name"])
-            return bool(connection.execute(statement).rowcount == 1)
+            return connection.execute(statement.returning(resumed.c.name)).first() is not None
 
     def expire(self, now_s: float) -> int:
         """Remove what no token names any longer; how many."""
