@@ -188,7 +188,7 @@ class Accounting:
             opened_at_s=self._wall() - (now - call.arrived),
             adapter=output.request.adapter,
             segment=output.index,
-            prompt_tokens=0 if output.index else len(output.request.prompt_token_ids),
+            prompt_tokens=0 if output.index or call.continues else len(output.request.prompt_token_ids),
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
         )
@@ -200,13 +200,13 @@ class Accounting:
             account = output.account
             if account is None or account.end is not None:
                 continue
-            account.admitted = account.admitted or output.admitted or bool(output.emitted)
+            account.admitted = account.admitted or output.admitted or len(output.emitted) > output.restored
             if account.continued:
                 account.cached_tokens = output.cached_tokens
             account.end = {
                 "outcome": outcome.value,
-                "completion_tokens": output.delivered,
-                "generated_tokens": len(output.emitted),
+                "completion_tokens": max(output.delivered - output.restored, 0),
+                "generated_tokens": len(output.emitted) - output.restored,
                 "ttft_s": None if call.first_token_at is None else max(call.first_token_at - call.arrived, 0.0),
                 "duration_s": max(now - call.arrived, 0.0),
             }

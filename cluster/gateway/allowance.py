@@ -87,9 +87,8 @@ class Allowances:
         """It ended: what the engine has counted of it stays counted, the rest is given back. Once."""
         if self._held.pop(call.id, None) is None:
             return
-        call.count()
-        prompt = call.usage.prompt_tokens if call.prompt_computed else 0
-        settling = self._limits.settle(call.id, prompt, call.usage.completion_tokens)
+        prompt = call.usage.prompt_tokens if call.prompt_computed and not call.continues else 0
+        settling = self._limits.settle(call.id, prompt, call.new_tokens)
         await (settling if self._limits.at_once else asyncio.shield(self._spawn(settling)))
 
     async def watch(self) -> None:
@@ -129,7 +128,7 @@ class Allowances:
 
     def _is_due(self, held: _Held) -> bool:
         """Whether it needs more now; one that gains over half a quantum in a look must have it a look ahead."""
-        tokens = sum(len(output.emitted) for output in held.call.sequences)
+        tokens = held.call.new_tokens
         gained, held.seen = tokens - held.seen, tokens
         return tokens + max(gained - QUANTUM_TOKENS // 2, 0) >= held.due
 

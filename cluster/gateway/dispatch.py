@@ -85,6 +85,11 @@ class Dispatcher:
         self._refuse_hopeless(model)
         starts_in_s = 0.0 if call.deadline is None else self.turns.starts_in_s(call)
         for output in call.sequences:
+            if output.finish_reason:
+                continue
+            if output.emitted:  # at another gateway, where it had its turn
+                self._returning.add(output, self._clock())
+                continue
             self._arrived[model.name] += 1
             self._arrived_tokens[model.name] += len(output.request.prompt_token_ids)
             admission = self._room.admit(self.turns.waiting(output), self._clock(), starts_in_s)

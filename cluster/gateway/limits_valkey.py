@@ -173,6 +173,17 @@ class ValkeyLimits:
         """As the port says: the store knows; the mirror serves while that is away."""
         self._mirror.spent(today, month, epoch_s)
 
+    async def first(self, name: str, expires_s: float) -> bool | None:
+        """Whether no gateway has said this name before, for as many seconds; None while the store is away."""
+        if self.degraded:
+            return None
+        try:
+            key = f"{PREFIX}first:{name}"
+            return bool(await self._redis.set(key, self._gateway, nx=True, px=max(int(expires_s * 1000), 1)))
+        except AWAY as error:
+            self._away(error)
+            return None
+
     def sweep(self) -> None:
         """As the port says."""
         self._mirror.sweep(time.monotonic())

@@ -20,6 +20,7 @@ from cluster.tenancy.order import Waiting
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Account
     from cluster.gateway.call import Call
+    from cluster.gateway.segments import Begun
 
 _FINISH_WORDS = {
     FinishReason.STOP: "stop",
@@ -73,6 +74,7 @@ class Output:
         "ran",
         "replayed",
         "request",
+        "restored",
         "resumes",
         "resuming",
         "shuns",
@@ -102,6 +104,8 @@ class Output:
         """Incarnations of workers whose engine could not go on with it."""
         self.likeness: Likeness | None = None
         """What the worker was like that gave its first token; only such another can go on with it."""
+        self.restored = 0
+        """Tokens that another gateway has told before this one."""
         self.resumes = 0
         """How often it was to go on elsewhere after its first token."""
         self.resuming = ""
@@ -139,6 +143,20 @@ class Output:
     def tokens(self) -> int:
         """What an engine has to compute before its next token."""
         return len(self.request.prompt_token_ids) + len(self.emitted)
+
+    def restore(self, begun: Begun) -> None:
+        """Stand where another gateway has left it. Raises ValueError when those tokens have not so much text."""
+        ids = begun.token_ids
+        self.detokenizer.restore(ids, begun.chars)
+        if self._logprob_texts is not None:
+            self._logprob_texts.restore(ids)
+        self.restored, self.likeness, self.heard_at = len(ids), begun.likeness, self.call.arrived
+        self._told, self._told_finish = bool(ids), bool(begun.finish_reason)
+        self.finish_reason = begun.finish_reason
+        if not self.finish_reason and len(ids) >= self.request.sampling.max_tokens:
+            self.finish_reason = "length"  # its last token was told, its end was not
+        elif ids and not self.finish_reason:
+            self.resumes, self.resuming = 1, "gateway"
 
     def submission(self) -> EngineRequest:
         """The request as the next worker is to have it."""
@@ -334,6 +352,11 @@ class Output:
     def delivered(self) -> int:
         """Tokens whose text has been taken; one whose text is taken in part counts."""
         return len(self.emitted) if self._told_finish else len(self.emitted) - self.detokenizer.untaken_tokens()
+
+    @property
+    def shown(self) -> int:
+        """Tokens of which the caller has seen something: text, or a log probability."""
+        return self.delivered if self._logprob_texts is None else len(self.emitted)
 
     @property
     def told(self) -> bool:

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from cluster import __version__, rpc
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import ModelState
-from cluster.config import Config
+from cluster.config import Config, cache_dir
 from cluster.gateway.admin import CatalogAdmin, FleetAdmin, NoLedger
 from cluster.gateway.admin_door import AdminDoor
 from cluster.gateway.allowance import Allowances
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.limits_valkey import ValkeyLimits
+    from cluster.gateway.resumes import Resumes
     from cluster.gateway.sibling_aborts import SiblingAborts
     from cluster.gateway.tenants import TenantDoor
     from cluster.ledger.records import UsageRecord
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway")
 
 ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
+LAST_WORD_S = 0.5
+"""What a call gets that still runs when the time to drain is over, to tell its client so."""
 
 
 class Gateway:
@@ -103,6 +106,7 @@ class Gateway:
             guards=self.guards,
             max_attempts=resume.max_attempts,
         )
+        self.service.resumes = self._resumes()
         self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
@@ -117,6 +121,23 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
         self._lag = self.metrics.histogram("event_loop_lag_seconds")
         self._states: set[asyncio.Task[None]] = set()
+
+    def _resumes(self) -> Resumes:
+        """Streams that go on after a gateway's end. Without `auth` the secret and what is taken rest in the cache
+        folder, which the gateways of one host share."""
+        from cluster.gateway.resumes import Resumes
+        from cluster.gateway.takers import FileTakers, LedgerTakers, StoreTakers, Takers
+
+        tenants, shared = self.tenants, self._shared_limits
+        takers: Takers
+        if tenants is not None:
+            takers = LedgerTakers(tenants.ledger.resumed.take)
+        else:
+            takers = FileTakers(cache_dir() / "resumed.db")
+        if shared is not None:
+            takers = StoreTakers(shared.first, takers)
+        secrets = _own_secrets if tenants is None else lambda: tenants.secrets
+        return Resumes(secrets, takers, self.config.gateway.resume.token_expires_s)
 
     async def start(self) -> None:
         """Bind every listener. Raises RuntimeError when an address cannot be had."""
@@ -255,8 +276,11 @@ class Gateway:
         """No new calls; those under way get `drain_s` seconds; then everything is closed."""
         self.service.close("stopping")
         await self._health.enter_graceful_shutdown()
-        clients = [] if self._clients is None else [self._clients.stop(drain_s)]
-        await asyncio.gather(self.http.stop(drain_s), *clients)
+        ends = asyncio.get_running_loop().call_later(drain_s, self.service.end_all)
+        grace_s = drain_s + LAST_WORD_S
+        clients = [] if self._clients is None else [self._clients.stop(grace_s)]
+        await asyncio.gather(self.http.stop(grace_s), *clients)
+        ends.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -372,6 +396,16 @@ def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:
     from cluster.gateway.limits_valkey import ValkeyLimits
 
     return ValkeyLimits(config.store.limits_url, gateway)
+
+
+def _own_secrets() -> Sequence[bytes]:
+    """Those of a cluster without `auth`, made where they are missing."""
+    from cluster.ledger.files import make_secret, read_secrets
+
+    path = cache_dir() / "cluster-secret"
+    if not path.exists():
+        make_secret(path)
+    return read_secrets(path, "auth.cluster_secret_file")
 
 
 def _turn_tokens(model: KnownModel) -> float:

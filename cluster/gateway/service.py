@@ -30,6 +30,7 @@ from cluster.tenancy.identity import Principal
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
     from cluster.gateway.prompt_log import PromptLog
+    from cluster.gateway.resumes import Resumes
 
 log = structlog.get_logger("calls")
 
@@ -84,6 +85,8 @@ class CallService:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.clock = clock
+        self.resumes: Resumes | None = None
+        """Set before the first call, where streams can be resumed."""
         self.on_close: set[Callable[[], None]] = set()
         self._open: dict[str, Call] = {}
         self._closing = ""
@@ -96,6 +99,17 @@ class CallService:
         for call in list(self._open.values()):
             counts[call.model] = counts.get(call.model, 0) + 1
         return counts
+
+    def _resuming(self) -> Resumes:
+        if self.resumes is None:
+            raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway resumes no streams: begin anew")
+        return self.resumes
+
+    def end_all(self) -> None:
+        """What still runs ends here; where it is resumable it goes on elsewhere."""
+        for call in list(self._open.values()):
+            told = f"this gateway is {self._closing}; resume or repeat the call at another"
+            call.fail(CallError(Outcome.NO_WORKER, told, retry_after_s=0.1))
 
     def close(self, why: str) -> None:
         """Take no new call; sessions are told, so that they end with their last call."""
@@ -126,10 +140,15 @@ class CallService:
         try:
             if self._closing:
                 raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
+            chain = None
+            if wish.resume is not None:
+                chain = await self._resuming().read(wish, meta.principal)
+                model_name = chain.whole.model
+                meta = replace(meta, deadline=self._resuming().deadline(chain, meta.deadline))
             wishes.check_options(wish.options)
             if wish.metadata:
                 wishes.check_metadata(wish.metadata)
-            model = self.directory.resolve(wish.model, meta.principal)
+            model = self.directory.resolve(wish.model if chain is None else chain.whole.model, meta.principal)
             model_name = model.name
             text = await self.directory.text(model)
             if meta.principal.tenant.guards:
@@ -139,10 +158,14 @@ class CallService:
             if (fallen := self.door.standing(meta.tenant)) is not None:  # since it has come
                 raise fallen
             call = self._call(wish, meta, model, text, prompt_ids, arrived, guards)
+            if wish.resumable and self.resumes is not None:
+                self.resumes.begin(call, wish, meta, model.bundle_digest, chain)
             self._open[call.id] = call
             await self._allowances.admit(call)
             if call.error is not None:  # its tenant has fallen while its limits were asked
                 raise call.error
+            if chain is not None:
+                await self._resuming().take(chain)
             self.dispatcher.enter(call, model)
             yield call
         except CallError as error:
@@ -159,6 +182,8 @@ class CallService:
         finally:
             if call is not None:
                 self._open.pop(call.id, None)
+                if call.tickets is not None and call.tickets.timer is not None:
+                    call.tickets.timer.cancel()
                 self.dispatcher.leave(call)
                 if self.dispatcher.accounting is not None:
                     self.dispatcher.accounting.ended(call, outcome)
@@ -250,9 +275,10 @@ class CallService:
         metrics.histogram("request_duration_seconds", model).observe(self.clock() - arrived)
         metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
         metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
-        metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
+        if not call.continues:
+            metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
-        metrics.count("generation_tokens_total", model, meta.tenant, by=usage.completion_tokens)
+        metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)
 
     def _end_fallen(self) -> None:
         """Calls of tenants that may no longer call end now, wherever they are."""

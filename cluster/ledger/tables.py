@@ -130,6 +130,13 @@ budget_notices = Table(
     Column("delivered_at", Float(53)),
 )
 
+resumed = Table(
+    "resumed",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("expires_at_s", Float(53), nullable=False, index=True),
+)
+
 change_sequence = Table(
     "change_sequence",
     metadata,

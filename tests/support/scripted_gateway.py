@@ -123,6 +123,11 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             choice = pb.CompleteChoice(text=word, finish_reason="length" if last else "")
             yield pb.CompleteChunk(id="cmpl-1", model="tiny", choices=[choice], usage=self._usage() if last else None)
 
+    def Resume(self, request: pb.ResumeRequest, context: Any) -> Iterator[pb.ResumeChunk]:
+        """As a gateway of a release before resumption answers."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        raise AssertionError("abort raises")
+
     def Session(self, request_iterator: object, context: Any) -> Iterator[pb.SessionEvents]:
         """As a gateway of a release before sessions answers."""
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")

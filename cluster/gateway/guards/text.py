@@ -102,6 +102,10 @@ class GuardedText:
         self._taken = self._out
         return text
 
+    def restore(self, token_ids: Sequence[int], chars: int) -> None:
+        """What guards have held back, and whether they decided in time, is not in what was delivered."""
+        raise ValueError("its tenant's guards hold its text")
+
     def _mark(self, ends: bool) -> None:
         """Note what the last token has brought. One that ends the text has brought what is there, if anything."""
         token = len(self.token_ids) - 1
@@ -146,3 +150,7 @@ class GuardedLogprobs:
             may, position = self._told.popleft(), self._waiting.popleft()
             out += position if may else ()
         return out
+
+    def restore(self, token_ids: Sequence[int]) -> None:
+        """As of the text."""
+        raise ValueError("its tenant's guards hold its text")
