@@ -95,7 +95,7 @@ async def _mass(field: Field) -> list[Figure]:
     kinds = list(outcome.differences.values())
     note = f"{told['points']} faults in {told['seconds']:.0f} s, {len(outcome.calls)} calls, {told['resumes']} resumes"
     return [
-        exact(EXACT, 1 - len(kinds) / len(outcome.calls), _ALL, "share", note),
+        exact(EXACT, (len(outcome.calls) - len(kinds)) / (len(outcome.calls) + outcome.stuck), _ALL, "share", note),
         exact(DUPLICATES, kinds.count("duplicate"), _NONE, "calls"),
         exact(GAPS, kinds.count("gap"), _NONE, "calls"),
     ]
