@@ -107,6 +107,8 @@ class Hub(pb_grpc.LinkServicer):
         self._links: dict[str, WorkerLink] = {}
         self._controller: _Controller | None = None
         self._bundles: dict[str, asyncio.Future[Bundle]] = {}
+        self._asked: dict[str, WorkerLink | None] = {}
+        """Who was asked for a bundle that has not come, None for the controller."""
         self._waking = Waking(2 * self._timing.hang_s / TICKS, time.monotonic())
         self.catalog_at: float | None = None
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
@@ -224,6 +226,7 @@ class Hub(pb_grpc.LinkServicer):
         self._links[link.identity.worker_id] = link
         log.info("worker_up", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
         self._listener.joined(link)
+        self._ask_anew()
 
     def _detach(self, link: WorkerLink) -> None:
         if self._links.get(link.identity.worker_id) is not link:
@@ -233,6 +236,7 @@ class Hub(pb_grpc.LinkServicer):
         log.info("worker_down", worker=link.identity.worker_id, model=link.identity.model, reason=why)
         link.end(why)
         self._listener.left(link, why)
+        self._ask_anew()
 
     async def _write(self, link: WorkerLink, context: Any, protocol: int) -> None:
         await context.write(pb.GatewayTurn(welcome=self._welcome(protocol)))
@@ -333,12 +337,7 @@ class Hub(pb_grpc.LinkServicer):
         waiting = self._bundles.get(digest)
         if waiting is None or waiting.done():
             waiting = self._bundles[digest] = asyncio.get_running_loop().create_future()
-            holder = next((link for link in self.links if link.identity.bundle_digest == digest), None)
-            if holder is not None:
-                holder.box.fetch(digest)
-            elif self._controller is not None:
-                self._controller.fetch.put_nowait(digest)
-            else:
+            if not self._ask(digest):
                 del self._bundles[digest]
                 raise LookupError("no worker and no controller is linked to fetch it from")
         try:
@@ -348,6 +347,25 @@ class Hub(pb_grpc.LinkServicer):
         finally:
             if self._bundles.get(digest) is waiting:
                 del self._bundles[digest]
+                self._asked.pop(digest, None)
+
+    def _ask(self, digest: str) -> bool:
+        """Ask somebody who has it; False when nobody is there."""
+        holder = next((link for link in self.links if link.identity.bundle_digest == digest), None)
+        if holder is not None:
+            holder.box.fetch(digest)
+        elif self._controller is not None:
+            self._controller.fetch.put_nowait(digest)
+        else:
+            return False
+        self._asked[digest] = holder
+        return True
+
+    def _ask_anew(self) -> None:
+        """A worker has come or gone: what was asked of one that is gone is asked of another."""
+        for digest, asked in list(self._asked.items()):
+            if asked is not None and self._links.get(asked.identity.worker_id) is not asked:
+                self._ask(digest)
 
     # ---- controller
 

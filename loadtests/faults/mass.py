@@ -99,6 +99,8 @@ class Outcome:
     calls: list[Told] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
     """By request id, of those that differ from their undisturbed selves."""
+    stuck: int = 0
+    """Calls that had not ended a minute after the last fault."""
     seconds: float = 0.0
 
     def settings(self) -> dict[str, Any]:
@@ -118,6 +120,7 @@ class Outcome:
             "resumes": sum(resumed),
             "seconds": round(self.seconds, 1),
             "calls by kind": dict(Counter(told.ask.kind for told in self.calls)),
+            "stuck": self.stuck,
             "different": dict(Counter(self.differences.values())),
         }
 
@@ -160,7 +163,8 @@ class Mass:
             await self._inject(points)
         finally:
             self._over = True
-            await asyncio.wait(callers, timeout=END_S)
+            _, stuck = await asyncio.wait(callers, timeout=END_S)
+            self.outcome.stuck = len(stuck)
             for task in (*callers, *self._tasks):
                 task.cancel()
             await asyncio.gather(*callers, *self._tasks, return_exceptions=True)

@@ -29,7 +29,7 @@ WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
 BEGUN_CHUNKS = 12
 CALM = "calm"
 EPISODES = (KILL, STOP, KILL, CALM, LINK, STOP, KILL, STOP) * 3
-NOTICED_S, BACK_S = 8.0, 1.5
+NOTICED_S, BACK_S, BEGUN_S = 8.0, 1.5, 30.0
 BEFORE_S = 1.0
 
 
@@ -157,7 +157,14 @@ class Recovery:
         fresh: list[Told] = []
         beside = [asyncio.create_task(self._fresh(fresh, over)) for _ in range(FRESH // 2)]
         try:
-            await asyncio.wait_for(all_begun.wait(), 30)
+            done, _ = await asyncio.wait(
+                (*streams, waiting := asyncio.create_task(all_begun.wait())),
+                timeout=BEGUN_S, return_when=asyncio.FIRST_COMPLETED,
+            )  # fmt: skip
+            if waiting not in done:
+                errors = [(one.result().error, len(one.result().chunks)) for one in streams if one.done()]
+                waiting.cancel()
+                raise RuntimeError(f"recovery: {len(begun)} of {STREAMS} streams began; {errors}")
             await asyncio.sleep(BEFORE_S / 2 + self._rng.uniform(0, 0.1))
             crowd = await self._strike(kind, episode)
             told = await asyncio.gather(*streams)

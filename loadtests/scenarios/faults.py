@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from loadtests.faults import alarms, mass, overload, soak
+from loadtests.faults import alarms, engines, mass, overload, soak
 from loadtests.faults import recovery as recovering
 from loadtests.faults.ledger import Books, audit
 from loadtests.faults.mass import KILL, LINK, STOP
@@ -24,6 +24,10 @@ POINTS, ENGINE_POINTS = 1000, 40
 NOT_ASKED = "not asked for (--only)"
 EXACT = "calls under random faults that end with exactly the undisturbed answer"
 DUPLICATES, GAPS = "such calls that told something twice", "such calls with something missing"
+ENGINES = "calls on two real vLLM workers (float32, greedy, 240 tokens) that go on token-exact"
+ENGINES_MIXED = "the same, seeded, penalized, with stop strings or log probabilities"
+PEERS = "begun streams that finish at vllm-router and Ray Serve's proxy under the same faults"
+NO_PEERS = "not measured: this scenario does not yet kill the peers' engines"
 SILENCE = "silent gap, p99, against TTFT of a fresh call of that length + detection"
 CROWD = "the same, against a crowd of fresh calls that come at once"
 KILLED = "detection of a kill, at worst"
@@ -95,10 +99,31 @@ async def _mass(field: Field) -> list[Figure]:
     kinds = list(outcome.differences.values())
     note = f"{told['points']} faults in {told['seconds']:.0f} s, {len(outcome.calls)} calls, {told['resumes']} resumes"
     return [
-        exact(EXACT, 1 - len(kinds) / len(outcome.calls), _ALL, "share", note),
+        exact(EXACT, (len(outcome.calls) - len(kinds)) / (len(outcome.calls) + outcome.stuck), _ALL, "share", note),
         exact(DUPLICATES, kinds.count("duplicate"), _NONE, "calls"),
         exact(GAPS, kinds.count("gap"), _NONE, "calls"),
     ]
+
+
+async def _engines(field: Field) -> list[Figure]:
+    stage, options = field.stage, field.stage.options
+    model, bundle = await serving.prepare(stage.children, "llama", stage.folder)
+    async with engines.running(stage.children, stage.folder, model, bundle) as running:
+        proof = await engines.prove(running, min(options.points or ENGINE_POINTS, ENGINE_POINTS), options.seed)
+        field.books += await audit(running.fleet.ledger, proof.calls)
+    stage.report.settings["engines"] = {
+        "points": dict(proof.points), "calls": len(proof.calls), "different": proof.differences,
+        "engine": dict(engines.ENGINE), "streams": engines.STREAMS,
+    }  # fmt: skip
+    mixture = ", ".join(f"{count} x {kind}" for kind, count in proof.points.items())
+    out = []
+    for name, kinds, bound in ((ENGINES, ("greedy",), _ALL), (ENGINES_MIXED, engines.OTHERS, None)):
+        good, hit = proof.exact(*kinds)
+        note = f"{good} of {hit} calls that lost a worker; {mixture}"
+        out.append(at_worst(name, good / hit, None, "share", note) if hit else missing(name, bound, "no call was hit"))
+        if hit and bound is not None:
+            out[-1] = exact(name, good / hit, bound, "share", note)
+    return [*out, missing(PEERS, None, NO_PEERS)]
 
 
 async def _recovery(field: Field) -> list[Figure]:
@@ -235,6 +260,7 @@ async def _soak(field: Field) -> list[Figure]:
 Part = Callable[[Field], Awaitable[list[Figure]]]
 PARTS: Mapping[str, tuple[Part, Mapping[str, Bound | None]]] = {
     "mass": (_mass, {EXACT: _ALL, DUPLICATES: _NONE, GAPS: _NONE}),
+    "engines": (_engines, {ENGINES: _ALL, ENGINES_MIXED: None, PEERS: None}),
     "recovery": (
         _recovery,
         {SILENCE: _SILENCE, CROWD: None, KILLED: _KILLED, HUNG: _HUNG, STUCK: _HUNG, SURVIVORS: _SURVIVORS},

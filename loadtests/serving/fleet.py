@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -136,12 +136,11 @@ class Fleet:
     """All of it, running."""
 
     gateway: Child
-    brood: Child
     endpoints: Mapping[str, str]
     keys: Mapping[str, str]
     """By priority class, "" for the default."""
     ledger: Path
-    workers: Sequence[SimWorker]
+    workers: list[SimWorker]
     news: News
     model: str = MODEL
 
@@ -164,10 +163,44 @@ class Fleet:
         """Of the gateway itself, not its guard."""
         return next(process.pid for process in self.gateway.commands())
 
+    def relay(self) -> AbstractAsyncContextManager[Cuttable]:
+        """Between one worker and the gateway's link port."""
+        return cuttable(self.endpoints["link"])
+
+    async def is_up(self) -> bool:
+        """Whether every worker has its link."""
+        return await self.all_up(LOOK_S)
+
     async def all_up(self, timeout_s: float = UP_S) -> bool:
         """Wait until every worker has its link."""
         ids = {worker.id for worker in self.workers}
         return await self.news.until(lambda: self.news.up >= ids, timeout_s)
+
+
+async def begun_gateway(
+    stack: AsyncExitStack,
+    children: Children,
+    home: Path,
+    *,
+    gateway: Mapping[str, object] | None = None,
+    witness: tuple[str, ...] = (),
+    classes: Sequence[str] = (),
+) -> Fleet:
+    """A gateway that serves, with its log followed, and no workers yet. Raises DidNotStart."""
+    keys = await tenants.make_keys(home / "tenants", ("", *classes))
+    text = configuration(MODEL, home / "tenants", log_level="info", more=gateway)
+    child = exec_gateway(children, home, "gateway", text, witness)
+    ready = home / "gateway" / READY_FILE
+
+    async def there() -> bool:
+        return ready.exists()
+
+    stack.push_async_callback(child.stop)
+    await child.until(there, "it serves", READY_S)
+    news = News(child.log)
+    following = asyncio.create_task(news.follow())
+    stack.callback(following.cancel)
+    return Fleet(child, json.loads(ready.read_text())["endpoints"], keys, home / "tenants" / "ledger.db", [], news)
 
 
 @asynccontextmanager
@@ -180,43 +213,24 @@ async def running(
     name: str = "fleet",
     gateway: Mapping[str, object] | None = None,
     witness: tuple[str, ...] = (),
-    restart_s: float = 0.2,
     classes: Sequence[str] = (),
 ) -> AsyncIterator[Fleet]:
     """A worker for each of `sources`; `gateway` more keys of its section; the processes end with the context. Raises
     DidNotStart."""
     home = folder / name
-    keys = await tenants.make_keys(home / "tenants", ("", *classes))
-    text = configuration(MODEL, home / "tenants", log_level="info", more=gateway)
-    child = exec_gateway(children, home, "gateway", text, witness)
-    ready = home / "gateway" / READY_FILE
-
-    async def there() -> bool:
-        return ready.exists()
-
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(child.stop)
-        await child.until(there, "it serves", READY_S)
-        endpoints = json.loads(ready.read_text())["endpoints"]
-        relays = [await stack.enter_async_context(cuttable(endpoints["link"])) for _ in sources]
+        fleet = await begun_gateway(stack, children, home, gateway=gateway, witness=witness, classes=classes)
         shared = ["--name", MODEL, "--bundle", str(bundle), "--redial-max-s", str(REDIAL_MAX_S)]
         lines = []
-        for i, (relay, source) in enumerate(zip(relays, sources, strict=True)):
-            own = ["--id", f"w{i}", "--link", relay.address, "--source", source, "--ready", str(home / f"{i}.ready")]
-            lines.append(shared + own)
+        for i, source in enumerate(sources):
+            worker = SimWorker(f"w{i}", await stack.enter_async_context(fleet.relay()), home / f"{i}.pid")
+            fleet.workers.append(worker)
+            own = ["--id", worker.id, "--link", worker.relay.address, "--source", source]
+            lines.append([*shared, *own, "--ready", str(home / f"{i}.ready")])
         (home / "workers.json").write_text(json.dumps(lines))
         command = [sys.executable, "-m", "loadtests.serving.brood", "--folder", str(home)]
-        command += ["--workers", str(home / "workers.json"), "--restart-s", str(restart_s)]
+        command += ["--workers", str(home / "workers.json")]
         brood = children.start(f"{name}-workers", "worker replica", command)
         stack.push_async_callback(brood.stop)
-        news = News(child.log)
-        following = asyncio.create_task(news.follow())
-        stack.callback(following.cancel)
-        workers = [SimWorker(f"w{i}", relay, home / f"{i}.pid") for i, relay in enumerate(relays)]
-        fleet = Fleet(child, brood, endpoints, keys, home / "tenants" / "ledger.db", workers, news)
-        await brood.until(lambda: _up(fleet), "every worker has its link", UP_S)
+        await brood.until(fleet.is_up, "every worker has its link", UP_S)
         yield fleet
-
-
-async def _up(fleet: Fleet) -> bool:
-    return await fleet.all_up(LOOK_S)

@@ -137,6 +137,30 @@ async def test_silent_worker_is_noticed(tmp_path: Path, checkpoint: Path, bundle
         assert answer.usage.completion_tokens == 3, "slow steps are no silence: beats come from their own thread"
 
 
+async def test_a_bundle_is_asked_of_another_when_its_holder_goes(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """A worker that is lost before it has sent its tokenizer costs calls no wait until the fetch's time is up."""
+    async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
+        call = pb_grpc.LinkStub(channel).Turn()
+        await call.write(
+            pb.WorkerTurn(
+                hello=pb.Hello(
+                    protocol_min=1, protocol_max=1, worker_id="a", incarnation="1", epoch=1, model="sim",
+                    bundle_digest=bundle.digest,
+                )
+            )
+        )  # fmt: skip
+        asked = asyncio.ensure_future(cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True)))
+        while not (await asyncio.wait_for(read(call), 5)).HasField("fetch_bundle"):
+            pass
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, wait=False)
+        await until(lambda: len(cluster.gateway.hub.links) == 2, "the second worker has dialed in")
+        call.cancel()
+        answer = await asyncio.wait_for(asked, 10)
+        assert answer.usage.completion_tokens == 3
+
+
 async def test_dead_engine_ends_the_workers_run(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """When the engine dies the worker closes its links and says so, so that its process can end."""
     engine = sim_engine(checkpoint, decode_ms=1)
