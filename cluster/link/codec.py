@@ -125,7 +125,9 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
 
 
 def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRequest:
-    """The inverse of submit_to_pb, under the engine's own request id."""
+    """The inverse of submit_to_pb, under the engine's own request id. Raises ValueError for what no gateway sends."""
+    if m.priority < 0:
+        raise ValueError(f"priority {m.priority} is no rank")
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=unpack_ids(prompt_ids),

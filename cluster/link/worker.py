@@ -404,37 +404,42 @@ class WorkerEnd:
             await call.write(await link.outbox.take())
 
     async def _read(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.WorkerTurn, pb.GatewayTurn]) -> None:
-        while True:
-            message = await read(call)
-            if message is None:
-                return
-            if message.grant_ack:
-                self._granter.acked(link.turn, message.grant_ack)
-                if message.grant_ack >= link.grant_id:
-                    link.unacked_since = None
-                else:
-                    link.unacked_since = time.monotonic()
-            if message.usage_acks:
-                self._usage.acked(message.usage_acks)
-            if message.HasField("backlog"):
-                self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting)
-                self._served.relay(link.number, message.backlog)
-            for submit in message.submits:
-                await self._take(link, submit)
-            if message.aborts:
-                await self._abort(link, message.aborts)
-            if message.HasField("fetch_bundle"):
-                self._spawn(link, self._send_bundle(link, message.fetch_bundle.digest))
-            for command in message.commands:
-                self._command(command)
-            link.outbox.acked_seq = message.seq
-            if message.grant_ack or message.HasField("backlog"):
-                self._regrant()
+        while (message := await read(call)) is not None:
+            try:
+                await self._apply(link, message)
+            except (ValueError, LookupError) as error:  # the gateway's fault, and only its link's end
+                raise LinkEnded(f"the gateway sent what cannot be applied: {error}") from error
+
+    async def _apply(self, link: _Link, message: pb.GatewayTurn) -> None:
+        if message.grant_ack:
+            self._granter.acked(link.turn, message.grant_ack)
+            if message.grant_ack >= link.grant_id:
+                link.unacked_since = None
+            else:
+                link.unacked_since = time.monotonic()
+        if message.usage_acks:
+            self._usage.acked(message.usage_acks)
+        if message.HasField("backlog"):
+            self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting)
+            self._served.relay(link.number, message.backlog)
+        for submit in message.submits:
+            await self._take(link, submit)
+        if message.aborts:
+            await self._abort(link, message.aborts)
+        if message.HasField("fetch_bundle"):
+            self._spawn(link, self._send_bundle(link, message.fetch_bundle.digest))
+        for command in message.commands:
+            self._command(command)
+        link.outbox.acked_seq = message.seq
+        if message.grant_ack or message.HasField("backlog"):
+            self._regrant()
 
     # ---- commands
 
     async def _take(self, link: _Link, submit: pb.Submit) -> None:
         """Small requests go straight in; long prompts and grammars take their time beside the reader."""
+        if submit.slot in link.requests:
+            raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
         if submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES or submit.sampling.HasField("grammar"):
             self._spawn(link, self._submit(link, submit))
         else:
@@ -448,7 +453,12 @@ class WorkerEnd:
         ids = submit.prompt_ids
         if submit.prompt_blob:
             ids = await link.prompts.take(submit.prompt_blob)
-        request = codec.submit_from_pb(submit, request_id, ids)
+        try:
+            request = codec.submit_from_pb(submit, request_id, ids)
+        except ValueError as error:
+            self._granter.spent(link.turn, 0)
+            self._unacceptable(link, slot, str(error))
+            return
         prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
         tokens = prompt + emitted
         self._granter.spent(link.turn, tokens)
@@ -476,6 +486,14 @@ class WorkerEnd:
         if slot in link.aborted:  # the abort overtook a slow submit
             link.aborted.discard(slot)
             await self._abort(link, [slot])
+
+    @staticmethod
+    def _unacceptable(link: _Link, slot: int, why: str) -> None:
+        """A Submit that is none: its sender's fault, and no other call's."""
+        link.requests.pop(slot, None)
+        link.submitting.discard(slot)
+        link.aborted.discard(slot)
+        link.outbox.refused(slot, Outcome.INTERNAL.name, f"the gateway's Submit cannot be read: {why}", "")
 
     async def _abort(self, link: _Link, slots: Sequence[int]) -> None:
         doomed = []
