@@ -17,7 +17,17 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.api.types import ModelSpec
 from cluster.config_gateway import Address, Gateway, Section, Tls, is_loopback
-from cluster.config_tenants import CLASSES, Auth, Class, Cost, Store, Tenant, TenantDefaults, check_together
+from cluster.config_tenants import (
+    CLASSES,
+    Auth,
+    BudgetWebhook,
+    Class,
+    Cost,
+    Store,
+    Tenant,
+    TenantDefaults,
+    check_together,
+)
 from cluster.tenancy.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"
@@ -28,7 +38,6 @@ NOT_YET_MODEL = {
     "canary": "canary releases",
     "adapters": "adapters",
     "fallback": "fallback models",
-    "digest": "pinned weights",
 }
 
 # Engine arguments that Headrace sets itself, with the reason a user is told.
@@ -114,6 +123,7 @@ class Observe(Section):
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     max_tenant_series: Annotated[int, Field(ge=0, le=100_000)] = 500
+    budget_webhook: BudgetWebhook | None = None
 
 
 class Replicas(Section):
@@ -140,6 +150,7 @@ class Model(Section):
     source: Annotated[str, Field(min_length=1)]
     version: str = "v1"
     revision: str = ""
+    digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
@@ -186,6 +197,7 @@ class Model(Section):
             allow_cross_node_tensor_parallel=self.allow_cross_node_tensor_parallel,
             trust_remote_code=self.trust_remote_code,
             load_format=self.load_format,
+            digest=self.digest,
         )
 
 
@@ -218,6 +230,8 @@ class Config(Section):
     def _who_may_call(self) -> Config:
         check_together(self.auth, self.classes, self.tenant_defaults, self.tenants)
         gateway, auth = self.gateway, self.auth
+        if self.observe.budget_webhook is not None and auth is None:
+            raise ValueError("observe.budget_webhook: without auth there are no tenants and no budgets: set auth")
         for listener in ("grpc", "http", "admin"):
             address = getattr(gateway.listen, listener)
             lacks = " and ".join(

@@ -106,6 +106,7 @@ class RetentionDays(Section):
 
     usage: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
     audit: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 400
+    prompts: Annotated[int, Field(ge=1, le=MAX_DAYS)] = 30
 
 
 class Store(Section):
@@ -164,6 +165,34 @@ class Cost(Section):
         return value
 
 
+class BudgetWebhook(Section):
+    """Who is told, once in each day or month, that a tenant's token budget has been used to a threshold (a part of it).
+    Each request is signed with the secret, so that a receiver can tell it from others'."""
+
+    url: str
+    secret_file: Path
+    thresholds: tuple[Annotated[float, Field(gt=0, le=10)], ...] = (0.8, 1.0)
+
+    @field_validator("url")
+    @classmethod
+    def _over_tls(cls, value: str) -> str:
+        parts = _url(value)
+        if not parts.hostname or parts.scheme not in ("https", "http"):
+            raise ValueError(f"{value!r} is no URL of a web server: write https://…")
+        if parts.username or parts.password:
+            raise ValueError("holds a name or password: take it out; the signature says who asks")
+        if parts.scheme == "http" and not _is_this_host(parts.hostname):
+            raise ValueError(f"{value!r}: names of tenants travel over https (http only on this host)")
+        return value
+
+    @field_validator("thresholds")
+    @classmethod
+    def _some(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or len(set(value)) != len(value) or len(value) > 10:
+            raise ValueError("must be one to ten different parts of a budget, e.g. [0.8, 1.0]")
+        return value
+
+
 class Class(Section):
     """A priority class. Lower ranks are served first; under overload the highest rank is shed first."""
 
@@ -213,20 +242,20 @@ class Guard(Section):
 
     builtin: str = ""
     address: str = ""
+    ca_file: str = ""
     on: Literal["input", "output"] = "input"
     action: Literal["refuse", "redact", "flag"] = "refuse"
     patterns_file: str = ""
-    patterns: tuple[str, ...] = ()
+    patterns: Mapping[str, str] = Field(default_factory=dict)
     max_characters: int | None = None
+    max_messages: int | None = None
     fail: Literal["closed", "open"] = "closed"
     timeout_s: float = 1.0
 
     @model_validator(mode="before")
     @classmethod
     def _on_is_a_word(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and True in value:  # YAML 1.1 reads the bare word `on` as true
-            return {"on" if key is True else key: item for key, item in value.items()}
-        return value
+        return on_is_a_word(value)
 
     @model_validator(mode="after")
     def _possible(self) -> Guard:
@@ -248,6 +277,7 @@ class _TenantFields(Section):
     max_context_tokens: int | None = None
     max_output_tokens: int | None = None
     on_budget: Literal["finish", "stop"] = "finish"
+    guards: tuple[Guard, ...] = ()
     retention: TenantRetention = TenantRetention()
 
     @field_validator("weight", "models", "max_context_tokens", "max_output_tokens")
@@ -280,7 +310,6 @@ class Tenant(_TenantFields):
 
     name: str
     cache_group: str = ""
-    guards: tuple[Guard, ...] = ()
     log_prompts: bool = False
     labels: Mapping[str, str] = Field(default_factory=dict)
     suspended: bool = False
@@ -308,6 +337,13 @@ class Tenant(_TenantFields):
         return defaults.policy(self.name, own)
 
 
+def on_is_a_word(value: Any) -> Any:
+    """What YAML has read of guards, with the key `on` where YAML 1.1 has read the bare word as true."""
+    if isinstance(value, Mapping):
+        return {"on" if key is True else key: on_is_a_word(item) for key, item in value.items()}
+    return [on_is_a_word(item) for item in value] if isinstance(value, list) else value
+
+
 def _plain(section: Section, *, only_set: bool = False) -> dict[str, Any]:
     return section.model_dump(by_alias=True, exclude_unset=only_set, mode="json")
 
@@ -326,6 +362,8 @@ def check_together(
     _once("tenants", [one.name for one in tenants])
     for at, tenant in enumerate(tenants):
         _known_class(f"tenants[{at}]", tenant.policy(defaults).priority_class, names)
+    if defaults.guards and auth is None:
+        raise ValueError("tenant_defaults.guards: without auth there are no tenants to guard: set auth, or remove them")
     if tenants and auth is None:
         raise ValueError("tenants: without auth nobody can be told apart: set auth, or remove the section")
 

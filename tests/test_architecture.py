@@ -111,7 +111,7 @@ ALL = [found for name, file in MODULES.items() for found in imports_of(file.read
 def package(module: str) -> str:
     """The package of the table that a module of ours belongs to; empty for `cluster` itself."""
     parts = module.split(".")
-    if "_pb2" in module or parts[1:2] in (["v1"], ["admin"]) or parts[1:3] == ["link", "v1"]:
+    if "_pb2" in module or parts[1:2] in (["v1"], ["admin"], ["guard"]) or parts[1:3] == ["link", "v1"]:
         return "pb"
     return parts[1] if len(parts) > 1 else ""
 

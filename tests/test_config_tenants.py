@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from cluster.config_tenants import (
     CLASSES,
     Auth,
+    BudgetWebhook,
     Class,
     Cost,
     Store,
@@ -18,6 +20,7 @@ from cluster.config_tenants import (
     TenantDefaults,
     check_together,
 )
+from cluster.tenancy.patterns import Patterns
 from cluster.tenancy.policy import MAX_LIMIT, PolicyError, TenantLimits
 
 AUTH = Auth.model_validate({"cluster_secret_file": "/s", "api_keys": {"pepper_file": "/p"}})
@@ -82,6 +85,26 @@ def test_the_vocabularys_own_example() -> None:
     assert research.limits.requests_per_minute == 600
 
 
+def test_guards_of_the_defaults_and_of_a_tenant() -> None:
+    """A tenant would go without the guards that all have, or with both lists; without auth they would guard nobody."""
+    defaults = parse(TenantDefaults, "{guards: [{builtin: sizes, on: output, max_characters: 9}]}")
+    assert parse(Tenant, "{name: a}").policy(defaults).guards[0].on == "output"
+    own = parse(Tenant, "{name: a, guards: [{builtin: patterns, patterns: {m: 'x{1,3}'}}]}").policy(defaults)
+    assert [one.builtin for one in own.guards] == ["patterns"]
+    assert parse(Tenant, "{name: a, guards: []}").policy(defaults).guards == ()
+    with pytest.raises(ValueError, match=r"tenant_defaults\.guards: .*auth"):
+        check_together(None, CLASSES, defaults, [])
+
+
+def test_the_documents_example() -> None:
+    """docs/guards.md would show what a gateway refuses."""
+    text = (Path(__file__).parent.parent / "docs" / "guards.md").read_text()
+    tenants, patterns = (part.split("```")[0] for part in text.split("```yaml\n")[1:])
+    (acme,) = yaml.safe_load(tenants)["tenants"]
+    assert len(Tenant.model_validate(acme).policy(TenantDefaults()).guards) == 4
+    assert Patterns(yaml.safe_load(patterns)).longest == 140
+
+
 def test_null_takes_a_default_away() -> None:
     """A limit of null is no limit, although the defaults have one."""
     defaults = parse(TenantDefaults, "{limits: {requests_per_minute: 5}, max_output_tokens: 7}")
@@ -112,6 +135,14 @@ def test_null_takes_a_default_away() -> None:
         (Tenant, "{name: a, guards: [{builtin: magic}]}", "guards.0", "patterns or sizes"),
         (Tenant, "{name: a, guards: [{builtin: sizes}]}", "guards.0", "max_characters"),
         (Tenant, "{name: a, guards: [{builtin: sizes, max_characters: 5, timeout_s: 0}]}", "guards.0", "timeout_s"),
+        (TenantDefaults, "{guards: [{builtin: patterns, patterns: {mail: '.+@x'}}]}", "guards.0", "patterns.mail"),
+        (Tenant, "{name: a, guards: [{builtin: patterns, patterns: {m: '(?=a)b'}}]}", "guards.0", "RE2"),
+        (Tenant, "{name: a, guards: [{address: 'g:1', on: output}]}", "guards.0", "input only"),
+        (Tenant, "{name: a, guards: [{address: nowhere}]}", "guards.0", "host:port"),
+        (Tenant, "{name: a, guards: [{builtin: sizes, max_messages: 0}]}", "guards.0", "max_messages"),
+        (Tenant, "{name: a, guards: [{builtin: sizes, on: output, max_messages: 1}]}", "guards.0", "max_messages"),
+        (Tenant, "{name: a, guards: [{builtin: sizes, max_characters: 1, patterns: {m: a}}]}", "guards.0", "patterns"),
+        (Tenant, "{name: a, guards: [{builtin: patterns, patterns: {m: a}, patterns_file: x}]}", "guards.0", "either"),
         (Store, "{stale_after_s: 0}", "stale_after_s", "greater than 0"),
         (Store, "{stale_after_s: 1.0e+12}", "stale_after_s", "less than"),
         (Store, "{retention_days: {usage: 0}}", "retention_days.usage", "greater than or equal to 1"),
@@ -124,6 +155,12 @@ def test_null_takes_a_default_away() -> None:
         (Cost, "{currency: euro, gpu_hour: {}}", "currency", "ISO 4217"),
         (Cost, "{currency: EUR, gpu_hour: {H100: -1}}", "gpu_hour", "between 0"),
         (Cost, "{currency: EUR, gpu_hour: {H100: .inf}}", "gpu_hour", "between 0"),
+        (BudgetWebhook, "{url: 'http://example.com/', secret_file: /s}", "url", "https"),
+        (BudgetWebhook, "{url: 'https://me:pass@example.com/', secret_file: /s}", "url", "take it out"),
+        (BudgetWebhook, "{url: nowhere, secret_file: /s}", "url", "https://"),
+        (BudgetWebhook, "{url: 'https://example.com/'}", "secret_file", "required"),
+        (BudgetWebhook, "{url: 'https://example.com/', secret_file: /s, thresholds: []}", "thresholds", "one to ten"),
+        (BudgetWebhook, "{url: 'https://example.com/', secret_file: /s, thresholds: [0]}", "thresholds.0", "than 0"),
         (Class, "{name: A, rank: 0}", "name", "lower-case"),
         (Class, "{name: a, rank: -1}", "rank", "greater than or equal to 0"),
         (Auth, "{cluster_secret_file: /s}", "", "nobody could be let in"),

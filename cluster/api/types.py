@@ -198,11 +198,22 @@ class ModelSpec:
     allow_cross_node_tensor_parallel: bool = False
     trust_remote_code: bool = False
     load_format: str = "safetensors"
+    digest: str = ""
+    """The weights' digest that every worker must have; empty for any."""
 
     @property
     def replicas(self) -> int:
         """Replicas to run; fixed until the autoscaler exists."""
         return max(self.min_replicas, 1)
+
+
+class Standing(enum.StrEnum):
+    """Whether a worker takes new work; the names are those of link.v1 Standing.State."""
+
+    SERVING = "SERVING"
+    CORDONED = "CORDONED"
+    DRAINING = "DRAINING"
+    DRAINED = "DRAINED"
 
 
 class ModelState(enum.StrEnum):
@@ -238,5 +249,7 @@ class CatalogEntry:
     family: str = ""
     license: str = ""
     engine_class: str = ""
+    weights_pinned: bool = False
+    """Only workers with one of `weight_digests` may serve it; else they are what its workers have told."""
     note: str = ""
     """What an operator should know beside the state, e.g. a key that is not yet used."""

@@ -32,7 +32,7 @@ class Access:
 
     def channel(self) -> grpc.Channel:
         """A connection."""
-        options = Options(self.address).channel_options()
+        options = Options((self.address,)).channel_options()
         if self.roots is None:
             return grpc.insecure_channel(self.address, options=options)
         if self.name:

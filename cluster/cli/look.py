@@ -57,6 +57,10 @@ class Admin:
             if not page:
                 return found
 
+    def fleet(self, verb: str, request: Any) -> Any:
+        """One of Fleet's verbs, with its request. Raises grpc.RpcError."""
+        return getattr(self._fleet, verb)(request, timeout=TIMEOUT_S, metadata=self._metadata)
+
     def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
         """The models, and seconds since the controller last spoke (negative: never). Raises grpc.RpcError."""
         found: list[admin_pb2.CatalogEntry] = []
@@ -143,7 +147,7 @@ def status(
     if found["gateways"]:
         out.print(_gateway_table(found["gateways"]))
     out.print(_model_table(found["models"]))
-    out.print(_worker_table(found["workers"]))
+    out.print(worker_table(found["workers"]))
 
 
 def workers(
@@ -158,7 +162,7 @@ def workers(
     if as_json:
         print_json(rows)
     else:
-        out.print(_worker_table(rows))
+        out.print(worker_table(rows))
 
 
 def abort(
@@ -214,7 +218,8 @@ def _model_table(rows: list[dict[str, Any]]) -> Table | str:
     return table
 
 
-def _worker_table(rows: list[dict[str, Any]]) -> Table | str:
+def worker_table(rows: list[dict[str, Any]]) -> Table | str:
+    """Workers with their load."""
     if not rows:
         return "no workers are linked"
     table = Table("worker", "model", "state", "running", "waiting", "KV used", "step", "path", box=None, pad_edge=False)

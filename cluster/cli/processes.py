@@ -17,7 +17,8 @@ import typer
 from cluster.cli.common import USAGE, FileOption, fail, read_config
 from cluster.cli.runs import write_whole
 from cluster.config import cache_dir
-from cluster.observe import log
+from cluster.observe import garbage, log
+from cluster.observe.cores import leave_no_core_dumps
 
 FolderOption = Annotated[Path, typer.Option("--folder", help="Where it keeps what must outlive it.")]
 ReadyOption = Annotated[
@@ -45,10 +46,10 @@ def gateway(
     if drain_s is not None:
         config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"drain_timeout_s": drain_s})})
     log.configure(config.observe.log_level, cluster=config.name, part=part_name(process))
+    leave_no_core_dumps()
 
     def ready(endpoints: dict[str, str]) -> None:
-        gc.freeze()
-        gc.enable()
+        garbage.settle()
         if ready_file is not None:
             write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 

@@ -12,6 +12,7 @@ import yaml
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.desk import at_desk
 from cluster.cli.ledger import DAY_S, ReasonOption, RequiredReasonOption, pair, show_table, shown_time
+from cluster.config_tenants import on_is_a_word
 from cluster.ledger.desk import ROTATION_S, Desk
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, key_state
 
@@ -49,7 +50,7 @@ def _changes(
         *parents, last = path.split(".")
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[last] = yaml.safe_load(value)
+        place[last] = on_is_a_word(yaml.safe_load(value))
     return changes
 
 

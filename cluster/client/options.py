@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
+
+from cluster.client.resume import Request
 
 DEFAULT_ENDPOINT = "localhost:50051"
 DEFAULT_TIMEOUT_S = 600.0
@@ -38,24 +40,34 @@ SERVICE_CONFIG = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Where a gateway is and how to speak to it. `timeout_s` is a call's deadline unless the call names its own."""
+    """Where gateways are and how to speak to them. `timeout_s` is a call's deadline unless the call names its own."""
 
-    endpoint: str
+    endpoints: tuple[str, ...]
     api_key: str = field(default="", repr=False)
     timeout_s: float | None = DEFAULT_TIMEOUT_S
     tls_ca_file: Path | None = None
     tls: bool = False
     retries: bool = True
+    resume: bool = True
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
+    @property
+    def endpoint(self) -> str:
+        """All of them, for people."""
+        return ",".join(self.endpoints)
+
     @classmethod
-    def build(cls, endpoint: str | None, api_key: str | None, tls_ca_file: str | Path | None, **rest: Any) -> Options:
+    def build(
+        cls, endpoint: str | Sequence[str] | None, api_key: str | None, tls_ca_file: str | Path | None, **rest: Any
+    ) -> Options:
         """With HEADRACE_ENDPOINT and HEADRACE_API_KEY where an argument is None. Raises ValueError."""
         endpoint = endpoint or os.environ.get("HEADRACE_ENDPOINT") or DEFAULT_ENDPOINT
-        if "://" in endpoint and not endpoint.startswith(("unix://", "dns://")):
-            raise ValueError(f"endpoint {endpoint!r}: give host:port, without a scheme")
+        endpoints = tuple(endpoint.split(",") if isinstance(endpoint, str) else endpoint)
+        for one in endpoints:
+            if not one or ("://" in one and not one.startswith(("unix://", "dns://"))):
+                raise ValueError(f"endpoint {one!r}: give host:port, without a scheme")
         return cls(
-            endpoint=endpoint,
+            endpoints=endpoints,
             api_key=api_key if api_key is not None else os.environ.get("HEADRACE_API_KEY", ""),
             tls_ca_file=Path(tls_ca_file) if tls_ca_file is not None else None,
             **rest,
@@ -78,6 +90,12 @@ class Options:
         if self.tls_ca_file is not None:
             return grpc.ssl_channel_credentials(self.tls_ca_file.read_bytes())
         return grpc.ssl_channel_credentials() if self.tls else None
+
+    def streamed(self, request: Request) -> Request:
+        """The request of a stream, which is resumable unless somebody does not want it."""
+        if self.resume and not request.HasField("resumable"):
+            request.resumable = True
+        return request
 
     def metadata(self, request_id: str, extra: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
         """What goes with a call, beside its body."""

@@ -36,6 +36,7 @@ class SamplingParams(TypedDict, total=False):
     priority: str
     affinity_key: str
     metadata: Mapping[str, str]
+    resumable: bool
 
 
 class ChatParams(SamplingParams, total=False):

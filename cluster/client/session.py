@@ -12,7 +12,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -20,15 +20,18 @@ from google.rpc import status_pb2
 from grpc import aio
 
 from cluster.client.errors import HeadraceError, from_rpc, from_status
+from cluster.client.gateways import Gateways
 from cluster.client.options import Options
 from cluster.v1 import inference_pb2 as pb
-from cluster.v1.inference_pb2_grpc import InferenceStub
+
+if TYPE_CHECKING:
+    from cluster.v1.inference_pb2_grpc import InferenceAsyncStub
 
 GRACE_S = 1.0
 """How much later than the gateway the client itself gives a call up."""
 MAX_MOVES = 3
 
-Request = pb.ChatRequest | pb.CompleteRequest
+Request = pb.ChatRequest | pb.CompleteRequest | pb.ResumeRequest
 
 
 class SessionCall:
@@ -41,6 +44,8 @@ class SessionCall:
         self.request = request
         self.request_id = request_id
         self.deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        self.asked = ""
+        """The gateway whose session has it."""
         self.begun = False
         self.moves = 0
         self.leave: Callable[[], None] = lambda: None
@@ -106,7 +111,10 @@ class SessionCall:
 class _Session:
     """One stream and the calls on it."""
 
-    def __init__(self, stub: InferenceStub, options: Options, on_end: Callable[[_Session], None]) -> None:
+    def __init__(
+        self, endpoint: str, stub: InferenceAsyncStub, options: Options, on_end: Callable[[_Session], None]
+    ) -> None:
+        self.endpoint = endpoint
         self._options = options
         self._calls: dict[int, SessionCall] = {}
         self._numbers = itertools.count(1)
@@ -120,6 +128,7 @@ class _Session:
         """Send a call's start."""
         number = next(self._numbers)
         self._calls[number] = call
+        call.asked = self.endpoint
         left_s = call.left_s
         start = pb.SessionStart(
             call_id=number,
@@ -128,6 +137,8 @@ class _Session:
         )
         if isinstance(call.request, pb.ChatRequest):
             start.chat.CopyFrom(call.request)
+        elif isinstance(call.request, pb.ResumeRequest):
+            start.resume.CopyFrom(call.request)
         else:
             start.complete.CopyFrom(call.request)
         call.leave = lambda: self._cancel(number)
@@ -209,16 +220,17 @@ class _Session:
 class Sessions:
     """The client's newest session, opened when it is first needed."""
 
-    def __init__(self, stub: InferenceStub, options: Options) -> None:
-        self._stub = stub
+    def __init__(self, gateways: Gateways[aio.Channel, InferenceAsyncStub], options: Options) -> None:
+        self._gateways = gateways
         self._options = options
         self._newest: _Session | None = None
         self._all: set[_Session] = set()
 
     def start(self, call: SessionCall) -> None:
         """Begin a call in the newest session."""
-        if self._newest is None:
-            self._newest = _Session(self._stub, self._options, self._ended)
+        endpoint = self._gateways.endpoint
+        if self._newest is None or self._newest.endpoint != endpoint:
+            self._newest = _Session(endpoint, self._gateways.stub, self._options, self._ended)
             self._all.add(self._newest)
         self._newest.start(call)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +18,11 @@ from cluster.client.answers import (
     chat_answer,
     complete_answer,
 )
-from cluster.client.errors import from_rpc
+from cluster.client.errors import UNREACHABLE, HeadraceError, from_rpc
+from cluster.client.gateways import Gateways
 from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, Options, new_request_id
 from cluster.client.requests import ChatParams, Messages, SamplingParams, chat_request, complete_request, to_messages
+from cluster.client.resume import Request, Resumption
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1.inference_pb2_grpc import InferenceStub
 
@@ -33,10 +36,13 @@ class Stream(Account, Generic[Chunk]):
     Leaving a `with` block, `cancel()` or dropping the object ends the call at the gateway.
     """
 
-    def __init__(self, call: Any, request_id: str, endpoint: str) -> None:
+    def __init__(self, call: Any, request_id: str, endpoint: str, onward: _Onward) -> None:
+        """`onward` goes on with a call that has broken."""
         super().__init__(request_id)
         self._call = call
         self._endpoint = endpoint
+        self._onward = onward
+        self._cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -58,14 +64,33 @@ class Stream(Account, Generic[Chunk]):
             yield chunk
 
     def _next(self) -> Chunk:
-        try:
-            chunk: Chunk = next(self._call)
-        except grpc.RpcError as error:
-            raise from_rpc(error, endpoint=self._endpoint, request_id=self.request_id) from None
-        return chunk
+        while True:
+            try:
+                chunk: Any = next(self._call)
+            except grpc.RpcError as error:
+                failed = from_rpc(error, endpoint=self._endpoint, request_id=self.request_id)
+                if not self._go_on(failed):
+                    raise failed from None
+                continue
+            chunk = self._onward.resumption.note(chunk)
+            if chunk is not None:
+                found: Chunk = chunk
+                return found
+
+    def _go_on(self, failed: HeadraceError) -> bool:
+        if failed.reason == UNREACHABLE:
+            self._onward.leave()
+        pause_s = None if self._cancelled.is_set() else self._onward.resumption.pause_s(failed)
+        if pause_s is None or self._cancelled.wait(pause_s):
+            return False
+        self._call = self._onward.again()
+        if self._cancelled.is_set():
+            self._call.cancel()
+        return True
 
     def cancel(self) -> None:
         """End the call now; nothing happens when it has ended."""
+        self._cancelled.set()
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -77,23 +102,62 @@ class Stream(Account, Generic[Chunk]):
         self.cancel()
 
 
+class _Onward:
+    """One stream's calls: the first, and those that go on with it."""
+
+    def __init__(
+        self,
+        gateways: Gateways[grpc.Channel, InferenceStub],
+        method: Callable[[InferenceStub], Callable[..., Any]],
+        resumption: Resumption,
+        metadata: tuple[tuple[str, str], ...],
+    ) -> None:
+        """`method` begins."""
+        self._gateways = gateways
+        self._method = method
+        self.resumption = resumption
+        self._metadata = metadata
+        self._asked = ""
+
+    def begin(self) -> Any:
+        """The call."""
+        self._asked = self._gateways.endpoint
+        method = self._method(self._gateways.stub)
+        return method(self.resumption.request, timeout=self.resumption.left_s, metadata=self._metadata)
+
+    def leave(self) -> None:
+        """The gateway does not answer: whatever comes next goes to another, where there are several."""
+        self._gateways.turn(self._asked)
+
+    def again(self) -> Any:
+        """The call that goes on, likewise."""
+        self.leave()
+        request = self.resumption.resumes
+        if request is None:
+            return self.begin()
+        self._asked = self._gateways.endpoint
+        return self._gateways.stub.Resume(request, timeout=self.resumption.left_s, metadata=self._metadata)
+
+
 class Client:
     """A connection to a gateway. Safe to share between threads; `close` it, or use it in a `with` block.
 
     Every call raises HeadraceError when it fails. `timeout_s` is the deadline of the whole call, which travels with
     it to the engine; `request_id` is made up where none is given. UNAVAILABLE is retried while nothing of the answer
-    has arrived.
+    has arrived. A stream that breaks goes on by itself, at another gateway where `endpoint` names or resolves to
+    several (a list, or with commas between them), unless `resume` is False.
     """
 
     def __init__(
         self,
-        endpoint: str | None = None,
+        endpoint: str | Sequence[str] | None = None,
         *,
         api_key: str | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         tls: bool = False,
         tls_ca_file: str | Path | None = None,
         retries: bool = True,
+        resume: bool = True,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self._options = Options.build(
@@ -103,16 +167,21 @@ class Client:
             timeout_s=timeout_s,
             tls=tls,
             retries=retries,
+            resume=resume,
             max_message_bytes=max_message_bytes,
         )
         credentials = self._options.credentials()
         arguments = self._options.channel_options()
-        self._channel = (
-            grpc.secure_channel(self._options.endpoint, credentials, options=arguments)
-            if credentials
-            else grpc.insecure_channel(self._options.endpoint, options=arguments)
-        )
-        self._stub = InferenceStub(self._channel)
+
+        def connect(endpoint: str) -> tuple[grpc.Channel, InferenceStub]:
+            channel = (
+                grpc.secure_channel(endpoint, credentials, options=arguments)
+                if credentials
+                else grpc.insecure_channel(endpoint, options=arguments)
+            )
+            return channel, InferenceStub(channel)
+
+        self._gateways = Gateways(self._options.endpoints, connect)
 
     def __repr__(self) -> str:
         return f"Client({self._options.endpoint!r})"
@@ -127,7 +196,8 @@ class Client:
 
     def close(self) -> None:
         """End the connection and every call on it."""
-        self._channel.close()
+        for channel in self._gateways.channels:
+            channel.close()
 
     def chat(
         self,
@@ -142,7 +212,7 @@ class Client:
         """The whole answer to a question (a string) or a conversation."""
         request_id = request_id or new_request_id()
         request = chat_request(model, messages, params)
-        return chat_answer(self._unary(self._stub.Chat, request, timeout_s, request_id, headers), request_id)
+        return chat_answer(self._unary(lambda stub: stub.Chat, request, timeout_s, request_id, headers), request_id)
 
     def stream_chat(
         self,
@@ -156,7 +226,7 @@ class Client:
     ) -> Stream[pb.ChatChunk]:
         """The answer in pieces, as it is made."""
         request = chat_request(model, messages, params)
-        return self._stream(self._stub.StreamChat, request, timeout_s, request_id, headers)
+        return self._stream(lambda stub: stub.StreamChat, request, timeout_s, request_id, headers)
 
     def complete(
         self,
@@ -171,7 +241,8 @@ class Client:
         """The continuation of a plain prompt (a text or token ids)."""
         request_id = request_id or new_request_id()
         request = complete_request(model, prompt, params)
-        return complete_answer(self._unary(self._stub.Complete, request, timeout_s, request_id, headers), request_id)
+        raw = self._unary(lambda stub: stub.Complete, request, timeout_s, request_id, headers)
+        return complete_answer(raw, request_id)
 
     def stream_complete(
         self,
@@ -185,7 +256,7 @@ class Client:
     ) -> Stream[pb.CompleteChunk]:
         """The continuation in pieces, as it is made."""
         request = complete_request(model, prompt, params)
-        return self._stream(self._stub.StreamComplete, request, timeout_s, request_id, headers)
+        return self._stream(lambda stub: stub.StreamComplete, request, timeout_s, request_id, headers)
 
     def tokenize(self, model: str, text: str | Messages, *, timeout_s: float | None = None) -> list[int]:
         """The token ids of a text, or of messages under the model's chat template."""
@@ -194,19 +265,19 @@ class Client:
             request.text = text
         else:
             request.messages.extend(to_messages(text))
-        return list(self._unary(self._stub.Tokenize, request, timeout_s).token_ids)
+        return list(self._unary(lambda stub: stub.Tokenize, request, timeout_s).token_ids)
 
     def detokenize(self, model: str, token_ids: Sequence[int], *, timeout_s: float | None = None) -> str:
         """The text of token ids."""
         request = pb.DetokenizeRequest(model=model, token_ids=token_ids)
-        return self._unary(self._stub.Detokenize, request, timeout_s).text
+        return self._unary(lambda stub: stub.Detokenize, request, timeout_s).text
 
     def models(self, *, timeout_s: float | None = None) -> list[pb.Model]:
         """All models that the caller may use, with their state."""
         found: list[pb.Model] = []
         page = ""
         while True:
-            answer = self._unary(self._stub.ListModels, pb.ListModelsRequest(page_token=page), timeout_s)
+            answer = self._unary(lambda stub: stub.ListModels, pb.ListModelsRequest(page_token=page), timeout_s)
             found.extend(answer.models)
             page = answer.next_page_token
             if not page:
@@ -214,38 +285,43 @@ class Client:
 
     def model(self, name: str, *, timeout_s: float | None = None) -> pb.Model:
         """One model by name or alias."""
-        return self._unary(self._stub.GetModel, pb.GetModelRequest(name=name), timeout_s)
+        return self._unary(lambda stub: stub.GetModel, pb.GetModelRequest(name=name), timeout_s)
 
     def _unary(
         self,
-        method: Callable[..., Response],
+        method: Callable[[InferenceStub], Callable[..., Response]],
         request: object,
         timeout_s: float | None,
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
         request_id = request_id or new_request_id()
-        try:
-            return method(
-                request,
-                timeout=self._options.timeout_s if timeout_s is None else timeout_s,
-                metadata=self._options.metadata(request_id, headers),
-            )
-        except grpc.RpcError as error:
-            raise from_rpc(error, endpoint=self._options.endpoint, request_id=request_id) from None
+        timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
+        for others in reversed(range(len(self._options.endpoints))):
+            asked = self._gateways.endpoint
+            try:
+                metadata = self._options.metadata(request_id, headers)
+                return method(self._gateways.stub)(request, timeout=timeout_s, metadata=metadata)
+            except grpc.RpcError as error:
+                failed = from_rpc(error, endpoint=self._options.endpoint, request_id=request_id)
+            if failed.reason != UNREACHABLE:
+                raise failed
+            self._gateways.turn(asked)
+            if not others or not self._options.retries:
+                raise failed
+        raise AssertionError("there is an endpoint")
 
     def _stream(
         self,
-        method: Callable[..., Iterator[Chunk]],
-        request: object,
+        method: Callable[[InferenceStub], Callable[..., Iterator[Chunk]]],
+        request: Request,
         timeout_s: float | None,
         request_id: str | None,
         headers: Mapping[str, str] | None,
     ) -> Stream[Chunk]:
         request_id = request_id or new_request_id()
-        call = method(
-            request,
-            timeout=self._options.timeout_s if timeout_s is None else timeout_s,
-            metadata=self._options.metadata(request_id, headers),
-        )
-        return Stream(call, request_id, self._options.endpoint)
+        timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
+        options = self._options
+        resumption = Resumption(options.streamed(request), timeout_s, len(options.endpoints), wanted=options.resume)
+        onward = _Onward(self._gateways, method, resumption, self._options.metadata(request_id, headers))
+        return Stream(onward.begin(), request_id, self._options.endpoint, onward)

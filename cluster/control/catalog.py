@@ -121,7 +121,10 @@ def entry(
         state=state,
         state_reason=_reason(state, seen, about, unplaceable),
         bundle_digest=(first.bundle_digest if first else "") or about.bundle_digest,
-        weight_digests=tuple(sorted({r.weight_digest for r in reported if r.weight_digest})),
+        weight_digests=(spec.digest,)
+        if spec.digest
+        else tuple(sorted({r.weight_digest for r in reported if r.weight_digest})),
+        weights_pinned=bool(spec.digest),
         max_model_len=(first.max_model_len if first else 0) or spec.max_model_len or about.max_model_len,
         default_sampling=first.default_sampling if first else about.default_sampling,
         cold_start_s=cold_start_s,

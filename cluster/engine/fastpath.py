@@ -131,23 +131,21 @@ class FastPath:
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
         self.stats.stepped(time.monotonic(), step.scheduler_stats)
-        outputs: list[TokenOutput] = []
-        poisoned: list[str] = []
+        poisoned = [o.request_id for o in step.outputs if o.num_nans_in_logits and o.request_id in live]
+        if poisoned:  # first: others may be aborted meanwhile
+            await self.abort(poisoned)
+        outputs = []
         for given in step.outputs:
             record = live.get(given.request_id)
             if record is None:  # aborted, while the step was under way
                 continue
             if given.num_nans_in_logits:
-                if given.finish_reason is None:
-                    poisoned.append(given.request_id)
                 outputs.append(TokenOutput(given.request_id, (), FinishReason.ERROR, message=NAN_MESSAGE))
                 continue
             output = TokenOutput(given.request_id, given.new_token_ids)
             if record.first or given.finish_reason is not None or given.new_logprobs is not None:
                 _complete(output, given, record)
             outputs.append(output)
-        if poisoned:
-            await self.abort(poisoned)
         return outputs
 
     def eos_token_id(self) -> int | None:
@@ -167,7 +165,8 @@ class FastPath:
 
 def _complete(output: TokenOutput, given: Any, record: Live) -> None:
     """The parts that most outputs do not have: first, last, with log probabilities."""
-    if record.first:
+    first, record.first = record.first, False
+    if first:
         output.prompt_tokens = record.prompt_tokens
         if given.prefill_stats is not None:
             output.cached_tokens = min(given.prefill_stats.num_cached_tokens, record.prompt_tokens)
@@ -176,7 +175,7 @@ def _complete(output: TokenOutput, given: Any, record: Live) -> None:
         if given.stop_reason in record.stop_token_ids:
             output.stop_token_id = given.stop_reason
         if output.finish is FinishReason.ERROR:
-            refused = record.grammar and record.emitted_tokens and record.first
+            refused = record.grammar and record.emitted_tokens and first
             output.message = NOT_ITS_GRAMMAR if refused else "the engine could not go on with this request"
     if given.new_logprobs is not None and record.logprobs is not None:
         width = record.logprobs + 1

@@ -89,7 +89,7 @@ def _value_of(position: PositionLogprobs, token: int) -> float | None:
     return next((value for candidate, value in pairs if candidate == token), None)
 
 
-def golden_request(info: EngineInfo, name: str, emitted: Sequence[int] = ()) -> EngineRequest:
+def golden_request(info: EngineInfo, name: str, emitted: Sequence[int] = (), top: int = TOP) -> EngineRequest:
     """The prompt: ids from the middle of the vocabulary, where every tokenizer has ordinary text."""
     room = max(2, min(PROMPT_TOKENS + ANSWER_TOKENS, info.max_model_len))
     prompt = [info.vocab_size // 3 + i * info.vocab_size // (4 * PROMPT_TOKENS) for i in range(PROMPT_TOKENS)]
@@ -97,7 +97,7 @@ def golden_request(info: EngineInfo, name: str, emitted: Sequence[int] = ()) -> 
     return EngineRequest(
         request_id=PREFIX + name,
         prompt_token_ids=prompt[:length],
-        sampling=Sampling(max_tokens=room - length, temperature=0.0, ignore_eos=True, logprobs=TOP),
+        sampling=Sampling(max_tokens=room - length, temperature=0.0, ignore_eos=True, logprobs=top),
         emitted_token_ids=emitted,
         cache_salt=PREFIX,
         priority=FIRST_PRIORITY,
@@ -115,6 +115,7 @@ class Examined:
         self._asked = ""  # the id of the question under way
         self._answer = Answer()
         self._ask_again = False
+        self._top = TOP
 
     def __repr__(self) -> str:
         return f"Examined({self._engine!r})"
@@ -138,13 +139,16 @@ class Examined:
 
     async def _ask(self, emitted: Sequence[int] = ()) -> None:
         assert self._info is not None
-        question = golden_request(self._info, uuid.uuid4().hex, emitted)
+        question = golden_request(self._info, uuid.uuid4().hex, emitted, self._top)
         self._answer, self._ask_again = Answer(), False
         self._asked = question.request_id  # before submit: outputs may come while that returns
         try:
             await self._engine.submit(question)
         except EngineRefused as refused:
-            raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
+            if refused.field != "logprobs" or not self._top:
+                raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
+            self._top = 0  # max_logprobs says so: of the sampled token alone
+            await self._ask(emitted)
 
     async def step(self) -> Sequence[TokenOutput]:
         """The next step with outputs for callers. Raises EngineDead, EngineSick among them."""

@@ -18,9 +18,12 @@ class Live:
     logprobs: int | None
     stop_token_ids: frozenset[int]
     grammar: bool
-    first: bool = True
     emitted_tokens: int = 0
     """By another engine, before this one took the request."""
+    first: bool = True
+    """Until the path has made an output of it."""
+    waits: bool = True
+    """Until the engine has seen one: one look at the path may find several."""
 
 
 @dataclass(slots=True)

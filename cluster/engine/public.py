@@ -131,6 +131,7 @@ def _output(request_id: str, given: Any, record: Live) -> TokenOutput:
     completion = given.outputs[0]
     output = TokenOutput(request_id, list(completion.token_ids))
     if record.first:
+        record.first = False
         output.prompt_tokens = record.prompt_tokens
         if given.num_cached_tokens is not None:
             output.cached_tokens = min(given.num_cached_tokens, record.prompt_tokens)

@@ -208,7 +208,9 @@ class VllmEngine:
                 return outputs
 
     def _first(self, record: Live) -> None:
-        record.first = False
+        if not record.waits:
+            return
+        record.waits = False
         self._awaiting_grammar -= record.grammar
         if self._path is not None:
             self._path.stats.prefill_tokens -= record.prompt_tokens + record.emitted_tokens
@@ -217,8 +219,7 @@ class VllmEngine:
         record = self._live.pop(key, None)
         if record is None:
             return
-        if record.first:
-            self._first(record)
+        self._first(record)
         if self._path is not None:
             self._path.stats.live -= 1
             if not self._live:

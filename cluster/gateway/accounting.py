@@ -21,9 +21,10 @@ import contextlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -61,7 +62,8 @@ class Account:
     generated_tokens: int = 0
     gpu: str = ""
     gpu_seconds: float = 0.0
-    final: UsageRecord | None = None
+    end: dict[str, Any] | None = None
+    """What the gateway knows of its end."""
     admitted: bool = False
     written: bool = False
 
@@ -167,8 +169,16 @@ class Accounting:
         return account.sealed
 
     def _record(self, output: Output, link: WorkerLink) -> OpenRecord:
+        try:
+            return self._opened(output, link, output.call.labels)
+        except RecordError as error:
+            record = self._opened(output, link, {})
+            log.warning("labels_dropped", record=record.record_id, reason=str(error))
+            return record
+
+    def _opened(self, output: Output, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
         call, now = output.call, self._clock()
-        plain = OpenRecord(
+        return OpenRecord(
             record_id=f"{self._incarnation}.{next(self._numbers)}.{output.index}",
             tenant=call.tenant,
             key_id=_fit(call.key_id),
@@ -178,32 +188,28 @@ class Accounting:
             opened_at_s=self._wall() - (now - call.arrived),
             adapter=output.request.adapter,
             segment=output.index,
-            prompt_tokens=0 if output.index else len(output.request.prompt_token_ids),
+            prompt_tokens=0 if output.index or call.continues else len(output.request.prompt_token_ids),
             queue_s=max(now - call.arrived, 0.0),
+            labels=labels,
         )
-        try:
-            return OpenRecord(**{**plain.as_json(), "labels": dict(call.labels)})
-        except RecordError as error:
-            log.warning("labels_dropped", record=plain.record_id, reason=str(error))
-            return plain
 
     def ended(self, call: Call, outcome: Outcome) -> None:
         """A call has ended, however: each of its sequences that was submitted gets its record, once."""
         now = self._clock()
         for output in call.sequences:
             account = output.account
-            if account is None or account.final is not None:
+            if account is None or account.end is not None:
                 continue
-            account.admitted = account.admitted or output.admitted or bool(output.emitted)
+            account.admitted = account.admitted or output.admitted or len(output.emitted) > output.restored
             if account.continued:
                 account.cached_tokens = output.cached_tokens
-            account.final = account.record.ended(
-                outcome=outcome.value,
-                completion_tokens=output.delivered,
-                generated_tokens=len(output.emitted),
-                ttft_s=None if call.first_token_at is None else max(call.first_token_at - call.arrived, 0.0),
-                duration_s=max(now - call.arrived, 0.0),
-            )
+            account.end = {
+                "outcome": outcome.value,
+                "completion_tokens": max(output.delivered - output.restored, 0),
+                "generated_tokens": len(output.emitted) - output.restored,
+                "ttft_s": None if call.first_token_at is None else max(call.first_token_at - call.arrived, 0.0),
+                "duration_s": max(now - call.arrived, 0.0),
+            }
             if account.awaited > 0:
                 self._late.append((now + self._grace_s, account))
             else:
@@ -223,16 +229,17 @@ class Accounting:
         account.written = True
         self._news.set()
         self._calls.pop(account.sealed, None)
-        final = account.final
-        if final is None or not account.admitted:
+        end = account.end
+        if end is None or not account.admitted:
             return
-        counts = {
-            "cached_tokens": 0 if final.segment else account.cached_tokens,
-            "generated_tokens": max(account.generated_tokens, final.generated_tokens),
-            "gpu": account.gpu,
-            "gpu_seconds": account.gpu_seconds,
-        }
-        self._write(UsageRecord(**{**final.as_json(), **counts}))
+        end["generated_tokens"] = max(account.generated_tokens, end["generated_tokens"])
+        record = account.record.ended(
+            **end,
+            cached_tokens=0 if account.record.segment else account.cached_tokens,
+            gpu=account.gpu,
+            gpu_seconds=account.gpu_seconds,
+        )
+        self._write(record)
 
     def _write(self, record: UsageRecord) -> None:
         try:
@@ -273,7 +280,7 @@ class Accounting:
         account.generated_tokens += one.generated_tokens
         account.gpu = one.gpu
         account.gpu_seconds += one.gpu_seconds
-        if account.final is not None and account.awaited <= 0:
+        if account.end is not None and account.awaited <= 0:
             self._close(account)
 
     def _offered(self, link: WorkerLink, one: EndedUsage) -> None:
@@ -342,4 +349,6 @@ class Accounting:
 
 def _fit(text: str) -> str:
     """A caller's own word, as short and plain as a record takes it."""
+    if text.isascii() and len(text) <= MAX_ID and "\0" not in text:
+        return text
     return text[:MAX_ID].replace("\0", "").encode("utf-8", "replace").decode()

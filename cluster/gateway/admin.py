@@ -1,24 +1,31 @@
-"""cluster.admin.v1 of any gateway: its fleet, its calls and its catalog. See admin_door.py for who may ask."""
+"""cluster.admin.v1 of any gateway: its fleet, its calls and its catalog, and what it passes on to workers. See
+admin_door.py for who may ask."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.api.types import Standing
 from cluster.gateway.admin_door import AdminDoor, Asker
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.grpc_face import paginate
 from cluster.gateway.service import CallService
 from cluster.link.hub import Hub
+from cluster.link.v1 import link_pb2 as link_pb
 from cluster.link.worker_link import WorkerLink
 
 if TYPE_CHECKING:
     from cluster.gateway.sibling_aborts import SiblingAborts
+
+DRAIN_S = 300.0
+MAX_DRAIN_S = 7 * 86_400.0
 
 
 class FleetAdmin:
@@ -35,6 +42,45 @@ class FleetAdmin:
         links = {link.identity.worker_id: link for link in self._hub.links}
         page, token = paginate(sorted(links), request.page_size, request.page_token)
         return pb.ListWorkersResponse(workers=[_worker(links[key]) for key in page], next_page_token=token)
+
+    async def Drain(self, request: pb.DrainRequest, asker: Asker) -> pb.DrainResponse:
+        """Each worker tells all its gateways; nothing that runs is cut."""
+        timeout_s = request.timeout_s or DRAIN_S
+        if not 0 < timeout_s <= MAX_DRAIN_S:  # not a number, too
+            raise invalid("timeout_s", f"is not between 0 and {MAX_DRAIN_S:g}")
+        command = link_pb.Command(drain=link_pb.Drain(timeout_ms=int(timeout_s * 1000)))
+        links = self._tell("fleet.drain", request.target, command, asker)
+        return pb.DrainResponse(workers=[_worker(link) for link in links], notes=self._alone(links))
+
+    async def Cordon(self, request: pb.CordonRequest, asker: Asker) -> pb.CordonResponse:
+        """Nothing new; what runs stays."""
+        links = self._tell("fleet.cordon", request.target, link_pb.Command(cordon=link_pb.Cordon()), asker)
+        return pb.CordonResponse(workers=[_worker(link) for link in links], notes=self._alone(links))
+
+    async def Uncordon(self, request: pb.UncordonRequest, asker: Asker) -> pb.UncordonResponse:
+        """Work comes again."""
+        links = self._tell("fleet.uncordon", request.target, link_pb.Command(uncordon=link_pb.Uncordon()), asker)
+        return pb.UncordonResponse(workers=[_worker(link) for link in links])
+
+    def _tell(self, action: str, target: str, command: link_pb.Command, asker: Asker) -> Sequence[WorkerLink]:
+        """Pass a command on to one worker, or to all of a node."""
+        named = [link for link in self._hub.links if target and link.identity.worker_id == target]
+        found = named or [link for link in self._hub.links if target and link.identity.node == target]
+        if not found:
+            what = f"no worker and no node of this gateway's workers is called {target[:128]!r}; ListWorkers names them"
+            raise invalid("target", what if target else "is empty: name a worker or a node")
+        for link in found:
+            link.command(command)
+        self._door.audit(asker, "admin", action, target, details={"workers": [one.identity.worker_id for one in found]})
+        return found
+
+    def _alone(self, links: Sequence[WorkerLink]) -> Sequence[str]:
+        """Models that are left without a worker that takes calls."""
+        stays = {one.identity.model for one in self._hub.links if one.serves and one not in links}
+        return [
+            f"model {model} has no other worker that takes calls: new ones wait until one comes, or this is uncordoned"
+            for model in sorted({link.identity.model for link in links} - stays)
+        ]
 
     async def AbortRequest(self, request: pb.AbortRequestRequest, asker: Asker) -> pb.AbortRequestResponse:
         """Of this host's processes: other gateways do not tell each other of calls."""
@@ -100,10 +146,17 @@ class CatalogAdmin:
             max_model_len=model.max_model_len,
             weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
             bundle_digest=model.bundle_digest,
-            ready_workers=sum(not link.draining for link in model.links.values()),
+            ready_workers=sum(link.serves for link in model.links.values()),
             waiting=waiting,
             note=entry.note if model.in_catalog else "not in the catalog: known by its workers alone",
         )
+
+
+def _state(link: WorkerLink) -> str:
+    """DRAINED only while nothing runs: what was on its way when it was told so may have come still."""
+    if link.standing is Standing.DRAINED and (link.running or link.load.running):
+        return Standing.DRAINING.value
+    return "READY" if link.serves else link.standing.value
 
 
 def _worker(link: WorkerLink) -> pb.Worker:
@@ -113,7 +166,7 @@ def _worker(link: WorkerLink) -> pb.Worker:
         model=link.identity.model,
         node=link.identity.node,
         ray_cluster=link.identity.ray_cluster,
-        state="DRAINING" if link.draining else "READY",
+        state=_state(link),
         running=link.load.running,
         waiting=link.load.waiting,
         kv_usage=link.load.kv_usage,

@@ -62,6 +62,9 @@ READ_CLUSTER = Verb("read", whole=True)
 VERBS: Mapping[str, Verb] = {
     "Fleet.ListWorkers": READ_CLUSTER,
     "Fleet.AbortRequest": Verb("fleet", whole=True),
+    "Fleet.Drain": Verb("fleet", whole=True),
+    "Fleet.Cordon": Verb("fleet", whole=True),
+    "Fleet.Uncordon": Verb("fleet", whole=True),
     "Catalog.List": READ_CLUSTER,
     "Catalog.Get": READ_CLUSTER,
     "Tenants.Create": Verb("tenants", "tenant.name"),
@@ -240,7 +243,8 @@ class AdminDoor:
 
 def details_of(asker: Asker) -> dict[str, str]:
     """What every event of an asker says of them."""
-    return {"role": asker.principal.role, "of": asker.principal.tenant.name if asker.principal.subject else ""}
+    own = asker.principal not in (_ANYBODY, _SECRET_HOLDER)  # these are of no tenant
+    return {"role": asker.principal.role, "of": asker.principal.tenant.name if own else ""}
 
 
 def _named_tenant(request: Message, verb: Verb) -> str:

@@ -1,8 +1,8 @@
 """What each tenant may use: reserved before a call waits, topped up as it grows, settled at its end.
 
-A reservation outlives whatever ends its call, a cancellation in the midst of asking included: asking and settling run
-in tasks of their own, which no caller's going away can stop. Of growth the token path tells nothing; a pass over the
-running calls, a few times a second, does.
+A reservation outlives whatever ends its call, a cancellation in the midst of asking included: where a store is waited
+for, asking and settling run in tasks of their own, which no caller's going away can stop. Of growth the token path
+tells nothing; a pass over the running calls, a few times a second, does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cluster.gateway.limits_local import Limits
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.limits import QUANTUM_TOKENS, Ask, Granted, LimitRefusal, Standing
 from cluster.tenancy.outputs import LearntOutputs
-from cluster.tenancy.policy import TenantLimits
+from cluster.tenancy.policy import TenantLimits, TenantPolicy
 
 T = TypeVar("T")
 
@@ -76,12 +76,7 @@ class Allowances:
             return
         per_output = self._learnt.p95(call.flow, call.model, call.sequences[0].request.sampling.max_tokens)
         ask = Ask(call.id, call.usage.prompt_tokens, len(call.sequences) * per_output)
-        asking = self._spawn(self._limits.reserve(policy, ask))
-        try:
-            got = await asyncio.shield(asking)
-        except asyncio.CancelledError:
-            self._spawn(self._undo(asking, call.id))
-            raise
+        got = await self._reserve(policy, ask)
         self._note(policy.name, got)
         if isinstance(got, LimitRefusal):
             raise refusal(got)
@@ -92,9 +87,9 @@ class Allowances:
         """It ended: what the engine has counted of it stays counted, the rest is given back. Once."""
         if self._held.pop(call.id, None) is None:
             return
-        call.count()
-        prompt = call.usage.prompt_tokens if call.prompt_computed else 0
-        await asyncio.shield(self._spawn(self._limits.settle(call.id, prompt, call.usage.completion_tokens)))
+        prompt = call.usage.prompt_tokens if call.prompt_computed and not call.continues else 0
+        settling = self._limits.settle(call.id, prompt, call.new_tokens)
+        await (settling if self._limits.at_once else asyncio.shield(self._spawn(settling)))
 
     async def watch(self) -> None:
         """Top up what has grown, until cancelled."""
@@ -121,9 +116,19 @@ class Allowances:
 
     # ---- inside
 
+    async def _reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
+        if self._limits.at_once:
+            return await self._limits.reserve(policy, ask)
+        asking = self._spawn(self._limits.reserve(policy, ask))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            self._spawn(self._undo(asking, ask.call_id))
+            raise
+
     def _is_due(self, held: _Held) -> bool:
         """Whether it needs more now; one that gains over half a quantum in a look must have it a look ahead."""
-        tokens = sum(len(output.emitted) for output in held.call.sequences)
+        tokens = held.call.new_tokens
         gained, held.seen = tokens - held.seen, tokens
         return tokens + max(gained - QUANTUM_TOKENS // 2, 0) >= held.due
 

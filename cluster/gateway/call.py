@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.output import Output, Piece
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
 from cluster.tenancy.policy import TenantPolicy
+
+if TYPE_CHECKING:
+    from cluster.gateway.resumes import Tickets
 
 
 @dataclass(slots=True)
@@ -57,6 +61,10 @@ class Call:
     error: CallError | None = None
     headers: Sequence[tuple[str, str]] = ()
     """How its tenant's limits stood when it was admitted, for its caller."""
+    tickets: Tickets | None = None
+    """Where its chunks carry resume tokens, those."""
+    continues: bool = False
+    """It was begun at another gateway, which has counted its prompt and what it has delivered."""
     first_token_at: float | None = None
     silent_since: float = 0.0
     """When the keep-alive last spoke."""
@@ -66,6 +74,11 @@ class Call:
     """Called at every news instead of waking `news`: for a face that gathers the news of many calls."""
     _waiter: asyncio.Future[None] | None = None
     _news: bool = False
+
+    @property
+    def shown_id(self) -> str:
+        """The id that its caller knows it by: of one that goes on, the first gateway's."""
+        return self.tickets.head.call_id if self.continues and self.tickets is not None else self.id
 
     @property
     def tenant(self) -> str:
@@ -108,6 +121,11 @@ class Call:
         """Bring `usage` up to the tokens that have come."""
         self.usage.completion_tokens = sum(len(output.emitted) for output in self.sequences)
 
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that have come at this gateway."""
+        return sum(len(output.emitted) - output.restored for output in self.sequences)
+
     def fail(self, error: CallError) -> None:
         """The call ends with this error; what still runs of it is dropped."""
         if self.error is None:
@@ -137,8 +155,8 @@ class Call:
 
     def take(self) -> list[Piece]:
         """Pieces since the last take. Raises the call's error once all text before it has been taken."""
-        self.count()
         pieces = [piece for sequence in self.sequences if (piece := sequence.take()) is not None]
+        self.count()  # now: a guard that refuses at the very end takes tokens back
         if self.error is not None and not any(piece.text for piece in pieces):
             raise self.error
         return pieces

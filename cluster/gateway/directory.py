@@ -16,12 +16,13 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, ModelState
+from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
 from cluster.gateway.door import ANYBODY
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import codec
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.worker_link import WorkerLink
+from cluster.observe import garbage
 from cluster.tenancy.identity import Principal
 
 log = structlog.get_logger("directory")
@@ -47,7 +48,7 @@ class KnownModel:
     @property
     def state(self) -> ModelState:
         """READY while a worker is linked, else what the catalog says."""
-        if any(not link.draining for link in self.links.values()):
+        if any(link.serves for link in self.links.values()):
             return ModelState.READY
         if self.entry.state is ModelState.READY:  # the catalog is older than the loss of the last worker
             return ModelState.LOADING
@@ -129,6 +130,15 @@ class Directory:
         names = {alias: m.name for m in self._models.values() for alias in m.entry.aliases}
         self._names = names | {name: name for name in self._models}
 
+    def refuses(self, identity: WorkerIdentity) -> str:
+        """Why a worker may not serve its model: the catalog pins other weights. Empty when it may."""
+        known = self._models.get(identity.model)
+        if known is None or not known.in_catalog or not known.entry.weights_pinned:
+            return ""
+        if identity.weight_digest in known.entry.weight_digests:
+            return ""
+        return f"weight_digest {identity.weight_digest or 'none'} is not what the catalog has for {identity.model}"
+
     # ---- questions
 
     @property
@@ -191,11 +201,11 @@ class Directory:
         if folder.exists():
             bundle = await asyncio.to_thread(Bundle.load, folder)
             if bundle.digest == digest:
-                return await asyncio.to_thread(TextModel.from_bundle, bundle)
+                return await _made(bundle)
             log.warning("bundle_damaged", folder=str(folder))
         bundle = await self._fetch(digest)
         await asyncio.to_thread(bundle.save, folder)
-        return await asyncio.to_thread(TextModel.from_bundle, bundle)
+        return await _made(bundle)
 
     # ---- the last catalog, on disk
 
@@ -220,3 +230,9 @@ class Directory:
             self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
         self._heard = bool(entries)
         self._rename()
+
+
+async def _made(bundle: Bundle) -> TextModel:
+    text = await asyncio.to_thread(TextModel.from_bundle, bundle)
+    garbage.settle()
+    return text

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, ModelState
+from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
 from cluster.gateway.backlogs import Backlogs
 from cluster.gateway.call import Call
 from cluster.gateway.directory import Directory, KnownModel
@@ -85,6 +85,11 @@ class Dispatcher:
         self._refuse_hopeless(model)
         starts_in_s = 0.0 if call.deadline is None else self.turns.starts_in_s(call)
         for output in call.sequences:
+            if output.finish_reason:
+                continue
+            if output.emitted:  # at another gateway, where it had its turn
+                self._returning.add(output, self._clock())
+                continue
             self._arrived[model.name] += 1
             self._arrived_tokens[model.name] += len(output.request.prompt_token_ids)
             admission = self._room.admit(self.turns.waiting(output), self._clock(), starts_in_s)
@@ -163,7 +168,8 @@ class Dispatcher:
 
             def fits(waiting: Waiting) -> bool:
                 nonlocal decision
-                decision = pick(RouteCall(model, waiting.tokens), self._candidates(known, now))
+                keep_free = self.turns.fair.order(model).keep_free(waiting)
+                decision = pick(RouteCall(model, waiting.tokens, keep_free), self._candidates(known, now))
                 return decision.worker_id is not None
 
             waiting = self._room.next(model, fits, now)
@@ -253,7 +259,7 @@ class Dispatcher:
             candidates = [
                 one for one in self._candidates(model, self._clock()) if one.worker_id != link.identity.worker_id
             ]
-            if pick(RouteCall(model.name, output.tokens, output.likeness), candidates).worker_id is not None:
+            if pick(RouteCall(model.name, output.tokens, likeness=output.likeness), candidates).worker_id is not None:
                 output.move()
 
     def _not_resumed(self, output: Output) -> CallError:
@@ -284,6 +290,7 @@ class Dispatcher:
         link.on_elsewhere = lambda gateway, waiting: self.turns.waiting_elsewhere(
             link.identity.model, gateway, waiting, self._clock()
         )
+        link.on_standing = lambda: self.on_state()
         self.turns.joined(link.identity)
         link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe
         self._directory().joined(link)
@@ -305,10 +312,8 @@ class Dispatcher:
         self.turns.served(link.identity, totals, self._clock())
 
     def changed(self, link: WorkerLink) -> None:
-        """Credit or draining changed."""
+        """Credit or standing changed."""
         self._pump(link.identity.model)
-        if link.draining:
-            self.on_state()
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """A new catalog."""
@@ -325,6 +330,10 @@ class Dispatcher:
                     self._refuse_hopeless(known)
             except CallError as error:
                 output.call.fail(error)
+
+    def refuses(self, identity: WorkerIdentity) -> str:
+        """Why a worker may not serve its model; empty when it may."""
+        return self._directory().refuses(identity)
 
     def demand(self) -> Sequence[ModelDemand]:
         """What the controller should know."""
@@ -352,7 +361,7 @@ class Dispatcher:
 def _onward(output: Output, candidates: Sequence[Candidate]) -> RouteCall:
     """What a sequence needs to go on. Where nobody is left but those that have failed it, they may try again: Ray may
     be about to replace one, and it is not certain whose fault it was."""
-    call = RouteCall(output.call.model, output.tokens, output.likeness, output.shuns)
+    call = RouteCall(output.call.model, output.tokens, likeness=output.likeness, shuns=output.shuns)
     others = (one for one in candidates if call.likeness in (None, one.likeness) and not one.draining)
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
 
@@ -369,9 +378,10 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         waiting=link.load.waiting,
         kv_usage=link.load.kv_usage,
         healthy=healthy,
-        draining=bool(link.draining),
+        draining=not link.serves,
         incarnation=link.identity.incarnation,
         likeness=link.likeness,
         replaying=link.replaying,
         max_replaying=link.info.max_num_batched_tokens // REPLAY_PARTS,
+        prefill_tokens=link.prefill_tokens,
     )

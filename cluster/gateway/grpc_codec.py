@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -15,7 +17,16 @@ from cluster.gateway.directory import KnownModel
 from cluster.gateway.output import Piece
 from cluster.gateway.service import Progress
 from cluster.gateway.text.logprobs import TokenLogprob
-from cluster.gateway.wishes import DEFAULT_COMPLETE_TOKENS, ChatPrompt, IdsPrompt, Options, Prompt, TextPrompt, Wish
+from cluster.gateway.wishes import (
+    DEFAULT_COMPLETE_TOKENS,
+    ChatPrompt,
+    IdsPrompt,
+    Options,
+    Prompt,
+    ResumeFrom,
+    TextPrompt,
+    Wish,
+)
 from cluster.v1 import inference_pb2 as pb
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -51,7 +62,9 @@ def chat_wish(request: pb.ChatRequest) -> Wish:
         template_kwargs=kwargs,
         continue_final_message=request.continue_final_message,
     )
-    return Wish(request.model, prompt, _options(request), metadata=dict(request.metadata))
+    return Wish(
+        request.model, prompt, _options(request), metadata=dict(request.metadata), resumable=_request_digest(request)
+    )
 
 
 def complete_wish(request: pb.CompleteRequest) -> Wish:
@@ -65,7 +78,31 @@ def complete_wish(request: pb.CompleteRequest) -> Wish:
         prompt = TextPrompt(request.prompt)
     else:
         raise invalid("prompt", "must not be empty; give prompt or prompt_token_ids")
-    return Wish(request.model, prompt, _options(request), DEFAULT_COMPLETE_TOKENS, metadata=dict(request.metadata))
+    return Wish(
+        request.model,
+        prompt,
+        _options(request),
+        DEFAULT_COMPLETE_TOKENS,
+        metadata=dict(request.metadata),
+        resumable=_request_digest(request),
+    )
+
+
+def resume_wish(request: pb.ResumeRequest) -> Wish:
+    """Raises CallError."""
+    kind = request.WhichOneof("call")
+    if kind is None:
+        raise invalid("call", "must be chat or complete: the request that began the stream")
+    wish = chat_wish(request.chat) if kind == "chat" else complete_wish(request.complete)
+    return replace(wish, resume=ResumeFrom(request.resume_tokens, request.offset))
+
+
+def _request_digest(request: pb.ChatRequest | pb.CompleteRequest) -> str:
+    """Of all that the caller asks for; "" where the stream is not to be resumed, which costs nothing then."""
+    if not request.resumable:
+        return ""
+    name = request.DESCRIPTOR.name.encode()
+    return hashlib.sha256(name + b"\0" + request.SerializeToString(deterministic=True)).hexdigest()
 
 
 def tokenize_prompt(request: pb.TokenizeRequest) -> Prompt:
@@ -80,8 +117,6 @@ def tokenize_prompt(request: pb.TokenizeRequest) -> Prompt:
 def _options(r: pb.ChatRequest | pb.CompleteRequest) -> Options:
     if r.priority:
         raise unsupported("priority", "priority classes are")
-    if r.resumable:
-        raise unsupported("resumable", "resume tokens are")
 
     def given(name: str) -> Any:
         return getattr(r, name) if r.HasField(name) else None  # type: ignore[arg-type]
@@ -216,7 +251,7 @@ def logprobs_pb(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
 def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk:
     """Pieces as a chunk; the last one carries usage."""
     return pb.ChatChunk(
-        id=call.id,
+        id=call.shown_id,
         model=call.model,
         offset=offset,
         choices=[
@@ -250,6 +285,28 @@ def complete_text(head: bytes, text: str, offset: int) -> bytes:
     data = text.encode()
     choice = b"\x12" + _varint(len(data)) + data  # CompleteChoice.text
     return head + b"\x1a" + _varint(len(choice)) + choice + b"\x28" + _varint(offset)
+
+
+def empty_chunk(head: bytes, offset: int) -> bytes:
+    """A serialized ChatChunk or CompleteChunk without choices, likewise."""
+    return head + b"\x28" + _varint(offset)
+
+
+def with_token(chunk: bytes, token: bytes) -> bytes:
+    """A serialized ChatChunk or CompleteChunk with its resume_token."""
+    return chunk + b"\x32" + _varint(len(token)) + token
+
+
+def resumed(is_chat: bool, chunk: bytes) -> bytes:
+    """A ResumeChunk of a serialized chunk."""
+    return (b"\x0a" if is_chat else b"\x12") + _varint(len(chunk)) + chunk
+
+
+def event_chunk(call_id: int, is_chat: bool, chunk: bytes) -> bytes:
+    """A SessionEvent of a serialized chunk, as an element of SessionEvents."""
+    head = b"\x08" + _varint(call_id) if call_id else b""
+    body = head + (b"\x1a" if is_chat else b"\x22") + _varint(len(chunk)) + chunk
+    return b"\x0a" + _varint(len(body)) + body
 
 
 def event_head(call_id: int) -> bytes:
@@ -302,7 +359,7 @@ _OFFSET = [b"\x28" + _varint(offset) for offset in range(4096)]
 def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.CompleteChunk:
     """Pieces as a chunk; the last one carries usage."""
     return pb.CompleteChunk(
-        id=call.id,
+        id=call.shown_id,
         model=call.model,
         offset=offset,
         choices=_choices(pieces),
@@ -325,7 +382,7 @@ def _choices(pieces: Sequence[Piece]) -> list[pb.CompleteChoice]:
 def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
     """A whole answer; one piece for each choice."""
     return pb.ChatResponse(
-        id=call.id,
+        id=call.shown_id,
         model=call.model,
         created=_now(),
         choices=[
@@ -344,7 +401,7 @@ def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
 def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteResponse:
     """A whole answer; one piece for each choice."""
     return pb.CompleteResponse(
-        id=call.id, model=call.model, created=_now(), choices=_choices(pieces), usage=usage_pb(call.usage)
+        id=call.shown_id, model=call.model, created=_now(), choices=_choices(pieces), usage=usage_pb(call.usage)
     )
 
 

@@ -15,13 +15,12 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
-from cluster.gateway.call import Call
 from cluster.gateway.door import Shown, alternative_names
-from cluster.gateway.output import Piece
 from cluster.gateway.relay import Lane, Relay
 from cluster.gateway.service import CallMeta, CallService, encode
 from cluster.gateway.session_face import Session
 from cluster.gateway.status import grpc_code, trailers
+from cluster.gateway.voices import CHAT, COMPLETE, Kind, voice_of
 from cluster.gateway.wishes import Wish
 from cluster.v1 import inference_pb2 as pb
 
@@ -59,70 +58,6 @@ def _encode(message: Message | bytes) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """What differs between chat and completion."""
-
-    wish: Callable[[Any], Wish]
-    chunk: Callable[[Call, Sequence[Piece], int], Message]
-    response: Callable[[Call, Sequence[Piece]], Message]
-    progress: Callable[[Call, pb.Progress], Message]
-    text: Callable[[bytes, str, int], bytes]
-
-
-_CHAT = _Kind(
-    codec.chat_wish,
-    codec.chat_chunk,
-    codec.chat_response,
-    lambda call, progress: pb.ChatChunk(id=call.id, model=call.model, progress=progress),
-    codec.chat_text,
-)
-_COMPLETE = _Kind(
-    codec.complete_wish,
-    codec.complete_chunk,
-    codec.complete_response,
-    lambda call, progress: pb.CompleteChunk(id=call.id, model=call.model, progress=progress),
-    codec.complete_text,
-)
-
-
-class _Voice:
-    """A call's pieces as serialized chunks; see relay.Voice."""
-
-    __slots__ = ("_call", "_head", "_kind", "_offset", "_service", "ended", "plain")
-
-    def __init__(self, kind: _Kind, call: Call, service: CallService) -> None:
-        self.ended = False
-        self._kind = kind
-        self._call = call
-        self._service = service
-        self._head = pb.ChatChunk(id=call.id, model=call.model).SerializeToString()  # CompleteChunk's is the same
-        self._offset = 0
-        self.plain = len(call.sequences) == 1
-
-    def text(self, text: str) -> bytes:
-        """See relay.Voice."""
-        self._offset += 1
-        return self._kind.text(self._head, text, self._offset)
-
-    def take(self) -> bytes:
-        """See relay.Voice."""
-        call = self._call
-        if (text := call.take_text()) is not None:
-            return self.text(text) if text else b""
-        pieces = call.take()
-        if pieces:
-            self._offset += 1
-            chunk = self._kind.chunk(call, pieces, self._offset)
-            self.ended = call.told
-            return chunk.SerializeToString()
-        if call.silent:  # after keepalive_s without text; held-back text alone says nothing
-            call.silent = False
-            progress = codec.progress_pb(self._service.progress(call))
-            return self._kind.progress(call, progress).SerializeToString()
-        return b""
-
-
 class GrpcFace:
     """The gRPC face of a CallService."""
 
@@ -135,10 +70,11 @@ class GrpcFace:
     def handlers(self) -> grpc.GenericRpcHandler:
         """All methods of the service."""
         methods: dict[str, tuple[type[Message], Callable[[Any, Any, CallMeta], Awaitable[Message | None]], bool]] = {
-            "Chat": (pb.ChatRequest, lambda r, c, m: self._whole(_CHAT, r, c, m), False),
-            "StreamChat": (pb.ChatRequest, lambda r, c, m: self._stream(_CHAT, r, c, m), True),
-            "Complete": (pb.CompleteRequest, lambda r, c, m: self._whole(_COMPLETE, r, c, m), False),
-            "StreamComplete": (pb.CompleteRequest, lambda r, c, m: self._stream(_COMPLETE, r, c, m), True),
+            "Chat": (pb.ChatRequest, lambda r, c, m: self._whole(CHAT, r, c, m), False),
+            "StreamChat": (pb.ChatRequest, lambda r, c, m: self._stream(CHAT, r, c, m), True),
+            "Complete": (pb.CompleteRequest, lambda r, c, m: self._whole(COMPLETE, r, c, m), False),
+            "StreamComplete": (pb.CompleteRequest, lambda r, c, m: self._stream(COMPLETE, r, c, m), True),
+            "Resume": (pb.ResumeRequest, lambda r, c, m: self._resume(r, c, m), True),
             "Tokenize": (pb.TokenizeRequest, lambda r, c, m: self._tokenize(r, m), False),
             "Detokenize": (pb.DetokenizeRequest, lambda r, c, m: self._detokenize(r, m), False),
             "ListModels": (pb.ListModelsRequest, lambda r, c, m: self._list_models(r, m), False),
@@ -225,14 +161,24 @@ class GrpcFace:
 
     # ---- calls
 
-    async def _stream(self, kind: _Kind, request: Any, context: Any, meta: CallMeta) -> None:
-        async with self._service.open(kind.wish(request), meta) as call:
+    async def _resume(self, request: pb.ResumeRequest, context: Any, meta: CallMeta) -> None:
+        kind = COMPLETE if request.HasField("complete") else CHAT
+        await self._run(kind, codec.resume_wish(request), context, meta)
+
+    async def _stream(self, kind: Kind, request: Any, context: Any, meta: CallMeta) -> None:
+        await self._run(kind, kind.wish(request), context, meta)
+
+    async def _run(self, kind: Kind, wish: Wish, context: Any, meta: CallMeta) -> None:
+        async with self._service.open(wish, meta) as call:
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             if self._relay is None:
                 self._relay = Relay()
-            await Lane(call, _Voice(kind, call, self._service), context, self._relay).run()
+            voice = voice_of(kind, call, self._service)
+            if call.continues:
+                context.send(voice.begin())
+            await Lane(call, voice, context, self._relay).run()
 
-    async def _whole(self, kind: _Kind, request: Any, context: Any, meta: CallMeta) -> Message:
+    async def _whole(self, kind: Kind, request: Any, context: Any, meta: CallMeta) -> Message:
         async with self._service.open(kind.wish(request), meta) as call:
             while not call.finished and call.error is None:
                 await call.news()

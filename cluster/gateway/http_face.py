@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from email.utils import formatdate
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from starlette.routing import Route, Router
@@ -27,7 +27,7 @@ from cluster.gateway.door import ANYBODY, Door, Shown, alternative_names
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields, read_object
 from cluster.gateway.output import Piece
-from cluster.gateway.relay import Lane, Relay
+from cluster.gateway.relay import Lane, Relay, Way
 from cluster.gateway.service import CallMeta, CallService
 
 log = structlog.get_logger("http")
@@ -36,6 +36,8 @@ Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CONNECTION = "headrace.connection"
 """Where the server puts a request's Connection in its scope."""
@@ -46,6 +48,18 @@ _EVENTS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+
+
+class Connection(Way, Protocol):
+    """What the server puts there."""
+
+    transport: Any
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call this once the client is gone, or soon where it is gone already."""
+
+    def unwatch(self, lost: Callable[[], None]) -> None:
+        """No longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +199,7 @@ class HttpFace:
         self._created = int(time.time())
         self._relay: Relay | None = None
 
-    def app(self) -> Router:
+    def app(self) -> Application:
         """All routes."""
         door = self._service.door
         endpoints = {
@@ -197,7 +211,14 @@ class HttpFace:
             "/ready": _Endpoint("GET", self._ready),
         }
         routes = [Route(path, endpoint, name=path) for path, endpoint in endpoints.items()]
-        return Router(routes, redirect_slashes=False, default=_nowhere)
+        router = Router(routes, redirect_slashes=False, default=_nowhere)
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            """The router asks its expressions in turn; most paths need none."""
+            endpoint = endpoints.get(scope.get("path", "")) if scope["type"] == "http" else None
+            await (endpoint or router)(scope, receive, send)
+
+        return app
 
     # ---- calls
 
@@ -209,7 +230,7 @@ class HttpFace:
         traceparent = exchange.header(b"traceparent", _TRACEPARENT)
         meta = CallMeta(exchange.request_id, "http", traceparent=traceparent, principal=exchange.principal)
         answer = self._stream if asked.stream else self._whole
-        await _while_connected(answer(kind, asked, meta, exchange), exchange.receive)
+        await _while_connected(answer(kind, asked, meta, exchange), exchange.scope[CONNECTION])
 
     async def _stream(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:
@@ -325,20 +346,22 @@ async def _all(works: Sequence[Awaitable[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _while_connected(work: Awaitable[None], receive: Receive) -> None:
-    """Run to the end, or until the client is gone."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(_gone(receive))
+async def _while_connected(work: Awaitable[None], connection: Connection) -> None:
+    """Run to the end, or until the client is gone. Raises ConnectionResetError."""
+    task, gone = asyncio.current_task(), False
+
+    def lost() -> None:
+        nonlocal gone
+        if not gone and task is not None:
+            gone = True
+            task.cancel()
+
+    connection.watch(lost)
     try:
-        await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
+        await work
+    except asyncio.CancelledError:
+        if not gone or (task is not None and task.uncancel()):  # somebody else has ended it
+            raise
+        raise ConnectionResetError from None
     finally:
-        watch.cancel()
-        task.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        connection.unwatch(lost)

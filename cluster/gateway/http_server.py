@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Any, cast
 
 import uvicorn
@@ -24,13 +25,12 @@ MAX_HEAD_BYTES = 65_536
 class _Protocol(HttpToolsProtocol):
     """Bounds what comes before a body, which the parser does not, and is its requests' `Connection`."""
 
+    full = False
+    """Whether the client must read before more is written. Asked for each token, hence no property."""
+    _gone = False
+    _watcher: Callable[[], None] | None = None
     _head_bytes = 0
     _in_head = True
-
-    @property
-    def full(self) -> bool:
-        """Whether the client must read before more is written."""
-        return self.flow.write_paused
 
     def send(self, data: bytes) -> None:
         """Send one chunk of a body whose head has announced chunks, as every head without a length does."""
@@ -39,6 +39,36 @@ class _Protocol(HttpToolsProtocol):
     async def drained(self) -> None:
         """Wait until it is full no longer, or closed."""
         await self.flow.drain()
+
+    def pause_writing(self) -> None:
+        """The client does not read."""
+        super().pause_writing()
+        self.full = True
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self.full = False
+        super().resume_writing()
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call this once the client is gone, or soon where it is gone already."""
+        self._watcher = lost
+        self.flow.resume_reading()  # a long body has paused it, and the client's end is read too
+        if self._gone:
+            self.loop.call_soon(lost)
+
+    def unwatch(self, lost: Callable[[], None]) -> None:
+        """No longer."""
+        if self._watcher is lost:
+            self._watcher = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Its request has nobody to answer any more."""
+        self.full = False
+        super().connection_lost(exc)
+        self._gone = True
+        if self._watcher is not None:
+            self._watcher()
 
     def data_received(self, data: bytes) -> None:
         """The parser neither bounds a head nor tells of a part of one: what comes without ending it is counted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from cluster.tenancy.limits import Ask, Granted, Limiter, LimitRefusal
@@ -15,6 +15,8 @@ class Limits(Protocol):
 
     degraded: bool
     """Shared limits whose store is away: the gauge `limits_degraded`."""
+    at_once: bool
+    """Whether it answers without waiting for anything, so that nothing can come in between."""
 
     async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
         """Admit or refuse."""
@@ -25,6 +27,10 @@ class Limits(Protocol):
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
         """It ended, and so much the engine counted. Never fails."""
 
+    def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
+        """What the ledger has of this day and month, by tenant: no budget stands lower. A store that outlives the
+        gateway knows by itself."""
+
     def sweep(self) -> None:
         """Once a minute: forget tenants with nothing in any sum."""
 
@@ -33,6 +39,7 @@ class LocalLimits:
     """One gateway alone: the limits are this process's."""
 
     degraded = False
+    at_once = True
 
     def __init__(self, limiter: Limiter, clock: Callable[[], float] = time.monotonic) -> None:
         self._limiter = limiter
@@ -49,6 +56,10 @@ class LocalLimits:
     async def settle(self, call_id: str, prompt_tokens: int, output_tokens: int) -> None:
         """As the port says."""
         self._limiter.settle(call_id, prompt_tokens, output_tokens, self._clock(), time.time())
+
+    def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
+        """As the port says: a gateway that starts anew goes on where the last one was."""
+        self._limiter.spent(today, month, epoch_s)
 
     def sweep(self) -> None:
         """As the port says."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -87,6 +87,7 @@ class ValkeyLimits:
         self._beating: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
         self.gateways_alive = 1
+        self.at_once = False
         self.degraded = False
         """The store is away: the gauge `limits_degraded`."""
 
@@ -167,6 +168,21 @@ class ValkeyLimits:
                 change += back
         if await self._ask(held.tenant, "settle", plain, held.day, held.month, *corrections) is None:
             self._owe(held.tenant, plain)
+
+    def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
+        """As the port says: the store knows; the mirror serves while that is away."""
+        self._mirror.spent(today, month, epoch_s)
+
+    async def first(self, name: str, expires_s: float) -> bool | None:
+        """Whether no gateway has said this name before, for as many seconds; None while the store is away."""
+        if self.degraded:
+            return None
+        try:
+            key = f"{PREFIX}first:{name}"
+            return bool(await self._redis.set(key, self._gateway, nx=True, px=max(int(expires_s * 1000), 1)))
+        except AWAY as error:
+            self._away(error)
+            return None
 
     def sweep(self) -> None:
         """As the port says."""

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import EngineRequest, FinishReason, Likeness, TokenOutput
-from cluster.gateway.text.detokenizer import Detokenizer
-from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
+from cluster.gateway.text.detokenizer import TextSource
+from cluster.gateway.text.logprobs import LogprobSource, TokenLogprob
 from cluster.link.worker_link import WorkerLink
 from cluster.tenancy.order import Waiting
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Account
     from cluster.gateway.call import Call
+    from cluster.gateway.segments import Begun
 
 _FINISH_WORDS = {
     FinishReason.STOP: "stop",
@@ -73,6 +74,7 @@ class Output:
         "ran",
         "replayed",
         "request",
+        "restored",
         "resumes",
         "resuming",
         "shuns",
@@ -85,8 +87,8 @@ class Output:
         call: Call,
         index: int,
         request: EngineRequest,
-        detokenizer: Detokenizer,
-        logprob_texts: LogprobTexts | None = None,
+        detokenizer: TextSource,
+        logprob_texts: LogprobSource | None = None,
     ) -> None:
         self.call = call
         self.index = index
@@ -102,6 +104,8 @@ class Output:
         """Incarnations of workers whose engine could not go on with it."""
         self.likeness: Likeness | None = None
         """What the worker was like that gave its first token; only such another can go on with it."""
+        self.restored = 0
+        """Tokens that another gateway has told before this one."""
         self.resumes = 0
         """How often it was to go on elsewhere after its first token."""
         self.resuming = ""
@@ -139,6 +143,20 @@ class Output:
     def tokens(self) -> int:
         """What an engine has to compute before its next token."""
         return len(self.request.prompt_token_ids) + len(self.emitted)
+
+    def restore(self, begun: Begun) -> None:
+        """Stand where another gateway has left it. Raises ValueError when those tokens have not so much text."""
+        ids = begun.token_ids
+        self.detokenizer.restore(ids, begun.chars)
+        if self._logprob_texts is not None:
+            self._logprob_texts.restore(ids)
+        self.restored, self.likeness, self.heard_at = len(ids), begun.likeness, self.call.arrived
+        self._told, self._told_finish = bool(ids), bool(begun.finish_reason)
+        self.finish_reason = begun.finish_reason
+        if not self.finish_reason and len(ids) >= self.request.sampling.max_tokens:
+            self.finish_reason = "length"  # its last token was told, its end was not
+        elif ids and not self.finish_reason:
+            self.resumes, self.resuming = 1, "gateway"
 
     def submission(self) -> EngineRequest:
         """The request as the next worker is to have it."""
@@ -202,9 +220,10 @@ class Output:
         stop = self.detokenizer.push(ids, output.finish is FinishReason.STOP)
         if stop is not None:
             self._stopped()
+        came = max(len(self.emitted) - before, 0)  # a guard's refusal takes back tokens of earlier steps too
         if output.logprobs and self._logprob_texts is not None:
-            self._logprobs += self._logprob_texts.push(output.logprobs[: len(self.emitted) - before])
-        call.progressed(self, len(self.emitted) - before)
+            self._logprobs += self._logprob_texts.push(output.logprobs[:came])
+        call.progressed(self, came)
 
     def _began(self, output: TokenOutput) -> None:
         """The first output that a worker gives it."""
@@ -249,8 +268,8 @@ class Output:
             self.leave_engine()
 
     def _stopped(self) -> None:
-        """A stop string has come: the engine's work ends here."""
-        self.finish_reason = "stop"
+        """A stop string has come, or a guard has refused: the engine's work ends here."""
+        self.finish_reason = "content_filter" if self.detokenizer.refused else "stop"
         self.leave_engine()
 
     def _broken(self, finish: FinishReason, link: WorkerLink | None) -> None:
@@ -305,6 +324,11 @@ class Output:
             return None
         finished = bool(self.finish_reason)
         text = self.detokenizer.take(finished)
+        if finished:
+            if self.detokenizer.refused:  # by what had been held back to the end
+                self.finish_reason = "content_filter"
+            if self._logprob_texts is not None:
+                self._logprobs += self._logprob_texts.push(())
         if not (text or finished or self._logprobs):
             return None
         self._told_finish = finished
@@ -328,6 +352,11 @@ class Output:
     def delivered(self) -> int:
         """Tokens whose text has been taken; one whose text is taken in part counts."""
         return len(self.emitted) if self._told_finish else len(self.emitted) - self.detokenizer.untaken_tokens()
+
+    @property
+    def shown(self) -> int:
+        """Tokens of which the caller has seen something: text, or a log probability."""
+        return self.delivered if self._logprob_texts is None else len(self.emitted)
 
     @property
     def told(self) -> bool:

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from cluster import __version__, rpc
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import ModelState
-from cluster.config import Config
+from cluster.config import Config, cache_dir
 from cluster.gateway.admin import CatalogAdmin, FleetAdmin, NoLedger
 from cluster.gateway.admin_door import AdminDoor
 from cluster.gateway.allowance import Allowances
@@ -40,7 +40,9 @@ from cluster.tenancy.queue import WaitingRoom
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting
+    from cluster.gateway.guards.guards import Guards
     from cluster.gateway.limits_valkey import ValkeyLimits
+    from cluster.gateway.resumes import Resumes
     from cluster.gateway.sibling_aborts import SiblingAborts
     from cluster.gateway.tenants import TenantDoor
     from cluster.ledger.records import UsageRecord
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway")
 
 ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
+LAST_WORD_S = 0.5
+"""What a call gets that still runs when the time to drain is over, to tell its client so."""
 
 
 class Gateway:
@@ -74,7 +78,13 @@ class Gateway:
         resume = config.gateway.resume
         self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s)
         siblings = config.gateway.siblings(process)
-        self.hub = Hub(f"{config.name}-{uuid.uuid4().hex[:6]}", self.dispatcher, timing, siblings)
+        self.hub = Hub(
+            f"{config.name}-{uuid.uuid4().hex[:6]}",
+            self.dispatcher,
+            timing,
+            siblings,
+            config.gateway.link_tls is not None,
+        )
         self.directory = Directory(folder, self.hub.fetch_bundle)
         door = self.tenants if self.tenants is not None else OpenDoor()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)
@@ -86,9 +96,17 @@ class Gateway:
             self.dispatcher.cut,
             max_tenants=config.observe.max_tenant_series,
         )
+        self.guards = _guards(config, self.metrics, self.tenants)
         self.service = CallService(
-            self.directory, self.dispatcher, self.allowances, self.metrics, door=door, max_attempts=resume.max_attempts
+            self.directory,
+            self.dispatcher,
+            self.allowances,
+            self.metrics,
+            door=door,
+            guards=self.guards,
+            max_attempts=resume.max_attempts,
         )
+        self.service.resumes = self._resumes()
         self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
@@ -104,6 +122,23 @@ class Gateway:
         self._lag = self.metrics.histogram("event_loop_lag_seconds")
         self._states: set[asyncio.Task[None]] = set()
 
+    def _resumes(self) -> Resumes:
+        """Streams that go on after a gateway's end. Without `auth` the secret and what is taken rest in the cache
+        folder, which the gateways of one host share."""
+        from cluster.gateway.resumes import Resumes
+        from cluster.gateway.takers import FileTakers, LedgerTakers, StoreTakers, Takers
+
+        tenants, shared = self.tenants, self._shared_limits
+        takers: Takers
+        if tenants is not None:
+            takers = LedgerTakers(tenants.ledger.resumed.take)
+        else:
+            takers = FileTakers(cache_dir() / "resumed.db")
+        if shared is not None:
+            takers = StoreTakers(shared.first, takers)
+        secrets = _own_secrets if tenants is None else lambda: tenants.secrets
+        return Resumes(secrets, takers, self.config.gateway.resume.token_expires_s)
+
     async def start(self) -> None:
         """Bind every listener. Raises RuntimeError when an address cannot be had."""
         gateway = self.config.gateway
@@ -116,6 +151,7 @@ class Gateway:
         if self.tenants is not None:
             await self.tenants.start()
             self.account(self.tenants.secrets, self.tenants.ledger.usage.insert)
+            self.service.prompts = self.tenants.prompts
         if self._shared_limits is not None:
             await self._shared_limits.start()
         await self._bind("link", listen.link, self._serve_links)
@@ -131,6 +167,10 @@ class Gateway:
             asyncio.create_task(self.dispatcher.backlogs.watch()),
             asyncio.create_task(self._measure_lag()),
         ]
+        if self.tenants is not None:
+            budgets = self.tenants.budgets(self._limits.spent)
+            self.metrics.on_scrape(budgets.gauges)
+            self._tasks.append(asyncio.create_task(budgets.run()))
         await self._bind("grpc", listen.grpc, self._serve_clients)
         await self._bind("http", listen.http, self._serve_http)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -236,12 +276,17 @@ class Gateway:
         """No new calls; those under way get `drain_s` seconds; then everything is closed."""
         self.service.close("stopping")
         await self._health.enter_graceful_shutdown()
-        clients = [] if self._clients is None else [self._clients.stop(drain_s)]
-        await asyncio.gather(self.http.stop(drain_s), *clients)
+        ends = asyncio.get_running_loop().call_later(drain_s, self.service.end_all)
+        grace_s = drain_s + LAST_WORD_S
+        clients = [] if self._clients is None else [self._clients.stop(grace_s)]
+        await asyncio.gather(self.http.stop(grace_s), *clients)
+        ends.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.allowances.close()
+        if self.guards is not None:
+            await self.guards.close()
         if self._shared_limits is not None:
             await self._shared_limits.close()
         if self.accounting is not None:
@@ -333,6 +378,17 @@ def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> Te
     return TenantDoor(config, folder, metrics, process)
 
 
+def _guards(config: Config, metrics: Metrics, tenants: TenantDoor | None) -> Guards | None:
+    """The guards of tenants' policies, where there are tenants. Raises ValueError for a file of patterns."""
+    if tenants is None:
+        return None
+    from cluster.gateway.guards.guards import Guards
+
+    guards = Guards(metrics, tenants.decided)
+    guards.check(config.policies())
+    return guards
+
+
 def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:
     """The limits of all gateways together, where the file names their store; only then its client is imported."""
     if not config.store.limits_url:
@@ -340,6 +396,16 @@ def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:
     from cluster.gateway.limits_valkey import ValkeyLimits
 
     return ValkeyLimits(config.store.limits_url, gateway)
+
+
+def _own_secrets() -> Sequence[bytes]:
+    """Those of a cluster without `auth`, made where they are missing."""
+    from cluster.ledger.files import make_secret, read_secrets
+
+    path = cache_dir() / "cluster-secret"
+    if not path.exists():
+        make_secret(path)
+    return read_secrets(path, "auth.cluster_secret_file")
 
 
 def _turn_tokens(model: KnownModel) -> float:

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -25,6 +26,11 @@ from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.identity import Principal
+
+if TYPE_CHECKING:
+    from cluster.gateway.guards.guards import CallGuards, Guards
+    from cluster.gateway.prompt_log import PromptLog
+    from cluster.gateway.resumes import Resumes
 
 log = structlog.get_logger("calls")
 
@@ -66,9 +72,12 @@ class CallService:
         clock: Callable[[], float] = time.monotonic,
         door: Door | None = None,
         max_attempts: int = 3,
+        guards: Guards | None = None,
     ) -> None:
-        """`max_attempts` workers may fail a sequence before its call fails."""
+        """`max_attempts` workers may fail a sequence before its call fails. `guards`: where there are tenants whose
+        policies name some."""
         self.max_attempts = max_attempts
+        self._guards = guards
         self._allowances = allowances
         self.door: Door = door if door is not None else OpenDoor()
         self.door.on_change.add(self._end_fallen)
@@ -76,9 +85,13 @@ class CallService:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.clock = clock
+        self.resumes: Resumes | None = None
+        """Set before the first call, where streams can be resumed."""
         self.on_close: set[Callable[[], None]] = set()
         self._open: dict[str, Call] = {}
         self._closing = ""
+        self.prompts: PromptLog | None = None
+        """Where prompts are written of tenants whose policy says so."""
 
     def statistics(self) -> dict[str, int]:
         """Open calls by model; empty when idle."""
@@ -86,6 +99,17 @@ class CallService:
         for call in list(self._open.values()):
             counts[call.model] = counts.get(call.model, 0) + 1
         return counts
+
+    def _resuming(self) -> Resumes:
+        if self.resumes is None:
+            raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway resumes no streams: begin anew")
+        return self.resumes
+
+    def end_all(self) -> None:
+        """What still runs ends here; where it is resumable it goes on elsewhere."""
+        for call in list(self._open.values()):
+            told = f"this gateway is {self._closing}; resume or repeat the call at another"
+            call.fail(CallError(Outcome.NO_WORKER, told, retry_after_s=0.1))
 
     def close(self, why: str) -> None:
         """Take no new call; sessions are told, so that they end with their last call."""
@@ -112,24 +136,36 @@ class CallService:
     async def open(self, wish: wishes.Wish, meta: CallMeta) -> AsyncIterator[Call]:
         """A running call. Raises CallError when it cannot run; errors raised inside end it with their outcome."""
         arrived = self.clock()
-        outcome, model_name, call = Outcome.OK, "", None
+        outcome, model_name, call, guards = Outcome.OK, "", None, None
         try:
             if self._closing:
                 raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
+            chain = None
+            if wish.resume is not None:
+                chain = await self._resuming().read(wish, meta.principal)
+                model_name = chain.whole.model
+                meta = replace(meta, deadline=self._resuming().deadline(chain, meta.deadline))
             wishes.check_options(wish.options)
             if wish.metadata:
                 wishes.check_metadata(wish.metadata)
-            model = self.directory.resolve(wish.model, meta.principal)
+            model = self.directory.resolve(wish.model if chain is None else chain.whole.model, meta.principal)
             model_name = model.name
             text = await self.directory.text(model)
+            if meta.principal.tenant.guards:
+                guards = self._guards_of(meta, model.name)
+                wish = replace(wish, prompt=await guards.prompt(_readable(wish.prompt, text), text))
             prompt_ids = await encode(wish.prompt, text, meta.tenant)
             if (fallen := self.door.standing(meta.tenant)) is not None:  # since it has come
                 raise fallen
-            call = self._call(wish, meta, model, text, prompt_ids, arrived)
+            call = self._call(wish, meta, model, text, prompt_ids, arrived, guards)
+            if wish.resumable and self.resumes is not None:
+                self.resumes.begin(call, wish, meta, model.bundle_digest, chain)
             self._open[call.id] = call
             await self._allowances.admit(call)
             if call.error is not None:  # its tenant has fallen while its limits were asked
                 raise call.error
+            if chain is not None:
+                await self._resuming().take(chain)
             self.dispatcher.enter(call, model)
             yield call
         except CallError as error:
@@ -146,9 +182,15 @@ class CallService:
         finally:
             if call is not None:
                 self._open.pop(call.id, None)
+                if call.tickets is not None and call.tickets.timer is not None:
+                    call.tickets.timer.cancel()
                 self.dispatcher.leave(call)
                 if self.dispatcher.accounting is not None:
                     self.dispatcher.accounting.ended(call, outcome)
+                if self.prompts is not None:
+                    self.prompts.ended(call, wish.prompt, text, outcome)
+            if guards is not None:
+                guards.close()
             self._settle(model_name, meta, outcome, call, arrived)
             if call is not None:
                 await self._allowances.settle(call)
@@ -161,6 +203,7 @@ class CallService:
         text: TextModel,
         prompt_ids: array[int],
         arrived: float,
+        guards: CallGuards | None,
     ) -> Call:
         options = wish.options
         max_len, policy = model.max_model_len, meta.principal.tenant
@@ -208,11 +251,17 @@ class CallService:
                 cache_salt=salt,
                 priority=rank,
             )
-            detokenizer = text.detokenizer(prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
+            plain = text.detokenizer(prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
             told = options.logprobs if options.logprobs_told is None else options.logprobs_told
-            logprobs = None if told is None else LogprobTexts(text, told)
+            numbers = None if told is None else LogprobTexts(text, told)
+            detokenizer, logprobs = (plain, numbers) if guards is None else guards.output(plain, numbers)
             call.sequences.append(Output(call, index, request, detokenizer, logprobs))
         return call
+
+    def _guards_of(self, meta: CallMeta, model: str) -> CallGuards:
+        """Those of a tenant that has some."""
+        assert self._guards is not None, "policies with guards come from a door that has them"
+        return self._guards.of(meta.principal.tenant, model, meta.request_id, meta.principal.subject)
 
     def _settle(self, model: str, meta: CallMeta, outcome: Outcome, call: Call | None, arrived: float) -> None:
         metrics = self.metrics
@@ -226,9 +275,10 @@ class CallService:
         metrics.histogram("request_duration_seconds", model).observe(self.clock() - arrived)
         metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
         metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
-        metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
+        if not call.continues:
+            metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
-        metrics.count("generation_tokens_total", model, meta.tenant, by=usage.completion_tokens)
+        metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)
 
     def _end_fallen(self) -> None:
         """Calls of tenants that may no longer call end now, wherever they are."""
@@ -281,6 +331,13 @@ async def encode(prompt: wishes.Prompt, text: TextModel, tenant: str = "default"
     if not ids:
         raise invalid("prompt", "must not be empty")
     return ids
+
+
+def _readable(prompt: wishes.Prompt, text: TextModel) -> wishes.Prompt:
+    """The prompt, if its token ids can be read at all. Raises CallError."""
+    if isinstance(prompt, wishes.IdsPrompt):
+        _in_vocabulary(prompt.token_ids, text.vocab_size)
+    return prompt
 
 
 def _in_vocabulary(ids: Sequence[int], vocab_size: int) -> array[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -21,12 +21,18 @@ from cluster.gateway.call import Call
 from cluster.gateway.output import Piece
 from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.status import details
+from cluster.gateway.voices import CHAT, COMPLETE, Voice, voice_of
 from cluster.gateway.wishes import Wish
 from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
 
 log = structlog.get_logger("session")
 
+_WISHES: Mapping[str, Callable[[Any], Wish]] = {
+    "chat": codec.chat_wish,
+    "complete": codec.complete_wish,
+    "resume": codec.resume_wish,
+}
 MAX_CALLS = 10_000
 MAX_UNREAD_CHARS = 1 << 20
 """Characters that may wait for a client that does not read; beyond it the session is closed."""
@@ -35,7 +41,7 @@ MAX_UNREAD_CHARS = 1 << 20
 class _Open:
     """A call of a session: `call` once it runs; `ended` when its context may close."""
 
-    __slots__ = ("call", "call_id", "ended", "head", "is_chat", "offset", "session", "task", "told")
+    __slots__ = ("call", "call_id", "ended", "head", "is_chat", "offset", "session", "task", "told", "voice")
 
     def __init__(self, session: Session, call_id: int, is_chat: bool) -> None:
         self.session = session
@@ -43,6 +49,8 @@ class _Open:
         self.is_chat = is_chat
         self.head = codec.event_head(call_id)
         self.call: Call | None = None
+        self.voice: Voice | None = None
+        """Of a resumable call: all that it tells are chunks."""
         self.ended = asyncio.Event()
         self.offset = 0
         self.told = False
@@ -62,9 +70,16 @@ class _Open:
             self.call.sequences[0].indirect(text)
             session.dirty[self.call_id] = self
             return
-        self.offset += 1
-        session.parts.append(codec.event_text(self.head, text))
+        if self.voice is not None:
+            self.chunk(self.voice.text(text))
+        else:
+            self.offset += 1
+            session.parts.append(codec.event_text(self.head, text))
         session.wake()
+
+    def chunk(self, data: bytes) -> None:
+        """A serialized chunk, with the next message."""
+        self.session.parts.append(codec.event_chunk(self.call_id, self.is_chat, data))
 
 
 class Session:
@@ -153,12 +168,13 @@ class Session:
         try:
             meta = self._call_meta(start)
             if kind is None:
-                raise invalid("start", "must hold chat or complete")
-            wish = codec.chat_wish(start.chat) if kind == "chat" else codec.complete_wish(start.complete)
+                raise invalid("start", "must hold chat, complete or resume")
+            wish = _WISHES[kind](getattr(start, kind))
         except CallError as error:
             self._refuse(call_id, error)
             return
-        opened = self._calls[call_id] = _Open(self, call_id, kind == "chat")
+        is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
+        opened = self._calls[call_id] = _Open(self, call_id, is_chat)
         opened.task = asyncio.create_task(self._run(opened, wish, meta, start.deadline_ms / 1000))
 
     def _call_meta(self, start: pb.SessionStart) -> CallMeta:
@@ -185,6 +201,10 @@ class Session:
         try:
             async with asyncio.timeout(deadline_s or None), self._service.open(wish, meta) as call:
                 opened.call = call
+                if call.tickets is not None:
+                    opened.voice = voice_of(CHAT if opened.is_chat else COMPLETE, call, self._service, bare=True)
+                    if call.continues:
+                        opened.chunk(opened.voice.begin())
                 call.listener = opened.mark
                 opened.mark()
                 await opened.ended.wait()
@@ -265,7 +285,25 @@ class Session:
             if call is not None and not opened.told:
                 self._news(opened, call)
 
+    def _sealed_news(self, opened: _Open, call: Call, voice: Voice) -> None:
+        try:
+            data = voice.take()
+        except CallError:
+            opened.told = True
+            opened.ended.set()
+            return
+        if data:
+            opened.chunk(data)
+        if voice.ended:
+            opened.told = True
+            opened.ended.set()
+        elif voice.plain:
+            call.sequences[0].go_direct(opened.text)
+
     def _news(self, opened: _Open, call: Call) -> None:
+        if opened.voice is not None:
+            self._sealed_news(opened, call, opened.voice)
+            return
         text = call.take_text()
         if text is None:
             try:
@@ -302,8 +340,8 @@ class Session:
         call.silent = False
         progress = codec.progress_pb(self._service.progress(call))
         if opened.is_chat:
-            chat = pb.ChatChunk(id=call.id, model=call.model, progress=progress)
+            chat = pb.ChatChunk(id=call.shown_id, model=call.model, progress=progress)
             self._tell(pb.SessionEvent(call_id=opened.call_id, chat=chat))
         else:
-            complete = pb.CompleteChunk(id=call.id, model=call.model, progress=progress)
+            complete = pb.CompleteChunk(id=call.shown_id, model=call.model, progress=progress)
             self._tell(pb.SessionEvent(call_id=opened.call_id, complete=complete))

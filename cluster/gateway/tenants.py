@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -21,13 +21,16 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.config import Config, cache_dir, database_url, secret_files
 from cluster.config_tenants import Auth
 from cluster.gateway.authenticate import Authenticator
+from cluster.gateway.budgets import BudgetWatch, Spent
 from cluster.gateway.door import Shown, Visitor
+from cluster.gateway.prompt_log import PromptLog
 from cluster.ledger.audit import AuditEvent, AuditLog
 from cluster.ledger.audit_writer import AuditWriter
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.ledger.watch import Watcher
+from cluster.observe import garbage
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.identity import (
     BAD_KEY,
@@ -41,6 +44,7 @@ from cluster.tenancy.identity import (
 from cluster.tenancy.policy import TenantPolicy
 
 if TYPE_CHECKING:
+    from cluster.gateway.guards.guards import Decided
     from cluster.gateway.oidc import OidcVerifier
 
 log = structlog.get_logger("tenants")
@@ -83,6 +87,9 @@ class TenantDoor:
             declared=self._policies,
             on_change=self._changed,
         )
+        self.prompts = PromptLog(
+            folder / "prompts", self._everybody, config.store.retention_days.prompts, self._metrics
+        )
         self._oidc = _verifier(config.auth)
         self._authenticator = Authenticator(
             self._watcher.current,
@@ -114,6 +121,7 @@ class TenantDoor:
                     await tried.wait()
                     await asyncio.to_thread(self._watcher.ask)
         self._watcher.start()
+        self.prompts.start()
 
     async def stop(self) -> None:
         """End the threads; what is to be audited is written."""
@@ -125,7 +133,24 @@ class TenantDoor:
             await self._oidc.close()
         await asyncio.to_thread(self._watcher.stop)
         await asyncio.to_thread(self.audit.close)
+        await asyncio.to_thread(self.prompts.close)
         self.ledger.close()
+
+    def budgets(self, spent: Spent) -> BudgetWatch:
+        """What follows every tenant's budget. Raises ValueError for the webhook's secret."""
+        observe = self._config.observe
+        webhook = observe.budget_webhook if self._first else None
+        setting = "observe.budget_webhook.secret_file"
+        return BudgetWatch(
+            self._config.name,
+            self.ledger,
+            lambda: list(self._everybody().values()),
+            self._metrics,
+            spent,
+            webhook=webhook,
+            secret=b"" if webhook is None else read_secrets(webhook.secret_file, setting)[0],
+            max_tenants=observe.max_tenant_series,
+        )
 
     async def _prepare(self, tried: asyncio.Event, after_s: float) -> None:
         """Process 0 brings the database up to the file; then, daily, what is too old goes."""
@@ -133,6 +158,7 @@ class TenantDoor:
         while self._first:
             try:
                 await asyncio.to_thread(self._bring_up)
+                garbage.settle()  # the check has imported what migrates
                 break
             except LedgerError as error:
                 log.warning("ledger_not_ready", error=str(error))
@@ -170,7 +196,8 @@ class TenantDoor:
     async def principal(self, shown: Shown) -> Principal:
         """See Door."""
         found = await self._authenticator.principal(shown.authorization, shown.names, shown.peer)
-        return replace(found, tenant=self._dress(found.tenant)[1])
+        tenant = self._dress(found.tenant)[1]
+        return Principal(tenant, found.role, found.by, found.subject, found.model_aliases)
 
     async def visit(self, shown: Shown) -> Visitor:
         """See Door."""
@@ -185,6 +212,9 @@ class TenantDoor:
     def snapshot(self) -> Snapshot:
         """Everybody known now. Raises CallError STORE_UNAVAILABLE."""
         return self._watcher.current()
+
+    def _everybody(self) -> dict[str, TenantPolicy]:
+        return {name: entry.policy for name, entry in self.snapshot().tenants.items()}
 
     def standing(self, tenant: str) -> CallError | None:
         """See Door. While the database is away too long new calls are refused, but those that run go on."""
@@ -209,6 +239,28 @@ class TenantDoor:
             known = (policy, replace(policy, handle=handle), cache_salt(self.secrets, policy))
             self._dressed[policy.name] = known
         return known
+
+    def decided(self, one: Decided) -> None:
+        """What a guard has decided goes into the audit log."""
+        details: dict[str, Any] = {
+            "guard": one.guard,
+            "model": one.model,
+            "request_id": one.request_id,
+            "found": one.found,
+        }
+        if one.texts:
+            details["texts"] = list(one.texts)
+        event = AuditEvent(
+            time.time(),
+            "policy",
+            "guard",
+            actor=one.actor,
+            tenant=one.tenant,
+            object=f"tenants/{one.tenant}",
+            outcome=one.outcome,
+            details=details,
+        )
+        self.audit.write(event)
 
     # ---- news
 

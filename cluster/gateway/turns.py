@@ -114,7 +114,7 @@ class Turns:
         order.generated(output.waiting_id, tokens)
         order.ended(output.waiting_id)
         service = self._service.prompt(len(output.request.prompt_token_ids), output.cached_tokens)
-        service += self._service.output * tokens
+        service += self._service.output * (tokens - output.restored)
         self._metrics.count("tenant_service_tokens_total", call.model, call.policy.name, by=service)
         if tokens:
             self.learnt.observe(call.flow, call.model, tokens)

@@ -76,6 +76,14 @@ Prompt = ChatPrompt | TextPrompt | IdsPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class ResumeFrom:
+    """Where a stream had come when it broke: all its tokens in order, and the newest one's number."""
+
+    tokens: Sequence[bytes]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class Wish:
     """One call as asked."""
 
@@ -87,6 +95,9 @@ class Wish:
     """The caller's own: its calls share a cached prefix only with those of the same salt."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Labels of the usage record; the tenant's own of the same name win."""
+    resumable: str = ""
+    """Where its chunks are to carry resume tokens, the digest of the whole request."""
+    resume: ResumeFrom | None = None
 
 
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_BYTES = 16, 64, 256

@@ -37,6 +37,17 @@ def scrub(text: str) -> str:
     return cut if len(cut) <= MAX_TEXT else cut[: MAX_TEXT - 1] + "…"
 
 
+def hide_secrets(value: Any) -> Any:
+    """Plain values of any length without anything that looks like a key or token."""
+    if isinstance(value, str):
+        return _SECRET.sub(HIDDEN, value)
+    if isinstance(value, Mapping):
+        return {str(key): hide_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide_secrets(item) for item in value]
+    return value if isinstance(value, bool | int | float) or value is None else hide_secrets(str(value))
+
+
 def _clean(value: Any) -> Any:
     if isinstance(value, str):
         return scrub(value)
@@ -51,8 +62,8 @@ def _clean(value: Any) -> Any:
 class AuditEvent:
     """One event. `at_s` since the epoch; `action` e.g. keys.create; `object` e.g. tenants/acme/keys/k1.
 
-    `actor` is who (a key id, a claim's subject, `cli:<user>`), `source` from where (a peer's address). Texts are
-    scrubbed when it is made.
+    `actor` is who (`key:<id>`, `jwt:<subject>`, `cli:<user>`; of a failure the id that was claimed), `source` from
+    where (a peer's address). Texts are scrubbed when it is made.
     """
 
     at_s: float

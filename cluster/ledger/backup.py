@@ -22,10 +22,17 @@ from sqlalchemy import JSON, Connection, Engine, Table, func, select, update
 from cluster.ledger import migrate
 from cluster.ledger.connect import reading, writing
 from cluster.ledger.errors import LedgerError
-from cluster.ledger.tables import audit, change_sequence, erased, keys, tenants, usage
+from cluster.ledger.tables import audit, budget_notices, change_sequence, erased, keys, tenants, usage
 
 FORMAT = "headrace-ledger-backup/1"
-TABLES: tuple[Table, ...] = (tenants, keys, usage, audit, erased)  # in an order in which they can be filled
+TABLES: tuple[Table, ...] = (
+    tenants,
+    keys,
+    usage,
+    audit,
+    erased,
+    budget_notices,
+)  # in an order in which they can be filled
 BATCH_ROWS = 5_000
 SEQUENCE_JUMP = 1_000_000
 Counts = Mapping[str, int]

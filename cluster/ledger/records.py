@@ -13,6 +13,7 @@ import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeVar
 
 R = TypeVar("R", "OpenRecord", "UsageRecord")
@@ -58,7 +59,7 @@ class OpenRecord:
 
     def ended(self, **counts: Any) -> UsageRecord:
         """The usage record of this call with what its end has told (UsageRecord's fields)."""
-        return UsageRecord(**{**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, **counts})
+        return UsageRecord(**(_OPEN.values(self) | counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,28 +110,57 @@ class UsageRecord:
         return _build(UsageRecord, value)
 
 
+class _Fields:
+    """A kind's fields, sorted by what is to be checked of them: each call makes two records."""
+
+    def __init__(self, kind: type[OpenRecord] | type[UsageRecord]) -> None:
+        types = {one.name: str(one.type) for one in dataclasses.fields(kind)}
+        self.names = tuple(types)
+        self.texts = tuple(name for name in types if types[name] == "str")
+        self.counts = tuple(name for name in types if types[name] == "int")
+        self.seconds = tuple(name for name in types if types[name].startswith("float"))
+        self.optional = frozenset(name for name in self.seconds if "None" in types[name])
+        self.values_of = attrgetter(*self.names)
+        self.texts_of, self.counts_of = attrgetter(*self.texts), attrgetter(*self.counts)
+        self.seconds_of = attrgetter(*self.seconds)
+
+    def values(self, record: OpenRecord | UsageRecord) -> dict[str, Any]:
+        """By name."""
+        return dict(zip(self.names, self.values_of(record), strict=True))
+
+
+_OPEN, _USAGE = _Fields(OpenRecord), _Fields(UsageRecord)
+_NAMES = {OpenRecord: _OPEN.names, UsageRecord: _USAGE.names}
+
+
 def _plain(record: OpenRecord | UsageRecord) -> dict[str, Any]:
-    out = {one.name: getattr(record, one.name) for one in dataclasses.fields(record)}
-    return {**out, "labels": dict(record.labels)}
+    out = _fields(record).values(record)
+    out["labels"] = dict(record.labels)
+    return out
+
+
+def _fields(record: OpenRecord | UsageRecord) -> _Fields:
+    return _OPEN if type(record) is OpenRecord else _USAGE
 
 
 def _build(kind: type[R], value: Mapping[str, Any]) -> R:
     try:
-        return kind(**{one.name: value[one.name] for one in dataclasses.fields(kind) if one.name in value})
+        return kind(**{name: value[name] for name in _NAMES[kind] if name in value})
     except TypeError as error:
         raise RecordError(f"a {kind.__name__} lacks or mistypes a field: {error}") from None
 
 
 def _check(record: OpenRecord | UsageRecord) -> None:
     """Everything a database could choke on is refused here, where the caller can still be told."""
-    for name, kind in _FIELDS[type(record)]:
-        value = getattr(record, name)
-        if kind == "str":
+    fields = _fields(record)
+    for name, value in zip(fields.texts, fields.texts_of(record), strict=True):
+        if type(value) is not str or len(value) > MAX_ID or not value.isascii() or "\0" in value:  # the few to look at
             _check_text(name, value, MAX_ID if name.endswith("_id") else MAX_NAME)
-        elif kind == "int":
-            if type(value) is not int or not 0 <= value < MAX_COUNT:
-                raise RecordError(f"{name}: {value!r} is no count")
-        elif kind.startswith("float") and not _is_seconds(value, optional="None" in kind):
+    for name, value in zip(fields.counts, fields.counts_of(record), strict=True):
+        if type(value) is not int or not 0 <= value < MAX_COUNT:
+            raise RecordError(f"{name}: {value!r} is no count")
+    for name, value in zip(fields.seconds, fields.seconds_of(record), strict=True):
+        if not _is_seconds(value, optional=name in fields.optional):
             raise RecordError(f"{name}: {value!r} is no number of seconds")
     if not record.record_id or not record.tenant:
         raise RecordError("record_id and tenant must not be empty")
@@ -138,9 +168,6 @@ def _check(record: OpenRecord | UsageRecord) -> None:
         raise RecordError("opened_at_s: lies after the year 9999")
     if record.labels:
         _check_labels(record.labels)
-
-
-_FIELDS = {kind: [(one.name, str(one.type)) for one in dataclasses.fields(kind)] for kind in (OpenRecord, UsageRecord)}
 
 
 def _check_labels(labels: Mapping[str, str]) -> None:

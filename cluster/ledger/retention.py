@@ -31,4 +31,6 @@ def expire(ledger: Ledger, now_s: float, *, usage_days: int, audit_days: int) ->
     usage += sum(ledger.usage.expire(now_s - days * DAY_S, tenant=name) for name, days in usage_own.items())
     audit = ledger.audit.expire(now_s - audit_days * DAY_S, except_tenants=list(audit_own))
     audit += sum(ledger.audit.expire(now_s - days * DAY_S, tenant=name) for name, days in audit_own.items())
+    ledger.notices.expire(now_s)
+    ledger.resumed.expire(now_s)
     return Expired(usage, audit)

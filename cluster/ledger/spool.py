@@ -35,11 +35,12 @@ LINGER_S = 0.005
 MAX_SEGMENT_BYTES = 16 * 1024 * 1024
 REJECTED = "rejected.jsonl"
 _SEGMENT = "usage-{:012}.jsonl"
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def encode(record: UsageRecord) -> bytes:
     """One line: checksum, space, JSON."""
-    body = json.dumps(record.as_json(), separators=(",", ":")).encode()
+    body = _encode(record.as_json()).encode()
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 

@@ -13,6 +13,8 @@ from cluster.ledger.audits import Audits
 from cluster.ledger.backup import Counts, backup, restore
 from cluster.ledger.connect import make_engine, where
 from cluster.ledger.keys import Keys
+from cluster.ledger.notices import Notices
+from cluster.ledger.resumed import Resumed
 from cluster.ledger.snapshots import Snapshots
 from cluster.ledger.tenants import Tenants
 from cluster.ledger.usage import UsageTable
@@ -38,6 +40,8 @@ class Ledger:
         self.tenants = Tenants(self._engine, clock)
         self.keys = Keys(self._engine, clock, tuple(peppers))
         self.usage = UsageTable(self._engine)
+        self.notices = Notices(self._engine)
+        self.resumed = Resumed(self._engine)
         self.snapshots = Snapshots(self._engine, clock)
         self._clock = clock
         self._log = AuditLog(audit_file) if audit_file else None

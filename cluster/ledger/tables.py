@@ -114,6 +114,29 @@ erased = Table(
     Column("erased_at", Float(53), nullable=False),
 )
 
+budget_notices = Table(
+    "budget_notices",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", String(63), nullable=False),
+    Column("budget", String(32), nullable=False),
+    Column("period", String(10), nullable=False),
+    Column("threshold", Float(53), nullable=False),
+    Column("used_tokens", BigInteger, nullable=False),
+    Column("limit_tokens", BigInteger, nullable=False),
+    Column("noticed_at", Float(53), nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("next_try_at", Float(53), nullable=False),
+    Column("delivered_at", Float(53)),
+)
+
+resumed = Table(
+    "resumed",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("expires_at_s", Float(53), nullable=False, index=True),
+)
+
 change_sequence = Table(
     "change_sequence",
     metadata,

@@ -17,7 +17,7 @@ from cluster.ledger.changes import insert_or, next_change, rows_vanished
 from cluster.ledger.connect import reading, writing
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound
 from cluster.ledger.rows import StoredTenant
-from cluster.ledger.tables import audit, erased, keys, tenants, usage
+from cluster.ledger.tables import audit, budget_notices, erased, keys, tenants, usage
 from cluster.tenancy.policy import PolicyError, TenantPolicy
 
 
@@ -156,7 +156,7 @@ class Tenants:
             if validate_only:
                 return 0
             gone = 0
-            for table in (keys, usage, audit):
+            for table in (keys, usage, audit, budget_notices):
                 gone += connection.execute(delete(table).where(table.c.tenant == name)).rowcount
             gone += connection.execute(delete(tenants).where(tenants.c.name == name)).rowcount
             mark = insert_or(connection, erased).values(digest=digest_of_name(name), erased_at=now)

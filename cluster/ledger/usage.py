@@ -72,10 +72,14 @@ class UsageTable:
         with reading(self._engine) as connection:
             return [UsageRecord.from_json(dict(row)) for row in connection.execute(query).mappings()]
 
-    def tokens_since(self, since_day: str, tenants: Iterable[str] | None = None) -> dict[str, int]:
-        """Prompt and completion tokens by tenant from a day on; what budgets start from after a restart."""
+    def tokens_since(
+        self, since_day: str, tenants: Iterable[str] | None = None, *, before_day: str = ""
+    ) -> dict[str, int]:
+        """Prompt and completion tokens by tenant from a day on (to another, without that); what budgets count."""
         query = select(usage.c.tenant, func.sum(usage.c.prompt_tokens + usage.c.completion_tokens))
         query = query.where(usage.c.day >= since_day).group_by(usage.c.tenant)
+        if before_day:
+            query = query.where(usage.c.day < before_day)
         if tenants is not None:
             query = query.where(usage.c.tenant.in_(list(tenants)))
         with reading(self._engine) as connection:

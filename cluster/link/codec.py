@@ -17,6 +17,7 @@ from cluster.api.types import (
     ModelState,
     PositionLogprobs,
     Sampling,
+    Standing,
     TokenOutput,
     WorkerIdentity,
 )
@@ -124,7 +125,9 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
 
 
 def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRequest:
-    """The inverse of submit_to_pb, under the engine's own request id."""
+    """The inverse of submit_to_pb, under the engine's own request id. Raises ValueError for what no gateway sends."""
+    if m.priority < 0:
+        raise ValueError(f"priority {m.priority} is no rank")
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=unpack_ids(prompt_ids),
@@ -402,7 +405,15 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         license=e.license,
         engine_class=e.engine_class,
         note=e.note,
+        weights_pinned=e.weights_pinned,
     )
+
+
+def standing_from_pb(standing: pb.Standing) -> Standing:
+    """Whether a worker takes new work. One that this gateway does not know is taken for draining."""
+    known = pb.Standing.State.items()
+    name = next((name for name, value in known if value == standing.state), "").removeprefix("STATE_")
+    return Standing[name] if name in Standing.__members__ else Standing.DRAINING
 
 
 def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
@@ -425,4 +436,5 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         license=m.license,
         engine_class=m.engine_class,
         note=m.note,
+        weights_pinned=m.weights_pinned,
     )

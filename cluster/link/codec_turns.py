@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Generic, NamedTuple, TypeVar
 
 from cluster.link.v1 import link_pb2 as pb
@@ -54,7 +55,9 @@ def _flows(flows: Iterable[Weighed[FlowBacklog]]) -> Iterator[pb.FlowBacklog]:
 def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[Weighed[FlowBacklog]]:
     """Who waits."""
     return [
-        Weighed(FlowBacklog(FlowKey(m.rank, m.tenant_handle), Backlog(m.requests, m.service)), _weight(m.weight))
+        Weighed(
+            FlowBacklog(FlowKey(m.rank, m.tenant_handle), Backlog(m.requests, _amount(m.service))), _weight(m.weight)
+        )
         for m in flows
     ]
 
@@ -87,8 +90,19 @@ def served_to_pb(totals: Iterable[Weighed[ServedTotal]]) -> pb.Served:
 
 def served_from_pb(m: pb.Served) -> list[Weighed[ServedTotal]]:
     """The inverse of served_to_pb."""
-    return [Weighed(ServedTotal(f.rank, f.tenant_handle, f.total, f.by_this_link), _weight(f.weight)) for f in m.flows]
+    return [
+        Weighed(ServedTotal(f.rank, f.tenant_handle, _amount(f.total), _amount(f.by_this_link)), _weight(f.weight))
+        for f in m.flows
+    ]
 
 
 def _weight(weight: float) -> float:
-    return weight if weight > 0 else 1.0
+    """Above 0 and no more than a number can carry on with; 1 for what is no weight."""
+    return weight if 0 < weight < float("inf") else 1.0
+
+
+def _amount(value: float) -> float:
+    """Weighted tokens. Raises ValueError for what is no number: it would spoil every account that it is added to."""
+    if not isfinite(value):
+        raise ValueError(f"{value} is no amount of weighted tokens")
+    return value

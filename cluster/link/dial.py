@@ -56,10 +56,18 @@ class LinkEnded(Exception):
 
 
 def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
-    """A channel of its own TCP connection to `host:port`."""
+    """A channel of its own TCP connection to `host:port`. Raises LinkEnded for files that cannot be read now."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, _credentials(tls), options=CHANNEL_OPTIONS)
+
+
+def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
+    """Of the files as they are now: whoever dials anew shows a renewed certificate."""
+    try:
+        return tls.channel_credentials()
+    except ValueError as error:  # being renewed, perhaps: the next try reads them again
+        raise LinkEnded(str(error)) from None
 
 
 async def read(call: Any) -> Any:
@@ -113,7 +121,7 @@ class Beater:
         if tls is None:
             self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
-            self._channel = grpc.secure_channel(address, tls.channel_credentials(), options=CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(address, _credentials(tls), options=CHANNEL_OPTIONS)
         self._thread = threading.Thread(target=self._run, name=f"beat-{address}", daemon=True)
         self._thread.start()
 

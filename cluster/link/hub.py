@@ -15,8 +15,9 @@ import structlog
 
 from cluster import rpc
 from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
-from cluster.api.types import CatalogEntry
+from cluster.api.types import CatalogEntry, EngineInfo, WorkerIdentity
 from cluster.link import codec
+from cluster.link.admission import CONTROLLER, Admission, of_model
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
 from cluster.link.liveness import Liveness, Waking
 from cluster.link.usage_keeper import EndedUsage
@@ -55,13 +56,16 @@ class HubListener(Protocol):
         """A worker's link has ended; its sinks have been told."""
 
     def changed(self, link: WorkerLink) -> None:
-        """Its credit, load or draining state has changed."""
+        """Its credit or standing has changed."""
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """The controller has sent a new catalog."""
 
     def demand(self) -> Sequence[ModelDemand]:
         """What the controller should know."""
+
+    def refuses(self, identity: WorkerIdentity) -> str:
+        """Why a worker may not serve its model; empty when it may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +89,20 @@ class Hub(pb_grpc.LinkServicer):
     """Serves cluster.link.v1.Link, in grpc.aio's read/write style (the stubs know only the generator style)."""
 
     def __init__(
-        self, gateway_id: str, listener: HubListener, timing: Timing | None = None, siblings: Sequence[str] = ()
+        self,
+        gateway_id: str,
+        listener: HubListener,
+        timing: Timing | None = None,
+        siblings: Sequence[str] = (),
+        by_certificate: bool = False,
     ) -> None:
-        """`siblings`: link addresses of the other processes on these client ports; see link.siblings."""
+        """`siblings`: link addresses of the other processes on these client ports; see link.siblings.
+        `by_certificate`: the port has TLS, and a certificate must name what its holder speaks for."""
         self.gateway_id = gateway_id
         self._siblings = tuple(siblings)
         self.incarnation = uuid.uuid4().hex[:12]
         self._listener = listener
+        self._admission = Admission(by_certificate)
         self._timing = timing or Timing()
         self._links: dict[str, WorkerLink] = {}
         self._controller: _Controller | None = None
@@ -118,7 +129,7 @@ class Hub(pb_grpc.LinkServicer):
 
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """One epoch of one worker, from its Hello to its end."""
-        first = await read(context)
+        first = await self._first(context)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must hold hello")
         hello = first.hello
@@ -133,6 +144,7 @@ class Hub(pb_grpc.LinkServicer):
             identity, info = codec.hello_from_pb(hello)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
+        await self._admit(context, identity, info, hello.epoch)
         link = WorkerLink(identity, info, hello.epoch)
         link.liveness = Liveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
         if self.on_usage is not None:
@@ -155,6 +167,36 @@ class Hub(pb_grpc.LinkServicer):
             await asyncio.gather(*parts, return_exceptions=True)
         if link.closed.is_set():  # a cancelled handler would leave the worker without an answer
             await context.abort(grpc.StatusCode.UNAVAILABLE, link.why)
+
+    async def _first(self, context: Any) -> Any:
+        """The first message of a stream, for which nobody waits long."""
+        try:
+            return await asyncio.wait_for(read(context), self._timing.welcome_s)
+        except TimeoutError:
+            return None
+
+    async def _admit(self, context: Any, identity: WorkerIdentity, info: EngineInfo, epoch: int) -> None:
+        """End the call of one who may not be this worker. Only who shows the right certificate learns more."""
+        certificate = context.peer_certificate()
+        older = self._links.get(identity.worker_id)
+        for model in {identity.model, older.identity.model if older is not None else identity.model}:
+            if not self._admission.speaks_for(certificate, model):
+                await self._stranger(context, of_model(identity.model))
+        if self._admission.repeated(identity, epoch):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, "hello: this epoch, or a later one, has been here already"
+            )
+        if why := self._listener.refuses(identity):
+            log.warning("worker_refused", worker=identity.worker_id, model=identity.model, reason=why)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {why}")
+
+    @staticmethod
+    async def _stranger(context: Any, name: str) -> None:
+        log.warning("stranger_refused", peer=context.peer(), lacks=name)
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED,
+            f"the certificate shown does not name {name} (see `headrace certs worker --help`)",
+        )
 
     async def _read(self, link: WorkerLink, context: Any) -> None:
         while (message := await read(context)) is not None:
@@ -206,8 +248,11 @@ class Hub(pb_grpc.LinkServicer):
 
     async def Beat(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """Beats of one worker, answered one by one."""
+        certificate = context.peer_certificate()
         while (beat := await read(context)) is not None:
             link = self._links.get(beat.worker_id)
+            if link is not None and not self._admission.speaks_for(certificate, link.identity.model):
+                await self._stranger(context, of_model(link.identity.model))
             if link is not None and link.identity.incarnation == beat.incarnation and link.epoch == beat.epoch:
                 link.last_heard = time.monotonic()
                 link.load = codec.load_from_pb(beat.load)
@@ -239,13 +284,18 @@ class Hub(pb_grpc.LinkServicer):
 
     async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """What is large, of one worker or controller."""
-        hello = await read(context)
+        hello = await self._first(context)
         if hello is None or not hello.worker_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first blob must name its worker")
         blobs: asyncio.Queue[pb.Blob] = asyncio.Queue()
         link = self._links.get(hello.worker_id)
-        if link is not None and link.epoch == hello.epoch:
+        certificate = context.peer_certificate()
+        if link is not None and (link.identity.incarnation, link.epoch) == (hello.incarnation, hello.epoch):
+            if not self._admission.speaks_for(certificate, link.identity.model):
+                await self._stranger(context, "its worker's model")
             link.blobs = blobs
+        elif not self._admission.controls(certificate):
+            await self._stranger(context, "a worker that is linked, or the controller")
         writer = asyncio.create_task(self._write_blobs(blobs, context))
         parts: dict[str, bytearray] = {}
         try:
@@ -321,9 +371,11 @@ class Hub(pb_grpc.LinkServicer):
 
     async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """The controller: catalog up, demand and fleet down."""
-        first = await read(context)
+        first = await self._first(context)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must hold hello")
+        if not self._admission.controls(context.peer_certificate()):
+            await self._stranger(context, CONTROLLER)
         controller = _Controller(first.hello.controller_id, first.hello.incarnation)
         await context.write(pb.GatewayControlFrame(welcome=self._welcome(codec.PROTOCOL_MAX)))
         self._controller = controller

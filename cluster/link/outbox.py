@@ -27,8 +27,7 @@ class Outbox:
         self._refused: list[pb.Refused] = []
         self._grant: Grant | None = None
         self._load: EngineLoad | None = None
-        self._draining = ""
-        self._stay_ms = 0
+        self._standing: pb.Standing | None = None
         self._served: dict[FlowKey, Weighed[ServedTotal]] | None = None
         self._elsewhere: dict[str, Sequence[Weighed[FlowBacklog]]] = {}
         self.acked_seq = 0
@@ -61,9 +60,9 @@ class Outbox:
         """The worker's load; only the last matters."""
         self._load = load
 
-    def draining(self, reason: str, stay_s: float) -> None:
-        """The worker takes no new work; what runs may end by itself for `stay_s`, then it is to go on elsewhere."""
-        self._draining, self._stay_ms = reason, int(stay_s * 1000)
+    def standing(self, standing: pb.Standing) -> None:
+        """Whether the worker takes new work; only the last matters."""
+        self._standing = standing
         self.flush()
 
     def served(self, totals: Sequence[Weighed[ServedTotal]]) -> None:
@@ -108,9 +107,9 @@ class Outbox:
         if self._load is not None:
             message.load.CopyFrom(load_to_pb(self._load))
             self._load = None
-        if self._draining:
-            message.draining.CopyFrom(pb.Draining(reason=self._draining, stay_ms=self._stay_ms))
-            self._draining = ""
+        if self._standing is not None:
+            message.standing.CopyFrom(self._standing)
+            self._standing = None
         if self._served is not None:
             message.served.CopyFrom(served_to_pb(self._served.values()))
             self._served = None
@@ -143,6 +142,7 @@ class CommandBox:
         self._fetch: list[str] = []
         self._grant_ack = 0
         self._usage_acks: list[int] = []
+        self._commands: list[pb.Command] = []
         self._seq = 0
 
     def submit(self, submit: pb.Submit) -> None:
@@ -179,6 +179,11 @@ class CommandBox:
         self._usage_acks.extend(keys)
         self._wake.set()
 
+    def command(self, command: pb.Command) -> None:
+        """What an operator asks."""
+        self._commands.append(command)
+        self._wake.set()
+
     async def take(self) -> pb.GatewayTurn:
         """Wait to be woken, then everything that has gathered, as one message."""
         await self._wake.wait()
@@ -190,10 +195,11 @@ class CommandBox:
             grant_ack=self._grant_ack,
             backlog=self._backlog,
             usage_acks=self._usage_acks,
+            commands=self._commands,
         )
         if self._fetch:
             message.fetch_bundle.digest = self._fetch.pop(0)
         if not self._fetch:
             self._wake.clear()
-        self._submits, self._aborts, self._backlog, self._usage_acks = [], [], None, []
+        self._submits, self._aborts, self._backlog, self._usage_acks, self._commands = [], [], None, [], []
         return message

@@ -27,9 +27,11 @@ from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.credit import Granter, Room
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, read
 from cluster.link.gpu_meter import GpuMeter, Share
+from cluster.link.lookahead import Lookahead
 from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
+from cluster.link.standing import Duty
 from cluster.link.tls import TlsFiles
 from cluster.link.usage_keeper import EndedUsage, UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
@@ -38,13 +40,9 @@ from cluster.link.worker_usage import WorkerUsage
 
 log = structlog.get_logger("worker")
 
-# Sequences granted beyond max_num_seqs, so that a freed place is filled in the next step, not a round trip later.
-LOOKAHEAD_SEQUENCES = 2
 INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
-# The part of a drain's time in which running calls may end by themselves; then they go on elsewhere.
-STAY_PART = 0.5
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
 
@@ -139,6 +137,7 @@ class WorkerEnd:
         self._timing = timing or Timing()
         self._outbox_tokens = outbox_tokens
         self._granter = Granter()
+        self._lookahead = Lookahead(info.max_num_seqs, info.max_num_batched_tokens)
         self._links: dict[int, _Link] = {}
         self._running: dict[str, _Running] = {}
         self._tokens = 0
@@ -149,8 +148,8 @@ class WorkerEnd:
             identity.incarnation, keeper or UsageKeeper(), self._meter, gpu, idle_report_s, self._shares
         )
         self._served = ServedReports()
-        self._draining = ""
-        self._stays_until = 0.0
+        self._duty = Duty(lambda: (link.outbox for link in self._links.values()))
+        self._drains: set[asyncio.Task[bool]] = set()
         self._load = EngineLoad()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -188,22 +187,22 @@ class WorkerEnd:
         finally:
             for part in work:
                 part.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
+            self._end_drains()
+            await asyncio.gather(*work, *self._drains, return_exceptions=True)
 
     async def _until_closed(self) -> None:
         await self._closed.wait()
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Take no new work and wait for what runs; False when something still ran at the end."""
-        self._draining = "draining"
-        self._stays_until = time.monotonic() + timeout_s * STAY_PART
-        for link in self._links.values():
-            link.outbox.draining(self._draining, timeout_s * STAY_PART)
+    async def drain(self, timeout_s: float, leaving: bool = True) -> bool:
+        """Take no new work and wait for what runs; False when something still ran at the end. `leaving`: the process
+        ends afterwards, so that no uncordon takes it back."""
+        self._duty.drain(time.monotonic(), timeout_s, leaving)
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             return False
         await self._usage.hand_over(min(timeout_s, HAND_OVER_S))
+        self._duty.drained(time.monotonic())
         return True
 
     async def close(self) -> None:
@@ -232,6 +231,7 @@ class WorkerEnd:
                 emitted += count
                 if output.prompt_tokens is not None:
                     running.cached_tokens = output.cached_tokens or 0
+                    self._lookahead.began(output.request_id)
                     if not running.emitted_tokens:  # of a continued one its first worker has told
                         self._served.cached(output.request_id, running.cached_tokens)
                     computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
@@ -245,6 +245,7 @@ class WorkerEnd:
                 self._meter.step(time.monotonic(), emitted, firsts)
             for request_id, reason in finished:
                 self._forget(request_id, _OUTCOMES.get(reason, Outcome.OK))
+            self._lookahead.stepped()
             self._load = self._engine.load()
             self._regrant()
             for link in touched.values():
@@ -257,6 +258,7 @@ class WorkerEnd:
         if running is None:
             return
         self._tokens -= running.tokens
+        self._lookahead.ended(request_id)
         self._served.ended(request_id, running.output_tokens)
         running.link.requests.pop(running.slot, None)
         if running.accepted:
@@ -291,11 +293,9 @@ class WorkerEnd:
         self._usage.keep(usage, running.link.number, running.slot)
 
     def _regrant(self) -> None:
-        if self._draining:
+        if not self._duty.serves:
             return
-        room = Room(
-            self._info.max_num_seqs + LOOKAHEAD_SEQUENCES - len(self._running), self._info.kv_tokens - self._tokens
-        )
+        room = Room(self._lookahead.sequences, self._info.kv_tokens - self._tokens)
         for grant in self._granter.grants(room):
             link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)
@@ -332,8 +332,7 @@ class WorkerEnd:
             self._granter.attach(link.turn)
             self._served.attach(epoch, link.incarnation, link.outbox)
             self._regrant()
-            if self._draining:
-                link.outbox.draining(self._draining, max(self._stays_until - time.monotonic(), 0.0))
+            self._duty.attach(link.outbox, time.monotonic())
             parts = [
                 asyncio.create_task(self._read(link, call)),
                 asyncio.create_task(self._write(link, call)),
@@ -405,35 +404,42 @@ class WorkerEnd:
             await call.write(await link.outbox.take())
 
     async def _read(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.WorkerTurn, pb.GatewayTurn]) -> None:
-        while True:
-            message = await read(call)
-            if message is None:
-                return
-            if message.grant_ack:
-                self._granter.acked(link.turn, message.grant_ack)
-                if message.grant_ack >= link.grant_id:
-                    link.unacked_since = None
-                else:
-                    link.unacked_since = time.monotonic()
-            if message.usage_acks:
-                self._usage.acked(message.usage_acks)
-            if message.HasField("backlog"):
-                self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting)
-                self._served.relay(link.number, message.backlog)
-            for submit in message.submits:
-                await self._take(link, submit)
-            if message.aborts:
-                await self._abort(link, message.aborts)
-            if message.HasField("fetch_bundle"):
-                self._spawn(link, self._send_bundle(link, message.fetch_bundle.digest))
-            link.outbox.acked_seq = message.seq
-            if message.grant_ack or message.HasField("backlog"):
-                self._regrant()
+        while (message := await read(call)) is not None:
+            try:
+                await self._apply(link, message)
+            except (ValueError, LookupError) as error:  # the gateway's fault, and only its link's end
+                raise LinkEnded(f"the gateway sent what cannot be applied: {error}") from error
+
+    async def _apply(self, link: _Link, message: pb.GatewayTurn) -> None:
+        if message.grant_ack:
+            self._granter.acked(link.turn, message.grant_ack)
+            if message.grant_ack >= link.grant_id:
+                link.unacked_since = None
+            else:
+                link.unacked_since = time.monotonic()
+        if message.usage_acks:
+            self._usage.acked(message.usage_acks)
+        if message.HasField("backlog"):
+            self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting)
+            self._served.relay(link.number, message.backlog)
+        for submit in message.submits:
+            await self._take(link, submit)
+        if message.aborts:
+            await self._abort(link, message.aborts)
+        if message.HasField("fetch_bundle"):
+            self._spawn(link, self._send_bundle(link, message.fetch_bundle.digest))
+        for command in message.commands:
+            self._command(command)
+        link.outbox.acked_seq = message.seq
+        if message.grant_ack or message.HasField("backlog"):
+            self._regrant()
 
     # ---- commands
 
     async def _take(self, link: _Link, submit: pb.Submit) -> None:
         """Small requests go straight in; long prompts and grammars take their time beside the reader."""
+        if submit.slot in link.requests:
+            raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
         if submit.prompt_blob or len(submit.prompt_ids) > INLINE_PROMPT_BYTES or submit.sampling.HasField("grammar"):
             self._spawn(link, self._submit(link, submit))
         else:
@@ -447,7 +453,12 @@ class WorkerEnd:
         ids = submit.prompt_ids
         if submit.prompt_blob:
             ids = await link.prompts.take(submit.prompt_blob)
-        request = codec.submit_from_pb(submit, request_id, ids)
+        try:
+            request = codec.submit_from_pb(submit, request_id, ids)
+        except ValueError as error:
+            self._granter.spent(link.turn, 0)
+            self._unacceptable(link, slot, str(error))
+            return
         prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
         tokens = prompt + emitted
         self._granter.spent(link.turn, tokens)
@@ -455,6 +466,7 @@ class WorkerEnd:
         share = self._meter.entered(now)
         running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, share, now)
         self._running[request_id] = running
+        self._lookahead.submitted(request_id, tokens)
         self._tokens += tokens
         self._served.accepted(request_id, link.number, submit, prompt)
         self._idle.clear()
@@ -475,6 +487,14 @@ class WorkerEnd:
             link.aborted.discard(slot)
             await self._abort(link, [slot])
 
+    @staticmethod
+    def _unacceptable(link: _Link, slot: int, why: str) -> None:
+        """A Submit that is none: its sender's fault, and no other call's."""
+        link.requests.pop(slot, None)
+        link.submitting.discard(slot)
+        link.aborted.discard(slot)
+        link.outbox.refused(slot, Outcome.INTERNAL.name, f"the gateway's Submit cannot be read: {why}", "")
+
     async def _abort(self, link: _Link, slots: Sequence[int]) -> None:
         doomed = []
         for slot in slots:
@@ -494,6 +514,26 @@ class WorkerEnd:
             await self._engine.abort(request_ids)
         except EngineDead as dead:
             self._fail(dead)
+
+    def _command(self, command: pb.Command) -> None:
+        """What an operator asks, through whichever gateway."""
+        verb = command.WhichOneof("verb")
+        log.info("command", verb=verb, worker=self._identity.worker_id)
+        if verb == "cordon":
+            self._duty.cordon(time.monotonic())
+        elif verb == "uncordon":
+            self._end_drains()
+            if self._duty.uncordon(time.monotonic()):
+                self._regrant()
+        elif verb == "drain" and not self._duty.leaving:
+            self._end_drains()
+            task = asyncio.create_task(self.drain(command.drain.timeout_ms / 1000, leaving=False))
+            self._drains.add(task)
+            task.add_done_callback(self._drains.discard)
+
+    def _end_drains(self) -> None:
+        for task in self._drains:
+            task.cancel()
 
     def _fail(self, error: EngineDead) -> None:
         if self._failed is not None and not self._failed.done():

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
-from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, Likeness, TokenOutput, WorkerIdentity
+from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, Likeness, Standing, TokenOutput, WorkerIdentity
 from cluster.link import codec
 from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_from_pb, put_turn, served_from_pb
 from cluster.link.credit import Purse, Room
@@ -61,7 +61,7 @@ class WorkerLink:
         self.replaying = 0
         """Tokens of continued calls that this gateway has sent and whose next token has not come; kept by the sinks."""
         self.load = EngineLoad()
-        self.draining = ""
+        self.standing = Standing.SERVING
         self.leave_at = float("inf")
         """When those that still run there are to go on elsewhere, since it drains (monotonic)."""
         self.liveness: Liveness | None = None
@@ -77,9 +77,14 @@ class WorkerLink:
         """Told whom the worker has served."""
         self.on_elsewhere: Callable[[str, Sequence[Weighed[FlowBacklog]]], None] = lambda gateway, waiting: None
         """Told who waits for the worker's model at another gateway."""
+        self.on_standing: Callable[[], None] = lambda: None
+        """Told that the worker takes new work no more, or again."""
         self._step_at = 0.0
         self._purse = Purse()
         self._sinks: dict[int, Sink] = {}
+        self._prefilling: dict[int, int] = {}
+        self.prefill_tokens = 0
+        """Prompt tokens of this gateway's requests there that have no output yet."""
         self._slots = itertools.count(1)
         self.closed = asyncio.Event()
         self.why = ""
@@ -120,7 +125,9 @@ class WorkerLink:
         if turn is not None:
             put_turn(message, turn)
         self._sinks[slot] = sink
-        self._purse.spend(len(request.prompt_token_ids) + len(request.emitted_token_ids))
+        tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        self.prefill_tokens += tokens
+        self._purse.spend(tokens)
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"
             data = message.prompt_ids
@@ -132,10 +139,24 @@ class WorkerLink:
         self.box.submit(message)
         return slot
 
+    @property
+    def serves(self) -> bool:
+        """Whether it takes new work."""
+        return self.standing is Standing.SERVING
+
+    def command(self, command: pb.Command) -> None:
+        """Pass on what an operator asks."""
+        self.box.command(command)
+
     def abort(self, slot: int) -> None:
         """Drop a request; its sink hears nothing more. Harmless for one that has ended."""
         if self._sinks.pop(slot, None) is not None:
+            self._prefilled(slot)
             self.box.aborts([slot])
+
+    def _prefilled(self, slot: int) -> None:
+        """Its prompt stands before nobody any longer."""
+        self.prefill_tokens -= self._prefilling.pop(slot, 0)
 
     @property
     def sinks(self) -> Sequence[Sink]:
@@ -150,13 +171,14 @@ class WorkerLink:
     # ---- called by the hub
 
     def apply(self, message: pb.WorkerTurn) -> bool:
-        """Hand a message's frames on; True when credit, load or draining changed."""
+        """Hand a message's frames on; True when credit or standing changed."""
         self.last_heard = time.monotonic()
         for accepted in message.accepted:
             if (sink := self._sinks.get(accepted.slot)) is not None:
                 sink.accepted()
         for refused in message.refused:
             if (sink := self._sinks.pop(refused.slot, None)) is not None:
+                self._prefilled(refused.slot)
                 sink.refused(refused.reason, refused.message, refused.field)
         if message.HasField("step"):
             self._apply_step(message.step)
@@ -173,9 +195,11 @@ class WorkerLink:
             self._purse.granted(message.credit.grant_id, message.credit.sequences, message.credit.tokens)
             self.box.grant_ack(message.credit.grant_id)
             changed = True
-        if message.HasField("draining"):
-            self.draining = message.draining.reason or "draining"
-            self.leave_at = self.last_heard + message.draining.stay_ms / 1000
+        if message.HasField("standing"):
+            self.standing = codec.standing_from_pb(message.standing)
+            stays_s = message.standing.stay_ms / 1000
+            self.leave_at = self.last_heard + stays_s if self.standing is Standing.DRAINING else float("inf")
+            self.on_standing()
             changed = True
         return changed
 
@@ -190,6 +214,8 @@ class WorkerLink:
             sink = sinks.get(slot)
             if sink is None:
                 continue
+            if slot in self._prefilling:
+                self._prefilled(slot)
             if output.finish is not None:
                 del sinks[slot]
             sink.output(output)

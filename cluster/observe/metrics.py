@@ -41,6 +41,11 @@ class _Definition:
 DEFINITIONS: Mapping[str, _Definition] = {
     "requests_total": _Definition("counter", "Calls ended, by outcome.", ("model", "tenant", "face", "outcome")),
     "auth_failures_total": _Definition("counter", "Callers that were let in by nothing they showed.", ("reason",)),
+    "guard_actions_total": _Definition(
+        "counter",
+        "What guards did, by guard (input_patterns, ...): redacted, refused, flagged, failed_closed, failed_open.",
+        ("tenant", "reason", "outcome"),
+    ),
     "rejected_total": _Definition("counter", "Calls refused before a worker took them.", ("model", "reason")),
     "prompt_tokens_total": _Definition("counter", "Prompt tokens of calls, as the engine counts.", ("model", "tenant")),
     "cached_tokens_total": _Definition("counter", "Prompt tokens from the prefix cache.", ("model", "tenant")),
@@ -71,6 +76,11 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "limit_utilization_ratio": _Definition(
         "gauge", "Used part of a limit when its tenant last called, within a minute.", ("tenant", "limit")
     ),
+    "budget_used_ratio": _Definition(
+        "gauge", "Used part of a tenant's budget of this day or month, by the ledger.", ("tenant", "limit")
+    ),
+    "budget_webhook_total": _Definition("counter", "Budget notices sent, by what became of it.", ("outcome",)),
+    "prompt_log_lost_total": _Definition("counter", "Calls that could not be written to the log of prompts.", ()),
     "limits_degraded": _Definition("gauge", "1 while the store of shared limits is away.", ()),
     "worker_up": _Definition("gauge", "1 while a worker's link is up.", ("model", "worker")),
     "worker_running_requests": _Definition("gauge", "Requests the engine runs.", ("model", "worker")),

@@ -23,6 +23,8 @@ from cluster.api.ports import Engine, EngineDead, EngineSick
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.engine.golden import Examined
 from cluster.link.worker import WorkerEnd
+from cluster.observe import garbage
+from cluster.observe.cores import leave_no_core_dumps
 from cluster.rayserve.placement import why_split
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
 
@@ -91,8 +93,14 @@ class Replica:
         spec = self.settings.spec
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
             raise ModelRefused(f"models[{spec.name}]: {reason}")
+        leave_no_core_dumps()
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
+            if spec.digest not in ("", opened.weight_digest):
+                raise ValueError(
+                    f"models[{spec.name}].digest: the weights here have {opened.weight_digest}, "
+                    f"the entry wants {spec.digest}: mend the files, or pin what they are"
+                )
             self.engine = engine = Examined(opened.engine, node=self.place.node)
             self.info = await engine.start()
         except ValueError as error:
@@ -129,7 +137,14 @@ class Replica:
             gpu=self.settings.spec.gpu if self.place.gpus else "",
         )
         self._serving = asyncio.create_task(self._until_dead(self.end, engine))
-        log.info("worker.up", worker=self.worker_id, engine=info.engine_class, path=info.engine_path)
+        garbage.settle()
+        log.info(
+            "worker.up",
+            worker=self.worker_id,
+            engine=info.engine_class,
+            path=info.engine_path,
+            capabilities=" ".join(info.capabilities),
+        )
 
     async def _until_dead(self, end: WorkerEnd, engine: Engine) -> None:
         parts = [asyncio.create_task(end.run()), asyncio.create_task(_watch(engine))]

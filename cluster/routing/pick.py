@@ -4,7 +4,7 @@ Problem: the call at the head of its queue may go to any worker of its model tha
 should even out, and a human must be able to ask why it went where it went.
 Invariants: the chosen worker passed every filter; no other that passed scores higher; equal inputs give equal
 decisions, whatever the order of the candidates; every candidate is in the decision, with its scores or with the
-filter that dropped it.
+filter that dropped it (none, where what is free is kept for others).
 Source: the filter-scorer-picker pipeline of Kubernetes' scheduler and of the Gateway API inference extension.
 """
 
@@ -34,6 +34,8 @@ class Candidate:
     kv_usage: float
     healthy: bool
     draining: bool
+    prefill_tokens: int = 0
+    """Prompt tokens of this gateway's calls there that have no output yet."""
     incarnation: str = ""
     likeness: Likeness | None = None
     replaying: int = 0
@@ -43,11 +45,12 @@ class Candidate:
 @dataclass(frozen=True, slots=True)
 class RouteCall:
     """What of a call matters for its way. `tokens` are to be computed before its next one: those of its prompt, and of
-    a continued call those that it has emitted. Such a call has the `likeness` of the worker that began it, and shuns
-    the incarnations at which it has failed."""
+    a continued call those that it has emitted. It goes nowhere unless more than `keep_free` sequences are free in all.
+    A continued one has the `likeness` of the worker that began it; it shuns the incarnations at which it has failed."""
 
     model: str
     tokens: int
+    keep_free: int = 0
     likeness: Likeness | None = None
     shuns: frozenset[str] = frozenset()
 
@@ -91,8 +94,8 @@ class Score:
 class Decision:
     """Where the call goes, or None, and why.
 
-    `reason` is one of few words (a metric label): least_loaded, only_choice; without a worker no_worker, or the
-    reason of the filter that dropped those who came furthest.
+    `reason` is one of few words (a metric label): least_loaded, only_choice; without a worker no_worker, kept_free, or
+    the reason of the filter that dropped those who came furthest.
     """
 
     worker_id: str | None
@@ -123,6 +126,14 @@ def _queue(_: RouteCall, c: Candidate) -> float:
     return 1.0 / (1.0 + c.waiting)
 
 
+def _prefill(_: RouteCall, c: Candidate) -> float:
+    return 1.0 / (1.0 + c.prefill_tokens / PREFILL_TOKENS)
+
+
+PREFILL_TOKENS = 2048
+"""So many tokens of prompts before it are, for a call's first token, as bad as one call more in an engine's queue."""
+
+
 FILTERS = (
     Filter("other_model", lambda call, c: c.model == call.model),
     Filter("unhealthy", lambda _, c: c.healthy),
@@ -135,8 +146,14 @@ FILTERS = (
 )
 """In this order: a candidate is dropped by the first that it does not pass."""
 
-SCORERS = (Scorer("free_places", _places), Scorer("free_memory", _memory), Scorer("short_queue", _queue))
-"""The least loaded, by the share of places free, of KV memory free, and by the engine's own queue."""
+SCORERS = (
+    Scorer("free_places", _places),
+    Scorer("free_memory", _memory),
+    Scorer("short_queue", _queue),
+    Scorer("short_prefill", _prefill),
+)
+"""The least loaded, by the share of places free, of KV memory free, by the engine's own queue, and by the prompts that
+are still before it."""
 
 
 class Router:
@@ -153,6 +170,10 @@ class Router:
 
     def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> Decision:
         """The best that may. Of equals the one with more free sequences, then the first by worker_id."""
+        if call.keep_free:
+            candidates = list(candidates)
+            if sum(c.free_sequences for c in candidates if c.model == call.model and not c.draining) <= call.keep_free:
+                return Decision(None, "kept_free", ())
         passed: list[tuple[float, int, str, Score]] = []
         dropped: list[Score] = []
         for candidate in candidates:

@@ -116,7 +116,11 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse_http1()
             return
         try:
-            for event in self.h2.receive_data(data):
+            received = self.h2.receive_data(data)
+            # New settings count at once, so their confirmation goes before anything that they allow: until it has come
+            # a client takes a larger frame, or more than the old window, for a fault, and resets the stream.
+            self.out_of_h2()
+            for event in received:
                 handle = _EVENTS.get(type(event))
                 if handle is not None:
                     handle(self, event)

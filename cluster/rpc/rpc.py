@@ -112,7 +112,7 @@ class Rpc:
         self._send_head()
 
     async def read(self) -> Any:
-        """The next message of the caller's stream, grpc.aio.EOF at its end."""
+        """The next message of the caller's stream, grpc.aio.EOF at its end; what does not deserialize ends the call."""
         while not self._inbox:
             if self.half_closed or self.closed:
                 return grpc.aio.EOF
@@ -124,7 +124,12 @@ class Rpc:
         data, unacknowledged = self._inbox.popleft()
         if unacknowledged:
             self.connection.consumed(self.stream_id, unacknowledged)
-        return data if self.deserializer is None else self.deserializer(data)
+        if self.deserializer is None:
+            return data
+        try:
+            return self.deserializer(data)
+        except Exception as error:  # whatever a deserializer of generated code raises
+            await self.abort(grpc.StatusCode.INTERNAL, f"a message does not deserialize: {error}")
 
     async def write(self, message: Any) -> None:
         """Send a message, and wait until the client has made room for more."""

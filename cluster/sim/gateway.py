@@ -66,6 +66,7 @@ class SimGateway:
         self._service = service
         self._purses = [Purse() for _ in workers]
         self._running = [0] * len(workers)
+        self._prefill_tokens = [0] * len(workers)
         self._told = told
 
     def enter(self, call: SimCall, now: float) -> None:
@@ -88,6 +89,7 @@ class SimGateway:
             call.generated += len(output.token_ids)
             if output.cached_tokens is not None:
                 call.first, call.cached = now, output.cached_tokens
+                self._prefill_tokens[worker] -= call.waiting.tokens
                 self._learnt_cached.observe(call.tenant, MODEL, output.cached_tokens)
                 if order is not None:
                     order.cached(output.request_id, output.cached_tokens)
@@ -120,7 +122,8 @@ class SimGateway:
 
             def fits(waiting: Waiting) -> bool:
                 nonlocal decision
-                decision = pick(RouteCall(MODEL, waiting.tokens), self._candidates())
+                keep_free = 0 if self.fair is None else self.fair.order(MODEL).keep_free(waiting)
+                decision = pick(RouteCall(MODEL, waiting.tokens, keep_free), self._candidates())
                 return decision.worker_id is not None
 
             if not any(purse.free.sequences for purse in self._purses):
@@ -135,6 +138,7 @@ class SimGateway:
         call.bound = now
         self._purses[worker].spend(waiting.tokens)
         self._running[worker] += 1
+        self._prefill_tokens[worker] += waiting.tokens
         charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
         flow = FlowKey(waiting.rank, waiting.tenant)
         self._told.submit(self.number, worker, SimSubmit(call.request, flow, charge))
@@ -153,6 +157,7 @@ class SimGateway:
                 kv_usage=self._workers[at].kv_usage,
                 healthy=True,
                 draining=False,
+                prefill_tokens=self._prefill_tokens[at],
             )
             for at, purse in enumerate(self._purses)
         ]

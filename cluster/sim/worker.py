@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,16 +9,12 @@ from cluster.api.types import EngineRequest, TokenOutput
 from cluster.engine.simulated.config import SimConfig
 from cluster.engine.simulated.model import SimModel
 from cluster.link.credit import Grant, Granter, Room
+from cluster.link.lookahead import Lookahead
 from cluster.sim.events import Agenda
 from cluster.tenancy.charge import Charge
 from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.flows import FlowKey
 from cluster.tenancy.served import ServedMeter
-
-LOOKAHEAD_SEQUENCES = 2
-RECENT_PROMPTS = 64
-SHORT_PROMPTS = 8
-"""Where at least so many of the longest recent prompts begin in one step, that many are let in at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +49,6 @@ class SimWorker:
         self.name = name
         self.config = config
         self.meter = ServedMeter()
-        self.most_waiting = 0
-        """The longest queue inside the engine so far, right after a step was scheduled."""
         self.most_running_tokens = 0
         self.last_submit = 0.0
         self.tokens = 0
@@ -66,8 +59,7 @@ class SimWorker:
         self._heard = heard
         self._live: dict[str, _Live] = {}
         self._stepping = False
-        self._ends_a_step = 0.0  # of late
-        self._recent: deque[int] = deque([config.max_num_batched_tokens], RECENT_PROMPTS)
+        self._lookahead = Lookahead(config.max_num_seqs, config.max_num_batched_tokens)
         # Of equal claims the lower link gets what does not divide; were it the same gateway at every worker, the last
         # would have no credit at all while nobody waits.
         self._turned = {link: (link + int(name)) % gateways for link in range(gateways)}
@@ -83,21 +75,14 @@ class SimWorker:
         return len(self._live)
 
     @property
-    def lookahead(self) -> int:
-        """Calls that may wait in the engine: as many as are likely to end in a step, so that no place stays empty."""
-        return min(round(self._ends_a_step), LOOKAHEAD_SEQUENCES)
-
-    @property
     def places(self) -> int:
         """Calls that it could still hold, those who wait in the engine among them."""
-        return self.config.max_num_seqs + self.lookahead - self.live
+        return self._lookahead.places
 
     @property
     def room(self) -> Room:
-        """What it can take now: places, but no more calls at once than the next step can begin."""
-        in_one_step = self.config.max_num_batched_tokens // max(self._recent)
-        ahead = in_one_step if in_one_step >= SHORT_PROMPTS else LOOKAHEAD_SEQUENCES
-        return Room(min(self.places, ahead - self.engine_waiting), self.kv_tokens - self.tokens)
+        """What it can take now."""
+        return Room(self._lookahead.sequences, self.kv_tokens - self.tokens)
 
     @property
     def kv_tokens(self) -> int:
@@ -110,9 +95,9 @@ class SimWorker:
         return self._model.kv.used / self._model.kv.blocks
 
     @property
-    def engine_waiting(self) -> int:
-        """Calls in the engine's own queue."""
-        return self._model.load().waiting
+    def most_waiting(self) -> int:
+        """The longest queue inside the engine so far, right after a step was scheduled."""
+        return self._model.statistics().most_waiting
 
     @property
     def cached_and_prompt_tokens(self) -> tuple[int, int]:
@@ -127,7 +112,7 @@ class SimWorker:
         self._granter.spent(self._turned[link], tokens)
         self._live[submit.request.request_id] = _Live(link, tokens)
         self.tokens += tokens
-        self._recent.append(tokens)
+        self._lookahead.submitted(submit.request.request_id, tokens)
         self._model.submit(submit.request)
         self.meter.accepted(submit.request.request_id, link, submit.flow, submit.charge, again=submit.again)
         self.regrant()
@@ -161,16 +146,12 @@ class SimWorker:
             return
         self._stepping = True
         plan = self._model.schedule()
-        self.regrant()
-        self.most_waiting = max(self.most_waiting, self.engine_waiting)
         self.most_running_tokens = max(self.most_running_tokens, self.tokens)
         self._agenda.after(plan.step_s, lambda: self._end_step(self._model.complete(plan)))
 
     def _end_step(self, outputs: list[TokenOutput]) -> None:
         self._stepping = False
         by_link: dict[int, list[TokenOutput]] = {}
-        ends = sum(output.finish is not None for output in outputs)
-        self._ends_a_step += (ends - self._ends_a_step) / 64
         for output in outputs:
             live = self._live[output.request_id]
             by_link.setdefault(live.link, []).append(output)
@@ -178,11 +159,15 @@ class SimWorker:
             live.tokens += len(output.token_ids)
             self.tokens += len(output.token_ids)
             if output.cached_tokens is not None:
+                self._lookahead.began(output.request_id)
                 self.meter.cached(output.request_id, output.cached_tokens)
             self.meter.generated(output.request_id, live.generated)
             if output.finish is not None:
                 self.meter.ended(output.request_id)
+                self._lookahead.ended(output.request_id)
                 self.tokens -= self._live.pop(output.request_id).tokens
+        if outputs:  # as the engine's port tells: of a step without any nobody hears
+            self._lookahead.stepped()
         for link, some in by_link.items():
             self._heard.outputs(link, some)
         self.regrant()

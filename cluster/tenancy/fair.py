@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from cluster.tenancy.charge import Charge, ServiceWeights
 from cluster.tenancy.elsewhere import Backlog, Elsewhere, ServedBooks, ServedTotal
 from cluster.tenancy.flows import ClassTurns, Flow, FlowKey
+from cluster.tenancy.guests import Guests
 from cluster.tenancy.order import Waiting
 
 IDLE_S = 2.0
@@ -68,6 +69,7 @@ class FairOrder:
         self._returned_keys: dict[str, tuple[int, float, int]] = {}
         self._returns = 0
         self._open: dict[str, tuple[Flow, Charge]] = {}
+        self._guests = Guests()
         self._elsewhere = Elsewhere()
         self._books = ServedBooks()
         self._charged = 0.0
@@ -80,7 +82,7 @@ class FairOrder:
         self._hear(now)
         flow = self._flow(waiting.rank, waiting.tenant)
         charge = Charge(self._service, waiting.tokens, waiting.cached_tokens, waiting.output_tokens)
-        self._where[waiting.call_id] = (flow, charge, flow.line.push(waiting))
+        self._where[waiting.call_id] = (flow, charge, flow.push(waiting))
         self._wait_here(flow, 1, charge.amount)
 
     def put_back(self, waiting: Waiting) -> None:
@@ -103,7 +105,7 @@ class FairOrder:
         for rank in self._ranks:
             flow = self._classes[rank].here.least()
             if flow is not None:
-                return flow.line.head()
+                return flow.head()
         return None
 
     def remove(self, call_id: str) -> None:
@@ -125,7 +127,14 @@ class FairOrder:
         key = self._returned_keys.get(call_id)
         end = len(self._returned) if key is None else bisect_left(self._returned, key)
         before = sum(1 for _, _, _, w in self._returned[:end] if (w.rank, w.tenant) == flow.key)
-        return before if key is not None else before + flow.line.position(serial)
+        return before if key is not None else before + flow.position(serial)
+
+    def keep_free(self, waiting: Waiting) -> int:
+        """How many places must stay free, for guests, when this one that waits takes its turn."""
+        flow, _, serial = self._where[waiting.call_id]
+        if serial < 0 or flow.since > self._now - self._idle_s:
+            return 0
+        return self._guests.places(waiting.rank, len(self._open), self._now)
 
     # ---- what becomes of those that had their turn
 
@@ -207,7 +216,8 @@ class FairOrder:
         return max(1, round(CLAIM_SCALE * mine))
 
     def sweep(self, now: float) -> None:
-        """Once a second: forget gateways silent for `idle_s`, and tenants who are no more than newcomers."""
+        """Once a second: forget gateways silent for `idle_s`, and tenants who are no more than newcomers; note who of
+        them is a guest (guests.py)."""
         self._hear(now)
         for key, change in self._elsewhere.silent_since(now - self._idle_s).items():
             self._wait_elsewhere(self._flow(*key), change)
@@ -215,8 +225,11 @@ class FairOrder:
         floors = {rank: turns.floor() for rank, turns in self._classes.items()}
         for rank, turns in self._classes.items():
             for tenant, flow in list(turns.flows.items()):
-                idle = not flow.waits and flow.last_waiting <= now - self._idle_s
-                if idle and not charged[id(flow)] and flow.counter <= floors[rank]:
+                if flow.waits or flow.counter > floors[rank]:
+                    continue
+                if flow.last_waiting > now - self._idle_s:
+                    self._guests.seen(rank, now)
+                elif not charged[id(flow)]:
                     del turns.flows[tenant]
 
     # ---- what it tells
@@ -275,7 +288,7 @@ class FairOrder:
         """Whose it was, and what it is to be charged, unless it has been."""
         flow, charge, serial = self._where.pop(call_id)
         if serial >= 0:
-            flow.line.remove(serial)
+            flow.remove(serial)
             self._wait_here(flow, -1, 0.0 if charge is None else -charge.amount)
         else:
             del self._returned[bisect_left(self._returned, self._returned_keys.pop(call_id))]
@@ -298,6 +311,7 @@ class FairOrder:
         """It waits here, or elsewhere, from now on or no longer."""
         if not waited:
             self._lift(flow)
+            flow.since = self._now
         flow.last_waiting = self._now
         self._classes[flow.key.rank].update(flow)
 

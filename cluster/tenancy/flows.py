@@ -12,7 +12,6 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import deque
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cluster.tenancy.order import Waiting
@@ -35,10 +34,10 @@ class Line:
     def __init__(self) -> None:
         self._line: deque[Waiting] = deque()
         self._first = 0  # serial of the first in _line
-        self._gone: list[int] = []  # serials of those in _line who have left, sorted
+        self._gone: list[int] | None = None  # serials of those in _line who have left, sorted
 
     def __len__(self) -> int:
-        return len(self._line) - len(self._gone)
+        return len(self._line) - len(self._gone or ())
 
     def push(self, waiting: Waiting) -> int:
         """The last; its serial number, by which it is known here."""
@@ -52,42 +51,56 @@ class Line:
     def remove(self, serial: int) -> None:
         """Take out, wherever it stands. Once."""
         if serial != self._first:
+            self._gone = self._gone or []
             insort(self._gone, serial)
             return
         self._line.popleft()
         self._first += 1
+        if self._gone is not None:
+            self._skip(self._gone)
+
+    def _skip(self, gone: list[int]) -> None:
+        """The first must be one who waits."""
         dropped = 0
-        while dropped < len(self._gone) and self._gone[dropped] == self._first:
+        while dropped < len(gone) and gone[dropped] == self._first:
             self._line.popleft()
             self._first += 1
             dropped += 1
-        if dropped:
-            del self._gone[:dropped]
+        self._gone = gone[dropped:] or None
 
     def position(self, serial: int) -> int:
         """How many are before it."""
-        return serial - self._first - bisect_left(self._gone, serial)
+        return serial - self._first - bisect_left(self._gone or (), serial)
 
     def __repr__(self) -> str:
         return f"Line({len(self)} waiting)"
 
 
-@dataclass(eq=False, slots=True)
-class Flow:
-    """A tenant's line for a model in one class, and its weighted service by its weight (`counter`)."""
+class Flow(Line):
+    """A tenant's line for a model in one class, and its weighted service by its weight (`counter`).
 
-    key: FlowKey
-    weight: float = 1.0
-    counter: float = 0.0
-    line: Line = field(default_factory=Line)
-    here: int = 0
-    """How many wait in this gateway, those put back included."""
-    elsewhere: int = 0
-    here_service: float = 0.0
-    """Weighted tokens that those who wait here are expected to cost."""
-    elsewhere_service: float = 0.0
-    last_waiting: float = float("-inf")
-    """When it was last known to wait anywhere."""
+    One object, so that a turn among ten thousand tenants touches little memory that no cache holds.
+    """
+
+    __slots__ = (
+        "counter", "elsewhere", "elsewhere_service", "here", "here_service", "key", "last_waiting", "since", "weight",
+    )  # fmt: skip
+
+    def __init__(self, key: FlowKey) -> None:
+        super().__init__()
+        self.key = key
+        self.weight = 1.0
+        self.counter = 0.0
+        self.here = 0
+        """How many wait in this gateway, those put back included."""
+        self.elsewhere = 0
+        self.here_service = 0.0
+        """Weighted tokens that those who wait here are expected to cost."""
+        self.elsewhere_service = 0.0
+        self.last_waiting = float("-inf")
+        """When it was last known to wait anywhere."""
+        self.since = float("-inf")
+        """Since when it waits without a pause, where it waits."""
 
     @property
     def waits(self) -> bool:

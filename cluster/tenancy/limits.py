@@ -13,6 +13,7 @@ A running call is never ended for a limit of a minute, only for a budget, and on
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -160,11 +161,11 @@ class Limiter:
         if ask.call_id in self._held:
             raise ValueError(f"call {ask.call_id!r} holds a reservation already")
         use, now = self._at(policy.name, now, epoch_s)
-        refusal = self._check(shared(policy.limits, sharers), use, ask, now, epoch_s)
+        limits = shared(policy.limits, sharers)
+        refusal = self._check(limits, use, ask, now, epoch_s)
         if refusal is not None:
             return refusal
         self._count(policy, use, ask, now)
-        limits = shared(policy.limits, sharers)
         return Granted(*_standings(limits, use, now))
 
     def record(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> None:
@@ -210,6 +211,17 @@ class Limiter:
             change += back
         self._spend(use, held, prompt_tokens + output_tokens - held.prompt_tokens - held.output_tokens)
 
+    def spent(self, today: Mapping[str, int], month: Mapping[str, int], epoch_s: float) -> None:
+        """So much of this day's and month's budgets is used in any case, by tenant; less changes nothing."""
+        for name in {*today, *month}:
+            use = self._tenants.setdefault(name, TenantUse())
+            use.day.advance(day_of(epoch_s))
+            use.month.advance(month_of(epoch_s))
+            if use.day.number == day_of(epoch_s):
+                use.day.used = max(use.day.used, today.get(name, 0))
+            if use.month.number == month_of(epoch_s):
+                use.month.used = max(use.month.used, month.get(name, 0))
+
     def holds(self, call_id: str) -> bool:
         """Whether there is a reservation."""
         return call_id in self._held
@@ -237,8 +249,10 @@ class Limiter:
             use = self._tenants[tenant] = TenantUse()
         use.requests.advance(now)
         use.tokens.advance(now)
-        use.day.advance(day_of(epoch_s))
-        use.month.advance(month_of(epoch_s))
+        day = day_of(epoch_s)
+        if day > use.day.number:  # else it is in no later month either
+            use.day.advance(day)
+            use.month.advance(month_of(epoch_s))
         return use, now
 
     def _count(self, policy: TenantPolicy, use: TenantUse, ask: Ask, now: float) -> None:
@@ -269,21 +283,17 @@ class Limiter:
     def _check(self, limits: TenantLimits, use: TenantUse, ask: Ask, now: float, epoch_s: float) -> LimitRefusal | None:
         weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
         plain = ask.prompt_tokens + ask.output_tokens
-        day, month = day_ends_in_s(epoch_s), month_ends_in_s(epoch_s)
         rows = (
-            (Limit.MONTHLY, limits.monthly_tokens, use.month.used, plain, month, month),
-            (Limit.DAILY, limits.daily_tokens, use.day.used, plain, day, day),
-            (Limit.CONCURRENT, limits.concurrent_requests, use.running, 1, CONCURRENT_RETRY_S, CONCURRENT_RETRY_S),
-            (Limit.REQUESTS, limits.requests_per_minute, use.requests.total, 1, None, None),
-            (Limit.TOKENS, limits.tokens_per_minute, use.tokens.total, weighted, None, None),
+            (Limit.MONTHLY, limits.monthly_tokens, use.month.used, plain),
+            (Limit.DAILY, limits.daily_tokens, use.day.used, plain),
+            (Limit.CONCURRENT, limits.concurrent_requests, use.running, 1),
+            (Limit.REQUESTS, limits.requests_per_minute, use.requests.total, 1),
+            (Limit.TOKENS, limits.tokens_per_minute, use.tokens.total, weighted),
         )
-        for name, limit, used, wanted, retry_s, reset_s in rows:
+        for name, limit, used, wanted in rows:
             if limit is None or used + wanted <= limit:
                 continue
-            if retry_s is None:
-                window = use.requests if name is Limit.REQUESTS else use.tokens
-                retry_s = window.frees_in_s(used + wanted - limit, now)
-                reset_s = window.frees_in_s(window.total, now)
+            retry_s, reset_s = _ends_in_s(name, use, used + wanted - limit, now, epoch_s)
             budget = name in (Limit.DAILY, Limit.MONTHLY)
             return LimitRefusal(
                 Outcome.BUDGET_EXHAUSTED if budget else Outcome.RATE_LIMITED,
@@ -291,10 +301,21 @@ class Limiter:
                 NEVER if wanted > limit else retry_s,
                 limit,
                 max(limit - used, 0),
-                reset_s or 0.0,
+                reset_s,
                 *_standings(limits, use, now),
             )
         return None
+
+
+def _ends_in_s(name: Limit, use: TenantUse, over: int, now: float, epoch_s: float) -> tuple[float, float]:
+    """Until a limit has room for what is `over` it, and until all of it is free."""
+    if name is Limit.MONTHLY or name is Limit.DAILY:
+        ends_in_s = month_ends_in_s(epoch_s) if name is Limit.MONTHLY else day_ends_in_s(epoch_s)
+        return ends_in_s, ends_in_s
+    if name is Limit.CONCURRENT:
+        return CONCURRENT_RETRY_S, CONCURRENT_RETRY_S
+    window = use.requests if name is Limit.REQUESTS else use.tokens
+    return window.frees_in_s(over, now), window.empties_in_s(now)
 
 
 def shared(limits: TenantLimits, sharers: int) -> TenantLimits:
@@ -323,6 +344,6 @@ def _standings(limits: TenantLimits, use: TenantUse, now: float) -> tuple[Standi
     def one(limit: int | None, window: SlidingSum) -> Standing | None:
         if limit is None:
             return None
-        return Standing(limit, max(limit - window.total, 0), window.frees_in_s(window.total, now))
+        return Standing(limit, max(limit - window.total, 0), window.empties_in_s(now))
 
     return one(limits.requests_per_minute, use.requests), one(limits.tokens_per_minute, use.tokens)

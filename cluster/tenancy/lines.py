@@ -8,6 +8,7 @@ tenant's line is, weight for weight, longer than the newcomer's would become by 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from cluster.tenancy.order import Waiting
 class _Line:
     requests: int = 0
     tokens: int = 0
-    entered: list[Waiting] = field(default_factory=list)  # in order, those who have left since among them
+    entered: deque[Waiting] = field(default_factory=deque)  # in order, those who have left since among them
 
 
 class Lines:
@@ -51,7 +52,7 @@ class Lines:
         line.tokens += waiting.tokens
         line.entered.append(waiting)
         if len(line.entered) > 2 * line.requests + 32:
-            line.entered = [one for one in line.entered if self._is_in(one)]
+            line.entered = deque(one for one in line.entered if self._is_in(one))
         if self._longest is not None:
             self._note_length(waiting, self._longest)
 

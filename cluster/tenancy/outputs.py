@@ -13,20 +13,27 @@ QUANTILE = 0.95
 
 
 class _Lengths:
-    __slots__ = ("high", "last", "total")
+    __slots__ = ("_high", "last", "total")
 
     def __init__(self) -> None:
         self.last: deque[int] = deque(maxlen=KEPT)
         self.total = 0
-        self.high = 0
+        self._high: int | None = 0
 
     def add(self, tokens: int) -> None:
         if len(self.last) == KEPT:
             self.total -= self.last[0]
         self.last.append(tokens)
         self.total += tokens
-        ordered = sorted(self.last)
-        self.high = ordered[min(int(QUANTILE * len(ordered)), len(ordered) - 1)]
+        self._high = None
+
+    @property
+    def high(self) -> int:
+        """Sorted when it is asked for: the lengths of a burst's outputs come and go together."""
+        if self._high is None:
+            ordered = sorted(self.last)
+            self._high = ordered[min(int(QUANTILE * len(ordered)), len(ordered) - 1)]
+        return self._high
 
 
 class LearntOutputs:

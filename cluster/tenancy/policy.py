@@ -61,16 +61,20 @@ class TenantLimits:
 class GuardRule:
     """One guard, in the order in which they stand. Exactly one of `builtin` and `address` names it.
 
-    `builtin` is patterns or sizes; `address` that of a server of cluster.guard.v1. `timeout_s` bounds each call of it.
+    `builtin` is patterns or sizes; `address` that of a server of cluster.guard.v1, `unix:/path` or host:port (over
+    TLS but on this host, with `ca_file` where its authority is no public one). `timeout_s` bounds each call of it.
+    `patterns` are regular expressions by name, `patterns_file` a file of such.
     """
 
     builtin: str = ""
     address: str = ""
+    ca_file: str = ""
     on: Literal["input", "output"] = "input"
     action: Literal["refuse", "redact", "flag"] = "refuse"
     patterns_file: str = ""
-    patterns: tuple[str, ...] = ()
+    patterns: Mapping[str, str] = field(default_factory=dict)
     max_characters: int | None = None
+    max_messages: int | None = None
     fail: Literal["closed", "open"] = "closed"
     timeout_s: float = 1.0
 
@@ -82,14 +86,53 @@ class GuardRule:
         _one_of(self, "on", ("input", "output"))
         _one_of(self, "action", ("refuse", "redact", "flag"))
         _one_of(self, "fail", ("closed", "open"))
-        if self.builtin == "patterns" and not self.patterns and not self.patterns_file:
-            raise PolicyError("patterns", "the patterns guard needs patterns or patterns_file")
-        if self.builtin == "sizes" and (self.max_characters is None or self.max_characters < 1):
-            raise PolicyError("max_characters", "the sizes guard needs max_characters of 1 or more")
-        if self.builtin == "sizes" and self.action == "redact":
-            raise PolicyError("action", "the sizes guard can refuse or flag, not redact")
+        if self.builtin == "patterns":
+            self._check_patterns()
+        elif self.patterns or self.patterns_file:
+            raise PolicyError("patterns", "belongs to the patterns guard alone; take it out")
+        if self.builtin == "sizes":
+            self._check_sizes()
+        elif self.max_characters is not None or self.max_messages is not None:
+            raise PolicyError("max_characters", "belongs to the sizes guard alone, as max_messages does; take it out")
+        if self.address:
+            self._check_address()
+        elif self.ca_file:
+            raise PolicyError("ca_file", "belongs to address; take it out")
         if not 0 < self.timeout_s <= 60:
             raise PolicyError("timeout_s", "must be above 0 and at most 60")
+
+    def _check_patterns(self) -> None:
+        if bool(self.patterns) == bool(self.patterns_file):
+            raise PolicyError("patterns", "the patterns guard needs either patterns or patterns_file")
+        if not self.patterns:
+            return
+        from cluster.tenancy.patterns import PatternError, patterns_of  # needs what most have no use for
+
+        try:
+            patterns_of(tuple(self.patterns.items()))
+        except PatternError as error:
+            raise PolicyError(f"patterns.{error.name}".rstrip("."), error.remedy) from None
+
+    def _check_sizes(self) -> None:
+        for name in ("max_characters", "max_messages"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or not 1 <= value <= MAX_LIMIT):
+                raise PolicyError(name, "must be 1 or more; leave it out for no bound")
+        if self.on == "output" and self.max_messages is not None:
+            raise PolicyError("max_messages", "an output is no message list; set it on input")
+        if self.max_characters is None and self.max_messages is None:
+            raise PolicyError("max_characters", "the sizes guard needs max_characters or, on input, max_messages")
+        if self.action == "redact":
+            raise PolicyError("action", "the sizes guard can refuse or flag, not redact")
+
+    def _check_address(self) -> None:
+        if self.on == "output":
+            raise PolicyError("on", "a guard server sees input only; use builtin: patterns or sizes on output")
+        if self.action != "refuse":
+            raise PolicyError("action", "a guard server says itself what is to be done; take action out")
+        host, _, port = self.address.rpartition(":")
+        if not self.address.startswith("unix:/") and not (host and port.isdecimal() and 0 < int(port) < 65536):
+            raise PolicyError("address", f"must be host:port or unix:/path, not {self.address!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,13 @@ class SlidingSum:
             return 0.0
         return max(last + 1 + WINDOW_S - now, 0.0)
 
+    def empties_in_s(self, now: float) -> float:
+        """How long until all that is in it is over."""
+        for bucket in reversed(self._buckets):
+            if self._amounts[bucket]:
+                return max(bucket + 1 + WINDOW_S - now, 0.0)
+        return 0.0
+
     def __repr__(self) -> str:
         return f"SlidingSum({self.total} in {len(self._amounts)} buckets)"
 

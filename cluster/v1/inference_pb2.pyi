@@ -123,7 +123,7 @@ class ChatRequest(_message.Message):
     priority: _builtins.str
     affinity_key: _builtins.str
     resumable: _builtins.bool
-    """Chunks carry resume tokens (the SDK sets it)."""
+    """Chunks carry resume tokens (the SDK sets it). Only streams have them."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...
     @_builtins.property
@@ -544,6 +544,7 @@ class ChatChunk(_message.Message):
     offset: _builtins.int
     """Sequence number of the last segment in this chunk, over the whole call."""
     resume_token: _builtins.bytes
+    """What `Resume` needs of this chunk, sealed. Absent unless the call is resumable, and from its last chunk."""
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChoiceDelta]: ...
     @_builtins.property
@@ -1012,6 +1013,68 @@ class CompleteChunk(_message.Message):
 Global___CompleteChunk: _TypeAlias = CompleteChunk  # noqa: Y015
 
 @_typing.final
+class ResumeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAT_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    RESUME_TOKENS_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """The newest chunk's."""
+    @_builtins.property
+    def chat(self) -> Global___ChatRequest: ...
+    @_builtins.property
+    def complete(self) -> Global___CompleteRequest: ...
+    @_builtins.property
+    def resume_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """All that the call's chunks carried, those of earlier resumptions included, in their order."""
+
+    def __init__(
+        self,
+        *,
+        chat: Global___ChatRequest | None = ...,
+        complete: Global___CompleteRequest | None = ...,
+        resume_tokens: _abc.Iterable[_builtins.bytes] | None = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "chat", b"chat", "complete", b"complete"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "chat", b"chat", "complete", b"complete", "offset", b"offset", "resume_tokens", b"resume_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_call: _TypeAlias = _typing.Literal["chat", "complete"]  # noqa: Y015
+    _WhichOneofArgType_call: _TypeAlias = _typing.Literal["call", b"call"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_call) -> _WhichOneofReturnType_call | None: ...
+
+Global___ResumeRequest: _TypeAlias = ResumeRequest  # noqa: Y015
+
+@_typing.final
+class ResumeChunk(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAT_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chat(self) -> Global___ChatChunk: ...
+    @_builtins.property
+    def complete(self) -> Global___CompleteChunk: ...
+    def __init__(
+        self,
+        *,
+        chat: Global___ChatChunk | None = ...,
+        complete: Global___CompleteChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "chunk", b"chunk", "complete", b"complete"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "chunk", b"chunk", "complete", b"complete"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_chunk: _TypeAlias = _typing.Literal["chat", "complete"]  # noqa: Y015
+    _WhichOneofArgType_chunk: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_chunk) -> _WhichOneofReturnType_chunk | None: ...
+
+Global___ResumeChunk: _TypeAlias = ResumeChunk  # noqa: Y015
+
+@_typing.final
 class SessionRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1044,6 +1107,7 @@ class SessionStart(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
@@ -1057,21 +1121,26 @@ class SessionStart(_message.Message):
     def chat(self) -> Global___ChatRequest: ...
     @_builtins.property
     def complete(self) -> Global___CompleteRequest: ...
+    @_builtins.property
+    def resume(self) -> Global___ResumeRequest:
+        """Its pieces come as chunks of the call that goes on."""
+
     def __init__(
         self,
         *,
         call_id: _builtins.int = ...,
         chat: Global___ChatRequest | None = ...,
         complete: Global___CompleteRequest | None = ...,
+        resume: Global___ResumeRequest | None = ...,
         deadline_ms: _builtins.int = ...,
         request_id: _builtins.str = ...,
         traceparent: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "chat", b"chat", "complete", b"complete"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "chat", b"chat", "complete", b"complete", "resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "call_id", b"call_id", "chat", b"chat", "complete", b"complete", "deadline_ms", b"deadline_ms", "request_id", b"request_id", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "call_id", b"call_id", "chat", b"chat", "complete", b"complete", "deadline_ms", b"deadline_ms", "request_id", b"request_id", "resume", b"resume", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_call: _TypeAlias = _typing.Literal["chat", "complete"]  # noqa: Y015
+    _WhichOneofReturnType_call: _TypeAlias = _typing.Literal["chat", "complete", "resume"]  # noqa: Y015
     _WhichOneofArgType_call: _TypeAlias = _typing.Literal["call", b"call"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_call) -> _WhichOneofReturnType_call | None: ...
 

@@ -60,6 +60,11 @@ class InferenceStub:
                 request_serializer=cluster_dot_v1_dot_inference__pb2.SessionRequest.SerializeToString,
                 response_deserializer=cluster_dot_v1_dot_inference__pb2.SessionEvents.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/cluster.v1.Inference/Resume',
+                request_serializer=cluster_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=cluster_dot_v1_dot_inference__pb2.ResumeChunk.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/cluster.v1.Inference/Tokenize',
                 request_serializer=cluster_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -122,6 +127,14 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Resume goes on with a stream that was begun with `resumable` and has broken, at this or another gateway, behind the
+        segment `offset`. Its first chunk comes at once and may have a token alone. See docs/resume.md.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Tokenize returns the token ids that a text, or messages under the chat template, become.
         """
@@ -177,6 +190,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=cluster_dot_v1_dot_inference__pb2.SessionRequest.FromString,
                     response_serializer=cluster_dot_v1_dot_inference__pb2.SessionEvents.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=cluster_dot_v1_dot_inference__pb2.ResumeRequest.FromString,
+                    response_serializer=cluster_dot_v1_dot_inference__pb2.ResumeChunk.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -335,6 +353,33 @@ class Inference:
             '/cluster.v1.Inference/Session',
             cluster_dot_v1_dot_inference__pb2.SessionRequest.SerializeToString,
             cluster_dot_v1_dot_inference__pb2.SessionEvents.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cluster.v1.Inference/Resume',
+            cluster_dot_v1_dot_inference__pb2.ResumeRequest.SerializeToString,
+            cluster_dot_v1_dot_inference__pb2.ResumeChunk.FromString,
             options,
             channel_credentials,
             insecure,

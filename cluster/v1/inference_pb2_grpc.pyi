@@ -45,6 +45,10 @@ class InferenceStub:
     """Session carries many calls of one client, all their pieces of a moment in one message. Each call is in every
     other respect what StreamChat or StreamComplete would make of it.
     """
+    Resume: _grpc.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.ResumeChunk]
+    """Resume goes on with a stream that was begun with `resumable` and has broken, at this or another gateway, behind the
+    segment `offset`. Its first chunk comes at once and may have a token alone. See docs/resume.md.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenize returns the token ids that a text, or messages under the chat template, become."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -70,6 +74,10 @@ class InferenceAsyncStub(InferenceStub):
     Session: _aio.StreamStreamMultiCallable[_inference_pb2.SessionRequest, _inference_pb2.SessionEvents]  # type: ignore[assignment]
     """Session carries many calls of one client, all their pieces of a moment in one message. Each call is in every
     other respect what StreamChat or StreamComplete would make of it.
+    """
+    Resume: _aio.UnaryStreamMultiCallable[_inference_pb2.ResumeRequest, _inference_pb2.ResumeChunk]  # type: ignore[assignment]
+    """Resume goes on with a stream that was begun with `resumable` and has broken, at this or another gateway, behind the
+    segment `offset`. Its first chunk comes at once and may have a token alone. See docs/resume.md.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize returns the token ids that a text, or messages under the chat template, become."""
@@ -123,6 +131,16 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.SessionEvents], _abc.AsyncIterator[_inference_pb2.SessionEvents]]:
         """Session carries many calls of one client, all their pieces of a moment in one message. Each call is in every
         other respect what StreamChat or StreamComplete would make of it.
+        """
+
+    @_abc_1.abstractmethod
+    def Resume(
+        self,
+        request: _inference_pb2.ResumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.ResumeChunk], _abc.AsyncIterator[_inference_pb2.ResumeChunk]]:
+        """Resume goes on with a stream that was begun with `resumable` and has broken, at this or another gateway, behind the
+        segment `offset`. Its first chunk comes at once and may have a token alone. See docs/resume.md.
         """
 
     @_abc_1.abstractmethod

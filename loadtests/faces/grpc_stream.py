@@ -27,7 +27,7 @@ CHAT = "/cluster.v1.Inference/StreamChat"
 COMPLETE = "/cluster.v1.Inference/StreamComplete"
 
 
-def message_of(request: Request, model: str) -> pb.ChatRequest | pb.CompleteRequest:
+def message_of(request: Request, model: str, resumable: bool = False) -> pb.ChatRequest | pb.CompleteRequest:
     """Greedy, and exactly `max_tokens` long."""
     options: dict[str, Any] = {
         "model": model,
@@ -35,6 +35,7 @@ def message_of(request: Request, model: str) -> pb.ChatRequest | pb.CompleteRequ
         "temperature": 0.0,
         "top_p": 1.0,
         "ignore_eos": True,
+        "resumable": resumable or None,
     }
     if request.chat:
         return pb.ChatRequest(messages=[pb.Message(role="user", content=request.prompt)], **options)
@@ -66,7 +67,10 @@ class GrpcStream:
         metadata: Sequence[tuple[str, str]] = (),
         chat_path: str = CHAT,
         complete_path: str = COMPLETE,
+        resumable: bool = False,
     ) -> None:
+        """`resumable`: chunks carry resume tokens."""
+        self._resumable = resumable
         self._model = model
         self._metadata = tuple(metadata)
         self._channels = [grpc.aio.insecure_channel(address, options=OPTIONS) for _ in range(channels)]
@@ -78,7 +82,7 @@ class GrpcStream:
         """See Face."""
         self._turn = (self._turn + 1) % len(self._channels)
         method = (self._chat if request.chat else self._complete)[self._turn]
-        call = method(message_of(request, self._model), metadata=self._metadata)
+        call = method(message_of(request, self._model, self._resumable), metadata=self._metadata)
         usage: pb.Usage | None = None
         finish, started = "", False
         try:

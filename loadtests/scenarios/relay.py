@@ -32,12 +32,15 @@ LEAST_ONE_TOKEN_SHARE = 0.95
 LIMITS = Limits(call_s=60.0, run_s=120.0)
 
 GRPC, HTTP, SESSION, ROUTER = "ours StreamChat", "ours HTTP", "ours Session", "vllm-router"
+RESUMABLE = "ours StreamChat, resumable"
 NAMES = {
     GRPC: "gateway CPU per relayed token, ours over gRPC against vllm-router",
     HTTP: "gateway CPU per relayed token, ours over HTTP against vllm-router",
     SESSION: f"gateway CPU per relayed token, ours over {SESSIONS} sessions against vllm-router",
 }
 BOUNDS = {GRPC: Bound("<=", 1.8), HTTP: Bound("<=", 1.1), SESSION: Bound("<=", 0.65)}
+TOKENS_COST = "gateway CPU per relayed token, ours over gRPC with resume tokens against without"
+TOKENS_BOUND = Bound("<=", 1.5)
 CLIENT = "client CPU per token, ours over sessions against ours over gRPC"
 CLIENT_BOUND = Bound("<=", 0.4)
 
@@ -56,13 +59,17 @@ def our_arms(stage: Stage, ours: serving.Ours, names: Sequence[str] = (GRPC, HTT
     if GRPC in wanted:
         arm = stage.arm(GRPC, "gateway process and worker process over the link; one gRPC stream a call")
         arms.append(Contestant(arm, GrpcStream(ours.grpc, ours.model, metadata=ours.metadata), roots))
+    if RESUMABLE in wanted:
+        arm = stage.arm(RESUMABLE, "the same, each chunk with a resume token, as the SDK asks for")
+        face = GrpcStream(ours.grpc, ours.model, metadata=ours.metadata, resumable=True)
+        arms.append(Contestant(arm, face, roots))
     if HTTP in wanted and ours.http:
         arm = stage.arm(HTTP, "the same gateway; OpenAI's server-sent events, one kept-alive connection a call")
         arms.append(Contestant(arm, OpenAiSse(ours.http, ours.model, api_key=ours.key), roots))
     if SESSION in wanted:
         arm = stage.arm(SESSION, f"the same gateway; {SESSIONS} Inference.Session streams carry all calls")
-        face = Sessions(ours.grpc, ours.model, sessions=SESSIONS, metadata=ours.metadata)
-        arms.append(Contestant(arm, face, roots))
+        sessions = Sessions(ours.grpc, ours.model, sessions=SESSIONS, metadata=ours.metadata)
+        arms.append(Contestant(arm, sessions, roots))
     return arms
 
 
@@ -94,7 +101,7 @@ async def play(stage: Stage) -> None:
     model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
     source = sim_source(model, options.seed)
     ours = await serving.start(stage.children, stage.folder, bundle=bundle, source=source, kind=SIMULATED)
-    arms = our_arms(stage, ours)
+    arms = our_arms(stage, ours, (GRPC, RESUMABLE, HTTP, SESSION))
     router: Contestant | None = None
     engines = [ours.worker.pid]
     if options.wants(ROUTER):
@@ -145,6 +152,12 @@ def figures(arms: dict[str, Contestant]) -> list[Figure]:
     router = arms.get(ROUTER)
     for name in (GRPC, HTTP, SESSION):
         out.append(_relay_figure(name, arms.get(name), router))
+    with_tokens, without = per_round(arms.get(RESUMABLE), arms.get(GRPC), relay_cpu)
+    out.append(
+        ratio_figure(TOKENS_COST, with_tokens, without, TOKENS_BOUND, scale=1e6, difference_unit="µs/token")
+        if with_tokens
+        else missing(TOKENS_COST, TOKENS_BOUND, "one of the two did not run")
+    )
     ours, theirs = per_round(
         arms.get(SESSION), arms.get(GRPC), lambda one: one.run.driver_cpu_s / max(one.run.tokens, 1)
     )

@@ -90,6 +90,9 @@ def script(name: str) -> Iterator[tuple[str, Callable[[Desk, list[Any]], Any]]]:
     yield "take away", lambda d, _: d.update_tenant(name, {"labels": {"c": None}, "limits": {"daily_tokens": None}})
     yield "take all away", lambda d, _: d.update_tenant(name, {"limits": None, "models": ["x", "y*"]})
     yield "guards", lambda d, _: d.update_tenant(name, {"guards": [{"builtin": "sizes", "max_characters": 5}]})
+    named = {"builtin": "patterns", "on": "output", "action": "redact", "patterns": {"mail": "[a-z]{1,9}@x"}}
+    yield "patterns", lambda d, _: d.update_tenant(name, {"guards": [named, {"builtin": "sizes", "max_messages": 3}]})
+    yield "bad patterns", lambda d, _: d.update_tenant(name, {"guards": [{**named, "patterns": {"mail": "a+"}}]})
     yield "bad class of fixed", lambda d, _: d.update_tenant("fixed", {"weight": 3})
     yield "suspend", lambda d, _: d.suspend_tenant(name, True, reason="x")
     yield "suspend for nothing", lambda d, _: d.suspend_tenant(name, True)
@@ -223,7 +226,10 @@ async def test_exit_codes(keyed: Keyed, at: tuple[str, ...], tmp_path: Path) -> 
         (("usage", "--group-by", "shoe", *at), 2, "shoe"),
         (("usage", "--gpu-hour", "H100=1", *at), 2, "--gpu-hour"),
         (("abort", "nothing", "--reason", "x", *at), 1, "on this gateway"),
+        (("abort", "nothing", "--reason", "x", *at, "--admin", admin), 1, "ask them too"),
         (("abort", "nothing", "--reason", " ", *at), 2, "reason"),
+        (("status", "--admin", admin), 1, "UNAUTHENTICATED_KEY"),
+        (("status", *at), 0, ""),
         (("tenants", "list", "--admin", admin, "--api-key-file", str(tmp_path / "bad")), 1, "UNAUTHENTICATED_KEY"),
         (("tenants", "list", "--admin", "127.0.0.1:1"), 3, "no gateway answers"),
         (("abort", "x", "--reason", "x", "--admin", "127.0.0.1:1"), 3, "no gateway answers"),

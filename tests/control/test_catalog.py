@@ -68,10 +68,18 @@ def test_workers_words_win_over_the_source() -> None:
     told = entry(SPEC, ModelState.READY, SERVING, reported=workers, known=known)
     assert (told.bundle_digest, told.max_model_len, told.engine_class) == ("sha256:t", 512, "float32-tp1-pp1")
     assert told.weight_digests == ("sha256:a", "sha256:b")
+    assert not told.weights_pinned
     assert (told.replicas, told.replicas_desired, told.family, told.aliases) == (1, 1, "llama", ("a",))
     assert told.state_reason == "1 of 2 replicas serve"
     resting = entry(SPEC, ModelState.DECLARED, None, known=known)
     assert (resting.bundle_digest, resting.max_model_len) == ("sha256:k", 4096)
+
+
+def test_pinned_weights_are_the_entrys_own() -> None:
+    """What a worker says of itself does not widen what the file pins."""
+    pinned = dataclasses.replace(SPEC, digest="sha256:right")
+    told = entry(pinned, ModelState.READY, SERVING, reported=[Reported("sha256:wrong")])
+    assert (told.weight_digests, told.weights_pinned) == (("sha256:right",), True)
 
 
 @pytest.mark.parametrize(

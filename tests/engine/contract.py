@@ -75,7 +75,7 @@ RESUMED: dict[str, dict[str, object]] = {
         "frequency_penalty": 0.8,
         "ignore_eos": False,
     },
-    "regex": {**_SAMPLED, "grammar": Grammar("regex", "([a-f]{3}-)+[x-z]"), "ignore_eos": False},
+    "regex": {**_SAMPLED, "grammar": Grammar("regex", "([a-f]{3}-){9,}[x-z]"), "ignore_eos": False},
     "choice": {
         **_SAMPLED,
         "grammar": Grammar("choice", ("abcdefghijklmnopqrstuvwxyz" * 3, "aabbccddeeffgghhii" * 3)),
@@ -431,6 +431,21 @@ class EngineContract:
         assert len(driver.answers) >= 20
         await driver.empty()
 
+    async def test_a_step_ages_only_while_there_is_work(self, engine: Subject) -> None:
+        """While requests run, load() tells a step's age and what prompts are left; at rest neither, and no work."""
+        driver = Driver(engine)
+        running = [await driver.submit(request(engine.prompt(47 + i, tokens=30), max_tokens=8)) for i in range(2)]
+        assert engine.engine.load().prefill_tokens == 60
+        await driver.until(lambda: all(driver.answers[i].outputs for i in running))
+        load = engine.engine.load()
+        assert (load.prefill_tokens, load.busy) == (0, "")
+        assert load.step_p99_s > 0
+        await driver.abort(running[:1])
+        await driver.until(lambda: driver.answers[running[1]].finish is not None)
+        load = engine.engine.load()
+        assert (load.prefill_tokens, load.busy, load.step_age_s) == (0, "", 0.0)
+        await driver.empty()
+
     async def test_steps_only_grow(self, engine: Subject) -> None:
         """load().steps counts up with every step that gave tokens, and kv_usage stays within [0, 1]."""
         driver = Driver(engine)
@@ -448,8 +463,8 @@ async def _cut_everywhere(
     """The uncut answer, which every cut and continued one must equal; all of those run beside each other."""
     driver = Driver(subject)
     (uncut,) = await driver.run(request(prompt, max_tokens=tokens, **changes))
-    assert uncut.finish is not FinishReason.ERROR
     cuts = range(1, len(uncut.token_ids))
+    assert uncut.finish is FinishReason.STOP or len(cuts) == tokens - 1
     rests = [request(prompt, max_tokens=tokens, emitted_token_ids=uncut.token_ids[:cut], **changes) for cut in cuts]
     try:
         answers = await driver.run(*rests)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.ports import EngineSick
+from cluster.api.ports import EngineRefused, EngineSick
 from cluster.api.types import EngineInfo, EngineRequest, FinishReason, PositionLogprobs
 from cluster.engine.golden import ANSWER_TOKENS, PREFIX, PROMPT_TOKENS, Answer, Examined, golden_request, why_wrong
 from cluster.engine.sim import SimConfig, SimEngine, VirtualClock
@@ -81,6 +81,23 @@ async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
 
     with pytest.raises(EngineSick, match="continued, its answer"):
         await Examined(Forgetful(SMALL, VirtualClock())).start()
+
+
+async def test_an_engine_without_top_logprobs_is_examined_too() -> None:
+    """Where max_logprobs is 0 the sampled tokens' own values are compared."""
+
+    class Terse(SimEngine):
+        async def submit(self, request: EngineRequest) -> None:
+            if request.sampling.logprobs:
+                raise EngineRefused("INVALID_FIELD", "logprobs: must be in [0, 0]", "logprobs")
+            await super().submit(request)
+
+    engine = Terse(SMALL, VirtualClock())
+    driver = Driver(Subject(examined := Examined(engine), await examined.start(), 100, 900, deadline_s=5.0))
+    engine.fail("step", "wrong")
+    engine.fail("step", "nan", at=2)
+    with pytest.raises(EngineSick):
+        await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2)))
 
 
 @pytest.mark.parametrize("length", [2, 8, 20, 4096])

@@ -46,11 +46,12 @@ def cut(whole: EngineRequest, emitted: Sequence[int]) -> EngineRequest:
 
 async def cut_in_crowds(driver: Driver, wholes: Sequence[EngineRequest], seed: int) -> None:
     """Every request cut somewhere by chance and continued beside the others, against the uncut ones."""
-    uncut = await driver.run(*wholes)
     chance = random.Random(seed)
-    cuts = [chance.randrange(1, len(answer.token_ids)) for answer in uncut]
-    rests = [cut(w, a.token_ids[:k]) for w, a, k in zip(wholes, uncut, cuts, strict=True)]
-    for answer, whole, k in zip(await driver.run(*rests), uncut, cuts, strict=True):
+    pairs = [(w, a) for w, a in zip(wholes, await driver.run(*wholes), strict=True) if len(a.token_ids) > 1]
+    assert len(pairs) > len(wholes) // 2
+    cuts = [chance.randrange(1, len(answer.token_ids)) for _, answer in pairs]
+    rests = [cut(w, a.token_ids[:k]) for (w, a), k in zip(pairs, cuts, strict=True)]
+    for answer, (_, whole), k in zip(await driver.run(*rests), pairs, cuts, strict=True):
         assert answer.token_ids == whole.token_ids[k:]
         assert answer.end == whole.end
 
@@ -76,6 +77,40 @@ async def test_long_calls_are_continued_through_chunks(fast_subject: Subject, pu
         for seed in range(2):
             await cut_in_crowds(driver, mixed(subject, 12, prompt_tokens=290, max_tokens=260), seed)
         await driver.empty()
+
+
+CHOICES: dict[str, tuple[object, ...]] = {
+    "temperature": (0.0, 0.6, 1.0),
+    "top_p": (1.0, 0.8),
+    "top_k": (0, 30),
+    "min_p": (0.0, 0.02),
+    "frequency_penalty": (0.0, 0.5, -0.3),
+    "presence_penalty": (0.0, 0.9),
+    "repetition_penalty": (1.0, 1.2, 0.9),
+    "logit_bias": ({}, {330: 3.0, 340: -5.0}),
+    "logprobs": (None, 0, 4),
+    "min_tokens": (0, 12, 25),
+    "stop_token_ids": ((), (310, 350, 390, 430)),
+    "ignore_eos": (True, False),
+    "grammar": (None, None, Grammar("regex", "[a-z ]{30,}"), Grammar("json_object", "")),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_any_combination_is_continued(fast_subject: Subject, seed: int) -> None:
+    """Parameters combined by chance, always with a seed, cut by chance: the rest is that of the uncut call."""
+    chance = random.Random(seed)
+    wholes = [
+        request(
+            fast_subject.prompt(chance.randrange(10**6), tokens=chance.choice([3, 40, 150])),
+            max_tokens=40,
+            seed=chance.randrange(1000),
+            **{name: chance.choice(values) for name, values in CHOICES.items()},
+        )
+        for _ in range(24)
+    ]
+    for again in range(3):
+        await cut_in_crowds(Driver(fast_subject), [cut(whole, ()) for whole in wholes], 10 * seed + again)
 
 
 async def test_emitted_tokens_come_from_the_cache(fast_subject: Subject) -> None:

@@ -56,7 +56,6 @@ BAD_CHATS: list[tuple[str, pb.ChatRequest, str, str]] = [
         image=pb.Image(url="http://x"))])]), "UNSUPPORTED_FEATURE", "messages[0].parts[0].image"),
     ("tools", chat(tools=[pb.Tool(name="f")]), "UNSUPPORTED_FEATURE", "tools"),
     ("priority", chat(priority="high"), "UNSUPPORTED_FEATURE", "priority"),
-    ("resumable", chat(resumable=True), "UNSUPPORTED_FEATURE", "resumable"),
 ]  # fmt: skip
 
 

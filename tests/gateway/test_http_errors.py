@@ -305,7 +305,7 @@ async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) ->
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=30, max_num_seqs=1), bundle)
         body = chat_body(max_tokens=200, ignore_eos=True)
         calls = [asyncio.ensure_future(fetch(cluster, CHAT, body)) for _ in range(10)]
-        await until(lambda: sum(call.done() for call in calls) >= 7, "calls are refused and shed")
+        await until(lambda: sum(call.done() for call in calls) >= 9, "calls are refused and shed")
         replies = [call.result() for call in calls if call.done()]
         assert {(r.status, r.error["code"]) for r in replies} == {(503, "queue_full"), (503, "shed")}
         assert all(int(r.headers["retry-after"]) >= 1 for r in replies)

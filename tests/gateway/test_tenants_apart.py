@@ -191,3 +191,70 @@ async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -
         call.cancel()
     await keyed.cluster.until_idle()
     keyed.gateway.directory.catalog([m.entry for m in keyed.gateway.directory.models if m.name != "line"])
+
+
+async def test_anothers_use_moves_none_of_ones_limits(keyed: Keyed) -> None:
+    """What is left of requests, tokens and budgets is told of one's own calls alone, over both faces; the tenant whose
+    limit is used up by itself is refused, the other is not."""
+    limits = {"requests_per_minute": 6, "tokens_per_minute": 5_000, "daily_tokens": 5_000}
+    mine, other = await keyed.key("spares", limits=limits), await keyed.key("spends", limits=limits)
+
+    async def left(key: str) -> tuple[int, int, int]:
+        reply = await keyed.fetch("/v1/chat/completions", chat_body(model="sim", max_tokens=4), key=key)
+        told = reply.headers
+        return reply.status, int(told["x-ratelimit-remaining-requests"]), int(told["x-ratelimit-limit-tokens"])
+
+    assert await left(mine) == (200, 5, 5_000)
+    assert [(await left(other))[0] for _ in range(7)] == [200] * 6 + [429]
+    assert await left(mine) == (200, 4, 5_000)
+    answer = await refused(keyed.cluster.stub.Chat(chat(model="sim"), metadata=bearer(other)))
+    assert answer.reason == "RATE_LIMITED"
+    assert "spares" not in answer.message
+
+
+async def test_ones_usage_is_ones_own(keyed: Keyed) -> None:
+    """The counts that come with an answer do not change with what others send at the same time, and no path of the
+    client ports tells of usage, tenants or metrics at all."""
+    mine, other = await keyed.key("counts"), await keyed.key("counted")
+    request = pb.CompleteRequest(model="sim", prompt_token_ids=[9] * 50, max_tokens=5, temperature=0, ignore_eos=True)
+    alone = (await keyed.cluster.stub.Complete(request, metadata=bearer(mine))).usage
+    noise = [keyed.cluster.stub.Complete(request, metadata=bearer(other)) for _ in range(20)]
+    beside = (await keyed.cluster.stub.Complete(request, metadata=bearer(mine))).usage
+    await asyncio.gather(*noise)
+    for usage in (alone, beside):
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (50, 5, 55)
+    for path in ("/metrics", "/v1/usage", "/v1/organization/usage/completions", "/v1/tenants", "/admin", "/v1/audit"):
+        reply = await keyed.fetch(path, key=mine)
+        assert reply.status == 404
+        assert b"counted" not in reply.body
+
+
+async def test_the_metrics_port_is_another_one(keyed: Keyed) -> None:
+    """Metrics name tenants: they are on a port of their own, loopback unless an operator says otherwise, where nothing
+    else answers; the client ports know no such path."""
+    where = keyed.gateway.endpoints
+    assert len({where[name] for name in ("metrics", "grpc", "http", "link", "admin")}) == 5
+    defaults = keyed.gateway.config.gateway.listen.__class__()
+    assert defaults.metrics.startswith("127.0.0.1:")
+    key = await keyed.key("scrapes")
+    assert (await keyed.fetch("/metrics", key=key)).status == 404
+    assert (await keyed.fetch("/metrics")).status in (401, 404)
+
+
+async def test_no_time_tells_of_anothers_prefix(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A prompt that costs a fifth of a second to compute: its own tenant has it at once the second time, another that
+    sends the same waits as long as the first did."""
+    async with keyed_cluster(tmp_path) as slow:
+        engine = sim_engine(checkpoint, decode_ms=1, prefill_tokens_per_s=5000, max_num_seqs=4)
+        await slow.cluster.add_worker(engine, bundle)
+        owner, curious = await slow.key("owner"), await slow.key("curious")
+        prompt = [11 + number % 90 for number in range(1000)]
+        request = pb.CompleteRequest(model="sim", prompt_token_ids=prompt, max_tokens=1, temperature=0)
+
+        async def ttft_ms(key: str) -> int:
+            return (await slow.cluster.stub.Complete(request, metadata=bearer(key))).usage.ttft_ms
+
+        first, again, others = await ttft_ms(owner), await ttft_ms(owner), await ttft_ms(curious)
+        assert first >= 200
+        assert again < 150
+        assert others >= 200

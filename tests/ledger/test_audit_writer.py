@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,9 +21,14 @@ class Table:
     def __init__(self) -> None:
         self.rows: dict[str, AuditEvent] = {}
         self.failure: Exception | None = None
+        self.meanwhile: Callable[[], None] | None = None
+        """Happens once, while a batch is on its way."""
 
     def insert(self, events: Sequence[AuditEvent]) -> None:
         """Each id once."""
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
         if self.failure is not None:
             raise self.failure
         self.rows |= {event.event_id: event for event in events}
@@ -88,6 +94,33 @@ def test_a_flood_becomes_one_line(make: Callable[..., AuditWriter], table: Table
     assert [one["reason"] for one in found if one["details"]] == ["99990 more like it in a second"]
     assert writer.statistics().suppressed == 99_990
     assert len(table.rows) == 42
+
+
+def test_acts_that_end_together(make: Callable[..., AuditWriter], table: Table) -> None:
+    """Two threads that write and flush while a batch of another is on its way, one of them in vain, lose no event."""
+    writer = make()
+    events = [AuditEvent(float(at), "admin", f"a{at}") for at in range(3)]
+    threads: list[threading.Thread] = []
+
+    def act(event: AuditEvent) -> None:
+        writer.write(event)
+        writer.flush()
+
+    def meanwhile() -> None:
+        for event, failure in ((events[1], None), (events[2], StoreUnavailable("away"))):
+            table.failure = failure
+            threads.append(threading.Thread(target=act, args=(event,)))
+            threads[-1].start()
+            threads[-1].join(0.1)  # one that must wait for its turn does not end here
+        table.failure = None
+
+    table.meanwhile = meanwhile
+    act(events[0])
+    for thread in threads:
+        thread.join()
+    writer.flush()
+    assert set(table.rows) == {one.event_id for one in events}
+    assert (writer.statistics().waiting, writer.statistics().lost) == (0, 0)
 
 
 def test_what_a_closing_writer_holds_is_written(make: Callable[..., AuditWriter], tmp_path: Path) -> None:

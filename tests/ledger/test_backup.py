@@ -21,6 +21,7 @@ from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import UsageQuery
 from cluster.ledger.store import Ledger
 from cluster.ledger.tables import usage
+from cluster.tenancy.budgets import BudgetUse, crossed
 from cluster.tenancy.identity import authenticate
 from cluster.tenancy.policy import TenantPolicy
 from tests.ledger.conftest import PEPPER
@@ -34,6 +35,7 @@ def fill(ledger: Ledger) -> str:
     ledger.erase("gone")
     ledger.usage.insert([record(f"r{at}", ttft_s=None if at % 2 else 0.1) for at in range(7)])
     ledger.audit.insert([AuditEvent(1.0, "admin", "x", reason="because\nof ü", details={"n": 1})])
+    ledger.notices.enter(crossed([BudgetUse("acme", "daily_tokens", "1970-01-02", 8, 10)], [0.8]), 1.0)
     return ledger.keys.create("acme", "ci").secret
 
 
@@ -66,7 +68,7 @@ def test_a_backup_moves_between_databases(
     """Restored into either database every row is the same, keys work, and changes go on above the old numbers."""
     key = fill(ledger)
     counts = ledger.backup(tmp_path / "b.gz")
-    assert dict(counts) == {"tenants": 1, "keys": 1, "usage": 7, "audit": 1, "erased_tenants": 1}
+    assert dict(counts) == {"tenants": 1, "keys": 1, "usage": 7, "audit": 1, "erased_tenants": 1, "budget_notices": 1}
     assert (tmp_path / "b.gz").stat().st_mode & 0o077 == 0
     url = empty(kind)
     copy = Ledger(url, peppers=(PEPPER,))

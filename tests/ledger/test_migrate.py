@@ -69,12 +69,13 @@ def test_expand_now_contract_when_asked(database_url: str, tmp_path: Path) -> No
     engine = make_engine(database_url)
     migrate.upgrade(engine)
     ahead = newer(tmp_path, "expand", "contract")
+    expand, contract = (script.revision for script in ahead.scripts()[-2:])
     assert migrate.check(engine, ahead).state is migrate.State.BEHIND
-    assert migrate.upgrade(engine, migrations=ahead) == ("r0002",)
+    assert migrate.upgrade(engine, migrations=ahead) == (expand,)
     assert migrate.check(engine, ahead).state is migrate.State.TO_CONTRACT
     old = migrate.check(engine)
     assert (old.state, old.usable) == (migrate.State.AHEAD, True)
-    assert migrate.upgrade(engine, contract=True, migrations=ahead) == ("r0003",)
+    assert migrate.upgrade(engine, contract=True, migrations=ahead) == (contract,)
     old = migrate.check(engine)
     assert (old.state, old.usable) == (migrate.State.TOO_NEW, False)
     assert "newer release" in old.message()
@@ -101,7 +102,9 @@ def test_gateways_that_start_together_upgrade_once(database_url: str) -> None:
 def test_a_failed_migration_leaves_nothing(database_url: str, tmp_path: Path) -> None:
     """When a later migration fails the whole upgrade is rolled back."""
     ahead = newer(tmp_path, "expand")
-    (tmp_path / "r0002_x.py").write_text(EXPAND.format(n="0002", before="0001") + "    raise ValueError('boom')\n")
+    last = migrate.number_of(migrate.Migrations().scripts()[-1].revision)
+    source = EXPAND.format(n=f"{last + 1:04}", before=f"{last:04}")
+    (tmp_path / f"r{last + 1:04}_x.py").write_text(source + "    raise ValueError('boom')\n")
     engine = make_engine(database_url)
     with pytest.raises(ValueError, match="boom"):
         migrate.upgrade(engine, migrations=ahead)

@@ -56,7 +56,7 @@ def test_a_megabyte_is_refused_and_salts_are_bounded() -> None:
     opener = Sealer((A,))
     for _ in range(1100):
         assert opener.open(Sealer((A,)).seal(OPENED)) == OPENED
-    assert len(opener._keys) <= 1024
+    assert len(opener._envelopes._keys) <= 1024
 
 
 def test_without_a_secret_nothing_is_sealed() -> None:

@@ -59,7 +59,12 @@ def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) 
 
 @pytest.mark.parametrize(
     ("load", "scorer"),
-    [({"running": 4}, "free_places"), ({"kv_usage": 0.4}, "free_memory"), ({"waiting": 1}, "short_queue")],
+    [
+        ({"running": 4}, "free_places"),
+        ({"kv_usage": 0.4}, "free_memory"),
+        ({"waiting": 1}, "short_queue"),
+        ({"prefill_tokens": 2048}, "short_prefill"),
+    ],
 )
 def test_each_kind_of_load_counts(load: dict[str, object], scorer: str) -> None:
     """Of two workers that differ in one kind of load, the freer one is chosen, for that score alone."""
@@ -90,6 +95,15 @@ def test_nobody_is_said_with_the_nearest_reason(them: list[Candidate], reason: s
     assert (decision.worker_id, decision.reason) == (None, reason)
 
 
+def test_what_is_kept_free_stays_free() -> None:
+    """A call that must leave three places free goes where there are four in all, and nowhere where there are three."""
+    call = dataclasses.replace(CALL, keep_free=3)
+    others = [worker("c", free_sequences=9, model="n"), worker("d", free_sequences=9, draining=True)]
+    assert pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=2), *others]).worker_id == "a"
+    decision = pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=1), *others])
+    assert (decision.worker_id, decision.reason) == (None, "kept_free")
+
+
 def test_ties_go_to_more_room_then_to_the_name() -> None:
     """Of equally loaded workers the one with more places, of equal ones the first by name."""
     assert pick(CALL, [worker("a"), worker("b", free_sequences=8)]).worker_id == "b"
@@ -113,8 +127,9 @@ def test_explain_names_every_candidate() -> None:
     """The one line tells the choice, the reason, the scores and who was dropped for what."""
     text = pick(CALL, [worker("busy", running=4), worker("idle"), worker("leaving", draining=True)]).explain()
     assert text == (
-        "to idle, least_loaded: idle 1.000 (free_places 1.000, free_memory 1.000, short_queue 1.000); "
-        "busy 0.833 (free_places 0.500, free_memory 1.000, short_queue 1.000); leaving draining"
+        "to idle, least_loaded: idle 1.000 (free_places 1.000, free_memory 1.000, short_queue 1.000, "
+        "short_prefill 1.000); busy 0.875 (free_places 0.500, free_memory 1.000, short_queue 1.000, "
+        "short_prefill 1.000); leaving draining"
     )
     assert pick(CALL, []).explain() == "nowhere, no_worker: no candidates"
 

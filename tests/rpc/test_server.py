@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import pytest
 from h2.errors import ErrorCodes
+from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -131,6 +132,19 @@ async def test_a_client_that_does_not_read_stops_its_writer_and_nobody_else(serv
         while not raw.trailers(other):
             await raw.receive(acknowledge=False)
         assert echo.seen.written <= 2
+
+
+async def test_a_wider_window_is_confirmed_before_it_is_used(serve: Serve) -> None:
+    """Data before the confirmation is more than the client has allowed: grpc's resets the stream for it."""
+    async with serve() as echo, raw_client(echo.port, window=100) as raw:
+        stream_id = await raw.call("Many", b"1x4000")
+        while len(raw.data.get(stream_id, b"")) < 100:
+            await raw.receive(acknowledge=False)
+        raw.h2.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 8000})
+        await raw.flush()
+        trailers = await raw.until_ended(stream_id)  # h2 raises FlowControlError for bytes beyond the window
+        assert trailers["grpc-status"] == "0"
+        assert len(raw.data[stream_id]) == 4005
 
 
 async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from cluster.link.admission import ANY_MODEL, CONTROLLER
 from cluster.link.tls import TlsFiles
 
 
@@ -42,12 +44,17 @@ class Authority:
     def _write(path: Path, certificate: x509.Certificate) -> None:
         path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str) -> TlsFiles:
-        """A certificate for `name` on localhost and 127.0.0.1."""
+    def issue(self, name: str, uris: Sequence[str] = (ANY_MODEL, CONTROLLER)) -> TlsFiles:
+        """A certificate for `name` on localhost and 127.0.0.1, whose holder may be what `uris` say."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         names = x509.SubjectAlternativeName(
-            [x509.DNSName("localhost"), x509.DNSName(name), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+            [
+                x509.DNSName("localhost"),
+                x509.DNSName(name),
+                x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+                *map(x509.UniformResourceIdentifier, uris),
+            ]
         )
         certificate = self._builder(subject, key).add_extension(names, False).sign(self._key, hashes.SHA256())
         cert_file, key_file = self._folder / f"{name}.crt", self._folder / f"{name}.key"

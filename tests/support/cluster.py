@@ -85,13 +85,18 @@ class TestCluster:
         wait: bool = True,
         info: EngineInfo | None = None,
         gateways: Sequence[str] = (),
+        node: str = "",
     ) -> Worker:
         """Start an engine (unless `info` says that it runs) and link it."""
         number = next(_numbers)
         if info is None:
             info = await engine.start()
         identity = WorkerIdentity(
-            worker_id=f"{model}-w{number}", incarnation=f"i{number}", model=model, bundle_digest=bundle.digest
+            worker_id=f"{model}-w{number}",
+            incarnation=f"i{number}",
+            model=model,
+            bundle_digest=bundle.digest,
+            node=node,
         )
         end = WorkerEnd(
             identity=identity,

@@ -123,6 +123,11 @@ class ScriptedInference(inference_pb2_grpc.InferenceServicer):
             choice = pb.CompleteChoice(text=word, finish_reason="length" if last else "")
             yield pb.CompleteChunk(id="cmpl-1", model="tiny", choices=[choice], usage=self._usage() if last else None)
 
+    def Resume(self, request: pb.ResumeRequest, context: Any) -> Iterator[pb.ResumeChunk]:
+        """As a gateway of a release before resumption answers."""
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        raise AssertionError("abort raises")
+
     def Session(self, request_iterator: object, context: Any) -> Iterator[pb.SessionEvents]:
         """As a gateway of a release before sessions answers."""
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
@@ -165,6 +170,15 @@ class ScriptedFleet(admin_pb2_grpc.FleetServicer):
     def AbortRequest(self, request: admin_pb2.AbortRequestRequest, context: Any) -> admin_pb2.AbortRequestResponse:
         self.script.requests.append(request)
         return admin_pb2.AbortRequestResponse(aborted=1)
+
+    def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainResponse:
+        raise AssertionError("a script moves no worker")
+
+    def Cordon(self, request: admin_pb2.CordonRequest, context: Any) -> admin_pb2.CordonResponse:
+        raise AssertionError("a script moves no worker")
+
+    def Uncordon(self, request: admin_pb2.UncordonRequest, context: Any) -> admin_pb2.UncordonResponse:
+        raise AssertionError("a script moves no worker")
 
 
 class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput
+from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, WorkerIdentity
 from cluster.link.hub import Hub, ModelDemand, hub_server
 from cluster.link.worker_link import WorkerLink
 from cluster.rayserve.backend import Backend, Snapshot
@@ -37,6 +37,10 @@ class Door:
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """Keep the newest."""
         self.entries = {entry.name: entry for entry in entries}
+
+    def refuses(self, identity: WorkerIdentity) -> str:
+        """Nobody is refused."""
+        return ""
 
     def demand(self) -> Sequence[ModelDemand]:
         """None: nobody waits here."""

@@ -22,7 +22,10 @@ FULL = TenantPolicy(
     max_output_tokens=1024,
     on_budget="stop",
     cache_group="acme",
-    guards=(GuardRule(builtin="patterns", on="output", action="redact", patterns=("a+",)), GuardRule(address="g:1")),
+    guards=(
+        GuardRule(builtin="patterns", on="output", action="redact", patterns={"as": "a{1,9}"}),
+        GuardRule(address="g:1"),
+    ),
     log_prompts=True,
     labels={"cost_center": "4711"},
     retention=Retention(usage_days=30),

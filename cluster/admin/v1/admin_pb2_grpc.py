@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class FleetStub:
-    """Fleet shows the workers that are linked to this gateway.
+    """Fleet shows the workers that are linked to this gateway, and passes on what they are to do.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,25 @@ class FleetStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/cluster.admin.v1.Fleet/Drain',
+                request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.Cordon = channel.unary_unary(
+                '/cluster.admin.v1.Fleet/Cordon',
+                request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.CordonRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.CordonResponse.FromString,
+                _registered_method=True)
+        self.Uncordon = channel.unary_unary(
+                '/cluster.admin.v1.Fleet/Uncordon',
+                request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
-    """Fleet shows the workers that are linked to this gateway.
+    """Fleet shows the workers that are linked to this gateway, and passes on what they are to do.
     """
 
     def ListWorkers(self, request, context):
@@ -60,6 +75,28 @@ class FleetServicer:
 
     def AbortRequest(self, request, context):
         """AbortRequest ends the calls of a request id on this gateway, all its processes; NOT_FOUND where there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Drain lets workers take no new work and end or move what runs. It answers once they are told; ListWorkers shows
+        how far they are.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cordon(self, request, context):
+        """Cordon lets workers take no new work; what runs stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Uncordon(self, request, context):
+        """Uncordon lets workers take work again, after Cordon or Drain.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +115,21 @@ def add_FleetServicer_to_server(servicer, server):
                     request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestResponse.SerializeToString,
             ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'Cordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cordon,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.CordonRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.CordonResponse.SerializeToString,
+            ),
+            'Uncordon': grpc.unary_unary_rpc_method_handler(
+                    servicer.Uncordon,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'cluster.admin.v1.Fleet', rpc_method_handlers)
@@ -87,7 +139,7 @@ def add_FleetServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Fleet:
-    """Fleet shows the workers that are linked to this gateway.
+    """Fleet shows the workers that are linked to this gateway, and passes on what they are to do.
     """
 
     @staticmethod
@@ -134,6 +186,87 @@ class Fleet:
             '/cluster.admin.v1.Fleet/AbortRequest',
             cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestRequest.SerializeToString,
             cluster_dot_admin_dot_v1_dot_admin__pb2.AbortRequestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Fleet/Drain',
+            cluster_dot_admin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Fleet/Cordon',
+            cluster_dot_admin_dot_v1_dot_admin__pb2.CordonRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_admin__pb2.CordonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Uncordon(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Fleet/Uncordon',
+            cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonResponse.FromString,
             options,
             channel_credentials,
             insecure,

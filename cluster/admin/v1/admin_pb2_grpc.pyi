@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FleetStub:
-    """Fleet shows the workers that are linked to this gateway."""
+    """Fleet shows the workers that are linked to this gateway, and passes on what they are to do."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,19 +37,35 @@ class FleetStub:
     """ListWorkers lists workers with their load, by worker id."""
     AbortRequest: _grpc.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestRequest, _admin_pb2.AbortRequestResponse]
     """AbortRequest ends the calls of a request id on this gateway, all its processes; NOT_FOUND where there is none."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
+    """Drain lets workers take no new work and end or move what runs. It answers once they are told; ListWorkers shows
+    how far they are.
+    """
+    Cordon: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CordonRequest, _admin_pb2.CordonResponse]
+    """Cordon lets workers take no new work; what runs stays."""
+    Uncordon: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UncordonRequest, _admin_pb2.UncordonResponse]
+    """Uncordon lets workers take work again, after Cordon or Drain."""
 
 @_typing.type_check_only
 class FleetAsyncStub(FleetStub):
-    """Fleet shows the workers that are linked to this gateway."""
+    """Fleet shows the workers that are linked to this gateway, and passes on what they are to do."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]  # type: ignore[assignment]
     """ListWorkers lists workers with their load, by worker id."""
     AbortRequest: _aio.UnaryUnaryMultiCallable[_admin_pb2.AbortRequestRequest, _admin_pb2.AbortRequestResponse]  # type: ignore[assignment]
     """AbortRequest ends the calls of a request id on this gateway, all its processes; NOT_FOUND where there is none."""
+    Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
+    """Drain lets workers take no new work and end or move what runs. It answers once they are told; ListWorkers shows
+    how far they are.
+    """
+    Cordon: _aio.UnaryUnaryMultiCallable[_admin_pb2.CordonRequest, _admin_pb2.CordonResponse]  # type: ignore[assignment]
+    """Cordon lets workers take no new work; what runs stays."""
+    Uncordon: _aio.UnaryUnaryMultiCallable[_admin_pb2.UncordonRequest, _admin_pb2.UncordonResponse]  # type: ignore[assignment]
+    """Uncordon lets workers take work again, after Cordon or Drain."""
 
 class FleetServicer(metaclass=_abc_1.ABCMeta):
-    """Fleet shows the workers that are linked to this gateway."""
+    """Fleet shows the workers that are linked to this gateway, and passes on what they are to do."""
 
     @_abc_1.abstractmethod
     def ListWorkers(
@@ -66,6 +82,32 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.AbortRequestResponse, _abc.Awaitable[_admin_pb2.AbortRequestResponse]]:
         """AbortRequest ends the calls of a request id on this gateway, all its processes; NOT_FOUND where there is none."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainResponse, _abc.Awaitable[_admin_pb2.DrainResponse]]:
+        """Drain lets workers take no new work and end or move what runs. It answers once they are told; ListWorkers shows
+        how far they are.
+        """
+
+    @_abc_1.abstractmethod
+    def Cordon(
+        self,
+        request: _admin_pb2.CordonRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CordonResponse, _abc.Awaitable[_admin_pb2.CordonResponse]]:
+        """Cordon lets workers take no new work; what runs stays."""
+
+    @_abc_1.abstractmethod
+    def Uncordon(
+        self,
+        request: _admin_pb2.UncordonRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.UncordonResponse, _abc.Awaitable[_admin_pb2.UncordonResponse]]:
+        """Uncordon lets workers take work again, after Cordon or Drain."""
 
 def add_FleetServicer_to_server(servicer: FleetServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

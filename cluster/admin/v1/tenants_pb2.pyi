@@ -224,6 +224,26 @@ class GuardRule(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class PatternsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     BUILTIN_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     ON_FIELD_NUMBER: _builtins.int
@@ -233,6 +253,8 @@ class GuardRule(_message.Message):
     MAX_CHARACTERS_FIELD_NUMBER: _builtins.int
     FAIL_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    CA_FILE_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGES_FIELD_NUMBER: _builtins.int
     builtin: _builtins.str
     address: _builtins.str
     on: _builtins.str
@@ -241,8 +263,12 @@ class GuardRule(_message.Message):
     max_characters: _builtins.int
     fail: _builtins.str
     timeout_s: _builtins.float
+    ca_file: _builtins.str
+    max_messages: _builtins.int
     @_builtins.property
-    def patterns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def patterns(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Regular expressions by name."""
+
     def __init__(
         self,
         *,
@@ -251,21 +277,27 @@ class GuardRule(_message.Message):
         on: _builtins.str = ...,
         action: _builtins.str = ...,
         patterns_file: _builtins.str = ...,
-        patterns: _abc.Iterable[_builtins.str] | None = ...,
+        patterns: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         max_characters: _builtins.int | None = ...,
         fail: _builtins.str = ...,
         timeout_s: _builtins.float | None = ...,
+        ca_file: _builtins.str = ...,
+        max_messages: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_characters", b"_max_characters", "_timeout_s", b"_timeout_s", "max_characters", b"max_characters", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_characters", b"_max_characters", "_max_messages", b"_max_messages", "_timeout_s", b"_timeout_s", "max_characters", b"max_characters", "max_messages", b"max_messages", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_characters", b"_max_characters", "_timeout_s", b"_timeout_s", "action", b"action", "address", b"address", "builtin", b"builtin", "fail", b"fail", "max_characters", b"max_characters", "on", b"on", "patterns", b"patterns", "patterns_file", b"patterns_file", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_characters", b"_max_characters", "_max_messages", b"_max_messages", "_timeout_s", b"_timeout_s", "action", b"action", "address", b"address", "builtin", b"builtin", "ca_file", b"ca_file", "fail", b"fail", "max_characters", b"max_characters", "max_messages", b"max_messages", "on", b"on", "patterns", b"patterns", "patterns_file", b"patterns_file", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_characters: _TypeAlias = _typing.Literal["max_characters"]  # noqa: Y015
     _WhichOneofArgType__max_characters: _TypeAlias = _typing.Literal["_max_characters", b"_max_characters"]  # noqa: Y015
+    _WhichOneofReturnType__max_messages: _TypeAlias = _typing.Literal["max_messages"]  # noqa: Y015
+    _WhichOneofArgType__max_messages: _TypeAlias = _typing.Literal["_max_messages", b"_max_messages"]  # noqa: Y015
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_characters) -> _WhichOneofReturnType__max_characters | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_messages) -> _WhichOneofReturnType__max_messages | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
 

@@ -392,7 +392,7 @@ class AuditEvent(_message.Message):
     """admin, auth_failure or policy."""
     action: _builtins.str
     actor: _builtins.str
-    """Who: key:k1, jwt:subject, certificate:name or cli:user."""
+    """Who: key:k1, jwt:subject, certificate:name, secret:cluster or cli:user."""
     tenant: _builtins.str
     object: _builtins.str
     outcome: _builtins.str

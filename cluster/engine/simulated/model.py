@@ -41,6 +41,8 @@ class SimStatistics:
     waiting: int
     kv_used_blocks: int
     kv_idle_blocks: int
+    most_waiting: int = 0
+    """The longest its own queue has been when a step had just been scheduled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class SimModel:
         self._arrivals = 0
         self._steps = self._finished = self._aborted = self._preemptions = 0
         self._prefill_tokens = self._decode_tokens = self._cached_tokens = 0
+        self._most_waiting = 0
         self._step_s = 0.0
         self._prompt_tokens_left = 0
         self.corrupt = False
@@ -198,6 +201,7 @@ class SimModel:
             at += 1
         if self._preemptions == preemptions:
             self._admit(work, budget)
+        self._most_waiting = max(self._most_waiting, self._waiting)
         return self._plan(work)
 
     def _admit(self, work: list[tuple[SimSequence, int]], budget: int) -> None:
@@ -385,6 +389,7 @@ class SimModel:
             waiting=self._waiting,
             kv_used_blocks=self.kv.used,
             kv_idle_blocks=self.kv.idle,
+            most_waiting=self._most_waiting,
         )
 
     def __repr__(self) -> str:

@@ -18,9 +18,10 @@ characters has the same text after every whole character, and a table gives it f
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Collection, Sequence
 from itertools import accumulate
-from typing import Final
+from typing import Final, Protocol
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel, DecodeStream
@@ -29,6 +30,42 @@ INVALID_PREFIX: Final = "Invalid prefix encountered"
 TAIL_TOKENS: Final = 96
 """How much of a long prompt primes a stream where that is as good as the whole."""
 REPLACEMENT: Final = "\ufffd"
+
+
+class TextSource(Protocol):
+    """What an output needs of whatever makes its tokens text: a Detokenizer, or the guards that stand before one."""
+
+    token_ids: list[int]
+
+    @property
+    def watches(self) -> bool:
+        """Whether there is something to look for, so that every token must pass `push`."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether a guard has ended the text."""
+
+    @property
+    def untaken(self) -> int:
+        """Characters that have not been taken."""
+
+    def untaken_tokens(self) -> int:
+        """How many of the last tokens have no text that was taken."""
+
+    def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
+        """Add a step's tokens. Returns what has ended the text, if anything has; then push no more."""
+
+    def text_of(self, token_id: int) -> str:
+        """Add one token and hand its text out. Not where it `watches`."""
+
+    def give_back(self, text: str) -> None:
+        """What `text_of` handed out last could not be sent: keep it for `take`."""
+
+    def take(self, finished: bool) -> str:
+        """The text since the last take."""
+
+    def restore(self, token_ids: Sequence[int], chars: int) -> None:
+        """Begin where another has left off. Raises ValueError when it cannot."""
 
 
 class WholeTexts(dict[int, str | None]):
@@ -64,7 +101,9 @@ class Detokenizer:
 
     __slots__ = (
         "_held_chars",
+        "_lengths",
         "_min_tokens",
+        "_part_left",
         "_skip_special",
         "_stop",
         "_stream",
@@ -97,6 +136,10 @@ class Detokenizer:
         self._held_chars = max(map(len, stop)) - 1 if stop else 0
         self._whole_texts = None if stop else whole_texts
         self._whole = False
+        # Where stop strings are looked for: the lengths of the tokens of which nothing has been taken, and how much is
+        # left of the one before them.
+        self._lengths: deque[int] = deque()
+        self._part_left = 0
         self._text = ""  # what has not been taken; a stop string can only begin in here, since as much is held back
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
@@ -133,7 +176,9 @@ class Detokenizer:
         return len(self._text)
 
     def untaken_tokens(self) -> int:
-        """How many of the last tokens have no text that was taken. Looked for when asked, not kept."""
+        """How many of the last tokens have no text that was taken. Without stop strings looked for when asked."""
+        if self._stop:
+            return len(self._lengths)
         if not self._text:
             return 0
 
@@ -148,18 +193,43 @@ class Detokenizer:
         """Whether there are stop strings to look for."""
         return bool(self._stop)
 
+    @property
+    def refused(self) -> bool:
+        """Nobody refuses here."""
+        return False
+
     def give_back(self, text: str) -> None:
         """What `text_of` handed out last could not be sent: keep it for `take`."""
         self._text += text
+
+    def restore(self, token_ids: Sequence[int], chars: int) -> None:
+        """Begin where another has left off, which was pushed these and of whose text as many characters were taken.
+
+        Raises ValueError when they have not as many. Before any `push`."""
+        step = self._decode if self._stop else self.text_of
+        text = "".join([step(token_id) for token_id in token_ids])
+        if len(text) < chars:
+            raise ValueError(f"{len(token_ids)} tokens have {len(text)} characters, not {chars}")
+        if self._stop:
+            self.token_ids += token_ids
+            self._part_left = len(text) - chars
+        self._text = text[chars:]
 
     def take(self, finished: bool) -> str:
         """The text since the last take; all of it when `finished`, else without what might begin a stop string."""
         text = self._text
         if finished or not self._held_chars:
             self._text = ""
+            self._lengths.clear()
+            self._part_left = 0
             return text
         self._text = text[-self._held_chars :]
-        return text[: -self._held_chars]
+        taken = text[: -self._held_chars]
+        left = len(taken) - self._part_left
+        while left > 0:
+            left -= self._lengths.popleft()
+        self._part_left = -left
+        return taken
 
     def __repr__(self) -> str:
         return f"Detokenizer({len(self.token_ids)} tokens, {len(self._text)} characters not taken)"
@@ -172,6 +242,7 @@ class Detokenizer:
             pieces.append("")
         ends = list(accumulate(map(len, pieces), initial=len(self._text)))  # where each new token's text ends
         self._text += "".join(pieces)
+        self._lengths.extend(map(len, pieces))
         self.token_ids += token_ids
         if len(self.token_ids) <= self._min_tokens:
             return None
@@ -182,6 +253,8 @@ class Detokenizer:
         stop, start = found
         kept = bisect_left(ends, start + len(stop))  # the token that completes the stop string is the last
         del self.token_ids[before + kept :]
+        for _ in range(len(pieces) - kept):
+            self._lengths.pop()
         self._text = self._text[:start]
         return stop
 

@@ -41,6 +41,16 @@ class TokenLogprob:
     top: tuple[TokenLogprob, ...] = ()
 
 
+class LogprobSource(Protocol):
+    """What an output needs of whatever makes log probabilities readable."""
+
+    def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
+        """Add a step's positions; those that may be told come out."""
+
+    def restore(self, token_ids: Sequence[int]) -> None:
+        """These were sampled, and told, before. Raises ValueError when it cannot go on from there."""
+
+
 class LogprobTexts:
     """Turns one call's positions, in order, into TokenLogprobs. Keeps the last sampled tokens between steps."""
 
@@ -49,6 +59,10 @@ class LogprobTexts:
         self._texts = texts
         self._top_logprobs = top_logprobs
         self._context: deque[int] = deque(maxlen=CONTEXT_TOKENS)
+
+    def restore(self, token_ids: Sequence[int]) -> None:
+        """These were sampled, and told, before."""
+        self._context.extend(token_ids[-CONTEXT_TOKENS:])
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
         """The positions of a step. A position with no tokens is left out."""

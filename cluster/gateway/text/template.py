@@ -2,11 +2,8 @@
 
 The environment is transformers': sandboxed and immutable, trim_blocks and lstrip_blocks, loop controls, tojson
 without HTML escapes, raise_exception, strftime_now, and {% generation %} blocks (which only mark text for training,
-so here they are transparent). Templates come with the model and messages from tenants, so a render is bounded where
-Jinja allows it: characters put out, characters of a sum or repetition of texts, and items of all `range`s together.
-Not bounded are a loop over the caller's own values (how many and how large those are is the gateway's limit) and
-what only a template written to do harm would use: field widths, and `~` on a text by itself. A template is part of a
-model, and models are the operator's choice.
+so here they are transparent). A render is bounded: its CPU time, the characters put out and made on the way
+(template_guard.py), and the items of all `range`s together.
 """
 
 from __future__ import annotations
@@ -21,11 +18,11 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError, UndefinedError
-from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
+from jinja2.sandbox import safe_range
 
 from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway.text.template_guard import MAX_RENDER_S, MAX_RENDERED_CHARS, Environment, TooMuch, bounded
 
-MAX_RENDERED_CHARS: Final = 16 * 1024 * 1024
 MAX_RANGE_ITEMS: Final = 1_000_000
 MAX_MESSAGE_CHARS: Final = 500
 RESERVED_KWARGS: Final = frozenset(
@@ -37,10 +34,6 @@ CONTINUE_MARK: Final = "\ue000HEADRACE-CONTINUES-HERE "
 
 class _Raised(TemplateError):
     """The template's own raise_exception: its text is meant for the caller."""
-
-
-class _TooMuch(Exception):
-    """A render went over one of the bounds above."""
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -57,24 +50,6 @@ class _GenerationBlock(jinja2.ext.Extension):
         return caller()
 
 
-class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment, with repetition bounded."""
-
-    intercepted_binops = frozenset({"+", "*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and (abs(left) > 1 and abs(right) > 1024):
-            raise _TooMuch("a power of more than 1024")
-        if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            if len(left) + len(right) > MAX_RENDERED_CHARS:
-                raise _TooMuch(f"a text of more than {MAX_RENDERED_CHARS} characters")
-            return left + right
-        for sequence, times in ((left, right), (right, left)):
-            if hasattr(sequence, "__len__") and isinstance(times, int) and len(sequence) * times > MAX_RENDERED_CHARS:
-                raise _TooMuch(f"a text repeated to more than {MAX_RENDERED_CHARS} characters")
-        return super().call_binop(context, operator, left, right)
-
-
 def _raise_exception(message: object) -> None:
     raise _Raised(str(message))
 
@@ -89,11 +64,8 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _environment(now: Callable[[], datetime]) -> _Environment:
-    environment = _Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
+def _environment(now: Callable[[], datetime]) -> Environment:
+    environment = Environment([_GenerationBlock, jinja2.ext.loopcontrols], {"tojson": _tojson})
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda form: now().strftime(form)
     return environment
@@ -119,7 +91,7 @@ class ChatTemplate:
         self._compiled: dict[str, jinja2.Template | str] = {}
         for name, source in sources.items():
             try:
-                self._compiled[name] = environment.from_string(source)
+                self._compiled[name] = environment.guarded(source)
             except TemplateSyntaxError as e:
                 self._compiled[name] = f"line {e.lineno}: {e.message}"
 
@@ -196,7 +168,7 @@ def _bounded_range() -> Callable[..., range]:
         wanted = safe_range(*args)
         left -= len(wanted)
         if left < 0:
-            raise _TooMuch(f"ranges of more than {MAX_RANGE_ITEMS} items")
+            raise TooMuch(f"ranges of more than {MAX_RANGE_ITEMS} items")
         return wanted
 
     return bounded
@@ -205,10 +177,11 @@ def _bounded_range() -> Callable[..., range]:
 def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
     """Render, and make of whatever goes wrong an error that names `messages`."""
     try:
-        return "".join(_bounded(template.generate(variables)))
+        with bounded(MAX_RENDER_S):
+            return "".join(_pieces(template.root_render_func(template.new_context(variables))))
     except _Raised as e:
         raise invalid("messages", _short(str(e))) from e
-    except (_TooMuch, SecurityError, OverflowError, MemoryError, RecursionError) as e:
+    except (TooMuch, SecurityError, OverflowError, MemoryError, RecursionError) as e:
         raise invalid(
             "messages",
             f"the chat template was stopped on these messages ({_short(str(e))}): send fewer or shorter ones",
@@ -219,12 +192,12 @@ def _run(template: jinja2.Template, variables: dict[str, Any]) -> str:
         ) from e
 
 
-def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+def _pieces(pieces: Iterator[str]) -> Iterator[str]:
     size = 0
     for piece in pieces:
         size += len(piece)
         if size > MAX_RENDERED_CHARS:
-            raise _TooMuch(f"a prompt of more than {MAX_RENDERED_CHARS} characters")
+            raise TooMuch(f"a prompt of more than {MAX_RENDERED_CHARS} characters")
         yield piece
 
 

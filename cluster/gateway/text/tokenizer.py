@@ -121,6 +121,10 @@ class TextModel:
         """A plain prompt's ids, with the special tokens that the model wants (BOS)."""
         return self._encode(text, "prompt", add_special_tokens=True)
 
+    def plain_ids(self, text: str) -> array[int]:
+        """The ids of a text that holds its special tokens itself: none are added."""
+        return array("I", self._encode(text, "prompt_token_ids", add_special_tokens=False))
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -172,7 +176,7 @@ class TextModel:
 
     async def chat_ids_async(self, tenant: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> array[int]:
         """chat_ids; elsewhere than on the loop when messages and options together are long."""
-        return await self._ids(_chars([messages, options]), ("chat_ids", (tenant, messages), options))
+        return await self._ids(_chars(messages) + _chars(options), ("chat_ids", (tenant, messages), options))
 
     async def _ids(self, chars: int, job: Job) -> array[int]:
         method, positional, named = job
@@ -311,8 +315,8 @@ def _chars(value: object) -> int:
     """About how many characters a value of messages, tools and arguments will take in a prompt."""
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, Mapping):
-        return sum(_chars(key) + _chars(item) for key, item in value.items())
     if isinstance(value, (list, tuple)):
-        return sum(map(_chars, value))
+        return sum([_chars(item) for item in value])
+    if isinstance(value, (dict, Mapping)):  # the first of the two is quickly asked
+        return sum([_chars(key) + _chars(item) for key, item in value.items()])
     return 4

@@ -31,7 +31,7 @@ class WorkerTurn(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
-    DRAINING_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
     ACKED_SEQ_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     SERVED_FIELD_NUMBER: _builtins.int
@@ -54,7 +54,7 @@ class WorkerTurn(_message.Message):
     @_builtins.property
     def load(self) -> Global___Load: ...
     @_builtins.property
-    def draining(self) -> Global___Draining: ...
+    def standing(self) -> Global___Standing: ...
     @_builtins.property
     def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___Usage]:
         """Ended requests' counts, kept by the worker until acknowledged."""
@@ -72,16 +72,16 @@ class WorkerTurn(_message.Message):
         step: Global___StepOutputs | None = ...,
         credit: Global___Credit | None = ...,
         load: Global___Load | None = ...,
-        draining: Global___Draining | None = ...,
+        standing: Global___Standing | None = ...,
         acked_seq: _builtins.int = ...,
         usage: _abc.Iterable[Global___Usage] | None = ...,
         served: Global___Served | None = ...,
         elsewhere: _abc.Iterable[Global___Elsewhere] | None = ...,
         seq: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "draining", b"draining", "hello", b"hello", "load", b"load", "served", b"served", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "hello", b"hello", "load", b"load", "served", b"served", "standing", b"standing", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "draining", b"draining", "elsewhere", b"elsewhere", "hello", b"hello", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "step", b"step", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "hello", b"hello", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -523,28 +523,54 @@ class Load(_message.Message):
 Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
-class Draining(_message.Message):
-    """The worker takes no new work. What runs may end by itself for `stay_ms`; then it is to go on elsewhere."""
+class Standing(_message.Message):
+    """Whether the worker takes new work; replaces what it told before. A worker that has told nothing serves."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    REASON_FIELD_NUMBER: _builtins.int
+    class _State:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Standing._State.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STATE_UNSPECIFIED: Standing._State.ValueType  # 0
+        STATE_SERVING: Standing._State.ValueType  # 1
+        STATE_CORDONED: Standing._State.ValueType  # 2
+        """What runs goes on; nothing new comes."""
+        STATE_DRAINING: Standing._State.ValueType  # 3
+        """What runs ends or goes on elsewhere; nothing new comes."""
+        STATE_DRAINED: Standing._State.ValueType  # 4
+        """Nothing runs any more, and its last counts are handed over."""
+
+    class State(_State, metaclass=_StateEnumTypeWrapper): ...
+    STATE_UNSPECIFIED: Standing.State.ValueType  # 0
+    STATE_SERVING: Standing.State.ValueType  # 1
+    STATE_CORDONED: Standing.State.ValueType  # 2
+    """What runs goes on; nothing new comes."""
+    STATE_DRAINING: Standing.State.ValueType  # 3
+    """What runs ends or goes on elsewhere; nothing new comes."""
+    STATE_DRAINED: Standing.State.ValueType  # 4
+    """Nothing runs any more, and its last counts are handed over."""
+
+    STATE_FIELD_NUMBER: _builtins.int
     STAY_MS_FIELD_NUMBER: _builtins.int
-    reason: _builtins.str
+    state: Global___Standing.State.ValueType
     stay_ms: _builtins.int
+    """While it drains: for how long what runs there may end by itself; then it is to go on elsewhere."""
     def __init__(
         self,
         *,
-        reason: _builtins.str = ...,
+        state: Global___Standing.State.ValueType = ...,
         stay_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "stay_ms", b"stay_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state", "stay_ms", b"stay_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Draining: _TypeAlias = Draining  # noqa: Y015
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
 
 @_typing.final
 class WorkerBeat(_message.Message):
@@ -616,6 +642,7 @@ class GatewayTurn(_message.Message):
     SEQ_FIELD_NUMBER: _builtins.int
     GRANT_ACK_FIELD_NUMBER: _builtins.int
     USAGE_ACKS_FIELD_NUMBER: _builtins.int
+    COMMANDS_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     grant_ack: _builtins.int
     """The newest Credit that has been applied."""
@@ -633,6 +660,10 @@ class GatewayTurn(_message.Message):
     def usage_acks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Keys of Usage that is in the ledger's database; the worker may forget it."""
 
+    @_builtins.property
+    def commands(self) -> _containers.RepeatedCompositeFieldContainer[Global___Command]:
+        """What operators ask, in their order; the worker tells all its gateways its new Standing."""
+
     def __init__(
         self,
         *,
@@ -644,14 +675,100 @@ class GatewayTurn(_message.Message):
         seq: _builtins.int = ...,
         grant_ack: _builtins.int = ...,
         usage_acks: _abc.Iterable[_builtins.int] | None = ...,
+        commands: _abc.Iterable[Global___Command] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "seq", b"seq", "submits", b"submits", "usage_acks", b"usage_acks", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "commands", b"commands", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "seq", b"seq", "submits", b"submits", "usage_acks", b"usage_acks", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GatewayTurn: _TypeAlias = GatewayTurn  # noqa: Y015
+
+@_typing.final
+class Command(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAIN_FIELD_NUMBER: _builtins.int
+    CORDON_FIELD_NUMBER: _builtins.int
+    UNCORDON_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def drain(self) -> Global___Drain: ...
+    @_builtins.property
+    def cordon(self) -> Global___Cordon: ...
+    @_builtins.property
+    def uncordon(self) -> Global___Uncordon: ...
+    def __init__(
+        self,
+        *,
+        drain: Global___Drain | None = ...,
+        cordon: Global___Cordon | None = ...,
+        uncordon: Global___Uncordon | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cordon", b"cordon", "drain", b"drain", "uncordon", b"uncordon", "verb", b"verb"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cordon", b"cordon", "drain", b"drain", "uncordon", b"uncordon", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_verb: _TypeAlias = _typing.Literal["drain", "cordon", "uncordon"]  # noqa: Y015
+    _WhichOneofArgType_verb: _TypeAlias = _typing.Literal["verb", b"verb"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_verb) -> _WhichOneofReturnType_verb | None: ...
+
+Global___Command: _TypeAlias = Command  # noqa: Y015
+
+@_typing.final
+class Drain(_message.Message):
+    """Take no new work; what runs ends or moves within the time, nothing is cut."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    timeout_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        timeout_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015
+
+@_typing.final
+class Cordon(_message.Message):
+    """Take no new work; what runs stays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cordon: _TypeAlias = Cordon  # noqa: Y015
+
+@_typing.final
+class Uncordon(_message.Message):
+    """Take work again, after a Cordon or a Drain; a worker whose process is about to end does not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Uncordon: _TypeAlias = Uncordon  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -1211,6 +1328,7 @@ class CatalogModel(_message.Message):
     LICENSE_FIELD_NUMBER: _builtins.int
     ENGINE_CLASS_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_PINNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     revision: _builtins.str
@@ -1226,6 +1344,8 @@ class CatalogModel(_message.Message):
     license: _builtins.str
     engine_class: _builtins.str
     note: _builtins.str
+    weights_pinned: _builtins.bool
+    """Only workers with one of weight_digests may serve it."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -1250,10 +1370,11 @@ class CatalogModel(_message.Message):
         license: _builtins.str = ...,
         engine_class: _builtins.str = ...,
         note: _builtins.str = ...,
+        weights_pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "version", b"version", "weight_digests", b"weight_digests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "version", b"version", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from cluster.api.outcomes import CallError, Outcome
 from cluster.engine.bundles import build_bundle
 from cluster.gateway.text.template import ChatTemplate
+from cluster.gateway.text.template_guard import MAX_RENDER_S
 from cluster.gateway.text.tokenizer import TextModel
 from tests.gateway.text.kinds import Kind, with_template
 
@@ -190,6 +193,9 @@ def test_a_templates_refusal_is_the_callers() -> None:
     assert len(error.value.message) < 1000
 
 
+DOUBLE = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -198,18 +204,55 @@ def test_a_templates_refusal_is_the_callers() -> None:
         "{{ 'x' * 100000000000 }}",
         "{{ [0] * 100000000000 }}",
         "{{ 10 ** 1000000000 }}",
-        "{% set ns = namespace(x='xx') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        DOUBLE + "{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ range(1000000000) | length }}",
         "{{ messages.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
+        "{% set l = range(9999) | list %}{% for a in l %}{% for b in l %}{% for c in l %}" + "{% endfor %}" * 3,
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{% for a in [[[]]] recursive %}{{ loop([[], []]) }}{% endfor %}",
+        DOUBLE + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        DOUBLE + "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
+        DOUBLE + "{% set ns.x = [ns.x, ns.x] | join %}{% endfor %}",
+        DOUBLE + "{% set ns.x = ns.x.join([ns.x, ns.x]) %}{% endfor %}",
+        DOUBLE + "{% set ns.x = ns.x.replace('x', 'xxx') %}{% endfor %}",
+        DOUBLE + "{% set ns.x = ns.x | replace('x', 'xxx') %}{% endfor %}",
+        "{% set ns = namespace(l=[]) %}{% for i in range(9999) %}{% set ns.l = ns.l + ['x' * 9999999] %}{% endfor %}",
+        "{{ ([{'a': 'x' * 9999999}] * 9999999) | join(attribute='a') }}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ '%*d' % (999999999, 1) }}",
+        "{{ '%999999999d' | format(1) }}",
+        "{{ '{:999999999}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 999999999) }}",
+        "{{ 'x'.center(999999999) }}",
+        "{{ 'x' | center(999999999) }}",
+        "{{ 'x\\ny' | indent(999999999) }}",
+        "{{ {'a': 1} | tojson(indent=999999999) }}",
+        "{{ ([1] * 999999) | tojson(indent=999999) }}",
+        "{{ ('\\n' * 999999) | indent(999999) }}",
+        "{{ ('\\t' * 999999).expandtabs(999999) }}",
+        "{{ ('x' * 999999).translate({120: 'x' * 999999}) }}",
+        "{{ ('x ' * 999999) | wordwrap(1, true, 'x' * 999999) }}",
+        "{{ ('x' * 999999).encode().replace(''.encode(), ('x' * 999999).encode()) }}",
     ],
 )
 def test_a_runaway_template_is_stopped(source: str) -> None:
     """A template that grows without end, loops for ever or leaves the sandbox is an error, soon and without harm."""
+    began, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CallError) as error:
         render(source)
     assert error.value.outcome is Outcome.INVALID_FIELD
+    assert time.thread_time() - began < MAX_RENDER_S + 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000_000, "KiB at most so far"
+
+
+def test_bounds_are_each_renders_own() -> None:
+    """What one render has used, or that it was stopped, is nothing to the next one; a long conversation is rendered."""
+    template = ChatTemplate({"default": "{% for m in messages %}{{ m.content ~ m.content }}{% endfor %}"})
+    for _ in range(40):
+        assert len(template.render([{"role": "user", "content": "x" * 1_000_000}] * 8)) == 16_000_000
+    assert len(template.render([{"role": "user", "content": "hi"}] * 100_000)) == 400_000
 
 
 def test_a_model_without_template_says_so() -> None:

@@ -1,0 +1,117 @@
+"""Keys and certificates as files: an authority, and what it issues."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+CLOCKS = datetime.timedelta(minutes=5)
+"""How far another machine's clock may be behind."""
+
+
+def make_authority(cert_file: Path, key_file: Path, days: int) -> None:
+    """A key, and its certificate by itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _name("headrace link authority")
+    builder = (
+        _begin(name, key, days)
+        .issuer_name(name)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    )
+    _write(key_file, _private(key))
+    _write(cert_file, _public(builder.sign(key, hashes.SHA256())), 0o644)
+
+
+def issue_server(folder: Path, name: str, hosts: Sequence[str], days: int) -> tuple[Path, Path]:
+    """For one who is dialled by these names and addresses. Raises ValueError where the folder has no authority."""
+    return _issue(folder, name, [_host(one) for one in hosts], ExtendedKeyUsageOID.SERVER_AUTH, days)
+
+
+def issue_client(folder: Path, name: str, uris: Sequence[str], days: int) -> tuple[Path, Path]:
+    """For one who dials and may be what these say. Raises ValueError where the folder has no authority."""
+    names = [x509.UniformResourceIdentifier(uri) for uri in uris]
+    return _issue(folder, name, names, ExtendedKeyUsageOID.CLIENT_AUTH, days)
+
+
+def _issue(
+    folder: Path, name: str, names: Sequence[x509.GeneralName], usage: x509.ObjectIdentifier, days: int
+) -> tuple[Path, Path]:
+    authority, authority_key = _authority(folder)
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = (
+        _begin(_name(name), key, days)
+        .issuer_name(authority.subject)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+    )
+    cert_file, key_file = folder / f"{name}.crt", folder / f"{name}.key"
+    _write(key_file, _private(key))
+    _write(cert_file, _public(builder.sign(authority_key, hashes.SHA256())), 0o644)
+    return cert_file, key_file
+
+
+def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """The authority in a folder. Raises ValueError where there is none."""
+    try:
+        certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+        certificate.verify_directly_issued_by(certificate)
+    except (OSError, ValueError, TypeError, InvalidSignature) as error:
+        raise ValueError(
+            f"{folder}: no authority to issue from ({error}); make one: `headrace certs ca {folder}`"
+        ) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise ValueError(f"{folder}: ca.key is not the key of ca.crt")
+    return certificate, key
+
+
+def _name(common: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+
+
+def _begin(subject: x509.Name, key: ec.EllipticCurvePrivateKey, days: int) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCKS)
+        .not_valid_after(now + datetime.timedelta(days=days))
+    )
+
+
+def _host(text: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(text))
+    except ValueError:
+        return x509.DNSName(text)
+
+
+def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _public(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _write(file: Path, data: bytes, mode: int = 0o600) -> None:
+    """Whole or not at all, and a secret is nobody else's from its first byte."""
+    draft = file.with_name(f"{file.name}.new")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
+        stream.write(data)
+    draft.replace(file)

@@ -1,0 +1,84 @@
+"""Guard servers: cluster.guard.v1.Guard, asked over gRPC before a prompt is tokenized."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from cluster.guard.v1 import guard_pb2, guard_pb2_grpc
+from cluster.tenancy.patterns import NAME
+from cluster.tenancy.policy import GuardRule
+
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+_DONE = {
+    guard_pb2.CheckResponse.ACTION_ALLOW: "",
+    guard_pb2.CheckResponse.ACTION_REFUSE: "refused",
+    guard_pb2.CheckResponse.ACTION_REPLACE: "redacted",
+    guard_pb2.CheckResponse.ACTION_FLAG: "flagged",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a guard server has said: "", refused, redacted or flagged; the texts as they are now; and why."""
+
+    outcome: str
+    texts: Sequence[str]
+    finding: str
+
+
+class GuardServers:
+    """One channel for each server that a policy names."""
+
+    def __init__(self) -> None:
+        self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
+
+    async def check(self, rule: GuardRule, tenant: str, model: str, request_id: str, texts: Sequence[str]) -> Answer:
+        """Ask. Raises OSError where it cannot be reached or its ca_file be read, ValueError for a senseless answer."""
+        request = guard_pb2.CheckRequest(tenant=tenant, model=model, request_id=request_id, texts=texts)
+        stub = guard_pb2_grpc.GuardStub(self._channel(rule))
+        try:
+            answer = await stub.Check(request, timeout=rule.timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise ConnectionError(f"the guard server gives {error.code().name}") from None
+        outcome = _DONE.get(answer.action)
+        if outcome is None:
+            raise ValueError("the guard server's answer has no action")
+        replaced = list(answer.texts) if outcome == "redacted" else texts
+        if len(replaced) != len(texts):
+            raise ValueError(f"the guard server has replaced {len(texts)} texts by {len(replaced)}")
+        return Answer(outcome, replaced, answer.finding if NAME.fullmatch(answer.finding) else "unnamed")
+
+    def _channel(self, rule: GuardRule) -> grpc.aio.Channel:
+        name = (rule.address, rule.ca_file)
+        channel = self._channels.get(name)
+        if channel is None:
+            options = (("grpc.max_receive_message_length", MAX_ANSWER_BYTES),)
+            if on_this_host(rule.address):
+                channel = grpc.aio.insecure_channel(rule.address, options)
+            else:
+                roots = Path(rule.ca_file).read_bytes() if rule.ca_file else None
+                channel = grpc.aio.secure_channel(rule.address, grpc.ssl_channel_credentials(roots), options)
+            self._channels[name] = channel
+        return channel
+
+    async def close(self) -> None:
+        """Close every channel."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+
+def on_this_host(address: str) -> bool:
+    """Whether what is sent there leaves the host: only then it needs TLS."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,272 @@
+"""Streams that outlive their gateway: tokens for what was delivered, and calls that go on from such tokens.
+
+The content of tokens is segments.py's; here they are sealed, opened, checked against who asks and with which request,
+and taken, once. What then goes on is a call like any other that has lost its worker: its outputs stand where they
+stood, and only a worker like the one that began them goes on with them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import structlog
+
+from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway.call import Call
+from cluster.gateway.output import Piece
+from cluster.gateway.segments import (
+    BadSegment,
+    CallHead,
+    Chain,
+    Choice,
+    digest_of,
+    encode,
+    encode_one,
+    head_json,
+    likeness_json,
+)
+from cluster.gateway.takers import Takers
+from cluster.gateway.wishes import Wish
+from cluster.tenancy.identity import Principal
+
+if TYPE_CHECKING:
+    from cluster.gateway.service import CallMeta
+    from cluster.ledger.sealed import Envelopes
+
+log = structlog.get_logger("resume")
+
+PURPOSE = "resume-token"
+MAX_TOKEN_BYTES = 4 << 20
+AT_ONCE = 200
+"""Tokens that are opened (some milliseconds) before the event loop turns to others."""
+OTHERS = "is no token of this call: send every token of one call, in order, as its own caller, with its own request"
+TAKEN = "has been resumed from here already: go on reading there, or begin anew"
+
+
+class Tickets:
+    """The tokens of one call: each chunk gets the next."""
+
+    __slots__ = (
+        "_before",
+        "_chars",
+        "_choices",
+        "_expires_s",
+        "_seal",
+        "_told",
+        "_wall",
+        "head",
+        "number",
+        "old",
+        "timer",
+    )
+
+    def __init__(
+        self, call: Call, head: CallHead, seal: Callable[[bytes], bytes], wall: Callable[[], float], expires_s: float
+    ) -> None:
+        self.head = head
+        self.number = 0
+        self.old: set[int] = set()
+        """Choices that have begun: their likeness is told."""
+        self.timer: asyncio.TimerHandle | None = None
+        """Ends a call that goes on at its first deadline, which its new stream need not know."""
+        self._seal = seal
+        self._wall = wall
+        self._expires_s = expires_s
+        self._before = Chain().last
+        self._choices = call.sequences
+        self._told = [0] * len(call.sequences)
+        self._chars = [0] * len(call.sequences)
+
+    def go_on(self, chain: Chain) -> None:
+        """Behind these."""
+        self.number, self._before = chain.number, chain.last
+        for index, begun in chain.choices.items():
+            self._told[index], self._chars[index] = len(begun.token_ids), begun.chars
+            self.old.add(index)
+
+    def text(self, text: str) -> bytes:
+        """For a chunk of choice 0 with this text and nothing else."""
+        output = self._choices[0]
+        ids, shown, told = output.emitted, output.shown, self._told[0]
+        if shown - told != 1 or not self.old:
+            return self.chunk((Piece(0, text),))
+        self._told[0] = shown
+        self._chars[0] += len(text)
+        expires_s = int(self._wall() + self._expires_s)
+        self.number += 1
+        return self._sealed(encode_one(self.number, expires_s, self._before, self._chars[0], ids[told]))
+
+    def chunk(self, pieces: Sequence[Piece]) -> bytes:
+        """For a chunk with these; without any it says that the call has got this far and no further."""
+        more = {} if self.number else {"call": head_json(self.head)}
+        likeness = {}
+        choices = []
+        for piece in pieces:
+            index = piece.index
+            output = self._choices[index]
+            shown = output.shown
+            self._chars[index] += len(piece.text)
+            ids = output.emitted[self._told[index] : shown]
+            choices.append(Choice(index, ids, self._chars[index], piece.finish_reason))
+            self._told[index] = max(shown, self._told[index])
+            if index not in self.old and output.likeness is not None:
+                self.old.add(index)
+                likeness[str(index)] = likeness_json(output.likeness)
+        if likeness:
+            more["likeness"] = likeness
+        self.number += 1
+        expires_s = int(self._wall() + self._expires_s)
+        return self._sealed(encode(self.number, expires_s, self._before, choices, more))
+
+    def _sealed(self, body: bytes) -> bytes:
+        sealed = self._seal(body)
+        self._before = digest_of(sealed)
+        return sealed
+
+
+class Resumes:
+    """Of one gateway. The secret is looked for when it is first needed."""
+
+    def __init__(
+        self,
+        secrets: Callable[[], Sequence[bytes]],
+        takers: Takers,
+        expires_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """`secrets`: the cluster's, the first seals, all open; raises ValueError. A token opens for `expires_s`."""
+        self._secrets = secrets
+        self._takers = takers
+        self._expires_s = expires_s
+        self._clock = clock
+        self._wall = wall
+        self._envelopes: Envelopes | None = None
+        self._hopeless = False
+
+    def _sealing(self) -> Envelopes | None:
+        """None where there is no secret and none can be made: then streams are what they were without tokens."""
+        if self._envelopes is None and not self._hopeless:
+            from cluster.ledger.sealed import Envelopes  # what seals is imported by whoever needs it
+
+            try:
+                self._envelopes = Envelopes(self._secrets(), PURPOSE, "resume token", MAX_TOKEN_BYTES)
+            except (ValueError, OSError) as error:
+                self._hopeless = True
+                log.warning("streams_not_resumable", error=str(error))
+        return self._envelopes
+
+    # ---- a call that begins
+
+    def begin(self, call: Call, wish: Wish, meta: CallMeta, bundle_digest: str, chain: Chain | None) -> None:
+        """Its chunks get tokens; where it was begun elsewhere, it stands from now on where it stood. `bundle_digest` is
+        the tokenizer's. Raises CallError."""
+        envelopes = self._sealing()
+        if envelopes is None:
+            return
+        request = call.sequences[0].request
+        prompt = hashlib.sha256(array("I", request.prompt_token_ids).tobytes()).hexdigest()
+        if chain is None:
+            head = CallHead(
+                call_id=call.id,
+                request_id=meta.request_id,
+                tenant=meta.tenant,
+                subject=_subject(meta.principal),
+                model=call.model,
+                request=wish.resumable,
+                prompt=prompt,
+                seed=request.sampling.seed,
+                deadline_s=0.0 if call.deadline is None else self._wall() + call.deadline - self._clock(),
+                opened_s=self._wall(),
+            )
+        else:
+            head = chain.whole
+            if (head.prompt, head.seed) != (prompt, request.sampling.seed):
+                raise unsupported("its prompt reads otherwise here than where it began (does its template tell time?)")
+        call.tickets = Tickets(call, head, envelopes.seal, self._wall, self._expires_s)
+        if chain is not None:
+            _restore(call, chain, bundle_digest)
+            if call.deadline is not None:
+                late = CallError(Outcome.DEADLINE_EXCEEDED, "the deadline that the call began with has passed")
+                left_s = max(call.deadline - self._clock(), 0.0)
+                call.tickets.timer = asyncio.get_running_loop().call_later(left_s, call.fail, late)
+
+    # ---- a call that goes on
+
+    async def read(self, wish: Wish, who: Principal) -> Chain:
+        """What the tokens of a wish to resume say, if they are all of one call, of this caller and this request.
+
+        Raises CallError."""
+        asked = wish.resume
+        assert asked is not None
+        if not wish.resumable:
+            raise invalid("resumable", "must be true, as in the request that began the stream")
+        if not asked.tokens:
+            raise invalid("resume_tokens", "must not be empty: without any, begin anew")
+        from cluster.ledger.sealed import SealError, UnknownSecret
+
+        chain, now_s = Chain(), self._wall()
+        envelopes = self._sealing()
+        if envelopes is None:
+            raise unsupported("this gateway has no secret")
+        for number, token in enumerate(asked.tokens):
+            try:
+                chain.add(token, envelopes.open(token))
+            except UnknownSecret:
+                raise CallError(Outcome.RESUME_EXPIRED, "the tokens' secret has been replaced: begin anew") from None
+            except (SealError, BadSegment):
+                raise invalid(f"resume_tokens[{number}]", OTHERS) from None
+            if number % AT_ONCE == AT_ONCE - 1:
+                await asyncio.sleep(0)
+        head = chain.whole
+        ours = (who.tenant.name, _subject(who), wish.resumable)
+        if (head.tenant, head.subject, head.request) != ours:
+            raise invalid("resume_tokens[0]", OTHERS)
+        if asked.offset != chain.number:
+            raise invalid("offset", f"must be the newest chunk's, whose token comes last: {chain.number}")
+        if now_s >= chain.expires_s:
+            raise CallError(Outcome.RESUME_EXPIRED, f"the tokens opened for {self._expires_s:g} s: begin anew")
+        return chain
+
+    def deadline(self, chain: Chain, asked: float | None) -> float | None:
+        """The call's own, or the one asked for now where that is earlier. Points of the service's clock."""
+        until_s = chain.whole.deadline_s
+        if not until_s:
+            return asked
+        own = self._clock() + until_s - self._wall()
+        return own if asked is None else min(own, asked)
+
+    async def take(self, chain: Chain) -> None:
+        """This gateway goes on from here, and nobody else. Raises CallError."""
+        name = f"{chain.whole.call_id}.{chain.last.hex()}"
+        lasts_s = max(chain.expires_s - self._wall(), 0) + 60.0  # clocks of gateways differ
+        if not await self._takers.take(name, lasts_s):
+            raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
+
+
+def _restore(call: Call, chain: Chain, bundle_digest: str) -> None:
+    assert call.tickets is not None
+    call.continues = True
+    call.request_id = call.request_id and chain.whole.request_id
+    call.tickets.go_on(chain)
+    for index, begun in chain.choices.items():
+        if begun.likeness is not None and begun.likeness.bundle_digest != bundle_digest:
+            raise unsupported("its model has another tokenizer now")
+        try:
+            call.sequences[index].restore(begun)
+        except (ValueError, IndexError):
+            raise unsupported("its tokens read otherwise here than where it began") from None
+
+
+def unsupported(why: str) -> CallError:
+    """It cannot go on exactly, so it does not."""
+    return CallError(Outcome.RESUME_UNSUPPORTED, f"the call cannot be resumed: {why}; begin anew")
+
+
+def _subject(who: Principal) -> str:
+    return f"{who.by}:{who.subject}"

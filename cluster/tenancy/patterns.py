@@ -1,0 +1,143 @@
+"""Named patterns of a guard: which regular expressions may be one, and a search that is linear in the text.
+
+Problem: a guard on a stream must hold back whatever may still become part of a match, and must not be made slow by
+what somebody writes. So a pattern must say how long it can get, and the engine must not backtrack.
+
+- The search is RE2's: time linear in the text whatever the pattern, no backreferences, no lookaround.
+- The longest match is the width that Python's own parser finds. The two languages differ in a few spellings; those
+  are translated, or refused where they mean something else (`a{,5}` is text to RE2).
+
+Invariant: no match of an accepted pattern has more characters than `longest_match` says, and none is empty. Whether
+there is a match at a place depends on one character before it and one behind its longest match (`\\b`, `^`, `$`).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from re import _parser  # type: ignore[attr-defined]  # the standard library's width of a pattern has no public name
+
+import re2
+
+MAX_MATCH_CHARS = 512
+MAX_PATTERNS = 100
+MAX_SOURCE_CHARS = 2000
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+# RE2's spellings, each of one character's width or none, as Python's parser knows such.
+_SPELLINGS = re.compile(r"\\x\{[0-9A-Fa-f]+\}|\\[pP](?:\{[^}]*\}|.)|\\z|\\.|\[:\^?[a-z]+:\]", re.DOTALL)
+_OPEN_COUNT = re.compile(r"\\.|(\{,\d*\})", re.DOTALL)
+
+
+class PatternError(ValueError):
+    """A pattern that cannot be served. `name` is its name, "" where all are meant."""
+
+    def __init__(self, name: str, remedy: str) -> None:
+        super().__init__(f"{name}: {remedy}" if name else remedy)
+        self.name = name
+        self.remedy = remedy
+
+
+class Patterns:
+    """Patterns that are looked for together: the leftmost match counts, of several there the first by name."""
+
+    def __init__(self, sources: Mapping[str, str]) -> None:
+        """Raises PatternError."""
+        check_patterns(sources)
+        sources = dict(sorted(sources.items()))  # JSON need not keep another order
+        self.names: Sequence[str] = tuple(sources)
+        self.longest = max(longest_match(source) for source in sources.values())
+        self._each = [_compiled(source) for source in sources.values()]
+        self._any = self._together(list(sources.values()))
+
+    def _together(self, sources: Sequence[str]) -> re2._Regexp:
+        try:
+            return _compiled("|".join(f"(?:{source})" for source in sources))
+        except re2.error as error:
+            raise PatternError("", f"too much together: {_why(error)}; name fewer or shorter patterns") from None
+
+    def find(self, text: str, start: int = 0) -> Iterator[tuple[int, int]]:
+        """Where matches begin and end, from `start` on; what stands before it is seen by `\\b` and `^`."""
+        for found in self._any.finditer(text, start):
+            yield found.span()
+
+    def name_at(self, text: str, start: int) -> str:
+        """The name of the pattern whose match `find` has found at `start`."""
+        before = min(start, 1)
+        near = text[start - before : start + self.longest + 1]
+        found = (name for name, one in zip(self.names, self._each, strict=True) if one.match(near, before))
+        return next(found)
+
+    def __repr__(self) -> str:
+        return f"Patterns({', '.join(self.names)}; at most {self.longest} characters)"
+
+
+@functools.lru_cache(maxsize=1024)
+def patterns_of(sources: tuple[tuple[str, str], ...]) -> Patterns:
+    """Patterns of (name, expression); kept, since policies are made anew whenever any of them changes."""
+    return Patterns(dict(sources))
+
+
+def check_patterns(sources: Mapping[str, str]) -> None:
+    """Raise PatternError for the first pattern that cannot be served."""
+    if not sources:
+        raise PatternError("", "names no pattern; write name: expression")
+    if len(sources) > MAX_PATTERNS:
+        raise PatternError("", f"at most {MAX_PATTERNS} patterns in one guard, got {len(sources)}")
+    for name, source in sources.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise PatternError(str(name)[:64], "a pattern's name has 1 to 63 of a-z, 0-9, '-' and '_'")
+        if not isinstance(source, str):
+            raise PatternError(name, f"must be a regular expression in quotes, not {source!r}")
+        try:
+            longest_match(source)
+        except PatternError as error:
+            raise PatternError(name, error.remedy) from None
+
+
+@functools.lru_cache(maxsize=4096)
+def longest_match(source: str) -> int:
+    """The most characters that a match can have. Raises PatternError where that is too many, or not to be known."""
+    if not 1 <= len(source) <= MAX_SOURCE_CHARS:
+        raise PatternError("", f"must have 1 to {MAX_SOURCE_CHARS} characters")
+    try:
+        _compiled(source)
+    except re2.error as error:
+        raise PatternError("", f"is no pattern that RE2 serves: {_why(error)}") from None
+    if any(found[1] for found in _OPEN_COUNT.finditer(source)):
+        raise PatternError("", "write {0,n} for {,n}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            least, most = _parser.parse(_SPELLINGS.sub(_as_python, source)).getwidth()
+    except (re.error, FutureWarning, DeprecationWarning, RecursionError, OverflowError) as error:
+        raise PatternError("", f"its longest match cannot be known: {error}; write it more plainly") from None
+    if not least:
+        raise PatternError("", "can match the empty text; require a character")
+    if most > MAX_MATCH_CHARS:
+        many = "without bound" if most > 10**9 else f"{most} characters"
+        raise PatternError(
+            "", f"its longest match is {many}, {MAX_MATCH_CHARS} are allowed: write {{1,64}} for + and {{0,64}} for *"
+        )
+    return int(most)
+
+
+def _as_python(spelling: re.Match[str]) -> str:
+    text = spelling[0]
+    if text == r"\z":
+        return r"\Z"
+    return "a" if text.startswith((r"\x{", r"\p", r"\P", "[:")) else text
+
+
+def _compiled(source: str) -> re2._Regexp:
+    options = re2.Options()
+    options.log_errors = False
+    options.never_capture = True
+    return re2.compile(source, options)
+
+
+def _why(error: Exception) -> str:
+    told = error.args[0] if error.args else ""
+    return told.decode("utf-8", "replace") if isinstance(told, bytes) else str(told)

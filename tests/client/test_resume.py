@@ -1,0 +1,160 @@
+"""The SDK reads a stream to its end whatever becomes of the gateway: the text of an undisturbed one, once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.client import AsyncClient, Client, HeadraceError
+from cluster.client.resume import MAX_FAILURES, Resumption
+from cluster.gateway.server import Gateway
+from cluster.v1 import inference_pb2 as pb
+from tests.gateway.conftest import bundle, checkpoint
+from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
+
+__all__ = ["bundle", "checkpoint"]
+
+
+@dataclass
+class Pair:
+    """Two gateways with one secret and one worker."""
+
+    first: TestCluster
+    second: TestCluster
+
+    @property
+    def endpoints(self) -> list[str]:
+        """Of both."""
+        return [one.gateway.endpoints["grpc"] for one in (self.first, self.second)]
+
+
+@pytest.fixture
+async def pair(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Pair]:
+    """A worker that has dialled both."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
+    async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
+        links = [one.gateway.endpoints["link"] for one in (first, second)]
+        worker = await first.add_worker(sim_engine(checkpoint, decode_ms=5), bundle, gateways=links)
+        second.workers.append(worker)
+        await until(lambda: second.linked(worker.identity.worker_id), "the worker has dialled both")
+        yield Pair(first, second)
+
+
+def kill(gateway: Gateway) -> None:
+    """Its client port as a killed process leaves it: connections reset, nobody listens."""
+    clients = gateway._clients
+    assert clients is not None
+    assert clients._listener is not None
+    clients._listener.close()
+    for connection in list(clients.connections):
+        connection.transport.abort()
+
+
+async def test_streams_outlive_their_gateway(pair: Pair) -> None:
+    """A gateway killed under a plain stream and a session's: each reads what it would have read, and usage at its
+    end; new calls go to the other gateway."""
+    async with AsyncClient(pair.endpoints) as client:
+        wanted = [
+            (await client.chat("sim", f"call {i}", max_tokens=120, ignore_eos=True, temperature=0.0)).text
+            for i in range(4)
+        ]
+        read = [0] * 4
+
+        async def one(i: int) -> str:
+            stream = client.stream_chat("sim", f"call {i}", max_tokens=120, ignore_eos=True, temperature=0.0)
+            async for _ in stream:
+                read[i] += 1
+            assert stream.usage is not None
+            assert (stream.usage.completion_tokens, stream.finish_reason) == (120, "length")
+            return stream.text
+
+        running = [asyncio.create_task(one(i)) for i in range(4)]
+        await until(lambda: min(read) >= 10, "all have begun")
+        kill(pair.first.gateway)
+        assert await asyncio.gather(*running) == wanted
+        assert client._gateways.endpoint == pair.endpoints[1]
+        assert (await client.chat("sim", "call 0", max_tokens=120, ignore_eos=True, temperature=0.0)).text == wanted[0]
+
+
+async def test_blocking_code_too(pair: Pair) -> None:
+    """The blocking client's stream goes on as well, with every choice once."""
+    begun = threading.Event()
+
+    def work() -> tuple[dict[int, str], dict[int, str]]:
+        with Client(",".join(pair.endpoints)) as client:
+            raw = client.chat("sim", "hello", max_tokens=100, ignore_eos=True, temperature=0.7, seed=3, n=2).raw
+            stream = client.stream_chat("sim", "hello", max_tokens=100, ignore_eos=True, temperature=0.7, seed=3, n=2)
+            texts = {0: "", 1: ""}
+            for number, chunk in enumerate(stream.chunks()):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.delta.content
+                if number == 15:
+                    begun.set()
+            return texts, {choice.index: choice.message.content for choice in raw.choices}
+
+    running = asyncio.create_task(asyncio.to_thread(work))
+    await asyncio.to_thread(begun.wait, 20)
+    kill(pair.first.gateway)
+    texts, wanted = await running
+    assert texts == wanted
+
+
+async def test_a_gateway_that_stops_is_left(pair: Pair) -> None:
+    """A gateway that ends in order hands its streams on, in time."""
+    async with AsyncClient(pair.endpoints) as client:
+        wanted = (await client.complete("sim", "Once", max_tokens=120, ignore_eos=True, temperature=0.0)).text
+        stream = client.stream_complete("sim", "Once", max_tokens=120, ignore_eos=True, temperature=0.0)
+        await anext(stream)
+        stopping = asyncio.create_task(pair.first.gateway.stop(0.05))
+        async for _ in stream:
+            pass
+        assert stream.text == wanted
+        await stopping
+
+
+async def test_it_can_be_turned_off(pair: Pair) -> None:
+    """Without it nothing is sealed, and a lost gateway is an error after the text that had come."""
+    async with AsyncClient(pair.endpoints, resume=False) as client:
+        stream = client.stream_chat("sim", "hello", max_tokens=300, ignore_eos=True)
+        chunks = stream.chunks()
+        assert not (await anext(chunks)).resume_token
+        kill(pair.first.gateway)
+        with pytest.raises(HeadraceError, match="UNREACHABLE"):
+            async for _ in chunks:
+                pass
+        own = client.stream_chat("sim", "hello", max_tokens=5, resumable=True)
+        assert (await anext(own.chunks())).resume_token
+
+
+def test_tries_are_bounded_and_the_deadline_stays() -> None:
+    """A stream is tried again with growing pauses, so often and until its deadline; progress begins the count anew."""
+    now = 100.0
+    kept = Resumption(pb.ChatRequest(model="m"), 60.0, 1, clock=lambda: now)
+    lost = HeadraceError("UNREACHABLE", "connection reset", code="UNAVAILABLE")
+    assert kept.pause_s(HeadraceError("UNREACHABLE", "failed to connect to all", code="UNAVAILABLE")) is None
+    piece = pb.ChatChunk(resume_token=b"t", offset=1, choices=[pb.ChoiceDelta()])
+    assert kept.note(pb.ResumeChunk(chat=piece)) == piece
+    pauses = [kept.pause_s(lost) for _ in range(MAX_FAILURES)]
+    assert pauses == [0.0, *sorted(p for p in pauses[1:] if p is not None)]
+    assert kept.pause_s(lost) is None
+    assert kept.note(pb.ChatChunk(resume_token=b"u", offset=2)) is None
+    assert kept.pause_s(lost) is None, "a token alone is no progress"
+    kept.note(piece)
+    assert kept.pause_s(HeadraceError("RATE_LIMITED", "", code="RESOURCE_EXHAUSTED", retry_after_s=1.0)) is None
+    assert kept.pause_s(lost) == 0.0
+    assert kept.pause_s(HeadraceError("RATE_LIMITED", "", code="RESOURCE_EXHAUSTED", retry_after_s=1.0)) == 1.0
+    assert kept.pause_s(HeadraceError("RESUME_EXPIRED", "", code="FAILED_PRECONDITION")) is None
+    asked = kept.resumes
+    assert asked is not None
+    assert (list(asked.resume_tokens), asked.chat.model) == ([b"t", b"u", b"t"], "m")
+    now = 159.95
+    assert kept.left_s == pytest.approx(0.05)
+    assert kept.pause_s(lost) is None

@@ -1,0 +1,189 @@
+"""What a worker may send to a gateway, and a gateway to a worker, when it has gone mad. See test_public.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import strategies as st
+
+from cluster.api.bundle import Bundle
+from cluster.link.dial import Timing, read
+from cluster.link.hub import Hub, hub_server
+from cluster.link.v1 import link_pb2 as pb
+from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from tests.support.calls import chat
+from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
+from tests.support.fuzz import batches, messages, nothing_unexpected
+from tests.support.serving import Door
+
+pytestmark = pytest.mark.slow
+
+QUICK = Timing(welcome_s=1.0, redial_min_s=0.01, redial_max_s=0.02)
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[TestCluster]:
+    """A gateway with one worker of `sim` that is well."""
+    async with running_cluster(tmp_path, timing=QUICK) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.2), bundle)
+        yield cluster
+
+
+async def well(cluster: TestCluster) -> None:
+    """The worker that is well has its link, its calls are answered, and nothing is left of any other."""
+    assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
+    await until(lambda: len(cluster.gateway.hub.links) == 1, "the mad ones have left")
+    await cluster.until_idle()
+
+
+def slots() -> st.SearchStrategy[int]:
+    """Of calls that run, or not."""
+    return st.integers(1, 4) | st.integers(0, (1 << 32) - 1)
+
+
+def steps() -> st.SearchStrategy[pb.StepOutputs]:
+    """Columns that fit, or not."""
+    ids = st.integers(0, 300) | st.integers(0, (1 << 32) - 1)
+    fitting = st.lists(st.tuples(slots(), ids), max_size=4).map(
+        lambda pairs: pb.StepOutputs(slots=[slot for slot, _ in pairs], token_ids=[token for _, token in pairs])
+    )
+    return fitting | messages(pb.StepOutputs, slots=st.lists(slots(), max_size=4), token_ids=st.lists(ids, max_size=6))
+
+
+def turns() -> st.SearchStrategy[list[pb.WorkerTurn]]:
+    """What follows a Hello."""
+    room = st.just(pb.Credit(grant_id=1, sequences=8, tokens=10_000))
+    one = messages(pb.WorkerTurn, step=steps(), credit=room | messages(pb.Credit))
+    return st.lists(one, max_size=8).map(
+        lambda rest: [pb.WorkerTurn(credit=pb.Credit(grant_id=1, sequences=8, tokens=9999)), *rest]
+    )
+
+
+async def test_a_mad_workers_turns(cluster: TestCluster, bundle: Bundle) -> None:
+    """Any turns of a worker that calls wait for: those calls end somehow, in time, and the gateway is as before."""
+    number = 0
+    async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel, nothing_unexpected():
+        for batch in batches(turns()):
+            for sequence in batch:
+                number += 1
+                call: Any = pb_grpc.LinkStub(channel).Turn(timeout=5)
+                hello = pb.Hello(
+                    protocol_min=1,
+                    protocol_max=1,
+                    worker_id="mad",
+                    incarnation=f"{number}",
+                    model="mad",
+                    epoch=1,
+                    bundle_digest=bundle.digest,
+                    max_model_len=2048,
+                    max_num_seqs=8,
+                    vocab_size=300,
+                )
+                await call.write(pb.WorkerTurn(hello=hello))
+                await read(call)
+                request = chat(model="mad", max_tokens=4)
+                waiting = [asyncio.ensure_future(cluster.stub.Chat(request, timeout=2)) for _ in range(3)]
+                await until(lambda: any(x.identity.model == "mad" for x in cluster.gateway.hub.links), "it is linked")
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    for turn in sequence:
+                        await call.write(turn)
+                    await call.done_writing()
+                    while await read(call) is not None:
+                        pass
+                for one in waiting:
+                    one.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
+            await well(cluster)
+
+
+async def test_any_first_messages(cluster: TestCluster) -> None:
+    """Any Hello, blob, beat or controller's frame, and bytes that are none: the worker that is well keeps its place."""
+    kinds = {"Turn": pb.WorkerTurn, "Bulk": pb.Blob, "Beat": pb.WorkerBeat, "Control": pb.ControllerFrame}
+    frames = st.one_of(
+        *(
+            st.tuples(
+                st.just(name), messages(kind).map(lambda m: bytes(m.SerializeToString())) | st.binary(max_size=60)
+            )
+            for name, kind in kinds.items()
+        )
+    )
+    async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel, nothing_unexpected():
+        for batch in batches(st.lists(frames, min_size=1, max_size=3)):
+            for sequence in batch:
+                call: Any = channel.stream_stream(f"/cluster.link.v1.Link/{sequence[0][0]}")(timeout=2)
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    for _, data in sequence:
+                        await call.write(data)
+                    await call.done_writing()
+                    while await call.read() is not grpc.aio.EOF:
+                        pass
+                call.cancel()
+            await well(cluster)
+
+
+class MadGateway(Hub):
+    """Welcomes a worker and sends it what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__("mad", Door())
+        self.turns: asyncio.Queue[list[pb.GatewayTurn]] = asyncio.Queue()
+        self.done = 0
+
+    async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """One sequence for each link."""
+        await read(context)
+        await context.write(pb.GatewayTurn(welcome=pb.Welcome(protocol=1, gateway_id="mad", incarnation="m")))
+        turns = await self.turns.get()
+        try:
+            for turn in turns:
+                await context.write(turn)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    while await read(context) is not None:
+                        pass
+        finally:
+            self.done += 1
+
+
+def commands() -> st.SearchStrategy[list[pb.GatewayTurn]]:
+    """What a gateway may say, Submits above all."""
+    prompt = st.lists(st.integers(0, 300), max_size=5).map(lambda ids: b"".join(i.to_bytes(4, "little") for i in ids))
+    submit = messages(pb.Submit, slot=slots(), prompt_ids=prompt | st.binary(max_size=9), prompt_blob=st.just(""))
+    # What would keep the good gateway's room or the worker's standing from it is not mad, but said.
+    quiet: dict[str, Any] = {
+        "backlog": messages(pb.Backlog, waiting=st.just(0), claim=st.just(0)),
+        "commands": st.just([]),
+    }
+    turn = messages(pb.GatewayTurn, **quiet, submits=st.lists(submit, max_size=3), aborts=st.lists(slots(), max_size=3))
+    return st.lists(turn, max_size=5)
+
+
+async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Any turns of one gateway: the worker goes on serving the other, and holds nothing of the mad one's."""
+    mad = MadGateway()
+    server = hub_server(mad)
+    port = await server.start("127.0.0.1", 0)
+    links = [cluster.gateway.endpoints["link"], f"127.0.0.1:{port}"]
+    engine = sim_engine(checkpoint, decode_ms=0.2)
+    worker = await cluster.add_worker(engine, bundle, model="shared", gateways=links, timing=QUICK)
+    async with nothing_unexpected():
+        for batch in batches(commands()):
+            before = mad.done
+            for sequence in batch:
+                mad.turns.put_nowait(sequence)
+            await until(lambda: mad.done == before + len(batch) or worker.task.done(), "all were sent", 60)  # noqa: B023
+            if worker.task.done():
+                await worker.task
+            await until(lambda: cluster.linked(worker.identity.worker_id), "the good gateway has room")
+            answer = await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=20)
+            assert answer.usage.completion_tokens == 3
+            await until(lambda: worker.end.statistics().running == 0, "nothing of the mad one's runs")
+            assert worker.end.statistics().tokens == 0
+    await worker.stop()
+    await server.stop(0)

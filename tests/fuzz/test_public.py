@@ -1,0 +1,218 @@
+"""What callers may send: bytes, messages, frames, JSON, headers. `make fuzz FUZZ_S=600` goes on for longer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from hypothesis import strategies as st
+
+from cluster.api.bundle import Bundle
+from cluster.v1 import inference_pb2 as pb
+from tests.support.calls import chat
+from tests.support.cluster import TestCluster, running_cluster, sim_engine
+from tests.support.fuzz import batches, each, messages, nothing_unexpected
+from tests.support.http import Wire, chat_body, completion_body
+
+pytestmark = pytest.mark.slow
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
+CALL_S = 1.0
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIterator[TestCluster]:
+    """A gateway with one worker."""
+    async with running_cluster(tmp_path) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.2), bundle)
+        yield cluster
+
+
+async def well(cluster: TestCluster) -> None:
+    """A normal call is answered by both faces, and nothing is left of any other."""
+    assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
+    wire = await Wire.open(cluster)
+    wire.ask("/v1/chat/completions", chat_body(max_tokens=3))
+    assert (await asyncio.wait_for(wire.reply(), 20)).status == 200
+    await wire.close()
+    await cluster.until_idle()
+
+
+def calls() -> st.SearchStrategy[tuple[str, bytes]]:
+    """A method, and bytes or a message of its own or of another."""
+    kinds = [pb.DESCRIPTOR.message_types_by_name[method.input_type.name] for method in SERVICE.methods]
+    classes: list[type[Message]] = [getattr(pb, kind.name) for kind in kinds]
+    said = st.sampled_from(["sim", "sim", "sim", "default", "", "x"])
+    any_message = st.one_of(*(messages(kind, **_model(kind, said)) for kind in classes))
+    data = st.binary(max_size=200) | any_message.map(lambda message: bytes(message.SerializeToString()))
+    own = st.one_of(
+        *(
+            st.tuples(
+                st.just(method.name), messages(kind, **_model(kind, said)).map(lambda m: bytes(m.SerializeToString()))
+            )
+            for method, kind in zip(SERVICE.methods, classes, strict=True)
+        )
+    )
+    return own | st.tuples(st.sampled_from([method.name for method in SERVICE.methods]), data)
+
+
+def _model(kind: type[Message], said: st.SearchStrategy[str]) -> dict[str, st.SearchStrategy[Any]]:
+    return {"model": said} if "model" in kind.DESCRIPTOR.fields_by_name else {}
+
+
+async def test_grpc_messages(cluster: TestCluster) -> None:
+    """Any bytes and any message to any method: a status, in time, that somebody foresaw."""
+    async with nothing_unexpected():
+        for batch in batches(calls()):
+
+            async def attack(call: tuple[str, bytes]) -> None:
+                method, data = call
+                path = f"/{SERVICE.full_name}/{method}"
+                stream: Any = cluster.channel.stream_stream(path)(timeout=CALL_S)
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    await stream.write(data)
+                    await stream.done_writing()
+                    async for _ in stream:
+                        pass
+                code = await stream.code()
+                assert code.name != "UNKNOWN", await stream.details()
+
+            await each(batch, attack)
+            await well(cluster)
+
+
+def frames() -> st.SearchStrategy[bytes]:
+    """One frame of HTTP/2, by hand, so that every field may be wrong; or no frame at all."""
+    # :method POST, :scheme http, :path /x/Chat, content-type application/grpc
+    head = b"\x83\x86\x44\x07/x/Chat\x5f\x10application/grpc"
+    chosen = st.sampled_from([head, head, head.replace(b"/x/Chat", b"/x/\xff\x00\r\n"), b"\x82\x86\x84", b"\x00" * 8])
+    number = st.integers(0, (1 << 32) - 1).map(lambda n: n.to_bytes(4, "big"))
+    setting = st.builds(lambda key, value: key.to_bytes(2, "big") + value, st.integers(0, 9), number)
+    payload = chosen | number | setting | st.binary(max_size=60) | st.just(b"\0" * 8) | st.just(b"\0\0\0\0\x05hello")
+    kind, flags = st.integers(0, 10), st.sampled_from([0, 1, 4, 5, 5, 8, 0x20, 0x2D, 255])
+    stream = st.sampled_from([0, 1, 1, 1, 1, 3, 5, 2, (1 << 31) - 1])
+    return st.builds(frame, kind, flags, stream, payload) | st.binary(max_size=60)
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    """Any frame."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"")
+
+
+async def test_http2_frames(cluster: TestCluster) -> None:
+    """Any frames in any order on the gRPC port: at most their own connection ends."""
+    address = cluster.gateway.endpoints["grpc"]
+    async with nothing_unexpected():
+        for batch in batches(st.tuples(st.booleans(), st.lists(frames(), max_size=12))):
+
+            async def attack(sent: tuple[bool, list[bytes]]) -> None:
+                greets, parts = sent
+                await throw(address, [PREFACE, *parts] if greets else parts)
+
+            await each(batch, attack)
+            await well(cluster)
+
+
+async def throw(address: str, parts: list[bytes]) -> None:
+    """Send, read what comes at once, and go."""
+    host, port = address.rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    with contextlib.suppress(ConnectionError):
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        writer.write_eof()
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        async with asyncio.timeout(CALL_S):
+            while await reader.read(65_536):
+                pass
+    writer.transport.abort()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = ["model", "messages", "prompt", "max_tokens", "temperature", "stop", "stream", "n", "tools", "logprobs", "seed"]
+KEYS += ["response_format", "top_p", "logit_bias", "stream_options", "tool_choice", "user", "min_p", "top_logprobs"]
+
+
+def bodies() -> st.SearchStrategy[bytes]:
+    """A request with some of its fields changed, any JSON, or no JSON."""
+    good = st.sampled_from([chat_body(), completion_body(), chat_body(stream=True), completion_body(stream=True)])
+    changed = st.builds(
+        lambda body, more: {**body, **more}, good, st.dictionaries(st.sampled_from(KEYS), JSON, max_size=2)
+    )
+    inside = st.builds(
+        lambda body, more: {**body, "messages": more}, good, st.lists(JSON | messages_json(), max_size=3)
+    )
+    return (changed | inside | JSON).map(lambda value: json.dumps(value).encode()) | st.binary(max_size=80)
+
+
+def messages_json() -> st.SearchStrategy[Any]:
+    """A message whose parts are any JSON."""
+    names = ["role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"]
+    return st.dictionaries(st.sampled_from(names), st.sampled_from(["user", "assistant"]) | JSON, max_size=4)
+
+
+def requests() -> st.SearchStrategy[bytes]:
+    """A whole HTTP request; its head is right more often than not."""
+    paths = ["/v1/chat/completions"] * 4 + ["/v1/completions"] * 2 + ["/v1/models", "/v1/models/x", "/health", "/ready"]
+    path = st.sampled_from([*paths, "/", "//", "/v1/%00", "*"])
+    method = st.sampled_from(["POST"] * 6 + ["GET", "PUT", "", "OPTIONS", "\x00"])
+    value = st.sampled_from(["application/json", "chunked", "-1", "99999999999999", "gzip", "close", "", "a" * 9000])
+    name = st.sampled_from(
+        ["content-type", "transfer-encoding", "content-length", "authorization", "x-request-id", "host"]
+    )
+    fields = st.dictionaries(
+        name | st.text("abc-:\r\n \0é", max_size=6), value | st.text("az09:;=\r\n\0é", max_size=9), max_size=3
+    )
+
+    def build(method: str, path: str, fields: dict[str, str], body: bytes, length: int) -> bytes:
+        named = {"host": "x", "content-type": "application/json", "content-length": str(len(body) + length)} | fields
+        lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in named.items())]
+        return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body
+
+    lengths = st.sampled_from([0, 0, 0, 0, -1, 5])
+    return st.builds(build, method, path, fields | st.just({}), bodies(), lengths) | st.binary(max_size=100)
+
+
+async def test_http_requests(cluster: TestCluster) -> None:
+    """Any request to the HTTP face: an answer below 500, or none, and only its own connection ends."""
+    address = cluster.gateway.endpoints["http"]
+    async with nothing_unexpected():
+        for batch in batches(requests()):
+            await each(batch, lambda sent: throw(address, [sent]))
+            await well(cluster)
+
+
+async def test_http_bodies(cluster: TestCluster) -> None:
+    """Any body in a right request is answered, as the caller's fault or as a call; never as the gateway's."""
+    async with nothing_unexpected():
+        for batch in batches(st.tuples(st.sampled_from(["/v1/chat/completions", "/v1/completions"]), bodies())):
+
+            async def attack(sent: tuple[str, bytes]) -> None:
+                wire = await Wire.open(cluster)
+                wire.ask(sent[0], sent[1])
+                try:
+                    async with asyncio.timeout(CALL_S):
+                        reply = await wire.reply()
+                    assert reply.status < 500, reply.body
+                except TimeoutError:
+                    pass  # it asked for many tokens
+                finally:
+                    await wire.close()
+
+            await each(batch, attack)
+            await well(cluster)

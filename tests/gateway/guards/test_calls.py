@@ -1,0 +1,437 @@
+"""Guards of real calls over a real gateway, on the simulated engine: gRPC, HTTP and sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.config import parse
+from cluster.gateway.guards.remote import on_this_host
+from cluster.gateway.server import Gateway
+from cluster.guard.v1 import guard_pb2, guard_pb2_grpc
+from cluster.link.dial import read
+from cluster.v1 import inference_pb2 as pb
+from tests.gateway.test_session import Told, start
+from tests.support.calls import chat, complete, refused, rest_of, text_of
+from tests.support.certificates import Authority
+from tests.support.cluster import sim_engine, until
+from tests.support.http import chat_body, completion_body
+from tests.support.keyed import Keyed, bearer, eventually, keyed_cluster, keyed_text
+
+pytestmark = pytest.mark.slow
+
+TOKENS = 60
+ASK: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Keyed]:
+    """A gateway with keys and a worker that echoes nothing: its text depends on the prompt and the tenant alone."""
+    async with keyed_cluster(tmp_path_factory.mktemp("guarded")) as keyed:
+        engine = sim_engine(checkpoint, decode_ms=1, max_model_len=50_000)
+        await keyed.cluster.add_worker(engine, bundle)
+        yield keyed
+        await keyed.cluster.until_idle()
+
+
+class Tenant:
+    """A tenant whose guards a test sets."""
+
+    def __init__(self, keyed: Keyed, name: str, key: str) -> None:
+        self.keyed = keyed
+        self.name = name
+        self.key = key
+        self.stub = keyed.cluster.stub
+
+    @property
+    def who(self) -> Any:
+        """Its metadata."""
+        return bearer(self.key)
+
+    async def guard(self, *rules: dict[str, Any], **fields: Any) -> None:
+        """Set its guards, and wait until the gateway knows."""
+        await asyncio.to_thread(self.keyed.ledger.tenants.update, self.name, {"guards": list(rules), **fields})
+        await self.keyed.until_known(self.name, self.key)
+
+    async def text(self, **fields: Any) -> str:
+        """What the model says to it."""
+        answer = await self.stub.Chat(chat(**{**ASK, **fields}), metadata=self.who)
+        return str(answer.choices[0].message.content)
+
+    def counted(self, guard: str, outcome: str) -> float:
+        """guard_actions_total."""
+        labels = {"cluster": "test", "tenant": self.name, "reason": guard, "outcome": outcome}
+        registry = self.keyed.gateway.metrics.registry
+        return registry.get_sample_value("headrace_guard_actions_total", labels) or 0.0
+
+    async def audited(self, at_least: int) -> Sequence[dict[str, Any]]:
+        """Its events of the kind policy, once there are so many."""
+        found: Sequence[dict[str, Any]] = ()
+
+        async def there() -> bool:
+            nonlocal found
+            found = await asyncio.to_thread(self.keyed.ledger.audit.list, tenant=self.name, kind="policy")
+            return len(found) >= at_least
+
+        await eventually(there, f"{at_least} decisions are audited")
+        return found
+
+
+async def tenant(keyed: Keyed, name: str) -> Tenant:
+    """A new one, without guards."""
+    return Tenant(keyed, name, await keyed.key(name))
+
+
+def literal(text: str) -> str:
+    """A pattern of exactly this text."""
+    return "".join(f"\\x{{{ord(one):x}}}" for one in text)
+
+
+def middle(text: str) -> str:
+    """A part of a text that begins and ends inside words."""
+    return text[len(text) // 2 : len(text) // 2 + 9]
+
+
+def redacting(secret: str, **fields: Any) -> dict[str, Any]:
+    """An output guard for this text."""
+    return {
+        "builtin": "patterns",
+        "on": "output",
+        "action": "redact",
+        "patterns": {"secret": literal(secret)},
+        **fields,
+    }
+
+
+async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
+    """A secret that spans tokens would reach a caller by one of the faces, or by a log probability."""
+    lab = await tenant(keyed, "redact")
+    bare = await lab.text()
+    secret = middle(bare)
+    wanted = bare.replace(secret, "[redacted: secret]")
+    await lab.guard(redacting(secret))
+
+    assert await lab.text() == wanted
+    chunks = await rest_of(lab.stub.StreamChat(chat(**ASK), metadata=lab.who))
+    assert text_of(chunks) == wanted
+    assert len(chunks) > 5
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == TOKENS
+    session = lab.stub.Session(metadata=lab.who)
+    told = Told()
+    await session.write(start(1, chat(**ASK)))
+    while not told.ended(1):
+        message = await asyncio.wait_for(read(session), 20)
+        assert message is not None
+        told.take(message)
+    await session.done_writing()
+    assert told.text[1] == wanted
+    whole = await keyed.fetch("/v1/chat/completions", chat_body(**ASK), key=lab.key)
+    assert whole.json["choices"][0]["message"]["content"] == wanted
+    streamed = await keyed.fetch("/v1/chat/completions", chat_body(stream=True, **ASK), key=lab.key)
+    events = [json.loads(line[6:]) for line in streamed.body.decode().splitlines() if line.startswith("data: {")]
+    assert "".join(one["choices"][0]["delta"].get("content", "") for one in events if one["choices"]) == wanted
+
+    answer = await lab.stub.Chat(chat(logprobs=True, top_logprobs=1, **ASK), metadata=lab.who)
+    assert answer.choices[0].message.content == wanted
+    numbers = answer.choices[0].logprobs
+    assert 0 < len(numbers) < TOKENS
+    assert secret not in "".join(one.token for one in numbers)
+    assert "".join(one.token for one in numbers).startswith(bare[:8])
+    await until(lambda: lab.counted("output_patterns", "redacted") == 6, "six redactions are counted")
+
+
+async def test_each_of_several_outputs_has_guards_of_its_own(keyed: Keyed) -> None:
+    """With n of 3 one output's text would be looked for in another's, or end it."""
+    lab = await tenant(keyed, "several")
+    ask = chat(n=3, seed=5, **{**ASK, "temperature": 1.0})
+    bare = [one.message.content for one in (await lab.stub.Chat(ask, metadata=lab.who)).choices]
+    secret = middle(bare[1])
+    assert secret not in bare[0] + bare[2]
+    await lab.guard(redacting(secret, action="refuse"))
+    answer = await lab.stub.Chat(ask, metadata=lab.who)
+    assert [one.message.content for one in answer.choices] == [bare[0], bare[1].split(secret)[0], bare[2]]
+    assert [one.finish_reason for one in answer.choices] == ["length", "content_filter", "length"]
+
+
+async def test_a_refused_output_ends_and_leaves_the_engine(keyed: Keyed) -> None:
+    """The engine would go on for a caller who gets nothing any more, who would also be billed for it."""
+    lab = await tenant(keyed, "refuse")
+    bare = await lab.text(max_tokens=200)
+    secret = middle(bare)
+    before = bare.split(secret)[0]
+    await lab.guard(redacting(secret, action="refuse"), log_prompts=True)
+    chunks = await rest_of(lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 40_000}), metadata=lab.who))
+    assert text_of(chunks) == before
+    last = chunks[-1]
+    assert last.choices[0].finish_reason == "content_filter"
+    assert 0 < last.usage.completion_tokens < 200
+    await keyed.cluster.until_idle(5)
+    reply = await keyed.fetch("/v1/completions", completion_body(**{**ASK, "max_tokens": 400}), key=lab.key)
+    assert reply.status == 200  # another prompt, another text
+    (event,) = await lab.audited(1)
+    details = event["details"]
+    assert (event["outcome"], details["guard"], details["found"]) == ("refused", "output_patterns", {"secret": 1})
+    assert details["texts"] == [secret]
+
+
+async def test_a_prompt_is_refused_without_telling_what_was_found(keyed: Keyed) -> None:
+    """A refusal would show the secret to a log, or not say which guard and pattern to look for."""
+    lab = await tenant(keyed, "prompts")
+    await lab.guard({"builtin": "patterns", "patterns": {"card": r"\b\d{16}\b"}})
+    answer = await refused(lab.stub.Chat(chat("my card is 4111111111111111"), metadata=lab.who))
+    assert (answer.code, answer.reason, answer.fields) == (
+        grpc.StatusCode.PERMISSION_DENIED,
+        "GUARD_REFUSED",
+        ["messages"],
+    )
+    assert "card" in answer.message
+    assert "patterns" in answer.message
+    assert "4111" not in str(answer.message) + str(answer.trailers)
+    reply = await keyed.fetch("/v1/completions", completion_body("4111111111111111"), key=lab.key)
+    assert (reply.status, reply.error["code"], reply.error["param"]) == (403, "guard_refused", "prompt")
+    nested = pb.Message(role="assistant", tool_calls=[pb.ToolCall(name="f", arguments='{"a":["4111111111111111"]}')])
+    hidden = chat()
+    hidden.messages.insert(0, nested)
+    assert (await refused(lab.stub.Chat(hidden, metadata=lab.who))).reason == "GUARD_REFUSED"
+    arguments = chat(chat_template_kwargs_json='{"date_string":"4111111111111111"}')
+    assert (await refused(lab.stub.Chat(arguments, metadata=lab.who))).reason == "GUARD_REFUSED"
+    assert await lab.text()
+    events = await lab.audited(4)
+    assert "4111" not in str(events)
+    assert lab.counted("input_patterns", "refused") == 4
+
+
+async def test_the_model_sees_the_redacted_prompt(keyed: Keyed) -> None:
+    """What is redacted would still reach the model, as text, in a message, or as token ids."""
+    lab = await tenant(keyed, "seen")
+    said, seen = "write to a@b.example now", "write to [redacted: mail] now"
+    prompts = [
+        (chat(said, **ASK), chat(seen, **ASK)),
+        (complete(said, **ASK), complete(seen, **ASK)),
+    ]
+    ids = {
+        text: list((await lab.stub.Tokenize(pb.TokenizeRequest(model="sim", text=text), metadata=lab.who)).token_ids)
+        for text in (said, seen)
+    }
+    prompts.append(
+        (
+            pb.CompleteRequest(model="sim", prompt_token_ids=ids[said], temperature=0, **ASK),
+            pb.CompleteRequest(model="sim", prompt_token_ids=ids[seen], temperature=0, **ASK),
+        )
+    )
+
+    async def ask(request: Any) -> Any:
+        method = lab.stub.Chat if isinstance(request, pb.ChatRequest) else lab.stub.Complete
+        return (await method(request, metadata=lab.who)).choices[0]
+
+    wanted = [await ask(redacted) for _, redacted in prompts]
+    assert [await ask(given) for given, _ in prompts] != wanted
+    mail = {"builtin": "patterns", "action": "redact", "patterns": {"mail": r"[a-z]{1,20}@[a-z.]{1,40}"}}
+    await lab.guard(mail)
+    assert [await ask(given) for given, _ in prompts] == wanted
+    long = "word " * 3000
+    before = await ask(complete(f"{long}[redacted: mail]", **ASK))
+    assert await ask(complete(f"{long}a@b.example", **ASK)) == before
+    unknown = pb.CompleteRequest(model="sim", prompt_token_ids=[2**31 - 1], **ASK)
+    assert (await refused(lab.stub.Complete(unknown, metadata=lab.who))).reason == "INVALID_FIELD"
+    surrogate = await keyed.fetch("/v1/completions", completion_body("\ud800"), key=lab.key)
+    assert (surrogate.status, surrogate.error["code"]) == (400, "invalid_field")
+
+
+async def test_sizes(keyed: Keyed) -> None:
+    """A bound on characters or messages would not hold, or end a call that keeps to it."""
+    lab = await tenant(keyed, "sizes")
+    bare = await lab.text()
+    await lab.guard(
+        {"builtin": "sizes", "max_characters": 40, "max_messages": 2},
+        {"builtin": "sizes", "on": "output", "max_characters": len(bare) - 3},
+        {"builtin": "sizes", "on": "output", "max_characters": 5, "action": "flag"},
+    )
+    long = await refused(lab.stub.Chat(chat("x" * 41), metadata=lab.who))
+    assert (long.reason, "40 characters" in long.message) == ("GUARD_REFUSED", True)
+    many = chat("hi")
+    many.messages.extend([many.messages[0], many.messages[0]])
+    assert "2 messages" in (await refused(lab.stub.Chat(many, metadata=lab.who))).message
+    answer = (await lab.stub.Chat(chat(**ASK), metadata=lab.who)).choices[0]
+    assert (answer.message.content, answer.finish_reason) == (bare[:-3], "content_filter")
+    assert lab.counted("output_sizes", "flagged") == 1
+
+
+async def test_a_file_of_patterns_is_read_again(keyed: Keyed, tmp_path: Path) -> None:
+    """A new pattern would need a restart, a broken file would take the guard away, a missing one let all pass."""
+    lab = await tenant(keyed, "files")
+    file = tmp_path / "pii.yaml"
+    await lab.guard({"builtin": "patterns", "patterns_file": str(file)})
+    answer = await refused(lab.stub.Chat(chat("anything"), metadata=lab.who))
+    assert (answer.reason, "could not decide" in answer.message) == ("GUARD_REFUSED", True)
+    assert str(file) not in answer.message
+    await lab.guard({"builtin": "patterns", "patterns_file": str(file), "fail": "open"})
+    assert await lab.text()
+    assert (lab.counted("input_patterns", "failed_closed"), lab.counted("input_patterns", "failed_open")) == (1, 1)
+    file.write_text("word: 'hel{1,2}o'\n")
+    assert "word" in (await refused(lab.stub.Chat(chat("so hello there"), metadata=lab.who))).message
+    file.write_text("word: 'hel+o'\n")
+    assert "word" in (await refused(lab.stub.Chat(chat("so hello there"), metadata=lab.who))).message
+    file.write_text("other: 'there'\n# \n")
+    assert "other" in (await refused(lab.stub.Chat(chat("so hello there"), metadata=lab.who))).message
+
+
+class Server(guard_pb2_grpc.GuardServicer):
+    """A guard server that says what a prompt asks for."""
+
+    def __init__(self) -> None:
+        self.asked: list[guard_pb2.CheckRequest] = []
+
+    async def Check(self, request: guard_pb2.CheckRequest, context: Any) -> guard_pb2.CheckResponse:
+        """By the last text's first word."""
+        self.asked.append(request)
+        kind = guard_pb2.CheckResponse
+        match request.texts[-1].split()[0]:
+            case "hang":
+                await asyncio.Event().wait()
+            case "refuse":
+                return kind(action=kind.ACTION_REFUSE, finding="insult")
+            case "replace":
+                return kind(action=kind.ACTION_REPLACE, texts=["Hello, who are you?"] * len(request.texts))
+            case "fewer":
+                return kind(action=kind.ACTION_REPLACE)
+            case "flag":
+                return kind(action=kind.ACTION_FLAG, finding="Not A Name")
+            case "break":
+                raise RuntimeError("broken")
+        return kind(action=kind.ACTION_ALLOW)
+
+
+async def test_a_guard_server_decides_in_its_time(keyed: Keyed) -> None:
+    """A guard server that hangs, breaks or is away would hold a call for ever, or let all pass though it fails
+    closed, or end calls though it fails open."""
+    lab = await tenant(keyed, "server")
+    bare = await lab.text()
+    servicer, server = Server(), grpc.aio.server()
+    guard_pb2_grpc.add_GuardServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    rule = {"address": f"127.0.0.1:{port}", "timeout_s": 0.3}
+    try:
+        await lab.guard(rule)
+        assert await lab.text() == bare
+        asked = servicer.asked[-1]
+        assert (asked.tenant, asked.model, list(asked.texts)) == ("server", "sim", ["Hello, who are you?"])
+        answer = await refused(lab.stub.Chat(chat("refuse me"), metadata=lab.who))
+        assert (answer.reason, "insult" in answer.message) == ("GUARD_REFUSED", True)
+        replaced = await lab.stub.Chat(chat("replace me", **ASK), metadata=lab.who)
+        assert replaced.choices[0].message.content == bare
+        assert (await lab.stub.Chat(chat("flag me"), metadata=lab.who)).choices
+        for word in ("hang", "break", "fewer"):
+            closed = await refused(lab.stub.Chat(chat(f"{word} now"), metadata=lab.who))
+            assert (closed.reason, "could not decide" in closed.message) == ("GUARD_REFUSED", True), word
+        assert lab.counted("input_server", "failed_closed") == 3
+        await lab.guard({**rule, "fail": "open"})
+        for word in ("hang", "break", "fewer"):
+            assert (await lab.stub.Chat(chat(f"{word} now"), metadata=lab.who)).choices
+        assert lab.counted("input_server", "failed_open") == 3
+    finally:
+        await server.stop(0)
+    await lab.guard(rule)
+    assert (await refused(lab.stub.Chat(chat(), metadata=lab.who))).reason == "GUARD_REFUSED"
+
+
+async def test_a_guard_server_elsewhere_is_asked_over_tls(keyed: Keyed, tmp_path: Path) -> None:
+    """Prompts would cross a network in plain text, or go to whoever answers at that address."""
+    lab = await tenant(keyed, "far")
+    files = Authority(tmp_path / "ca").issue("guard")
+    servicer, server = Server(), grpc.aio.server()
+    guard_pb2_grpc.add_GuardServicer_to_server(servicer, server)
+    pair = (files.key_file.read_bytes(), files.cert_file.read_bytes())
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    await server.start()
+    address = f"ipv4:127.0.0.1:{port}"  # a spelling that is not known to be of this host
+    assert not on_this_host(address)
+    try:
+        for ca_file, allowed in ((files.ca_file, True), (Authority(tmp_path / "other").issue("x").ca_file, False)):
+            await lab.guard({"address": address, "ca_file": str(ca_file), "timeout_s": 2})
+            asking = lab.stub.Chat(chat(), metadata=lab.who)
+            if allowed:
+                assert (await asking).choices
+            else:
+                assert (await refused(asking)).reason == "GUARD_REFUSED"
+        assert len(servicer.asked) == 1
+    finally:
+        await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [("unix:/run/g", True), ("localhost:1", True), ("[::1]:1", True), ("10.0.0.1:1", False), ("guard:1", False)],
+)
+def test_what_is_on_this_host(address: str, here: bool) -> None:
+    """Only there plain text may be spoken."""
+    assert on_this_host(address) is here
+
+
+async def test_guards_by_the_command_line(keyed: Keyed) -> None:
+    """An operator could not set guards as the file has them, or set what a gateway then cannot use."""
+    lab = await tenant(keyed, "typed")
+    rule = "[{builtin: patterns, on: output, action: redact, patterns: {mail: '[a-z]{1,9}@x'}}]"
+    done = await keyed.cli("tenants", "update", "typed", "--set", f"guards={rule}")
+    assert done.returncode == 0, done.stderr
+    await keyed.until_known("typed", lab.key)
+    stored = (await asyncio.to_thread(keyed.ledger.tenants.get, "typed")).policy.guards
+    assert (stored[0].on, dict(stored[0].patterns)) == ("output", {"mail": "[a-z]{1,9}@x"})
+    wrong = await keyed.cli("tenants", "update", "typed", "--set", f"guards={rule.replace('{1,9}', '+')}")
+    assert wrong.returncode != 0
+    assert "guards[0].patterns.mail" in wrong.stderr
+    assert "{1,64}" in wrong.stderr
+
+
+async def test_who_has_no_guards_keeps_the_short_way(keyed: Keyed) -> None:
+    """Calls without output guards would leave the direct way from link to connection, or be wrapped at all."""
+    lab = await tenant(keyed, "bare")
+    await lab.guard({"builtin": "sizes", "max_characters": 1000})
+    stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 20_000}), metadata=lab.who)
+    await read(stream)
+
+    def direct() -> bool:
+        calls = [one for one in keyed.gateway.service._open.values() if one.tenant == "bare"]
+        return any(output.direct is not None for call in calls for output in call.sequences)
+
+    await until(direct, "the call's tokens go straight to its connection")
+    stream.cancel()
+
+
+async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A secret of which one worker has said the first half and another the second would be delivered."""
+    async with keyed_cluster(tmp_path) as keyed:
+        engines = [sim_engine(checkpoint, decode_ms=5, max_model_len=50_000) for _ in range(2)]
+        for engine in engines:
+            await keyed.cluster.add_worker(engine, bundle)
+        lab = await tenant(keyed, "moved")
+        bare = await lab.text(max_tokens=120)
+        secret = bare[len(bare) // 4 : -len(bare) // 4]  # long enough to be still open when the worker dies
+        await lab.guard(redacting(secret))
+        stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 120}), metadata=lab.who)
+        chunks = [await asyncio.wait_for(read(stream), 20)]
+        (call,) = keyed.gateway.service._open.values()
+        await until(lambda: len(call.sequences[0].emitted) >= 60, "half of it has come")
+        next(engine for engine in engines if engine.load().running).kill()
+        chunks += await rest_of(stream)
+        assert text_of(chunks) == bare.replace(secret, "[redacted: secret]")
+        assert chunks[-1].usage.completion_tokens == 120
+
+
+def test_a_declared_tenants_file_must_be_there(tmp_path: Path) -> None:
+    """A gateway would start, and refuse every call of a tenant whose file has a typing error."""
+    (tmp_path / "bad.yaml").write_text("mail: '.+@.+'\n")
+    for name, told in (("none.yaml", "cannot be read"), ("bad.yaml", "mail: its longest match is without bound")):
+        guards = f"[{{builtin: patterns, on: output, patterns_file: {tmp_path / name}}}]"
+        text = keyed_text(tmp_path, f"tenants: [{{name: acme, guards: {guards}}}]\n")
+        with pytest.raises(ValueError, match=rf"tenants\[acme\]\.guards\[0\]\.patterns_file: .*{told}"):
+            Gateway(parse(text), tmp_path / "gateway")

@@ -1,0 +1,336 @@
+"""A stream outlives its gateway: with its tokens it goes on at another, exactly, once, and for its own caller only."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.ledger.rows import UsageQuery
+from cluster.link.dial import read
+from cluster.v1 import inference_pb2 as pb
+from tests.support.calls import Answer, chat, complete, refused, rest_of, text_of
+from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
+from tests.support.keyed import bearer, eventually, keyed_cluster
+
+IMPATIENT = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_wait_s: 0.3}")
+
+
+@dataclass
+class Pair:
+    """Two gateways with one secret, and a worker that has dialled both."""
+
+    first: TestCluster
+    second: TestCluster
+    worker: Worker
+
+
+@pytest.fixture
+async def pair(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Pair]:
+    """Without keys: the secret rests in the cache folder, which both share."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
+    async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
+        yield Pair(first, second, await both(first, second, checkpoint, bundle))
+
+
+async def both(first: TestCluster, second: TestCluster, checkpoint: Path, bundle: Bundle, **engine: Any) -> Worker:
+    """A worker of both gateways."""
+    links = [one.gateway.endpoints["link"] for one in (first, second)]
+    engine = {"decode_ms": 3, **engine}
+    worker = await first.add_worker(sim_engine(checkpoint, **engine), bundle, gateways=links)
+    second.workers.append(worker)
+    await until_linked(second, worker)
+    return worker
+
+
+async def until_linked(cluster: TestCluster, worker: Worker) -> None:
+    """Wait for the worker's link."""
+    await until(lambda: cluster.linked(worker.identity.worker_id), "the worker has dialled the other gateway too")
+
+
+def resume(request: Any, chunks: Sequence[Any], **changed: Any) -> pb.ResumeRequest:
+    """The request that goes on behind these chunks."""
+    tokens = [chunk.resume_token for chunk in chunks if chunk.resume_token]
+    offset = max((chunk.offset for chunk in chunks), default=0)
+    kind = "chat" if isinstance(request, pb.ChatRequest) else "complete"
+    return pb.ResumeRequest(**{kind: request, "resume_tokens": tokens, "offset": offset, **changed})
+
+
+async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
+    """So many chunks of a stream, whose client then goes away."""
+    method = cluster.stub.StreamChat if isinstance(request, pb.ChatRequest) else cluster.stub.StreamComplete
+    call = method(request)
+    chunks = [await asyncio.wait_for(read(call), 10) for _ in range(after)]
+    call.cancel()
+    return chunks
+
+
+async def broken(call: Any, chunks: list[Any]) -> Answer:
+    """The error that ends a stream; what comes before it is added to the chunks."""
+    try:
+        while (message := await asyncio.wait_for(read(call), 10)) is not None:
+            chunks.append(message.chat if isinstance(message, pb.ResumeChunk) else message)
+    except grpc.aio.AioRpcError as error:
+        return Answer(error)
+    raise AssertionError("the stream came to its end")
+
+
+async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
+    """All chunks of a resumed stream, unwrapped."""
+    kind = "chat" if request.HasField("chat") else "complete"
+    return [getattr(one, kind) for one in await asyncio.wait_for(rest_of(cluster.stub.Resume(request)), 20)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n": 3, "temperature": 0.8, "seed": 5},
+        {"stop": ["zz", "qqqqqqqqq"]},
+        {"logprobs": True, "top_logprobs": 2},
+        {"stop": ["qqqqqqqqq"], "logprobs": True, "n": 2},
+        {"response_format": pb.ResponseFormat(type="regex", regex="[a-z ]{90,200}")},
+    ],
+    ids=["plain", "several seeded", "stop strings", "log probabilities", "all of it", "grammar"],
+)
+async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, Any]) -> None:
+    """Cut twice, at either gateway, the caller has read what it would have read: text, log probabilities and counts."""
+    request = chat(max_tokens=80, resumable=True, **{"ignore_eos": True, **fields})
+    undisturbed = await rest_of(pair.first.stub.StreamChat(request))
+    chunks = await cut(pair.first, request, 12)
+    call = pair.second.stub.Resume(resume(request, chunks))
+    for _ in range(9):
+        chunks.append((await asyncio.wait_for(read(call), 10)).chat)
+    call.cancel()
+    chunks += await rest(pair.first, resume(request, chunks))
+    for index in range(fields.get("n", 1)):
+        assert text_of(chunks, index) == text_of(undisturbed, index) != ""
+        ends = [
+            [c.finish_reason for x in some for c in x.choices if c.index == index] for some in (chunks, undisturbed)
+        ]
+        assert ends[0][-1] == ends[1][-1] != ""
+        told = [
+            [(t.token_id, t.token) for x in some for c in x.choices if c.index == index for t in c.logprobs]
+            for some in (chunks, undisturbed)
+        ]
+        assert told[0] == told[1]
+    usage, before = chunks[-1].usage, undisturbed[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (before.prompt_tokens, before.completion_tokens)
+    assert usage.resumed >= 1
+    assert [c.offset for c in chunks] == list(range(1, len(chunks) + 1))
+    assert len({c.id for c in chunks}) == 1
+    assert sum(c.choices[0].delta.role == "assistant" for c in chunks if c.choices) == 1
+    await pair.first.until_idle()
+    await pair.second.until_idle()
+
+
+@pytest.mark.parametrize("kind", ["chat", "complete"])
+async def test_in_a_session(pair: Pair, kind: str) -> None:
+    """A session's calls carry tokens as streams do, and go on in a session of another gateway."""
+    request: Any = chat(max_tokens=60, ignore_eos=True, resumable=True)
+    if kind == "complete":
+        request = complete(max_tokens=60, ignore_eos=True, resumable=True)
+    chunks: list[Any] = []
+    for cluster, last in ((pair.first, False), (pair.second, True)):
+        session = cluster.stub.Session()
+        start = pb.SessionStart(call_id=7, **({"resume": resume(request, chunks)} if chunks else {kind: request}))
+        await session.write(pb.SessionRequest(start=start))
+        before = len(chunks)
+        while not (chunks and chunks[-1].HasField("usage")) and (last or len(chunks) < before + 10):
+            message = await asyncio.wait_for(read(session), 10)
+            chunks += [getattr(event, kind) for event in message.events]
+        session.cancel()
+    whole: Any = await (pair.first.stub.Chat(request) if kind == "chat" else pair.first.stub.Complete(request))
+    text = "".join(c.delta.content if kind == "chat" else c.text for x in chunks for c in x.choices)
+    assert text == (whole.choices[0].message.content if kind == "chat" else whole.choices[0].text)
+    assert [c.offset for c in chunks] == list(range(1, len(chunks) + 1))
+    assert all(c.resume_token for c in chunks[:-1])
+    assert not chunks[-1].resume_token
+
+
+async def test_without_being_asked_nothing_is_sealed(pair: Pair) -> None:
+    """Whoever does not want to resume gets chunks as before, and no secret is made for it."""
+    chunks = await rest_of(pair.first.stub.StreamChat(chat()))
+    assert not any(c.resume_token for c in chunks)
+    assert pair.first.gateway.service.resumes is not None
+    assert pair.first.gateway.service.resumes._envelopes is None
+
+
+async def test_each_segment_is_resumed_once(pair: Pair) -> None:
+    """Of several that show the same tokens at two gateways, at once or later, one goes on; the others are told."""
+    request = chat(max_tokens=60, ignore_eos=True, resumable=True)
+    chunks = await cut(pair.first, request, 8)
+    asked = resume(request, chunks)
+    stubs = [one.stub for one in (pair.first, pair.second, pair.first, pair.second)]
+    ends = await asyncio.gather(*(rest_of(stub.Resume(asked)) for stub in stubs), return_exceptions=True)
+    assert sum(isinstance(end, list) for end in ends) == 1
+    errors = [Answer(end) for end in ends if isinstance(end, grpc.aio.AioRpcError)]
+    assert [(one.code, one.reason) for one in errors] == [(grpc.StatusCode.FAILED_PRECONDITION, "RESUME_EXPIRED")] * 3
+    late = await refused(pair.second.stub.Resume(asked))
+    assert "already" in late.message
+    await rest(pair.second, resume(request, chunks[:-1]))  # another segment is another matter
+    await pair.first.until_idle()
+
+
+async def test_what_is_no_token_of_the_call_is_refused(pair: Pair) -> None:
+    """Whatever is shown but all tokens in their order with the same request is refused by name, and starts nothing."""
+    request = chat(max_tokens=60, ignore_eos=True, resumable=True)
+    chunks = await cut(pair.first, request, 6)
+    others = await cut(pair.first, request, 6)
+    good = resume(request, chunks)
+    tokens = list(good.resume_tokens)
+    spoilt = bytes([*tokens[3][:-1], tokens[3][-1] ^ 1])
+    wrong: dict[str, dict[str, Any]] = {
+        "forged": {"resume_tokens": [*tokens[:3], b"x" * 120, *tokens[4:]]},
+        "changed": {"resume_tokens": [*tokens[:3], spoilt, *tokens[4:]]},
+        "out of order": {"resume_tokens": [*tokens[:3], tokens[4], tokens[3], tokens[5]]},
+        "one missing": {"resume_tokens": tokens[:3] + tokens[4:]},
+        "without a beginning": {"resume_tokens": tokens[1:]},
+        "another call's": {"resume_tokens": [*tokens[:3], others[3].resume_token]},
+        "none": {"resume_tokens": []},
+        "another request": {"chat": chat("Something else", max_tokens=60, ignore_eos=True, resumable=True)},
+        "other parameters": {"chat": chat(max_tokens=61, ignore_eos=True, resumable=True)},
+        "not resumable": {"chat": chat(max_tokens=60, ignore_eos=True)},
+        "another kind": {"chat": None, "complete": complete(resumable=True)},
+        "no call": {"chat": None},
+        "offset before": {"offset": good.offset - 1},
+        "offset beyond": {"offset": good.offset + 1},
+    }
+    for name, changed in wrong.items():
+        bad = resume(request, chunks)
+        for field, value in changed.items():
+            plain: Any = bad
+            plain.ClearField(field)
+            if value is not None:
+                bad.MergeFrom(pb.ResumeRequest(**{field: value}))
+        answer = await refused(pair.second.stub.Resume(bad))
+        assert (answer.code, answer.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"), name
+        assert answer.fields, name
+    assert await rest(pair.second, good)
+
+
+async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair) -> None:
+    """At the end of its time to drain a stream ends UNAVAILABLE with a pause, after text whose tokens are enough."""
+    request = chat(max_tokens=80, ignore_eos=True, resumable=True)
+    whole = await pair.second.stub.Chat(request)
+    call = pair.first.stub.StreamChat(request)
+    chunks = [await read(call)]
+    stopping = asyncio.create_task(pair.first.gateway.stop(0.05))
+    answer = await broken(call, chunks)
+    assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
+    assert answer.retry_s is not None
+    assert all(c.resume_token for c in chunks)
+    chunks += await rest(pair.second, resume(request, chunks))
+    assert text_of(chunks) == whole.choices[0].message.content
+    await stopping
+
+
+async def test_it_waits_for_a_worker_and_can_be_asked_again(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no worker like the first comes in time it ends UNAVAILABLE, and with what was told so far it goes on when
+    one has come; another's weights or arithmetic never serve."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
+    text = IMPATIENT
+    async with running_cluster(tmp_path / "a", text) as first, running_cluster(tmp_path / "b", text) as second:
+        worker = await both(first, second, checkpoint, bundle)
+        request = chat(max_tokens=60, ignore_eos=True, resumable=True)
+        whole = await first.stub.Chat(request)
+        chunks = await cut(first, request, 8)
+        await worker.stop()
+        engine = sim_engine(checkpoint, decode_ms=1)
+        info = dataclasses.replace(await engine.start(), engine_class="bfloat16-tp2")
+        await second.add_worker(engine, bundle, info=info)
+        call = second.stub.Resume(resume(request, chunks))
+        answer = await broken(call, chunks)
+        assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+        await second.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+        chunks += await rest(second, resume(request, chunks))
+        assert text_of(chunks) == whole.choices[0].message.content
+
+
+async def test_tokens_expire_and_deadlines_stay(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens older than they may be are refused as expired; a call goes on only until its first deadline."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
+    short = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {token_expires_s: 1}")
+    async with running_cluster(tmp_path / "a", short) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        request = chat(max_tokens=2000, ignore_eos=True, resumable=True)
+        call = cluster.stub.StreamChat(request, timeout=0.6)
+        chunks = [await read(call) for _ in range(5)]
+        call.cancel()
+        answer = await refused(cluster.stub.Resume(resume(request, chunks)))
+        assert answer.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        chunks = await cut(cluster, request, 3)
+
+        async def expired() -> bool:
+            again = chat(max_tokens=2, ignore_eos=True, resumable=True)
+            assert (await cluster.stub.Chat(again)).usage.completion_tokens == 2
+            return time.time() > began + 2.0
+
+        began = time.time()
+        await eventually(expired, "the tokens are old")
+        answer = await refused(cluster.stub.Resume(resume(request, chunks)))
+        assert (answer.reason, answer.code) == ("RESUME_EXPIRED", grpc.StatusCode.FAILED_PRECONDITION)
+        await cluster.until_idle()
+
+
+async def test_only_its_own_caller_goes_on_and_pays_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """Another tenant and another key are told what is told of forged tokens; a suspended tenant is refused; the ledger
+    has the prompt once and each delivered token once, under the request's id."""
+    async with keyed_cluster(tmp_path) as keyed:
+        await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
+        own, foreign = await keyed.key("acme", models=["*"]), await keyed.key("other", models=["*"])
+        second = await keyed.another_key("acme")
+        await keyed.until_known("acme", second)
+        request = chat(max_tokens=60, ignore_eos=True, resumable=True)
+        stub = keyed.cluster.stub
+        named = (*bearer(own), ("x-request-id", "the-call"))
+        call = stub.StreamChat(request, metadata=named)
+        chunks = [await read(call) for _ in range(10)]
+        call.cancel()
+        asked = resume(request, chunks)
+        for key in (foreign, second):
+            answer = await refused(stub.Resume(asked, metadata=bearer(key)))
+            assert (answer.reason, answer.fields) == ("INVALID_FIELD", ["resume_tokens[0]"])
+        assert (await refused(stub.Resume(asked))).code is grpc.StatusCode.UNAUTHENTICATED
+        await keyed.suspend("acme")
+        await eventually(lambda: _refuses(stub, own), "the tenant is suspended")
+        answer = await refused(stub.Resume(asked, metadata=bearer(own)))
+        assert answer.reason == "TENANT_SUSPENDED"
+        await keyed.suspend("acme", False)
+        await keyed.until_known("acme", own)
+        chunks += [one.chat for one in await rest_of(stub.Resume(asked, metadata=bearer(own)))]
+        usage = chunks[-1].usage
+        await keyed.cluster.until_idle()
+        query = UsageQuery(tenant="acme")
+
+        async def written() -> bool:
+            return len([r for r in keyed.ledger.usage.records(query) if r.request_id == "the-call"]) == 2
+
+        await eventually(written, "both records are there", 30)
+        records = [r for r in keyed.ledger.usage.records(query) if r.request_id == "the-call"]
+        assert sum(r.prompt_tokens for r in records) == usage.prompt_tokens
+        # what was on its way to the client when it went away was delivered as far as the gateway knows
+        assert 60 <= sum(r.completion_tokens for r in records) <= 62
+        assert records[1].completion_tokens <= 60 - 10
+
+
+async def _refuses(stub: Any, key: str) -> bool:
+    try:
+        await stub.ListModels(pb.ListModelsRequest(), metadata=bearer(key))
+    except grpc.aio.AioRpcError as error:
+        return error.code() is grpc.StatusCode.PERMISSION_DENIED
+    return False

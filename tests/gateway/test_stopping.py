@@ -1,0 +1,54 @@
+"""SIGTERM of a gateway process: what runs ends, nothing new begins."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.api.types import WorkerIdentity
+from cluster.link.worker import WorkerEnd
+from cluster.v1 import inference_pb2_grpc as pb_grpc
+from tests.support.calls import chat, refused, rest_of
+from tests.support.cluster import LOOPBACK, sim_engine, until
+
+
+@pytest.mark.slow
+async def test_sigterm_ends_a_gateway_after_its_streams(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A stream under way comes whole, a call that comes later is refused as one to try elsewhere, and the process ends
+    by itself with 0 as soon as the stream has."""
+    file, ready = tmp_path / "cluster.yaml", tmp_path / "ready.json"
+    file.write_text(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 30"))
+    told = ("gateway", "-f", str(file), "--folder", str(tmp_path / "state"), "--ready-file", str(ready))
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", *told)
+    engine = sim_engine(checkpoint, decode_ms=4)
+    info = await engine.start()
+    await until(ready.exists, "the gateway is up")
+    endpoints = json.loads(ready.read_text())["endpoints"]
+    identity = WorkerIdentity("w", "i", "sim", bundle_digest=bundle.digest)
+    end = WorkerEnd(identity=identity, engine=engine, info=info, bundle=bundle, gateways=[endpoints["link"]])
+    serving = asyncio.create_task(end.run())
+    await until(lambda: end.statistics().promised.sequences > 0, "the gateway has room at the worker")
+    try:
+        async with grpc.aio.insecure_channel(endpoints["grpc"]) as channel:
+            stub = pb_grpc.InferenceStub(channel)
+            stream = stub.StreamChat(chat(max_tokens=500, ignore_eos=True), timeout=60)
+            first = await stream.read()
+            process.send_signal(signal.SIGTERM)
+            chunks = [first, *await rest_of(stream)]
+            assert chunks[-1].usage.completion_tokens == 500
+            late = await refused(stub.Chat(chat(max_tokens=1), timeout=10))
+            assert late.code is grpc.StatusCode.UNAVAILABLE
+        assert await asyncio.wait_for(process.wait(), 15) == 0
+        await until(lambda: end.statistics().running == 0, "nothing of it is left in the engine")
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await end.close()
+        await serving

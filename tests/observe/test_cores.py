@@ -1,0 +1,22 @@
+"""A crash writes no memory to a disk."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+import resource, subprocess, sys
+from cluster.observe.cores import leave_no_core_dumps
+before = resource.getrlimit(resource.RLIMIT_CORE)
+leave_no_core_dumps()
+child = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE)[0])"
+print(before[1] == resource.getrlimit(resource.RLIMIT_CORE)[1], resource.getrlimit(resource.RLIMIT_CORE)[0], flush=True)
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+
+
+def test_no_core_dump_of_a_process_and_its_children() -> None:
+    """The soft limit is 0, a child inherits it, and the hard limit stays what it was."""
+    told = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout
+    assert told.split() == ["True", "0", "0"]

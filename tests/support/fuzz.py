@@ -1,0 +1,139 @@
+"""Fuzzing: batches of what hypothesis makes, for a bounded time, and what must hold after each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import structlog
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+T = TypeVar("T")
+SECONDS = float(os.environ.get("FUZZ_S", "3"))
+BATCH = 20
+
+
+def batches(strategy: st.SearchStrategy[T]) -> Iterator[list[T]]:
+    """Lists of examples until FUZZ_S seconds are over; FUZZ_SEED says where they begin, else the time does."""
+    first = int(os.environ.get("FUZZ_SEED", time.time_ns() % 1_000_000))
+    until = time.monotonic() + SECONDS
+    number = first
+    while time.monotonic() < until:
+        yield _batch(strategy, number)
+        number += 1
+
+
+def _batch(strategy: st.SearchStrategy[T], number: int) -> list[T]:
+    made: list[T] = []
+
+    @seed(number)
+    @settings(
+        max_examples=BATCH,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def make(example: T) -> None:
+        made.append(example)
+
+    make()
+    return made
+
+
+@asynccontextmanager
+async def nothing_unexpected() -> AsyncIterator[None]:
+    """Fails when a handler fails as nobody foresaw, or a task with an exception that nobody takes."""
+    loop = asyncio.get_running_loop()
+    found: list[str] = []
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: found.append(repr(context)))
+    try:
+        with structlog.testing.capture_logs() as logs:
+            yield
+            gc.collect()
+            await asyncio.sleep(0)
+    finally:
+        loop.set_exception_handler(before)
+    found += [repr(one) for one in logs if one["event"] == "unexpected" or one["log_level"] in ("error", "critical")]
+    assert not found, "\n".join(found)
+
+
+async def each(examples: list[T], attack: Callable[[T], Awaitable[None]]) -> None:
+    """All of a batch at once. An attack's own failure names its example."""
+
+    async def one(example: T) -> None:
+        try:
+            await attack(example)
+        except Exception as error:
+            raise AssertionError(f"{example!r}: {error!r}") from error
+
+    await asyncio.gather(*map(one, examples))
+
+
+def messages(kind: type[Message], **fixed: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """Valid messages of a type, any field set or not; `fixed` are the values of top-level fields by name."""
+    return _fields(kind.DESCRIPTOR, 3, fixed).map(lambda fields: kind(**fields))
+
+
+def _fields(descriptor: Any, depth: int, fixed: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    optional = {
+        field.name: _values(field, depth) for field in descriptor.fields if depth or field.message_type is None
+    } | fixed
+    return st.fixed_dictionaries({}, optional=optional).map(_one_of_each(descriptor))
+
+
+def _one_of_each(descriptor: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def keep(fields: dict[str, Any]) -> dict[str, Any]:
+        for group in descriptor.oneofs:
+            for extra in [field.name for field in group.fields if field.name in fields][1:]:
+                del fields[extra]
+        return fields
+
+    return keep
+
+
+def _values(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
+    nested = field.message_type
+    if nested is not None and nested.GetOptions().map_entry:
+        key, value = nested.fields_by_name["key"], nested.fields_by_name["value"]
+        return st.dictionaries(_scalars(key), _values(value, depth - 1), max_size=3)
+    one = _scalars(field) if nested is None else _fields(nested, depth - 1, {})
+    return st.lists(one, max_size=4) if field.is_repeated else one
+
+
+INTERESTING = st.sampled_from(
+    ["", "sim", "user", "system", "assistant", "json_schema", "{}", "[", "default", "\0", "ä🎉"]
+)
+
+
+def _scalars(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+    kinds = FieldDescriptor
+    small = {
+        kinds.CPPTYPE_BOOL: st.booleans(),
+        kinds.CPPTYPE_STRING: INTERESTING | st.text(max_size=20),
+        kinds.CPPTYPE_DOUBLE: st.floats(),
+        kinds.CPPTYPE_FLOAT: st.floats(width=32),
+    }
+    if field.cpp_type in small:
+        if field.type == kinds.TYPE_BYTES:
+            return st.binary(max_size=40)
+        return small[field.cpp_type]
+    if field.enum_type is not None:
+        return st.integers(0, 7)
+    low, high = {
+        kinds.CPPTYPE_INT32: (-(1 << 31), (1 << 31) - 1),
+        kinds.CPPTYPE_INT64: (-(1 << 63), (1 << 63) - 1),
+        kinds.CPPTYPE_UINT32: (0, (1 << 32) - 1),
+        kinds.CPPTYPE_UINT64: (0, (1 << 64) - 1),
+    }[field.cpp_type]
+    return st.integers(max(low, -1), 5) | st.integers(low, high)
