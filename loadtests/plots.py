@@ -1,8 +1,9 @@
-"""PNG plots of a report: latency CDFs of every arm, and throughput against concurrency where a scenario swept it."""
+"""PNG plots of a report: latency CDFs of every arm, throughput against concurrency where a scenario
+swept it, and gaps between chunks around faults."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,24 @@ def write(report: Report, folder: Path) -> list[Path]:
         path = folder / f"{report.scenario}-throughput.png"
         _draw_sweep(pyplot, path, report.scenario, swept)
         written.append(path)
+    around = report.settings.get("recovery", {}).get("gaps around faults", {})
+    if any(around.values()):
+        path = folder / f"{report.scenario}-gaps.png"
+        _draw_gaps(pyplot, path, report.scenario, around)
+        written.append(path)
     return written
+
+
+def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Each gap between two chunks of any stream, at the time after the fault at which it ended."""
+    figure, axes = pyplot.subplots(figsize=SIZE, layout="constrained")
+    for kind, gaps in around.items():
+        axes.plot([at for at, _ in gaps], [gap * 1000 for _, gap in gaps], ".", markersize=2, label=kind)
+    axes.axvline(0, linewidth=0.8, color="black")
+    axes.set(
+        title=f"{scenario}: gaps between chunks around faults", xlabel="s after the fault", ylabel="ms", yscale="log"
+    )
+    _save(pyplot, figure, axes, path)
 
 
 def _parts(report: Report) -> dict[str, list[tuple[str, Arm]]]:

@@ -101,7 +101,12 @@ class Findings:
                 "survivors' ITL ms before": quantiles([gap for one in episodes for gap in one.before_s]),
                 "survivors' ITL ms during": quantiles([gap for one in episodes for gap in one.during_s]),
             }
-        return out | {"gaps around faults": [(round(a, 3), round(b, 4)) for e in self.episodes for a, b in e.around]}
+        around = {kind: [_rounded(gap) for one in self.of(kind) for gap in one.around] for kind in (KILL, STOP, LINK)}
+        return out | {"gaps around faults": around}
+
+
+def _rounded(gap: tuple[float, float]) -> tuple[float, float]:
+    return round(gap[0], 3), round(gap[1], 4)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -7,6 +7,7 @@ each. `--only PART` runs some of them; `--points`, `--soak-s` and `--rounds` siz
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -248,7 +249,8 @@ async def _soak(field: Field) -> list[Figure]:
         "rss_bytes": [(round(at - found.rss_bytes[0][0], 1), rss) for at, rss in found.rss_bytes],
     }  # fmt: skip
     if found.failed:
-        stage.report.problems.append(f"soak: {found.failed} calls failed")
+        errors = Counter(told.error for told in calls if told.error)
+        stage.report.problems.append(f"soak: {found.failed} calls failed: {dict(errors)}")
     value, low, high = found.slope
     note = f"{found.seconds:.0f} s at {found.rate_per_s:.0f} requests/s; {found.before} before, {found.after} after"
     return [
