@@ -200,7 +200,11 @@ class Hub(pb_grpc.LinkServicer):
 
     async def _read(self, link: WorkerLink, context: Any) -> None:
         while (message := await read(context)) is not None:
-            changed = link.apply(message)
+            try:
+                changed = link.apply(message)
+            except ValueError as error:  # its fault, and only its link's end
+                link.close(f"the worker sent what cannot be applied: {error}", "mad")
+                return
             if link.liveness is not None:
                 now = self._now()
                 link.liveness.received(message.seq, message.acked_seq, now)

@@ -24,7 +24,8 @@ def test_chat_prints_the_answer(run: Run, gateway: ScriptedGateway) -> None:
     assert (done.exit_code, done.stdout) == (0, TEXT + "\n")
     (request,) = gateway.script.requests
     messages = [pb.Message(role="system", content="Be brief"), pb.Message(role="user", content="Where?")]
-    assert request == pb.ChatRequest(model="tiny", messages=messages, temperature=0, max_tokens=9, seed=4)
+    wanted = pb.ChatRequest(model="tiny", messages=messages, temperature=0, max_tokens=9, seed=4, resumable=True)
+    assert request == wanted
 
 
 def test_chat_json_is_the_message(run: Run, gateway: ScriptedGateway) -> None:

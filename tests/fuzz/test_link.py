@@ -134,6 +134,8 @@ class MadGateway(Hub):
         super().__init__("mad", Door())
         self.turns: asyncio.Queue[list[pb.GatewayTurn]] = asyncio.Queue()
         self.done = 0
+        self.refused = 0
+        self.stays_s = 0.05
 
     async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """One sequence for each link."""
@@ -144,9 +146,9 @@ class MadGateway(Hub):
             for turn in turns:
                 await context.write(turn)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.05):
-                    while await read(context) is not None:
-                        pass
+                async with asyncio.timeout(self.stays_s):
+                    while (turn := await read(context)) is not None:
+                        self.refused += len(turn.refused)
         finally:
             self.done += 1
 
@@ -185,5 +187,35 @@ async def test_a_mad_gateways_turns(cluster: TestCluster, checkpoint: Path, bund
             assert answer.usage.completion_tokens == 3
             await until(lambda: worker.end.statistics().running == 0, "nothing of the mad one's runs")
             assert worker.end.statistics().tokens == 0
+    await worker.stop()
+    await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("submits", "link_ends"),
+    [
+        ([pb.Submit(slot=1, prompt_ids=b"abc")], False),
+        ([pb.Submit(slot=1, prompt_ids=b"abcd", priority=-1)], False),
+        ([pb.Submit(slot=1, prompt_ids=b"\1\0\0\0", sampling=pb.Sampling(max_tokens=9999))] * 2, True),
+    ],
+    ids=["cut-ids", "negative-rank", "slot-twice"],
+)
+async def test_what_fuzzing_found(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, submits: list[pb.Submit], link_ends: bool
+) -> None:
+    """A Submit that is none ends itself, or its link; the worker's process and its other links stay."""
+    mad = MadGateway()
+    server = hub_server(mad)
+    port = await server.start("127.0.0.1", 0)
+    links = [cluster.gateway.endpoints["link"], f"127.0.0.1:{port}"]
+    worker = await cluster.add_worker(sim_engine(checkpoint), bundle, model="shared", gateways=links, timing=QUICK)
+    mad.stays_s = 1.0
+    mad.turns.put_nowait([pb.GatewayTurn(seq=1, submits=submits)])
+    await until(lambda: mad.done == 1, "it was sent, and its link has ended or its time is over")
+    mad.turns.put_nowait([])
+    await until(lambda: mad.done == 2, "the worker has dialed again")
+    assert (await cluster.stub.Chat(chat(model="shared", max_tokens=3, ignore_eos=True), timeout=20)).choices
+    assert mad.refused == (0 if link_ends else 1)
+    await until(lambda: worker.end.statistics().tokens == 0, "nothing of it is held")
     await worker.stop()
     await server.stop(0)
