@@ -112,8 +112,8 @@ async def _text(stream: AsyncIterator[str]) -> str:
 
 
 async def test_lost_gateway(client: AsyncClient, cluster: TestCluster) -> None:
-    """Calls of a session whose gateway is gone raise; none hangs."""
-    streams = [client.stream_chat("sim", f"{i}", max_tokens=2000, ignore_eos=True) for i in range(4)]
+    """Calls of a session whose gateway is gone, that are not to go on elsewhere, raise; none hangs."""
+    streams = [client.stream_chat("sim", f"{i}", max_tokens=2000, ignore_eos=True, resumable=False) for i in range(4)]
     for stream in streams:
         await anext(stream)
     await cluster.gateway.stop(0)
