@@ -7,7 +7,7 @@ import asyncio
 import grpc
 
 from cluster.api.bundle import Bundle
-from cluster.link.dial import CHUNK_BYTES, LinkEnded, read
+from cluster.link.dial import CHUNK_BYTES, LinkEnded, read, until_first
 from cluster.link.v1 import link_pb2 as pb
 
 BlobCall = grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]
@@ -44,13 +44,13 @@ async def serve_bulk(call: BlobCall, hello: pb.Blob, prompts: Prompts, blobs: as
     await call.write(hello)
     parts = [asyncio.create_task(_read(call, prompts)), asyncio.create_task(_write(call, blobs))]
     try:
-        done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-        for part in done:
-            part.result()
+        await until_first(parts)
     finally:
         for part in parts:
             part.cancel()
         await asyncio.gather(*parts, return_exceptions=True)
+        parts.clear()
+        del part
         call.cancel()
 
 

@@ -76,6 +76,21 @@ async def read(call: Any) -> Any:
     return None if message is grpc.aio.EOF else message
 
 
+async def until_first(parts: list[asyncio.Task[None]]) -> None:
+    """Wait until one of the parts ends; raises what it has raised.
+
+    An error refers to the frames that it passes, and a frame that still knew the task would make that a cycle, which
+    holds the session's connections open until the garbage collector comes by. So this frame forgets its tasks, and
+    whoever calls it clears `parts` in the end.
+    """
+    done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        for part in done:
+            part.result()
+    finally:
+        del done, part, parts
+
+
 async def keep_dialing(
     address: str,
     session: Callable[[str], Awaitable[None]],

@@ -25,7 +25,7 @@ from cluster.api.types import EngineInfo, EngineLoad, FinishReason, WorkerIdenti
 from cluster.link import codec
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.credit import Granter, Room
-from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, read
+from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, read, until_first
 from cluster.link.gpu_meter import GpuMeter, Share
 from cluster.link.lookahead import Lookahead
 from cluster.link.outbox import Outbox
@@ -342,11 +342,10 @@ class WorkerEnd:
                 asyncio.create_task(self._watch(link, beater)),
             ]
             try:
-                done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-                for part in done:
-                    part.result()
+                await until_first(parts)
             finally:
                 await self._end(link, parts, beater)
+                parts.clear()
                 call.cancel()
 
     def _turn(self, epoch: int, gateway: str) -> int:

@@ -9,6 +9,7 @@ streams: what a crowd of beginners waits is what a crowd of continued calls may 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import signal
 import time
@@ -132,6 +133,7 @@ class Recovery:
     async def play(self, kinds: Sequence[str]) -> Findings:
         """One episode of each."""
         try:
+            await self._caller.call(self._ask(FRESH_TOKENS))  # the first waits for the tokenizer
             for kind in kinds:
                 await self._fleet.all_up()
                 seen = len(self._fleet.news.events)
@@ -162,14 +164,7 @@ class Recovery:
         fresh: list[Told] = []
         beside = [asyncio.create_task(self._fresh(fresh, over)) for _ in range(FRESH // 2)]
         try:
-            done, _ = await asyncio.wait(
-                (*streams, waiting := asyncio.create_task(all_begun.wait())),
-                timeout=BEGUN_S, return_when=asyncio.FIRST_COMPLETED,
-            )  # fmt: skip
-            if waiting not in done:
-                errors = [(one.result().error, len(one.result().chunks)) for one in streams if one.done()]
-                waiting.cancel()
-                raise RuntimeError(f"recovery: {len(begun)} of {STREAMS} streams began; {errors}")
+            await self._begin(all_begun, streams)
             await asyncio.sleep(BEFORE_S / 2 + self._rng.uniform(0, 0.1))
             crowd = await self._strike(kind, episode)
             told = await asyncio.gather(*streams)
@@ -181,6 +176,14 @@ class Recovery:
         self.findings.calls += [*told, *fresh, *crowd]
         _read(episode, told, crowd or [one for one in fresh if 0 < episode.struck - one.sent < BEFORE_S])
         return episode
+
+    async def _begin(self, all_begun: asyncio.Event, streams: Sequence[asyncio.Task[Told]]) -> None:
+        """Wait until all streams are under way. Raises RuntimeError where some do not come to that."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(all_begun.wait(), BEGUN_S)
+            return
+        errors = {one.result().error for one in streams if one.done()}
+        raise RuntimeError(f"the streams of an episode did not begin within {BEGUN_S:g} s: {errors}")
 
     async def _fresh(self, into: list[Told], over: asyncio.Event) -> None:
         while not over.is_set():

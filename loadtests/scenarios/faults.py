@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from loadtests.children import DidNotStart
 from loadtests.faults import alarms, engines, mass, overload, soak
 from loadtests.faults import recovery as recovering
 from loadtests.faults.ledger import Books, audit
@@ -71,7 +72,11 @@ async def play(stage: Stage) -> None:
     for name, (part, rows) in PARTS.items():
         if stage.options.wants(name):
             stage.screen.say(f"part {name}")
-            stage.report.figures += await part(field)
+            try:
+                stage.report.figures += await part(field)
+            except (RuntimeError, DidNotStart) as error:
+                stage.report.problems.append(f"{name}: {error}")
+                stage.report.figures += [missing(row, bound, f"part {name} broke off") for row, bound in rows.items()]
         else:
             stage.report.figures += [missing(row, bound, NOT_ASKED) for row, bound in rows.items()]
     books = field.books

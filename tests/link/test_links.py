@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from cluster.api.bundle import Bundle
@@ -135,6 +137,28 @@ async def test_silent_worker_is_noticed(tmp_path: Path, checkpoint: Path, bundle
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=400), bundle, timing=timing)
         answer = await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True))
         assert answer.usage.completion_tokens == 3, "slow steps are no silence: beats come from their own thread"
+
+
+async def test_links_that_end_leave_no_connection(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A worker that is taken for lost again and again piles up no connections, even if nobody collects garbage."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    port = int(cluster.gateway.endpoints["link"].rsplit(":", 1)[1])
+
+    def connections() -> int:
+        found = psutil.Process().net_connections("tcp4")
+        return sum(
+            one.status == psutil.CONN_ESTABLISHED and bool(one.laddr) and one.laddr.port == port for one in found
+        )
+
+    gc.disable()
+    try:
+        for _ in range(4):
+            (link,) = cluster.gateway.hub.links
+            link.close("it seems lost", "silent")
+            await until(lambda old=link: any(one is not old for one in cluster.gateway.hub.links), "it dials anew")  # type: ignore[misc]
+        await until(lambda: connections() <= 3, "only the last session's three connections are left")
+    finally:
+        gc.enable()
 
 
 async def test_a_bundle_is_asked_of_another_when_its_holder_goes(
