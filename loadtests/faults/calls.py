@@ -86,8 +86,8 @@ class Told:
 
     def take(self, chunk: pb.ChatChunk, now: float) -> None:
         """One more chunk."""
-        self.offsets.append(chunk.offset)
         if chunk.choices:
+            self.offsets.append(chunk.offset)  # chunks of mere progress repeat it
             if self.chunks:
                 self.silence_s = max(self.silence_s, now - self.chunks[-1])
             self.chunks.append(now)

@@ -54,6 +54,8 @@ class Proof:
     points: Counter[str] = field(default_factory=Counter)
     calls: list[Told] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
+    refused: int = 0
+    """Calls that came while no worker had a link; there is no controller here that would tell of the model."""
 
     def exact(self, *kinds: str) -> tuple[int, int]:
         """(exact, all) of the calls of these kinds that lost a worker."""
@@ -151,7 +153,12 @@ async def prove(engines: Engines, points: int, seed: int) -> Proof:
 
     async def callers(number: int) -> None:
         while not over:
-            proof.calls.append(await caller.call(asks[number % len(asks)]))
+            told = await caller.call(asks[number % len(asks)])
+            if told.error and not told.begun:
+                proof.refused += 1
+                await engines.standing()
+                continue
+            proof.calls.append(told)
             number += STREAMS + 1
 
     streams = [asyncio.create_task(callers(number)) for number in range(STREAMS)]

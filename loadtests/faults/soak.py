@@ -24,7 +24,7 @@ from loadtests.serving.fleet import Fleet
 WORKERS, RATE_PER_S, SOAK_S, WARM_S, REST_S = 2, 100.0, 300.0, 15.0, 14.0
 TOKENS, WORDS = 8, 6
 LAST_PART = 0.75
-DRAWS, BLOCKS = 2000, 15
+DRAWS, BLOCKS = 500, 15
 
 
 def source(model: Path, plain: str, seed: int) -> str:

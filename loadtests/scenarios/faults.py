@@ -119,6 +119,7 @@ async def _engines(field: Field) -> list[Figure]:
         field.books += await audit(running.fleet.ledger, proof.calls)
     stage.report.settings["engines"] = {
         "points": dict(proof.points), "calls": len(proof.calls), "different": proof.differences,
+        "refused while no worker had a link": proof.refused,
         "engine": dict(engines.ENGINE), "streams": engines.STREAMS,
     }  # fmt: skip
     mixture = ", ".join(f"{count} x {kind}" for kind, count in proof.points.items())

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.v1 import inference_pb2 as pb
@@ -32,6 +32,7 @@ def told(pieces: list[str], *, first: int = 0, usage: int | None = None) -> Told
     return out
 
 
+@settings(deadline=None)
 @given(WORDS, st.data())
 def test_no_loss_or_repetition_passes_for_the_undisturbed_answer(pieces: list[str], data: st.DataObject) -> None:
     """A judge that lets a lost, doubled or miscounted token pass would call any gateway exact."""
@@ -54,6 +55,7 @@ def test_what_is_missing_and_what_is_doubled_are_told_apart() -> None:
     assert difference(told(pieces[:8] + pieces[5:]), told(pieces)) == "duplicate"
 
 
+@settings(deadline=None, max_examples=10)
 @given(st.floats(0.5, 50.0), st.integers(0, 2**16))
 def test_a_leak_is_seen_in_the_slope(mb_per_h: float, seed: int) -> None:
     """A gateway that grows steadily must not pass for one that does not."""
