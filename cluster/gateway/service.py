@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("calls")
 
+DEADLINE_SLACK_S = 0.1
+"""A caller's deadline began before it got here, so it may hang up for it sooner than ours has passed."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallMeta:
@@ -172,7 +175,7 @@ class CallService:
             outcome = error.outcome
             raise
         except asyncio.CancelledError:
-            late = meta.deadline is not None and self.clock() >= meta.deadline - 0.001
+            late = meta.deadline is not None and self.clock() >= meta.deadline - DEADLINE_SLACK_S
             outcome = Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
             raise
         except Exception:  # counted as what it is, then the face's to tell
