@@ -46,7 +46,7 @@ requests = st.builds(
     sampling=samplings,
     emitted_token_ids=st.lists(ids, max_size=5),
     cache_salt=st.text(max_size=5),
-    priority=st.integers(-5, 5),
+    priority=st.integers(0, 2**31 - 1),
     adapter=st.text(max_size=5),
     traceparent=st.text(max_size=5),
 )
