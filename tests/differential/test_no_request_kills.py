@@ -238,8 +238,10 @@ async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
     assert before
     oddities = Oddities(SEED, cluster.workers[0].info.max_model_len)
     counts = await _search(cluster.stub, [oddities.call(number) for number in range(CALLS)], reference)
-    least = {"OK": 60, "INVALID_FIELD": 60, "CANCELLED": 20, "DEADLINE_EXCEEDED": 15, "CONTEXT_LENGTH_EXCEEDED": 3}
+    least = {"OK": 60, "INVALID_FIELD": 60, "CANCELLED": 20, "DEADLINE_EXCEEDED": 5, "CONTEXT_LENGTH_EXCEEDED": 3}
     assert all(counts[name] >= number for name, number in least.items()), counts
+    # On a slow machine some deadlines are too short to wait for a turn, and are refused before they can pass.
+    assert counts["DEADLINE_EXCEEDED"] + counts["DEADLINE_UNREACHABLE"] >= 15, counts
     await cluster.until_idle()
     assert await _plain(cluster.stub) == reference
     assert _engine_processes() == before
