@@ -31,6 +31,7 @@ pytestmark = pytest.mark.engine
 
 SEED = 4
 CALLS = 300
+MORE = 50
 AT_ONCE = 12
 PLAIN_EVERY = 20
 LONGEST_S = 60.0
@@ -238,10 +239,12 @@ async def test_no_call_kills_the_engine(cluster: TestCluster) -> None:
     assert before
     oddities = Oddities(SEED, cluster.workers[0].info.max_model_len)
     counts = await _search(cluster.stub, [oddities.call(number) for number in range(CALLS)], reference)
-    least = {"OK": 60, "INVALID_FIELD": 60, "CANCELLED": 20, "DEADLINE_EXCEEDED": 5, "CONTEXT_LENGTH_EXCEEDED": 3}
+    least = {"OK": 60, "INVALID_FIELD": 60, "CANCELLED": 20, "DEADLINE_EXCEEDED": 15, "CONTEXT_LENGTH_EXCEEDED": 3}
+    for more in range(CALLS, 2 * CALLS, MORE):  # a busy machine refuses deadlines early that an idle one lets pass
+        if counts["DEADLINE_EXCEEDED"] >= least["DEADLINE_EXCEEDED"]:
+            break
+        counts += await _search(cluster.stub, [oddities.call(number) for number in range(more, more + MORE)], reference)
     assert all(counts[name] >= number for name, number in least.items()), counts
-    # On a slow machine some deadlines are too short to wait for a turn, and are refused before they can pass.
-    assert counts["DEADLINE_EXCEEDED"] + counts["DEADLINE_UNREACHABLE"] >= 15, counts
     await cluster.until_idle()
     assert await _plain(cluster.stub) == reference
     assert _engine_processes() == before
