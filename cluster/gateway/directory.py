@@ -56,9 +56,10 @@ class KnownModel:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of context; the smallest over the workers, so that a call fits whichever it meets. 0: unknown."""
-        lengths = [link.info.max_model_len for link in self.links.values()]
-        return min(lengths) if lengths else self.entry.max_model_len
+        """Tokens of context; the smallest over the workers, so that a call fits whichever it meets. 0: unknown.
+        A worker that does not tell hides nothing of what others do."""
+        lengths = [told for link in self.links.values() if (told := link.info.max_model_len)]
+        return min(lengths, default=self.entry.max_model_len)
 
     @property
     def bundle_digest(self) -> str:
