@@ -54,6 +54,8 @@ class Soak:
     after: Held
     rss_bytes: Sequence[tuple[float, int]]
     slope: tuple[float, float, float]
+    downs: Sequence[str]
+    """Why links ended meanwhile, and none was struck."""
 
     def grown(self) -> dict[str, int]:
         """What is more than before."""
@@ -107,6 +109,7 @@ async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tupl
             await asyncio.sleep(max(began + number / RATE_PER_S - time.monotonic(), 0.0))
         await asyncio.gather(*pending)
 
+    seen = len(fleet.news.events)
     try:
         await run(WARM_S)
         await asyncio.sleep(REST_S)
@@ -121,7 +124,9 @@ async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tupl
     finally:
         await caller.close()
     failed = sum(bool(told.error) for told in calls)
-    return Soak(took, rate, len(calls) - warm, failed, before, after, samples, slope(samples, rate, seed)), calls
+    downs = [e.reason for e in fleet.news.events[seen:] if e.name == "worker_down"]
+    slopes = slope(samples, rate, seed)
+    return Soak(took, rate, len(calls) - warm, failed, before, after, samples, slopes, downs), calls
 
 
 async def _held(process: psutil.Process, told_file: Path) -> Held:
