@@ -11,7 +11,8 @@ import json
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +41,8 @@ class Held:
     files: int
     threads: int
     tasks: int
+    peers: Mapping[str, int]
+    """Sockets by their own port, so that what has grown has a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ class Soak:
     def grown(self) -> dict[str, int]:
         """What is more than before."""
         before, after = asdict(self.before), asdict(self.after)
-        return {name: after[name] - before[name] for name in before if after[name] > before[name]}
+        names = ("sockets", "files", "threads", "tasks")
+        return {name: after[name] - before[name] for name in names if after[name] > before[name]}
 
 
 def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0) -> tuple[float, float, float]:
@@ -137,5 +141,6 @@ async def _held(process: psutil.Process, told_file: Path) -> Held:
             break
         await asyncio.sleep(0.02)
     tasks = json.loads(told_file.read_text())["tasks"]
-    sockets = len(process.net_connections(kind="all"))
-    return Held(sockets, process.num_fds() - sockets, process.num_threads(), tasks)
+    sockets = process.net_connections(kind="all")
+    ports = Counter(str(getattr(one.laddr, "port", "unix")) for one in sockets)
+    return Held(len(sockets), process.num_fds() - len(sockets), process.num_threads(), tasks, ports)

@@ -15,35 +15,32 @@ import pytest
 
 from cluster.api.types import ModelSpec, ModelState
 from cluster.link.controller import ControllerEnd
-from cluster.rayserve.backend import ChildBackend, Snapshot
+from cluster.rayserve.backend import Snapshot
 from cluster.rayserve.controller import Controller
+from cluster.rayserve.jobs import JobBackend
 from cluster.rayserve.settings import ReplicaSettings
 from cluster.v1 import inference_pb2 as pb
 from tests.rayserve.conftest import ENGINE_ENVIRONMENT
 from tests.rayserve.test_engines import two_ranks
 from tests.support.calls import chat, text_of
 from tests.support.checkpoints import build_checkpoint
-from tests.support.cluster import TestCluster, running_cluster, until
-from tests.support.ray_head import LostAndFound
+from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, until
+from tests.support.ray_head import HeadAndNode, head_and_node
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 AWAY_S = float(os.environ.get("HEAD_AWAY_S", "20"))
 CALLERS, TOKENS, STEADY_PASSES = 3, 60, 5
 
 
 @pytest.fixture
-def ray_with_head() -> Iterator[LostAndFound]:
-    """Valkey, a head without GPUs and a node with sixteen logical ones."""
-    made = LostAndFound(ENGINE_ENVIRONMENT)
-    try:
-        made.start()
+def ray_with_head() -> Iterator[HeadAndNode]:
+    """A head, and a node with sixteen logical GPUs."""
+    with head_and_node(ENGINE_ENVIRONMENT) as made:
         yield made
-    finally:
-        made.end()
 
 
-class Journal(ChildBackend):
+class Journal(JobBackend):
     """Notes what is changed on Ray, and how often it was looked at."""
 
     changes: list[str]
@@ -122,11 +119,12 @@ class World:
 
 
 @asynccontextmanager
-async def world(ray: LostAndFound, folder: Path) -> AsyncIterator[World]:
+async def world(ray: HeadAndNode, folder: Path) -> AsyncIterator[World]:
     """A gateway with its controller at work."""
-    backend = Journal("test", ray.address, ray.environment_of("own"), folder / "driver.log")
+    backend = Journal("test", ray.dashboard_url, ray.token_file)
     backend.changes = []
-    async with running_cluster(folder / "gateway") as cluster:
+    text = LOOPBACK.replace('link: "127.0.0.1:0"', f'link: "{ray.net.address}:0"')
+    async with running_cluster(folder / "gateway", text) as cluster:
         links = [cluster.gateway.endpoints["link"]]
         end = ControllerEnd(controller_id="test", gateways=links, tls=None, bundles=lambda _: None)
         controller = Controller(backend, end)
@@ -146,7 +144,7 @@ def simulated(world: World, folder: Path, replicas: int) -> ReplicaSettings:
     return ReplicaSettings(spec, "test", gateways=(world.cluster.gateway.endpoints["link"],))
 
 
-async def test_the_head_is_lost_and_comes_back(ray_with_head: LostAndFound, tmp_path: Path) -> None:
+async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_path: Path) -> None:
     """TP 2 on vLLM: with the head's processes killed every stream and new call ends as before; the catalog stays; when
     it is back no worker is restarted, nothing is deployed anew, and scaling works again."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
