@@ -44,6 +44,9 @@ class Held:
     peers: Mapping[str, int]
     """Sockets by their own port, so that what has grown has a name."""
 
+    def __str__(self) -> str:
+        return f"{self.sockets} sockets, {self.files} other files, {self.threads} threads, {self.tasks} tasks"
+
 
 @dataclass(frozen=True, slots=True)
 class Soak:
