@@ -146,4 +146,4 @@ async def _held(process: psutil.Process, told_file: Path) -> Held:
     tasks = json.loads(told_file.read_text())["tasks"]
     sockets = process.net_connections(kind="all")
     ports = Counter(str(getattr(one.laddr, "port", "unix")) for one in sockets)
-    return Held(len(sockets), process.num_fds() - len(sockets), process.num_threads(), tasks, ports)
+    return Held(len(sockets), process.num_fds() - len(sockets), process.num_threads(), tasks, dict(ports))

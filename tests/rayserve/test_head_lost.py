@@ -24,7 +24,8 @@ from tests.rayserve.conftest import ENGINE_ENVIRONMENT
 from tests.rayserve.test_engines import two_ranks
 from tests.support.calls import chat, text_of
 from tests.support.checkpoints import build_checkpoint
-from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, until
+from tests.support.cluster import TestCluster, running_cluster, until
+from tests.support.cuttable import cuttable
 from tests.support.ray_head import HeadAndNode, head_and_node
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -101,6 +102,8 @@ class World:
     cluster: TestCluster
     controller: Controller
     backend: Journal
+    link: str
+    """Where the replicas dial."""
 
     def incarnations(self, model: str) -> set[str]:
         """Of the model's workers that are linked."""
@@ -123,14 +126,16 @@ async def world(ray: HeadAndNode, folder: Path) -> AsyncIterator[World]:
     """A gateway with its controller at work."""
     backend = Journal("test", ray.dashboard_url, ray.token_file)
     backend.changes = []
-    text = LOOPBACK.replace('link: "127.0.0.1:0"', f'link: "{ray.net.address}:0"')
-    async with running_cluster(folder / "gateway", text) as cluster:
+    async with (
+        running_cluster(folder / "gateway") as cluster,
+        cuttable(cluster.gateway.endpoints["link"], ray.net.address) as door,  # links without TLS are for loopback
+    ):
         links = [cluster.gateway.endpoints["link"]]
         end = ControllerEnd(controller_id="test", gateways=links, tls=None, bundles=lambda _: None)
         controller = Controller(backend, end)
         parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
         try:
-            yield World(cluster, controller, backend)
+            yield World(cluster, controller, backend, door.address)
         finally:
             for part in parts:
                 part.cancel()
@@ -141,7 +146,7 @@ async def world(ray: HeadAndNode, folder: Path) -> AsyncIterator[World]:
 def simulated(world: World, folder: Path, replicas: int) -> ReplicaSettings:
     """A model whose replicas come fast."""
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=2", min_replicas=replicas, max_replicas=replicas)
-    return ReplicaSettings(spec, "test", gateways=(world.cluster.gateway.endpoints["link"],))
+    return ReplicaSettings(spec, "test", gateways=(world.link,))
 
 
 async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_path: Path) -> None:
@@ -149,7 +154,7 @@ async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_p
     it is back no worker is restarted, nothing is deployed anew, and scaling works again."""
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with world(ray_with_head, tmp_path) as its:
-        engine = two_ranks("tp2", checkpoint, its.cluster.gateway.endpoints["link"])
+        engine = two_ranks("tp2", checkpoint, its.link)
         its.controller.want([engine, simulated(its, checkpoint, 1)])
         await until(lambda: bool(its.incarnations("tp2") and its.incarnations("sim")), "both are linked", 240)
         await until(lambda: its.state("tp2") is its.state("sim") is ModelState.READY, "both are ready", 30)
