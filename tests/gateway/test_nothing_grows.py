@@ -48,6 +48,7 @@ class Held:
     @classmethod
     def now(cls) -> Held:
         """Counted after garbage has gone."""
+        gc.unfreeze()  # what was settled at a start (observe/garbage.py) would not be seen
         for _ in range(3):
             gc.collect()
         loop: Any = asyncio.get_running_loop()
