@@ -23,7 +23,7 @@ from loadtests.faults.calls import Caller, Told, ask
 from loadtests.serving.fleet import Fleet, SimWorker
 
 HANGS, HANG_AFTER_STEPS, HANG_STEP_MS = 10, 40, 10
-PREFILL_WORKERS, PREFILL_RUN_S = 40, 60.0
+PREFILL_WORKERS, PREFILL_RUN_S = 40, 95.0
 PROMPT_TOKENS = (16_000, 60_000)
 PREFILL_TOKENS_PER_S = 16_000
 NOTICED_S = 8.0

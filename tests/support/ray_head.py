@@ -106,7 +106,8 @@ class HeadAndNode:
         """`ray start --block` on a host."""
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
         command += [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
-        folder = self.folder / host.namespace
+        if host is self.head:
+            command.append(f"--temp-dir={self.folder}/ray")
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
             **self.environment,
@@ -120,7 +121,7 @@ class HeadAndNode:
             environment["RAY_REDIS_ADDRESS"] = f"{self.net.address}:{self._valkey_port}"
         with (self.folder / f"{host.namespace}.log").open("ab") as log:
             subprocess.Popen(
-                host.command(*command, f"--temp-dir={folder}"),
+                host.command(*command),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
