@@ -295,8 +295,9 @@ async def test_garbage_is_refused(verifier: OidcVerifier, scripted: Scripted) ->
         "eyJ\ud800.\ud800.x",
     ):
         assert await reason(verifier, token)
+    huge = "eyJ" + "x" * 64_000_000
     began = time.perf_counter()
-    assert await reason(verifier, "eyJ" + "x" * 64_000_000) == "too_long"
+    assert await reason(verifier, huge) == "too_long"
     assert time.perf_counter() - began < 0.5
     assert scripted.fetched == 0
 
