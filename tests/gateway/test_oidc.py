@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway import oidc, tokens
 from cluster.gateway.oidc import Claims, Issuer, OidcVerifier
+from cluster.gateway.straight import open_straight
 from cluster.gateway.tokens import TokenRefused
 from cluster.tenancy.identity import BAD_KEY
 
@@ -72,9 +73,9 @@ class RealIssuer:
 
     def _post(self, path: str, form: Mapping[str, str]) -> str:
         """The body, or where a redirect leads."""
-        opener = urllib.request.build_opener(oidc._NoRedirects)
+        request = urllib.request.Request(self.url + path, urllib.parse.urlencode(form).encode())  # noqa: S310 - loopback
         try:
-            with opener.open(self.url + path, urllib.parse.urlencode(form).encode(), timeout=10) as answer:
+            with open_straight(request, 10) as answer:
                 return str(answer.read().decode())
         except urllib.error.HTTPError as error:
             with error:
