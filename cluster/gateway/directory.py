@@ -16,7 +16,7 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
+from cluster.api.types import CatalogEntry, EngineInfo, ModelState, WorkerIdentity
 from cluster.gateway.door import ANYBODY
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import codec
@@ -35,6 +35,8 @@ class KnownModel:
         self.entry = entry
         self.in_catalog = in_catalog
         self.links: dict[str, WorkerLink] = {}
+        self.last: EngineInfo | None = None
+        """What the last worker that left had told: it holds while none is linked and the catalog does not say."""
 
     @property
     def name(self) -> str:
@@ -56,9 +58,12 @@ class KnownModel:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of context; the smallest over the workers, so that a call fits whichever it meets. 0: unknown."""
-        lengths = [link.info.max_model_len for link in self.links.values()]
-        return min(lengths) if lengths else self.entry.max_model_len
+        """Tokens of context; the smallest over the workers, so that a call fits whichever it meets. 0: unknown.
+        A worker that does not tell hides nothing of what others do."""
+        lengths = [told for link in self.links.values() if (told := link.info.max_model_len)]
+        if lengths:
+            return min(lengths)
+        return self.entry.max_model_len or (self.last.max_model_len if self.last is not None else 0)
 
     @property
     def bundle_digest(self) -> str:
@@ -72,6 +77,8 @@ class KnownModel:
         """The generation config's sampling defaults."""
         for link in self.links.values():
             return link.info.default_sampling
+        if not self.entry.default_sampling and self.last is not None:
+            return self.last.default_sampling
         return self.entry.default_sampling
 
 
@@ -85,13 +92,14 @@ class Directory:
         self._names: dict[str, str] = {}
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._heard = False
+        self._catalogued = False
         self._restore()
 
     # ---- news
 
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """A new catalog: replaces what the last one said; models of linked workers stay."""
-        self._heard = True
+        self._heard = self._catalogued = True
         known = {entry.name: entry for entry in entries}
         for name, model in list(self._models.items()):
             if name not in known:
@@ -121,10 +129,13 @@ class Directory:
         if model is None or model.links.get(link.identity.worker_id) is not link:
             return
         del model.links[link.identity.worker_id]
-        if not model.links and not model.in_catalog:
-            model.entry = replace(
-                model.entry, state=ModelState.GONE, state_reason="its last worker left", max_model_len=0
-            )
+        if model.links:
+            return
+        model.last = link.info
+        if not model.in_catalog:
+            # Without any catalog nobody has said that it is to go: calls wait for a worker that comes back.
+            state = ModelState.GONE if self._catalogued else ModelState.LOADING
+            model.entry = replace(model.entry, state=state, state_reason="its last worker left")
 
     def _rename(self) -> None:
         names = {alias: m.name for m in self._models.values() for alias in m.entry.aliases}
@@ -228,7 +239,7 @@ class Directory:
             return
         for entry in entries:
             self._models[entry.name] = KnownModel(replace(entry, replicas=0), True)
-        self._heard = bool(entries)
+        self._heard = self._catalogued = bool(entries)
         self._rename()
 
 

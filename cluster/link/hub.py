@@ -109,7 +109,7 @@ class Hub(pb_grpc.LinkServicer):
         self._bundles: dict[str, asyncio.Future[Bundle]] = {}
         self._asked: dict[str, WorkerLink | None] = {}
         """Who was asked for a bundle that has not come, None for the controller."""
-        self._waking = Waking(2 * self._timing.hang_s / TICKS, time.monotonic())
+        self._waking = Waking(time.monotonic(), self._timing.hang_s / TICKS)
         self.catalog_at: float | None = None
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
         """Set before the first link comes, where accounts are kept: told what ended requests have come to."""
@@ -266,7 +266,7 @@ class Hub(pb_grpc.LinkServicer):
 
     def _now(self) -> float:
         """Waking time: this process's own pauses are nobody else's silence."""
-        return self._waking.tick(time.monotonic())
+        return self._waking.at(time.monotonic())
 
     async def watch(self) -> None:
         """Close the links of workers that are taken for lost; runs until cancelled."""
@@ -282,7 +282,9 @@ class Hub(pb_grpc.LinkServicer):
                     self._detach(link)
                 else:
                     rest_s = min(rest_s, link.liveness.due - now)
-            await asyncio.sleep(max(rest_s, LEAST_REST_S))
+            rest_s = max(rest_s, LEAST_REST_S)
+            self._waking.rest(time.monotonic(), rest_s)
+            await asyncio.sleep(rest_s)
 
     # ---- bulk
 

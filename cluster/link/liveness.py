@@ -5,8 +5,9 @@ caller must not wait for TCP to notice; nor may a long prefill, a grammar or a b
 Invariant: a worker that beats, whose engine steps or says what it is busy with, and that applies and is heard, is never
 suspected. A wrong suspicion costs its calls one prefill elsewhere (epochs keep what it still says from being applied).
 
-Time is the gateway's *waking* time (`Waking`): seconds in which the gateway itself stood still do not count, else its
-own hiccup would look like the death of all its workers. No clock is read here.
+Time is the gateway's *waking* time (`Waking`): seconds in which the gateway itself did not run when it was due do not
+count, else its own hiccup, or a machine too busy for both, would look like the death of all its workers. No clock is
+read here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from cluster.api.types import EngineLoad
 
 STEPS = 5
 """So many of its longest steps (p99) may pass before an engine that stands still is taken for stuck."""
+LATE_S = 0.01
+"""By so much anybody may oversleep: it is no sign of a busy machine, and not worth finding the dead later."""
 
 
 _WHY = {
@@ -38,18 +41,24 @@ class Suspicion:
 
 
 class Waking:
-    """A clock that stands still while its owner does: no tick counts for more than `longest_s`."""
+    """A clock that stands still while its owner should have run and did not.
 
-    def __init__(self, longest_s: float, now: float) -> None:
-        self._longest_s = longest_s
-        self._before = now
-        self.now = 0.0
+    Whoever looks after the workers says for how long it goes to rest; what it oversleeps by more than LATE_S does not
+    count. Where every process waits for a core, beats come as late as the looks for them.
+    """
 
-    def tick(self, now: float) -> float:
-        """It is `now`; the waking time."""
-        self.now += min(max(now - self._before, 0.0), self._longest_s)
-        self._before = now
-        return self.now
+    def __init__(self, now: float, rest_s: float) -> None:
+        self._waked = 0.0
+        self._since = now
+        self._counts_s = rest_s + LATE_S
+
+    def at(self, now: float) -> float:
+        """The waking time when it is `now`."""
+        return self._waked + min(max(now - self._since, 0.0), self._counts_s)
+
+    def rest(self, now: float, rest_s: float) -> None:
+        """It is `now`, and its owner goes to rest for so long."""
+        self._waked, self._since, self._counts_s = self.at(now), now, rest_s + LATE_S
 
 
 class Liveness:

@@ -18,6 +18,7 @@ from h2.settings import SettingCodes
 from hyperframe.frame import GoAwayFrame
 
 from cluster.rpc import frames
+from cluster.rpc.ended import EndedStreams
 from cluster.rpc.limits import Limits
 from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata, metadata_of, timeout_s
 from cluster.rpc.rpc import Rpc
@@ -91,6 +92,7 @@ class Connection(asyncio.BufferedProtocol):
                 SettingCodes.MAX_FRAME_SIZE: limits.frame_bytes,
             },
         )
+        h2._closed_streams = EndedStreams(limits.max_calls)  # by h2's own name for it
         h2.decoder.max_header_list_size = limits.max_header_bytes
         h2.max_inbound_frame_size = limits.frame_bytes
         h2.initiate_connection()

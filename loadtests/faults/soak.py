@@ -11,7 +11,8 @@ import json
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +41,11 @@ class Held:
     files: int
     threads: int
     tasks: int
+    peers: Mapping[str, int]
+    """Sockets by their own port, so that what has grown has a name."""
+
+    def __str__(self) -> str:
+        return f"{self.sockets} sockets, {self.files} other files, {self.threads} threads, {self.tasks} tasks"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +60,14 @@ class Soak:
     after: Held
     rss_bytes: Sequence[tuple[float, int]]
     slope: tuple[float, float, float]
+    downs: Sequence[str]
+    """Why links ended meanwhile, and none was struck."""
 
     def grown(self) -> dict[str, int]:
         """What is more than before."""
         before, after = asdict(self.before), asdict(self.after)
-        return {name: after[name] - before[name] for name in before if after[name] > before[name]}
+        names = ("sockets", "files", "threads", "tasks")
+        return {name: after[name] - before[name] for name in names if after[name] > before[name]}
 
 
 def slope(samples: Sequence[tuple[float, int]], rate_per_s: float, seed: int = 0) -> tuple[float, float, float]:
@@ -107,6 +116,7 @@ async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tupl
             await asyncio.sleep(max(began + number / RATE_PER_S - time.monotonic(), 0.0))
         await asyncio.gather(*pending)
 
+    seen = len(fleet.news.events)
     try:
         await run(WARM_S)
         await asyncio.sleep(REST_S)
@@ -121,7 +131,9 @@ async def soak(fleet: Fleet, told_file: Path, seconds: float, seed: int) -> tupl
     finally:
         await caller.close()
     failed = sum(bool(told.error) for told in calls)
-    return Soak(took, rate, len(calls) - warm, failed, before, after, samples, slope(samples, rate, seed)), calls
+    downs = [e.reason for e in fleet.news.events[seen:] if e.name == "worker_down"]
+    slopes = slope(samples, rate, seed)
+    return Soak(took, rate, len(calls) - warm, failed, before, after, samples, slopes, downs), calls
 
 
 async def _held(process: psutil.Process, told_file: Path) -> Held:
@@ -132,5 +144,6 @@ async def _held(process: psutil.Process, told_file: Path) -> Held:
             break
         await asyncio.sleep(0.02)
     tasks = json.loads(told_file.read_text())["tasks"]
-    sockets = len(process.net_connections(kind="all"))
-    return Held(sockets, process.num_fds() - sockets, process.num_threads(), tasks)
+    sockets = process.net_connections(kind="all")
+    ports = Counter(str(getattr(one.laddr, "port", "unix")) for one in sockets)
+    return Held(len(sockets), process.num_fds() - len(sockets), process.num_threads(), tasks, dict(ports))

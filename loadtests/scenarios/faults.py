@@ -253,7 +253,10 @@ async def _soak(field: Field) -> list[Figure]:
         "seconds": round(found.seconds), "requests_per_s": round(found.rate_per_s, 1), "calls": found.calls,
         "before": asdict(found.before), "after": asdict(found.after),
         "rss_bytes": [(round(at - found.rss_bytes[0][0], 1), rss) for at, rss in found.rss_bytes],
+        "links that ended": list(found.downs),
     }  # fmt: skip
+    if found.downs:
+        stage.report.problems.append(f"soak: {len(found.downs)} links ended: {found.downs[0]}")
     if found.failed:
         errors = Counter(told.error for told in calls if told.error)
         stage.report.problems.append(f"soak: {found.failed} calls failed: {dict(errors)}")

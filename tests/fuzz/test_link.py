@@ -36,9 +36,12 @@ async def cluster(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> AsyncIter
 
 
 async def well(cluster: TestCluster) -> None:
-    """The worker that is well has its link, its calls are answered, and nothing is left of any other."""
-    assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
+    """The worker that is well has its link, its calls are answered, and nothing is left of any other.
+
+    The mad ones leave first: one may have joined the same model and told less room than the call needs.
+    """
     await until(lambda: len(cluster.gateway.hub.links) == 1, "the mad ones have left")
+    assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
     await cluster.until_idle()
 
 
@@ -125,6 +128,19 @@ async def test_any_first_messages(cluster: TestCluster) -> None:
                         pass
                 call.cancel()
             await well(cluster)
+
+
+async def test_a_worker_that_tells_no_length_hides_none(cluster: TestCluster) -> None:
+    """A Hello of the same model without max_model_len: calls were UNAVAILABLE while it was linked."""
+    async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
+        call: Any = pb_grpc.LinkStub(channel).Turn(timeout=5)
+        hello = pb.Hello(protocol_min=1, protocol_max=1, worker_id="mad", incarnation="1", model="sim", epoch=1)
+        await call.write(pb.WorkerTurn(hello=hello))
+        await read(call)
+        await until(lambda: len(cluster.gateway.hub.links) == 2, "it is linked")
+        assert (await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=20)).usage.completion_tokens == 3
+        assert len(cluster.gateway.hub.links) == 2, "it has left before it was tried"
+        call.cancel()
 
 
 class MadGateway(Hub):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import EngineLoad
-from cluster.link.liveness import Liveness, Waking
+from cluster.link.liveness import LATE_S, Liveness, Waking
 
 BUSY = EngineLoad(running=3, steps=1, step_s=0.02, step_p99_s=0.03)
 
@@ -95,12 +95,39 @@ def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
     assert one.suspicion(5.1) is not None
 
 
-@given(st.lists(st.floats(0.0, 10.0), max_size=30))
-def test_ones_own_pause_is_nobodys_silence(pauses_s: list[float]) -> None:
-    """However long a gateway has stood still, that alone makes it suspect nobody."""
-    clock, now = Waking(0.1, 0.0), 0.0
-    for pause_s in pauses_s:
-        before = clock.now
-        now += pause_s
-        assert before <= clock.tick(now) <= before + 0.1
-    assert clock.now <= now + 1e-6
+@given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 10.0)), max_size=30), st.floats(0.0, 1.0))
+def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]], part: float) -> None:
+    """However late a gateway looks, and however often: of each rest no more counts than was meant, all of it does, and
+    the clock never goes back or ahead of the other."""
+    clock, now, waked = Waking(0.0, 0.0), 0.0, 0.0
+    for rest_s, late_s in rests:
+        clock.rest(now, rest_s)
+        began, now = now, now + rest_s + late_s
+        within = clock.at(began + part * (now - began))  # somebody asks while its owner rests, or should not any longer
+        waked, before = clock.at(now), waked
+        assert before <= within <= waked
+        assert before + rest_s - 1e-9 <= waked <= before + rest_s + min(late_s, LATE_S) + 1e-9
+    assert waked <= now + 1e-6
+
+
+@given(st.integers(1, 40), st.floats(0.0, 3.0))
+def test_on_a_busy_machine_nobody_is_silent_before_its_time(looks: int, late_s: float) -> None:
+    """Beats that come as much later as the gateway looks later raise no alarm; a dead worker is found after as many
+    looks as ever."""
+    rest_s, bound_s = 0.05, 0.5
+    clock, now = Waking(0.0, rest_s), 0.0
+    one = alive()
+    for _ in range(looks):
+        clock.rest(now, rest_s)
+        now += rest_s + late_s
+        one.beat(replace(BUSY, steps=int(now * 1000)), 0, 0, clock.at(now))
+        assert one.suspicion(clock.at(now)) is None
+    died = clock.at(now)
+    for look in range(1, 12):
+        assert one.suspicion(clock.at(now)) is None or look > bound_s / (rest_s + LATE_S)
+        clock.rest(now, rest_s)
+        now += rest_s + late_s
+    found = one.suspicion(clock.at(now))
+    assert found is not None
+    assert found.reason == "silent"
+    assert clock.at(now) - died <= 11 * (rest_s + LATE_S) + 1e-9

@@ -37,9 +37,10 @@ class Cuttable:
     """`up` carries from those who dial to `target`, `down` back; `ways` are those of the connections that are there, in
     the order in which they came."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, listen: str = "127.0.0.1") -> None:
         host, port = target.rsplit(":", 1)
         self._target = (host, int(port))
+        self._listen = listen
         self.address = ""
         self.ways: list[tuple[Way, Way]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -48,8 +49,8 @@ class Cuttable:
 
     async def start(self) -> None:
         """Listen."""
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self._server = await asyncio.start_server(self._serve, self._listen, 0)
+        self.address = f"{self._listen}:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         """End every connection."""
@@ -97,9 +98,9 @@ class Cuttable:
 
 
 @asynccontextmanager
-async def cuttable(target: str) -> AsyncIterator[Cuttable]:
-    """A relay to `host:port`, stopped at the end."""
-    relay = Cuttable(target)
+async def cuttable(target: str, listen: str = "127.0.0.1") -> AsyncIterator[Cuttable]:
+    """A relay to `host:port` that listens on an address of this host, stopped at the end."""
+    relay = Cuttable(target, listen)
     await relay.start()
     try:
         yield relay

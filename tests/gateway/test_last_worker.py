@@ -1,0 +1,37 @@
+"""The last worker of a model is lost: who asks meanwhile waits for the next, unless the catalog has let it go."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from cluster.api.bundle import Bundle
+from cluster.link.dial import Timing
+from tests.support.calls import chat, refused
+from tests.support.cluster import TestCluster, sim_engine, until
+
+QUICK = Timing(redial_min_s=0.05, redial_max_s=0.1)
+
+
+async def test_calls_wait_for_a_worker_that_comes_back(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Without a controller's catalog the gateway knows the model by its workers alone, and still while none is there:
+    a call has the room and the tokenizer that the last one told, and is answered by the next."""
+    engine = sim_engine(checkpoint, decode_ms=1, max_model_len=64)
+    await cluster.add_worker(engine, bundle, timing=QUICK)
+    cluster.gateway.hub.links[0].close("as if it had been taken for silent")
+    await until(lambda: not cluster.gateway.hub.links, "it is gone")
+    calls = [asyncio.ensure_future(cluster.stub.Chat(chat(max_tokens=5, ignore_eos=True))) for _ in range(4)]
+    answer = await refused(cluster.stub.Chat(chat("a " * 100)))
+    assert answer.fields == ["messages"], answer
+    assert [one.usage.completion_tokens for one in await asyncio.gather(*calls)] == [5] * 4
+
+
+async def test_what_the_catalog_has_let_go_is_refused(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A model that no catalog names any longer ends with its last worker: nobody waits for it."""
+    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    cluster.gateway.dispatcher.catalog([])
+    await worker.stop()
+    await until(lambda: not cluster.gateway.hub.links, "it is gone")
+    answer = await refused(cluster.stub.Chat(chat()))
+    assert (answer.code.name, answer.reason) == ("UNAVAILABLE", "NO_WORKER"), answer
+    assert "its last worker left" in answer.message

@@ -1,0 +1,132 @@
+"""A soak of seconds: what a thousand calls and many lost links leave behind in gateway, worker and engine is nothing.
+
+Objects are counted, since memory itself says nothing of so short a time; `python -m loadtests faults --only soak` looks
+at that for minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.link.dial import Timing
+from tests.support.calls import chat
+from tests.support.cluster import TestCluster, sim_engine, until
+
+pytestmark = pytest.mark.slow
+
+CALLS, AT_ONCE, LINKS = 400, 20, 8
+ROUNDS, KEPT = 2, 0.2
+QUICK = Timing(redial_min_s=0.01, redial_max_s=0.02)
+
+
+LAZY = ("asyncio.events.TimerHandle", "_contextvars.Context")
+"""What the event loop forgets late: timers that are cancelled, with their contexts. Live ones are counted apart."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process holds at rest."""
+
+    tasks: int
+    timers: int
+    files: int
+    threads: int
+    objects: Counter[str]
+
+    @classmethod
+    def now(cls) -> Held:
+        """Counted after garbage has gone."""
+        for _ in range(3):
+            gc.collect()
+        loop: Any = asyncio.get_running_loop()
+        kinds = Counter(f"{type(one).__module__}.{type(one).__qualname__}" for one in gc.get_objects())
+        for kind in LAZY:
+            del kinds[kind]
+        timers = sum(not handle.cancelled() for handle in loop._scheduled)
+        return cls(len(asyncio.all_tasks()), timers, len(os.listdir("/proc/self/fd")), threading.active_count(), kinds)
+
+    def grown(self, before: Held, objects: float) -> dict[str, int]:
+        """What is more than before; of each kind of object `objects` may be."""
+        more = {name: getattr(self, name) - getattr(before, name) for name in ("tasks", "timers", "files", "threads")}
+        kinds = {kind: count for kind, count in (self.objects - before.objects).items() if count >= objects}
+        return {name: count for name, count in more.items() if count > 0} | kinds
+
+
+async def calls(cluster: TestCluster) -> None:
+    """Whole answers, streams, and streams that are left in the middle, many at once."""
+    turns = asyncio.Semaphore(AT_ONCE)
+
+    async def one(number: int) -> None:
+        async with turns:
+            request = chat(f"call {number}", max_tokens=6, ignore_eos=True, seed=number, temperature=0.5)
+            if number % 3 == 0:
+                await cluster.stub.Chat(request)
+            else:
+                stream = cluster.stub.StreamChat(request)
+                async for _ in stream:
+                    if number % 3 == 1:
+                        stream.cancel()
+                        break
+
+    await asyncio.gather(*map(one, range(CALLS)))
+    await cluster.until_idle()
+
+
+async def losses(cluster: TestCluster) -> None:
+    """Links that break under calls, and come back."""
+    for number in range(LINKS):
+        (link,) = cluster.gateway.hub.links
+        running = asyncio.ensure_future(cluster.stub.Chat(chat(f"lost {number}", max_tokens=60, ignore_eos=True)))
+        await until(lambda link=link: link.running > 0, "it runs")  # type: ignore[misc]
+        link.close("as if it had been taken for silent")
+        assert (await running).usage.completion_tokens == 60
+    await cluster.until_idle()
+
+
+async def at_rest(cluster: TestCluster) -> None:
+    """No call runs and the worker has its link, at both ends."""
+    await cluster.until_idle()
+    (worker,) = cluster.workers
+    await until(lambda: cluster.linked(worker.identity.worker_id), "the worker is back")
+    await until(lambda: worker.end.statistics().links == 1, "it knows")
+
+
+@pytest.mark.parametrize(("what", "count"), [(calls, CALLS), (losses, LINKS)], ids=["calls", "losses"])
+async def test_nothing_is_left_behind(
+    cluster: TestCluster,
+    checkpoint: Path,
+    bundle: Bundle,
+    what: Callable[[TestCluster], Awaitable[None]],
+    count: int,
+) -> None:
+    """After the first round, which fills caches and pools, others leave no task, timer, file or thread, and of no
+    kind an object for every fifth call or lost link."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle, timing=QUICK)
+    await what(cluster)
+    await at_rest(cluster)
+    before = Held.now()
+    for _ in range(ROUNDS):
+        await what(cluster)
+    await at_rest(cluster)
+    grown: dict[str, int] = {}
+
+    def as_before() -> bool:
+        nonlocal grown
+        grown = Held.now().grown(before, ROUNDS * count * KEPT)
+        return not grown
+
+    with contextlib.suppress(AssertionError):
+        await until(as_before, "connections that have ended are closed", 5)
+    assert not grown
