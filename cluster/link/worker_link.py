@@ -59,7 +59,11 @@ class WorkerLink:
         self.epoch = epoch
         self.likeness = Likeness(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.replaying = 0
-        """Tokens of continued calls that this gateway has sent and whose next token has not come; kept by the sinks."""
+        """Tokens of continued calls that this gateway has sent and that no step has begun with, as far as is known."""
+        self._replays: dict[int, int] = {}
+        self._replays_taken: list[int] = []
+        self.on_replays: Callable[[], None] = lambda: None
+        """Told that a step has begun with some of these, so that there is room for others."""
         self.load = EngineLoad()
         self.standing = Standing.SERVING
         self.leave_at = float("inf")
@@ -127,6 +131,9 @@ class WorkerLink:
         self._sinks[slot] = sink
         tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         self.prefill_tokens += tokens
+        if request.emitted_token_ids:
+            self._replays[slot] = tokens
+            self.replaying += tokens
         self._purse.spend(tokens)
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"
@@ -157,6 +164,7 @@ class WorkerLink:
     def _prefilled(self, slot: int) -> None:
         """Its prompt stands before nobody any longer."""
         self.prefill_tokens -= self._prefilling.pop(slot, 0)
+        self.replaying -= self._replays.pop(slot, 0)
 
     @property
     def sinks(self) -> Sequence[Sink]:
@@ -176,12 +184,16 @@ class WorkerLink:
         for accepted in message.accepted:
             if (sink := self._sinks.get(accepted.slot)) is not None:
                 sink.accepted()
+                if accepted.slot in self._replays:
+                    self._replays_taken.append(accepted.slot)
         for refused in message.refused:
             if (sink := self._sinks.pop(refused.slot, None)) is not None:
                 self._prefilled(refused.slot)
                 sink.refused(refused.reason, refused.message, refused.field)
         if message.HasField("step"):
             self._apply_step(message.step)
+            if self._replays_taken:
+                self._replays_begin()
         if message.HasField("served"):
             self.on_served(self, served_from_pb(message.served))
         for gateway, waiting in elsewhere_from_pb(message.elsewhere):
@@ -202,6 +214,22 @@ class WorkerLink:
             self.on_standing()
             changed = True
         return changed
+
+    def _replays_begin(self) -> None:
+        """A step has ended, so the next begins with what the engine had taken of continued calls until then: with as
+        much of it as a step holds."""
+        room = self.info.max_num_batched_tokens
+        while self._replays_taken and room > 0:
+            slot = self._replays_taken[0]
+            tokens = self._replays.pop(slot, 0)
+            part = min(tokens, room)
+            room -= part
+            self.replaying -= part
+            if part < tokens:
+                self._replays[slot] = tokens - part
+                break
+            self._replays_taken.pop(0)
+        self.on_replays()
 
     def _apply_step(self, step: pb.StepOutputs) -> None:
         sinks = self._sinks
