@@ -74,6 +74,8 @@ class Told:
     ask: Ask
     request_id: str
     sent: float
+    answer_id: str = ""
+    """The answer's own id."""
     ended: float = 0.0
     whole: int = 0
     """Characters of the undisturbed answer, where it is known."""
@@ -91,6 +93,7 @@ class Told:
 
     def take(self, chunk: pb.ChatChunk, now: float) -> None:
         """One more chunk."""
+        self.answer_id = chunk.id
         if chunk.choices:
             self.offsets.append(chunk.offset)  # chunks of mere progress repeat it
             if self.chunks:

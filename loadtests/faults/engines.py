@@ -225,15 +225,14 @@ class Batch:
     """Calls that begin together."""
 
     def __init__(self, caller: Caller, asks: Sequence[Ask]) -> None:
-        self._told: list[Told] = []
+        self._told: dict[str, Told] = {}
         self._more = asyncio.Event()
         self._tasks = [asyncio.create_task(caller.call(one, self._seen)) for one in asks]
         for task in self._tasks:
             task.add_done_callback(lambda _: self._more.set())
 
     def _seen(self, told: Told) -> None:
-        if not told.begun:
-            self._told.append(told)
+        self._told[told.request_id] = told
         self._more.set()
 
     async def until(self, pieces: int) -> int:
@@ -241,7 +240,7 @@ class Batch:
         async with asyncio.timeout(ENDS_S):
             while True:
                 self._more.clear()
-                running = [told for told in self._told if not told.ended]
+                running = [told for told in self._told.values() if not told.ended]
                 if len(self._told) == len(self._tasks) and all(len(told.chunks) >= pieces for told in running):
                     return len(running)
                 await self._more.wait()

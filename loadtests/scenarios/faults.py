@@ -1,8 +1,9 @@
 """Faults: what callers see while workers are killed, stopped and cut off, and what the gateway does under overload.
 
 Parts, each with its rows, in the order of the table: mass (kill points under every kind of call), engines (the same on
-real vLLM), recovery (silent gaps, detection, the survivors), alarms, overload, soak; the ledger is looked at after
-each. `--only PART` runs some of them; `--points`, `--soak-s` and `--rounds` size them.
+real vLLM), peers (streams that finish behind them and behind ours), recovery (silent gaps, detection, the survivors),
+alarms, overload, soak; the ledger is looked at after each. `--only PART` runs some of them; `--points`, `--soak-s` and
+`--rounds` size them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from pathlib import Path
 
 from loadtests.children import DidNotStart
 from loadtests.faults import alarms, engines, mass, overload, soak
+from loadtests.faults import peers as beside
 from loadtests.faults import recovery as recovering
 from loadtests.faults.ledger import Books, audit
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.figures import Bound, Figure, Interval, missing
+from loadtests.peers import NoPeers
 from loadtests.scenarios.common import Stage
 from loadtests.serving import fleet
 from loadtests.serving import ours as serving
@@ -28,8 +31,7 @@ EXACT = "calls under random faults that end with exactly the undisturbed answer"
 DUPLICATES, GAPS = "such calls that told something twice", "such calls with something missing"
 ENGINES = "calls on two real vLLM workers (float32, greedy, 240 tokens) that go on token-exact"
 ENGINES_MIXED = "the same, seeded, penalized, n = 3, with stop strings or under a JSON schema"
-PEERS = "begun streams that finish at vllm-router and Ray Serve's proxy under the same faults"
-NO_PEERS = "not measured: this scenario does not yet kill the peers' engines"
+FINISH = "begun streams that finish whole when one of two backends is killed, {}"
 SILENCE = "silent gap, p99, against TTFT of a fresh call of that length + detection"
 CROWD = "the same, against a crowd of fresh calls that come at once to the same survivors"
 KILLED = "detection of a kill, at worst"
@@ -74,8 +76,8 @@ async def play(stage: Stage) -> None:
             stage.screen.say(f"part {name}")
             try:
                 stage.report.figures += await part(field)
-            except (RuntimeError, DidNotStart) as error:
-                stage.report.problems.append(f"{name}: {error}")
+            except (RuntimeError, DidNotStart, TimeoutError) as error:
+                stage.report.problems.append(f"{name}: {error!r}")
                 stage.report.figures += [missing(row, bound, f"part {name} broke off") for row, bound in rows.items()]
         else:
             stage.report.figures += [missing(row, bound, NOT_ASKED) for row, bound in rows.items()]
@@ -127,7 +129,37 @@ async def _engines(field: Field) -> list[Figure]:
         good, hit = proof.exact(*kinds)
         note = f"{good} of {hit} calls that lost a worker; {mixture}; {missed} points hit nobody"
         out.append(exact(name, good / hit, _ALL, "share", note) if hit else missing(name, _ALL, "no call was hit"))
-    return [*out, missing(PEERS, None, NO_PEERS)]
+    return out
+
+
+async def _peers(field: Field) -> list[Figure]:
+    stage, seed = field.stage, field.stage.options.seed
+    rounds = min(stage.options.rounds or beside.ROUNDS, beside.ROUNDS)
+    engine = beside.source(field.model, serving.plain_tokens(field.model), seed)
+    children, folder, bundle = stage.children, stage.folder, field.bundle
+    arms: Mapping[str, Callable[[], Awaitable[beside.Finished]]] = {
+        beside.OURS: lambda: beside.ours(children, folder, bundle, engine, seed, rounds),
+        beside.ROUTER: lambda: beside.vllm_router(children, stage.options.peers, bundle, engine, seed, rounds),
+        beside.RAY: lambda: beside.ray_proxy(children, field.model, bundle, engine, seed, rounds),
+    }
+    out, told = [], {}
+    for arm, play_arm in arms.items():
+        name, bound = FINISH.format(arm), _ALL if arm == beside.OURS else None
+        stage.screen.say(f"beside peers: {arm}")
+        try:
+            found = await play_arm()
+        except (DidNotStart, NoPeers, RuntimeError, TimeoutError) as error:
+            stage.report.problems.append(f"peers, {arm}: {error!r}")
+            out.append(
+                missing(name, bound, f"{arm} did not run: {str(error).splitlines()[0] if str(error) else error!r}")
+            )
+            continue
+        told[arm] = found.settings()
+        share = found.whole / found.begun
+        note = f"{found}, {rounds} kills"
+        out.append(exact(name, share, bound, "share", note) if bound else at_worst(name, share, None, "share", note))
+    stage.report.settings["beside peers"] = told
+    return out
 
 
 async def _recovery(field: Field) -> list[Figure]:
@@ -265,7 +297,11 @@ async def _soak(field: Field) -> list[Figure]:
 Part = Callable[[Field], Awaitable[list[Figure]]]
 PARTS: Mapping[str, tuple[Part, Mapping[str, Bound | None]]] = {
     "mass": (_mass, {EXACT: _ALL, DUPLICATES: _NONE, GAPS: _NONE}),
-    "engines": (_engines, {ENGINES: _ALL, ENGINES_MIXED: _ALL, PEERS: None}),
+    "engines": (_engines, {ENGINES: _ALL, ENGINES_MIXED: _ALL}),
+    "peers": (
+        _peers,
+        {FINISH.format(beside.OURS): _ALL, FINISH.format(beside.ROUTER): None, FINISH.format(beside.RAY): None},
+    ),
     "recovery": (
         _recovery,
         {SILENCE: _SILENCE, CROWD: _SILENCE, KILLED: _KILLED, HUNG: _HUNG, STUCK: _HUNG, SURVIVORS: _SURVIVORS},
