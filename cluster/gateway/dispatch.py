@@ -39,10 +39,6 @@ log = structlog.get_logger("dispatch")
 SWEEP_S = 1.0
 STANDS_STILL = ("silent", "hung", "deaf", "mute")
 """Ways of a link's end after which its worker, should it dial anew, has to show that it serves."""
-REPLAY_SHARE = 0.75
-"""At most such a part of what an engine computes in a step may be of continued calls, so that its others go on. What
-waits for that is sent as soon as a step has begun with those before it, not when they have their tokens: so no step
-goes by without any."""
 _WHY_NOT = {
     Outcome.QUEUE_FULL: "the cluster's queue is full; retry after the given pause",
     Outcome.RATE_LIMITED: "too many of your own calls wait already; let some of them end first",
@@ -387,7 +383,7 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         draining=not link.serves,
         incarnation=link.identity.incarnation,
         likeness=link.likeness,
-        replaying=link.replaying,
-        max_replaying=int(link.info.max_num_batched_tokens * REPLAY_SHARE),
+        replaying=link.replays.tokens,
+        max_replaying=link.replays.budget(link.load.step_p99_s),
         prefill_tokens=link.prefill_tokens,
     )

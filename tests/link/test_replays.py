@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import EngineInfo, EngineRequest, Sampling, TokenOutput, WorkerIdentity
+from cluster.link.replays import LEAST, STRETCH, UNKNOWN, Replays
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.worker_link import WorkerLink
 
@@ -53,19 +55,19 @@ def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
 def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
     """Waiting for their tokens would leave out every other step; going by time alone would overfill one."""
     link, told = linked(), []
-    link.on_replays = lambda: told.append(link.replaying)
+    link.on_replays = lambda: told.append(link.replays.tokens)
     submit(link, 10, 0)
-    assert link.replaying == 0, "one that begins is not paced"
+    assert link.replays.tokens == 0, "one that begins is not paced"
     first, second = submit(link, 10, 5), submit(link, 20, 5)
-    assert link.replaying == 40
+    assert link.replays.tokens == 40
     link.apply(turn(step=True))
-    assert (link.replaying, told) == (40, []), "this step may have begun before they came"
+    assert (link.replays.tokens, told) == (40, []), "this step may have begun before they came"
     link.apply(turn(first))
-    assert (link.replaying, told) == (40, []), "taken, but no step has begun since"
+    assert (link.replays.tokens, told) == (40, []), "taken, but no step has begun since"
     link.apply(turn(step=True))
-    assert (link.replaying, told) == (25, [25])
+    assert (link.replays.tokens, told) == (25, [25])
     link.apply(turn(second, step=True))
-    assert (link.replaying, told) == (0, [25, 0])
+    assert (link.replays.tokens, told) == (0, [25, 0])
 
 
 def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
@@ -73,10 +75,10 @@ def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
     link = linked()
     slot = submit(link, 2 * STEP_TOKENS, 8)
     link.apply(turn(slot, step=True))
-    assert link.replaying == STEP_TOKENS + 8
+    assert link.replays.tokens == STEP_TOKENS + 8
     link.apply(turn(step=True))
     link.apply(turn(step=True))
-    assert link.replaying == 0
+    assert link.replays.tokens == 0
 
 
 @given(st.lists(st.tuples(st.sampled_from(["submit", "accept", "step", "abort", "refuse"]), st.integers(0, 200))))
@@ -97,7 +99,25 @@ def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
             link.abort(slots[number % len(slots)])
         elif act == "refuse" and slots:
             link.apply(pb.WorkerTurn(refused=[pb.Refused(slot=slots[number % len(slots)], reason="NO_ROOM")]))
-        assert link.replaying >= 0
+        assert link.replays.tokens >= 0
     for slot in slots:
         link.abort(slot)
-    assert link.replaying == 0
+    assert link.replays.tokens == 0
+
+
+@given(st.floats(0.001, 0.2), st.floats(1e-6, 1e-3), st.floats(0.0, 1.0), st.lists(st.integers(16, 2048), min_size=1))
+def test_the_budget_makes_a_step_as_long_as_it_may_be(
+    usual_s: float, per_token_s: float, p99_s: float, prompts: list[int]
+) -> None:
+    """Learned from an engine whose prompts have a price: a step with the whole budget is STRETCH times the longest."""
+    most = 2048
+    replays = Replays(most)
+    assert replays.budget(p99_s) == int(UNKNOWN * most)
+    replays.took(usual_s, 0)
+    for tokens in prompts:
+        replays.took(usual_s + tokens * per_token_s, tokens)
+    budget = replays.budget(p99_s)
+    assert int(LEAST * most) <= budget <= most
+    if int(LEAST * most) < budget < most:
+        whole_s = usual_s + budget * per_token_s
+        assert whole_s == pytest.approx(STRETCH * max(p99_s, usual_s), rel=1e-3, abs=1.01 * per_token_s)
