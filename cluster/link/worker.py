@@ -387,6 +387,7 @@ class WorkerEnd:
 
     async def _watch(self, link: _Link, beater: Beater) -> None:
         """Look after the link: silence of the gateway, a full outbox, and frames that were in no hurry."""
+        sent = 0
         while True:
             await asyncio.sleep(self._timing.beat_s)
             if beater.silent_s > self._timing.silence_s:
@@ -395,8 +396,10 @@ class WorkerEnd:
                 raise LinkEnded("the gateway does not read; its outbox is full")
             if link.unacked_since is not None and time.monotonic() - link.unacked_since > self._timing.silence_s:
                 raise LinkEnded("the gateway beats but acknowledges nothing")
-            link.outbox.load(self._engine.load())
-            link.outbox.flush()
+            if link.outbox.sent_seq == sent:  # steps tell the load, beats too
+                link.outbox.load(self._engine.load())
+                link.outbox.flush()
+            sent = link.outbox.sent_seq
 
     async def _write(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.WorkerTurn, pb.GatewayTurn]) -> None:
         while True:
