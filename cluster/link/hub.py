@@ -291,7 +291,7 @@ class Hub(pb_grpc.LinkServicer):
         """Until the next look, where a worker would be suspected in `left_s`: together with all else that looks around
         while all have just been heard, and more often as soon as one owes a sign."""
         fine_s = self._timing.hang_s / TICKS
-        if left_s > CALM * self._timing.hang_s and ticks.TICK_S <= 2 * fine_s:  # more does not count as waking time
+        if left_s > CALM * self._timing.hang_s and 2 * fine_s >= ticks.TICK_S:  # more does not count as waking time
             return ticks.rest_s(asyncio.get_running_loop().time(), ticks.TICK_S)
         return min(fine_s, left_s)
 
