@@ -41,9 +41,7 @@ def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", c
     leave_no_core_dumps()
 
     async def serve() -> None:
-        await run_gateway(
-            config, folder=folder, stop=stop_on_signal(), ready=lambda _: garbage.settle(), probes=health
-        )
+        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=lambda _: garbage.settle(), probes=health)
 
     run(serve())
 

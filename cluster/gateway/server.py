@@ -32,6 +32,7 @@ from cluster.gateway.limits_local import LocalLimits
 from cluster.gateway.service import CallService
 from cluster.gateway.tls import NewestContext
 from cluster.gateway.turns import Turns
+from cluster.link import ticks
 from cluster.link.dial import Timing
 from cluster.link.hub import Hub, hub_server
 from cluster.observe.metrics import Metrics, Sample
@@ -51,6 +52,8 @@ log = structlog.get_logger("gateway")
 
 ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
 PROBE_MESSAGE_BYTES, PROBE_CALLS = 1 << 16, 16
+LAG_S = 0.1
+"""How often the event loop's lateness is measured."""
 LAST_WORD_S = 0.5
 """What a call gets that still runs when the time to drain is over, to tell its client so."""
 
@@ -335,11 +338,11 @@ class Gateway:
                 task.add_done_callback(self._states.discard)
 
     async def _measure_lag(self) -> None:
-        interval_s = 0.1
+        loop = asyncio.get_running_loop()
         while True:
-            before = time.monotonic()
-            await asyncio.sleep(interval_s)
-            self._lag.observe(max(time.monotonic() - before - interval_s, 0.0))
+            due = loop.time() + ticks.rest_s(loop.time(), LAG_S)
+            await asyncio.sleep(due - loop.time())
+            self._lag.observe(max(loop.time() - due, 0.0))
 
     def _gauges(self) -> Iterator[Sample]:
         yield "build_info", (__version__, platform.python_version(), grpc.__version__), 1
