@@ -56,11 +56,11 @@ async def _ready(child: Child, port: int, timeout_s: float, path: str = "/health
     return Peer(child, f"http://127.0.0.1:{port}")
 
 
-async def vllm_router(children: Children, environment: Path, engine_port: int) -> Peer:
-    """vllm-router, cache aware, before one server. Raises DidNotStart or NoPeers."""
+async def vllm_router(children: Children, environment: Path, *engine_ports: int, policy: str = "cache_aware") -> Peer:
+    """vllm-router before one server or several. Raises DidNotStart or NoPeers."""
     port = free_port()
     command = [program(environment, "vllm-router"), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--worker-urls", f"http://127.0.0.1:{engine_port}", "--policy", "cache_aware"]
+    command += ["--worker-urls", *(f"http://127.0.0.1:{engine}" for engine in engine_ports), "--policy", policy]
     command += ["--prometheus-port", str(free_port()), "--prometheus-host", "127.0.0.1", "--log-level", "warning"]
     child = children.start("vllm-router", ROUTER, command)
     return await _ready(child, port, READY_S)

@@ -36,6 +36,7 @@ from cluster.ledger.records import MAX_ID, OpenRecord, RecordError, UsageRecord
 from cluster.ledger.sealed import Sealer, SealError
 from cluster.ledger.spool import Replayer, Spool, SpoolStatistics
 from cluster.ledger.usage import IDLE_TENANT
+from cluster.link import ticks
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.worker_link import WorkerLink
 
@@ -150,7 +151,7 @@ class Accounting:
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(SWEEP_S)
+            await ticks.rest(SWEEP_S)
             now = self._clock()
             while self._late and self._late[0][0] <= now:
                 self._give_up(self._late.popleft()[1])

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from cluster.api.outcomes import CallError, Violation
 from cluster.gateway.call import Call
 from cluster.gateway.limits_local import Limits
+from cluster.link import ticks
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.limits import QUANTUM_TOKENS, Ask, Granted, LimitRefusal, Standing
 from cluster.tenancy.outputs import LearntOutputs
@@ -95,7 +96,7 @@ class Allowances:
         """Top up what has grown, until cancelled."""
         swept = self._clock()
         while True:
-            await asyncio.sleep(LOOK_S)
+            await ticks.rest(LOOK_S)
             due = [held for held in self._held.values() if self._is_due(held)]
             for at in range(0, len(due), AT_ONCE):
                 await asyncio.gather(*(self._top_up(held) for held in due[at : at + AT_ONCE]))

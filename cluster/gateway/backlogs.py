@@ -7,12 +7,12 @@ gateways; two of them suffice, since the next report makes up for a lost one.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.gateway.turns import Turns
+from cluster.link import ticks
 from cluster.link.codec_turns import FlowBacklog, Weighed, backlog_to_pb
 from cluster.link.worker_link import WorkerLink
 from cluster.tenancy.elsewhere import Backlog
@@ -66,7 +66,7 @@ class Backlogs:
     async def watch(self) -> None:
         """Report what waits, until cancelled."""
         while True:
-            await asyncio.sleep(REPORT_S)
+            await ticks.rest(REPORT_S)
             now = self._clock()
             for model in list(self._told):
                 self._tell(model, now)

@@ -39,8 +39,6 @@ log = structlog.get_logger("dispatch")
 SWEEP_S = 1.0
 STANDS_STILL = ("silent", "hung", "deaf", "mute")
 """Ways of a link's end after which its worker, should it dial anew, has to show that it serves."""
-REPLAY_PARTS = 2
-"""At most such a part of what an engine computes in a step may be of continued calls, so that its others go on."""
 _WHY_NOT = {
     Outcome.QUEUE_FULL: "the cluster's queue is full; retry after the given pause",
     Outcome.RATE_LIMITED: "too many of your own calls wait already; let some of them end first",
@@ -214,13 +212,16 @@ class Dispatcher:
         others = (one.identity.incarnation for one in self._links(link.identity.model) if one is not link)
         self.breakers.failed(incarnation, others, self._clock())
 
+    def _replays_begun(self, model: str) -> None:
+        """What some sequences had computed is being computed anew, so that others may follow in the next step."""
+        known = self._directory().find(model)
+        if known is not None:
+            self._send_returning(known)
+
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
         """A sequence has gone on at another worker, and its caller has waited so long for its next token."""
         self._metrics.count("resumes_total", model, reason)
         self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
-        known = self._directory().find(model)
-        if known is not None:  # what it had computed anew is done, so that another's may be
-            self._send_returning(known)
 
     def _links(self, model: str) -> Sequence[WorkerLink]:
         known = self._directory().find(model)
@@ -291,6 +292,7 @@ class Dispatcher:
             link.identity.model, gateway, waiting, self._clock()
         )
         link.on_standing = lambda: self.on_state()
+        link.on_replays = lambda: self._replays_begun(link.identity.model)
         self.turns.joined(link.identity)
         link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe
         self._directory().joined(link)
@@ -381,7 +383,7 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         draining=not link.serves,
         incarnation=link.identity.incarnation,
         likeness=link.likeness,
-        replaying=link.replaying,
-        max_replaying=link.info.max_num_batched_tokens // REPLAY_PARTS,
+        replaying=link.replays.tokens,
+        max_replaying=link.replays.budget(link.load.step_p99_s),
         prefill_tokens=link.prefill_tokens,
     )

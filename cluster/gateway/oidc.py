@@ -14,7 +14,6 @@ import ipaddress
 import json
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.client import HTTPException
@@ -25,6 +24,7 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.straight import open_straight
 from cluster.gateway.tokens import TokenRefused
 
 log = structlog.get_logger("oidc")
@@ -315,22 +315,13 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect could lead from an issuer's https to anywhere."""
-
-    def redirect_request(self, *_arguments: Any, **_options: Any) -> None:
-        """Follow none."""
-        return
-
-
 async def fetch_json(url: str) -> Mapping[str, Any]:
     """A JSON object over HTTP. Raises OSError, ValueError or HTTPException."""
     return await asyncio.to_thread(_get, check_url(url))
 
 
 def _get(url: str) -> Mapping[str, Any]:
-    opener = urllib.request.build_opener(_NoRedirects)
-    with opener.open(url, timeout=FETCH_TIMEOUT_S) as answer:
+    with open_straight(url, FETCH_TIMEOUT_S) as answer:
         data = answer.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         raise ValueError(f"{url} sends more than {MAX_DOCUMENT_BYTES} bytes")

@@ -72,7 +72,6 @@ class Output:
         "over",
         "place",
         "ran",
-        "replayed",
         "request",
         "restored",
         "resumes",
@@ -110,8 +109,6 @@ class Output:
         """How often it was to go on elsewhere after its first token."""
         self.resuming = ""
         """Why it has to, until its next token comes."""
-        self.replayed = 0
-        """Tokens that its worker computes anew for that, until then."""
         self.account: Account | None = None
         """Where accounts are kept and it has been submitted."""
         self.admitted = False
@@ -167,21 +164,8 @@ class Output:
     def bound(self, link: WorkerLink, slot: int) -> None:
         """A worker has been chosen and the request sent."""
         self.link, self.slot, self.ran = link, slot, True
-        if self.emitted:
-            self.replayed = self.tokens
-            link.replaying += self.replayed
-        else:
+        if not self.emitted:
             self.likeness = link.likeness
-
-    def _unbound(self) -> None:
-        """Its worker has nothing to do with it any longer."""
-        self._replay_over()
-        self.link = None
-
-    def _replay_over(self) -> None:
-        if self.link is not None:
-            self.link.replaying -= self.replayed
-        self.replayed = 0
 
     # ---- Sink
 
@@ -191,7 +175,7 @@ class Output:
 
     def refused(self, reason: str, message: str, field: str) -> None:
         """The request itself is at fault, or the engine had no room after all."""
-        self._unbound()
+        self.link = None
         self.ran = bool(self.emitted)
         self.call.on_refused(self)
         if reason == "NO_ROOM":
@@ -211,7 +195,7 @@ class Output:
         self.direct = None
         if output.finish is not None:
             link = self.link
-            self._unbound()
+            self.link = None
             if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
                 self._broken(output.finish, link)
                 return
@@ -234,7 +218,6 @@ class Output:
             call.began(self, cached)
         if self.link is not None:
             call.answered(self, self.link, True)
-        self._replay_over()
         if self.resuming:
             call.resumed(self)
             self.resuming = ""
@@ -291,7 +274,7 @@ class Output:
 
     def lost(self, why: str) -> None:
         """The worker is gone; another one goes on from here."""
-        self._unbound()
+        self.link = None
         if not self.finish_reason:
             told = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
             self._failed(Outcome.WORKER_LOST, "lost", told)
@@ -367,4 +350,4 @@ class Output:
         """Drop it in the engine, where it runs there."""
         if self.link is not None:
             self.link.abort(self.slot)
-            self._unbound()
+            self.link = None

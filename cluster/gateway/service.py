@@ -24,6 +24,7 @@ from cluster.gateway.door import ANYBODY, Door, OpenDoor
 from cluster.gateway.output import Output
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.link import ticks
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.identity import Principal
 
@@ -302,7 +303,7 @@ class CallService:
         """A few times a second: end what waited too long, bring the tenants' accounts up to date, and wake calls that
         have been silent for keepalive_s."""
         while True:
-            await asyncio.sleep(min(keepalive_s / 4, 0.25))
+            await ticks.rest(min(keepalive_s / 4, 0.25))
             self.dispatcher.expire()
             now = self.clock()
             for call in list(self._open.values()):

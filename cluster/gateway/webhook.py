@@ -15,19 +15,13 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from typing import Any
 
+from cluster.gateway.straight import open_straight
+
 TIMEOUT_S = 5.0
 
 
 class NotDelivered(Exception):
     """The receiver was not reached, or said no; the message is for the log and holds neither body nor secret."""
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect could lead from an operator's https to anywhere."""
-
-    def redirect_request(self, *_arguments: Any, **_options: Any) -> None:
-        """Follow none."""
-        return
 
 
 def signature(secret: bytes, at_s: int, body: bytes) -> str:
@@ -48,7 +42,7 @@ def post(url: str, secret: bytes, event: str, event_id: str, body: Mapping[str, 
     }
     request = urllib.request.Request(url, data, headers, method="POST")  # noqa: S310 - https, or this host, by config
     try:
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_S) as answer:
+        with open_straight(request, TIMEOUT_S) as answer:
             answer.read(1024)
     except urllib.error.HTTPError as error:
         error.close()

@@ -6,7 +6,8 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ import structlog
 from cluster.link.tls import TlsFiles
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from cluster.rpc.client import CallEnded, Client, connect
 
 log = structlog.get_logger("link")
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 CHUNK_BYTES = 1024 * 1024
+DIAL_S = 20.0
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -70,6 +73,21 @@ def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
         raise LinkEnded(str(error)) from None
 
 
+@asynccontextmanager
+async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[Client]:
+    """A connection to `host:port` for what must be there at once. Raises LinkEnded."""
+    try:
+        async with asyncio.timeout(DIAL_S):
+            context = None if tls is None else tls.context()
+            client = await connect(address, context, max_message_bytes=MAX_MESSAGE_BYTES)
+    except TimeoutError:
+        raise LinkEnded(f"UNAVAILABLE: no connection within {DIAL_S:g} s") from None
+    except (OSError, ValueError) as error:
+        raise LinkEnded(f"UNAVAILABLE: {error}") from None
+    async with client:
+        yield client
+
+
 async def read(call: Any) -> Any:
     """The next message of a stream, or None at its end (the stubs type grpc.aio.EOF as plain object)."""
     message = await call.read()
@@ -109,6 +127,8 @@ async def keep_dialing(
             why = str(ended)
         except grpc.aio.AioRpcError as error:
             why = f"{error.code().name}: {error.details()}"
+        except CallEnded as error:
+            why = str(error)
         except (asyncio.InvalidStateError, TimeoutError):  # a write after the call's end; no answer to hello
             why = "the gateway went away"
         if time.monotonic() - started > 5 * timing.redial_max_s:

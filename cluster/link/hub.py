@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import structlog
 from cluster import rpc
 from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
 from cluster.api.types import CatalogEntry, EngineInfo, WorkerIdentity
-from cluster.link import codec
+from cluster.link import codec, ticks
 from cluster.link.admission import CONTROLLER, Admission, of_model
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
 from cluster.link.liveness import Liveness, Waking
@@ -30,6 +31,8 @@ log = structlog.get_logger("hub")
 TICKS = 10
 """How often workers are looked at, at least, in the time after which they are suspected; and when one would be."""
 LEAST_REST_S = 0.002
+CALM = 0.6
+"""Such a part of that time must be left for all workers, that they are looked at less often."""
 NOTICING_S = 0.02
 """Of the time in which a worker that stands still is to be found: what the finding itself may take."""
 
@@ -272,7 +275,7 @@ class Hub(pb_grpc.LinkServicer):
         """Close the links of workers that are taken for lost; runs until cancelled."""
         while True:
             now = self._now()
-            rest_s = self._timing.hang_s / TICKS
+            due = math.inf
             for link in list(self._links.values()):
                 if link.liveness is None:
                     continue
@@ -281,10 +284,17 @@ class Hub(pb_grpc.LinkServicer):
                     link.close(found.why, found.reason)
                     self._detach(link)
                 else:
-                    rest_s = min(rest_s, link.liveness.due - now)
-            rest_s = max(rest_s, LEAST_REST_S)
+                    due = min(due, link.liveness.due)
+            rest_s = max(self._rest_s(due - now), LEAST_REST_S)
             self._waking.rest(time.monotonic(), rest_s)
             await asyncio.sleep(rest_s)
+
+    def _rest_s(self, left_s: float) -> float:
+        """Until the next look, where a worker would be suspected in `left_s`: together with all else that looks around
+        while all have just been heard, and more often as soon as one owes a sign."""
+        if left_s > max(CALM * self._timing.hang_s, 2 * ticks.TICK_S):
+            return ticks.rest_s(asyncio.get_running_loop().time(), ticks.TICK_S)
+        return min(self._timing.hang_s / TICKS, left_s)
 
     # ---- bulk
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,17 @@ class TlsFiles:
             except OSError as error:
                 raise ValueError(f"link TLS: {what} {path} cannot be read: {error.strerror}") from None
         return parts[0], parts[1], parts[2]
+
+    def context(self) -> ssl.SSLContext:
+        """The same for a socket of our own. Raises ValueError."""
+        authority = self._read()[2]
+        try:
+            context = ssl.create_default_context(cadata=authority.decode("ascii", "replace"))
+            context.load_cert_chain(self.cert_file, self.key_file)
+        except (OSError, ValueError) as error:  # ssl.SSLError among them: half of a renewal, perhaps
+            raise ValueError(f"link TLS: {error}") from None
+        context.set_alpn_protocols(["h2"])
+        return context
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Credentials of one who dials."""

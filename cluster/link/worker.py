@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import grpc
 import structlog
 
 from cluster.api.bundle import Bundle
@@ -25,7 +24,7 @@ from cluster.api.types import EngineInfo, EngineLoad, FinishReason, WorkerIdenti
 from cluster.link import codec
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.credit import Granter, Room
-from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, read, until_first
+from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, open_client, read, until_first
 from cluster.link.gpu_meter import GpuMeter, Share
 from cluster.link.lookahead import Lookahead
 from cluster.link.outbox import Outbox
@@ -37,12 +36,14 @@ from cluster.link.usage_keeper import EndedUsage, UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.link.worker_usage import WorkerUsage
+from cluster.rpc.client import ClientCall
 
 log = structlog.get_logger("worker")
 
 INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
+TURN = "/cluster.link.v1.Link/Turn"
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
 
@@ -307,8 +308,8 @@ class WorkerEnd:
 
     async def _session(self, address: str) -> None:
         epoch = next(self._epochs)
-        async with open_channel(address, self._tls) as turn_channel, open_channel(address, self._tls) as bulk_channel:
-            call = pb_grpc.LinkStub(turn_channel).Turn(metadata=(("x-headrace-worker", self._identity.worker_id),))
+        async with open_client(address, self._tls) as client, open_channel(address, self._tls) as bulk_channel:
+            call = client.call(TURN, pb.WorkerTurn.SerializeToString, pb.GatewayTurn.FromString, self._metadata())
             await call.write(pb.WorkerTurn(hello=codec.hello_to_pb(self._identity, self._info, epoch)))
             try:
                 first = await asyncio.wait_for(read(call), self._timing.welcome_s)
@@ -347,6 +348,9 @@ class WorkerEnd:
                 await self._end(link, parts, beater)
                 parts.clear()
                 call.cancel()
+
+    def _metadata(self) -> Sequence[tuple[str, str]]:
+        return (("x-headrace-worker", self._identity.worker_id),)
 
     def _turn(self, epoch: int, gateway: str) -> int:
         """Another order of the gateways at each worker: were one the last everywhere, it would have no credit at all
@@ -387,6 +391,7 @@ class WorkerEnd:
 
     async def _watch(self, link: _Link, beater: Beater) -> None:
         """Look after the link: silence of the gateway, a full outbox, and frames that were in no hurry."""
+        sent = 0
         while True:
             await asyncio.sleep(self._timing.beat_s)
             if beater.silent_s > self._timing.silence_s:
@@ -395,14 +400,16 @@ class WorkerEnd:
                 raise LinkEnded("the gateway does not read; its outbox is full")
             if link.unacked_since is not None and time.monotonic() - link.unacked_since > self._timing.silence_s:
                 raise LinkEnded("the gateway beats but acknowledges nothing")
-            link.outbox.load(self._engine.load())
-            link.outbox.flush()
+            if link.outbox.sent_seq == sent:  # steps tell the load, beats too
+                link.outbox.load(self._engine.load())
+                link.outbox.flush()
+            sent = link.outbox.sent_seq
 
-    async def _write(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.WorkerTurn, pb.GatewayTurn]) -> None:
+    async def _write(self, link: _Link, call: ClientCall) -> None:
         while True:
             await call.write(await link.outbox.take())
 
-    async def _read(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.WorkerTurn, pb.GatewayTurn]) -> None:
+    async def _read(self, link: _Link, call: ClientCall) -> None:
         while (message := await read(call)) is not None:
             try:
                 await self._apply(link, message)

@@ -19,6 +19,7 @@ from cluster.link.credit import Purse, Room
 from cluster.link.dial import CHUNK_BYTES
 from cluster.link.liveness import Liveness
 from cluster.link.outbox import CommandBox
+from cluster.link.replays import Replays
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 from cluster.tenancy.elsewhere import ServedTotal
@@ -58,8 +59,10 @@ class WorkerLink:
         self.info = info
         self.epoch = epoch
         self.likeness = Likeness(identity.weight_digest, identity.bundle_digest, info.engine_class)
-        self.replaying = 0
-        """Tokens of continued calls that this gateway has sent and whose next token has not come; kept by the sinks."""
+        self.replays = Replays(info.max_num_batched_tokens)
+        """Continued calls that this gateway has sent and that no step has begun with, as far as is known."""
+        self.on_replays: Callable[[], None] = lambda: None
+        """Told that a step has begun with some of these, so that there is room for others."""
         self.load = EngineLoad()
         self.standing = Standing.SERVING
         self.leave_at = float("inf")
@@ -127,6 +130,8 @@ class WorkerLink:
         self._sinks[slot] = sink
         tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         self.prefill_tokens += tokens
+        if request.emitted_token_ids:
+            self.replays.sent(slot, tokens)
         self._purse.spend(tokens)
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"
@@ -157,6 +162,7 @@ class WorkerLink:
     def _prefilled(self, slot: int) -> None:
         """Its prompt stands before nobody any longer."""
         self.prefill_tokens -= self._prefilling.pop(slot, 0)
+        self.replays.left(slot)
 
     @property
     def sinks(self) -> Sequence[Sink]:
@@ -176,12 +182,15 @@ class WorkerLink:
         for accepted in message.accepted:
             if (sink := self._sinks.get(accepted.slot)) is not None:
                 sink.accepted()
+                self.replays.accepted(accepted.slot)
         for refused in message.refused:
             if (sink := self._sinks.pop(refused.slot, None)) is not None:
                 self._prefilled(refused.slot)
                 sink.refused(refused.reason, refused.message, refused.field)
         if message.HasField("step"):
             self._apply_step(message.step)
+            if self.replays.step_begins():
+                self.on_replays()
         if message.HasField("served"):
             self.on_served(self, served_from_pb(message.served))
         for gateway, waiting in elsewhere_from_pb(message.elsewhere):
@@ -207,7 +216,12 @@ class WorkerLink:
         sinks = self._sinks
         more = codec.told_more(step)
         if more is not None:
-            self._apply_tokens(step, more)
+            step_s = self._apply_tokens(step, more)
+            if step_s:
+                prompts = self._prefilling
+                self.replays.took(
+                    step_s, sum(prompts.get(first.slot, 0) - first.cached_tokens for first in step.firsts)
+                )
             if not more:
                 return
         for slot, output in codec.outputs_from_pb(step, more):
@@ -220,8 +234,9 @@ class WorkerLink:
                 del sinks[slot]
             sink.output(output)
 
-    def _apply_tokens(self, step: pb.StepOutputs, without: Container[int]) -> None:
-        """The slots that got one token and nothing else. Most of them got their last one in the step before."""
+    def _apply_tokens(self, step: pb.StepOutputs, without: Container[int]) -> float:
+        """The slots that got one token and nothing else. Most of them got their last one in the step before: then it is
+        how long this step took, else 0."""
         now, before = self.last_heard, self._step_at
         self._step_at = now
         find, in_step = self._sinks.get, 0
@@ -237,8 +252,10 @@ class WorkerLink:
                 self.on_gaps(now - sink.heard_at, 1)
             sink.heard_at = now
             sink.token(token_id)
-        if in_step:
-            self.on_gaps(now - before, in_step)
+        if not in_step:
+            return 0.0
+        self.on_gaps(now - before, in_step)
+        return now - before
 
     def end(self, why: str) -> None:
         """Tell every slot, once."""

@@ -21,7 +21,8 @@ class Candidate:
     """A worker as seen by the gateway that chooses. Room is what it has granted to this gateway and is unspent.
 
     `running` are this gateway's sequences there, `waiting` those in the engine's own queue, `kv_usage` in [0, 1].
-    `replaying` tokens of continued calls are being computed there for this gateway, at most `max_replaying` may be.
+    `replaying` tokens of continued calls of this gateway wait there for the engine's next step, at most `max_replaying`
+    may do so.
     """
 
     worker_id: str

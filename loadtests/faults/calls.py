@@ -32,6 +32,9 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 """By name, the fields beyond the prompt and the length."""
 
 
+_Tokens = Mapping[int, Sequence[tuple[int, float]]]
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One request."""
@@ -51,14 +54,16 @@ def mixed(count: int, model: str, seed: int, *, tokens: tuple[int, int], words: 
     return out
 
 
-def ask(key: str, kind: str, model: str, tokens: int, words: int, seed: float) -> Ask:
-    """A request of a kind, as long as asked for but where a stop string ends it."""
+def ask(
+    key: str, kind: str, model: str, tokens: int, words: int, seed: float, fields: Mapping[str, Any] | None = None
+) -> Ask:
+    """A request of a kind, as long as asked for but where a stop string ends it. `fields` of a kind not in KINDS."""
     rng = random.Random(f"{key} {seed}")
     prompt = f"{key} " + " ".join(rng.choice(_WORDS) for _ in range(words))
+    given = {"ignore_eos": True, **(KINDS[kind] if fields is None else fields)}
     message = pb.ChatRequest(
-        model=model, messages=[pb.Message(role="user", content=prompt)], max_tokens=tokens, ignore_eos=True,
-        **KINDS[kind],
-    )  # fmt: skip
+        model=model, messages=[pb.Message(role="user", content=prompt)], max_tokens=tokens, **given
+    )
     return Ask(key, kind, message)
 
 
@@ -69,6 +74,8 @@ class Told:
     ask: Ask
     request_id: str
     sent: float
+    answer_id: str = ""
+    """The answer's own id."""
     ended: float = 0.0
     whole: int = 0
     """Characters of the undisturbed answer, where it is known."""
@@ -86,6 +93,7 @@ class Told:
 
     def take(self, chunk: pb.ChatChunk, now: float) -> None:
         """One more chunk."""
+        self.answer_id = chunk.id
         if chunk.choices:
             self.offsets.append(chunk.offset)  # chunks of mere progress repeat it
             if self.chunks:
@@ -131,8 +139,9 @@ class Told:
         return [(b, b - a) for a, b in zip(self.chunks, self.chunks[1:], strict=False)]
 
 
-def difference(one: Told, undisturbed: Told) -> str:
-    """How a call differs from its undisturbed self: "" for not at all, else failed, duplicate, gap or other."""
+def difference(one: Told, undisturbed: Told, logprob_tolerance: float = 0.0) -> str:
+    """How a call differs from its undisturbed self: "" for not at all, else failed, duplicate, gap or other. Log
+    probabilities of a real engine depend a little on who else is in the batch."""
     if one.error:
         return f"failed: {one.error}"
     if one.offsets != sorted(set(one.offsets)):
@@ -141,12 +150,25 @@ def difference(one: Told, undisturbed: Told) -> str:
         found = _texts_differ(one.texts.get(index, ""), text)
         if found:
             return found
-    if one.tokens != undisturbed.tokens or one.finishes != undisturbed.finishes:
+    if not _tokens_equal(one.tokens, undisturbed.tokens, logprob_tolerance) or one.finishes != undisturbed.finishes:
         return "other"
     assert one.usage is not None
     assert undisturbed.usage is not None
     counts = [(u.prompt_tokens, u.completion_tokens) for u in (one.usage, undisturbed.usage)]
     return "" if counts[0] == counts[1] and one.texts.keys() == undisturbed.texts.keys() else "other"
+
+
+def _tokens_equal(ours: _Tokens, whole: _Tokens, tolerance: float) -> bool:
+    """Whether ids are the same and log probabilities as near as asked."""
+    if ours.keys() != whole.keys():
+        return False
+    for index, wanted in whole.items():
+        found = ours[index]
+        if [token for token, _ in found] != [token for token, _ in wanted]:
+            return False
+        if any(abs(a - b) > tolerance for (_, a), (_, b) in zip(found, wanted, strict=True)):
+            return False
+    return True
 
 
 SEEN = 12

@@ -1,8 +1,13 @@
-"""The proof on the real engine: two vLLM workers, float32 on CPU, long greedy answers, faults in the middle.
+"""The proof on the real engine: two vLLM workers, float32 on CPU, long answers of every kind, faults in the middle.
 
-A process that was killed needs half a minute to be back, so most of the points are cut links and stopped processes,
-which lose a worker's calls just the same; the mixture is in the report. Beside the greedy calls some are seeded,
-penalized or under a grammar: the engine continues those, too (docs/failures.md).
+Sixteen calls begin together; when each of them has told a drawn number of pieces, the worker that runs most of them is
+cut off, stopped or killed; in half of the batches the other one follows, so that calls lose two workers. How many
+sequences went on elsewhere after a point is read from the gateway's metrics, and a point that has hit none, since all
+calls ended in the moment before, does not count. A killed engine needs half a minute to be back, meanwhile the other
+serves alone and what falls on it is a cut or a stop, after which its calls go on at itself.
+
+Every answer is compared with the same call undisturbed. The undisturbed calls are made twice, in other company: what
+differs there is the engine's own and no fault's.
 """
 
 from __future__ import annotations
@@ -18,22 +23,43 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from cluster.cli.siblings import scrape
+from cluster.v1 import inference_pb2 as pb
 from loadtests.children import Child, Children
 from loadtests.faults.calls import Ask, Caller, Told, ask, difference
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.serving.fleet import Fleet, SimWorker, begun_gateway
 from loadtests.serving.ours import ENGINE_READY_S, MODEL
 
-WORKERS, STREAMS, TOKENS, WORDS = 2, 10, 240, 60
-GREEDY, OTHERS = 12, ("seeded", "penalties", "logprobs", "stop")
+WORKERS, TOKENS, WORDS = 2, 320, (40, 100)
+GREEDY, OTHERS = ("greedy", "logprobs"), ("seeded", "penalties", "n", "stop", "json")
+BATCH = ("greedy",) * 6 + ("logprobs",) * 2 + ("seeded", "penalties", "json") * 2 + ("n", "stop")
+ASKS = 4 * len(BATCH)
+_SCHEMA = {"type": "array", "items": {"type": "string", "maxLength": 6}, "minItems": 100}
+JSON: Mapping[str, Any] = {
+    "temperature": 0.8,
+    "seed": 17,
+    "ignore_eos": False,
+    "response_format": pb.ResponseFormat(type="json_schema", json_schema=json.dumps(_SCHEMA)),
+}
+"""So many items that the length ends it."""
+STOP_STRING: Mapping[str, Any] = {"temperature": 0.0, "stop": ["!?", "zqx"]}
+"""So rare that it ends few answers, and late."""
+MOST_MISSES = 60
+OWN = {"json": JSON, "stop": STOP_STRING}
+"""Kinds that are others here than elsewhere, or are only here."""
+LOGPROBS = 1e-4
+"""So far apart may log probabilities be: a prefill and steps round differently."""
 BLOCK_TOKENS = 32
-KILLS_OF = 20
-"""One point of so many is a SIGKILL."""
+KILLS_OF = 5
+"""One point of so many is to be a SIGKILL; it waits until both engines are there."""
+PIECES = (6, 90)
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
     "max_model_len": 2048,
-    "max_num_seqs": 16,
+    "max_num_seqs": 32,
     "max_num_batched_tokens": 2048,
     "block_size": BLOCK_TOKENS,
     "kv_cache_memory_bytes": 128 << 20,
@@ -44,23 +70,57 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
-BETWEEN_S, NOTICED_S, BACK_S = (0.3, 1.0), 5.0, 180.0
+NOTICED_S, BACK_S, BEAT_S, ENDS_S = 5.0, 10.0, 0.1, 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One fault: what fell on which worker when each call had told so many pieces, and how many sequences were hit."""
+
+    kind: str
+    worker: int
+    pieces: int
+    alone: bool
+    """Whether no other worker was there."""
+    hit: int
 
 
 @dataclass(slots=True)
 class Proof:
     """Calls under faults, and how they differ."""
 
-    points: Counter[str] = field(default_factory=Counter)
+    points: list[Point] = field(default_factory=list)
+    """Those that have hit somebody."""
+    misses: int = 0
+    """Points beside them that have hit nobody."""
     calls: list[Told] = field(default_factory=list)
     differences: dict[str, str] = field(default_factory=dict)
-    refused: int = 0
-    """Calls that came while no worker had a link; there is no controller here that would tell of the model."""
+    """By request id, of all calls of all batches."""
+    noise: int = 0
+    """Undisturbed calls that differ from themselves in other company."""
+    seconds: float = 0.0
 
     def exact(self, *kinds: str) -> tuple[int, int]:
-        """(exact, all) of the calls of these kinds that lost a worker."""
+        """(exact, all) of the calls of these kinds that lost a worker, or failed."""
         hit = [told for told in self.calls if told.ask.kind in kinds and (told.resumed or told.error)]
         return sum(told.request_id not in self.differences for told in hit), len(hit)
+
+    def settings(self) -> dict[str, Any]:
+        """For the report."""
+        hits = [point.hit for point in self.points]
+        return {
+            "points": dict(Counter(point.kind for point in self.points)),
+            "points that hit nobody and do not count": self.misses,
+            "points without another worker": sum(point.alone for point in self.points),
+            "sequences hit a point": {"least": min(hits, default=0), "most": max(hits, default=0), "all": sum(hits)},
+            "calls": dict(Counter(told.ask.kind for told in self.calls)),
+            "calls hit": dict(Counter(told.ask.kind for told in self.calls if told.resumed)),
+            "more than once": sum(told.resumed > max(told.ask.message.n, 1) for told in self.calls),
+            "different": self.differences,
+            "undisturbed calls that differ from themselves": self.noise,
+            "seconds": round(self.seconds, 1),
+            "engine": dict(ENGINE),
+        }
 
 
 class Engines:
@@ -71,6 +131,7 @@ class Engines:
         self._children = children
         self._commands = commands
         self._processes: list[Child | None] = [None] * len(commands)
+        self._starting: set[int] = set()
 
     def start(self, number: int) -> None:
         """Start a worker's process."""
@@ -78,10 +139,29 @@ class Engines:
         self._processes[number] = self._children.start(name, "worker replica", self._commands[number], ENVIRONMENT)
 
     async def standing(self) -> list[int]:
-        """Those that have links, once somebody has."""
+        """Those that have links, once all have but one that starts anew."""
         news, ids = self.fleet.news, [worker.id for worker in self.fleet.workers]
-        await news.until(lambda: bool(news.up), ENGINE_READY_S)
+        self._starting = {number for number in self._starting if ids[number] not in news.up}
+        wanted = {worker for number, worker in enumerate(ids) if number not in self._starting}
+        await news.until(lambda: news.up >= wanted, BACK_S)
         return [number for number, worker in enumerate(ids) if worker in news.up]
+
+    async def running(self) -> dict[int, int]:
+        """Sequences that each of those that have links runs, as its last beat told."""
+        told = await self._scrape()
+        ids = {worker.id: number for number, worker in enumerate(self.fleet.workers)}
+        return {
+            ids[labels["worker"]]: int(value)
+            for name, labels, value in told
+            if name == "headrace_worker_running_requests"
+        }
+
+    async def resumes(self) -> int:
+        """Sequences that have gone on at another worker, or at the same one after its link broke."""
+        return int(sum(value for name, _, value in await self._scrape() if name == "headrace_resumes_total"))
+
+    async def _scrape(self) -> list[tuple[str, dict[str, str], float]]:
+        return await asyncio.to_thread(scrape, self.fleet.endpoints["metrics"]) or []
 
     async def stop(self) -> None:
         """End all."""
@@ -91,7 +171,7 @@ class Engines:
         """One fault, until the gateway has noticed it and the worker may be back."""
         worker, since = self.fleet.workers[number], time.time()
         if kind == KILL:
-            await self.kill(number)
+            await self._kill(number)
             return
         if kind == LINK:
             worker.relay.sever()
@@ -106,13 +186,14 @@ class Engines:
         for process in child.commands():
             process.send_signal(what)
 
-    async def kill(self, number: int) -> None:
+    async def _kill(self, number: int) -> None:
         """SIGKILL to the worker, its engine with it; another takes its place."""
         child = self._processes[number]
         assert child is not None
         since = time.time()
         self._signal(number, signal.SIGKILL)
         await self.fleet.news.downs(self.fleet.workers[number].id, since, NOTICED_S)
+        self._starting.add(number)
         await child.stop()
         self.start(number)
 
@@ -139,47 +220,143 @@ async def running(children: Children, folder: Path, model: Path, bundle: Path) -
 
 
 def asks_of(model: str, seed: int) -> list[Ask]:
-    """Greedy calls, and some of other kinds."""
+    """Batches of all kinds, each call with a prompt of its own."""
     rng = random.Random(seed)
-    kinds = ["greedy"] * GREEDY + list(OTHERS) * 2
-    return [ask(f"e{i}", kind, model, TOKENS, WORDS, rng.random()) for i, kind in enumerate(kinds)]
+    out = []
+    for number in range(ASKS):
+        kind = BATCH[number % len(BATCH)]
+        fields = OWN.get(kind)
+        out.append(ask(f"e{number}", kind, model, TOKENS, rng.randint(*WORDS), rng.random(), fields))
+    return out
+
+
+class Batch:
+    """Calls that begin together."""
+
+    def __init__(self, caller: Caller, asks: Sequence[Ask]) -> None:
+        self._told: dict[str, Told] = {}
+        self._more = asyncio.Event()
+        self._tasks = [asyncio.create_task(caller.call(one, self._seen)) for one in asks]
+        for task in self._tasks:
+            task.add_done_callback(lambda _: self._more.set())
+
+    def _seen(self, told: Told) -> None:
+        self._told[told.request_id] = told
+        self._more.set()
+
+    async def until(self, pieces: int) -> int:
+        """Wait until every call that runs has told so many pieces; how many still run."""
+        async with asyncio.timeout(ENDS_S):
+            while True:
+                self._more.clear()
+                running = [told for told in self._told.values() if not told.ended]
+                if len(self._told) == len(self._tasks) and all(len(told.chunks) >= pieces for told in running):
+                    return len(running)
+                await self._more.wait()
+
+    async def ended(self) -> list[Told]:
+        """All of them, once they have ended."""
+        async with asyncio.timeout(ENDS_S):
+            return list(await asyncio.gather(*self._tasks))
+
+    async def cancel(self) -> None:
+        """End what still runs."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class Prover:
+    """Batches over two engines, and the faults that fall into them."""
+
+    def __init__(self, engines: Engines, seed: int) -> None:
+        fleet = engines.fleet
+        self._engines = engines
+        self._rng = random.Random(seed)
+        self._caller = Caller(fleet.grpc, fleet.metadata, "engines")
+        self._asks = asks_of(fleet.model, seed)
+        self._kills_due = 0.0
+        self.proof = Proof()
+
+    async def prove(self, points: int) -> Proof:
+        """Batches until so many faults have hit somebody; each answer against its undisturbed self. Raises RuntimeError
+        where calls fail undisturbed, TimeoutError where a batch stands still."""
+        proof, began = self.proof, time.monotonic()
+        try:
+            undisturbed = await self._undisturbed()
+            at = 0
+            while len(proof.points) < points and proof.misses < MOST_MISSES:
+                asks = [self._asks[(at + number) % len(self._asks)] for number in range(len(BATCH))]
+                at += len(BATCH) + 5  # other company each time
+                faults = min(1 + at % 2, points - len(proof.points))
+                await self._batch(asks, faults)
+        finally:
+            await self._caller.close()
+        for told in proof.calls:
+            found = difference(told, undisturbed[told.ask.key], LOGPROBS)
+            if found:
+                proof.differences[told.request_id] = f"{told.ask.kind}: {found}"
+        proof.seconds = time.monotonic() - began
+        return proof
+
+    async def _undisturbed(self) -> dict[str, Told]:
+        rounds: list[dict[str, Told]] = []
+        for shift in (0, 7):
+            order = self._asks[shift:] + self._asks[:shift]
+            told: list[Told] = []
+            for at in range(0, ASKS, len(BATCH)):
+                told += await Batch(self._caller, order[at : at + len(BATCH)]).ended()
+            failed = [one.error for one in told if one.error]
+            if failed:
+                raise RuntimeError(f"{len(failed)} calls failed undisturbed: {failed[0]}")
+            rounds.append({one.ask.key: one for one in told})
+        first, second = rounds
+        self.proof.noise = sum(difference(second[key], first[key], LOGPROBS) != "" for key in first)
+        return first
+
+    async def _batch(self, asks: Sequence[Ask], faults: int) -> None:
+        engines, proof = self._engines, self.proof
+        await engines.standing()
+        batch = Batch(self._caller, asks)
+        moments = sorted(self._rng.randint(*PIECES) for _ in range(faults))
+        struck: list[tuple[str, int, int, bool, int]] = []
+        try:
+            for pieces in moments:
+                standing = await engines.standing()
+                number = await self._victim(batch, pieces)
+                if number is None:
+                    break
+                kind = self._kind(len(standing))
+                struck.append((kind, number, pieces, len(standing) == 1, await engines.resumes()))
+                await engines.strike(kind, number)
+            proof.calls += await batch.ended()
+        finally:
+            await batch.cancel()
+        counts = [before for *_, before in struck] + [await engines.resumes()]
+        for (kind, number, pieces, alone, before), after in zip(struck, counts[1:], strict=True):
+            if after > before:
+                proof.points.append(Point(kind, number, pieces, alone, after - before))
+            else:
+                proof.misses += 1
+
+    async def _victim(self, batch: Batch, pieces: int) -> int | None:
+        """The worker that runs most once all calls have told so many pieces; None where they have ended before."""
+        while await batch.until(pieces):
+            loads = await self._engines.running()
+            number = max(loads, key=loads.__getitem__, default=None)
+            if number is not None and loads[number]:
+                return number
+            await asyncio.sleep(BEAT_S)  # what runs is told in beats
+        return None
+
+    def _kind(self, standing: int) -> str:
+        self._kills_due += 1 / KILLS_OF
+        if self._kills_due >= 1 and standing == WORKERS:
+            self._kills_due -= 1
+            return KILL
+        return self._rng.choice((LINK, STOP))
 
 
 async def prove(engines: Engines, points: int, seed: int) -> Proof:
-    """Callers at work until so many faults have fallen; each answer against its undisturbed self."""
-    fleet, rng, proof = engines.fleet, random.Random(seed), Proof()
-    caller, asks, over = Caller(fleet.grpc, fleet.metadata, "engines"), asks_of(fleet.model, seed), False
-    undisturbed = {told.ask.key: told for told in await asyncio.gather(*(caller.call(one) for one in asks))}
-
-    async def callers(number: int) -> None:
-        while not over:
-            told = await caller.call(asks[number % len(asks)])
-            if told.error and not told.begun:
-                proof.refused += 1
-                await engines.standing()
-                continue
-            proof.calls.append(told)
-            number += STREAMS + 1
-
-    streams = [asyncio.create_task(callers(number)) for number in range(STREAMS)]
-    try:
-        for point in range(points):
-            await asyncio.sleep(rng.uniform(*BETWEEN_S))
-            standing = await engines.standing()
-            kind = KILL if point % KILLS_OF == KILLS_OF - 1 else rng.choice((LINK, LINK, STOP))
-            if kind == KILL and len(standing) < WORKERS:
-                kind = LINK  # never the last one: another takes minutes on a busy machine
-            proof.points[kind] += 1
-            await engines.strike(kind, rng.choice(standing))
-        over = True
-        await asyncio.wait(streams, timeout=BACK_S)
-    finally:
-        for task in streams:
-            task.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
-        await caller.close()
-    for told in proof.calls:
-        found = difference(told, undisturbed[told.ask.key])
-        if found:
-            proof.differences[told.request_id] = found
-    return proof
+    """See Prover."""
+    return await Prover(engines, seed).prove(points)

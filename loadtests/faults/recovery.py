@@ -2,8 +2,9 @@
 
 An episode is a set of streams that begin together on all workers, with fresh calls of the same length beside them all
 the time; when all have begun, one worker is killed or stopped. Streams that say that they went on elsewhere were hit,
-the others are the survivors. In calm episodes nothing falls, and as many fresh calls come at once as a worker had
-streams: what a crowd of beginners waits is what a crowd of continued calls may wait.
+the others are the survivors. In calm episodes one worker is away from the beginning, the others have as many streams
+each as survivors have, and as many fresh calls come at once as a worker has streams: what a crowd of beginners waits at
+the same workers is what a crowd of continued calls may wait.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from loadtests.faults.calls import Ask, Caller, Told, ask
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.serving.fleet import Fleet, SimWorker
 
-WORKERS, STREAMS, FRESH = 4, 32, 8
+WORKERS, STREAMS, FRESH = 4, 32, 4
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 WORDS, TOKENS, FRESH_TOKENS = 100, 60, 10
+GROWN_WORDS = 8
+"""By so much the prompts of fresh calls are longer: what an interrupted call has emitted has to be computed, too."""
 BEGUN_CHUNKS = 12
 CALM = "calm"
-EPISODES = (KILL, STOP, KILL, CALM, LINK, STOP, KILL, STOP) * 3
+EPISODES = (KILL, STOP, CALM, KILL, LINK, CALM, STOP, KILL, CALM, LINK) * 3
 NOTICED_S, BACK_S, BEGUN_S = 8.0, 1.5, 30.0
+TRIAL_S = 1.2
+"""A worker that stood still gets a trial after a second; streams that begin before would go to the others."""
 BEFORE_S = 1.0
 
 
@@ -135,34 +140,51 @@ class Recovery:
         try:
             await self._caller.call(self._ask(FRESH_TOKENS))  # the first waits for the tokenizer
             for kind in kinds:
-                await self._fleet.all_up()
+                await self._all_serve()
                 seen = len(self._fleet.news.events)
                 self.findings.episodes.append(await self._episode(kind))
                 downs = [e for e in self._fleet.news.events[seen:] if e.name == "worker_down"]
-                self.findings.alarms += max(len(downs) - (kind != CALM), 0)
+                self.findings.alarms += max(len(downs) - 1, 0)
         finally:
             await self._caller.close()
         return self.findings
 
     def _ask(self, tokens: int) -> Ask:
         self._asked += 1
-        return ask(f"r{self._asked}", "greedy", self._fleet.model, tokens, WORDS, self._rng.random())
+        words = WORDS + GROWN_WORDS if tokens == FRESH_TOKENS else WORDS
+        return ask(f"r{self._asked}", "greedy", self._fleet.model, tokens, words, self._rng.random())
+
+    async def _all_serve(self) -> None:
+        """Wait until every worker is linked, and no breaker is open."""
+        await self._fleet.all_up()
+        await asyncio.sleep(TRIAL_S)
+        for _ in range(2):
+            await self._crowd()
+
+    async def _crowd(self) -> Sequence[Told]:
+        return await asyncio.gather(*(self._caller.call(self._ask(FRESH_TOKENS)) for _ in range(STREAMS // WORKERS)))
 
     async def _episode(self, kind: str) -> Episode:
         episode = Episode(kind)
+        away = self._rng.choice(self._fleet.workers) if kind == CALM else None
+        if away is not None:
+            since = time.time()
+            away.signal(signal.SIGSTOP)
+            await self._fleet.news.downs(away.id, since, NOTICED_S)
+        count = STREAMS if away is None else STREAMS - STREAMS // WORKERS
         begun: set[str] = set()
         all_begun = asyncio.Event()
 
         def on_chunk(told: Told) -> None:
             if len(told.chunks) == BEGUN_CHUNKS:
                 begun.add(told.request_id)
-                if len(begun) == STREAMS:
+                if len(begun) == count:
                     all_begun.set()
 
-        streams = [asyncio.create_task(self._caller.call(self._ask(TOKENS), on_chunk)) for _ in range(STREAMS)]
+        streams = [asyncio.create_task(self._caller.call(self._ask(TOKENS), on_chunk)) for _ in range(count)]
         over = asyncio.Event()
         fresh: list[Told] = []
-        beside = [asyncio.create_task(self._fresh(fresh, over)) for _ in range(FRESH // 2)]
+        beside = [asyncio.create_task(self._fresh(fresh, over)) for _ in range(FRESH)]
         try:
             await self._begin(all_begun, streams)
             await asyncio.sleep(BEFORE_S / 2 + self._rng.uniform(0, 0.1))
@@ -170,6 +192,8 @@ class Recovery:
             told = await asyncio.gather(*streams)
         finally:
             over.set()
+            if away is not None:
+                away.signal(signal.SIGCONT)
             for task in streams:
                 task.cancel()
             await asyncio.gather(*beside, *streams, return_exceptions=True)
@@ -193,7 +217,7 @@ class Recovery:
         """Let the fault fall, or the crowd come."""
         episode.struck = time.time()
         if kind == CALM:
-            return await asyncio.gather(*(self._caller.call(self._ask(FRESH_TOKENS)) for _ in range(FRESH)))
+            return await self._crowd()
         worker = self._rng.choice(self._fleet.workers)
         _fall(kind, worker)
         event = await self._fleet.news.downs(worker.id, episode.struck, NOTICED_S)

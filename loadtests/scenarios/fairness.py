@@ -73,6 +73,8 @@ class Cost:
 async def play(stage: Stage) -> None:
     """As many seeds as rounds, each through all worlds."""
     rounds, seed = rounds_of(stage.options), stage.options.seed
+    if not from_traces():
+        stage.screen.say(f"no recorded traces in {traces.DEFAULT_FOLDER}: lengths are made up, like theirs")
     costs = []
     for number in range(1, rounds + 1):
         costs.append(Cost(turn_us(FEW, seed + number), turn_us(MANY, seed + number)))

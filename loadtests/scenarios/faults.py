@@ -1,8 +1,9 @@
 """Faults: what callers see while workers are killed, stopped and cut off, and what the gateway does under overload.
 
 Parts, each with its rows, in the order of the table: mass (kill points under every kind of call), engines (the same on
-real vLLM), recovery (silent gaps, detection, the survivors), alarms, overload, soak; the ledger is looked at after
-each. `--only PART` runs some of them; `--points`, `--soak-s` and `--rounds` size them.
+real vLLM), peers (streams that finish behind them and behind ours), recovery (silent gaps, detection, the survivors),
+alarms, overload, soak; the ledger is looked at after each. `--only PART` runs some of them; `--points`, `--soak-s` and
+`--rounds` size them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from pathlib import Path
 
 from loadtests.children import DidNotStart
 from loadtests.faults import alarms, engines, mass, overload, soak
+from loadtests.faults import peers as beside
 from loadtests.faults import recovery as recovering
 from loadtests.faults.ledger import Books, audit
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.figures import Bound, Figure, Interval, missing
+from loadtests.peers import NoPeers
 from loadtests.scenarios.common import Stage
 from loadtests.serving import fleet
 from loadtests.serving import ours as serving
@@ -26,12 +29,11 @@ POINTS, ENGINE_POINTS = 1000, 40
 NOT_ASKED = "not asked for (--only)"
 EXACT = "calls under random faults that end with exactly the undisturbed answer"
 DUPLICATES, GAPS = "such calls that told something twice", "such calls with something missing"
-ENGINES = "calls on two real vLLM workers (float32, greedy, 240 tokens) that go on token-exact"
-ENGINES_MIXED = "the same, seeded, penalized, with stop strings or log probabilities"
-PEERS = "begun streams that finish at vllm-router and Ray Serve's proxy under the same faults"
-NO_PEERS = "not measured: this scenario does not yet kill the peers' engines"
+ENGINES = f"calls on two real vLLM workers (float32, greedy, {engines.TOKENS} tokens) that go on token-exact"
+ENGINES_MIXED = "the same, seeded, penalized, n = 3, with stop strings or under a JSON schema"
+FINISH = "begun streams that finish whole when one of two backends is killed, {}"
 SILENCE = "silent gap, p99, against TTFT of a fresh call of that length + detection"
-CROWD = "the same, against a crowd of fresh calls that come at once"
+CROWD = "the same, against a crowd of fresh calls that come at once to the same survivors"
 KILLED = "detection of a kill, at worst"
 HUNG = "detection of a stopped process, at worst, against max(5 x p99 step, 500 ms)"
 STUCK = "detection of an engine that stands still, at worst, against the same"
@@ -74,8 +76,8 @@ async def play(stage: Stage) -> None:
             stage.screen.say(f"part {name}")
             try:
                 stage.report.figures += await part(field)
-            except (RuntimeError, DidNotStart) as error:
-                stage.report.problems.append(f"{name}: {error}")
+            except (RuntimeError, DidNotStart, TimeoutError) as error:
+                stage.report.problems.append(f"{name}: {error!r}")
                 stage.report.figures += [missing(row, bound, f"part {name} broke off") for row, bound in rows.items()]
         else:
             stage.report.figures += [missing(row, bound, NOT_ASKED) for row, bound in rows.items()]
@@ -117,20 +119,47 @@ async def _engines(field: Field) -> list[Figure]:
     async with engines.running(stage.children, stage.folder, model, bundle) as running:
         proof = await engines.prove(running, min(options.points or ENGINE_POINTS, ENGINE_POINTS), options.seed)
         field.books += await audit(running.fleet.ledger, proof.calls)
-    stage.report.settings["engines"] = {
-        "points": dict(proof.points), "calls": len(proof.calls), "different": proof.differences,
-        "refused while no worker had a link": proof.refused,
-        "engine": dict(engines.ENGINE), "streams": engines.STREAMS,
-    }  # fmt: skip
-    mixture = ", ".join(f"{count} x {kind}" for kind, count in proof.points.items())
+    stage.report.settings["engines"] = told = proof.settings()
+    for request_id, found in list(proof.differences.items())[:10]:
+        stage.report.problems.append(f"engines: call {request_id} differs: {found}")
+    mixture = ", ".join(f"{count} x {kind}" for kind, count in told["points"].items())
+    least = told["sequences hit a point"]["least"]
     out = []
-    for name, kinds, bound in ((ENGINES, ("greedy",), _ALL), (ENGINES_MIXED, engines.OTHERS, None)):
+    for name, kinds in ((ENGINES, engines.GREEDY), (ENGINES_MIXED, engines.OTHERS)):
         good, hit = proof.exact(*kinds)
-        note = f"{good} of {hit} calls that lost a worker; {mixture}"
-        out.append(at_worst(name, good / hit, None, "share", note) if hit else missing(name, bound, "no call was hit"))
-        if hit and bound is not None:
-            out[-1] = exact(name, good / hit, bound, "share", note)
-    return [*out, missing(PEERS, None, NO_PEERS)]
+        note = f"{good} of {hit} calls that lost a worker; {mixture}, each of which hit {least} or more"
+        out.append(exact(name, good / hit, _ALL, "share", note) if hit else missing(name, _ALL, "no call was hit"))
+    return out
+
+
+async def _peers(field: Field) -> list[Figure]:
+    stage, seed = field.stage, field.stage.options.seed
+    rounds = min(stage.options.rounds or beside.ROUNDS, beside.ROUNDS)
+    engine = beside.source(field.model, serving.plain_tokens(field.model), seed)
+    children, folder, bundle = stage.children, stage.folder, field.bundle
+    arms: Mapping[str, Callable[[], Awaitable[beside.Finished]]] = {
+        beside.OURS: lambda: beside.ours(children, folder, bundle, engine, seed, rounds),
+        beside.ROUTER: lambda: beside.vllm_router(children, stage.options.peers, bundle, engine, seed, rounds),
+        beside.RAY: lambda: beside.ray_proxy(children, field.model, bundle, engine, seed, rounds),
+    }
+    out, told = [], {}
+    for arm, play_arm in arms.items():
+        name, bound = FINISH.format(arm), _ALL if arm == beside.OURS else None
+        stage.screen.say(f"beside peers: {arm}")
+        try:
+            found = await play_arm()
+        except (DidNotStart, NoPeers, RuntimeError, TimeoutError) as error:
+            stage.report.problems.append(f"peers, {arm}: {error!r}")
+            out.append(
+                missing(name, bound, f"{arm} did not run: {str(error).splitlines()[0] if str(error) else error!r}")
+            )
+            continue
+        told[arm] = found.settings()
+        share = found.whole / found.begun
+        note = f"{found}, {rounds} kills"
+        out.append(exact(name, share, bound, "share", note) if bound else at_worst(name, share, None, "share", note))
+    stage.report.settings["beside peers"] = told
+    return out
 
 
 async def _recovery(field: Field) -> list[Figure]:
@@ -162,7 +191,7 @@ async def _recovery(field: Field) -> list[Figure]:
 
 def _recovery_rows(found: recovering.Findings, stuck: alarms.Hangs) -> list[Figure]:
     out = []
-    for name, crowd, bound in ((SILENCE, False, _SILENCE), (CROWD, True, None)):
+    for name, crowd, bound in ((SILENCE, False, _SILENCE), (CROWD, True, _SILENCE)):
         ratios = found.silence(crowd)
         row = missing(name, bound, "no stream was hit")
         if ratios:
@@ -271,10 +300,14 @@ async def _soak(field: Field) -> list[Figure]:
 Part = Callable[[Field], Awaitable[list[Figure]]]
 PARTS: Mapping[str, tuple[Part, Mapping[str, Bound | None]]] = {
     "mass": (_mass, {EXACT: _ALL, DUPLICATES: _NONE, GAPS: _NONE}),
-    "engines": (_engines, {ENGINES: _ALL, ENGINES_MIXED: None, PEERS: None}),
+    "engines": (_engines, {ENGINES: _ALL, ENGINES_MIXED: _ALL}),
+    "peers": (
+        _peers,
+        {FINISH.format(beside.OURS): _ALL, FINISH.format(beside.ROUTER): None, FINISH.format(beside.RAY): None},
+    ),
     "recovery": (
         _recovery,
-        {SILENCE: _SILENCE, CROWD: None, KILLED: _KILLED, HUNG: _HUNG, STUCK: _HUNG, SURVIVORS: _SURVIVORS},
+        {SILENCE: _SILENCE, CROWD: _SILENCE, KILLED: _KILLED, HUNG: _HUNG, STUCK: _HUNG, SURVIVORS: _SURVIVORS},
     ),
     "alarms": (_alarms, {ALARMS: _NONE}),
     "overload": (

@@ -9,6 +9,7 @@ are ours (cluster.v1), so that one driver speaks to both. Joins the Ray of RAY_A
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
@@ -67,6 +68,61 @@ class Plain:
             yield chunk
 
 
+class Simulated:
+    """The simulated engine in its place. An answer's id begins with the pid of its replica."""
+
+    def __init__(self, source: str, bundle: str) -> None:
+        from cluster.api.bundle import Bundle
+        from cluster.engine.sim import SimConfig, SimEngine
+        from cluster.gateway.text.tokenizer import TextModel
+
+        self._engine = SimEngine(SimConfig.from_source(source))
+        self._text = TextModel.from_bundle(Bundle.load(Path(bundle)))
+        self._stepping: asyncio.Task[None] | None = None
+        self._outputs: dict[str, asyncio.Queue[Any]] = {}
+
+    async def _run(self) -> None:
+        await self._engine.start()
+        self._started.set()
+        while True:
+            for output in await self._engine.step():
+                self._outputs[output.request_id].put_nowait(output)
+
+    async def StreamChat(self, request: pb.ChatRequest) -> AsyncIterator[pb.ChatChunk]:
+        """A chunk for each of the engine's outputs; the last has usage."""
+        from cluster.api.types import EngineRequest, Sampling
+
+        if self._stepping is None:
+            self._started = asyncio.Event()
+            self._stepping = asyncio.create_task(self._run())
+        await self._started.wait()
+        ids = self._text.encode_chat([{"role": one.role, "content": one.content} for one in request.messages])
+        call, tokens = f"{os.getpid()}-{uuid.uuid4().hex}", 0
+        outputs = self._outputs[call] = asyncio.Queue()
+        sampling = Sampling(
+            max_tokens=request.max_tokens, temperature=request.temperature, ignore_eos=request.ignore_eos
+        )
+        detokenizer, finished = self._text.detokenizer(ids), False
+        await self._engine.submit(EngineRequest(call, ids, sampling))
+        try:
+            while not finished:
+                output = await outputs.get()
+                detokenizer.push(output.token_ids)
+                tokens += len(output.token_ids)
+                finished = output.finish is not None
+                text = detokenizer.take(finished)
+                delta = pb.ChoiceDelta(
+                    index=0, delta=pb.Message(content=text), finish_reason="length" if finished else ""
+                )
+                chunk = pb.ChatChunk(id=call, model=request.model, choices=[delta], offset=tokens)
+                if finished:
+                    chunk.usage.CopyFrom(pb.Usage(prompt_tokens=len(ids), completion_tokens=tokens))
+                yield chunk
+        finally:
+            await self._engine.abort([call])
+            del self._outputs[call]
+
+
 def main() -> None:
     """Deploy, say so, and stay until the end is asked for."""
     parser = argparse.ArgumentParser()
@@ -75,6 +131,9 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, required=True)
     parser.add_argument("--http-port", type=int, required=True)
     parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--simulated", default="", help="a simulated engine's source")
+    parser.add_argument("--bundle", default="", help="its tokenizer")
+    parser.add_argument("--replicas", type=int, default=1)
     arguments = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -87,8 +146,12 @@ def main() -> None:
         grpc_options=gRPCOptions(port=arguments.grpc_port, grpc_servicer_functions=[SERVICER]),
     )
     resources = {"num_cpus": 1, "num_gpus": arguments.gpus}
-    deployment = serve.deployment(Plain, name="plain", max_ongoing_requests=1000, ray_actor_options=resources)
-    serve.run(deployment.bind(arguments.folder, json.loads(arguments.engine)), name=APPLICATION, route_prefix="/")
+    options = {"max_ongoing_requests": 1000, "ray_actor_options": resources, "num_replicas": arguments.replicas}
+    if arguments.simulated:
+        bound = serve.deployment(Simulated, name="plain", **options).bind(arguments.simulated, arguments.bundle)
+    else:
+        bound = serve.deployment(Plain, name="plain", **options).bind(arguments.folder, json.loads(arguments.engine))
+    serve.run(bound, name=APPLICATION, route_prefix="/")
     Path(arguments.ready).write_text("{}")
     stop.wait()
     serve.shutdown()

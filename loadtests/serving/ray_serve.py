@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +44,10 @@ async def running(
     *,
     direct_ingress: bool,
     gpus: int = 0,
+    simulated: Sequence[str] = (),
 ) -> AsyncIterator[RayServe]:
-    """Ray and the application, ended with the context. Raises DidNotStart."""
+    """Ray and the application, ended with the context. `simulated`: options of ray_app for simulated engines in place
+    of the real one. Raises DidNotStart."""
     grpc_port, first = free_port(), free_port()
     variables = dict(environment)
     if direct_ingress:
@@ -72,6 +74,7 @@ async def running(
             str(grpc_port),
             "--http-port",
             str(free_port()),
+            *simulated,
         ]
         told = {"LOADTEST_ENGINE_ENVIRONMENT": json.dumps(dict(environment))}
         app = children.start(name, DRIVER, command, {**variables, **local.environment(), **told})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -72,9 +73,22 @@ def test_open_ports_are_chosen_for_all_processes() -> None:
 
 def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
     """The address named is that process's, not the one in the file."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen(1)
-        port = taken.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        port = _taken_with_a_free_one_below(stack, 9)
         with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} cannot be had"):
             decide(config(processes=2, link=f"127.0.0.1:{port - 9}"))
+
+
+def _taken_with_a_free_one_below(stack: contextlib.ExitStack, distance: int) -> int:
+    """A port that is listened on, below those that systems hand out by themselves, and a free one `distance` below."""
+    for port in range(20000, 32000, distance + 1):
+        taken, below = (stack.enter_context(socket.socket()) for _ in range(2))
+        try:
+            below.bind(("127.0.0.1", port - distance))
+            taken.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        below.close()
+        taken.listen(1)
+        return port
+    pytest.fail("no two such ports")

@@ -75,6 +75,7 @@ def test_an_error_is_one_line_and_exit_code_one(run: Run, gateway: ScriptedGatew
     assert done.stderr == "error: QUEUE_FULL: the queue is full (try again in 2 s)\n"
 
 
+@pytest.mark.slow
 def test_nobody_there_is_exit_code_three(run: Run) -> None:
     """Unreachable differs from failed, and names where it looked."""
     done = run("models", "--endpoint", "127.0.0.1:1")

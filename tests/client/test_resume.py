@@ -58,6 +58,7 @@ def kill(gateway: Gateway) -> None:
         connection.transport.abort()
 
 
+@pytest.mark.slow
 async def test_streams_outlive_their_gateway(pair: Pair) -> None:
     """A gateway killed under a plain stream and a session's: each reads what it would have read, and usage at its
     end; new calls go to the other gateway."""
@@ -84,6 +85,7 @@ async def test_streams_outlive_their_gateway(pair: Pair) -> None:
         assert (await client.chat("sim", "call 0", max_tokens=120, ignore_eos=True, temperature=0.0)).text == wanted[0]
 
 
+@pytest.mark.slow
 async def test_blocking_code_too(pair: Pair) -> None:
     """The blocking client's stream goes on as well, with every choice once."""
     begun = threading.Event()
@@ -107,6 +109,7 @@ async def test_blocking_code_too(pair: Pair) -> None:
     assert texts == wanted
 
 
+@pytest.mark.slow
 async def test_a_gateway_that_stops_is_left(pair: Pair) -> None:
     """A gateway that ends in order hands its streams on, in time."""
     async with AsyncClient(pair.endpoints) as client:

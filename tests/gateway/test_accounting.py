@@ -169,6 +169,7 @@ async def test_counts_wait_while_the_database_is_away(
         await worker.stop()
 
 
+@pytest.mark.slow
 async def test_a_lost_gateways_calls_are_told_to_another(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:
@@ -209,6 +210,7 @@ async def test_a_lost_gateways_calls_are_told_to_another(
         await worker.stop()
 
 
+@pytest.mark.slow
 async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:

@@ -210,7 +210,7 @@ async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> No
     assert isinstance(await one.reserve(policy, Ask("b", 1, 1)), Granted)
 
 
-@pytest.mark.parametrize("how", ["killed", "frozen"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
 async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, server: Server, how: str) -> None:
     """Killed or silent: no request fails, each admits its half of the limit, and the flag says so until it is back."""
     one = await gateways.add("g1", virtual=False, timeout_s=10.0)  # a busy machine is no store that is away

@@ -1,0 +1,251 @@
+"""Begun streams that finish: ours, vllm-router and Ray Serve's gRPC proxy, each before two backends of which one falls.
+
+The backends are the same simulated engine each: our workers, plain OpenAI servers, and replicas of a plain deployment.
+In a round all streams begin together; when each has told some pieces, one backend gets SIGKILL. A stream finishes when
+it tells all its tokens, and the very text that the same arm told before, undisturbed. Each peer retries as it does by
+default. Rounds of vllm-router have engines and a router of their own; ours and Ray's backends come back by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from loadtests import peers
+from loadtests.children import Child, Children, free_port
+from loadtests.faces.base import CallFailed, Request
+from loadtests.faces.openai_sse import OpenAiSse
+from loadtests.faults.calls import Ask, Caller, Told, ask
+from loadtests.processes import SIMULATED
+from loadtests.serving import fleet, ray_serve
+from loadtests.serving.ours import MODEL
+
+OURS, ROUTER, RAY = "ours", "vllm-router", "Ray Serve's gRPC proxy"
+BACKENDS, STREAMS, ROUNDS = 2, 32, 5
+STEP_MS, WORDS, TOKENS, BEGUN_PIECES = 20, 40, 100, 10
+BEGUN_S, ENDS_S, BACK_S = 30.0, 120.0, 60.0
+
+
+def source(model: Path, plain: str, seed: int) -> str:
+    """Every backend's."""
+    room = f"max_num_seqs={2 * STREAMS}&max_num_batched_tokens=4096&kv_blocks=8192&max_model_len=4096"
+    return f"sim://{model}?decode_ms={STEP_MS}&prefill_tokens_per_s=100000&{room}&seed={seed}&{plain}"
+
+
+@dataclass(slots=True)
+class Stream:
+    """What one call has told."""
+
+    pieces: int = 0
+    text: str = ""
+    completion_tokens: int | None = None
+    backend: str = ""
+    """Which backend it began at, where that can be seen."""
+    resumed: bool = False
+    error: str = ""
+
+
+@dataclass(slots=True)
+class Finished:
+    """Of an arm, over its rounds."""
+
+    begun: int = 0
+    whole: int = 0
+    hit: int = 0
+    """Streams that went on elsewhere, or did not finish."""
+    errors: dict[str, int] = field(default_factory=dict)
+    calls: list[Told] = field(default_factory=list)
+    """For the ledger, where there is one."""
+
+    def settings(self) -> dict[str, Any]:
+        """For the report."""
+        return {"begun": self.begun, "finished whole": self.whole, "hit": self.hit, "errors": self.errors}
+
+    def __str__(self) -> str:
+        return f"{self.whole} of {self.begun} ({self.whole + self.hit - self.begun} of {self.hit} that were hit)"
+
+
+Call = Callable[[Ask, Stream, Callable[[], None]], Coroutine[Any, Any, None]]
+"""Makes a call, fills its stream and says so after each piece; never raises for the server."""
+
+
+async def play_round(call: Call, asks: Sequence[Ask], kill: Callable[[Sequence[Stream]], None], into: Finished) -> None:
+    """All streams undisturbed, then again, and one backend falls. Raises RuntimeError where they fail undisturbed."""
+    undisturbed = [Stream() for _ in asks]
+    await asyncio.gather(*(call(one, stream, _nothing) for one, stream in zip(asks, undisturbed, strict=True)))
+    broken = [one.error or "it is not whole" for one in undisturbed if one.error or one.completion_tokens != TOKENS]
+    if broken:
+        raise RuntimeError(f"{len(broken)} streams did not finish undisturbed: {broken[0]}")
+    streams, begun = [Stream() for _ in asks], asyncio.Event()
+
+    def seen() -> None:
+        if all(one.pieces >= BEGUN_PIECES for one in streams):
+            begun.set()
+
+    tasks = [asyncio.create_task(call(one, stream, seen)) for one, stream in zip(asks, streams, strict=True)]
+    try:
+        await asyncio.wait_for(begun.wait(), BEGUN_S)
+        kill(streams)
+        await asyncio.wait(tasks, timeout=ENDS_S)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for stream, before in zip(streams, undisturbed, strict=True):
+        whole = not stream.error and (stream.completion_tokens, stream.text) == (TOKENS, before.text)
+        into.begun += 1
+        into.whole += whole
+        into.hit += stream.resumed or not whole
+        if not whole:
+            error = stream.error[:80] or "it ended without an error, but not whole"
+            into.errors[error] = into.errors.get(error, 0) + 1
+
+
+def _nothing() -> None:
+    pass
+
+
+def asks_of(seed: int, number: int) -> list[Ask]:
+    """A round's."""
+    rng = random.Random(f"{seed} {number}")
+    return [ask(f"p{number}-{i}", "greedy", MODEL, TOKENS, WORDS, rng.random()) for i in range(STREAMS)]
+
+
+def over_grpc(caller: Caller, told_of: list[Told]) -> Call:
+    """Calls of our proto."""
+
+    async def call(one: Ask, stream: Stream, seen: Callable[[], None]) -> None:
+        def on_chunk(told: Told) -> None:
+            stream.pieces = len(told.chunks)
+            seen()
+
+        told = await caller.call(one, on_chunk)
+        told_of.append(told)
+        stream.text, stream.error, stream.backend = told.texts.get(0, ""), told.error, told.answer_id
+        stream.completion_tokens = told.usage.completion_tokens if told.usage is not None else None
+        stream.resumed = told.resumed > 0
+
+    return call
+
+
+def over_http(face: OpenAiSse) -> Call:
+    """OpenAI's."""
+
+    async def call(one: Ask, stream: Stream, seen: Callable[[], None]) -> None:
+        def on_text(text: str) -> None:
+            stream.text += text
+            stream.pieces += 1
+            seen()
+
+        try:
+            answer = await face.run(Request(one.key, one.message.messages[0].content, TOKENS), on_text)
+            stream.completion_tokens = answer.completion_tokens
+        except CallFailed as error:
+            stream.error = str(error)
+
+    return call
+
+
+async def ours(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
+    """A gateway and two workers, of which one is killed in each round. Raises DidNotStart."""
+    out, rng = Finished(), random.Random(seed)
+    sources = [engine] * BACKENDS
+    async with fleet.running(children, folder, bundle=bundle, sources=sources, name="beside-peers") as running:
+        caller = Caller(running.grpc, running.metadata, "peers")
+
+        def kill(_: Sequence[Stream]) -> None:
+            rng.choice(running.workers).signal(signal.SIGKILL)
+
+        try:
+            for number in range(rounds):
+                await running.all_up()
+                await play_round(over_grpc(caller, out.calls), asks_of(seed, number), kill, out)
+        finally:
+            await caller.close()
+    return out
+
+
+async def vllm_router(
+    children: Children, environment: Path, bundle: Path, engine: str, seed: int, rounds: int
+) -> Finished:
+    """Two OpenAI servers behind the router. Raises DidNotStart or NoPeers."""
+    out, rng = Finished(), random.Random(seed)
+    for number in range(rounds):
+        async with AsyncExitStack() as stack:
+            servers = []
+            for _ in range(BACKENDS):
+                servers.append(await stack.enter_async_context(_server(children, bundle, engine)))
+            ports = [port for _, port in servers]
+            peer = await peers.vllm_router(children, environment, *ports, policy="round_robin")
+            stack.push_async_callback(peer.child.stop)
+            face = OpenAiSse(peer.url, MODEL)
+            stack.push_async_callback(face.close)
+
+            def kill(_: Sequence[Stream], servers: Sequence[tuple[Child, int]] = servers) -> None:
+                for process in rng.choice(servers)[0].commands():
+                    process.send_signal(signal.SIGKILL)
+
+            await play_round(over_http(face), asks_of(seed, number), kill, out)
+    return out
+
+
+@asynccontextmanager
+async def _server(children: Children, bundle: Path, engine: str) -> AsyncIterator[tuple[Child, int]]:
+    port = free_port()
+    command = [sys.executable, "-m", "loadtests.serving.sse_engine", "--port", str(port), "--model", MODEL]
+    child = children.start("sse-engine", SIMULATED, [*command, "--bundle", str(bundle), "--source", engine])
+    try:
+        await child.until(lambda: peers.answers(port, "/health"), "it listens", BACK_S)
+        yield child, port
+    finally:
+        await child.stop()
+
+
+async def ray_proxy(children: Children, folder: Path, bundle: Path, engine: str, seed: int, rounds: int) -> Finished:
+    """Two replicas behind Ray Serve's proxy; the one that has most streams is killed. Raises DidNotStart."""
+    out = Finished()
+    simulated = ["--simulated", engine, "--bundle", str(bundle), "--replicas", str(BACKENDS)]
+    async with ray_serve.running(
+        children, "ray-faults", folder, {}, {"RAY_USAGE_STATS_ENABLED": "0"}, direct_ingress=False, simulated=simulated
+    ) as serving:
+        caller = Caller(serving.address, serving.metadata, "peers")
+        living: list[Told] = []
+
+        def replicas() -> list[int]:
+            found = []
+            for root, _ in serving.roots:
+                for process in psutil.Process(root).children(recursive=True):
+                    if "ServeReplica" in " ".join(process.cmdline()):
+                        found.append(process.pid)
+            return found
+
+        def kill(streams: Sequence[Stream]) -> None:
+            psutil.Process(random.Random(seed).choice(replicas())).kill()
+
+        try:
+            for number in range(rounds):
+                await _replicas_serve(caller, replicas, seed, number)
+                await play_round(over_grpc(caller, living), asks_of(seed, number), kill, out)
+        finally:
+            await caller.close()
+    return out
+
+
+async def _replicas_serve(caller: Caller, replicas: Callable[[], list[int]], seed: int, number: int) -> None:
+    """Wait until both replicas answer. Raises TimeoutError."""
+    async with asyncio.timeout(BACK_S):
+        while True:
+            told = await asyncio.gather(*(caller.call(one) for one in asks_of(seed, 1000 + number)[:8]))
+            answering = {one.answer_id.split("-")[0] for one in told if not one.error}
+            if len(answering) == BACKENDS and answering == set(map(str, replicas())):
+                return
+            await asyncio.sleep(0.5)
