@@ -29,6 +29,7 @@ async def test_calls_wait_for_a_worker_that_comes_back(cluster: TestCluster, che
 async def test_what_the_catalog_has_let_go_is_refused(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """A model that no catalog names any longer ends with its last worker: nobody waits for it."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    assert (await cluster.stub.Chat(chat(max_tokens=2, ignore_eos=True))).choices, "the tokenizer is here, too"
     cluster.gateway.dispatcher.catalog([])
     await worker.stop()
     await until(lambda: not cluster.gateway.hub.links, "it is gone")
