@@ -30,7 +30,7 @@ def program(name: str) -> str:
     """Its path."""
     found = find_tool(name)
     if found is None:
-        pytest.skip(f"{name} is not installed: `make doctor`")
+        pytest.skip(f"{name} is not installed: `make doctor` names its package")
     return found
 
 
