@@ -137,7 +137,7 @@ def test_what_a_pod_lacks_is_said_before_it_starts(
 def health(address: str, service: str = "") -> int:
     """What grpc.health.v1 says there, in plain text as a kubelet asks. Raises grpc.RpcError."""
     with grpc.insecure_channel(address) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=service)
         return int(stub.Check(request, timeout=2).status)
 

@@ -114,7 +114,7 @@ TOP = {key: one for key, one in SCHEMA["properties"].items() if key not in NOT_D
 
 def draws(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values whose parts agree, as the chart demands: groups in order, heads in config, a Valkey where it is needed."""
-    made = json.loads(json.dumps(values))
+    made: dict[str, Any] = json.loads(json.dumps(values))
     clusters = made.get("ray", {}).get("clusters")
     if clusters is not None:
         unique = {one["name"]: one for one in clusters}

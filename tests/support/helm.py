@@ -95,7 +95,7 @@ class Rendered:
     def cluster_yaml(self) -> str:
         """The configuration as pods read it."""
         (found,) = (one for one in self.objects if one["metadata"]["name"].endswith("-config"))
-        return str((found.get("data") or found.get("stringData"))["cluster.yaml"])
+        return str({**found.get("data", {}), **found.get("stringData", {})}["cluster.yaml"])
 
 
 class HelmFailed(Exception):
