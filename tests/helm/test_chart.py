@@ -22,7 +22,7 @@ needs_definitions = pytest.mark.skipif(
 @pytest.mark.parametrize("values", [None, *helm.PRESETS], ids=lambda file: file.stem if file else "defaults")
 def test_helm_finds_no_fault(values: Path | None) -> None:
     """`helm lint --strict`, with each preset."""
-    helm.run("lint", "--strict", helm.CHART, *(["-f", values] if values else []))
+    helm.run("lint", "--strict", helm.CHART, *(["-f", str(values)] if values else []))
 
 
 def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,7 +102,8 @@ def from_schema(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
     assert kind == "object", schema
     known = {key: from_schema(one) for key, one in schema.get("properties", {}).items()}
     required = {key: known.get(key, st.just("1")) for key in schema.get("required", ())}
-    return st.fixed_dictionaries(required, optional={k: v for k, v in known.items() if k not in required})
+    drawn = st.fixed_dictionaries(required, optional={k: v for k, v in known.items() if k not in required})
+    return drawn.filter(lambda one: len(one) <= schema.get("maxProperties", len(one)))
 
 
 PRINTED = st.characters(min_codepoint=33, max_codepoint=126)
@@ -112,7 +114,7 @@ TOP = {key: one for key, one in SCHEMA["properties"].items() if key not in NOT_D
 
 def draws(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values whose parts agree, as the chart demands: groups in order, heads in config, a Valkey where it is needed."""
-    made = json.loads(json.dumps(values))
+    made: dict[str, Any] = json.loads(json.dumps(values))
     clusters = made.get("ray", {}).get("clusters")
     if clusters is not None:
         unique = {one["name"]: one for one in clusters}
@@ -140,9 +142,13 @@ def draws(values: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
+EXAMPLES = int(os.environ.get("CHART_EXAMPLES", "8"))
+"""About a second each; `make chart-test EXAMPLES=200` looks further."""
+
+
 @settings(
-    max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-)
+    max_examples=EXAMPLES, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)  # a shrunk example would say little more, after minutes
 @given(values=st.fixed_dictionaries({}, optional={key: from_schema(one) for key, one in TOP.items()}))
 def test_whatever_the_schema_allows_renders_and_is_valid(values: Mapping[str, Any]) -> None:
     """Every object by the newest API's schemas or its definition, the configuration by the program's parser."""

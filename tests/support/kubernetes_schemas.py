@@ -35,8 +35,9 @@ def _folder(release: str) -> Any:
 @functools.cache
 def _registry(release: str) -> Any:
     contents = json.loads((_folder(release) / "_definitions.json").read_text())
-    resource = referencing.Resource(contents, DRAFT202012)
-    return referencing.Registry().with_resource("_definitions.json", resource)
+    resource: Any = DRAFT202012.create_resource(contents)
+    registry: Any = referencing.Registry()
+    return registry.with_resource("_definitions.json", resource)
 
 
 @functools.cache
