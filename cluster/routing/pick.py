@@ -131,6 +131,10 @@ def _prefill(_: RouteCall, c: Candidate) -> float:
     return 1.0 / (1.0 + c.prefill_tokens / PREFILL_TOKENS)
 
 
+def _replays(_: RouteCall, c: Candidate) -> float:
+    return 1.0 - min(c.replaying / c.max_replaying, 1.0) if c.max_replaying else 0.0
+
+
 PREFILL_TOKENS = 2048
 """So many tokens of prompts before it are, for a call's first token, as bad as one call more in an engine's queue."""
 
@@ -155,6 +159,10 @@ SCORERS = (
 )
 """The least loaded, by the share of places free, of KV memory free, by the engine's own queue, and by the prompts that
 are still before it."""
+
+ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0))
+"""For continued calls: those that fall together are spread evenly, however the workers' queues looked at the last beat,
+since the longest step that they make is what the last of them waits for."""
 
 
 class Router:
@@ -203,9 +211,9 @@ class Router:
         return "no_worker" if furthest == "other_model" else furthest
 
 
-_LEAST_LOADED = Router()
+_LEAST_LOADED, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 
 def pick(call: RouteCall, candidates: Iterable[Candidate]) -> Decision:
-    """The default pipeline: the least loaded of those with room."""
-    return _LEAST_LOADED.pick(call, candidates)
+    """The default pipelines: the least loaded of those with room, for continued calls by what of them waits there."""
+    return (_LEAST_LOADED if call.likeness is None else _ONWARD).pick(call, candidates)

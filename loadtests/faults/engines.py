@@ -53,8 +53,8 @@ OWN = {"json": JSON, "stop": STOP_STRING}
 LOGPROBS = 1e-4
 """So far apart may log probabilities be: a prefill and steps round differently."""
 BLOCK_TOKENS = 32
-KILLS_OF = 5
-"""One point of so many is to be a SIGKILL; it waits until both engines are there."""
+KILLS_OF = 8
+"""One point of so many is to be a SIGKILL, which waits until both engines are there; where two are due, all wait."""
 PIECES = (6, 90)
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
@@ -70,7 +70,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
-NOTICED_S, BACK_S, BEAT_S, ENDS_S = 5.0, 10.0, 0.1, 120.0
+NOTICED_S, BACK_S, BEAT_S, STARTS_S, ENDS_S = 5.0, 10.0, 0.1, 90.0, 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +145,10 @@ class Engines:
         wanted = {worker for number, worker in enumerate(ids) if number not in self._starting}
         await news.until(lambda: news.up >= wanted, BACK_S)
         return [number for number, worker in enumerate(ids) if worker in news.up]
+
+    async def all_back(self) -> None:
+        """Wait until those that start anew have links, too."""
+        await self.fleet.all_up(STARTS_S)
 
     async def running(self) -> dict[int, int]:
         """Sequences that each of those that have links runs, as its last beat told."""
@@ -316,6 +320,8 @@ class Prover:
 
     async def _batch(self, asks: Sequence[Ask], faults: int) -> None:
         engines, proof = self._engines, self.proof
+        if self._kills_due >= 2:
+            await engines.all_back()
         await engines.standing()
         batch = Batch(self._caller, asks)
         moments = sorted(self._rng.randint(*PIECES) for _ in range(faults))

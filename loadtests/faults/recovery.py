@@ -159,10 +159,10 @@ class Recovery:
         await self._fleet.all_up()
         await asyncio.sleep(TRIAL_S)
         for _ in range(2):
-            await self._crowd()
+            await self._crowd(WORKERS)
 
-    async def _crowd(self) -> Sequence[Told]:
-        return await asyncio.gather(*(self._caller.call(self._ask(FRESH_TOKENS)) for _ in range(STREAMS // WORKERS)))
+    async def _crowd(self, count: int) -> Sequence[Told]:
+        return await asyncio.gather(*(self._caller.call(self._ask(FRESH_TOKENS)) for _ in range(count)))
 
     async def _episode(self, kind: str) -> Episode:
         episode = Episode(kind)
@@ -217,7 +217,7 @@ class Recovery:
         """Let the fault fall, or the crowd come."""
         episode.struck = time.time()
         if kind == CALM:
-            return await self._crowd()
+            return await self._crowd(STREAMS // WORKERS)
         worker = self._rng.choice(self._fleet.workers)
         _fall(kind, worker)
         event = await self._fleet.news.downs(worker.id, episode.struck, NOTICED_S)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.api.types import Likeness
 from cluster.routing.pick import FILTERS, SCORERS, Candidate, RouteCall, Router, Scorer, pick
 
 CALL = RouteCall("m", 100)
@@ -121,6 +122,31 @@ def test_calls_spread_by_size() -> None:
         c = fleet[chosen]
         fleet[chosen] = dataclasses.replace(c, free_sequences=c.free_sequences - 1, running=c.running + 1)
     assert taken == {"s": 5, "m": 10, "l": 35}
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(6, 10)), min_size=2, max_size=5), st.integers(2, 8))
+def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int, int]], calls: int) -> None:
+    """One that stood in an engine's queue at its last beat, or a call more that runs, sends none of them elsewhere."""
+    like = Likeness("w", "b", "c")
+    fleet = {
+        str(number): worker(
+            str(number), free_sequences=64 - running, running=running, waiting=waiting, free_tokens=10**6,
+            likeness=like, max_replaying=1600,
+        )
+        for number, (waiting, running) in enumerate(loads)
+    }  # fmt: skip
+    taken: Counter[str] = Counter()
+    for _ in range(calls):
+        chosen = pick(RouteCall("m", 400, likeness=like), fleet.values()).worker_id
+        assert chosen is not None
+        taken[chosen] += 1
+        c = fleet[chosen]
+        fleet[chosen] = dataclasses.replace(
+            c, free_sequences=c.free_sequences - 1, running=c.running + 1, replaying=c.replaying + 400,
+            prefill_tokens=c.prefill_tokens + 400,
+        )  # fmt: skip
+    counts = [taken[worker_id] for worker_id in fleet]
+    assert max(counts) - min(counts) <= 1
 
 
 def test_explain_names_every_candidate() -> None:
