@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any, cast
 from urllib.parse import unquote
@@ -299,12 +299,16 @@ class ClientCall:
         self._reader: asyncio.Future[None] | None = None
         self._end: tuple[grpc.StatusCode, str] | None = None
 
-    async def write(self, message: Any) -> None:
-        """Send a message, and wait until the server has made room for more. Raises CallEnded."""
+    def send(self, message: Any) -> None:
+        """Send a message as soon as the server has room for it. Raises CallEnded."""
         self._require()
         data = self._serialize(message)
         self._pending += b"\x00" + len(data).to_bytes(4, "big") + data
         self.push()
+
+    async def write(self, message: Any) -> None:
+        """Send a message, and wait until the server has made room for more. Raises CallEnded."""
+        self.send(message)
         while self._pending or self._client.paused:
             waiter = self._client.loop.create_future()
             self._waiters.append(waiter)
@@ -329,6 +333,13 @@ class ClientCall:
             finally:
                 self._reader = None
         return self._parse(self._inbox.popleft())
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._messages()
+
+    async def _messages(self) -> AsyncIterator[Any]:
+        while (message := await self.read()) is not grpc.aio.EOF:
+            yield message
 
     def cancel(self) -> None:
         """End it from here. Harmless for one that has ended."""

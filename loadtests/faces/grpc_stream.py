@@ -44,8 +44,11 @@ def message_of(request: Request, model: str, resumable: bool = False) -> pb.Chat
 
 def failure(error: grpc.RpcError, started: bool) -> CallFailed:
     """A status as the driver counts it. UNAVAILABLE with nothing received means that nobody is there."""
-    code = error.code()
-    detail = str(error.details() or "").strip()
+    return failed(error.code(), str(error.details() or "").strip(), started)
+
+
+def failed(code: grpc.StatusCode, detail: str, started: bool) -> CallFailed:
+    """The same of a code and what was said with it."""
     if code is grpc.StatusCode.UNAVAILABLE:
         return CallFailed(CallFailed.BROKEN if started else CallFailed.UNREACHABLE, detail)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -1,0 +1,72 @@
+"""cluster.v1's StreamChat and StreamComplete by a client on the driver's own loop, kept-alive connections, one a call.
+
+What http1.py is for HTTP: grpc.aio's client takes a call through threads and its completion queue, which at one stream
+is a part of what is measured that belongs to no server. Callers who use grpcio see that time too, at any server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cluster.rpc.client import CallEnded, Client, connect
+from cluster.v1 import inference_pb2 as pb
+from loadtests.faces.base import Answer, CallFailed, OnText, Request
+from loadtests.faces.grpc_stream import CHAT, COMPLETE, answer, failed, message_of
+
+
+class GrpcLean:
+    """One call, one stream; the connection that was used last is used next."""
+
+    name = "grpc"
+
+    def __init__(self, address: str, model: str, *, metadata: Sequence[tuple[str, str]] = ()) -> None:
+        self._address = address
+        self._model = model
+        self._metadata = tuple(metadata)
+        self._idle: list[Client] = []
+
+    async def run(self, request: Request, on_text: OnText) -> Answer:
+        """See Face."""
+        client = await self._connection()
+        usage: pb.Usage | None = None
+        finish, started = "", False
+        chunks = pb.ChatChunk if request.chat else pb.CompleteChunk
+        try:
+            call = client.call(CHAT if request.chat else COMPLETE, bytes, chunks.FromString, self._metadata)
+            try:
+                call.send(message_of(request, self._model).SerializeToString())
+                call.done_writing()
+                async for chunk in call:
+                    for choice in chunk.choices:
+                        text = choice.delta.content if request.chat else choice.text
+                        if text:
+                            started = True
+                            on_text(text)
+                        finish = choice.finish_reason or finish
+                    if chunk.HasField("usage"):
+                        usage = chunk.usage
+            finally:
+                call.cancel()
+        except CallEnded as error:
+            raise failed(error.code, error.details, started) from None
+        finally:
+            if client.usable:
+                self._idle.append(client)
+            else:
+                client.close()
+        return answer(usage, finish)
+
+    async def _connection(self) -> Client:
+        while self._idle:
+            client = self._idle.pop()
+            if client.usable:
+                return client
+        try:
+            return await connect(self._address)
+        except OSError as error:
+            raise CallFailed(CallFailed.UNREACHABLE, f"{self._address}: {error.strerror or error}") from None
+
+    async def close(self) -> None:
+        """See Face."""
+        while self._idle:
+            self._idle.pop().close()
