@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry
-from cluster.link import codec
+from cluster.link import admin_relay, codec
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.dial import LinkEnded, Timing, open_channel, read
 from cluster.link.siblings import Gateways
@@ -71,6 +71,9 @@ class ControllerEnd:
         self._changed: set[asyncio.Event] = set()
         self._fleets: dict[str, Sequence[FleetWorker]] = {}
         self._demands: dict[str, Sequence[ModelDemand]] = {}
+        self.verbs: dict[str, admin_relay.Verb] = {}
+        """Admin verbs that are answered here (`Catalog.Scale`); set before `run`."""
+        self._answers: set[asyncio.Task[None]] = set()
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
         """The newest catalog; sent to every gateway unless nothing changed."""
@@ -123,6 +126,7 @@ class ControllerEnd:
                 protocol_max=codec.PROTOCOL_MAX,
                 controller_id=self._controller_id,
                 incarnation=self._incarnation,
+                verbs=sorted(self.verbs),
             )
             await call.write(pb.ControllerFrame(hello=hello))
             first = await asyncio.wait_for(read(call), self._timing.welcome_s)
@@ -133,9 +137,12 @@ class ControllerEnd:
             changed.set()
             self._changed.add(changed)
             blobs: asyncio.Queue[pb.Blob] = asyncio.Queue(maxsize=64)
+            replies: asyncio.Queue[pb.AdminReply] = asyncio.Queue()
+            turn = asyncio.Lock()  # a stream takes one message at a time
             parts = [
-                asyncio.create_task(self._tell(call, changed)),
-                asyncio.create_task(self._listen(address, call, blobs)),
+                asyncio.create_task(self._tell(call, changed, turn)),
+                asyncio.create_task(self._reply(call, replies, turn)),
+                asyncio.create_task(self._listen(address, call, blobs, replies)),
                 asyncio.create_task(
                     serve_bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), self._blob_hello(), Prompts(), blobs)
                 ),
@@ -156,7 +163,7 @@ class ControllerEnd:
     def _blob_hello(self) -> pb.Blob:
         return pb.Blob(worker_id=f"controller:{self._controller_id}", incarnation=self._incarnation)
 
-    async def _tell(self, call: Any, changed: asyncio.Event) -> None:
+    async def _tell(self, call: Any, changed: asyncio.Event, turn: asyncio.Lock) -> None:
         while True:
             await changed.wait()
             changed.clear()
@@ -167,9 +174,18 @@ class ControllerEnd:
                 models=[codec.entry_to_pb(e) for e in self._catalog],
                 gateways=len(self._gateways.addresses),
             )
-            await call.write(pb.ControllerFrame(catalog=catalog))
+            async with turn:
+                await call.write(pb.ControllerFrame(catalog=catalog))
 
-    async def _listen(self, address: str, call: Any, blobs: asyncio.Queue[pb.Blob]) -> None:
+    async def _reply(self, call: Any, replies: asyncio.Queue[pb.AdminReply], turn: asyncio.Lock) -> None:
+        while True:
+            reply = await replies.get()
+            async with turn:
+                await call.write(pb.ControllerFrame(admin_reply=reply))
+
+    async def _listen(
+        self, address: str, call: Any, blobs: asyncio.Queue[pb.Blob], replies: asyncio.Queue[pb.AdminReply]
+    ) -> None:
         while (frame := await read(call)) is not None:
             if frame.HasField("fleet"):
                 self._fleets[address] = [_worker(w) for w in frame.fleet.workers]
@@ -182,6 +198,14 @@ class ControllerEnd:
                 digest = frame.fetch_bundle.digest
                 bundle = await asyncio.to_thread(self._bundles, digest)
                 await send_bundle(blobs, digest, bundle)
+            if frame.HasField("admin_request"):
+                task = asyncio.create_task(self._answer(frame.admin_request, replies))
+                self._answers.add(task)
+                task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, request: pb.AdminRequest, replies: asyncio.Queue[pb.AdminReply]) -> None:
+        """What is begun is done, also when its stream ends meanwhile: whoever asked has been told that it may be."""
+        replies.put_nowait(await admin_relay.answer(self.verbs, request))
 
 
 def _worker(w: pb.FleetWorker) -> FleetWorker:

@@ -15,8 +15,10 @@ import structlog
 
 from cluster import rpc
 from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
+from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, EngineInfo, WorkerIdentity
 from cluster.link import codec
+from cluster.link.admin_relay import ANSWER_S, AWAY, Questions
 from cluster.link.admission import CONTROLLER, Admission, of_model
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
 from cluster.link.liveness import Liveness, Waking
@@ -30,6 +32,8 @@ log = structlog.get_logger("hub")
 TICKS = 10
 """How often workers are looked at, at least, in the time after which they are suspected; and when one would be."""
 LEAST_REST_S = 0.002
+REPORT_S = 0.5
+"""How often the controller is told of demand and fleet."""
 NOTICING_S = 0.02
 """Of the time in which a worker that stands still is to be found: what the finding itself may take."""
 
@@ -78,11 +82,11 @@ class HubStatistics:
 
 
 class _Controller:
-    def __init__(self, controller_id: str, incarnation: str) -> None:
-        self.controller_id = controller_id
-        self.incarnation = incarnation
-        self.fetch: asyncio.Queue[str] = asyncio.Queue()
-        self.epoch = 0
+    def __init__(self, hello: pb.ControllerHello) -> None:
+        self.controller_id = hello.controller_id
+        self.frames: asyncio.Queue[pb.GatewayControlFrame] = asyncio.Queue()
+        """What is to be sent to it beside the reports."""
+        self.questions = Questions(self.frames.put_nowait, frozenset(hello.verbs))
 
 
 class Hub(pb_grpc.LinkServicer):
@@ -359,7 +363,8 @@ class Hub(pb_grpc.LinkServicer):
         if holder is not None:
             holder.box.fetch(digest)
         elif self._controller is not None:
-            self._controller.fetch.put_nowait(digest)
+            frame = pb.GatewayControlFrame(fetch_bundle=pb.FetchBundle(digest=digest))
+            self._controller.frames.put_nowait(frame)
         else:
             return False
         self._asked[digest] = holder
@@ -373,6 +378,12 @@ class Hub(pb_grpc.LinkServicer):
 
     # ---- controller
 
+    async def ask_controller(self, verb: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
+        """Have the controller answer an admin verb. Raises CallError."""
+        if self._controller is None:
+            raise CallError(Outcome.NO_WORKER, AWAY, retry_after_s=2.0)
+        return await self._controller.questions.ask(verb, body, actor, timeout_s)
+
     async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """The controller: catalog up, demand and fleet down."""
         first = await self._first(context)
@@ -380,7 +391,7 @@ class Hub(pb_grpc.LinkServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must hold hello")
         if not self._admission.controls(context.peer_certificate()):
             await self._stranger(context, CONTROLLER)
-        controller = _Controller(first.hello.controller_id, first.hello.incarnation)
+        controller = _Controller(first.hello)
         await context.write(pb.GatewayControlFrame(welcome=self._welcome(codec.PROTOCOL_MAX)))
         self._controller = controller
         log.info("controller_up", controller=controller.controller_id)
@@ -390,8 +401,11 @@ class Hub(pb_grpc.LinkServicer):
                 if frame.HasField("catalog"):
                     self.catalog_at = time.monotonic()
                     self._listener.catalog(_entries(frame.catalog))
+                if frame.HasField("admin_reply"):
+                    controller.questions.answered(frame.admin_reply)
         finally:
             writer.cancel()
+            controller.questions.ended()
             if self._controller is controller:
                 self._controller = None
                 log.info("controller_down", controller=controller.controller_id)
@@ -399,11 +413,13 @@ class Hub(pb_grpc.LinkServicer):
     async def _report(self, controller: _Controller, context: Any) -> None:
         while True:
             await context.write(pb.GatewayControlFrame(demand=self._demand(), fleet=self._fleet()))
-            try:
-                digest = await asyncio.wait_for(controller.fetch.get(), 0.5)
-            except TimeoutError:
-                continue
-            await context.write(pb.GatewayControlFrame(fetch_bundle=pb.FetchBundle(digest=digest)))
+            due = time.monotonic() + REPORT_S
+            while (rest_s := due - time.monotonic()) > 0:
+                try:
+                    frame = await asyncio.wait_for(controller.frames.get(), rest_s)
+                except TimeoutError:
+                    break
+                await context.write(frame)
 
     def _demand(self) -> pb.Demand:
         return pb.Demand(

@@ -1235,19 +1235,23 @@ class ControllerFrame(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     CATALOG_FIELD_NUMBER: _builtins.int
+    ADMIN_REPLY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ControllerHello: ...
     @_builtins.property
     def catalog(self) -> Global___Catalog: ...
+    @_builtins.property
+    def admin_reply(self) -> Global___AdminReply: ...
     def __init__(
         self,
         *,
         hello: Global___ControllerHello | None = ...,
         catalog: Global___Catalog | None = ...,
+        admin_reply: Global___AdminReply | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admin_reply", b"admin_reply", "catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_reply", b"admin_reply", "catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1261,10 +1265,15 @@ class ControllerHello(_message.Message):
     PROTOCOL_MAX_FIELD_NUMBER: _builtins.int
     CONTROLLER_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    VERBS_FIELD_NUMBER: _builtins.int
     protocol_min: _builtins.int
     protocol_max: _builtins.int
     controller_id: _builtins.str
     incarnation: _builtins.str
+    @_builtins.property
+    def verbs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """It answers AdminRequest for these verbs (`Catalog.Scale`); a release that does not know of them names none."""
+
     def __init__(
         self,
         *,
@@ -1272,14 +1281,78 @@ class ControllerHello(_message.Message):
         protocol_max: _builtins.int = ...,
         controller_id: _builtins.str = ...,
         incarnation: _builtins.str = ...,
+        verbs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_id", b"controller_id", "incarnation", b"incarnation", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_id", b"controller_id", "incarnation", b"incarnation", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "verbs", b"verbs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ControllerHello: _TypeAlias = ControllerHello  # noqa: Y015
+
+@_typing.final
+class AdminReply(_message.Message):
+    """The answer to the AdminRequest of the same id on this stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    VIOLATIONS_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    body: _builtins.bytes
+    """The verb's serialized response; only without an outcome."""
+    outcome: _builtins.str
+    """The value of an Outcome; empty when it went well."""
+    message: _builtins.str
+    retry_after_s: _builtins.float
+    @_builtins.property
+    def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___WrongField]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        body: _builtins.bytes = ...,
+        outcome: _builtins.str = ...,
+        message: _builtins.str = ...,
+        violations: _abc.Iterable[Global___WrongField] | None = ...,
+        retry_after_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_retry_after_s", b"_retry_after_s", "retry_after_s", b"retry_after_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retry_after_s", b"_retry_after_s", "body", b"body", "id", b"id", "message", b"message", "outcome", b"outcome", "retry_after_s", b"retry_after_s", "violations", b"violations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__retry_after_s: _TypeAlias = _typing.Literal["retry_after_s"]  # noqa: Y015
+    _WhichOneofArgType__retry_after_s: _TypeAlias = _typing.Literal["_retry_after_s", b"_retry_after_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_after_s) -> _WhichOneofReturnType__retry_after_s | None: ...
+
+Global___AdminReply: _TypeAlias = AdminReply  # noqa: Y015
+
+@_typing.final
+class WrongField(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    description: _builtins.str
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "field", b"field"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WrongField: _TypeAlias = WrongField  # noqa: Y015
 
 @_typing.final
 class Catalog(_message.Message):
@@ -1388,6 +1461,7 @@ class GatewayControlFrame(_message.Message):
     DEMAND_FIELD_NUMBER: _builtins.int
     FLEET_FIELD_NUMBER: _builtins.int
     FETCH_BUNDLE_FIELD_NUMBER: _builtins.int
+    ADMIN_REQUEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -1396,6 +1470,8 @@ class GatewayControlFrame(_message.Message):
     def fleet(self) -> Global___FleetState: ...
     @_builtins.property
     def fetch_bundle(self) -> Global___FetchBundle: ...
+    @_builtins.property
+    def admin_request(self) -> Global___AdminRequest: ...
     def __init__(
         self,
         *,
@@ -1403,14 +1479,51 @@ class GatewayControlFrame(_message.Message):
         demand: Global___Demand | None = ...,
         fleet: Global___FleetState | None = ...,
         fetch_bundle: Global___FetchBundle | None = ...,
+        admin_request: Global___AdminRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admin_request", b"admin_request", "demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_request", b"admin_request", "demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GatewayControlFrame: _TypeAlias = GatewayControlFrame  # noqa: Y015
+
+@_typing.final
+class AdminRequest(_message.Message):
+    """A verb of cluster.admin.v1 that this gateway cannot answer itself. The gateway has asked who calls, and whether the
+    role grants it, and keeps the audit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    VERB_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Grows by one on this stream."""
+    verb: _builtins.str
+    """`Catalog.Scale`."""
+    body: _builtins.bytes
+    """The serialized request."""
+    actor: _builtins.str
+    """Who asks, as the audit names them."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        verb: _builtins.str = ...,
+        body: _builtins.bytes = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "body", b"body", "id", b"id", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminRequest: _TypeAlias = AdminRequest  # noqa: Y015
 
 @_typing.final
 class Demand(_message.Message):
