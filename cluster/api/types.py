@@ -253,3 +253,8 @@ class CatalogEntry:
     """Only workers with one of `weight_digests` may serve it; else they are what its workers have told."""
     note: str = ""
     """What an operator should know beside the state, e.g. a key that is not yet used."""
+    slo_ttft_s: float = 0.0
+    """The model's objectives, by which calls are judged; 0 asks nothing."""
+    slo_itl_s: float = 0.0
+    starting_since_s: float = 0.0
+    """Since the epoch: when the start under way began that is to give it its first replica; 0: none is."""

@@ -15,11 +15,13 @@ import structlog
 
 from cluster import rpc
 from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
+from cluster.api.demand import ModelDemand
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, EngineInfo, WorkerIdentity
 from cluster.link import codec
 from cluster.link.admin_relay import ANSWER_S, AWAY, Questions
 from cluster.link.admission import CONTROLLER, Admission, of_model
+from cluster.link.codec_demand import demand_to_pb, work_to_pb
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
 from cluster.link.liveness import Liveness, Waking
 from cluster.link.usage_keeper import EndedUsage
@@ -36,18 +38,6 @@ REPORT_S = 0.5
 """How often the controller is told of demand and fleet."""
 NOTICING_S = 0.02
 """Of the time in which a worker that stands still is to be found: what the finding itself may take."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDemand:
-    """What a gateway sees of a model's demand, for the controller."""
-
-    model: str
-    waiting: int
-    waiting_tokens: int
-    running: int
-    arrived: int
-    arrived_tokens: int
 
 
 class HubListener(Protocol):
@@ -105,6 +95,7 @@ class Hub(pb_grpc.LinkServicer):
         self.gateway_id = gateway_id
         self._siblings = tuple(siblings)
         self.incarnation = uuid.uuid4().hex[:12]
+        self._since = time.monotonic()
         self._listener = listener
         self._admission = Admission(by_certificate)
         self._timing = timing or Timing()
@@ -412,7 +403,7 @@ class Hub(pb_grpc.LinkServicer):
 
     async def _report(self, controller: _Controller, context: Any) -> None:
         while True:
-            await context.write(pb.GatewayControlFrame(demand=self._demand(), fleet=self._fleet()))
+            await context.write(self._frame())
             due = time.monotonic() + REPORT_S
             while (rest_s := due - time.monotonic()) > 0:
                 try:
@@ -421,20 +412,14 @@ class Hub(pb_grpc.LinkServicer):
                     break
                 await context.write(frame)
 
-    def _demand(self) -> pb.Demand:
-        return pb.Demand(
-            models=[
-                pb.ModelDemand(
-                    model=d.model,
-                    waiting=d.waiting,
-                    waiting_tokens=d.waiting_tokens,
-                    running=d.running,
-                    arrived=d.arrived,
-                    arrived_tokens=d.arrived_tokens,
-                )
-                for d in self._listener.demand()
-            ]
-        )
+    def tell_now(self) -> None:
+        """Let the controller hear at once how demand stands, not with the next report."""
+        if self._controller is not None:
+            self._controller.frames.put_nowait(self._frame())
+
+    def _frame(self) -> pb.GatewayControlFrame:
+        demand = demand_to_pb(self._listener.demand(), time.monotonic() - self._since)
+        return pb.GatewayControlFrame(demand=demand, fleet=self._fleet())
 
     def _fleet(self) -> pb.FleetState:
         return pb.FleetState(
@@ -450,6 +435,11 @@ class Hub(pb_grpc.LinkServicer):
                     max_model_len=link.info.max_model_len,
                     engine_class=link.info.engine_class,
                     default_sampling_json=json.dumps(dict(link.info.default_sampling)),
+                    standing=codec.standing_to_pb(link.standing),
+                    work=work_to_pb(link.work),
+                    max_num_seqs=link.info.max_num_seqs,
+                    max_num_batched_tokens=link.info.max_num_batched_tokens,
+                    kv_tokens=link.info.kv_tokens,
                 )
                 for link in self.links
             ]
