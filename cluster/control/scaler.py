@@ -293,15 +293,17 @@ class Scaler:
         return None if action == "hold" else (spec.name, made)
 
     def _hold(self, wall_s: float) -> Sequence[tuple[str, ScalingDecision]]:
-        """Nobody tells what the demand is; but what an operator asks is done, and a model that is new begins."""
+        """Nobody tells what the demand is; but bounds hold, what an operator asks is done, and a new model begins."""
         made = []
         for name, model in self._models.items():
             assert model.standing is not None, "it has been looked at"
-            before = model.standing.desired
-            wanted = before if self._frozen(name) else self.asked.manual.get(name, before)
+            spec, before = self._specs[name], model.standing.desired
+            within = min(max(before, spec.min_replicas), max(spec.max_replicas, spec.min_replicas))
+            wanted = before if self._frozen(name) else self.asked.manual.get(name, within)
             model.desired = wanted
             if wanted != before:
-                decision = ScalingDecision(wall_s, before, wanted, _action(before, wanted), "manual")
+                why = "manual" if name in self.asked.manual else "bounds"
+                decision = ScalingDecision(wall_s, before, wanted, _action(before, wanted), why)
                 model.decisions.append(decision)
                 made.append((name, decision))
             model.standing = dataclasses.replace(model.standing, desired=wanted, why="no gateway is linked")

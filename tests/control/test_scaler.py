@@ -144,6 +144,15 @@ def test_while_no_gateway_tells_nothing_changes() -> None:
     assert (made[1].why, made[1].replicas, world.scaler.standing("m").why) == ("manual", 2, "no gateway is linked")
 
 
+def test_bounds_hold_while_no_gateway_tells() -> None:
+    """An entry with another max is done, whoever is away."""
+    world = World(spec(min_replicas=3, idle_s=0.0))
+    world.until(3)
+    world.blind, world.specs = True, (spec(min_replicas=1, max_replicas=2, idle_s=0.0),)
+    (made,) = world.step()
+    assert (made[1].action, made[1].replicas, made[1].why) == ("down", 2, "bounds")
+
+
 def test_by_hand_and_frozen() -> None:
     """A number stands until it is taken back, also against idleness; frozen, nothing moves it, whoever asked."""
     kept: list[Asked] = []
