@@ -1,0 +1,107 @@
+"""Which rule would have done: every rule runs in the shadow, and the cheapest that kept the slo is followed.
+
+Problem: a margin that fits a steady model wastes GPUs, and one that fits a bursty model does not know the next. No
+constant is right, and what is right can be tried: demand does not depend on how many replicas there are. So each rule
+(a signal of levels.py and a margin over it) is played on the demand that came, with its own cold starts and its own
+line of waiting work, and two sums are kept for each, fading over `MEMORY` cold starts: the replica-seconds it would
+have held, and the calls that it would have made late. The rule to follow is the cheapest among those whose late calls
+stay below the budget. This is follow-the-leader among fixed experts (Cesa-Bianchi and Lugosi, "Prediction, Learning,
+and Games", ch. 2-4) with a constraint in place of a mixed loss.
+
+A rule's replicas: held = ceil(margin on signal); ready = the least held of the last cold start, for what was held
+all that time has come up. Its line: what came, less what ready replicas serve; late is who waits longer than the slack
+of the slo, by the same fluid as in loadtests/autoscale/optimum.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.control.scaling.levels import SIGNALS, Floats
+
+FACTORS = np.array([1.0, 1.06, 1.12, 1.2, 1.3, 1.42, 1.56, 1.75, 2.0, 2.4, 3.0, 4.0, 6.0])
+STRAYS = np.array([0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0])
+MARGINS = len(FACTORS) + len(STRAYS)
+RULES = SIGNALS * MARGINS
+MEMORY = 120.0
+"""Cold starts after which what was seen counts for 1/e."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """By rule: replica-seconds held, late calls, and the work that waits; and all calls. They fade."""
+
+    cost: Floats
+    late: Floats
+    waiting: Floats
+    calls: float = 0.0
+    time_s: float = 0.0
+
+
+def nothing() -> Shadow:
+    """Before the first observation."""
+    return Shadow(np.zeros(RULES), np.zeros(RULES), np.zeros(RULES))
+
+
+def held(plans: Floats, stray: Floats) -> Floats:
+    """By rule: how many replicas it wants, not rounded."""
+    by_factor = plans[:, None] * FACTORS
+    by_stray = plans[:, None] + stray[:, None] * STRAYS
+    return np.concatenate([by_factor, by_stray], axis=1).reshape(-1)
+
+
+def whole(replicas: Floats, correction: float) -> Floats:
+    """Rounded up, past what is lost in the arithmetic."""
+    return np.ceil(replicas * correction - 1e-6)
+
+
+def played(
+    before: Shadow,
+    wanted: Floats,
+    ready: Floats,
+    load: float,
+    calls: float,
+    passed_s: float,
+    slack_s: float,
+    cold_start_s: float,
+) -> Shadow:
+    """With one more stretch. `wanted` and `ready` by rule, whole; `load` in replicas."""
+    fade = float(np.exp(-passed_s / (MEMORY * cold_start_s)))
+    served = ready * passed_s
+    after = np.maximum(before.waiting + load * passed_s - served, 0.0)
+    # Work of more than a minute's wait is let go: callers have gone, and rules recover as the real line would.
+    after = np.minimum(after, np.maximum(ready, 1.0) * cold_start_s)
+    late = late_share(ready, before.waiting, after, slack_s) * calls
+    return Shadow(
+        before.cost * fade + wanted * passed_s,
+        before.late * fade + late,
+        after,
+        before.calls * fade + calls,
+        before.time_s * fade + passed_s,
+    )
+
+
+def late_share(ready: Floats, before: Floats, after: Floats, slack_s: float) -> Floats:
+    """Of calls that come evenly while waiting work goes from `before` to `after`: who waits longer than the slack."""
+    allowed = ready * slack_s
+    low, high = np.minimum(before, after), np.maximum(before, after)
+    share = (high - allowed) / np.maximum(high - low, 1e-12)
+    return np.where(high <= allowed, 0.0, np.minimum(share, 1.0))
+
+
+def best(shadow: Shadow, late_budget: float, followed: int | None, loyalty: float) -> int:
+    """The rule to follow: the cheapest within the budget, or the least late where none is.
+
+    The rule followed so far stays while no other is cheaper by `loyalty`, so that noise does not change rules.
+    """
+    allowed = late_budget * max(shadow.calls, 1e-9)
+    within = shadow.late <= allowed
+    if not within.any():
+        return int(np.lexsort((shadow.cost, shadow.late))[0])
+    cost = np.where(within, shadow.cost, np.inf)
+    found = int(np.argmin(cost))
+    if followed is not None and within[followed] and shadow.cost[followed] * (1.0 - loyalty) <= cost[found]:
+        return followed
+    return found
