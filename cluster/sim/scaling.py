@@ -228,8 +228,7 @@ def _close(one: _Live, now_s: float) -> None:
 def needed(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float) -> Sequence[float]:
     """Replica-seconds a second that arrive in each slot."""
     work = demand.count * (
-        demand.prompt_tokens / plant.prefill_at(itl_s)
-        + demand.output_tokens / plant.decode_tokens_per_s(itl_s)
+        demand.prompt_tokens / plant.prefill_at(itl_s) + demand.output_tokens / plant.decode_tokens_per_s(itl_s)
     )
     slots = int(np.ceil(demand.duration_s / slot_s))
     index = np.minimum((demand.at_s / slot_s).astype(int), slots - 1)

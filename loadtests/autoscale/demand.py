@@ -117,10 +117,15 @@ def servegen(
             spread = float(np.sqrt(max((values**2) @ weights - mean**2, 0.0)))
             # the sum of many lengths: its mean, and a Gamma about it as wide as the sum's
             shape = here * (mean / spread) ** 2 if spread > 0 else here
-            total += np.where(here > 0, rng.gamma(np.maximum(shape, 1e-9)) * (spread**2 / mean if spread else mean), 0.0)
+            total += np.where(
+                here > 0, rng.gamma(np.maximum(shape, 1e-9)) * (spread**2 / mean if spread else mean), 0.0
+            )
     there = count > 0
     at = (np.arange(bins) * bin_s)[there]
     return Demand(
-        at, count[there], np.maximum(prompt[there] / count[there], 1.0),
-        np.maximum(output[there] / count[there], 1.0), duration_s,
+        at,
+        count[there],
+        np.maximum(prompt[there] / count[there], 1.0),
+        np.maximum(output[there] / count[there], 1.0),
+        duration_s,
     )

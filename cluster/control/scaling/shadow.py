@@ -21,10 +21,11 @@ import numpy as np
 
 from cluster.control.scaling.levels import SIGNALS, Floats
 
-FACTORS = np.array([1.0, 1.06, 1.12, 1.2, 1.3, 1.42, 1.56, 1.75, 2.0, 2.4, 3.0, 4.0, 6.0])
-STRAYS = np.array([0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0])
+FACTORS = np.array([*(1.035 ** np.arange(22)), 2.2, 2.4, 2.7, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0])
+STRAYS = np.array([*np.arange(0.25, 4.01, 0.25), 5.0, 6.0, 8.0, 10.0, 14.0])
 MARGINS = len(FACTORS) + len(STRAYS)
 RULES = SIGNALS * MARGINS
+LOYALTY = 0.02
 MEMORY = 120.0
 """Cold starts after which what was seen counts for 1/e."""
 
@@ -45,10 +46,10 @@ def nothing() -> Shadow:
     return Shadow(np.zeros(RULES), np.zeros(RULES), np.zeros(RULES))
 
 
-def held(plans: Floats, stray: Floats) -> Floats:
+def held(signals: Floats, stray: Floats) -> Floats:
     """By rule: how many replicas it wants, not rounded."""
-    by_factor = plans[:, None] * FACTORS
-    by_stray = plans[:, None] + stray[:, None] * STRAYS
+    by_factor = signals[:, None] * FACTORS
+    by_stray = signals[:, None] + stray[:, None] * STRAYS
     return np.concatenate([by_factor, by_stray], axis=1).reshape(-1)
 
 
@@ -91,17 +92,14 @@ def late_share(ready: Floats, before: Floats, after: Floats, slack_s: float) -> 
     return np.where(high <= allowed, 0.0, np.minimum(share, 1.0))
 
 
-def best(shadow: Shadow, late_budget: float, followed: int | None, loyalty: float) -> int:
-    """The rule to follow: the cheapest within the budget, or the least late where none is.
+def best(shadow: Shadow, late_budget: float, followed: int | None) -> int:
+    """The rule to follow: the cheapest within the budget; where none is, within half as much again as the least late.
 
-    The rule followed so far stays while no other is cheaper by `loyalty`, so that noise does not change rules.
+    The rule followed so far stays while no other is cheaper by LOYALTY, so that noise does not change rules.
     """
-    allowed = late_budget * max(shadow.calls, 1e-9)
-    within = shadow.late <= allowed
-    if not within.any():
-        return int(np.lexsort((shadow.cost, shadow.late))[0])
-    cost = np.where(within, shadow.cost, np.inf)
+    allowed = max(late_budget * shadow.calls, 1.5 * float(shadow.late.min()))
+    cost = np.where(shadow.late <= allowed, shadow.cost, np.inf)
     found = int(np.argmin(cost))
-    if followed is not None and within[followed] and shadow.cost[followed] * (1.0 - loyalty) <= cost[found]:
+    if followed is not None and cost[followed] * (1.0 - LOYALTY) <= cost[found]:
         return followed
     return found
