@@ -20,7 +20,7 @@ SPANS = np.array([0.1, 0.33, 1.0, 2.0, 5.0, 20.0])
 """Time constants of the means, in cold starts."""
 TRENDS = ((2, 3, 1.0), (2, 3, 2.0))
 """(faster, slower, how far): the difference of two means is carried on."""
-FALLS = np.array([0.0, 1.0, 4.0, 16.0, 64.0])
+FALLS = np.array([0.0, 4.0, 16.0, 64.0])
 """Time constants with which a signal falls, in cold starts; 0: at once."""
 LEVELS = len(SPANS) + len(TRENDS) + 1
 SIGNALS = LEVELS * len(FALLS)

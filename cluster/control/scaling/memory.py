@@ -12,11 +12,15 @@ from cluster.control.scaling.shadow import Shadow
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """One stretch of the last cold start: when it ended, and the means and signals then."""
+    """One stretch of the last cold start and patience: when it ended, and means, signals and plans then.
+
+    A plan is the most of its signal during the patience: what keeps a rule's replicas there.
+    """
 
     at_s: float
     means: Floats
     signals: Floats
+    plans: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +66,8 @@ class ModelMemory:
     ranks: Mapping[int, float] = field(default_factory=dict)
     """Load by class rank, a mean over a cold start."""
     calls_per_s: float = 0.0
-    down_at_s: float | None = None
-    patience: float = 1.0
-    """In cold starts."""
+    down: tuple[float, int] | None = None
+    """The last scale-down: when, and how many there were before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ import numpy as np
 from cluster.control.scaling.levels import SIGNALS, Floats
 
 FACTORS = np.array([*(1.035 ** np.arange(22)), 2.2, 2.4, 2.7, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0])
-STRAYS = np.array([*np.arange(0.25, 4.01, 0.25), 5.0, 6.0, 8.0, 10.0, 14.0])
+STRAYS = np.array([*np.arange(0.5, 4.01, 0.25), 5.0, 6.0, 8.0])
 MARGINS = len(FACTORS) + len(STRAYS)
 RULES = SIGNALS * MARGINS
 LOYALTY = 0.02

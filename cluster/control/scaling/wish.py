@@ -15,19 +15,23 @@ import numpy as np
 
 from cluster.control.scaling import levels, shadow
 from cluster.control.scaling.memory import Fidelity, ModelMemory, Past, Stretch
-from cluster.control.scaling.shadow import FACTORS, MARGINS
-from cluster.control.scaling.types import ModelSeen, Observation, Rates
+from cluster.control.scaling.shadow import MARGINS
+from cluster.control.scaling.types import ModelSeen, Rates
 
 STRETCHES = 24
 """A cold start is learnt in so many pieces or fewer."""
-TRUSTED = 8.0
+TRUSTED = 5.0
 """Cold starts of demand before the rules alone decide."""
 BLIND = 2.0
 """Cold starts of demand before anything leaves: till then nothing is known of what comes."""
 FIRST_MARGIN = 1.4
 SHARE_OF_BUDGET = 0.7
 """Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
-LONGEST_PATIENCE = 6.0
+DOUBT = 0.5
+"""Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
+rules owes some of its luck to the past that it was chosen by."""
+PATIENCE = 1.5
+"""Cold starts for which a replica is kept that is not wished for."""
 UNKNOWN_RANK = 1 << 10
 
 
@@ -109,27 +113,31 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: f
     load = one.load_s / one.passed_s
     own_s = one.prompt_s / one.calls if one.calls else 0.0
     slack_s = max(slo.ttft_s - 2.0 * own_s, slo.ttft_s / 4)
-    past = [p for p in memory.past if p.at_s >= now_s - cold_s - 1e-6]
+    kept = [p for p in memory.past if p.at_s >= now_s - max(PATIENCE, 1.0) * cold_s - 1e-6]
+    past = [p for p in kept if p.at_s >= now_s - cold_s - 1e-6]
     aged = bool(past) and past[0].at_s <= now_s - cold_s + 1.5 * one.passed_s
     following = levels.follow(
         memory.levels, load, one.passed_s, cold_s, (past[0].means, past[0].signals) if aged else None
     )
-    past.append(Past(now_s, following.means, following.signals))
-    least = np.minimum.reduce([p.signals for p in past])
+    patient = [p.signals for p in kept if p.at_s >= now_s - PATIENCE * cold_s - 1e-6]
+    plans = np.maximum.reduce([following.signals, *patient])
+    least = np.minimum.reduce([plans, *(p.plans for p in past)])
+    kept.append(Past(now_s, following.means, following.signals, plans))
     correction = memory.fidelity.correction
-    wanted = shadow.whole(shadow.held(following.signals, following.stray), correction)
+    wanted = shadow.whole(shadow.held(plans, following.stray), correction)
     ready = shadow.whole(shadow.held(least, following.stray), correction)
     played = memory.shadow
-    if memory.levels.seen_s >= cold_s:  # before that every rule would be blamed for a beginning that none foresaw
-        played = shadow.played(
-            memory.shadow, wanted, ready, load * correction, one.calls, one.passed_s, slack_s, cold_s
-        )
+    # Before that every rule would be blamed for a beginning that none foresaw.
+    if memory.levels.seen_s >= BLIND * cold_s:
+        blocks = max(memory.shadow.time_s / cold_s, 1.0)
+        tried = load * correction * (1.0 + DOUBT / math.sqrt(blocks))
+        played = shadow.played(memory.shadow, wanted, ready, tried, one.calls, one.passed_s, slack_s, cold_s)
     fidelity = _check(memory.fidelity, seen, one, slack_s, cold_s)
     budget = 1.0 - slo.target
     unforeseen = max(fidelity.late - fidelity.told, 0.0) / max(fidelity.calls, 1.0)
     share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
     rule = shadow.best(played, share, memory.rule) if played.time_s else None
-    return replace(memory, levels=following, shadow=played, past=tuple(past), rule=rule, fidelity=fidelity)
+    return replace(memory, levels=following, shadow=played, past=tuple(kept), rule=rule, fidelity=fidelity)
 
 
 def _check(before: Fidelity, seen: ModelSeen, one: Stretch, slack_s: float, cold_s: float) -> Fidelity:
@@ -143,7 +151,8 @@ def _check(before: Fidelity, seen: ModelSeen, one: Stretch, slack_s: float, cold
     told = before.told * fade + told
     budget = 1.0 - seen.settings.slo.target
     unforeseen = max(late - told, 0.0) / max(judged, 1.0)
-    error = min(max(unforeseen / max(0.3 * budget, 1e-9) - 1.0, -0.5), 1.0)
+    missing = late / max(judged, 1.0) / max(0.8 * budget, 1e-9) - 1.0
+    error = min(max(missing, -0.5), 1.0) if unforeseen > 0.2 * budget or missing < 0 else 0.0
     correction = min(max(before.correction * math.exp(0.02 * error * one.passed_s / cold_s), 1.0), 2.0)
     return Fidelity(float(after[0]), told, late, judged, correction)
 
@@ -159,9 +168,8 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
     level = float(following.means[2])
     raw, why = rules_say, "the cheapest rule that would have kept the slo"
     if following.seen_s < TRUSTED * cold_s:
-        first = math.ceil(FIRST_MARGIN * max(level, float(following.means[3])) - 1e-6)
-        if first > raw:
-            raw, why = first, "little is known yet: a margin over the load"
+        raw = math.ceil(FIRST_MARGIN * max(level, float(following.means[1])) - 1e-6)
+        why = "little is known yet: a margin over the load"
     ready = sum(r.state == "ready" for r in seen.replicas)
     over_s = work.waiting_s - ready * settings.slo.ttft_s
     if over_s > 0:
@@ -170,17 +178,20 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
             raw, why = rescue, "calls wait for longer than the slo allows"
     if (work.queued or work.calls) and raw < 1:
         raw, why = 1, "a call is there"
-    wishes = (*((at, n) for at, n in memory.wishes if at > now_s - LONGEST_PATIENCE * cold_s), (now_s, raw))
+    wishes = (*((at, n) for at, n in memory.wishes if at > now_s - PATIENCE * cold_s - 1e-6), (now_s, raw))
     target = raw
     if raw < have:
-        patient_from = now_s - memory.patience * cold_s
-        kept = max(n for at, n in wishes if at >= patient_from)
+        kept = max(n for _, n in wishes)
         if following.seen_s < BLIND * cold_s:
             target, why = have, "nothing leaves while little is known"
         elif kept >= have:
             target, why = have, "wished for lately: to keep it costs less than to start it again"
         else:
             target, why = kept, "not wished for during the patience"
+    elif raw > have and over_s <= 0 and memory.down is not None:
+        at_s, before = memory.down
+        if now_s - at_s <= cold_s and raw <= before and have:
+            target, why = have, "something left within a cold start, and no more is wished for than was there"
     numbers = {
         "load": level,
         "load_now": float(following.means[0]),
@@ -191,7 +202,7 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
         "rule_late_share": float(memory.shadow.late[rule] / max(memory.shadow.calls, 1.0)) if rule is not None else 0.0,
         "late_share": memory.fidelity.late / max(memory.fidelity.calls, 1.0),
         "correction": memory.fidelity.correction,
-        "patience_s": memory.patience * cold_s,
+        "patience_s": PATIENCE * cold_s,
         "wished": float(raw),
         "have": float(have),
         "cold_start_s": cold_s,
@@ -200,23 +211,6 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
 
 
 def remembered(memory: ModelMemory, seen: ModelSeen, decided: int, now_s: float) -> ModelMemory:
-    """After the decision: whether it takes back a scale-down, and what patience follows."""
+    """After the decision."""
     have = sum(r.state != "draining" for r in seen.replicas)
-    cold_s = max(seen.settings.cold_start_s, 1.0)
-    if decided < have:
-        return replace(memory, down_at_s=now_s)
-    if memory.down_at_s is None:
-        return memory
-    if decided > have and now_s - memory.down_at_s <= cold_s:
-        return replace(memory, patience=min(memory.patience * 1.5, LONGEST_PATIENCE), down_at_s=None)
-    if now_s - memory.down_at_s > cold_s:
-        return replace(memory, patience=max(memory.patience * 0.95, 1.0), down_at_s=None)
-    return memory
-
-
-def ranks_of(observation: Observation) -> Mapping[str, int]:
-    """As told."""
-    return observation.ranks
-
-
-_ = FACTORS
+    return replace(memory, down=(now_s, have)) if decided < have else memory
