@@ -16,9 +16,9 @@ import numpy as np
 from cluster.control.scaling import ModelSettings, Observation
 from cluster.sim.plant import ReplicaModel
 from cluster.sim.scaling import Demand, Floats, SimModelSpec, Track, simulate
-from loadtests.autoscale.optimum import Rules, Slots, optimum
+from loadtests.autoscale.optimum import Plan, Rules, Slots, optimum
 
-SLACKS_S = (1.0, 0.7, 0.4, 0.1)
+SLACKS_S = (1.2, 0.8, 0.4)
 PACE_S = 0.03
 """Per token, at which streams are thought to run: they spread the work of decoding over time."""
 
@@ -98,12 +98,14 @@ def clairvoyant(
     slots = slots_of(demand, plant, slo.itl_s, slot_s, quanta)
     for slack_s in slacks_s:
         slack = slack_s / slot_s
-        rules = Rules(slack, settings.cold_start_s, most, settings.min_replicas, deepest=max(1.5, slack + 0.5))
-        if slot_s > slo.ttft_s:
-            rules = Rules(slack, settings.cold_start_s, most, settings.min_replicas, deepest=0.5)
-        found = optimum(slots, rules, 1.0 - slo.target, tries)
-        plan = found.plan.replicas.astype(float)
-        attained = replay(demand, plant, settings, plan, slot_s, tick_s).attainment
-        if attained >= slo.target and (best is None or found.plan.cost_s < best.cost_s):
-            best = Clairvoyant(found.plan.cost_s, found.bound_s, attained, plan, slot_s, slack_s)
+        deepest = max(1.5, slack + 0.5) if slot_s <= slo.ttft_s else 0.5
+        rules = Rules(slack, settings.cold_start_s, most, settings.min_replicas, deepest)
+
+        def attained(plan: Plan) -> float:
+            return replay(demand, plant, settings, plan.replicas.astype(float), slot_s, tick_s).attainment
+
+        found = optimum(slots, rules, 1.0 - slo.target, tries, lambda plan: attained(plan) >= slo.target)
+        if found is not None and (best is None or found.plan.cost_s < best.cost_s):
+            plan = found.plan
+            best = Clairvoyant(plan.cost_s, found.bound_s, attained(plan), plan.replicas.astype(float), slot_s, slack_s)
     return best

@@ -29,7 +29,7 @@ of these bounds over the prices tried is `Optimum.bound`. The cheapest plan foun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,19 +163,31 @@ def _running_min(values: Floats) -> tuple[Floats, NDArray[np.int64]]:
     return least, at
 
 
-def optimum(slots: Slots, rules: Rules, budget: float = 0.01, tries: int = 12) -> Optimum:
-    """Bisect the price of a late call (in its logarithm) till the budget is just kept."""
+def optimum(
+    slots: Slots,
+    rules: Rules,
+    budget: float = 0.01,
+    tries: int = 12,
+    holds: Callable[[Plan], bool] | None = None,
+) -> Optimum | None:
+    """Bisect the price of a late call (in its logarithm) till the budget is just kept.
+
+    `holds` says whether a plan keeps it, for those who judge plans by more than this fluid; by default its own late
+    calls do. None where even the dearest price gives no such plan.
+    """
     allowed = budget * float(slots.calls.sum())
+    keeps = holds or (lambda plan: plan.late <= allowed)
     low, high = 1e-3, 1e3
     bound, best = 0.0, solve(slots, rules, 1e6)
+    if not keeps(best):
+        return None
     for _ in range(tries):
         price = float(np.sqrt(low * high))
         plan = solve(slots, rules, price)
         bound = max(bound, plan.cost_s + price * (plan.late - allowed))
-        if plan.late <= allowed:
+        if keeps(plan):
             high = price
-            if plan.cost_s < best.cost_s or best.late > allowed:
-                best = plan
+            best = min(best, plan, key=lambda p: p.cost_s)
         else:
             low = price
     return Optimum(bound, best)

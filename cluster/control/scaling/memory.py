@@ -60,7 +60,8 @@ class ModelMemory:
     levels: Levels = field(default_factory=levels.nothing)
     shadow: Shadow = field(default_factory=shadow.nothing)
     past: tuple[Past, ...] = ()
-    rule: int | None = None
+    rules: tuple[int, ...] = ()
+    """That are followed, the cheapest first."""
     fidelity: Fidelity = field(default_factory=Fidelity)
     wishes: tuple[tuple[float, int], ...] = ()
     ranks: Mapping[int, float] = field(default_factory=dict)

@@ -25,7 +25,7 @@ FACTORS = np.array([*(1.035 ** np.arange(22)), 2.2, 2.4, 2.7, 3.0, 3.5, 4.0, 5.0
 STRAYS = np.array([*np.arange(0.5, 4.01, 0.25), 5.0, 6.0, 8.0])
 MARGINS = len(FACTORS) + len(STRAYS)
 RULES = SIGNALS * MARGINS
-LOYALTY = 0.02
+CHOSEN = 24
 MEMORY = 120.0
 """Cold starts after which what was seen counts for 1/e."""
 
@@ -92,14 +92,13 @@ def late_share(ready: Floats, before: Floats, after: Floats, slack_s: float) -> 
     return np.where(high <= allowed, 0.0, np.minimum(share, 1.0))
 
 
-def best(shadow: Shadow, late_budget: float, followed: int | None) -> int:
-    """The rule to follow: the cheapest within the budget; where none is, within half as much again as the least late.
+def best(shadow: Shadow, late_budget: float) -> tuple[int, ...]:
+    """The rules to follow: the CHOSEN cheapest within the budget, the cheapest first.
 
-    The rule followed so far stays while no other is cheaper by LOYALTY, so that noise does not change rules.
+    Where none is within the budget, it is half as much again as the least late. That several are followed at once, and
+    their mean is taken, makes up for what the single cheapest owes to chance.
     """
     allowed = max(late_budget * shadow.calls, 1.5 * float(shadow.late.min()))
-    cost = np.where(shadow.late <= allowed, shadow.cost, np.inf)
-    found = int(np.argmin(cost))
-    if followed is not None and cost[followed] * (1.0 - LOYALTY) <= cost[found]:
-        return followed
-    return found
+    within = np.flatnonzero(shadow.late <= allowed)
+    order = np.argsort(shadow.cost[within], kind="stable")[: int(CHOSEN)]
+    return tuple(within[order].tolist())

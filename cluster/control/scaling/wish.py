@@ -27,7 +27,10 @@ BLIND = 2.0
 FIRST_MARGIN = 1.4
 SHARE_OF_BUDGET = 0.7
 """Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
-DOUBT = 0.5
+UP = 0.02
+DOWN = 0.0
+LEAST = 0.9
+DOUBT = 0.15
 """Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
 rules owes some of its luck to the past that it was chosen by."""
 PATIENCE = 1.5
@@ -123,21 +126,20 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: f
     plans = np.maximum.reduce([following.signals, *patient])
     least = np.minimum.reduce([plans, *(p.plans for p in past)])
     kept.append(Past(now_s, following.means, following.signals, plans))
-    correction = memory.fidelity.correction
-    wanted = shadow.whole(shadow.held(plans, following.stray), correction)
-    ready = shadow.whole(shadow.held(least, following.stray), correction)
+    wanted = shadow.whole(shadow.held(plans, following.stray), 1.0)
+    ready = shadow.whole(shadow.held(least, following.stray), 1.0)
     played = memory.shadow
     # Before that every rule would be blamed for a beginning that none foresaw.
     if memory.levels.seen_s >= BLIND * cold_s:
         blocks = max(memory.shadow.time_s / cold_s, 1.0)
-        tried = load * correction * (1.0 + DOUBT / math.sqrt(blocks))
+        tried = load * (1.0 + DOUBT / math.sqrt(blocks))
         played = shadow.played(memory.shadow, wanted, ready, tried, one.calls, one.passed_s, slack_s, cold_s)
     fidelity = _check(memory.fidelity, seen, one, slack_s, cold_s)
     budget = 1.0 - slo.target
     unforeseen = max(fidelity.late - fidelity.told, 0.0) / max(fidelity.calls, 1.0)
     share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
-    rule = shadow.best(played, share, memory.rule) if played.time_s else None
-    return replace(memory, levels=following, shadow=played, past=tuple(kept), rule=rule, fidelity=fidelity)
+    rules = shadow.best(played, share) if played.time_s else ()
+    return replace(memory, levels=following, shadow=played, past=tuple(kept), rules=rules, fidelity=fidelity)
 
 
 def _check(before: Fidelity, seen: ModelSeen, one: Stretch, slack_s: float, cold_s: float) -> Fidelity:
@@ -152,8 +154,9 @@ def _check(before: Fidelity, seen: ModelSeen, one: Stretch, slack_s: float, cold
     budget = 1.0 - seen.settings.slo.target
     unforeseen = max(late - told, 0.0) / max(judged, 1.0)
     missing = late / max(judged, 1.0) / max(0.8 * budget, 1e-9) - 1.0
-    error = min(max(missing, -0.5), 1.0) if unforeseen > 0.2 * budget or missing < 0 else 0.0
-    correction = min(max(before.correction * math.exp(0.02 * error * one.passed_s / cold_s), 1.0), 2.0)
+    error = min(max(missing, -1.0), 1.0) if unforeseen > 0.2 * budget or missing < 0 else 0.0
+    pace = UP if error > 0 else DOWN
+    correction = min(max(before.correction * math.exp(pace * error * one.passed_s / cold_s), LEAST), 2.0)
     return Fidelity(float(after[0]), told, late, judged, correction)
 
 
@@ -161,10 +164,11 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
     """How many replicas, with patience."""
     settings, have = seen.settings, sum(r.state != "draining" for r in seen.replicas)
     cold_s = max(settings.cold_start_s, 1.0)
-    following, rule = memory.levels, memory.rule
+    following, rule = memory.levels, memory.rules[0] if memory.rules else None
     rules_say = 0
     if rule is not None:
-        rules_say = int(shadow.whole(shadow.held(following.signals, following.stray), memory.fidelity.correction)[rule])
+        held = shadow.held(following.signals, following.stray)[list(memory.rules)]
+        rules_say = math.ceil(float(held.mean()) * memory.fidelity.correction - 1e-6)
     level = float(following.means[2])
     raw, why = rules_say, "the cheapest rule that would have kept the slo"
     if following.seen_s < TRUSTED * cold_s:
