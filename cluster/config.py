@@ -1,6 +1,6 @@
 """cluster.yaml: read once, checked when built, frozen; an unknown key is refused with its path.
 
-Sections that later releases bring (autoscaling, ...) are refused by name rather than accepted and ignored: a bound
+Sections that later releases bring are refused by name rather than accepted and ignored: a bound
 that nobody enforces is worse than none. Those about tenants are in config_tenants.
 """
 
@@ -32,9 +32,8 @@ from cluster.tenancy.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"
 
-NOT_YET = {"scaling": "autoscaling"}
+NOT_YET: dict[str, str] = {}
 NOT_YET_MODEL = {
-    "slo": "service level objectives",
     "canary": "canary releases",
     "adapters": "adapters",
     "fallback": "fallback models",
@@ -124,7 +123,7 @@ class Observe(Section):
 
 
 class Replicas(Section):
-    """Bounds on the number of replicas. Until the autoscaler exists max(min, 1) run, and `idle_s` is not used."""
+    """Bounds on the number of replicas. `idle_s` with `min: 0`: none after so long without a call."""
 
     min: Annotated[int, Field(ge=0, le=1000)] = 1
     max: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -137,6 +136,29 @@ class Replicas(Section):
         if self.idle_s > 0 and self.min > 0:
             raise ValueError("idle_s is for scaling to zero, which needs min: 0")
         return self
+
+
+class Slo(Section):
+    """What callers are to get: the first token within `ttft_s`, the others `itl_s` apart in the mean, for a share of
+    `target` of the calls. Scaling aims at it."""
+
+    ttft_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    itl_s: Annotated[float, Field(gt=0, le=60)] = 0.1
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.99
+
+
+class Scaling(Section):
+    """How numbers of replicas follow the demand.
+
+    `gpu_budget`: GPUs that all models together may hold, by type ("" where models name none); a type that is not there
+    is not limited. `cold_start_s`: of a model whose own is not learnt yet. `forecast`: act ahead of demand that is
+    expected. `frozen`: nothing changes by itself.
+    """
+
+    gpu_budget: Mapping[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    cold_start_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    forecast: bool = True
+    frozen: bool = False
 
 
 class Model(Section):
@@ -153,6 +175,7 @@ class Model(Section):
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     replicas: Replicas = Replicas()
+    slo: Slo = Slo()
     gpu: str = ""
     engine: Mapping[str, Any] = Field(default_factory=dict)
     allow_cross_node_tensor_parallel: bool = False
@@ -189,6 +212,9 @@ class Model(Section):
             min_replicas=self.replicas.min,
             max_replicas=self.replicas.max if self.replicas.max is not None else max(self.replicas.min, 1),
             idle_s=self.replicas.idle_s,
+            slo_ttft_s=self.slo.ttft_s,
+            slo_itl_s=self.slo.itl_s,
+            slo_target=self.slo.target,
             gpu=self.gpu,
             engine=dict(self.engine),
             allow_cross_node_tensor_parallel=self.allow_cross_node_tensor_parallel,
@@ -219,6 +245,7 @@ class Config(Section):
     auth: Auth | None = None
     store: Store = Store()
     cost: Cost | None = None
+    scaling: Scaling = Scaling()
     classes: tuple[Class, ...] = CLASSES
     tenant_defaults: TenantDefaults = TenantDefaults()
     tenants: tuple[Tenant, ...] = ()

@@ -178,7 +178,7 @@ class ModelSpec:
     """A model's entry of the configuration, as control, rayserve and engine see it. Survives a trip through JSON.
 
     `engine` holds vLLM's own argument names, already checked for those that Headrace owns. `gpu` is Ray's
-    accelerator type, empty for any. `idle_s` is checked, not yet used.
+    accelerator type, empty for any. `idle_s` > 0 with `min_replicas` 0: no replica after so long without a call.
     """
 
     name: str
@@ -200,10 +200,15 @@ class ModelSpec:
     load_format: str = "safetensors"
     digest: str = ""
     """The weights' digest that every worker must have; empty for any."""
+    slo_ttft_s: float = 2.0
+    """The first token of a call is to come within this, the mean gap between its tokens is to be within the next, for
+    such a share of the calls."""
+    slo_itl_s: float = 0.1
+    slo_target: float = 0.99
 
     @property
     def replicas(self) -> int:
-        """Replicas to run; fixed until the autoscaler exists."""
+        """Replicas to begin with: one at least, since it is the first that tells what the model is."""
         return max(self.min_replicas, 1)
 
 
@@ -253,3 +258,8 @@ class CatalogEntry:
     """Only workers with one of `weight_digests` may serve it; else they are what its workers have told."""
     note: str = ""
     """What an operator should know beside the state, e.g. a key that is not yet used."""
+    slo_ttft_s: float = 0.0
+    """The model's objectives, by which calls are judged; 0 asks nothing."""
+    slo_itl_s: float = 0.0
+    starting_since_s: float = 0.0
+    """Since the epoch: when the start under way began that is to give it its first replica; 0: none is."""

@@ -17,6 +17,7 @@ from cluster.cli import (
     pod_secrets,
     pods,
     processes,
+    scaling,
     talk,
     tenants,
     up,
@@ -41,8 +42,9 @@ app.command()(talk.complete)
 app.command()(talk.models)
 app.command()(look.workers)
 app.command()(look.abort)
-for verb in (fleet.drain, fleet.cordon, fleet.uncordon):
+for verb in (fleet.drain, fleet.cordon, fleet.uncordon, scaling.scale, scaling.freeze, scaling.unfreeze):
     app.command()(verb)
+app.add_typer(scaling.explain_app, name="explain")
 app.add_typer(configuration.app, name="config")
 app.add_typer(certs.app, name="certs")
 app.add_typer(tenants.tenants_app, name="tenants")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from cluster.api.types import ModelSpec
 
 # What the replicas never see: names are the gateway's, and counts are changed by scaling, not by a new start.
-_NOT_THE_REPLICAS = ("aliases", "min_replicas", "max_replicas", "idle_s")
+_NOT_THE_REPLICAS = ("aliases", "min_replicas", "max_replicas", "idle_s", "slo_ttft_s", "slo_itl_s", "slo_target")
 
 
 def to_json(spec: ModelSpec) -> dict[str, object]:

@@ -28,6 +28,10 @@ from cluster.tenancy.identity import Principal
 log = structlog.get_logger("directory")
 
 
+MOST_OF_A_START = 0.99
+"""A start that takes longer than others has not ended yet."""
+
+
 class KnownModel:
     """A model as this gateway knows it now."""
 
@@ -48,9 +52,23 @@ class KnownModel:
         return any(map(principal.tenant.allows, (self.name, *self.entry.aliases)))
 
     @property
+    def served(self) -> bool:
+        """Whether a worker takes its calls."""
+        return any(link.serves for link in self.links.values())
+
+    def start(self, wall_s: float) -> tuple[float, float]:
+        """While nobody serves it: how far its start is, in [0, 1], and how many seconds it takes still, by the time
+        that its starts take; (0, 0) where that is not known. `wall_s`: since the epoch."""
+        whole_s, since_s = self.entry.cold_start_s, self.entry.starting_since_s
+        if whole_s <= 0 or self.entry.state in (ModelState.FAILED, ModelState.GONE):
+            return 0.0, 0.0
+        passed_s = max(wall_s - since_s, 0.0) if since_s else 0.0
+        return min(passed_s / whole_s, MOST_OF_A_START), max(whole_s - passed_s, (1 - MOST_OF_A_START) * whole_s)
+
+    @property
     def state(self) -> ModelState:
         """READY while a worker is linked, else what the catalog says."""
-        if any(link.serves for link in self.links.values()):
+        if self.served:
             return ModelState.READY
         if self.entry.state is ModelState.READY:  # the catalog is older than the loss of the last worker
             return ModelState.LOADING
@@ -186,6 +204,11 @@ class Directory:
         if not name:
             raise CallError(Outcome.MODEL_NOT_FOUND, "model: is empty; ListModels names the models that you may use")
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name!r} does not exist; ListModels names those that do")
+
+    def starts_in_s(self, name: str) -> float:
+        """How much longer than others a call may wait for a model that nobody serves: twice what its start takes."""
+        model = self._models.get(name)
+        return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
     async def text(self, model: KnownModel) -> TextModel:
         """The model's tokenizer and chat template. Raises CallError while it cannot be had."""

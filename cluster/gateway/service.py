@@ -18,6 +18,7 @@ from cluster.api.types import EngineRequest
 from cluster.gateway import wishes
 from cluster.gateway.allowance import Allowances
 from cluster.gateway.call import Call
+from cluster.gateway.demand import within_slo
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.door import ANYBODY, Door, OpenDoor
@@ -35,6 +36,18 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("calls")
 
+HELD_S = 1.0
+"""How often a call that waits for a model to start is told how far that is."""
+SHORT_OF_ROOM = (
+    Outcome.QUEUE_FULL,
+    Outcome.SHED,
+    Outcome.DEADLINE_EXCEEDED,
+    Outcome.DEADLINE_UNREACHABLE,
+    Outcome.MODEL_LOADING,
+    Outcome.NO_WORKER,
+    Outcome.WORKER_LOST,
+)
+"""Ends of a call that more replicas might have spared it."""
 DEADLINE_SLACK_S = 0.1
 """A caller's deadline began before it got here, so it may hang up for it sooner than ours has passed."""
 
@@ -58,10 +71,13 @@ class CallMeta:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Of a call without news: queued, prefill, running, resuming (its worker was lost) or the model's state; the place
-    in line, 1 the next, or 0."""
+    in line, 1 the next, or 0. While nobody serves the model: how far its start is, in [0, 1], and how long it takes
+    still (seconds), by what is known of its starts; 0 where that is nothing."""
 
     state: str
     queue_position: int
+    fraction: float = 0.0
+    eta_s: float = 0.0
 
 
 class CallService:
@@ -89,6 +105,7 @@ class CallService:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.clock = clock
+        self.wall_s: Callable[[], float] = time.time
         self.resumes: Resumes | None = None
         """Set before the first call, where streams can be resumed."""
         self.on_close: set[Callable[[], None]] = set()
@@ -131,7 +148,8 @@ class CallService:
         position = self.dispatcher.position(call)
         model = self.directory.find(call.model)
         if model is not None and not model.links:
-            return Progress(model.state.lower(), position)
+            fraction, eta_s = model.start(self.wall_s())
+            return Progress(model.state.lower(), position, fraction, eta_s)
         if self.dispatcher.returning(call):
             return Progress("resuming", position)
         return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
@@ -270,6 +288,8 @@ class CallService:
     def _settle(self, model: str, meta: CallMeta, outcome: Outcome, call: Call | None, arrived: float) -> None:
         metrics = self.metrics
         metrics.count("requests_total", model, meta.tenant, meta.face, outcome.value)
+        if call is not None:
+            self._judge(call, outcome)
         if call is None or call.first_token_at is None:
             if outcome not in (Outcome.OK, Outcome.CANCELLED):
                 metrics.count("rejected_total", model, outcome.value)
@@ -283,6 +303,20 @@ class CallService:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
         metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)
+
+    def _judge(self, call: Call, outcome: Outcome) -> None:
+        """Whether the call was served as its model's objectives ask; one that its caller ended or spoilt tells nothing,
+        unless its first token was late by then."""
+        known = self.directory.find(call.model)
+        if known is None or call.continues:
+            return
+        entry, served = known.entry, outcome is Outcome.OK
+        ttft_s = call.usage.ttft_s if call.first_token_at is not None else None
+        late = entry.slo_ttft_s and self.clock() - call.arrived > entry.slo_ttft_s and ttft_s is None
+        if not served and not late and outcome not in SHORT_OF_ROOM:
+            return
+        within = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
+        self.dispatcher.tally.judged(call.model, call.policy.priority_class, call.rank, within)
 
     def _end_fallen(self) -> None:
         """Calls of tenants that may no longer call end now, wherever they are."""
@@ -299,16 +333,24 @@ class CallService:
             call.fail(CallError(Outcome.CANCELLED, "ended by the cluster's operators"))
         return [call.tenant for call in found]
 
+    def _held(self, call: Call) -> bool:
+        """Whether it waits for a model that nobody serves."""
+        if call.first_token_at is not None:
+            return False
+        model = self.directory.find(call.model)
+        return model is not None and not model.served
+
     async def nudge(self, keepalive_s: float) -> None:
         """A few times a second: end what waited too long, bring the tenants' accounts up to date, and wake calls that
-        have been silent for keepalive_s."""
+        have been silent for keepalive_s, or for HELD_S where nobody serves their model."""
         while True:
             await ticks.rest(min(keepalive_s / 4, 0.25))
             self.dispatcher.expire()
             now = self.clock()
             for call in list(self._open.values()):
                 self.dispatcher.grew(call)
-                if now - call.heard_at >= keepalive_s:
+                silent_s = now - call.heard_at
+                if silent_s >= keepalive_s or (silent_s >= HELD_S and self._held(call)):
                     call.silent_since = now
                     call.silent = True
                     call.wake()

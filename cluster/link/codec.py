@@ -406,7 +406,15 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         engine_class=e.engine_class,
         note=e.note,
         weights_pinned=e.weights_pinned,
+        slo_ttft_s=e.slo_ttft_s,
+        slo_itl_s=e.slo_itl_s,
+        starting_since_s=e.starting_since_s,
     )
+
+
+def standing_to_pb(standing: Standing) -> pb.Standing.State.ValueType:
+    """A standing by the name that travels."""
+    return pb.Standing.State.Value(f"STATE_{standing.value}")
 
 
 def standing_from_pb(standing: pb.Standing) -> Standing:
@@ -437,4 +445,7 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         engine_class=m.engine_class,
         note=m.note,
         weights_pinned=m.weights_pinned,
+        slo_ttft_s=m.slo_ttft_s,
+        slo_itl_s=m.slo_itl_s,
+        starting_since_s=m.starting_since_s,
     )

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +22,13 @@ from cluster.config import Config
 from cluster.config_gateway import Tls
 from cluster.control import catalog, reconcile
 from cluster.control.catalog import Known, Reported
+from cluster.control.scaler import Scaler
+from cluster.control.scaling_desk import Desk
 from cluster.link.controller import ControllerEnd, FleetWorker
+from cluster.link.scaling_verbs import scaling_verbs
 from cluster.link.tls import TlsFiles
-from cluster.rayserve import bundling
+from cluster.observe.metrics import Metrics
+from cluster.rayserve import bundling, scaling
 from cluster.rayserve.backend import Backend, ChildBackend, RayAway, Snapshot
 from cluster.rayserve.jobs import JobBackend
 from cluster.rayserve.placement import why_unplaceable
@@ -59,6 +63,10 @@ class Controller:
     gateways: Gateways
     wall_s: Callable[[], float] = time.time
     known: dict[str, Known] = field(default_factory=dict)
+    scaler: Scaler = field(default_factory=Scaler)
+    now: Callable[[], float] = time.monotonic
+    on_look: Callable[[], None] = lambda: None
+    """Called after each look of the scaler."""
     _wanted: dict[str, ReplicaSettings] = field(default_factory=dict)
     _states: dict[str, ModelState] = field(default_factory=dict)
     _entries: dict[str, CatalogEntry] = field(default_factory=dict)
@@ -76,6 +84,10 @@ class Controller:
         wanted = {s.spec.name: s for s in settings}
         self._leaving |= {name: s.spec for name, s in self._wanted.items() if name not in wanted}
         self._wanted = wanted
+        self._changed.set()
+
+    def wake(self) -> None:
+        """The next pass begins at once."""
         self._changed.set()
 
     def entries(self) -> Sequence[CatalogEntry]:
@@ -99,16 +111,35 @@ class Controller:
     async def step(self) -> None:
         """One pass. Raises RayAway."""
         snapshot = await self.backend.observe()
+        self._look(snapshot)
         self._tell(snapshot)
-        wanted = [reconcile.Wanted(name, s.digest, s.spec.replicas) for name, s in self._wanted.items()]
+        wanted = [reconcile.Wanted(name, s.digest, self._replicas(s.spec)) for name, s in self._wanted.items()]
         for action in reconcile.reconcile(wanted, snapshot.apps, self.wall_s()):
             log.info("step", step=type(action).__name__, model=action.model, why=getattr(action, "why", ""))
             await self._do(action)
 
+    def _look(self, snapshot: Snapshot) -> None:
+        """Let the scaler see, and decide."""
+        decided = self.scaler.look(
+            [s.spec for s in self._wanted.values()],
+            scaling.on_ray(snapshot.apps.values()),
+            scaling.workers_of(self.gateways.fleet()),
+            self.now(),
+            self.wall_s(),
+            blind=not self.gateways.linked,
+        )
+        scaling.tell(decided)
+        self.on_look()
+
+    def _replicas(self, spec: ModelSpec) -> int:
+        """Of all versions together."""
+        return self.scaler.replicas(spec)
+
     async def _do(self, action: reconcile.Action) -> None:
         match action:
             case reconcile.Deploy(model):
-                await self.backend.deploy(self._wanted[model])
+                settings = self._wanted[model]
+                await self.backend.deploy(replace(settings, replicas=self._replicas(settings.spec)))
             case reconcile.Scale(model, replicas):
                 await self.backend.scale(model, replicas)
             case reconcile.Delete(model):
@@ -124,6 +155,7 @@ class Controller:
         now = {name: self._entry(spec, snapshot, reported.get(name, ())) for name, spec in specs.items()}
         self._states = {name: entry.state for name, entry in now.items()}
         self._entries = {name: catalog.remember(self._entries.get(name), entry) for name, entry in now.items()}
+        self._entries = {name: self.scaler.told(entry) for name, entry in self._entries.items()}
         self.gateways.publish(self.entries())
 
     def _entry(self, spec: ModelSpec, snapshot: Snapshot, reported: Sequence[Reported]) -> CatalogEntry:
@@ -218,6 +250,7 @@ async def run_controller(
     run_folder: Path,
     stop: asyncio.Event,
     end_serve: bool = False,
+    metrics: Metrics | None = None,
 ) -> None:
     """Run until `stop`. `ray_address` is the local Ray's (its token in this environment), None for `config.ray`.
 
@@ -233,7 +266,19 @@ async def run_controller(
         tls=link_tls(config, local=local),
         bundles=bundles.get,
     )
-    controller = Controller(backend, end)
+    asked = scaling.AskedFile(run_folder / "scaling.json")
+    scaler = Scaler(scaling.settings_of(config), time.monotonic(), asked.read())
+    controller = Controller(backend, end, scaler=scaler)
+    if metrics is not None:
+        counters = scaling.Counters(metrics)
+        controller.on_look = lambda: counters.count(scaler)
+    scaling.listen(end, scaler, controller.now, controller.wake)
+
+    def changed() -> None:
+        asked.keep(scaler.asked)
+        controller.wake()
+
+    end.verbs |= scaling_verbs(Desk(scaler, changed))
     wanted = settings_of(config, gateways=gateways, local=local)
     controller.want(wanted)
     parts = [

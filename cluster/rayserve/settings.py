@@ -53,6 +53,8 @@ class ReplicaSettings:
     allowed_formats: tuple[str, ...] = ("safetensors",)
     allow_remote_code: bool = False
     drain_timeout_s: float = 2.0
+    replicas: int | None = None
+    """How many to begin with; None: as the spec says."""
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def surroundings(self) -> dict[str, object]:
@@ -74,7 +76,7 @@ class ReplicaSettings:
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values; `from_json` is the inverse."""
-        return {**self.surroundings(), "spec": specs.to_json(self.spec)}
+        return {**self.surroundings(), "replicas": self.replicas, "spec": specs.to_json(self.spec)}
 
     @property
     def digest(self) -> str:

@@ -32,7 +32,8 @@ class FakeRay:
     async def deploy(self, settings: ReplicaSettings) -> None:
         """Take an application; no replica has a process yet."""
         self._answer(f"deploy {settings.spec.name}")
-        self.apps[settings.spec.name] = Observed(settings.spec.name, settings.digest, settings.spec.replicas)
+        replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
+        self.apps[settings.spec.name] = Observed(settings.spec.name, settings.digest, replicas)
 
     async def scale(self, model: str, replicas: int) -> None:
         """Another count."""

@@ -1,0 +1,79 @@
+"""What the policy remembers between two rounds: a frozen value that nobody else needs to understand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.control.scaling import levels, shadow
+from cluster.control.scaling.levels import Floats, Levels
+from cluster.control.scaling.shadow import Shadow
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """One stretch of the last cold start and patience: when it ended, and means, signals and plans then.
+
+    A plan is the most of its signal during the patience: what keeps a rule's replicas there.
+    """
+
+    at_s: float
+    means: Floats
+    signals: Floats
+    plans: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """What came since something was last learnt. `load_s` in replica-seconds."""
+
+    passed_s: float = 0.0
+    load_s: float = 0.0
+    calls: float = 0.0
+    within: float = 0.0
+    outside: float = 0.0
+    prompt_s: float = 0.0
+    """Of one replica, for all prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How well the shadow tells what becomes of real calls. Sums fade.
+
+    `correction` stretches what every rule wants: above 1 where calls are late that the shadow served in time.
+    """
+
+    waiting: float = 0.0
+    told: float = 0.0
+    """Late calls by the shadow of the real replicas."""
+    late: float = 0.0
+    calls: float = 0.0
+    correction: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """Of one model. `wishes`: (when, how many replicas were wished for), for patience with scaling down."""
+
+    last_call_s: float
+    stretch: Stretch = field(default_factory=Stretch)
+    levels: Levels = field(default_factory=levels.nothing)
+    shadow: Shadow = field(default_factory=shadow.nothing)
+    past: tuple[Past, ...] = ()
+    rules: tuple[int, ...] = ()
+    """That are followed, the cheapest first."""
+    fidelity: Fidelity = field(default_factory=Fidelity)
+    wishes: tuple[tuple[float, int], ...] = ()
+    ranks: Mapping[int, float] = field(default_factory=dict)
+    """Load by class rank, a mean over a cold start."""
+    calls_per_s: float = 0.0
+    down: tuple[float, int] | None = None
+    """The last scale-down: when, and how many there were before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of all models. `at_s`: of the last observation; None in an empty memory."""
+
+    at_s: float | None = None
+    models: Mapping[str, ModelMemory] = field(default_factory=dict)

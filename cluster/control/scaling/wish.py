@@ -1,0 +1,220 @@
+"""How many replicas one model wishes for, from what it has seen of its demand; the budget is not looked at here.
+
+Up: what the followed rule (shadow.py) wants, at once. Down: only what has not been wished for during the model's
+patience, one cold start to begin with, since to keep a replica for that long costs as much as to start it again
+(ski rental). A scale-down that had to be taken back within a cold start makes the patience longer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from cluster.control.scaling import levels, shadow
+from cluster.control.scaling.memory import Fidelity, ModelMemory, Past, Stretch
+from cluster.control.scaling.shadow import MARGINS
+from cluster.control.scaling.types import ModelSeen, Rates
+
+STRETCHES = 24
+"""A cold start is learnt in so many pieces or fewer."""
+TRUSTED = 5.0
+"""Cold starts of demand before the rules alone decide."""
+BLIND = 2.0
+"""Cold starts of demand before anything leaves: till then nothing is known of what comes."""
+FIRST_MARGIN = 1.4
+SHARE_OF_BUDGET = 0.7
+"""Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
+UP = 0.02
+DOWN = 0.0
+LEAST = 0.9
+DOUBT = 0.15
+"""Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
+rules owes some of its luck to the past that it was chosen by."""
+PATIENCE = 1.5
+"""Cold starts for which a replica is kept that is not wished for."""
+UNKNOWN_RANK = 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """`replicas` of the first GPU type. `load` is what is expected, `now` what arrives, both in replicas."""
+
+    replicas: int
+    why: str
+    load: float
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What came in one observation, in replica-seconds of the first GPU type. None: no rates are known."""
+
+    load_s: float
+    prompt_s: float
+    waiting_s: float
+    by_rank_s: Mapping[int, float]
+    calls: int
+    queued: int
+    held: int
+    within: int
+    outside: int
+
+
+def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> Work | None:
+    """None where the rates of the first GPU type are not learnt yet."""
+    rates = seen.rates.get(seen.settings.gpus[0], Rates())
+    demand = seen.demand
+    if not rates.prefill_tokens_per_s or not rates.decode_tokens_per_s:
+        return None
+    prompt = {c: d.arrived_prompt_tokens / rates.prefill_tokens_per_s for c, d in demand.items()}
+    load = {c: prompt[c] + d.expected_output_tokens / rates.decode_tokens_per_s for c, d in demand.items()}
+    by_rank: dict[int, float] = {}
+    for name, value in load.items():
+        rank = ranks.get(name, UNKNOWN_RANK)
+        by_rank[rank] = by_rank.get(rank, 0.0) + value
+    return Work(
+        sum(load.values()),
+        sum(prompt.values()),
+        sum(d.queued_tokens for d in demand.values()) / rates.prefill_tokens_per_s,
+        by_rank,
+        sum(d.arrived_requests for d in demand.values()),
+        sum(d.queued_requests for d in demand.values()),
+        sum(d.held_requests for d in demand.values()),
+        sum(d.within_slo for d in demand.values()),
+        sum(d.outside_slo for d in demand.values()),
+    )
+
+
+def learn(memory: ModelMemory, seen: ModelSeen, work: Work, passed_s: float, now_s: float) -> ModelMemory:
+    """With what came since the last observation."""
+    before = memory.stretch
+    stretch = Stretch(
+        before.passed_s + passed_s,
+        before.load_s + work.load_s,
+        before.calls + work.calls,
+        before.within + work.within,
+        before.outside + work.outside,
+        before.prompt_s + work.prompt_s,
+    )
+    cold_s = max(seen.settings.cold_start_s, 1.0)
+    if passed_s > 0:
+        share = -math.expm1(-passed_s / cold_s)
+        known = {**dict.fromkeys(memory.ranks, 0.0), **work.by_rank_s}
+        ranks = {r: (v := memory.ranks.get(r, 0.0)) + (s / passed_s - v) * share for r, s in known.items()}
+        calls = memory.calls_per_s + (work.calls / passed_s - memory.calls_per_s) * share
+        memory = replace(memory, ranks={r: v for r, v in ranks.items() if v > 1e-9}, calls_per_s=calls)
+    if stretch.passed_s < cold_s / STRETCHES:
+        return replace(memory, stretch=stretch)
+    return _learn_stretch(replace(memory, stretch=Stretch()), seen, stretch, cold_s, now_s)
+
+
+def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: float, now_s: float) -> ModelMemory:
+    slo = seen.settings.slo
+    load = one.load_s / one.passed_s
+    own_s = one.prompt_s / one.calls if one.calls else 0.0
+    slack_s = max(slo.ttft_s - 2.0 * own_s, slo.ttft_s / 4)
+    kept = [p for p in memory.past if p.at_s >= now_s - max(PATIENCE, 1.0) * cold_s - 1e-6]
+    past = [p for p in kept if p.at_s >= now_s - cold_s - 1e-6]
+    aged = bool(past) and past[0].at_s <= now_s - cold_s + 1.5 * one.passed_s
+    following = levels.follow(
+        memory.levels, load, one.passed_s, cold_s, (past[0].means, past[0].signals) if aged else None
+    )
+    patient = [p.signals for p in kept if p.at_s >= now_s - PATIENCE * cold_s - 1e-6]
+    plans = np.maximum.reduce([following.signals, *patient])
+    least = np.minimum.reduce([plans, *(p.plans for p in past)])
+    kept.append(Past(now_s, following.means, following.signals, plans))
+    wanted = shadow.whole(shadow.held(plans, following.stray), 1.0)
+    ready = shadow.whole(shadow.held(least, following.stray), 1.0)
+    played = memory.shadow
+    # Before that every rule would be blamed for a beginning that none foresaw.
+    if memory.levels.seen_s >= BLIND * cold_s:
+        blocks = max(memory.shadow.time_s / cold_s, 1.0)
+        tried = load * (1.0 + DOUBT / math.sqrt(blocks))
+        played = shadow.played(memory.shadow, wanted, ready, tried, one.calls, one.passed_s, slack_s, cold_s)
+    fidelity = _check(memory.fidelity, seen, one, slack_s, cold_s)
+    budget = 1.0 - slo.target
+    unforeseen = max(fidelity.late - fidelity.told, 0.0) / max(fidelity.calls, 1.0)
+    share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
+    rules = shadow.best(played, share) if played.time_s else ()
+    return replace(memory, levels=following, shadow=played, past=tuple(kept), rules=rules, fidelity=fidelity)
+
+
+def _check(before: Fidelity, seen: ModelSeen, one: Stretch, slack_s: float, cold_s: float) -> Fidelity:
+    """Play the real replicas in the shadow, and compare with what really became of calls."""
+    ready = np.array([float(sum(r.state == "ready" for r in seen.replicas))])
+    waiting = np.array([before.waiting])
+    after = np.minimum(np.maximum(waiting + one.load_s - ready * one.passed_s, 0.0), np.maximum(ready, 1.0) * cold_s)
+    told = float(shadow.late_share(ready, waiting, after, slack_s)[0]) * one.calls
+    fade = math.exp(-one.passed_s / (shadow.MEMORY * cold_s))
+    late, judged = before.late * fade + one.outside, before.calls * fade + one.within + one.outside
+    told = before.told * fade + told
+    budget = 1.0 - seen.settings.slo.target
+    unforeseen = max(late - told, 0.0) / max(judged, 1.0)
+    missing = late / max(judged, 1.0) / max(0.8 * budget, 1e-9) - 1.0
+    error = min(max(missing, -1.0), 1.0) if unforeseen > 0.2 * budget or missing < 0 else 0.0
+    pace = UP if error > 0 else DOWN
+    correction = min(max(before.correction * math.exp(pace * error * one.passed_s / cold_s), LEAST), 2.0)
+    return Fidelity(float(after[0]), told, late, judged, correction)
+
+
+def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tuple[Wish, ModelMemory]:
+    """How many replicas, with patience."""
+    settings, have = seen.settings, sum(r.state != "draining" for r in seen.replicas)
+    cold_s = max(settings.cold_start_s, 1.0)
+    following, rule = memory.levels, memory.rules[0] if memory.rules else None
+    rules_say = 0
+    if rule is not None:
+        held = shadow.held(following.signals, following.stray)[list(memory.rules)]
+        rules_say = math.ceil(float(held.mean()) * memory.fidelity.correction - 1e-6)
+    level = float(following.means[2])
+    raw, why = rules_say, "the cheapest rule that would have kept the slo"
+    if following.seen_s < TRUSTED * cold_s:
+        raw = math.ceil(FIRST_MARGIN * max(level, float(following.means[1])) - 1e-6)
+        why = "little is known yet: a margin over the load"
+    ready = sum(r.state == "ready" for r in seen.replicas)
+    over_s = work.waiting_s - ready * settings.slo.ttft_s
+    if over_s > 0:
+        rescue = math.ceil(float(following.means[1]) + over_s / cold_s - 1e-6)
+        if rescue > raw:
+            raw, why = rescue, "calls wait for longer than the slo allows"
+    if (work.queued or work.calls) and raw < 1:
+        raw, why = 1, "a call is there"
+    wishes = (*((at, n) for at, n in memory.wishes if at > now_s - PATIENCE * cold_s - 1e-6), (now_s, raw))
+    target = raw
+    if raw < have:
+        kept = max(n for _, n in wishes)
+        if following.seen_s < BLIND * cold_s:
+            target, why = have, "nothing leaves while little is known"
+        elif kept >= have:
+            target, why = have, "wished for lately: to keep it costs less than to start it again"
+        else:
+            target, why = kept, "not wished for during the patience"
+    elif raw > have and over_s <= 0 and memory.down is not None:
+        at_s, before = memory.down
+        if now_s - at_s <= cold_s and raw <= before and have:
+            target, why = have, "something left within a cold start, and no more is wished for than was there"
+    numbers = {
+        "load": level,
+        "load_now": float(following.means[0]),
+        "expected_load": float(following.signals[rule // MARGINS]) if rule is not None else level,
+        "margin": raw / level if level > 0 else 0.0,
+        "waiting_s": work.waiting_s,
+        "rule": float(rule if rule is not None else -1),
+        "rule_late_share": float(memory.shadow.late[rule] / max(memory.shadow.calls, 1.0)) if rule is not None else 0.0,
+        "late_share": memory.fidelity.late / max(memory.fidelity.calls, 1.0),
+        "correction": memory.fidelity.correction,
+        "patience_s": PATIENCE * cold_s,
+        "wished": float(raw),
+        "have": float(have),
+        "cold_start_s": cold_s,
+    }
+    return Wish(target, why, level, numbers), replace(memory, wishes=wishes)
+
+
+def remembered(memory: ModelMemory, seen: ModelSeen, decided: int, now_s: float) -> ModelMemory:
+    """After the decision."""
+    have = sum(r.state != "draining" for r in seen.replicas)
+    return replace(memory, down=(now_s, have)) if decided < have else memory

@@ -1,0 +1,163 @@
+"""The replicas of one model, in ticks of virtual time: first come first served, prompts before streams' ends.
+
+Calls wait in one line (the gateways bind late) and enter a replica when there is room for their tokens. The replicas
+are alike and share prefill and running sequences evenly; a call's own prompt is computed by one of them. Streams of
+replicas that leave are moved: their tokens so far are computed again, ahead of the line. Conserved: every call is
+waiting, running or judged; a fleet without ready replicas serves nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+
+from cluster.sim.plant import ReplicaModel
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """`count` equal calls at one time."""
+
+    count: int
+    prompt_tokens: float
+    output_tokens: float
+
+
+@dataclass(slots=True)
+class Judged:
+    """Calls that got their first token, or ended, since this was last taken."""
+
+    good: int = 0
+    late: int = 0
+    slow: int = 0
+    """First token in time, but the stream's mean pace was not."""
+
+
+class _Waiting:
+    __slots__ = ("at_s", "count", "left", "output", "prompt")
+
+    def __init__(self, at_s: float, count: float, prompt: float, output: float) -> None:
+        self.at_s, self.count, self.prompt, self.output = at_s, count, prompt, output
+        self.left = count
+
+
+class Fleet:
+    """`tick` moves time. Counts of calls are whole numbers that may be served in fractions where they come by many."""
+
+    def __init__(self, model: ReplicaModel, ttft_s: float, itl_s: float) -> None:
+        self.model, self.ttft_s, self.itl_s = model, ttft_s, itl_s
+        self.arrived = self.good = self.late = self.slow = 0.0
+        self.running = 0.0
+        self.kv = 0.0
+        self.waiting_tokens = self.waiting_calls = 0.0
+        self.prefilled_tokens = self.decoded_tokens = 0.0
+        self.moved_tokens = 0.0
+        self._line: deque[_Waiting] = deque()
+        self._streams: list[tuple[float, int, float, float, float, float]] = []
+        self._steps = 0.0
+        self._serial = 0
+
+    def arrive(self, now_s: float, call: Arrival) -> None:
+        """Calls join the line."""
+        self._line.append(_Waiting(now_s, call.count, call.prompt_tokens, call.output_tokens))
+        self.arrived += call.count
+        self.waiting_calls += call.count
+        self.waiting_tokens += call.count * call.prompt_tokens
+
+    def leave(self, share: float) -> None:
+        """A share of the ready replicas leaves; their streams are moved."""
+        self.moved_tokens += share * self.kv
+
+    @property
+    def oldest_at_s(self) -> float | None:
+        """When the head of the line came."""
+        return self._line[0].at_s if self._line else None
+
+    def tick(self, now_s: float, dt: float, ready: int) -> None:
+        """From now till now + dt with so many ready replicas."""
+        if ready <= 0:
+            return
+        model = self.model
+        rate = model.most_prefill(self.running / ready)
+        room = ready * rate * dt
+        total = room
+        if self.moved_tokens > 0:
+            redone = min(self.moved_tokens, room)
+            self.moved_tokens -= redone
+            room -= redone
+        line, most_kv, most_running = self._line, ready * model.kv_tokens, ready * model.max_running
+        while line and room > 0:
+            head = line[0]
+            tokens = head.prompt + head.output
+            part = min(head.left, (most_kv - self.kv) / tokens, most_running - self.running)
+            if head.count == 1 and part < head.left and head.left == 1:
+                if self.running > 0:
+                    break
+                part = 1.0  # alone it always fits
+            if part <= 0:
+                break
+            part = min(part, room / head.prompt if head.prompt else part)
+            room -= part * head.prompt
+            self.prefilled_tokens += part * head.prompt
+            head.left -= part
+            self.waiting_tokens -= part * head.prompt
+            if head.count == 1:
+                if head.left > 1e-9:
+                    break
+                line.popleft()
+                self._first_token(now_s + dt * (1 - room / total), head, 1.0, ready, rate)
+            else:
+                self._first_token(now_s + dt * (1 - room / total), head, part, ready, rate)
+                if head.left <= 1e-6:
+                    line.popleft()
+                else:
+                    break
+        used = (total - room) / ready / dt
+        self._decode(now_s, dt, ready, used)
+
+    def _first_token(self, at_s: float, call: _Waiting, count: float, ready: int, rate: float) -> None:
+        self.waiting_calls -= count
+        # The line is computed by all replicas at once, a call by one: it began when those before it were done.
+        own = call.prompt / rate
+        begun = max(at_s - own / ready, call.at_s)
+        first_s = begun + own
+        late = first_s - call.at_s > self.ttft_s
+        if late:
+            self.late += count
+        if call.output <= 1:
+            self.good += 0.0 if late else count
+            return
+        self.running += count
+        self.kv += count * (call.prompt + call.output)
+        self._serial += 1
+        end = self._steps + call.output - 1
+        heapq.heappush(
+            self._streams,
+            (end, self._serial, count if not late else -count, call.prompt + call.output, at_s, call.output - 1),
+        )
+
+    def _decode(self, now_s: float, dt: float, ready: int, prefill: float) -> None:
+        if self.running <= 0:
+            return
+        steps = self.model.steps_per_s(self.running / ready, prefill) * dt
+        before = self._steps
+        self._steps += steps
+        streams = self._streams
+        while streams and streams[0][0] <= self._steps:
+            end, _, signed, tokens, begun, gaps = heapq.heappop(streams)
+            count = abs(signed)
+            at_s = now_s + dt * ((end - before) / steps if steps > 0 else 1.0)
+            self.running = max(self.running - count, 0.0)
+            self.kv = max(self.kv - count * tokens, 0.0)
+            self.decoded_tokens += count * gaps
+            if signed > 0:
+                if (at_s - begun) / gaps <= self.itl_s:
+                    self.good += count
+                else:
+                    self.slow += count
+        if not streams:
+            self.running = self.kv = 0.0
+
+    def __repr__(self) -> str:
+        return f"Fleet({self.arrived:.0f} came, {self.waiting_calls:.0f} wait, {self.running:.0f} run)"

@@ -1,0 +1,52 @@
+"""One replica's speed as a function of what runs on it: the step model that simulation, optimum and baselines share.
+
+A step computes one token for each running sequence and at most `chunk_tokens` of prompts, and takes
+`step_s + per_sequence_s * running + prompt tokens / prefill_tokens_per_s`. So time is shared linearly: prefilling p
+and decoding d tokens a second in f steps a second, 1 = p / prefill + per_sequence * d + step * f. The constants of
+`SMALL` are those of the realistic engine in SMG's mock worker (8,000 prefill tokens/s, 6 ms + 0.35 ms a sequence, 256
+sequences, 524,288 tokens of cache).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaModel:
+    """Times in seconds."""
+
+    prefill_tokens_per_s: float = 8_000.0
+    step_s: float = 0.006
+    per_sequence_s: float = 0.00035
+    chunk_tokens: int = 512
+    max_running: int = 256
+    kv_tokens: int = 524_288
+
+    def most_prefill(self, running: float) -> float:
+        """Prompt tokens a second when every step is full of them, beside `running` sequences."""
+        chunk_s = self.chunk_tokens / self.prefill_tokens_per_s
+        return self.chunk_tokens / (self.step_s + self.per_sequence_s * running + chunk_s)
+
+    def steps_per_s(self, running: float, prefill_tokens_per_s: float) -> float:
+        """What is left for decoding beside so much prefill; each running sequence gets a token a step."""
+        left = max(1.0 - prefill_tokens_per_s / self.prefill_tokens_per_s, 0.0)
+        return left / (self.step_s + self.per_sequence_s * running)
+
+    def decode_tokens_per_s(self, itl_s: float) -> float:
+        """The most that a replica decodes with no prefill, each sequence at a pace of `itl_s` or better."""
+        running = min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
+        return running / (self.step_s + self.per_sequence_s * running)
+
+    def busy(self, prompt_tokens: float, output_tokens: float, itl_s: float) -> float:
+        """Replica-seconds that these tokens take at full use within the pace."""
+        return prompt_tokens / self.prefill_at(itl_s) + output_tokens / self.decode_tokens_per_s(itl_s)
+
+    def prefill_at(self, itl_s: float) -> float:
+        """Prompt tokens a second, where just enough steps are made to keep the pace of those few that decode."""
+        return self.prefill_tokens_per_s * (1.0 - self.step_s / itl_s)
+
+
+SMALL = ReplicaModel()
+LARGE = ReplicaModel(prefill_tokens_per_s=64_000.0, chunk_tokens=4096, kv_tokens=4 * 524_288)
+"""Eight GPUs as one: for prompts that would take a small replica longer than the time to the first token."""

@@ -1,0 +1,111 @@
+"""The optimum of optimum.py for a demand and a plant, and its plan played in the simulation that everybody faces.
+
+The fluid of the recursion leaves out what a call's own prompt takes and that decoding gives way to prompts, so its
+`slack_s` is not the time to the first token itself. Plans are made for several; each is replayed call by call, and the
+cheapest that holds the slo there is the optimum that is compared with. `bound_s` is the recursion's own lower bound at
+that slack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.control.scaling import ModelSettings, Observation
+from cluster.sim.plant import ReplicaModel
+from cluster.sim.scaling import Demand, Floats, SimModelSpec, Track, simulate
+from loadtests.autoscale.optimum import Plan, Rules, Slots, optimum
+
+SLACKS_S = (1.2, 0.8, 0.4)
+PACE_S = 0.03
+"""Per token, at which streams are thought to run: they spread the work of decoding over time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clairvoyant:
+    """`cost_s`: GPU-seconds of the replayed plan, its starts with it."""
+
+    cost_s: float
+    bound_s: float
+    attainment: float
+    replicas: Floats
+    slot_s: float
+    slack_s: float
+
+    @property
+    def initial(self) -> int:
+        """What it has when the demand begins, which costs no start."""
+        return int(self.replicas[0])
+
+
+def slots_of(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, quanta: int) -> Slots:
+    """Prompts where they arrive, output spread over the time of its stream."""
+    count = int(np.ceil(demand.duration_s / slot_s))
+    at = np.minimum((demand.at_s / slot_s).astype(int), count - 1)
+    prompt = demand.count * demand.prompt_tokens / plant.prefill_at(itl_s)
+    work = np.bincount(at, weights=prompt, minlength=count)
+    decode = demand.count * demand.output_tokens / plant.decode_tokens_per_s(itl_s)
+    begin = demand.at_s / slot_s
+    length = np.maximum(demand.output_tokens * PACE_S / slot_s, 1e-6)
+    work += _spread(begin, np.minimum(begin + length, count), decode / length, count)
+    calls = np.bincount(at, weights=demand.count, minlength=count)
+    return Slots.of(work.tolist(), calls.tolist(), slot_s, quanta)
+
+
+def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
+    """How much falls into each slot of what comes at `rate` a slot from begin to end."""
+    edges = np.arange(count + 1)
+    total = np.zeros(count + 1)
+    for times, sign in ((begin, 1.0), (end, -1.0)):
+        order = np.argsort(times)
+        sums = np.concatenate([[0.0], np.cumsum(rate[order])])
+        moments = np.concatenate([[0.0], np.cumsum(rate[order] * times[order])])
+        known = np.searchsorted(times[order], edges, side="right")
+        total += sign * (sums[known] * edges - moments[known])
+    out: Floats = np.diff(total)
+    return out
+
+
+def replay(
+    demand: Demand, plant: ReplicaModel, settings: ModelSettings, replicas: Floats, slot_s: float, tick_s: float
+) -> Track:
+    """A plan played as it is: starts were begun in time, so replicas are ready when the plan has them."""
+    counts = [int(n) for n in replicas]
+
+    def planned(_: Observation, now_s: float) -> dict[str, int]:
+        return {"m": counts[min(round(now_s / slot_s), len(counts) - 1)]}
+
+    spec = SimModelSpec(demand, settings, plant, counts[0])
+    return simulate({"m": spec}, planned, cold_start_s=0.0, every_s=slot_s, tick_s=tick_s)["m"]
+
+
+def clairvoyant(
+    demand: Demand,
+    plant: ReplicaModel,
+    settings: ModelSettings,
+    most: int,
+    *,
+    slot_s: float = 1.0,
+    quanta: int = 4,
+    tick_s: float = 0.25,
+    slacks_s: Sequence[float] = SLACKS_S,
+    tries: int = 8,
+) -> Clairvoyant | None:
+    """The cheapest replayed plan that holds the slo; None where none does."""
+    slo, best = settings.slo, None
+    slots = slots_of(demand, plant, slo.itl_s, slot_s, quanta)
+    for slack_s in slacks_s:
+        slack = slack_s / slot_s
+        deepest = max(1.5, slack + 0.5) if slot_s <= slo.ttft_s else 0.5
+        rules = Rules(slack, settings.cold_start_s, most, settings.min_replicas, deepest)
+
+        def attained(plan: Plan) -> float:
+            return replay(demand, plant, settings, plan.replicas.astype(float), slot_s, tick_s).attainment
+
+        found = optimum(slots, rules, 1.0 - slo.target, tries, lambda plan: attained(plan) >= slo.target)
+        if found is not None and (best is None or found.plan.cost_s < best.cost_s):
+            plan = found.plan
+            best = Clairvoyant(plan.cost_s, found.bound_s, attained(plan), plan.replicas.astype(float), slot_s, slack_s)
+    return best

@@ -1,0 +1,131 @@
+"""Demand for simulations: public traces at their own times, ServeGen's clients, and made up shapes."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cluster.sim.scaling import Demand, Floats
+from loadtests import traces
+
+TIMES = 8
+"""How many clients like the trace's call: one hour of it is then worth about ten replicas."""
+WINDOW_S = 600.0
+WEEK_S = 7 * 86_400.0
+CLIENTS = 43
+
+
+def from_trace(name: str, times: int = TIMES, seed: int = 1, within_s: float = 1.0) -> Demand:
+    """Each call of the trace comes `times` times within `within_s`, so that its bursts stay bursts."""
+    calls = traces.load(name)
+    rng = np.random.default_rng(seed)
+    at = np.repeat([c.at_s for c in calls], times)
+    if times > 1:
+        at = at + rng.uniform(0.0, within_s, len(at))
+    order = np.argsort(at, kind="stable")
+    prompt = np.repeat([float(c.prompt_tokens) for c in calls], times)[order]
+    output = np.repeat([float(c.output_tokens) for c in calls], times)[order]
+    return Demand(at[order], np.ones(len(at)), prompt, np.maximum(output, 1.0), float(np.ceil(at.max())) + 1.0)
+
+
+def made_up(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tuple[float, float], seed: int) -> Demand:
+    """Gamma arrivals at a rate that changes every `step_s`; lengths are lognormal about these means."""
+    rng = np.random.default_rng(seed)
+    at = renewal(np.asarray(rate_per_s, dtype=float), step_s, np.full(len(rate_per_s), cv), rng)
+    draw = lambda mean, sigma: np.maximum(np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma, len(at))), 1.0)  # noqa: E731
+    return Demand(at, np.ones(len(at)), draw(lengths[0], 0.7), draw(lengths[1], 0.9), len(rate_per_s) * step_s)
+
+
+def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator) -> Floats:
+    """Arrival times: in every window rate x window calls with Gamma gaps of this variation."""
+    out = []
+    for number, (per_s, variation) in enumerate(zip(rate, cv, strict=True)):
+        count = int(per_s * window_s + rng.random())
+        if count:
+            gaps = rng.gamma(1.0 / variation**2, size=count + 1) if variation > 0 else np.ones(count + 1)
+            times = np.cumsum(gaps)
+            if times[-1] > 0:
+                out.append(number * window_s + times[:-1] / times[-1] * window_s)
+    return np.concatenate(out) if out else np.zeros(0)
+
+
+def client_rates(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats]:
+    """Calls a second and variation of one client of m-small, by window of 600 s."""
+    path = traces.data_file(folder, f"servegen/m-small/chunk-{number}-trace.csv")
+    rows = [line.split(",") for line in path.read_text().split()]
+    return np.array([float(r[1]) for r in rows]), np.array([float(r[2]) for r in rows])
+
+
+def client_lengths(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats, Floats, Floats] | None:
+    """(prompt lengths, their weights, output lengths, their weights) of a client; None where the data set is absent."""
+    try:
+        data = json.loads(traces.data_file(folder, f"servegen/m-small/chunk-{number}-dataset.json").read_text())
+    except traces.NoData:
+        return None
+    sums: list[dict[int, float]] = [{}, {}]
+    for window in data.values():
+        for total, key in zip(sums, ("input_tokens", "output_tokens"), strict=True):
+            for length, share in ast.literal_eval(window[key]).items():
+                total[int(length)] = total.get(int(length), 0.0) + float(share)
+    if not sums[0] or not sums[1]:
+        return None
+    arrays = []
+    for total in sums:
+        lengths = np.array(sorted(total), dtype=float)
+        weights = np.array([total[int(v)] for v in lengths])
+        arrays += [lengths, weights / weights.sum()]
+    return arrays[0], arrays[1], arrays[2], arrays[3]
+
+
+def pooled_lengths(folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats, Floats, Floats]:
+    """Of all clients whose data sets are there, each with equal weight."""
+    parts = [found for n in range(CLIENTS) if (found := client_lengths(n, folder)) is not None]
+    out = []
+    for at in (0, 2):
+        out += [np.concatenate([p[at] for p in parts]), np.concatenate([p[at + 1] for p in parts]) / len(parts)]
+    return out[0], out[1], out[2], out[3]
+
+
+def servegen(
+    clients: Sequence[int],
+    seed: int,
+    *,
+    scale: float,
+    begin_s: float = 0.0,
+    duration_s: float = WEEK_S,
+    bin_s: float = 1.0,
+    folder: Path = traces.DEFAULT_FOLDER,
+) -> Demand:
+    """Clients of m-small at `scale` times their own rates; the calls of a bin come together, with mean lengths."""
+    rng = np.random.default_rng(seed)
+    first, last = round(begin_s / WINDOW_S), round((begin_s + duration_s) / WINDOW_S)
+    bins = round(duration_s / bin_s)
+    count, prompt, output = np.zeros(bins), np.zeros(bins), np.zeros(bins)
+    pool = pooled_lengths(folder)
+    for number in clients:
+        rate, cv = client_rates(number, folder)
+        at = renewal(rate[first:last] * scale, WINDOW_S, cv[first:last], rng)
+        here = np.bincount((at / bin_s).astype(int), minlength=bins).astype(float)[:bins]
+        lengths = client_lengths(number, folder) or pool
+        count += here
+        for total, values, weights in ((prompt, lengths[0], lengths[1]), (output, lengths[2], lengths[3])):
+            mean = float(values @ weights)
+            spread = float(np.sqrt(max((values**2) @ weights - mean**2, 0.0)))
+            # the sum of many lengths: its mean, and a Gamma about it as wide as the sum's
+            shape = here * (mean / spread) ** 2 if spread > 0 else here
+            total += np.where(
+                here > 0, rng.gamma(np.maximum(shape, 1e-9)) * (spread**2 / mean if spread else mean), 0.0
+            )
+    there = count > 0
+    at = (np.arange(bins) * bin_s)[there]
+    return Demand(
+        at,
+        count[there],
+        np.maximum(prompt[there] / count[there], 1.0),
+        np.maximum(output[there] / count[there], 1.0),
+        duration_s,
+    )

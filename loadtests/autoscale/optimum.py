@@ -1,0 +1,193 @@
+"""The clairvoyant optimum of one model: how few GPU-seconds serve a demand that is known from its first second on.
+
+The plant here is the fluid of cluster/sim/fleet.py in slots: in slot t work w[t] (replica-seconds) and c[t] calls
+come evenly, n[t] replicas serve at most n[t] x slot of it, first come first served, and what is left waits. A call is
+late when what waits before it takes n[t] replicas longer than `slack_s`. Who knows the future begins each start a
+cold start before it is needed, so a start is nothing but its price: `cold_start_s` GPU-seconds for each replica that
+n[t] has more than n[t-1], and n may be anything in any slot. The first slot's replicas are there (so are those of
+whom it is compared with).
+
+Sought: min sum n[t] x slot + cold x sum (n[t] - n[t-1])+ with at most `budget` of the calls late.
+
+`solve` finds for one price of a late call (GPU-seconds) the cheapest plan, exactly:
+
+    J[t](n, b) = n slot + price late[t](n, b) + min over m of [ cold (m - n)+ + J[t+1](m, b') ],  b' = (b + w - n slot)+
+
+Proof sketch. (1) What a plan costs from slot t on depends on the past through n[t] and the waiting work b alone:
+lateness and b' in a slot are functions of (n, b, w, c), the price of starts of (n, m). So Bellman's principle holds
+and J[0] is the minimum over all plans, by induction from the last slot. (2) Work is counted in quanta of slot /
+`quanta`, and served in multiples of them, so b' lies on the grid: no rounding in the recursion (the demand is rounded
+once, with its error carried on, so that it never differs from the true one by more than a quantum). Above the
+grid's end work is forgotten, which only makes plans cheaper. (3) min over m splits into m <= n, the running minimum of
+J, and m > n, the running minimum of J + cold m from above, less cold n: O(1) for each state.
+
+For every price, J less price x allowed late calls is at most the constrained optimum (weak duality: the constrained
+optimum's plan is one of those over which J is the minimum, and its late calls are at most the allowed). The largest
+of these bounds over the prices tried is `Optimum.bound`. The cheapest plan found that keeps the budget is
+`Optimum.plan`; what lies between the two is told, never assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Demand in slots. `work` in quanta (whole numbers), `calls` in calls."""
+
+    work: NDArray[np.int64]
+    calls: Floats
+    slot_s: float
+    quanta: int
+    """Quanta that one replica serves in a slot."""
+
+    @classmethod
+    def of(cls, work_s: Sequence[float], calls: Sequence[float], slot_s: float, quanta: int) -> Slots:
+        """From replica-seconds; the rounding error is carried on."""
+        total = np.rint(np.cumsum(np.asarray(work_s)) * quanta / slot_s)
+        work = np.diff(total, prepend=0.0).astype(np.int64)
+        return cls(work, np.asarray(calls, dtype=float), slot_s, quanta)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is asked of a plan. `slack`: how long a call may wait in line, in slots."""
+
+    slack: float
+    cold_start_s: float
+    most: int
+    """Replicas."""
+    least: int = 0
+    deepest: float = 4.0
+    """Waiting work beyond so many slots of `most` replicas is forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Replicas by slot, what they cost in GPU-seconds with their starts, and how many calls are late."""
+
+    replicas: NDArray[np.int64]
+    cost_s: float
+    late: float
+
+
+@dataclass(frozen=True, slots=True)
+class Optimum:
+    """`bound` is at most the optimum, `plan.cost_s` at least."""
+
+    bound_s: float
+    plan: Plan
+
+
+def late_share(n: Floats, before: Floats, after: Floats, slack: float, quanta: int) -> Floats:
+    """Of a slot's calls, those whose wait is over `slack` slots; waiting work `before` and `after` it, in quanta.
+
+    The wait grows (or falls) evenly over the slot from before / n to after / n, in slots.
+    """
+    allowed = n * (slack * quanta)
+    low, high = np.minimum(before, after), np.maximum(before, after)
+    span = np.maximum(high - low, 1e-12)
+    share: Floats = np.clip((high - allowed) / span, 0.0, 1.0)
+    return np.where(high <= allowed, 0.0, share)
+
+
+def cost_of(replicas: NDArray[np.int64], slots: Slots, rules: Rules) -> Plan:
+    """What a plan costs, slot by slot: the definition that `solve` is checked against."""
+    grid_end = _grid_end(rules, slots)
+    waiting, late = 0, 0.0
+    for n, work, calls in zip(replicas.tolist(), slots.work.tolist(), slots.calls.tolist(), strict=True):
+        after = min(max(waiting + work - n * slots.quanta, 0), grid_end)
+        share = late_share(
+            np.array([float(n)]), np.array([float(waiting)]), np.array([float(after)]), rules.slack, slots.quanta
+        )[0]
+        late += calls * float(share)
+        waiting = after
+    starts = float(np.maximum(np.diff(replicas), 0).sum())
+    return Plan(replicas, float(replicas.sum()) * slots.slot_s + rules.cold_start_s * starts, late)
+
+
+def _grid_end(rules: Rules, slots: Slots) -> int:
+    return int(np.ceil(rules.deepest * rules.most * slots.quanta))
+
+
+def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
+    """The cheapest plan where a late call costs `price_s` GPU-seconds."""
+    n = np.arange(rules.least, rules.most + 1)
+    end = _grid_end(rules, slots)
+    b = np.arange(end + 1)
+    levels, count = len(b), len(n)
+    left = b[None, :] - n[:, None] * slots.quanta
+    n_s, cold = n * slots.slot_s, rules.cold_start_s * n.astype(float)
+    rows = np.arange(count)[:, None]
+    kind = np.int8 if count < 127 else np.int16
+    choice = np.zeros((len(slots.work), count, levels), dtype=kind)
+    later = np.zeros((count, levels))
+    before = np.broadcast_to(b.astype(float)[None, :], (count, levels))
+    n_column = n.astype(float)[:, None]
+    for t in range(len(slots.work) - 1, -1, -1):
+        # the cheapest way on from having n replicas, for each waiting work at the begin of the next slot
+        fewer, fewer_at = _running_min(later)
+        more, more_at = _running_min((later + cold[:, None])[::-1])
+        more, more_at = more[::-1] - cold[:, None], count - 1 - more_at[::-1]
+        use_more = more < fewer
+        onward = np.where(use_more, more, fewer)
+        choice[t] = np.where(use_more, more_at, fewer_at)
+        after = np.clip(left + slots.work[t], 0, end)
+        cost = onward[rows, after]
+        if slots.calls[t]:
+            cost += (price_s * slots.calls[t]) * late_share(
+                n_column, before, after.astype(float), rules.slack, slots.quanta
+            )
+        later = cost + n_s[:, None]
+    replicas = np.zeros(len(slots.work), dtype=np.int64)
+    at, waiting = int(np.argmin(later[:, 0])), 0
+    for t in range(len(slots.work)):
+        replicas[t] = n[at]
+        waiting = int(min(max(waiting + slots.work[t] - n[at] * slots.quanta, 0), end))
+        at = int(choice[t][at, waiting])
+    return cost_of(replicas, slots, rules)
+
+
+def _running_min(values: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """Along the first axis, the least so far and where it is."""
+    least = np.minimum.accumulate(values, axis=0)
+    rows = np.arange(len(values))[:, None]
+    at = np.maximum.accumulate(np.where(values == least, rows, 0), axis=0)
+    return least, at
+
+
+def optimum(
+    slots: Slots,
+    rules: Rules,
+    budget: float = 0.01,
+    tries: int = 12,
+    holds: Callable[[Plan], bool] | None = None,
+) -> Optimum | None:
+    """Bisect the price of a late call (in its logarithm) till the budget is just kept.
+
+    `holds` says whether a plan keeps it, for those who judge plans by more than this fluid; by default its own late
+    calls do. None where even the dearest price gives no such plan.
+    """
+    allowed = budget * float(slots.calls.sum())
+    keeps = holds or (lambda plan: plan.late <= allowed)
+    low, high = 1e-3, 1e3
+    bound, best = 0.0, solve(slots, rules, 1e6)
+    if not keeps(best):
+        return None
+    for _ in range(tries):
+        price = float(np.sqrt(low * high))
+        plan = solve(slots, rules, price)
+        bound = max(bound, plan.cost_s + price * (plan.late - allowed))
+        if keeps(plan):
+            high = price
+            best = min(best, plan, key=lambda p: p.cost_s)
+        else:
+            low = price
+    return Optimum(bound, best)
