@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,9 +36,7 @@ API_VERSION = "headrace/v1"
 NOT_YET = {"scaling": "autoscaling"}
 NOT_YET_MODEL = {
     "slo": "service level objectives",
-    "canary": "canary releases",
     "adapters": "adapters",
-    "fallback": "fallback models",
 }
 
 # Engine arguments that Headrace sets itself, with the reason a user is told.
@@ -103,9 +102,10 @@ class HuggingFace(Section):
 
 
 class Allow(Section):
-    """What may be loaded at all."""
+    """What may be loaded at all. No `licenses`: any, also where a model says nothing of its own."""
 
     sources: tuple[str, ...] = ("*",)
+    licenses: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("safetensors",)
     remote_code: bool = False
 
@@ -142,8 +142,81 @@ class Replicas(Section):
         return self
 
 
+class Gpu(Section):
+    """One kind of GPU that a model may run on, with what is different there."""
+
+    type: Annotated[str, Field(min_length=1)]
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    engine: Mapping[str, Any] = Field(default_factory=dict)
+
+    @field_validator("engine")
+    @classmethod
+    def _engine(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _own_arguments(value)
+
+
+class Rollback(Section):
+    """When a version on trial goes by itself: it fails, or its first token takes, so many times as much; 0: never."""
+
+    error_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.5
+    ttft_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.2
+
+    @field_validator("error_ratio", "ttft_ratio")
+    @classmethod
+    def _more(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError(f"{value:g} would take back a version that is better; at least 1, or 0 for never")
+        return value
+
+
+class Canary(Section):
+    """A second version of a model, which gets `weight` of its calls. What it does not name is the model's own."""
+
+    version: str
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.05
+    rollback: Rollback = Rollback()
+    source: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    engine: Mapping[str, Any] | None = None
+    ray: str | None = None
+
+    @field_validator("version")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _checked_name(value)
+
+    @field_validator("engine")
+    @classmethod
+    def _engine(cls, value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        return None if value is None else _own_arguments(value)
+
+    def own(self) -> dict[str, Any]:
+        """What it has instead of the model's own, by the model's keys."""
+        given = self.model_dump(exclude_unset=True, exclude={"weight", "rollback"})
+        return {key: value for key, value in given.items() if value is not None} | {"digest": self.digest}
+
+
+def _checked_name(value: str) -> str:
+    if not _NAME.match(value):
+        raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters")
+    return value
+
+
+def _own_arguments(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in value:
+        if key in OWNED_ENGINE_ARGS:
+            raise ValueError(f"engine.{key} is Headrace's: {OWNED_ENGINE_ARGS[key]}")
+    return value
+
+
 class Model(Section):
-    """One model. Engine words are vLLM's own."""
+    """One model. Engine words are vLLM's own. `gpu`: one type, or several, the one to use first at the front."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -156,8 +229,12 @@ class Model(Section):
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     replicas: Replicas = Replicas()
-    gpu: str = ""
+    gpu: str | tuple[Gpu, ...] = ""
     engine: Mapping[str, Any] = Field(default_factory=dict)
+    ray: str = ""
+    license: str = ""
+    fallback: tuple[str, ...] = ()
+    canary: Canary | None = None
     allow_cross_node_tensor_parallel: bool = False
     trust_remote_code: bool = False
     load_format: str = "safetensors"
@@ -165,20 +242,52 @@ class Model(Section):
     @field_validator("name", "version")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not _NAME.match(value):
-            raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters")
-        return value
+        return _checked_name(value)
 
     @field_validator("engine")
     @classmethod
     def _engine(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        for key in value:
-            if key in OWNED_ENGINE_ARGS:
-                raise ValueError(f"engine.{key} is Headrace's: {OWNED_ENGINE_ARGS[key]}")
+        return _own_arguments(value)
+
+    @field_validator("gpu")
+    @classmethod
+    def _types(cls, value: str | tuple[Gpu, ...]) -> str | tuple[Gpu, ...]:
+        types = [] if isinstance(value, str) else [one.type for one in value]
+        if not isinstance(value, str) and not types:
+            raise ValueError("is an empty list: name a type, or leave the key out for any")
+        if len(set(types)) < len(types):
+            raise ValueError(f"names a type twice: {', '.join(types)}")
         return value
 
+    @model_validator(mode="after")
+    def _two_versions(self) -> Model:
+        if self.canary is not None and self.canary.version == self.version:
+            raise ValueError(f"canary.version {self.version!r} is the model's own: give the canary another")
+        return self
+
+    def versions(self) -> tuple[Model, ...]:
+        """The model as it is without a canary, and its canary as if it were the model; the weights are the specs'."""
+        plain = self.model_copy(update={"canary": None})
+        if self.canary is None:
+            return (plain,)
+        return plain, plain.model_copy(update=self.canary.own())
+
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """One for each application that may run: every version on every type of GPU, the first choice first."""
+        trial = self.canary.weight if self.canary is not None else 0.0
+        rules = self.canary.rollback if self.canary is not None else Rollback(error_ratio=0, ttft_ratio=0)
+        found: list[ModelSpec] = []
+        for number, version in enumerate(self.versions()):
+            ratios = (rules.error_ratio, rules.ttft_ratio) if number else (0.0, 0.0)
+            spec = replace(
+                version.spec(), weight=trial if number else 1.0 - trial, error_ratio=ratios[0], ttft_ratio=ratios[1]
+            )
+            choices = () if isinstance(version.gpu, str) else version.gpu
+            found += [_on(spec, choice) for choice in choices] or [spec]
+        return tuple(found)
+
     def spec(self) -> ModelSpec:
-        """The entry as the packages below see it."""
+        """The entry as the packages below see it, without its canary, on the first type of GPU."""
         return ModelSpec(
             name=self.name,
             source=self.source,
@@ -192,13 +301,26 @@ class Model(Section):
             min_replicas=self.replicas.min,
             max_replicas=self.replicas.max if self.replicas.max is not None else max(self.replicas.min, 1),
             idle_s=self.replicas.idle_s,
-            gpu=self.gpu,
+            gpu=self.gpu if isinstance(self.gpu, str) else "",
             engine=dict(self.engine),
             allow_cross_node_tensor_parallel=self.allow_cross_node_tensor_parallel,
             trust_remote_code=self.trust_remote_code,
             load_format=self.load_format,
             digest=self.digest,
+            license=self.license.lower(),
+            ray=self.ray,
+            fallback=self.fallback,
         )
+
+
+def _on(spec: ModelSpec, choice: Gpu) -> ModelSpec:
+    return replace(
+        spec,
+        gpu=choice.type,
+        tensor_parallel_size=choice.tensor_parallel_size or spec.tensor_parallel_size,
+        pipeline_parallel_size=choice.pipeline_parallel_size or spec.pipeline_parallel_size,
+        engine={**spec.engine, **choice.engine},
+    )
 
 
 _WHY_NOT = {
@@ -274,7 +396,30 @@ class Config(Section):
                 raise ValueError(
                     f"models[{model.name}].load_format: weights.allow.formats does not list {model.load_format!r}"
                 )
+            for version in model.versions():
+                if version.ray and version.ray not in [one.name for one in self.ray]:
+                    names = ", ".join(one.name for one in self.ray) or "none"
+                    raise ValueError(
+                        f"models[{model.name}].ray: there is no Ray cluster {version.ray!r}; ray has {names}"
+                    )
+        for model in self.models:
+            self._check_fallback(model, owner)
         return self
+
+    def _check_fallback(self, model: Model, owner: Mapping[str, str]) -> None:
+        for name in model.fallback:
+            where = f"models[{model.name}].fallback"
+            if name not in owner:
+                raise ValueError(f"{where}: there is no model {name!r}")
+            if owner[name] == model.name:
+                raise ValueError(f"{where}: {name!r} is the model itself")
+
+    @field_validator("ray")
+    @classmethod
+    def _apart(cls, value: tuple[RayCluster, ...]) -> tuple[RayCluster, ...]:
+        if len({one.name for one in value}) < len(value):
+            raise ValueError("two entries have the same name")
+        return value
 
 
 def _path(location: tuple[int | str, ...]) -> str:

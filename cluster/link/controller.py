@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.api.bundle import Bundle
-from cluster.api.types import CatalogEntry
+from cluster.api.types import CatalogEntry, VersionTally
 from cluster.link import codec
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.dial import LinkEnded, Timing, open_channel, read
@@ -34,6 +34,8 @@ class FleetWorker:
     engine_class: str = ""
     running: int = 0
     default_sampling: Mapping[str, object] = field(default_factory=dict)
+    version: str = ""
+    generation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class ControllerEnd:
         self._changed: set[asyncio.Event] = set()
         self._fleets: dict[str, Sequence[FleetWorker]] = {}
         self._demands: dict[str, Sequence[ModelDemand]] = {}
+        self._tallies: dict[str, Sequence[VersionTally]] = {}
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
         """The newest catalog; sent to every gateway unless nothing changed."""
@@ -105,6 +108,10 @@ class ControllerEnd:
                     o.arrived_tokens + d.arrived_tokens,
                 )
         return [sums[key] for key in sorted(sums)]
+
+    def tallies(self) -> Sequence[VersionTally]:
+        """What each gateway that is linked now has counted of versions; several of one version, one a gateway."""
+        return [tally for address in sorted(self._tallies) for tally in self._tallies[address]]
 
     @property
     def linked(self) -> int:
@@ -148,6 +155,7 @@ class ControllerEnd:
                 self._changed.discard(changed)
                 self._fleets.pop(address, None)
                 self._demands.pop(address, None)
+                self._tallies.pop(address, None)
                 for part in parts:
                     part.cancel()
                 await asyncio.gather(*parts, return_exceptions=True)
@@ -178,6 +186,11 @@ class ControllerEnd:
                     ModelDemand(d.model, d.waiting, d.waiting_tokens, d.running, d.arrived, d.arrived_tokens)
                     for d in frame.demand.models
                 ]
+            if frame.HasField("tallies"):
+                self._tallies[address] = [
+                    VersionTally(t.model, t.version, t.generation, t.calls, t.errors, t.pairs, t.slower)
+                    for t in frame.tallies.tallies
+                ]
             if frame.HasField("fetch_bundle"):
                 digest = frame.fetch_bundle.digest
                 bundle = await asyncio.to_thread(self._bundles, digest)
@@ -196,4 +209,6 @@ def _worker(w: pb.FleetWorker) -> FleetWorker:
         engine_class=w.engine_class,
         running=w.load.running,
         default_sampling=json.loads(w.default_sampling_json or "{}"),
+        version=w.version,
+        generation=w.generation,
     )

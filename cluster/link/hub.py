@@ -15,7 +15,7 @@ import structlog
 
 from cluster import rpc
 from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
-from cluster.api.types import CatalogEntry, EngineInfo, WorkerIdentity
+from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
 from cluster.link import codec
 from cluster.link.admission import CONTROLLER, Admission, of_model
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
@@ -113,6 +113,8 @@ class Hub(pb_grpc.LinkServicer):
         self.catalog_at: float | None = None
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
         """Set before the first link comes, where accounts are kept: told what ended requests have come to."""
+        self.tallies: Callable[[], Sequence[VersionTally]] = tuple
+        """What the controller should know of versions that run beside each other."""
 
     def statistics(self) -> HubStatistics:
         """A snapshot."""
@@ -398,7 +400,8 @@ class Hub(pb_grpc.LinkServicer):
 
     async def _report(self, controller: _Controller, context: Any) -> None:
         while True:
-            await context.write(pb.GatewayControlFrame(demand=self._demand(), fleet=self._fleet()))
+            frame = pb.GatewayControlFrame(demand=self._demand(), fleet=self._fleet(), tallies=self._tallies())
+            await context.write(frame)
             try:
                 digest = await asyncio.wait_for(controller.fetch.get(), 0.5)
             except TimeoutError:
@@ -420,6 +423,22 @@ class Hub(pb_grpc.LinkServicer):
             ]
         )
 
+    def _tallies(self) -> pb.VersionTallies:
+        return pb.VersionTallies(
+            tallies=[
+                pb.VersionTally(
+                    model=one.model,
+                    version=one.version,
+                    generation=one.generation,
+                    calls=one.calls,
+                    errors=one.errors,
+                    pairs=one.pairs,
+                    slower=one.slower,
+                )
+                for one in self.tallies()
+            ]
+        )
+
     def _fleet(self) -> pb.FleetState:
         return pb.FleetState(
             workers=[
@@ -434,6 +453,8 @@ class Hub(pb_grpc.LinkServicer):
                     max_model_len=link.info.max_model_len,
                     engine_class=link.info.engine_class,
                     default_sampling_json=json.dumps(dict(link.info.default_sampling)),
+                    version=link.identity.version,
+                    generation=link.identity.generation,
                 )
                 for link in self.links
             ]

@@ -61,7 +61,7 @@ def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type =
     deployment = serve.deployment(
         served,
         name=DEPLOYMENT,
-        num_replicas=settings.spec.replicas,
+        num_replicas=settings.spec.replicas if settings.replicas is None else settings.replicas,
         user_config={"digest": settings.digest},
         placement_group_bundles=list(where.bundles),
         placement_group_strategy=where.strategy,
