@@ -135,10 +135,12 @@ def reconcile(
     *,
     empty: Container[str] = (),
     frozen: Container[str] = (),
+    dropped: Container[tuple[str, str]] = (),
 ) -> Plan:
     """The next steps; none when all is as wanted. The first wanted of a model is the one that stands in for versions
     that are wanted no more. `empty`: applications without a call, or whose time to drain is over. `frozen`: models of
-    which nothing new is begun and nothing is replaced. `now_s` is wall-clock time, as Ray's `deployed_at_s`."""
+    which nothing new is begun and nothing is replaced. `dropped`: versions of models that go at once, since they get no
+    calls. `now_s` is wall-clock time, as Ray's `deployed_at_s`."""
     actions: list[Action] = []
     retired: set[str] = set()
     apps = {want.app for want in wanted}
@@ -150,7 +152,7 @@ def reconcile(
             continue
         heir = next((want for want in heirs if want.version == old.version), heirs[0] if heirs else None)
         seen = None if heir is None else observed.get(heir.app)
-        if heir is None or _serves_as_many(heir, seen, old):
+        if heir is None or (old.model, old.version) in dropped or _serves_as_many(heir, seen):
             retired.add(old.app)
             if old.app in empty:
                 actions.append(Delete(old.app, old.ray))
@@ -164,9 +166,9 @@ def reconcile(
     return Plan(tuple(sorted(actions, key=lambda one: not isinstance(one, Delete))), frozenset(retired))
 
 
-def _serves_as_many(heir: Wanted, seen: Observed | None, old: Observed) -> bool:
-    """Whether nobody needs the old one any longer."""
-    return seen is not None and not seen.deleting and seen.running >= min(heir.replicas, old.target)
+def _serves_as_many(heir: Wanted, seen: Observed | None) -> bool:
+    """Whether nobody needs the old one any longer. It is not asked how many that has: it may have made room."""
+    return seen is not None and not seen.deleting and seen.running >= heir.replicas
 
 
 def _makes_room(heir: Wanted, seen: Observed | None, old: Observed, now_s: float) -> int:

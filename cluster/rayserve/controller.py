@@ -132,7 +132,12 @@ class Controller:
             one for model, them in self._wanted.items() for one in self._counted(them, parts[model], snapshot, fleet)
         ]
         plan = reconcile.reconcile(
-            wanted, snapshot.apps, self.wall_s(), empty=self._empty(snapshot, fleet), frozen=self.frozen
+            wanted,
+            snapshot.apps,
+            self.wall_s(),
+            empty=self._empty(snapshot, fleet),
+            frozen=self.frozen,
+            dropped={(model, part.version) for model, them in parts.items() for part in them if part.gone},
         )
         self._keep_retired(plan.retired)
         self._tell(snapshot, fleet, wanted, parts, plan)

@@ -128,10 +128,11 @@ def test_what_cannot_come_up_displaces_nothing() -> None:
     assert reconcile(wanted, there, NOW_S + SURGE_WAIT_S) == Plan((Scale("m@v1+d0", 3),))
 
 
-def test_a_version_that_is_dropped_goes_at_once_where_the_other_serves() -> None:
-    """Rolled back: nobody waits for another of its version."""
+def test_a_version_that_is_dropped_goes_at_once() -> None:
+    """Rolled back: nobody waits until as many of the other serve."""
     there = {**seen("m", target=2, running=1), **seen("m", "e0", version="v2", running=1)}
-    assert reconcile([Wanted("m", "d0", 2)], there, NOW_S).retired == {"m@v2+e0"}
+    assert reconcile([Wanted("m", "d0", 2)], there, NOW_S).retired == frozenset()
+    assert reconcile([Wanted("m", "d0", 2)], there, NOW_S, dropped={("m", "v2")}).retired == {"m@v2+e0"}
     promoted = reconcile([Wanted("m", "e0", 2, "v2")], there, NOW_S)
     assert promoted == Plan((Scale("m@v2+e0", 2),)), "the other stays until as many serve"
 
