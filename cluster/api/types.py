@@ -312,3 +312,8 @@ class CatalogEntry:
     """Generations (digests of what replicas are started with) whose workers get no new call."""
     card: Mapping[str, str] = field(default_factory=dict)
     """What the model card says of itself: a few short texts."""
+    slo_ttft_s: float = 0.0
+    """The model's objectives, by which calls are judged; 0 asks nothing."""
+    slo_itl_s: float = 0.0
+    starting_since_s: float = 0.0
+    """Since the epoch: when the start under way began that is to give it its first replica; 0: none is."""

@@ -48,7 +48,7 @@ class Verb:
     """What a method needs: the grant of tenancy/identity.py, and the field that names the tenant.
 
     `whole`: it is about the cluster and not about tenants. `any_tenant`: the field may be empty;
-    `of_key`: it names a key.
+    `of_key`: it names a key. `object`: of one that the controller answers, the field that the audit names.
     """
 
     what: str
@@ -56,6 +56,7 @@ class Verb:
     whole: bool = False
     any_tenant: bool = False
     of_key: bool = False
+    object: str = ""
 
 
 READ_CLUSTER = Verb("read", whole=True)
@@ -65,8 +66,12 @@ VERBS: Mapping[str, Verb] = {
     "Fleet.Drain": Verb("fleet", whole=True),
     "Fleet.Cordon": Verb("fleet", whole=True),
     "Fleet.Uncordon": Verb("fleet", whole=True),
+    "Fleet.ExplainScaling": READ_CLUSTER,
     "Catalog.List": READ_CLUSTER,
     "Catalog.Get": READ_CLUSTER,
+    "Catalog.Scale": Verb("fleet", whole=True, object="name"),
+    "Catalog.Freeze": Verb("fleet", whole=True, object="name"),
+    "Catalog.Unfreeze": Verb("fleet", whole=True, object="name"),
     "Tenants.Create": Verb("tenants", "tenant.name"),
     "Tenants.Get": Verb("read", "name"),
     "Tenants.List": Verb("read"),
@@ -121,17 +126,31 @@ class AdminDoor:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(function, *arguments, **named))
 
-    def handlers(self, file: FileDescriptor, services: Mapping[str, object]) -> Sequence[grpc.GenericRpcHandler]:
-        """Of every service of a proto file; `services` by their short names."""
+    def handlers(
+        self,
+        file: FileDescriptor,
+        services: Mapping[str, object],
+        elsewhere: Callable[[MethodDescriptor, Verb], Method] | None = None,
+    ) -> Sequence[grpc.GenericRpcHandler]:
+        """Of every service of a proto file; `services` by their short names. `elsewhere`: gives the methods that they
+        lack (relayed.py)."""
         made = []
         for name, service in file.services_by_name.items():
-            methods = {method.name: self._handler(method, services[name]) for method in service.methods}
+            methods = {method.name: self._handler(method, services[name], elsewhere) for method in service.methods}
             made.append(grpc.method_handlers_generic_handler(service.full_name, methods))
         return made
 
-    def _handler(self, method: MethodDescriptor, service: object) -> Any:
+    def _handler(
+        self,
+        method: MethodDescriptor,
+        service: object,
+        elsewhere: Callable[[MethodDescriptor, Verb], Method] | None,
+    ) -> Any:
         verb = VERBS[f"{method.containing_service.name}.{method.name}"]
-        act = getattr(service, method.name)
+        act = getattr(service, method.name, None)
+        if act is None:
+            assert elsewhere is not None, f"nobody answers {method.full_name}"
+            act = elsewhere(method, verb)
         answer = self._stream if method.server_streaming else self._whole
         make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         guarded = self._guarded(method, verb, partial(answer, act))

@@ -122,6 +122,15 @@ class Call:
         self.usage.completion_tokens = sum(len(output.emitted) for output in self.sequences)
 
     @property
+    def mean_gap_s(self) -> float:
+        """Between the tokens of its first sequence, as they came here; 0 with fewer than two."""
+        first = self.sequences[0]
+        tokens = len(first.emitted) - first.restored
+        if self.first_token_at is None or tokens < 2:
+            return 0.0
+        return max(first.heard_at - self.first_token_at, 0.0) / (tokens - 1)
+
+    @property
     def new_tokens(self) -> int:
         """Tokens that have come at this gateway."""
         return sum(len(output.emitted) - output.restored for output in self.sequences)

@@ -46,9 +46,14 @@ class KnownModel:
         return any(map(principal.tenant.allows, (self.name, *self.entry.aliases)))
 
     @property
+    def served(self) -> bool:
+        """Whether a worker takes its calls."""
+        return any(link.serves for link in self.links.values())
+
+    @property
     def state(self) -> ModelState:
         """READY while a worker is linked, else what the catalog says."""
-        if any(link.serves for link in self.links.values()):
+        if self.served:
             return ModelState.READY
         if self.entry.state is ModelState.READY:  # the catalog is older than the loss of the last worker
             return ModelState.LOADING

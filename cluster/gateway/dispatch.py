@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from cluster.api.demand import ModelDemand
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
 from cluster.gateway.backlogs import Backlogs
 from cluster.gateway.call import Call
+from cluster.gateway.demand import Tally
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.output import Output
 from cluster.gateway.returning import Returning
 from cluster.gateway.turns import Turns
 from cluster.link.codec_turns import Weighed
-from cluster.link.hub import ModelDemand
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.routing.breaker import Breakers
@@ -70,6 +71,10 @@ class Dispatcher:
         self._outputs: dict[str, Output] = {}
         self._arrived: Counter[str] = Counter()
         self._arrived_tokens: Counter[str] = Counter()
+        self.tally = Tally()
+        self.on_held: Callable[[], None] = lambda: None
+        """Told when a call waits for a model that nobody serves, the first of them: somebody may have to start it."""
+        self._told_held: set[str] = set()
         self._returning = Returning(resume_wait_s)
         self.breakers = Breakers()
         self.backlogs = Backlogs(turns, self.waiting, self._returning.waiting, self._links, clock)
@@ -92,17 +97,27 @@ class Dispatcher:
                 continue
             self._arrived[model.name] += 1
             self._arrived_tokens[model.name] += len(output.request.prompt_token_ids)
-            admission = self._room.admit(self.turns.waiting(output), self._clock(), starts_in_s)
+            waiting = self.turns.waiting(output)
+            self.tally.arrived(waiting)
+            admission = self._room.admit(waiting, self._clock(), starts_in_s)
             self._fail_shed(admission.shed)
             if admission.outcome is not None:
                 self.leave(call)
                 raise CallError(admission.outcome, _WHY_NOT[admission.outcome])
             self._outputs[output.waiting_id] = output
+            self.tally.waits(waiting)
         self._pump(model.name)
+        self._hold(model)
+
+    def _hold(self, model: KnownModel) -> None:
+        """What waits for a model that nobody serves is demand now, not at the next report."""
+        if model.name not in self._told_held and not model.served:
+            self._told_held.add(model.name)
+            self.on_held()
 
     def _fail_shed(self, shed: Sequence[Waiting]) -> None:
         for waiting in shed:
-            output = self._outputs.pop(waiting.call_id, None)
+            output = self._take(waiting.call_id)
             if output is not None:
                 output.call.fail(CallError(Outcome.SHED, "the cluster is short of room; retry after the given pause"))
 
@@ -111,7 +126,7 @@ class Dispatcher:
         waited = False
         for output in call.sequences:
             waited |= self._returning.take(output)
-            if self._outputs.pop(output.waiting_id, None) is not None:
+            if self._take(output.waiting_id) is not None:
                 waited |= self._room.leave(output.waiting_id)
             self.turns.over(output)
         call.release()
@@ -123,15 +138,22 @@ class Dispatcher:
         if output.emitted or output.shuns:
             self._returning.add(output, self._clock())
         else:
+            waiting = self.turns.waiting(output)
             self._outputs[output.waiting_id] = output
-            self._room.put_back(self.turns.waiting(output), self._clock())
+            self._room.put_back(waiting, self._clock())
+            self.tally.waits(waiting)
         self._pump(output.call.model)
+
+    def _take(self, waiting_id: str) -> Output | None:
+        """It waits no more; None when it did not."""
+        self.tally.waits_no_more(waiting_id)
+        return self._outputs.pop(waiting_id, None)
 
     def cut(self, call: Call) -> None:
         """End a call with what it has; what waits of it still gets nothing."""
         for output in call.sequences:
             self._returning.take(output)
-            if self._outputs.pop(output.waiting_id, None) is not None:
+            if self._take(output.waiting_id) is not None:
                 self._room.leave(output.waiting_id)
             output.cut()
         call.wake()
@@ -175,7 +197,9 @@ class Dispatcher:
             waiting = self._room.next(model, fits, now)
             if waiting is None or decision is None or decision.worker_id is None:
                 break
-            self._bind(known.links[decision.worker_id], self._outputs.pop(waiting.call_id), decision, waiting)
+            output = self._outputs.pop(waiting.call_id)
+            self.tally.waits_no_more(waiting.call_id)
+            self._bind(known.links[decision.worker_id], output, decision, waiting)
         self.backlogs.changed(model)
 
     def _send_returning(self, known: KnownModel) -> None:
@@ -235,7 +259,7 @@ class Dispatcher:
             self._swept = now
             self._sweep(now)
         for waiting in self._room.expired(now):
-            output = self._outputs.pop(waiting.call_id, None)
+            output = self._take(waiting.call_id)
             if output is not None:
                 output.call.fail(self._too_late(output.call))
         for output in self._returning.expired(now):
@@ -246,6 +270,8 @@ class Dispatcher:
 
     def _sweep(self, now: float) -> None:
         models = self._directory().models
+        self.tally.keep(model.name for model in models)
+        self._told_held &= {model.name for model in models if not model.served}
         self.turns.sweep({model.name: bool(model.links) for model in models}, now)
         self.breakers.forget(link.identity.incarnation for model in models for link in model.links.values())
         for model in models:
@@ -343,7 +369,13 @@ class Dispatcher:
             running = sum(link.running for link in model.links.values())
             out.append(
                 ModelDemand(
-                    model.name, count, tokens, running, self._arrived[model.name], self._arrived_tokens[model.name]
+                    model.name,
+                    count,
+                    tokens,
+                    running,
+                    self._arrived[model.name],
+                    self._arrived_tokens[model.name],
+                    self.tally.classes(model.name, self._clock(), model.served),
                 )
             )
         return out

@@ -29,6 +29,7 @@ from cluster.gateway.grpc_face import SERVICE, GrpcFace
 from cluster.gateway.http_face import HttpFace
 from cluster.gateway.http_server import HttpServer
 from cluster.gateway.limits_local import LocalLimits
+from cluster.gateway.relayed import Relayed
 from cluster.gateway.service import CallService
 from cluster.gateway.tls import NewestContext
 from cluster.gateway.turns import Turns
@@ -85,6 +86,7 @@ class Gateway:
             siblings,
             config.gateway.link_tls is not None,
         )
+        self.dispatcher.on_held = self.hub.tell_now
         self.directory = Directory(folder, self.hub.fetch_bundle)
         door = self.tenants if self.tenants is not None else OpenDoor()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)
@@ -213,9 +215,10 @@ class Gateway:
             "Catalog": CatalogAdmin(self.hub, self.directory, self.dispatcher),
             **self._ledger_services(),
         }
+        relayed = Relayed(self.hub, self._admin_door)
         names = [reflection.SERVICE_NAME]
         for file in (admin_pb2.DESCRIPTOR, tenants_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR):
-            server.add_generic_rpc_handlers(self._admin_door.handlers(file, services))
+            server.add_generic_rpc_handlers(self._admin_door.handlers(file, services, relayed))
             names += [service.full_name for service in file.services_by_name.values()]
         reflections = reflection.aio.ReflectionServicer(names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflections, server)  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from cluster.api.types import EngineRequest
 from cluster.gateway import wishes
 from cluster.gateway.allowance import Allowances
 from cluster.gateway.call import Call
+from cluster.gateway.demand import within_slo
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.door import ANYBODY, Door, OpenDoor
@@ -34,6 +35,16 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("calls")
 
+SHORT_OF_ROOM = (
+    Outcome.QUEUE_FULL,
+    Outcome.SHED,
+    Outcome.DEADLINE_EXCEEDED,
+    Outcome.DEADLINE_UNREACHABLE,
+    Outcome.MODEL_LOADING,
+    Outcome.NO_WORKER,
+    Outcome.WORKER_LOST,
+)
+"""Ends of a call that more replicas might have spared it."""
 DEADLINE_SLACK_S = 0.1
 """A caller's deadline began before it got here, so it may hang up for it sooner than ours has passed."""
 
@@ -269,6 +280,8 @@ class CallService:
     def _settle(self, model: str, meta: CallMeta, outcome: Outcome, call: Call | None, arrived: float) -> None:
         metrics = self.metrics
         metrics.count("requests_total", model, meta.tenant, meta.face, outcome.value)
+        if call is not None:
+            self._judge(call, outcome)
         if call is None or call.first_token_at is None:
             if outcome not in (Outcome.OK, Outcome.CANCELLED):
                 metrics.count("rejected_total", model, outcome.value)
@@ -282,6 +295,20 @@ class CallService:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
         metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)
+
+    def _judge(self, call: Call, outcome: Outcome) -> None:
+        """Whether the call was served as its model's objectives ask; one that its caller ended or spoilt tells nothing,
+        unless its first token was late by then."""
+        known = self.directory.find(call.model)
+        if known is None or call.continues:
+            return
+        entry, served = known.entry, outcome is Outcome.OK
+        ttft_s = call.usage.ttft_s if call.first_token_at is not None else None
+        late = entry.slo_ttft_s and self.clock() - call.arrived > entry.slo_ttft_s and ttft_s is None
+        if not served and not late and outcome not in SHORT_OF_ROOM:
+            return
+        within = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
+        self.dispatcher.tally.judged(call.model, call.policy.priority_class, call.rank, within)
 
     def _end_fallen(self) -> None:
         """Calls of tenants that may no longer call end now, wherever they are."""

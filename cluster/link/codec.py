@@ -409,6 +409,9 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         engine_class=e.engine_class,
         note=e.note,
         weights_pinned=e.weights_pinned,
+        slo_ttft_s=e.slo_ttft_s,
+        slo_itl_s=e.slo_itl_s,
+        starting_since_s=e.starting_since_s,
         fallback=e.fallback,
         versions=[_share_to_pb(share) for share in e.versions],
         retired=e.retired,
@@ -450,6 +453,11 @@ def _share_from_pb(m: pb.VersionShare) -> VersionShare:
     )
 
 
+def standing_to_pb(standing: Standing) -> pb.Standing.State.ValueType:
+    """A standing by the name that travels."""
+    return pb.Standing.State.Value(f"STATE_{standing.value}")
+
+
 def standing_from_pb(standing: pb.Standing) -> Standing:
     """Whether a worker takes new work. One that this gateway does not know is taken for draining."""
     known = pb.Standing.State.items()
@@ -482,4 +490,7 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         versions=tuple(_share_from_pb(share) for share in m.versions),
         retired=tuple(m.retired),
         card=dict(m.card),
+        slo_ttft_s=m.slo_ttft_s,
+        slo_itl_s=m.slo_itl_s,
+        starting_since_s=m.starting_since_s,
     )

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.api.bundle import Bundle
-from cluster.api.types import CatalogEntry, VersionTally
-from cluster.link import codec
+from cluster.api.demand import ModelDemand, Work
+from cluster.api.types import CatalogEntry, Standing, VersionTally
+from cluster.link import admin_relay, codec
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
+from cluster.link.codec_demand import demand_from_pb, work_from_pb
 from cluster.link.dial import LinkEnded, Timing, open_channel, read
 from cluster.link.siblings import Gateways
 from cluster.link.tls import TlsFiles
@@ -36,18 +38,12 @@ class FleetWorker:
     default_sampling: Mapping[str, object] = field(default_factory=dict)
     version: str = ""
     generation: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDemand:
-    """A model's demand, summed over gateways; `arrived` counts since each gateway's start."""
-
-    model: str
-    waiting: int
-    waiting_tokens: int
-    running: int
-    arrived: int
-    arrived_tokens: int
+    kv_usage: float = 0.0
+    standing: Standing = Standing.SERVING
+    work: Work = field(default_factory=Work)
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
+    kv_tokens: int = 0
 
 
 class ControllerEnd:
@@ -74,6 +70,13 @@ class ControllerEnd:
         self._fleets: dict[str, Sequence[FleetWorker]] = {}
         self._demands: dict[str, Sequence[ModelDemand]] = {}
         self._tallies: dict[str, Sequence[VersionTally]] = {}
+        self.on_demand: Callable[[str, Sequence[ModelDemand], float], None] = lambda gateway, demand, counting_s: None
+        """Told what a gateway's incarnation says, and for how long it has counted (seconds)."""
+        self.on_left: Callable[[str], None] = lambda gateway: None
+        """Told that the link to a gateway's incarnation has ended."""
+        self.verbs: dict[str, admin_relay.Verb] = {}
+        """Admin verbs that are answered here (`Catalog.Scale`); set before `run`."""
+        self._answers: set[asyncio.Task[None]] = set()
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
         """The newest catalog; sent to every gateway unless nothing changed."""
@@ -90,7 +93,11 @@ class ControllerEnd:
 
     def fleet(self) -> Sequence[FleetWorker]:
         """Workers that some gateway has a link to, one entry each, by id."""
-        workers = {w.worker_id: w for fleet in self._fleets.values() for w in fleet}
+        workers: dict[str, FleetWorker] = {}
+        for worker in (w for fleet in self._fleets.values() for w in fleet):
+            other = workers.get(worker.worker_id)
+            if other is None or other.work.steps <= worker.work.steps:  # the newest of what is told of it
+                workers[worker.worker_id] = worker
         return [workers[key] for key in sorted(workers)]
 
     def demand(self) -> Sequence[ModelDemand]:
@@ -130,19 +137,24 @@ class ControllerEnd:
                 protocol_max=codec.PROTOCOL_MAX,
                 controller_id=self._controller_id,
                 incarnation=self._incarnation,
+                verbs=sorted(self.verbs),
             )
             await call.write(pb.ControllerFrame(hello=hello))
             first = await asyncio.wait_for(read(call), self._timing.welcome_s)
             if first is None or not first.HasField("welcome"):
                 raise LinkEnded("the gateway did not welcome this controller")
-            self._gateways.welcomed(address, first.welcome.incarnation, first.welcome.siblings)
+            gateway = first.welcome.incarnation
+            self._gateways.welcomed(address, gateway, first.welcome.siblings)
             changed = asyncio.Event()
             changed.set()
             self._changed.add(changed)
             blobs: asyncio.Queue[pb.Blob] = asyncio.Queue(maxsize=64)
+            replies: asyncio.Queue[pb.AdminReply] = asyncio.Queue()
+            turn = asyncio.Lock()  # a stream takes one message at a time
             parts = [
-                asyncio.create_task(self._tell(call, changed)),
-                asyncio.create_task(self._listen(address, call, blobs)),
+                asyncio.create_task(self._tell(call, changed, turn)),
+                asyncio.create_task(self._reply(call, replies, turn)),
+                asyncio.create_task(self._listen(address, gateway, call, blobs, replies)),
                 asyncio.create_task(
                     serve_bulk(pb_grpc.LinkStub(bulk_channel).Bulk(), self._blob_hello(), Prompts(), blobs)
                 ),
@@ -156,6 +168,7 @@ class ControllerEnd:
                 self._fleets.pop(address, None)
                 self._demands.pop(address, None)
                 self._tallies.pop(address, None)
+                self.on_left(gateway)
                 for part in parts:
                     part.cancel()
                 await asyncio.gather(*parts, return_exceptions=True)
@@ -164,7 +177,7 @@ class ControllerEnd:
     def _blob_hello(self) -> pb.Blob:
         return pb.Blob(worker_id=f"controller:{self._controller_id}", incarnation=self._incarnation)
 
-    async def _tell(self, call: Any, changed: asyncio.Event) -> None:
+    async def _tell(self, call: Any, changed: asyncio.Event, turn: asyncio.Lock) -> None:
         while True:
             await changed.wait()
             changed.clear()
@@ -175,17 +188,29 @@ class ControllerEnd:
                 models=[codec.entry_to_pb(e) for e in self._catalog],
                 gateways=len(self._gateways.addresses),
             )
-            await call.write(pb.ControllerFrame(catalog=catalog))
+            async with turn:
+                await call.write(pb.ControllerFrame(catalog=catalog))
 
-    async def _listen(self, address: str, call: Any, blobs: asyncio.Queue[pb.Blob]) -> None:
+    async def _reply(self, call: Any, replies: asyncio.Queue[pb.AdminReply], turn: asyncio.Lock) -> None:
+        while True:
+            reply = await replies.get()
+            async with turn:
+                await call.write(pb.ControllerFrame(admin_reply=reply))
+
+    async def _listen(
+        self,
+        address: str,
+        gateway: str,
+        call: Any,
+        blobs: asyncio.Queue[pb.Blob],
+        replies: asyncio.Queue[pb.AdminReply],
+    ) -> None:
         while (frame := await read(call)) is not None:
             if frame.HasField("fleet"):
                 self._fleets[address] = [_worker(w) for w in frame.fleet.workers]
             if frame.HasField("demand"):
-                self._demands[address] = [
-                    ModelDemand(d.model, d.waiting, d.waiting_tokens, d.running, d.arrived, d.arrived_tokens)
-                    for d in frame.demand.models
-                ]
+                demand = self._demands[address] = demand_from_pb(frame.demand)
+                self.on_demand(gateway, demand, frame.demand.counting_s)
             if frame.HasField("tallies"):
                 self._tallies[address] = [
                     VersionTally(t.model, t.version, t.generation, t.calls, t.errors, t.pairs, t.slower)
@@ -195,6 +220,14 @@ class ControllerEnd:
                 digest = frame.fetch_bundle.digest
                 bundle = await asyncio.to_thread(self._bundles, digest)
                 await send_bundle(blobs, digest, bundle)
+            if frame.HasField("admin_request"):
+                task = asyncio.create_task(self._answer(frame.admin_request, replies))
+                self._answers.add(task)
+                task.add_done_callback(self._answers.discard)
+
+    async def _answer(self, request: pb.AdminRequest, replies: asyncio.Queue[pb.AdminReply]) -> None:
+        """What is begun is done, also when its stream ends meanwhile: whoever asked has been told that it may be."""
+        replies.put_nowait(await admin_relay.answer(self.verbs, request))
 
 
 def _worker(w: pb.FleetWorker) -> FleetWorker:
@@ -208,6 +241,12 @@ def _worker(w: pb.FleetWorker) -> FleetWorker:
         max_model_len=w.max_model_len,
         engine_class=w.engine_class,
         running=w.load.running,
+        kv_usage=w.load.kv_usage,
+        standing=Standing.SERVING if not w.standing else codec.standing_from_pb(pb.Standing(state=w.standing)),
+        work=work_from_pb(w.work),
+        max_num_seqs=w.max_num_seqs,
+        max_num_batched_tokens=w.max_num_batched_tokens,
+        kv_tokens=w.kv_tokens,
         default_sampling=json.loads(w.default_sampling_json or "{}"),
         version=w.version,
         generation=w.generation,

@@ -15,9 +15,13 @@ import structlog
 
 from cluster import rpc
 from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
+from cluster.api.demand import ModelDemand
+from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
 from cluster.link import codec
+from cluster.link.admin_relay import ANSWER_S, AWAY, Questions
 from cluster.link.admission import CONTROLLER, Admission, of_model
+from cluster.link.codec_demand import demand_to_pb, work_to_pb
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
 from cluster.link.liveness import Liveness, Waking
 from cluster.link.usage_keeper import EndedUsage
@@ -30,20 +34,10 @@ log = structlog.get_logger("hub")
 TICKS = 10
 """How often workers are looked at, at least, in the time after which they are suspected; and when one would be."""
 LEAST_REST_S = 0.002
+REPORT_S = 0.5
+"""How often the controller is told of demand and fleet."""
 NOTICING_S = 0.02
 """Of the time in which a worker that stands still is to be found: what the finding itself may take."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDemand:
-    """What a gateway sees of a model's demand, for the controller."""
-
-    model: str
-    waiting: int
-    waiting_tokens: int
-    running: int
-    arrived: int
-    arrived_tokens: int
 
 
 class HubListener(Protocol):
@@ -78,11 +72,11 @@ class HubStatistics:
 
 
 class _Controller:
-    def __init__(self, controller_id: str, incarnation: str) -> None:
-        self.controller_id = controller_id
-        self.incarnation = incarnation
-        self.fetch: asyncio.Queue[str] = asyncio.Queue()
-        self.epoch = 0
+    def __init__(self, hello: pb.ControllerHello) -> None:
+        self.controller_id = hello.controller_id
+        self.frames: asyncio.Queue[pb.GatewayControlFrame] = asyncio.Queue()
+        """What is to be sent to it beside the reports."""
+        self.questions = Questions(self.frames.put_nowait, frozenset(hello.verbs))
 
 
 class Hub(pb_grpc.LinkServicer):
@@ -101,6 +95,7 @@ class Hub(pb_grpc.LinkServicer):
         self.gateway_id = gateway_id
         self._siblings = tuple(siblings)
         self.incarnation = uuid.uuid4().hex[:12]
+        self._since = time.monotonic()
         self._listener = listener
         self._admission = Admission(by_certificate)
         self._timing = timing or Timing()
@@ -361,7 +356,8 @@ class Hub(pb_grpc.LinkServicer):
         if holder is not None:
             holder.box.fetch(digest)
         elif self._controller is not None:
-            self._controller.fetch.put_nowait(digest)
+            frame = pb.GatewayControlFrame(fetch_bundle=pb.FetchBundle(digest=digest))
+            self._controller.frames.put_nowait(frame)
         else:
             return False
         self._asked[digest] = holder
@@ -375,6 +371,12 @@ class Hub(pb_grpc.LinkServicer):
 
     # ---- controller
 
+    async def ask_controller(self, verb: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
+        """Have the controller answer an admin verb. Raises CallError."""
+        if self._controller is None:
+            raise CallError(Outcome.NO_WORKER, AWAY, retry_after_s=2.0)
+        return await self._controller.questions.ask(verb, body, actor, timeout_s)
+
     async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
         """The controller: catalog up, demand and fleet down."""
         first = await self._first(context)
@@ -382,7 +384,7 @@ class Hub(pb_grpc.LinkServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must hold hello")
         if not self._admission.controls(context.peer_certificate()):
             await self._stranger(context, CONTROLLER)
-        controller = _Controller(first.hello.controller_id, first.hello.incarnation)
+        controller = _Controller(first.hello)
         await context.write(pb.GatewayControlFrame(welcome=self._welcome(codec.PROTOCOL_MAX)))
         self._controller = controller
         log.info("controller_up", controller=controller.controller_id)
@@ -392,36 +394,34 @@ class Hub(pb_grpc.LinkServicer):
                 if frame.HasField("catalog"):
                     self.catalog_at = time.monotonic()
                     self._listener.catalog(_entries(frame.catalog))
+                if frame.HasField("admin_reply"):
+                    controller.questions.answered(frame.admin_reply)
         finally:
             writer.cancel()
+            controller.questions.ended()
             if self._controller is controller:
                 self._controller = None
                 log.info("controller_down", controller=controller.controller_id)
 
     async def _report(self, controller: _Controller, context: Any) -> None:
         while True:
-            frame = pb.GatewayControlFrame(demand=self._demand(), fleet=self._fleet(), tallies=self._tallies())
-            await context.write(frame)
-            try:
-                digest = await asyncio.wait_for(controller.fetch.get(), 0.5)
-            except TimeoutError:
-                continue
-            await context.write(pb.GatewayControlFrame(fetch_bundle=pb.FetchBundle(digest=digest)))
+            await context.write(self._frame())
+            due = time.monotonic() + REPORT_S
+            while (rest_s := due - time.monotonic()) > 0:
+                try:
+                    frame = await asyncio.wait_for(controller.frames.get(), rest_s)
+                except TimeoutError:
+                    break
+                await context.write(frame)
 
-    def _demand(self) -> pb.Demand:
-        return pb.Demand(
-            models=[
-                pb.ModelDemand(
-                    model=d.model,
-                    waiting=d.waiting,
-                    waiting_tokens=d.waiting_tokens,
-                    running=d.running,
-                    arrived=d.arrived,
-                    arrived_tokens=d.arrived_tokens,
-                )
-                for d in self._listener.demand()
-            ]
-        )
+    def tell_now(self) -> None:
+        """Let the controller hear at once how demand stands, not with the next report."""
+        if self._controller is not None:
+            self._controller.frames.put_nowait(self._frame())
+
+    def _frame(self) -> pb.GatewayControlFrame:
+        demand = demand_to_pb(self._listener.demand(), time.monotonic() - self._since)
+        return pb.GatewayControlFrame(demand=demand, fleet=self._fleet(), tallies=self._tallies())
 
     def _tallies(self) -> pb.VersionTallies:
         return pb.VersionTallies(
@@ -455,6 +455,11 @@ class Hub(pb_grpc.LinkServicer):
                     default_sampling_json=json.dumps(dict(link.info.default_sampling)),
                     version=link.identity.version,
                     generation=link.identity.generation,
+                    standing=codec.standing_to_pb(link.standing),
+                    work=work_to_pb(link.work),
+                    max_num_seqs=link.info.max_num_seqs,
+                    max_num_batched_tokens=link.info.max_num_batched_tokens,
+                    kv_tokens=link.info.kv_tokens,
                 )
                 for link in self.links
             ]

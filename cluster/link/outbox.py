@@ -6,8 +6,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from cluster.api.demand import Work
 from cluster.api.types import EngineLoad, TokenOutput
 from cluster.link.codec import StepColumns, load_to_pb, usage_to_pb
+from cluster.link.codec_demand import work_to_pb
 from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_to_pb, served_to_pb
 from cluster.link.credit import Grant
 from cluster.link.usage_keeper import MOST_A_MESSAGE, EndedUsage
@@ -27,6 +29,7 @@ class Outbox:
         self._refused: list[pb.Refused] = []
         self._grant: Grant | None = None
         self._load: EngineLoad | None = None
+        self._work: Work | None = None
         self._standing: pb.Standing | None = None
         self._served: dict[FlowKey, Weighed[ServedTotal]] | None = None
         self._elsewhere: dict[str, Sequence[Weighed[FlowBacklog]]] = {}
@@ -59,6 +62,10 @@ class Outbox:
     def load(self, load: EngineLoad) -> None:
         """The worker's load; only the last matters."""
         self._load = load
+
+    def work(self, work: Work) -> None:
+        """What the engine has computed; only the last matters, and nobody waits for it."""
+        self._work = work
 
     def standing(self, standing: pb.Standing) -> None:
         """Whether the worker takes new work; only the last matters."""
@@ -107,6 +114,9 @@ class Outbox:
         if self._load is not None:
             message.load.CopyFrom(load_to_pb(self._load))
             self._load = None
+        if self._work is not None:
+            message.work.CopyFrom(work_to_pb(self._work))
+            self._work = None
         if self._standing is not None:
             message.standing.CopyFrom(self._standing)
             self._standing = None

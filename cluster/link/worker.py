@@ -19,6 +19,7 @@ import grpc
 import structlog
 
 from cluster.api.bundle import Bundle
+from cluster.api.demand import Work
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineDead, EngineRefused
 from cluster.api.types import EngineInfo, EngineLoad, FinishReason, WorkerIdentity
@@ -141,6 +142,8 @@ class WorkerEnd:
         self._links: dict[int, _Link] = {}
         self._running: dict[str, _Running] = {}
         self._tokens = 0
+        self._busy_s = 0.0
+        self._prefilled_tokens = self._decoded_tokens = 0
         self._epochs = itertools.count(1)
         self._steps = 0
         self._meter = GpuMeter(gpus, info.max_num_batched_tokens, time.monotonic())
@@ -235,18 +238,21 @@ class WorkerEnd:
                     if not running.emitted_tokens:  # of a continued one its first worker has told
                         self._served.cached(output.request_id, running.cached_tokens)
                     computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
+                    self._prefilled_tokens += computed
                     firsts.append((running.share, computed, count))
                     running.accepted = True
                 if output.finish is not None:
                     running.accepted = True
                     finished.append((output.request_id, output.finish))
             self._tokens += emitted
+            self._decoded_tokens += emitted
             if self._meter.gpus:
                 self._meter.step(time.monotonic(), emitted, firsts)
             for request_id, reason in finished:
                 self._forget(request_id, _OUTCOMES.get(reason, Outcome.OK))
             self._lookahead.stepped()
             self._load = self._engine.load()
+            self._busy_s += self._load.step_s
             self._regrant()
             for link in touched.values():
                 link.outbox.load(self._load)
@@ -396,6 +402,7 @@ class WorkerEnd:
             if link.unacked_since is not None and time.monotonic() - link.unacked_since > self._timing.silence_s:
                 raise LinkEnded("the gateway beats but acknowledges nothing")
             link.outbox.load(self._engine.load())
+            link.outbox.work(Work(self._steps, self._busy_s, self._prefilled_tokens, self._decoded_tokens))
             link.outbox.flush()
 
     async def _write(self, link: _Link, call: grpc.aio.StreamStreamCall[pb.WorkerTurn, pb.GatewayTurn]) -> None:

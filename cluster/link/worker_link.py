@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
+from cluster.api.demand import Work
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, Likeness, Standing, TokenOutput, WorkerIdentity
 from cluster.link import codec
+from cluster.link.codec_demand import work_from_pb
 from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_from_pb, put_turn, served_from_pb
 from cluster.link.credit import Purse, Room
 from cluster.link.dial import CHUNK_BYTES
@@ -61,6 +63,8 @@ class WorkerLink:
         self.replaying = 0
         """Tokens of continued calls that this gateway has sent and whose next token has not come; kept by the sinks."""
         self.load = EngineLoad()
+        self.work = Work()
+        """What its engine has computed since its start."""
         self.standing = Standing.SERVING
         self.leave_at = float("inf")
         """When those that still run there are to go on elsewhere, since it drains (monotonic)."""
@@ -191,6 +195,8 @@ class WorkerLink:
         changed = False
         if message.HasField("load"):
             self.load = codec.load_from_pb(message.load)
+        if message.HasField("work"):
+            self.work = work_from_pb(message.work)
         if message.HasField("credit"):
             self._purse.granted(message.credit.grant_id, message.credit.sequences, message.credit.tokens)
             self.box.grant_ack(message.credit.grant_id)

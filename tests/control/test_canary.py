@@ -6,7 +6,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.control.canary import ALPHA, Tally, judge, log_evidence
@@ -73,6 +73,7 @@ def test_a_worse_version_is_found() -> None:
     assert all(late)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.integers(0, 200), st.floats(0.01, 0.99))
 def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, chance: float) -> None:
     """It begins at none, each loss adds and each win takes away."""
@@ -82,6 +83,7 @@ def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, 
     assert log_evidence(losses, wins + 1, chance) < here
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60), st.floats(0.05, 0.95))
 def test_the_bet_is_fair(losses: int, wins: int, chance: float) -> None:
     """At exactly the chance it bets against, the next call leaves its worth as it was, on average."""

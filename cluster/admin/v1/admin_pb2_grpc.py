@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from cluster.admin.v1 import admin_pb2 as cluster_dot_admin_dot_v1_dot_admin__pb2
+from cluster.admin.v1 import scaling_pb2 as cluster_dot_admin_dot_v1_dot_scaling__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -60,6 +61,11 @@ class FleetStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonResponse.FromString,
                 _registered_method=True)
+        self.ExplainScaling = channel.unary_unary(
+                '/cluster.admin.v1.Fleet/ExplainScaling',
+                request_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ExplainScalingRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ExplainScalingResponse.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
@@ -102,6 +108,13 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainScaling(self, request, context):
+        """ExplainScaling tells why a model has as many replicas as it has. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +142,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Uncordon,
                     request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.UncordonResponse.SerializeToString,
+            ),
+            'ExplainScaling': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainScaling,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ExplainScalingRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ExplainScalingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -277,6 +295,33 @@ class Fleet:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def ExplainScaling(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Fleet/ExplainScaling',
+            cluster_dot_admin_dot_v1_dot_scaling__pb2.ExplainScalingRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_scaling__pb2.ExplainScalingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class CatalogStub:
     """Catalog shows the models as the controller last told them.
@@ -298,6 +343,21 @@ class CatalogStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.GetRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.CatalogEntry.FromString,
                 _registered_method=True)
+        self.Scale = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/Scale',
+                request_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ScaleRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ScaleResponse.FromString,
+                _registered_method=True)
+        self.Freeze = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/Freeze',
+                request_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.FreezeRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.FreezeResponse.FromString,
+                _registered_method=True)
+        self.Unfreeze = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/Unfreeze',
+                request_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeResponse.FromString,
+                _registered_method=True)
 
 
 class CatalogServicer:
@@ -318,6 +378,27 @@ class CatalogServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Scale(self, request, context):
+        """Scale sets a model's number of replicas by hand, or gives it back to the demand. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Freeze(self, request, context):
+        """Freeze keeps the number of replicas as it is: no scaling and no rollout. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unfreeze(self, request, context):
+        """Unfreeze ends a Freeze. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CatalogServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -330,6 +411,21 @@ def add_CatalogServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.GetRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.CatalogEntry.SerializeToString,
+            ),
+            'Scale': grpc.unary_unary_rpc_method_handler(
+                    servicer.Scale,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ScaleRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ScaleResponse.SerializeToString,
+            ),
+            'Freeze': grpc.unary_unary_rpc_method_handler(
+                    servicer.Freeze,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.FreezeRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.FreezeResponse.SerializeToString,
+            ),
+            'Unfreeze': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unfreeze,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -387,6 +483,87 @@ class Catalog:
             '/cluster.admin.v1.Catalog/Get',
             cluster_dot_admin_dot_v1_dot_admin__pb2.GetRequest.SerializeToString,
             cluster_dot_admin_dot_v1_dot_admin__pb2.CatalogEntry.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Scale(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/Scale',
+            cluster_dot_admin_dot_v1_dot_scaling__pb2.ScaleRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_scaling__pb2.ScaleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Freeze(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/Freeze',
+            cluster_dot_admin_dot_v1_dot_scaling__pb2.FreezeRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_scaling__pb2.FreezeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unfreeze(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/Unfreeze',
+            cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_scaling__pb2.UnfreezeResponse.FromString,
             options,
             channel_credentials,
             insecure,

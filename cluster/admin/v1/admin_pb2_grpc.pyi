@@ -4,6 +4,7 @@ isort:skip_file
 The operators' API, on a listener of its own: the fleet and the catalog. See also tenants.proto and usage.proto."""
 
 from cluster.admin.v1 import admin_pb2 as _admin_pb2
+from cluster.admin.v1 import scaling_pb2 as _scaling_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
@@ -45,6 +46,8 @@ class FleetStub:
     """Cordon lets workers take no new work; what runs stays."""
     Uncordon: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UncordonRequest, _admin_pb2.UncordonResponse]
     """Uncordon lets workers take work again, after Cordon or Drain."""
+    ExplainScaling: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.ExplainScalingRequest, _scaling_pb2.ExplainScalingResponse]
+    """ExplainScaling tells why a model has as many replicas as it has. The controller answers."""
 
 @_typing.type_check_only
 class FleetAsyncStub(FleetStub):
@@ -63,6 +66,8 @@ class FleetAsyncStub(FleetStub):
     """Cordon lets workers take no new work; what runs stays."""
     Uncordon: _aio.UnaryUnaryMultiCallable[_admin_pb2.UncordonRequest, _admin_pb2.UncordonResponse]  # type: ignore[assignment]
     """Uncordon lets workers take work again, after Cordon or Drain."""
+    ExplainScaling: _aio.UnaryUnaryMultiCallable[_scaling_pb2.ExplainScalingRequest, _scaling_pb2.ExplainScalingResponse]  # type: ignore[assignment]
+    """ExplainScaling tells why a model has as many replicas as it has. The controller answers."""
 
 class FleetServicer(metaclass=_abc_1.ABCMeta):
     """Fleet shows the workers that are linked to this gateway, and passes on what they are to do."""
@@ -109,6 +114,14 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_admin_pb2.UncordonResponse, _abc.Awaitable[_admin_pb2.UncordonResponse]]:
         """Uncordon lets workers take work again, after Cordon or Drain."""
 
+    @_abc_1.abstractmethod
+    def ExplainScaling(
+        self,
+        request: _scaling_pb2.ExplainScalingRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scaling_pb2.ExplainScalingResponse, _abc.Awaitable[_scaling_pb2.ExplainScalingResponse]]:
+        """ExplainScaling tells why a model has as many replicas as it has. The controller answers."""
+
 def add_FleetServicer_to_server(servicer: FleetServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class CatalogStub:
@@ -122,6 +135,12 @@ class CatalogStub:
     """List lists the models of the catalog with their state."""
     Get: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetRequest, _admin_pb2.CatalogEntry]
     """Get returns one model by name or alias."""
+    Scale: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.ScaleRequest, _scaling_pb2.ScaleResponse]
+    """Scale sets a model's number of replicas by hand, or gives it back to the demand. The controller answers."""
+    Freeze: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.FreezeRequest, _scaling_pb2.FreezeResponse]
+    """Freeze keeps the number of replicas as it is: no scaling and no rollout. The controller answers."""
+    Unfreeze: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.UnfreezeRequest, _scaling_pb2.UnfreezeResponse]
+    """Unfreeze ends a Freeze. The controller answers."""
 
 @_typing.type_check_only
 class CatalogAsyncStub(CatalogStub):
@@ -132,6 +151,12 @@ class CatalogAsyncStub(CatalogStub):
     """List lists the models of the catalog with their state."""
     Get: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetRequest, _admin_pb2.CatalogEntry]  # type: ignore[assignment]
     """Get returns one model by name or alias."""
+    Scale: _aio.UnaryUnaryMultiCallable[_scaling_pb2.ScaleRequest, _scaling_pb2.ScaleResponse]  # type: ignore[assignment]
+    """Scale sets a model's number of replicas by hand, or gives it back to the demand. The controller answers."""
+    Freeze: _aio.UnaryUnaryMultiCallable[_scaling_pb2.FreezeRequest, _scaling_pb2.FreezeResponse]  # type: ignore[assignment]
+    """Freeze keeps the number of replicas as it is: no scaling and no rollout. The controller answers."""
+    Unfreeze: _aio.UnaryUnaryMultiCallable[_scaling_pb2.UnfreezeRequest, _scaling_pb2.UnfreezeResponse]  # type: ignore[assignment]
+    """Unfreeze ends a Freeze. The controller answers."""
 
 class CatalogServicer(metaclass=_abc_1.ABCMeta):
     """Catalog shows the models as the controller last told them."""
@@ -151,5 +176,29 @@ class CatalogServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.CatalogEntry, _abc.Awaitable[_admin_pb2.CatalogEntry]]:
         """Get returns one model by name or alias."""
+
+    @_abc_1.abstractmethod
+    def Scale(
+        self,
+        request: _scaling_pb2.ScaleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scaling_pb2.ScaleResponse, _abc.Awaitable[_scaling_pb2.ScaleResponse]]:
+        """Scale sets a model's number of replicas by hand, or gives it back to the demand. The controller answers."""
+
+    @_abc_1.abstractmethod
+    def Freeze(
+        self,
+        request: _scaling_pb2.FreezeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scaling_pb2.FreezeResponse, _abc.Awaitable[_scaling_pb2.FreezeResponse]]:
+        """Freeze keeps the number of replicas as it is: no scaling and no rollout. The controller answers."""
+
+    @_abc_1.abstractmethod
+    def Unfreeze(
+        self,
+        request: _scaling_pb2.UnfreezeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scaling_pb2.UnfreezeResponse, _abc.Awaitable[_scaling_pb2.UnfreezeResponse]]:
+        """Unfreeze ends a Freeze. The controller answers."""
 
 def add_CatalogServicer_to_server(servicer: CatalogServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -37,6 +37,7 @@ class WorkerTurn(_message.Message):
     SERVED_FIELD_NUMBER: _builtins.int
     ELSEWHERE_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
     acked_seq: _builtins.int
     """Sequence number of the last GatewayTurn applied."""
     seq: _builtins.int
@@ -63,6 +64,8 @@ class WorkerTurn(_message.Message):
     def served(self) -> Global___Served: ...
     @_builtins.property
     def elsewhere(self) -> _containers.RepeatedCompositeFieldContainer[Global___Elsewhere]: ...
+    @_builtins.property
+    def work(self) -> Global___Work: ...
     def __init__(
         self,
         *,
@@ -78,14 +81,47 @@ class WorkerTurn(_message.Message):
         served: Global___Served | None = ...,
         elsewhere: _abc.Iterable[Global___Elsewhere] | None = ...,
         seq: _builtins.int = ...,
+        work: Global___Work | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "hello", b"hello", "load", b"load", "served", b"served", "standing", b"standing", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "hello", b"hello", "load", b"load", "served", b"served", "standing", b"standing", "step", b"step", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "hello", b"hello", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "hello", b"hello", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerTurn: _TypeAlias = WorkerTurn  # noqa: Y015
+
+@_typing.final
+class Work(_message.Message):
+    """What the engine has computed since its start, for what a replica can do to be learnt from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_FIELD_NUMBER: _builtins.int
+    DECODE_TOKENS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    busy_s: _builtins.float
+    """Time in those steps."""
+    prefill_tokens: _builtins.int
+    """Prompt tokens that were computed and not cached."""
+    decode_tokens: _builtins.int
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        busy_s: _builtins.float = ...,
+        prefill_tokens: _builtins.int = ...,
+        decode_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "decode_tokens", b"decode_tokens", "prefill_tokens", b"prefill_tokens", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Work: _TypeAlias = Work  # noqa: Y015
 
 @_typing.final
 class Hello(_message.Message):
@@ -1239,19 +1275,23 @@ class ControllerFrame(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     CATALOG_FIELD_NUMBER: _builtins.int
+    ADMIN_REPLY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ControllerHello: ...
     @_builtins.property
     def catalog(self) -> Global___Catalog: ...
+    @_builtins.property
+    def admin_reply(self) -> Global___AdminReply: ...
     def __init__(
         self,
         *,
         hello: Global___ControllerHello | None = ...,
         catalog: Global___Catalog | None = ...,
+        admin_reply: Global___AdminReply | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admin_reply", b"admin_reply", "catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_reply", b"admin_reply", "catalog", b"catalog", "hello", b"hello"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1265,10 +1305,15 @@ class ControllerHello(_message.Message):
     PROTOCOL_MAX_FIELD_NUMBER: _builtins.int
     CONTROLLER_ID_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    VERBS_FIELD_NUMBER: _builtins.int
     protocol_min: _builtins.int
     protocol_max: _builtins.int
     controller_id: _builtins.str
     incarnation: _builtins.str
+    @_builtins.property
+    def verbs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """It answers AdminRequest for these verbs (`Catalog.Scale`); a release that does not know of them names none."""
+
     def __init__(
         self,
         *,
@@ -1276,14 +1321,78 @@ class ControllerHello(_message.Message):
         protocol_max: _builtins.int = ...,
         controller_id: _builtins.str = ...,
         incarnation: _builtins.str = ...,
+        verbs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_id", b"controller_id", "incarnation", b"incarnation", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_id", b"controller_id", "incarnation", b"incarnation", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "verbs", b"verbs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ControllerHello: _TypeAlias = ControllerHello  # noqa: Y015
+
+@_typing.final
+class AdminReply(_message.Message):
+    """The answer to the AdminRequest of the same id on this stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    VIOLATIONS_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    body: _builtins.bytes
+    """The verb's serialized response; only without an outcome."""
+    outcome: _builtins.str
+    """The value of an Outcome; empty when it went well."""
+    message: _builtins.str
+    retry_after_s: _builtins.float
+    @_builtins.property
+    def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___WrongField]: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        body: _builtins.bytes = ...,
+        outcome: _builtins.str = ...,
+        message: _builtins.str = ...,
+        violations: _abc.Iterable[Global___WrongField] | None = ...,
+        retry_after_s: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_retry_after_s", b"_retry_after_s", "retry_after_s", b"retry_after_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retry_after_s", b"_retry_after_s", "body", b"body", "id", b"id", "message", b"message", "outcome", b"outcome", "retry_after_s", b"retry_after_s", "violations", b"violations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__retry_after_s: _TypeAlias = _typing.Literal["retry_after_s"]  # noqa: Y015
+    _WhichOneofArgType__retry_after_s: _TypeAlias = _typing.Literal["_retry_after_s", b"_retry_after_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_after_s) -> _WhichOneofReturnType__retry_after_s | None: ...
+
+Global___AdminReply: _TypeAlias = AdminReply  # noqa: Y015
+
+@_typing.final
+class WrongField(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    description: _builtins.str
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        description: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "field", b"field"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WrongField: _TypeAlias = WrongField  # noqa: Y015
 
 @_typing.final
 class Catalog(_message.Message):
@@ -1357,6 +1466,9 @@ class CatalogModel(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     RETIRED_FIELD_NUMBER: _builtins.int
     CARD_FIELD_NUMBER: _builtins.int
+    SLO_TTFT_S_FIELD_NUMBER: _builtins.int
+    SLO_ITL_S_FIELD_NUMBER: _builtins.int
+    STARTING_SINCE_S_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
     revision: _builtins.str
@@ -1374,6 +1486,11 @@ class CatalogModel(_message.Message):
     note: _builtins.str
     weights_pinned: _builtins.bool
     """Only workers with one of weight_digests may serve it."""
+    slo_ttft_s: _builtins.float
+    """The model's objectives, by which gateways judge calls; 0: none."""
+    slo_itl_s: _builtins.float
+    starting_since_s: _builtins.float
+    """Since the epoch: when the start began that is to give the model its first replica; 0 while none is under way."""
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -1419,10 +1536,13 @@ class CatalogModel(_message.Message):
         versions: _abc.Iterable[Global___VersionShare] | None = ...,
         retired: _abc.Iterable[_builtins.str] | None = ...,
         card: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        slo_ttft_s: _builtins.float = ...,
+        slo_itl_s: _builtins.float = ...,
+        starting_since_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1557,6 +1677,7 @@ class GatewayControlFrame(_message.Message):
     FLEET_FIELD_NUMBER: _builtins.int
     FETCH_BUNDLE_FIELD_NUMBER: _builtins.int
     TALLIES_FIELD_NUMBER: _builtins.int
+    ADMIN_REQUEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -1567,6 +1688,8 @@ class GatewayControlFrame(_message.Message):
     def fetch_bundle(self) -> Global___FetchBundle: ...
     @_builtins.property
     def tallies(self) -> Global___VersionTallies: ...
+    @_builtins.property
+    def admin_request(self) -> Global___AdminRequest: ...
     def __init__(
         self,
         *,
@@ -1575,30 +1698,71 @@ class GatewayControlFrame(_message.Message):
         fleet: Global___FleetState | None = ...,
         fetch_bundle: Global___FetchBundle | None = ...,
         tallies: Global___VersionTallies | None = ...,
+        admin_request: Global___AdminRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "tallies", b"tallies", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admin_request", b"admin_request", "demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "tallies", b"tallies", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "tallies", b"tallies", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_request", b"admin_request", "demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "tallies", b"tallies", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GatewayControlFrame: _TypeAlias = GatewayControlFrame  # noqa: Y015
 
 @_typing.final
+class AdminRequest(_message.Message):
+    """A verb of cluster.admin.v1 that this gateway cannot answer itself. The gateway has asked who calls, and whether the
+    role grants it, and keeps the audit.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    VERB_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """Grows by one on this stream."""
+    verb: _builtins.str
+    """`Catalog.Scale`."""
+    body: _builtins.bytes
+    """The serialized request."""
+    actor: _builtins.str
+    """Who asks, as the audit names them."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        verb: _builtins.str = ...,
+        body: _builtins.bytes = ...,
+        actor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "body", b"body", "id", b"id", "verb", b"verb"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdminRequest: _TypeAlias = AdminRequest  # noqa: Y015
+
+@_typing.final
 class Demand(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
+    COUNTING_S_FIELD_NUMBER: _builtins.int
+    counting_s: _builtins.float
+    """For how long this gateway has counted what its counters say."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelDemand]: ...
     def __init__(
         self,
         *,
         models: _abc.Iterable[Global___ModelDemand] | None = ...,
+        counting_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counting_s", b"counting_s", "models", b"models"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1614,12 +1778,15 @@ class ModelDemand(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     ARRIVED_FIELD_NUMBER: _builtins.int
     ARRIVED_TOKENS_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     waiting: _builtins.int
     waiting_tokens: _builtins.int
     running: _builtins.int
     arrived: _builtins.int
     arrived_tokens: _builtins.int
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClassDemand]: ...
     def __init__(
         self,
         *,
@@ -1629,14 +1796,76 @@ class ModelDemand(_message.Message):
         running: _builtins.int = ...,
         arrived: _builtins.int = ...,
         arrived_tokens: _builtins.int = ...,
+        classes: _abc.Iterable[Global___ClassDemand] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "arrived_tokens", b"arrived_tokens", "model", b"model", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived", b"arrived", "arrived_tokens", b"arrived_tokens", "classes", b"classes", "model", b"model", "running", b"running", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelDemand: _TypeAlias = ModelDemand  # noqa: Y015
+
+@_typing.final
+class ClassDemand(_message.Message):
+    """A priority class of a model. Counters are of this gateway since its start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_CLASS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    ARRIVED_REQUESTS_FIELD_NUMBER: _builtins.int
+    ARRIVED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    WITHIN_SLO_FIELD_NUMBER: _builtins.int
+    OUTSIDE_SLO_FIELD_NUMBER: _builtins.int
+    QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    OLDEST_WAIT_S_FIELD_NUMBER: _builtins.int
+    NEAREST_DEADLINE_S_FIELD_NUMBER: _builtins.int
+    HELD_REQUESTS_FIELD_NUMBER: _builtins.int
+    priority_class: _builtins.str
+    rank: _builtins.int
+    arrived_requests: _builtins.int
+    arrived_prompt_tokens: _builtins.int
+    """Net of what caches are expected to hold."""
+    expected_output_tokens: _builtins.int
+    within_slo: _builtins.int
+    """Calls that have ended as the model's objectives ask, and others."""
+    outside_slo: _builtins.int
+    queued_requests: _builtins.int
+    """What waits now."""
+    queued_tokens: _builtins.int
+    oldest_wait_s: _builtins.float
+    nearest_deadline_s: _builtins.float
+    """From now; absent where none of them has a deadline."""
+    held_requests: _builtins.int
+    """Of those that wait, those for which there is no worker."""
+    def __init__(
+        self,
+        *,
+        priority_class: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        arrived_requests: _builtins.int = ...,
+        arrived_prompt_tokens: _builtins.int = ...,
+        expected_output_tokens: _builtins.int = ...,
+        within_slo: _builtins.int = ...,
+        outside_slo: _builtins.int = ...,
+        queued_requests: _builtins.int = ...,
+        queued_tokens: _builtins.int = ...,
+        oldest_wait_s: _builtins.float = ...,
+        nearest_deadline_s: _builtins.float | None = ...,
+        held_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_nearest_deadline_s", b"_nearest_deadline_s", "nearest_deadline_s", b"nearest_deadline_s"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_nearest_deadline_s", b"_nearest_deadline_s", "arrived_prompt_tokens", b"arrived_prompt_tokens", "arrived_requests", b"arrived_requests", "expected_output_tokens", b"expected_output_tokens", "held_requests", b"held_requests", "nearest_deadline_s", b"nearest_deadline_s", "oldest_wait_s", b"oldest_wait_s", "outside_slo", b"outside_slo", "priority_class", b"priority_class", "queued_requests", b"queued_requests", "queued_tokens", b"queued_tokens", "rank", b"rank", "within_slo", b"within_slo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__nearest_deadline_s: _TypeAlias = _typing.Literal["nearest_deadline_s"]  # noqa: Y015
+    _WhichOneofArgType__nearest_deadline_s: _TypeAlias = _typing.Literal["_nearest_deadline_s", b"_nearest_deadline_s"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nearest_deadline_s) -> _WhichOneofReturnType__nearest_deadline_s | None: ...
+
+Global___ClassDemand: _TypeAlias = ClassDemand  # noqa: Y015
 
 @_typing.final
 class FleetState(_message.Message):
@@ -1674,6 +1903,11 @@ class FleetWorker(_message.Message):
     DEFAULT_SAMPLING_JSON_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    STANDING_FIELD_NUMBER: _builtins.int
+    WORK_FIELD_NUMBER: _builtins.int
+    MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     model: _builtins.str
@@ -1685,8 +1919,14 @@ class FleetWorker(_message.Message):
     default_sampling_json: _builtins.str
     version: _builtins.str
     generation: _builtins.str
+    standing: Global___Standing.State.ValueType
+    max_num_seqs: _builtins.int
+    max_num_batched_tokens: _builtins.int
+    kv_tokens: _builtins.int
     @_builtins.property
     def load(self) -> Global___Load: ...
+    @_builtins.property
+    def work(self) -> Global___Work: ...
     def __init__(
         self,
         *,
@@ -1702,10 +1942,15 @@ class FleetWorker(_message.Message):
         default_sampling_json: _builtins.str = ...,
         version: _builtins.str = ...,
         generation: _builtins.str = ...,
+        standing: Global___Standing.State.ValueType = ...,
+        work: Global___Work | None = ...,
+        max_num_seqs: _builtins.int = ...,
+        max_num_batched_tokens: _builtins.int = ...,
+        kv_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "generation", b"generation", "incarnation", b"incarnation", "load", b"load", "max_model_len", b"max_model_len", "model", b"model", "ray_cluster", b"ray_cluster", "version", b"version", "weight_digest", b"weight_digest", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "generation", b"generation", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "load", b"load", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "ray_cluster", b"ray_cluster", "standing", b"standing", "version", b"version", "weight_digest", b"weight_digest", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,121 @@
+"""Admin verbs that only the controller can answer, over its Control stream: asked by a gateway, answered here or there.
+
+A verb is a function of a serialized request. What it raises as CallError travels whole, so that the operator reads the
+same error as if the gateway had raised it. A verb that was asked and never answered, because the stream ended, may have
+been done: the error says so, and nothing is asked twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
+
+import structlog
+from google.protobuf.message import DecodeError, Message
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.link.v1 import link_pb2 as pb
+
+log = structlog.get_logger("admin_relay")
+
+ANSWER_S = 30.0
+AWAY = "the controller has no link to this gateway: what serves goes on, and nothing else changes until it is back"
+
+M = TypeVar("M", bound=Message)
+Verb = Callable[[bytes, str], Awaitable[bytes]]
+"""`(serialized request, who asks) -> serialized response`. Raises CallError."""
+
+
+def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
+    """A Verb of a coroutine that takes and gives messages."""
+
+    async def answer(body: bytes, actor: str) -> bytes:
+        try:
+            request = kind.FromString(body)
+        except DecodeError as error:
+            raise invalid("", f"is not a message of this verb: {error}") from None
+        return (await act(request, actor)).SerializeToString()
+
+    return answer
+
+
+class Questions:
+    """The gateway's end of one Control stream."""
+
+    def __init__(self, send: Callable[[pb.GatewayControlFrame], None], verbs: frozenset[str]) -> None:
+        """`verbs`: those that the controller has named."""
+        self._send = send
+        self._verbs = verbs
+        self._next = 0
+        self._waiting: dict[int, asyncio.Future[bytes]] = {}
+
+    async def ask(self, name: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
+        """The controller's answer. Raises CallError, its own or that none came."""
+        if name not in self._verbs:
+            raise CallError(Outcome.UNSUPPORTED_FEATURE, f"this cluster's controller does not know {name}: upgrade it")
+        self._next += 1
+        number, answer = self._next, asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        request = pb.AdminRequest(id=number, verb=name, body=body, actor=actor)
+        self._send(pb.GatewayControlFrame(admin_request=request))
+        try:
+            return await asyncio.wait_for(answer, timeout_s)
+        except TimeoutError:
+            told = f"the controller has not answered within {timeout_s:g} s and may still do it: look before you repeat"
+            raise CallError(Outcome.NO_WORKER, told) from None
+        finally:
+            self._waiting.pop(number, None)
+
+    def answered(self, reply: pb.AdminReply) -> None:
+        """A reply has come; one that nobody waits for any longer is dropped."""
+        waiting = self._waiting.get(reply.id)
+        if waiting is None or waiting.done():
+            return
+        if reply.outcome:
+            waiting.set_exception(_error(reply))
+        else:
+            waiting.set_result(reply.body)
+
+    def ended(self) -> None:
+        """The stream has ended."""
+        told = "the controller was lost before it answered and may have done it: look before you repeat"
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(CallError(Outcome.NO_WORKER, told))
+
+
+async def answer(verbs: Mapping[str, Verb], request: pb.AdminRequest) -> pb.AdminReply:
+    """The controller's reply to a request; never raises."""
+    try:
+        act = verbs.get(request.verb)
+        if act is None:
+            raise CallError(Outcome.UNSUPPORTED_FEATURE, f"this controller does not know {request.verb}")
+        return pb.AdminReply(id=request.id, body=await act(request.body, request.actor))
+    except CallError as error:
+        return _refusal(request.id, error)
+    except Exception:  # no traceback reaches an operator's terminal; it is in this process's log
+        log.exception("unexpected", verb=request.verb)
+        told = f"unexpected failure of {request.verb} in the controller; its log says more"
+        return _refusal(request.id, CallError(Outcome.INTERNAL, told))
+
+
+def _refusal(number: int, error: CallError) -> pb.AdminReply:
+    reply = pb.AdminReply(id=number, outcome=error.outcome.value, message=error.message)
+    reply.violations.extend(pb.WrongField(field=v.field, description=v.description) for v in error.violations)
+    if error.retry_after_s is not None:
+        reply.retry_after_s = error.retry_after_s
+    return reply
+
+
+def _error(reply: pb.AdminReply) -> CallError:
+    try:
+        outcome = Outcome(reply.outcome)
+    except ValueError:  # of a later release
+        outcome = Outcome.INTERNAL
+    return CallError(
+        outcome,
+        reply.message,
+        violations=[Violation(v.field, v.description) for v in reply.violations],
+        retry_after_s=reply.retry_after_s if reply.HasField("retry_after_s") else None,
+    )

@@ -1,0 +1,90 @@
+"""Demand and work between the words of api and link.proto."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from cluster.api.demand import ClassCounts, ModelDemand, Work
+from cluster.link.v1 import link_pb2 as pb
+
+
+def demand_to_pb(demand: Iterable[ModelDemand], counting_s: float) -> pb.Demand:
+    """A gateway's report."""
+    models = [
+        pb.ModelDemand(
+            model=d.model,
+            waiting=d.waiting,
+            waiting_tokens=d.waiting_tokens,
+            running=d.running,
+            arrived=d.arrived,
+            arrived_tokens=d.arrived_tokens,
+            classes=[_class_to_pb(c) for c in d.classes],
+        )
+        for d in demand
+    ]
+    return pb.Demand(models=models, counting_s=counting_s)
+
+
+def demand_from_pb(demand: pb.Demand) -> Sequence[ModelDemand]:
+    """The inverse, less the time."""
+    return [
+        ModelDemand(
+            d.model,
+            d.waiting,
+            d.waiting_tokens,
+            d.running,
+            d.arrived,
+            d.arrived_tokens,
+            tuple(_class_from_pb(c) for c in d.classes),
+        )
+        for d in demand.models
+    ]
+
+
+def _class_to_pb(c: ClassCounts) -> pb.ClassDemand:
+    return pb.ClassDemand(
+        priority_class=c.priority_class,
+        rank=c.rank,
+        arrived_requests=c.arrived_requests,
+        arrived_prompt_tokens=c.arrived_prompt_tokens,
+        expected_output_tokens=c.expected_output_tokens,
+        within_slo=c.within_slo,
+        outside_slo=c.outside_slo,
+        queued_requests=c.queued_requests,
+        queued_tokens=c.queued_tokens,
+        oldest_wait_s=c.oldest_wait_s,
+        nearest_deadline_s=c.nearest_deadline_s,
+        held_requests=c.held_requests,
+    )
+
+
+def _class_from_pb(c: pb.ClassDemand) -> ClassCounts:
+    return ClassCounts(
+        priority_class=c.priority_class,
+        rank=c.rank,
+        arrived_requests=c.arrived_requests,
+        arrived_prompt_tokens=c.arrived_prompt_tokens,
+        expected_output_tokens=c.expected_output_tokens,
+        within_slo=c.within_slo,
+        outside_slo=c.outside_slo,
+        queued_requests=c.queued_requests,
+        queued_tokens=c.queued_tokens,
+        oldest_wait_s=c.oldest_wait_s,
+        nearest_deadline_s=c.nearest_deadline_s if c.HasField("nearest_deadline_s") else None,
+        held_requests=c.held_requests,
+    )
+
+
+def work_to_pb(work: Work) -> pb.Work:
+    """What an engine has computed."""
+    return pb.Work(
+        steps=work.steps,
+        busy_s=work.busy_s,
+        prefill_tokens=work.prefill_tokens,
+        decode_tokens=work.decode_tokens,
+    )
+
+
+def work_from_pb(work: pb.Work) -> Work:
+    """The inverse."""
+    return Work(work.steps, work.busy_s, work.prefill_tokens, work.decode_tokens)
