@@ -121,14 +121,14 @@ class CatalogAdmin:
     async def List(self, request: pb.ListRequest, asker: Asker) -> pb.ListResponse:
         """By name."""
         page, token = paginate([m.name for m in self._directory.models], request.page_size, request.page_token)
-        entries = [self._entry(self._directory.resolve(name)) for name in page]
+        entries = [self._entry(model) for name in page if (model := self._directory.find(name)) is not None]
         heard = self._hub.catalog_at
         age_s = -1.0 if heard is None else time.monotonic() - heard
         return pb.ListResponse(models=entries, next_page_token=token, age_s=age_s)
 
     async def Get(self, request: pb.GetRequest, asker: Asker) -> pb.CatalogEntry:
         """By name or alias."""
-        return self._entry(self._directory.resolve(request.name))
+        return self._entry(self._directory.resolve(request.name, began=True))
 
     def _entry(self, model: KnownModel) -> pb.CatalogEntry:
         entry = model.entry

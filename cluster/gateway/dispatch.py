@@ -23,12 +23,14 @@ from cluster.gateway.demand import Tally
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.output import Output
 from cluster.gateway.returning import Returning
+from cluster.gateway.trials import Trials
 from cluster.gateway.turns import Turns
 from cluster.link.codec_turns import Weighed
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.routing.breaker import Breakers
 from cluster.routing.pick import Candidate, Decision, RouteCall, pick
+from cluster.routing.versions import Versions
 from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.queue import Waiting, WaitingRoom
 
@@ -77,6 +79,7 @@ class Dispatcher:
         self._told_held: set[str] = set()
         self._returning = Returning(resume_wait_s)
         self.breakers = Breakers()
+        self.trials = Trials()
         self.backlogs = Backlogs(turns, self.waiting, self._returning.waiting, self._links, clock)
         self._swept = clock()
         self.on_state: Callable[[], None] = lambda: None
@@ -107,6 +110,12 @@ class Dispatcher:
             self._outputs[output.waiting_id] = output
             self.tally.waits(waiting)
         self._pump(model.name)
+        self._hold(model)
+
+    def missed(self, call: Call, model: KnownModel) -> None:
+        """Another model stands in for one that nobody serves: that is demand for it all the same."""
+        self._arrived[model.name] += len(call.sequences)
+        self._arrived_tokens[model.name] += sum(len(one.request.prompt_token_ids) for one in call.sequences)
         self._hold(model)
 
     def _hold(self, model: KnownModel) -> None:
@@ -191,7 +200,12 @@ class Dispatcher:
             def fits(waiting: Waiting) -> bool:
                 nonlocal decision
                 keep_free = self.turns.fair.order(model).keep_free(waiting)
-                decision = pick(RouteCall(model, waiting.tokens, keep_free), self._candidates(known, now))
+                versions = self._outputs[waiting.call_id].call.versions
+                candidates = self._candidates(known, now)
+                first = frozenset((versions.first,)) if versions.first else versions.all
+                decision = pick(RouteCall(model, waiting.tokens, keep_free, versions=first), candidates)
+                if decision.worker_id is None and len(versions.all) > 1:
+                    decision = pick(RouteCall(model, waiting.tokens, keep_free, versions=versions.all), candidates)
                 return decision.worker_id is not None
 
             waiting = self._room.next(model, fits, now)
@@ -217,6 +231,11 @@ class Dispatcher:
         call = output.call
         if output.index == 0 and not output.emitted:
             call.usage.queue_s = self._clock() - call.arrived
+        if call.began_at is None:
+            call.began_at = link.identity
+            if call.versions.first:
+                version = link.identity.version
+                call.versions = Versions(version, frozenset((version,)))
         sealed = b"" if self.accounting is None else self.accounting.open(output, link)
         if output.resuming == "moved":  # its last worker has given back what it was not to generate
             waiting = replace(waiting, output_tokens=len(output.emitted))
@@ -227,7 +246,8 @@ class Dispatcher:
 
     def _candidates(self, known: KnownModel, now: float) -> list[Candidate]:
         lets = self.breakers.lets
-        return [_candidate(link, lets(link.identity.incarnation, now)) for link in known.links.values()]
+        retired = known.retired
+        return [_candidate(link, lets(link.identity.incarnation, now), retired(link)) for link in known.links.values()]
 
     def answered(self, output: Output, link: WorkerLink, well: bool) -> None:
         """A worker has given a sequence its first token, or has failed it."""
@@ -276,7 +296,7 @@ class Dispatcher:
         self.breakers.forget(link.identity.incarnation for model in models for link in model.links.values())
         for model in models:
             for link in list(model.links.values()):
-                if now >= link.leave_at:
+                if now >= link.leave_at or model.quarantined(link):
                     self._move(link, model)
 
     def _move(self, link: WorkerLink, model: KnownModel) -> None:
@@ -344,6 +364,9 @@ class Dispatcher:
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """A new catalog."""
         self._directory().catalog(entries)
+        self.trials.catalog(entries)
+        for model in self._directory().models:  # workers may take calls again that were set apart
+            self._pump(model.name)
         self._fail_hopeless()
         self.on_state()
 
@@ -398,7 +421,7 @@ def _onward(output: Output, candidates: Sequence[Candidate]) -> RouteCall:
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
 
 
-def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
+def _candidate(link: WorkerLink, healthy: bool, retired: bool) -> Candidate:
     free = link.free
     return Candidate(
         worker_id=link.identity.worker_id,
@@ -416,4 +439,5 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         replaying=link.replaying,
         max_replaying=link.info.max_num_batched_tokens // REPLAY_PARTS,
         prefill_tokens=link.prefill_tokens,
+        retired=retired,
     )
