@@ -1,6 +1,6 @@
 """cluster.yaml: read once, checked when built, frozen; an unknown key is refused with its path.
 
-Sections that later releases bring (autoscaling, ...) are refused by name rather than accepted and ignored: a bound
+Sections that later releases bring are refused by name rather than accepted and ignored: a bound
 that nobody enforces is worse than none. Those about tenants are in config_tenants.
 """
 
@@ -33,9 +33,8 @@ from cluster.tenancy.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"
 
-NOT_YET = {"scaling": "autoscaling"}
+NOT_YET: dict[str, str] = {}
 NOT_YET_MODEL = {
-    "slo": "service level objectives",
     "adapters": "adapters",
 }
 
@@ -127,7 +126,7 @@ class Observe(Section):
 
 
 class Replicas(Section):
-    """Bounds on the number of replicas. Until the autoscaler exists max(min, 1) run, and `idle_s` is not used."""
+    """Bounds on the number of replicas. `idle_s` with `min: 0`: none after so long without a call."""
 
     min: Annotated[int, Field(ge=0, le=1000)] = 1
     max: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -215,6 +214,29 @@ def _own_arguments(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return value
 
 
+class Slo(Section):
+    """What callers are to get: the first token within `ttft_s`, the others `itl_s` apart in the mean, for a share of
+    `target` of the calls. Scaling aims at it."""
+
+    ttft_s: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    itl_s: Annotated[float, Field(gt=0, le=60)] = 0.1
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.99
+
+
+class Scaling(Section):
+    """How numbers of replicas follow the demand.
+
+    `gpu_budget`: GPUs that all models together may hold, by type ("" where models name none); a type that is not there
+    is not limited. `cold_start_s`: of a model whose own is not learnt yet. `forecast`: act ahead of demand that is
+    expected. `frozen`: nothing changes by itself.
+    """
+
+    gpu_budget: Mapping[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    cold_start_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    forecast: bool = True
+    frozen: bool = False
+
+
 class Model(Section):
     """One model. Engine words are vLLM's own. `gpu`: one type, or several, the one to use first at the front."""
 
@@ -230,6 +252,7 @@ class Model(Section):
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     replicas: Replicas = Replicas()
     gpu: str | tuple[Gpu, ...] = ""
+    slo: Slo = Slo()
     engine: Mapping[str, Any] = Field(default_factory=dict)
     ray: str = ""
     license: str = ""
@@ -302,6 +325,9 @@ class Model(Section):
             max_replicas=self.replicas.max if self.replicas.max is not None else max(self.replicas.min, 1),
             idle_s=self.replicas.idle_s,
             gpu=self.gpu if isinstance(self.gpu, str) else "",
+            slo_ttft_s=self.slo.ttft_s,
+            slo_itl_s=self.slo.itl_s,
+            slo_target=self.slo.target,
             engine=dict(self.engine),
             allow_cross_node_tensor_parallel=self.allow_cross_node_tensor_parallel,
             trust_remote_code=self.trust_remote_code,
@@ -344,6 +370,7 @@ class Config(Section):
     auth: Auth | None = None
     store: Store = Store()
     cost: Cost | None = None
+    scaling: Scaling = Scaling()
     classes: tuple[Class, ...] = CLASSES
     tenant_defaults: TenantDefaults = TenantDefaults()
     tenants: tuple[Tenant, ...] = ()

@@ -180,7 +180,7 @@ class ModelSpec:
     """A model's entry of the configuration, as control, rayserve and engine see it. Survives a trip through JSON.
 
     `engine` holds vLLM's own argument names, already checked for those that Headrace owns. `gpu` is Ray's
-    accelerator type, empty for any. `idle_s` is checked, not yet used.
+    accelerator type, empty for any. `idle_s` > 0 with `min_replicas` 0: no replica after so long without a call.
     """
 
     name: str
@@ -214,10 +214,15 @@ class ModelSpec:
     """Of a version on trial: it goes when its calls fail so many times as often as the other's; 0: never."""
     ttft_ratio: float = 0.0
     """The same for its time to the first token."""
+    slo_ttft_s: float = 2.0
+    """The first token of a call is to come within this, the mean gap between its tokens is to be within the next, for
+    such a share of the calls."""
+    slo_itl_s: float = 0.1
+    slo_target: float = 0.99
 
     @property
     def replicas(self) -> int:
-        """Replicas to run; fixed until the autoscaler exists."""
+        """Replicas to begin with: one at least, since it is the first that tells what the model is."""
         return max(self.min_replicas, 1)
 
 

@@ -59,7 +59,12 @@ class Admin:
 
     def fleet(self, verb: str, request: Any) -> Any:
         """One of Fleet's verbs, with its request. Raises grpc.RpcError."""
-        return getattr(self._fleet, verb)(request, timeout=TIMEOUT_S, metadata=self._metadata)
+        return self.ask("fleet", verb, request)
+
+    def ask(self, service: str, verb: str, request: Any, timeout_s: float = TIMEOUT_S) -> Any:
+        """A verb of `fleet` or `catalog`. Raises grpc.RpcError."""
+        stub = {"fleet": self._fleet, "catalog": self._catalog}[service]
+        return getattr(stub, verb)(request, timeout=timeout_s, metadata=self._metadata)
 
     def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
         """The models, and seconds since the controller last spoke (negative: never). Raises grpc.RpcError."""

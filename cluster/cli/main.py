@@ -7,7 +7,20 @@ from importlib import metadata
 
 import typer
 
-from cluster.cli import certs, configuration, database, doctor, fleet, look, processes, talk, tenants, up, usage
+from cluster.cli import (
+    certs,
+    configuration,
+    database,
+    doctor,
+    fleet,
+    look,
+    processes,
+    scaling,
+    talk,
+    tenants,
+    up,
+    usage,
+)
 from cluster.cli.common import JsonOption, out, print_json
 
 app = typer.Typer(
@@ -27,8 +40,9 @@ app.command()(talk.complete)
 app.command()(talk.models)
 app.command()(look.workers)
 app.command()(look.abort)
-for verb in (fleet.drain, fleet.cordon, fleet.uncordon):
+for verb in (fleet.drain, fleet.cordon, fleet.uncordon, scaling.scale, scaling.freeze, scaling.unfreeze):
     app.command()(verb)
+app.add_typer(scaling.explain_app, name="explain")
 app.add_typer(configuration.app, name="config")
 app.add_typer(certs.app, name="certs")
 app.add_typer(tenants.tenants_app, name="tenants")

@@ -230,20 +230,9 @@ def entry(
         family=about.family,
         license=spec.license or about.license,
         engine_class=first.engine_class if first else "",
-        note=_note(spec),
         fallback=spec.fallback,
         card=about.card,
     )
-
-
-def _note(spec: ModelSpec) -> str:
-    """What the entry asks for and this release does not do."""
-    notes = []
-    if spec.idle_s:
-        notes.append(f"replicas.idle_s ({spec.idle_s:g}) is not used yet: no scaling to zero")
-    if spec.max_replicas > spec.replicas:
-        notes.append(f"replicas stay at {spec.replicas}: no autoscaling yet")
-    return "; ".join(notes)
 
 
 def _reason(state: ModelState, seen: Observed | None, known: Known, unplaceable: str) -> str:

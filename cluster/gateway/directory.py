@@ -29,6 +29,10 @@ from cluster.tenancy.identity import Principal
 log = structlog.get_logger("directory")
 
 
+MOST_OF_A_START = 0.99
+"""A start that takes longer than others has not ended yet."""
+
+
 class KnownModel:
     """A model as this gateway knows it now."""
 
@@ -55,6 +59,15 @@ class KnownModel:
     def leaving(self) -> bool:
         """Whether it has been taken out of the catalog: what has come is served, nothing more is let in."""
         return self.in_catalog and self.entry.state is ModelState.DRAINING
+
+    def start(self, wall_s: float) -> tuple[float, float]:
+        """While nobody serves it: how far its start is, in [0, 1], and how many seconds it takes still, by the time
+        that its starts take; (0, 0) where that is not known. `wall_s`: since the epoch."""
+        whole_s, since_s = self.entry.cold_start_s, self.entry.starting_since_s
+        if whole_s <= 0 or self.entry.state in (ModelState.FAILED, ModelState.GONE):
+            return 0.0, 0.0
+        passed_s = max(wall_s - since_s, 0.0) if since_s else 0.0
+        return min(passed_s / whole_s, MOST_OF_A_START), max(whole_s - passed_s, (1 - MOST_OF_A_START) * whole_s)
 
     @property
     def state(self) -> ModelState:
@@ -247,6 +260,11 @@ class Directory:
         if not name:
             raise CallError(Outcome.MODEL_NOT_FOUND, "model: is empty; ListModels names the models that you may use")
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name!r} does not exist; ListModels names those that do")
+
+    def starts_in_s(self, name: str) -> float:
+        """How much longer than others a call may wait for a model that nobody serves: twice what its start takes."""
+        model = self._models.get(name)
+        return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
     def stand_in(self, model: KnownModel, principal: Principal) -> KnownModel | None:
         """The first of a model's fallbacks that has a worker and that the caller may use; None: it has none."""

@@ -413,7 +413,12 @@ def _now() -> Timestamp:
 
 def progress_pb(progress: Progress) -> pb.Progress:
     """Where a silent call is."""
-    return pb.Progress(state=progress.state, queue_position=progress.queue_position)
+    return pb.Progress(
+        state=progress.state,
+        queue_position=progress.queue_position,
+        fraction=progress.fraction,
+        eta_ms=min(int(progress.eta_s * 1000), (1 << 31) - 1),
+    )
 
 
 def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:

@@ -11,13 +11,14 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from cluster.api.outcomes import FAULTS, CallError, Outcome, Violation
 from cluster.gateway.call import Call, CallUsage
 from cluster.gateway.directory import KnownModel
 from cluster.gateway.output import Piece
+from cluster.gateway.service import Progress
 from cluster.gateway.text.logprobs import TokenLogprob
 
 DONE: Final = b"data: [DONE]\n\n"
@@ -232,12 +233,22 @@ class CompletionStream(Stream):
         return self._offsets.logprobs(index, logprobs)
 
 
+def keep_alive(progress: Progress) -> bytes:
+    """A comment, which event streams let their readers skip: nothing but a sign of life, or how far a start is."""
+    if not progress.eta_s:
+        return KEEP_ALIVE
+    told = f"{progress.state} {progress.fraction:.0%}, about {progress.eta_s:.0f} s to go"
+    return f": {told}\n\n".encode()
+
+
 class Voice:
     """A call's pieces as events of a stream; see relay.Voice."""
 
-    __slots__ = ("_call", "_shift", "_stream", "ended", "plain")
+    __slots__ = ("_call", "_progress", "_shift", "_stream", "ended", "plain")
 
-    def __init__(self, call: Call, stream: Stream, shift: int) -> None:
+    def __init__(self, call: Call, stream: Stream, shift: int, progress: Callable[[Call], Progress]) -> None:
+        """`progress`: where a silent call is."""
+        self._progress = progress
         self.ended = False
         self._call = call
         self._stream = stream
@@ -259,7 +270,7 @@ class Voice:
             return self._stream.events(call, pieces, self._shift)
         if call.silent:
             call.silent = False
-            return KEEP_ALIVE
+            return keep_alive(self._progress(call))
         return b""
 
 

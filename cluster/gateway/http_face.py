@@ -253,7 +253,7 @@ class HttpFace:
 
     async def _relay_call(self, call: Call, stream: answers.Stream, shift: int, exchange: Exchange) -> None:
         """Send a call's pieces as they come, until its end has been told."""
-        voice = answers.Voice(call, stream, shift)
+        voice = answers.Voice(call, stream, shift, self._service.progress)
         while not exchange.started:
             await call.news()
             if data := voice.take():

@@ -75,6 +75,7 @@ class Gateway:
             weight_of=turns.weight_of,
             tenant_max_requests=queue.tenant_max_requests,
             tenant_max_tokens=queue.tenant_max_tokens,
+            longer_s=lambda model: self.directory.starts_in_s(model),
         )
         resume = config.gateway.resume
         self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("calls")
 
+HELD_S = 1.0
+"""How often a call that waits for a model to start is told how far that is."""
 SHORT_OF_ROOM = (
     Outcome.QUEUE_FULL,
     Outcome.SHED,
@@ -71,10 +73,13 @@ class CallMeta:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Of a call without news: queued, prefill, running, resuming (its worker was lost) or the model's state; the place
-    in line, 1 the next, or 0."""
+    in line, 1 the next, or 0. While nobody serves the model: how far its start is, in [0, 1], and how long it takes
+    still (seconds), by what is known of its starts; 0 where that is nothing."""
 
     state: str
     queue_position: int
+    fraction: float = 0.0
+    eta_s: float = 0.0
 
 
 class CallService:
@@ -102,6 +107,7 @@ class CallService:
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.clock = clock
+        self.wall_s: Callable[[], float] = time.time
         self.resumes: Resumes | None = None
         """Set before the first call, where streams can be resumed."""
         self.on_close: set[Callable[[], None]] = set()
@@ -144,7 +150,8 @@ class CallService:
         position = self.dispatcher.position(call)
         model = self.directory.find(call.model)
         if model is not None and not model.links:
-            return Progress(model.state.lower(), position)
+            fraction, eta_s = model.start(self.wall_s())
+            return Progress(model.state.lower(), position, fraction, eta_s)
         if self.dispatcher.returning(call):
             return Progress("resuming", position)
         return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
@@ -348,16 +355,24 @@ class CallService:
             call.fail(CallError(Outcome.CANCELLED, "ended by the cluster's operators"))
         return [call.tenant for call in found]
 
+    def _held(self, call: Call) -> bool:
+        """Whether it waits for a model that nobody serves."""
+        if call.first_token_at is not None:
+            return False
+        model = self.directory.find(call.model)
+        return model is not None and not model.served
+
     async def nudge(self, keepalive_s: float) -> None:
         """A few times a second: end what waited too long, bring the tenants' accounts up to date, and wake calls that
-        have been silent for keepalive_s."""
+        have been silent for keepalive_s, or for HELD_S where nobody serves their model."""
         while True:
             await asyncio.sleep(min(keepalive_s / 4, 0.25))
             self.dispatcher.expire()
             now = self.clock()
             for call in list(self._open.values()):
                 self.dispatcher.grew(call)
-                if now - call.heard_at >= keepalive_s:
+                silent_s = now - call.heard_at
+                if silent_s >= keepalive_s or (silent_s >= HELD_S and self._held(call)):
                     call.silent_since = now
                     call.silent = True
                     call.wake()

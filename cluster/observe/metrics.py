@@ -53,6 +53,12 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "tenant_service_tokens_total": _Definition(
         "counter", "Weighted tokens that ended calls were charged.", ("model", "tenant")
     ),
+    "scaling_decisions_total": _Definition(
+        "counter",
+        "Passes of the controller by what they decided: hold, up, down, to_zero, from_zero.",
+        ("model", "outcome"),
+    ),
+    "gpu_seconds_total": _Definition("counter", "GPU-seconds that a model's replicas have held.", ("model",)),
     "route_decisions_total": _Definition("counter", "Calls bound to a worker, by reason.", ("model", "reason")),
     "resumes_total": _Definition("counter", "Sequences that went on at another worker, by why.", ("model", "reason")),
     "resume_gap_seconds": _Definition(

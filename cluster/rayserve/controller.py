@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import structlog
 
 from cluster.api.bundle import Bundle
+from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.config import Config
 from cluster.config_gateway import Tls
@@ -24,10 +25,14 @@ from cluster.control import catalog, reconcile
 from cluster.control.canary import Tally, judge
 from cluster.control.catalog import Known, Reported
 from cluster.control.reconcile import Observed
+from cluster.control.scaler import Scaler
+from cluster.control.scaling_desk import Desk
 from cluster.control.versions import Mark, Share, over_types, replicas_of, shares
 from cluster.link.controller import ControllerEnd, FleetWorker
+from cluster.link.scaling_verbs import scaling_verbs
 from cluster.link.tls import TlsFiles
-from cluster.rayserve import bundling
+from cluster.observe.metrics import Metrics
+from cluster.rayserve import bundling, scaling
 from cluster.rayserve.backend import Backend, ChildBackend, RayAway, Snapshot
 from cluster.rayserve.jobs import JobBackend
 from cluster.rayserve.placement import capacity, why_unplaceable
@@ -52,6 +57,9 @@ class Gateways(Protocol):
     def fleet(self) -> Sequence[FleetWorker]:
         """Workers that some gateway has a link to."""
 
+    def demand(self) -> Sequence[ModelDemand]:
+        """By model, summed over gateways."""
+
     def tallies(self) -> Sequence[VersionTally]:
         """What gateways have counted of versions on trial."""
 
@@ -73,10 +81,12 @@ class Controller:
     """How long calls may stay at an application that gets no new ones; then it is ended, and they move or are cut."""
     marks: dict[str, dict[str, Mark]] = field(default_factory=dict)
     """What operators and trials have set aside of the configuration, by model and version."""
-    frozen: set[str] = field(default_factory=set)
-    """Models of which nothing is rolled out."""
     on_mark: Callable[[], None] = lambda: None
     """Called when `marks` have changed."""
+    scaler: Scaler = field(default_factory=Scaler)
+    now: Callable[[], float] = time.monotonic
+    on_look: Callable[[], None] = lambda: None
+    """Called after each look of the scaler."""
     _wanted: dict[str, tuple[ReplicaSettings, ...]] = field(default_factory=dict)
     _states: dict[tuple[str, str], ModelState] = field(default_factory=dict)
     _entries: dict[str, CatalogEntry] = field(default_factory=dict)
@@ -100,8 +110,8 @@ class Controller:
         self._wanted = wanted
         self._changed.set()
 
-    def changed(self) -> None:
-        """Marks or frozen models have changed: the next pass begins at once."""
+    def wake(self) -> None:
+        """The next pass begins at once."""
         self._changed.set()
 
     def entries(self) -> Sequence[CatalogEntry]:
@@ -126,6 +136,7 @@ class Controller:
         """One pass. Raises RayAway."""
         snapshot = await self.backend.observe()
         fleet = self.gateways.fleet()
+        self._look(snapshot, fleet)
         self._judge()
         parts = {model: self._shares(them) for model, them in self._wanted.items()}
         wanted = [
@@ -136,7 +147,7 @@ class Controller:
             snapshot.apps,
             self.wall_s(),
             empty=self._empty(snapshot, fleet),
-            frozen=self.frozen,
+            frozen=self._frozen(),
             dropped={(model, part.version) for model, them in parts.items() for part in them if part.gone},
         )
         self._keep_retired(plan.retired)
@@ -160,6 +171,24 @@ class Controller:
                 await self.backend.scale(app, count)
             case reconcile.Delete(app):
                 await self.backend.delete(app)
+
+    def _look(self, snapshot: Snapshot, fleet: Sequence[FleetWorker]) -> None:
+        """Let the scaler see, and decide. What is about to go counts no more."""
+        stay = [seen for app, seen in snapshot.apps.items() if app not in self._retired_since_s]
+        decided = self.scaler.look(
+            [them[0].spec for them in self._wanted.values()],
+            scaling.on_ray(stay),
+            scaling.workers_of(fleet),
+            self.now(),
+            self.wall_s(),
+            blind=not self.gateways.linked,
+        )
+        scaling.tell(decided)
+        self.on_look()
+
+    def _replicas(self, spec: ModelSpec) -> int:
+        """Of all versions together."""
+        return self.scaler.replicas(spec)
 
     # ---- versions
 
@@ -198,10 +227,6 @@ class Controller:
                         stale=_stale(one, fleet),
                     )
 
-    def _replicas(self, spec: ModelSpec) -> int:
-        """Of all versions together."""
-        return spec.replicas
-
     def _capacity(self, settings: ReplicaSettings, snapshot: Snapshot) -> int:
         """How many replicas its type of GPU holds, beside those of other models."""
         nodes = snapshot.nodes_of(settings.ray_cluster)
@@ -220,9 +245,10 @@ class Controller:
         for one in self.gateways.tallies():
             tally = Tally(one.calls, one.errors, one.pairs, one.slower)
             tallies[one.generation] = tallies.get(one.generation, Tally()) + tally
+        frozen = self._frozen()
         for model, them in self._wanted.items():
             parts = self._shares(them)
-            if len(parts) == 1 or parts[1].gone or model in self.frozen:
+            if len(parts) == 1 or parts[1].gone or model in frozen:
                 continue
             stays = [one for one in them if one.spec.version == parts[0].version]
             trial = [one for one in them if one.spec.version == parts[1].version]
@@ -250,17 +276,23 @@ class Controller:
 
     # ---- what is told
 
+    def _frozen(self) -> frozenset[str]:
+        """Models of which operators want nothing rolled out."""
+        asked = self.scaler.asked
+        return frozenset(self._wanted) if asked.all_frozen else asked.frozen
+
     def _empty(self, snapshot: Snapshot, fleet: Sequence[FleetWorker]) -> frozenset[str]:
         """Applications that have had no new call for a while, and have none left or had their time."""
         now_s = self.wall_s()
         running: dict[str, int] = {}
         for worker in fleet:
             running[worker.generation] = running.get(worker.generation, 0) + worker.running
+        waited_for = {one.model for one in self.gateways.demand() if one.waiting and one.model not in self._wanted}
         found = set()
         for app, since_s in self._retired_since_s.items():
             seen = snapshot.apps.get(app)
             quiet = self.gateways.linked and now_s - since_s >= QUIET_S
-            idle = seen is not None and not running.get(seen.digest, 0)
+            idle = seen is not None and not running.get(seen.digest, 0) and seen.model not in waited_for
             if (quiet and idle) or now_s - since_s >= self.drain_timeout_s:
                 found.add(app)
         return frozenset(found)
@@ -289,6 +321,10 @@ class Controller:
         told = {(name, share.version) for name, entry in now.items() for share in entry.versions}
         self._states = {key: state for key, state in self._states.items() if key in told}
         self._entries = {name: catalog.remember(self._entries.get(name), entry) for name, entry in now.items()}
+        self._entries = {
+            name: replace(self.scaler.told(entry), replicas_desired=entry.replicas_desired)  # of all its versions
+            for name, entry in self._entries.items()
+        }
         self.gateways.publish(self.entries())
 
     def _entry(
@@ -331,7 +367,7 @@ class Controller:
         first = versions[0]
         return catalog.entry_of(
             versions,
-            retired=[reconcile.app_parts(app)[2] for app in retired if reconcile.app_parts(app)[0] == model],
+            retired=[one.digest for one in gone if leaving is None],  # of what leaves, calls that wait get their turn
             cold_start_s=self._cold_starts_s.get(first.spec.name, 0.0),
         )
 
@@ -456,6 +492,7 @@ async def run_controller(
     run_folder: Path,
     stop: asyncio.Event,
     end_serve: bool = False,
+    metrics: Metrics | None = None,
 ) -> None:
     """Run until `stop`. `ray_address` is the local Ray's (its token in this environment), None for `config.ray`.
 
@@ -471,7 +508,19 @@ async def run_controller(
         tls=link_tls(config, local=local),
         bundles=bundles.get,
     )
-    controller = Controller(backend, end, drain_timeout_s=config.gateway.drain_timeout_s)
+    asked = scaling.AskedFile(run_folder / "scaling.json")
+    scaler = Scaler(scaling.settings_of(config), time.monotonic(), asked.read())
+    controller = Controller(backend, end, scaler=scaler, drain_timeout_s=config.gateway.drain_timeout_s)
+    if metrics is not None:
+        counters = scaling.Counters(metrics)
+        controller.on_look = lambda: counters.count(scaler)
+    scaling.listen(end, scaler, controller.now, controller.wake)
+
+    def changed() -> None:
+        asked.keep(scaler.asked)
+        controller.wake()
+
+    end.verbs |= scaling_verbs(Desk(scaler, changed))
     wanted = settings_of(config, gateways=gateways, local=local)
     controller.want(wanted)
     parts = [

@@ -58,10 +58,11 @@ def _place() -> Place:
 def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type = ServedReplica) -> Any:
     """The Serve application of one model. `logical_gpus`: this Ray's GPUs are only names, so vLLM runs on CPUs."""
     where = placement(settings.spec)
+    replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
     deployment = serve.deployment(
         served,
         name=DEPLOYMENT,
-        num_replicas=settings.spec.replicas if settings.replicas is None else settings.replicas,
+        num_replicas=max(replicas, 1),
         user_config={"digest": settings.digest},
         placement_group_bundles=list(where.bundles),
         placement_group_strategy=where.strategy,
@@ -77,6 +78,7 @@ def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type =
             "runtime_env": {"env_vars": environment(settings, logical_gpus=logical_gpus)},
         },
     )
+    deployment._deployment_config.num_replicas = replicas  # none: only the decorator minds, Serve scales from zero
     return deployment.bind(settings.to_json())
 
 

@@ -55,9 +55,9 @@ class ReplicaSettings:
     allowed_licenses: tuple[str, ...] = ()
     allow_remote_code: bool = False
     drain_timeout_s: float = 2.0
-    environment: Mapping[str, str] = field(default_factory=dict)
     replicas: int | None = None
     """How many to begin with; None: as the spec says."""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def surroundings(self) -> dict[str, object]:
         """All but the spec that a replica has to be made anew for, as JSON values."""

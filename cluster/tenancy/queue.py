@@ -74,11 +74,14 @@ class WaitingRoom:
         tenant_max_requests: int | None = None,
         tenant_max_tokens: int | None = None,
         weight_of: Callable[[str], float] = lambda tenant: 1.0,
+        longer_s: Callable[[str], float] = lambda model: 0.0,
     ) -> None:
-        """`order_of` gives a model's order, where orders outlive an empty line; else each line gets a new `order`."""
+        """`order_of` gives a model's order, where orders outlive an empty line; else each line gets a new `order`.
+        `longer_s`: how much longer than `max_wait_s` those may wait that come for a model now."""
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._max_wait_s = max_wait_s
+        self._longer_s = longer_s
         self._order_of = order_of if order_of is not None else lambda model: order()
         self._tenant_bounds: tuple[float, float] | None = None
         if tenant_max_requests is not None or tenant_max_tokens is not None:
@@ -221,7 +224,8 @@ class WaitingRoom:
         self._now = max(self._now, now)
         self._stays += 1
         self._entries[waiting.call_id] = (waiting, self._stays)
-        expires = min(now + self._max_wait_s, math.inf if waiting.deadline is None else waiting.deadline)
+        most_s = self._max_wait_s + self._longer_s(waiting.model)
+        expires = min(now + most_s, math.inf if waiting.deadline is None else waiting.deadline)
         heapq.heappush(self._expiries, (expires, self._stays, waiting.call_id))
         queue = self._queues.get(waiting.model)
         if queue is None:

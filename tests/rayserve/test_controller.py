@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.config import parse
+from cluster.control.scaler import Asked
 from cluster.link.controller import FleetWorker
 from cluster.rayserve.backend import Backend, RayAway
 from cluster.rayserve.controller import QUIET_S, Controller, settings_of
@@ -28,6 +30,7 @@ class FakeGateways:
     workers: list[FleetWorker] = field(default_factory=list)
     linked: int = 1
     published: dict[str, CatalogEntry] = field(default_factory=dict)
+    waiting: list[ModelDemand] = field(default_factory=list)
     counted: list[VersionTally] = field(default_factory=list)
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
@@ -37,6 +40,10 @@ class FakeGateways:
     def fleet(self) -> Sequence[FleetWorker]:
         """As set."""
         return self.workers
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """As set."""
+        return self.waiting
 
     def tallies(self) -> Sequence[VersionTally]:
         """As set."""
@@ -122,9 +129,12 @@ async def test_removed_model_drains_and_leaves_the_catalog() -> None:
     clock.now_s += QUIET_S
     await loop.step()
     assert gateways.state("m") is ModelState.DRAINING
-    assert gateways.published["m"].retired == (settings("m").digest,)
     assert ray.journal == ["deploy m"], "a call still runs there"
     gateways.workers.clear()
+    gateways.waiting.append(ModelDemand("m", 1, 9, 0, 1, 9))
+    await loop.step()
+    assert ray.journal == ["deploy m"], "a call that has come still waits"
+    gateways.waiting.clear()
     await loop.step()
     assert ray.journal == ["deploy m", "delete m"]
     await loop.step()
@@ -373,11 +383,11 @@ async def test_frozen_models_stay_as_they_are() -> None:
     ray, gateways = FakeRay(), FakeGateways()
     loop = controller(ray, gateways, settings("m"))
     await loop.step()
-    loop.frozen.add("m")
+    loop.scaler.asked = Asked(frozen=frozenset({"m"}))
     loop.want([settings("m", revision="b")])
     await loop.step()
     assert ray.journal == ["deploy m"]
-    loop.frozen.clear()
+    loop.scaler.asked = Asked()
     await loop.step()
     assert ray.journal == ["deploy m", "deploy m"]
 

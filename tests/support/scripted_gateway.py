@@ -13,7 +13,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc, scaling_pb2
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc
 
@@ -68,6 +68,7 @@ class Script:
     """Set when a stream's call has ended at the server, for whatever reason."""
     workers: list[admin_pb2.Worker] = field(default_factory=list)
     entries: list[admin_pb2.CatalogEntry] = field(default_factory=list)
+    story: scaling_pb2.ExplainScalingResponse = field(default_factory=scaling_pb2.ExplainScalingResponse)
 
 
 class ScriptedInference(inference_pb2_grpc.InferenceServicer):
@@ -180,6 +181,12 @@ class ScriptedFleet(admin_pb2_grpc.FleetServicer):
     def Uncordon(self, request: admin_pb2.UncordonRequest, context: Any) -> admin_pb2.UncordonResponse:
         raise AssertionError("a script moves no worker")
 
+    def ExplainScaling(
+        self, request: scaling_pb2.ExplainScalingRequest, context: Any
+    ) -> scaling_pb2.ExplainScalingResponse:
+        self.script.requests.append(request)
+        return self.script.story
+
 
 class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
     """The catalog, by the script."""
@@ -196,6 +203,21 @@ class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
                 return entry
         context.abort_with_status(rpc_status.to_status(MODEL_NOT_FOUND))
         raise AssertionError("abort raises")
+
+    def Scale(self, request: scaling_pb2.ScaleRequest, context: Any) -> scaling_pb2.ScaleResponse:
+        self.script.requests.append(request)
+        by = "manual" if request.HasField("replicas") else "demand"
+        return scaling_pb2.ScaleResponse(
+            model=scaling_pb2.ModelScaling(name=request.name, desired=request.replicas, by=by)
+        )
+
+    def Freeze(self, request: scaling_pb2.FreezeRequest, context: Any) -> scaling_pb2.FreezeResponse:
+        self.script.requests.append(request)
+        return scaling_pb2.FreezeResponse(models=[scaling_pb2.ModelScaling(name=request.name or "all", by="frozen")])
+
+    def Unfreeze(self, request: scaling_pb2.UnfreezeRequest, context: Any) -> scaling_pb2.UnfreezeResponse:
+        self.script.requests.append(request)
+        return scaling_pb2.UnfreezeResponse(models=[scaling_pb2.ModelScaling(name=request.name or "all", by="demand")])
 
 
 @dataclass

@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, WorkerIdentity
 from cluster.control.reconcile import Observed
-from cluster.link.hub import Hub, ModelDemand, hub_server
+from cluster.link.hub import Hub, hub_server
 from cluster.link.worker_link import WorkerLink
 from cluster.rayserve.backend import Backend, Snapshot
 

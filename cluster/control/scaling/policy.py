@@ -41,6 +41,8 @@ def _one(name: str, seen: ModelSeen, observation: Observation, passed_s: float, 
             for d in seen.demand.values()
         )
         wanted = math.ceil(load / passed_s / 0.7)
+    if settings.min_replicas == 0 and settings.idle_s > 0 and idle_s >= settings.idle_s:
+        wanted = 0
     queued = any(d.queued_requests for d in seen.demand.values())
     wanted = max(wanted, 1 if queued else 0, settings.min_replicas)
     if settings.min_replicas == 0 and settings.idle_s > 0 and idle_s < settings.idle_s and held:

@@ -1,0 +1,127 @@
+"""The scaler's place in the controller's process: what it sees of Ray and the fleet, what it keeps, what it tells."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from cluster.api.scaling import ScalingDecision
+from cluster.config import Config
+from cluster.control.rates import Limits
+from cluster.control.reconcile import Observed
+from cluster.control.scaler import Asked, OnRay, Scaler, ScalingSettings, WorkerSeen
+from cluster.control.scaling_desk import asked_from_json, asked_to_json
+from cluster.link.controller import FleetWorker
+from cluster.observe.metrics import Metrics
+
+log = structlog.get_logger("scaling")
+
+
+class DemandSource(Protocol):
+    """Where demand comes from (link.controller.ControllerEnd)."""
+
+    on_demand: Callable[..., None]
+    on_left: Callable[[str], None]
+
+
+def settings_of(config: Config) -> ScalingSettings:
+    """The file's `scaling` section."""
+    scaling = config.scaling
+    return ScalingSettings(dict(scaling.gpu_budget), scaling.cold_start_s, scaling.forecast, scaling.frozen)
+
+
+def on_ray(apps: Iterable[Observed]) -> Mapping[str, OnRay]:
+    """By model; what is being deleted counts no more."""
+    found: dict[str, OnRay] = {}
+    for app in apps:
+        if not app.deleting:
+            before = found.get(app.model, OnRay())
+            found[app.model] = OnRay(
+                before.target + app.target,
+                before.running + app.running,
+                before.placed + app.placed,
+                before.leaving + app.leaving,
+            )
+    return found
+
+
+def workers_of(fleet: Sequence[FleetWorker]) -> list[WorkerSeen]:
+    """As the scaler sees them."""
+    return [
+        WorkerSeen(
+            worker_id=one.worker_id,
+            incarnation=one.incarnation,
+            model=one.model,
+            serves=one.standing == "SERVING",
+            running=one.running,
+            kv_use=one.kv_usage,
+            work=one.work,
+            limits=Limits(one.max_num_seqs, one.max_num_batched_tokens, one.kv_tokens) if one.max_num_seqs else None,
+        )
+        for one in fleet
+    ]
+
+
+def listen(source: DemandSource, scaler: Scaler, now: Callable[[], float], wake: Callable[[], None]) -> None:
+    """Let demand reach the scaler as it comes; calls that are held wake the controller at once."""
+
+    def demand(gateway: str, told: Sequence[object], counting_s: float) -> None:
+        if scaler.demands.told(gateway, told, counting_s, now()):  # type: ignore[arg-type]
+            wake()
+
+    source.on_demand = demand
+    source.on_left = scaler.demands.left
+
+
+def tell(decisions: Sequence[tuple[str, ScalingDecision]]) -> None:
+    """Every decision, with its numbers, into the log."""
+    for model, one in decisions:
+        numbers = {name: round(value, 4) for name, value in one.numbers.items()}
+        log.info(
+            "scaled", model=model, action=one.action, before=one.before, replicas=one.replicas, why=one.why, **numbers
+        )
+
+
+class AskedFile:
+    """What operators have asked, kept for the next controller."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> Asked:
+        """What was kept; nothing where there is nothing, or nothing that can be read."""
+        try:
+            return asked_from_json(json.loads(self._path.read_text()))
+        except FileNotFoundError:
+            return Asked()
+        except (OSError, ValueError, AttributeError) as error:
+            log.warning("asked_unreadable", path=str(self._path), reason=str(error))
+            return Asked()
+
+    def keep(self, asked: Asked) -> None:
+        """Write it whole."""
+        draft = self._path.with_suffix(".new")
+        draft.write_text(json.dumps(asked_to_json(asked)))
+        draft.replace(self._path)
+
+
+class Counters:
+    """The scaler's counters in a process's metrics, after each pass."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._before: dict[str, tuple[Mapping[str, int], float]] = {}
+
+    def count(self, scaler: Scaler) -> None:
+        """What has come since the last time."""
+        for model, (actions, gpu_seconds) in scaler.counters().items():
+            before, held = self._before.get(model, ({}, 0.0))
+            for action, count in actions.items():
+                if grown := count - before.get(action, 0):
+                    self._metrics.count("scaling_decisions_total", model, action, by=grown)
+            self._metrics.count("gpu_seconds_total", model, by=gpu_seconds - held)
+            self._before[model] = (actions, gpu_seconds)
