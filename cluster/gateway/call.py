@@ -55,6 +55,8 @@ class Call:
     labels: Mapping[str, str] = field(default_factory=dict)
     versions: Versions = field(default_factory=Versions)
     """Where its first output may begin; the others go where that has gone."""
+    bundle_digest: str = ""
+    """Of the tokenizer that has read its prompt."""
     began_at: WorkerIdentity | None = None
     """The worker that its first output was given to first."""
     max_attempts: int = 3

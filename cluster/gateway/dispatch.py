@@ -149,9 +149,21 @@ class Dispatcher:
         else:
             waiting = self.turns.waiting(output)
             self._outputs[output.waiting_id] = output
+            self._choose_anew(output.call)
             self._room.put_back(waiting, self._clock())
             self.tally.waits(waiting)
         self._pump(output.call.model)
+
+    def _choose_anew(self, call: Call) -> None:
+        """A call of which nothing has been told may begin at any version that reads its prompt alike: its own may have
+        lost its last worker."""
+        known = self._directory().find(call.model)
+        if known is None or not call.versions.all or any(one.emitted or one.link for one in call.sequences):
+            return
+        links = [link for link in known.links.values() if known.takes(link)]
+        alike = frozenset(one.identity.version for one in links if one.identity.bundle_digest == call.bundle_digest)
+        if alike:
+            call.versions = Versions(call.versions.first if call.versions.first in alike else "", alike)
 
     def _take(self, waiting_id: str) -> Output | None:
         """It waits no more; None when it did not."""
@@ -231,11 +243,9 @@ class Dispatcher:
         call = output.call
         if output.index == 0 and not output.emitted:
             call.usage.queue_s = self._clock() - call.arrived
-        if call.began_at is None:
-            call.began_at = link.identity
-            if call.versions.first:
-                version = link.identity.version
-                call.versions = Versions(version, frozenset((version,)))
+        call.began_at = call.began_at or link.identity
+        if call.versions.all:
+            call.versions = Versions(link.identity.version, frozenset((link.identity.version,)))
         sealed = b"" if self.accounting is None else self.accounting.open(output, link)
         if output.resuming == "moved":  # its last worker has given back what it was not to generate
             waiting = replace(waiting, output_tokens=len(output.emitted))

@@ -270,7 +270,7 @@ class CallService:
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
             request_id=meta.request_id,
         )
-        call.versions = versions
+        call.versions, call.bundle_digest = versions, model.bundle_digest_of(versions.first)
         call.usage.prompt_tokens = len(prompt_ids)
         if self.dispatcher.accounting is not None:
             principal = meta.principal
