@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import ModelSpec
 from cluster.config_gateway import Address, Gateway, Section, Tls, is_loopback
 from cluster.config_tenants import (
@@ -479,14 +480,49 @@ def parse(text: str, where: str = "configuration") -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            path = _path(problem["loc"]) or "file"
-            if problem["type"] == "extra_forbidden":
-                lines.append(f"{where}: {path}: unknown key")
-            else:
-                lines.append(f"{where}: {path}: {problem['msg'].removeprefix('Value error, ')}")
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(f"{where}: {path}: {told}" for path, told in problems(error))) from None
+
+
+def problems(error: ValidationError) -> list[tuple[str, str]]:
+    """What is wrong, each with the key's path in the file."""
+    return [
+        (
+            _path(problem["loc"]) or "file",
+            "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, "),
+        )
+        for problem in error.errors()
+    ]
+
+
+def with_models(config: Config, entries: Sequence[Mapping[str, Any]]) -> Config:
+    """The same with other models, checked whole. Raises CallError that names every wrong key by the model's name."""
+    plain: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    wrong = [
+        Violation(f"models[{entry.get('name')}].{key}", f"{what}: not in this release; remove the key")
+        for entry in entries
+        for key, what in NOT_YET_MODEL.items()
+        if key in entry
+    ]
+    try:
+        made = Config.model_validate(plain | {"models": [dict(entry) for entry in entries]})
+    except ValidationError as error:
+        names = [str(entry.get("name")) for entry in entries]
+        for path, told in problems(error):
+            named = re.sub(r"^models\[(\d+)\]", lambda found: f"models[{names[int(found[1])]}]", path)
+            at, told = told.split(": ", 1) if path == "file" and told.startswith("models") else (named, told)
+            if all(one.field != at for one in wrong):
+                wrong.append(Violation(at, told))
+    if wrong:
+        raise CallError(
+            Outcome.INVALID_FIELD, "; ".join(f"{one.field}: {one.description}" for one in wrong), violations=wrong
+        )
+    return made
+
+
+def entry_of(model: Model) -> dict[str, Any]:
+    """A model's entry as plain values, without what is the default anyway: equal for models that are equal."""
+    plain: dict[str, Any] = model.model_dump(mode="json", exclude_defaults=True)
+    return {"name": model.name, "source": model.source} | plain
 
 
 def load(path: Path) -> Config:

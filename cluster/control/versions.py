@@ -86,6 +86,11 @@ def replicas_of(total: int, parts: Sequence[Share]) -> dict[str, int]:
     return {stays.version: kept, trial.version: tried}
 
 
+def total_of(replicas: int, parts: Sequence[Share]) -> int:
+    """For how many in all there are so many replicas of all versions together: `replicas_of` the other way round."""
+    return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
+
+
 def over_types(replicas: int, capacities: Sequence[int]) -> tuple[int, ...]:
     """How many on each type of GPU, the first choice first: as many as it holds, and the rest on the next. What fits
     nowhere waits for the first choice."""

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import Message
 
 from cluster.admin.v1 import admin_pb2 as pb
+from cluster.admin.v1 import catalog_pb2
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.api.types import Standing
+from cluster.api.types import Standing, VersionShare
 from cluster.gateway.admin_door import AdminDoor, Asker
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.grpc_face import paginate
 from cluster.gateway.service import CallService
+from cluster.link.catalog_verbs import version_status
 from cluster.link.hub import Hub
 from cluster.link.v1 import link_pb2 as link_pb
 from cluster.link.worker_link import WorkerLink
@@ -149,7 +151,19 @@ class CatalogAdmin:
             ready_workers=sum(link.serves for link in model.links.values()),
             waiting=waiting,
             note=entry.note if model.in_catalog else "not in the catalog: known by its workers alone",
+            versions=[self._version(model, share) for share in entry.versions],
+            license=entry.license,
+            family=entry.family,
+            card=entry.card,
+            fallback=entry.fallback,
         )
+
+    @staticmethod
+    def _version(model: KnownModel, share: VersionShare) -> catalog_pb2.VersionStatus:
+        status = version_status(share)
+        mine = [link for link in model.links.values() if link.identity.version == share.version]
+        status.ready_workers = sum(map(model.takes, mine))
+        return status
 
 
 def _state(link: WorkerLink) -> str:

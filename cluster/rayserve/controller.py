@@ -18,7 +18,7 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.demand import ModelDemand
-from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
+from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare, VersionTally
 from cluster.config import Config
 from cluster.config_gateway import Tls
 from cluster.control import catalog, reconcile
@@ -27,12 +27,14 @@ from cluster.control.catalog import Known, Reported
 from cluster.control.reconcile import Observed
 from cluster.control.scaler import Scaler
 from cluster.control.scaling_desk import Desk
-from cluster.control.versions import Mark, Share, over_types, replicas_of, shares
+from cluster.control.versions import Mark, Share, over_types, replicas_of, shares, total_of
+from cluster.link.catalog_verbs import catalog_verbs
 from cluster.link.controller import ControllerEnd, FleetWorker
 from cluster.link.scaling_verbs import scaling_verbs
 from cluster.link.tls import TlsFiles
 from cluster.observe.metrics import Metrics
 from cluster.rayserve import bundling, scaling
+from cluster.rayserve import desk as catalog_desk
 from cluster.rayserve.backend import Backend, ChildBackend, RayAway, Snapshot
 from cluster.rayserve.jobs import JobBackend
 from cluster.rayserve.placement import capacity, why_unplaceable
@@ -136,9 +138,9 @@ class Controller:
         """One pass. Raises RayAway."""
         snapshot = await self.backend.observe()
         fleet = self.gateways.fleet()
-        self._look(snapshot, fleet)
         self._judge()
         parts = {model: self._shares(them) for model, them in self._wanted.items()}
+        self._look(snapshot, fleet, parts)
         wanted = [
             one for model, them in self._wanted.items() for one in self._counted(them, parts[model], snapshot, fleet)
         ]
@@ -172,12 +174,20 @@ class Controller:
             case reconcile.Delete(app):
                 await self.backend.delete(app)
 
-    def _look(self, snapshot: Snapshot, fleet: Sequence[FleetWorker]) -> None:
-        """Let the scaler see, and decide. What is about to go counts no more."""
+    def _look(self, snapshot: Snapshot, fleet: Sequence[FleetWorker], parts: Mapping[str, Sequence[Share]]) -> None:
+        """Let the scaler see, and decide. What is about to go counts no more, and what a trial has beyond its part of
+        the calls, or a replacement that is not up yet, was not asked for by the scaler."""
         stay = [seen for app, seen in snapshot.apps.items() if app not in self._retired_since_s]
+        there = scaling.on_ray(stay)
+        for model, them in self._wanted.items():
+            runs = {part.version for part in parts[model] if not part.gone}
+            apps = [snapshot.apps.get(one.app) for one in them if one.spec.version in runs]
+            targets = [seen.target for seen in apps if seen is not None]
+            if targets and model in there:
+                there[model] = replace(there[model], target=total_of(sum(targets), parts[model]))
         decided = self.scaler.look(
             [them[0].spec for them in self._wanted.values()],
-            scaling.on_ray(stay),
+            there,
             scaling.workers_of(fleet),
             self.now(),
             self.wall_s(),
@@ -273,6 +283,23 @@ class Controller:
         marks[version] = replace(old if old is not None and old.digest == digest else Mark(digest), **fields)
         self.on_mark()
         self._changed.set()
+
+    def preview(self, model: str) -> CatalogEntry:
+        """A model as it will be told: what was told last, with the shares of now. Raises KeyError."""
+        them = self._wanted[model]
+        parts = {part.version: part for part in self._shares(them)}
+        last = self._entries.get(model) or catalog.entry(them[0].spec, ModelState.DECLARED, None)
+        before = {share.version: share for share in last.versions}
+        told = tuple(
+            replace(
+                before.get(version) or VersionShare(version),
+                weight=part.weight,
+                quarantined=part.quarantined,
+                state_reason=part.gone or ("quarantined" if part.quarantined else ""),
+            )
+            for version, part in parts.items()
+        )
+        return replace(last, versions=told)
 
     # ---- what is told
 
@@ -521,12 +548,21 @@ async def run_controller(
         controller.wake()
 
     end.verbs |= scaling_verbs(Desk(scaler, changed))
-    wanted = settings_of(config, gateways=gateways, local=local)
-    controller.want(wanted)
+    builder = Builder(run_folder / "bundles", bundles, controller.known, local=local)
+    desk = catalog_desk.Desk(
+        config,
+        controller,
+        catalog_desk.KeptFile(run_folder / "catalog.json", instance if local else ""),
+        lambda config: settings_of(config, gateways=gateways, local=local),
+        by_file=not local,
+        on_want=builder.want,
+    )
+    controller.on_mark = desk.keep
+    end.verbs |= catalog_verbs(desk)
     parts = [
         asyncio.create_task(end.run()),
         asyncio.create_task(controller.run()),
-        asyncio.create_task(_build_bundles(wanted, run_folder / "bundles", bundles, controller.known, local=local)),
+        asyncio.create_task(builder.run()),
     ]
     until = asyncio.create_task(stop.wait())
     try:
@@ -550,23 +586,36 @@ async def _first_end(until: asyncio.Task[bool], parts: Sequence[asyncio.Task[Non
             part.result()
 
 
-async def _build_bundles(
-    wanted: Sequence[ReplicaSettings],
-    folder: Path,
-    bundles: dict[str, Bundle],
-    known: dict[str, Known],
-    *,
-    local: bool,
-) -> None:
-    """Bundles of the models whose source this host has, one after another, so that they are tokenizable at rest."""
-    here = [s for s in wanted if local or Path(s.spec.source).is_dir()]  # noqa: ASYNC240 - once, at the start
-    for settings in here:
-        bundle, about = await bundling.build(settings, folder)
-        known[settings.app] = about
-        if bundle is not None:
-            bundles[bundle.digest] = bundle
-        else:
-            log.warning("bundle.not_built", model=settings.spec.name, why=about.trouble)
+class Builder:
+    """Builds bundles of the models whose source this host has, one after another, so that they are tokenizable at
+    rest."""
+
+    def __init__(self, folder: Path, bundles: dict[str, Bundle], known: dict[str, Known], *, local: bool) -> None:
+        """`bundles` by digest and `known` by application get what is built. `local`: replicas run on this host."""
+        self._folder = folder
+        self._bundles = bundles
+        self._known = known
+        self._local = local
+        self._todo: asyncio.Queue[ReplicaSettings] = asyncio.Queue()
+
+    def want(self, settings: Sequence[ReplicaSettings]) -> None:
+        """Build those that are not yet."""
+        for one in settings:
+            self._todo.put_nowait(one)
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            settings = await self._todo.get()
+            here = self._local or await asyncio.to_thread(Path(settings.spec.source).is_dir)
+            if not here or settings.app in self._known:
+                continue
+            bundle, about = await bundling.build(settings, self._folder)
+            self._known[settings.app] = about
+            if bundle is not None:
+                self._bundles[bundle.digest] = bundle
+            else:
+                log.warning("bundle.not_built", model=settings.spec.name, why=about.trouble)
 
 
 __all__ = ["Controller", "run_controller", "settings_of"]

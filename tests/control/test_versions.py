@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.control.versions import Mark, Share, over_types, replicas_of, shares
+from cluster.control.versions import Mark, Share, over_types, replicas_of, shares, total_of
 
 STAYS, TRIAL = ("v1", "d1"), ("v2", "d2", 0.05)
 
@@ -50,6 +50,8 @@ def test_every_version_has_room_for_its_part(total: int, weight: float) -> None:
     for part in parts:
         assert counts[part.version] >= max(1, part.weight * total - 1e-3)
     assert total <= sum(counts.values()) <= total + 2
+    assert sum(replicas_of(total_of(sum(counts.values()), parts), parts).values()) == sum(counts.values())
+    assert total_of(sum(counts.values()), parts) <= total
     assert replicas_of(total, (parts[0], Share("v2", 0.0, "bad"))) == {"v1": total, "v2": 0}
 
 
