@@ -75,8 +75,8 @@ def _differences(path: str, before: Mapping[str, Any], after: Mapping[str, Any])
         old, new, where = before.get(key), after.get(key), f"{path}{key}"
         if old == new:
             continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(f"{where}.", old, new)
+        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section, here or there
+            found += _differences(f"{where}.", old or {}, new or {})
         else:
             found.append(Difference(where, old, new))
     return found
