@@ -16,11 +16,17 @@ from tests.support.scripted_gateway import ScriptedGateway
 Run = Callable[..., Result]
 
 CHANGES = [
-    pb.Change(model="m", kind="change", restarts="replaced one after another", differences=[
-        pb.Difference(path="revision", before_json='"a"', after_json='"b"'), pb.Difference(path="gpu", after_json='"L4"'),
-    ]),
+    pb.Change(
+        model="m",
+        kind="change",
+        restarts="replaced one after another",
+        differences=[
+            pb.Difference(path="revision", before_json='"a"', after_json='"b"'),
+            pb.Difference(path="gpu", after_json='"L4"'),
+        ],
+    ),
     pb.Change(model="n", kind="add"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture

@@ -22,8 +22,11 @@ LAYERS = st.dictionaries(NAMES, ENTRIES, max_size=3).map(
 
 def test_a_layer_changes_what_it_names() -> None:
     """Mappings key by key, lists whole, null takes away; order is that of the first mention."""
-    base = [{"name": "m", "source": "/m", "aliases": ["a", "b"], "replicas": {"min": 1, "max": 2}}, {"name": "n"}]
-    over = [{"name": "m", "aliases": ["c"], "replicas": {"max": 9}, "source": None}]
+    base: list[dict[str, Any]] = [
+        {"name": "m", "source": "/m", "aliases": ["a", "b"], "replicas": {"min": 1, "max": 2}},
+        {"name": "n"},
+    ]
+    over: list[dict[str, Any]] = [{"name": "m", "aliases": ["c"], "replicas": {"max": 9}, "source": None}]
     assert lay([base, over]) == ({"name": "m", "aliases": ["c"], "replicas": {"min": 1, "max": 9}}, {"name": "n"})
 
 
@@ -63,8 +66,14 @@ def test_applying_again_changes_nothing(now: list[dict[str, Any]], given_: list[
 
 def test_changes_are_told_key_by_key() -> None:
     """With paths, and which models get new replicas."""
-    now = {"m": {"name": "m", "replicas": {"min": 1}, "revision": "a"}, "old": {"name": "old"}}
-    then = {"m": {"name": "m", "replicas": {"min": 1, "max": 3}, "revision": "b"}, "new": {"name": "new"}}
+    now: dict[str, dict[str, Any]] = {
+        "m": {"name": "m", "replicas": {"min": 1}, "revision": "a"},
+        "old": {"name": "old"},
+    }
+    then: dict[str, dict[str, Any]] = {
+        "m": {"name": "m", "replicas": {"min": 1, "max": 3}, "revision": "b"},
+        "new": {"name": "new"},
+    }
     assert changes(now, then, {"m": "why"}) == (
         Change("m", "change", (Difference("replicas.max", None, 3), Difference("revision", "a", "b")), "why"),
         Change("new", "add"),

@@ -45,7 +45,7 @@ class Shop:
         self.controller.on_mark = self.desk.keep
         self.verbs = catalog_verbs(self.desk)
 
-    async def apply(self, *entries: dict[str, Any], **options: bool) -> pb.ApplyResponse:
+    async def apply(self, *entries: dict[str, Any], **options: Any) -> pb.ApplyResponse:
         """Over the wire's messages."""
         request = pb.ApplyRequest(document=json.dumps({"models": entries}).encode(), **options)
         return pb.ApplyResponse.FromString(await self.verbs["Catalog.Apply"](request.SerializeToString(), "key:k1"))
