@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import ModelSpec
 from cluster.config_gateway import Gateway, Section, Tls, is_loopback
 from cluster.config_tenants import (
@@ -34,9 +36,7 @@ API_VERSION = "headrace/v1"
 
 NOT_YET: dict[str, str] = {}
 NOT_YET_MODEL = {
-    "canary": "canary releases",
     "adapters": "adapters",
-    "fallback": "fallback models",
 }
 
 # Engine arguments that Headrace sets itself, with the reason a user is told.
@@ -99,9 +99,10 @@ class HuggingFace(Section):
 
 
 class Allow(Section):
-    """What may be loaded at all."""
+    """What may be loaded at all. No `licenses`: any, also where a model says nothing of its own."""
 
     sources: tuple[str, ...] = ("*",)
+    licenses: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("safetensors",)
     remote_code: bool = False
 
@@ -138,6 +139,79 @@ class Replicas(Section):
         return self
 
 
+class Gpu(Section):
+    """One kind of GPU that a model may run on, with what is different there."""
+
+    type: Annotated[str, Field(min_length=1)]
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    engine: Mapping[str, Any] = Field(default_factory=dict)
+
+    @field_validator("engine")
+    @classmethod
+    def _engine(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _own_arguments(value)
+
+
+class Rollback(Section):
+    """When a version on trial goes by itself: it fails, or its first token takes, so many times as much; 0: never."""
+
+    error_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.5
+    ttft_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.2
+
+    @field_validator("error_ratio", "ttft_ratio")
+    @classmethod
+    def _more(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError(f"{value:g} would take back a version that is better; at least 1, or 0 for never")
+        return value
+
+
+class Canary(Section):
+    """A second version of a model, which gets `weight` of its calls. What it does not name is the model's own."""
+
+    version: str
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.05
+    rollback: Rollback = Rollback()
+    source: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    digest: Annotated[str, Field(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    engine: Mapping[str, Any] | None = None
+    ray: str | None = None
+
+    @field_validator("version")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _checked_name(value)
+
+    @field_validator("engine")
+    @classmethod
+    def _engine(cls, value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        return None if value is None else _own_arguments(value)
+
+    def own(self) -> dict[str, Any]:
+        """What it has instead of the model's own, by the model's keys."""
+        given = self.model_dump(exclude_unset=True, exclude={"weight", "rollback"})
+        return {key: value for key, value in given.items() if value is not None} | {"digest": self.digest}
+
+
+def _checked_name(value: str) -> str:
+    if not _NAME.match(value):
+        raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters")
+    return value
+
+
+def _own_arguments(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in value:
+        if key in OWNED_ENGINE_ARGS:
+            raise ValueError(f"engine.{key} is Headrace's: {OWNED_ENGINE_ARGS[key]}")
+    return value
+
+
 class Slo(Section):
     """What callers are to get: the first token within `ttft_s`, the others `itl_s` apart in the mean, for a share of
     `target` of the calls. Scaling aims at it."""
@@ -162,7 +236,7 @@ class Scaling(Section):
 
 
 class Model(Section):
-    """One model. Engine words are vLLM's own."""
+    """One model. Engine words are vLLM's own. `gpu`: one type, or several, the one to use first at the front."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -175,9 +249,13 @@ class Model(Section):
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     replicas: Replicas = Replicas()
+    gpu: str | tuple[Gpu, ...] = ""
     slo: Slo = Slo()
-    gpu: str = ""
     engine: Mapping[str, Any] = Field(default_factory=dict)
+    ray: str = ""
+    license: str = ""
+    fallback: tuple[str, ...] = ()
+    canary: Canary | None = None
     allow_cross_node_tensor_parallel: bool = False
     trust_remote_code: bool = False
     load_format: str = "safetensors"
@@ -185,20 +263,52 @@ class Model(Section):
     @field_validator("name", "version")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not _NAME.match(value):
-            raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters")
-        return value
+        return _checked_name(value)
 
     @field_validator("engine")
     @classmethod
     def _engine(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        for key in value:
-            if key in OWNED_ENGINE_ARGS:
-                raise ValueError(f"engine.{key} is Headrace's: {OWNED_ENGINE_ARGS[key]}")
+        return _own_arguments(value)
+
+    @field_validator("gpu")
+    @classmethod
+    def _types(cls, value: str | tuple[Gpu, ...]) -> str | tuple[Gpu, ...]:
+        types = [] if isinstance(value, str) else [one.type for one in value]
+        if not isinstance(value, str) and not types:
+            raise ValueError("is an empty list: name a type, or leave the key out for any")
+        if len(set(types)) < len(types):
+            raise ValueError(f"names a type twice: {', '.join(types)}")
         return value
 
+    @model_validator(mode="after")
+    def _two_versions(self) -> Model:
+        if self.canary is not None and self.canary.version == self.version:
+            raise ValueError(f"canary.version {self.version!r} is the model's own: give the canary another")
+        return self
+
+    def versions(self) -> tuple[Model, ...]:
+        """The model as it is without a canary, and its canary as if it were the model; the weights are the specs'."""
+        plain = self.model_copy(update={"canary": None})
+        if self.canary is None:
+            return (plain,)
+        return plain, plain.model_copy(update=self.canary.own())
+
+    def specs(self) -> tuple[ModelSpec, ...]:
+        """One for each application that may run: every version on every type of GPU, the first choice first."""
+        trial = self.canary.weight if self.canary is not None else 0.0
+        rules = self.canary.rollback if self.canary is not None else Rollback(error_ratio=0, ttft_ratio=0)
+        found: list[ModelSpec] = []
+        for number, version in enumerate(self.versions()):
+            ratios = (rules.error_ratio, rules.ttft_ratio) if number else (0.0, 0.0)
+            spec = replace(
+                version.spec(), weight=trial if number else 1.0 - trial, error_ratio=ratios[0], ttft_ratio=ratios[1]
+            )
+            choices = () if isinstance(version.gpu, str) else version.gpu
+            found += [_on(spec, choice) for choice in choices] or [spec]
+        return tuple(found)
+
     def spec(self) -> ModelSpec:
-        """The entry as the packages below see it."""
+        """The entry as the packages below see it, without its canary, on the first type of GPU."""
         return ModelSpec(
             name=self.name,
             source=self.source,
@@ -212,16 +322,29 @@ class Model(Section):
             min_replicas=self.replicas.min,
             max_replicas=self.replicas.max if self.replicas.max is not None else max(self.replicas.min, 1),
             idle_s=self.replicas.idle_s,
+            gpu=self.gpu if isinstance(self.gpu, str) else "",
             slo_ttft_s=self.slo.ttft_s,
             slo_itl_s=self.slo.itl_s,
             slo_target=self.slo.target,
-            gpu=self.gpu,
             engine=dict(self.engine),
             allow_cross_node_tensor_parallel=self.allow_cross_node_tensor_parallel,
             trust_remote_code=self.trust_remote_code,
             load_format=self.load_format,
             digest=self.digest,
+            license=self.license.lower(),
+            ray=self.ray,
+            fallback=self.fallback,
         )
+
+
+def _on(spec: ModelSpec, choice: Gpu) -> ModelSpec:
+    return replace(
+        spec,
+        gpu=choice.type,
+        tensor_parallel_size=choice.tensor_parallel_size or spec.tensor_parallel_size,
+        pipeline_parallel_size=choice.pipeline_parallel_size or spec.pipeline_parallel_size,
+        engine={**spec.engine, **choice.engine},
+    )
 
 
 _WHY_NOT = {
@@ -298,7 +421,30 @@ class Config(Section):
                 raise ValueError(
                     f"models[{model.name}].load_format: weights.allow.formats does not list {model.load_format!r}"
                 )
+            for version in model.versions():
+                if version.ray and version.ray not in [one.name for one in self.ray]:
+                    names = ", ".join(one.name for one in self.ray) or "none"
+                    raise ValueError(
+                        f"models[{model.name}].ray: there is no Ray cluster {version.ray!r}; ray has {names}"
+                    )
+        for model in self.models:
+            self._check_fallback(model, owner)
         return self
+
+    def _check_fallback(self, model: Model, owner: Mapping[str, str]) -> None:
+        for name in model.fallback:
+            where = f"models[{model.name}].fallback"
+            if name not in owner:
+                raise ValueError(f"{where}: there is no model {name!r}")
+            if owner[name] == model.name:
+                raise ValueError(f"{where}: {name!r} is the model itself")
+
+    @field_validator("ray")
+    @classmethod
+    def _apart(cls, value: tuple[RayCluster, ...]) -> tuple[RayCluster, ...]:
+        if len({one.name for one in value}) < len(value):
+            raise ValueError("two entries have the same name")
+        return value
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -331,14 +477,49 @@ def parse(text: str, where: str = "configuration") -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            path = _path(problem["loc"]) or "file"
-            if problem["type"] == "extra_forbidden":
-                lines.append(f"{where}: {path}: unknown key")
-            else:
-                lines.append(f"{where}: {path}: {problem['msg'].removeprefix('Value error, ')}")
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(f"{where}: {path}: {told}" for path, told in problems(error))) from None
+
+
+def problems(error: ValidationError) -> list[tuple[str, str]]:
+    """What is wrong, each with the key's path in the file."""
+    return [
+        (
+            _path(problem["loc"]) or "file",
+            "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, "),
+        )
+        for problem in error.errors()
+    ]
+
+
+def with_models(config: Config, entries: Sequence[Mapping[str, Any]]) -> Config:
+    """The same with other models, checked whole. Raises CallError that names every wrong key by the model's name."""
+    plain: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    wrong = [
+        Violation(f"models[{entry.get('name')}].{key}", f"{what}: not in this release; remove the key")
+        for entry in entries
+        for key, what in NOT_YET_MODEL.items()
+        if key in entry
+    ]
+    try:
+        made = Config.model_validate(plain | {"models": [dict(entry) for entry in entries]})
+    except ValidationError as error:
+        names = [str(entry.get("name")) for entry in entries]
+        for path, told in problems(error):
+            named = re.sub(r"^models\[(\d+)\]", lambda found: f"models[{names[int(found[1])]}]", path)
+            at, told = told.split(": ", 1) if path == "file" and told.startswith("models") else (named, told)
+            if all(one.field != at for one in wrong):
+                wrong.append(Violation(at, told))
+    if wrong:
+        raise CallError(
+            Outcome.INVALID_FIELD, "; ".join(f"{one.field}: {one.description}" for one in wrong), violations=wrong
+        )
+    return made
+
+
+def entry_of(model: Model) -> dict[str, Any]:
+    """A model's entry as plain values, without what is the default anyway: equal for models that are equal."""
+    plain: dict[str, Any] = model.model_dump(mode="json", exclude_defaults=True)
+    return {"name": model.name, "source": model.source} | plain
 
 
 def load(path: Path) -> Config:

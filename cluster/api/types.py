@@ -161,6 +161,8 @@ class WorkerIdentity:
     bundle_digest: str = ""
     ray_cluster: str = "local"
     node: str = ""
+    generation: str = ""
+    """Digest of what its replica was started with; empty where nobody has said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +202,18 @@ class ModelSpec:
     load_format: str = "safetensors"
     digest: str = ""
     """The weights' digest that every worker must have; empty for any."""
+    license: str = ""
+    """What the entry says of its weights' licence, by its SPDX name in lower case; empty: what the folder says."""
+    ray: str = ""
+    """The Ray cluster that it runs on, by its name; empty for the first."""
+    fallback: tuple[str, ...] = ()
+    """Models that take its calls while it has no worker that is ready, the first that has one."""
+    weight: float = 1.0
+    """This version's part of the model's calls, in [0, 1]; those of all its versions add up to 1."""
+    error_ratio: float = 0.0
+    """Of a version on trial: it goes when its calls fail so many times as often as the other's; 0: never."""
+    ttft_ratio: float = 0.0
+    """The same for its time to the first token."""
     slo_ttft_s: float = 2.0
     """The first token of a call is to come within this, the mean gap between its tokens is to be within the next, for
     such a share of the calls."""
@@ -235,6 +249,43 @@ class ModelState(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class VersionShare:
+    """One of a model's versions as the gateways are told it. `weight` in [0, 1]: its part of the calls."""
+
+    version: str
+    weight: float = 1.0
+    revision: str = ""
+    state: ModelState = ModelState.DECLARED
+    state_reason: str = ""
+    bundle_digest: str = ""
+    weight_digests: tuple[str, ...] = ()
+    weights_pinned: bool = False
+    replicas: int = 0
+    replicas_desired: int = 0
+    quarantined: bool = False
+    """It gets no new call, and what runs there goes on elsewhere where that is possible."""
+    ttft_ratio: float = 0.0
+    """Of a version on trial: gateways count how often its first token takes longer than so many times another's."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionTally:
+    """What a gateway has counted of one version since its own start. `errors`: calls that failed by the worker's fault.
+
+    `pairs`: calls whose first token was compared with the last one's of the version that stays; in `slower` of them it
+    took more than the version's ttft_ratio times as long.
+    """
+
+    model: str
+    version: str
+    generation: str
+    calls: int = 0
+    errors: int = 0
+    pairs: int = 0
+    slower: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogEntry:
     """A model as the controller tells it to the gateways."""
 
@@ -258,6 +309,14 @@ class CatalogEntry:
     """Only workers with one of `weight_digests` may serve it; else they are what its workers have told."""
     note: str = ""
     """What an operator should know beside the state, e.g. a key that is not yet used."""
+    fallback: tuple[str, ...] = ()
+    """Models that take its calls while it has no worker that is ready."""
+    versions: tuple[VersionShare, ...] = ()
+    """Those that may get calls, the one that stays first; empty: whatever its workers are."""
+    retired: tuple[str, ...] = ()
+    """Generations (digests of what replicas are started with) whose workers get no new call."""
+    card: Mapping[str, str] = field(default_factory=dict)
+    """What the model card says of itself: a few short texts."""
     slo_ttft_s: float = 0.0
     """The model's objectives, by which calls are judged; 0 asks nothing."""
     slo_itl_s: float = 0.0

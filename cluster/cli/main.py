@@ -8,6 +8,7 @@ from importlib import metadata
 import typer
 
 from cluster.cli import (
+    catalog,
     certs,
     configuration,
     database,
@@ -39,11 +40,19 @@ app.command()(up.down)
 app.command()(look.status)
 app.command()(talk.chat)
 app.command()(talk.complete)
-app.command()(talk.models)
 app.command()(look.workers)
 app.command()(look.abort)
 for verb in (fleet.drain, fleet.cordon, fleet.uncordon, scaling.scale, scaling.freeze, scaling.unfreeze):
     app.command()(verb)
+app.command()(catalog.apply)
+app.command()(catalog.diff)
+models_app = typer.Typer(help="List the models, look at one, and say which of its versions get calls.")
+models_app.callback(invoke_without_command=True)(talk.models)
+models_app.command("list")(talk.list_models)
+for model_verb in (catalog.get, catalog.promote, catalog.rollback, catalog.quarantine):
+    models_app.command()(model_verb)
+models_app.command("weigh")(catalog.weigh)
+app.add_typer(models_app, name="models")
 app.add_typer(scaling.explain_app, name="explain")
 app.add_typer(configuration.app, name="config")
 app.add_typer(certs.app, name="certs")

@@ -89,6 +89,18 @@ def complete(
 
 
 def models(
+    context: typer.Context,
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """List the models that can be asked; see the commands below for one of them."""
+    if context.invoked_subcommand is None:
+        list_models(as_json, endpoint, api_key_file, tls_ca)
+
+
+def list_models(
     as_json: JsonOption = False,
     endpoint: EndpointOption = None,
     api_key_file: ApiKeyOption = None,

@@ -11,8 +11,9 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.api.types import CatalogEntry, ModelSpec, ModelState
+from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare
 from cluster.control.reconcile import Observed
+from cluster.control.versions import Share
 
 
 class Sight(enum.StrEnum):
@@ -78,6 +79,26 @@ def sight(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Sight:
     return Sight.BROKEN if unplaceable else Sight.UNPLACED
 
 
+def combined(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:
+    """A version's applications as one: those that are wanted, and those that still serve in their place. None: there is
+    none. What fails of the wanted ones is told, also while others serve."""
+    there = [one for one in wanted if not one.deleting]
+    others = [one for one in before if not one.deleting]
+    if not there and not others:
+        return wanted[0] if wanted else None
+    first = (there or others)[0]
+    return dataclasses.replace(
+        first,
+        target=sum(one.target for one in there or others),
+        running=sum(one.running for one in (*there, *others)),
+        placed=sum(one.placed for one in (*there, *others)),
+        leaving=sum(one.leaving for one in (*there, *others)),
+        gave_up=bool(there) and all(one.gave_up for one in there),
+        refused=bool(there) and all(one.refused for one in there),
+        trouble=next((one.trouble for one in there if one.trouble), ""),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Reported:
     """What one worker of a model told the gateways about itself."""
@@ -98,6 +119,82 @@ class Known:
     family: str = ""
     default_sampling: Mapping[str, object] = field(default_factory=dict)
     trouble: str = ""
+    license: str = ""
+    card: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a model as the controller sees it now. `trial`: it is not the one that stays."""
+
+    spec: ModelSpec
+    share: Share
+    state: ModelState
+    seen: Observed | None = None
+    reported: Sequence[Reported] = ()
+    known: Known | None = None
+    unplaceable: str = ""
+    desired: int = 0
+    changing: bool = False
+    """Another application of it is to take the place of the one that serves."""
+
+
+def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
+    """A model with all its versions as the gateways are told it, the one that stays first."""
+    stays = versions[0]
+    told = entry(
+        stays.spec,
+        stays.state,
+        stays.seen,
+        reported=stays.reported,
+        known=stays.known,
+        unplaceable=stays.unplaceable,
+        cold_start_s=cold_start_s,
+    )
+    parts = tuple(_share(version) for version in versions)
+    state, reasons = stays.state, [] if not told.state_reason else [told.state_reason]
+    if state is not ModelState.READY and any(one.state is ModelState.READY and one.weight for one in parts):
+        state, reasons = ModelState.READY, [f"{stays.spec.version} is {stays.state.lower()}: {told.state_reason}"]
+    reasons += [f"{one.version}: {one.state_reason}" for one in parts[1:] if one.state_reason]
+    if stays.changing and state is ModelState.READY:
+        reasons.append("being replaced" + (f", which fails: {trouble}" if (trouble := _trouble(stays)) else ""))
+    return dataclasses.replace(
+        told,
+        state=state,
+        state_reason="; ".join(reasons),
+        replicas=sum(one.replicas for one in parts),
+        replicas_desired=sum(one.replicas_desired for one in parts),
+        versions=parts,
+        retired=tuple(sorted(retired)),
+    )
+
+
+def _trouble(version: Version) -> str:
+    return (version.seen.trouble if version.seen else "") or version.unplaceable
+
+
+def _share(version: Version) -> VersionShare:
+    about = version.known or Known()
+    spec, reported = version.spec, version.reported
+    reason = version.share.gone or _reason(version.state, version.seen, about, version.unplaceable)
+    if version.share.quarantined:
+        reason = "; ".join(("quarantined", reason) if reason else ("quarantined",))
+    return VersionShare(
+        version=spec.version,
+        weight=version.share.weight,
+        revision=spec.revision,
+        state=version.state,
+        state_reason=reason,
+        bundle_digest=next((r.bundle_digest for r in reported if r.bundle_digest), "") or about.bundle_digest,
+        weight_digests=(spec.digest,)
+        if spec.digest
+        else tuple(sorted({r.weight_digest for r in reported if r.weight_digest})),
+        weights_pinned=bool(spec.digest),
+        replicas=version.seen.running if version.seen else 0,
+        replicas_desired=version.desired,
+        quarantined=version.share.quarantined,
+        ttft_ratio=spec.ttft_ratio,
+    )
 
 
 def entry(
@@ -131,7 +228,10 @@ def entry(
         replicas=seen.running if seen else 0,
         replicas_desired=spec.replicas,
         family=about.family,
+        license=spec.license or about.license,
         engine_class=first.engine_class if first else "",
+        fallback=spec.fallback,
+        card=about.card,
     )
 
 
@@ -157,4 +257,19 @@ def remember(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEnt
         default_sampling=now.default_sampling or entry_before.default_sampling,
         engine_class=now.engine_class or entry_before.engine_class,
         family=now.family or entry_before.family,
+        license=now.license or entry_before.license,
+        card=now.card or entry_before.card,
+        versions=tuple(_remember_share(entry_before.versions, share) for share in now.versions),
+    )
+
+
+def _remember_share(before: Sequence[VersionShare], now: VersionShare) -> VersionShare:
+    """What its workers have once said, as long as it is the same revision of the version."""
+    old = next((one for one in before if (one.version, one.revision) == (now.version, now.revision)), None)
+    if old is None:
+        return now
+    return dataclasses.replace(
+        now,
+        bundle_digest=now.bundle_digest or old.bundle_digest,
+        weight_digests=now.weight_digests or old.weight_digests,
     )

@@ -9,14 +9,31 @@ from collections.abc import Mapping
 
 from cluster.api.types import ModelSpec
 
-# What the replicas never see: names are the gateway's, and counts are changed by scaling, not by a new start.
-_NOT_THE_REPLICAS = ("aliases", "min_replicas", "max_replicas", "idle_s", "slo_ttft_s", "slo_itl_s", "slo_target")
+# What the replicas never act on: names, shares and fallbacks are the gateway's, counts are changed by scaling, and
+# which Ray it is, is among the surroundings. Weights are pinned without a new start where they are the right ones.
+_NOT_THE_REPLICAS = (
+    "aliases",
+    "min_replicas",
+    "max_replicas",
+    "idle_s",
+    "slo_ttft_s",
+    "slo_itl_s",
+    "slo_target",
+    "digest",
+    "license",
+    "ray",
+    "fallback",
+    "weight",
+    "error_ratio",
+    "ttft_ratio",
+)
+_LISTS = ("aliases", "fallback")
 
 
 def to_json(spec: ModelSpec) -> dict[str, object]:
     """The spec as plain JSON values; `from_json` is the inverse."""
     values = dataclasses.asdict(spec)
-    values["aliases"] = list(spec.aliases)
+    values |= {name: list(values[name]) for name in _LISTS}
     values["engine"] = dict(spec.engine)
     return values
 
@@ -28,9 +45,7 @@ def from_json(values: Mapping[str, object]) -> ModelSpec:
         if key not in known:
             raise ValueError(f"spec: unknown key {key!r}")
     plain: dict[str, object] = dict(values)
-    aliases = plain.get("aliases")
-    if isinstance(aliases, list):
-        plain["aliases"] = tuple(aliases)
+    plain |= {name: tuple(value) for name in _LISTS if isinstance(value := plain.get(name), list)}
     return ModelSpec(**plain)  # type: ignore[arg-type]
 
 

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import Message
 
 from cluster.admin.v1 import admin_pb2 as pb
+from cluster.admin.v1 import catalog_pb2
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.api.types import Standing
+from cluster.api.types import Standing, VersionShare
 from cluster.gateway.admin_door import AdminDoor, Asker
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.grpc_face import paginate
 from cluster.gateway.service import CallService
+from cluster.link.catalog_verbs import version_status
 from cluster.link.hub import Hub
 from cluster.link.v1 import link_pb2 as link_pb
 from cluster.link.worker_link import WorkerLink
@@ -121,14 +123,14 @@ class CatalogAdmin:
     async def List(self, request: pb.ListRequest, asker: Asker) -> pb.ListResponse:
         """By name."""
         page, token = paginate([m.name for m in self._directory.models], request.page_size, request.page_token)
-        entries = [self._entry(self._directory.resolve(name)) for name in page]
+        entries = [self._entry(model) for name in page if (model := self._directory.find(name)) is not None]
         heard = self._hub.catalog_at
         age_s = -1.0 if heard is None else time.monotonic() - heard
         return pb.ListResponse(models=entries, next_page_token=token, age_s=age_s)
 
     async def Get(self, request: pb.GetRequest, asker: Asker) -> pb.CatalogEntry:
         """By name or alias."""
-        return self._entry(self._directory.resolve(request.name))
+        return self._entry(self._directory.resolve(request.name, began=True))
 
     def _entry(self, model: KnownModel) -> pb.CatalogEntry:
         entry = model.entry
@@ -149,7 +151,19 @@ class CatalogAdmin:
             ready_workers=sum(link.serves for link in model.links.values()),
             waiting=waiting,
             note=entry.note if model.in_catalog else "not in the catalog: known by its workers alone",
+            versions=[self._version(model, share) for share in entry.versions],
+            license=entry.license,
+            family=entry.family,
+            card=entry.card,
+            fallback=entry.fallback,
         )
+
+    @staticmethod
+    def _version(model: KnownModel, share: VersionShare) -> catalog_pb2.VersionStatus:
+        status = version_status(share)
+        mine = [link for link in model.links.values() if link.identity.version == share.version]
+        status.ready_workers = sum(map(model.takes, mine))
+        return status
 
 
 def _state(link: WorkerLink) -> str:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError
+from cluster.api.types import WorkerIdentity
 from cluster.gateway.output import Output, Piece
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
+from cluster.routing.versions import Versions
 from cluster.tenancy.policy import TenantPolicy
 
 if TYPE_CHECKING:
@@ -51,6 +53,12 @@ class Call:
     request_id: str = ""
     key_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    versions: Versions = field(default_factory=Versions)
+    """Where its first output may begin; the others go where that has gone."""
+    bundle_digest: str = ""
+    """Of the tokenizer that has read its prompt."""
+    began_at: WorkerIdentity | None = None
+    """The worker that its first output was given to first."""
     max_attempts: int = 3
     answered: Callable[[Output, WorkerLink, bool], None] = lambda output, link, well: None
     on_resumed: Callable[[str, str, float], None] = lambda model, reason, gap_s: None

@@ -16,13 +16,14 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, EngineInfo, ModelState, WorkerIdentity
+from cluster.api.types import CatalogEntry, EngineInfo, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.door import ANYBODY
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import codec
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.worker_link import WorkerLink
 from cluster.observe import garbage
+from cluster.routing.versions import Versions, choose
 from cluster.tenancy.identity import Principal
 
 log = structlog.get_logger("directory")
@@ -54,7 +55,12 @@ class KnownModel:
     @property
     def served(self) -> bool:
         """Whether a worker takes its calls."""
-        return any(link.serves for link in self.links.values())
+        return any(map(self.takes, self.links.values()))
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it has been taken out of the catalog: what has come is served, nothing more is let in."""
+        return self.in_catalog and self.entry.state is ModelState.DRAINING
 
     def start(self, wall_s: float) -> tuple[float, float]:
         """While nobody serves it: how far its start is, in [0, 1], and how many seconds it takes still, by the time
@@ -68,11 +74,63 @@ class KnownModel:
     @property
     def state(self) -> ModelState:
         """READY while a worker is linked, else what the catalog says."""
+        if self.leaving:
+            return ModelState.DRAINING
         if self.served:
             return ModelState.READY
         if self.entry.state is ModelState.READY:  # the catalog is older than the loss of the last worker
             return ModelState.LOADING
         return self.entry.state
+
+    def takes(self, link: WorkerLink) -> bool:
+        """Whether a worker gets new calls: it serves, is not being replaced, and its version is not set apart."""
+        return link.serves and not self.retired(link)
+
+    def retired(self, link: WorkerLink) -> bool:
+        """Whether no call is to begin there, though those that have begun may go on."""
+        identity = link.identity
+        return (bool(identity.generation) and identity.generation in self.entry.retired) or self.quarantined(link)
+
+    def quarantined(self, link: WorkerLink) -> bool:
+        """Whether its version is set apart: what runs there is to go on elsewhere, where it can."""
+        share = self.share(link.identity.version)
+        return share is not None and share.quarantined
+
+    def share(self, version: str) -> VersionShare | None:
+        """A version as the catalog has it."""
+        return next((one for one in self.entry.versions if one.version == version), None)
+
+    def choose(self, call_id: str, bundle_digest: str = "") -> Versions:
+        """The version for a call, and those that may stand in for it where it has no room: they read its prompt alike.
+        `bundle_digest`: the tokenizer that it was begun with. Raises CallError."""
+        shares = [one for one in self.entry.versions if not one.quarantined]
+        if len(shares) == len(self.entry.versions) <= 1:
+            return Versions()
+        if not shares:
+            raise CallError(Outcome.NO_WORKER, f"model {self.name}: every version of it is quarantined")
+        ready = {link.identity.version for link in self.links.values() if self.takes(link)}
+        could = [one for one in shares if one.version in ready] or shares
+        if bundle_digest:
+            could = [one for one in could if self.bundle_digest_of(one.version) == bundle_digest] or could
+        weights = [(one.version, one.weight) for one in could]
+        first = choose(call_id, weights) or could[0].version
+        alike = self.bundle_digest_of(first)
+        others = [
+            one.version
+            for one in could
+            if one.weight > 0 and one.version != first and self.bundle_digest_of(one.version) == alike
+        ]
+        return Versions(first, frozenset((first, *others)))
+
+    def _one_of(self, version: str) -> WorkerLink | None:
+        """One of a version's workers, of any where that is not named; rather one that gets new calls."""
+        other = None
+        for link in self.links.values():
+            if version in ("", link.identity.version):
+                if self.takes(link):
+                    return link
+                other = other or link
+        return other
 
     @property
     def max_model_len(self) -> int:
@@ -86,14 +144,20 @@ class KnownModel:
     @property
     def bundle_digest(self) -> str:
         """The tokenizer's digest; empty while unknown."""
-        for link in self.links.values():
-            return link.identity.bundle_digest
-        return self.entry.bundle_digest
+        return self.bundle_digest_of("")
 
-    @property
-    def default_sampling(self) -> Mapping[str, object]:
+    def bundle_digest_of(self, version: str) -> str:
+        """The digest of a version's tokenizer; empty while unknown."""
+        link = self._one_of(version)
+        if link is not None:
+            return link.identity.bundle_digest
+        share = self.share(version)
+        return share.bundle_digest if share is not None and share.bundle_digest else self.entry.bundle_digest
+
+    def default_sampling_of(self, version: str = "") -> Mapping[str, object]:
         """The generation config's sampling defaults."""
-        for link in self.links.values():
+        link = self._one_of(version)
+        if link is not None:
             return link.info.default_sampling
         if not self.entry.default_sampling and self.last is not None:
             return self.last.default_sampling
@@ -162,9 +226,10 @@ class Directory:
     def refuses(self, identity: WorkerIdentity) -> str:
         """Why a worker may not serve its model: the catalog pins other weights. Empty when it may."""
         known = self._models.get(identity.model)
-        if known is None or not known.in_catalog or not known.entry.weights_pinned:
+        if known is None or not known.in_catalog:
             return ""
-        if identity.weight_digest in known.entry.weight_digests:
+        about = known.share(identity.version) or known.entry
+        if not about.weights_pinned or identity.weight_digest in about.weight_digests:
             return ""
         return f"weight_digest {identity.weight_digest or 'none'} is not what the catalog has for {identity.model}"
 
@@ -189,11 +254,13 @@ class Directory:
         """By name or alias."""
         return self._models.get(self._names.get(name, ""))
 
-    def resolve(self, name: str, principal: Principal = ANYBODY) -> KnownModel:
+    def resolve(self, name: str, principal: Principal = ANYBODY, *, began: bool = False) -> KnownModel:
         """By name or alias, the tenant's own before the catalog's. Raises CallError, which is the same for a model
-        that the caller may not use as for one that does not exist."""
+        that the caller may not use as for one that does not exist; one that leaves is there for calls that `began`."""
         model = self.find(principal.model_aliases.get(name, name))
         if model is not None and model.open_to(principal):
+            if model.leaving and not began:
+                raise CallError(Outcome.MODEL_NOT_FOUND, f"model {model.name} is being removed from this cluster")
             return model
         if not self._heard:
             raise CallError(
@@ -210,9 +277,17 @@ class Directory:
         model = self._models.get(name)
         return 0.0 if model is None or model.served else 2 * model.entry.cold_start_s
 
-    async def text(self, model: KnownModel) -> TextModel:
-        """The model's tokenizer and chat template. Raises CallError while it cannot be had."""
-        digest = model.bundle_digest
+    def stand_in(self, model: KnownModel, principal: Principal) -> KnownModel | None:
+        """The first of a model's fallbacks that has a worker and that the caller may use; None: it has none."""
+        for name in model.entry.fallback:
+            other = self.find(name)
+            if other is not None and other.served and not other.leaving and other.open_to(principal):
+                return other
+        return None
+
+    async def text(self, model: KnownModel, version: str = "") -> TextModel:
+        """A version's tokenizer and chat template. Raises CallError while it cannot be had."""
+        digest = model.bundle_digest_of(version)
         if not digest:
             raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared: no tokenizer yet")
         task = self._texts.get(digest)

@@ -23,12 +23,14 @@ from cluster.gateway.demand import Tally
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.output import Output
 from cluster.gateway.returning import Returning
+from cluster.gateway.trials import Trials
 from cluster.gateway.turns import Turns
 from cluster.link.codec_turns import Weighed
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.routing.breaker import Breakers
 from cluster.routing.pick import Candidate, Decision, RouteCall, pick
+from cluster.routing.versions import Versions
 from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.queue import Waiting, WaitingRoom
 
@@ -75,6 +77,7 @@ class Dispatcher:
         self._told_held: set[str] = set()
         self._returning = Returning(resume_wait_s)
         self.breakers = Breakers()
+        self.trials = Trials()
         self.backlogs = Backlogs(turns, self.waiting, self._returning.waiting, self._links, clock)
         self._swept = clock()
         self.on_state: Callable[[], None] = lambda: None
@@ -105,6 +108,12 @@ class Dispatcher:
             self._outputs[output.waiting_id] = output
             self.tally.waits(waiting)
         self._pump(model.name)
+        self._hold(model)
+
+    def missed(self, call: Call, model: KnownModel) -> None:
+        """Another model stands in for one that nobody serves: that is demand for it all the same."""
+        self._arrived[model.name] += len(call.sequences)
+        self._arrived_tokens[model.name] += sum(len(one.request.prompt_token_ids) for one in call.sequences)
         self._hold(model)
 
     def _hold(self, model: KnownModel) -> None:
@@ -138,9 +147,21 @@ class Dispatcher:
         else:
             waiting = self.turns.waiting(output)
             self._outputs[output.waiting_id] = output
+            self._choose_anew(output.call)
             self._room.put_back(waiting, self._clock())
             self.tally.waits(waiting)
         self._pump(output.call.model)
+
+    def _choose_anew(self, call: Call) -> None:
+        """A call of which nothing has been told may begin at any version that reads its prompt alike: its own may have
+        lost its last worker."""
+        known = self._directory().find(call.model)
+        if known is None or not call.versions.all or any(one.emitted or one.link for one in call.sequences):
+            return
+        links = [link for link in known.links.values() if known.takes(link)]
+        alike = frozenset(one.identity.version for one in links if one.identity.bundle_digest == call.bundle_digest)
+        if alike:
+            call.versions = Versions(call.versions.first if call.versions.first in alike else "", alike)
 
     def _take(self, waiting_id: str) -> Output | None:
         """It waits no more; None when it did not."""
@@ -189,7 +210,12 @@ class Dispatcher:
             def fits(waiting: Waiting) -> bool:
                 nonlocal decision
                 keep_free = self.turns.fair.order(model).keep_free(waiting)
-                decision = pick(RouteCall(model, waiting.tokens, keep_free), self._candidates(known, now))
+                versions = self._outputs[waiting.call_id].call.versions
+                candidates = self._candidates(known, now)
+                first = frozenset((versions.first,)) if versions.first else versions.all
+                decision = pick(RouteCall(model, waiting.tokens, keep_free, versions=first), candidates)
+                if decision.worker_id is None and len(versions.all) > 1:
+                    decision = pick(RouteCall(model, waiting.tokens, keep_free, versions=versions.all), candidates)
                 return decision.worker_id is not None
 
             waiting = self._room.next(model, fits, now)
@@ -215,6 +241,9 @@ class Dispatcher:
         call = output.call
         if output.index == 0 and not output.emitted:
             call.usage.queue_s = self._clock() - call.arrived
+        call.began_at = call.began_at or link.identity
+        if call.versions.all:
+            call.versions = Versions(link.identity.version, frozenset((link.identity.version,)))
         sealed = b"" if self.accounting is None else self.accounting.open(output, link)
         if output.resuming == "moved":  # its last worker has given back what it was not to generate
             waiting = replace(waiting, output_tokens=len(output.emitted))
@@ -225,7 +254,8 @@ class Dispatcher:
 
     def _candidates(self, known: KnownModel, now: float) -> list[Candidate]:
         lets = self.breakers.lets
-        return [_candidate(link, lets(link.identity.incarnation, now)) for link in known.links.values()]
+        retired = known.retired
+        return [_candidate(link, lets(link.identity.incarnation, now), retired(link)) for link in known.links.values()]
 
     def answered(self, output: Output, link: WorkerLink, well: bool) -> None:
         """A worker has given a sequence its first token, or has failed it."""
@@ -277,7 +307,7 @@ class Dispatcher:
         self.breakers.forget(link.identity.incarnation for model in models for link in model.links.values())
         for model in models:
             for link in list(model.links.values()):
-                if now >= link.leave_at:
+                if now >= link.leave_at or model.quarantined(link):
                     self._move(link, model)
 
     def _move(self, link: WorkerLink, model: KnownModel) -> None:
@@ -346,6 +376,9 @@ class Dispatcher:
     def catalog(self, entries: Sequence[CatalogEntry]) -> None:
         """A new catalog."""
         self._directory().catalog(entries)
+        self.trials.catalog(entries)
+        for model in self._directory().models:  # workers may take calls again that were set apart
+            self._pump(model.name)
         self._fail_hopeless()
         self.on_state()
 
@@ -400,7 +433,7 @@ def _onward(output: Output, candidates: Sequence[Candidate]) -> RouteCall:
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
 
 
-def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
+def _candidate(link: WorkerLink, healthy: bool, retired: bool) -> Candidate:
     free = link.free
     return Candidate(
         worker_id=link.identity.worker_id,
@@ -418,4 +451,5 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         replaying=link.replays.tokens,
         max_replaying=link.replays.budget(link.load.step_p99_s),
         prefill_tokens=link.prefill_tokens,
+        retired=retired,
     )

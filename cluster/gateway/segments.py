@@ -93,6 +93,11 @@ class Chain:
         assert self.head is not None, "nothing was added"
         return self.head
 
+    @property
+    def bundle_digest(self) -> str:
+        """Of the tokenizer that the call was begun with; "" where nothing has begun."""
+        return next((one.likeness.bundle_digest for one in self.choices.values() if one.likeness is not None), "")
+
     def add(self, sealed: bytes, body: bytes) -> None:
         """The next token, and what was in it. Raises BadSegment; then the chain is spoilt."""
         number, expires_s, before, choices, more = decode(body)

@@ -97,6 +97,7 @@ class Gateway:
             config.gateway.link_tls is not None,
         )
         self.dispatcher.on_held = self.hub.tell_now
+        self.hub.tallies = self.dispatcher.trials.tallies
         self.directory = Directory(folder, self.hub.fetch_bundle)
         door = self.tenants if self.tenants is not None else OpenDoor()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)

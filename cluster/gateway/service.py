@@ -27,6 +27,7 @@ from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import ticks
 from cluster.observe.metrics import Metrics
+from cluster.routing.versions import Versions
 from cluster.tenancy.identity import Principal
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ SHORT_OF_ROOM = (
     Outcome.WORKER_LOST,
 )
 """Ends of a call that more replicas might have spared it."""
+FALLBACK_LABEL = "fallback_for"
+"""In a usage record: the model that was asked for, where another has stood in for it."""
 DEADLINE_SLACK_S = 0.1
 """A caller's deadline began before it got here, so it may hang up for it sooner than ours has passed."""
 
@@ -170,20 +173,30 @@ class CallService:
             wishes.check_options(wish.options)
             if wish.metadata:
                 wishes.check_metadata(wish.metadata)
-            model = self.directory.resolve(wish.model if chain is None else chain.whole.model, meta.principal)
+            name = wish.model if chain is None else chain.whole.model
+            model = self.directory.resolve(name, meta.principal, began=chain is not None)
+            asked = model
+            if model.entry.fallback and not model.served and chain is None:
+                model = self.directory.stand_in(model, meta.principal) or model
             model_name = model.name
-            text = await self.directory.text(model)
+            began = meta.request_id if chain is None else chain.whole.request_id
+            versions = model.choose(began, "" if chain is None else chain.bundle_digest)
+            text = await self.directory.text(model, versions.first)
             if meta.principal.tenant.guards:
                 guards = self._guards_of(meta, model.name)
                 wish = replace(wish, prompt=await guards.prompt(_readable(wish.prompt, text), text))
             prompt_ids = await encode(wish.prompt, text, meta.tenant)
             if (fallen := self.door.standing(meta.tenant)) is not None:  # since it has come
                 raise fallen
-            call = self._call(wish, meta, model, text, prompt_ids, arrived, guards)
+            call = self._call(wish, meta, model, text, prompt_ids, arrived, guards, versions)
+            if model is not asked:
+                self._stands_in(call, asked)
             if wish.resumable and self.resumes is not None:
-                self.resumes.begin(call, wish, meta, model.bundle_digest, chain)
+                self.resumes.begin(call, wish, meta, model.bundle_digest_of(versions.first), chain)
             self._open[call.id] = call
             await self._allowances.admit(call)
+            if model is not asked:
+                call.headers = (*call.headers, ("x-headrace-model", model.name))
             if call.error is not None:  # its tenant has fallen while its limits were asked
                 raise call.error
             if chain is not None:
@@ -207,6 +220,7 @@ class CallService:
                 if call.tickets is not None and call.tickets.timer is not None:
                     call.tickets.timer.cancel()
                 self.dispatcher.leave(call)
+                self.dispatcher.trials.ended(call, outcome)
                 if self.dispatcher.accounting is not None:
                     self.dispatcher.accounting.ended(call, outcome)
                 if self.prompts is not None:
@@ -226,6 +240,7 @@ class CallService:
         prompt_ids: array[int],
         arrived: float,
         guards: CallGuards | None,
+        versions: Versions,
     ) -> Call:
         options = wish.options
         max_len, policy = model.max_model_len, meta.principal.tenant
@@ -233,7 +248,7 @@ class CallService:
             raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared")
         sampling = wishes.sampling(
             wish,
-            model.default_sampling,
+            model.default_sampling_of(versions.first),
             len(prompt_ids),
             min(max_len, policy.max_context_tokens or max_len),
             text.vocab_size,
@@ -256,6 +271,7 @@ class CallService:
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
             request_id=meta.request_id,
         )
+        call.versions, call.bundle_digest = versions, model.bundle_digest_of(versions.first)
         call.usage.prompt_tokens = len(prompt_ids)
         if self.dispatcher.accounting is not None:
             principal = meta.principal
@@ -279,6 +295,13 @@ class CallService:
             detokenizer, logprobs = (plain, numbers) if guards is None else guards.output(plain, numbers)
             call.sequences.append(Output(call, index, request, detokenizer, logprobs))
         return call
+
+    def _stands_in(self, call: Call, asked: KnownModel) -> None:
+        """The call is another model's, which has no worker: that is demand for it, and told in the ledger."""
+        self.dispatcher.missed(call, asked)
+        if self.dispatcher.accounting is not None:
+            call.labels = {**call.labels, FALLBACK_LABEL: asked.name}
+        self.metrics.count("route_decisions_total", asked.name, "fallback")
 
     def _guards_of(self, meta: CallMeta, model: str) -> CallGuards:
         """Those of a tenant that has some."""

@@ -19,6 +19,7 @@ from cluster.api.types import (
     Sampling,
     Standing,
     TokenOutput,
+    VersionShare,
     WorkerIdentity,
 )
 from cluster.link.usage_keeper import EndedUsage
@@ -333,6 +334,7 @@ def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.He
         weight_digest=identity.weight_digest,
         bundle_digest=identity.bundle_digest,
         node=identity.node,
+        generation=identity.generation,
         engine_class=info.engine_class,
         engine_path=info.engine_path,
         engine_path_reason=info.engine_path_reason,
@@ -360,6 +362,7 @@ def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
         bundle_digest=m.bundle_digest,
         ray_cluster=m.ray_cluster,
         node=m.node,
+        generation=m.generation,
     )
     info = EngineInfo(
         engine_class=m.engine_class,
@@ -409,6 +412,44 @@ def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
         slo_ttft_s=e.slo_ttft_s,
         slo_itl_s=e.slo_itl_s,
         starting_since_s=e.starting_since_s,
+        fallback=e.fallback,
+        versions=[_share_to_pb(share) for share in e.versions],
+        retired=e.retired,
+        card=e.card,
+    )
+
+
+def _share_to_pb(s: VersionShare) -> pb.VersionShare:
+    return pb.VersionShare(
+        version=s.version,
+        weight=s.weight,
+        revision=s.revision,
+        state=s.state.value,
+        state_reason=s.state_reason,
+        bundle_digest=s.bundle_digest,
+        weight_digests=s.weight_digests,
+        weights_pinned=s.weights_pinned,
+        replicas=s.replicas,
+        replicas_desired=s.replicas_desired,
+        quarantined=s.quarantined,
+        ttft_ratio=s.ttft_ratio,
+    )
+
+
+def _share_from_pb(m: pb.VersionShare) -> VersionShare:
+    return VersionShare(
+        version=m.version,
+        weight=round(m.weight, 6),
+        revision=m.revision,
+        state=ModelState(m.state),
+        state_reason=m.state_reason,
+        bundle_digest=m.bundle_digest,
+        weight_digests=tuple(m.weight_digests),
+        weights_pinned=m.weights_pinned,
+        replicas=m.replicas,
+        replicas_desired=m.replicas_desired,
+        quarantined=m.quarantined,
+        ttft_ratio=round(m.ttft_ratio, 6),
     )
 
 
@@ -445,6 +486,10 @@ def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
         engine_class=m.engine_class,
         note=m.note,
         weights_pinned=m.weights_pinned,
+        fallback=tuple(m.fallback),
+        versions=tuple(_share_from_pb(share) for share in m.versions),
+        retired=tuple(m.retired),
+        card=dict(m.card),
         slo_ttft_s=m.slo_ttft_s,
         slo_itl_s=m.slo_itl_s,
         starting_since_s=m.starting_since_s,

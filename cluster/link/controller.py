@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.api.bundle import Bundle
 from cluster.api.demand import ModelDemand, Work
-from cluster.api.types import CatalogEntry, Standing
+from cluster.api.types import CatalogEntry, Standing, VersionTally
 from cluster.link import admin_relay, codec
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.codec_demand import demand_from_pb, work_from_pb
@@ -36,6 +36,8 @@ class FleetWorker:
     engine_class: str = ""
     running: int = 0
     default_sampling: Mapping[str, object] = field(default_factory=dict)
+    version: str = ""
+    generation: str = ""
     kv_usage: float = 0.0
     standing: Standing = Standing.SERVING
     work: Work = field(default_factory=Work)
@@ -67,6 +69,7 @@ class ControllerEnd:
         self._changed: set[asyncio.Event] = set()
         self._fleets: dict[str, Sequence[FleetWorker]] = {}
         self._demands: dict[str, Sequence[ModelDemand]] = {}
+        self._tallies: dict[str, Sequence[VersionTally]] = {}
         self.on_demand: Callable[[str, Sequence[ModelDemand], float], None] = lambda gateway, demand, counting_s: None
         """Told what a gateway's incarnation says, and for how long it has counted (seconds)."""
         self.on_left: Callable[[str], None] = lambda gateway: None
@@ -112,6 +115,10 @@ class ControllerEnd:
                     o.arrived_tokens + d.arrived_tokens,
                 )
         return [sums[key] for key in sorted(sums)]
+
+    def tallies(self) -> Sequence[VersionTally]:
+        """What each gateway that is linked now has counted of versions; several of one version, one a gateway."""
+        return [tally for address in sorted(self._tallies) for tally in self._tallies[address]]
 
     @property
     def linked(self) -> int:
@@ -160,6 +167,7 @@ class ControllerEnd:
                 self._changed.discard(changed)
                 self._fleets.pop(address, None)
                 self._demands.pop(address, None)
+                self._tallies.pop(address, None)
                 self.on_left(gateway)
                 for part in parts:
                     part.cancel()
@@ -203,6 +211,11 @@ class ControllerEnd:
             if frame.HasField("demand"):
                 demand = self._demands[address] = demand_from_pb(frame.demand)
                 self.on_demand(gateway, demand, frame.demand.counting_s)
+            if frame.HasField("tallies"):
+                self._tallies[address] = [
+                    VersionTally(t.model, t.version, t.generation, t.calls, t.errors, t.pairs, t.slower)
+                    for t in frame.tallies.tallies
+                ]
             if frame.HasField("fetch_bundle"):
                 digest = frame.fetch_bundle.digest
                 bundle = await asyncio.to_thread(self._bundles, digest)
@@ -235,4 +248,6 @@ def _worker(w: pb.FleetWorker) -> FleetWorker:
         max_num_batched_tokens=w.max_num_batched_tokens,
         kv_tokens=w.kv_tokens,
         default_sampling=json.loads(w.default_sampling_json or "{}"),
+        version=w.version,
+        generation=w.generation,
     )

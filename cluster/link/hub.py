@@ -18,7 +18,7 @@ from cluster import rpc
 from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
 from cluster.api.demand import ModelDemand
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, EngineInfo, WorkerIdentity
+from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
 from cluster.link import codec, ticks
 from cluster.link.admin_relay import ANSWER_S, AWAY, Questions
 from cluster.link.admission import CONTROLLER, Admission, of_model
@@ -111,6 +111,8 @@ class Hub(pb_grpc.LinkServicer):
         self.catalog_at: float | None = None
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
         """Set before the first link comes, where accounts are kept: told what ended requests have come to."""
+        self.tallies: Callable[[], Sequence[VersionTally]] = tuple
+        """What the controller should know of versions that run beside each other."""
 
     def statistics(self) -> HubStatistics:
         """A snapshot."""
@@ -431,7 +433,23 @@ class Hub(pb_grpc.LinkServicer):
 
     def _frame(self) -> pb.GatewayControlFrame:
         demand = demand_to_pb(self._listener.demand(), time.monotonic() - self._since)
-        return pb.GatewayControlFrame(demand=demand, fleet=self._fleet())
+        return pb.GatewayControlFrame(demand=demand, fleet=self._fleet(), tallies=self._tallies())
+
+    def _tallies(self) -> pb.VersionTallies:
+        return pb.VersionTallies(
+            tallies=[
+                pb.VersionTally(
+                    model=one.model,
+                    version=one.version,
+                    generation=one.generation,
+                    calls=one.calls,
+                    errors=one.errors,
+                    pairs=one.pairs,
+                    slower=one.slower,
+                )
+                for one in self.tallies()
+            ]
+        )
 
     def _fleet(self) -> pb.FleetState:
         return pb.FleetState(
@@ -447,6 +465,8 @@ class Hub(pb_grpc.LinkServicer):
                     max_model_len=link.info.max_model_len,
                     engine_class=link.info.engine_class,
                     default_sampling_json=json.dumps(dict(link.info.default_sampling)),
+                    version=link.identity.version,
+                    generation=link.identity.generation,
                     standing=codec.standing_to_pb(link.standing),
                     work=work_to_pb(link.work),
                     max_num_seqs=link.info.max_num_seqs,

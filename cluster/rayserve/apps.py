@@ -40,24 +40,24 @@ class ServeApps:
         return plain
 
     def deploy(self, settings: ReplicaSettings) -> None:
-        """Make the model's application, or make it anew: every replica of it restarts."""
+        """Make an application, or make it anew: every replica of it restarts."""
         serve.start(proxy_location="Disabled")
         target = RunTarget(
             target=application(settings, logical_gpus=not _has_accelerators(), served=self._served),
-            name=application_name(self._cluster, settings.spec.name),
+            name=application_name(self._cluster, settings.app),
             route_prefix=None,
             external_scaler_enabled=True,
         )
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
-    def scale(self, model: str, replicas: int) -> None:
+    def scale(self, app: str, replicas: int) -> None:
         """Serve's external scaling call: what its REST endpoint does, without needing the dashboard."""
-        where = DeploymentID(name=DEPLOYMENT, app_name=application_name(self._cluster, model))
+        where = DeploymentID(name=DEPLOYMENT, app_name=application_name(self._cluster, app))
         ray.get(_get_global_client()._controller.update_deployment_replicas.remote(where, replicas))
 
-    def delete(self, model: str) -> None:
-        """Drain and remove the model's application; returns at once."""
-        serve.delete(application_name(self._cluster, model), _blocking=False)
+    def delete(self, app: str) -> None:
+        """Drain and remove an application; returns at once."""
+        serve.delete(application_name(self._cluster, app), _blocking=False)
 
     def shutdown(self) -> None:
         """End Serve as a whole: for a Ray of our own only. Replicas drain first."""

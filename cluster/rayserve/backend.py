@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,10 +28,16 @@ class RayAway(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What Ray says now: this cluster's applications by model, and each node's total resources."""
+    """What Ray says now: this cluster's applications by `Observed.app`, and each node's total resources."""
 
     apps: Mapping[str, Observed]
     nodes: tuple[Mapping[str, float], ...]
+    nodes_by_ray: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
+    """Where there are several Rays."""
+
+    def nodes_of(self, ray: str) -> tuple[Mapping[str, float], ...]:
+        """Those of one Ray."""
+        return self.nodes_by_ray.get(ray, ()) if self.nodes_by_ray else self.nodes
 
 
 class Backend(Protocol):
@@ -41,13 +47,13 @@ class Backend(Protocol):
         """Look."""
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Make the model's application, or make it anew."""
+        """Make an application, or make it anew."""
 
-    async def scale(self, model: str, replicas: int) -> None:
+    async def scale(self, app: str, replicas: int) -> None:
         """Change the number of replicas."""
 
-    async def delete(self, model: str) -> None:
-        """Drain and remove the model's application."""
+    async def delete(self, app: str) -> None:
+        """Drain and remove an application."""
 
     async def shutdown(self) -> None:
         """End Serve on that Ray."""
@@ -82,16 +88,16 @@ class ChildBackend:
         return Snapshot(observed(answer["details"], self._cluster), tuple(answer["nodes"]))
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Make the model's application, or make it anew."""
+        """Make an application, or make it anew."""
         await self._ask({"do": "deploy", "settings": settings.to_json()})
 
-    async def scale(self, model: str, replicas: int) -> None:
+    async def scale(self, app: str, replicas: int) -> None:
         """Change the number of replicas."""
-        await self._ask({"do": "scale", "model": model, "replicas": replicas})
+        await self._ask({"do": "scale", "app": app, "replicas": replicas})
 
-    async def delete(self, model: str) -> None:
-        """Drain and remove the model's application."""
-        await self._ask({"do": "delete", "model": model})
+    async def delete(self, app: str) -> None:
+        """Drain and remove an application."""
+        await self._ask({"do": "delete", "app": app})
 
     async def shutdown(self) -> None:
         """End Serve on that Ray; its replicas drain."""

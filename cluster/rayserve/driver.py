@@ -28,8 +28,8 @@ def carry_out(apps: ServeApps, request: Mapping[str, Any]) -> object:
     todo: dict[str, Callable[[], object]] = {
         "observe": apps.observe,
         "deploy": lambda: apps.deploy(replica_settings.from_json(request["settings"])),
-        "scale": lambda: apps.scale(request["model"], request["replicas"]),
-        "delete": lambda: apps.delete(request["model"]),
+        "scale": lambda: apps.scale(request["app"], request["replicas"]),
+        "delete": lambda: apps.delete(request["app"]),
         "shutdown": apps.shutdown,
     }
     if request.get("do") not in todo:

@@ -46,16 +46,16 @@ class JobBackend:
         return Snapshot(observed(details, self._cluster), totals)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
-        """Make the model's application, or make it anew."""
+        """Make an application, or make it anew."""
         await self._run({"do": "deploy", "settings": settings.to_json()})
 
-    async def scale(self, model: str, replicas: int) -> None:
+    async def scale(self, app: str, replicas: int) -> None:
         """Change the number of replicas."""
-        await self._run({"do": "scale", "model": model, "replicas": replicas})
+        await self._run({"do": "scale", "app": app, "replicas": replicas})
 
-    async def delete(self, model: str) -> None:
-        """Drain and remove the model's application."""
-        await self._run({"do": "delete", "model": model})
+    async def delete(self, app: str) -> None:
+        """Drain and remove an application."""
+        await self._run({"do": "delete", "app": app})
 
     async def shutdown(self) -> None:
         """End Serve on that cluster."""

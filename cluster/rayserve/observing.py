@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.control.reconcile import Observed
+from cluster.control.reconcile import Observed, app_parts
 from cluster.rayserve.settings import refusal_in
 
 SEPARATOR = ":"
-"""Between cluster and model in an application's name; neither name may hold it."""
+"""Between the cluster and the rest of an application's name; neither may hold it."""
 
 
-def application_name(cluster: str, model: str) -> str:
-    """The name of a model's application: what marks it as this cluster's."""
-    return f"{cluster}{SEPARATOR}{model}"
+def application_name(cluster: str, app: str) -> str:
+    """An application's name on Ray: the cluster's marks it as ours. `app` is reconcile.app_name's."""
+    return f"{cluster}{SEPARATOR}{app}"
 
 
 def observed(details: Mapping[str, Any], cluster: str) -> dict[str, Observed]:
-    """This cluster's applications by model; foreign ones are left out."""
+    """This cluster's applications by `Observed.app`; foreign ones are left out."""
     prefix = cluster + SEPARATOR
     return {
         name.removeprefix(prefix): _observe(name.removeprefix(prefix), app)
@@ -30,7 +30,8 @@ def observed(details: Mapping[str, Any], cluster: str) -> dict[str, Observed]:
     }
 
 
-def _observe(model: str, app: Mapping[str, Any]) -> Observed:
+def _observe(name: str, app: Mapping[str, Any]) -> Observed:
+    model, version, _ = app_parts(name)
     deployments: Sequence[Mapping[str, Any]] = list(app.get("deployments", {}).values())
     worker: Mapping[str, Any] = deployments[0] if deployments else {}
     replicas: Sequence[Mapping[str, Any]] = worker.get("replicas") or ()
@@ -55,6 +56,8 @@ def _observe(model: str, app: Mapping[str, Any]) -> Observed:
         trouble=trouble,
         deleting=str(app.get("status")) == "DELETING",
         deployed_at_s=float(app.get("last_deployed_time_s") or 0.0),
+        version=version,
+        named=name,
     )
 
 

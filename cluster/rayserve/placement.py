@@ -88,6 +88,19 @@ def why_unplaceable(spec: ModelSpec, nodes: Sequence[Mapping[str, float]]) -> st
     return ""
 
 
+def capacity(
+    spec: ModelSpec, nodes: Sequence[Mapping[str, float]], others: Sequence[tuple[ModelSpec, int]] = ()
+) -> int:
+    """How many replicas the GPUs of its type hold, beside `others` with so many replicas each; those of any type are
+    taken to sit elsewhere. An estimate: how the nodes' GPUs are cut up is not looked at."""
+    if is_simulated(spec):
+        return 1_000_000
+    mark = f"accelerator_type:{spec.gpu}"
+    gpus = sum(node.get("GPU", 0.0) for node in nodes if not spec.gpu or mark in node)
+    used = sum(world_size(one) * count for one, count in others if one.gpu == spec.gpu and not is_simulated(one))
+    return max(int((gpus - used) // world_size(spec)), 0)
+
+
 def _strict_reason(spec: ModelSpec, need: Bundle, nodes: Sequence[Mapping[str, float]]) -> str:
     most = max(nodes, key=lambda node: (_fits({k: v for k, v in need.items() if ":" in k}, node), node.get("GPU", 0.0)))
     reason = f"cannot be placed: needs {_say(need, need)} on one node, and the largest has {_say(most, need)}"

@@ -125,6 +125,7 @@ class Replica:
             bundle_digest=opened.bundle.digest,
             ray_cluster=self.settings.ray_cluster,
             node=self.place.node,
+            generation=self.settings.digest,
         )
         self.end = WorkerEnd(
             identity=identity,

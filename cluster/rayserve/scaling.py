@@ -34,7 +34,7 @@ def settings_of(config: Config) -> ScalingSettings:
     return ScalingSettings(dict(scaling.gpu_budget), scaling.cold_start_s, scaling.forecast, scaling.frozen)
 
 
-def on_ray(apps: Iterable[Observed]) -> Mapping[str, OnRay]:
+def on_ray(apps: Iterable[Observed]) -> dict[str, OnRay]:
     """By model; what is being deleted counts no more."""
     found: dict[str, OnRay] = {}
     for app in apps:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster.api.types import ModelSpec
 from cluster.control import specs
+from cluster.control.reconcile import app_name
 from cluster.link.tls import TlsFiles
 
 _REFUSED = "headrace-refused"
@@ -51,6 +52,7 @@ class ReplicaSettings:
     hugging_face_token_file: str = ""
     allowed_sources: tuple[str, ...] = ("*",)
     allowed_formats: tuple[str, ...] = ("safetensors",)
+    allowed_licenses: tuple[str, ...] = ()
     allow_remote_code: bool = False
     drain_timeout_s: float = 2.0
     replicas: int | None = None
@@ -58,7 +60,7 @@ class ReplicaSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def surroundings(self) -> dict[str, object]:
-        """All but the spec, as JSON values."""
+        """All but the spec that a replica has to be made anew for, as JSON values."""
         return {
             "cluster": self.cluster,
             "gateways": list(self.gateways),
@@ -67,8 +69,6 @@ class ReplicaSettings:
             "cache_dir": self.cache_dir,
             "hugging_face_endpoint": self.hugging_face_endpoint,
             "hugging_face_token_file": self.hugging_face_token_file,
-            "allowed_sources": list(self.allowed_sources),
-            "allowed_formats": list(self.allowed_formats),
             "allow_remote_code": self.allow_remote_code,
             "drain_timeout_s": self.drain_timeout_s,
             "environment": dict(self.environment),
@@ -76,12 +76,26 @@ class ReplicaSettings:
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values; `from_json` is the inverse."""
-        return {**self.surroundings(), "replicas": self.replicas, "spec": specs.to_json(self.spec)}
+        return {**self.surroundings(), **self._rules(), "spec": specs.to_json(self.spec)}
+
+    def _rules(self) -> dict[str, object]:
+        """What is looked at when replicas start, and makes none anew."""
+        return {
+            "allowed_sources": list(self.allowed_sources),
+            "allowed_formats": list(self.allowed_formats),
+            "allowed_licenses": list(self.allowed_licenses),
+            "replicas": self.replicas,
+        }
 
     @property
     def digest(self) -> str:
         """Changes when a replica has to be made anew."""
         return specs.digest(self.spec, self.surroundings())
+
+    @property
+    def app(self) -> str:
+        """The name of its application, without the cluster's."""
+        return app_name(self.spec.name, self.spec.version, self.digest)
 
 
 def from_json(values: Mapping[str, object]) -> ReplicaSettings:

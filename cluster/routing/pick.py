@@ -41,19 +41,23 @@ class Candidate:
     likeness: Likeness | None = None
     replaying: int = 0
     max_replaying: int = 0
+    retired: bool = False
+    """It is being replaced, or its version is quarantined: what has begun may go on there, nothing begins."""
 
 
 @dataclass(frozen=True, slots=True)
 class RouteCall:
     """What of a call matters for its way. `tokens` are to be computed before its next one: those of its prompt, and of
     a continued call those that it has emitted. It goes nowhere unless more than `keep_free` sequences are free in all.
-    A continued one has the `likeness` of the worker that began it; it shuns the incarnations at which it has failed."""
+    A continued one has the `likeness` of the worker that began it; it shuns the incarnations at which it has failed.
+    One that begins goes to one of `versions`, any where there are none."""
 
     model: str
     tokens: int
     keep_free: int = 0
     likeness: Likeness | None = None
     shuns: frozenset[str] = frozenset()
+    versions: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,8 @@ FILTERS = (
     Filter("other_model", lambda call, c: c.model == call.model),
     Filter("unhealthy", lambda _, c: c.healthy),
     Filter("draining", lambda _, c: not c.draining),
+    Filter("retired", lambda call, c: not c.retired or call.likeness is not None),
+    Filter("other_version", lambda call, c: not call.versions or c.version in call.versions),
     Filter("other_weights", lambda call, c: call.likeness is None or c.likeness == call.likeness),
     Filter("failed_there", lambda call, c: c.incarnation not in call.shuns),
     Filter("replaying", _replays_fit),
@@ -181,7 +187,8 @@ class Router:
         """The best that may. Of equals the one with more free sequences, then the first by worker_id."""
         if call.keep_free:
             candidates = list(candidates)
-            if sum(c.free_sequences for c in candidates if c.model == call.model and not c.draining) <= call.keep_free:
+            open_to_all = (c for c in candidates if c.model == call.model and not c.draining and not c.retired)
+            if sum(c.free_sequences for c in open_to_all) <= call.keep_free:
                 return Decision(None, "kept_free", ())
         passed: list[tuple[float, int, str, Score]] = []
         dropped: list[Score] = []

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.types import CatalogEntry, ModelSpec, ModelState
+from cluster.api.demand import ModelDemand
+from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.config import parse
+from cluster.control.scaler import Asked
 from cluster.link.controller import FleetWorker
-from cluster.rayserve.backend import RayAway
-from cluster.rayserve.controller import Controller, run_controller, settings_of
+from cluster.rayserve.backend import Backend, RayAway
+from cluster.rayserve.controller import QUIET_S, Controller, settings_of
 from cluster.rayserve.settings import ReplicaSettings
+from cluster.rayserve.several import SeveralRays
 from tests.support.fake_ray import FakeRay
 from tests.support.serving import eventually
 
@@ -27,6 +30,8 @@ class FakeGateways:
     workers: list[FleetWorker] = field(default_factory=list)
     linked: int = 1
     published: dict[str, CatalogEntry] = field(default_factory=dict)
+    waiting: list[ModelDemand] = field(default_factory=list)
+    counted: list[VersionTally] = field(default_factory=list)
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
         """Keep."""
@@ -35,6 +40,14 @@ class FakeGateways:
     def fleet(self) -> Sequence[FleetWorker]:
         """As set."""
         return self.workers
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """As set."""
+        return self.waiting
+
+    def tallies(self) -> Sequence[VersionTally]:
+        """As set."""
+        return self.counted
 
     def state(self, model: str) -> ModelState:
         """As last published."""
@@ -46,9 +59,22 @@ def settings(name: str, **more: object) -> ReplicaSettings:
     return ReplicaSettings(ModelSpec(name=name, source=f"/{name}", **more), "test")  # type: ignore[arg-type]
 
 
-def controller(ray: FakeRay, gateways: FakeGateways, *wanted: ReplicaSettings, now_s: float = 100.0) -> Controller:
+@dataclass
+class Clock:
+    """Wall-clock time as a test has it."""
+
+    now_s: float = 100.0
+
+    def __call__(self) -> float:
+        """Now."""
+        return self.now_s
+
+
+def controller(
+    ray: Backend, gateways: FakeGateways, *wanted: ReplicaSettings, now_s: float = 100.0, clock: Clock | None = None
+) -> Controller:
     """A controller that wants these."""
-    made = Controller(ray, gateways, wall_s=lambda: now_s)
+    made = Controller(ray, gateways, wall_s=clock or Clock(now_s))
     made.want(wanted)
     return made
 
@@ -93,13 +119,23 @@ async def test_a_new_controller_leaves_all_as_it_is() -> None:
 
 
 async def test_removed_model_drains_and_leaves_the_catalog() -> None:
-    """DRAINING while Ray still has it, then no entry at all; back again it begins anew."""
-    ray, gateways = FakeRay(), FakeGateways(linked=0)
-    loop = controller(ray, gateways, settings("m"))
+    """DRAINING while calls run there, then no entry at all; back again it begins anew."""
+    ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
+    loop = controller(ray, gateways, settings("m"), clock=clock)
     await loop.step()
+    gateways.workers.append(FleetWorker("w", "i", "m", running=1, generation=settings("m").digest))
     loop.want([])
     await loop.step()
+    clock.now_s += QUIET_S
+    await loop.step()
     assert gateways.state("m") is ModelState.DRAINING
+    assert ray.journal == ["deploy m"], "a call still runs there"
+    gateways.workers.clear()
+    gateways.waiting.append(ModelDemand("m", 1, 9, 0, 1, 9))
+    await loop.step()
+    assert ray.journal == ["deploy m"], "a call that has come still waits"
+    gateways.waiting.clear()
+    await loop.step()
     assert ray.journal == ["deploy m", "delete m"]
     await loop.step()
     assert gateways.published == {}
@@ -134,7 +170,7 @@ async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
         assert gateways.state("m") is ModelState.DECLARED
         assert gateways.published["m"].state_reason == "gone fishing"
         ray.away = ""
-        await eventually(lambda: "m" in ray.apps, "it is deployed")
+        await eventually(lambda: ray.apps, "it is deployed")
         ray.change("m", running=1)
         await eventually(lambda: gateways.state("m") is ModelState.READY, "it is ready")
         ray.away = "gone again"
@@ -143,7 +179,7 @@ async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
         assert gateways.state("m") is ModelState.READY
         ray.apps.clear()
         ray.away = ""
-        await eventually(lambda: set(ray.apps) == {"m", "n"}, "both are deployed")
+        await eventually(lambda: len(ray.apps) == 2, "both are deployed")
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -173,10 +209,240 @@ def test_settings_come_from_the_configuration() -> None:
     assert dataclasses.replace(local, gateways=made.gateways, ray_cluster="blue", drain_timeout_s=9.0) == made
 
 
-async def test_several_ray_clusters_are_refused(tmp_path: Path) -> None:
-    """A second entry is refused in words rather than ignored."""
-    config = parse(CONFIG.replace("ray: [", 'ray: [{name: green, dashboard_url: "http://green:8265"}, '))
-    with pytest.raises(ValueError, match="ray: this release drives one Ray cluster, and there are 2"):
-        await run_controller(
-            config, instance="i", ray_address=None, gateways=[], run_folder=tmp_path, stop=asyncio.Event()
-        )
+def test_versions_and_types_come_from_the_configuration() -> None:
+    """One for each version on each type of GPU, each on its Ray, with what is its own."""
+    config = parse(
+        CONFIG.replace("ray: [", 'ray: [{name: green, dashboard_url: "http://green:8265"}, ')
+        .replace("source: /m/x", "source: /m/x, revision: r1, digest: 'sha256:" + "a" * 64 + "', " + VERSIONS)
+        .replace("replicas: {min: 2}", "replicas: {min: 2}, fallback: [n]}, {name: n, source: /m/n")
+    )
+    made = settings_of(config, gateways=[], local=False)
+    told = [(s.spec.name, s.spec.version, s.spec.gpu, s.spec.tensor_parallel_size, s.ray_cluster) for s in made]
+    assert told == [
+        ("m", "v1", "H100", 1, "green"),
+        ("m", "v1", "L4", 4, "green"),
+        ("m", "v2", "H100", 1, "blue"),
+        ("m", "v2", "L4", 4, "blue"),
+        ("n", "v1", "", 1, "green"),
+    ]
+    assert [(s.spec.revision, s.spec.weight, s.spec.error_ratio) for s in made[1:3]] == [
+        ("r1", 0.75, 0.0),
+        ("r2", 0.25, 2.0),
+    ]
+    assert made[1].spec.engine == {"max_num_seqs": 8, "kv_cache_dtype": "fp8"}
+    assert made[2].spec.digest == "", "the pin is of the other's weights"
+    assert made[0].spec.fallback == ("n",)
+
+
+VERSIONS = """engine: {max_num_seqs: 8},
+  gpu: [{type: H100}, {type: L4, tensor_parallel_size: 4, engine: {kv_cache_dtype: fp8}}],
+  canary: {version: v2, revision: r2, ray: blue, weight: 0.25, rollback: {error_ratio: 2}}"""
+
+
+# ---- versions
+
+
+def two_versions(weight: float = 0.25, **trial: object) -> tuple[ReplicaSettings, ReplicaSettings]:
+    """A model with a trial beside it."""
+    plain: dict[str, object] = {"version": "v2", "weight": weight, "error_ratio": 1.5, "ttft_ratio": 1.2}
+    return settings("m", weight=1 - weight), settings("m", **(plain | trial))
+
+
+def worker(of: ReplicaSettings, running: int = 0, weight_digest: str = "") -> FleetWorker:
+    """One that some gateway has a link to."""
+    return FleetWorker(
+        f"w-{of.digest}",
+        "i",
+        of.spec.name,
+        running=running,
+        version=of.spec.version,
+        generation=of.digest,
+        weight_digest=weight_digest,
+    )
+
+
+async def test_a_trial_comes_beside_and_the_other_is_not_touched() -> None:
+    """Its replicas, its part of the calls, its own state; the model is READY all the while."""
+    ray, gateways = FakeRay(), FakeGateways()
+    stays, trial = two_versions()
+    loop = controller(ray, gateways, stays)
+    await loop.step()
+    ray.change("m", running=1)
+    gateways.workers.append(worker(stays))
+    loop.want([stays, trial])
+    await loop.step()
+    await loop.step()
+    assert ray.journal == ["deploy m", "deploy m@v2"]
+    told = gateways.published["m"]
+    assert (told.state, [(v.version, v.weight, v.state) for v in told.versions]) == (
+        ModelState.READY,
+        [("v1", 0.75, ModelState.READY), ("v2", 0.25, ModelState.PLACING)],
+    )
+    assert told.replicas_desired == 2
+    assert told.state_reason == "v2: waiting for Ray to place it"
+
+
+async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
+    """Its calls stop at once, its replicas go when they are empty, and only another trial is tried."""
+    ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
+    stays, trial = two_versions()
+    marked: list[str] = []
+    loop = controller(ray, gateways, stays, trial, clock=clock)
+    loop.on_mark = lambda: marked.append("changed")
+    await loop.step()
+    for one in (stays, trial):
+        ray.change(one.app, running=1)
+        gateways.workers.append(worker(one))
+    gateways.counted = [
+        VersionTally("m", "v1", stays.digest, calls=300, errors=1),
+        VersionTally("m", "v2", trial.digest, calls=100, errors=12),
+    ]
+    await loop.step()
+    assert marked == ["changed"]
+    told = gateways.published["m"]
+    assert [(v.version, v.weight) for v in told.versions] == [("v1", 1.0), ("v2", 0.0)]
+    assert told.versions[1].state_reason.startswith("rolled back by itself: 12 of its 100 calls failed, 1 of 300")
+    assert told.retired == (trial.digest,)
+    clock.now_s += QUIET_S
+    await loop.step()
+    assert ray.journal[-1] == "delete m@v2"
+    loop.want([stays, trial])
+    await loop.step()
+    assert len(ray.apps) == 1
+    mended = dataclasses.replace(trial, spec=dataclasses.replace(trial.spec, revision="mended"))
+    loop.want([stays, mended])
+    await loop.step()
+    assert ray.journal[-1] == "deploy m@v2"
+
+
+async def test_promoted_version_grows_in_place_and_the_other_leaves() -> None:
+    """What was on trial is the model's own now: none of it restarts, and the other goes when as many serve."""
+    ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
+    two = {"min_replicas": 2, "max_replicas": 2}
+    stays, trial = settings("m", weight=0.75, **two), settings("m", version="v2", weight=0.25, **two)
+    loop = controller(ray, gateways, stays, trial, clock=clock)
+    await loop.step()
+    ray.change(stays.app, running=2)
+    ray.change(trial.app, running=1)
+    gateways.workers += [worker(stays, running=3), worker(trial)]
+    own = dataclasses.replace(trial, spec=dataclasses.replace(trial.spec, weight=1.0))
+    assert own.app == trial.app
+    loop.want([own])
+    await loop.step()
+    assert ray.journal[2:] == ["scale m@v2 2"]
+    assert not gateways.published["m"].retired
+    ray.change(trial.app, running=2)
+    await loop.step()
+    assert gateways.published["m"].retired == (stays.digest,)
+    clock.now_s += loop.drain_timeout_s - 1
+    await loop.step()
+    assert len(ray.apps) == 2, "calls run there, and their time is not over"
+    clock.now_s += 1
+    await loop.step()
+    assert ray.journal[3:] == ["delete m"]
+
+
+async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails() -> None:
+    """The old one serves on; a new one that is refused displaces nothing and says why."""
+    ray, gateways = FakeRay(now_s=100.0), FakeGateways()
+    old, new = settings("m", revision="a"), settings("m", revision="b")
+    loop = controller(ray, gateways, old)
+    await loop.step()
+    ray.change("m", running=1)
+    gateways.workers.append(worker(old))
+    loop.want([new])
+    await loop.step()
+    await loop.step()
+    assert (gateways.state("m"), gateways.published["m"].state_reason) == (ModelState.READY, "being replaced")
+    ray.change(new.app, gave_up=True, refused=True, trouble="no such revision")
+    await loop.step()
+    assert gateways.published["m"].state_reason == "being replaced, which fails: no such revision"
+    assert ray.journal == ["deploy m", "deploy m"]
+    assert gateways.published["m"].retired == ()
+
+
+async def test_pinning_the_right_weights_restarts_nothing() -> None:
+    """A pin is compared with what workers have; only other weights start anew."""
+    ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
+    loop = controller(ray, gateways, settings("m"), clock=clock)
+    await loop.step()
+    ray.change("m", running=1, deployed_at_s=100.0)
+    gateways.workers.append(worker(settings("m"), weight_digest="sha256:right"))
+    clock.now_s += 100.0
+    loop.want([settings("m", digest="sha256:right")])
+    await loop.step()
+    assert ray.journal == ["deploy m"]
+    assert gateways.published["m"].weights_pinned
+    loop.want([settings("m", digest="sha256:other")])
+    await loop.step()
+    assert ray.journal == ["deploy m", "deploy m"]
+
+
+async def test_frozen_models_stay_as_they_are() -> None:
+    """No rollout until it is lifted."""
+    ray, gateways = FakeRay(), FakeGateways()
+    loop = controller(ray, gateways, settings("m"))
+    await loop.step()
+    loop.scaler.asked = Asked(frozen=frozenset({"m"}))
+    loop.want([settings("m", revision="b")])
+    await loop.step()
+    assert ray.journal == ["deploy m"]
+    loop.scaler.asked = Asked()
+    await loop.step()
+    assert ray.journal == ["deploy m", "deploy m"]
+
+
+async def test_types_of_gpu_are_filled_in_their_order() -> None:
+    """What the first type does not hold beside other models goes onto the second."""
+    nodes = (
+        {"CPU": 64.0, "GPU": 3.0, "accelerator_type:H100": 1.0},
+        {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0},
+    )
+    ray, gateways = FakeRay(nodes=nodes), FakeGateways(linked=0)
+    other = settings("other", gpu="H100")
+    fast = settings("m", gpu="H100", min_replicas=3, max_replicas=3)
+    slow = settings("m", gpu="L4", tensor_parallel_size=2, min_replicas=3, max_replicas=3)
+    loop = controller(ray, gateways, other)
+    await loop.step()
+    ray.change("other", running=1)
+    loop.want([other, fast, slow])
+    await loop.step()
+    assert {app: seen.target for app, seen in ray.apps.items()} == {other.app: 1, fast.app: 2, slow.app: 1}
+    ray.change(fast.app, running=2)
+    ray.change(slow.app, running=1)
+    await loop.step()
+    assert gateways.published["m"].replicas == 3
+    assert ray.journal == ["deploy other", "deploy m", "deploy m"]
+
+
+async def test_two_ray_clusters_are_driven_side_by_side() -> None:
+    """Each model on its own; moving one to the other Ray brings it up there before it ends here; one that is away
+    stops nothing on the other."""
+    blue, green, gateways, clock = FakeRay(), FakeRay(), FakeGateways(), Clock()
+    on_blue, on_green = settings("m"), settings("m")
+    on_blue, on_green = (dataclasses.replace(on_blue, ray_cluster=name) for name in ("blue", "green"))
+    loop = controller(SeveralRays({"blue": blue, "green": green}), gateways, on_blue, clock=clock)
+    await loop.step()
+    blue.change("m", running=1)
+    loop.want([on_green])
+    await loop.step()
+    assert (blue.journal, green.journal) == (["deploy m"], ["deploy m"])
+    green.change("m", running=1)
+    await loop.step()
+    assert gateways.published["m"].retired == (on_blue.digest,)
+    blue.away = "gone fishing"
+    clock.now_s += QUIET_S
+    with pytest.raises(RayAway, match="gone fishing"):
+        await loop.step()
+    green.apps.clear()
+    await loop.step()
+    assert green.journal == ["deploy m", "deploy m"], "the other goes on being driven"
+    green.change("m", running=1)
+    blue.away = ""
+    await loop.step()
+    clock.now_s += QUIET_S
+    await loop.step()
+    assert blue.journal == ["deploy m", "delete m"]
+    green.away = blue.away = "both"
+    with pytest.raises(RayAway, match="blue: both; green: both"):
+        await loop.step()

@@ -11,10 +11,10 @@ from cluster.link.controller import ControllerEnd
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.settings import ReplicaSettings
-from tests.rayserve.test_serve import gone
 from tests.support.calls import chat, rest_of, text_of
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import running_cluster, until
+from tests.support.serving import removed
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -54,4 +54,4 @@ async def test_a_downscale_cuts_no_stream(backend: ChildBackend, tmp_path: Path)
         assert sorted(chunks[-1].usage.resumed for chunks in ended) == [0, 1]
         await until(lambda: len(links()) == 1, "one replica is left", 30)
         assert links().keys() <= before.keys()
-    await gone(backend, "sim")
+    await removed(backend, "sim")

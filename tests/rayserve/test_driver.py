@@ -58,8 +58,8 @@ def test_requests_are_answered_in_order() -> None:
     requests = [
         {"do": "observe"},
         {"do": "deploy", "settings": SETTINGS.to_json()},
-        {"do": "scale", "model": "m", "replicas": 3},
-        {"do": "delete", "model": "m"},
+        {"do": "scale", "app": "m", "replicas": 3},
+        {"do": "delete", "app": "m"},
         {"do": "dance"},
         {"do": "shutdown"},
     ]

@@ -18,7 +18,7 @@ from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.local import LocalRay
 from cluster.rayserve.settings import ReplicaSettings
 from tests.support.checkpoints import build_checkpoint
-from tests.support.serving import Door, eventually, greedy, settled
+from tests.support.serving import Door, eventually, greedy, removed
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -69,12 +69,6 @@ async def same_tokens(link: WorkerLink, folder: Path) -> None:
         assert answer == expected(folder, prompt)
 
 
-async def remove(backend: ChildBackend, model: str) -> None:
-    """Delete and wait until its processes have gone."""
-    await backend.delete(model)
-    await settled(backend, lambda s: model not in s.apps, f"{model} is gone")
-
-
 @pytest.mark.parametrize("family", ["mistral", "falcon"])
 async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend, door: Door, tmp_path: Path) -> None:
     """Greedy tokens at TP 2 on a placement group equal transformers' in float32."""
@@ -83,7 +77,7 @@ async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend,
     link = await door.worker(family, 180.0)
     assert link.info.engine_class == "float32-tp2-pp1"
     await same_tokens(link, folder)
-    await remove(backend, family)
+    await removed(backend, family)
 
 
 def tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
@@ -119,5 +113,5 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
         )
         link = await door.worker("llama", 180.0, but=link.identity.incarnation)
         await same_tokens(link, folder)
-    await remove(backend, "llama")
+    await removed(backend, "llama")
     assert os.getpid() not in reaper.find(local_ray.environment()[reaper.INSTANCE_ENV])

@@ -92,7 +92,7 @@ async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
         ours.start()
         backend = ChildBackend("test", ours.address, ours.environment())
         await backend.deploy(ReplicaSettings(ModelSpec(name="m", source="sim://?vocab=100"), "test"))
-        await settled(backend, lambda s: s.apps["m"].running == 1, "the replica runs")
+        await settled(backend, lambda s: [seen.running for seen in s.apps.values()] == [1], "the replica runs")
         instance, folder = ours.environment()[reaper.INSTANCE_ENV], ours.folder
         assert len(reaper.find(instance, folder)) >= 6
         started = time.monotonic()

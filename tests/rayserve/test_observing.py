@@ -10,6 +10,8 @@ from cluster.control.reconcile import Observed
 from cluster.rayserve.observing import application_name, observed
 from cluster.rayserve.settings import ModelRefused
 
+APP = "m@v2+d1"
+
 
 def application(**worker: Any) -> dict[str, Any]:
     """One application as Serve tells it."""
@@ -30,7 +32,7 @@ def application(**worker: Any) -> dict[str, Any]:
 
 def one(app: dict[str, Any]) -> Observed:
     """What is made of an application of ours."""
-    return observed({"applications": {application_name("test", "m"): app}}, "test")["m"]
+    return observed({"applications": {application_name("test", APP): app}}, "test")[APP]
 
 
 def test_foreign_applications_are_left_out() -> None:
@@ -49,7 +51,9 @@ def test_replicas_are_counted_by_state() -> None:
         {"state": "STOPPING", "pid": 3},
     ]
     seen = one(application(replicas=replicas))
-    assert seen == Observed("m", "d1", target=2, running=1, placed=1, leaving=1, deployed_at_s=5.0)
+    assert seen == Observed(
+        "m", "d1", target=2, running=1, placed=1, leaving=1, deployed_at_s=5.0, version="v2", named=APP
+    )
 
 
 def test_refusal_and_bad_luck() -> None:
@@ -65,7 +69,7 @@ def test_refusal_and_bad_luck() -> None:
 def test_what_has_just_been_taken_shows_nothing(deployments: dict[str, Any]) -> None:
     """Before Serve has made the deployment there is neither digest nor target."""
     app = {**application(), "deployments": deployments}
-    assert one(app) == Observed("m", "", 0, deployed_at_s=5.0)
+    assert one(app) == Observed("m", "", 0, deployed_at_s=5.0, version="v2", named=APP)
 
 
 def test_deleting() -> None:

@@ -18,7 +18,7 @@ from cluster.rayserve.backend import Backend, ChildBackend
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.local import LocalRay
 from cluster.rayserve.settings import ReplicaSettings
-from tests.support.serving import Door, eventually, greedy, settled
+from tests.support.serving import Door, apps_of, eventually, greedy, removed, settled
 
 pytestmark = pytest.mark.ray
 
@@ -51,13 +51,6 @@ async def in_state(door: Door, model: str, state: ModelState) -> CatalogEntry:
     )
 
 
-async def gone(backend: ChildBackend, *models: str) -> None:
-    """Delete and wait."""
-    for model in models:
-        await backend.delete(model)
-    await settled(backend, lambda s: not set(models) & set(s.apps), f"{models} are gone")
-
-
 async def test_a_models_whole_life(backend: ChildBackend, door: Door) -> None:
     """Deployed, served over the link, left alone by a second model and by a new controller, removed by name."""
     first, second = sim("first", door, aliases=("one",)), sim("second", door)
@@ -83,7 +76,7 @@ async def test_a_models_whole_life(backend: ChildBackend, door: Door) -> None:
         successor.want([changed])
         made_anew = await door.worker("first", but=incarnation)
         assert made_anew.identity.version == "v2"
-    await gone(backend, "first")
+    await removed(backend, "first")
 
 
 async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Door) -> None:
@@ -93,7 +86,7 @@ async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Doo
         controller.want([sim("scaled", door, min_replicas=2, max_replicas=2)])
         await eventually(lambda: len(door.hub.links) == 2, "two workers have dialled in")
         assert incarnation in {link.identity.incarnation for link in door.hub.links}
-    await gone(backend, "scaled")
+    await removed(backend, "scaled")
 
 
 async def test_refused_model_says_why(backend: ChildBackend, door: Door) -> None:
@@ -102,11 +95,11 @@ async def test_refused_model_says_why(backend: ChildBackend, door: Door) -> None
     async with controlling(backend, door, bad) as controller:
         entry = await in_state(door, "broken", ModelState.FAILED)
         assert "'speed' is no parameter of a simulated engine" in entry.state_reason
-        snapshot = await settled(backend, lambda s: s.apps["broken"].gave_up, "Serve stops trying")
-        assert snapshot.apps["broken"].refused
+        snapshot = await settled(backend, lambda s: apps_of(s, "broken")[0].gave_up, "Serve stops trying")
+        assert apps_of(snapshot, "broken")[0].refused
         controller.want([sim("broken", door)])
         await in_state(door, "broken", ModelState.READY)
-    await gone(backend, "broken")
+    await removed(backend, "broken")
 
 
 async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> None:
@@ -115,7 +108,7 @@ async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> 
     async with controlling(backend, door, big):
         entry = await in_state(door, "big", ModelState.FAILED)
         assert "cannot be placed: needs 65 GPUs and 1 CPU on one node" in entry.state_reason
-    await gone(backend, "big")
+    await removed(backend, "big")
 
 
 async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildBackend, door: Door) -> None:
@@ -129,7 +122,7 @@ async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildB
             await greedy(link, [1, 2, 3], 50)
         successor = await door.worker("dying", but=link.identity.incarnation, timeout_s=30.0)
         assert len(await greedy(successor, [1, 2, 3], 2)) == 2
-    await gone(backend, "dying")
+    await removed(backend, "dying")
 
 
 FOREIGN = """
@@ -168,7 +161,7 @@ async def test_foreign_application_is_left_alone(backend: ChildBackend, door: Do
     async with controlling(backend, door, sim("ours", door)) as controller:
         await in_state(door, "ours", ModelState.READY)
         pid = await theirs("run")
-        assert set((await backend.observe()).apps) == {"ours"}
+        assert [seen.model for seen in (await backend.observe()).apps.values()] == ["ours"]
         controller.want([])
         await settled(backend, lambda s: not s.apps, "ours is gone")
         assert await theirs("end") == pid

@@ -86,6 +86,9 @@ class TestCluster:
         info: EngineInfo | None = None,
         gateways: Sequence[str] = (),
         node: str = "",
+        version: str = "",
+        generation: str = "",
+        weight_digest: str = "",
     ) -> Worker:
         """Start an engine (unless `info` says that it runs) and link it."""
         number = next(_numbers)
@@ -97,6 +100,9 @@ class TestCluster:
             model=model,
             bundle_digest=bundle.digest,
             node=node,
+            version=version,
+            generation=generation,
+            weight_digest=weight_digest,
         )
         end = WorkerEnd(
             identity=identity,

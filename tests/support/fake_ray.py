@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.control.reconcile import Observed
+from cluster.control.reconcile import Observed, app_parts
 from cluster.rayserve.backend import RayAway, Snapshot
 from cluster.rayserve.settings import ReplicaSettings
 
@@ -19,10 +19,18 @@ class FakeRay:
     apps: dict[str, Observed] = field(default_factory=dict)
     journal: list[str] = field(default_factory=list)
     away: str = ""
+    now_s: float = 0.0
+    """When applications are deployed."""
 
-    def change(self, model: str, **fields: object) -> None:
-        """What Ray does by itself."""
-        self.apps[model] = dataclasses.replace(self.apps[model], **fields)  # type: ignore[arg-type]
+    def change(self, which: str, **fields: object) -> None:
+        """What Ray does by itself to an application, or to the only one of a model."""
+        app = which if which in self.apps else self.app_of(which)
+        self.apps[app] = dataclasses.replace(self.apps[app], **fields)  # type: ignore[arg-type]
+
+    def app_of(self, model: str, version: str = "v1") -> str:
+        """The name of a version's only application."""
+        (app,) = [app for app, seen in self.apps.items() if (seen.model, seen.version) == (model, version)]
+        return app
 
     async def observe(self) -> Snapshot:
         """Look."""
@@ -31,19 +39,27 @@ class FakeRay:
 
     async def deploy(self, settings: ReplicaSettings) -> None:
         """Take an application; no replica has a process yet."""
-        self._answer(f"deploy {settings.spec.name}")
+        self._answer(f"deploy {_short(settings.app)}")
         replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
-        self.apps[settings.spec.name] = Observed(settings.spec.name, settings.digest, replicas)
+        made = Observed(
+            settings.spec.name,
+            settings.digest,
+            replicas,
+            version=settings.spec.version,
+            ray=settings.ray_cluster,
+            deployed_at_s=self.now_s,
+        )
+        self.apps[settings.app] = made
 
-    async def scale(self, model: str, replicas: int) -> None:
+    async def scale(self, app: str, replicas: int) -> None:
         """Another count."""
-        self._answer(f"scale {model} {replicas}")
-        self.change(model, target=replicas)
+        self._answer(f"scale {_short(app)} {replicas}")
+        self.change(app, target=replicas)
 
-    async def delete(self, model: str) -> None:
+    async def delete(self, app: str) -> None:
         """Gone at once."""
-        self._answer(f"delete {model}")
-        del self.apps[model]
+        self._answer(f"delete {_short(app)}")
+        del self.apps[app]
 
     async def shutdown(self) -> None:
         """All gone."""
@@ -58,3 +74,9 @@ class FakeRay:
             raise RayAway(self.away)
         if what:
             self.journal.append(what)
+
+
+def _short(app: str) -> str:
+    """`m`, or `m@v2` of another version than the first, since what it was started with is long."""
+    model, version, _ = app_parts(app)
+    return model if version in ("", "v1") else f"{model}@{version}"

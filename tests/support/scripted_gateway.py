@@ -13,7 +13,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from cluster.admin.v1 import admin_pb2, admin_pb2_grpc, scaling_pb2
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc, catalog_pb2, scaling_pb2
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc
 
@@ -68,6 +68,7 @@ class Script:
     """Set when a stream's call has ended at the server, for whatever reason."""
     workers: list[admin_pb2.Worker] = field(default_factory=list)
     entries: list[admin_pb2.CatalogEntry] = field(default_factory=list)
+    changes: list[catalog_pb2.Change] = field(default_factory=list)
     story: scaling_pb2.ExplainScalingResponse = field(default_factory=scaling_pb2.ExplainScalingResponse)
 
 
@@ -203,6 +204,34 @@ class ScriptedCatalog(admin_pb2_grpc.CatalogServicer):
                 return entry
         context.abort_with_status(rpc_status.to_status(MODEL_NOT_FOUND))
         raise AssertionError("abort raises")
+
+    def Apply(self, request: catalog_pb2.ApplyRequest, context: Any) -> catalog_pb2.ApplyResponse:
+        self.script.requests.append(request)
+        return catalog_pb2.ApplyResponse(changes=self.script.changes)
+
+    def Diff(self, request: catalog_pb2.DiffRequest, context: Any) -> catalog_pb2.DiffResponse:
+        self.script.requests.append(request)
+        return catalog_pb2.DiffResponse(changes=self.script.changes)
+
+    def SetWeights(self, request: catalog_pb2.SetWeightsRequest, context: Any) -> catalog_pb2.VersionsResponse:
+        return self._versions(request)
+
+    def Promote(self, request: catalog_pb2.PromoteRequest, context: Any) -> catalog_pb2.VersionsResponse:
+        return self._versions(request)
+
+    def Rollback(self, request: catalog_pb2.RollbackRequest, context: Any) -> catalog_pb2.VersionsResponse:
+        return self._versions(request)
+
+    def Quarantine(self, request: catalog_pb2.QuarantineRequest, context: Any) -> catalog_pb2.VersionsResponse:
+        return self._versions(request)
+
+    def _versions(self, request: Any) -> catalog_pb2.VersionsResponse:
+        self.script.requests.append(request)
+        shares = [
+            catalog_pb2.VersionStatus(version="v1", weight=0.75),
+            catalog_pb2.VersionStatus(version="v2", weight=0.25),
+        ]
+        return catalog_pb2.VersionsResponse(name=request.name, versions=shares)
 
     def Scale(self, request: scaling_pb2.ScaleRequest, context: Any) -> scaling_pb2.ScaleResponse:
         self.script.requests.append(request)

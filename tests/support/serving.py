@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, WorkerIdentity
+from cluster.control.reconcile import Observed
 from cluster.link.hub import Hub, hub_server
 from cluster.link.worker_link import WorkerLink
 from cluster.rayserve.backend import Backend, Snapshot
@@ -136,3 +137,16 @@ async def settled(backend: Backend, holds: Callable[[Snapshot], bool], what: str
         if time.monotonic() > deadline:
             raise AssertionError(f"timed out after {timeout_s:g} s waiting until {what}; last seen {snapshot.apps}")
         await asyncio.sleep(0.1)
+
+
+def apps_of(snapshot: Snapshot, model: str) -> list[Observed]:
+    """A model's applications on Ray."""
+    return [seen for seen in snapshot.apps.values() if seen.model == model]
+
+
+async def removed(backend: Backend, *models: str) -> None:
+    """Delete all applications of these models and wait until they have gone."""
+    for app, seen in (await backend.observe()).apps.items():
+        if seen.model in models:
+            await backend.delete(app)
+    await settled(backend, lambda s: not any(apps_of(s, model) for model in models), f"{models} are gone")

@@ -3,6 +3,7 @@
 isort:skip_file
 The operators' API, on a listener of its own: the fleet and the catalog. See also tenants.proto and usage.proto."""
 
+from cluster.admin.v1 import catalog_pb2 as _catalog_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -393,6 +394,26 @@ Global___GetRequest: _TypeAlias = GetRequest  # noqa: Y015
 class CatalogEntry(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CardEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
@@ -407,6 +428,11 @@ class CatalogEntry(_message.Message):
     READY_WORKERS_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    LICENSE_FIELD_NUMBER: _builtins.int
+    FAMILY_FIELD_NUMBER: _builtins.int
+    CARD_FIELD_NUMBER: _builtins.int
+    FALLBACK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: _builtins.str
     state_reason: _builtins.str
@@ -420,8 +446,20 @@ class CatalogEntry(_message.Message):
     ready_workers: _builtins.int
     waiting: _builtins.int
     note: _builtins.str
+    license: _builtins.str
+    family: _builtins.str
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[_catalog_pb2.VersionStatus]:
+        """The versions that may get calls, the one that stays first."""
+
+    @_builtins.property
+    def card(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the model card says of itself."""
+
+    @_builtins.property
+    def fallback(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -439,10 +477,15 @@ class CatalogEntry(_message.Message):
         ready_workers: _builtins.int = ...,
         waiting: _builtins.int = ...,
         note: _builtins.str = ...,
+        versions: _abc.Iterable[_catalog_pb2.VersionStatus] | None = ...,
+        license: _builtins.str = ...,
+        family: _builtins.str = ...,
+        card: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        fallback: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "ready_workers", b"ready_workers", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "version", b"version", "waiting", b"waiting", "weight_digest", b"weight_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "ready_workers", b"ready_workers", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions", "waiting", b"waiting", "weight_digest", b"weight_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

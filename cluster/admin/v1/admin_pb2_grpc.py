@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from cluster.admin.v1 import admin_pb2 as cluster_dot_admin_dot_v1_dot_admin__pb2
+from cluster.admin.v1 import catalog_pb2 as cluster_dot_admin_dot_v1_dot_catalog__pb2
 from cluster.admin.v1 import scaling_pb2 as cluster_dot_admin_dot_v1_dot_scaling__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -343,6 +344,36 @@ class CatalogStub:
                 request_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.GetRequest.SerializeToString,
                 response_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.CatalogEntry.FromString,
                 _registered_method=True)
+        self.Apply = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/Apply',
+                request_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.ApplyRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.ApplyResponse.FromString,
+                _registered_method=True)
+        self.Diff = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/Diff',
+                request_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.DiffRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.DiffResponse.FromString,
+                _registered_method=True)
+        self.SetWeights = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/SetWeights',
+                request_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.SetWeightsRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.FromString,
+                _registered_method=True)
+        self.Promote = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/Promote',
+                request_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.PromoteRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/Rollback',
+                request_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.FromString,
+                _registered_method=True)
+        self.Quarantine = channel.unary_unary(
+                '/cluster.admin.v1.Catalog/Quarantine',
+                request_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.QuarantineRequest.SerializeToString,
+                response_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.FromString,
+                _registered_method=True)
         self.Scale = channel.unary_unary(
                 '/cluster.admin.v1.Catalog/Scale',
                 request_serializer=cluster_dot_admin_dot_v1_dot_scaling__pb2.ScaleRequest.SerializeToString,
@@ -373,6 +404,50 @@ class CatalogServicer:
 
     def Get(self, request, context):
         """Get returns one model by name or alias.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Apply(self, request, context):
+        """Apply makes the catalog as the given entries say: checked whole before anything changes, and only what is different
+        is touched. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Diff(self, request, context):
+        """Diff says what Apply would change. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetWeights(self, request, context):
+        """SetWeights gives a version of a model another part of its calls. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Promote(self, request, context):
+        """Promote lets the version on trial be the model's own. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Rollback takes the version on trial back until its entry is changed. The controller answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Quarantine(self, request, context):
+        """Quarantine lets a version get no call; what runs there moves where another has the same weights. The controller
+        answers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -411,6 +486,36 @@ def add_CatalogServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=cluster_dot_admin_dot_v1_dot_admin__pb2.GetRequest.FromString,
                     response_serializer=cluster_dot_admin_dot_v1_dot_admin__pb2.CatalogEntry.SerializeToString,
+            ),
+            'Apply': grpc.unary_unary_rpc_method_handler(
+                    servicer.Apply,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.ApplyRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.ApplyResponse.SerializeToString,
+            ),
+            'Diff': grpc.unary_unary_rpc_method_handler(
+                    servicer.Diff,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.DiffRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.DiffResponse.SerializeToString,
+            ),
+            'SetWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetWeights,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.SetWeightsRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.SerializeToString,
+            ),
+            'Promote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Promote,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.PromoteRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.RollbackRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.SerializeToString,
+            ),
+            'Quarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.Quarantine,
+                    request_deserializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.QuarantineRequest.FromString,
+                    response_serializer=cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.SerializeToString,
             ),
             'Scale': grpc.unary_unary_rpc_method_handler(
                     servicer.Scale,
@@ -483,6 +588,168 @@ class Catalog:
             '/cluster.admin.v1.Catalog/Get',
             cluster_dot_admin_dot_v1_dot_admin__pb2.GetRequest.SerializeToString,
             cluster_dot_admin_dot_v1_dot_admin__pb2.CatalogEntry.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Apply(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/Apply',
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.ApplyRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.ApplyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Diff(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/Diff',
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.DiffRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.DiffResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/SetWeights',
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.SetWeightsRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Promote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/Promote',
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.PromoteRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/Rollback',
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.RollbackRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Quarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cluster.admin.v1.Catalog/Quarantine',
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.QuarantineRequest.SerializeToString,
+            cluster_dot_admin_dot_v1_dot_catalog__pb2.VersionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,6 +4,7 @@ isort:skip_file
 The operators' API, on a listener of its own: the fleet and the catalog. See also tenants.proto and usage.proto."""
 
 from cluster.admin.v1 import admin_pb2 as _admin_pb2
+from cluster.admin.v1 import catalog_pb2 as _catalog_pb2
 from cluster.admin.v1 import scaling_pb2 as _scaling_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
@@ -135,6 +136,22 @@ class CatalogStub:
     """List lists the models of the catalog with their state."""
     Get: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetRequest, _admin_pb2.CatalogEntry]
     """Get returns one model by name or alias."""
+    Apply: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.ApplyRequest, _catalog_pb2.ApplyResponse]
+    """Apply makes the catalog as the given entries say: checked whole before anything changes, and only what is different
+    is touched. The controller answers.
+    """
+    Diff: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.DiffRequest, _catalog_pb2.DiffResponse]
+    """Diff says what Apply would change. The controller answers."""
+    SetWeights: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.SetWeightsRequest, _catalog_pb2.VersionsResponse]
+    """SetWeights gives a version of a model another part of its calls. The controller answers."""
+    Promote: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.PromoteRequest, _catalog_pb2.VersionsResponse]
+    """Promote lets the version on trial be the model's own. The controller answers."""
+    Rollback: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.RollbackRequest, _catalog_pb2.VersionsResponse]
+    """Rollback takes the version on trial back until its entry is changed. The controller answers."""
+    Quarantine: _grpc.UnaryUnaryMultiCallable[_catalog_pb2.QuarantineRequest, _catalog_pb2.VersionsResponse]
+    """Quarantine lets a version get no call; what runs there moves where another has the same weights. The controller
+    answers.
+    """
     Scale: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.ScaleRequest, _scaling_pb2.ScaleResponse]
     """Scale sets a model's number of replicas by hand, or gives it back to the demand. The controller answers."""
     Freeze: _grpc.UnaryUnaryMultiCallable[_scaling_pb2.FreezeRequest, _scaling_pb2.FreezeResponse]
@@ -151,6 +168,22 @@ class CatalogAsyncStub(CatalogStub):
     """List lists the models of the catalog with their state."""
     Get: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetRequest, _admin_pb2.CatalogEntry]  # type: ignore[assignment]
     """Get returns one model by name or alias."""
+    Apply: _aio.UnaryUnaryMultiCallable[_catalog_pb2.ApplyRequest, _catalog_pb2.ApplyResponse]  # type: ignore[assignment]
+    """Apply makes the catalog as the given entries say: checked whole before anything changes, and only what is different
+    is touched. The controller answers.
+    """
+    Diff: _aio.UnaryUnaryMultiCallable[_catalog_pb2.DiffRequest, _catalog_pb2.DiffResponse]  # type: ignore[assignment]
+    """Diff says what Apply would change. The controller answers."""
+    SetWeights: _aio.UnaryUnaryMultiCallable[_catalog_pb2.SetWeightsRequest, _catalog_pb2.VersionsResponse]  # type: ignore[assignment]
+    """SetWeights gives a version of a model another part of its calls. The controller answers."""
+    Promote: _aio.UnaryUnaryMultiCallable[_catalog_pb2.PromoteRequest, _catalog_pb2.VersionsResponse]  # type: ignore[assignment]
+    """Promote lets the version on trial be the model's own. The controller answers."""
+    Rollback: _aio.UnaryUnaryMultiCallable[_catalog_pb2.RollbackRequest, _catalog_pb2.VersionsResponse]  # type: ignore[assignment]
+    """Rollback takes the version on trial back until its entry is changed. The controller answers."""
+    Quarantine: _aio.UnaryUnaryMultiCallable[_catalog_pb2.QuarantineRequest, _catalog_pb2.VersionsResponse]  # type: ignore[assignment]
+    """Quarantine lets a version get no call; what runs there moves where another has the same weights. The controller
+    answers.
+    """
     Scale: _aio.UnaryUnaryMultiCallable[_scaling_pb2.ScaleRequest, _scaling_pb2.ScaleResponse]  # type: ignore[assignment]
     """Scale sets a model's number of replicas by hand, or gives it back to the demand. The controller answers."""
     Freeze: _aio.UnaryUnaryMultiCallable[_scaling_pb2.FreezeRequest, _scaling_pb2.FreezeResponse]  # type: ignore[assignment]
@@ -176,6 +209,58 @@ class CatalogServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.CatalogEntry, _abc.Awaitable[_admin_pb2.CatalogEntry]]:
         """Get returns one model by name or alias."""
+
+    @_abc_1.abstractmethod
+    def Apply(
+        self,
+        request: _catalog_pb2.ApplyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalog_pb2.ApplyResponse, _abc.Awaitable[_catalog_pb2.ApplyResponse]]:
+        """Apply makes the catalog as the given entries say: checked whole before anything changes, and only what is different
+        is touched. The controller answers.
+        """
+
+    @_abc_1.abstractmethod
+    def Diff(
+        self,
+        request: _catalog_pb2.DiffRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalog_pb2.DiffResponse, _abc.Awaitable[_catalog_pb2.DiffResponse]]:
+        """Diff says what Apply would change. The controller answers."""
+
+    @_abc_1.abstractmethod
+    def SetWeights(
+        self,
+        request: _catalog_pb2.SetWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalog_pb2.VersionsResponse, _abc.Awaitable[_catalog_pb2.VersionsResponse]]:
+        """SetWeights gives a version of a model another part of its calls. The controller answers."""
+
+    @_abc_1.abstractmethod
+    def Promote(
+        self,
+        request: _catalog_pb2.PromoteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalog_pb2.VersionsResponse, _abc.Awaitable[_catalog_pb2.VersionsResponse]]:
+        """Promote lets the version on trial be the model's own. The controller answers."""
+
+    @_abc_1.abstractmethod
+    def Rollback(
+        self,
+        request: _catalog_pb2.RollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalog_pb2.VersionsResponse, _abc.Awaitable[_catalog_pb2.VersionsResponse]]:
+        """Rollback takes the version on trial back until its entry is changed. The controller answers."""
+
+    @_abc_1.abstractmethod
+    def Quarantine(
+        self,
+        request: _catalog_pb2.QuarantineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_catalog_pb2.VersionsResponse, _abc.Awaitable[_catalog_pb2.VersionsResponse]]:
+        """Quarantine lets a version get no call; what runs there moves where another has the same weights. The controller
+        answers.
+        """
 
     @_abc_1.abstractmethod
     def Scale(

@@ -151,6 +151,7 @@ class Hello(_message.Message):
     ENGINE_VERSION_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     protocol_min: _builtins.int
     protocol_max: _builtins.int
     worker_id: _builtins.str
@@ -178,6 +179,8 @@ class Hello(_message.Message):
     vocab_size: _builtins.int
     epoch: _builtins.int
     """Epoch of this link, chosen by the worker, growing."""
+    generation: _builtins.str
+    """Digest of what its replica was started with: what is replaced at once has the same."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -207,10 +210,11 @@ class Hello(_message.Message):
         engine_version: _builtins.str = ...,
         vocab_size: _builtins.int = ...,
         epoch: _builtins.int = ...,
+        generation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "bundle_digest", b"bundle_digest", "capabilities", b"capabilities", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "epoch", b"epoch", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "ray_cluster", b"ray_cluster", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "weight_digest", b"weight_digest", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "bundle_digest", b"bundle_digest", "capabilities", b"capabilities", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "epoch", b"epoch", "generation", b"generation", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "ray_cluster", b"ray_cluster", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "weight_digest", b"weight_digest", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1420,6 +1424,26 @@ Global___Catalog: _TypeAlias = Catalog  # noqa: Y015
 class CatalogModel(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class CardEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
@@ -1438,6 +1462,10 @@ class CatalogModel(_message.Message):
     ENGINE_CLASS_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
     WEIGHTS_PINNED_FIELD_NUMBER: _builtins.int
+    FALLBACK_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    RETIRED_FIELD_NUMBER: _builtins.int
+    CARD_FIELD_NUMBER: _builtins.int
     SLO_TTFT_S_FIELD_NUMBER: _builtins.int
     SLO_ITL_S_FIELD_NUMBER: _builtins.int
     STARTING_SINCE_S_FIELD_NUMBER: _builtins.int
@@ -1467,6 +1495,22 @@ class CatalogModel(_message.Message):
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def weight_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def fallback(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models that take its calls while it has no worker that is ready, in this order."""
+
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionShare]:
+        """The versions that may get calls, the one that stays first; none: whatever its workers are."""
+
+    @_builtins.property
+    def retired(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Generations whose workers get no new call."""
+
+    @_builtins.property
+    def card(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What its model card says of itself, a few short texts."""
+
     def __init__(
         self,
         *,
@@ -1488,17 +1532,141 @@ class CatalogModel(_message.Message):
         engine_class: _builtins.str = ...,
         note: _builtins.str = ...,
         weights_pinned: _builtins.bool = ...,
+        fallback: _abc.Iterable[_builtins.str] | None = ...,
+        versions: _abc.Iterable[Global___VersionShare] | None = ...,
+        retired: _abc.Iterable[_builtins.str] | None = ...,
+        card: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         slo_ttft_s: _builtins.float = ...,
         slo_itl_s: _builtins.float = ...,
         starting_since_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "version", b"version", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CatalogModel: _TypeAlias = CatalogModel  # noqa: Y015
+
+@_typing.final
+class VersionShare(_message.Message):
+    """One of a model's versions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STATE_REASON_FIELD_NUMBER: _builtins.int
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    WEIGHT_DIGESTS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_PINNED_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    REPLICAS_DESIRED_FIELD_NUMBER: _builtins.int
+    QUARANTINED_FIELD_NUMBER: _builtins.int
+    TTFT_RATIO_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    weight: _builtins.float
+    """Its part of the model's calls, in [0, 1]."""
+    revision: _builtins.str
+    state: _builtins.str
+    state_reason: _builtins.str
+    bundle_digest: _builtins.str
+    weights_pinned: _builtins.bool
+    replicas: _builtins.int
+    replicas_desired: _builtins.int
+    quarantined: _builtins.bool
+    """No new call, and what runs goes on elsewhere where it can."""
+    ttft_ratio: _builtins.float
+    """Of a version on trial: see VersionTally.slower."""
+    @_builtins.property
+    def weight_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        revision: _builtins.str = ...,
+        state: _builtins.str = ...,
+        state_reason: _builtins.str = ...,
+        bundle_digest: _builtins.str = ...,
+        weight_digests: _abc.Iterable[_builtins.str] | None = ...,
+        weights_pinned: _builtins.bool = ...,
+        replicas: _builtins.int = ...,
+        replicas_desired: _builtins.int = ...,
+        quarantined: _builtins.bool = ...,
+        ttft_ratio: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "quarantined", b"quarantined", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "revision", b"revision", "state", b"state", "state_reason", b"state_reason", "ttft_ratio", b"ttft_ratio", "version", b"version", "weight", b"weight", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionShare: _TypeAlias = VersionShare  # noqa: Y015
+
+@_typing.final
+class VersionTally(_message.Message):
+    """What a gateway has counted of a version since its own start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    SLOWER_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    version: _builtins.str
+    generation: _builtins.str
+    calls: _builtins.int
+    errors: _builtins.int
+    """Of them, those that failed by their worker's fault."""
+    pairs: _builtins.int
+    """Calls whose first token was compared with that of the last call of the version that stays."""
+    slower: _builtins.int
+    """Of them, those that took more than ttft_ratio times as long."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        generation: _builtins.str = ...,
+        calls: _builtins.int = ...,
+        errors: _builtins.int = ...,
+        pairs: _builtins.int = ...,
+        slower: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "errors", b"errors", "generation", b"generation", "model", b"model", "pairs", b"pairs", "slower", b"slower", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionTally: _TypeAlias = VersionTally  # noqa: Y015
+
+@_typing.final
+class VersionTallies(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TALLIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tallies(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionTally]: ...
+    def __init__(
+        self,
+        *,
+        tallies: _abc.Iterable[Global___VersionTally] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tallies", b"tallies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionTallies: _TypeAlias = VersionTallies  # noqa: Y015
 
 @_typing.final
 class GatewayControlFrame(_message.Message):
@@ -1508,6 +1676,7 @@ class GatewayControlFrame(_message.Message):
     DEMAND_FIELD_NUMBER: _builtins.int
     FLEET_FIELD_NUMBER: _builtins.int
     FETCH_BUNDLE_FIELD_NUMBER: _builtins.int
+    TALLIES_FIELD_NUMBER: _builtins.int
     ADMIN_REQUEST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
@@ -1518,6 +1687,8 @@ class GatewayControlFrame(_message.Message):
     @_builtins.property
     def fetch_bundle(self) -> Global___FetchBundle: ...
     @_builtins.property
+    def tallies(self) -> Global___VersionTallies: ...
+    @_builtins.property
     def admin_request(self) -> Global___AdminRequest: ...
     def __init__(
         self,
@@ -1526,11 +1697,12 @@ class GatewayControlFrame(_message.Message):
         demand: Global___Demand | None = ...,
         fleet: Global___FleetState | None = ...,
         fetch_bundle: Global___FetchBundle | None = ...,
+        tallies: Global___VersionTallies | None = ...,
         admin_request: Global___AdminRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admin_request", b"admin_request", "demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admin_request", b"admin_request", "demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "tallies", b"tallies", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_request", b"admin_request", "demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_request", b"admin_request", "demand", b"demand", "fetch_bundle", b"fetch_bundle", "fleet", b"fleet", "tallies", b"tallies", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1729,6 +1901,8 @@ class FleetWorker(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     ENGINE_CLASS_FIELD_NUMBER: _builtins.int
     DEFAULT_SAMPLING_JSON_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     STANDING_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
     MAX_NUM_SEQS_FIELD_NUMBER: _builtins.int
@@ -1743,6 +1917,8 @@ class FleetWorker(_message.Message):
     max_model_len: _builtins.int
     engine_class: _builtins.str
     default_sampling_json: _builtins.str
+    version: _builtins.str
+    generation: _builtins.str
     standing: Global___Standing.State.ValueType
     max_num_seqs: _builtins.int
     max_num_batched_tokens: _builtins.int
@@ -1764,6 +1940,8 @@ class FleetWorker(_message.Message):
         max_model_len: _builtins.int = ...,
         engine_class: _builtins.str = ...,
         default_sampling_json: _builtins.str = ...,
+        version: _builtins.str = ...,
+        generation: _builtins.str = ...,
         standing: Global___Standing.State.ValueType = ...,
         work: Global___Work | None = ...,
         max_num_seqs: _builtins.int = ...,
@@ -1772,7 +1950,7 @@ class FleetWorker(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "load", b"load", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "ray_cluster", b"ray_cluster", "standing", b"standing", "weight_digest", b"weight_digest", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "generation", b"generation", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "load", b"load", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "ray_cluster", b"ray_cluster", "standing", b"standing", "version", b"version", "weight_digest", b"weight_digest", "work", b"work", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,82 @@
+"""Entries of models as plain values: files laid over each other, and what is different between two catalogs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.api.catalog import Change, Difference
+
+Entry = Mapping[str, Any]
+
+
+def lay(layers: Sequence[Sequence[Entry]]) -> tuple[dict[str, Any], ...]:
+    """One catalog of several, later ones over earlier ones, by name, in the order in which names first come. Mappings
+    are laid over each other key by key, all else is replaced whole; null takes a key away. Raises ValueError for an
+    entry without a name."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, layer in enumerate(layers):
+        seen: set[str] = set()
+        for i, entry in enumerate(layer):
+            name = entry.get("name") if isinstance(entry, Mapping) else None
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"layer {number + 1}: models[{i}]: has no name")
+            if name in seen:
+                raise ValueError(f"layer {number + 1}: models[{i}]: {name!r} is there twice in one file")
+            seen.add(name)
+            found[name] = _over(found.get(name, {}), entry)
+    return tuple(found.values())
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping):
+            old = merged.get(key)
+            merged[key] = _over(old if isinstance(old, Mapping) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def applied(now: Sequence[Entry], given: Sequence[Entry], *, prune: bool) -> tuple[dict[str, Any], ...]:
+    """The catalog after entries are given: each replaces the one of its name; others stay, or go with `prune`."""
+    new = {str(entry["name"]): dict(entry) for entry in given}
+    kept = {str(entry["name"]): dict(entry) for entry in now if not prune or entry["name"] in new}
+    return tuple((kept | new).values())
+
+
+def promoted(entry: Entry) -> dict[str, Any]:
+    """The entry with its canary in the place of what it had. Raises KeyError where it has none."""
+    canary = entry["canary"]
+    own = {key: value for key, value in canary.items() if key not in ("weight", "rollback")}
+    new = {key: value for key, value in entry.items() if key not in ("canary", "digest")}
+    return new | own
+
+
+def changes(now: Mapping[str, Entry], then: Mapping[str, Entry], restarts: Mapping[str, str]) -> tuple[Change, ...]:
+    """What is different, by name. `restarts`: of models that get new replicas, why."""
+    found = []
+    for name in sorted(now.keys() | then.keys()):
+        before, after = now.get(name), then.get(name)
+        if before == after:
+            continue
+        kind = "add" if before is None else "remove" if after is None else "change"
+        differences = tuple(_differences("", before or {}, after or {})) if kind == "change" else ()
+        found.append(Change(name, kind, differences, restarts.get(name, "")))
+    return tuple(found)
+
+
+def _differences(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
+    found: list[Difference] = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new, where = before.get(key), after.get(key), f"{path}{key}"
+        if old == new:
+            continue
+        if isinstance(old or {}, Mapping) and isinstance(new or {}, Mapping):  # a section, here or there
+            found += _differences(f"{where}.", old or {}, new or {})
+        else:
+            found.append(Difference(where, old, new))
+    return found

@@ -1,0 +1,122 @@
+"""apply, diff and the verbs of models against a real admin API that a script answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import Result
+
+from cluster.admin.v1 import admin_pb2
+from cluster.admin.v1 import catalog_pb2 as pb
+from tests.support.scripted_gateway import ScriptedGateway
+
+Run = Callable[..., Result]
+
+CHANGES = [
+    pb.Change(
+        model="m",
+        kind="change",
+        restarts="replaced one after another",
+        differences=[
+            pb.Difference(path="revision", before_json='"a"', after_json='"b"'),
+            pb.Difference(path="gpu", after_json='"L4"'),
+        ],
+    ),
+    pb.Change(model="n", kind="add"),
+]
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Path:
+    """A folder of two files, the second over the first."""
+    (tmp_path / "10-base.yaml").write_text(
+        "api_version: headrace/v1\nname: prod\nobserve: {}\nmodels: [{name: m, source: /m, replicas: {max: 2}}]\n"
+    )
+    (tmp_path / "20-more.yml").write_text(
+        "models: [{name: m, replicas: {min: 2}}]\n---\nmodels: [{name: n, source: /n}]\n"
+    )
+    (tmp_path / "notes.txt").write_text("{")
+    return tmp_path
+
+
+def test_apply_lays_files_over_each_other(run: Run, gateway: ScriptedGateway, layers: Path) -> None:
+    """Folders in the order of their names; what is not a model is named and not sent; the changes are told."""
+    gateway.script.changes = CHANGES
+    over = layers / "over.yaml.last"
+    over.write_text("models: [{name: m, revision: b}]")
+    done = run("apply", "-f", str(layers), "-f", str(over), "--prune", "--reason", "why", "--admin", gateway.endpoint)
+    assert done.exit_code == 0
+    (request,) = gateway.script.requests
+    assert json.loads(request.document) == {
+        "models": [
+            {"name": "m", "source": "/m", "replicas": {"max": 2, "min": 2}, "revision": "b"},
+            {"name": "n", "source": "/n"},
+        ]
+    }
+    assert (request.prune, request.validate_only, request.reason) == (True, False, "why")
+    assert "observe" in done.stderr
+    for part in ("~ m", 'revision: "a" -> "b"', "gpu: unset", "replaced one after another", "+ n", "applied: 2 models"):
+        assert part in done.stdout
+
+
+def test_diff_says_by_its_exit_code(run: Run, gateway: ScriptedGateway, layers: Path) -> None:
+    """0 the same, 2 something differs; JSON for programs."""
+    at = ("-f", str(layers), "--admin", gateway.endpoint)
+    same = run("diff", *at)
+    assert (same.exit_code, same.stdout.strip()) == (0, "nothing differs")
+    gateway.script.changes = CHANGES
+    differs = run("diff", *at, "--json")
+    assert differs.exit_code == 2
+    assert [one["model"] for one in json.loads(differs.stdout)] == ["m", "n"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("models: {", "cannot be read"),
+        ("[]", "expected a mapping"),
+        ("models: [{source: /m}]", "models[0]: has no name"),
+    ],
+)
+def test_files_that_are_none_are_not_sent(
+    run: Run, gateway: ScriptedGateway, tmp_path: Path, text: str, told: str
+) -> None:
+    """Bad usage, with the file or the entry named."""
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    done = run("apply", "-f", str(file), "--admin", gateway.endpoint)
+    assert (done.exit_code, told in done.stderr) == (2, True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run("diff", "-f", str(empty), "--admin", gateway.endpoint).exit_code == 2
+    assert gateway.script.requests == []
+
+
+def test_versions(run: Run, gateway: ScriptedGateway) -> None:
+    """Each verb asks for what it was told, and shows how the versions are to stand."""
+    at = ("--admin", gateway.endpoint)
+    assert "25%" in run("models", "weigh", "m", "v2", "0.25", *at).stdout
+    assert run("models", "promote", "m", *at).exit_code == 0
+    assert run("models", "rollback", "m", "--reason", "slow", *at).exit_code == 0
+    found = json.loads(run("models", "quarantine", "m", "v2", "--lift", "--json", *at).stdout)
+    assert [one["version"] for one in found["versions"]] == ["v1", "v2"]
+    assert run("models", "weigh", "m", "v2", "1.5", *at).exit_code == 2
+    weighed, promoted, back, lifted = gateway.script.requests
+    assert (weighed.version, weighed.weight, promoted.name, back.reason, lifted.lift) == ("v2", 0.25, "m", "slow", True)
+
+
+def test_one_model(run: Run, gateway: ScriptedGateway) -> None:
+    """What the card says is among it."""
+    versions = [pb.VersionStatus(version="v1", weight=1.0, state="READY", replicas=1, replicas_desired=2)]
+    gateway.script.entries = [
+        admin_pb2.CatalogEntry(name="m", license="apache-2.0", card={"language": "en"}, versions=versions)
+    ]
+    text = run("models", "get", "m", "--admin", gateway.endpoint).stdout
+    for part in ("apache-2.0", "language", "1 of 2", "READY"):
+        assert part in text
+    assert json.loads(run("models", "get", "m", "--json", "--admin", gateway.endpoint).stdout)["card"] == {
+        "language": "en"
+    }

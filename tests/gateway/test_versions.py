@@ -1,0 +1,239 @@
+"""Versions beside each other at a gateway, those that leave, and models that stand in for others."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.api.types import CatalogEntry, ModelState, VersionShare, VersionTally
+from cluster.link.dial import read
+from cluster.routing.versions import choose
+from tests.support.calls import chat, refused, rest_of
+from tests.support.cluster import TestCluster, Worker, sim_engine, until
+
+TWO = (VersionShare("v1", 0.75), VersionShare("v2", 0.25, ttft_ratio=1.2))
+
+
+def entry(**fields: Any) -> CatalogEntry:
+    """The model as a controller tells it."""
+    return dataclasses.replace(CatalogEntry("sim", state=ModelState.READY), **fields)
+
+
+def told(cluster: TestCluster, *entries: CatalogEntry) -> None:
+    """The gateway hears a new catalog."""
+    cluster.gateway.dispatcher.catalog(entries)
+
+
+async def ask(cluster: TestCluster, request_id: str, **fields: Any) -> str:
+    """One call; the worker that it has run at."""
+    before = {worker.identity.worker_id: worker.engine.load().steps for worker in cluster.workers}
+    fields = {"max_tokens": 4, "ignore_eos": True, **fields}
+    await cluster.stub.Chat(chat(**fields), metadata=(("x-request-id", request_id),))
+    (ran,) = [w.identity.worker_id for w in cluster.workers if w.engine.load().steps > before[w.identity.worker_id]]
+    return ran
+
+
+def of_version(version: str, shares: Sequence[VersionShare]) -> str:
+    """A request id whose calls are this version's."""
+    pairs = [(one.version, one.weight) for one in shares]
+    return next(name for name in map("r{}".format, range(1000)) if choose(name, pairs) == version)
+
+
+async def two_workers(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, **engine: object
+) -> tuple[Worker, Worker]:
+    """One of each version."""
+    first = await cluster.add_worker(
+        sim_engine(checkpoint, decode_ms=1), bundle, version="v1", generation="g1", weight_digest="one"
+    )
+    second = await cluster.add_worker(
+        sim_engine(checkpoint, **{"decode_ms": 1, **engine}), bundle, version="v2", generation="g2", weight_digest="two"
+    )
+    return first, second
+
+
+async def test_calls_are_shared_out_by_weight_and_stay_so(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """The same id meets the same version again; each version gets some, the one with more weight more; all are counted
+    for the controller."""
+    first, second = await two_workers(cluster, checkpoint, bundle)
+    told(cluster, entry(versions=TWO))
+    went = [await ask(cluster, f"r{i}") for i in range(40)]
+    assert went == [await ask(cluster, f"r{i}") for i in range(40)]
+    assert went.count(first.identity.worker_id) > went.count(second.identity.worker_id) > 0
+    tallies = {tally.version: tally for tally in cluster.gateway.dispatcher.trials.tallies()}
+    assert tallies["v1"] == VersionTally("sim", "v1", "g1", calls=2 * went.count(first.identity.worker_id))
+    assert tallies["v2"].calls == 2 * went.count(second.identity.worker_id)
+    assert 0 < tallies["v2"].pairs <= tallies["v2"].calls
+    told(cluster, entry(versions=(TWO[0], dataclasses.replace(TWO[1], revision="another"))))
+    assert not cluster.gateway.dispatcher.trials.tallies(), "another trial begins at nothing"
+
+
+async def test_a_slow_first_token_and_a_dead_worker_count_against_a_trial(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """Pairs are lost by the version that takes longer, and a loss is counted though the call goes on elsewhere."""
+    _, second = await two_workers(cluster, checkpoint, bundle, prefill_tokens_per_s=300)
+    even = (VersionShare("v1", 0.5), VersionShare("v2", 0.5, ttft_ratio=1.2))
+    told(cluster, entry(versions=even))
+    for i in range(16):
+        await ask(cluster, f"r{i}")
+    (slow,) = [tally for tally in cluster.gateway.dispatcher.trials.tallies() if tally.version == "v2"]
+    assert slow.pairs == slow.slower > 0
+    mine = of_version("v2", even)
+    lost = cluster.stub.StreamChat(chat(max_tokens=50, ignore_eos=True), metadata=(("x-request-id", mine),))
+    await until(lambda: second.engine.load().running > 0, "it runs at the second")
+    await second.stop()
+    assert sum(len(c.choices) for c in await rest_of(lost)) > 0
+    await cluster.until_idle()
+    (slow,) = [tally for tally in cluster.gateway.dispatcher.trials.tallies() if tally.version == "v2"]
+    assert slow.errors == 1
+
+
+async def test_a_version_without_room_or_workers_is_stood_in_for(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """Calls of a version that cannot take them go to the other, since both read a prompt alike."""
+    first, second = await two_workers(cluster, checkpoint, bundle, max_num_seqs=1)
+    told(cluster, entry(versions=TWO))
+    mine = of_version("v2", TWO)
+    assert await ask(cluster, mine) == second.identity.worker_id
+    full = cluster.stub.StreamChat(chat(max_tokens=2000, ignore_eos=True), metadata=(("x-request-id", mine),))
+    await read(full)
+    steps = first.engine.load().steps
+    await cluster.stub.Chat(chat(max_tokens=4, ignore_eos=True), metadata=(("x-request-id", mine),))
+    assert first.engine.load().steps > steps
+    full.cancel()
+    await cluster.until_idle()
+    await second.stop()
+    assert await ask(cluster, mine) == first.identity.worker_id
+
+
+async def test_several_outputs_of_a_call_come_from_one_version(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """Where its version has room for some only, the others wait for that version."""
+    await two_workers(cluster, checkpoint, bundle, max_num_seqs=2)
+    told(cluster, entry(versions=TWO))
+    for i in range(12):
+        await ask(cluster, f"n{i}", n=4)
+
+
+async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """A retired generation ends its streams; the model is READY by the other."""
+    first, second = await two_workers(cluster, checkpoint, bundle)
+    told(cluster, entry())
+    streams = [cluster.stub.StreamChat(chat(max_tokens=300, ignore_eos=True)) for _ in range(8)]
+    for stream in streams:
+        await read(stream)
+    assert first.engine.load().running
+    told(cluster, entry(retired=("g1",)))
+    for i in range(8):
+        assert await ask(cluster, f"r{i}") == second.identity.worker_id if not first.engine.load().running else True
+    for stream in streams:
+        assert (await rest_of(stream))[-1].choices[0].finish_reason == "length"
+    assert {await ask(cluster, f"q{i}") for i in range(8)} == {second.identity.worker_id}
+    told(cluster, entry(retired=("g1", "g2")))
+    known = cluster.gateway.directory.find("sim")
+    assert known is not None
+    assert not known.served
+
+
+async def test_a_quarantined_version_is_left(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """No new call; a stream moves where another has the same weights; with all of them set apart calls are refused."""
+    first, second = await two_workers(cluster, checkpoint, bundle)
+    twin = await cluster.add_worker(
+        sim_engine(checkpoint, decode_ms=1), bundle, version="v1", generation="g3", weight_digest="two"
+    )
+    told(cluster, entry(versions=(VersionShare("v1", 0.0), VersionShare("v2", 1.0))))
+    stream = cluster.stub.StreamChat(chat(max_tokens=3000, ignore_eos=True))
+    await read(stream)
+    await until(lambda: second.engine.load().running > 0, "it runs at the second")
+    told(cluster, entry(versions=(VersionShare("v1", 0.0), VersionShare("v2", 1.0, quarantined=True))))
+    await until(lambda: twin.engine.load().running > 0, "it has moved to its twin")
+    steps = second.engine.load().steps
+    await cluster.stub.Chat(chat(max_tokens=4, ignore_eos=True))
+    assert second.engine.load().steps == steps
+    stream.cancel()
+    told(cluster, entry(versions=(VersionShare("v1", 1.0, quarantined=True),)))
+    answer = await refused(cluster.stub.Chat(chat()))
+    assert (answer.reason, "quarantined" in answer.message) == ("NO_WORKER", True)
+    assert first.engine.load().running == 0
+
+
+async def test_a_model_that_leaves_serves_what_has_come(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A stream goes on to its end and a call that waits gets its turn; new ones are told that it is going."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1, max_num_seqs=1), bundle)
+    told(cluster, entry())
+    stream = cluster.stub.StreamChat(chat(max_tokens=200, ignore_eos=True))
+    await read(stream)
+    waits = cluster.stub.Chat(chat())
+    await until(lambda: cluster.gateway.dispatcher.waiting("sim")[0] == 1, "it waits")
+    told(cluster, entry(state=ModelState.DRAINING))
+    answer = await refused(cluster.stub.Chat(chat()))
+    assert (answer.reason, answer.message) == ("MODEL_NOT_FOUND", "model sim is being removed from this cluster")
+    assert (await rest_of(stream))[-1].choices[0].finish_reason == "length"
+    assert (await waits).choices[0].finish_reason
+
+
+async def test_fallback_only_without_a_worker_and_told(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """The first that has a worker answers, in its own name and in a header; the call still counts as wanted."""
+    told(
+        cluster,
+        CatalogEntry("big", state=ModelState.LOADING, fallback=("away", "sim"), bundle_digest=bundle.digest),
+        CatalogEntry("away", state=ModelState.LOADING),
+        entry(),
+    )
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    call = cluster.stub.Chat(chat(model="big"))
+    assert (await call).model == "sim"
+    assert dict(await call.initial_metadata())["x-headrace-model"] == "sim"
+    body = {"model": "big", "max_tokens": 3, "messages": [{"role": "user", "content": "Hi"}]}
+    request = urllib.request.Request(
+        f"http://{cluster.gateway.endpoints['http']}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    answer = await in_thread(request)
+    assert (answer[0]["model"], answer[1]) == ("sim", "sim")
+    demand = {one.model: one.arrived for one in cluster.gateway.dispatcher.demand()}
+    assert demand == {"away": 0, "big": 2, "sim": 2}
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, model="big")
+    call = cluster.stub.Chat(chat(model="big"))
+    assert (await call).model == "big"
+    assert "x-headrace-model" not in dict(await call.initial_metadata())
+
+
+async def in_thread(request: urllib.request.Request) -> tuple[Any, str | None]:
+    """An HTTP answer's JSON, and the model that its header names."""
+
+    def send() -> tuple[Any, str | None]:
+        with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310 - of a loopback port
+            return json.load(answer), answer.headers.get("x-headrace-model")
+
+    return await asyncio.to_thread(send)
+
+
+@pytest.mark.parametrize(("digest", "taken"), [("one", True), ("two", False)])
+async def test_each_version_has_its_own_pin(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, digest: str, taken: bool
+) -> None:
+    """The weights of one version do not let a worker of the other in."""
+    pinned = VersionShare("v1", weight_digests=("one",), weights_pinned=True), VersionShare("v2", 0.0)
+    told(cluster, entry(versions=pinned))
+    engine = sim_engine(checkpoint, decode_ms=1)
+    worker = await cluster.add_worker(engine, bundle, version="v1", weight_digest=digest, wait=False)
+    if taken:
+        await until(lambda: cluster.linked(worker.identity.worker_id), "it is let in")
+    assert bool(cluster.gateway.directory.refuses(worker.identity)) is not taken
