@@ -13,10 +13,10 @@ from cluster.link.controller import ControllerEnd
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
 from tests.rayserve.test_downscale import sim
-from tests.rayserve.test_serve import gone
 from tests.support.calls import chat, rest_of, text_of
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import running_cluster, until
+from tests.support.serving import removed
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -58,4 +58,4 @@ async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: P
             for part in running:
                 part.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-    await gone(backend, "sim")
+    await removed(backend, "sim")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,10 @@ from cluster.rayserve import scaling
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.settings import ReplicaSettings
-from tests.rayserve.test_serve import gone
 from tests.support.calls import chat, rest_of, text_of
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import bundle_of, running_cluster, until
+from tests.support.serving import apps_of, removed
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -57,7 +58,7 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
             await until(lambda: state() is ModelState.IDLE, "it is deployed at zero", 60)
             assert links() == 0
             stream = cluster.stub.StreamChat(chat(max_tokens=800, ignore_eos=True), timeout=120)
-            first = await stream.read()
+            first: Any = await stream.read()
             assert first.HasField("progress")
             await until(lambda: links() == 1, "the held call has started it", 60)
             desk.scale("sim", 2)
@@ -73,9 +74,9 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
             parts.pop().cancel()
             for _ in range(3):
                 await later.step()
-            assert (await backend.observe()).apps["sim"].target == 0
+            assert apps_of(await backend.observe(), "sim")[0].target == 0
         finally:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
-    await gone(backend, "sim")
+    await removed(backend, "sim")
