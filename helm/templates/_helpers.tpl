@@ -150,3 +150,10 @@ configMap: {name: {{ include "headrace.name" . }}-config}
     {{- end }}
 {{- end }}
 {{- end }}
+
+{{- /* Whether config.ray names one of ray.clusters. */ -}}
+{{- define "headrace.someRayIsUsed" -}}
+{{- $names := dict -}}
+{{- range .Values.config.ray }}{{ $_ := set $names .name true }}{{ end -}}
+{{- range .Values.ray.clusters }}{{ if hasKey $names .name }}true{{ end }}{{ end -}}
+{{- end }}
