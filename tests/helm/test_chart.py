@@ -160,6 +160,7 @@ def test_two_clusters_side_by_side() -> None:
     """Each with an image, a network and a storage namespace of its own; the configuration uses one of them."""
     url = "http://headrace-green-head-svc:8265"
     used = [{"name": "green", "dashboard_url": url, "token_file": "/secrets/ray-token"}]
+    group = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
     clusters = [
         {"name": "blue", "workerGroups": [group]},
         {"name": "green", "image": "headrace/worker-cuda:next", "workerGroups": [group]},
