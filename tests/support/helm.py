@@ -97,6 +97,29 @@ class Rendered:
         (found,) = (one for one in self.objects if one["metadata"]["name"].endswith("-config"))
         return str({**found.get("data", {}), **found.get("stringData", {})}["cluster.yaml"])
 
+    def lay_pod(
+        self, spec: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], folder: Path
+    ) -> dict[str, str]:
+        """Lay the files of a pod with one container under `folder`, as its volumes and `secrets` (by name) give them;
+        returns mount path -> where it lies. So a process can be started with the pod's own arguments."""
+        (container,) = spec["containers"]
+        volumes = {one["name"]: one for one in spec["volumes"]}
+        places = {}
+        for mount in container["volumeMounts"]:
+            here = folder / mount["mountPath"].lstrip("/")
+            here.mkdir(parents=True, exist_ok=True)
+            places[mount["mountPath"]] = str(here)
+            volume = volumes.get(mount["name"], {})
+            if "configMap" in volume:
+                (here / "cluster.yaml").write_text(self.cluster_yaml)
+            if "secret" in volume:
+                held = secrets[volume["secret"]["secretName"]]
+                items = volume["secret"].get("items") or [{"key": key, "path": key} for key in held]
+                for item in items:
+                    if item["key"] in held:
+                        (here / item["path"]).write_text(held[item["key"]])
+        return places
+
 
 class HelmFailed(Exception):
     """Helm's own words."""
