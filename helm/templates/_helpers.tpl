@@ -113,7 +113,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "headrace.configVolume" -}}
 name: config
 {{- if include "headrace.configIsSecret" . }}
-secret: {secretName: {{ include "headrace.name" . }}-config, defaultMode: 0440}
+secret: {secretName: {{ include "headrace.name" . }}-config, defaultMode: 288}
 {{- else }}
 configMap: {name: {{ include "headrace.name" . }}-config}
 {{- end }}
