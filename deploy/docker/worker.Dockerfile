@@ -53,7 +53,8 @@ RUN pip install --only-binary :all: --constraint requirements/base.txt "ray[serv
 COPY pyproject.toml README.md LICENSE ./
 COPY cluster ./cluster
 RUN pip install --no-deps . \
-    && python3 -c "import cluster.cli.main, cluster.rayserve.driver, ray, vllm"
+    && ln -sf "$(command -v python3)" /usr/local/bin/python \
+    && python -c "import cluster.cli.main, cluster.rayserve.driver, ray, vllm"
 LABEL org.opencontainers.image.title="headrace-worker-cuda" org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /models
 USER 10001:10001

@@ -113,7 +113,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "headrace.configVolume" -}}
 name: config
 {{- if include "headrace.configIsSecret" . }}
-secret: {secretName: {{ include "headrace.name" . }}-config, defaultMode: 0440}
+secret: {secretName: {{ include "headrace.name" . }}-config, defaultMode: 288}
 {{- else }}
 configMap: {name: {{ include "headrace.name" . }}-config}
 {{- end }}
@@ -149,4 +149,11 @@ configMap: {name: {{ include "headrace.name" . }}-config}
     - ipBlock: {cidr: {{ . | quote }}}
     {{- end }}
 {{- end }}
+{{- end }}
+
+{{- /* Whether config.ray names one of ray.clusters. */ -}}
+{{- define "headrace.someRayIsUsed" -}}
+{{- $names := dict -}}
+{{- range .Values.config.ray }}{{ $_ := set $names .name true }}{{ end -}}
+{{- range .Values.ray.clusters }}{{ if hasKey $names .name }}true{{ end }}{{ end -}}
 {{- end }}

@@ -157,17 +157,15 @@ def test_extra_objects_are_templates() -> None:
 
 
 def test_two_clusters_side_by_side() -> None:
-    """Each with an image, a network and a storage namespace of its own."""
-    urls = [
-        {"name": name, "dashboard_url": f"http://headrace-{name}-head-svc:8265", "token_file": "/secrets/ray-token"}
-        for name in ("blue", "green")
-    ]
+    """Each with an image, a network and a storage namespace of its own; the configuration uses one of them."""
+    url = "http://headrace-green-head-svc:8265"
+    used = [{"name": "green", "dashboard_url": url, "token_file": "/secrets/ray-token"}]
     group = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
     clusters = [
         {"name": "blue", "workerGroups": [group]},
         {"name": "green", "image": "headrace/worker-cuda:next", "workerGroups": [group]},
     ]
-    values = {"config": {"ray": urls}, "ray": {"clusters": clusters}, "valkey": {"address": "valkey:6379"}}
+    values = {"config": {"ray": used}, "ray": {"clusters": clusters}, "valkey": {"address": "valkey:6379"}}
     rendered = helm.template(values)
     blue, green = (rendered.one("RayCluster", f"headrace-{name}") for name in ("blue", "green"))
     assert green["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] == "headrace/worker-cuda:next"

@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,29 +67,9 @@ def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
 # ---- the command lines
 
 
-def mounted(spec: Mapping[str, Any], rendered: Rendered, folder: Path) -> dict[str, str]:
-    """Lay a pod's files under `folder`; returns mount path -> where it lies."""
-    secrets = {
-        str(one["metadata"]["name"]): one["stringData"]  # type: ignore[index]
-        for one in manifests(NAMESPACE, "headrace", (), None, 30)
-    }
-    (container,) = spec["containers"]
-    volumes = {one["name"]: one for one in spec["volumes"]}
-    places = {}
-    for mount in container["volumeMounts"]:
-        here = folder / mount["mountPath"].lstrip("/")
-        here.mkdir(parents=True, exist_ok=True)
-        places[mount["mountPath"]] = str(here)
-        volume = volumes.get(mount["name"], {})
-        if "configMap" in volume:
-            (here / "cluster.yaml").write_text(rendered.cluster_yaml)
-        if "secret" in volume:
-            held: Any = secrets[volume["secret"]["secretName"]]
-            items = volume["secret"].get("items") or [{"key": key, "path": key} for key in held]
-            for item in items:
-                if item["key"] in held:
-                    (here / item["path"]).write_text(held[item["key"]])
-    return places
+def secrets_by_name() -> dict[str, Any]:
+    """What `headrace pod secrets` makes: name -> key -> value."""
+    return {str(one["metadata"]["name"]): one["stringData"] for one in manifests(NAMESPACE, "headrace", (), None, 30)}  # type: ignore[index]
 
 
 @pytest.mark.parametrize("part", ["gateway", "controller"])
@@ -101,7 +80,7 @@ def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) ->
         o for o in preset.objects if o["kind"] in ("StatefulSet", "Deployment") and o["metadata"]["name"] == name
     )
     spec = workload["spec"]["template"]["spec"]
-    places = mounted(spec, preset, tmp_path)
+    places = preset.lay_pod(spec, secrets_by_name(), tmp_path)
     file = Path(places["/etc/headrace"]) / "cluster.yaml"
     inside = re.compile("|".join(f"(?<= ){path}(?=/)" for path in places))
     file.write_text(inside.sub(lambda found: places[found[0]], file.read_text()))

@@ -139,6 +139,21 @@ def test_promtool_takes_the_rules_and_each_alert_fires_for_its_cause(tmp_path: P
     assert [one["alert"] for one in rules() if "alert" in one and one["alert"] not in played] == []
 
 
+def test_prometheus_itself_evaluates_every_query(tmp_path: Path) -> None:
+    """Over no series each has no value: a query that its engine cannot type is an error."""
+    asked = [query for where, query in queries() if "absent(" not in query]
+    expressions = [{"expr": query, "eval_time": "5m", "exp_samples": []} for query in asked]
+    tests = tmp_path / "tests.yaml"
+    whole = {"rule_files": [], "evaluation_interval": "1m", "tests": [{"promql_expr_test": expressions}]}
+    command = [program("promtool"), "test", "rules", str(tests)]
+    tests.write_text(yaml.safe_dump(whole))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expressions[0]["expr"] = "sum(headrace_requests_total) > bool 'x'"
+    tests.write_text(yaml.safe_dump(whole))
+    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode != 0
+
+
 def test_alerts_reach_somebody() -> None:
     """The example's routes, asked by Alertmanager's own tool."""
     amtool, config = program("amtool"), ROOT / "deploy" / "monitoring" / "alertmanager.yaml"

@@ -212,9 +212,11 @@ def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> N
         for one in manifests(NAMESPACE, "headrace", (), None, 30)
     }
     wanted: list[tuple[str, str]] = []
+    modes = []
     for _, _, spec in pods(preset):
         for volume in spec.get("volumes", ()):
             secret = volume.get("secret", {})
+            modes += [secret.get("defaultMode")] if secret else []
             if secret and not secret.get("optional"):
                 keys = [item["key"] for item in secret.get("items", ())] or ["tls.crt", "tls.key", "ca.crt"]
                 wanted += [(secret["secretName"], key) for key in keys]
@@ -223,6 +225,7 @@ def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> N
                 if reference := one.get("valueFrom", {}).get("secretKeyRef"):
                     wanted.append((reference["name"], reference["key"]))
     assert len(wanted) > 10
+    assert set(modes) == {0o440}, "others on the node cannot read them; the pod's group can"
     assert [one for one in wanted if one[1] not in made.get(one[0], ())] == []
     for cluster in preset.all("RayCluster"):
         assert "auth_token" in made[cluster["spec"]["authOptions"]["secretName"]], "the key that KubeRay reads"

