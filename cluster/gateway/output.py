@@ -346,6 +346,11 @@ class Output:
         """Whether its end has been taken."""
         return self._told_finish
 
+    def part(self) -> None:
+        """Its call is over, and nobody tells it anything any longer. It lets go of the call, which knows it: neither is
+        to wait for the garbage collector."""
+        del self.call
+
     def leave_engine(self) -> None:
         """Drop it in the engine, where it runs there."""
         if self.link is not None:

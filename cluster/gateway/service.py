@@ -229,6 +229,8 @@ class CallService:
                 guards.close()
             self._settle(model_name, meta, outcome, call, arrived)
             if call is not None:
+                for output in call.sequences:
+                    output.part()
                 await self._allowances.settle(call)
 
     def _call(

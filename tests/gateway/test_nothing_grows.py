@@ -131,3 +131,18 @@ async def test_nothing_is_left_behind(
     with contextlib.suppress(AssertionError):
         await until(as_before, "connections that have ended are closed", 5)
     assert not grown
+
+
+async def test_calls_are_freed_without_the_collector(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """What a call holds, prompt, text and tokens, goes with it: the collector looks rarely."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.5), bundle)
+    await calls(cluster)
+    gc.collect()
+    gc.disable()
+    try:
+        await calls(cluster)
+        gc.unfreeze()
+        left = Counter(type(one).__name__ for one in gc.get_objects())
+    finally:
+        gc.enable()
+    assert not {kind: left[kind] for kind in ("Call", "Output", "EngineRequest") if left[kind] > CALLS / 20}
