@@ -212,11 +212,11 @@ class Dispatcher:
         others = (one.identity.incarnation for one in self._links(link.identity.model) if one is not link)
         self.breakers.failed(incarnation, others, self._clock())
 
-    def _replays_begun(self, model: str) -> None:
-        """What some sequences had computed is being computed anew, so that others may follow in the next step."""
-        known = self._directory().find(model)
-        if known is not None:
-            self._send_returning(known)
+    def _begun(self, model: str, continued: bool) -> None:
+        """A step has begun with what had been sent for it, so that others may follow in the next: those that go on, and
+        those that begin, where they were held back for them."""
+        if continued or self._returning.waiting(model)[0]:
+            self._pump(model)
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
         """A sequence has gone on at another worker, and its caller has waited so long for its next token."""
@@ -292,7 +292,7 @@ class Dispatcher:
             link.identity.model, gateway, waiting, self._clock()
         )
         link.on_standing = lambda: self.on_state()
-        link.on_replays = lambda: self._replays_begun(link.identity.model)
+        link.on_begun = lambda continued: self._begun(link.identity.model, continued)
         self.turns.joined(link.identity)
         link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe
         self._directory().joined(link)
@@ -384,6 +384,7 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         incarnation=link.identity.incarnation,
         likeness=link.likeness,
         replaying=link.replays.tokens,
+        beginning=link.replays.prompts,
         max_replaying=link.replays.budget(link.load.step_p99_s),
         prefill_tokens=link.prefill_tokens,
     )

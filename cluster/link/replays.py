@@ -1,8 +1,8 @@
-"""Continued calls on their way into a worker's steps: how much of them waits there, and how much a step may hold.
+"""Requests on their way into a worker's steps: how much of them waits there, and how much a step may hold.
 
 Problem: when a worker dies its calls come to the others in a crowd, and each has all its tokens to compute anew. Sent
-all at once they make one step so long that everybody's next token is late; sent one after the other, each when the one
-before has its token, every other step goes by without any.
+all at once they make one step so long that everybody's next token is late, the longer with prompts of calls that begin
+beside them; sent one after the other, each when the one before has its token, every other step goes by without any.
 Invariants: what is counted has been sent and no step is known to have begun with it; whoever leaves is not counted. A
 step is known to have begun with what the engine had taken when the step before ended, as much as a step holds.
 The budget is what makes a step STRETCH times as long as its longest usually are. It follows from what prompts cost at
@@ -23,34 +23,43 @@ SMOOTH = 1 / 8
 class Replays:
     """Of one gateway at one worker."""
 
-    __slots__ = ("_most", "_per_token_s", "_taken", "_usual_s", "_waiting", "tokens")
+    __slots__ = ("_most", "_per_token_s", "_taken", "_usual_s", "_waiting", "prompts", "tokens")
 
     def __init__(self, most_tokens: int) -> None:
         """`most_tokens`: what a step computes at most."""
         self._most = most_tokens
-        self._waiting: dict[int, int] = {}
+        self._waiting: dict[int, tuple[int, bool]] = {}
         self._taken: list[int] = []
         self._usual_s: float | None = None
         self._per_token_s: float | None = None
         self.tokens = 0
-        """What waits for a step."""
+        """Of continued calls, that wait for a step."""
+        self.prompts = 0
+        """Of calls that begin, likewise."""
 
     def __repr__(self) -> str:
-        return f"Replays({self.tokens} tokens of {len(self._waiting)} wait)"
+        return f"Replays({self.tokens} tokens and {self.prompts} of prompts wait)"
 
-    def sent(self, slot: int, tokens: int) -> None:
-        """One is on its way."""
-        self._waiting[slot] = tokens
-        self.tokens += tokens
+    def sent(self, slot: int, tokens: int, continued: bool) -> None:
+        """A request is on its way."""
+        self._waiting[slot] = (tokens, continued)
+        self._count(tokens, continued)
+
+    def _count(self, tokens: int, continued: bool) -> None:
+        if continued:
+            self.tokens += tokens
+        else:
+            self.prompts += tokens
 
     def accepted(self, slot: int) -> None:
-        """The engine has taken one, or a request that is none."""
+        """The engine has taken it."""
         if slot in self._waiting:
             self._taken.append(slot)
 
     def left(self, slot: int) -> None:
-        """It has its token, or nobody wants it any longer; harmless for a request that is none."""
-        self.tokens -= self._waiting.pop(slot, 0)
+        """It has its token, or nobody wants it any longer."""
+        tokens, continued = self._waiting.pop(slot, (0, False))
+        self._count(-tokens, continued)
 
     def step_begins(self) -> bool:
         """A step has ended, and the next begins; whether it may have begun with some of these."""
@@ -59,12 +68,12 @@ class Replays:
         room = self._most
         while self._taken and room > 0:
             slot = self._taken[0]
-            tokens = self._waiting.pop(slot, 0)
+            tokens, continued = self._waiting.pop(slot, (0, False))
             part = min(tokens, room)
             room -= part
-            self.tokens -= part
+            self._count(-part, continued)
             if part < tokens:
-                self._waiting[slot] = tokens - part
+                self._waiting[slot] = (tokens - part, continued)
                 break
             self._taken.pop(0)
         return True

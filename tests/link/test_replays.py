@@ -55,9 +55,9 @@ def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
 def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
     """Waiting for their tokens would leave out every other step; going by time alone would overfill one."""
     link, told = linked(), []
-    link.on_replays = lambda: told.append(link.replays.tokens)
+    link.on_begun = lambda continued: told.append(link.replays.tokens)
     submit(link, 10, 0)
-    assert link.replays.tokens == 0, "one that begins is not paced"
+    assert (link.replays.tokens, link.replays.prompts) == (0, 10), "one that begins is counted apart"
     first, second = submit(link, 10, 5), submit(link, 20, 5)
     assert link.replays.tokens == 40
     link.apply(turn(step=True))
@@ -89,7 +89,7 @@ def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
     slots: list[int] = []
     for act, number in acts:
         if act == "submit":
-            slots.append(submit(link, 1 + number, 1))
+            slots.append(submit(link, 1 + number, number % 2))
             waiting.append(slots[-1])
         elif act == "accept" and waiting:
             link.apply(turn(waiting.pop(0)))
@@ -99,10 +99,10 @@ def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
             link.abort(slots[number % len(slots)])
         elif act == "refuse" and slots:
             link.apply(pb.WorkerTurn(refused=[pb.Refused(slot=slots[number % len(slots)], reason="NO_ROOM")]))
-        assert link.replays.tokens >= 0
+        assert min(link.replays.tokens, link.replays.prompts) >= 0
     for slot in slots:
         link.abort(slot)
-    assert link.replays.tokens == 0
+    assert link.replays.tokens == link.replays.prompts == 0
 
 
 @given(st.floats(0.001, 0.2), st.floats(1e-6, 1e-3), st.floats(0.0, 1.0), st.lists(st.integers(16, 2048), min_size=1))
