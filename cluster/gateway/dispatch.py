@@ -385,6 +385,6 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         likeness=link.likeness,
         replaying=link.replays.tokens,
         beginning=link.replays.prompts,
-        max_replaying=link.replays.budget(link.load.step_p99_s),
+        max_replaying=link.replays.budget(),
         prefill_tokens=link.prefill_tokens,
     )

@@ -5,14 +5,17 @@ all at once they make one step so long that everybody's next token is late, the 
 beside them; sent one after the other, each when the one before has its token, every other step goes by without any.
 Invariants: what is counted has been sent and no step is known to have begun with it; whoever leaves is not counted. A
 step is known to have begun with what the engine had taken when the step before ended, as much as a step holds.
-The budget is what makes a step STRETCH times as long as its longest usually are. It follows from what prompts cost at
+The budget is what makes a step STRETCH times as long as one of twenty is anyway. It follows from what prompts cost at
 this worker, learned from steps that gave somebody's first token; until something is known it is half a step's tokens.
 Prompts of other gateways are not seen and make ours seem dearer than they are, so the budget has a least size.
+Source: the quantile follows Robbins and Monro (1951), a step at a time, and so forgets.
 """
 
 from __future__ import annotations
 
-STRETCH = 1.4
+STRETCH = 1.5
+ORDER, STRIDE = 0.95, 0.02
+"""Which quantile of the steps' lengths is meant, and by which part of itself it moves at most."""
 UNKNOWN, LEAST = 0.5, 0.25
 """Of the tokens that a step can hold: the budget before anything has been learned, and at least."""
 SAMPLE_TOKENS = 16
@@ -23,7 +26,7 @@ SMOOTH = 1 / 8
 class Replays:
     """Of one gateway at one worker."""
 
-    __slots__ = ("_most", "_per_token_s", "_taken", "_usual_s", "_waiting", "prompts", "tokens")
+    __slots__ = ("_long_s", "_most", "_per_token_s", "_taken", "_usual_s", "_waiting", "prompts", "tokens")
 
     def __init__(self, most_tokens: int) -> None:
         """`most_tokens`: what a step computes at most."""
@@ -31,6 +34,7 @@ class Replays:
         self._waiting: dict[int, tuple[int, bool]] = {}
         self._taken: list[int] = []
         self._usual_s: float | None = None
+        self._long_s = 0.0
         self._per_token_s: float | None = None
         self.tokens = 0
         """Of continued calls, that wait for a step."""
@@ -80,17 +84,19 @@ class Replays:
 
     def took(self, step_s: float, prompt_tokens: int) -> None:
         """A step between two others took so long, and was the end of prompts of so many tokens, 0 for none."""
+        long_s = self._long_s or step_s
+        self._long_s = long_s * (1 + STRIDE * (ORDER if step_s > long_s else ORDER - 1))
         if not prompt_tokens:
             self._usual_s = _smooth(self._usual_s, step_s)
         elif SAMPLE_TOKENS <= prompt_tokens <= self._most and self._usual_s is not None:
             self._per_token_s = _smooth(self._per_token_s, max(step_s - self._usual_s, 0.0) / prompt_tokens)
 
-    def budget(self, step_p99_s: float) -> int:
-        """So many tokens may wait for a step. `step_p99_s`: how long the worker's steps are at most, but for a few."""
+    def budget(self) -> int:
+        """So many tokens may wait for a step."""
         usual_s, per_token_s = self._usual_s, self._per_token_s
         if usual_s is None or per_token_s is None:
             return int(UNKNOWN * self._most)
-        more_s = STRETCH * max(step_p99_s, usual_s) - usual_s
+        more_s = STRETCH * max(self._long_s, usual_s) - usual_s
         if more_s >= per_token_s * self._most:
             return self._most
         return int(max(LEAST * self._most, more_s / per_token_s))

@@ -128,9 +128,14 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
     """With continued calls in it a step takes no more of anything; without, those that begin are not counted."""
     like = Likeness("w", "b", "c")
     one, goes_on = worker("a", likeness=like, max_replaying=250), RouteCall("m", 100, likeness=like)
-    for replaying, beginning, continued, begins in (
-        (0, 0, True, True), (0, 400, False, True), (100, 0, True, True), (100, 100, False, False), (200, 0, False, False)
-    ):  # fmt: skip
+    cases = [
+        (0, 0, True, True),
+        (0, 400, False, True),
+        (100, 0, True, True),
+        (100, 100, False, False),
+        (200, 0, False, False),
+    ]
+    for replaying, beginning, continued, begins in cases:
         full = dataclasses.replace(one, replaying=replaying, beginning=beginning)
         assert (pick(goes_on, [full]).worker_id is not None) == continued
         assert (pick(CALL, [full]).worker_id is not None) == begins
