@@ -182,7 +182,7 @@ class Dispatcher:
         for output in self._returning.of(known.name):
             if output.call.error is not None:  # its face is about to end it
                 continue
-            candidates = self._candidates(known, now)
+            candidates = self._candidates(known, now, onward=True)
             decision = pick(_onward(output, candidates), candidates)
             if decision.worker_id is not None and self._returning.take(output):
                 self._bind(known.links[decision.worker_id], output, decision, self.turns.waiting(output))
@@ -199,9 +199,10 @@ class Dispatcher:
         output.bound(link, link.submit(output.submission(), output, output.attempt, sealed, turn))
         self._metrics.count("route_decisions_total", call.model, decision.reason)
 
-    def _candidates(self, known: KnownModel, now: float) -> list[Candidate]:
+    def _candidates(self, known: KnownModel, now: float, onward: bool = False) -> list[Candidate]:
+        """`onward`: for a call that goes on."""
         lets = self.breakers.lets
-        return [_candidate(link, lets(link.identity.incarnation, now)) for link in known.links.values()]
+        return [_candidate(link, lets(link.identity.incarnation, now), onward) for link in known.links.values()]
 
     def answered(self, output: Output, link: WorkerLink, well: bool) -> None:
         """A worker has given a sequence its first token, or has failed it."""
@@ -258,7 +259,9 @@ class Dispatcher:
         """A worker is about to leave: let go on elsewhere what can, a few at a time, the rest as places come free."""
         for output in [one for one in link.sinks if isinstance(one, Output)]:
             candidates = [
-                one for one in self._candidates(model, self._clock()) if one.worker_id != link.identity.worker_id
+                one
+                for one in self._candidates(model, self._clock(), onward=True)
+                if one.worker_id != link.identity.worker_id
             ]
             if pick(RouteCall(model.name, output.tokens, likeness=output.likeness), candidates).worker_id is not None:
                 output.move()
@@ -368,7 +371,7 @@ def _onward(output: Output, candidates: Sequence[Candidate]) -> RouteCall:
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
 
 
-def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
+def _candidate(link: WorkerLink, healthy: bool, onward: bool) -> Candidate:
     free = link.free
     return Candidate(
         worker_id=link.identity.worker_id,
@@ -385,6 +388,6 @@ def _candidate(link: WorkerLink, healthy: bool) -> Candidate:
         likeness=link.likeness,
         replaying=link.replays.tokens,
         beginning=link.replays.prompts,
-        max_replaying=link.replays.budget(),
+        max_replaying=link.replays.budget() if onward or link.replays.tokens else 0,
         prefill_tokens=link.prefill_tokens,
     )

@@ -8,14 +8,16 @@ step is known to have begun with what the engine had taken when the step before 
 The budget is what makes a step STRETCH times as long as one of twenty is anyway. It follows from what prompts cost at
 this worker, learned from steps that gave somebody's first token; until something is known it is half a step's tokens.
 Prompts of other gateways are not seen and make ours seem dearer than they are, so the budget has a least size.
-Source: the quantile follows Robbins and Monro (1951), a step at a time, and so forgets.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
+
 STRETCH = 1.5
-ORDER, STRIDE = 0.95, 0.02
-"""Which quantile of the steps' lengths is meant, and by which part of itself it moves at most."""
+ORDER, STEPS, LEAST_STEPS = 0.95, 64, 16
+"""Which quantile of the steps' lengths is meant, of how many of them, and how many say something."""
 UNKNOWN, LEAST = 0.5, 0.25
 """Of the tokens that a step can hold: the budget before anything has been learned, and at least."""
 SAMPLE_TOKENS = 16
@@ -26,15 +28,14 @@ SMOOTH = 1 / 8
 class Replays:
     """Of one gateway at one worker."""
 
-    __slots__ = ("_long_s", "_most", "_per_token_s", "_taken", "_usual_s", "_waiting", "prompts", "tokens")
+    __slots__ = ("_most", "_per_token_s", "_steps_s", "_taken", "_waiting", "prompts", "tokens")
 
     def __init__(self, most_tokens: int) -> None:
         """`most_tokens`: what a step computes at most."""
         self._most = most_tokens
         self._waiting: dict[int, tuple[int, bool]] = {}
         self._taken: list[int] = []
-        self._usual_s: float | None = None
-        self._long_s = 0.0
+        self._steps_s: deque[float] = deque(maxlen=STEPS)
         self._per_token_s: float | None = None
         self.tokens = 0
         """Of continued calls, that wait for a step."""
@@ -84,23 +85,19 @@ class Replays:
 
     def took(self, step_s: float, prompt_tokens: int) -> None:
         """A step between two others took so long, and was the end of prompts of so many tokens, 0 for none."""
-        long_s = self._long_s or step_s
-        self._long_s = long_s * (1 + STRIDE * (ORDER if step_s > long_s else ORDER - 1))
-        if not prompt_tokens:
-            self._usual_s = _smooth(self._usual_s, step_s)
-        elif SAMPLE_TOKENS <= prompt_tokens <= self._most and self._usual_s is not None:
-            self._per_token_s = _smooth(self._per_token_s, max(step_s - self._usual_s, 0.0) / prompt_tokens)
+        self._steps_s.append(step_s)
+        if SAMPLE_TOKENS <= prompt_tokens <= self._most and len(self._steps_s) >= LEAST_STEPS:
+            cost_s = max(step_s - statistics.median(self._steps_s), 0.0) / prompt_tokens
+            old_s = self._per_token_s
+            self._per_token_s = cost_s if old_s is None else old_s + SMOOTH * (cost_s - old_s)
 
     def budget(self) -> int:
         """So many tokens may wait for a step."""
-        usual_s, per_token_s = self._usual_s, self._per_token_s
-        if usual_s is None or per_token_s is None:
+        per_token_s = self._per_token_s
+        if per_token_s is None:
             return int(UNKNOWN * self._most)
-        more_s = STRETCH * max(self._long_s, usual_s) - usual_s
+        steps_s = sorted(self._steps_s)
+        more_s = STRETCH * steps_s[int(ORDER * len(steps_s))] - steps_s[len(steps_s) // 2]
         if more_s >= per_token_s * self._most:
             return self._most
         return int(max(LEAST * self._most, more_s / per_token_s))
-
-
-def _smooth(mean: float | None, value: float) -> float:
-    return value if mean is None else mean + SMOOTH * (value - mean)
