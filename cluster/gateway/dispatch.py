@@ -232,7 +232,7 @@ class Dispatcher:
         for output in self._returning.of(known.name):
             if output.call.error is not None:  # its face is about to end it
                 continue
-            candidates = self._candidates(known, now)
+            candidates = self._candidates(known, now, onward=True)
             decision = pick(_onward(output, candidates), candidates)
             if decision.worker_id is not None and self._returning.take(output):
                 self._bind(known.links[decision.worker_id], output, decision, self.turns.waiting(output))
@@ -252,10 +252,14 @@ class Dispatcher:
         output.bound(link, link.submit(output.submission(), output, output.attempt, sealed, turn))
         self._metrics.count("route_decisions_total", call.model, decision.reason)
 
-    def _candidates(self, known: KnownModel, now: float) -> list[Candidate]:
+    def _candidates(self, known: KnownModel, now: float, onward: bool = False) -> list[Candidate]:
+        """`onward`: for a call that goes on."""
         lets = self.breakers.lets
         retired = known.retired
-        return [_candidate(link, lets(link.identity.incarnation, now), retired(link)) for link in known.links.values()]
+        return [
+            _candidate(link, healthy=lets(link.identity.incarnation, now), onward=onward, retired=retired(link))
+            for link in known.links.values()
+        ]
 
     def answered(self, output: Output, link: WorkerLink, well: bool) -> None:
         """A worker has given a sequence its first token, or has failed it."""
@@ -266,11 +270,11 @@ class Dispatcher:
         others = (one.identity.incarnation for one in self._links(link.identity.model) if one is not link)
         self.breakers.failed(incarnation, others, self._clock())
 
-    def _replays_begun(self, model: str) -> None:
-        """What some sequences had computed is being computed anew, so that others may follow in the next step."""
-        known = self._directory().find(model)
-        if known is not None:
-            self._send_returning(known)
+    def _begun(self, model: str, continued: bool) -> None:
+        """A step has begun with what had been sent for it, so that others may follow in the next: those that go on, and
+        those that begin, where they were held back for them."""
+        if continued or self._returning.waiting(model)[0]:
+            self._pump(model)
 
     def resumed(self, model: str, reason: str, gap_s: float) -> None:
         """A sequence has gone on at another worker, and its caller has waited so long for its next token."""
@@ -314,7 +318,9 @@ class Dispatcher:
         """A worker is about to leave: let go on elsewhere what can, a few at a time, the rest as places come free."""
         for output in [one for one in link.sinks if isinstance(one, Output)]:
             candidates = [
-                one for one in self._candidates(model, self._clock()) if one.worker_id != link.identity.worker_id
+                one
+                for one in self._candidates(model, self._clock(), onward=True)
+                if one.worker_id != link.identity.worker_id
             ]
             if pick(RouteCall(model.name, output.tokens, likeness=output.likeness), candidates).worker_id is not None:
                 output.move()
@@ -348,7 +354,7 @@ class Dispatcher:
             link.identity.model, gateway, waiting, self._clock()
         )
         link.on_standing = lambda: self.on_state()
-        link.on_replays = lambda: self._replays_begun(link.identity.model)
+        link.on_begun = lambda continued: self._begun(link.identity.model, continued)
         self.turns.joined(link.identity)
         link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe
         self._directory().joined(link)
@@ -433,7 +439,7 @@ def _onward(output: Output, candidates: Sequence[Candidate]) -> RouteCall:
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
 
 
-def _candidate(link: WorkerLink, healthy: bool, retired: bool) -> Candidate:
+def _candidate(link: WorkerLink, *, healthy: bool, onward: bool, retired: bool) -> Candidate:
     free = link.free
     return Candidate(
         worker_id=link.identity.worker_id,
@@ -449,7 +455,8 @@ def _candidate(link: WorkerLink, healthy: bool, retired: bool) -> Candidate:
         incarnation=link.identity.incarnation,
         likeness=link.likeness,
         replaying=link.replays.tokens,
-        max_replaying=link.replays.budget(link.load.step_p99_s),
+        beginning=link.replays.prompts,
+        max_replaying=link.replays.budget() if onward or link.replays.tokens else 0,
         prefill_tokens=link.prefill_tokens,
         retired=retired,
     )

@@ -62,9 +62,9 @@ class WorkerLink:
         self.epoch = epoch
         self.likeness = Likeness(identity.weight_digest, identity.bundle_digest, info.engine_class)
         self.replays = Replays(info.max_num_batched_tokens)
-        """Continued calls that this gateway has sent and that no step has begun with, as far as is known."""
-        self.on_replays: Callable[[], None] = lambda: None
-        """Told that a step has begun with some of these, so that there is room for others."""
+        """Requests that this gateway has sent and that no step has begun with, as far as is known."""
+        self.on_begun: Callable[[bool], None] = lambda continued: None
+        """Told that a step has begun with some of these, and whether continued calls were among them."""
         self.load = EngineLoad()
         self.work = Work()
         """What its engine has computed since its start."""
@@ -134,8 +134,7 @@ class WorkerLink:
         self._sinks[slot] = sink
         tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         self.prefill_tokens += tokens
-        if request.emitted_token_ids:
-            self.replays.sent(slot, tokens)
+        self.replays.sent(slot, tokens, bool(request.emitted_token_ids))
         self._purse.spend(tokens)
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"
@@ -193,8 +192,9 @@ class WorkerLink:
                 sink.refused(refused.reason, refused.message, refused.field)
         if message.HasField("step"):
             self._apply_step(message.step)
+            before = self.replays.tokens
             if self.replays.step_begins():
-                self.on_replays()
+                self.on_begun(self.replays.tokens < before)
         if message.HasField("served"):
             self.on_served(self, served_from_pb(message.served))
         for gateway, waiting in elsewhere_from_pb(message.elsewhere):

@@ -21,8 +21,8 @@ class Candidate:
     """A worker as seen by the gateway that chooses. Room is what it has granted to this gateway and is unspent.
 
     `running` are this gateway's sequences there, `waiting` those in the engine's own queue, `kv_usage` in [0, 1].
-    `replaying` tokens of continued calls of this gateway wait there for the engine's next step, at most `max_replaying`
-    may do so.
+    `replaying` tokens of continued calls of this gateway wait there for the engine's next step, `beginning` of others;
+    where there are any of the former, no more than `max_replaying` may in all.
     """
 
     worker_id: str
@@ -40,6 +40,7 @@ class Candidate:
     incarnation: str = ""
     likeness: Likeness | None = None
     replaying: int = 0
+    beginning: int = 0
     max_replaying: int = 0
     retired: bool = False
     """It is being replaced, or its version is quarantined: what has begun may go on there, nothing begins."""
@@ -115,8 +116,10 @@ class Decision:
 
 
 def _replays_fit(call: RouteCall, c: Candidate) -> bool:
-    """Continued calls come in crowds; computed all at once they would hold up everybody's next token."""
-    return call.likeness is None or not c.replaying or c.replaying + call.tokens <= c.max_replaying
+    """Continued calls come in crowds; computed all at once, or with prompts beside, they would hold up everybody's next
+    token. One of them may go alone, however long."""
+    waiting = c.replaying if call.likeness is None else c.replaying + c.beginning
+    return not waiting or c.replaying + c.beginning + call.tokens <= c.max_replaying
 
 
 def _places(_: RouteCall, c: Candidate) -> float:

@@ -124,6 +124,24 @@ def test_calls_spread_by_size() -> None:
     assert taken == {"s": 5, "m": 10, "l": 35}
 
 
+def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
+    """With continued calls in it a step takes no more of anything; without, those that begin are not counted."""
+    like = Likeness("w", "b", "c")
+    one, goes_on = worker("a", likeness=like, max_replaying=250), RouteCall("m", 100, likeness=like)
+    cases = [
+        (0, 0, True, True),
+        (0, 400, False, True),
+        (100, 0, True, True),
+        (100, 100, False, False),
+        (200, 0, False, False),
+    ]
+    for replaying, beginning, continued, begins in cases:
+        full = dataclasses.replace(one, replaying=replaying, beginning=beginning)
+        assert (pick(goes_on, [full]).worker_id is not None) == continued
+        assert (pick(CALL, [full]).worker_id is not None) == begins
+    assert pick(RouteCall("m", 900, likeness=like), [one]).worker_id == "a", "a long one goes alone"
+
+
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(6, 10)), min_size=2, max_size=5), st.integers(2, 8))
 def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int, int]], calls: int) -> None:
     """One that stood in an engine's queue at its last beat, or a call more that runs, sends none of them elsewhere."""
