@@ -1,0 +1,56 @@
+"""Rests end at common ticks, whatever their lengths and begins."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.link import ticks
+from cluster.link.ticks import TICK_S, rest_s
+
+NOW = st.floats(0, 1e7)
+PERIOD = st.floats(TICK_S, 30)
+
+
+def off_s(at: float) -> float:
+    """How far a moment is from the nearest tick."""
+    return abs(at - round(at / TICK_S) * TICK_S)
+
+
+@given(NOW, PERIOD)
+def test_a_rest_ends_at_a_tick_and_is_about_as_long_as_asked(now: float, period_s: float) -> None:
+    """Half a tick longer than asked at most, and a tick and a half shorter."""
+    got = rest_s(now, period_s)
+    assert off_s(now + got) < 1e-6
+    assert period_s - 1.5 * TICK_S - 1e-3 <= got <= period_s + 0.5 * TICK_S + 1e-3
+    assert got > 0
+
+
+@given(NOW, PERIOD, st.floats(-0.5e-4, 0.05))
+def test_who_is_woken_at_a_tick_rests_whole_ticks(now: float, period_s: float, late_s: float) -> None:
+    """Timers come a little early or late: nobody is woken twice at one tick, or misses one."""
+    tick = round(now / TICK_S) * TICK_S
+    ends = tick + late_s + rest_s(tick + late_s, period_s)
+    assert ends - tick == pytest.approx(math.floor(period_s / TICK_S + 0.5) * TICK_S, abs=1e-6)
+
+
+@given(NOW, st.floats(0.001, TICK_S, exclude_max=True))
+def test_what_is_shorter_than_a_tick_stays(now: float, period_s: float) -> None:
+    """A test's quick beats, and a worker that owes a sign."""
+    assert rest_s(now, period_s) == period_s
+
+
+async def test_two_are_woken_together() -> None:
+    """Whatever their periods, at the ticks that both end at they are woken in one pass of the loop."""
+    loop, woken = asyncio.get_running_loop(), []
+
+    async def look(period_s: float) -> None:
+        await ticks.rest(period_s)
+        woken.append(loop.time())
+
+    await asyncio.gather(look(0.2), look(0.24))
+    assert abs(woken[0] - woken[1]) < TICK_S / 2

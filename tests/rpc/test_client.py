@@ -1,0 +1,156 @@
+"""Our client against our server, against grpc's own, and against servers that go away or say nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from cluster.rpc.client import CallEnded, Client, ClientCall, connect
+from tests.rpc.conftest import SERVICE, Serve
+
+CODE = grpc.StatusCode
+
+
+def opened(client: Client, method: str, *, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> ClientCall:
+    """A call of the echo server, in bytes."""
+    return client.call(f"/{SERVICE}/{method}", bytes, bytes, metadata)
+
+
+async def one(client: Client, method: str, request: bytes) -> list[bytes]:
+    """All answers to one request."""
+    call = opened(client, method)
+    call.send(request)
+    call.done_writing()
+    return [message async for message in call]
+
+
+async def test_calls_one_after_the_other_and_at_once(serve: Serve) -> None:
+    """Requests and answers are whole, metadata arrives, and a connection carries many calls."""
+    async with serve() as echo, await connect(echo.address) as client:
+        call = opened(client, "One", metadata=(("x-text", "a b"), ("x-raw-bin", b"\x00\x01")))
+        call.send(b"hello")
+        call.done_writing()
+        assert await call.read() == b"hello"
+        assert await call.read() is grpc.aio.EOF
+        assert {("x-text", "a b"), ("x-raw-bin", b"\x00\x01")} <= set(echo.seen.metadata)
+        requests = [b"%d" % i for i in range(50)]
+        assert await asyncio.gather(*(one(client, "One", request) for request in requests)) == [[r] for r in requests]
+        assert not client.calls
+
+
+async def test_a_status_is_told(serve: Serve) -> None:
+    """An abort with its details, an unknown method, an answer larger than is taken."""
+    async with serve() as echo, await connect(echo.address, max_message_bytes=1000) as client:
+        with pytest.raises(CallEnded) as aborted:
+            await one(client, "One", b"abort")
+        assert (aborted.value.code, aborted.value.details) == (CODE.NOT_FOUND, "no, ünterwegs 100 %\n")
+        with pytest.raises(CallEnded) as unknown:
+            await one(client, "Nothing", b"")
+        assert unknown.value.code is CODE.UNIMPLEMENTED
+        with pytest.raises(CallEnded) as large:
+            await one(client, "Many", b"1x1001")
+        assert large.value.code is CODE.INTERNAL
+        assert await one(client, "One", b"still there") == [b"still there"]
+
+
+async def test_more_than_the_windows_hold(serve: Serve) -> None:
+    """Both ways: a writer waits for room, and what was sent comes back whole and in order."""
+    async with serve() as echo, await connect(echo.address, window_bytes=100_000) as client:
+        answers = await one(client, "Many", b"300x5000")
+        assert answers == [bytes([i % 251]) * 5000 for i in range(300)]
+        call = opened(client, "Back")
+        sent = [bytes([i % 251]) * 300_000 for i in range(30)]
+
+        async def write() -> None:
+            for message in sent:
+                await call.write(message)
+            call.done_writing()
+
+        writing = asyncio.create_task(write())
+        assert [message async for message in call] == sent
+        await writing
+
+
+async def test_a_cancelled_call_is_cancelled_there(serve: Serve) -> None:
+    """The handler ends; the connection and its other calls go on."""
+    async with serve() as echo, await connect(echo.address) as client:
+        call = opened(client, "Forever")
+        call.send(b"")
+        call.done_writing()
+        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        call.cancel()
+        await asyncio.wait_for(echo.seen.cancelled.wait(), 5)
+        with pytest.raises(CallEnded) as ended:
+            await call.read()
+        assert ended.value.code is CODE.CANCELLED
+        assert await one(client, "One", b"next") == [b"next"]
+
+
+async def test_a_server_that_goes_away_ends_reads_and_writes(serve: Serve) -> None:
+    """Whoever waits is told, and no further call is opened."""
+    async with serve() as echo, await connect(echo.address) as client:
+        call = opened(client, "Back")
+        await call.write(b"there")
+        assert await call.read() == b"there"
+        reading = asyncio.create_task(call.read())
+        await echo.server.stop(0)
+        with pytest.raises(CallEnded) as ended:
+            await asyncio.wait_for(reading, 5)
+        assert ended.value.code is CODE.UNAVAILABLE
+        with pytest.raises(CallEnded):
+            await call.write(b"too late")
+        assert not client.usable
+        with pytest.raises(CallEnded):
+            opened(client, "One")
+
+
+async def test_a_silent_server_is_given_up() -> None:
+    """A connection that stands but answers no ping ends its calls."""
+    held: list[Any] = []
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+        while await reader.read(65_536):
+            pass
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with await connect(f"127.0.0.1:{port}", ping_s=0.05, ping_answer_s=0.05) as client:
+            with pytest.raises(CallEnded) as ended:
+                await asyncio.wait_for(opened(client, "One").read(), 5)
+            assert ended.value.details == "no answer to a ping"
+
+
+async def test_nobody_there(unused_tcp_port: int) -> None:
+    """An address where nobody listens is told at once."""
+    with pytest.raises(ConnectionRefusedError):
+        await connect(f"127.0.0.1:{unused_tcp_port}")
+
+
+async def test_grpcs_own_server() -> None:
+    """The same bytes mean the same to grpc's server: trailers-only errors, streams both ways."""
+
+    async def back(messages: Any, context: Any) -> Any:
+        async for message in messages:
+            if message == b"abort":
+                await context.abort(CODE.NOT_FOUND, "nö")
+            yield message
+
+    handler: Any = grpc.stream_stream_rpc_method_handler(back)
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Back": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with await connect(f"127.0.0.1:{port}") as client:
+            assert await one(client, "Back", b"x" * 200_000) == [b"x" * 200_000]
+            with pytest.raises(CallEnded) as ended:
+                await one(client, "Back", b"abort")
+            assert (ended.value.code, ended.value.details) == (CODE.NOT_FOUND, "nö")
+    finally:
+        await server.stop(0)
