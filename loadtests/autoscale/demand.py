@@ -121,7 +121,7 @@ def servegen(
                 here > 0, rng.gamma(np.maximum(shape, 1e-9)) * (spread**2 / mean if spread else mean), 0.0
             )
     there = count > 0
-    at = (np.arange(bins) * bin_s)[there]
+    at = ((np.arange(bins) + 0.5) * bin_s)[there]
     return Demand(
         at,
         count[there],

@@ -25,12 +25,12 @@ TRUSTED = 5.0
 BLIND = 2.0
 """Cold starts of demand before anything leaves: till then nothing is known of what comes."""
 FIRST_MARGIN = 1.4
-SHARE_OF_BUDGET = 0.7
+SHARE_OF_BUDGET = 0.85
 """Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
-UP = 0.02
-DOWN = 0.0
-LEAST = 0.9
-DOUBT = 0.15
+UP = 0.01
+DOWN = 0.02
+LEAST = 1.0
+DOUBT = 0.07
 """Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
 rules owes some of its luck to the past that it was chosen by."""
 PATIENCE = 1.5
