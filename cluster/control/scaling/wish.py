@@ -101,7 +101,7 @@ def learn(memory: ModelMemory, seen: ModelSeen, work: Work, passed_s: float, now
     )
     cold_s = max(seen.settings.cold_start_s, 1.0)
     if passed_s > 0:
-        share = -math.expm1(-passed_s / cold_s)
+        share = -math.expm1(-passed_s / (5.0 * cold_s))
         known = {**dict.fromkeys(memory.ranks, 0.0), **work.by_rank_s}
         ranks = {r: (v := memory.ranks.get(r, 0.0)) + (s / passed_s - v) * share for r, s in known.items()}
         calls = memory.calls_per_s + (work.calls / passed_s - memory.calls_per_s) * share
