@@ -30,7 +30,7 @@ import numpy as np
 from cluster.api.types import ModelSpec
 from cluster.control.catalog import Known
 from cluster.control.reconcile import Observed
-from cluster.control.scaler import OnRay, Scaler, ScalingSettings
+from cluster.control.scaler import DECIDE_S, OnRay, Scaler, ScalingSettings
 from cluster.control.scaling import ModelSettings, Slo
 from cluster.control.scaling_desk import Desk
 from cluster.link.controller import ControllerEnd
@@ -251,7 +251,7 @@ def _simulated(calls: Sequence[PlannedCall], seconds: float, cold_s: float) -> d
     )
     settings = ModelSettings(0, REPLICAS, 30.0, SLO, cold_start_s=cold_s)
     specs = {"sim": SimModelSpec(demand, settings, plant, initial=0)}
-    track = simulate(specs, OurPolicy(), cold_start_s=cold_s, every_s=1.0, tick_s=0.05)["sim"]
+    track = simulate(specs, OurPolicy(), cold_start_s=cold_s, every_s=DECIDE_S, tick_s=0.05)["sim"]
     return {"gpu_seconds": track.gpu_s, "attainment": track.attainment, "starts": track.starts, "downs": track.downs}
 
 

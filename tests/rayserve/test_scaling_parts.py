@@ -63,9 +63,9 @@ def test_counters_grow_by_what_has_come() -> None:
 def test_the_section_of_the_file() -> None:
     """As it is written, and what holds without it."""
     head = "api_version: headrace/v1\nname: c\nmodels: [{name: m, source: s, slo: {ttft_s: 1, itl_s: 0.05, target: 0.9}}]\n"
-    config = parse(head + "scaling: {gpu_budget: {H100: 8}, cold_start_s: 90, forecast: false, frozen: true}\n")
+    config = parse(head + "scaling: {gpu_budget: {H100: 8}, cold_start_s: 90, frozen: true}\n")
     made = scaling.settings_of(config)
-    assert (dict(made.gpu_budget), made.cold_start_s, made.forecast, made.frozen) == ({"H100": 8}, 90.0, False, True)
+    assert (dict(made.gpu_budget), made.cold_start_s, made.frozen) == ({"H100": 8}, 90.0, True)
     spec = config.models[0].spec()
     assert (spec.slo_ttft_s, spec.slo_itl_s, spec.slo_target) == (1.0, 0.05, 0.9)
     assert not scaling.settings_of(parse(head)).frozen
