@@ -234,6 +234,13 @@ class Scaling(Section):
     forecast: bool = True
     frozen: bool = False
 
+    @field_validator("forecast")
+    @classmethod
+    def _ahead(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("false is not in this release: the policy always acts ahead; leave the key out")
+        return value
+
 
 class Model(Section):
     """One model. Engine words are vLLM's own. `gpu`: one type, or several, the one to use first at the front."""

@@ -28,6 +28,7 @@ SCENARIOS = {
     "processes": "CPU per token of two gateway processes on one port against one, 256 streams",
     "startup": "gateway exec to first routed request with a 128k tokenizer",
     "fairness": "fair turns between tenants over eight simulated workers, in virtual time, beside FIFO",
+    "autoscale": "the autoscaler in virtual time, beside the optimum, Ray Serve's policy and static placement",
     "faults": "kill points by the thousand, recovery, overload and a soak: what callers see of each",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }

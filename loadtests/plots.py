@@ -1,5 +1,5 @@
 """PNG plots of a report: latency CDFs of every arm, throughput against concurrency where a scenario
-swept it, and gaps between chunks around faults."""
+swept it, gaps between chunks around faults, and demand, replicas and violations of an autoscaler."""
 
 from __future__ import annotations
 
@@ -52,7 +52,25 @@ def write(report: Report, folder: Path) -> list[Path]:
         path = folder / f"{report.scenario}-gaps.png"
         _draw_gaps(pyplot, path, report.scenario, around)
         written.append(path)
+    for name, line in report.settings.get("lines", {}).items():
+        path = folder / f"{report.scenario}-{''.join(c if c.isalnum() else '-' for c in name)}.png"
+        _draw_scaling(pyplot, path, f"{report.scenario}: {name}", line)
+        written.append(path)
     return written
+
+
+def _draw_scaling(pyplot: Any, path: Path, title: str, line: Mapping[str, Sequence[float]]) -> None:
+    """Demand and replicas above, calls outside the slo below, over time."""
+    figure, (above, below) = pyplot.subplots(
+        2, 1, sharex=True, figsize=SIZE, layout="constrained", height_ratios=(3, 1)
+    )
+    above.step(line["at_s"][: len(line["load"])], line["load"], where="post", linewidth=0.8, label="demand (replicas)")
+    above.step(line["at_s"], line["held"], where="post", label="replicas held")
+    above.set(title=title, ylabel="replicas")
+    above.grid(alpha=0.3)
+    below.step(line["at_s"], line["late"], where="post", color="tab:red", label="calls outside the slo")
+    below.set(xlabel="s", ylabel="calls")
+    _save(pyplot, figure, below, path)
 
 
 def _draw_gaps(pyplot: Any, path: Path, scenario: str, around: Mapping[str, Sequence[tuple[float, float]]]) -> None:

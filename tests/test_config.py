@@ -47,6 +47,7 @@ def test_shipped_files_load(file: Path) -> None:
         (HEAD + "models: [{name: m, source: s, slo: {target: 1}}]", "models[0].slo.target"),
         (HEAD + "models: [{name: m, source: s, slo: {ttft: 1}}]", "models[0].slo.ttft: unknown key"),
         (HEAD + "scaling: {gpu_budget: {H100: -1}}\n" + MODEL, "scaling.gpu_budget.H100"),
+        (HEAD + "scaling: {forecast: false}\n" + MODEL, "the policy always acts ahead"),
         (HEAD + "scaling: {cold_start_s: 0}\n" + MODEL, "scaling.cold_start_s"),
         (HEAD + "auth: {}\n" + MODEL, "auth: nobody could be let in"),
         (HEAD + "tenants: [{name: acme}]\n" + MODEL, "without auth nobody can be told apart"),

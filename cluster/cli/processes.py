@@ -74,8 +74,10 @@ def controller(
     gateways: Annotated[
         list[str] | None, typer.Option("--gateway", help="A link address to dial, in place of link.gateways.")
     ] = None,
+    metrics: Annotated[str, typer.Option("--metrics", help="Serve its metrics at HOST:PORT (9401 by custom).")] = "",
 ) -> None:
     """Run the controller in the foreground. On a Ray of this cluster's own, Serve ends with it."""
+    from cluster.observe.metrics import Metrics
     from cluster.rayserve.controller import run_controller
 
     config = read_config(file)
@@ -83,6 +85,12 @@ def controller(
     if not dial:
         fail("link.gateways: empty, and no --gateway was given: there is nobody to dial", USAGE)
     log.configure(config.observe.log_level, cluster=config.name, part="controller")
+    exported = Metrics(config.name)
+    if metrics:
+        host, _, port = metrics.rpartition(":")
+        if not host or not port.isdecimal():
+            fail(f"--metrics {metrics!r}: must be HOST:PORT", USAGE)
+        exported.serve(host.strip("[]"), int(port))
 
     async def serve() -> None:
         await run_controller(
@@ -93,6 +101,7 @@ def controller(
             run_folder=folder,
             stop=stop_on_signal(),
             end_serve=ray_address is not None,
+            metrics=exported,
         )
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,8 @@ from cluster.control.scaling.types import ReplicaState
 
 KEPT = 200
 """Decisions of each model that are kept to be explained."""
+DECIDE_S = 5.0
+"""How often the policy decides, unless something cannot wait: a held call, an operator's word, another entry."""
 NEWEST = 0.3
 """What a newer cold start weighs against what is learnt."""
 
@@ -43,7 +45,6 @@ class ScalingSettings:
 
     gpu_budget: Mapping[str, int] = field(default_factory=dict)
     cold_start_s: float = 60.0
-    forecast: bool = True
     frozen: bool = False
 
 
@@ -97,7 +98,8 @@ class _Model:
 
 
 class Scaler:
-    """`look` once a pass; then `replicas` says how many, and `told` adds to a catalog entry what gateways are to know.
+    """`look` once a pass, which decides now and then; `replicas` then says how many, and `told` adds to a catalog entry
+    what gateways are to know.
 
     Times are of one monotonic clock, `wall_s` since the epoch.
     """
@@ -110,6 +112,7 @@ class Scaler:
         self._models: dict[str, _Model] = {}
         self._specs: dict[str, ModelSpec] = {}
         self._looked_at: float | None = None
+        self._decide_at = now
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {one.desired}" for name, one in self._models.items())
@@ -130,6 +133,8 @@ class Scaler:
         """What has been decided anew, by model. `blind`: no gateway is linked."""
         passed_s = 0.0 if self._looked_at is None else now - self._looked_at
         self._looked_at = now
+        if {spec.name: spec for spec in specs} != self._specs:
+            self.hurry()
         self._specs = {spec.name: spec for spec in specs}
         self._models = {name: self._models.get(name) or _Model() for name in self._specs}
         mine: dict[str, list[WorkerSeen]] = {name: [] for name in self._specs}
@@ -137,7 +142,8 @@ class Scaler:
             if worker.model in mine:
                 mine[worker.model].append(worker)
         seen: dict[str, ModelSeen] = {}
-        demand = {} if blind else self.demands.take(now)
+        decides = not blind and now >= self._decide_at
+        demand = self.demands.take(now) if decides else {}
         for name, spec in self._specs.items():
             ray = on_ray.get(name, OnRay())
             model = self._models[name]
@@ -155,7 +161,11 @@ class Scaler:
                 rates={spec.gpu: model.costs.rates(model.limits, spec.slo_itl_s, world_size(spec))},
             )
         if blind:
+            self.hurry()  # as soon as somebody tells
             return self._hold(wall_s)
+        if not decides:
+            return ()
+        self._decide_at = now + DECIDE_S
         observation = Observation(
             models=seen,
             gpu_budget=self.settings.gpu_budget,
@@ -164,6 +174,10 @@ class Scaler:
         )
         decisions, self._memory = decide(observation, self._memory, now)
         return [made for one in decisions if (made := self._keep(one, now, wall_s)) is not None]
+
+    def hurry(self) -> None:
+        """Decide at the next look."""
+        self._decide_at = float("-inf")
 
     def replicas(self, spec: ModelSpec) -> int:
         """How many the model is to have; as many as it begins with before the first look."""

@@ -64,6 +64,7 @@ class Desk:
     def _ask(self, asked: Asked) -> None:
         if asked != self._scaler.asked:
             self._scaler.asked = asked
+            self._scaler.hurry()
             self._changed()
 
 

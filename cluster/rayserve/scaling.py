@@ -31,7 +31,7 @@ class DemandSource(Protocol):
 def settings_of(config: Config) -> ScalingSettings:
     """The file's `scaling` section."""
     scaling = config.scaling
-    return ScalingSettings(dict(scaling.gpu_budget), scaling.cold_start_s, scaling.forecast, scaling.frozen)
+    return ScalingSettings(dict(scaling.gpu_budget), scaling.cold_start_s, scaling.frozen)
 
 
 def on_ray(apps: Iterable[Observed]) -> dict[str, OnRay]:
@@ -71,6 +71,7 @@ def listen(source: DemandSource, scaler: Scaler, now: Callable[[], float], wake:
 
     def demand(gateway: str, told: Sequence[object], counting_s: float) -> None:
         if scaler.demands.told(gateway, told, counting_s, now()):  # type: ignore[arg-type]
+            scaler.hurry()
             wake()
 
     source.on_demand = demand

@@ -1,15 +1,17 @@
 """The optimum of optimum.py for a demand and a plant, and its plan played in the simulation that everybody faces.
 
-The fluid of the recursion leaves out what a call's own prompt takes and that decoding gives way to prompts, so its
-`slack_s` is not the time to the first token itself. Plans are made for several; each is replayed call by call, and the
-cheapest that holds the slo there is the optimum that is compared with. `bound_s` is the recursion's own lower bound at
-that slack.
+A call may wait for the time to the first token less what its own prompt takes. What the fluid of the recursion still
+leaves out (decoding that gives way to prompts, calls that do not come evenly within a slot) is made up for by judging
+plans in the simulation: each is replayed call by call, and the cheapest that holds the slo there is the optimum that
+is compared with. The recursion takes somewhat less slack and more work than there is (`TRIED`), since a plan without
+late calls in the fluid may have some there. `bound_s` is the recursion's own lower bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,7 +20,11 @@ from cluster.sim.plant import ReplicaModel
 from cluster.sim.scaling import Demand, Floats, SimModelSpec, Track, simulate
 from loadtests.autoscale.optimum import Plan, Rules, Slots, optimum
 
-SLACKS_S = (1.2, 0.8, 0.4)
+TRIED = ((0.8, 1.05), (0.5, 1.02), (0.2, 1.02))
+CLASSES_S = (0.2, 0.5, 1.0, 1.5)
+"""Calls are classed by what their own prompt takes: up to each of these, and the rest."""
+BESIDE = 30.0
+"""Running sequences beside a prompt, for what it takes."""
 PACE_S = 0.03
 """Per token, at which streams are thought to run: they spread the work of decoding over time."""
 
@@ -32,7 +38,7 @@ class Clairvoyant:
     attainment: float
     replicas: Floats
     slot_s: float
-    slack_s: float
+    share: float
 
     @property
     def initial(self) -> int:
@@ -40,7 +46,7 @@ class Clairvoyant:
         return int(self.replicas[0])
 
 
-def slots_of(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, quanta: int) -> Slots:
+def slots_of(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, quanta: int, more: float = 1.0) -> Slots:
     """Prompts where they arrive, output spread over the time of its stream."""
     count = int(np.ceil(demand.duration_s / slot_s))
     at = np.minimum((demand.at_s / slot_s).astype(int), count - 1)
@@ -50,8 +56,18 @@ def slots_of(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, q
     begin = demand.at_s / slot_s
     length = np.maximum(demand.output_tokens * PACE_S / slot_s, 1e-6)
     work += _spread(begin, np.minimum(begin + length, count), decode / length, count)
-    calls = np.bincount(at, weights=demand.count, minlength=count)
-    return Slots.of(work.tolist(), calls.tolist(), slot_s, quanta)
+    own_s = demand.prompt_tokens / plant.most_prefill(BESIDE)
+    kind = np.searchsorted(np.array(CLASSES_S), own_s)
+    classes = len(CLASSES_S) + 1
+    calls = np.bincount(at * classes + kind, weights=demand.count, minlength=count * classes)
+    return Slots.of((work * more).tolist(), calls.reshape(count, classes), slot_s, quanta)
+
+
+def slacks_of(ttft_s: float, slot_s: float, share: float) -> tuple[float, ...]:
+    """By class, in slots: what the middle of the class leaves of the time to the first token."""
+    edges = (0.0, *CLASSES_S, 2 * ttft_s)
+    left = [ttft_s - (low + high) / 2 for low, high in pairwise(edges)]
+    return tuple(value * share / slot_s if value > 0 else -1.0 for value in left)
 
 
 def _spread(begin: Floats, end: Floats, rate: Floats, count: int) -> Floats:
@@ -90,16 +106,15 @@ def clairvoyant(
     slot_s: float = 1.0,
     quanta: int = 4,
     tick_s: float = 0.25,
-    slacks_s: Sequence[float] = SLACKS_S,
+    tried: Sequence[tuple[float, float]] = TRIED,
     tries: int = 8,
 ) -> Clairvoyant | None:
     """The cheapest replayed plan that holds the slo; None where none does."""
     slo, best = settings.slo, None
-    slots = slots_of(demand, plant, slo.itl_s, slot_s, quanta)
-    for slack_s in slacks_s:
-        slack = slack_s / slot_s
-        deepest = max(1.5, slack + 0.5) if slot_s <= slo.ttft_s else 0.5
-        rules = Rules(slack, settings.cold_start_s, most, settings.min_replicas, deepest)
+    for share, more in tried:
+        slots = slots_of(demand, plant, slo.itl_s, slot_s, quanta, more)
+        slacks = slacks_of(slo.ttft_s, slot_s, share)
+        rules = Rules(slacks, settings.cold_start_s, most, settings.min_replicas, max(slacks) + max(0.5 / slot_s, 0.1))
 
         def attained(plan: Plan) -> float:
             return replay(demand, plant, settings, plan.replicas.astype(float), slot_s, tick_s).attainment
@@ -107,5 +122,5 @@ def clairvoyant(
         found = optimum(slots, rules, 1.0 - slo.target, tries, lambda plan: attained(plan) >= slo.target)
         if found is not None and (best is None or found.plan.cost_s < best.cost_s):
             plan = found.plan
-            best = Clairvoyant(plan.cost_s, found.bound_s, attained(plan), plan.replicas.astype(float), slot_s, slack_s)
+            best = Clairvoyant(plan.cost_s, found.bound_s, attained(plan), plan.replicas.astype(float), slot_s, share)
     return best

@@ -53,6 +53,14 @@ def renewal(rate: Floats, window_s: float, cv: Floats, rng: np.random.Generator)
     return np.concatenate(out) if out else np.zeros(0)
 
 
+def _counts(mean: Floats, cv: Floats, rng: np.random.Generator) -> Floats:
+    """Calls by bin: as many on average, with the dispersion (cv squared) that a renewal process of that cv has."""
+    dispersion = np.maximum(cv**2, 0.05)
+    drawn = rng.gamma(np.maximum(mean / dispersion, 1e-12)) * dispersion
+    counts: Floats = np.floor(np.where(mean > 0, drawn, 0.0) + rng.random(len(mean)))
+    return counts
+
+
 def client_rates(number: int, folder: Path = traces.DEFAULT_FOLDER) -> tuple[Floats, Floats]:
     """Calls a second and variation of one client of m-small, by window of 600 s."""
     path = traces.data_file(folder, f"servegen/m-small/chunk-{number}-trace.csv")
@@ -108,8 +116,10 @@ def servegen(
     pool = pooled_lengths(folder)
     for number in clients:
         rate, cv = client_rates(number, folder)
-        at = renewal(rate[first:last] * scale, WINDOW_S, cv[first:last], rng)
-        here = np.bincount((at / bin_s).astype(int), minlength=bins).astype(float)[:bins]
+        each = round(WINDOW_S / bin_s)
+        here = _counts(
+            np.repeat(rate[first:last] * scale * bin_s, each)[:bins], np.repeat(cv[first:last], each)[:bins], rng
+        )
         lengths = client_lengths(number, folder) or pool
         count += here
         for total, values, weights in ((prompt, lengths[0], lengths[1]), (output, lengths[2], lengths[3])):
@@ -121,7 +131,7 @@ def servegen(
                 here > 0, rng.gamma(np.maximum(shape, 1e-9)) * (spread**2 / mean if spread else mean), 0.0
             )
     there = count > 0
-    at = (np.arange(bins) * bin_s)[there]
+    at = ((np.arange(bins) + 0.5) * bin_s)[there]
     return Demand(
         at,
         count[there],

@@ -2,7 +2,8 @@
 
 The plant here is the fluid of cluster/sim/fleet.py in slots: in slot t work w[t] (replica-seconds) and c[t] calls
 come evenly, n[t] replicas serve at most n[t] x slot of it, first come first served, and what is left waits. A call is
-late when what waits before it takes n[t] replicas longer than `slack_s`. Who knows the future begins each start a
+late when what waits before it takes n[t] replicas longer than its class of calls may wait (a long prompt may wait less
+than a short one: computing it takes of the same time to the first token). Who knows the future begins each start a
 cold start before it is needed, so a start is nothing but its price: `cold_start_s` GPU-seconds for each replica that
 n[t] has more than n[t-1], and n may be anything in any slot. The first slot's replicas are there (so are those of
 whom it is compared with).
@@ -40,7 +41,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """Demand in slots. `work` in quanta (whole numbers), `calls` in calls."""
+    """Demand in slots. `work` in quanta (whole numbers), `calls` by slot and class of calls."""
 
     work: NDArray[np.int64]
     calls: Floats
@@ -49,18 +50,18 @@ class Slots:
     """Quanta that one replica serves in a slot."""
 
     @classmethod
-    def of(cls, work_s: Sequence[float], calls: Sequence[float], slot_s: float, quanta: int) -> Slots:
+    def of(cls, work_s: Sequence[float], calls: Floats, slot_s: float, quanta: int) -> Slots:
         """From replica-seconds; the rounding error is carried on."""
         total = np.rint(np.cumsum(np.asarray(work_s)) * quanta / slot_s)
         work = np.diff(total, prepend=0.0).astype(np.int64)
-        return cls(work, np.asarray(calls, dtype=float), slot_s, quanta)
+        return cls(work, calls, slot_s, quanta)
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is asked of a plan. `slack`: how long a call may wait in line, in slots."""
+    """What is asked of a plan. `slacks`: how many slots a call of each class may wait in line; below 0 it is late."""
 
-    slack: float
+    slacks: tuple[float, ...]
     cold_start_s: float
     most: int
     """Replicas."""
@@ -86,28 +87,30 @@ class Optimum:
     plan: Plan
 
 
-def late_share(n: Floats, before: Floats, after: Floats, slack: float, quanta: int) -> Floats:
-    """Of a slot's calls, those whose wait is over `slack` slots; waiting work `before` and `after` it, in quanta.
+def late_calls(n: Floats, before: Floats, after: Floats, calls: Floats, slacks: Sequence[float], quanta: int) -> Floats:
+    """Of a slot's calls by class, those that wait too long; waiting work `before` and `after` the slot, in quanta.
 
     The wait grows (or falls) evenly over the slot from before / n to after / n, in slots.
     """
-    allowed = n * (slack * quanta)
     low, high = np.minimum(before, after), np.maximum(before, after)
     span = np.maximum(high - low, 1e-12)
-    share: Floats = np.clip((high - allowed) / span, 0.0, 1.0)
-    return np.where(high <= allowed, 0.0, share)
+    late = np.zeros(np.broadcast_shapes(n.shape, before.shape))
+    for count, slack in zip(calls.tolist(), slacks, strict=True):
+        if count and slack < 0:
+            late += count
+        elif count:
+            late += count * np.clip((high - n * (slack * quanta)) / span, 0.0, 1.0)
+    return late
 
 
 def cost_of(replicas: NDArray[np.int64], slots: Slots, rules: Rules) -> Plan:
     """What a plan costs, slot by slot: the definition that `solve` is checked against."""
     grid_end = _grid_end(rules, slots)
     waiting, late = 0, 0.0
-    for n, work, calls in zip(replicas.tolist(), slots.work.tolist(), slots.calls.tolist(), strict=True):
+    for n, work, calls in zip(replicas.tolist(), slots.work.tolist(), slots.calls, strict=True):
         after = min(max(waiting + work - n * slots.quanta, 0), grid_end)
-        share = late_share(
-            np.array([float(n)]), np.array([float(waiting)]), np.array([float(after)]), rules.slack, slots.quanta
-        )[0]
-        late += calls * float(share)
+        one = [np.array([float(value)]) for value in (n, waiting, after)]
+        late += float(late_calls(one[0], one[1], one[2], calls, rules.slacks, slots.quanta)[0])
         waiting = after
     starts = float(np.maximum(np.diff(replicas), 0).sum())
     return Plan(replicas, float(replicas.sum()) * slots.slot_s + rules.cold_start_s * starts, late)
@@ -141,9 +144,9 @@ def solve(slots: Slots, rules: Rules, price_s: float) -> Plan:
         choice[t] = np.where(use_more, more_at, fewer_at)
         after = np.clip(left + slots.work[t], 0, end)
         cost = onward[rows, after]
-        if slots.calls[t]:
-            cost += (price_s * slots.calls[t]) * late_share(
-                n_column, before, after.astype(float), rules.slack, slots.quanta
+        if slots.calls[t].any():
+            cost += price_s * late_calls(
+                n_column, before, after.astype(float), slots.calls[t], rules.slacks, slots.quanta
             )
         later = cost + n_s[:, None]
     replicas = np.zeros(len(slots.work), dtype=np.int64)

@@ -52,7 +52,10 @@ class World:
     def tell(self) -> bool:
         """The gateway reports."""
         demand = ModelDemand(self.specs[0].name, 0, 0, 0, 0, 0, (self.counts,))
-        return self.scaler.demands.told("g", [demand], self.now - self.started, self.now)
+        held = self.scaler.demands.told("g", [demand], self.now - self.started, self.now)
+        if held:
+            self.scaler.hurry()
+        return held
 
     def step(self, seconds: float = 1.0) -> Sequence[tuple[str, ScalingDecision]]:
         """A pass of the controller, so much later."""

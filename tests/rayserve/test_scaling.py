@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +13,7 @@ from cluster.control.catalog import Known
 from cluster.control.scaler import OnRay, Scaler, ScalingSettings
 from cluster.control.scaling_desk import Desk
 from cluster.link.controller import ControllerEnd
+from cluster.link.dial import read
 from cluster.rayserve import scaling
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
@@ -58,7 +58,7 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
             await until(lambda: state() is ModelState.IDLE, "it is deployed at zero", 60)
             assert links() == 0
             stream = cluster.stub.StreamChat(chat(max_tokens=800, ignore_eos=True), timeout=120)
-            first: Any = await stream.read()
+            first = await read(stream)
             assert first.HasField("progress")
             await until(lambda: links() == 1, "the held call has started it", 60)
             desk.scale("sim", 2)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from cluster.control.scaling.types import Decision, ModelSeen, Rates
 
 CLASS = 100.0
-EDGE = 1.5
+EDGE = 2.0
 LEAST_GAIN = 1e-9
 MARGIN_USE = 0.2
 """How often the first replica beyond the expected load is used, against one within it."""

@@ -65,7 +65,7 @@ class ModelMemory:
     fidelity: Fidelity = field(default_factory=Fidelity)
     wishes: tuple[tuple[float, int], ...] = ()
     ranks: Mapping[int, float] = field(default_factory=dict)
-    """Load by class rank, a mean over a cold start."""
+    """Load by class rank, a mean over five cold starts, as `calls_per_s`."""
     calls_per_s: float = 0.0
     down: tuple[float, int] | None = None
     """The last scale-down: when, and how many there were before."""

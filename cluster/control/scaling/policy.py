@@ -65,7 +65,7 @@ def _claim(
         seen,
         have,
         wanted,
-        min(floor, wanted),
+        min(settings.min_replicas, wanted),
         one.load,
         after.ranks,
         after.calls_per_s,

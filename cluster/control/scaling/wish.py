@@ -25,12 +25,12 @@ TRUSTED = 5.0
 BLIND = 2.0
 """Cold starts of demand before anything leaves: till then nothing is known of what comes."""
 FIRST_MARGIN = 1.4
-SHARE_OF_BUDGET = 0.7
+SHARE_OF_BUDGET = 0.85
 """Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
-UP = 0.02
-DOWN = 0.0
-LEAST = 0.9
-DOUBT = 0.15
+UP = 0.01
+DOWN = 0.02
+LEAST = 1.0
+DOUBT = 0.07
 """Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
 rules owes some of its luck to the past that it was chosen by."""
 PATIENCE = 1.5
@@ -101,7 +101,7 @@ def learn(memory: ModelMemory, seen: ModelSeen, work: Work, passed_s: float, now
     )
     cold_s = max(seen.settings.cold_start_s, 1.0)
     if passed_s > 0:
-        share = -math.expm1(-passed_s / cold_s)
+        share = -math.expm1(-passed_s / (5.0 * cold_s))
         known = {**dict.fromkeys(memory.ranks, 0.0), **work.by_rank_s}
         ranks = {r: (v := memory.ranks.get(r, 0.0)) + (s / passed_s - v) * share for r, s in known.items()}
         calls = memory.calls_per_s + (work.calls / passed_s - memory.calls_per_s) * share

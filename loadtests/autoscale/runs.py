@@ -1,0 +1,222 @@
+"""The runs of the scenario `autoscale`, each a function of plain values so that it can go to another process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from cluster.control.scaling import ModelSettings
+from cluster.sim.plant import LARGE, SMALL, ReplicaModel
+from cluster.sim.scaling import Demand, OurPolicy, Scaler, SimModelSpec, Track, needed, simulate
+from loadtests.autoscale import demand as demands
+from loadtests.autoscale.clairvoyant import Clairvoyant, clairvoyant
+from loadtests.autoscale.ray_policy import RayPolicy, RaySettings, grid
+from loadtests.autoscale.static import best_placement
+
+SETTINGS = ModelSettings(min_replicas=1, max_replicas=400)
+WITHIN_S = 10.0
+"""The copies of a trace's call come within the window in which its peaks are counted."""
+GPUS, CLIENTS, SHARED_S = 16, 20, 12 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One model's demand on one plant. `most`: replicas that the optimum may use."""
+
+    name: str
+    demand: Demand
+    plant: ReplicaModel
+    most: int
+    slot_s: float = 1.0
+    quanta: int = 4
+    tick_s: float = 0.25
+    every_s: float = 5.0
+    held_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """For a plot: values at times."""
+
+    at_s: list[float]
+    load: list[float]
+    held: list[int]
+    late: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one case and one scaler."""
+
+    gpu_s: float
+    attainment: float
+    arrived: float
+    starts: int
+    downs: int
+    taken_back: int
+    line: Line | None = None
+
+    @property
+    def violations(self) -> float:
+        """Calls outside the slo."""
+        return self.arrived * (1.0 - self.attainment)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One case: the policy, the optimum, and Ray Serve's policy where it was asked for."""
+
+    name: str
+    ours: Outcome
+    optimum: Clairvoyant | None
+    load: float
+    ray_default: Outcome | None = None
+    ray_best: tuple[RaySettings, Outcome] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Twenty models on sixteen GPUs: calls within the slo and GPU-seconds held, ours and static."""
+
+    ours_good: float
+    ours_gpu_s: float
+    static_good: float
+    static_gpus: int
+    arrived: float
+    downs: int
+    taken_back: int
+    placement: dict[str, int] = field(default_factory=dict)
+
+
+def case(name: str, seed: int) -> Case:
+    """By name. Raises NoData where its trace is absent, KeyError for an unknown name."""
+    hour = 3600.0
+    steady = np.full(360, 50.0)
+    wave = 60.0 + 35.0 * np.sin(2 * np.pi * np.arange(720) / 360)
+    steps = np.repeat(np.random.default_rng(seed).uniform(30.0, 60.0, 12), 60)
+    if name in ("azure-conv", "azure-code"):
+        most, quanta = (30, 4) if name == "azure-conv" else (90, 1)
+        return Case(name, demands.from_trace(name, seed=seed, within_s=WITHIN_S), SMALL, most, quanta=quanta)
+    if name == "mooncake":
+        return Case(name, demands.from_trace(name, seed=seed, within_s=WITHIN_S), LARGE, 30)
+    if name == "servegen-week":
+        week = demands.servegen(range(demands.CLIENTS), seed, scale=1.0)
+        return Case(name, week, LARGE, 130, slot_s=30.0, quanta=1, tick_s=1.0, every_s=10.0)
+    made = {
+        "poisson": (steady, 10.0, 1.0),
+        "gamma cv 3": (steady, 10.0, 3.0),
+        "diurnal": (wave, 10.0, 1.0),
+        "steps": (steps, 10.0, 1.0),
+    }
+    if name in made:
+        rate, step_s, cv = made[name]
+        return Case(name, demands.made_up(rate.tolist(), step_s, cv, (1000.0, 200.0), seed), SMALL, 36, held_out=True)
+    if name == "azure-conv, copies within 60 s":
+        return Case(name, demands.from_trace("azure-conv", seed=seed, within_s=60.0), SMALL, 30, held_out=True)
+    if name == "vtc":
+        return Case(name, demands.from_trace("vtc", times=64, seed=seed, within_s=WITHIN_S), SMALL, 30, held_out=True)
+    if name == "servegen second week, a day":
+        day = demands.servegen(range(demands.CLIENTS), seed, scale=1.0, begin_s=9 * 24 * hour, duration_s=24 * hour)
+        return Case(name, day, LARGE, 130, 30.0, 1, 1.0, 10.0, held_out=True)
+    raise KeyError(name)
+
+
+TRACES = ("azure-conv", "mooncake", "azure-code", "servegen-week")
+HELD_OUT = (
+    "poisson", "gamma cv 3", "diurnal", "steps", "azure-conv, copies within 60 s", "vtc", "servegen second week, a day",
+)  # fmt: skip
+
+
+def outcome(track: Track, demand: Demand, plant: ReplicaModel, keep: bool) -> Outcome:
+    """Numbers of a run, with its line in steps of 30 s or longer where it is kept."""
+    line = None
+    if keep and track.at_s:
+        step = max(int(np.ceil(len(track.at_s) / 600)), 1)
+        slot_s = track.at_s[0] * step
+        load = needed(demand, plant, SETTINGS.slo.itl_s, slot_s)
+        late = [float(sum(track.bad[i : i + step])) for i in range(0, len(track.at_s), step)]
+        held = track.held[::step]
+        line = Line(track.at_s[::step], list(load)[: len(held)], held, late)
+    return Outcome(track.gpu_s, track.attainment, track.arrived, track.starts, track.downs, track.reversed_downs, line)
+
+
+def play(one: Case, scaler: Scaler, initial: int, keep: bool = False) -> Outcome:
+    """One run of one case."""
+    spec = SimModelSpec(one.demand, SETTINGS, one.plant, initial)
+    track = simulate({"m": spec}, scaler, cold_start_s=SETTINGS.cold_start_s, every_s=one.every_s, tick_s=one.tick_s)[
+        "m"
+    ]
+    return outcome(track, one.demand, one.plant, keep)
+
+
+def compare(name: str, seed: int, with_ray: bool) -> Compared:
+    """Optimum, policy from the same beginning, and Ray Serve's policy from there too."""
+    one = case(name, seed)
+    best = clairvoyant(
+        one.demand, one.plant, SETTINGS, one.most, slot_s=one.slot_s, quanta=one.quanta, tick_s=one.tick_s
+    )
+    load = float(np.mean(needed(one.demand, one.plant, SETTINGS.slo.itl_s, 60.0)))
+    initial = best.initial if best is not None else max(round(1.2 * load), 1)
+    ours = play(one, OurPolicy(), initial, keep=True)
+    found = Compared(name, ours, best, load)
+    if not with_ray:
+        return found
+    default = play(one, RayPolicy(RaySettings()), initial)
+    tried = [(settings, play(one, RayPolicy(settings), initial)) for settings in grid()]
+    within = [t for t in tried if t[1].attainment >= SETTINGS.slo.target]
+    chosen = min(within, key=lambda t: t[1].gpu_s) if within else max(tried, key=lambda t: t[1].attainment)
+    return replace(found, ray_default=default, ray_best=chosen)
+
+
+def shared_models(seed: int) -> dict[str, Demand]:
+    """Twenty clients of m-small over half a day, at one scale: at the peak of their sum they take all GPUs."""
+    rng = np.random.default_rng(seed)
+    begin_s = 86_400.0 * int(rng.integers(1, 12)) + 6 * 3600.0
+    first = round(begin_s / demands.WINDOW_S)
+    window = slice(first, first + round(SHARED_S / demands.WINDOW_S))
+    rates = {n: demands.client_rates(n)[0][window] for n in range(demands.CLIENTS)}
+    awake = [n for n, rate in rates.items() if (rate > 0).any()]
+    chosen = sorted(rng.permutation(awake)[:CLIENTS].tolist())
+    load = np.zeros(window.stop - window.start)
+    for number in chosen:
+        lengths = demands.client_lengths(number) or demands.pooled_lengths()
+        each = SMALL.busy(float(lengths[0] @ lengths[1]), float(lengths[2] @ lengths[3]), SETTINGS.slo.itl_s)
+        load += rates[number] * each
+    scale = GPUS / float(load.max())
+    return {
+        f"client-{n}": demands.servegen([n], seed, scale=scale, begin_s=begin_s, duration_s=SHARED_S) for n in chosen
+    }
+
+
+def share(seed: int) -> Shared:
+    """The policy with a budget, against the best static placement of the same demand."""
+    models = shared_models(seed)
+    settings = ModelSettings(min_replicas=0, max_replicas=GPUS, idle_s=120.0)
+    specs = {name: SimModelSpec(demand, settings, SMALL, 0) for name, demand in models.items()}
+    tracks = simulate(specs, OurPolicy(), every_s=10.0, tick_s=1.0, gpu_budget={"": GPUS})
+    goodput = {name: [0.0, *_static_goodput(demand)] for name, demand in models.items()}
+    placement = best_placement(goodput, GPUS)
+    return Shared(
+        sum(t.good_calls for t in tracks.values()),
+        sum(t.gpu_s for t in tracks.values()),
+        sum(goodput[name][count] for name, count in placement.items()),
+        sum(placement.values()),
+        sum(t.arrived for t in tracks.values()),
+        sum(t.downs for t in tracks.values()),
+        sum(t.reversed_downs for t in tracks.values()),
+        placement,
+    )
+
+
+def _static_goodput(demand: Demand) -> Sequence[float]:
+    """With 1, 2, ... replicas, till more gain nothing."""
+    out: list[float] = []
+    for count in range(1, GPUS + 1):
+        spec = SimModelSpec(demand, SETTINGS, SMALL, count)
+        track = simulate({"m": spec}, lambda _o, _t, n=count: {"m": n}, every_s=60.0, tick_s=1.0)["m"]  # type: ignore[misc]
+        out.append(track.good_calls)
+        if track.attainment > 0.999:
+            break
+    return out

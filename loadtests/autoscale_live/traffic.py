@@ -1,0 +1,66 @@
+"""The calls of a live run, drawn before it begins. Pure: equal seeds give equal calls."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+PROMPTS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What a simulated replica does: steps of `decode_s` whatever runs, so many sequences at once."""
+
+    decode_s: float = 0.05
+    max_num_seqs: int = 8
+    prefill_tokens_per_s: float = 4000.0
+    load_s: float = 2.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of a full replica."""
+        return self.max_num_seqs / self.decode_s
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCall:
+    """`at_s` from the beginning; `face` 0 is the SDK, 1 the stock openai client; `prompt` one of a few."""
+
+    at_s: float
+    tokens: int
+    face: int
+    prompt: int
+
+
+def share_of_most(part: float, at_zero: float = 0.08) -> float:
+    """Demand over a run, as a part of its most: up, a plateau, down to little, and a second, steeper rise."""
+    points = ((0.0, 0.2), (0.1, 0.2), (0.4, 1.0), (0.55, 1.0), (0.7, at_zero), (0.8, at_zero), (0.85, 0.8), (1.0, 0.8))
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if part <= x1:
+            return y0 + (y1 - y0) * (part - x0) / (x1 - x0)
+    return points[-1][1]
+
+
+def plan(
+    seed: int, seconds: float, engine: Engine, replicas: int, load: float = 0.7, stream_s: tuple[float, float] = (5, 60)
+) -> Sequence[PlannedCall]:
+    """Poisson arrivals by thinning; stream lengths log-uniform. At its most the demand is `load` of all replicas."""
+    chance = random.Random(seed)
+    low, high = stream_s
+    mean_s = (high - low) / math.log(high / low)
+    most_per_s = load * replicas * engine.max_num_seqs / mean_s
+    at = 0.0
+    calls: list[PlannedCall] = []
+    while True:
+        at += chance.expovariate(most_per_s)
+        if at >= seconds:
+            return calls
+        if chance.random() > share_of_most(at / seconds):
+            continue
+        length_s = low * (high / low) ** chance.random()
+        tokens = max(int(length_s / engine.decode_s), 2)
+        calls.append(PlannedCall(at, tokens, len(calls) % 2, chance.randrange(PROMPTS)))

@@ -1,0 +1,157 @@
+"""The autoscaler in virtual time: against the clairvoyant optimum, Ray Serve's policy and the best static placement.
+
+The production policy drives simulated replicas on public traces at their own times; cold start 60 s. Optimum, policy
+and baselines face the same replicas and begin with the same number of them; the policy is told only what a controller
+sees. `--rounds` is the number of seeds (of the copies' offsets, of ServeGen's arrivals, of the choice of clients).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from loadtests import traces
+from loadtests.autoscale.runs import HELD_OUT, TRACES, Compared, Shared, compare, share
+from loadtests.figures import Bound, Figure, missing
+from loadtests.scenarios.common import Stage
+
+ROUNDS = 1
+WITH_RAY = ("azure-conv", "mooncake", "azure-code")
+AGAINST = {"azure-conv": 1.15, "mooncake": 1.15, "servegen-week": 1.15, "azure-code": 1.5}
+
+
+async def play(stage: Stage) -> None:
+    """All seeds through all cases. An `--only` names cases, or `shared`."""
+    options = stage.options
+    seeds = [options.seed + number for number in range(options.rounds or ROUNDS)]
+    names = [name for name in (*TRACES, *HELD_OUT) if options.wants(name)]
+    try:
+        traces.load("azure-conv")
+    except traces.NoData as error:
+        stage.report.problems.append(str(error))
+        return
+    loop = asyncio.get_running_loop()
+    cores = max(min(len(os.sched_getaffinity(0)), 8), 1)
+    with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
+        runs = {
+            name: [loop.run_in_executor(pool, compare, name, seed, name in WITH_RAY) for seed in seeds]
+            for name in names
+        }
+        sharing = [loop.run_in_executor(pool, share, seed) for seed in seeds] if options.wants("shared") else []
+        waiting: list[asyncio.Future[Any]] = [*sharing, *(run for some in runs.values() for run in some)]
+        for number, done in enumerate(asyncio.as_completed(waiting), 1):
+            result = await done
+            stage.screen.say(f"{number} of {len(waiting)}: {told(result)}")
+        found = {name: list(await asyncio.gather(*some)) for name, some in runs.items()}
+        shared = list(await asyncio.gather(*sharing))
+    stage.report.settings |= {
+        "seeds": seeds,
+        "cold_start_s": 60.0,
+        "cases": {name: [plain(one) for one in some] for name, some in found.items()},
+        "shared": [asdict(one) for one in shared],
+        "lines": {name: asdict(some[0].ours.line) for name, some in found.items() if some[0].ours.line is not None},
+    }
+    add_figures(stage, found, shared)
+
+
+def told(result: Compared | Shared) -> str:
+    """One line."""
+    if isinstance(result, Shared):
+        return f"shared: {result.ours_good:.0f} calls within the slo, static {result.static_good:.0f}"
+    best = f"{result.optimum.cost_s:.0f}" if result.optimum is not None else "none"
+    ours = result.ours
+    return f"{result.name}: {ours.gpu_s:.0f} GPU-seconds, {ours.attainment:.2%} within the slo; optimum {best}"
+
+
+def plain(one: Compared) -> dict[str, Any]:
+    """For the report: without lines and plans."""
+    ours = {k: v for k, v in asdict(one.ours).items() if k != "line"}
+    optimum = one.optimum and {k: v for k, v in asdict(one.optimum).items() if k != "replicas"}
+    ray = one.ray_best and {"settings": asdict(one.ray_best[0]), **asdict(one.ray_best[1])}
+    default = one.ray_default and asdict(one.ray_default)
+    return {"load": one.load, "ours": ours, "optimum": optimum, "ray default": default, "ray best of grid": ray}
+
+
+def spread(
+    name: str, values: Sequence[float], bound: Bound | None, note: str, unit: str = "ratio", holds: bool = True
+) -> Figure:
+    """Over seeds: the mean, the least and the most; met when the worse of these is. Not met where not `holds`."""
+    if not values:
+        return missing(name, bound, "not run")
+    worst = max(values) if bound is None or bound.sense == "<=" else min(values)
+    met = None
+    if bound is not None:
+        met = holds and (worst <= bound.limit if bound.sense == "<=" else worst >= bound.limit)
+    mean = sum(values) / len(values)
+    return Figure(
+        name, mean, min(values), max(values), str(bound) if bound else None, met,
+        None if holds else "the slo was not held", unit, rounds=len(values), note=note,
+    )  # fmt: skip
+
+
+def add_figures(stage: Stage, found: dict[str, list[Compared]], shared: Sequence[Shared]) -> None:
+    """The table of the scenario."""
+    figures = stage.report.figures
+    for name, some in found.items():
+        known = [one for one in some if one.optimum is not None]
+        ratios = [one.ours.gpu_s / one.optimum.cost_s for one in known if one.optimum is not None]
+        least = min(one.ours.attainment for one in some)
+        bound = Bound("<=", AGAINST[name]) if name in AGAINST else None
+        note = f"within the slo: {least:.2%}" + (", held out" if name in HELD_OUT else "")
+        if known and known[0].optimum is not None:
+            note += f"; optimum {known[0].optimum.attainment:.2%}, {known[0].optimum.cost_s:.0f} GPU-seconds"
+        figures.append(
+            spread(f"GPU-seconds against the optimum, {name}", ratios, bound, note, holds=least >= 0.99)
+            if ratios
+            else missing(f"GPU-seconds against the optimum, {name}", bound, f"no optimum was found; {note}")
+        )
+    for name in WITH_RAY:
+        add_ray(figures, name, found.get(name, []))
+    add_shared(figures, shared)
+    downs = sum(one.ours.downs for some in found.values() for one in some) + sum(s.downs for s in shared)
+    back = sum(one.ours.taken_back for some in found.values() for one in some) + sum(s.taken_back for s in shared)
+    if downs:
+        figures.append(
+            spread(
+                "scale-downs taken back within a cold start", [back / downs], Bound("<=", 0.01), f"{back} of {downs}"
+            )
+        )
+
+
+def add_ray(figures: list[Figure], name: str, some: Sequence[Compared]) -> None:
+    """Against Ray Serve's defaults and the best of its grid."""
+    picks: tuple[tuple[str, Callable[[Compared], Any]], ...] = (
+        ("defaults", lambda one: one.ray_default),
+        ("best of the grid", lambda one: one.ray_best and one.ray_best[1]),
+    )
+    for label, pick in picks:
+        pairs = [(one.ours, theirs) for one in some if (theirs := pick(one)) is not None]
+        if not pairs:
+            continue
+        note = f"Ray Serve's: {pairs[0][1].attainment:.2%} within the slo, ours {pairs[0][0].attainment:.2%}"
+        gpu = [ours.gpu_s / theirs.gpu_s for ours, theirs in pairs]
+        figures.append(spread(f"GPU-seconds against Ray Serve's policy, {label}, {name}", gpu, Bound("<=", 0.7), note))
+        late = [ours.violations / max(theirs.violations, 1.0) for ours, theirs in pairs]
+        figures.append(spread(f"violations against Ray Serve's policy, {label}, {name}", late, Bound("<=", 0.25), note))
+
+
+def add_shared(figures: list[Figure], shared: Sequence[Shared]) -> None:
+    """Twenty models on sixteen GPUs."""
+    if not shared:
+        return
+    seconds = 12 * 3600.0
+    per = [(s.ours_good / s.ours_gpu_s) / (s.static_good / (s.static_gpus * seconds)) for s in shared]
+    both = [s.ours_good / s.static_good for s in shared]
+    note = "; ".join(
+        f"ours {s.ours_good / s.arrived:.1%} of calls with {s.ours_gpu_s / seconds:.1f} GPUs, "
+        f"static {s.static_good / s.arrived:.1%} with {s.static_gpus}"
+        for s in shared
+    )
+    title = "20 models on 16 GPUs against the best static placement"
+    figures.append(spread(f"{title}: goodput per GPU-second held", per, Bound(">=", 1.5), note))
+    figures.append(spread(f"{title}: goodput", both, None, note))
