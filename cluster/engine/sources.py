@@ -15,9 +15,10 @@ from pathlib import Path
 
 from cluster.api.types import ModelSpec
 from cluster.engine import demo_model
+from cluster.engine.cards import read_card, why_refused
 
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""What is fetched from the hub: weights, configuration, tokenizer, templates; never code."""
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
+"""What is fetched from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""
 
 WEIGHT_PATTERNS = {
     "safetensors": ("*.safetensors",),
@@ -46,6 +47,7 @@ class SourceRules:
     allowed_sources: Sequence[str] = ("*",)
     allowed_formats: Sequence[str] = ("safetensors",)
     allow_remote_code: bool = False
+    allowed_licenses: Sequence[str] = ()
 
 
 def resolve(spec: ModelSpec, rules: SourceRules, progress: demo_model.Progress | None = None) -> Path:
@@ -73,6 +75,8 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: demo_model.Progress |
     else:
         raise SourceError(f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name or demo://smollm2")
     check_folder(spec, folder, allow_remote_code=rules.allow_remote_code)
+    if why := why_refused(spec.license, read_card(folder), tuple(rules.allowed_licenses)):
+        raise SourceError(f"models[{spec.name}].license: {why}")
     return folder
 
 
