@@ -112,6 +112,13 @@ def _from_hub(where: str, name: str, spec: ModelSpec, rules: SourceRules) -> Pat
     return Path(found)
 
 
+def revision_of(spec: ModelSpec, folder: Path) -> str:
+    """The commit that a folder of the hub's cache holds; "" for what has none."""
+    if not spec.source.startswith("hf://") or folder.parent.name != "snapshots":
+        return ""
+    return folder.name
+
+
 def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = False) -> None:
     """Raise SourceError unless the folder is a checkpoint that the entry may load."""
     where = f"models[{spec.name}].source"
