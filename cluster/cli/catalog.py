@@ -19,12 +19,14 @@ from cluster.cli.common import (
     AdminOption,
     ApiKeyOption,
     EndpointOption,
+    FileOption,
     JsonOption,
     TlsCaOption,
     err,
     fail,
     out,
     print_json,
+    read_config,
     rpc_errors,
 )
 from cluster.cli.look import Admin, plain
@@ -176,6 +178,49 @@ def quarantine(
     weights, else they end there."""
     request = pb.QuarantineRequest(name=model, version=version, lift=lift, reason=reason)
     _show_versions(_ask("Quarantine", request, endpoint, admin, api_key_file, tls_ca), as_json)
+
+
+def pin(
+    file: FileOption,
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models of the file; all where none is named.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 2 where it would.")] = False,
+) -> None:
+    """Write what the models' weights are into the file: `revision` (of a source that has one) and `digest`. Fetches
+    what is missing. From then on a replica with other weights is refused. All else of the file stays as it is."""
+    from cluster.cli.pinning import set_keys
+    from cluster.cli.processes import source_rules
+    from cluster.engine.digests import weight_digest
+    from cluster.engine.sources import SourceError, resolve, revision_of
+
+    config = read_config(file)
+    rules = source_rules(config)
+    known = {model.name: model for model in config.models}
+    for name in models or ():
+        if name not in known:
+            fail(f"{file}: models: there is no entry {name!r}", USAGE)
+    before = text = file.read_text()
+    for name in models or known:
+        spec = known[name].spec()
+        if spec.source.startswith("sim://"):
+            continue
+        try:
+            folder = resolve(spec, rules)
+            found = {"digest": weight_digest(folder, rules.cache_dir)}
+            if revision := revision_of(spec, folder):
+                found["revision"] = revision
+            text = set_keys(text, name, found)
+        except (SourceError, ValueError, OSError) as error:
+            fail(f"{file}: models[{name}]: {error}")
+        out.print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in found.items()), markup=False)
+    if text == before:
+        return
+    if check:
+        raise typer.Exit(DIFFERS)
+    draft = file.with_name(file.name + ".new")
+    draft.write_text(text)
+    draft.replace(file)
 
 
 def get(

@@ -49,7 +49,7 @@ app.command()(catalog.diff)
 models_app = typer.Typer(help="List the models, look at one, and say which of its versions get calls.")
 models_app.callback(invoke_without_command=True)(talk.models)
 models_app.command("list")(talk.list_models)
-for model_verb in (catalog.get, catalog.promote, catalog.rollback, catalog.quarantine):
+for model_verb in (catalog.get, catalog.pin, catalog.promote, catalog.rollback, catalog.quarantine):
     models_app.command()(model_verb)
 models_app.command("weigh")(catalog.weigh)
 app.add_typer(models_app, name="models")

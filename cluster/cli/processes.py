@@ -10,15 +10,18 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.cli.common import USAGE, FileOption, fail, read_config
 from cluster.cli.runs import write_whole
-from cluster.config import cache_dir
+from cluster.config import Config, cache_dir
 from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps
+
+if TYPE_CHECKING:
+    from cluster.engine.sources import SourceRules
 
 FolderOption = Annotated[Path, typer.Option("--folder", help="Where it keeps what must outlive it.")]
 ReadyOption = Annotated[
@@ -110,18 +113,10 @@ def controller(
 
 def prepare(file: FileOption) -> None:
     """Check every model's source and fetch or make what is missing; progress as JSON lines on standard output."""
-    from cluster.engine.sources import SourceError, SourceRules, resolve
+    from cluster.engine.sources import SourceError, resolve
 
     config = read_config(file)
-    weights = config.weights
-    rules = SourceRules(
-        cache_dir=weights.cache_dir or cache_dir(),
-        hub_endpoint=weights.hugging_face.endpoint,
-        hub_token_file=weights.hugging_face.token_file,
-        allowed_sources=weights.allow.sources,
-        allowed_formats=weights.allow.formats,
-        allow_remote_code=weights.allow.remote_code,
-    )
+    rules = source_rules(config)
     for model in config.models:
         if model.source.startswith("sim://"):
             continue
@@ -134,6 +129,22 @@ def prepare(file: FileOption) -> None:
         except SourceError as error:
             fail(str(error))
         _line({"model": model.name, "ready": True})
+
+
+def source_rules(config: Config) -> SourceRules:
+    """Where weights come from on this machine, and what is let in."""
+    from cluster.engine.sources import SourceRules
+
+    weights = config.weights
+    return SourceRules(
+        cache_dir=weights.cache_dir or cache_dir(),
+        hub_endpoint=weights.hugging_face.endpoint,
+        hub_token_file=weights.hugging_face.token_file,
+        allowed_sources=weights.allow.sources,
+        allowed_formats=weights.allow.formats,
+        allow_remote_code=weights.allow.remote_code,
+        allowed_licenses=weights.allow.licenses,
+    )
 
 
 def _line(value: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where weights come from: a local folder, the Hugging Face hub, or the default model; and what is let in.
+"""Where weights come from: a folder, the Hugging Face hub, object stores, the web, the default model; what is let in.
 
 Only safetensors and no code, unless both the model's entry and `weights.allow` say otherwise: other formats can run
 code when they are read.
@@ -15,9 +15,11 @@ from pathlib import Path
 
 from cluster.api.types import ModelSpec
 from cluster.engine import demo_model
+from cluster.engine.cards import read_card, why_refused
+from cluster.engine.fetching import SCHEMES, FetchError, fetch
 
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-"""What is fetched from the hub: weights, configuration, tokenizer, templates; never code."""
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
+"""What is fetched from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""
 
 WEIGHT_PATTERNS = {
     "safetensors": ("*.safetensors",),
@@ -46,6 +48,7 @@ class SourceRules:
     allowed_sources: Sequence[str] = ("*",)
     allowed_formats: Sequence[str] = ("safetensors",)
     allow_remote_code: bool = False
+    allowed_licenses: Sequence[str] = ()
 
 
 def resolve(spec: ModelSpec, rules: SourceRules, progress: demo_model.Progress | None = None) -> Path:
@@ -70,9 +73,20 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: demo_model.Progress |
             folder = demo_model.ensure_demo_model(rules.cache_dir, progress)
         except demo_model.DemoModelError as error:
             raise SourceError(f"{where}: {error}") from error
+    elif scheme in SCHEMES:
+        try:
+            wanted = [*HUB_FILES, *WEIGHT_PATTERNS.get(spec.load_format, ())]
+            folder = fetch(spec.source, rules.cache_dir / "fetched", wanted, progress)
+        except FetchError as error:
+            raise SourceError(f"{where}: {spec.source}: {error}") from error
     else:
-        raise SourceError(f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name or demo://smollm2")
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise SourceError(
+            f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name, {known} or demo://smollm2"
+        )
     check_folder(spec, folder, allow_remote_code=rules.allow_remote_code)
+    if why := why_refused(spec.license, read_card(folder), tuple(rules.allowed_licenses)):
+        raise SourceError(f"models[{spec.name}].license: {why}")
     return folder
 
 
@@ -106,6 +120,13 @@ def _from_hub(where: str, name: str, spec: ModelSpec, rules: SourceRules) -> Pat
             f"{where}: {name} cannot be fetched: {first}; a gated model needs weights.hugging_face.token_file"
         ) from error
     return Path(found)
+
+
+def revision_of(spec: ModelSpec, folder: Path) -> str:
+    """The commit that a folder of the hub's cache holds; "" for what has none."""
+    if not spec.source.startswith("hf://") or folder.parent.name != "snapshots":
+        return ""
+    return folder.name
 
 
 def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = False) -> None:

@@ -1,8 +1,8 @@
 """Builds a model's tokenizer bundle in a process of its own: `python -m cluster.rayserve.bundling SETTINGS FOLDER`.
 
 Loading a tokenizer the engine's way imports transformers, which costs seconds and hundreds of megabytes; the
-controller keeps neither. The process writes the bundle to FOLDER/<digest> and prints `{"digest": ...}` or
-`{"error": ...}`.
+controller keeps neither. The process writes the bundle to FOLDER/<digest> and prints
+`{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.api.bundle import Bundle
@@ -44,7 +45,8 @@ async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None,
     if "error" in answer:
         return None, Known(trouble=str(answer["error"]))
     bundle = Bundle.load(folder / _plain(answer["digest"]))
-    return bundle, describe(bundle)
+    about = describe(bundle)
+    return bundle, replace(about, license=str(answer.get("license", "")), card=dict(answer.get("card", {})))
 
 
 def describe(bundle: Bundle) -> Known:
@@ -68,12 +70,12 @@ def main(arguments: list[str]) -> int:
     os.nice(_NICENESS)
     settings, folder = replica_settings.from_json(json.loads(arguments[0])), Path(arguments[1])
     try:
-        bundle = open_bundle(settings)
+        bundle, card = open_bundle(settings)
         bundle.save(folder / _plain(bundle.digest))
     except (ValueError, OSError) as error:
         print(json.dumps({"error": str(error)}))
         return 1
-    print(json.dumps({"digest": bundle.digest}))
+    print(json.dumps({"digest": bundle.digest, "license": card.license, "card": dict(card.fields)}))
     return 0
 
 

@@ -110,6 +110,12 @@ class Controller:
             wanted[one.spec.name] = (*wanted.get(one.spec.name, ()), one)
         self._leaving |= {name: them[0].spec for name, them in self._wanted.items() if name not in wanted}
         self._wanted = wanted
+        versions = {(one.spec.name, one.spec.version) for one in settings}
+        self.marks = {
+            model: kept
+            for model, marks in self.marks.items()
+            if (kept := {version: mark for version, mark in marks.items() if (model, version) in versions})
+        }
         self._changed.set()
 
     def wake(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine
+from cluster.engine.cards import Card, read_card
 from cluster.rayserve.placement import is_simulated
 from cluster.rayserve.replica import Opened
 from cluster.rayserve.settings import ReplicaSettings
@@ -24,11 +25,12 @@ def open_model(settings: ReplicaSettings) -> Opened:
     return Opened(engine, bundle, weight_digest(folder, _cache_dir(settings)))
 
 
-def open_bundle(settings: ReplicaSettings) -> Bundle:
-    """The model's tokenizer bundle alone, from its source. Blocks. Raises ValueError."""
+def open_bundle(settings: ReplicaSettings) -> tuple[Bundle, Card]:
+    """The model's tokenizer bundle alone, from its source, and its card. Blocks. Raises ValueError."""
     if is_simulated(settings.spec):
-        return _open_simulated(settings).bundle
-    return _bundle_of(_resolve(settings), settings)
+        return _open_simulated(settings).bundle, Card()
+    folder = _resolve(settings)
+    return _bundle_of(folder, settings), read_card(folder)
 
 
 def _open_simulated(settings: ReplicaSettings) -> Opened:
@@ -56,6 +58,7 @@ def _resolve(settings: ReplicaSettings) -> Path:
         allowed_sources=settings.allowed_sources,
         allowed_formats=settings.allowed_formats,
         allow_remote_code=settings.allow_remote_code,
+        allowed_licenses=settings.allowed_licenses,
     )
     return resolve(settings.spec, rules)
 

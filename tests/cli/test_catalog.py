@@ -11,6 +11,7 @@ from typer.testing import Result
 
 from cluster.admin.v1 import admin_pb2
 from cluster.admin.v1 import catalog_pb2 as pb
+from cluster.config import load
 from tests.support.scripted_gateway import ScriptedGateway
 
 Run = Callable[..., Result]
@@ -120,3 +121,29 @@ def test_one_model(run: Run, gateway: ScriptedGateway) -> None:
     assert json.loads(run("models", "get", "m", "--json", "--admin", gateway.endpoint).stdout)["card"] == {
         "language": "en"
     }
+
+
+def test_pin_writes_what_the_weights_are(run: Run, tmp_path: Path) -> None:
+    """Into its own file and nothing else of it; a second time nothing changes; changed weights show with --check."""
+    weights = tmp_path / "model"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    (weights / "model.safetensors").write_bytes(b"weights")
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        f"api_version: headrace/v1\nname: prod # ours\nweights: {{cache_dir: {tmp_path / 'cache'}}}\n"
+        f"models:\n  - {{name: m, source: {weights}}}  # the one\n  - {{name: s, source: 'sim://'}}\n"
+    )
+    assert run("models", "pin", "-f", str(file), "--check").exit_code == 2
+    done = run("models", "pin", "-f", str(file))
+    assert (done.exit_code, "m: digest sha256:" in done.stdout) == (0, True)
+    text = file.read_text()
+    assert f'source: {weights}, digest: "sha256:' in text
+    assert "name: prod # ours" in text
+    assert "}  # the one" in text
+    assert load(file).models[0].digest.startswith("sha256:")
+    assert run("models", "pin", "-f", str(file), "--check", "m").exit_code == 0
+    (weights / "model.safetensors").write_bytes(b"other weights")
+    assert run("models", "pin", "-f", str(file), "--check").exit_code == 2
+    assert run("models", "pin", "-f", str(file), "nobody").exit_code == 2
+    assert file.read_text() == text

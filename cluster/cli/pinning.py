@@ -1,0 +1,80 @@
+"""Writes keys of models into a YAML file and leaves all else of it, comments and layout, as it is. Pure.
+
+The parser says where in the text a value stands; the text is cut there and read again, and the result counts only if it
+says what it said before with exactly these keys changed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
+
+
+def set_keys(text: str, model: str, keys: Mapping[str, str]) -> str:
+    """The text with `keys` of one model's entry set. Raises ValueError where it cannot be done by cutting the text: an
+    anchor's alias, a merge key, a file that is none."""
+    try:
+        before = yaml.safe_load(text)
+        for key, value in keys.items():
+            text = _set(text, model, key, value)
+        after = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from None
+    if after != _expected(before, model, keys):
+        raise ValueError(f"models[{model}] cannot be changed without touching other parts of the file: edit it by hand")
+    return text
+
+
+def _expected(data: Any, model: str, keys: Mapping[str, str]) -> Any:
+    return {
+        **data,
+        "models": [
+            {**entry, **keys} if isinstance(entry, dict) and entry.get("name") == model else entry
+            for entry in data["models"]
+        ],
+    }
+
+
+def _set(text: str, model: str, key: str, value: str) -> str:
+    entry = _entry(text, model)
+    pairs = {pair[0].value: pair for pair in entry.value if isinstance(pair[0], yaml.ScalarNode)}
+    shown = _shown(value)
+    if key in pairs:
+        node = pairs[key][1]
+        if not isinstance(node, yaml.ScalarNode):
+            raise ValueError(f"models[{model}].{key} is no plain value")
+        return text[: node.start_mark.index] + shown + text[node.end_mark.index :]
+    last = pairs["source"] if "source" in pairs else entry.value[-1]
+    end = last[1].end_mark.index
+    if entry.flow_style:
+        return f"{text[:end]}, {key}: {shown}{text[end:]}"
+    line_end = text.find("\n", end)
+    line_end = len(text) if line_end < 0 else line_end
+    indent = " " * last[0].start_mark.column
+    return f"{text[:line_end]}\n{indent}{key}: {shown}{text[line_end:]}"
+
+
+def _entry(text: str, model: str) -> yaml.MappingNode:
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    models = next(
+        (value for key, value in (root.value if isinstance(root, yaml.MappingNode) else ()) if key.value == "models"),
+        None,
+    )
+    for entry in models.value if isinstance(models, yaml.SequenceNode) else ():
+        if isinstance(entry, yaml.MappingNode):
+            for key, value in entry.value:
+                if key.value == "name" and value.value == model:
+                    return entry
+    raise ValueError(f"models: there is no entry {model!r}")
+
+
+def _shown(value: str) -> str:
+    return (
+        value if _PLAIN.fullmatch(value) and yaml.safe_load(value) == value else json.dumps(value, ensure_ascii=False)
+    )

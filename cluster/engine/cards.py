@@ -1,0 +1,64 @@
+"""What a model's card says of itself: the YAML at the head of its README.md, as the Hugging Face hub has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FIELDS = ("base_model", "language", "pipeline_tag", "library_name", "model_name", "license_name", "license_link")
+MAX_CARD_BYTES = 1 << 20
+MAX_TEXT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """`license` in lower case, the hub's name for it; `fields` are FIELDS that are there, as short texts."""
+
+    license: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_card(folder: Path) -> Card:
+    """The folder's card; an empty one where there is none, or none that can be read."""
+    try:
+        with (folder / "README.md").open("rb") as file:
+            text = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return Card()
+    if not text.startswith("---\n"):
+        return Card()
+    head, end, _ = text[4:].partition("\n---")
+    try:
+        values = yaml.safe_load(head) if end else None
+    except yaml.YAMLError:
+        return Card()
+    if not isinstance(values, dict):
+        return Card()
+    license_name = _text(values.get("license")).lower()
+    own = _text(values.get("license_name")).lower()
+    found = {name: told for name in FIELDS if (told := _text(values.get(name)))}
+    return Card(own if license_name in ("", "other") and own else license_name, found)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        value = ", ".join(str(one) for one in value if isinstance(one, (str, int, float)))
+    return str(value)[:MAX_TEXT] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+
+
+def why_refused(named: str, card: Card, allowed: tuple[str, ...]) -> str:
+    """Why a model of this licence may not be loaded; "" when it may. `named`: what the entry says of its licence, which
+    counts where the card says nothing, or the same."""
+    if not allowed:
+        return ""
+    licenses = {one.lower() for one in allowed}
+    if card.license and named and named != card.license:
+        return f"the entry says {named!r} and the model's card says {card.license!r}"
+    has = card.license or named
+    if not has:
+        return "neither the model's card nor the entry's `license` names one, and weights.allow.licenses asks for it"
+    return "" if has in licenses else f"{has!r} is not among weights.allow.licenses"

@@ -1,0 +1,133 @@
+"""A Backend whose applications are real replicas in this process: what Ray does, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import uuid
+from collections.abc import Mapping
+
+from cluster.control.reconcile import Observed
+from cluster.rayserve.backend import Snapshot
+from cluster.rayserve.opening import open_model
+from cluster.rayserve.replica import Place, Replica
+from cluster.rayserve.settings import ModelRefused, ReplicaSettings
+
+
+@dataclasses.dataclass(eq=False)
+class _App:
+    settings: ReplicaSettings
+    target: int
+    deployed_at_s: float
+    replicas: list[Replica] = dataclasses.field(default_factory=list)
+    starting: int = 0
+    leaving: int = 0
+    trouble: str = ""
+    deleting: bool = False
+
+
+class LiveReplicas:
+    """`gpus` replicas fit in all; those that leave keep theirs until they have drained."""
+
+    def __init__(self, gpus: int = 100) -> None:
+        self._gpus = gpus
+        self._apps: dict[str, _App] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def observe(self) -> Snapshot:
+        """Look."""
+        apps = {
+            name: Observed(
+                model=app.settings.spec.name,
+                digest=app.settings.digest,
+                target=app.target,
+                running=len(app.replicas),
+                placed=app.starting,
+                leaving=app.leaving,
+                gave_up=bool(app.trouble),
+                refused=bool(app.trouble),
+                trouble=app.trouble,
+                deleting=app.deleting,
+                deployed_at_s=app.deployed_at_s,
+                version=app.settings.spec.version,
+            )
+            for name, app in self._apps.items()
+        }
+        nodes: tuple[Mapping[str, float], ...] = ({"CPU": 64.0, "GPU": 64.0},)
+        return Snapshot(apps, nodes)
+
+    async def deploy(self, settings: ReplicaSettings) -> None:
+        """Make an application."""
+        replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
+        self._apps[settings.app] = _App(settings, replicas, time.time())
+        self._fill()
+
+    async def scale(self, app: str, replicas: int) -> None:
+        """The newest leave."""
+        one = self._apps[app]
+        one.target = replicas
+        while len(one.replicas) > replicas:
+            self._leave(one, one.replicas.pop())
+        self._fill()
+
+    async def delete(self, app: str) -> None:
+        """Each drains; then it is gone."""
+        one = self._apps[app]
+        one.deleting, one.target = True, 0
+        while one.replicas:
+            self._leave(one, one.replicas.pop())
+        self._forget(app)
+
+    async def shutdown(self) -> None:
+        """All of them."""
+        for app in list(self._apps):
+            await self.delete(app)
+
+    async def close(self) -> None:
+        """Wait until what leaves has left."""
+        await asyncio.gather(*self._tasks)
+
+    def _fill(self) -> None:
+        used = sum(len(app.replicas) + app.starting + app.leaving for app in self._apps.values())
+        for app in self._apps.values():
+            while len(app.replicas) + app.starting < app.target and used < self._gpus and not app.trouble:
+                app.starting += 1
+                used += 1
+                self._do(self._start(app))
+
+    async def _start(self, app: _App) -> None:
+        replica = Replica(app.settings, Place(uuid.uuid4().hex[:8], "node"), open_model, on_engine_death=lambda _: None)
+        try:
+            await replica.start()
+        except ModelRefused as error:
+            app.trouble = error.reason
+            return
+        finally:
+            app.starting -= 1
+        if len(app.replicas) < app.target:
+            app.replicas.append(replica)
+        else:
+            self._leave(app, replica)
+
+    def _leave(self, app: _App, replica: Replica) -> None:
+        app.leaving += 1
+        self._do(self._stop(app, replica))
+
+    async def _stop(self, app: _App, replica: Replica) -> None:
+        try:
+            await replica.stop()
+        finally:
+            app.leaving -= 1
+            self._forget(app.settings.app)
+            self._fill()
+
+    def _forget(self, name: str) -> None:
+        app = self._apps.get(name)
+        if app is not None and app.deleting and not app.leaving and not app.starting:
+            del self._apps[name]
+
+    def _do(self, work: object) -> None:
+        task = asyncio.create_task(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
