@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.api.types import ModelSpec
-from cluster.config_gateway import Address, Gateway, Section, Tls, is_loopback
+from cluster.config_gateway import Gateway, Section, Tls, is_loopback
 from cluster.config_tenants import (
     CLASSES,
     Auth,
@@ -64,6 +64,9 @@ OWNED_ENGINE_ARGS = {
     "skip_tokenizer_init": "the engine needs the tokenizer for grammars",
 }
 
+LinkAddress = Annotated[
+    str, Field(pattern=r"^(srv://_[a-z0-9-]+\._tcp(\.[a-zA-Z0-9_-]+)+\.?|(\[[0-9a-fA-F:]+\]|[^:/\s]+):\d{1,5})$")
+]
 _NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 
 
@@ -72,18 +75,12 @@ class ConfigError(ValueError):
 
 
 class Link(Section):
-    """Read by those who dial: workers and the controller. Empty `gateways` means the local gateway's link port."""
+    """Read by those who dial: workers and the controller. Empty `gateways` means the local gateway's link port.
 
-    gateways: tuple[Address, ...] = ()
+    An entry is `host:port`, or `srv://_link._tcp.NAME`: whoever the DNS names there, asked again every few seconds."""
+
+    gateways: tuple[LinkAddress, ...] = ()
     tls: Tls | None = None
-
-    @field_validator("gateways", mode="before")
-    @classmethod
-    def _no_names_of_services(cls, value: Any) -> Any:
-        for entry in value if isinstance(value, (list, tuple)) else ():
-            if isinstance(entry, str) and "://" in entry:
-                raise ValueError(f"{entry}: looking gateways up by DNS is not in this release; list each as host:port")
-        return value
 
 
 class RayCluster(Section):

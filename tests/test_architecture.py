@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"api"},
     "control": {"api"},
     "observe": {"api"},
+    "kube": {"control"},
     "client": {"api", "pb"},
     "rpc": set(),
     "sim": {"api", "tenancy", "routing", "control", "link", "engine"},
@@ -35,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"ledger", "observe"},
     "rayserve": {"api", "config", "config_gateway", "engine", "link", "control", "observe"},
     "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"}
-    | {"tenancy", "ledger", "config_gateway", "config_tenants"},
+    | {"tenancy", "ledger", "kube", "config_gateway", "config_tenants"},
 }
 PURE = ("tenancy", "routing", "control", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}

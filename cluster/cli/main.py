@@ -7,7 +7,21 @@ from importlib import metadata
 
 import typer
 
-from cluster.cli import certs, configuration, database, doctor, fleet, look, processes, talk, tenants, up, usage
+from cluster.cli import (
+    certs,
+    configuration,
+    database,
+    doctor,
+    fleet,
+    look,
+    pod_secrets,
+    pods,
+    processes,
+    talk,
+    tenants,
+    up,
+    usage,
+)
 from cluster.cli.common import JsonOption, out, print_json
 
 app = typer.Typer(
@@ -37,6 +51,8 @@ app.command()(usage.usage)
 app.command()(usage.audit)
 app.add_typer(database.db_app, name="db")
 app.add_typer(database.import_app, name="import")
+pods.app.command("secrets")(pod_secrets.pod_secrets)
+app.add_typer(pods.app, name="pod")
 for process in (processes.gateway, processes.controller, processes.prepare):
     app.command(hidden=True)(process)
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway")
 
 ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
+PROBE_MESSAGE_BYTES, PROBE_CALLS = 1 << 16, 16
 LAST_WORD_S = 0.5
 """What a call gets that still runs when the time to drain is over, to tell its client so."""
 
@@ -57,10 +58,15 @@ LAST_WORD_S = 0.5
 class Gateway:
     """Everything a gateway holds. `start` binds the ports, `stop` lets calls end and closes them."""
 
-    def __init__(self, config: Config, folder: Path, timing: Timing | None = None, process: int = 0) -> None:
+    def __init__(
+        self, config: Config, folder: Path, timing: Timing | None = None, process: int = 0, probes: str = ""
+    ) -> None:
         """`folder` keeps tokenizer bundles, the last catalog and, with `auth`, who may call. `process`: which of
-        `gateway.processes` this is. Raises ValueError for a file of secrets."""
+        `gateway.processes` this is. `probes`: where grpc.health.v1 is answered without TLS, for whom that is enough.
+        Raises ValueError for a file of secrets."""
         self.config = config
+        self._probes = probes
+        self._probe_server: rpc.Server | None = None
         self._process = process
         queue = config.gateway.queue
         self.metrics = Metrics(config.name, config.observe.max_tenant_series)
@@ -154,6 +160,8 @@ class Gateway:
             self.service.prompts = self.tenants.prompts
         if self._shared_limits is not None:
             await self._shared_limits.start()
+        if self._probes:
+            await self._bind("health", self._probes, self._serve_probes)
         await self._bind("link", listen.link, self._serve_links)
         if not self._process:
             await self._bind("admin", listen.admin, self._serve_admin)
@@ -260,6 +268,12 @@ class Gateway:
         self._clients = server
         return bound
 
+    async def _serve_probes(self, host: str, port: int) -> int:
+        server = rpc.Server(rpc.Limits(max_message_bytes=PROBE_MESSAGE_BYTES, max_calls=PROBE_CALLS))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # type: ignore[arg-type]
+        self._probe_server = server
+        return await server.start(host, port)
+
     async def _serve_http(self, host: str, port: int) -> int:
         return await self.http.start(host, port, self._tls("http/1.1"), shared=self._shared)
 
@@ -297,6 +311,8 @@ class Gateway:
         await self._links.stop(0)
         if self.tenants is not None:
             await self.tenants.stop()
+        if self._probe_server is not None:
+            await self._probe_server.stop(0)
         await asyncio.to_thread(self.metrics.close)
 
     # ---- what others see
@@ -421,9 +437,10 @@ async def run_gateway(
     stop: asyncio.Event,
     ready: Callable[[dict[str, str]], None] = lambda endpoints: None,
     process: int = 0,
+    probes: str = "",
 ) -> None:
     """Serve until `stop` is set, then drain. `ready` gets the bound endpoints by listener name."""
-    gateway = Gateway(config, folder, process=process)
+    gateway = Gateway(config, folder, process=process, probes=probes)
     try:
         await gateway.start()
         ready(gateway.endpoints)

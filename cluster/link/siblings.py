@@ -1,4 +1,5 @@
-"""Whom to dial: the gateways that were configured, and the processes beside each, which its Welcome names.
+"""Whom to dial: the gateways that were configured, by address or by a name of the DNS, and the processes beside each,
+which its Welcome names.
 
 The processes of one host share the ports of clients and nothing else, so each needs a link of its own. Their addresses
 are learnt by reach: what a configured gateway has named last, what those have named, and so on. A name in the Welcome
@@ -10,9 +11,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
+from cluster.link import lookup
 from cluster.link.dial import Timing, keep_dialing
 
 log = structlog.get_logger("link")
@@ -29,9 +32,18 @@ class _Welcome:
 class Gateways:
     """`dial` runs a session with each; sessions report their Welcome to `welcomed`."""
 
-    def __init__(self, configured: Sequence[str], on_change: Callable[[], None] = lambda: None) -> None:
-        """`configured`: `host:port` each, dialled for ever. `on_change` is called when `addresses` has changed."""
-        self._configured = tuple(dict.fromkeys(configured))
+    def __init__(
+        self,
+        configured: Sequence[str],
+        on_change: Callable[[], None] = lambda: None,
+        ask: lookup.Resolve = lookup.resolve,
+    ) -> None:
+        """`configured`: `host:port` each, dialled for ever, or `srv://NAME`, whose answer of the DNS (`ask`) is dialled
+        as long as it stands. `on_change` is called when `addresses` has changed."""
+        self._configured = tuple(dict.fromkeys(one for one in configured if not lookup.is_looked_up(one)))
+        self._names = tuple(dict.fromkeys(one for one in configured if lookup.is_looked_up(one)))
+        self._looked_up: dict[str, tuple[str, ...]] = {}
+        self._ask = ask
         self._on_change = on_change
         self._welcomes: dict[str, _Welcome] = {}
         self._dialling: set[str] = set()
@@ -44,6 +56,14 @@ class Gateways:
         host = address.rsplit(":", 1)[0]
         resolved = tuple(host + sibling if sibling.startswith(":") else sibling for sibling in siblings)
         self._welcomes[address] = _Welcome(incarnation, resolved)
+        self._update()
+
+    def looked_up(self, name: str, addresses: Sequence[str]) -> None:
+        """Who is behind a name now."""
+        self._looked_up[name] = tuple(addresses)
+        self._update()
+
+    def _update(self) -> None:
         reached = self._reached()
         if reached == self.addresses:
             return
@@ -53,7 +73,9 @@ class Gateways:
         self._on_change()
 
     def _reached(self) -> tuple[str, ...]:
-        found = dict.fromkeys(self._configured)
+        found = dict.fromkeys(
+            (*self._configured, *(one for name in self._names for one in self._looked_up.get(name, ())))
+        )
         at_hand = list(found)
         while at_hand:
             welcome = self._welcomes.get(at_hand.pop(0))
@@ -73,6 +95,8 @@ class Gateways:
     async def dial(self, session: Callable[[str], Awaitable[None]], timing: Timing) -> None:
         """Keep a session with each until cancelled. With one that is named no more it lasts as long as its link."""
         async with asyncio.TaskGroup() as group:
+            for name in self._names:
+                group.create_task(lookup.keep_asking(name, partial(self.looked_up, name), self._ask))
             while True:
                 self._changed.clear()
                 for address in self.addresses:

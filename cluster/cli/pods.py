@@ -1,0 +1,180 @@
+"""`headrace pod gateway|controller`: the processes of a pod, one a container, as the chart starts them.
+
+They differ from a host's processes in what surrounds them: nobody restarts them but Kubernetes, which asks a port of
+its own how they are (grpc.health.v1 in plain text, since a kubelet's probe speaks no TLS), and of several controllers
+one acts, by a Lease. What a pod lacks is said before anything starts; `--check` does no more than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli.common import USAGE, FileOption, fail, out, read_config
+from cluster.cli.processes import FolderOption, run, stop_on_signal
+from cluster.config import Config, secret_files
+from cluster.config_gateway import ClientTls, Tls, is_loopback
+from cluster.observe import garbage, log
+from cluster.observe.cores import leave_no_core_dumps
+
+app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.")
+HealthOption = Annotated[
+    str, typer.Option("--health", help="host:port on which grpc.health.v1 is answered in plain text, for probes.")
+]
+CheckOption = Annotated[bool, typer.Option("--check", help="Only say whether configuration and files serve.")]
+
+
+@app.command()
+def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", check: CheckOption = False) -> None:
+    """Run one gateway."""
+    from cluster.gateway.server import run_gateway
+
+    config = _read(file)
+    _end_with(gateway_lacks(config), file, check)
+    log.configure(config.observe.log_level, cluster=config.name, part="gateway")
+    leave_no_core_dumps()
+
+    async def serve() -> None:
+        await run_gateway(
+            config, folder=folder, stop=stop_on_signal(), ready=lambda _: garbage.settle(), probes=health
+        )
+
+    run(serve())
+
+
+@app.command()
+def controller(
+    file: FileOption,
+    folder: FolderOption,
+    health: HealthOption = "",
+    lease: Annotated[
+        str, typer.Option("--lease", help="Act only while holding the Lease of this name, in the pod's namespace.")
+    ] = "",
+    check: CheckOption = False,
+) -> None:
+    """Run one controller. Replicas go on when it ends."""
+    config = _read(file)
+    _end_with(controller_lacks(config), file, check)
+    log.configure(config.observe.log_level, cluster=config.name, part="controller")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    async def serve() -> None:
+        async with probed(health):
+            await _control(config, folder, lease, stop_on_signal())
+
+    run(serve())
+
+
+async def _control(config: Config, folder: Path, lease: str, stop: asyncio.Event) -> None:
+    from cluster.rayserve.controller import run_controller
+
+    me = socket.gethostname()  # the pod's name
+
+    async def act(until: asyncio.Event) -> None:
+        await run_controller(
+            config, instance=me, ray_address=None, gateways=config.link.gateways, run_folder=folder, stop=until
+        )
+
+    if not lease:
+        await act(stop)
+        return
+    from cluster.control.lease import Terms
+    from cluster.kube.api import KubeLease
+    from cluster.kube.leading import Leader, StoodStill
+
+    terms = Terms()
+    try:
+        await Leader(KubeLease.of_this_pod(lease, terms.lease_s), me, terms).run(act, stop)
+    except StoodStill as error:
+        raise RuntimeError(str(error)) from None
+
+
+@contextlib.asynccontextmanager
+async def probed(address: str) -> AsyncIterator[None]:
+    """grpc.health.v1 answers SERVING there for as long as this event loop turns. "" is nowhere."""
+    if not address:
+        yield
+        return
+    import grpc.aio
+    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+    server = grpc.aio.server()
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    server.add_insecure_port(address)
+    await server.start()
+    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    try:
+        yield
+    finally:
+        await server.stop(0)
+
+
+# ---- what a pod lacks
+
+
+def _read(file: Path) -> Config:
+    config = read_config(file)
+    if config.gateway.processes != 1:
+        fail(f"{file}: gateway.processes: a container holds one process: set 1, and more replicas", USAGE)
+    return config
+
+
+def _end_with(lacks: Iterator[str], file: Path, check: bool) -> None:
+    found = [f"{file}: {one}" for one in lacks]
+    if found:
+        fail("\n".join(found), USAGE)
+    if check:
+        out.print(f"{file}: right, and every file that it names is here", markup=False)
+        raise typer.Exit(0)
+
+
+def gateway_lacks(config: Config) -> Iterator[str]:
+    """Why this file does not serve as a gateway's in a pod, one sentence each."""
+    for name, address in config.gateway.listen.model_dump().items():
+        if is_loopback(address):
+            yield f"gateway.listen.{name}: {address} is reached by nobody outside this pod: listen on 0.0.0.0"
+        elif address.endswith(":0"):
+            yield f"gateway.listen.{name}: {address}: a pod's ports are declared before it starts: name one"
+    if not config.store.database_url and config.auth is not None:
+        yield "store.database_url: a pod's own SQLite is seen by no other gateway: name a PostgreSQL"
+    yield from _unreadable("gateway.tls", config.gateway.tls)
+    yield from _unreadable("gateway.link_tls", config.gateway.link_tls)
+    for setting, path in secret_files(config).items():
+        yield from _file(setting, path)
+    if config.observe.budget_webhook is not None:
+        yield from _file("observe.budget_webhook.secret_file", config.observe.budget_webhook.secret_file)
+
+
+def controller_lacks(config: Config) -> Iterator[str]:
+    """The same of a controller's."""
+    if not config.ray:
+        yield "ray: empty: a controller in a pod has no Ray of its own: name the cluster's dashboard"
+    if not config.link.gateways:
+        yield "link.gateways: empty: there is nobody to dial"
+    if config.link.tls is None:
+        yield "link.tls: not set: the gateways' link port wants a certificate"
+    yield from _unreadable("link.tls", config.link.tls)
+    for cluster in config.ray:
+        if cluster.token_file is not None:
+            yield from _file(f"ray[{cluster.name}].token_file", cluster.token_file)
+
+
+def _unreadable(setting: str, tls: Tls | ClientTls | None) -> Iterator[str]:
+    for name, path in tls.model_dump().items() if tls is not None else ():
+        if path is not None:
+            yield from _file(f"{setting}.{name}", path)
+
+
+def _file(setting: str, path: Path) -> Iterator[str]:
+    try:
+        if not path.read_bytes().strip():
+            yield f"{setting}: {path} is empty"
+    except OSError as error:
+        yield f"{setting}: {path} cannot be read: {error.strerror}"

@@ -1,0 +1,1 @@
+"""What Headrace asks of Kubernetes itself: one Lease, so that of several controllers one acts."""

@@ -1,0 +1,152 @@
+{{- define "headrace.name" -}}
+{{- .Values.fullnameOverride | default .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "headrace.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{ include "headrace.instance" . }}
+{{- end }}
+
+{{- define "headrace.instance" -}}
+app.kubernetes.io/name: headrace
+app.kubernetes.io/instance: {{ include "headrace.name" . }}
+{{- end }}
+
+{{- /* (list root component): what selects the pods of one part. */ -}}
+{{- define "headrace.selector" -}}
+{{ include "headrace.instance" (index . 0) }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{- /* (list root component): labels of a pod. */ -}}
+{{- define "headrace.podLabels" -}}
+{{ include "headrace.selector" . }}
+{{- with (index . 0).Values.podLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* (list root repository-with-or-without-tag tag digest) */ -}}
+{{- define "headrace.image" -}}
+{{- $root := index . 0 -}}
+{{- $image := index . 1 -}}
+{{- with index . 3 }}{{ $image = printf "%s@%s" $image . }}{{ else }}{{ with index $ 2 }}{{ $image = printf "%s:%s" $image . }}{{ end }}{{ end -}}
+{{- with $root.Values.global.imageRegistry }}{{ $image = printf "%s/%s" (trimSuffix "/" .) $image }}{{ end -}}
+{{- $image -}}
+{{- end }}
+
+{{- /* (list root part): the image of gateway, controller or worker. */ -}}
+{{- define "headrace.ownImage" -}}
+{{- $root := index . 0 -}}
+{{- $image := index $root.Values.image (index . 1) -}}
+{{- include "headrace.image" (list $root $image.repository ($root.Values.image.tag | default $root.Chart.AppVersion) $image.digest) -}}
+{{- end }}
+
+{{- define "headrace.pullSecrets" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- /* The user of the images in deploy/docker. */ -}}
+{{- define "headrace.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "headrace.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+privileged: false
+capabilities: {drop: [ALL]}
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "headrace.secret" -}}
+{{- .Values.existingSecret | default (printf "%s-secrets" (include "headrace.name" .)) -}}
+{{- end }}
+
+{{- /* (list root role) */ -}}
+{{- define "headrace.linkSecret" -}}
+{{- $root := index . 0 -}}
+{{- index $root.Values.link (printf "%sSecret" (index . 1)) | default (printf "%s-link-%s" (include "headrace.name" $root) (index . 1)) -}}
+{{- end }}
+
+{{- /* (list root listener): a port of config.gateway.listen. */ -}}
+{{- define "headrace.port" -}}
+{{- index (index . 0).Values.config.gateway.listen (index . 1) | splitList ":" | last -}}
+{{- end }}
+
+{{- /* The configuration without what gateways do not read at their start: a new model restarts none of them. */ -}}
+{{- define "headrace.gatewayChecksum" -}}
+{{- omit .Values.config "models" "ray" "weights" | toYaml | sha256sum -}}
+{{- end }}
+
+{{- define "headrace.probePort" -}}50054{{- end }}
+
+{{- define "headrace.priority" -}}
+{{- $root := index . 0 -}}
+{{- if index . 2 }}{{ index . 2 }}{{ else if $root.Values.priorityClasses.create }}{{ printf "%s-%s" (include "headrace.name" $root) (index . 1) }}{{ end -}}
+{{- end }}
+
+{{- define "headrace.rayName" -}}
+{{- printf "%s-%s" (include "headrace.name" (index . 0)) (index . 1) -}}
+{{- end }}
+
+{{- define "headrace.valkeyAddress" -}}
+{{- .Values.valkey.address | default (ternary (printf "%s-valkey:6379" (include "headrace.name" .)) "" .Values.valkey.embedded.enabled) -}}
+{{- end }}
+
+{{- /* A password in limits_url makes the whole file a Secret. */ -}}
+{{- define "headrace.configIsSecret" -}}
+{{- if regexMatch "^rediss?://[^/@]*:[^/@]+@" (dig "store" "limits_url" "" .Values.config) }}true{{ end -}}
+{{- end }}
+
+{{- define "headrace.configVolume" -}}
+name: config
+{{- if include "headrace.configIsSecret" . }}
+secret: {secretName: {{ include "headrace.name" . }}-config, defaultMode: 0440}
+{{- else }}
+configMap: {name: {{ include "headrace.name" . }}-config}
+{{- end }}
+{{- end }}
+
+{{- /* (list root extra): the environment of a Ray container. Replicas get those that rayserve/serving.py passes on. */ -}}
+{{- define "headrace.rayEnv" -}}
+- {name: HOME, value: /tmp}
+- {name: HEADRACE_CACHE_DIR, value: /tmp/headrace}
+- {name: HEADRACE_LOG_LEVEL, value: {{ dig "observe" "log_level" "info" (index . 0).Values.config }}}
+- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+- {name: VLLM_NO_USAGE_STATS, value: "1"}
+{{- with index . 1 }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{- /* A CPU quantity as whole CPUs, at least 1: Ray counts whole ones. */ -}}
+{{- define "headrace.cpus" -}}
+{{- $text := toString . -}}
+{{- if hasSuffix "m" $text }}{{ max 1 (div (int (trimSuffix "m" $text)) 1000) }}{{ else }}{{ max 1 (int (floor (float64 $text))) }}{{ end -}}
+{{- end }}
+
+{{- /* {cidrs, ports}: one rule, or none where there is no address. */ -}}
+{{- define "headrace.egress" -}}
+{{- if .cidrs -}}
+- ports:
+    {{- range .ports }}
+    - {port: {{ int . }}, protocol: TCP}
+    {{- end }}
+  to:
+    {{- range .cidrs }}
+    - ipBlock: {cidr: {{ . }}}
+    {{- end }}
+{{- end }}
+{{- end }}

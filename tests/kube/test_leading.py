@@ -1,0 +1,171 @@
+"""The Lease over a real HTTP API: one leads, the next takes over, and who may no longer lead stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.control.lease import Record, Terms
+from cluster.kube.api import ApiAway, Conflict, KubeLease
+from cluster.kube.leading import Leader, StoodStill
+from tests.support.kube_api import FakeApi, kube_api
+
+QUICK = Terms(lease_s=0.6, yield_s=0.3, again_s=0.03)
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[FakeApi]:
+    """An API."""
+    with kube_api(tmp_path) as running:
+        yield running
+
+
+async def until(true: Callable[[], bool], within_s: float = 10.0) -> None:
+    """Wait for a condition that other tasks bring about."""
+    async with asyncio.timeout(within_s):
+        while not true():  # noqa: ASYNC110 - what it looks at is no event
+            await asyncio.sleep(0.005)
+
+
+def test_a_lease_is_made_kept_and_taken(api: FakeApi) -> None:
+    """Versions guard every write; holders are counted; the API's own field names are used."""
+    store = api.lease()
+    assert store.read() is None
+    made = store.write("a", None)
+    assert store.read() == made
+    assert made == Record("a", made.version, 0)
+    with pytest.raises(Conflict, match="already exists"):
+        store.write("b", None)
+    kept = store.write("a", made)
+    assert kept == Record("a", kept.version, 0)
+    with pytest.raises(Conflict, match="has been modified"):
+        store.write("b", made)
+    assert store.write("b", kept).transitions == 1
+    spec = api.leases["headrace-controller"]["spec"]
+    assert spec["leaseDurationSeconds"] == 15
+    assert spec["renewTime"].endswith("Z")
+
+
+def test_an_api_that_is_away_or_refuses_is_told(api: FakeApi, tmp_path: Path) -> None:
+    """Neither an error of HTTP, nor of the network, nor of the token's file ends the process."""
+    store = api.lease()
+    api.away = True
+    with pytest.raises(ApiAway, match="503 the server is currently unable"):
+        store.read()
+    api.away = False
+    (tmp_path / "wrong").write_text("another token")
+    with pytest.raises(ApiAway, match="401"):
+        KubeLease(api.url, "ns", "x", 15, tmp_path / "wrong").write("a", None)
+    with pytest.raises(ApiAway):
+        KubeLease(api.url, "ns", "x", 15, tmp_path / "none").read()
+    with pytest.raises(ApiAway):
+        KubeLease("http://127.0.0.1:1", "ns", "x", 15, tmp_path / "wrong").read()
+
+
+def test_outside_a_pod_there_is_none(tmp_path: Path) -> None:
+    """The message says what is missing."""
+    with pytest.raises(ValueError, match="needs a pod"):
+        KubeLease.of_this_pod("x", 15, tmp_path)
+
+
+class Work:
+    """Counts how many run at once."""
+
+    def __init__(self) -> None:
+        self.running: set[str] = set()
+        self.most = 0
+
+    def of(self, name: str) -> Callable[[asyncio.Event], object]:
+        """The work of one."""
+
+        async def work(stop: asyncio.Event) -> None:
+            self.running.add(name)
+            self.most = max(self.most, len(self.running))
+            try:
+                await stop.wait()
+            finally:
+                self.running.discard(name)
+
+        return work
+
+
+@contextlib.asynccontextmanager
+async def led(api: FakeApi, names: str, work: Work):  # type: ignore[no-untyped-def]
+    """Leaders of those names, running."""
+    stops = {name: asyncio.Event() for name in names}
+    leaders = {name: Leader(api.lease(), name, QUICK) for name in names}
+    tasks = {name: asyncio.create_task(leaders[name].run(work.of(name), stops[name])) for name in names}  # type: ignore[arg-type]
+    try:
+        yield leaders, stops, tasks
+    finally:
+        for stop in stops.values():
+            stop.set()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+async def test_one_of_two_works_and_hands_over_when_it_stops(api: FakeApi) -> None:
+    """Who ends by itself gives the Lease up: the other need not wait for its term."""
+    work = Work()
+    async with led(api, "ab", work) as (leaders, stops, tasks):
+        await until(lambda: len(work.running) == 1)
+        (first,) = work.running
+        (other,) = {"a", "b"} - {first}
+        stops[first].set()
+        await asyncio.wait_for(tasks[first], 5)
+        assert api.leases["headrace-controller"]["spec"]["holderIdentity"] in ("", other)
+        await until(lambda: work.running == {other})
+        assert leaders[other].leads
+    assert work.most == 1
+    assert api.leases["headrace-controller"]["spec"]["leaseTransitions"] == 1
+
+
+async def test_who_cannot_renew_stops_and_begins_again(api: FakeApi) -> None:
+    """With the API away nobody works after the holder's term; with it back one does, never two."""
+    work = Work()
+    async with led(api, "ab", work):
+        await until(lambda: len(work.running) == 1)
+        api.away = True
+        await until(lambda: not work.running)
+        api.away = False
+        await until(lambda: len(work.running) == 1)
+    assert work.most == 1
+
+
+async def test_a_killed_holder_is_followed(api: FakeApi) -> None:
+    """One that says nothing more keeps others away for the term, not longer."""
+    store = api.lease()
+    store.write("killed", None)
+    work = Work()
+    began = asyncio.get_running_loop().time()
+    async with led(api, "b", work):
+        await until(lambda: work.running == {"b"})
+        assert asyncio.get_running_loop().time() - began >= QUICK.lease_s
+    assert api.leases["headrace-controller"]["spec"]["leaseTransitions"] == 2 - 1
+
+
+async def test_work_that_fails_is_raised_and_the_lease_is_free(api: FakeApi) -> None:
+    """The process ends by it; the next need not wait."""
+
+    async def fails(stop: asyncio.Event) -> None:
+        raise RuntimeError("Ray has gone mad")
+
+    with pytest.raises(RuntimeError, match="gone mad"):
+        await Leader(api.lease(), "a", QUICK).run(fails, asyncio.Event())
+
+
+async def test_work_that_does_not_stop_ends_the_process(api: FakeApi) -> None:
+    """Nobody may work without the Lease: there is no other way out."""
+
+    async def deaf(stop: asyncio.Event) -> None:
+        await asyncio.Event().wait()
+
+    leader = Leader(api.lease(), "a", QUICK)
+    running = asyncio.create_task(leader.run(deaf, asyncio.Event()))
+    await until(lambda: leader.leads)
+    api.away = True
+    with pytest.raises(StoodStill):
+        await asyncio.wait_for(running, 10)
