@@ -1,0 +1,31 @@
+"""Helm, and every preset rendered once."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from tests.support import helm
+from tests.support.helm import Rendered
+
+
+@pytest.fixture(scope="session", autouse=True)
+def needs_helm() -> None:
+    """All of these render."""
+    try:
+        helm.tool("helm")
+    except helm.NoHelm as error:
+        pytest.skip(str(error))
+
+
+@functools.cache
+def _rendered(preset: Path) -> Rendered:
+    return helm.template(preset)
+
+
+@pytest.fixture(params=helm.PRESETS, ids=lambda file: file.stem)
+def preset(request: pytest.FixtureRequest) -> Rendered:
+    """Each preset in turn."""
+    return _rendered(request.param)

@@ -1,0 +1,194 @@
+"""The chart by Helm itself: lint, package, upgrade without a restart; and every object by the API's own schemas."""
+
+from __future__ import annotations
+
+import copy
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support import helm
+from tests.support import kubernetes_schemas as schemas
+from tests.support.helm import Rendered
+
+needs_definitions = pytest.mark.skipif(
+    not schemas.CRDS.is_dir(), reason=f"optional data: no definitions of custom resources in {schemas.CRDS}"
+)
+
+
+@pytest.mark.parametrize("values", [None, *helm.PRESETS], ids=lambda file: file.stem if file else "defaults")
+def test_helm_finds_no_fault(values: Path | None) -> None:
+    """`helm lint --strict`, with each preset."""
+    helm.run("lint", "--strict", helm.CHART, *(["-f", values] if values else []))
+
+
+def test_the_package_holds_what_is_rendered(tmp_path: Path) -> None:
+    """Rules and dashboards travel inside, and the package renders as the folder does."""
+    helm.run("package", helm.CHART, "-d", tmp_path)
+    (package,) = tmp_path.glob("headrace-*.tgz")
+    with tarfile.open(package) as whole:
+        names = whole.getnames()
+    assert "headrace/values.schema.json" in names
+    assert "headrace/files/alerts/headrace.yaml" in names
+    preset = helm.PRESETS[0]
+    by_package = helm.run("template", "headrace", package, "-n", helm.NAMESPACE, "-f", preset)
+    assert by_package == helm.run("template", "headrace", helm.CHART, "-n", helm.NAMESPACE, "-f", preset)
+
+
+@pytest.mark.parametrize("release", schemas.RELEASES)
+def test_the_api_takes_every_object(preset: Rendered, release: str) -> None:
+    """Strictly: an unknown field is refused. Custom resources are not the API's own."""
+    for one in preset.objects:
+        if schemas.is_built_in(one):
+            schemas.check_built_in(one, release)
+        else:
+            assert "." in one["apiVersion"].split("/")[0], one["kind"]
+
+
+@needs_definitions
+def test_operators_take_every_object(preset: Rendered) -> None:
+    """RayCluster, ScaledObject, PodMonitor, PrometheusRule and routes, and nothing in them is cut off."""
+    kinds = set()
+    for one in preset.objects:
+        if not schemas.is_built_in(one):
+            schemas.check_custom(one)
+            kinds.add(one["kind"])
+    assert "RayCluster" in kinds
+
+
+@needs_definitions
+def test_the_schemas_see_what_is_wrong() -> None:
+    """A misspelt field, a wrong type and a missing one, in an object of each sort."""
+    rendered = helm.template(next(one for one in helm.PRESETS if one.stem == "multi-tenant"))
+
+    def without(one: dict[str, Any], *path: str) -> dict[str, Any]:
+        changed = copy.deepcopy(one)
+        at = changed
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1] + "s"] = at.pop(path[-1])
+        return changed
+
+    service = rendered.one("Service", "headrace-links")
+    for release in schemas.RELEASES:
+        with pytest.raises(schemas.Invalid, match="publishNotReadyAddressess"):
+            schemas.check_built_in(without(service, "spec", "publishNotReadyAddresses"), release)
+    cluster = rendered.one("RayCluster")
+    with pytest.raises(schemas.Invalid, match="rayStartParamss"):
+        schemas.check_custom(without(cluster, "spec", "headGroupSpec", "rayStartParams"))
+    misspelt, mistyped = copy.deepcopy(cluster), copy.deepcopy(cluster)
+    spec = misspelt["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    spec["serviceAccountNames"] = spec.pop("serviceAccountName")
+    mistyped["spec"]["workerGroupSpecs"][0]["maxReplicas"] = "eight"
+    with pytest.raises(schemas.Invalid, match="serviceAccountNames"):
+        schemas.check_custom(misspelt)
+    with pytest.raises(schemas.Invalid, match="maxReplicas"):
+        schemas.check_custom(mistyped)
+
+
+def template_of(rendered: Rendered, name: str) -> Any:
+    """A workload's pod template."""
+    (found,) = (
+        one for one in rendered.objects if one["metadata"]["name"] == name and "template" in one.get("spec", ())
+    )
+    return found["spec"]["template"]
+
+
+def test_a_new_model_restarts_no_gateway() -> None:
+    """Gateways hear of models from the controller; what they read at their start restarts them."""
+    preset = next(one for one in helm.PRESETS if one.stem == "local-cpu")
+    before = helm.template(preset)
+    models = [{"name": "other", "source": "demo://smollm2"}]
+    new_model = helm.template(preset, {"config": {"models": models}})
+    new_queue = helm.template(preset, {"config": {"gateway": {"queue": {"max_requests": 7}}}})
+    assert template_of(new_model, "headrace-gateway") == template_of(before, "headrace-gateway")
+    assert template_of(new_model, "headrace-controller") != template_of(before, "headrace-controller")
+    assert template_of(new_queue, "headrace-gateway") != template_of(before, "headrace-gateway")
+    assert new_model.one("RayCluster") == before.one("RayCluster"), "workers stay too"
+
+
+def test_images_come_from_the_site() -> None:
+    """With a registry of the site's own every image is pulled from it, those of stores too."""
+    name = "registry.inside:5000/team"
+    airgapped = next(one for one in helm.PRESETS if one.stem == "local-cpu")
+    rendered = helm.template(airgapped, {"global": {"imageRegistry": name}, "imagePullSecrets": [{"name": "pull"}]})
+    images: list[str] = []
+    unsigned: list[str] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            if "containers" in value and value.get("imagePullSecrets") != [{"name": "pull"}]:
+                unsigned.append(str(value["containers"][0]["name"]))
+            images.extend(one for key, one in value.items() if key == "image" and isinstance(one, str))
+            for one in value.values():
+                walk(one)
+        elif isinstance(value, list):
+            for one in value:
+                walk(one)
+
+    walk(list(rendered.objects))
+    assert len(images) >= 7
+    assert [one for one in images if not one.startswith(f"{name}/")] == []
+    assert unsigned == []
+
+
+def test_a_digest_pins_an_image() -> None:
+    """And wins over the tag."""
+    digest = "sha256:" + "0" * 64
+    rendered = helm.template({"image": {"tag": "9", "gateway": {"repository": "x/y", "digest": digest}}})
+    spec = template_of(rendered, "headrace-gateway")["spec"]
+    assert spec["containers"][0]["image"] == f"x/y@{digest}"
+    assert template_of(rendered, "headrace-controller")["spec"]["containers"][0]["image"] == "headrace/controller:9"
+
+
+def test_extra_objects_are_templates() -> None:
+    """They see the release."""
+    extra = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": '{{ include "headrace.name" . }}-more'},
+        "data": {"in": "{{ .Release.Namespace }}"},
+    }
+    found = helm.template({"extraObjects": [extra]}).one("ConfigMap", "headrace-more")
+    assert found["data"] == {"in": helm.NAMESPACE}
+
+
+def test_two_clusters_side_by_side() -> None:
+    """Each with an image, a network and a storage namespace of its own."""
+    urls = [
+        {"name": name, "dashboard_url": f"http://headrace-{name}-head-svc:8265", "token_file": "/secrets/ray-token"}
+        for name in ("blue", "green")
+    ]
+    group = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
+    clusters = [
+        {"name": "blue", "workerGroups": [group]},
+        {"name": "green", "image": "headrace/worker-cuda:next", "workerGroups": [group]},
+    ]
+    values = {"config": {"ray": urls}, "ray": {"clusters": clusters}, "valkey": {"address": "valkey:6379"}}
+    rendered = helm.template(values)
+    blue, green = (rendered.one("RayCluster", f"headrace-{name}") for name in ("blue", "green"))
+    assert green["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] == "headrace/worker-cuda:next"
+    spaces = [one["spec"]["gcsFaultToleranceOptions"]["externalStorageNamespace"] for one in (blue, green)]
+    assert len(set(spaces)) == 2
+    assert {one["metadata"]["name"] for one in rendered.all("NetworkPolicy")} >= {"headrace-blue", "headrace-green"}
+
+
+def test_notes_tell_the_next_step() -> None:
+    """Words that `helm install` ends with: secrets, a key, the first call."""
+    text = helm.run(
+        "install", "headrace", helm.CHART, "-n", "ns", "--dry-run=client", "-f", helm.PRESETS[0], "--hide-secret"
+    )
+    notes = text.split("NOTES:")[1]
+    assert "headrace pod secrets -n ns --name headrace | kubectl create -f -" in notes
+    assert "headrace keys create trial" in notes
+    assert "headrace chat default" in notes
+
+
+def test_values_documented_are_the_schemas() -> None:
+    """values.yaml and the schema name the same keys at the top, and the defaults satisfy it."""
+    values = yaml.safe_load((helm.CHART / "values.yaml").read_text())
+    schema = yaml.safe_load((helm.CHART / "values.schema.json").read_text())
+    assert values.keys() == schema["properties"].keys()

@@ -1,0 +1,355 @@
+"""Policy on what is rendered: pod security, requests, probes, selectors, ports, rights, and who reaches whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.cli.pod_secrets import manifests
+from cluster.config import parse
+from cluster.gateway.grpc_face import SERVICE
+from tests.support import helm
+from tests.support.helm import NAMESPACE, Rendered
+from tests.support.network_policies import Network, Peer, selects
+
+CLIENTS, LINK, ADMIN, HTTP, METRICS, PROBES = 50051, 50052, 50053, 8000, 9400, 50054
+EVERYTHING = next(one for one in helm.PRESETS if one.stem == "multi-tenant")
+INSIDE = next(one for one in helm.PRESETS if one.stem == "local-cpu")
+
+
+def pods(rendered: Rendered) -> Iterator[tuple[str, dict[str, str], dict[str, Any]]]:
+    """(name, labels, spec) of every pod that would run, with the labels that KubeRay adds."""
+    for one in rendered.objects:
+        name = one["metadata"]["name"]
+        if one["kind"] in ("StatefulSet", "Deployment", "Job"):
+            template = one["spec"]["template"]
+            yield name, template["metadata"]["labels"], template["spec"]
+        if one["kind"] == "RayCluster":
+            groups = [("head", one["spec"]["headGroupSpec"])]
+            groups += [("worker", group) for group in one["spec"]["workerGroupSpecs"]]
+            for role, group in groups:
+                added = {"ray.io/cluster": name, "ray.io/node-type": role}
+                labels = {**group["template"]["metadata"]["labels"], **added}
+                yield f"{name}-{group.get('groupName', role)}", labels, group["template"]["spec"]
+
+
+def containers(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(pod and container, container), the autoscaler that KubeRay adds as far as the chart says how."""
+    for name, _, spec in pods(rendered):
+        for one in (*spec.get("initContainers", ()), *spec["containers"]):
+            yield f"{name}/{one['name']}", one
+    for cluster in rendered.all("RayCluster"):
+        if cluster["spec"]["enableInTreeAutoscaling"]:
+            yield f"{cluster['metadata']['name']}/autoscaler", cluster["spec"]["autoscalerOptions"]
+
+
+def test_pods_are_restricted(preset: Rendered) -> None:
+    """As the pod security standard `restricted` demands, and a root folder that nobody writes to besides."""
+    for name, _, spec in pods(preset):
+        security = spec["securityContext"]
+        assert security["runAsNonRoot"] is True, name
+        assert security["runAsUser"] > 0, name
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}, name
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys(), name
+        allowed = {"configMap", "emptyDir", "ephemeral", "persistentVolumeClaim", "secret", "projected"}
+        for volume in spec.get("volumes", ()):
+            assert volume.keys() - {"name"} <= allowed, f"{name}: {volume}"
+    for name, one in containers(preset):
+        security = one["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False, name
+        assert security["capabilities"] == {"drop": ["ALL"]}, name
+        assert security["readOnlyRootFilesystem"] is True, name
+        assert security["privileged"] is False, name
+        assert not any("hostPort" in port for port in one.get("ports", ())), name
+
+
+def test_every_container_says_what_it_needs(preset: Rendered) -> None:
+    """CPU and memory are requested, memory is bounded, and shared memory lies within that bound."""
+    for name, one in containers(preset):
+        assert one["resources"]["requests"].keys() >= {"cpu", "memory"}, name
+        assert "memory" in one["resources"]["limits"], name
+    for name, _, spec in pods(preset):
+        shared = sum(
+            size(volume["emptyDir"]["sizeLimit"])
+            for volume in spec.get("volumes", ())
+            if volume.get("emptyDir", {}).get("medium") == "Memory"
+        )
+        assert shared < sum(size(one["resources"]["limits"]["memory"]) for one in spec["containers"]), name
+
+
+def size(text: str) -> float:
+    """Bytes of 8Gi."""
+    units = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+    return float(text[:-2]) * units[text[-2:]]
+
+
+def test_whatever_is_written_has_a_place(preset: Rendered) -> None:
+    """Where the root folder is read-only, HOME, the folders named on the command line and /tmp are mounted."""
+    for name, _, spec in pods(preset):
+        for one in spec["containers"]:
+            mounted = [mount["mountPath"] for mount in one["volumeMounts"] if not mount.get("readOnly")]
+            values = {env["name"]: env.get("value", "") for env in one.get("env", ())}
+            written = [values[key] for key in ("HOME", "HEADRACE_CACHE_DIR", "PGDATA") if key in values]
+            arguments = one.get("args", [])
+            written += [arguments[at + 1] for at, word in enumerate(arguments) if word == "--folder"]
+            for path in ("/tmp", *written):
+                assert any(Path(path).is_relative_to(mount) for mount in mounted), f"{name}: {path}"
+
+
+def test_probes_ask_grpc_health_and_nothing_about_links(preset: Rendered) -> None:
+    """Three probes each; readiness names the service that is SERVING from the start of serving to its end."""
+    workloads = [*preset.all("StatefulSet"), *preset.all("Deployment")]
+    assert len(workloads) >= 2
+    for one in workloads:
+        for container in one["spec"]["template"]["spec"]["containers"]:
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                assert probe in container, f"{one['metadata']['name']}: {probe}"
+    gateway = next(one for name, one in containers(preset) if name == "headrace-gateway/gateway")
+    assert gateway["readinessProbe"]["grpc"] == {"port": PROBES, "service": SERVICE}
+    assert gateway["livenessProbe"]["grpc"] == {"port": PROBES}
+
+
+def test_selectors_meet_exactly_their_pods(preset: Rendered) -> None:
+    """Services, budgets, monitors and workloads: each selects something, and nothing of another part."""
+    running = list(pods(preset))
+    for one in preset.objects:
+        spec = one.get("spec", {})
+        if one["kind"] == "Service":
+            selector: Mapping[str, Any] = {"matchLabels": spec["selector"]}
+        elif one["kind"] in ("PodDisruptionBudget", "PodMonitor", "StatefulSet", "Deployment"):
+            selector = spec["selector"]
+        else:
+            continue
+        parts = {labels["app.kubernetes.io/component"] for _, labels, _ in running if selects(selector, labels)}
+        assert len(parts) == 1, f"{one['kind']} {one['metadata']['name']} selects {parts}"
+
+
+def test_ports_are_the_programs(preset: Rendered) -> None:
+    """Containers and Services name the ports that the configuration listens on; each Service's target exists."""
+    listen = parse(preset.cluster_yaml).gateway.listen
+    gateway = next(one for name, one in containers(preset) if name == "headrace-gateway/gateway")
+    ports = {one["name"]: one["containerPort"] for one in gateway["ports"]}
+    for name, address in listen.model_dump().items():
+        assert address.endswith(f":{ports[name]}"), name
+    assert f"0.0.0.0:{ports['health']}" in gateway["args"]
+    named = {name: {p["name"] for p in spec["containers"][0].get("ports", ())} for name, _, spec in pods(preset)}
+    for service in preset.all("Service"):
+        for port in service["spec"]["ports"]:
+            targets = [
+                port["targetPort"] in named[name]
+                for name, labels, _ in pods(preset)
+                if selects({"matchLabels": service["spec"]["selector"]}, labels)
+            ]
+            assert targets, service["metadata"]["name"]
+            assert all(targets), service["metadata"]["name"]
+    for monitor in preset.all("PodMonitor"):
+        for name, labels, spec in pods(preset):
+            if selects(monitor["spec"]["selector"], labels):
+                found = {port["name"] for port in spec["containers"][0]["ports"]}
+                assert {one["port"] for one in monitor["spec"]["podMetricsEndpoints"]} <= found, name
+
+
+def test_links_are_found_before_they_are_ready(preset: Rendered) -> None:
+    """The headless Service publishes what is not ready, and its port gives the SRV name that is dialled."""
+    config = parse(preset.cluster_yaml)
+    links = preset.one("Service", "headrace-links")["spec"]
+    assert links["clusterIP"] == "None"
+    assert links["publishNotReadyAddresses"] is True
+    (port,) = links["ports"]
+    assert f"srv://_{port['name']}._tcp.headrace-links" in config.link.gateways
+    for one in preset.all("StatefulSet"):
+        if one["metadata"]["name"] == "headrace-gateway":
+            assert one["spec"]["serviceName"] == "headrace-links"
+
+
+def test_gateways_get_the_time_to_drain(preset: Rendered) -> None:
+    """Kubernetes waits longer than the gateway, and long enough for the pause before."""
+    config = parse(preset.cluster_yaml)
+    for name, labels, spec in pods(preset):
+        if labels["app.kubernetes.io/component"] == "gateway" or labels.get("ray.io/node-type") == "worker":
+            grace_s = spec["terminationGracePeriodSeconds"]
+            assert grace_s == config.gateway.drain_timeout_s + 30, name
+    gateway = next(one for name, one in containers(preset) if name == "headrace-gateway/gateway")
+    assert gateway["lifecycle"]["preStop"]["sleep"]["seconds"] < 30
+
+
+def test_one_gateway_at_a_time_goes(preset: Rendered) -> None:
+    """A budget for whoever evicts, and an order for whoever updates."""
+    budget = preset.one("PodDisruptionBudget", "headrace-gateway")["spec"]
+    assert budget["maxUnavailable"] == 1
+    for kind in ("StatefulSet", "Deployment"):
+        for one in preset.all(kind):
+            if one["metadata"]["name"] == "headrace-gateway" and kind == "Deployment":
+                assert one["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+
+
+def test_rights_are_the_least(preset: Rendered) -> None:
+    """One Role, for one Lease; nobody else carries a token, but Ray's head where its autoscaler runs."""
+    assert not preset.all("ClusterRole")
+    (role,) = preset.all("Role")
+    assert [(rule["resources"], sorted(rule["verbs"])) for rule in role["rules"]] == [
+        (["leases"], ["create"]),
+        (["leases"], ["get", "update"]),
+    ]
+    controller = next(one for name, one in containers(preset) if name == "headrace-controller/controller")
+    lease = controller["args"][controller["args"].index("--lease") + 1]
+    assert role["rules"][1]["resourceNames"] == [lease]
+    (binding,) = preset.all("RoleBinding")
+    assert [one["name"] for one in binding["subjects"]] == ["headrace-controller"]
+    for name, labels, spec in pods(preset):
+        scaled = labels.get("ray.io/node-type") == "head" and "serviceAccountName" not in spec
+        carries = labels["app.kubernetes.io/component"] == "controller"
+        assert spec.get("automountServiceAccountToken", True) is (carries or scaled), name
+
+
+def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> None:
+    """`headrace pod secrets` makes every Secret and key that a pod is not started without."""
+    made = {
+        str(one["metadata"]["name"]): set(one["stringData"])  # type: ignore[index,call-overload]
+        for one in manifests(NAMESPACE, "headrace", (), None, 30)
+    }
+    wanted: list[tuple[str, str]] = []
+    for _, _, spec in pods(preset):
+        for volume in spec.get("volumes", ()):
+            secret = volume.get("secret", {})
+            if secret and not secret.get("optional"):
+                keys = [item["key"] for item in secret.get("items", ())] or ["tls.crt", "tls.key", "ca.crt"]
+                wanted += [(secret["secretName"], key) for key in keys]
+        for container in spec["containers"]:
+            for one in container.get("env", ()):
+                if reference := one.get("valueFrom", {}).get("secretKeyRef"):
+                    wanted.append((reference["name"], reference["key"]))
+    assert len(wanted) > 10
+    assert [one for one in wanted if one[1] not in made.get(one[0], ())] == []
+    for cluster in preset.all("RayCluster"):
+        assert "auth_token" in made[cluster["spec"]["authOptions"]["secretName"]], "the key that KubeRay reads"
+        assert cluster["spec"]["authOptions"]["mode"] == "token"
+
+
+# ---- who reaches whom
+
+
+def peers(rendered: Rendered) -> dict[str, Peer]:
+    """One pod of each part, by its part; Ray's by head and worker."""
+    found = {}
+    for _, labels, _ in pods(rendered):
+        part = labels["app.kubernetes.io/component"]
+        found[labels.get("ray.io/node-type", part)] = Peer(NAMESPACE, labels)
+    return found
+
+
+STRANGER = Peer(NAMESPACE, {"app": "of another release"})
+ELSEWHERE = Peer("default", {"app": "client"})
+INTERNET = Peer(address="93.184.216.34")
+PROMETHEUS = Peer("monitoring", {"app": "prometheus"})
+OPERATOR = Peer("kuberay", {"app": "operator"})
+
+
+def network(rendered: Rendered) -> Network:
+    """The policies of one release."""
+    return Network(NAMESPACE, rendered.all("NetworkPolicy"))
+
+
+def test_each_reaches_what_it_dials(preset: Rendered) -> None:
+    """The links, Ray's dashboard, Ray among itself, names; and Prometheus what it scrapes."""
+    there, allows = peers(preset), network(preset).allows
+    gateway, controller, head, worker = (there[one] for one in ("gateway", "controller", "head", "worker"))
+    assert allows(worker, gateway, LINK)
+    assert allows(controller, gateway, LINK)
+    assert allows(controller, head, 8265)
+    assert allows(worker, head, 6379)
+    assert allows(head, worker, 31234)
+    assert allows(worker, worker, 40001), "ranks of one engine"
+    assert allows(PROMETHEUS, gateway, METRICS)
+    assert allows(PROMETHEUS, worker, 8080)
+    assert allows(OPERATOR, head, 8265)
+    names = Peer("kube-system", {"k8s-app": "kube-dns"})
+    for part in there.values():
+        assert allows(part, names, 53, "UDP")
+
+
+def test_nobody_else_reaches_ray_links_or_the_admin_port(preset: Rendered) -> None:
+    """From this namespace, others, outside, and from parts of this release that have no business there."""
+    there, allows = peers(preset), network(preset).allows
+    gateway, controller, head, worker = (there[one] for one in ("gateway", "controller", "head", "worker"))
+    strangers = (STRANGER, ELSEWHERE, INTERNET)
+    for who in strangers:
+        for port in (6379, 8265, 10001, 8000, 52365, 8080, 31234):
+            assert not allows(who, head, port), (who, port)
+            assert not allows(who, worker, port), (who, port)
+        for port in (LINK, ADMIN, METRICS, PROBES):
+            assert not allows(who, gateway, port), (who, port)
+        assert not allows(who, controller, PROBES)
+    for who in (gateway, head):
+        assert not allows(who, gateway, LINK), "only workers and the controller speak on links"
+    assert not allows(gateway, head, 8265), "a gateway knows nothing of Ray"
+    assert not allows(gateway, head, 6379)
+    assert not allows(controller, head, 10001)
+    assert not allows(controller, worker, 31234)
+
+
+def test_callers_reach_the_two_client_ports() -> None:
+    """Everybody where nothing is said, else those who are named."""
+    open_to_all, named = helm.template(INSIDE), helm.template(EVERYTHING)
+    through = Peer("gateways", {"app": "envoy"})
+    platform = Peer("platform", {"app": "shell"})
+    for port in (CLIENTS, HTTP):
+        assert network(open_to_all).allows(ELSEWHERE, peers(open_to_all)["gateway"], port)
+        assert network(open_to_all).allows(INTERNET, peers(open_to_all)["gateway"], port)
+        assert network(named).allows(through, peers(named)["gateway"], port)
+        assert not network(named).allows(ELSEWHERE, peers(named)["gateway"], port)
+    assert network(named).allows(platform, peers(named)["gateway"], ADMIN)
+    assert not network(named).allows(through, peers(named)["gateway"], ADMIN)
+
+
+def test_stores_inside_are_reached_by_their_users_alone() -> None:
+    """PostgreSQL by gateways and the Job of its tables, Valkey by gateways and Ray heads."""
+    rendered = helm.template(INSIDE)
+    there, allows = peers(rendered), network(rendered).allows
+    may = {("gateway", "postgresql"), ("database", "postgresql"), ("gateway", "valkey"), ("head", "valkey")}
+    for source in ("gateway", "database", "head", "worker", "controller", "valkey", "postgresql"):
+        for target, port in (("postgresql", 5432), ("valkey", 6379)):
+            assert allows(there[source], there[target], port) is ((source, target) in may), (source, target)
+    for who in (STRANGER, ELSEWHERE, INTERNET):
+        assert not allows(who, there["postgresql"], 5432)
+        assert not allows(who, there["valkey"], 6379)
+
+
+def test_without_a_way_out_there_is_none() -> None:
+    """Airgapped: no pod reaches an address outside the site, on any port that is used."""
+    rendered = helm.template(next(one for one in helm.PRESETS if one.stem == "airgapped"))
+    allows = network(rendered).allows
+    for name, one in peers(rendered).items():
+        for port in (53, 80, 443, 5432, 6379, 6443):
+            assert not allows(one, INTERNET, port), (name, port)
+    assert allows(peers(rendered)["gateway"], Peer(address="10.0.1.7"), 5432)
+    assert allows(peers(rendered)["controller"], Peer(address="10.0.0.1"), 6443)
+    assert not allows(peers(rendered)["worker"], Peer(address="10.0.1.7"), 443)
+
+
+def test_the_rule_itself_sees_what_it_should() -> None:
+    """Without policies everything is allowed, so the refusals above are the policies'."""
+    rendered = helm.template(INSIDE, {"networkPolicy": {"enabled": False}})
+    assert not rendered.all("NetworkPolicy")
+    assert network(rendered).allows(INTERNET, peers(rendered)["head"], 6379)
+
+
+@pytest.mark.parametrize("kind", ["StatefulSet", "Deployment"])
+@pytest.mark.parametrize("scaling", ["none", "hpa", "keda"])
+def test_who_decides_the_number_of_gateways(kind: str, scaling: str) -> None:
+    """Exactly one does: the workload's own number, or an autoscaler that names it."""
+    metrics = {"kind": scaling, "customMetrics": True}
+    rendered = helm.template({"gateway": {"kind": kind, "autoscaling": metrics}})
+    (workload,) = (one for one in rendered.all(kind) if one["metadata"]["name"] == "headrace-gateway")
+    assert ("replicas" in workload["spec"]) is (scaling == "none")
+    scalers = [*rendered.all("HorizontalPodAutoscaler"), *rendered.all("ScaledObject")]
+    assert len(scalers) == (scaling != "none")
+    for one in scalers:
+        target = one["spec"]["scaleTargetRef"]
+        assert (target["kind"], target["name"]) == (kind, "headrace-gateway")
+    volumes = {one["name"] for one in workload["spec"]["template"]["spec"]["volumes"]}
+    assert ("data" in volumes) is (kind == "Deployment")
+    assert ("volumeClaimTemplates" in workload["spec"]) is (kind == "StatefulSet")

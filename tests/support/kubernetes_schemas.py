@@ -1,0 +1,109 @@
+"""Strict schemas: the API's own of four releases, and custom resources' from a folder of their definitions."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import referencing
+import yaml
+from referencing.jsonschema import DRAFT202012
+
+from tests.support.helm import ROOT, Loader
+
+RELEASES = ("1.34", "1.35", "1.36", "1.37")
+CRDS = Path(os.environ.get("HEADRACE_CRDS", ROOT.parent / "shared" / "crds"))
+"""A folder of CustomResourceDefinitions: <group>_<plural>.yaml each."""
+
+
+class Invalid(AssertionError):
+    """An object that the API would refuse."""
+
+
+@functools.cache
+def _folder(release: str) -> Any:
+    return resources.files("kubernetes_validate") / "kubernetes-json-schema" / f"v{release}.0-local-strict"
+
+
+@functools.cache
+def _registry(release: str) -> Any:
+    contents = json.loads((_folder(release) / "_definitions.json").read_text())
+    resource = referencing.Resource(contents, DRAFT202012)
+    return referencing.Registry().with_resource("_definitions.json", resource)
+
+
+@functools.cache
+def _validator(release: str, api_version: str, kind: str) -> Any:
+    short = re.sub(r"^([^./]*)(?:\.[^/]*)?/", r"\1-", api_version)
+    file = _folder(release) / f"{kind.lower()}-{short}.json"
+    if not file.is_file():
+        return None
+    schema = json.loads(file.read_text())
+    return jsonschema.Draft202012Validator(schema, registry=_registry(release))
+
+
+def is_built_in(one: Mapping[str, Any]) -> bool:
+    """Whether the API itself knows this kind."""
+    return _validator(RELEASES[-1], one["apiVersion"], one["kind"]) is not None
+
+
+def check_built_in(one: Mapping[str, Any], release: str) -> None:
+    """Raises Invalid for an object that a release of the API would refuse, an unknown field included."""
+    validator = _validator(release, one["apiVersion"], one["kind"])
+    if validator is None:
+        raise Invalid(f"{release} has no {one['apiVersion']} {one['kind']}")
+    _raise(validator, one, release)
+
+
+@functools.cache
+def _custom(group: str, version: str, kind: str) -> Any:
+    for file in sorted(CRDS.glob(f"{group}_*.yaml")):
+        definition = yaml.load(file.read_text(), Loader)  # noqa: S506 - a safe loader, in C
+        if definition["spec"]["names"]["kind"] == kind:
+            for one in definition["spec"]["versions"]:
+                if one["name"] == version and one["served"]:
+                    return jsonschema.Draft202012Validator(_strict(one["schema"]["openAPIV3Schema"], root=True))
+    raise Invalid(f"{CRDS} has no {group}/{version} {kind}")
+
+
+def check_custom(one: Mapping[str, Any]) -> None:
+    """Raises Invalid for a custom resource that its definition would refuse or cut."""
+    group, version = one["apiVersion"].split("/")
+    # File names are <operator's domain>_<plural>: keda.sh, ray.io, monitoring.coreos.com, gateway.networking.k8s.io.
+    _raise(_custom(group, version, one["kind"]), one, "its definition")
+
+
+def _strict(schema: Any, *, root: bool = False) -> Any:
+    """A structural schema as JSON schema; what the API would silently cut off is refused."""
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: value for key, value in schema.items() if key not in ("default", "example", "externalDocs")}
+    if schema.get("x-kubernetes-int-or-string"):
+        found.pop("type", None)
+        found.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])
+    if "properties" in schema:
+        found["properties"] = {key: _strict(value) for key, value in schema["properties"].items()}
+        if not schema.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in schema:
+            found["additionalProperties"] = False
+    if root:
+        found["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {}}
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            found[key] = _strict(schema[key])
+    if found.pop("nullable", False) and isinstance(found.get("type"), str):
+        found["type"] = [found["type"], "null"]
+    return found
+
+
+def _raise(validator: Any, one: Mapping[str, Any], by: str) -> None:
+    problem = jsonschema.exceptions.best_match(validator.iter_errors(one))
+    if problem is not None:
+        where = ".".join(map(str, problem.absolute_path))
+        raise Invalid(f"{one['kind']} {one['metadata']['name']}: {where}: {problem.message[:300]} (by {by})")
