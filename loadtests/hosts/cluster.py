@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -44,13 +42,14 @@ class Size:
     """Of the fleet of simulated workers."""
 
     workers: int = 4
-    seats: int = 32
-    """Of each worker."""
+    seats: int = 64
+    """Of each worker: `max_num_seqs`, what its engine takes at most."""
 
     @property
     def capacity(self) -> int:
-        """Streams at once."""
-        return self.workers * self.seats
+        """Streams at once that count as all that the fleet can do. An engine takes more than it can do at full speed,
+        and a fleet that is to lose half of its nodes without waiting has to have that room."""
+        return self.workers * self.seats // 2
 
 
 @dataclass(eq=False, slots=True)
@@ -145,7 +144,11 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
     tokenizer.mkdir()
     for file in model.iterdir():
         (tokenizer / file.name).write_bytes(file.read_bytes())
-    entry = {"name": MASS, "source": mass_source(tokenizer, seed, size), "replicas": {"min": size.workers, "max": size.workers}}
+    entry = {
+        "name": MASS,
+        "source": mass_source(tokenizer, seed, size),
+        "replicas": {"min": size.workers, "max": size.workers},
+    }
     (home / "models.yaml").write_text(yaml.safe_dump({"config": {"models": [entry]}}))
     made = rendered.make_secrets()
     release = rendered.render([VALUES, home / "models.yaml"], made)
@@ -168,7 +171,9 @@ async def _site(cluster: Cluster, dns: Any) -> None:
     """What every Kubernetes cluster has: names, and an API."""
     kubelet, net = cluster.kubelet, cluster.fabric
     zone = Mount("/zone", cluster.kubelet.zone.parent, read_only=True)
-    names = kubelet.add(own(DNS, "dns", "-m", "loadtests.hosts.inside.dns_server", "/zone/zone.json", mounts=[zone]), dns)
+    names = kubelet.add(
+        own(DNS, "dns", "-m", "loadtests.hosts.inside.dns_server", "/zone/zone.json", mounts=[zone]), dns
+    )
     place = net.place("api", C)
     folder = cluster.home / "api"
     folder.mkdir()
@@ -183,7 +188,12 @@ async def _site(cluster: Cluster, dns: Any) -> None:
         (account / name).write_text(text)
         (account / name).chmod(0o644)
     account.chmod(0o755)
-    api = kubelet.add(own(API, "api", "-m", "loadtests.hosts.inside.kube_api", "/api", mounts=[Mount("/api", folder, read_only=True)]), place)
+    api = kubelet.add(
+        own(
+            API, "api", "-m", "loadtests.hosts.inside.kube_api", "/api", mounts=[Mount("/api", folder, read_only=True)]
+        ),
+        place,
+    )
     kubelet.account = account
     for pod in (names, api):
         await kubelet.started(pod, UP_S)
@@ -204,7 +214,9 @@ async def _stores(cluster: Cluster, containers: Containers) -> None:
     code = job.child.process.poll() if job.child is not None else None
     await kubelet.drop(job)
     if code and len(job.ends) == 1:
-        raise DidNotStart(f"the Job that makes the ledger's tables ended with {code}:\n{job.child.tail() if job.child else ''}")
+        raise DidNotStart(
+            f"the Job that makes the ledger's tables ended with {code}:\n{job.child.tail() if job.child else ''}"
+        )
 
 
 async def _connects(cluster: Cluster, pod: Pod, port: int) -> None:
@@ -247,4 +259,3 @@ async def _serve(cluster: Cluster, containers: Containers) -> None:
 
 
 __all__ = ["Cluster", "Size", "running"]
-_ = (os, sys)

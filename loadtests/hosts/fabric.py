@@ -68,6 +68,8 @@ class Fabric:
         ip("-n", namespace, "link", "set", "eth0", "up")
         ip("-n", namespace, "link", "set", "lo", "up")
         ip("-n", namespace, "route", "add", "default", "via", NETWORK.format(self.number, SWITCH))
+        low_ports = place.command("sysctl", "-q", "-w", "net.ipv4.ip_unprivileged_port_start=0")  # as in every pod
+        subprocess.run(low_ports, check=True, capture_output=True)
         return place
 
     def cut(self, host: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import grpc
 import psutil
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from loadtests.children import ROOT, Child, Children, DidNotStart
 from loadtests.hosts.fabric import Place
@@ -29,6 +29,7 @@ SANDBOX = Path(__file__).parent / "sandbox.sh"
 PATH = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LOOK_S = 0.05
 PROBE_S = 1.0
+CHECK = "/grpc.health.v1.Health/Check"
 FIRST_BACK_OFF_S, BACK_OFF_S, MAX_BACK_OFF_S = 0.5, 10.0, 60.0
 """A kubelet starts a container that ended again at once, then after 10 s and twice as long each time."""
 CALM_S = 600.0
@@ -47,6 +48,8 @@ class Pod:
     """Told to end: nobody is sent to it, and it is not started again."""
     starts: list[float] = field(default_factory=list)
     ends: list[float] = field(default_factory=list)
+    pause_s: float | None = None
+    """How long it stays away after its next end, in place of the kubelet's own pause."""
     keeping: asyncio.Task[None] | None = None
 
     @property
@@ -179,7 +182,8 @@ class Kubelet:
                 return
             if time.time() - pod.starts[-1] > CALM_S:
                 back_off_s = FIRST_BACK_OFF_S
-            await asyncio.sleep(back_off_s)
+            pause_s, pod.pause_s = pod.pause_s, None
+            await asyncio.sleep(back_off_s if pause_s is None else pause_s)
             back_off_s = BACK_OFF_S if back_off_s == FIRST_BACK_OFF_S else min(2 * back_off_s, MAX_BACK_OFF_S)
 
     async def _watch(self, pod: Pod) -> None:
@@ -238,9 +242,13 @@ class Kubelet:
 
 
 async def _serves(channel: grpc.aio.Channel, service: str) -> bool:
-    stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+    check = channel.unary_unary(
+        CHECK,
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
     try:
-        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=PROBE_S)
+        answer = await check(health_pb2.HealthCheckRequest(service=service), timeout=PROBE_S)
     except grpc.aio.AioRpcError:
         return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

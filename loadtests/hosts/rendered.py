@@ -146,7 +146,11 @@ class Containers:
         """A RayCluster's head, or a node of one of its groups."""
         found = self._release.the("RayCluster", f"{RELEASE}-{cluster}")
         spec = found["spec"]
-        part = next(one for one in spec["workerGroupSpecs"] if one["groupName"] == group) if group else spec["headGroupSpec"]
+        part = (
+            next(one for one in spec["workerGroupSpecs"] if one["groupName"] == group)
+            if group
+            else spec["headGroupSpec"]
+        )
         pod = f"{found['metadata']['name']}-{group or 'head'}-{ordinal}"
         container = part["template"]["spec"]["containers"][0]
         made = self._container(pod, part["template"], container, ())
@@ -224,7 +228,8 @@ def _entry_point(spec: Spec) -> Spec:
     script = (
         'set -e; if [ ! -s "$PGDATA/PG_VERSION" ]; then umask 077; printf %s "$POSTGRES_PASSWORD" > /tmp/password; '
         'initdb --username="$POSTGRES_USER" --pwfile=/tmp/password --auth=scram-sha-256 --auth-local=trust '
-        '--encoding=UTF8 --locale=C --pgdata="$PGDATA"; echo "host all all all scram-sha-256" >> "$PGDATA/pg_hba.conf"; '
+        '--encoding=UTF8 --locale=C --pgdata="$PGDATA"; '
+        'echo "host all all all scram-sha-256" >> "$PGDATA/pg_hba.conf"; '
         'echo "CREATE DATABASE \\"$POSTGRES_DB\\"" | postgres --single -D "$PGDATA" postgres; fi; '
         f"exec postgres -D {data} -c listen_addresses='*'"
     )

@@ -18,8 +18,8 @@ while read -r folder; do
     mkdir -p "$root$folder"
     mount --rbind "$folder" "$root$folder"
 done < "$pod/programs"
-for file in passwd group nsswitch.conf ssl alternatives localtime protocols services ld.so.cache ld.so.conf.d; do
-    if [ -e "/etc/$file" ]; then cp -aL "/etc/$file" "$root/etc/$file"; fi
+for file in passwd group nsswitch.conf alternatives protocols services ld.so.cache; do
+    if [ -e "/etc/$file" ]; then cp -a "/etc/$file" "$root/etc/$file"; fi
 done
 read -r user group < "$pod/user"
 echo "pod:x:$user:$group::/tmp:/bin/bash" >> "$root/etc/passwd"

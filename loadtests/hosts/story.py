@@ -56,10 +56,10 @@ class Story:
         while True:
             path = self._folder / (f"{pod}.log" if number == 1 else f"{pod}-{number}.log")
             after = self._folder / f"{pod}-{number + 1}.log"
-            while not path.exists():  # noqa: ASYNC110, ASYNC240 - another process's file is no event
+            while not path.exists():  # noqa: ASYNC110 - another process's file is no event
                 await asyncio.sleep(LOOK_S)
             self._up[pod] = set()
-            with path.open("rb") as lines:  # noqa: ASYNC230
+            with path.open("rb") as lines:
                 rest = b""
                 while True:
                     last = after.exists()

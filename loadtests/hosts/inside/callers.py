@@ -172,7 +172,7 @@ class Callers:
 
 async def main(arguments: Sequence[str]) -> None:
     """Read the plan and play it."""
-    data = json.loads(Path(arguments[0]).read_text())  # noqa: ASYNC240 - before anything runs
+    data = json.loads(Path(arguments[0]).read_text())
     plan = Plan(**{**data, "tokens": tuple(data["tokens"])})
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with Path(plan.out).open("w") as out:  # noqa: ASYNC230
