@@ -130,11 +130,11 @@ class Callers:
             told |= {"completion": usage.completion_tokens, "resumed": usage.resumed, "prompt": usage.prompt_tokens}
         elif not told["error"]:
             told["error"] = "the stream ended without usage"
-        told["text"] = self._compare(prompt, stream.text)
+        told["text"] = self.compare(prompt, stream.text)
         self._write(told)
         return not told["error"]
 
-    def _compare(self, prompt: int, text: str) -> str:
+    def compare(self, prompt: int, text: str) -> str:
         """Greedy answers to one prompt are beginnings of one another; "" when this one is."""
         longest = self._longest[prompt]
         shorter, longer = sorted((text, longest), key=len)
