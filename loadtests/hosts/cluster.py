@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,31 @@ class Cluster:
     kubelet: Kubelet
     size: Size
     home: Path
-    models: Path
     secrets: Sequence[Object]
     release: Release
     story: Story
     claims: Mapping[str, Path]
+    """Volumes that were there before, by name."""
+    models: Sequence[Mapping[str, object]]
+    """Entries of the configuration."""
     key: str = ""
-    left: list[str] = field(default_factory=list)
+
+    def containers(self) -> Containers:
+        """Of the release as it is."""
+        return Containers(self.release, self.home / "volumes", self.claims)
+
+    async def upgrade(self, models: Sequence[Mapping[str, object]]) -> None:
+        """`helm upgrade` to other models: the controller's pod is replaced. Raises RuntimeError where a gateway's
+        would be too, and DidNotStart."""
+        release = _release(self.home, models, self.secrets)
+        name = f"{RELEASE}-gateway"
+        if release.the("StatefulSet", name) != self.release.the("StatefulSet", name):
+            raise RuntimeError("another list of models restarts the gateways")
+        self.release, self.models = release, models
+        old = self.pod("controller-0")
+        await self.kubelet.end(old)
+        fresh = self.kubelet.add(self.containers().of("Deployment", f"{RELEASE}-controller"), old.place)
+        await self.kubelet.started(fresh, UP_S)
 
     def pod(self, name: str) -> Pod:
         """By its name without the release's."""
@@ -87,10 +105,14 @@ class Cluster:
         """Ray's head."""
         return self.pod("blue-head-0")
 
-    def whole(self, workers: int | None = None) -> bool:
-        """Whether every gateway that runs has every worker."""
-        wanted = self.size.workers if workers is None else workers
-        return all(len(self.story.up(pod.spec.name)) >= wanted for pod in self.gateways)
+    def whole(self) -> bool:
+        """Whether every gateway has every simulated worker."""
+        return self.linked(MASS) >= self.size.workers
+
+    def linked(self, model: str) -> int:
+        """So many workers of a model have their links to every gateway."""
+        ups = [self.story.up(pod.spec.name) for pod in self.gateways]
+        return min(sum(worker.startswith(f"{model}-") for worker in up) for up in ups)
 
     async def until_whole(self, timeout_s: float) -> bool:
         """Wait for it; whether it came."""
@@ -133,6 +155,12 @@ def mass_source(model: Path, seed: int, size: Size) -> str:
     return f"sim:///models/{model.name}?{speed}&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
+def _release(home: Path, models: Sequence[Mapping[str, object]], made: Sequence[Object]) -> Release:
+    values = home / "models.yaml"
+    values.write_text(yaml.safe_dump({"config": {"models": list(models)}}))
+    return rendered.render([VALUES, values], made)
+
+
 @asynccontextmanager
 async def running(children: Children, folder: Path, *, size: Size, seed: int) -> AsyncIterator[Cluster]:
     """The cluster with its fleet up and a key to call with; nothing of it is left afterwards. Raises DidNotStart."""
@@ -149,9 +177,8 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
         "source": mass_source(tokenizer, seed, size),
         "replicas": {"min": size.workers, "max": size.workers},
     }
-    (home / "models.yaml").write_text(yaml.safe_dump({"config": {"models": [entry]}}))
     made = rendered.make_secrets()
-    release = rendered.render([VALUES, home / "models.yaml"], made)
+    release = _release(home, [entry], made)
     async with AsyncExitStack() as stack:
         net = stack.enter_context(fabric((A, B, C)))
         dns = net.place("dns", C)
@@ -159,8 +186,8 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
         story = Story(children.folder)
         stack.enter_context(contextlib.closing(story))
         await stack.enter_async_context(kubelet.running())
-        cluster = Cluster(net, kubelet, size, home, claims["models"], made, release, story, claims)
-        containers = Containers(release, home / "volumes", claims)
+        cluster = Cluster(net, kubelet, size, home, made, release, story, claims, [entry])
+        containers = cluster.containers()
         await _site(cluster, dns)
         await _stores(cluster, containers)
         await _serve(cluster, containers)

@@ -24,6 +24,12 @@ END_S = 60.0
 BEFORE_S = 20.0
 
 
+def tokens_of(speed: float) -> tuple[int, int]:
+    """Of the shortest and the longest stream of the simulated workers, `speed` times as short as the scenario's."""
+    low, high = (max(round(s / speed * 1000 / STEP_MS), 4) for s in (SHORTEST_S, LONGEST_S))
+    return low, high
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One stream at its end. Times are the wall clock's."""
@@ -112,12 +118,12 @@ class Load:
         return percentile(fresh, 99), len(fresh)
 
 
-async def begin(cluster: Cluster, *, share: float, speed: float, seed: int, ramp_s: float) -> Load:
-    """Callers that keep `share` of the capacity busy, with streams `speed` times as short as the scenario's."""
+async def begin(
+    cluster: Cluster, *, streams: int, tokens: tuple[int, int], seed: int, ramp_s: float, model: str = MASS
+) -> Load:
+    """Callers that keep so many streams under way, each of so many tokens at least and at most."""
     folder = cluster.home / f"callers-{seed}"
     folder.mkdir()
-    gateways = {pod.spec.name: f"{pod.place.address}:50051" for pod in cluster.gateways}
-    tokens = tuple(max(round(s / speed * 1000 / STEP_MS), 4) for s in (SHORTEST_S, LONGEST_S))
     ca = cluster.release.files("Secret", f"{RELEASE}-tls")["ca.crt"]
     (folder / "ca.crt").write_text(ca)
     plan = Plan(
@@ -125,13 +131,13 @@ async def begin(cluster: Cluster, *, share: float, speed: float, seed: int, ramp
         endpoint=f"{RELEASE}.{NAMESPACE}.svc:50051",
         ca_file="/run-of-callers/ca.crt",
         api_key=cluster.key,
-        model=MASS,
-        streams=round(share * cluster.size.capacity),
-        clients=CLIENTS,
-        tokens=(tokens[0], tokens[1]),
+        model=model,
+        streams=streams,
+        clients=min(CLIENTS, streams),
+        tokens=tokens,
         seed=seed,
         ramp_s=ramp_s,
-        sentinels=gateways,
+        sentinels={pod.spec.name: f"{pod.place.address}:50051" for pod in cluster.gateways},
     )
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
     spec = own(
@@ -143,4 +149,4 @@ async def begin(cluster: Cluster, *, share: float, speed: float, seed: int, ramp
     return Load(cluster, pod, folder / "out.jsonl", plan)
 
 
-__all__ = ["Call", "Load", "begin"]
+__all__ = ["Call", "Load", "begin", "tokens_of"]

@@ -1,7 +1,8 @@
 """Hosts: the rendered chart on network namespaces as hosts, under load, while its parts die, are cut off and rolled.
 
-The cluster is brought up once; every event is played over the same streams. `--only EVENT` plays some of them,
-`--speed` shortens the streams (and with them the run), `--tokens` and `--concurrency` are the fleet's.
+The cluster is brought up once; every event of hosts/events.py is played over the same streams, then `engine` adds a
+real one over two hosts. `--only EVENT` plays some of them; `--speed` shortens the streams, and with them the run;
+`--concurrency` is what each simulated worker takes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from loadtests.children import DidNotStart
 from loadtests.figures import Bound, Figure, missing
 from loadtests.hosts import cluster as clusters
+from loadtests.hosts import engine as engines
 from loadtests.hosts import load as loads
 from loadtests.hosts.cluster import TENANT, Cluster, Size
 from loadtests.hosts.events import EVENTS, Play, Shown, shown
@@ -32,8 +34,12 @@ OF_EVENT = "the same at `{}`"
 CAPACITY = "time from node loss to full capacity again, beyond Ray's own restart and engine start"
 BOOKS = "calls missing in the ledger, or with tokens doubled"
 TEXTS = "streams whose text is not what others were told for the same prompt"
+RANKS = "ranks of a real engine at TP 2 on the host that has fewer"
+RANKS_FAILED = "calls to it that failed, or got another text than others, before and after its hosts were cut apart"
+MOVE, NO_MOVE = "streams lost while a model moves from one Ray cluster to another", "not measured by this scenario yet"
+ENGINE = "engine"
 WAYS_OUT = "namespaces that reached an address outside"
-_NONE, _SILENCE, _CAPACITY = Bound("<=", 0.0), Bound("<=", 2.0), Bound("<=", 5.0)
+_NONE, _SILENCE, _CAPACITY, _ONE = Bound("<=", 0.0), Bound("<=", 2.0), Bound("<=", 5.0), Bound(">=", 1.0)
 NODE_LOSSES = ("node",)
 ALLOWED = "STORE_UNAVAILABLE"
 """While the database is away for longer than store.stale_after_s, which is a day: so here nothing is allowed."""
@@ -59,12 +65,17 @@ async def play(stage: Stage) -> None:
             stage.screen.say(f"the cluster is up after {time.monotonic() - began:.0f} s")
             stage.report.settings["hosts"]["up after s"] = round(time.monotonic() - began, 1)
             ways_out = dict(await asyncio.to_thread(cluster.fabric.ways_out))
-            await _events(stage, cluster, wanted, speed)
+            if wanted:
+                await _events(stage, cluster, wanted, speed)
+            if options.wants(ENGINE):
+                stage.screen.say("part engine")
+                stage.report.figures += await _engine(stage, cluster)
     except (RuntimeError, DidNotStart) as error:
         stage.report.problems.append(str(error))
         if not stage.report.figures:
             rows = {FAILED: _NONE, SILENCE: _SILENCE, CAPACITY: _CAPACITY, BOOKS: _NONE, TEXTS: _NONE}
             stage.report.figures += [missing(row, bound, "the run broke off") for row, bound in rows.items()]
+    stage.report.figures.append(missing(MOVE, _NONE, NO_MOVE))
     if ways_out is None:
         stage.report.figures.append(missing(WAYS_OUT, _NONE, "the cluster did not come up"))
     else:
@@ -136,6 +147,24 @@ def _worst(name: str, one: Shown, bound: Bound | None) -> Figure:
 
 def _counted(name: str, value: float, bound: Bound, unit: str, note: str) -> Figure:
     return Figure(name, value=value, bound=str(bound), met=value <= bound.limit, unit=unit, note=note)
+
+
+async def _engine(stage: Stage, cluster: Cluster) -> list[Figure]:
+    found = await engines.play(cluster, stage.children, stage.folder, stage.options.seed)
+    calls = [*found.calls, *found.after]
+    bad = [call for call in calls if call.error or call.text]
+    again_s, noticed_s = found.again_s, found.noticed_s
+    stage.report.settings["engine"] = {
+        "up after s": round(found.up_s, 1), "ranks": list(found.ranks),
+        "calls": [len(found.calls), len(found.after)], "errors": sorted({call.error[:200] for call in bad}),
+        "noticed s": noticed_s and round(noticed_s, 2), "again after heal s": again_s and round(again_s, 1),
+    }  # fmt: skip
+    note = f"up {found.up_s:.0f} s after the upgrade; the cut was noticed after {noticed_s or float('nan'):.1f} s"
+    fewest = float(min(found.ranks))
+    return [
+        Figure(RANKS, value=fewest, bound=str(_ONE), met=fewest >= 1.0, unit="ranks", note=note),
+        _counted(RANKS_FAILED, len(bad), _NONE, "calls", f"of {len(calls)}"),
+    ]
 
 
 async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, Any]) -> Figure:
