@@ -84,9 +84,12 @@ async def play(stage: Stage) -> None:
 
 async def _events(stage: Stage, cluster: Cluster, wanted: Sequence[str], speed: float) -> None:
     made = await cluster.exec(cluster.gateways[0], "headrace", "keys", "create", TENANT, "--role", "operator", "--json")
-    longest_s = loads.LONGEST_S / speed
     load = await loads.begin(
-        cluster, share=SHARE, speed=speed, seed=stage.options.seed, ramp_s=min(longest_s / 2, 20.0)
+        cluster,
+        streams=round(SHARE * cluster.size.capacity),
+        tokens=loads.tokens_of(speed),
+        seed=stage.options.seed,
+        ramp_s=min(loads.LONGEST_S / speed / 2, 20.0),
     )
     player = Play(cluster, load, json.loads(made)["secret"])
     try:
