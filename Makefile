@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast fuzz check format protos requirements doctor bench bench-peers gpu-report clean clean-all
+.PHONY: help setup demo demo-failover test test-fast chart-test fuzz check format protos requirements doctor bench bench-peers gpu-report clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -32,6 +32,9 @@ test: setup ## all tests, those with the real engine included
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
 	$(VENV)/python -m pytest -m "not engine and not ray and not root and not slow" $(ARGS)
+
+chart-test: setup ## the chart, presets, images, rules and dashboards by their own tools (EXAMPLES=200 random values)
+	CHART_EXAMPLES=$(or $(EXAMPLES),8) $(VENV)/python -m pytest tests/helm $(ARGS)
 
 fuzz: setup ## throw bytes and messages at every port, FUZZ_S=60 seconds each (FUZZ_SEED=n repeats a run)
 	FUZZ_S=$(or $(FUZZ_S),60) $(VENV)/python -m pytest tests/fuzz $(ARGS)

@@ -173,6 +173,18 @@ def check_postgresql() -> Finding:
     return Finding("postgresql", "not found", "apt-get install -y postgresql", "tests of the ledger", "postgresql")
 
 
+def check_promtool() -> Finding:
+    """Prometheus' own judge of rules and queries."""
+    return _tool("promtool", "tests of alert rules", "apt-get install -y prometheus", "prometheus")
+
+
+def check_amtool() -> Finding:
+    """Alertmanager's own judge of routes."""
+    return _tool(
+        "amtool", "tests of alert routes", "apt-get install -y prometheus-alertmanager", "prometheus-alertmanager"
+    )
+
+
 CHECKS: Sequence[Callable[[], Finding]] = (
     check_python,
     check_environment,
@@ -187,6 +199,8 @@ CHECKS: Sequence[Callable[[], Finding]] = (
     check_namespaces,
     check_valkey,
     check_postgresql,
+    check_promtool,
+    check_amtool,
 )
 
 

@@ -20,6 +20,7 @@ from cluster.cli.common import USAGE, FileOption, fail, out, read_config
 from cluster.cli.processes import FolderOption, run, stop_on_signal
 from cluster.config import Config, secret_files
 from cluster.config_gateway import ClientTls, Tls, is_loopback
+from cluster.kube.api import ACCOUNT, KubeLease
 from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps
 
@@ -41,9 +42,7 @@ def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", c
     leave_no_core_dumps()
 
     async def serve() -> None:
-        await run_gateway(
-            config, folder=folder, stop=stop_on_signal(), ready=lambda _: garbage.settle(), probes=health
-        )
+        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=lambda _: garbage.settle(), probes=health)
 
     run(serve())
 
@@ -66,12 +65,14 @@ def controller(
 
     async def serve() -> None:
         async with probed(health):
-            await _control(config, folder, lease, stop_on_signal())
+            await control(config, folder, lease, stop_on_signal())
 
     run(serve())
 
 
-async def _control(config: Config, folder: Path, lease: str, stop: asyncio.Event) -> None:
+async def control(config: Config, folder: Path, lease: str, stop: asyncio.Event, account: Path = ACCOUNT) -> None:
+    """Be the controller until `stop`; with the name of a Lease only while this pod holds it. `account` is where the
+    pod's service account lies. Raises ValueError outside a pod."""
     from cluster.rayserve.controller import run_controller
 
     me = socket.gethostname()  # the pod's name
@@ -85,12 +86,11 @@ async def _control(config: Config, folder: Path, lease: str, stop: asyncio.Event
         await act(stop)
         return
     from cluster.control.lease import Terms
-    from cluster.kube.api import KubeLease
     from cluster.kube.leading import Leader, StoodStill
 
     terms = Terms()
     try:
-        await Leader(KubeLease.of_this_pod(lease, terms.lease_s), me, terms).run(act, stop)
+        await Leader(KubeLease.of_this_pod(lease, terms.lease_s, account), me, terms).run(act, stop)
     except StoodStill as error:
         raise RuntimeError(str(error)) from None
 

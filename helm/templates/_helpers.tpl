@@ -146,7 +146,7 @@ configMap: {name: {{ include "headrace.name" . }}-config}
     {{- end }}
   to:
     {{- range .cidrs }}
-    - ipBlock: {cidr: {{ . }}}
+    - ipBlock: {cidr: {{ . | quote }}}
     {{- end }}
 {{- end }}
 {{- end }}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import io
+import json
 import platform
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def template(*values: Path | Mapping[str, Any], arguments: Sequence[str] = ()) -
         for at, one in enumerate(values):
             file = one if isinstance(one, Path) else Path(scratch) / f"{at}.yaml"
             if not isinstance(one, Path):
-                file.write_text(yaml.safe_dump(dict(one)))
+                file.write_text(json.dumps(dict(one)))  # every JSON is YAML, and its strings are no truths
             files += ["-f", str(file)]
         text = run("template", "headrace", CHART, "-n", NAMESPACE, *files, *arguments)
     return Rendered(tuple(one for one in yaml.load_all(text, Loader) if one))

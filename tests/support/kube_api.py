@@ -1,9 +1,10 @@
-"""A Kubernetes API that knows Leases only, over real HTTP: versions, conflicts, and a switch that turns it off."""
+"""A Kubernetes API that knows Leases only, over real HTTP(S): versions, conflicts, and a switch that turns it off."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,8 +70,8 @@ class FakeApi:
 
 
 @contextlib.contextmanager
-def kube_api(folder: Path) -> Iterator[FakeApi]:
-    """A running one."""
+def kube_api(folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[FakeApi]:
+    """A running one, of whose service accounts the token lies in `folder`."""
     api = FakeApi(folder)
 
     class Handler(BaseHTTPRequestHandler):
@@ -91,7 +92,9 @@ def kube_api(folder: Path) -> Iterator[FakeApi]:
             """Quiet."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    api.url = f"http://127.0.0.1:{server.server_port}"
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    api.url = f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

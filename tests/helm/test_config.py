@@ -1,0 +1,206 @@
+"""What pods are started with, by the programs that read it: the configuration, command lines, Ray's own parsers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cluster.cli.main import app
+from cluster.cli.pod_secrets import manifests
+from cluster.config import Config, parse
+from cluster.rayserve.placement import is_simulated, why_unplaceable, world_size
+from scripts import chart_schema
+from tests.support import helm
+from tests.support.helm import NAMESPACE, ROOT, Rendered
+
+MODELS = "{api_version: headrace/v1, name: x, models: []}"
+
+
+def merged(under: Any, over: Any) -> Any:
+    """As Helm lays values over a chart's own."""
+    if isinstance(under, dict) and isinstance(over, dict):
+        return {key: merged(under.get(key), over.get(key, under.get(key))) for key in {**under, **over}}
+    return over
+
+
+@pytest.mark.parametrize("file", helm.PRESETS, ids=lambda file: file.stem)
+def test_the_configuration_is_the_values_verbatim(file: Path) -> None:
+    """Nothing is renamed, dropped, or rounded on its way into cluster.yaml, and the program's parser takes it."""
+    values = yaml.safe_load((helm.CHART / "values.yaml").read_text())["config"]
+    wanted = merged(values, yaml.safe_load(file.read_text()).get("config", {}))
+    text = helm.template(file).cluster_yaml
+    assert yaml.safe_load(text) == wanted
+    assert parse(text) == Config.model_validate(wanted)
+
+
+def test_large_numbers_and_words_of_yaml_survive() -> None:
+    """Helm reads numbers as floats, and YAML 1.1 reads `on` as a truth: neither may show."""
+    config = {
+        "gateway": {"max_message_bytes": 1 << 30, "queue": {"max_tokens": 123456789012}},
+        "tenant_defaults": {"guards": [{"builtin": "sizes", "on": "output", "max_characters": 12345678}]},
+        "models": [{"name": "m", "source": "sim://", "revision": "1605565", "version": "1.0", "engine": {"x": 0.1}}],
+    }
+    found = parse(helm.template({"config": config}).cluster_yaml)
+    assert found.gateway.max_message_bytes == 1 << 30
+    assert found.gateway.queue.max_tokens == 123456789012
+    assert found.tenant_defaults.guards[0].on == "output"
+    assert (found.models[0].revision, found.models[0].version) == ("1605565", "1.0")
+    assert found.models[0].engine == {"x": 0.1}
+
+
+def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
+    """Else it is a ConfigMap."""
+    url = "rediss://:hidden@valkey:6379/0"
+    assert helm.template({"config": {"store": {"limits_url": url}}}).one("Secret", "headrace-config")
+    assert helm.template({"config": {"store": {"limits_url": "redis://valkey:6379"}}}).one("ConfigMap")
+
+
+# ---- the command lines
+
+
+def mounted(spec: Mapping[str, Any], rendered: Rendered, folder: Path) -> dict[str, str]:
+    """Lay a pod's files under `folder`; returns mount path -> where it lies."""
+    secrets = {
+        str(one["metadata"]["name"]): one["stringData"]  # type: ignore[index,call-overload]
+        for one in manifests(NAMESPACE, "headrace", (), None, 30)
+    }
+    (container,) = spec["containers"]
+    volumes = {one["name"]: one for one in spec["volumes"]}
+    places = {}
+    for mount in container["volumeMounts"]:
+        here = folder / mount["mountPath"].lstrip("/")
+        here.mkdir(parents=True, exist_ok=True)
+        places[mount["mountPath"]] = str(here)
+        volume = volumes.get(mount["name"], {})
+        if "configMap" in volume:
+            (here / "cluster.yaml").write_text(rendered.cluster_yaml)
+        if "secret" in volume:
+            held: Any = secrets[volume["secret"]["secretName"]]
+            items = volume["secret"].get("items") or [{"key": key, "path": key} for key in held]
+            for item in items:
+                if item["key"] in held:
+                    (here / item["path"]).write_text(held[item["key"]])
+    return places
+
+
+@pytest.mark.parametrize("part", ["gateway", "controller"])
+def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) -> None:
+    """Each pod's own arguments with `--check`, over the files that its mounts and `pod secrets` give it."""
+    name = f"headrace-{part}"
+    (workload,) = (
+        o for o in preset.objects if o["kind"] in ("StatefulSet", "Deployment") and o["metadata"]["name"] == name
+    )
+    spec = workload["spec"]["template"]["spec"]
+    places = mounted(spec, preset, tmp_path)
+    file = Path(places["/etc/headrace"]) / "cluster.yaml"
+    inside = re.compile("|".join(f"(?<= ){path}(?=/)" for path in places))
+    file.write_text(inside.sub(lambda found: places[found[0]], file.read_text()))
+    (container,) = spec["containers"]
+    assert container["command"] == ["headrace"]
+    arguments = [str(file) if one == "/etc/headrace/cluster.yaml" else one for one in container["args"]]
+    done = CliRunner().invoke(app, [*arguments, "--check"])
+    assert done.exit_code == 0, done.stderr
+    Path(places["/link"], "tls.key").unlink()
+    done = CliRunner().invoke(app, [*arguments, "--check"])
+    assert done.exit_code == 2
+    assert "tls.key_file" in done.stderr
+
+
+def test_the_jobs_command_line_is_known(preset: Rendered) -> None:
+    """`db upgrade` takes these options."""
+    (container,) = preset.one("Job")["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["headrace"]
+    done = CliRunner().invoke(app, [*container["args"], "--help"])
+    assert done.exit_code == 0, done.stderr
+
+
+def test_the_notes_command_lines_are_known() -> None:
+    """What the notes tell to type: each option exists."""
+    text = (helm.CHART / "templates" / "NOTES.txt").read_text()
+    commands = [
+        line.split("headrace ", 1)[1] for line in text.replace("-- env HEADRACE_API_KEY=$KEY ", "-- ").split("-- ")
+    ]
+    for words in (
+        one.splitlines()[0].split("|")[0].split("{{")[0]
+        for one in commands
+        if one.startswith(("keys", "tenants", "chat"))
+    ):
+        known = [word.rstrip(")") for word in shlex.split(words.replace("localhost:", "")) if word.startswith("--")]
+        sub = [word for word in shlex.split(words) if not word.startswith("-")][:2]
+        shown = CliRunner().invoke(app, [*(sub[:1] if sub[0] == "chat" else sub), "--help"]).output
+        assert shown, words
+        for option in known:
+            assert option in shown, words
+
+
+def test_the_schema_of_config_is_the_programs() -> None:
+    """Run scripts/chart_schema.py after a change of cluster/config.py."""
+    assert chart_schema.main(["--check"]) == 0
+
+
+# ---- Ray's own parsers
+
+
+RAY = """
+import json, sys
+from click.exceptions import ClickException
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.scripts.scripts import start
+out = []
+for cluster in json.load(sys.stdin):
+    node_types = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    spec, parsed = cluster["spec"], {}
+    groups = [("headgroup", spec["headGroupSpec"], ["--head"])]
+    groups += [(one["groupName"], one, ["--address=head:6379"]) for one in spec["workerGroupSpecs"]]
+    for name, group, first in groups:
+        given = {key: value.strip(chr(34)).replace(chr(92), "") for key, value in group["rayStartParams"].items()}
+        words = [f"--{key}" if value == "true" else f"--{key}={value}" for key, value in given.items()]
+        found = start.make_context("start", [*first, "--block", *words]).params
+        resources = json.loads(found["resources"])
+        parsed[name] = {"cpus": found["num_cpus"], "gpus": found["num_gpus"], "resources": resources}
+    out.append({"node_types": node_types, "parsed": parsed})
+print("ANSWER " + json.dumps(out))
+"""
+
+
+@pytest.mark.slow
+def test_ray_reads_every_cluster_and_places_every_model() -> None:
+    """Ray's autoscaler and `ray start` read each RayCluster alike, and its groups at their most can hold the models."""
+    rendered = {file.stem: helm.template(file) for file in helm.PRESETS}
+    clusters = [one.one("RayCluster") for one in rendered.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", RAY], input=json.dumps(clusters), capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.split("ANSWER ")[1])
+    for (name, one), cluster, answer in zip(rendered.items(), clusters, answers, strict=True):
+        groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
+        nodes: list[dict[str, float]] = []
+        for group, known in answer["node_types"].items():
+            started, resources = answer["parsed"][group], known["resources"]
+            assert resources["CPU"] == started["cpus"], (name, group)
+            assert resources.get("GPU", 0) == (started["gpus"] or 0), (name, group)
+            assert {key: resources[key] for key in started["resources"]} == started["resources"], (name, group)
+            if group == "headgroup":
+                assert resources["CPU"] == 0, "no replica on the head"
+                continue
+            assert known["min_workers"] == groups[group]["minReplicas"]
+            nodes += [resources] * known["max_workers"]
+        config = parse(one.cluster_yaml)
+        for model in config.models:
+            spec = model.spec()
+            assert not is_simulated(spec)
+            assert why_unplaceable(spec, nodes) == "", (name, model.name)
+        gpus = sum(node.get("GPU", 0) for node in nodes)
+        most = sum(world_size(model.spec()) * model.spec().max_replicas for model in config.models)
+        assert most <= gpus, f"{name}: all models at their most need {most} GPUs, and there are {gpus}"

@@ -1,0 +1,98 @@
+"""Recipes of images: hadolint finds no fault, nothing runs as root, and what they name exists."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import load
+from tests.support.helm import CHART, ROOT
+
+DOCKER = ROOT / "deploy" / "docker"
+RECIPES = sorted(DOCKER.glob("*.Dockerfile"))
+COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
+def test_hadolint_finds_no_fault(recipe: Path) -> None:
+    """At its strictest."""
+    hadolint = Path(sys.prefix) / "bin" / "hadolint"
+    done = subprocess.run(
+        [hadolint, "--failure-threshold", "style", str(recipe)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
+def test_versions_are_named_and_nobody_is_root(recipe: Path) -> None:
+    """Base images by version, the last user of each image that is shipped by number; what is copied exists."""
+    text = recipe.read_text()
+    arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", text, re.MULTILINE)
+    assert len(stages) == text.count("\nFROM ")
+    names = {name for _, name in stages}
+    for base, _ in stages:
+        if base not in names:
+            assert re.search(r":\$\{(PYTHON|VLLM)\}$", base), base
+    assert all(re.match(r"v?\d+\.\d+\.\d+", version) for version in arguments.values())
+    users = {name: re.findall(r"^USER (\S+)$", body, re.MULTILINE) for name, body in by_stage(text).items()}
+    parents = {name: base for base, name in stages}
+    for shipped in ("gateway", "controller", "cpu", "cuda"):
+        if shipped in names:
+            at = shipped
+            while not users[at]:
+                at = parents[at]
+            assert users[at][-1] == "10001:10001", shipped
+    for source in re.findall(r"^COPY ((?:[\w./-]+ )+)\S+$", text, re.MULTILINE):
+        for path in source.split():
+            assert (ROOT / path).exists(), path
+            assert f"!{path}" in (ROOT / ".dockerignore").read_text().split(), path
+
+
+def by_stage(text: str) -> dict[str, str]:
+    """The lines of each stage."""
+    parts = re.split(r"^FROM \S+ AS (\S+)$", text, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_the_gateways_image_has_no_engine() -> None:
+    """Its stages install the base pins alone; Ray is the controller's."""
+    stages = by_stage((DOCKER / "gateway.Dockerfile").read_text())
+    pins = (ROOT / "requirements" / "base.txt").read_text()
+    for name in ("torch", "vllm", "ray", "transformers"):
+        assert not re.search(rf"^{name}(-cpu)?==", pins, re.MULTILINE), name
+    assert "with-ray" not in stages["gateway"]
+    assert "cpu.txt" not in stages["base"]
+
+
+def test_versions_agree() -> None:
+    """Images, chart, package and the pinned Ray and vLLM."""
+    project = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^version = "(.+)"$', project, re.MULTILINE)
+    assert version is not None
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == chart["version"] == version[1]
+    assert {one["image"].split(":")[1] for one in COMPOSE["services"].values()} == {version[1]}
+    assert f'variable "TAG" {{ default = "{version[1]}" }}' in (DOCKER / "bake.hcl").read_text()
+    worker = (DOCKER / "worker.Dockerfile").read_text()
+    ray = yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["version"]
+    assert f'"ray[serve]=={ray}"' in worker
+    assert f"ray[serve]=={ray}" in project
+    assert re.search(r"^ARG VLLM=v(.+)$", worker, re.MULTILINE)[1] in re.findall(r"vllm==([\d.]+)", project)  # type: ignore[index]
+
+
+def test_the_compose_file_starts_a_right_configuration() -> None:
+    """The file that it mounts is checked by the program's parser, and its container may nothing."""
+    for name, service in COMPOSE["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["user"] == "10001:10001", name
+        mounts = dict(volume.split(":")[:2] for volume in service["volumes"])
+        (inside,) = (there for here, there in mounts.items() if here.startswith("./"))
+        assert inside == service["command"][-1], name
+        assert load(DOCKER / "compose.cluster.yaml").weights.cache_dir == Path(mounts["models"])

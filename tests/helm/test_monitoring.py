@@ -1,0 +1,166 @@
+"""Rules, dashboards and queries by Prometheus' own tools, and every name in them by cluster/observe/metrics.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import promql_parser as promql
+import pytest
+import yaml
+
+from cluster.api.outcomes import Outcome
+from cluster.api.types import ModelState
+from cluster.cli.doctor import find_tool
+from cluster.observe.metrics import DEFINITIONS
+from tests.support import helm
+from tests.support.helm import ROOT
+
+RULES = helm.CHART / "files" / "alerts" / "headrace.yaml"
+DASHBOARDS = sorted((helm.CHART / "files" / "dashboards").glob("*.json"))
+MONITORED = next(one for one in helm.PRESETS if one.stem == "multi-tenant")
+SCRAPED = {"cluster", "instance", "job", "pod", "namespace", "le", "ray_cluster"}
+"""Labels that every series may carry: ours, and those of whoever scrapes."""
+
+
+def program(name: str) -> str:
+    """Its path."""
+    found = find_tool(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed: `make doctor` names its package")
+    return found
+
+
+def rules() -> list[dict[str, Any]]:
+    """Every rule of the file."""
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+RECORDED = {rule["record"] for rule in rules() if "record" in rule}
+
+
+def panels() -> Iterator[tuple[str, str]]:
+    """(dashboard and panel, query), Grafana's variables replaced as Grafana would."""
+    for file in DASHBOARDS:
+        for panel in json.loads(file.read_text())["panels"]:
+            for target in panel["targets"]:
+                query = (
+                    target["expr"].replace("$__rate_interval", "5m").replace("$cluster", "c").replace("$model", ".*")
+                )
+                yield f"{file.stem}: {panel['title']}", query
+
+
+def scaling() -> Iterator[tuple[str, str]]:
+    """The queries that KEDA asks."""
+    for trigger in helm.template(MONITORED).one("ScaledObject")["spec"]["triggers"]:
+        yield "keda", trigger["metadata"]["query"]
+
+
+def selectors(expression: Any) -> Iterator[Any]:
+    """Every selector of series in a parsed query."""
+    if isinstance(expression, promql.VectorSelector):
+        yield expression
+    for name in ("expr", "lhs", "rhs", "vector_selector", "param"):
+        inner = getattr(expression, name, None)
+        if inner is not None and not isinstance(inner, str):
+            yield from selectors(inner)
+    for inner in getattr(expression, "args", None) or ():
+        yield from selectors(inner)
+
+
+def labels_of(metric: str) -> set[str]:
+    """The labels of a metric of ours, by its name as Prometheus has it. Raises KeyError."""
+    short = metric.removeprefix("headrace_")
+    for suffix in ("", "_bucket", "_count", "_sum"):
+        one = DEFINITIONS.get(short.removesuffix(suffix)) if short.endswith(suffix) else None
+        if one is not None and (one.kind == "histogram") == bool(suffix):
+            return set(one.labels) | SCRAPED
+    raise KeyError(metric)
+
+
+VALUES = {
+    "outcome": {one.value for one in Outcome} | {"delivered", "failed", "failed_open", "failed_closed"},
+    "state": {one.value.lower() for one in ModelState},
+    "face": {"worker", "controller", "grpc", "http"},
+}
+
+
+def queries() -> list[tuple[str, str]]:
+    """Of rules, dashboards and the autoscaler."""
+    return [(rule.get("alert") or rule["record"], rule["expr"]) for rule in rules()] + [*panels(), *scaling()]
+
+
+def test_every_query_is_promql_over_metrics_that_exist() -> None:
+    """Parsed by Prometheus' grammar; each metric, label and value of a label is one that the gateway tells."""
+    found = set()
+    asked = queries()
+    assert len(asked) > 60
+    for where, query in asked:
+        for selector in selectors(promql.parse(query)):
+            name = selector.name
+            if name in RECORDED:
+                continue
+            labels = labels_of(name)
+            found.add(name)
+            for matcher in selector.matchers.matchers:
+                assert matcher.name in labels, f"{where}: {name} has no label {matcher.name}"
+                if matcher.name in VALUES and matcher.value != ".*":
+                    assert set(matcher.value.split("|")) <= VALUES[matcher.name], f"{where}: {matcher.value}"
+    shown = {name.removeprefix("headrace_").removesuffix("_bucket") for name in found}
+    assert DEFINITIONS.keys() - shown == set(), "a metric that no panel and no alert looks at"
+
+
+def test_the_rule_itself_sees_what_it_should() -> None:
+    """A metric that is none, a histogram without its suffix, a selector deep inside a query."""
+    with pytest.raises(KeyError):
+        labels_of("headrace_request_total")
+    with pytest.raises(KeyError):
+        labels_of("headrace_time_to_first_token_seconds")
+    nested = promql.parse('1 - sum by (a) (rate(x{b="c"}[5m])) / (y or histogram_quantile(0.9, z))')
+    assert {one.name for one in selectors(nested)} == {"x", "y", "z"}
+
+
+def test_promtool_takes_the_rules_and_each_alert_fires_for_its_cause(tmp_path: Path) -> None:
+    """tests/helm/alerts.yaml plays series and says what fires; every alert of the file is played."""
+    promtool = program("promtool")
+    rendered = helm.template(MONITORED).one("PrometheusRule")["spec"]
+    file = tmp_path / "rules.yaml"
+    file.write_text(yaml.safe_dump(rendered))
+    done = subprocess.run([promtool, "check", "rules", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    played = (Path(__file__).parent / "alerts.yaml").read_text()
+    tests = tmp_path / "tests.yaml"
+    tests.write_text(played.replace("rule_files: [RULES]", f"rule_files: [{file}]"))
+    done = subprocess.run([promtool, "test", "rules", str(tests)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [one["alert"] for one in rules() if "alert" in one and one["alert"] not in played] == []
+
+
+def test_alerts_reach_somebody() -> None:
+    """The example's routes, asked by Alertmanager's own tool."""
+    amtool, config = program("amtool"), ROOT / "deploy" / "monitoring" / "alertmanager.yaml"
+    done = subprocess.run([amtool, "check-config", str(config)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    severities = {rule["labels"]["severity"] for rule in rules() if "alert" in rule}
+    receivers = {"page": "pager", "ticket": "tickets", "info": "nobody"}
+    assert severities == receivers.keys()
+    for severity, receiver in receivers.items():
+        command = [amtool, "config", "routes", "test", f"--config.file={config}", f"severity={severity}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == receiver, done.stdout + done.stderr
+
+
+def test_dashboards_travel_whole() -> None:
+    """Each is a ConfigMap that Grafana's sidecar finds, its panels apart from each other, its file the same."""
+    rendered = helm.template(MONITORED)
+    for file in DASHBOARDS:
+        found = rendered.one("ConfigMap", f"headrace-dashboard-{file.stem}")
+        assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+        dashboard = json.loads(found["data"][file.name])
+        assert dashboard == json.loads(file.read_text())
+        places = [(one["gridPos"]["x"], one["gridPos"]["y"]) for one in dashboard["panels"]]
+        assert len(set(places)) == len(places)
+        assert (ROOT / "deploy" / "dashboards" / file.name).read_text() == file.read_text()

@@ -1,0 +1,163 @@
+"""Values that are wrong are refused with a word that helps; those that the schema allows render to valid objects."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from cluster.config import parse
+from tests.support import helm
+from tests.support import kubernetes_schemas as schemas
+
+SCHEMA = json.loads((helm.CHART / "values.schema.json").read_text())
+GROUP = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
+
+
+def cluster(**changed: Any) -> dict[str, Any]:
+    """Values with one Ray cluster, changed in its only group."""
+    return {"ray": {"clusters": [{"name": "blue", "workerGroups": [{**GROUP, **changed}]}]}}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"gatway": {}}, "additional properties 'gatway' not allowed"),
+        ({"gateway": {"replicas": 0}}, "at '/gateway/replicas': minimum: got 0, want 1"),
+        ({"gateway": {"replicas": "two"}}, "at '/gateway/replicas': got string, want integer"),
+        ({"gateway": {"kind": "DaemonSet"}}, "at '/gateway/kind': value must be one of 'StatefulSet', 'Deployment'"),
+        ({"config": {"gatway": {}}}, "at '/config': additional properties 'gatway' not allowed"),
+        ({"config": {"gateway": {"queue": {"max_requests": 0}}}}, "at '/config/gateway/queue/max_requests'"),
+        ({"config": {"models": [{"source": "x"}]}}, "at '/config/models/0': missing property 'name'"),
+        (cluster(gpus=8), "additional properties 'gpus' not allowed"),
+        (cluster(modelCache={"kind": "hostPath", "path": "/x"}), "at '/ray/clusters/0/workerGroups/0/modelCache'"),
+        (cluster(minReplicas=3), "worker group gpu: maxReplicas (1) is below minReplicas (3)"),
+        (cluster(logicalGpus=1), "logicalGpus are for nodes without GPUs"),
+        (
+            {"config": {"gateway": {"listen": {"grpc": "127.0.0.1:50051"}}}},
+            "config.gateway.listen.grpc is 127.0.0.1:50051, which nobody outside the pod reaches",
+        ),
+        ({"config": {"gateway": {"listen": {"link": "0.0.0.0:0"}}}}, "config.gateway.listen.link is 0.0.0.0:0"),
+        ({"config": {"gateway": {"listen": {"metrics": "0.0.0.0:50054"}}}}, "port 50054 is the probes'"),
+        ({"config": {"gateway": {"processes": 4}}}, "raise gateway.replicas"),
+        ({"config": {"gateway": {"link_tls": None}}}, "config.gateway.link_tls is not set"),
+        ({"config": {"store": {"database_url": ""}}}, "config.store.database_url is not set"),
+        ({"config": {"link": {"gateways": []}}}, 'set ["srv://_link._tcp.headrace-links"]'),
+        ({"config": {"ray": []}}, "blue is not in config.ray: add {name: blue, dashboard_url:"),
+        (
+            {"config": {"ray": [{"name": "blue", "dashboard_url": "http://elsewhere:8265"}]}},
+            "the head's Service is headrace-blue-head-svc",
+        ),
+        (
+            {"ray": {"clusters": [{"name": "blue", "head": {"gcsFaultTolerance": True}, "workerGroups": [GROUP]}]}},
+            "needs a Valkey",
+        ),
+        ({"gateway": {"gatewayApi": {"enabled": True}}}, "name the Gateway that the routes belong to"),
+        ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host is empty"),
+        ({"gateway": {"autoscaling": {"kind": "hpa", "minReplicas": 9}}}, "maxReplicas (8) is below minReplicas (9)"),
+    ],
+)
+def test_wrong_values_are_refused_in_words(values: Mapping[str, Any], words: str) -> None:
+    """The message names the value and what to do."""
+    with pytest.raises(helm.HelmFailed) as caught:
+        helm.template(values)
+    assert words in str(caught.value)
+
+
+# ---- whatever the schema allows
+
+
+def from_schema(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
+    """Values of a schema of ours: the words of JSON schema that helm/values.schema.json uses, and no others."""
+    if "$ref" in schema:
+        return from_schema(SCHEMA["$defs"][schema["$ref"].rsplit("/", 1)[1]])
+    if "const" in schema:
+        return st.just(schema["const"])
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    if "oneOf" in schema:
+        return st.one_of(*map(from_schema, schema["oneOf"]))
+    kind = schema["type"] if isinstance(schema["type"], str) else schema["type"][0]
+    if kind == "boolean":
+        return st.booleans()
+    if kind == "null":
+        return st.none()
+    if kind == "integer":
+        low = schema.get("minimum", 0)
+        return st.integers(low, min(schema.get("maximum", low + 50), low + 50))
+    if kind == "string":
+        longest = schema.get("maxLength", 30)
+        if "pattern" in schema:
+            return st.from_regex(schema["pattern"].replace("$", r"\Z"), alphabet=PRINTED).filter(
+                lambda s: len(s) <= longest
+            )
+        return st.text(st.sampled_from("abcxyz019-"), min_size=schema.get("minLength", 0), max_size=12)
+    if kind == "array":
+        return st.lists(from_schema(schema["items"]), min_size=schema.get("minItems", 0), max_size=2)
+    assert kind == "object", schema
+    known = {key: from_schema(one) for key, one in schema.get("properties", {}).items()}
+    required = {key: known.get(key, st.just("1")) for key in schema.get("required", ())}
+    drawn = st.fixed_dictionaries(required, optional={k: v for k, v in known.items() if k not in required})
+    return drawn.filter(lambda one: len(one) <= schema.get("maxProperties", len(one)))
+
+
+PRINTED = st.characters(min_codepoint=33, max_codepoint=126)
+NOT_DRAWN = {"config", "extraObjects", "fullnameOverride"}
+"""config is the program's own; the others are names that config repeats."""
+TOP = {key: one for key, one in SCHEMA["properties"].items() if key not in NOT_DRAWN}
+
+
+def draws(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values whose parts agree, as the chart demands: groups in order, heads in config, a Valkey where it is needed."""
+    made = json.loads(json.dumps(values))
+    clusters = made.get("ray", {}).get("clusters")
+    if clusters is not None:
+        unique = {one["name"]: one for one in clusters}
+        made["ray"]["clusters"] = list(unique.values())
+        made["config"] = {
+            "ray": [{"name": one, "dashboard_url": f"http://headrace-{one}-head-svc:8265"} for one in unique]
+        }
+        for one in unique.values():
+            one["workerGroups"] = list({group["name"]: group for group in one["workerGroups"]}.values())
+            one.get("head", {}).pop("gcsFaultTolerance", None)
+            for group in one["workerGroups"]:
+                group["maxReplicas"] = max(group["maxReplicas"], group["minReplicas"])
+                if group.get("gpusPerNode"):
+                    group.pop("logicalGpus", None)
+    gateway = made.get("gateway", {})
+    scaling = gateway.get("autoscaling", {})
+    if {"minReplicas", "maxReplicas"} & scaling.keys():
+        scaling["maxReplicas"] = scaling["minReplicas"] = scaling.get("maxReplicas", scaling.get("minReplicas"))
+    if gateway.get("gatewayApi", {}).get("enabled"):
+        gateway["gatewayApi"]["parentRefs"] = [{"name": "public"}]
+    if gateway.get("ingress", {}).get("enabled"):
+        gateway["ingress"]["host"] = "llm.example.com"
+    for name in ("tolerations", "extraVolumes", "extraVolumeMounts"):
+        gateway.pop(name, None)
+    return made
+
+
+EXAMPLES = int(os.environ.get("CHART_EXAMPLES", "8"))
+"""About a second each; `make chart-test EXAMPLES=200` looks further."""
+
+
+@settings(
+    max_examples=EXAMPLES, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)  # a shrunk example would say little more, after minutes
+@given(values=st.fixed_dictionaries({}, optional={key: from_schema(one) for key, one in TOP.items()}))
+def test_whatever_the_schema_allows_renders_and_is_valid(values: Mapping[str, Any]) -> None:
+    """Every object by the newest API's schemas or its definition, the configuration by the program's parser."""
+    rendered = helm.template(draws(values))
+    parse(rendered.cluster_yaml)
+    names = [(one["kind"], one["metadata"]["name"]) for one in rendered.objects]
+    assert len(names) == len(set(names))
+    for one in rendered.objects:
+        if schemas.is_built_in(one):
+            schemas.check_built_in(one, schemas.RELEASES[-1])
+        elif schemas.CRDS.is_dir():
+            schemas.check_custom(one)
