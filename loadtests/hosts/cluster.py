@@ -278,7 +278,7 @@ async def _serve(cluster: Cluster, containers: Containers) -> None:
     kubelet.start(controller)
     await cluster.exec(gateways[0], "headrace", "tenants", "create", TENANT)
     made = json.loads(await cluster.exec(gateways[0], "headrace", "keys", "create", TENANT, "--json"))
-    cluster.key = made["secret"]
+    cluster.key = made["key"]
     if not await cluster.until_whole(FLEET_UP_S):
         up = {pod.spec.name: sorted(story.up(pod.spec.name)) for pod in gateways}
         tail = controller.child.tail() if controller.child is not None else ""

@@ -5,6 +5,7 @@ set -euo pipefail
 pod=$1
 shift
 root=$pod/root
+ulimit -n 1048576 2>/dev/null || true  # as a container runtime's
 hostname "$(cat "$pod/hostname")"
 mount --make-rprivate /
 mount -t tmpfs -o mode=755,size=16m root "$root"

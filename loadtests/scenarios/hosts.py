@@ -91,7 +91,7 @@ async def _events(stage: Stage, cluster: Cluster, wanted: Sequence[str], speed: 
         seed=stage.options.seed,
         ramp_s=min(loads.LONGEST_S / speed / 2, 20.0),
     )
-    player = Play(cluster, load, json.loads(made)["secret"])
+    player = Play(cluster, load, json.loads(made)["key"])
     try:
         for name in wanted:
             stage.screen.say(f"event {name}")
