@@ -12,7 +12,7 @@ import json
 import secrets
 import subprocess
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,19 +105,19 @@ class Cluster:
         """Ray's head."""
         return self.pod("blue-head-0")
 
-    def whole(self) -> bool:
-        """Whether every gateway has every simulated worker."""
-        return self.linked(MASS) >= self.size.workers
+    def whole(self, beside: Collection[str] = ()) -> bool:
+        """Whether every gateway has every simulated worker, not counting some that leave."""
+        return self.linked(MASS, beside) >= self.size.workers
 
-    def linked(self, model: str) -> int:
+    def linked(self, model: str, beside: Collection[str] = ()) -> int:
         """So many workers of a model have their links to every gateway."""
-        ups = [self.story.up(pod.spec.name) for pod in self.gateways]
+        ups = [self.story.up(pod.spec.name) - set(beside) for pod in self.gateways]
         return min(sum(worker.startswith(f"{model}-") for worker in up) for up in ups)
 
-    async def until_whole(self, timeout_s: float) -> bool:
+    async def until_whole(self, timeout_s: float, beside: Collection[str] = ()) -> bool:
         """Wait for it; whether it came."""
         deadline = time.monotonic() + timeout_s
-        while not self.whole():
+        while not self.whole(beside):
             if time.monotonic() > deadline:
                 return False
             await asyncio.sleep(0.05)
@@ -130,10 +130,13 @@ class Cluster:
             raise RuntimeError(f"{pod.spec.name} does not run")
         environment = [part.decode() for part in (pod.home / "environment").read_bytes().split(b"\0") if part]
         arguments = ["nsenter", f"--target={first.pid}", "--all", f"--root=/proc/{first.pid}/root", "--wd=/"]
-        done = await asyncio.to_thread(
-            subprocess.run, [*arguments, "env", "-i", *environment, *command],
-            capture_output=True, text=True, check=False, timeout=timeout_s, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        try:
+            done = await asyncio.to_thread(
+                subprocess.run, [*arguments, "env", "-i", *environment, *command],
+                capture_output=True, text=True, check=False, timeout=timeout_s, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{' '.join(command)} in {pod.spec.name}: {error}") from None
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} in {pod.spec.name}: {done.stdout[-1000:]} {done.stderr[-1000:]}")
         return done.stdout

@@ -27,6 +27,10 @@ MIN_READY_S = 5.0
 DRAIN_S = 20.0
 
 
+class NotWhole(RuntimeError):
+    """The cluster was not whole, or not under load, when an event was to begin."""
+
+
 @dataclass(slots=True)
 class Episode:
     """One event."""
@@ -108,19 +112,21 @@ class Play:
         self.episodes: list[Episode] = []
 
     async def play(self, name: str) -> Episode:
-        """One event by its name. Raises RuntimeError where the cluster is not whole and loaded before it."""
+        """One event by its name. Raises NotWhole, and RuntimeError where the event itself cannot be played."""
         if not await self._cluster.until_whole(WHOLE_S):
-            raise RuntimeError("the cluster was not whole before this event")
+            raise NotWhole("the cluster was not whole before this event")
         if not await self._load.steady(WHOLE_S):
-            raise RuntimeError(f"the streams were not all under way before this event: {self._load.live[-3:]}")
+            raise NotWhole(f"the streams were not all under way before this event: {self._load.live[-3:]}")
         await asyncio.sleep(QUIET_S)
         episode = Episode(name, time.time())
         self.episodes.append(episode)
-        await EVENTS[name](self, episode)
-        episode.whole = await self._cluster.until_whole(WHOLE_S) and episode.whole
-        await asyncio.sleep(AFTER_S)
-        self._load.read()
-        episode.over = time.time()
+        try:
+            await EVENTS[name](self, episode)
+            episode.whole = await self._cluster.until_whole(WHOLE_S) and episode.whole
+            await asyncio.sleep(AFTER_S)
+        finally:
+            self._load.read()
+            episode.over = time.time()
         return episode
 
     async def calm(self, episode: Episode) -> None:
@@ -172,14 +178,18 @@ class Play:
             await asyncio.sleep(MIN_READY_S)
 
     async def roll_workers(self, episode: Episode) -> None:
-        """Every Ray node is drained, ended and started, one after the other."""
-        for pod in self._cluster.nodes:
-            for node in await self._nodes_on(pod):
-                await self._admin("drain", node, "--timeout-s", str(DRAIN_S))
-            struck = pod.kill()
-            await asyncio.sleep(0.5)
-            await self._cluster.until_whole(WHOLE_S)
-            episode.notes[f"{pod.spec.name} whole after s"] = round(time.time() - struck, 1)
+        """Every worker is drained and ended, one after the other; Ray Serve starts it anew."""
+        rows = json.loads(await self._admin("workers", "--json"))
+        ids = sorted(row["worker_id"] for row in rows)
+        for one in ids:
+            place = engines(self._cluster.nodes, {one}).get(one)
+            if place is None:
+                raise RuntimeError(f"no node's logs know the worker {one}")
+            await self._admin("drain", one, "--timeout-s", str(DRAIN_S))
+            ended = time.time()
+            await self._cluster.exec(place.pod, "kill", "-KILL", str(place.pid))
+            await self._cluster.until_whole(WHOLE_S, beside={one})
+            episode.notes[f"{one} replaced after s"] = round(time.time() - ended, 1)
 
     async def _admin(self, *arguments: str) -> str:
         gateway = self._cluster.gateways[0]
@@ -187,15 +197,6 @@ class Play:
         return await self._cluster.exec(
             gateway, "env", f"HEADRACE_API_KEY={self._operator}", "headrace", *arguments, *how, timeout_s=DRAIN_S + 60
         )
-
-    async def _nodes_on(self, pod: Pod) -> list[str]:
-        """Ray's ids of the nodes whose workers dial from this pod."""
-        rows = json.loads(await self._admin("workers", "--json"))
-        rows = rows["workers"] if isinstance(rows, dict) else rows
-        logs = pod.home.parent.parent / "volumes" / pod.spec.name / "tmp"
-        here = {path.name for path in logs.glob("ray/session_*")}
-        ids = {str(row["node"]) for row in rows}
-        return [node for node in sorted(ids) if here and _mentions(logs, node)]
 
     async def _away(self, pod: Pod, episode: Episode) -> None:
         pod.pause_s = AWAY_S
@@ -233,38 +234,45 @@ class Play:
             return
         ups = self._cluster.story.since(episode.struck, "worker_up")
         episode.capacity_s = max(event.at for event in ups) - episode.struck
-        started = engines_started(self._cluster.nodes, {event.worker for event in ups})
+        started = engines(self._cluster.nodes, {event.worker for event in ups})
         if started:
-            episode.engines_s = max(started.values()) - episode.struck
-        episode.notes["ready at"] = {worker: round(at - episode.struck, 2) for worker, at in started.items()}
+            episode.engines_s = max(one.at for one in started.values()) - episode.struck
+        episode.notes["started after s"] = {name: round(one.at - episode.struck, 2) for name, one in started.items()}
 
 
 _UP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.\d+)? .*worker\.up.*?worker=\x1b?\[?[0-9;m]*([a-z0-9-]+)")
 
 
-def engines_started(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, float]:
-    """When the engine of each of these workers had started, by its own log, whole seconds."""
-    found: dict[str, float] = {}
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker whose engine has started: when, by its own log in whole seconds, and where."""
+
+    at: float
+    pod: Pod
+    pid: int
+    """In the pod."""
+
+
+def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
+    """Those of some workers, by what Ray keeps of their output on each node."""
+    found: dict[str, Started] = {}
     for pod in nodes:
-        for path in (pod.home.parent.parent / "volumes" / pod.spec.name / "tmp").glob("ray/session_2*/logs/**/*"):
-            if path.is_file() and path.suffix in (".out", ".err", ".log"):
-                plain = re.sub(rb"\x1b\[[0-9;]*m", b"", path.read_bytes())
-                for when, worker in _UP.findall(plain):
-                    if worker.decode() in workers:
-                        at = datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
-                        found[worker.decode()] = at.timestamp()
+        for path in (pod.home.parent.parent / "volumes" / pod.spec.name / "tmp").glob(
+            "ray/session_2*/logs/worker-*.out"
+        ):
+            plain = re.sub(rb"\x1b\[[0-9;]*m", b"", path.read_bytes())
+            for when, worker in _UP.findall(plain):
+                if worker.decode() in workers:
+                    at = datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
+                    found[worker.decode()] = Started(at.timestamp(), pod, int(path.stem.rsplit("-", 1)[1]))
     return found
-
-
-def _mentions(folder: Any, text: str) -> bool:
-    return any(text.encode() in path.read_bytes() for path in folder.glob("ray/session_2*/logs/raylet.out"))
 
 
 EVENTS: Mapping[str, Callable[[Play, Episode], Awaitable[None]]] = {
     "calm": Play.calm,
-    "gateway": Play.gateway,
-    "node": Play.node,
     "cut": Play.cut,
+    "node": Play.node,  # before those after which workers lie unevenly
+    "gateway": Play.gateway,
     "head": Play.head,
     "valkey": Play.valkey,
     "postgresql": Play.postgresql,

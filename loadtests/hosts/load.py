@@ -89,10 +89,12 @@ class Load:
             )  # fmt: skip
 
     async def steady(self, timeout_s: float) -> bool:
-        """Wait until as many streams as planned are under way and speak; whether that came."""
+        """Wait until as many streams as planned are under way and speak; whether that came. Raises RuntimeError."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             self.read()
+            if len(self.calls) >= self.plan.streams and all(call.error for call in self.calls):
+                raise RuntimeError(f"no call is answered: {self.calls[-1].error}")
             if self.live and self.live[-1][1] >= 0.95 * self.plan.streams and self.live[-1][2]:
                 return True
             await asyncio.sleep(0.2)

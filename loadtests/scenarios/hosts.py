@@ -21,7 +21,7 @@ from loadtests.hosts import cluster as clusters
 from loadtests.hosts import engine as engines
 from loadtests.hosts import load as loads
 from loadtests.hosts.cluster import TENANT, Cluster, Size
-from loadtests.hosts.events import EVENTS, Play, Shown, shown
+from loadtests.hosts.events import EVENTS, NotWhole, Play, Shown, shown
 from loadtests.hosts.load import Call, Load
 from loadtests.scenarios.common import Stage
 
@@ -92,27 +92,37 @@ async def _events(stage: Stage, cluster: Cluster, wanted: Sequence[str], speed: 
         ramp_s=min(loads.LONGEST_S / speed / 2, 20.0),
     )
     player = Play(cluster, load, json.loads(made)["key"])
+    interrupted: asyncio.CancelledError | None = None
     try:
         for name in wanted:
             stage.screen.say(f"event {name}")
             try:
                 episode = await player.play(name)
                 stage.screen.say(f"event {name}: {episode.notes}")
-            except RuntimeError as error:
+            except NotWhole as error:
                 stage.report.problems.append(f"{name}: {error}")
                 break
-    finally:
+            except RuntimeError as error:
+                stage.report.problems.append(f"{name}: {error}")
+        stage.screen.say("waiting for the streams' ends")
         await load.end()
+    except asyncio.CancelledError as error:
+        interrupted = error
+        await cluster.kubelet.drop(load.pod)
+        load.read()
     seen = {episode.name: shown(load, episode) for episode in player.episodes}
     stage.report.settings["events"] = {name: one.settings() for name, one in seen.items()}
     stage.report.settings["calls"] = len(load.calls)
     stage.report.figures += _rows(load, seen)
-    stage.report.figures.append(await _books(cluster, load.calls, stage.report.settings))
+    if interrupted is None:
+        stage.report.figures.append(await _books(cluster, load.calls, stage.report.settings))
     for call in [call for call in load.calls if call.error][:10]:
         stage.report.problems.append(f"call {call.id} failed after {call.ended - call.sent:.1f} s: {call.error[:300]}")
     for one in seen.values():
         if not one.episode.whole:
             stage.report.problems.append(f"{one.episode.name}: the cluster was not whole again in time")
+    if interrupted is not None:
+        raise interrupted
 
 
 def _rows(load: Load, seen: dict[str, Shown]) -> list[Figure]:
