@@ -138,9 +138,7 @@ class Play:
         pod = self._cluster.gateways[1]
         episode.struck = pod.kill()
         await self._restarted(pod, episode)
-        self._load.read()
-        broke = [at for at, name in self._load.broke if name == pod.spec.name and at >= episode.struck]
-        episode.detected_s = min(broke, default=episode.struck) - episode.struck
+        self._broken(episode)
 
     async def node(self, episode: Episode) -> None:
         """A Ray node dies with all that it holds, and comes back as KubeRay brings it."""
@@ -168,6 +166,7 @@ class Play:
         await self._lost(episode)
         await asyncio.sleep(max(AWAY_S - (time.time() - episode.struck), 0.0))
         self._cluster.fabric.heal(B)
+        self._broken(episode)
         episode.notes["healed after s"] = round(time.time() - episode.struck, 1)
 
     async def roll_gateways(self, episode: Episode) -> None:
@@ -212,6 +211,13 @@ class Play:
                 return
             await asyncio.sleep(0.05)
         episode.notes["back after s"] = round(time.time() - episode.struck, 1)
+
+    def _broken(self, episode: Episode) -> None:
+        """The last caller's end of its connection counts too, where that was sooner than the cable was back."""
+        self._load.read()
+        broke = [at - episode.struck for at in self._load.broke if 0.0 <= at - episode.struck < AWAY_S]
+        episode.notes["connections ended after s"] = [round(s, 3) for s in sorted(broke)]
+        episode.detected_s = max([episode.detected_s, *broke])
 
     async def _lost(self, episode: Episode) -> None:
         """Wait until every gateway has noticed; the last one decides."""

@@ -59,7 +59,8 @@ class Load:
     live: list[tuple[float, int, int]] = field(default_factory=list)
     """(when, streams under way, chunks since the one before)."""
     calls: list[Call] = field(default_factory=list)
-    broke: list[tuple[float, str]] = field(default_factory=list)
+    broke: list[float] = field(default_factory=list)
+    """When a client's connection ended."""
     _read: int = 0
 
     def read(self) -> None:
@@ -78,7 +79,7 @@ class Load:
         if told["t"] == "live":
             self.live.append((told["at"], told["running"], told["chunks"]))
         elif told["t"] == "broke":
-            self.broke.append((told["at"], told["name"]))
+            self.broke.append(told["at"])
         else:
             self.calls.append(
                 Call(
@@ -139,7 +140,6 @@ async def begin(
         tokens=tokens,
         seed=seed,
         ramp_s=ramp_s,
-        sentinels={pod.spec.name: f"{pod.place.address}:50051" for pod in cluster.gateways},
     )
     (folder / "plan.json").write_text(json.dumps(asdict(plan)))
     spec = own(

@@ -1,7 +1,7 @@
 """Program: callers that keep a number of streams under way, over the SDK. `python -m loadtests.hosts.inside.callers F`.
 
 F is a JSON file (`Plan`); what happens goes line by line into its `out`: every call at its end, every half second how
-much runs, and when the connections to the gateways break. SIGTERM: no new streams; those under way go to their end.
+much runs, and when connections end. SIGTERM: no new streams; those under way go to their end.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+import grpc
 
 from cluster.client.aio import AsyncClient
 from cluster.client.errors import HeadraceError
@@ -26,7 +28,6 @@ from cluster.client.errors import HeadraceError
 LIVE_S = 0.5
 PAUSE_S = 0.5
 """After a call that failed."""
-DIAL_S = 0.5
 _WORDS = ("river", "stone", "lantern", "orchard", "copper", "velvet", "harbour", "meadow", "thunder", "willow", "amber")
 
 
@@ -50,8 +51,6 @@ class Plan:
     """Over which the streams begin, so that they do not end together."""
     gap_s: float = 0.12
     """Shorter silences are not written down."""
-    sentinels: Mapping[str, str] = field(default_factory=dict)
-    """host:port by name: a connection is held to each, and its end written down."""
 
 
 class Callers:
@@ -80,7 +79,7 @@ class Callers:
             for _ in range(plan.clients)
         ]
         beside = [asyncio.create_task(self._live())]
-        beside += [asyncio.create_task(self._hold(name, at)) for name, at in plan.sentinels.items()]
+        beside += [asyncio.create_task(self._watch(*one)) for one in enumerate(self._clients)]
         async with asyncio.TaskGroup() as group:
             for number in range(plan.streams):
                 group.create_task(self._caller(number))
@@ -150,20 +149,16 @@ class Callers:
             await asyncio.sleep(LIVE_S)
             self._write({"t": "live", "at": time.time(), "running": self._running, "chunks": self._chunks - before})
 
-    async def _hold(self, name: str, address: str) -> None:
-        host, _, port = address.rpartition(":")
+    async def _watch(self, number: int, client: AsyncClient) -> None:
+        """Write down when a client's connection ends: when its streams know that they must go elsewhere."""
+        while not client._gateways.channels:  # noqa: ASYNC110 - made with the first call
+            await asyncio.sleep(LIVE_S)
+        channel = client._gateways.channels[0]
         while True:
-            try:
-                reader, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), DIAL_S)
-            except (OSError, TimeoutError):
-                await asyncio.sleep(DIAL_S)
-                continue
-            with contextlib.suppress(OSError):
-                while await reader.read(1 << 16):
-                    pass
-            self._write({"t": "broke", "at": time.time(), "name": name})
-            writer.close()
-            await asyncio.sleep(DIAL_S)
+            state = channel.get_state()
+            await channel.wait_for_state_change(state)
+            if state is grpc.ChannelConnectivity.READY:
+                self._write({"t": "broke", "at": time.time(), "client": number})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._out.write(json.dumps(line) + "\n")
