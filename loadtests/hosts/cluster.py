@@ -12,6 +12,7 @@ import json
 import secrets
 import subprocess
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -122,6 +123,18 @@ class Cluster:
                 return False
             await asyncio.sleep(0.05)
         return True
+
+    def ray_runs(self) -> bool:
+        """Whether Ray's dashboard answers and has every application running. Blocks."""
+        url = f"http://{self.head.place.address}:8265/api/serve/applications/"
+        token = self.release.files("Secret", f"{RELEASE}-secrets")["auth_token"]
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+        try:
+            with urllib.request.urlopen(request, timeout=3.0) as answer:  # noqa: S310 - http, made above
+                applications = json.load(answer)["applications"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return bool(applications) and all(one["status"] == "RUNNING" for one in applications.values())
 
     async def exec(self, pod: Pod, *command: str, timeout_s: float = 60.0) -> str:
         """As `kubectl exec`: in a pod's namespaces, with its environment. Raises RuntimeError with what it said."""

@@ -150,10 +150,12 @@ class Play:
     async def head(self, episode: Episode) -> None:
         """Ray's head dies and is back after a while."""
         await self._away(self._cluster.head, episode)
+        await self._ray_back(episode)
 
     async def valkey(self, episode: Episode) -> None:
         """The store of the limits and of Ray's fault tolerance dies and is back after a while."""
         await self._away(self._cluster.pod("valkey-0"), episode)
+        await self._ray_back(episode)
 
     async def postgresql(self, episode: Episode) -> None:
         """The ledger's database dies and is back after a while."""
@@ -196,6 +198,16 @@ class Play:
         return await self._cluster.exec(
             gateway, "env", f"HEADRACE_API_KEY={self._operator}", "headrace", *arguments, *how, timeout_s=DRAIN_S + 60
         )
+
+    async def _ray_back(self, episode: Episode) -> None:
+        """Wait until Ray's head tells again that the model's application runs."""
+        deadline = time.monotonic() + WHOLE_S
+        while not await asyncio.to_thread(self._cluster.ray_runs):
+            if time.monotonic() > deadline:
+                episode.whole = False
+                return
+            await asyncio.sleep(0.5)
+        episode.notes["Ray Serve runs after s"] = round(time.time() - episode.struck, 1)
 
     async def _away(self, pod: Pod, episode: Episode) -> None:
         pod.pause_s = AWAY_S
