@@ -30,6 +30,7 @@ SCENARIOS = {
     "fairness": "fair turns between tenants over eight simulated workers, in virtual time, beside FIFO",
     "autoscale": "the autoscaler in virtual time, beside the optimum, Ray Serve's policy and static placement",
     "faults": "kill points by the thousand, recovery, overload and a soak: what callers see of each",
+    "hosts": "the rendered chart on network namespaces as hosts: kills, cuts and rolls under load (root)",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 OK, PARTIAL, USAGE = 0, 1, 2
@@ -61,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
         if name == "faults":
             one.add_argument("--points", type=positive, help="faults of the part mass (default 1000)")
             one.add_argument("--soak-s", type=positive, help="length of the part soak in seconds (default 300)")
+        if name == "hosts":
+            one.add_argument("--speed", type=positive, help="streams so many times as short (default 1: 5 to 120 s)")
     return out
 
 
@@ -88,6 +91,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
         peers=arguments.peers,
         points=getattr(arguments, "points", None),
         soak_s=getattr(arguments, "soak_s", None),
+        speed=getattr(arguments, "speed", None),
     )
     report.peers = options.peers
     scenario = importlib.import_module(f"loadtests.scenarios.{arguments.scenario}")

@@ -18,6 +18,9 @@ DEFAULT_ENDPOINT = "localhost:50051"
 DEFAULT_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_ATTEMPTS = 5  # gRPC's own upper bound
+ASK_S, ANSWER_S = 2.0, 2.0
+"""A gateway that says nothing for so long while calls run is asked whether it is there, and left when it does not
+answer: after a pulled cable or a lost node nobody ends the connection."""
 
 # gRPC retries a call only while nothing of its answer has arrived, and waits as long as the server's
 # `grpc-retry-pushback-ms` says, which gateways send with every error that RetryInfo accompanies.
@@ -81,6 +84,11 @@ class Options:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 5000),
+            ("grpc.keepalive_time_ms", round(ASK_S * 1000)),
+            ("grpc.keepalive_timeout_ms", round(ANSWER_S * 1000)),
+            # And of pings that measure the connection, while one of which is unanswered no other is sent: 60 s else.
+            ("grpc.http2.ping_timeout_ms", round(ANSWER_S * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),  # a reader of streams sends nothing itself
             ("grpc.enable_retries", int(self.retries)),
             ("grpc.service_config", json.dumps(SERVICE_CONFIG if self.retries else {})),
         ]

@@ -56,6 +56,8 @@ class Options:
     """Of `faults`: how many faults fall."""
     soak_s: float | None = None
     """Of `faults`: how long the soak is."""
+    speed: float | None = None
+    """Of `hosts`: by how much its streams are shorter."""
     ends_at: float | None = None
     """By time.monotonic: no round begins later."""
 

@@ -12,11 +12,13 @@ import pytest
 
 from cluster.api.bundle import Bundle
 from cluster.client import AsyncClient, Client, HeadraceError
+from cluster.client.aio import AsyncStream
 from cluster.client.resume import MAX_FAILURES, Resumption
 from cluster.gateway.server import Gateway
 from cluster.v1 import inference_pb2 as pb
 from tests.gateway.conftest import bundle, checkpoint
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
+from tests.support.cuttable import cuttable
 
 __all__ = ["bundle", "checkpoint"]
 
@@ -107,6 +109,29 @@ async def test_blocking_code_too(pair: Pair) -> None:
     kill(pair.first.gateway)
     texts, wanted = await running
     assert texts == wanted
+
+
+@pytest.mark.slow
+async def test_a_connection_that_carries_nothing_is_left(pair: Pair) -> None:
+    """A cable is pulled, and nobody says so: the client asks, hears nothing, and its streams, a plain one and a
+    session's, go on at the other gateway within seconds, not when the kernel gives the connection up."""
+    async with cuttable(pair.endpoints[0]) as relay, AsyncClient([relay.address, pair.endpoints[1]]) as client:
+        wanted = (await client.chat("sim", "Once", max_tokens=400, ignore_eos=True, temperature=0.0)).text
+        streams = [
+            client.stream_chat("sim", "Once", max_tokens=400, ignore_eos=True, temperature=0.0) for _ in range(2)
+        ]
+        for stream in streams:
+            await anext(stream)
+        for way in (way for ways in relay.ways for way in ways):
+            way.cut()
+
+        async def rest(stream: AsyncStream[pb.ChatChunk]) -> str:
+            async for _ in stream:
+                pass
+            return stream.text
+
+        async with asyncio.timeout(12.0):
+            assert await asyncio.gather(*map(rest, streams)) == [wanted, wanted]
 
 
 @pytest.mark.slow

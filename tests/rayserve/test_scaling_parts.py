@@ -62,7 +62,8 @@ def test_counters_grow_by_what_has_come() -> None:
 
 def test_the_section_of_the_file() -> None:
     """As it is written, and what holds without it."""
-    head = "api_version: headrace/v1\nname: c\nmodels: [{name: m, source: s, slo: {ttft_s: 1, itl_s: 0.05, target: 0.9}}]\n"
+    head = "api_version: headrace/v1\nname: c\n"
+    head += "models: [{name: m, source: s, slo: {ttft_s: 1, itl_s: 0.05, target: 0.9}}]\n"
     config = parse(head + "scaling: {gpu_budget: {H100: 8}, cold_start_s: 90, frozen: true}\n")
     made = scaling.settings_of(config)
     assert (dict(made.gpu_budget), made.cold_start_s, made.frozen) == ({"H100": 8}, 90.0, True)

@@ -1,0 +1,95 @@
+"""One real engine over both hosts: TP 2 with a rank on each, added by an upgrade of the chart, and cut in two."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from loadtests.children import Children
+from loadtests.hosts import load as loads
+from loadtests.hosts.cluster import B, Cluster
+from loadtests.hosts.load import Call
+from loadtests.serving import ours as serving
+
+MODEL = "wide"
+STREAMS, TOKENS = 3, (24, 48)
+UP_S, SERVED_S, CUT_S = 300.0, 10.0, 10.0
+ENGINE = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16}
+
+
+@dataclass(slots=True)
+class Wide:
+    """What it has shown, seconds."""
+
+    up_s: float = 0.0
+    """From the upgrade to its links."""
+    ranks: Sequence[int] = ()
+    """On each node."""
+    calls: Sequence[Call] = ()
+    """Before the cut."""
+    noticed_s: float | None = None
+    again_s: float | None = None
+    """From the cable plugged in again to its links."""
+    after: Sequence[Call] = field(default_factory=list)
+
+
+async def play(cluster: Cluster, children: Children, folder: Path, seed: int) -> Wide:
+    """Add it, call it, cut the hosts apart, heal them, call it again. Raises RuntimeError and DidNotStart."""
+    model, _ = await serving.prepare(children, "llama", folder)
+    checkpoint = cluster.claims["models"] / "llama"
+    checkpoint.mkdir()
+    for file in model.iterdir():
+        (checkpoint / file.name).write_bytes(file.read_bytes())
+    entry = {
+        "name": MODEL, "source": "/models/llama", "dtype": "float32", "tensor_parallel_size": 2,
+        "allow_cross_node_tensor_parallel": True, "max_model_len": 512, "engine": ENGINE,
+    }  # fmt: skip
+    found, began = Wide(), time.monotonic()
+    await cluster.upgrade([*cluster.models, entry])
+    await _up(cluster)
+    found.up_s = time.monotonic() - began
+    found.ranks = [ranks(pod.first) for pod in cluster.nodes]
+    found.calls = await _called(cluster, seed + 100)
+    struck = time.time()
+    cluster.fabric.cut(B)
+    await asyncio.sleep(CUT_S)
+    cluster.fabric.heal(B)
+    healed = time.monotonic()
+    downs = [event.at for event in cluster.story.since(struck, "worker_down") if event.worker.startswith(f"{MODEL}-")]
+    found.noticed_s = min(downs) - struck if downs else None
+    await _up(cluster)
+    found.again_s = time.monotonic() - healed
+    found.after = await _called(cluster, seed + 101)
+    return found
+
+
+async def _up(cluster: Cluster) -> None:
+    deadline = time.monotonic() + UP_S
+    while not cluster.linked(MODEL):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the engine over both hosts has no link within {UP_S:g} s")
+        await asyncio.sleep(0.1)
+
+
+async def _called(cluster: Cluster, seed: int) -> Sequence[Call]:
+    load = await loads.begin(cluster, streams=STREAMS, tokens=TOKENS, seed=seed, ramp_s=0.5, model=MODEL)
+    await load.steady(SERVED_S)
+    await asyncio.sleep(SERVED_S)
+    await load.end()
+    return load.calls
+
+
+def ranks(first: psutil.Process | None) -> int:
+    """vLLM's rank processes below a pod's first process."""
+    count = 0
+    for one in first.children(recursive=True) if first is not None else ():
+        try:
+            count += "RayWorker" in " ".join(one.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+    return count

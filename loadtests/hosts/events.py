@@ -1,0 +1,299 @@
+"""What happens to the cluster while it serves, and what each event has shown.
+
+Every event begins on a whole cluster that has been under load for a while, and is over when the cluster is whole again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from loadtests.hosts.cluster import B, Cluster
+from loadtests.hosts.load import Call, Load
+from loadtests.hosts.pods import Pod
+
+QUIET_S, AFTER_S = 10.0, 5.0
+WHOLE_S = 180.0
+AWAY_S = 10.0
+"""How long a head, a store or a cable is away."""
+DETECTED_S = 15.0
+MIN_READY_S = 5.0
+DRAIN_S = 20.0
+
+
+class NotWhole(RuntimeError):
+    """The cluster was not whole, or not under load, when an event was to begin."""
+
+
+@dataclass(slots=True)
+class Episode:
+    """One event."""
+
+    name: str
+    struck: float
+    over: float = 0.0
+    whole: bool = True
+    """Whether the cluster came back to itself in time."""
+    detected_s: float = 0.0
+    """How soon the loss was noticed by those who must act: gateways by their links, callers by their connections."""
+    capacity_s: float | None = None
+    """From a node's loss until every gateway has every worker again."""
+    engines_s: float | None = None
+    """From the same until the last engine had started: Ray's part."""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An episode with what its callers have felt."""
+
+    episode: Episode
+    calls: Sequence[Call]
+    failed: Sequence[Call]
+    resumed: int
+    longest_gap_s: float
+    prefill_s: float
+    prefills: int
+
+    @property
+    def ratio(self) -> float:
+        """The longest silence over detection and one prefill."""
+        return self.longest_gap_s / (self.episode.detected_s + self.prefill_s)
+
+    @property
+    def beyond_s(self) -> float | None:
+        """What was added to Ray's restart and the engines' start."""
+        one = self.episode
+        return None if one.capacity_s is None or one.engines_s is None else max(one.capacity_s - one.engines_s, 0.0)
+
+    def settings(self) -> dict[str, Any]:
+        """For the report."""
+        one = self.episode
+        return {
+            "failed": len(self.failed), "errors": sorted({call.error[:200] for call in self.failed})[:5],
+            "calls": len(self.calls), "resumed": self.resumed, "longest gap s": round(self.longest_gap_s, 3),
+            "prefills": self.prefills,
+            "detected s": round(one.detected_s, 3), "prefill p99 s": round(self.prefill_s, 3),
+            "ratio": round(self.ratio, 2), "seconds": round(one.over - one.struck, 1), "whole": one.whole,
+            "capacity back s": one.capacity_s and round(one.capacity_s, 2),
+            "engines started s": one.engines_s and round(one.engines_s, 2), **one.notes,
+        }  # fmt: skip
+
+
+def shown(load: Load, episode: Episode) -> Shown:
+    """Work an episode out, once all its calls are at their end."""
+    hit = [call for call in load.calls if call.sent < episode.over and call.ended >= episode.struck]
+    gaps = [s for call in hit for at, s in call.gaps if at >= episode.struck and at - s < episode.over]
+    prefill_s, prefills = load.prefill_s(episode.struck)
+    return Shown(
+        episode,
+        hit,
+        [call for call in hit if call.error and episode.struck <= call.ended < episode.over],
+        sum(bool(call.resumed) for call in hit),
+        max(gaps, default=0.0),
+        prefill_s,
+        prefills,
+    )
+
+
+class Play:
+    """Plays events one after another over a cluster under load."""
+
+    def __init__(self, cluster: Cluster, load: Load, operator_key: str) -> None:
+        self._cluster = cluster
+        self._load = load
+        self._operator = operator_key
+        self.episodes: list[Episode] = []
+
+    async def play(self, name: str) -> Episode:
+        """One event by its name. Raises NotWhole, and RuntimeError where the event itself cannot be played."""
+        if not await self._cluster.until_whole(WHOLE_S):
+            raise NotWhole("the cluster was not whole before this event")
+        if not await self._load.steady(WHOLE_S):
+            raise NotWhole(f"the streams were not all under way before this event: {self._load.live[-3:]}")
+        await asyncio.sleep(QUIET_S)
+        episode = Episode(name, time.time())
+        self.episodes.append(episode)
+        try:
+            await EVENTS[name](self, episode)
+            episode.whole = await self._cluster.until_whole(WHOLE_S) and episode.whole
+            await asyncio.sleep(AFTER_S)
+        finally:
+            self._load.read()
+            episode.over = time.time()
+        return episode
+
+    async def calm(self, episode: Episode) -> None:
+        """Nothing happens: what the others are to be compared with."""
+        await asyncio.sleep(AWAY_S)
+
+    async def gateway(self, episode: Episode) -> None:
+        """A gateway's process is killed."""
+        pod = self._cluster.gateways[1]
+        episode.struck = pod.kill()
+        await self._restarted(pod, episode)
+        self._broken(episode)
+
+    async def node(self, episode: Episode) -> None:
+        """A Ray node dies with all that it holds, and comes back as KubeRay brings it."""
+        pod = self._cluster.nodes[1]
+        episode.struck = pod.kill()
+        await self._lost(episode)
+        await self._capacity(episode)
+
+    async def head(self, episode: Episode) -> None:
+        """Ray's head dies and is back after a while."""
+        await self._away(self._cluster.head, episode)
+        await self._ray_back(episode)
+
+    async def valkey(self, episode: Episode) -> None:
+        """The store of the limits and of Ray's fault tolerance dies and is back after a while."""
+        await self._away(self._cluster.pod("valkey-0"), episode)
+        await self._ray_back(episode)
+
+    async def postgresql(self, episode: Episode) -> None:
+        """The ledger's database dies and is back after a while."""
+        await self._away(self._cluster.pod("postgresql-0"), episode)
+
+    async def cut(self, episode: Episode) -> None:
+        """The cable of a host with a gateway and a Ray node is pulled and plugged in again."""
+        episode.struck = time.time()
+        self._cluster.fabric.cut(B)
+        await self._lost(episode)
+        await asyncio.sleep(max(AWAY_S - (time.time() - episode.struck), 0.0))
+        self._cluster.fabric.heal(B)
+        self._broken(episode)
+        episode.notes["healed after s"] = round(time.time() - episode.struck, 1)
+
+    async def roll_gateways(self, episode: Episode) -> None:
+        """Every gateway is replaced, one after the other, as a StatefulSet does it."""
+        for pod in reversed(self._cluster.gateways):
+            await self._cluster.kubelet.end(pod)
+            await self._cluster.kubelet.started(pod, WHOLE_S)
+            await asyncio.sleep(MIN_READY_S)
+
+    async def roll_workers(self, episode: Episode) -> None:
+        """Every worker is drained and ended, one after the other; Ray Serve starts it anew."""
+        rows = json.loads(await self._admin("workers", "--json"))
+        ids = sorted(row["worker_id"] for row in rows)
+        for one in ids:
+            place = engines(self._cluster.nodes, {one}).get(one)
+            if place is None:
+                raise RuntimeError(f"no node's logs know the worker {one}")
+            await self._admin("drain", one, "--timeout-s", str(DRAIN_S))
+            ended = time.time()
+            await self._cluster.exec(place.pod, "kill", "-KILL", str(place.pid))
+            await self._cluster.until_whole(WHOLE_S, beside={one})
+            episode.notes[f"{one} replaced after s"] = round(time.time() - ended, 1)
+
+    async def _admin(self, *arguments: str) -> str:
+        gateway = self._cluster.gateways[0]
+        how = ["--admin", "localhost:50053", "--tls-ca", "/tls/ca.crt"]
+        return await self._cluster.exec(
+            gateway, "env", f"HEADRACE_API_KEY={self._operator}", "headrace", *arguments, *how, timeout_s=DRAIN_S + 60
+        )
+
+    async def _ray_back(self, episode: Episode) -> None:
+        """Wait until Ray's head tells again that the model's application runs."""
+        deadline = time.monotonic() + WHOLE_S
+        while not await asyncio.to_thread(self._cluster.ray_runs):
+            if time.monotonic() > deadline:
+                episode.whole = False
+                return
+            await asyncio.sleep(0.5)
+        episode.notes["Ray Serve runs after s"] = round(time.time() - episode.struck, 1)
+
+    async def _away(self, pod: Pod, episode: Episode) -> None:
+        pod.pause_s = AWAY_S
+        episode.struck = pod.kill()
+        await self._restarted(pod, episode)
+
+    async def _restarted(self, pod: Pod, episode: Episode) -> None:
+        count = len(pod.starts)
+        deadline = time.monotonic() + WHOLE_S
+        while not (len(pod.starts) > count and pod.ready):
+            if time.monotonic() > deadline:
+                episode.whole = False
+                return
+            await asyncio.sleep(0.05)
+        episode.notes["back after s"] = round(time.time() - episode.struck, 1)
+
+    def _broken(self, episode: Episode) -> None:
+        """The last caller's end of its connection counts too, where that was sooner than the cable was back."""
+        self._load.read()
+        broke = [at - episode.struck for at in self._load.broke if 0.0 <= at - episode.struck < AWAY_S]
+        episode.notes["connections ended after s"] = [round(s, 3) for s in sorted(broke)]
+        episode.detected_s = max([episode.detected_s, *broke])
+
+    async def _lost(self, episode: Episode) -> None:
+        """Wait until every gateway has noticed; the last one decides."""
+        story, gateways = self._cluster.story, {pod.spec.name for pod in self._cluster.gateways}
+        deadline = time.monotonic() + DETECTED_S
+        while time.monotonic() < deadline:
+            downs = story.since(episode.struck, "worker_down")
+            if {event.gateway for event in downs} >= gateways:
+                await asyncio.sleep(0.5)  # all of its workers
+                break
+            await asyncio.sleep(0.05)
+        downs = story.since(episode.struck, "worker_down")
+        episode.detected_s = max((event.at for event in downs), default=episode.struck) - episode.struck
+        episode.notes["links lost"] = sorted({event.worker for event in downs})
+        episode.notes["reasons"] = sorted({event.reason for event in downs})
+
+    async def _capacity(self, episode: Episode) -> None:
+        if not await self._cluster.until_whole(WHOLE_S):
+            episode.whole = False
+            return
+        ups = self._cluster.story.since(episode.struck, "worker_up")
+        episode.capacity_s = max(event.at for event in ups) - episode.struck
+        started = engines(self._cluster.nodes, {event.worker for event in ups})
+        if started:
+            episode.engines_s = max(one.at for one in started.values()) - episode.struck
+        episode.notes["started after s"] = {name: round(one.at - episode.struck, 2) for name, one in started.items()}
+
+
+_UP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.\d+)? .*worker\.up.*?worker=\x1b?\[?[0-9;m]*([a-z0-9-]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker whose engine has started: when, by its own log in whole seconds, and where."""
+
+    at: float
+    pod: Pod
+    pid: int
+    """In the pod."""
+
+
+def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
+    """Those of some workers, by what Ray keeps of their output on each node."""
+    found: dict[str, Started] = {}
+    for pod in nodes:
+        for path in (pod.home.parent.parent / "volumes" / pod.spec.name / "tmp").glob(
+            "ray/session_2*/logs/worker-*.out"
+        ):
+            plain = re.sub(rb"\x1b\[[0-9;]*m", b"", path.read_bytes())
+            for when, worker in _UP.findall(plain):
+                if worker.decode() in workers:
+                    at = datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
+                    found[worker.decode()] = Started(at.timestamp(), pod, int(path.stem.rsplit("-", 1)[1]))
+    return found
+
+
+EVENTS: Mapping[str, Callable[[Play, Episode], Awaitable[None]]] = {
+    "calm": Play.calm,
+    "cut": Play.cut,
+    "node": Play.node,  # before those after which workers lie unevenly
+    "gateway": Play.gateway,
+    "head": Play.head,
+    "valkey": Play.valkey,
+    "postgresql": Play.postgresql,
+    "roll-gateways": Play.roll_gateways,
+    "roll-workers": Play.roll_workers,
+}

@@ -1,0 +1,137 @@
+"""Hosts and pods as network namespaces: a bridge a host, a switch between the hosts, and no way out of it.
+
+All bridges lie in a namespace of their own, so this machine's own network sees nothing but one end of one cable: the
+leg on which the harness asks pods how they are, as a kubelet does. A pod's default route leads to the switch, which
+passes nothing on: programs that look for their own address find it, and no packet leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PREFIX = "hrh"
+"""Of every namespace and interface; the process's id follows."""
+NETWORK = "10.201.{}.{}"
+SWITCH, KUBELET, FIRST = 1, 254, 10
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A pod's own namespace: on a host, with an address."""
+
+    namespace: str
+    host: str
+    address: str
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line that runs `arguments` in it."""
+        return ["ip", "netns", "exec", self.namespace, *arguments]
+
+
+def ip(*arguments: str) -> None:
+    """Raises RuntimeError with what it said."""
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+@dataclass(eq=False, slots=True)
+class Fabric:
+    """The network while it stands. Addresses are handed out in order."""
+
+    core: str
+    number: int
+    tag: str
+    hosts: Sequence[str]
+    places: list[Place] = field(default_factory=list)
+
+    @property
+    def kubelet(self) -> str:
+        """The harness's own address."""
+        return NETWORK.format(self.number, KUBELET)
+
+    def place(self, name: str, host: str) -> Place:
+        """A pod's namespace on a host."""
+        index = len(self.places)
+        namespace, port = f"{self.tag}-{name}", f"v{index}"
+        place = Place(namespace, host, NETWORK.format(self.number, FIRST + index))
+        ip("netns", "add", namespace)
+        self.places.append(place)
+        ip("-n", self.core, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+        ip("-n", self.core, "link", "set", port, "master", f"br-{host}", "up")
+        ip("-n", namespace, "addr", "add", f"{place.address}/24", "dev", "eth0")
+        ip("-n", namespace, "link", "set", "eth0", "up")
+        ip("-n", namespace, "link", "set", "lo", "up")
+        ip("-n", namespace, "route", "add", "default", "via", NETWORK.format(self.number, SWITCH))
+        low_ports = place.command("sysctl", "-q", "-w", "net.ipv4.ip_unprivileged_port_start=0")  # as in every pod
+        subprocess.run(low_ports, check=True, capture_output=True)
+        return place
+
+    def cut(self, host: str) -> None:
+        """Unplug a host from the switch: what is on it still reaches one another."""
+        ip("-n", self.core, "link", "set", f"up-{host}", "down")
+
+    def heal(self, host: str) -> None:
+        """Plug it in again."""
+        ip("-n", self.core, "link", "set", f"up-{host}", "up")
+
+    def ways_out(self) -> Mapping[str, str]:
+        """By namespace, what it reached outside the network though nothing should; empty when nothing did."""
+        script = (
+            "import socket\n"
+            "for address in ('1.1.1.1', '8.8.8.8', '192.0.2.1'):\n"
+            "    with socket.socket() as probe:\n"
+            "        probe.settimeout(0.3)\n"
+            "        if not probe.connect_ex((address, 443)):\n"
+            "            print(address)\n"
+        )
+        found = {}
+        for place in self.places:
+            done = subprocess.run(
+                place.command("python3", "-c", script), capture_output=True, text=True, check=False, timeout=30
+            )
+            if done.returncode or done.stdout.strip():
+                found[place.namespace] = done.stdout.strip() or done.stderr.strip()[-200:]
+        return found
+
+
+@contextlib.contextmanager
+def fabric(hosts: Sequence[str]) -> Iterator[Fabric]:
+    """The network of `hosts`; all of it goes with the context. Needs root."""
+    sweep()
+    number, tag = os.getpid() % 250 + 1, f"{PREFIX}{os.getpid()}"
+    core, leg = f"{tag}-core", f"{tag}k"[:15]
+    made = Fabric(core, number, tag, tuple(hosts))
+    try:
+        ip("netns", "add", core)
+        for bridge in ("core", *hosts):
+            ip("-n", core, "link", "add", f"br-{bridge}", "type", "bridge")
+            ip("-n", core, "link", "set", f"br-{bridge}", "up")
+        for host in hosts:
+            ip("-n", core, "link", "add", f"up-{host}", "type", "veth", "peer", "name", f"dn-{host}")
+            ip("-n", core, "link", "set", f"up-{host}", "master", "br-core", "up")
+            ip("-n", core, "link", "set", f"dn-{host}", "master", f"br-{host}", "up")
+        ip("-n", core, "addr", "add", f"{NETWORK.format(number, SWITCH)}/24", "dev", "br-core")
+        ip("-n", core, "link", "add", "kubelet", "type", "veth", "peer", "name", leg, "netns", str(os.getpid()))
+        ip("-n", core, "link", "set", "kubelet", "master", "br-core", "up")
+        ip("addr", "add", f"{made.kubelet}/24", "dev", leg)
+        ip("link", "set", leg, "up")
+        yield made
+    finally:
+        for namespace in (core, *(place.namespace for place in made.places)):  # its ends of cables go with it
+            with contextlib.suppress(RuntimeError):
+                ip("netns", "del", namespace)
+
+
+def sweep() -> None:
+    """Remove what runs that were killed have left: namespaces whose maker lives no longer."""
+    for path in Path("/run/netns").glob(f"{PREFIX}[0-9]*-*"):
+        maker = path.name.removeprefix(PREFIX).split("-")[0]
+        if maker.isdigit() and not Path(f"/proc/{maker}").exists():
+            with contextlib.suppress(RuntimeError):
+                ip("netns", "del", path.name)

@@ -1,0 +1,180 @@
+"""Program: callers that keep a number of streams under way, over the SDK. `python -m loadtests.hosts.inside.callers F`.
+
+F is a JSON file (`Plan`); what happens goes line by line into its `out`: every call at its end, every half second how
+much runs, and when connections end. SIGTERM: no new streams; those under way go to their end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import grpc
+
+from cluster.client.aio import AsyncClient
+from cluster.client.errors import HeadraceError
+
+LIVE_S = 0.5
+PAUSE_S = 0.5
+"""After a call that failed."""
+_WORDS = ("river", "stone", "lantern", "orchard", "copper", "velvet", "harbour", "meadow", "thunder", "willow", "amber")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the callers do."""
+
+    out: str
+    endpoint: str
+    ca_file: str
+    api_key: str
+    model: str
+    streams: int
+    clients: int
+    tokens: tuple[int, int]
+    """The fewest and the most that a stream asks for; lengths are spread evenly over their logarithm."""
+    words: int = 100
+    prompts: int = 16
+    seed: int = 1
+    ramp_s: float = 5.0
+    """Over which the streams begin, so that they do not end together."""
+    gap_s: float = 0.12
+    """Shorter silences are not written down."""
+
+
+class Callers:
+    """All of them."""
+
+    def __init__(self, plan: Plan, out: TextIO) -> None:
+        self._plan = plan
+        self._out = out
+        self._rng = random.Random(plan.seed)
+        self._clients: list[AsyncClient] = []
+        self._prompts = [
+            " ".join([f"prompt {number}:", *(self._rng.choice(_WORDS) for _ in range(plan.words))])
+            for number in range(plan.prompts)
+        ]
+        self._longest = [""] * plan.prompts
+        self._made = 0
+        self._running = 0
+        self._chunks = 0
+        self.over = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until `over`, and then until the last stream has ended."""
+        plan = self._plan
+        self._clients = [
+            AsyncClient(plan.endpoint, api_key=plan.api_key, tls_ca_file=plan.ca_file, timeout_s=900.0)
+            for _ in range(plan.clients)
+        ]
+        beside = [asyncio.create_task(self._live())]
+        beside += [asyncio.create_task(self._watch(*one)) for one in enumerate(self._clients)]
+        async with asyncio.TaskGroup() as group:
+            for number in range(plan.streams):
+                group.create_task(self._caller(number))
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
+        await asyncio.gather(*(client.close() for client in self._clients))
+
+    async def _caller(self, number: int) -> None:
+        plan = self._plan
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.over.wait(), plan.ramp_s * number / plan.streams)
+        client = self._clients[number % len(self._clients)]
+        low, high = map(math.log, plan.tokens)
+        while not self.over.is_set():
+            tokens = round(math.exp(self._rng.uniform(low, high)))
+            if not await self._call(client, tokens, self._rng.randrange(plan.prompts)):
+                await asyncio.sleep(PAUSE_S)
+
+    async def _call(self, client: AsyncClient, tokens: int, prompt: int) -> bool:
+        self._made += 1
+        told: dict[str, Any] = {"t": "call", "id": f"h{self._plan.seed}-{self._made}", "asked": tokens, "error": ""}
+        told["sent"] = last = time.time()
+        first, gaps, pieces = 0.0, [], 0
+        self._running += 1
+        stream = client.stream_chat(
+            self._plan.model, self._prompts[prompt], max_tokens=tokens, temperature=0.0, ignore_eos=True,
+            request_id=told["id"],
+        )  # fmt: skip
+        try:
+            async for _ in stream:
+                now = time.time()
+                pieces += 1
+                self._chunks += 1
+                if not first:
+                    first = now
+                elif now - last > self._plan.gap_s:
+                    gaps.append((round(now, 3), round(now - last, 4)))
+                last = now
+        except HeadraceError as error:
+            told["error"] = f"{error.code} {error.reason}: {error}"
+        finally:
+            self._running -= 1
+        told |= {"first": first, "last": last, "ended": time.time(), "gaps": gaps, "pieces": pieces}
+        usage = stream.usage
+        if usage is not None:
+            told |= {"completion": usage.completion_tokens, "resumed": usage.resumed, "prompt": usage.prompt_tokens}
+        elif not told["error"]:
+            told["error"] = "the stream ended without usage"
+        told["text"] = self.compare(prompt, stream.text)
+        self._write(told)
+        return not told["error"]
+
+    def compare(self, prompt: int, text: str) -> str:
+        """Greedy answers to one prompt are beginnings of one another; "" when this one is."""
+        longest = self._longest[prompt]
+        shorter, longer = sorted((text, longest), key=len)
+        self._longest[prompt] = longer
+        if longer.startswith(shorter.rstrip("�")):
+            return ""
+        at = next(i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b)
+        return f"differs at {at} of {len(text)}: {text[at : at + 30]!r} for {longest[at : at + 30]!r}"
+
+    async def _live(self) -> None:
+        while True:
+            before = self._chunks
+            await asyncio.sleep(LIVE_S)
+            self._write({"t": "live", "at": time.time(), "running": self._running, "chunks": self._chunks - before})
+
+    async def _watch(self, number: int, client: AsyncClient) -> None:
+        """Write down when a client's connection ends: when its streams know that they must go elsewhere."""
+        while not client._gateways.channels:  # noqa: ASYNC110 - made with the first call
+            await asyncio.sleep(LIVE_S)
+        channel = client._gateways.channels[0]
+        while True:
+            state = channel.get_state()
+            await channel.wait_for_state_change(state)
+            if state is grpc.ChannelConnectivity.READY:
+                self._write({"t": "broke", "at": time.time(), "client": number})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._out.write(json.dumps(line) + "\n")
+        self._out.flush()
+
+
+async def main(arguments: Sequence[str]) -> None:
+    """Read the plan and play it."""
+    data = json.loads(Path(arguments[0]).read_text())
+    plan = Plan(**{**data, "tokens": tuple(data["tokens"])})
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    with Path(plan.out).open("w") as out:  # noqa: ASYNC230
+        callers = Callers(plan, out)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, callers.over.set)
+        await callers.run()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1:]))

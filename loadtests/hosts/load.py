@@ -1,0 +1,154 @@
+"""The callers of the scenario, seen from outside: started, read while they run, and worked out at their end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loadtests.faults.recovery import percentile
+from loadtests.hosts.cluster import MASS, STEP_MS, C, Cluster
+from loadtests.hosts.inside.callers import Plan
+from loadtests.hosts.pods import Pod, own
+from loadtests.hosts.rendered import NAMESPACE, RELEASE, Mount
+
+SHORTEST_S, LONGEST_S = 5.0, 120.0
+"""Of a stream at speed 1."""
+CLIENTS = 8
+END_S = 60.0
+BEFORE_S = 20.0
+
+
+def tokens_of(speed: float) -> tuple[int, int]:
+    """Of the shortest and the longest stream of the simulated workers, `speed` times as short as the scenario's."""
+    low, high = (max(round(s / speed * 1000 / STEP_MS), 4) for s in (SHORTEST_S, LONGEST_S))
+    return low, high
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One stream at its end. Times are the wall clock's."""
+
+    id: str
+    asked: int
+    sent: float
+    first: float
+    """0 where nothing came."""
+    ended: float
+    gaps: Sequence[tuple[float, float]]
+    """(when it ended, how long) of each silence that was long enough to be noted."""
+    error: str
+    text: str
+    completion: int = 0
+    resumed: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Load:
+    """Streams under way on the cluster."""
+
+    cluster: Cluster
+    pod: Pod
+    out: Path
+    plan: Plan
+    live: list[tuple[float, int, int]] = field(default_factory=list)
+    """(when, streams under way, chunks since the one before)."""
+    calls: list[Call] = field(default_factory=list)
+    broke: list[float] = field(default_factory=list)
+    """When a client's connection ended."""
+    _read: int = 0
+
+    def read(self) -> None:
+        """What has come since."""
+        if not self.out.exists():
+            return
+        with self.out.open("rb") as lines:
+            lines.seek(self._read)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break
+                self._read += len(line)
+                self._line(json.loads(line))
+
+    def _line(self, told: Mapping[str, Any]) -> None:
+        if told["t"] == "live":
+            self.live.append((told["at"], told["running"], told["chunks"]))
+        elif told["t"] == "broke":
+            self.broke.append(told["at"])
+        else:
+            self.calls.append(
+                Call(
+                    told["id"], told["asked"], told["sent"], told["first"], told["ended"],
+                    [(at, s) for at, s in told["gaps"]], told["error"], told["text"],
+                    told.get("completion", 0), told.get("resumed", 0),
+                )
+            )  # fmt: skip
+
+    async def steady(self, timeout_s: float) -> bool:
+        """Wait until as many streams as planned are under way and speak; whether that came. Raises RuntimeError."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            self.read()
+            if len(self.calls) >= self.plan.streams and all(call.error for call in self.calls):
+                raise RuntimeError(f"no call is answered: {self.calls[-1].error}")
+            if self.live and self.live[-1][1] >= 0.95 * self.plan.streams and self.live[-1][2]:
+                return True
+            await asyncio.sleep(0.2)
+        return False
+
+    async def end(self) -> None:
+        """No new streams; wait until those under way are at their end, and read all."""
+        self.pod.leaving = True
+        self.pod.signal(signal.SIGTERM)
+        longest_s = self.plan.tokens[1] * STEP_MS / 1000
+        deadline = time.monotonic() + 1.5 * longest_s + END_S
+        while self.pod.alive and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
+            await asyncio.sleep(0.1)
+        await self.cluster.kubelet.drop(self.pod)
+        self.read()
+
+    def prefill_s(self, before: float) -> tuple[float, int]:
+        """p99 of the time to the first piece of streams that began shortly before, and how many they were."""
+        fresh = [
+            call.first - call.sent for call in self.calls if call.first and before - BEFORE_S <= call.sent < before
+        ]
+        fresh = [one for one in fresh if one < BEFORE_S]
+        return percentile(fresh, 99), len(fresh)
+
+
+async def begin(
+    cluster: Cluster, *, streams: int, tokens: tuple[int, int], seed: int, ramp_s: float, model: str = MASS
+) -> Load:
+    """Callers that keep so many streams under way, each of so many tokens at least and at most."""
+    folder = cluster.home / f"callers-{seed}"
+    folder.mkdir()
+    ca = cluster.release.files("Secret", f"{RELEASE}-tls")["ca.crt"]
+    (folder / "ca.crt").write_text(ca)
+    plan = Plan(
+        out="/run-of-callers/out.jsonl",
+        endpoint=f"{RELEASE}.{NAMESPACE}.svc:50051",
+        ca_file="/run-of-callers/ca.crt",
+        api_key=cluster.key,
+        model=model,
+        streams=streams,
+        clients=min(CLIENTS, streams),
+        tokens=tokens,
+        seed=seed,
+        ramp_s=ramp_s,
+    )
+    (folder / "plan.json").write_text(json.dumps(asdict(plan)))
+    spec = own(
+        f"callers-{seed}", "callers", "-m", "loadtests.hosts.inside.callers", "/run-of-callers/plan.json",
+        mounts=[Mount("/run-of-callers", folder)],
+    )  # fmt: skip
+    pod = cluster.kubelet.add(spec, cluster.fabric.place(f"callers{seed}", C))
+    cluster.kubelet.start(pod)
+    return Load(cluster, pod, folder / "out.jsonl", plan)
+
+
+__all__ = ["Call", "Load", "begin", "tokens_of"]

@@ -1,0 +1,276 @@
+"""Pods that run: each a process tree in namespaces of its own, started again when it ends, asked whether it is ready.
+
+`Kubelet` does what a kubelet, its controllers and the cluster's DNS do for a pod's life: no more is played here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+from grpc_health.v1 import health_pb2
+
+from loadtests.children import ROOT, Child, Children, DidNotStart
+from loadtests.hosts.fabric import Place
+from loadtests.hosts.rendered import DOMAIN, Names, Spec
+
+SANDBOX = Path(__file__).parent / "sandbox.sh"
+PATH = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+LOOK_S = 0.05
+PROBE_S = 1.0
+CHECK = "/grpc.health.v1.Health/Check"
+FIRST_BACK_OFF_S, BACK_OFF_S, MAX_BACK_OFF_S = 0.5, 10.0, 60.0
+"""A kubelet starts a container that ended again at once, then after 10 s and twice as long each time."""
+CALM_S = 600.0
+
+
+@dataclass(eq=False, slots=True)
+class Pod:
+    """One pod, whatever process it is at the moment."""
+
+    spec: Spec
+    place: Place
+    home: Path
+    child: Child | None = None
+    ready: bool = False
+    leaving: bool = False
+    """Told to end: nobody is sent to it, and it is not started again."""
+    starts: list[float] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    pause_s: float | None = None
+    """How long it stays away after its next end, in place of the kubelet's own pause."""
+    keeping: asyncio.Task[None] | None = None
+
+    @property
+    def log(self) -> Path:
+        """Of the process that lives now, or lived last. Raises RuntimeError before the first."""
+        if self.child is None:
+            raise RuntimeError(f"{self.spec.name} was never started")
+        return self.child.log
+
+    @property
+    def first(self) -> psutil.Process | None:
+        """The first process in the pod: killing it kills all."""
+        if self.child is None:
+            return None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for outer in self.child.commands():
+                for inner in outer.children():
+                    return inner
+        return None
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return self.child is not None and self.child.alive
+
+    def signal(self, number: signal.Signals) -> None:
+        """To its first process."""
+        first = self.first
+        if first is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                first.send_signal(number)
+
+    def kill(self) -> float:
+        """All of its processes at once; when, by the wall clock."""
+        now = time.time()
+        self.signal(signal.SIGKILL)
+        return now
+
+
+class Kubelet:
+    """Starts pods, keeps them, and tells the names where the ready ones are."""
+
+    def __init__(self, children: Children, home: Path, names: Names, nameserver: str) -> None:
+        self._children = children
+        self._home = home
+        self._names = names
+        self._nameserver = nameserver
+        self._zone = home / "zone.json"
+        self._told: Mapping[str, Any] | None = None
+        self.pods: dict[str, Pod] = {}
+        self.environment: dict[str, str] = {}
+        """Of every pod: where the API is."""
+        self.account: Path | None = None
+        """The service account's files, for pods that may use it."""
+        self.tell_names()
+
+    @property
+    def zone(self) -> Path:
+        """What the DNS answers."""
+        return self._zone
+
+    def tell_names(self) -> None:
+        """Write the zone anew if somebody came, went or became ready."""
+        zone = self._names.zone([(pod.spec, pod.place, pod.ready) for pod in self.pods.values() if not pod.leaving])
+        if zone == self._told:
+            return
+        fresh = self._zone.with_suffix(".new")
+        fresh.write_text(json.dumps(zone))
+        fresh.chmod(0o644)
+        fresh.replace(self._zone)
+        self._told = zone
+
+    def add(self, spec: Spec, place: Place) -> Pod:
+        """A pod that is to run; `start` runs it."""
+        pod = self.pods[spec.name] = Pod(spec, place, self._home / "pods" / spec.name)
+        return pod
+
+    def start(self, pod: Pod) -> None:
+        """Run it and keep it running."""
+        pod.leaving = False
+        pod.keeping = asyncio.create_task(self._keep(pod))
+
+    async def started(self, pod: Pod, timeout_s: float) -> None:
+        """Run it and wait until it is ready. Raises DidNotStart."""
+        self.start(pod)
+        await self.until(lambda: pod.ready, f"{pod.spec.name} is ready", timeout_s, pod)
+
+    async def until(self, holds: Callable[[], bool], what: str, timeout_s: float, pod: Pod | None = None) -> None:
+        """Raises DidNotStart with the last words of `pod`."""
+        deadline = time.monotonic() + timeout_s
+        while not holds():
+            if time.monotonic() > deadline:
+                tail = pod.child.tail() if pod is not None and pod.child is not None else ""
+                raise DidNotStart(f"not within {timeout_s:g} s: {what}\n{tail}")
+            await asyncio.sleep(LOOK_S)
+
+    async def end(self, pod: Pod) -> None:
+        """As a deletion does: out of the names, its last moments, SIGTERM, its grace, SIGKILL."""
+        pod.leaving, pod.ready = True, False
+        self.tell_names()
+        await asyncio.sleep(pod.spec.pre_stop_s)
+        pod.signal(signal.SIGTERM)
+        deadline = time.monotonic() + pod.spec.grace_s
+        while pod.alive and time.monotonic() < deadline:  # noqa: ASYNC110 - another process's end is no event
+            await asyncio.sleep(LOOK_S)
+        await self.drop(pod)
+
+    async def drop(self, pod: Pod) -> None:
+        """At once, and not started again."""
+        pod.leaving, pod.ready = True, False
+        pod.kill()
+        if pod.keeping is not None:
+            pod.keeping.cancel()
+            await asyncio.gather(pod.keeping, return_exceptions=True)
+        if pod.child is not None:
+            await pod.child.stop()
+        self.tell_names()
+
+    async def _keep(self, pod: Pod) -> None:
+        back_off_s = FIRST_BACK_OFF_S
+        while True:
+            pod.starts.append(time.time())
+            pod.child = self._run(pod)
+            await self._watch(pod)
+            pod.ends.append(time.time())
+            pod.ready = False
+            self.tell_names()
+            await pod.child.stop()
+            if pod.leaving:
+                return
+            if time.time() - pod.starts[-1] > CALM_S:
+                back_off_s = FIRST_BACK_OFF_S
+            pause_s, pod.pause_s = pod.pause_s, None
+            await asyncio.sleep(back_off_s if pause_s is None else pause_s)
+            back_off_s = BACK_OFF_S if back_off_s == FIRST_BACK_OFF_S else min(2 * back_off_s, MAX_BACK_OFF_S)
+
+    async def _watch(self, pod: Pod) -> None:
+        assert pod.child is not None
+        asked = 0.0
+        async with contextlib.AsyncExitStack() as stack:
+            channel = None
+            if pod.spec.ready_port:
+                channel = grpc.aio.insecure_channel(f"{pod.place.address}:{pod.spec.ready_port}")
+                stack.push_async_callback(channel.close)
+            missed = 0
+            while pod.child.alive:
+                period_s = pod.spec.ready_period_s if pod.ready else 0.2  # a startup probe's haste
+                if time.monotonic() - asked >= period_s:
+                    asked = time.monotonic()
+                    found = pod.first is not None if channel is None else await _serves(channel, pod.spec.ready_service)
+                    missed = 0 if found else missed + 1
+                    pod.ready = not pod.leaving and (found or (pod.ready and missed < 2))
+                    self.tell_names()
+                await asyncio.sleep(LOOK_S)
+
+    def _run(self, pod: Pod) -> Child:
+        spec, home = pod.spec, pod.home
+        (home / "root").mkdir(parents=True, exist_ok=True)
+        mounts = [f"{m.path}|{m.source or ''}|{'ro' if m.read_only else 'rw'}|{_size(m.size)}" for m in spec.mounts]
+        environment = {"PATH": PATH, "LANG": "C.UTF-8", **self.environment, **spec.environment}
+        if self.account is not None and spec.component == "controller":
+            mounts.append(f"/var/run/secrets/kubernetes.io/serviceaccount|{self.account}|ro|")
+        nested = sorted(mounts, key=lambda line: line.split("|")[0].count("/"))
+        (home / "mounts").write_text("".join(f"{line}\n" for line in nested))
+        (home / "environment").write_bytes(b"".join(f"{k}={v}\0".encode() for k, v in environment.items()))
+        (home / "user").write_text(f"{spec.user} {spec.group}\n")
+        (home / "hostname").write_text(spec.name)
+        (home / "hosts").write_text(f"127.0.0.1 localhost\n{pod.place.address} {spec.name}\n")
+        search = " ".join([DOMAIN, *(DOMAIN.split(".", i)[i] for i in (1, 2))])
+        (home / "resolv.conf").write_text(
+            f"nameserver {self._nameserver}\nsearch {search}\noptions ndots:5 timeout:2\n"
+        )
+        (home / "programs").write_text("".join(f"{folder}\n" for folder in programs()))
+        return self._children.start(
+            spec.name,
+            spec.component,
+            pod.place.command(
+                "unshare", "--mount", "--pid", "--fork", "--kill-child", "--uts", "--ipc", "--",
+                "bash", str(SANDBOX), str(home), *spec.command,
+            ),
+        )  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """All pods end with the context."""
+        try:
+            yield
+        finally:
+            await asyncio.gather(*(self.drop(pod) for pod in self.pods.values()), return_exceptions=True)
+
+
+async def _serves(channel: grpc.aio.Channel, service: str) -> bool:
+    check = channel.unary_unary(
+        CHECK,
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    try:
+        answer = await check(health_pb2.HealthCheckRequest(service=service), timeout=PROBE_S)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def programs() -> Sequence[str]:
+    """Folders that the images would hold: this project, its environment, and the Python below it."""
+    found: list[Path] = []
+    for folder in sorted({ROOT, Path(sys.prefix), Path(sys.base_prefix)}, key=lambda path: len(path.parts)):
+        if not any(folder.is_relative_to(other) for other in (*found, Path("/usr"))):
+            found.append(folder)
+    return [os.fspath(folder) for folder in found]
+
+
+def _size(text: str) -> str:
+    return text.removesuffix("i").lower()
+
+
+def own(name: str, component: str, *command: str, mounts: Sequence[Any] = ()) -> Spec:
+    """A pod of the harness itself: a program of this project."""
+    return Spec(
+        name=name, component=component, command=(sys.executable, *command),
+        environment={"PYTHONPATH": str(ROOT), "HOME": "/tmp", "PYTHONUNBUFFERED": "1"},  # noqa: S108 - its own
+        mounts=tuple(mounts), user=0, group=0, labels={},
+    )  # fmt: skip

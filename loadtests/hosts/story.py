@@ -1,0 +1,89 @@
+"""What the gateways' logs say of their workers, across restarts of the gateways."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+LOOK_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A line about a link. `at` is the wall clock's."""
+
+    at: float
+    name: str
+    gateway: str
+    worker: str
+    reason: str
+
+
+class Story:
+    """Follows the logs `<pod>.log`, `<pod>-2.log`, ... in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._up: dict[str, set[str]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.events: list[Event] = []
+
+    def follow(self, pods: list[str]) -> None:
+        """From now on, until closed."""
+        for pod in pods:
+            self._up[pod] = set()
+            self._tasks.append(asyncio.create_task(self._follow(pod)))
+
+    def up(self, pod: str) -> set[str]:
+        """The workers that the pod's present process has links to."""
+        return self._up[pod]
+
+    def close(self) -> None:
+        """Follow no longer."""
+        for task in self._tasks:
+            task.cancel()
+
+    def since(self, at: float, name: str) -> list[Event]:
+        """Events of a name, in their order."""
+        return [event for event in self.events if event.name == name and event.at >= at]
+
+    async def _follow(self, pod: str) -> None:
+        number = 1
+        while True:
+            path = self._folder / (f"{pod}.log" if number == 1 else f"{pod}-{number}.log")
+            after = self._folder / f"{pod}-{number + 1}.log"
+            while not path.exists():  # noqa: ASYNC110 - another process's file is no event
+                await asyncio.sleep(LOOK_S)
+            self._up[pod] = set()
+            with path.open("rb") as lines:
+                rest = b""
+                while True:
+                    last = after.exists()
+                    *whole, rest = (rest + lines.read()).split(b"\n")
+                    for line in whole:
+                        self._line(pod, line)
+                    if last:
+                        break
+                    await asyncio.sleep(LOOK_S)
+            number += 1
+
+    def _line(self, pod: str, line: bytes) -> None:
+        if b'"worker_' not in line:
+            return
+        try:
+            told: dict[str, Any] = json.loads(line)
+        except ValueError:
+            return
+        if told.get("event") not in ("worker_up", "worker_down"):
+            return
+        at = datetime.fromisoformat(told["timestamp"]).timestamp()
+        event = Event(at, told["event"], pod, told["worker"], told.get("reason", ""))
+        self.events.append(event)
+        if event.name == "worker_up":
+            self._up[pod].add(event.worker)
+        else:
+            self._up[pod].discard(event.worker)

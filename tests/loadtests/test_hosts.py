@@ -1,0 +1,153 @@
+"""The scenario `hosts`: its judgement, its network, its names, and a small run of it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadtests.children import ROOT
+from loadtests.hosts.events import Episode, shown
+from loadtests.hosts.fabric import PREFIX, Place, fabric
+from loadtests.hosts.inside.callers import Callers, Plan
+from loadtests.hosts.load import Call, Load
+from loadtests.hosts.rendered import DOMAIN, Names, Spec
+
+PLAN = Plan("", "e:1", "", "", "m", streams=1, clients=1, tokens=(1, 2))
+
+
+@given(st.lists(st.text("abcdefg ", min_size=1, max_size=4), min_size=6, max_size=30), st.data())
+def test_a_text_that_lost_or_doubled_a_piece_is_told(pieces: list[str], data: st.DataObject) -> None:
+    """Answers to one prompt are beginnings of one another; a gateway that drops or repeats must not pass."""
+    pieces = [f"{number}{piece}" for number, piece in enumerate(pieces)]
+    at = data.draw(st.integers(1, len(pieces) - 2))
+    judge = Callers(PLAN, io.StringIO())
+    assert judge.compare(0, "".join(pieces)) == ""
+    assert judge.compare(0, "".join(pieces[:at])) == ""
+    assert judge.compare(0, "".join(pieces[:at] + pieces[at + 1 :])) != ""
+    assert judge.compare(0, "".join(pieces[: at + 1] + pieces[at:])) != ""
+    assert judge.compare(1, "another prompt's answer") == ""
+
+
+def call(
+    number: int, sent: float, first: float, ended: float, gaps: list[tuple[float, float]], error: str = ""
+) -> Call:
+    """One that was told."""
+    return Call(f"c{number}", 10, sent, first, ended, gaps, error, "", 10)
+
+
+def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
+    """What was silent before it struck, or failed before or after, is another event's."""
+    load = Load.__new__(Load)
+    load.calls = [
+        call(0, 90.0, 90.2, 104.0, [(95.0, 3.0), (101.0, 0.9)]),
+        call(1, 91.0, 91.1, 112.0, [(111.0, 7.0)]),
+        call(2, 85.0, 85.1, 97.0, [], "INTERNAL"),
+        call(3, 92.0, 92.1, 103.0, [], "UNAVAILABLE"),
+        call(4, 60.0, 78.0, 99.0, []),
+    ]
+    episode = Episode("gateway", 100.0, over=103.5, detected_s=0.25)
+    seen = shown(load, episode)
+    assert [one.id for one in seen.failed] == ["c3"]
+    assert seen.longest_gap_s == 0.9
+    assert seen.prefill_s == pytest.approx(0.2, abs=0.01)
+    assert seen.ratio == pytest.approx(0.9 / 0.45, rel=0.05)
+
+
+def test_names_follow_readiness_but_for_the_links() -> None:
+    """Callers are sent to ready gateways only; workers dial those too that are only starting, by their own names."""
+    link = {
+        "metadata": {"name": "headrace-links"},
+        "spec": {
+            "clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"part": "gateway"},
+            "ports": [{"name": "link", "port": 50052, "protocol": "TCP"}],
+        },
+    }  # fmt: skip
+    front = {"metadata": {"name": "headrace"}, "spec": {"selector": {"part": "gateway"}, "ports": []}}
+    pods = [
+        (Spec(name, part, (), {}, (), 0, 0, labels={"part": part}), Place(name, "a", address), ready)
+        for name, part, address, ready in (
+            ("g-0", "gateway", "10.0.0.1", True), ("g-1", "gateway", "10.0.0.2", False), ("r", "ray", "10.0.0.3", True)
+        )
+    ]  # fmt: skip
+    zone = Names([link, front]).zone(pods)
+    assert zone["hosts"][f"headrace.{DOMAIN}"] == ["10.0.0.1"]
+    assert zone["hosts"][f"headrace-links.{DOMAIN}"] == ["10.0.0.1", "10.0.0.2"]
+    assert zone["srv"] == {
+        f"_link._tcp.headrace-links.{DOMAIN}": [
+            (f"g-0.headrace-links.{DOMAIN}", 50052),
+            (f"g-1.headrace-links.{DOMAIN}", 50052),
+        ]
+    }
+    assert zone["hosts"][f"g-1.headrace-links.{DOMAIN}"] == ["10.0.0.2"]
+
+
+def reaches(one: Place, other: Place) -> bool:
+    """Whether a packet comes there and back."""
+    command = ["ping", "-c", "1", "-W", "1", other.address]
+    return subprocess.run(one.command(*command), capture_output=True, check=False).returncode == 0
+
+
+def left_of(pid: int) -> list[str]:
+    """Namespaces that a run's process has left behind."""
+    return [path.name for path in Path("/run/netns").glob(f"{PREFIX}{pid}-*")]
+
+
+@pytest.mark.root
+@pytest.mark.slow
+def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
+    """Two on a host reach one another while it is cut off, nobody reaches this machine's world, all is removed."""
+
+    def break_off() -> None:
+        with fabric(("a", "b")) as net:
+            one, beside, other = net.place("one", "a"), net.place("beside", "a"), net.place("other", "b")
+            assert reaches(one, other)
+            net.cut("a")
+            assert not reaches(one, other)
+            assert reaches(one, beside)
+            net.heal("a")
+            assert reaches(other, one)
+            assert net.ways_out() == {}
+            raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        break_off()
+    assert left_of(os.getpid()) == []
+    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
+    assert f"{PREFIX}{os.getpid()}" not in links
+
+
+@pytest.mark.root
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
+    """The whole cluster, one event: no call fails, texts and ledger are whole, nothing leads out, nothing stays."""
+    file = tmp_path / "out.json"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "loadtests", "hosts", "--only", "gateway", "--speed", "20", "--concurrency", "16",
+        "--json", str(file), cwd=ROOT, env={**os.environ, "COLUMNS": "160"},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await asyncio.wait_for(process.communicate(), 280)
+    assert file.exists(), out.decode()
+    report = json.loads(file.read_text())
+    assert report["problems"] == [], out.decode()
+    rows = {figure["name"]: figure for figure in report["figures"]}
+    for name in (
+        "calls failed beyond what docs/failures.md allows, over all faults and rolls",
+        "calls missing in the ledger, or with tokens doubled",
+        "streams whose text is not what others were told for the same prompt",
+        "namespaces that reached an address outside",
+    ):
+        assert rows[name]["value"] == 0, rows[name]
+    assert report["settings"]["events"]["gateway"]["resumed"] > 0, "a gateway whose end moved no stream proves nothing"
+    assert left_of(process.pid) == []
