@@ -13,6 +13,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cluster.api.bundle import Bundle
 from cluster.control.catalog import Known
@@ -41,7 +42,9 @@ async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None,
         await process.wait()
         raise
     lines = out.decode().splitlines()
-    answer = json.loads(lines[-1]) if lines else {"error": f"the tokenizer's process ended with {process.returncode}"}
+    answer: dict[str, Any] = (
+        json.loads(lines[-1]) if lines else {"error": f"the tokenizer's process ended with {process.returncode}"}
+    )
     if "error" in answer:
         return None, Known(trouble=str(answer["error"]))
     bundle = Bundle.load(folder / _plain(answer["digest"]))

@@ -51,7 +51,7 @@ def slots_of(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, q
     count = int(np.ceil(demand.duration_s / slot_s))
     at = np.minimum((demand.at_s / slot_s).astype(int), count - 1)
     prompt = demand.count * demand.prompt_tokens / plant.prefill_at(itl_s)
-    work = np.bincount(at, weights=prompt, minlength=count)
+    work = np.bincount(at, weights=prompt, minlength=count).astype(float)
     decode = demand.count * demand.output_tokens / plant.decode_tokens_per_s(itl_s)
     begin = demand.at_s / slot_s
     length = np.maximum(demand.output_tokens * PACE_S / slot_s, 1e-6)
@@ -59,7 +59,7 @@ def slots_of(demand: Demand, plant: ReplicaModel, itl_s: float, slot_s: float, q
     own_s = demand.prompt_tokens / plant.most_prefill(BESIDE)
     kind = np.searchsorted(np.array(CLASSES_S), own_s)
     classes = len(CLASSES_S) + 1
-    calls = np.bincount(at * classes + kind, weights=demand.count, minlength=count * classes)
+    calls = np.bincount(at * classes + kind, weights=demand.count, minlength=count * classes).astype(float)
     return Slots.of((work * more).tolist(), calls.reshape(count, classes), slot_s, quanta)
 
 

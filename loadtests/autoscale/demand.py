@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def made_up(rate_per_s: Sequence[float], step_s: float, cv: float, lengths: tupl
     """Gamma arrivals at a rate that changes every `step_s`; lengths are lognormal about these means."""
     rng = np.random.default_rng(seed)
     at = renewal(np.asarray(rate_per_s, dtype=float), step_s, np.full(len(rate_per_s), cv), rng)
-    draw = lambda mean, sigma: np.maximum(np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma, len(at))), 1.0)  # noqa: E731
+
+    def draw(mean: float, sigma: float) -> Floats:
+        drawn: Floats = np.maximum(np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma, len(at))), 1.0)
+        return drawn
+
     return Demand(at, np.ones(len(at)), draw(lengths[0], 0.7), draw(lengths[1], 0.9), len(rate_per_s) * step_s)
 
 
@@ -124,18 +129,17 @@ def servegen(
         count += here
         for total, values, weights in ((prompt, lengths[0], lengths[1]), (output, lengths[2], lengths[3])):
             mean = float(values @ weights)
-            spread = float(np.sqrt(max((values**2) @ weights - mean**2, 0.0)))
+            spread = math.sqrt(max(float((values**2) @ weights) - mean**2, 0.0))
             # the sum of many lengths: its mean, and a Gamma about it as wide as the sum's
             shape = here * (mean / spread) ** 2 if spread > 0 else here
-            total += np.where(
-                here > 0, rng.gamma(np.maximum(shape, 1e-9)) * (spread**2 / mean if spread else mean), 0.0
-            )
+            drawn: Floats = rng.gamma(np.maximum(shape, 1e-9)) * (spread**2 / mean if spread else mean)
+            total += np.where(here > 0, drawn, 0.0)
     there = count > 0
-    at = ((np.arange(bins) + 0.5) * bin_s)[there]
+    at: Floats = ((np.arange(bins) + 0.5) * bin_s)[there].astype(float)
     return Demand(
         at,
         count[there],
-        np.maximum(prompt[there] / count[there], 1.0),
-        np.maximum(output[there] / count[there], 1.0),
+        np.maximum(prompt[there] / count[there], 1.0).astype(float),
+        np.maximum(output[there] / count[there], 1.0).astype(float),
         duration_s,
     )

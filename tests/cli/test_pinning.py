@@ -63,7 +63,7 @@ def test_what_cannot_be_cut_is_refused(text: str, told: str) -> None:
         set_keys(text, "m", {"revision": "r"})
 
 
-WORDS = st.text(st.characters(codec="utf-8", exclude_categories=("C",)), min_size=1, max_size=12)
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C"]), min_size=1, max_size=12)
 
 
 @settings(deadline=None)

@@ -28,6 +28,8 @@ from cluster.link.admission import ANY_MODEL, CONTROLLER
 from tests.support.kube_api import kube_api
 from tests.support.postgres import free_port
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Result]
 
 

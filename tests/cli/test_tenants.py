@@ -19,6 +19,8 @@ from tests.ledger import litellm_schema
 from tests.ledger.samples import record
 from tests.support import postgres
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Result]
 
 

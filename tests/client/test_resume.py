@@ -20,6 +20,8 @@ from tests.gateway.conftest import bundle, checkpoint
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
 from tests.support.cuttable import cuttable
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["bundle", "checkpoint"]
 
 

@@ -15,6 +15,8 @@ from tests.gateway.conftest import bundle, checkpoint, cluster
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 from tests.support.scripted_gateway import WORDS, ScriptedGateway
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["bundle", "checkpoint", "cluster"]
 
 

@@ -18,6 +18,8 @@ from cluster.engine import fetching
 from cluster.engine.fetching import FetchError, fetch
 from cluster.engine.sources import SourceError, SourceRules, resolve
 
+pytestmark = pytest.mark.slow
+
 PATTERNS = ("*.json", "*.safetensors", "README.md")
 SHARD = bytes(range(256)) * 40
 FILES = {

@@ -28,6 +28,8 @@ from tests.support.accounts import (
 from tests.support.calls import chat, refused
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from cluster.admin.v1 import admin_pb2, scaling_pb2, tenants_pb2, usage_pb2
+from cluster.admin.v1 import admin_pb2, catalog_pb2, scaling_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.admin_door import VERBS
 from cluster.tenancy.identity import admin_token
@@ -74,6 +74,12 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
         "Catalog.Scale": scaling_pb2.ScaleRequest(name="sim", replicas=1),
         "Catalog.Freeze": scaling_pb2.FreezeRequest(name="sim"),
         "Catalog.Unfreeze": scaling_pb2.UnfreezeRequest(name="sim"),
+        "Catalog.Apply": catalog_pb2.ApplyRequest(),
+        "Catalog.Diff": catalog_pb2.DiffRequest(),
+        "Catalog.SetWeights": catalog_pb2.SetWeightsRequest(name="sim", version="v1", weight=1),
+        "Catalog.Promote": catalog_pb2.PromoteRequest(name="sim"),
+        "Catalog.Rollback": catalog_pb2.RollbackRequest(name="sim"),
+        "Catalog.Quarantine": catalog_pb2.QuarantineRequest(name="sim", version="v1"),
         "Tenants.Create": t.CreateTenantRequest(tenant=t.Tenant(name=f"{name}2"), validate_only=True),
         "Tenants.Get": t.GetTenantRequest(name=name),
         "Tenants.List": t.ListTenantsRequest(),
@@ -94,6 +100,10 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
 
 NO, OK, MISSING, BAD = "PERMISSION_DENIED", "OK", "NOT_FOUND", "INVALID_ARGUMENT"
 AWAY = "UNAVAILABLE"  # granted, and there is no controller here to answer
+BY_CONTROLLER = tuple(
+    f"Catalog.{verb}"
+    for verb in ("Apply", "SetWeights", "Promote", "Rollback", "Quarantine", "Scale", "Freeze", "Unfreeze")
+)
 # verb -> what viewer, tenant_admin and operator are told about acme; and about its rival
 CLUSTER = (OK, NO, OK), (OK, NO, OK)
 READ = (OK, OK, OK), (OK, MISSING, OK)
@@ -105,8 +115,8 @@ TABLE = {
     **dict.fromkeys(("Fleet.Drain", "Fleet.Cordon", "Fleet.Uncordon"), ((NO, NO, BAD), (NO, NO, BAD))),
     "Catalog.List": CLUSTER,
     "Catalog.Get": CLUSTER,
-    "Fleet.ExplainScaling": ((AWAY, NO, AWAY), (AWAY, NO, AWAY)),
-    **dict.fromkeys(("Catalog.Scale", "Catalog.Freeze", "Catalog.Unfreeze"), ((NO, NO, AWAY), (NO, NO, AWAY))),
+    **dict.fromkeys(("Fleet.ExplainScaling", "Catalog.Diff"), ((AWAY, NO, AWAY), (AWAY, NO, AWAY))),
+    **dict.fromkeys(BY_CONTROLLER, ((NO, NO, AWAY), (NO, NO, AWAY))),
     "Tenants.Create": RULE,
     "Tenants.Get": READ,
     "Tenants.List": ((OK, OK, OK), (OK, OK, OK)),

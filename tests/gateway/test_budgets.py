@@ -29,6 +29,8 @@ from tests.support.calls import Answer, complete
 from tests.support.cluster import sim_engine
 from tests.support.keyed import bearer, eventually, keyed_cluster
 
+pytestmark = pytest.mark.slow
+
 SECRET = b"w" * 32
 NOON = 1_795_608_000.0
 

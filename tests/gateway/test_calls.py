@@ -19,6 +19,8 @@ from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 
+pytestmark = pytest.mark.slow
+
 
 async def test_stream_and_whole_answer_agree(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """A stream's pieces are the whole answer; its last chunk alone has finish_reason and usage; offsets grow."""

@@ -20,6 +20,8 @@ from tests.support.calls import chat, complete
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 from tests.support.http import Wire, chat_body, client, completion_body, fetch
 
+pytestmark = pytest.mark.slow
+
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 

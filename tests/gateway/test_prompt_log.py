@@ -21,6 +21,8 @@ from tests.support.cluster import sim_engine
 from tests.support.http import chat_body
 from tests.support.keyed import Keyed, bearer, eventually, keyed_cluster
 
+pytestmark = pytest.mark.slow
+
 NOON = 1_795_608_000.0  # 2026-11-25
 WORDS = "a sentence that nobody else says"
 

@@ -20,6 +20,8 @@ from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.cluster import until
 from tests.support.keyed import Keyed, keyed_cluster
 
+pytestmark = pytest.mark.slow
+
 
 class Controlled:
     """A gateway, its operator, and a controller that keeps what it was asked."""

@@ -18,6 +18,8 @@ from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.cuttable import cuttable
 
+pytestmark = pytest.mark.slow
+
 IMPATIENT = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 3, max_wait_s: 0.3}")
 
 

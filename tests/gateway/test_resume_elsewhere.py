@@ -21,6 +21,8 @@ from tests.support.calls import Answer, chat, complete, refused, rest_of, text_o
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.keyed import bearer, eventually, keyed_cluster
 
+pytestmark = pytest.mark.slow
+
 IMPATIENT = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_wait_s: 0.3}")
 
 

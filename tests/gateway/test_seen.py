@@ -1,4 +1,4 @@
-"""What operators see: metrics as Prometheus reads them, reflection as a stock tool reads it, a catalog's notes."""
+"""What operators see: metrics as Prometheus reads them, reflection as a stock tool reads it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import sys
 import urllib.request
 from pathlib import Path
 
-import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.api.bundle import Bundle
-from cluster.api.types import ModelSpec, ModelState
-from cluster.control import catalog
 from cluster.observe.metrics import DEFINITIONS, TTFT_BUCKETS
 from tests.support.calls import chat, refused
 from tests.support.cluster import TestCluster, sim_engine
@@ -96,13 +92,3 @@ async def test_buf_curl_by_reflection(cluster: TestCluster, checkpoint: Path, bu
     assert bad.returncode != 0
     assert "messages[0].role" in bad.stderr
     assert "google.rpc.ErrorInfo" in bad.stderr
-
-
-async def test_keys_that_are_not_used_yet_are_told(cluster: TestCluster) -> None:
-    """An entry that asks for scaling is shown with the note that this release does not scale."""
-    spec = ModelSpec("m", "s", min_replicas=0, max_replicas=4, idle_s=60)
-    cluster.gateway.dispatcher.catalog([catalog.entry(spec, ModelState.LOADING, None)])
-    async with grpc.aio.insecure_channel(cluster.gateway.endpoints["admin"]) as channel:
-        listed = await admin_pb2_grpc.CatalogStub(channel).List(admin_pb2.ListRequest())
-    assert "idle_s" in listed.models[0].note
-    assert "no autoscaling yet" in listed.models[0].note

@@ -17,6 +17,8 @@ from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, complete, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 
+pytestmark = pytest.mark.slow
+
 
 class Told:
     """What a session has told of each call, as a client gathers it."""

@@ -23,6 +23,8 @@ from tests.support.cluster import sim_engine, until
 from tests.support.http import Wire, chat_body, completion_body
 from tests.support.keyed import Keyed, bearer, eventually, keyed_cluster, session_end
 
+pytestmark = pytest.mark.slow
+
 LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
 
 

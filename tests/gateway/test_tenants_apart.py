@@ -19,6 +19,8 @@ from tests.support.cluster import sim_engine, until
 from tests.support.http import chat_body
 from tests.support.keyed import Keyed, bearer, keyed_cluster
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [7] * 200
 DATED = ("date", "x-request-id")
 

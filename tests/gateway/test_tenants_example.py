@@ -19,6 +19,8 @@ from tests.support.cluster import running_cluster, sim_engine
 from tests.support.keyed import bearer, eventually
 from tests.support.shell import headrace
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).parents[2] / "deploy" / "tenants.yaml"
 MODEL = "smollm2-135m-instruct"
 PORTS = '{grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}'

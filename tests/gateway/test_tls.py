@@ -25,6 +25,8 @@ from tests.support.cluster import sim_engine
 from tests.support.http import chat_body
 from tests.support.keyed import Keyed, bearer, keyed_cluster, session_end
 
+pytestmark = pytest.mark.slow
+
 
 class World:
     """A gateway with TLS, its authority, and that of its callers."""

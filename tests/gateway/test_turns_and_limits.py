@@ -18,6 +18,8 @@ from tests.support.cluster import running_cluster, sim_engine, until
 from tests.support.http import chat_body
 from tests.support.keyed import Keyed, bearer, keyed_cluster
 
+pytestmark = pytest.mark.slow
+
 
 async def end_of(keyed: Keyed, key: str, **fields: Any) -> str:
     """OK, or the reason for which a call was refused."""

@@ -19,6 +19,8 @@ from cluster.routing.versions import choose
 from tests.support.calls import chat, refused, rest_of
 from tests.support.cluster import TestCluster, Worker, sim_engine, until
 
+pytestmark = pytest.mark.slow
+
 TWO = (VersionShare("v1", 0.75), VersionShare("v2", 0.25, ttft_ratio=1.2))
 
 

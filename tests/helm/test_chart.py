@@ -14,6 +14,8 @@ from tests.support import helm
 from tests.support import kubernetes_schemas as schemas
 from tests.support.helm import Rendered
 
+pytestmark = pytest.mark.slow
+
 needs_definitions = pytest.mark.skipif(
     not schemas.CRDS.is_dir(), reason=f"optional data: no definitions of custom resources in {schemas.CRDS}"
 )

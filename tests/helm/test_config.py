@@ -22,6 +22,8 @@ from cluster.rayserve.placement import is_simulated, why_unplaceable, world_size
 from tests.support import helm
 from tests.support.helm import NAMESPACE, ROOT, Rendered
 
+pytestmark = pytest.mark.slow
+
 MODELS = "{api_version: headrace/v1, name: x, models: []}"
 
 

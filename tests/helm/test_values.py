@@ -15,6 +15,8 @@ from cluster.config import parse
 from tests.support import helm
 from tests.support import kubernetes_schemas as schemas
 
+pytestmark = pytest.mark.slow
+
 SCHEMA = json.loads((helm.CHART / "values.schema.json").read_text())
 GROUP = {"name": "gpu", "gpusPerNode": 1, "minReplicas": 0, "maxReplicas": 1}
 

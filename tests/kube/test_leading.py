@@ -14,6 +14,8 @@ from cluster.kube.api import ApiAway, Conflict, KubeLease
 from cluster.kube.leading import Leader, StoodStill
 from tests.support.kube_api import FakeApi, kube_api
 
+pytestmark = pytest.mark.slow
+
 QUICK = Terms(lease_s=1.2, yield_s=0.8, again_s=0.03)
 
 

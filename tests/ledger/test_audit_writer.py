@@ -14,6 +14,8 @@ from cluster.ledger.audit import AuditEvent, AuditLog
 from cluster.ledger.audit_writer import AuditWriter
 from cluster.ledger.errors import StoreUnavailable
 
+pytestmark = pytest.mark.slow
+
 
 class Table:
     """A table of events that may be away or refuse."""

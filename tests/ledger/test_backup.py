@@ -27,6 +27,8 @@ from cluster.tenancy.policy import TenantPolicy
 from tests.ledger.conftest import PEPPER
 from tests.ledger.samples import record
 
+pytestmark = pytest.mark.slow
+
 
 def fill(ledger: Ledger) -> str:
     """Something in every table; returns a key."""

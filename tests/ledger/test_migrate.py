@@ -14,6 +14,8 @@ from cluster.ledger.connect import make_engine, parse_url
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.store import Ledger
 
+pytestmark = pytest.mark.slow
+
 EXPAND = """
 import sqlalchemy as sa
 from alembic import op

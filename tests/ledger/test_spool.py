@@ -22,6 +22,8 @@ from cluster.ledger.spool import REJECTED, Replayer, Spool, decode, encode
 from cluster.ledger.store import Ledger
 from tests.ledger.samples import record
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = HealthCheck.function_scoped_fixture
 
 

@@ -16,6 +16,8 @@ from cluster.tenancy.identity import Snapshot, authenticate
 from cluster.tenancy.policy import TenantLimits, TenantPolicy
 from tests.ledger.conftest import PEPPER
 
+pytestmark = pytest.mark.slow
+
 ACME = TenantPolicy(
     "acme", weight=4.0, limits=TenantLimits(tokens_per_minute=4_000_000), labels={"cost_center": "4711", "ü": "'\"%"}
 )

@@ -20,6 +20,8 @@ from cluster.tenancy.policy import TenantPolicy
 from tests.ledger.conftest import PEPPER
 from tests.support import postgres
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 20.0
 
 

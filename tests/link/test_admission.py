@@ -32,6 +32,8 @@ from tests.support.certificates import Authority
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.serving import Door
 
+pytestmark = pytest.mark.slow
+
 CODE = grpc.StatusCode
 QUICK = Timing(welcome_s=0.5, redial_max_s=0.2)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cluster.link.credit import Granter, Purse, Room
+
+pytestmark = pytest.mark.slow
 
 CAPACITY = Room(12, 4000)
 

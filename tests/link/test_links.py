@@ -24,6 +24,8 @@ from tests.support.calls import chat, refused
 from tests.support.certificates import Authority
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 async def test_worker_survives_a_gateways_restart(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:

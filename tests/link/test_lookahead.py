@@ -15,6 +15,8 @@ from cluster.engine.simulated.config import SimConfig
 from cluster.engine.simulated.model import SimModel
 from cluster.link.lookahead import LOOKAHEAD_SEQUENCES, UNKNOWN_PROMPTS, Lookahead
 
+pytestmark = pytest.mark.slow
+
 
 def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
     """What one step can begin is let in: a hundred prompts of 20 tokens, of those that fill two only three."""

@@ -15,6 +15,8 @@ from loadtests.children import ROOT, free_port
 from tests.loadtests.conftest import MODEL, SseServer
 from tests.support.cluster import until
 
+pytestmark = pytest.mark.slow
+
 
 async def _run(*arguments: str) -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(

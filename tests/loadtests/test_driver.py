@@ -13,6 +13,8 @@ from loadtests.faces import Answer, CallFailed, OnText, Request
 from loadtests.records import same_texts
 from tests.loadtests.conftest import Scripted
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = fixed(40, 4, 5, seed=1)
 
 

@@ -15,6 +15,8 @@ from loadtests.children import ROOT, Child, Children, DidNotStart
 from loadtests.processes import ENGINE_CORE, Seen, Usage, classify, snapshot, used
 from tests.support.cluster import until
 
+pytestmark = pytest.mark.slow
+
 # A program with a child of its own that does not end when asked to.
 STUBBORN = """
 import signal, subprocess, sys, time

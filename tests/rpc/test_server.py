@@ -20,6 +20,8 @@ from cluster import rpc
 from tests.rpc.conftest import SERVICE, Serve, _serve
 from tests.rpc.raw import raw_client
 
+pytestmark = pytest.mark.slow
+
 CODE = grpc.StatusCode
 
 

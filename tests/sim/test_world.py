@@ -14,6 +14,8 @@ from cluster.sim.events import Agenda
 from cluster.sim.traffic import Lengths, Prompts, SimTenant, clipped, made_up
 from cluster.sim.world import VOCAB, World, WorldConfig
 
+pytestmark = pytest.mark.slow
+
 ENGINE = SimConfig(vocab=VOCAB, token_hi=VOCAB, max_model_len=4096, max_num_seqs=8, kv_blocks=2048, decode_ms=20.0)
 
 

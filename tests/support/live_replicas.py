@@ -6,7 +6,8 @@ import asyncio
 import dataclasses
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
+from typing import Any
 
 from cluster.control.reconcile import Observed
 from cluster.rayserve.backend import Snapshot
@@ -127,7 +128,7 @@ class LiveReplicas:
         if app is not None and app.deleting and not app.leaving and not app.starting:
             del self._apps[name]
 
-    def _do(self, work: object) -> None:
-        task = asyncio.create_task(work)  # type: ignore[arg-type]
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

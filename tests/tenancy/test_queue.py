@@ -12,6 +12,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from cluster.api.outcomes import Outcome
 from cluster.tenancy.queue import FifoOrder, Waiting, WaitingRoom
 
+pytestmark = pytest.mark.slow
+
 
 def waiting(
     call_id: str, *, model: str = "m", tokens: int = 10, deadline: float | None = None, arrived: float = 0.0

@@ -50,12 +50,14 @@ def held(signals: Floats, stray: Floats) -> Floats:
     """By rule: how many replicas it wants, not rounded."""
     by_factor = signals[:, None] * FACTORS
     by_stray = signals[:, None] + stray[:, None] * STRAYS
-    return np.concatenate([by_factor, by_stray], axis=1).reshape(-1)
+    rules: Floats = np.concatenate([by_factor, by_stray], axis=1).reshape(-1)
+    return rules
 
 
 def whole(replicas: Floats, correction: float) -> Floats:
     """Rounded up, past what is lost in the arithmetic."""
-    return np.ceil(replicas * correction - 1e-6)
+    rounded: Floats = np.ceil(replicas * correction - 1e-6)
+    return rounded
 
 
 def played(

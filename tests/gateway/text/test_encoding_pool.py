@@ -20,6 +20,8 @@ from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.tokenizer import ENCODE_HELPER_CHARS, TextModel
 from tests.gateway.text.kinds import Kind
 
+pytestmark = pytest.mark.slow
+
 TENANT, READY_S = "acme", 30.0
 PROMPT = " ".join(f"The river {i % 700} turns the wheel, and {i % 11} boats wait." for i in range(6000))[:220_000]
 SENDS_A_TURN, RUNS = 32, 8

@@ -5,12 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.api.types import PositionLogprobs
 from cluster.gateway.text.logprobs import LogprobTexts
 from tests.gateway.text.kinds import Kind, token_ids
+
+pytestmark = pytest.mark.slow
 
 
 def vllm_content(kind: Kind, positions: list[PositionLogprobs], top_logprobs: int) -> list[Any]:

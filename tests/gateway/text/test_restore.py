@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from cluster.gateway.text.detokenizer import Detokenizer
 from tests.gateway.text.kinds import Kind, token_ids
 
+pytestmark = pytest.mark.slow
+
 LAW = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )

@@ -20,6 +20,8 @@ from cluster.gateway.text.template_guard import MAX_RENDER_S
 from cluster.gateway.text.tokenizer import TextModel
 from tests.gateway.text.kinds import Kind, with_template
 
+pytestmark = pytest.mark.slow
+
 PUBLIC = Path(__file__).parents[2] / "data" / "chat_templates"
 NAMES = sorted(path.stem for path in PUBLIC.glob("*.jinja"))
 WEATHER = {
@@ -237,6 +239,7 @@ DOUBLE = "{% set ns = namespace(x='xx') %}{% for i in range(60) %}"
         "{{ ('x' * 999999).encode().replace(''.encode(), ('x' * 999999).encode()) }}",
     ],
 )
+@pytest.mark.slow
 def test_a_runaway_template_is_stopped(source: str) -> None:
     """A template that grows without end, loops for ever or leaves the sandbox is an error, soon and without harm."""
     began, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,6 +15,8 @@ from cluster.gateway.text.tokenizer import ENCODE_OFFLOAD_CHARS, TextModel
 from tests.gateway.text.kinds import TEXTS, Kind
 from tests.support.checkpoints import VOCAB_SIZES, big_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LAW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

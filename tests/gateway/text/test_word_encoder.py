@@ -16,6 +16,8 @@ from cluster.gateway.text.word_encoder import QWEN2, BlockMemory, WordEncoder
 from tests.gateway.text.kinds import TEXTS
 from tests.support import tokenizer_kinds
 
+pytestmark = pytest.mark.slow
+
 PIECES = ["a", "It's", "x,", "1234", "é", "e\u0301", "\u0301", "世界", "🎉", "_", "'s", "ſ", "'", "!", "-", "५"]
 PIECES += ["\u00a0", "\u2003", "\u0085", "\x1c", "\n", "\r\n", "\t", "\u200b", "  ", "   "]
 PIECES += ["<|eot_id|>", "<|endoftext|>"]
