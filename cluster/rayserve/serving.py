@@ -28,7 +28,12 @@ class ServedReplica:
     """What runs in the actor. Serve calls, in this order: __init__, reconfigure, check_health..., __del__."""
 
     def __init__(self, settings: Mapping[str, object]) -> None:
-        self._replica = Replica(replica_settings.from_json(settings), _place(), open_model)
+        given = replica_settings.from_json(settings)
+        if not is_simulated(given.spec):
+            from cluster.engine import forks
+
+            forks.begin()  # first of all: it imports while this process does
+        self._replica = Replica(given, _place(), open_model)
 
     async def reconfigure(self, _digest: object) -> None:
         """Start, at Serve's first call; a changed entry makes a new deployment version and so new replicas."""

@@ -1,9 +1,10 @@
 """`python -m loadtests.autoscale_live [--seconds 240] [--rounds 5] [--json FILE]`. Exit code 0 when no call failed.
 
-Two parts on one Ray. First rounds from zero: the start of the model by hand, and a call that finds it at zero, by
+Three parts on one Ray. First rounds from zero: the start of the model by hand, and a call that finds it at zero, by
 turns. Then a day in minutes: the demand rises to 70 % of all replicas, falls to little, and rises again, streams are
 5 to 60 s long, and the controller's own loop scales. The same calls are played to the same policy in simulation, with
-the start's length and the engine's speed as they are.
+the start's length and the engine's speed as they are. Last a day of changes (changes.py): the same demand with streams
+of 5 to 300 s, while a version is tried and taken back, the entry is changed, and a slow version takes itself back.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from cluster.rayserve.settings import ReplicaSettings
 from cluster.sim.plant import ReplicaModel
 from cluster.sim.scaling import Demand, OurPolicy, SimModelSpec, simulate
 from loadtests import machine
+from loadtests.autoscale_live import changes
 from loadtests.autoscale_live.calls import Callers, Told, compare, play
 from loadtests.autoscale_live.traffic import Engine, PlannedCall, plan
 from tests.support.checkpoints import build_checkpoint
@@ -117,8 +119,8 @@ class Live:
         return told
 
 
-async def run(seconds: float, rounds: int, seed: int, folder: Path) -> dict[str, Any]:
-    """The whole of it; figures by name."""
+async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder: Path) -> dict[str, Any]:
+    """The whole of it; figures by name. A part of no length is left out."""
     checkpoint = build_checkpoint("llama", folder / "llama")
     bundle = bundle_of(checkpoint)
     ray = LocalRay(LocalRaySettings(f"live-{uuid.uuid4().hex[:8]}", Path(tempfile.mkdtemp(prefix="hr-"))))
@@ -135,10 +137,7 @@ async def run(seconds: float, rounds: int, seed: int, folder: Path) -> dict[str,
         controller = Controller(backend, end, scaler=scaler)
         controller.known["sim"] = Known(bundle_digest=bundle.digest, max_model_len=2048)
         scaling.listen(end, scaler, controller.now, controller.wake)
-        source = (
-            f"sim://{checkpoint}?decode_ms={ENGINE.decode_s * 1000:g}&max_num_seqs={ENGINE.max_num_seqs}"
-            f"&prefill_tokens_per_s={ENGINE.prefill_tokens_per_s:g}&load_s={ENGINE.load_s:g}"
-        )
+        source = source_of(checkpoint)
         spec = ModelSpec(
             "sim",
             source,
@@ -150,7 +149,8 @@ async def run(seconds: float, rounds: int, seed: int, folder: Path) -> dict[str,
             slo_target=SLO.target,
         )
         scaler.look([spec], {"sim": OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
-        controller.want([ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=10.0)])
+        settings = ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=10.0)
+        controller.want([settings])
         watch = Watch(scaler)
         parts = [asyncio.create_task(one) for one in (end.run(), controller.run(), watch.run())]
         callers = Callers(ends["grpc"], ends["http"])
@@ -158,16 +158,28 @@ async def run(seconds: float, rounds: int, seed: int, folder: Path) -> dict[str,
         live = Live(controller, Desk(scaler, controller.wake), callers, lambda: len(cluster.gateway.hub.links), spec)
         try:
             await live.on_ray(lambda app: bool(app.digest))
-            zero = await _from_zero(live, rounds)
-            day = await _day(live, watch, seconds, seed)
+            zero = await _from_zero(live, rounds) if rounds else {"failed": 0}
+            day = await _day(live, watch, seconds, seed) if seconds else {"failed_or_cut": 0}
             story = live.desk.explain("sim", 60)
+            changing = {"failed_or_cut": 0}
+            if changing_s:
+                slow = source_of(checkpoint, prefill_tokens_per_s=ENGINE.prefill_tokens_per_s / 40)
+                changing = await _changing(live, changes.Changes(controller, settings, slow), changing_s, seed)
         finally:
             for part in parts:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
             await asyncio.wait_for(backend.shutdown(), 30)
     decisions = [dataclasses.asdict(one) | {"numbers": dict(one.numbers)} for one in story.decisions]
-    return {"machine": machine.hardware(), "from_zero": zero, "day": day, "decisions": decisions}
+    return {"machine": machine.hardware(), "from_zero": zero, "day": day, "changing": changing, "decisions": decisions}
+
+
+def source_of(checkpoint: Path, *, prefill_tokens_per_s: float = ENGINE.prefill_tokens_per_s) -> str:
+    """Of the simulated replica."""
+    return (
+        f"sim://{checkpoint}?decode_ms={ENGINE.decode_s * 1000:g}&max_num_seqs={ENGINE.max_num_seqs}"
+        f"&prefill_tokens_per_s={prefill_tokens_per_s:g}&load_s={ENGINE.load_s:g}"
+    )
 
 
 async def _from_zero(live: Live, rounds: int) -> dict[str, Any]:
@@ -227,6 +239,30 @@ async def _day(live: Live, watch: Watch, seconds: float, seed: int) -> dict[str,
     }
 
 
+async def _changing(live: Live, track: changes.Changes, seconds: float, seed: int) -> dict[str, Any]:
+    calls = plan(seed + 1, seconds, ENGINE, REPLICAS, stream_s=changes.STREAM_S)
+    print(f"{len(calls)} calls in {seconds:g} s of changes", flush=True)
+    beside = asyncio.create_task(track.play(seconds))
+    try:
+        told = await play(live.callers, calls)
+        await beside
+    finally:
+        beside.cancel()
+    compare(told)
+    faults = [one for one in told if one.fault]
+    return {
+        "seconds": seconds,
+        "streams_s": list(changes.STREAM_S),
+        "calls": len(told),
+        "failed_or_cut": len(faults),
+        "faults": sorted({one.fault for one in faults})[:10],
+        "by_face": {face: sum(one.face == face for one in told) for face in ("sdk", "openai")},
+        "resumed_streams": sum(bool(one.resumed) for one in told if one.face == "sdk"),
+        "ttft_s": _quantiles([one.first_s for one in told if one.first_s is not None]),
+        "changes": track.seen,
+    }
+
+
 def _good(one: Told) -> bool:
     late = one.first_s is None or one.first_s > SLO.ttft_s
     return not one.fault and not late and one.mean_gap_s <= SLO.itl_s
@@ -265,18 +301,20 @@ def main() -> int:
     """Run and tell."""
     parser = argparse.ArgumentParser(prog="python -m loadtests.autoscale_live")
     parser.add_argument("--seconds", type=float, default=240.0)
+    parser.add_argument("--changing", type=float, default=300.0, metavar="SECONDS", help="the day of changes (0: none)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(run(given.seconds, given.rounds, given.seed, Path(folder)))
+        found = asyncio.run(run(given.seconds, given.changing, given.rounds, given.seed, Path(folder)))
     text = json.dumps(found, indent=1)
     if given.json is not None:
         given.json.write_text(text)
     day = {key: value for key, value in found["day"].items() if key != "replicas"}
-    print(json.dumps({"from_zero": found["from_zero"], "day": day}, indent=1))
-    return int(bool(found["from_zero"]["failed"] or found["day"]["failed_or_cut"]))
+    print(json.dumps({"from_zero": found["from_zero"], "day": day, "changing": found["changing"]}, indent=1))
+    bad = found["from_zero"]["failed"] or found["day"]["failed_or_cut"] or found["changing"]["failed_or_cut"]
+    return int(bool(bad))
 
 
 if __name__ == "__main__":
