@@ -119,10 +119,10 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         end = ControllerEnd(controller_id="live", gateways=[ends["link"]], tls=None, bundles=lambda _: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=10.0), time.monotonic())
         controller = Controller(backend, end, scaler=scaler)
-        controller.known[MODEL] = Known(bundle_digest=bundle.digest, max_model_len=spec.max_model_len or 2048)
         scaling.listen(end, scaler, controller.now, controller.wake)
         scaler.look([spec], {MODEL: OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
         settings = ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=10.0)
+        controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=spec.max_model_len or 2048)
         controller.want([settings])
         watch = Watch(scaler)
         parts = [asyncio.create_task(one) for one in (end.run(), controller.run(), watch.run())]
