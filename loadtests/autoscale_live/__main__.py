@@ -149,7 +149,7 @@ async def run(seconds: float, rounds: int, seed: int, folder: Path) -> dict[str,
             slo_itl_s=SLO.itl_s,
             slo_target=SLO.target,
         )
-        scaler.look([spec], {"sim": OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
+        scaler.look([spec], {("sim", ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
         controller.want([ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=10.0)])
         watch = Watch(scaler)
         parts = [asyncio.create_task(one) for one in (end.run(), controller.run(), watch.run())]

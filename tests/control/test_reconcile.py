@@ -137,6 +137,24 @@ def test_a_version_that_is_dropped_goes_at_once() -> None:
     assert promoted == Plan((Scale("m@v2+e0", 2),)), "the other stays until as many serve"
 
 
+def test_each_type_of_gpu_is_replaced_by_its_own() -> None:
+    """One of two types that is up takes the place of its own, and of no other; a type that is to have none is no reason
+    to end what serves; nor does one that lacks room take it from the other type."""
+    wanted = [Wanted("m", "aa", 1, gpu="H100"), Wanted("m", "bb", 2, gpu="L4")]
+    old = {**seen("m", "d0", 1, running=1, gpu="H100"), **seen("m", "e0", 2, running=2, gpu="L4")}
+    fast, slow = seen("m", "aa", 1, running=1, gpu="H100"), seen("m", "bb", 2, placed=2, gpu="L4")
+    assert reconcile(wanted, {**old, **fast, **slow}, NOW_S) == Plan((), frozenset({"m@v1+d0"}))
+    both = {**old, **fast, **seen("m", "bb", 2, running=2, gpu="L4")}
+    assert reconcile(wanted, both, NOW_S).retired == {"m@v1+d0", "m@v1+e0"}
+    waits = {**old, **seen("m", "aa", 1, gpu="H100"), **slow}
+    assert reconcile(wanted, waits, NOW_S + SURGE_WAIT_S).actions == (Scale("m@v1+d0", 0),)
+    none = [Wanted("m", "aa", 0, gpu="H100"), Wanted("m", "bb", 2, gpu="L4")]
+    there = {**seen("m", "e0", 2, running=2, gpu="L4"), **seen("m", "aa", 0, gpu="H100"), **slow}
+    assert reconcile(none, there, NOW_S) == Plan(())
+    untyped = {**seen("m", "e0", 2, running=2), **seen("m", "aa", 0, gpu="H100"), **slow}
+    assert reconcile(none, untyped, NOW_S) == Plan(()), "all that takes its place is waited for"
+
+
 def test_frozen_models_are_not_rolled_out() -> None:
     """Neither another application nor an end; a model of which nothing is there yet still comes."""
     there = seen("m", running=1)
