@@ -195,7 +195,12 @@ class World:
                     want = by_app[app]
                     self.restarts += why not in ("new", "retry")
                     self.apps[app] = Observed(
-                        want.model, want.digest, want.replicas, version=want.version, deployed_at_s=self.now_s
+                        want.model,
+                        want.digest,
+                        want.replicas,
+                        version=want.version,
+                        deployed_at_s=self.now_s,
+                        gpu=want.gpu,
                     )
 
     def step(self) -> None:
@@ -251,3 +256,29 @@ def test_any_change_comes_to_rest(
         elif any(two.model == one.model for two in before):
             assert world.running(one.model) == one.replicas, "the one before goes on in its place"
     assert {o.model for o in world.apps.values()} == {one.model for one in wanted}
+
+
+TYPES = st.dictionaries(st.sampled_from(["", "H100", "L4"]), st.integers(0, 3), min_size=1)
+
+
+@given(TYPES, TYPES, st.booleans())
+def test_any_change_of_types_serves_all_the_while(have: dict[str, int], want: dict[str, int], same: bool) -> None:
+    """Types that come, go and change their numbers, with the entry changed or not: where there is room for both, no
+    fewer serve at any moment than before or after, and in the end what is wanted is there alone."""
+    world = World(100)
+    before = [Wanted("m", f"aa{at:x}", count, gpu=gpu) for at, (gpu, count) in enumerate(sorted(have.items()))]
+    for _ in range(6):
+        world.carry_out(reconcile(before, world.apps, world.now_s, empty=world.apps), before)
+        world.step()
+    digests = {one.gpu: one.digest for one in before} if same else {}
+    wanted = [
+        Wanted("m", digests.get(gpu, f"bb{at:x}"), count, gpu=gpu)
+        for at, (gpu, count) in enumerate(sorted(want.items()))
+    ]
+    kept = sum(min(one.replicas, want.get(one.gpu, 0)) for one in before)
+    for _ in range(20):
+        world.carry_out(reconcile(wanted, world.apps, world.now_s, empty=world.apps), wanted)
+        least = kept if same else min(sum(have.values()), sum(want.values()))
+        assert world.running("m") >= least
+        world.step()
+    assert {app: one.running for app, one in world.apps.items()} == {one.app: one.replicas for one in wanted}
