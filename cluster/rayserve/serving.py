@@ -68,7 +68,7 @@ def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type =
         served,
         name=DEPLOYMENT,
         num_replicas=max(replicas, 1),
-        user_config={"digest": settings.digest},
+        user_config={"digest": settings.digest, "gpu": settings.spec.gpu},
         placement_group_bundles=list(where.bundles),
         placement_group_strategy=where.strategy,
         max_ongoing_requests=1_000,

@@ -120,7 +120,7 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         scaler = Scaler(ScalingSettings(cold_start_s=10.0), time.monotonic())
         controller = Controller(backend, end, scaler=scaler)
         scaling.listen(end, scaler, controller.now, controller.wake)
-        scaler.look([spec], {MODEL: OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
+        scaler.look([spec], {(MODEL, ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
         settings = ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=10.0)
         controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=spec.max_model_len or 2048)
         controller.want([settings])
