@@ -145,11 +145,11 @@ def _rows(load: Load, seen: dict[str, Shown]) -> list[Figure]:
         out.append(missing(CAPACITY, _CAPACITY, "no node was lost, or its engines' start was not found"))
     differing = [call for call in load.calls if call.text]
     out.append(_counted(TEXTS, len(differing), _NONE, "streams", differing[0].text[:120] if differing else ""))
-    out.append(_lost_in_move(seen.get(MOVING)))
+    out.append(lost_in_move(seen.get(MOVING)))
     return out
 
 
-def _lost_in_move(one: Shown | None) -> Figure:
+def lost_in_move(one: Shown | None) -> Figure:
     """Of every stream that was under way in it: failed, or with another text than others."""
     if one is None:
         return missing(MOVE, _NONE, "it was not played")
