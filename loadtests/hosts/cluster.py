@@ -200,8 +200,9 @@ class Cluster:
     async def usage(self) -> list[tuple[str, int, str, int, str]]:
         """Every row of the ledger: request, segment, record, completion tokens, outcome."""
         query = "COPY (SELECT request_id, segment, record_id, completion_tokens, outcome FROM usage) TO STDOUT"
+        socket = "/var/run/postgresql"  # over TCP it asks for a password, there it trusts whoever is in the pod
         out = await self.exec(
-            self.pod("postgresql-0"), "psql", "-h", "127.0.0.1", "-U", "headrace", "-At", "-c", query, "headrace"
+            self.pod("postgresql-0"), "psql", "-h", socket, "-U", "headrace", "-At", "-c", query, "headrace"
         )
         rows = [line.split("\t") for line in out.splitlines()]
         return [(row[0], int(row[1]), row[2], int(row[3]), row[4]) for row in rows]
