@@ -188,7 +188,7 @@ class Cluster:
         arguments = ["nsenter", f"--target={first.pid}", "--all", f"--root=/proc/{first.pid}/root", "--wd=/"]
         try:
             done = await asyncio.to_thread(
-                subprocess.run, [*arguments, "env", "-i", *environment, *command],
+                subprocess.run, [*arguments, "env", "-i", "--chdir=/", *environment, *command],
                 capture_output=True, text=True, check=False, timeout=timeout_s, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:

@@ -202,7 +202,7 @@ async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, An
         try:
             rows = await cluster.usage()
         except RuntimeError as error:
-            return missing(BOOKS, _NONE, str(error)[:200])
+            return missing(BOOKS, _NONE, str(error)[-300:])
         tokens: dict[str, int] = defaultdict(int)
         for request_id, _, _, completion, _ in rows:
             tokens[request_id] += completion

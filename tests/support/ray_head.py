@@ -29,6 +29,8 @@ from tests.support.netns import Host, Network, network
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265  # the namespaces are the test's own
 UP_S = 60.0
+OWN_PROCESSES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""For the node: an engine looks for its Ray node among the processes it sees, and would take the head."""
 GCS_AWAY_S = 900
 """How long the node, and all that runs there, wait for a head that is away (Ray's own default is 60 s)."""
 
@@ -121,7 +123,7 @@ class HeadAndNode:
             environment["RAY_REDIS_ADDRESS"] = f"{self.net.address}:{self._valkey_port}"
         with (self.folder / f"{host.namespace}.log").open("ab") as log:
             subprocess.Popen(
-                host.command(*command),
+                host.command(*([] if host is self.head else OWN_PROCESSES), *command),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
