@@ -22,6 +22,7 @@ from loadtests.children import DidNotStart
 from loadtests.datasets import fixed
 from loadtests.driver import Limits
 from loadtests.faces.base import Face, Request
+from loadtests.faces.grpc_lean import GrpcLean
 from loadtests.faces.grpc_stream import GrpcStream
 from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.figures import Bound, Figure, missing, ratio_figure
@@ -35,6 +36,8 @@ from loadtests.serving import ray_serve
 
 SERVER, ROUTER, SMG, LITELLM = "vLLM server", "vllm-router", "SMG", "LiteLLM"
 RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
+LEAN = "ours StreamChat, lean client"
+"""At one stream alone: the peers' HTTP client runs on the driver's loop, grpcio's through threads of its own."""
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)
@@ -58,6 +61,7 @@ ROWS: tuple[tuple[str, str, str, str, Bound], ...] = (
     (f"CPU per token of the whole serving side, {_A} {_B}", GRPC, ROUTER, "whole", Bound("<=", 0.90)),
     (f"front-end CPU per token, {_A} against Ray Serve's proxy", GRPC, RAY_PROXY, "front", Bound("<=", 0.08)),
     (f"TTFT p50 at one stream, {_A} against vLLM's server alone", ONE + GRPC, ONE + SERVER, "p50", Bound("<=", 1.0)),
+    (f"the same, {_A} by a client on the driver's own loop", ONE + LEAN, ONE + SERVER, "p50", Bound("<=", 1.0)),
     (f"TTFT p50 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p50", Bound("<=", 0.75)),
     (f"TTFT p99 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p99", Bound("<=", 0.75)),
     (f"tokens per CPU-second at 64 streams, {_A} {_B}", GRPC, ROUTER, "yield", Bound(">=", 1.15)),
@@ -95,6 +99,8 @@ class Field:
         self.stage = stage
         self.stack = stack
         self.arms: list[Contestant] = []
+        self.singles: list[Contestant] = []
+        """Of arms that run at one stream alone."""
         setup = stage.options.setup
         self.engine: Mapping[str, object] = ENGINE_ARGUMENTS if setup is None else setup.engine
         self.gpus = 0 if setup is None else setup.gpus
@@ -220,6 +226,11 @@ async def _ours(field: Field, model: Path, bundle: Path) -> None:
         field.stack.push_async_callback(contestant.face.close)
         if await first_call(contestant, fixed(1, PROMPT_WORDS, 4, stage.options.seed)[0]):
             field.arms.append(contestant)
+    if stage.options.wants(GRPC):
+        lean = GrpcLean(ours.grpc, ours.model, metadata=ours.metadata)
+        field.stack.push_async_callback(lean.close)
+        single = stage.report.arm(ONE + LEAN, "the same over the same port, without grpcio in the driver")
+        field.singles.append(Contestant(single, lean, ours.roots))
 
 
 async def _ray(field: Field, stack: AsyncExitStack, name: str, model: Path, *, direct_ingress: bool) -> None:
@@ -247,6 +258,7 @@ async def _rounds(field: Field, part: str = "") -> None:
         for arm in field.arms:
             single = stage.report.arm(ONE + arm.arm.name, arm.arm.description)
             singles.append(Contestant(single, arm.face, arm.roots))
+        singles += field.singles
         await take_turns(
             stage.hurried(SINGLES_SHARE), singles,
             lambda number: fixed(ONE_CALLS, PROMPT_WORDS, ONE_TOKENS, options.seed * 2000 + number),
