@@ -34,6 +34,8 @@ class Stretch:
     outside: float = 0.0
     prompt_s: float = 0.0
     """Of one replica, for all prompts."""
+    tokens: float = 0.0
+    """Of output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,10 @@ class ModelMemory:
     ranks: Mapping[int, float] = field(default_factory=dict)
     """Load by class rank, a mean over five cold starts, as `calls_per_s`."""
     calls_per_s: float = 0.0
+    output: float = 0.0
+    """Load by decoding, in replicas, as `calls_per_s`."""
+    tokens: float = 0.0
+    """Of output by call, as `calls_per_s`."""
     down: tuple[float, int] | None = None
     """The last scale-down: when, and how many there were before."""
 

@@ -41,6 +41,20 @@ class Shadow:
     time_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Came:
+    """One stretch of demand: its load in replicas, and how many calls.
+
+    `slack_s`: for how long a call may wait in line; `behind_s`: replica-seconds of decoding that may be outstanding
+    before streams fall below the pace of the slo.
+    """
+
+    load: float
+    calls: float
+    slack_s: float
+    behind_s: float
+
+
 def nothing() -> Shadow:
     """Before the first observation."""
     return Shadow(np.zeros(RULES), np.zeros(RULES), np.zeros(RULES))
@@ -61,46 +75,47 @@ def whole(replicas: Floats, correction: float) -> Floats:
 
 
 def played(
-    before: Shadow,
-    wanted: Floats,
-    ready: Floats,
-    load: float,
-    calls: float,
-    passed_s: float,
-    slack_s: float,
-    cold_start_s: float,
+    before: Shadow, wanted: Floats, ready: Floats, came: Came, doubt: float, passed_s: float, cold_start_s: float
 ) -> Shadow:
-    """With one more stretch. `wanted` and `ready` by rule, whole; `load` in replicas."""
+    """With one more stretch. `wanted` and `ready` by rule, whole; rules face `doubt` times what came."""
     fade = float(np.exp(-passed_s / (MEMORY * cold_start_s)))
-    served = ready * passed_s
-    after = np.maximum(before.waiting + load * passed_s - served, 0.0)
-    # Work of more than a minute's wait is let go: callers have gone, and rules recover as the real line would.
-    after = np.minimum(after, np.maximum(ready, 1.0) * cold_start_s)
-    late = late_share(ready, before.waiting, after, slack_s) * calls
+    waiting, late = line(ready, before.waiting, came, doubt, passed_s, cold_start_s)
     return Shadow(
         before.cost * fade + wanted * passed_s,
-        before.late * fade + late,
-        after,
-        before.calls * fade + calls,
+        before.late * fade + late * came.calls,
+        waiting,
+        before.calls * fade + came.calls,
         before.time_s * fade + passed_s,
     )
 
 
-def late_share(ready: Floats, before: Floats, after: Floats, slack_s: float) -> Floats:
-    """Of calls that come evenly while waiting work goes from `before` to `after`: who waits longer than the slack."""
-    allowed = ready * slack_s
+def line(ready: Floats, waiting: Floats, came: Came, doubt: float, passed_s: float, cold_start_s: float) -> tuple[Floats, Floats]:
+    """What waits after a stretch, in replica-seconds, and the share of its calls that are late.
+
+    An overload first slows the streams that run: prompts go first, so work of decoding piles up (`behind_s`) till
+    streams are at the pace of the slo. Only then prompts wait in line, for the slack at most. Work of more than a cold
+    start's wait is let go: callers have gone, and rules recover as the real line would.
+    """
+    after = np.maximum(waiting + came.load * doubt * passed_s - ready * passed_s, 0.0)
+    after = np.minimum(after, np.maximum(ready, 1.0) * cold_start_s)
+    return after, late_share(ready * came.slack_s + came.behind_s, waiting, after)
+
+
+def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
+    """Of calls that come evenly while waiting work goes from `before` to `after`: who meets more than is allowed."""
     low, high = np.minimum(before, after), np.maximum(before, after)
     share = (high - allowed) / np.maximum(high - low, 1e-12)
     return np.where(high <= allowed, 0.0, np.minimum(share, 1.0))
 
 
-def best(shadow: Shadow, late_budget: float) -> tuple[int, ...]:
+def best(shadow: Shadow, late_budget: float, window_s: float) -> tuple[int, ...]:
     """The rules to follow: the CHOSEN cheapest within the budget, the cheapest first.
 
-    Where none is within the budget, it is half as much again as the least late. That several are followed at once, and
-    their mean is taken, makes up for what the single cheapest owes to chance.
+    The budget is one of `window_s` seconds, also while less was seen: who spent on one surge what the window allows is
+    not to be doubted for it. A rule that spent more counts as that much dearer, so where none is within the budget (no
+    rule foresees a surge out of nothing) GPUs are not heaped up without end.
     """
-    allowed = max(late_budget * shadow.calls, 1.5 * float(shadow.late.min()))
-    within = np.flatnonzero(shadow.late <= allowed)
-    order = np.argsort(shadow.cost[within], kind="stable")[: int(CHOSEN)]
-    return tuple(within[order].tolist())
+    allowed = late_budget * shadow.calls * max(window_s / shadow.time_s, 1.0)
+    price = shadow.cost * np.maximum(shadow.late / max(allowed, 1e-9), 1.0)
+    order = np.argsort(price, kind="stable")[: int(CHOSEN)]
+    return tuple(order.tolist())

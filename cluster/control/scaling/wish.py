@@ -15,7 +15,7 @@ import numpy as np
 
 from cluster.control.scaling import levels, shadow
 from cluster.control.scaling.memory import Fidelity, ModelMemory, Past, Stretch
-from cluster.control.scaling.shadow import MARGINS
+from cluster.control.scaling.shadow import MARGINS, Came
 from cluster.control.scaling.types import ModelSeen, Rates
 
 STRETCHES = 24
@@ -25,6 +25,8 @@ TRUSTED = 5.0
 BLIND = 2.0
 """Cold starts of demand before anything leaves: till then nothing is known of what comes."""
 FIRST_MARGIN = 1.4
+WINDOW = 60.0
+LEAST_MARGIN = 0.2
 SHARE_OF_BUDGET = 0.85
 """Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
 UP = 0.01
@@ -33,8 +35,12 @@ LEAST = 1.0
 DOUBT = 0.07
 """Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
 rules owes some of its luck to the past that it was chosen by."""
-PATIENCE = 1.5
+PATIENCE = 0.5
 """Cold starts for which a replica is kept that is not wished for."""
+STREAMS = 1 / 3
+BEHIND = 0.2
+"""Of the decoding that comes while a stream runs at the slo's pace: so much may be outstanding. Half is outstanding where
+all streams run at just that pace; half of that is kept for streams that are shorter than the mean."""
 UNKNOWN_RANK = 1 << 10
 
 
@@ -61,6 +67,8 @@ class Work:
     held: int
     within: int
     outside: int
+    tokens: int = 0
+    """Of output, expected."""
 
 
 def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> Work | None:
@@ -85,6 +93,7 @@ def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> Work | None:
         sum(d.held_requests for d in demand.values()),
         sum(d.within_slo for d in demand.values()),
         sum(d.outside_slo for d in demand.values()),
+        sum(d.expected_output_tokens for d in demand.values()),
     )
 
 
@@ -98,6 +107,7 @@ def learn(memory: ModelMemory, seen: ModelSeen, work: Work, passed_s: float, now
         before.within + work.within,
         before.outside + work.outside,
         before.prompt_s + work.prompt_s,
+        before.tokens + work.tokens,
     )
     cold_s = max(seen.settings.cold_start_s, 1.0)
     if passed_s > 0:
@@ -106,6 +116,15 @@ def learn(memory: ModelMemory, seen: ModelSeen, work: Work, passed_s: float, now
         ranks = {r: (v := memory.ranks.get(r, 0.0)) + (s / passed_s - v) * share for r, s in known.items()}
         calls = memory.calls_per_s + (work.calls / passed_s - memory.calls_per_s) * share
         memory = replace(memory, ranks={r: v for r, v in ranks.items() if v > 1e-9}, calls_per_s=calls)
+        output = (work.load_s - work.prompt_s) / passed_s
+        each = work.tokens / work.calls if work.calls else memory.tokens
+        lately = -math.expm1(-passed_s / (STREAMS * cold_s))
+        share = max(share, passed_s / (memory.levels.seen_s + passed_s))
+        memory = replace(
+            memory,
+            output=memory.output + (output - memory.output) * lately,
+            tokens=memory.tokens + (each - memory.tokens) * share,
+        )
     if stretch.passed_s < cold_s / STRETCHES:
         return replace(memory, stretch=stretch)
     return _learn_stretch(replace(memory, stretch=Stretch()), seen, stretch, cold_s, now_s)
@@ -115,7 +134,12 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: f
     slo = seen.settings.slo
     load = one.load_s / one.passed_s
     own_s = one.prompt_s / one.calls if one.calls else 0.0
-    slack_s = max(slo.ttft_s - 2.0 * own_s, slo.ttft_s / 4)
+    came = Came(
+        load,
+        one.calls,
+        max(slo.ttft_s - 2.0 * own_s, slo.ttft_s / 4),
+        memory.output * memory.tokens * slo.itl_s * BEHIND,
+    )
     kept = [p for p in memory.past if p.at_s >= now_s - max(PATIENCE, 1.0) * cold_s - 1e-6]
     past = [p for p in kept if p.at_s >= now_s - cold_s - 1e-6]
     aged = bool(past) and past[0].at_s <= now_s - cold_s + 1.5 * one.passed_s
@@ -132,22 +156,22 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: f
     # Before that every rule would be blamed for a beginning that none foresaw.
     if memory.levels.seen_s >= BLIND * cold_s:
         blocks = max(memory.shadow.time_s / cold_s, 1.0)
-        tried = load * (1.0 + DOUBT / math.sqrt(blocks))
-        played = shadow.played(memory.shadow, wanted, ready, tried, one.calls, one.passed_s, slack_s, cold_s)
-    fidelity = _check(memory.fidelity, seen, one, slack_s, cold_s)
+        doubt = 1.0 + DOUBT / math.sqrt(blocks)
+        played = shadow.played(memory.shadow, wanted, ready, came, doubt, one.passed_s, cold_s)
+    fidelity = _check(memory.fidelity, seen, one, came, cold_s)
     budget = 1.0 - slo.target
+    window = max(WINDOW * cold_s / max(following.seen_s, 1.0), 1.0)
     unforeseen = max(fidelity.late - fidelity.told, 0.0) / max(fidelity.calls, 1.0)
     share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
-    rules = shadow.best(played, share) if played.time_s else ()
+    rules = shadow.best(played, share, WINDOW * cold_s) if played.time_s else ()
     return replace(memory, levels=following, shadow=played, past=tuple(kept), rules=rules, fidelity=fidelity)
 
 
-def _check(before: Fidelity, seen: ModelSeen, one: Stretch, slack_s: float, cold_s: float) -> Fidelity:
+def _check(before: Fidelity, seen: ModelSeen, one: Stretch, came: Came, cold_s: float) -> Fidelity:
     """Play the real replicas in the shadow, and compare with what really became of calls."""
     ready = np.array([float(sum(r.state == "ready" for r in seen.replicas))])
-    waiting = np.array([before.waiting])
-    after = np.minimum(np.maximum(waiting + one.load_s - ready * one.passed_s, 0.0), np.maximum(ready, 1.0) * cold_s)
-    told = float(shadow.late_share(ready, waiting, after, slack_s)[0]) * one.calls
+    waiting, share = shadow.line(ready, np.array([before.waiting]), came, 1.0, one.passed_s, cold_s)
+    told = float(share[0]) * one.calls
     fade = math.exp(-one.passed_s / (shadow.MEMORY * cold_s))
     late, judged = before.late * fade + one.outside, before.calls * fade + one.within + one.outside
     told = before.told * fade + told
@@ -157,7 +181,7 @@ def _check(before: Fidelity, seen: ModelSeen, one: Stretch, slack_s: float, cold
     error = min(max(missing, -1.0), 1.0) if unforeseen > 0.2 * budget or missing < 0 else 0.0
     pace = UP if error > 0 else DOWN
     correction = min(max(before.correction * math.exp(pace * error * one.passed_s / cold_s), LEAST), 2.0)
-    return Fidelity(float(after[0]), told, late, judged, correction)
+    return Fidelity(float(waiting[0]), told, late, judged, correction)
 
 
 def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tuple[Wish, ModelMemory]:
@@ -171,6 +195,9 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
         rules_say = math.ceil(float(held.mean()) * memory.fidelity.correction - 1e-6)
     level = float(following.means[2])
     raw, why = rules_say, "the cheapest rule that would have kept the slo"
+    least = math.ceil(level * (1.0 + LEAST_MARGIN / math.sqrt(1.0 + following.seen_s / (WINDOW * cold_s))) - 1e-6)
+    if raw < least:
+        raw, why = least, "a margin over the load, as long as little is known"
     if following.seen_s < TRUSTED * cold_s:
         raw = math.ceil(FIRST_MARGIN * max(level, float(following.means[1])) - 1e-6)
         why = "little is known yet: a margin over the load"
