@@ -12,13 +12,16 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.control.scaling.types import Decision, ModelSeen, Rates
 
 CLASS = 100.0
+DEEPEST = 6
+"""Classes further down count alike."""
 EDGE = 2.0
-LEAST_GAIN = 1e-9
+LEAST_GAIN = 1e-30
+"""Below what any class counts, so that a wish without load still has an order."""
 MARGIN_USE = 0.2
 """How often the first replica beyond the expected load is used, against one within it."""
 
@@ -59,6 +62,9 @@ class _Purse:
 def share(claims: Sequence[Claim], budget: Mapping[str, int]) -> tuple[Decision, ...]:
     """A decision for every claim, in their order; never more of a GPU type than there is, but for what is frozen."""
     purse = _Purse(budget)
+    # Classes count by their order, not by their numbers: classes that nobody has ranked are alike, not worthless.
+    order = {rank: depth for depth, rank in enumerate(sorted({rank for claim in claims for rank in claim.by_rank}))}
+    claims = [replace(claim, by_rank={order[r]: load for r, load in claim.by_rank.items()}) for claim in claims]
     given: dict[str, dict[str, int]] = {}
     for claim in claims:
         if claim.frozen and claim.fixed is not None:
@@ -117,16 +123,16 @@ def _gain(claim: Claim, number: int) -> float:
         return LEAST_GAIN
     gain, before = 0.0, 0.0
     scale = max(claim.load, total) / total
-    for depth, rank in enumerate(sorted(claim.by_rank)):
+    for rank in sorted(claim.by_rank):
         load = claim.by_rank[rank] * scale
         here = max(min(number, before + load) - max(number - 1, before), 0.0)
-        gain += here / max(claim.load, total) * claim.calls_per_s * CLASS ** -min(rank, 6 + depth)
+        gain += here / max(claim.load, total) * claim.calls_per_s * CLASS ** -min(rank, DEEPEST)
         before += load
     beyond = max(number - max(before, number - 1), 0.0)
     if beyond > 0:
         first = min(claim.by_rank)
         use = MARGIN_USE * math.exp(-max(number - 1 - before, 0.0) / max(before, 1.0) * 4)
-        gain += beyond * use / max(before, 1.0) * claim.calls_per_s * CLASS ** -min(first, 6)
+        gain += beyond * use / max(before, 1.0) * claim.calls_per_s * CLASS ** -min(first, DEEPEST)
     return gain + LEAST_GAIN
 
 

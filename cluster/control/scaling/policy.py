@@ -66,7 +66,7 @@ def _claim(
         have,
         wanted,
         min(settings.min_replicas, wanted),
-        one.load,
+        one.load + work.waiting_s / max(settings.cold_start_s, 1.0),
         after.ranks,
         after.calls_per_s,
         fixed,
