@@ -37,6 +37,7 @@ DOUBT = 0.07
 rules owes some of its luck to the past that it was chosen by."""
 PATIENCE = 0.5
 """Cold starts for which a replica is kept that is not wished for."""
+HOLD = 0.25
 STREAMS = 1 / 3
 BEHIND = 0.2
 """Of the decoding that comes while a stream runs at the slo's pace: so much may be outstanding. Half is outstanding where
@@ -221,7 +222,7 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
             target, why = kept, "not wished for during the patience"
     elif raw > have and over_s <= 0 and memory.down is not None:
         at_s, before = memory.down
-        if now_s - at_s <= cold_s and raw <= before and have:
+        if now_s - at_s <= cold_s and raw <= before * (1.0 + HOLD) and have:
             target, why = have, "something left within a cold start, and no more is wished for than was there"
     numbers = {
         "load": level,
