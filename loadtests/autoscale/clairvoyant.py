@@ -3,8 +3,9 @@
 A call may wait for the time to the first token less what its own prompt takes. What the fluid of the recursion still
 leaves out (decoding that gives way to prompts, calls that do not come evenly within a slot) is made up for by judging
 plans in the simulation: each is replayed call by call, and the cheapest that holds the slo there is the optimum that
-is compared with. The recursion takes somewhat less slack and more work than there is, and spreads decoding in two ways
-(`TRIED`), since a plan without late calls in the fluid may have some there. `bound_s` is the recursion's own lower bound.
+is compared with. The recursion takes somewhat less slack and more work than there is, and spreads decoding in two
+ways (`TRIED`), since a plan without late calls in the fluid may have some there. `bound_s` is the recursion's own
+lower bound, which is one of the fluid.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ TRIED = ((0.8, 1.05, 0.03), (0.8, 1.12, 0.03), (0.5, 1.05, 0.03), (0.5, 1.02, 0.
 CLASSES_S = (0.2, 0.5, 1.0, 1.5)
 """Calls are classed by what their own prompt takes: up to each of these, and the rest."""
 LINGERS = (0, 1, 2)
-"""Slots that a replica stays beyond what the recursion gives it, where the slo does not hold without: the recursion does
-not know that streams of replicas that leave are computed again elsewhere."""
+"""Slots that a replica stays beyond what the recursion gives it, where the slo does not hold without: the recursion
+does not know that streams of replicas that leave are computed again elsewhere."""
 NEAR = 0.1
 """A plan that misses the target by more is not mended by lingering."""
 BESIDE = 30.0

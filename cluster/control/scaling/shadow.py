@@ -89,7 +89,9 @@ def played(
     )
 
 
-def line(ready: Floats, waiting: Floats, came: Came, doubt: float, passed_s: float, cold_start_s: float) -> tuple[Floats, Floats]:
+def line(
+    ready: Floats, waiting: Floats, came: Came, doubt: float, passed_s: float, cold_start_s: float
+) -> tuple[Floats, Floats]:
     """What waits after a stretch, in replica-seconds, and the share of its calls that are late.
 
     An overload first slows the streams that run: prompts go first, so work of decoding piles up (`behind_s`) till

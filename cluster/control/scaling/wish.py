@@ -1,8 +1,8 @@
 """How many replicas one model wishes for, from what it has seen of its demand; the budget is not looked at here.
 
 Up: what the followed rule (shadow.py) wants, at once. Down: only what has not been wished for during the model's
-patience, one cold start to begin with, since to keep a replica for that long costs as much as to start it again
-(ski rental). A scale-down that had to be taken back within a cold start makes the patience longer.
+patience: half a cold start, since to keep a replica for a whole one costs as much as to start it again (ski rental).
+After a scale-down nothing is started for a cold start unless calls wait too long or far more is wished for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ BLIND = 2.0
 """Cold starts of demand before anything leaves: till then nothing is known of what comes."""
 FIRST_MARGIN = 1.4
 WINDOW = 60.0
+"""Cold starts over which the slo's budget of late calls is one: an hour, where a start takes a minute."""
 LEAST_MARGIN = 0.2
+"""Over the mean of a cold start, below which no rule goes while nothing is known; it falls with the root of the time
+seen, by WINDOW. As much as public traces move within a cold start, most of the time."""
 SHARE_OF_BUDGET = 0.85
 """Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
 UP = 0.01
@@ -36,12 +39,15 @@ DOUBT = 0.07
 """Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
 rules owes some of its luck to the past that it was chosen by."""
 PATIENCE = 0.5
-"""Cold starts for which a replica is kept that is not wished for."""
+"""Cold starts for which a replica is kept that is not wished for; signals fall at a pace of their own besides."""
 HOLD = 0.25
+"""Within a cold start of a scale-down no more is started for a wish of up to this above what was there: margins are for
+that, and a start would not serve before the swing is over."""
 STREAMS = 1 / 3
+"""Cold starts over which the decoding of running streams is counted: about as long as a stream lasts."""
 BEHIND = 0.2
-"""Of the decoding that comes while a stream runs at the slo's pace: so much may be outstanding. Half is outstanding where
-all streams run at just that pace; half of that is kept for streams that are shorter than the mean."""
+"""Of the decoding that comes while a stream lasts at the slo's pace: so much may pile up before prompts wait. Half is
+outstanding when all streams run at just that pace; streams have an own pace that takes some, and part is kept."""
 UNKNOWN_RANK = 1 << 10
 
 
@@ -161,7 +167,6 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: f
         played = shadow.played(memory.shadow, wanted, ready, came, doubt, one.passed_s, cold_s)
     fidelity = _check(memory.fidelity, seen, one, came, cold_s)
     budget = 1.0 - slo.target
-    window = max(WINDOW * cold_s / max(following.seen_s, 1.0), 1.0)
     unforeseen = max(fidelity.late - fidelity.told, 0.0) / max(fidelity.calls, 1.0)
     share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
     rules = shadow.best(played, share, WINDOW * cold_s) if played.time_s else ()
@@ -223,7 +228,7 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
     elif raw > have and over_s <= 0 and memory.down is not None:
         at_s, before = memory.down
         if now_s - at_s <= cold_s and raw <= before * (1.0 + HOLD) and have:
-            target, why = have, "something left within a cold start, and no more is wished for than was there"
+            target, why = have, "something left within a cold start, and little more is wished for than was there"
     numbers = {
         "load": level,
         "load_now": float(following.means[0]),
