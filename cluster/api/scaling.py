@@ -15,7 +15,7 @@ class ScalingDecision:
     before: int
     replicas: int
     action: str
-    """up, down, to_zero, from_zero or hold."""
+    """up, down, to_zero, from_zero, move (to another type of GPU) or hold."""
     why: str
     numbers: Mapping[str, float] = field(default_factory=dict)
     passes: int = 1

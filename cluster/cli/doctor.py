@@ -75,6 +75,11 @@ def check_ip() -> Finding:
     return _tool("ip", "tests with two nodes", "apt-get install -y iproute2", "iproute2")
 
 
+def check_ping() -> Finding:
+    """iputils' `ping`, which tells whether a cut cable is cut."""
+    return _tool("ping", "tests with several hosts", "apt-get install -y iputils-ping", "iputils-ping")
+
+
 def check_namespaces() -> Finding:
     """Whether this process may make network namespaces."""
     purpose = "tests with two nodes"
@@ -196,6 +201,7 @@ CHECKS: Sequence[Callable[[], Finding]] = (
     lambda: _tool("make", "make demo, make test", "apt-get install -y make", "make"),
     lambda: _tool("buf", "make check", "make setup (it brings buf)"),
     check_ip,
+    check_ping,
     check_namespaces,
     check_valkey,
     check_postgresql,

@@ -59,6 +59,8 @@ class Observed:
     ray: str = "local"
     named: str = ""
     """Its name on Ray where that is not `app_name` of the rest."""
+    gpu: str = ""
+    """The type that it was made for; "" for any, or where nobody has said."""
 
     @property
     def app(self) -> str:
@@ -84,6 +86,7 @@ class Wanted:
     version: str = "v1"
     ray: str = "local"
     stale: bool = False
+    gpu: str = ""
 
     @property
     def app(self) -> str:
@@ -150,13 +153,12 @@ def reconcile(
         heirs = [want for want in wanted if want.model == old.model]
         if heirs and old.model in frozen:
             continue
-        heir = next((want for want in heirs if want.version == old.version), heirs[0] if heirs else None)
-        seen = None if heir is None else observed.get(heir.app)
-        if heir is None or (old.model, old.version) in dropped or _serves_as_many(heir, seen):
+        waited_for = [want for want in _heirs(old, heirs) if not _serves_as_many(want, observed.get(want.app))]
+        if not waited_for or (old.model, old.version) in dropped:
             retired.add(old.app)
             if old.app in empty:
                 actions.append(Delete(old.app, old.ray))
-        elif (replicas := _makes_room(heir, seen, old, now_s)) != old.target:
+        elif (replicas := _makes_room(waited_for[0], observed.get(waited_for[0].app), old, now_s)) != old.target:
             actions.append(Scale(old.app, replicas, old.ray))
     for want in wanted:
         there = any(one.model == want.model and not one.deleting for one in observed.values())
@@ -164,6 +166,15 @@ def reconcile(
         if action is not None:
             actions.append(action)
     return Plan(tuple(sorted(actions, key=lambda one: not isinstance(one, Delete))), frozenset(retired))
+
+
+def _heirs(old: Observed, wanted: Sequence[Wanted]) -> Sequence[Wanted]:
+    """Which of its model's take its place: those of its version, else those of the first, and of these the one of its
+    type of GPU where that is to have replicas."""
+    versions = [want.version for want in wanted]
+    version = old.version if old.version in versions else next(iter(versions), "")
+    mine = [want for want in wanted if want.version == version]
+    return [want for want in mine if want.gpu == old.gpu and want.replicas] or mine
 
 
 def _serves_as_many(heir: Wanted, seen: Observed | None) -> bool:

@@ -5,6 +5,8 @@ keeps has to outlive it but what operators have asked (`Asked`): a new one takes
 last, learns rates and cold starts again, and counts demand from where the gateways' counters stand.
 
 While no gateway is linked the demand is not known, and every number stays as it is.
+
+A model may have several types of GPU, each with a spec of its own; rates are learnt and numbers decided for each type.
 """
 
 from __future__ import annotations
@@ -25,12 +27,18 @@ from cluster.control.scaling import (
     ModelSeen,
     ModelSettings,
     Observation,
+    Rates,
     ReplicaSeen,
     Slo,
     decide,
 )
 from cluster.control.scaling.types import ReplicaState
+from cluster.control.versions import over_types
 
+Kind = tuple[str, str]
+"""A model and a type of GPU."""
+PLENTY = 1_000_000
+"""Replicas of a type, where nobody says how many find a place."""
 KEPT = 200
 """Decisions of each model that are kept to be explained."""
 DECIDE_S = 5.0
@@ -59,7 +67,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class OnRay:
-    """What Ray has of a model: the number it is told, and replicas that serve, that come up, and that leave."""
+    """What Ray has of a model on a type of GPU: the number it is told, and replicas that serve, come up, and leave."""
 
     target: int = 0
     running: int = 0
@@ -69,7 +77,8 @@ class OnRay:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker that some gateway has a link to."""
+    """A worker that some gateway has a link to. `gpu`: the type that it was made for; one that the model does not have
+    counts as its first."""
 
     worker_id: str
     incarnation: str
@@ -79,17 +88,26 @@ class WorkerSeen:
     kv_use: float = 0.0
     work: Work = field(default_factory=Work)
     limits: Limits | None = None
+    gpu: str = ""
+
+
+@dataclass(slots=True)
+class _Learnt:
+    """Of one type of GPU."""
+
+    costs: LearntCosts = field(default_factory=LearntCosts)
+    limits: Limits = field(default_factory=lambda: Limits(0, 0, 0))
 
 
 @dataclass(slots=True)
 class _Model:
-    desired: int | None = None
+    desired: dict[str, int] | None = None
+    """By type."""
     since: dict[str, tuple[ReplicaState, float]] = field(default_factory=dict)
     ordered_at: list[float] = field(default_factory=list)
     starting_since_s: float = 0.0
     cold_start_s: float = 0.0
-    costs: LearntCosts = field(default_factory=LearntCosts)
-    limits: Limits = field(default_factory=lambda: Limits(0, 0, 0))
+    learnt: dict[str, _Learnt] = field(default_factory=dict)
     decisions: deque[ScalingDecision] = field(default_factory=lambda: deque(maxlen=KEPT))
     counts: dict[str, int] = field(default_factory=dict)
     gpu_seconds: float = 0.0
@@ -110,12 +128,13 @@ class Scaler:
         self.demands = Demands(now)
         self._memory = Memory()
         self._models: dict[str, _Model] = {}
-        self._specs: dict[str, ModelSpec] = {}
+        self._specs: dict[str, tuple[ModelSpec, ...]] = {}
+        self._room: Mapping[Kind, int] = {}
         self._looked_at: float | None = None
         self._decide_at = now
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{name} {one.desired}" for name, one in self._models.items())
+        counts = ", ".join(f"{name} {_total(one.desired or {})}" for name, one in self._models.items())
         return f"Scaler({counts or 'nothing seen'})"
 
     # ---- a pass
@@ -123,42 +142,53 @@ class Scaler:
     def look(
         self,
         specs: Sequence[ModelSpec],
-        on_ray: Mapping[str, OnRay],
+        on_ray: Mapping[Kind, OnRay],
         workers: Sequence[WorkerSeen],
         now: float,
         wall_s: float,
         *,
         blind: bool = False,
+        room: Mapping[Kind, int] | None = None,
     ) -> Sequence[tuple[str, ScalingDecision]]:
-        """What has been decided anew, by model. `blind`: no gateway is linked."""
+        """What has been decided anew, by model. Several `specs` of one name are its types of GPU, the first choice
+        first. `blind`: no gateway is linked. `room`: how many replicas of a model have a place on a type of GPU, where
+        that counts."""
         passed_s = 0.0 if self._looked_at is None else now - self._looked_at
         self._looked_at = now
-        if {spec.name: spec for spec in specs} != self._specs:
+        wanted: dict[str, tuple[ModelSpec, ...]] = {}
+        for spec in specs:
+            wanted[spec.name] = (*wanted.get(spec.name, ()), spec)
+        if wanted != self._specs:
             self.hurry()
-        self._specs = {spec.name: spec for spec in specs}
+        self._specs, self._room = wanted, room or {}
         self._models = {name: self._models.get(name) or _Model() for name in self._specs}
-        mine: dict[str, list[WorkerSeen]] = {name: [] for name in self._specs}
+        mine: dict[str, dict[str, list[WorkerSeen]]] = {
+            name: {spec.gpu: [] for spec in types} for name, types in self._specs.items()
+        }
         for worker in workers:
             if worker.model in mine:
-                mine[worker.model].append(worker)
+                of_model = mine[worker.model]
+                of_model.get(worker.gpu, next(iter(of_model.values()))).append(worker)
         seen: dict[str, ModelSeen] = {}
         decides = not blind and now >= self._decide_at
         demand = self.demands.take(now) if decides else {}
-        for name, spec in self._specs.items():
-            ray = on_ray.get(name, OnRay())
+        for name, types in self._specs.items():
+            rays = _by_type(types, on_ray)
             model = self._models[name]
-            if model.desired is None:  # what was decided last, by whomever; a model that is new begins
-                model.desired = ray.target if name in on_ray else spec.replicas
+            model.desired = self._begun(model, types, rays)
             self._learn(model, mine[name])
-            replicas = self._replicas(spec, model, ray, mine[name], now, wall_s)
-            held = max(ray.running + ray.placed + ray.leaving, len(mine[name]))
-            model.gpu_seconds += passed_s * held * world_size(spec)
-            model.standing = self._standing(spec, model, ray, replicas)
+            replicas = self._replicas(types, model, rays, mine[name], now, wall_s)
+            for spec in types:
+                ray = rays.get(spec.gpu, OnRay())
+                held = max(ray.running + ray.placed + ray.leaving, len(mine[name][spec.gpu]))
+                model.gpu_seconds += passed_s * held * world_size(spec)
+            model.standing = self._standing(types[0], model, sum(ray.target for ray in rays.values()), replicas)
             seen[name] = ModelSeen(
-                settings=self._settings_of(spec, model),
+                settings=self._settings_of(types, model),
                 demand=demand.get(name, {}),
                 replicas=replicas,
-                rates={spec.gpu: model.costs.rates(model.limits, spec.slo_itl_s, world_size(spec))},
+                rates={spec.gpu: _rates(model, spec) for spec in types},
+                room={spec.gpu: self._room[name, spec.gpu] for spec in types if (name, spec.gpu) in self._room},
             )
         if blind:
             self.hurry()  # as soon as somebody tells
@@ -180,18 +210,19 @@ class Scaler:
         self._decide_at = float("-inf")
 
     def replicas(self, spec: ModelSpec) -> int:
-        """How many the model is to have; as many as it begins with before the first look."""
+        """How many the model is to have on the spec's type of GPU; as many as it begins with before the first look."""
         model = self._models.get(spec.name)
-        return spec.replicas if model is None or model.desired is None else model.desired
+        return spec.replicas if model is None or model.desired is None else model.desired.get(spec.gpu, 0)
 
     def told(self, entry: CatalogEntry) -> CatalogEntry:
         """What gateways need in order to judge calls, and to tell those that wait how long it takes."""
-        model, spec = self._models.get(entry.name), self._specs.get(entry.name)
-        if model is None or spec is None:
+        model, types = self._models.get(entry.name), self._specs.get(entry.name)
+        if model is None or types is None:
             return entry
+        spec = types[0]
         return dataclasses.replace(
             entry,
-            replicas_desired=self.replicas(spec),
+            replicas_desired=sum(self.replicas(one) for one in types),
             cold_start_s=round(model.cold_start_s, 1) or entry.cold_start_s or self.settings.cold_start_s,
             slo_ttft_s=spec.slo_ttft_s,
             slo_itl_s=spec.slo_itl_s,
@@ -200,64 +231,95 @@ class Scaler:
 
     # ---- what it is made of
 
-    def _settings_of(self, spec: ModelSpec, model: _Model) -> ModelSettings:
+    def _begun(self, model: _Model, types: Sequence[ModelSpec], rays: Mapping[str, OnRay]) -> dict[str, int]:
+        """What was decided last, by whomever, for the types that there are now; a model that is new begins."""
+        last = model.desired
+        if last is None and rays:
+            last = {gpu: ray.target for gpu, ray in rays.items()}
+        gpus = [spec.gpu for spec in types]
+        if last is not None and set(last) <= set(gpus):
+            return {gpu: last.get(gpu, 0) for gpu in gpus}
+        return self._spread(types, types[0].replicas if last is None else _total(last), last or {})
+
+    def _spread(self, types: Sequence[ModelSpec], replicas: int, there: Mapping[str, int]) -> dict[str, int]:
+        """So many over the types; what is there stays where it can."""
+        room = [self._room.get((spec.name, spec.gpu), PLENTY) for spec in types]
+        counts = over_types(replicas, room, [there.get(spec.gpu, 0) for spec in types])
+        return {spec.gpu: count for spec, count in zip(types, counts, strict=True)}
+
+    def _settings_of(self, types: Sequence[ModelSpec], model: _Model) -> ModelSettings:
+        spec = types[0]
         return ModelSettings(
             min_replicas=spec.min_replicas,
             max_replicas=max(spec.max_replicas, spec.min_replicas),
             idle_s=spec.idle_s,
             slo=Slo(spec.slo_ttft_s, spec.slo_itl_s, spec.slo_target),
-            gpus=(spec.gpu,),
+            gpus=tuple(one.gpu for one in types),
             cold_start_s=model.cold_start_s or self.settings.cold_start_s,
             manual=self.asked.manual.get(spec.name),
             frozen=spec.name in self.asked.frozen,
         )
 
-    def _learn(self, model: _Model, workers: Sequence[WorkerSeen]) -> None:
-        model.costs.seen({worker.incarnation: worker.work for worker in workers})
-        for worker in workers:
-            if worker.limits is not None:
-                model.limits = worker.limits
+    def _learn(self, model: _Model, workers: Mapping[str, Sequence[WorkerSeen]]) -> None:
+        model.learnt = {gpu: model.learnt.get(gpu) or _Learnt() for gpu in workers}
+        for gpu, learnt in model.learnt.items():
+            learnt.costs.seen({worker.incarnation: worker.work for worker in workers[gpu]})
+            for worker in workers[gpu]:
+                if worker.limits is not None:
+                    learnt.limits = worker.limits
 
     def _replicas(
         self,
-        spec: ModelSpec,
+        types: Sequence[ModelSpec],
         model: _Model,
-        ray: OnRay,
-        workers: Sequence[WorkerSeen],
+        rays: Mapping[str, OnRay],
+        workers: Mapping[str, Sequence[WorkerSeen]],
         now: float,
         wall_s: float,
     ) -> list[ReplicaSeen]:
         """Linked ones are ready, those that Ray is to have beside them are starting, those beyond its target leave."""
-        target = ray.target if model.desired is None else model.desired
-        serving = sorted((w for w in workers if w.serves), key=lambda w: model.since.get(w.worker_id, ("", now))[1])
-        states: dict[str, ReplicaState] = {w.worker_id: "ready" for w in serving[:target]}
-        states |= {w.worker_id: "draining" for w in workers if w.worker_id not in states}
+        states: dict[str, ReplicaState] = {}
+        gpus: dict[str, str] = {}
+        for spec in types:
+            mine = self._states(spec, model, rays.get(spec.gpu, OnRay()), workers[spec.gpu], now)
+            states |= mine
+            gpus |= dict.fromkeys(mine, spec.gpu)
         started = [name for name, state in states.items() if state == "ready" and name not in model.since]
         self._started(model, started, now)
-        missing = target - len(serving[:target])
-        states |= {f"{spec.name}-starting-{number}": "starting" for number in range(missing)}
-        unlinked = max(ray.leaving - sum(state == "draining" for state in states.values()), 0)
-        states |= {f"{spec.name}-leaving-{number}": "draining" for number in range(unlinked)}
         model.since = {
             name: before if (before := model.since.get(name)) is not None and before[0] == state else (state, now)
             for name, state in states.items()
         }
-        if not missing or serving:
+        serving = any(worker.serves for them in workers.values() for worker in them)
+        if serving or "starting" not in states.values():
             model.starting_since_s = 0.0
         elif not model.starting_since_s:
             model.starting_since_s = wall_s - (now - min(model.ordered_at, default=now))
-        told = {worker.worker_id: worker for worker in workers}
+        told = {worker.worker_id: worker for them in workers.values() for worker in them}
         return [
             ReplicaSeen(
                 replica_id=name,
                 state=state,
                 since_s=model.since[name][1],
-                gpu=spec.gpu,
+                gpu=gpus[name],
                 running=told[name].running if name in told else 0,
                 kv_use=told[name].kv_use if name in told else 0.0,
             )
             for name, state in states.items()
         ]
+
+    def _states(
+        self, spec: ModelSpec, model: _Model, ray: OnRay, workers: Sequence[WorkerSeen], now: float
+    ) -> dict[str, ReplicaState]:
+        """Those on one type of GPU, by name."""
+        target = (model.desired or {}).get(spec.gpu, 0)
+        serving = sorted((w for w in workers if w.serves), key=lambda w: model.since.get(w.worker_id, ("", now))[1])
+        states: dict[str, ReplicaState] = {w.worker_id: "ready" for w in serving[:target]}
+        states |= {w.worker_id: "draining" for w in workers if w.worker_id not in states}
+        kind = f"{spec.name}-{spec.gpu}" if spec.gpu else spec.name
+        states |= {f"{kind}-starting-{number}": "starting" for number in range(target - len(serving[:target]))}
+        unlinked = max(ray.leaving - sum(state == "draining" for state in states.values()), 0)
+        return states | {f"{kind}-leaving-{number}": "draining" for number in range(unlinked)}
 
     def _started(self, model: _Model, names: Sequence[str], now: float) -> None:
         """Replicas that serve for the first time: how long after the decision, where it was made here."""
@@ -267,14 +329,14 @@ class Scaler:
             took_s = now - model.ordered_at.pop(0)
             model.cold_start_s += (took_s - model.cold_start_s) * (NEWEST if model.cold_start_s else 1.0)
 
-    def _standing(self, spec: ModelSpec, model: _Model, ray: OnRay, replicas: Sequence[ReplicaSeen]) -> ModelScaling:
+    def _standing(self, spec: ModelSpec, model: _Model, target: int, replicas: Sequence[ReplicaSeen]) -> ModelScaling:
         frozen = self.settings.frozen or self.asked.all_frozen or spec.name in self.asked.frozen
         return ModelScaling(
             name=spec.name,
-            target=ray.target,
+            target=target,
             running=sum(one.state == "ready" for one in replicas),
             starting=sum(one.state == "starting" for one in replicas),
-            desired=ray.target if model.desired is None else model.desired,
+            desired=_total(model.desired or {}),
             min_replicas=spec.min_replicas,
             max_replicas=max(spec.max_replicas, spec.min_replicas),
             idle_s=spec.idle_s,
@@ -285,17 +347,19 @@ class Scaler:
 
     def _keep(self, decision: Decision, now: float, wall_s: float) -> tuple[str, ScalingDecision] | None:
         """Take a decision over; the decision if it differs from the last."""
-        model, spec = self._models[decision.model], self._specs[decision.model]
+        name, model = decision.model, self._models[decision.model]
         assert model.standing is not None, "it has been looked at"
-        before, wanted = model.standing.desired, decision.total
-        if self._frozen(spec.name):
-            wanted = before
-        if wanted > before:
-            model.ordered_at += [now] * (wanted - before)
-        elif wanted < before:
-            del model.ordered_at[max(len(model.ordered_at) - (before - wanted), 0) :]
-        model.desired, model.numbers = wanted, dict(decision.numbers)
-        action = _action(before, wanted)
+        assert model.desired is not None, "it has been looked at"
+        last_time = model.desired
+        if not self._frozen(name):
+            model.desired = {gpu: decision.replicas.get(gpu, 0) for gpu in last_time}
+        more = {gpu: count - last_time[gpu] for gpu, count in model.desired.items()}
+        fewer = -sum(min(count, 0) for count in more.values())
+        del model.ordered_at[max(len(model.ordered_at) - fewer, 0) :]
+        model.ordered_at += [now] * sum(max(count, 0) for count in more.values())
+        model.numbers = dict(decision.numbers)
+        before, wanted = model.standing.desired, _total(model.desired)
+        action = _action(before, wanted) if wanted != before or not any(more.values()) else "move"
         made = ScalingDecision(wall_s, before, wanted, action, decision.why, dict(decision.numbers))
         model.standing = dataclasses.replace(model.standing, desired=wanted, why=decision.why)
         model.counts[action] = model.counts.get(action, 0) + 1
@@ -304,18 +368,19 @@ class Scaler:
             model.decisions[-1] = dataclasses.replace(last, numbers=made.numbers, passes=last.passes + 1)
             return None
         model.decisions.append(made)
-        return None if action == "hold" else (spec.name, made)
+        return None if action == "hold" else (name, made)
 
     def _hold(self, wall_s: float) -> Sequence[tuple[str, ScalingDecision]]:
         """Nobody tells what the demand is; but bounds hold, what an operator asks is done, and a new model begins."""
         made = []
         for name, model in self._models.items():
             assert model.standing is not None, "it has been looked at"
-            spec, before = self._specs[name], model.standing.desired
+            types, before = self._specs[name], model.standing.desired
+            spec = types[0]
             within = min(max(before, spec.min_replicas), max(spec.max_replicas, spec.min_replicas))
             wanted = before if self._frozen(name) else self.asked.manual.get(name, within)
-            model.desired = wanted
             if wanted != before:
+                model.desired = self._spread(types, wanted, model.desired or {})
                 why = "manual" if name in self.asked.manual else "bounds"
                 decision = ScalingDecision(wall_s, before, wanted, _action(before, wanted), why)
                 model.decisions.append(decision)
@@ -340,13 +405,15 @@ class Scaler:
 
     def _numbers(self, model: _Model) -> Mapping[str, float]:
         numbers = dict(model.numbers)
-        costs = model.costs.costs()
-        if costs is not None:
-            numbers |= {
-                "learnt_step_s": costs.fixed_s,
-                "learnt_decode_s_a_token": costs.decode_s,
-                "learnt_prefill_s_a_token": costs.prefill_s,
-            }
+        for gpu, learnt in model.learnt.items():
+            costs = learnt.costs.costs()
+            if costs is not None:
+                of = f"[{gpu}]" if len(model.learnt) > 1 else ""
+                numbers |= {
+                    f"learnt_step_s{of}": costs.fixed_s,
+                    f"learnt_decode_s_a_token{of}": costs.decode_s,
+                    f"learnt_prefill_s_a_token{of}": costs.prefill_s,
+                }
         return numbers
 
     def counters(self) -> Mapping[str, tuple[Mapping[str, int], float]]:
@@ -359,14 +426,41 @@ class Scaler:
         return list(self._models)
 
     def find(self, name: str) -> ModelSpec | None:
-        """By name or alias."""
-        found = self._specs.get(name)
-        return found or next((spec for spec in self._specs.values() if name in spec.aliases), None)
+        """By name or alias, on its first type of GPU."""
+        if name in self._specs:
+            return self._specs[name][0]
+        return next((types[0] for types in self._specs.values() if name in types[0].aliases), None)
 
 
 def world_size(spec: ModelSpec) -> int:
     """GPUs that one replica takes."""
     return spec.tensor_parallel_size * spec.pipeline_parallel_size
+
+
+def _total(counts: Mapping[str, int]) -> int:
+    return sum(counts.values())
+
+
+def _by_type(types: Sequence[ModelSpec], on_ray: Mapping[Kind, OnRay]) -> dict[str, OnRay]:
+    """What Ray has of a model; what is on none of its types counts as on the first. Empty: nothing at all."""
+    gpus = [spec.gpu for spec in types]
+    found: dict[str, OnRay] = {}
+    for (name, gpu), ray in on_ray.items():
+        if name == types[0].name:
+            gpu = gpu if gpu in gpus else gpus[0]
+            before = found.get(gpu, OnRay())
+            found[gpu] = OnRay(
+                before.target + ray.target,
+                before.running + ray.running,
+                before.placed + ray.placed,
+                before.leaving + ray.leaving,
+            )
+    return found
+
+
+def _rates(model: _Model, spec: ModelSpec) -> Rates:
+    learnt = model.learnt[spec.gpu]
+    return learnt.costs.rates(learnt.limits, spec.slo_itl_s, world_size(spec))
 
 
 def _action(before: int, wanted: int) -> str:

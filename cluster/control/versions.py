@@ -91,13 +91,18 @@ def total_of(replicas: int, parts: Sequence[Share]) -> int:
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 
 
-def over_types(replicas: int, capacities: Sequence[int]) -> tuple[int, ...]:
-    """How many on each type of GPU, the first choice first: as many as it holds, and the rest on the next. What fits
-    nowhere waits for the first choice."""
-    left, counts = replicas, []
-    for capacity in capacities:
-        counts.append(min(left, max(capacity, 0)))
+def over_types(replicas: int, capacities: Sequence[int], there: Sequence[int] = ()) -> tuple[int, ...]:
+    """How many on each type of GPU, the first choice first: what is `there` stays there; others come to the first type
+    that holds them. What fits nowhere waits for the first choice."""
+    room = [max(capacity, 0) for capacity in capacities]
+    counts, left = [], replicas
+    for have, most in zip([*there, *[0] * (len(room) - len(there))], room, strict=True):
+        counts.append(min(have, most, left))
         left -= counts[-1]
+    for at, most in enumerate(room):
+        more = min(most - counts[at], left)
+        counts[at] += more
+        left -= more
     if counts:
         counts[0] += left
     return tuple(counts)

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
-from cluster.engine import arguments, fastpath, repairs, sockets, watchdog
+from cluster.engine import arguments, fastpath, forks, repairs, sockets, watchdog
 from cluster.engine.fastpath import FastPath
 from cluster.engine.paths import EnginePath, Live, StepStats
 from cluster.engine.public import PublicPath
@@ -88,6 +88,7 @@ class VllmEngine:
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             raise ValueError(f"models[{self._spec.name}]: vLLM does not take this entry: {error}") from error
         repairs.apply()
+        forks.install()
         try:
             path: EnginePath = FastPath(config) if fast else PublicPath(config)
         except Exception as error:

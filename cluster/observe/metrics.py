@@ -55,7 +55,7 @@ DEFINITIONS: Mapping[str, _Definition] = {
     ),
     "scaling_decisions_total": _Definition(
         "counter",
-        "Passes of the controller by what they decided: hold, up, down, to_zero, from_zero.",
+        "Passes of the controller by what they decided: hold, up, down, to_zero, from_zero, move.",
         ("model", "outcome"),
     ),
     "gpu_seconds_total": _Definition("counter", "GPU-seconds that a model's replicas have held.", ("model",)),

@@ -27,7 +27,7 @@ from cluster.control.catalog import Known, Reported
 from cluster.control.reconcile import Observed
 from cluster.control.scaler import Scaler
 from cluster.control.scaling_desk import Desk
-from cluster.control.versions import Mark, Share, over_types, replicas_of, shares, total_of
+from cluster.control.versions import Mark, Share, replicas_of, shares, total_of
 from cluster.link.catalog_verbs import catalog_verbs
 from cluster.link.controller import ControllerEnd, FleetWorker
 from cluster.link.scaling_verbs import scaling_verbs
@@ -185,26 +185,32 @@ class Controller:
         the calls, or a replacement that is not up yet, was not asked for by the scaler."""
         stay = [seen for app, seen in snapshot.apps.items() if app not in self._retired_since_s]
         there = scaling.on_ray(stay)
+        room: dict[tuple[str, str], int] = {}
         for model, them in self._wanted.items():
             runs = {part.version for part in parts[model] if not part.gone}
             apps = [snapshot.apps.get(one.app) for one in them if one.spec.version in runs]
-            targets = [seen.target for seen in apps if seen is not None]
-            if targets and model in there:
-                there[model] = replace(there[model], target=total_of(sum(targets), parts[model]))
+            targets: dict[str, int] = {}
+            for seen in apps:
+                if seen is not None:
+                    targets[seen.gpu] = targets.get(seen.gpu, 0) + seen.target
+            if targets:
+                for kind in [kind for kind in there if kind[0] == model]:
+                    target = total_of(targets.get(kind[1], 0), parts[model])
+                    there[kind] = replace(there[kind], target=target)
+            choices = _choices(them)
+            if len(choices) > 1:
+                room |= {(model, one.spec.gpu): self._capacity(one, snapshot) for one in choices}
         decided = self.scaler.look(
-            [them[0].spec for them in self._wanted.values()],
+            [one.spec for them in self._wanted.values() for one in _choices(them)],
             there,
-            scaling.workers_of(fleet),
+            scaling.workers_of(fleet, {seen.digest: seen.gpu for seen in snapshot.apps.values()}),
             self.now(),
             self.wall_s(),
             blind=not self.gateways.linked,
+            room=room,
         )
         scaling.tell(decided)
         self.on_look()
-
-    def _replicas(self, spec: ModelSpec) -> int:
-        """Of all versions together."""
-        return self.scaler.replicas(spec)
 
     # ---- versions
 
@@ -225,14 +231,14 @@ class Controller:
         snapshot: Snapshot,
         fleet: Sequence[FleetWorker],
     ) -> Iterator[reconcile.Wanted]:
-        """A model's applications with the number of their replicas; one of a version that is gone is not among them."""
-        counts = replicas_of(self._replicas(them[0].spec), parts)
+        """A model's applications with the number of their replicas; one of a version that is gone is not among them.
+        Versions have their parts on every type of GPU that is in use, so that like is compared with like."""
         for part in parts:
             if part.gone:
                 continue
             choices = [one for one in them if one.spec.version == part.version]
-            room = [self._capacity(one, snapshot) for one in choices]
-            for one, replicas in zip(choices, over_types(counts[part.version], room), strict=True):
+            for one in choices:
+                replicas = replicas_of(self.scaler.replicas(one.spec), parts)[part.version]
                 if replicas or one is choices[0] or one.app in snapshot.apps:
                     yield reconcile.Wanted(
                         model=one.spec.name,
@@ -241,6 +247,7 @@ class Controller:
                         version=one.spec.version,
                         ray=one.ray_cluster,
                         stale=_stale(one, fleet),
+                        gpu=one.spec.gpu,
                     )
 
     def _capacity(self, settings: ReplicaSettings, snapshot: Snapshot) -> int:
@@ -451,6 +458,11 @@ class Controller:
                     them[0].spec, ModelState.DECLARED, None, known=Known(trouble=reason)
                 )
             self.gateways.publish(self.entries())
+
+
+def _choices(them: Sequence[ReplicaSettings]) -> Sequence[ReplicaSettings]:
+    """The types of GPU of the version that stays, the first choice first."""
+    return [one for one in them if one.spec.version == them[0].spec.version]
 
 
 def _stale(settings: ReplicaSettings, fleet: Sequence[FleetWorker]) -> bool:

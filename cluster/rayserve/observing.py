@@ -58,6 +58,7 @@ def _observe(name: str, app: Mapping[str, Any]) -> Observed:
         deployed_at_s=float(app.get("last_deployed_time_s") or 0.0),
         version=version,
         named=name,
+        gpu=str(user_config.get("gpu", "")),
     )
 
 

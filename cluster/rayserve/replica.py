@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,7 @@ class Replica:
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
             raise ModelRefused(f"models[{spec.name}]: {reason}")
         leave_no_core_dumps()
+        began = time.time()
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)
             if spec.digest not in ("", opened.weight_digest):
@@ -101,6 +103,7 @@ class Replica:
                     f"models[{spec.name}].digest: the weights here have {opened.weight_digest}, "
                     f"the entry wants {spec.digest}: mend the files, or pin what they are"
                 )
+            found = time.time()
             self.engine = engine = Examined(opened.engine, node=self.place.node)
             self.info = await engine.start()
         except ValueError as error:
@@ -113,6 +116,12 @@ class Replica:
         except BaseException:  # a cancelled start too leaves no engine behind
             await self.stop()
             raise
+        log.info(
+            "worker.started",
+            began=round(began, 3),
+            opened_s=round(found - began, 3),
+            engine_s=round(time.time() - found, 3),
+        )
         self._serve(opened, engine, self.info)
 
     def _serve(self, opened: Opened, engine: Engine, info: EngineInfo) -> None:

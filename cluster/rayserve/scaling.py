@@ -13,7 +13,7 @@ from cluster.api.scaling import ScalingDecision
 from cluster.config import Config
 from cluster.control.rates import Limits
 from cluster.control.reconcile import Observed
-from cluster.control.scaler import Asked, OnRay, Scaler, ScalingSettings, WorkerSeen
+from cluster.control.scaler import Asked, Kind, OnRay, Scaler, ScalingSettings, WorkerSeen
 from cluster.control.scaling_desk import asked_from_json, asked_to_json
 from cluster.link.controller import FleetWorker
 from cluster.observe.metrics import Metrics
@@ -34,13 +34,14 @@ def settings_of(config: Config) -> ScalingSettings:
     return ScalingSettings(dict(scaling.gpu_budget), scaling.cold_start_s, scaling.frozen)
 
 
-def on_ray(apps: Iterable[Observed]) -> dict[str, OnRay]:
-    """By model; what is being deleted counts no more."""
-    found: dict[str, OnRay] = {}
+def on_ray(apps: Iterable[Observed]) -> dict[Kind, OnRay]:
+    """By model and type of GPU; what is being deleted counts no more."""
+    found: dict[Kind, OnRay] = {}
     for app in apps:
         if not app.deleting:
-            before = found.get(app.model, OnRay())
-            found[app.model] = OnRay(
+            kind = app.model, app.gpu
+            before = found.get(kind, OnRay())
+            found[kind] = OnRay(
                 before.target + app.target,
                 before.running + app.running,
                 before.placed + app.placed,
@@ -49,13 +50,15 @@ def on_ray(apps: Iterable[Observed]) -> dict[str, OnRay]:
     return found
 
 
-def workers_of(fleet: Sequence[FleetWorker]) -> list[WorkerSeen]:
-    """As the scaler sees them."""
+def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = None) -> list[WorkerSeen]:
+    """As the scaler sees them. `gpus`: the types that their applications were made for, by generation."""
+    types = gpus or {}
     return [
         WorkerSeen(
             worker_id=one.worker_id,
             incarnation=one.incarnation,
             model=one.model,
+            gpu=types.get(one.generation, ""),
             serves=one.standing == "SERVING",
             running=one.running,
             kv_use=one.kv_usage,

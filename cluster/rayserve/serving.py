@@ -28,7 +28,12 @@ class ServedReplica:
     """What runs in the actor. Serve calls, in this order: __init__, reconfigure, check_health..., __del__."""
 
     def __init__(self, settings: Mapping[str, object]) -> None:
-        self._replica = Replica(replica_settings.from_json(settings), _place(), open_model)
+        given = replica_settings.from_json(settings)
+        if not is_simulated(given.spec):
+            from cluster.engine import forks
+
+            forks.begin()  # first of all: it imports while this process does
+        self._replica = Replica(given, _place(), open_model)
 
     async def reconfigure(self, _digest: object) -> None:
         """Start, at Serve's first call; a changed entry makes a new deployment version and so new replicas."""
@@ -63,7 +68,7 @@ def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type =
         served,
         name=DEPLOYMENT,
         num_replicas=max(replicas, 1),
-        user_config={"digest": settings.digest},
+        user_config={"digest": settings.digest, "gpu": settings.spec.gpu},
         placement_group_bundles=list(where.bundles),
         placement_group_strategy=where.strategy,
         max_ongoing_requests=1_000,

@@ -13,7 +13,7 @@ from cluster.client import AsyncClient
 from loadtests.autoscale_live.traffic import PlannedCall
 
 MODEL = "sim"
-TIMEOUT_S = 300.0
+TIMEOUT_S = 600.0
 
 
 @dataclass(slots=True)

@@ -55,6 +55,8 @@ class Episode:
     noticed_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
     """Of each stream that was hit: its longest silence."""
+    after_s: list[float] = field(default_factory=list)
+    """The same without what had passed of it before the fault: up to a step's length that no fault is to blame for."""
     fresh_s: list[float] = field(default_factory=list)
     """TTFT of fresh calls before the fault, in a calm one of a crowd of them."""
     before_s: list[float] = field(default_factory=list)
@@ -82,15 +84,16 @@ class Findings:
         """Times to the end of the link; infinite where it did not come."""
         return [float("inf") if one.noticed_s is None else one.noticed_s for one in self.of(*kinds)]
 
-    def silence(self, crowd: bool) -> list[float]:
-        """Each silent gap over (p99 TTFT of fresh calls, alone or in a crowd, + its fault's detection)."""
+    def silence(self, crowd: bool, *, whole: bool = True) -> list[float]:
+        """Each silent gap over (p99 TTFT of fresh calls, alone or in a crowd, + its fault's detection). Not `whole`:
+        from the fault on."""
         calm = self.of(CALM) if crowd else [one for one in self.episodes if one.kind != CALM]
         fresh = percentile([s for one in calm for s in one.fresh_s], 99)
         return [
             gap / (fresh + one.noticed_s)
             for one in self.of(KILL, STOP, LINK)
             if one.noticed_s is not None
-            for gap in one.gaps_s
+            for gap in (one.gaps_s if whole else one.after_s)
         ]
 
     def settings(self) -> dict[str, Any]:
@@ -244,6 +247,7 @@ def _read(episode: Episode, streams: Sequence[Told], fresh: Sequence[Told]) -> N
     hit = [told for told in streams if told.resumed]
     silences = [max(((s, at) for at, s in told.gaps() if at >= struck), default=(0.0, struck)) for told in hit]
     episode.gaps_s = [silence for silence, _ in silences]
+    episode.after_s = [min(silence, at - struck) for silence, at in silences]
     recovered = max((at for _, at in silences), default=struck)
     survivors = [gap for told in streams if not told.resumed for gap in told.gaps()]
     episode.before_s = [s for at, s in survivors if struck - BEFORE_S <= at < struck]

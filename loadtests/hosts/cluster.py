@@ -33,6 +33,9 @@ from loadtests.serving import ours as serving
 A, B, C = "a", "b", "c"
 VALUES = Path(__file__).parent / "values.yaml"
 MASS, TENANT = "mass", "load"
+BLUE, GREEN = "blue", "green"
+GROUP = "cpu"
+"""The values' only group of Ray's nodes, one on host a and one on host b."""
 STEP_MS, PREFILL_TOKENS_PER_S = 40, 40_000
 UP_S, RAY_UP_S, FLEET_UP_S = 60.0, 120.0, 240.0
 API, DNS = "kube-api", "kube-dns"
@@ -68,24 +71,45 @@ class Cluster:
     """Volumes that were there before, by name."""
     models: Sequence[Mapping[str, object]]
     """Entries of the configuration."""
+    rays: Sequence[str] = (BLUE,)
+    """Ray clusters of the release; entries that name none run on the first."""
     key: str = ""
 
     def containers(self) -> Containers:
         """Of the release as it is."""
         return Containers(self.release, self.home / "volumes", self.claims)
 
-    async def upgrade(self, models: Sequence[Mapping[str, object]]) -> None:
-        """`helm upgrade` to other models: the controller's pod is replaced. Raises RuntimeError where a gateway's
-        would be too, and DidNotStart."""
-        release = _release(self.home, models, self.secrets)
+    async def upgrade(
+        self, *, models: Sequence[Mapping[str, object]] | None = None, rays: Sequence[str] | None = None
+    ) -> None:
+        """`helm upgrade` to other models or Ray clusters: the controller's pod is replaced, Ray clusters come and go.
+
+        Raises RuntimeError where a gateway's pod would be replaced too, and DidNotStart."""
+        models, rays = self.models if models is None else models, self.rays if rays is None else rays
+        release = _release(self.home, models, rays, self.secrets)
         name = f"{RELEASE}-gateway"
         if release.the("StatefulSet", name) != self.release.the("StatefulSet", name):
-            raise RuntimeError("another list of models restarts the gateways")
-        self.release, self.models = release, models
+            raise RuntimeError("another list of models or Ray clusters restarts the gateways")
+        before = self.rays
+        self.release, self.models, self.rays = release, models, rays
+        for ray in rays:
+            if ray not in before:
+                await self.start_ray(ray)
         old = self.pod("controller-0")
         await self.kubelet.end(old)
         fresh = self.kubelet.add(self.containers().of("Deployment", f"{RELEASE}-controller"), old.place)
         await self.kubelet.started(fresh, UP_S)
+        gone = [pod for ray in before if ray not in rays for pod in (*self.nodes_of(ray), self.head_of(ray))]
+        await asyncio.gather(*(self.kubelet.end(pod) for pod in gone))
+
+    async def start_ray(self, ray: str) -> None:
+        """A Ray cluster of the release, as KubeRay does it: its head, then its nodes. Raises DidNotStart."""
+        containers, net = self.containers(), self.fabric
+        head = self.kubelet.add(containers.ray(ray), net.place(f"{ray}-head", C))
+        await self.kubelet.started(head, RAY_UP_S)
+        await _connects(self, head, rendered.HEAD_PORT)
+        for i, host in enumerate((A, B)):
+            self.kubelet.start(self.kubelet.add(containers.ray(ray, GROUP, i), net.place(f"{ray}-node{i}", host)))
 
     def pod(self, name: str) -> Pod:
         """By its name without the release's."""
@@ -98,13 +122,21 @@ class Cluster:
 
     @property
     def nodes(self) -> list[Pod]:
-        """Ray's worker nodes, on host a and host b."""
-        return [self.pod(f"blue-cpu-{i}") for i in range(2)]
+        """Nodes of the first Ray cluster, on host a and host b."""
+        return self.nodes_of(self.rays[0])
+
+    def nodes_of(self, ray: str) -> list[Pod]:
+        """A Ray cluster's."""
+        return [self.pod(f"{ray}-{GROUP}-{i}") for i in range(2)]
 
     @property
     def head(self) -> Pod:
-        """Ray's head."""
-        return self.pod("blue-head-0")
+        """The first Ray cluster's."""
+        return self.head_of(self.rays[0])
+
+    def head_of(self, ray: str) -> Pod:
+        """A Ray cluster's."""
+        return self.pod(f"{ray}-head-0")
 
     def whole(self, beside: Collection[str] = ()) -> bool:
         """Whether every gateway has every simulated worker, not counting some that leave."""
@@ -125,16 +157,27 @@ class Cluster:
         return True
 
     def ray_runs(self) -> bool:
-        """Whether Ray's dashboard answers and has every application running. Blocks."""
-        url = f"http://{self.head.place.address}:8265/api/serve/applications/"
+        """Whether the first Ray's dashboard answers and has every application running. Blocks."""
+        applications = self._ask_ray(self.rays[0], "/api/serve/applications/").get("applications", {})
+        return bool(applications) and all(one["status"] == "RUNNING" for one in applications.values())
+
+    def ray_nodes(self, ray: str) -> int:
+        """So many nodes, head and all, are alive by what a Ray's dashboard says. Blocks."""
+        told = self._ask_ray(ray, "/api/v0/nodes?limit=100&detail=true")
+        return sum(row.get("state") == "ALIVE" for row in told.get("data", {}).get("result", {}).get("result", []))
+
+    def _ask_ray(self, ray: str, path: str) -> Mapping[str, Any]:
+        """{} while nobody answers."""
         token = self.release.files("Secret", f"{RELEASE}-secrets")["auth_token"]
-        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+        request = urllib.request.Request(
+            f"http://{self.head_of(ray).place.address}:8265{path}", headers={"Authorization": f"Bearer {token}"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=3.0) as answer:  # noqa: S310 - http, made above
-                applications = json.load(answer)["applications"]
-        except (OSError, ValueError, KeyError):
-            return False
-        return bool(applications) and all(one["status"] == "RUNNING" for one in applications.values())
+                told = json.load(answer)
+        except (OSError, ValueError):
+            return {}
+        return told if isinstance(told, dict) else {}
 
     async def exec(self, pod: Pod, *command: str, timeout_s: float = 60.0) -> str:
         """As `kubectl exec`: in a pod's namespaces, with its environment. Raises RuntimeError with what it said."""
@@ -157,8 +200,9 @@ class Cluster:
     async def usage(self) -> list[tuple[str, int, str, int, str]]:
         """Every row of the ledger: request, segment, record, completion tokens, outcome."""
         query = "COPY (SELECT request_id, segment, record_id, completion_tokens, outcome FROM usage) TO STDOUT"
+        socket = "/var/run/postgresql"  # over TCP it asks for a password, there it trusts whoever is in the pod
         out = await self.exec(
-            self.pod("postgresql-0"), "psql", "-h", "127.0.0.1", "-U", "headrace", "-At", "-c", query, "headrace"
+            self.pod("postgresql-0"), "psql", "-h", socket, "-U", "headrace", "-At", "-c", query, "headrace"
         )
         rows = [line.split("\t") for line in out.splitlines()]
         return [(row[0], int(row[1]), row[2], int(row[3]), row[4]) for row in rows]
@@ -171,9 +215,24 @@ def mass_source(model: Path, seed: int, size: Size) -> str:
     return f"sim:///models/{model.name}?{speed}&{room}&seed={seed}&{serving.plain_tokens(model)}"
 
 
-def _release(home: Path, models: Sequence[Mapping[str, object]], made: Sequence[Object]) -> Release:
+def _release(
+    home: Path, models: Sequence[Mapping[str, object]], rays: Sequence[str], made: Sequence[Object]
+) -> Release:
+    """Every Ray cluster is as the values' only one, but for its name."""
+    clusters = yaml.safe_load(VALUES.read_text())["ray"]["clusters"]
+    used = [
+        {"name": ray, "dashboard_url": f"http://{RELEASE}-{ray}-head-svc:8265", "token_file": "/secrets/ray-token"}
+        for ray in rays
+    ]
     values = home / "models.yaml"
-    values.write_text(yaml.safe_dump({"config": {"models": list(models)}}))
+    values.write_text(
+        yaml.safe_dump(
+            {
+                "config": {"models": list(models), "ray": used},
+                "ray": {"clusters": [{**clusters[0], "name": ray} for ray in rays]},
+            }
+        )
+    )
     return rendered.render([VALUES, values], made)
 
 
@@ -194,7 +253,7 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
         "replicas": {"min": size.workers, "max": size.workers},
     }
     made = rendered.make_secrets()
-    release = _release(home, [entry], made)
+    release = _release(home, [entry], (BLUE,), made)
     async with AsyncExitStack() as stack:
         net = stack.enter_context(fabric((A, B, C)))
         dns = net.place("dns", C)
@@ -284,12 +343,7 @@ async def _serve(cluster: Cluster, containers: Containers) -> None:
     ]
     story.follow([pod.spec.name for pod in gateways])
     await asyncio.gather(*(kubelet.started(pod, UP_S) for pod in gateways))
-    head = kubelet.add(containers.ray("blue"), net.place("head", C))
-    await kubelet.started(head, RAY_UP_S)
-    await _connects(cluster, head, rendered.HEAD_PORT)
-    for i, host in enumerate((A, B)):
-        node = kubelet.add(containers.ray("blue", "cpu", i), net.place(f"node{i}", host))
-        kubelet.start(node)
+    await cluster.start_ray(BLUE)
     controller = kubelet.add(containers.of("Deployment", f"{RELEASE}-controller"), net.place("controller", C))
     kubelet.start(controller)
     await cluster.exec(gateways[0], "headrace", "tenants", "create", TENANT)

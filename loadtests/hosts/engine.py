@@ -50,7 +50,7 @@ async def play(cluster: Cluster, children: Children, folder: Path, seed: int) ->
         "allow_cross_node_tensor_parallel": True, "max_model_len": 512, "engine": ENGINE,
     }  # fmt: skip
     found, began = Wide(), time.monotonic()
-    await cluster.upgrade([*cluster.models, entry])
+    await cluster.upgrade(models=[*cluster.models, entry])
     await _up(cluster)
     found.up_s = time.monotonic() - began
     found.ranks = [ranks(pod.first) for pod in cluster.nodes]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from loadtests.hosts.cluster import B, Cluster
+from loadtests.hosts.cluster import BLUE, GREEN, RAY_UP_S, B, Cluster
 from loadtests.hosts.load import Call, Load
 from loadtests.hosts.pods import Pod
 
@@ -46,6 +46,8 @@ class Episode:
     """From a node's loss until every gateway has every worker again."""
     engines_s: float | None = None
     """From the same until the last engine had started: Ray's part."""
+    moved: float | None = None
+    """When the last worker was gone from where the model was moved away from."""
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -71,6 +73,17 @@ class Shown:
         """What was added to Ray's restart and the engines' start."""
         one = self.episode
         return None if one.capacity_s is None or one.engines_s is None else max(one.capacity_s - one.engines_s, 0.0)
+
+    @property
+    def moved(self) -> int:
+        """Streams that surely changed workers in this event: begun when all that was before it was over, or under way
+        both when it struck and when the last of the workers that they had begun on was gone."""
+        one = self.episode
+        return sum(
+            bool(call.resumed)
+            and (call.sent >= one.struck - QUIET_S or (one.moved is not None and call.ended >= one.moved))
+            for call in self.calls
+        )
 
     def settings(self) -> dict[str, Any]:
         """For the report."""
@@ -192,6 +205,37 @@ class Play:
             await self._cluster.until_whole(WHOLE_S, beside={one})
             episode.notes[f"{one} replaced after s"] = round(time.time() - ended, 1)
 
+    async def move(self, episode: Episode) -> None:
+        """The model's entry goes from one Ray cluster to another that was brought up beside it, and the first is taken
+        away: what Ray, Python, CUDA or vLLM are upgraded by. It strikes with the changed entry."""
+        cluster, story = self._cluster, self._cluster.story
+        began = time.time()
+        await cluster.upgrade(rays=[BLUE, GREEN])
+        await self._nodes_of(GREEN)
+        episode.notes["other Ray up after s"] = round(time.time() - began, 1)
+        await asyncio.sleep(QUIET_S)
+        before = {worker for pod in cluster.gateways for worker in story.up(pod.spec.name)}
+        episode.struck = time.time()
+        await cluster.upgrade(models=[{**one, "ray": GREEN} for one in cluster.models])
+        if not await cluster.until_whole(WHOLE_S, beside=before):
+            raise NotWhole("the model did not come up on the other Ray cluster")
+        episode.notes["up on the other after s"] = round(time.time() - episode.struck, 1)
+        deadline = time.monotonic() + WHOLE_S
+        while any(before & story.up(pod.spec.name) for pod in cluster.gateways):
+            if time.monotonic() > deadline:
+                raise NotWhole("the model's workers on the first Ray cluster do not go")
+            await asyncio.sleep(0.05)
+        episode.moved = time.time()
+        episode.notes["gone from the first after s"] = round(episode.moved - episode.struck, 1)
+        await cluster.upgrade(rays=[GREEN])
+
+    async def _nodes_of(self, ray: str) -> None:
+        deadline = time.monotonic() + RAY_UP_S
+        while await asyncio.to_thread(self._cluster.ray_nodes, ray) < 1 + len(self._cluster.nodes_of(ray)):
+            if time.monotonic() > deadline:
+                raise NotWhole(f"the Ray cluster {ray} is not up within {RAY_UP_S:g} s")
+            await asyncio.sleep(0.5)
+
     async def _admin(self, *arguments: str) -> str:
         gateway = self._cluster.gateways[0]
         how = ["--admin", "localhost:50053", "--tls-ca", "/tls/ca.crt"]
@@ -296,4 +340,5 @@ EVENTS: Mapping[str, Callable[[Play, Episode], Awaitable[None]]] = {
     "postgresql": Play.postgresql,
     "roll-gateways": Play.roll_gateways,
     "roll-workers": Play.roll_workers,
+    "move": Play.move,
 }

@@ -123,6 +123,8 @@ def fabric(hosts: Sequence[str]) -> Iterator[Fabric]:
         ip("link", "set", leg, "up")
         yield made
     finally:
+        with contextlib.suppress(RuntimeError):
+            ip("link", "del", leg)  # at once; with its namespace the kernel takes its time
         for namespace in (core, *(place.namespace for place in made.places)):  # its ends of cables go with it
             with contextlib.suppress(RuntimeError):
                 ip("netns", "del", namespace)

@@ -34,6 +34,7 @@ ENGINES_MIXED = "the same, seeded, penalized, n = 3, with stop strings or under 
 FINISH = "begun streams that finish whole when one of two backends is killed, {}"
 SILENCE = "silent gap, p99, against TTFT of a fresh call of that length + detection"
 CROWD = "the same, against a crowd of fresh calls that come at once to the same survivors"
+AFTER = "the same as the first, each gap counted from the fault on"
 KILLED = "detection of a kill, at worst"
 HUNG = "detection of a stopped process, at worst, against max(5 x p99 step, 500 ms)"
 STUCK = "detection of an engine that stands still, at worst, against the same"
@@ -191,8 +192,9 @@ async def _recovery(field: Field) -> list[Figure]:
 
 def _recovery_rows(found: recovering.Findings, stuck: alarms.Hangs) -> list[Figure]:
     out = []
-    for name, crowd, bound in ((SILENCE, False, _SILENCE), (CROWD, True, _SILENCE)):
-        ratios = found.silence(crowd)
+    rows = (SILENCE, False, True, _SILENCE), (CROWD, True, True, _SILENCE), (AFTER, False, False, None)
+    for name, crowd, whole, bound in rows:
+        ratios = found.silence(crowd, whole=whole)
         row = missing(name, bound, "no stream was hit")
         if ratios:
             row = at_worst(name, recovering.percentile(ratios, 99), bound, "ratio", f"{len(ratios)} gaps")
@@ -307,7 +309,15 @@ PARTS: Mapping[str, tuple[Part, Mapping[str, Bound | None]]] = {
     ),
     "recovery": (
         _recovery,
-        {SILENCE: _SILENCE, CROWD: _SILENCE, KILLED: _KILLED, HUNG: _HUNG, STUCK: _HUNG, SURVIVORS: _SURVIVORS},
+        {
+            SILENCE: _SILENCE,
+            CROWD: _SILENCE,
+            AFTER: None,
+            KILLED: _KILLED,
+            HUNG: _HUNG,
+            STUCK: _HUNG,
+            SURVIVORS: _SURVIVORS,
+        },
     ),
     "alarms": (_alarms, {ALARMS: _NONE}),
     "overload": (

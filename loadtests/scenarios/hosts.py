@@ -36,7 +36,8 @@ BOOKS = "calls missing in the ledger, or with tokens doubled"
 TEXTS = "streams whose text is not what others were told for the same prompt"
 RANKS = "ranks of a real engine at TP 2 on the host that has fewer"
 RANKS_FAILED = "calls to it that failed, or got another text than others, before and after its hosts were cut apart"
-MOVE, NO_MOVE = "streams lost while a model moves from one Ray cluster to another", "not measured by this scenario yet"
+MOVE = "streams lost while a model moves from one Ray cluster to another"
+MOVING = "move"
 ENGINE = "engine"
 WAYS_OUT = "namespaces that reached an address outside"
 _NONE, _SILENCE, _CAPACITY, _ONE = Bound("<=", 0.0), Bound("<=", 2.0), Bound("<=", 5.0), Bound(">=", 1.0)
@@ -73,9 +74,8 @@ async def play(stage: Stage) -> None:
     except (RuntimeError, DidNotStart) as error:
         stage.report.problems.append(str(error))
         if not stage.report.figures:
-            rows = {FAILED: _NONE, SILENCE: _SILENCE, CAPACITY: _CAPACITY, BOOKS: _NONE, TEXTS: _NONE}
+            rows = {FAILED: _NONE, SILENCE: _SILENCE, CAPACITY: _CAPACITY, BOOKS: _NONE, TEXTS: _NONE, MOVE: _NONE}
             stage.report.figures += [missing(row, bound, "the run broke off") for row, bound in rows.items()]
-    stage.report.figures.append(missing(MOVE, _NONE, NO_MOVE))
     if ways_out is None:
         stage.report.figures.append(missing(WAYS_OUT, _NONE, "the cluster did not come up"))
     else:
@@ -145,7 +145,21 @@ def _rows(load: Load, seen: dict[str, Shown]) -> list[Figure]:
         out.append(missing(CAPACITY, _CAPACITY, "no node was lost, or its engines' start was not found"))
     differing = [call for call in load.calls if call.text]
     out.append(_counted(TEXTS, len(differing), _NONE, "streams", differing[0].text[:120] if differing else ""))
+    out.append(lost_in_move(seen.get(MOVING)))
     return out
+
+
+def lost_in_move(one: Shown | None) -> Figure:
+    """Of every stream that was under way in it: failed, or with another text than others."""
+    if one is None:
+        return missing(MOVE, _NONE, "it was not played")
+    if one.episode.moved is None:
+        return missing(MOVE, _NONE, "the model did not move")
+    if not one.moved:
+        return missing(MOVE, _NONE, "no stream had to go on elsewhere, which shows nothing")
+    lost = [call for call in one.calls if call.error or call.text]
+    note = f"of {len(one.calls)} streams, {one.moved} of which went on at the other one's workers"
+    return _counted(MOVE, len(lost), _NONE, "streams", note)
 
 
 def _worst(name: str, one: Shown, bound: Bound | None) -> Figure:

@@ -137,6 +137,24 @@ def test_a_version_that_is_dropped_goes_at_once() -> None:
     assert promoted == Plan((Scale("m@v2+e0", 2),)), "the other stays until as many serve"
 
 
+def test_each_type_of_gpu_is_replaced_by_its_own() -> None:
+    """One of two types that is up takes the place of its own, and of no other; a type that is to have none is no reason
+    to end what serves; nor does one that lacks room take it from the other type."""
+    wanted = [Wanted("m", "aa", 1, gpu="H100"), Wanted("m", "bb", 2, gpu="L4")]
+    old = {**seen("m", "d0", 1, running=1, gpu="H100"), **seen("m", "e0", 2, running=2, gpu="L4")}
+    fast, slow = seen("m", "aa", 1, running=1, gpu="H100"), seen("m", "bb", 2, placed=2, gpu="L4")
+    assert reconcile(wanted, {**old, **fast, **slow}, NOW_S) == Plan((), frozenset({"m@v1+d0"}))
+    both = {**old, **fast, **seen("m", "bb", 2, running=2, gpu="L4")}
+    assert reconcile(wanted, both, NOW_S).retired == {"m@v1+d0", "m@v1+e0"}
+    waits = {**old, **seen("m", "aa", 1, gpu="H100"), **slow}
+    assert reconcile(wanted, waits, NOW_S + SURGE_WAIT_S).actions == (Scale("m@v1+d0", 0),)
+    none = [Wanted("m", "aa", 0, gpu="H100"), Wanted("m", "bb", 2, gpu="L4")]
+    there = {**seen("m", "e0", 2, running=2, gpu="L4"), **seen("m", "aa", 0, gpu="H100"), **slow}
+    assert reconcile(none, there, NOW_S) == Plan(())
+    untyped = {**seen("m", "e0", 2, running=2), **seen("m", "aa", 0, gpu="H100"), **slow}
+    assert reconcile(none, untyped, NOW_S) == Plan(()), "all that takes its place is waited for"
+
+
 def test_frozen_models_are_not_rolled_out() -> None:
     """Neither another application nor an end; a model of which nothing is there yet still comes."""
     there = seen("m", running=1)
@@ -177,7 +195,12 @@ class World:
                     want = by_app[app]
                     self.restarts += why not in ("new", "retry")
                     self.apps[app] = Observed(
-                        want.model, want.digest, want.replicas, version=want.version, deployed_at_s=self.now_s
+                        want.model,
+                        want.digest,
+                        want.replicas,
+                        version=want.version,
+                        deployed_at_s=self.now_s,
+                        gpu=want.gpu,
                     )
 
     def step(self) -> None:
@@ -233,3 +256,29 @@ def test_any_change_comes_to_rest(
         elif any(two.model == one.model for two in before):
             assert world.running(one.model) == one.replicas, "the one before goes on in its place"
     assert {o.model for o in world.apps.values()} == {one.model for one in wanted}
+
+
+TYPES = st.dictionaries(st.sampled_from(["", "H100", "L4"]), st.integers(0, 3), min_size=1)
+
+
+@given(TYPES, TYPES, st.booleans())
+def test_any_change_of_types_serves_all_the_while(have: dict[str, int], want: dict[str, int], same: bool) -> None:
+    """Types that come, go and change their numbers, with the entry changed or not: where there is room for both, no
+    fewer serve at any moment than before or after, and in the end what is wanted is there alone."""
+    world = World(100)
+    before = [Wanted("m", f"aa{at:x}", count, gpu=gpu) for at, (gpu, count) in enumerate(sorted(have.items()))]
+    for _ in range(6):
+        world.carry_out(reconcile(before, world.apps, world.now_s, empty=world.apps), before)
+        world.step()
+    digests = {one.gpu: one.digest for one in before} if same else {}
+    wanted = [
+        Wanted("m", digests.get(gpu, f"bb{at:x}"), count, gpu=gpu)
+        for at, (gpu, count) in enumerate(sorted(want.items()))
+    ]
+    kept = sum(min(one.replicas, want.get(one.gpu, 0)) for one in before)
+    for _ in range(20):
+        world.carry_out(reconcile(wanted, world.apps, world.now_s, empty=world.apps), wanted)
+        least = kept if same else min(sum(have.values()), sum(want.values()))
+        assert world.running("m") >= least
+        world.step()
+    assert {app: one.running for app, one in world.apps.items()} == {one.app: one.replicas for one in wanted}

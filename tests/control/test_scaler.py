@@ -12,7 +12,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.scaling import ScalingDecision
 from cluster.api.types import CatalogEntry, ModelSpec
 from cluster.control.rates import Limits
-from cluster.control.scaler import KEPT, Asked, OnRay, Scaler, ScalingSettings, WorkerSeen
+from cluster.control.scaler import KEPT, Asked, Kind, OnRay, Scaler, ScalingSettings, WorkerSeen
 from cluster.control.scaling_desk import Desk, asked_from_json, asked_to_json
 
 LIMITS = Limits(8, 512, 10_000)
@@ -32,7 +32,7 @@ class World:
     ) -> None:
         self.now, self.cold_s, self.specs = now, cold_s, specs
         self.scaler = Scaler(ScalingSettings(), now, asked)
-        self.ray: dict[str, OnRay] = {}
+        self.ray: dict[Kind, OnRay] = {}
         self.workers: dict[str, WorkerSeen] = {}
         self.coming: list[tuple[float, str]] = []
         self.counts = ClassCounts("standard", 1)
@@ -82,7 +82,7 @@ class World:
             self.coming.append((self.now + self.cold_s, one.name))
         for worker in there[wanted:]:
             del self.workers[worker.worker_id]
-        self.ray[one.name] = OnRay(wanted, len(there), len(due))
+        self.ray[one.name, one.gpu] = OnRay(wanted, len(there), len(due))
 
     def until(self, replicas: int, limit_s: float = 200.0) -> float:
         """Pass by pass until so many serve; how long that took."""
@@ -129,7 +129,7 @@ def test_a_new_controller_keeps_what_it_finds() -> None:
         assert not new.step()
     assert len(new.workers) == 3
     rested = World(spec())
-    rested.ray = {"m": OnRay(0)}
+    rested.ray = {("m", ""): OnRay(0)}
     rested.step()
     assert rested.scaler.replicas(rested.specs[0]) == 0, "it was at zero, and stays there"
 
@@ -229,7 +229,7 @@ def test_gpu_seconds_are_those_of_what_is_there() -> None:
     """Two GPUs a replica, ten seconds, starting and leaving ones too."""
     world = World(spec(min_replicas=2, tensor_parallel_size=2, idle_s=0.0))
     world.step()
-    world.ray["m"] = OnRay(2, 1, 1, leaving=1)
+    world.ray["m", ""] = OnRay(2, 1, 1, leaving=1)
     before = world.scaler.counters()["m"][1]
     world.scaler.look(world.specs, world.ray, [], world.now + 10.0, 1e9)
     assert world.scaler.counters()["m"][1] - before == pytest.approx(10.0 * 3 * 2)
@@ -249,3 +249,90 @@ def test_rates_come_from_the_workers_words() -> None:
     now = world.scaler.story("m").now
     assert now["learnt_step_s"] == pytest.approx(0.01, rel=0.01)
     assert now["learnt_decode_s_a_token"] == pytest.approx(0.001, rel=0.01)
+
+
+# ---- several types of GPU
+
+TYPES: dict[str, object] = {"min_replicas": 3, "max_replicas": 6, "idle_s": 0.0}
+FAST, SLOW = spec("m", gpu="H100", **TYPES), spec("m", gpu="L4", tensor_parallel_size=2, **TYPES)
+
+
+def typed_worker(number: int, gpu: str, work: Work | None = None) -> WorkerSeen:
+    """One that serves."""
+    return WorkerSeen(f"w{number}", f"i{number}", "m", work=work or Work(), limits=LIMITS, gpu=gpu)
+
+
+def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
+    """And stays there when the first has room again; an entry that loses a type keeps its number."""
+    scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 2, ("m", "L4"): 5}
+    scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
+    ray = {("m", "H100"): OnRay(2, 2), ("m", "L4"): OnRay(1, 1)}
+    workers = [typed_worker(0, "H100"), typed_worker(1, "H100"), typed_worker(2, "L4")]
+    room["m", "H100"] = 6
+    for now in range(2, 40):
+        assert not scaler.look([FAST, SLOW], ray, workers, float(now), 1e9 + now, room=room)
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
+    standing = scaler.standing("m")
+    assert (standing.target, standing.running, standing.desired) == (3, 3, 3)
+    assert scaler.told(CatalogEntry("m")).replicas_desired == 3
+    back = Scaler(ScalingSettings(), 0.0)
+    back.look([FAST, SLOW], ray, workers, 1.0, 1e9, room=room)
+    assert (back.replicas(FAST), back.replicas(SLOW)) == (2, 1), "a controller that comes back leaves them there"
+    scaler.look([FAST], ray, workers, 50.0, 1e9)
+    assert scaler.replicas(FAST) == 3
+    other = dataclasses.replace(FAST, gpu="")
+    scaler.look([other], {("m", "H100"): OnRay(3, 3)}, [], 51.0, 1e9)
+    assert (scaler.replicas(other), scaler.standing("m").target) == (3, 3)
+
+
+def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
+    """What waits for a place that another model has taken moves on, and that is told."""
+    scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 3, ("m", "L4"): 5}
+    scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
+    assert scaler.replicas(FAST) == 3
+    room["m", "H100"] = 2
+    workers = [typed_worker(0, "H100"), typed_worker(1, "H100")]
+    made = list(scaler.look([FAST, SLOW], {("m", "H100"): OnRay(3, 2)}, workers, 10.0, 1e9, room=room))
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
+    assert [(name, one.action, one.replicas) for name, one in made] == [("m", "move", 3)]
+    for now, place in ((11.0, 1), (30.0, 2)):
+        workers.append(typed_worker(place + 1, "L4"))
+        scaler.look(
+            [FAST, SLOW], {("m", "H100"): OnRay(2, 2), ("m", "L4"): OnRay(1, 1)}, workers[:3], now, 1e9, room=room
+        )
+    assert scaler.standing("m").cold_start_s == pytest.approx(1.0, abs=0.5)
+
+
+def test_by_hand_over_types_while_no_gateway_tells() -> None:
+    """A number goes over the types as any other, and fewer leave the last type first."""
+    room = {("m", "H100"): 2, ("m", "L4"): 5}
+    scaler = Scaler(ScalingSettings(), 0.0, Asked(manual={"m": 5}))
+    scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 3)
+    scaler.asked = Asked(manual={"m": 1})
+    scaler.look([FAST, SLOW], {}, [], 2.0, 1e9, blind=True, room=room)
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (1, 0)
+
+
+def test_rates_are_learnt_and_gpus_counted_by_type() -> None:
+    """Each type from its own workers; a worker of a type that the model does not have counts as the first's."""
+    scaler = Scaler(ScalingSettings(), 0.0)
+    ray = {("m", "H100"): OnRay(1, 1), ("m", "L4"): OnRay(2, 1, 1)}
+    for number in range(60):
+        steps = 50 * number
+        told = {"H100": (0.01, 0.001), "L4": (0.02, 0.004)}
+        tokens = 50 * sum(1 + n % 8 for n in range(number))
+        workers = [
+            typed_worker(n, gpu, Work(steps, steps * fixed + each * tokens, 0, tokens))
+            for n, (gpu, (fixed, each)) in enumerate(told.items())
+        ]
+        scaler.look([FAST, SLOW], ray, workers, 1.0 + number, 1e9)
+    now = scaler.story("m").now
+    for gpu, (fixed, each) in told.items():
+        assert now[f"learnt_step_s[{gpu}]"] == pytest.approx(fixed, rel=0.01)
+        assert now[f"learnt_decode_s_a_token[{gpu}]"] == pytest.approx(each, rel=0.01)
+    assert scaler.counters()["m"][1] == pytest.approx(59.0 * (1 * 1 + 2 * 2))
+    stranger = [dataclasses.replace(one, gpu="A100") for one in workers[:1]]
+    scaler.look([FAST, SLOW], ray, stranger, 100.0, 1e9)
+    assert scaler.standing("m").running == 1

@@ -68,3 +68,19 @@ def test_types_are_filled_in_their_order(replicas: int, capacities: list[int]) -
             assert all(counts[j] >= room[j] for j in range(i))
     if replicas <= sum(room):
         assert counts[0] <= room[0]
+
+
+@given(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4))
+def test_what_is_on_a_type_stays_there(replicas: int, types: list[tuple[int, int]]) -> None:
+    """A better type that has room by now takes nothing away from one that serves; only fewer replicas do, from the
+    last type first."""
+    room, there = [most for most, _ in types], [min(have, most) for most, have in types]
+    counts = over_types(replicas, room, there)
+    assert sum(counts) == replicas
+    if replicas >= sum(there):
+        assert all(count >= have for count, have in zip(counts, there, strict=True))
+    else:
+        assert all(count <= have for count, have in zip(counts, there, strict=True))
+        first_short = next(i for i, (count, have) in enumerate(zip(counts, there, strict=True)) if count < have)
+        assert not any(counts[first_short + 1 :])
+    assert over_types(replicas, room, counts) == counts

@@ -45,7 +45,7 @@ class RayHere(FakeRay):
     async def deploy(self, settings: ReplicaSettings) -> None:
         """As if it were scaled from nothing."""
         await super().deploy(settings)
-        self._follow(self.apps["sim"].target)
+        self._follow(self.apps[self.app_of("sim")].target)
 
     async def scale(self, model: str, replicas: int) -> None:
         """Workers follow."""
@@ -95,10 +95,11 @@ async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, cold_start_s:
         end = ControllerEnd(controller_id="c", gateways=gateways, tls=None, bundles=lambda digest: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=cold_start_s), time.monotonic())
         controller = Controller(ray, end, scaler=scaler)
-        controller.known["sim"] = Known(bundle_digest=bundle.digest, max_model_len=2048)
         scaling.listen(end, scaler, controller.now, controller.wake)
         spec = ModelSpec("sim", "sim://x", min_replicas=0, max_replicas=2, idle_s=0.5)
-        controller.want([ReplicaSettings(spec, "test")])
+        settings = ReplicaSettings(spec, "test")
+        controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=2048)
+        controller.want([settings])
         parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
         made = Scaled(cluster, ray, end, controller)
         ray.may_start.set()
@@ -172,7 +173,7 @@ async def test_a_start_that_fails_tells_why(tmp_path: Path, checkpoint: Path, bu
     """The reason that Ray gives reaches the caller at once, not at a deadline."""
     async with scaled(tmp_path, checkpoint, bundle) as at_zero:
         call = asyncio.ensure_future(refused(at_zero.cluster.stub.Chat(chat(), timeout=60)))
-        await until(lambda: at_zero.ray.apps["sim"].placed == 1, "it is being started")
+        await until(lambda: at_zero.ray.apps[at_zero.ray.app_of("sim")].placed == 1, "it is being started")
         at_zero.ray.change("sim", placed=0, gave_up=True, trouble="no space left on device")
         answer = await call
         assert answer.reason == "NO_WORKER"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests.autoscale_live.calls import Told, compare
+from loadtests.autoscale_live.choice import choice
 from loadtests.autoscale_live.traffic import Engine, PlannedCall, plan, share_of_most
 
 
@@ -42,3 +44,14 @@ def test_answers_of_one_prompt_begin_alike() -> None:
     calls = [Told(PlannedCall(0, 1, 0, number), "sdk", text=text, fault=fault) for number, text, fault in texts]
     compare(calls)
     assert [one.fault for one in calls] == ["", "", "other text than its like", "", "cut"]
+
+
+@pytest.mark.parametrize("use", [0.1, 0.6])
+def test_choosing_a_replica_saves_less_than_a_stream(use: float) -> None:
+    """Calls go to the replica with the fewest, so that all have about as many; who stays for ever moves nothing."""
+    found = choice(use, 20.0, 1.0, random.Random(2))
+    assert 0 <= found.blind - found.fewest < 1.0
+    assert 0 <= found.blind_moved - found.fewest_moved < 1.0
+    assert found.blind_moved <= found.blind
+    assert found.blind == pytest.approx(use * 16, rel=0.1), "as many as the places that are taken"
+    assert choice(use, 20.0, 1e9, random.Random(2)).blind_moved == 0

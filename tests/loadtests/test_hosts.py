@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests.children import ROOT
-from loadtests.hosts.events import Episode, shown
+from loadtests.hosts.events import Episode, Shown, shown
 from loadtests.hosts.fabric import PREFIX, Place, fabric
 from loadtests.hosts.inside.callers import Callers, Plan
 from loadtests.hosts.load import Call, Load
 from loadtests.hosts.rendered import DOMAIN, Names, Spec
+from loadtests.scenarios.hosts import lost_in_move
 
 PLAN = Plan("", "e:1", "", "", "m", streams=1, clients=1, tokens=(1, 2))
 
@@ -60,6 +62,33 @@ def test_only_silences_of_the_event_count_and_failures_within_it() -> None:
     assert seen.longest_gap_s == 0.9
     assert seen.prefill_s == pytest.approx(0.2, abs=0.01)
     assert seen.ratio == pytest.approx(0.9 / 0.45, rel=0.05)
+
+
+def moving(calls: list[Call], moved: float | None = 120.0) -> Shown:
+    """The event `move` with these calls: struck at 100, the first Ray's workers gone at 120."""
+    load = Load.__new__(Load)
+    load.calls = [call(0, 85.0, 85.1, 90.0, []), *calls]
+    return shown(load, Episode("move", 100.0, over=150.0, moved=moved))
+
+
+def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
+    """Failed at any time before its end, or with another text: the row must not pass."""
+    goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
+    assert lost_in_move(moving([goes_on])).value == 0.0
+    late = call(2, 140.0, 140.1, 170.0, [], "UNAVAILABLE")
+    assert (row := lost_in_move(moving([goes_on, late]))).value == 1.0
+    assert row.met is False
+    assert lost_in_move(moving([goes_on, replace(late, error="", text="differs at 1")])).value == 1.0
+
+
+def test_a_move_that_moved_nothing_is_not_measured() -> None:
+    """Without a stream that had to change workers, or without the move, there is no value to meet the bound with."""
+    goes_on = replace(call(1, 95.0, 95.1, 130.0, []), resumed=1)
+    assert lost_in_move(None).value is None
+    assert lost_in_move(moving([goes_on], moved=None)).value is None
+    assert lost_in_move(moving([replace(goes_on, resumed=0)])).value is None
+    another_events = replace(call(1, 60.0, 60.1, 119.0, []), resumed=1)
+    assert lost_in_move(moving([another_events])).value is None
 
 
 def test_names_follow_readiness_but_for_the_links() -> None:

@@ -25,7 +25,7 @@ from cluster.link.controller import ControllerEnd
 from cluster.rayserve.backend import Backend, ChildBackend
 from cluster.rayserve.controller import Controller, settings_of
 from cluster.rayserve.desk import Desk, KeptFile
-from tests.support.calls import Answer, chat
+from tests.support.calls import Answer, chat, text_of
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import TestCluster, running_cluster, until
 from tests.support.live_replicas import LiveReplicas
@@ -43,6 +43,7 @@ class Load:
     cluster: TestCluster
     ended: int = 0
     failed: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -52,10 +53,11 @@ class Load:
     async def _caller(self, number: int) -> None:
         for turn in itertools.count():
             tokens = 20 + 60 * ((number + turn) % 4)
-            came, finish = 0, ""
+            came, finish, text = 0, "", ""
             try:
                 async for chunk in self.cluster.stub.StreamChat(chat(model="m", max_tokens=tokens, ignore_eos=True)):
                     came = chunk.usage.completion_tokens or came
+                    text += text_of([chunk])
                     finish = next((one.finish_reason for one in chunk.choices if one.finish_reason), finish)
             except grpc.aio.AioRpcError as error:
                 answer = Answer(error)
@@ -64,6 +66,7 @@ class Load:
                 return
             if (came, finish) != (tokens, "length"):
                 self.failed.append(f"{came} of {tokens} tokens, then {finish!r}")
+            self.texts.append(text)
             self.ended += 1
 
     async def more(self, calls: int) -> None:

@@ -415,6 +415,35 @@ async def test_types_of_gpu_are_filled_in_their_order() -> None:
     assert ray.journal == ["deploy other", "deploy m", "deploy m"]
 
 
+async def test_versions_have_their_parts_on_every_type_in_use() -> None:
+    """A trial is measured on the GPUs that the other runs on; and what serves on a later type stays when the first has
+    room again."""
+    few, many = ({"CPU": 64.0, "GPU": gpus, "accelerator_type:H100": 1.0} for gpus in (2.0, 6.0))
+    slow_node = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0}
+    ray, gateways = FakeRay(nodes=(few, slow_node)), FakeGateways()
+    more = {"min_replicas": 3, "max_replicas": 3}
+    fast, slow = settings("m", gpu="H100", weight=0.75, **more), settings("m", gpu="L4", weight=0.75, **more)
+    loop = controller(ray, gateways, fast, slow)
+    await loop.step()
+    assert {app: seen.target for app, seen in ray.apps.items()} == {fast.app: 2, slow.app: 1}
+    gateways.workers += [worker(fast), worker(slow)]
+    ray.change(fast.app, running=2)
+    ray.change(slow.app, running=1)
+    ray.nodes = (many, slow_node)
+    await loop.step()
+    assert {app: seen.target for app, seen in ray.apps.items()} == {fast.app: 2, slow.app: 1}
+    trials = [
+        dataclasses.replace(one, spec=dataclasses.replace(one.spec, version="v2", weight=0.25)) for one in (fast, slow)
+    ]
+    loop.want([fast, slow, *trials])
+    await loop.step()
+    targets = {app: seen.target for app, seen in ray.apps.items()}
+    assert targets == {fast.app: 2, slow.app: 1, trials[0].app: 1, trials[1].app: 1}
+    for _ in range(3):
+        await loop.step()
+    assert {app: seen.target for app, seen in ray.apps.items()} == targets, "what a trial has beside is asked for once"
+
+
 async def test_two_ray_clusters_are_driven_side_by_side() -> None:
     """Each model on its own; moving one to the other Ray brings it up there before it ends here; one that is away
     stops nothing on the other."""

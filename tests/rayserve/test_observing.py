@@ -18,7 +18,7 @@ def application(**worker: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {
         "status": "UPDATING",
         "message": "",
-        "deployment_config": {"user_config": {"digest": "d1"}},
+        "deployment_config": {"user_config": {"digest": "d1", "gpu": "H100"}},
         "target_num_replicas": 2,
         "replicas": [],
     }
@@ -52,7 +52,7 @@ def test_replicas_are_counted_by_state() -> None:
     ]
     seen = one(application(replicas=replicas))
     assert seen == Observed(
-        "m", "d1", target=2, running=1, placed=1, leaving=1, deployed_at_s=5.0, version="v2", named=APP
+        "m", "d1", target=2, running=1, placed=1, leaving=1, deployed_at_s=5.0, version="v2", named=APP, gpu="H100"
     )
 
 

@@ -36,14 +36,14 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
         end = ControllerEnd(controller_id="test", gateways=[address], tls=None, bundles=lambda _: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=5.0), time.monotonic())
         controller = Controller(backend, end, scaler=scaler)
-        controller.known["sim"] = Known(bundle_digest=bundle.digest, max_model_len=2048)
         scaling.listen(end, scaler, controller.now, controller.wake)
         desk = Desk(scaler, controller.wake)
         spec = ModelSpec(
             "sim", f"sim://{checkpoint}?decode_ms=8", min_replicas=0, max_replicas=2, idle_s=1.0, slo_itl_s=1.0
         )
         settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=4.0)
-        scaler.look([spec], {"sim": OnRay(0)}, [], time.monotonic(), time.time(), blind=True)  # as if it rested
+        controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=2048)
+        scaler.look([spec], {("sim", ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True)  # as if it rested
         controller.want([settings])
         parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
 

@@ -48,6 +48,7 @@ class FakeRay:
             version=settings.spec.version,
             ray=settings.ray_cluster,
             deployed_at_s=self.now_s,
+            gpu=settings.spec.gpu,
         )
         self.apps[settings.app] = made
 

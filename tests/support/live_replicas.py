@@ -52,6 +52,7 @@ class LiveReplicas:
                 deleting=app.deleting,
                 deployed_at_s=app.deployed_at_s,
                 version=app.settings.spec.version,
+                gpu=app.settings.spec.gpu,
             )
             for name, app in self._apps.items()
         }

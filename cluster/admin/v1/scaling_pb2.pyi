@@ -328,7 +328,7 @@ class ScalingDecision(_message.Message):
     replicas_before: _builtins.int
     replicas: _builtins.int
     action: _builtins.str
-    """up, down, to_zero, from_zero, hold."""
+    """up, down, to_zero, from_zero, move (to another type of GPU), hold."""
     why: _builtins.str
     passes: _builtins.int
     """How many passes have decided so."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.control.scaling.types import Decision, ModelSeen, Rates
+from cluster.control.scaling.worth import covers, unit_of, whole, worth, worth_of
 
 CLASS = 100.0
 DEEPEST = 6
@@ -28,7 +29,8 @@ MARGIN_USE = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one model asks for. `fixed`: what it gets whatever it wishes; `frozen`: also beyond the budget."""
+    """What one model asks for. `fixed`: what it gets whatever it wishes; `frozen`: also beyond the budget. `wanted` and
+    `load` are in replicas of one type (worth.py), all else in replicas as they are."""
 
     model: str
     seen: ModelSeen
@@ -38,7 +40,7 @@ class Claim:
     load: float
     by_rank: Mapping[int, float]
     calls_per_s: float
-    fixed: Mapping[str, int] | None
+    fixed: int | Mapping[str, int] | None
     frozen: bool
     why: str
     numbers: Mapping[str, float]
@@ -67,13 +69,17 @@ def share(claims: Sequence[Claim], budget: Mapping[str, int]) -> tuple[Decision,
     claims = [replace(claim, by_rank={order[r]: load for r, load in claim.by_rank.items()}) for claim in claims]
     given: dict[str, dict[str, int]] = {}
     for claim in claims:
-        if claim.frozen and claim.fixed is not None:
+        if claim.frozen and isinstance(claim.fixed, Mapping):
             given[claim.model] = dict(claim.fixed)
             for gpu, count in claim.fixed.items():
                 if gpu in purse.left:
                     purse.left[gpu] = max(purse.left[gpu] - count * _gpus(claim, gpu), 0)
     for claim in claims:
-        if claim.fixed is not None and not claim.frozen:
+        if isinstance(claim.fixed, int):
+            given[claim.model] = {}
+            for _ in range(claim.fixed):
+                _take(purse, claim, given[claim.model])
+        elif claim.fixed is not None and not claim.frozen:
             given[claim.model] = {}
             for gpu, count in claim.fixed.items():
                 got = sum(purse.take(gpu, _gpus(claim, gpu)) for _ in range(count))
@@ -90,15 +96,25 @@ def share(claims: Sequence[Claim], budget: Mapping[str, int]) -> tuple[Decision,
         _, at = heapq.heappop(heap)
         claim = free[at]
         mine = given[claim.model]
-        if sum(mine.values()) < claim.wanted and _take(purse, claim, mine):
+        if not _enough(claim, mine) and _take(purse, claim, mine):
             heapq.heappush(heap, (-_value(claim, mine), at))
     return tuple(_decision(claim, given[claim.model]) for claim in claims)
 
 
+def _enough(claim: Claim, mine: Mapping[str, int]) -> bool:
+    """Whether they are worth what is wanted, or as many as there may be."""
+    settings = claim.seen.settings
+    if len(settings.gpus) > 1 and sum(mine.values()) >= settings.max_replicas:
+        return True
+    return covers(worth_of(claim.seen, mine), claim.wanted)
+
+
 def _take(purse: _Purse, claim: Claim, mine: dict[str, int]) -> bool:
-    """One more replica: of a type that the model has already, else of the first that has room."""
-    kept = [gpu for gpu in claim.seen.settings.gpus if mine.get(gpu, 0) < claim.have.get(gpu, 0)]
-    for gpu in (*kept, *claim.seen.settings.gpus):
+    """One more replica: of a type that the model has already, else of the first that has room, else of the first."""
+    types, room = claim.seen.settings.gpus, claim.seen.room
+    kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]
+    free = [gpu for gpu in (*kept, *types) if gpu not in room or mine.get(gpu, 0) < room[gpu]]
+    for gpu in (*free, types[0]):
         if purse.take(gpu, _gpus(claim, gpu)):
             mine[gpu] = mine.get(gpu, 0) + 1
             return True
@@ -111,12 +127,12 @@ def _gpus(claim: Claim, gpu: str) -> int:
 
 def _value(claim: Claim, mine: Mapping[str, int]) -> float:
     """Of the next replica, for each GPU."""
-    number = sum(mine.values()) + 1
-    edge = EDGE if number <= sum(claim.have.values()) else 1.0
-    return edge * _gain(claim, number) / max(_gpus(claim, claim.seen.settings.gpus[0]), 1)
+    number = worth_of(claim.seen, mine) + 1
+    edge = EDGE if covers(worth_of(claim.seen, claim.have), whole(number)) else 1.0
+    return edge * _gain(claim, number) / max(_gpus(claim, unit_of(claim.seen)), 1)
 
 
-def _gain(claim: Claim, number: int) -> float:
+def _gain(claim: Claim, number: float) -> float:
     """Calls a second that the replica of this number serves in time, by class."""
     total = sum(claim.by_rank.values())
     if total <= 0 or claim.load <= 0:
@@ -138,9 +154,16 @@ def _gain(claim: Claim, number: int) -> float:
 
 def _decision(claim: Claim, got: Mapping[str, int]) -> Decision:
     counts = {gpu: count for gpu, count in got.items() if count or claim.have.get(gpu)}
-    total, why = sum(got.values()), claim.why
-    asked = sum(claim.fixed.values()) if claim.fixed is not None else claim.wanted
-    if total < asked:
-        why = f"{why}; the GPU budget allows {total} of {asked}"
-    numbers = {**claim.numbers, "wanted": float(asked), "given": float(total), "gain": _gain(claim, max(total, 1))}
+    total, why = worth_of(claim.seen, got), claim.why
+    asked, less = claim.wanted, not _enough(claim, got)
+    if claim.fixed is not None:
+        asked = claim.fixed if isinstance(claim.fixed, int) else sum(claim.fixed.values())
+        total = float(sum(got.values()))
+        less = total < asked
+    if less:
+        why = f"{why}; the GPU budget allows {total:.3g} of {asked}"
+    numbers = {**claim.numbers, "wanted": float(asked), "given": total, "gain": _gain(claim, max(total, 1.0))}
+    if len(claim.seen.settings.gpus) > 1:
+        numbers |= {f"given[{gpu}]": float(count) for gpu, count in counts.items()}
+        numbers |= {f"worth[{gpu}]": worth(claim.seen, gpu) for gpu in claim.seen.settings.gpus}
     return Decision(claim.model, counts, why, numbers)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from cluster.control.scaling.budget import Claim, share
 from cluster.control.scaling.memory import Memory, ModelMemory
 from cluster.control.scaling.types import Decision, ModelSeen, Observation
 from cluster.control.scaling.wish import Wish, Work, learn, remembered, wish, work_of
+from cluster.control.scaling.worth import as_one_type, whole, worth_of
 
 
 def decide(observation: Observation, memory: Memory, now_s: float) -> tuple[tuple[Decision, ...], Memory]:
@@ -21,7 +23,8 @@ def decide(observation: Observation, memory: Memory, now_s: float) -> tuple[tupl
     decisions = share(claims, observation.gpu_budget)
     for decision in decisions:
         seen = observation.models[decision.model]
-        kept[decision.model] = remembered(kept[decision.model], seen, decision.total, now_s)
+        decided = whole(worth_of(seen, decision.replicas))
+        kept[decision.model] = remembered(kept[decision.model], as_one_type(seen), decided, now_s)
     return decisions, Memory(now_s, kept)
 
 
@@ -35,12 +38,13 @@ def _claim(
             have[replica.gpu] = have.get(replica.gpu, 0) + 1
     called = any(d.arrived_requests or d.queued_requests for d in demand)
     after = replace(before, last_call_s=now_s) if called else before
-    work = work_of(seen, observation.ranks)
+    alike = as_one_type(seen)
+    work = work_of(alike, observation.ranks)
     if work is None:
-        one, work = _unlearnt(seen, called), Work(0.0, 0.0, 0.0, {}, 0, 0, 0, 0, 0)
+        one, work = _unlearnt(alike, called), Work(0.0, 0.0, 0.0, {}, 0, 0, 0, 0, 0)
     else:
-        after = learn(after, seen, work, passed_s, now_s)
-        one, after = wish(after, seen, work, now_s)
+        after = learn(after, alike, work, passed_s, now_s)
+        one, after = wish(after, alike, work, now_s)
     wanted, why, idle_s = one.replicas, one.why, now_s - after.last_call_s
     numbers = dict(one.numbers, idle_s=idle_s)
     floor = settings.min_replicas
@@ -53,11 +57,9 @@ def _claim(
         wanted, why = floor, "the least that is configured" if settings.min_replicas else "not idle for long enough"
     if wanted > settings.max_replicas:
         wanted, why = settings.max_replicas, "the most that is configured"
-    fixed = None
+    fixed: int | Mapping[str, int] | None = None
     if settings.manual is not None:
-        manual = settings.manual
-        fixed = {settings.gpus[0]: manual} if isinstance(manual, int) else dict(manual)
-        why = "manual"
+        fixed, why = settings.manual, "manual"
     if observation.frozen or settings.frozen:
         fixed, why = have, "frozen"
     return Claim(

@@ -81,8 +81,8 @@ class ModelSettings:
     """A model's part of the configuration, and what is learnt of it as a whole.
 
     `idle_s` > 0 with `min_replicas` 0: to zero after so long without a call. `gpus` lists the GPU types in order of
-    preference. `manual` overrides the policy (within the GPU budget) until it is taken back; a bare number is of the
-    first type. `frozen`: nothing changes.
+    preference. `manual` overrides the policy (within the GPU budget) until it is taken back; a bare number goes over
+    the types as any does. `frozen`: nothing changes.
     """
 
     min_replicas: int = 1
@@ -98,12 +98,17 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class ModelSeen:
-    """All there is to know of one model at one moment. Keys of `rates` are GPU types, of `demand` class names."""
+    """All there is to know of one model at one moment. Keys of `rates` are GPU types, of `demand` class names.
+
+    `room` by GPU type: how many of its replicas there are places for, those that are there among them; a type that is
+    not in it has places enough. What finds no place on any type waits for the first.
+    """
 
     settings: ModelSettings
     demand: Mapping[str, ClassDemand] = field(default_factory=dict)
     replicas: Sequence[ReplicaSeen] = ()
     rates: Mapping[str, Rates] = field(default_factory=dict)
+    room: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,89 @@
+"""Changes of the model under load: a version on trial, its end by hand, another entry, a trial that is bad."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from cluster.rayserve.controller import Controller
+from cluster.rayserve.settings import ReplicaSettings
+
+STREAM_S = (5.0, 300.0)
+TRIAL_WEIGHT = 0.3
+TRIED, TAKEN_BACK, CHANGED, BAD = 0.15, 0.4, 0.5, 0.7
+"""When each begins, as parts of the time."""
+LOOK_S = 0.25
+
+
+class Changes:
+    """Tells the controller what to want, and notes when that stood."""
+
+    def __init__(self, controller: Controller, settings: ReplicaSettings, slow_source: str) -> None:
+        """`settings`: as the model runs now. `slow_source`: of a version whose first tokens are late."""
+        self._controller = controller
+        self._settings = settings
+        self._slow_source = slow_source
+        self.seen: dict[str, Any] = {}
+
+    async def play(self, seconds: float) -> None:
+        """All of them, at their parts of the time or when the one before has come to its end."""
+        began = time.monotonic()
+
+        async def at(part: float) -> None:
+            await asyncio.sleep(max(began + part * seconds - time.monotonic(), 0.0))
+
+        own = self._settings
+        spec = own.spec
+        await at(TRIED)
+        trial = replace(spec, version="v2", weight=TRIAL_WEIGHT)
+        self._controller.want([_with(own, weight=1 - TRIAL_WEIGHT), replace(own, spec=trial)])
+        await self._until("a trial serves", lambda: self._serves("v2"), seconds)
+        await at(TAKEN_BACK)
+        self._controller.mark(spec.name, "v2", gone="by hand")
+        await self._until("the trial is gone", lambda: not self._there("v2"), 2 * seconds)
+        await at(CHANGED)
+        changed = _with(own, source=spec.source + "&seed=0", weight=1.0)
+        self._controller.want([changed])
+        await self._until("the entry is replaced", lambda: self._replaced(changed), 2 * seconds)
+        await at(BAD)
+        bad = replace(changed.spec, version="v3", source=self._slow_source, weight=TRIAL_WEIGHT, ttft_ratio=1.2)
+        self._controller.want([_with(changed, weight=1 - TRIAL_WEIGHT), replace(changed, spec=bad)])
+        await self._until("the bad trial took itself back", lambda: self._taken_back("v3"), 2 * seconds)
+
+    async def _until(self, what: str, holds: Callable[[], bool], most_s: float) -> None:
+        began = time.monotonic()
+        while not holds():
+            if time.monotonic() - began > most_s:
+                self.seen[what] = None
+                return
+            await asyncio.sleep(LOOK_S)
+        self.seen[what] = f"after {time.monotonic() - began:.1f} s"
+        print(what, self.seen[what], flush=True)
+
+    def _share(self, version: str) -> Any:
+        entries = {entry.name: entry for entry in self._controller.entries()}
+        return next((one for one in entries[self._settings.spec.name].versions if one.version == version), None)
+
+    def _serves(self, version: str) -> bool:
+        share = self._share(version)
+        return share is not None and share.replicas > 0
+
+    def _there(self, version: str) -> bool:
+        share = self._share(version)
+        return share is not None and share.replicas > 0
+
+    def _taken_back(self, version: str) -> bool:
+        share = self._share(version)
+        return share is not None and "rolled back by itself" in share.state_reason
+
+    def _replaced(self, settings: ReplicaSettings) -> bool:
+        """Whether every linked worker of the model is of these settings."""
+        fleet = [one for one in self._controller.gateways.fleet() if one.model == settings.spec.name]
+        return bool(fleet) and all(one.generation == settings.digest for one in fleet)
+
+
+def _with(settings: ReplicaSettings, **fields: Any) -> ReplicaSettings:
+    return replace(settings, spec=replace(settings.spec, **fields))

@@ -1,0 +1,163 @@
+"""`python -m loadtests.autoscale_live.cold [--rounds 5] [--model FOLDER] [--json FILE]`: from nothing to a first token.
+
+By turns: vLLM's own server, from exec to the first text of a call that is repeated until it is answered; and a call of
+ours that finds its model at zero, from its sending to its first text. The same real engine with the same arguments;
+gateway, controller and Ray of ours stand already, as they do when a model grows. Ours is told in parts: until the
+replica begins (the decision, Ray Serve, Ray), until its files are found and digested, until the engine is up (imports,
+load, golden prompt), and until the first text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from cluster.api.types import ModelSpec
+from cluster.engine.arguments import CPU_KV_CACHE_BYTES
+from loadtests import machine
+from loadtests.autoscale_live.calls import MODEL, prompt
+from loadtests.autoscale_live.rig import Live, begun
+from loadtests.autoscale_live.traffic import PlannedCall
+from loadtests.children import free_port
+from tests.support.checkpoints import build_checkpoint
+
+TOKENS, START_S, LOOK_S = 8, 180.0, 0.02
+DTYPE, MAX_MODEL_LEN = "float32", 2048
+_STARTED = re.compile(r"worker\.started.*?began=([\d.]+).*?engine_s=([\d.]+).*?opened_s=([\d.]+)")
+
+
+async def vllm_alone(folder: Path, log: Path) -> float:
+    """Seconds from exec to first text. Raises RuntimeError where there is none in time."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += ["--dtype", DTYPE, "--max-model-len", str(MAX_MODEL_LEN)]
+    command += ["--kv-cache-memory-bytes", str(CPU_KV_CACHE_BYTES), "--disable-uvicorn-access-log"]
+    variables = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with log.open("ab") as output:
+        began = time.monotonic()
+        server = await asyncio.create_subprocess_exec(
+            *command, stdout=output, stderr=output, env={**os.environ, **variables}, start_new_session=True
+        )
+    try:
+        return await _first_text(f"http://127.0.0.1:{port}/v1/chat/completions", began)
+    finally:
+        server.terminate()
+        await server.wait()
+
+
+async def _first_text(url: str, began: float) -> float:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": prompt(0)}],
+        "max_tokens": TOKENS,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    async with httpx.AsyncClient(timeout=START_S, trust_env=False) as client:
+        while time.monotonic() - began < START_S:
+            try:
+                async with client.stream("POST", url, json=body) as reply:
+                    async for line in reply.aiter_lines():
+                        if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+                            return time.monotonic() - began
+            except httpx.TransportError:
+                await asyncio.sleep(LOOK_S)
+    raise RuntimeError("vLLM's server has not answered in time")
+
+
+async def from_zero(live: Live) -> dict[str, float]:
+    """A call that finds its model at zero: seconds in all, and of its parts. Raises RuntimeError where it fails."""
+    before = len(_started(live))
+    sent = time.time()
+    told = await live.callers.call(PlannedCall(0.0, TOKENS, 0, 0))
+    if told.fault or told.first_s is None:
+        raise RuntimeError(f"the call from zero failed: {told.fault}")
+    rows = _started(live)[before:]
+    live.desk.scale(MODEL, 0)
+    await live.at_zero()
+    live.desk.scale(MODEL, None)
+    found = {"all": told.first_s}
+    if rows:
+        began, engine_s, opened_s = rows[-1]
+        placed_s = began - sent
+        rest_s = told.first_s - placed_s - opened_s - engine_s
+        found |= {"until the replica begins": placed_s, "files": opened_s, "engine": engine_s, "first text": rest_s}
+    return {name: round(value, 3) for name, value in found.items()}
+
+
+def _started(live: Live) -> Sequence[tuple[float, float, float]]:
+    """(began, engine_s, opened_s) of all replicas, by time, as Ray keeps their output."""
+    found: set[tuple[float, float, float]] = set()
+    for path in (live.ray.folder / "session_latest" / "logs").glob("worker-*.*"):
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))
+        found |= {(float(a), float(b), float(c)) for a, b, c in _STARTED.findall(plain)}
+    return sorted(found)
+
+
+async def run(rounds: int, model: str, folder: Path) -> dict[str, Any]:
+    """All rounds, after one of each that is not counted."""
+    checkpoint = Path(model) if model else build_checkpoint("llama", folder / "llama")
+    spec = ModelSpec(
+        MODEL,
+        str(checkpoint),
+        min_replicas=0,
+        max_replicas=1,
+        idle_s=600.0,
+        dtype=DTYPE,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    alone: list[float] = []
+    ours: list[dict[str, float]] = []
+    async with begun(folder, checkpoint, spec) as live:
+        await live.at_zero()
+        for number in range(rounds + 1):
+            theirs_s = await vllm_alone(checkpoint, folder / "vllm.log")
+            found = await from_zero(live)
+            print(f"round {number}: vLLM alone {theirs_s:.2f} s, ours {found}", flush=True)
+            if number:
+                alone.append(theirs_s)
+                ours.append(found)
+    ratios = [one["all"] / theirs for one, theirs in zip(ours, alone, strict=True)]
+    return {
+        "machine": machine.hardware(),
+        "model": model or "a tiny LLaMA",
+        "vllm_alone_s": alone,
+        "ours_s": ours,
+        "ratios": ratios,
+        "ratio_of_medians": statistics.median(one["all"] for one in ours) / statistics.median(alone),
+        "worst_ratio": max(ratios),
+    }
+
+
+def main() -> int:
+    """Run and tell."""
+    parser = argparse.ArgumentParser(prog="python -m loadtests.autoscale_live.cold")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model", default="", help="a checkpoint (default: a tiny random LLaMA)")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = asyncio.run(run(given.rounds, given.model, Path(folder)))
+    text = json.dumps(found, indent=1)
+    if given.json is not None:
+        given.json.write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""A gateway, a controller that scales, and a Ray of their own, with one model that begins at zero."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from cluster.api.types import ModelSpec
+from cluster.control.catalog import Known
+from cluster.control.reconcile import Observed
+from cluster.control.scaler import OnRay, Scaler, ScalingSettings
+from cluster.control.scaling_desk import Desk
+from cluster.link.controller import ControllerEnd
+from cluster.rayserve import scaling
+from cluster.rayserve.backend import ChildBackend
+from cluster.rayserve.controller import Controller
+from cluster.rayserve.local import LocalRay, LocalRaySettings
+from cluster.rayserve.settings import ReplicaSettings
+from loadtests.autoscale_live.calls import MODEL, Callers, Told
+from loadtests.autoscale_live.traffic import PlannedCall
+from tests.support.cluster import bundle_of, running_cluster, until
+
+SAMPLE_S = 0.25
+
+
+class Watch:
+    """The fleet over time: replicas that start or serve, and those that leave."""
+
+    def __init__(self, scaler: Scaler) -> None:
+        self._scaler = scaler
+        self.samples: list[tuple[float, int, int, int]] = []
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            one = self._scaler.standing(MODEL)
+            self.samples.append((time.monotonic(), one.running, one.starting, one.desired))
+            await asyncio.sleep(SAMPLE_S)
+
+    def gpu_seconds(self, since: float, until_: float) -> float:
+        """Of replicas that start or serve."""
+        inside = [one for one in self.samples if since <= one[0] <= until_]
+        return sum((b[0] - a[0]) * (a[1] + a[2]) for a, b in itertools.pairwise(inside))
+
+
+class Live:
+    """The parts of a run."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        desk: Desk,
+        callers: Callers,
+        links: Callable[[], int],
+        settings: ReplicaSettings,
+        watch: Watch,
+        ray: LocalRay,
+    ) -> None:
+        self.controller, self.desk, self.callers, self.links = controller, desk, callers, links
+        self.settings, self.watch, self.ray = settings, watch, ray
+
+    async def at_zero(self) -> None:
+        """Wait until nothing of the model is left but its name."""
+        await until(lambda: self.links() == 0, "no replica is linked", 120)
+        await self.on_ray(lambda app: not (app.leaving or app.running or app.placed))
+
+    async def on_ray(self, holds: Callable[[Observed], bool]) -> None:
+        """Wait until Ray says so of the model."""
+        deadline = time.monotonic() + 120
+        while not [one for one in (await self._apps()) if holds(one)]:
+            if time.monotonic() > deadline:
+                raise TimeoutError("Ray does not come to rest")
+            await asyncio.sleep(0.2)
+
+    async def _apps(self) -> Sequence[Observed]:
+        snapshot = await self.controller.backend.observe()
+        return [one for one in snapshot.apps.values() if one.model == MODEL and not one.deleting]
+
+    async def cold_start(self) -> float:
+        """By hand: from the word to a worker with room."""
+        began = time.monotonic()
+        self.desk.scale(MODEL, 1)
+        await until(lambda: self.links() == 1, "it serves", 120)
+        took_s = time.monotonic() - began
+        self.desk.scale(MODEL, 0)
+        await self.at_zero()
+        self.desk.scale(MODEL, None)
+        return took_s
+
+    async def from_zero(self, number: int) -> Told:
+        """A call that finds the model at zero; then back there."""
+        told = await self.callers.call(PlannedCall(0.0, 20, number % 2, 0))
+        self.desk.scale(MODEL, 0)
+        await self.at_zero()
+        self.desk.scale(MODEL, None)
+        return told
+
+
+@asynccontextmanager
+async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
+    """All of it at work, till the end of the block."""
+    bundle = bundle_of(checkpoint)
+    ray = LocalRay(LocalRaySettings(f"live-{uuid.uuid4().hex[:8]}", Path(tempfile.mkdtemp(prefix="hr-"))))
+    async with AsyncExitStack() as stack:
+        stack.callback(shutil.rmtree, ray.log_file.parent, ignore_errors=True)
+        stack.callback(ray.stop)
+        await asyncio.to_thread(ray.start)
+        backend = ChildBackend("live", ray.address, ray.environment(), ray.log_file.parent / "driver.log")
+        stack.push_async_callback(backend.close)
+        cluster = await stack.enter_async_context(running_cluster(folder / "gateway"))
+        ends = cluster.gateway.endpoints
+        end = ControllerEnd(controller_id="live", gateways=[ends["link"]], tls=None, bundles=lambda _: bundle)
+        scaler = Scaler(ScalingSettings(cold_start_s=10.0), time.monotonic())
+        controller = Controller(backend, end, scaler=scaler)
+        scaling.listen(end, scaler, controller.now, controller.wake)
+        scaler.look([spec], {(MODEL, ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
+        settings = ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=10.0)
+        controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=spec.max_model_len or 2048)
+        controller.want([settings])
+        watch = Watch(scaler)
+        parts = [asyncio.create_task(one) for one in (end.run(), controller.run(), watch.run())]
+        callers = Callers(ends["grpc"], ends["http"])
+        stack.push_async_callback(callers.close)
+        desk = Desk(scaler, controller.wake)
+        live = Live(controller, desk, callers, lambda: len(cluster.gateway.hub.links), settings, watch, ray)
+        try:
+            await live.on_ray(lambda app: bool(app.digest))
+            yield live
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+            await asyncio.wait_for(backend.shutdown(), 30)

@@ -1,0 +1,96 @@
+"""Engine processes as forks: who gets them, and what they find in themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cluster.engine import forks
+
+SCRIPT = """
+import json, os, sys
+from cluster.engine import forks
+
+def told(queue, deeper):
+    context = forks._Context()
+    found = {
+        "parent": os.getppid(),
+        "marked": os.environ.get("MARK"),
+        "begun with": os.environ.get("BEFORE"),
+        "main again": hasattr(sys.modules["__main__"], "told"),
+        "preloaded": "wave" in sys.modules,
+    }
+    if deeper:
+        os.environ["MARK"] = "inner"
+        inner = context.Process(target=told, args=(queue, False))
+        inner.start()
+        inner.join()
+        found["inner code"] = inner.exitcode
+    queue.put(found)
+
+if __name__ == "__main__":
+    os.environ["BEFORE"] = "yes"
+    forks.PRELOAD = "wave"
+    forks.begin()
+    forks.begin()
+    del os.environ["BEFORE"]
+    os.environ["MARK"] = "outer"
+    import told_by_fork
+    context = forks._Context()
+    queue = context.SimpleQueue()
+    process = context.Process(target=told_by_fork.told, args=(queue, True))
+    process.start()
+    both = [queue.get(), queue.get()]
+    process.join()
+    print(json.dumps({"both": both, "code": process.exitcode, "own main": __file__}))
+"""
+
+
+def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> None:
+    """A fork and a fork of it: the same server, what was loaded there, their starters' variables, no main program."""
+    for name in ("told_by_fork.py", "program.py"):
+        with open(os.path.join(tmp_path, name), "w") as file:
+            file.write(SCRIPT)
+    ran = subprocess.run(
+        [sys.executable, os.path.join(tmp_path, "program.py")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, forks.START: "fork-server", "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    inner, outer = found["both"]
+    assert (outer["marked"], inner["marked"]) == ("outer", "inner")
+    assert outer["parent"] == inner["parent"]
+    assert found["code"] == outer["inner code"] == 0
+    for one in (outer, inner):
+        assert one["begun with"] is None
+        assert one["preloaded"]
+        assert not one["main again"]
+    assert found["own main"].endswith("program.py")
+
+
+@pytest.mark.parametrize(("word", "wanted"), [("spawn", False), ("fork-server", True)])
+def test_a_word_decides(monkeypatch: pytest.MonkeyPatch, word: str, wanted: bool) -> None:
+    """Whatever the build."""
+    monkeypatch.setenv(forks.START, word)
+    assert forks.wanted() is wanted
+
+
+def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the two that there are."""
+    monkeypatch.setenv(forks.START, "thread")
+    with pytest.raises(ValueError, match="use fork-server or spawn"):
+        forks.wanted()
+
+
+def test_where_no_server_was_begun_nothing_changes() -> None:
+    """An engine outside a replica starts its processes as vLLM does."""
+    assert not forks.begun()
+    forks.install()
