@@ -99,8 +99,8 @@ def line(
     start's wait is let go: callers have gone, and rules recover as the real line would.
     """
     after = np.maximum(waiting + came.load * doubt * passed_s - ready * passed_s, 0.0)
-    after = np.minimum(after, np.maximum(ready, 1.0) * cold_start_s)
-    return after, late_share(ready * came.slack_s + came.behind_s, waiting, after)
+    late = late_share(ready * came.slack_s + came.behind_s, waiting, after)
+    return np.minimum(after, np.maximum(ready, 1.0) * cold_start_s), late
 
 
 def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
