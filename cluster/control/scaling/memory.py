@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.control.scaling import levels, shadow
+from cluster.control.scaling import gains, levels, shadow
+from cluster.control.scaling.gains import Gains
 from cluster.control.scaling.levels import Floats, Levels
 from cluster.control.scaling.shadow import Shadow
 
@@ -61,6 +62,7 @@ class ModelMemory:
     stretch: Stretch = field(default_factory=Stretch)
     levels: Levels = field(default_factory=levels.nothing)
     shadow: Shadow = field(default_factory=shadow.nothing)
+    gains: Gains = field(default_factory=gains.nothing)
     past: tuple[Past, ...] = ()
     rules: tuple[int, ...] = ()
     """That are followed, the cheapest first."""
@@ -75,6 +77,8 @@ class ModelMemory:
     """Of output by call, as `calls_per_s`."""
     down: tuple[float, int] | None = None
     """The last scale-down: when, and how many there were before."""
+    cut_s: float | None = None
+    """When replicas that were wished for last went to other models."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cluster.control.scaling import levels, shadow
+from cluster.control.scaling import gains, levels, shadow
 from cluster.control.scaling.memory import Fidelity, ModelMemory, Past, Stretch
 from cluster.control.scaling.shadow import MARGINS, Came
 from cluster.control.scaling.types import ModelSeen, Rates
@@ -170,7 +170,8 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: f
     unforeseen = max(fidelity.late - fidelity.told, 0.0) / max(fidelity.calls, 1.0)
     share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
     rules = shadow.best(played, share, WINDOW * cold_s) if played.time_s else ()
-    return replace(memory, levels=following, shadow=played, past=tuple(kept), rules=rules, fidelity=fidelity)
+    won = gains.played(memory.gains, came, one.passed_s, cold_s)
+    return replace(memory, levels=following, shadow=played, gains=won, past=tuple(kept), rules=rules, fidelity=fidelity)
 
 
 def _check(before: Fidelity, seen: ModelSeen, one: Stretch, came: Came, cold_s: float) -> Fidelity:
@@ -247,7 +248,9 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
     return Wish(target, why, level, numbers), replace(memory, wishes=wishes)
 
 
-def remembered(memory: ModelMemory, seen: ModelSeen, decided: int, now_s: float) -> ModelMemory:
-    """After the decision."""
+def remembered(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
+    """After the decision. `wanted`: what was asked of the budget."""
     have = sum(r.state != "draining" for r in seen.replicas)
-    return replace(memory, down=(now_s, have)) if decided < have else memory
+    if decided >= have:
+        return memory
+    return replace(memory, down=(now_s, have), cut_s=now_s if decided < wanted else memory.cut_s)
