@@ -49,6 +49,8 @@ class Fidelity:
     waiting: float = 0.0
     told: float = 0.0
     """Late calls by the shadow of the real replicas."""
+    lately: float = 0.0
+    """Of the calls that came lately, the share that the shadow told late."""
     late: float = 0.0
     calls: float = 0.0
     correction: float = 1.0

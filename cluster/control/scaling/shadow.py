@@ -24,7 +24,10 @@ from cluster.control.scaling.levels import SIGNALS, Floats
 FACTORS = np.array([*(1.035 ** np.arange(22)), 2.2, 2.4, 2.7, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0])
 STRAYS = np.array([*np.arange(0.5, 4.01, 0.25), 5.0, 6.0, 8.0])
 MARGINS = len(FACTORS) + len(STRAYS)
-RULES = SIGNALS * MARGINS
+FIXED = np.unique(np.round(1.05 ** np.arange(128)))
+"""Replicas of rules that follow no signal: surges shorter than a cold start are served by what is there, or not."""
+FOLLOWING = SIGNALS * MARGINS
+RULES = FOLLOWING + len(FIXED)
 CHOSEN = 24
 MEMORY = 120.0
 """Cold starts after which what was seen counts for 1/e."""
@@ -64,7 +67,7 @@ def held(signals: Floats, stray: Floats) -> Floats:
     """By rule: how many replicas it wants, not rounded."""
     by_factor = signals[:, None] * FACTORS
     by_stray = signals[:, None] + stray[:, None] * STRAYS
-    rules: Floats = np.concatenate([by_factor, by_stray], axis=1).reshape(-1)
+    rules: Floats = np.concatenate([np.concatenate([by_factor, by_stray], axis=1).reshape(-1), FIXED])
     return rules
 
 
@@ -110,14 +113,16 @@ def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
     return np.where(high <= allowed, 0.0, np.minimum(share, 1.0))
 
 
-def best(shadow: Shadow, late_budget: float, window_s: float) -> tuple[int, ...]:
+def best(shadow: Shadow, late_budget: float, ahead: float) -> tuple[int, ...]:
     """The rules to follow: the CHOSEN cheapest within the budget, the cheapest first.
 
-    The budget is one of `window_s` seconds, also while less was seen: who spent on one surge what the window allows is
-    not to be doubted for it. A rule that spent more counts as that much dearer, so where none is within the budget (no
-    rule foresees a surge out of nothing) GPUs are not heaped up without end.
+    `ahead` (1 or more): so many times what was seen is what the budget is for, as long as it is not spent: who spent on
+    one surge what the window allows is not to be doubted for it. A rule that spent more counts as that much dearer, and
+    by what it serves in time: where none is within the budget (no rule foresees a surge out of nothing) GPUs are not
+    heaped up without end, nor saved by serving nobody.
     """
-    allowed = late_budget * shadow.calls * max(window_s / shadow.time_s, 1.0)
-    price = shadow.cost * np.maximum(shadow.late / max(allowed, 1e-9), 1.0)
+    allowed = late_budget * shadow.calls * ahead
+    served = np.maximum(1.0 - shadow.late / max(shadow.calls, 1e-9), 1e-9)
+    price = shadow.cost * np.maximum(shadow.late / max(allowed, 1e-9), 1.0) / served
     order = np.argsort(price, kind="stable")[: int(CHOSEN)]
     return tuple(order.tolist())

@@ -15,7 +15,7 @@ import numpy as np
 
 from cluster.control.scaling import gains, levels, shadow
 from cluster.control.scaling.memory import Fidelity, ModelMemory, Past, Stretch
-from cluster.control.scaling.shadow import MARGINS, Came
+from cluster.control.scaling.shadow import FOLLOWING, MARGINS, Came
 from cluster.control.scaling.types import ModelSeen, Rates
 
 STRETCHES = 24
@@ -43,6 +43,10 @@ PATIENCE = 0.5
 HOLD = 0.25
 """Within a cold start of a scale-down no more is started for a wish of up to this above what was there: margins are for
 that, and a start would not serve before the swing is over."""
+OVERLOAD = 2.0
+"""Cold starts over which it is counted whether the shadow saw an overload: calls are judged a while after they came."""
+EXPLAINED = 0.1
+"""Of the calls: where the shadow tells so many late, it foresaw all that were."""
 STREAMS = 1 / 3
 """Cold starts over which the decoding of running streams is counted: about as long as a stream lasts."""
 BEHIND = 0.2
@@ -169,7 +173,11 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: f
     budget = 1.0 - slo.target
     unforeseen = max(fidelity.late - fidelity.told, 0.0) / max(fidelity.calls, 1.0)
     share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
-    rules = shadow.best(played, share, WINDOW * cold_s) if played.time_s else ()
+    # The budget of the window is there while what really became of calls has not spent it.
+    ahead = max(WINDOW * cold_s / max(played.time_s, 1e-9), 1.0)
+    spent = fidelity.late / max(fidelity.calls, 1.0) / (budget * ahead)
+    ahead = 1.0 + (ahead - 1.0) * max(1.0 - spent, 0.0)
+    rules = shadow.best(played, share, ahead) if played.time_s else ()
     won = gains.played(memory.gains, came, one.passed_s, cold_s)
     return replace(memory, levels=following, shadow=played, gains=won, past=tuple(kept), rules=rules, fidelity=fidelity)
 
@@ -179,6 +187,11 @@ def _check(before: Fidelity, seen: ModelSeen, one: Stretch, came: Came, cold_s: 
     ready = np.array([float(sum(r.state == "ready" for r in seen.replicas))])
     waiting, share = shadow.line(ready, np.array([before.waiting]), came, 1.0, one.passed_s, cold_s)
     told = float(share[0]) * one.calls
+    lately = before.lately
+    if one.calls:
+        lately += (float(share[0]) - lately) * -math.expm1(-one.passed_s / (OVERLOAD * cold_s))
+    # How many are late in an overload is the queue's matter; it says nothing against rules that hold more.
+    told = max(told, one.outside * min(lately / EXPLAINED, 1.0))
     fade = math.exp(-one.passed_s / (shadow.MEMORY * cold_s))
     late, judged = before.late * fade + one.outside, before.calls * fade + one.within + one.outside
     told = before.told * fade + told
@@ -188,7 +201,7 @@ def _check(before: Fidelity, seen: ModelSeen, one: Stretch, came: Came, cold_s: 
     error = min(max(missing, -1.0), 1.0) if unforeseen > 0.2 * budget or missing < 0 else 0.0
     pace = UP if error > 0 else DOWN
     correction = min(max(before.correction * math.exp(pace * error * one.passed_s / cold_s), LEAST), 2.0)
-    return Fidelity(float(waiting[0]), told, late, judged, correction)
+    return Fidelity(float(waiting[0]), told, lately, late, judged, correction)
 
 
 def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tuple[Wish, ModelMemory]:
@@ -233,7 +246,7 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
     numbers = {
         "load": level,
         "load_now": float(following.means[0]),
-        "expected_load": float(following.signals[rule // MARGINS]) if rule is not None else level,
+        "expected_load": level if rule is None or rule >= FOLLOWING else float(following.signals[rule // MARGINS]),
         "margin": raw / level if level > 0 else 0.0,
         "waiting_s": work.waiting_s,
         "rule": float(rule if rule is not None else -1),
