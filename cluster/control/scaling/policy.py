@@ -58,8 +58,8 @@ def _claim(
         wanted, why = floor, "the least that is configured" if settings.min_replicas else "not idle for long enough"
     if wanted > settings.max_replicas:
         wanted, why = settings.max_replicas, "the most that is configured"
-    there = whole(worth_of(seen, have))
-    if after.cut_s is not None and now_s - after.cut_s <= settings.cold_start_s and floor <= there < wanted:
+    there = max(whole(worth_of(seen, have)), settings.min_replicas)
+    if after.cut_s is not None and now_s - after.cut_s <= settings.cold_start_s and there < wanted:
         wanted, why = there, "others got its replicas within a cold start, and do not serve with them yet"
     fixed: int | Mapping[str, int] | None = None
     if settings.manual is not None:
