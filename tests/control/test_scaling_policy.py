@@ -15,6 +15,7 @@ from cluster.control.scaling import (
     Rates,
     ReplicaSeen,
     decide,
+    gains,
 )
 from cluster.control.scaling.shadow import Came, line
 from loadtests.autoscale.clairvoyant import lingering
@@ -39,6 +40,17 @@ def test_streams_that_may_fall_behind_never_make_more_calls_late(
     counts, before = np.array([float(ready)]), np.array([min(waiting, ready * 60.0)])
     strict, lax = (line(counts, before, Came(load, 10.0, 1.7, b), 1.0, 5.0, 60.0)[1] for b in (0.0, behind))
     assert lax[0] <= strict[0]
+
+
+@given(st.lists(st.tuples(SOME, SOME), min_size=1, max_size=20))
+def test_more_replicas_never_win_fewer_calls_and_never_more_than_came(stretches: list[tuple[float, float]]) -> None:
+    won = gains.nothing()
+    for load, calls in stretches:
+        won = gains.played(won, Came(load, calls, 1.7, 1.0), 5.0, 60.0)
+    by_count = won.per_s(gains.COUNTS)
+    assert by_count[0] == 0.0
+    assert (np.diff(by_count) >= 0.0).all()
+    assert by_count[-1] <= won.calls / won.time_s + 1e-9
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(0, 3))
