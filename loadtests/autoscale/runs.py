@@ -16,8 +16,12 @@ from loadtests.autoscale.ray_policy import RayPolicy, RaySettings, grid
 from loadtests.autoscale.static import best_placement
 
 SETTINGS = ModelSettings(min_replicas=1, max_replicas=400)
+EQUAL = 0.7
+"""Where violations are compared at like cost, Ray Serve's policy may have ours / this in GPU-seconds: cost's bound."""
 WITHIN_S = 10.0
 """The copies of a trace's call come within the window in which its peaks are counted."""
+MOST_WEEK = 200
+"""Replicas: the sum of all clients peaks at 125 over 30 s, and its bursts within a second at several times that."""
 GPUS, CLIENTS, SHARED_S = 16, 20, 12 * 3600.0
 
 
@@ -74,6 +78,9 @@ class Compared:
     load: float
     ray_default: Outcome | None = None
     ray_best: tuple[RaySettings, Outcome] | None = None
+    """The cheapest of the grid that holds the slo, else the one with the fewest violations."""
+    ray_equal: tuple[RaySettings, Outcome] | None = None
+    """The fewest violations of the grid among those with at most ours / `EQUAL` in GPU-seconds; None: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,7 @@ def case(name: str, seed: int) -> Case:
         return Case(name, demands.from_trace(name, seed=seed, within_s=WITHIN_S), LARGE, 30)
     if name == "servegen-week":
         week = demands.servegen(range(demands.CLIENTS), seed, scale=1.0)
-        return Case(name, week, LARGE, 130, slot_s=30.0, quanta=1, tick_s=1.0, every_s=10.0)
+        return Case(name, week, LARGE, MOST_WEEK, slot_s=30.0, quanta=1, tick_s=1.0, every_s=10.0)
     made = {
         "poisson": (steady, 10.0, 1.0),
         "gamma cv 3": (steady, 10.0, 3.0),
@@ -119,7 +126,7 @@ def case(name: str, seed: int) -> Case:
         return Case(name, demands.from_trace("vtc", times=64, seed=seed, within_s=WITHIN_S), SMALL, 30, held_out=True)
     if name == "servegen second week, a day":
         day = demands.servegen(range(demands.CLIENTS), seed, scale=1.0, begin_s=9 * 24 * hour, duration_s=24 * hour)
-        return Case(name, day, LARGE, 130, 30.0, 1, 1.0, 10.0, held_out=True)
+        return Case(name, day, LARGE, MOST_WEEK, 30.0, 1, 1.0, 10.0, held_out=True)
     raise KeyError(name)
 
 
@@ -167,7 +174,9 @@ def compare(name: str, seed: int, with_ray: bool) -> Compared:
     tried = [(settings, play(one, RayPolicy(settings), initial)) for settings in grid()]
     within = [t for t in tried if t[1].attainment >= SETTINGS.slo.target]
     chosen = min(within, key=lambda t: t[1].gpu_s) if within else max(tried, key=lambda t: t[1].attainment)
-    return replace(found, ray_default=default, ray_best=chosen)
+    affordable = [t for t in tried if t[1].gpu_s <= ours.gpu_s / EQUAL]
+    equal = min(affordable, key=lambda t: t[1].violations) if affordable else None
+    return replace(found, ray_default=default, ray_best=chosen, ray_equal=equal)
 
 
 def shared_models(seed: int) -> dict[str, Demand]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.control.scaling import levels, shadow
+from cluster.control.scaling import gains, levels, shadow
+from cluster.control.scaling.gains import Gains
 from cluster.control.scaling.levels import Floats, Levels
 from cluster.control.scaling.shadow import Shadow
 
@@ -34,6 +35,8 @@ class Stretch:
     outside: float = 0.0
     prompt_s: float = 0.0
     """Of one replica, for all prompts."""
+    tokens: float = 0.0
+    """Of output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Fidelity:
     waiting: float = 0.0
     told: float = 0.0
     """Late calls by the shadow of the real replicas."""
+    lately: float = 0.0
+    """Of the calls that came lately, the share that the shadow told late."""
     late: float = 0.0
     calls: float = 0.0
     correction: float = 1.0
@@ -59,6 +64,7 @@ class ModelMemory:
     stretch: Stretch = field(default_factory=Stretch)
     levels: Levels = field(default_factory=levels.nothing)
     shadow: Shadow = field(default_factory=shadow.nothing)
+    gains: Gains = field(default_factory=gains.nothing)
     past: tuple[Past, ...] = ()
     rules: tuple[int, ...] = ()
     """That are followed, the cheapest first."""
@@ -67,8 +73,14 @@ class ModelMemory:
     ranks: Mapping[int, float] = field(default_factory=dict)
     """Load by class rank, a mean over five cold starts, as `calls_per_s`."""
     calls_per_s: float = 0.0
+    output: float = 0.0
+    """Load by decoding, in replicas, as `calls_per_s`."""
+    tokens: float = 0.0
+    """Of output by call, as `calls_per_s`."""
     down: tuple[float, int] | None = None
     """The last scale-down: when, and how many there were before."""
+    cut_s: float | None = None
+    """When replicas that were wished for last went to other models."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ def decide(observation: Observation, memory: Memory, now_s: float) -> tuple[tupl
     for decision in decisions:
         seen = observation.models[decision.model]
         decided = whole(worth_of(seen, decision.replicas))
-        kept[decision.model] = remembered(kept[decision.model], as_one_type(seen), decided, now_s)
+        wanted = decision.numbers["wanted"]
+        kept[decision.model] = remembered(kept[decision.model], as_one_type(seen), decided, wanted, now_s)
     return decisions, Memory(now_s, kept)
 
 
@@ -57,6 +58,9 @@ def _claim(
         wanted, why = floor, "the least that is configured" if settings.min_replicas else "not idle for long enough"
     if wanted > settings.max_replicas:
         wanted, why = settings.max_replicas, "the most that is configured"
+    there = max(whole(worth_of(seen, have)), settings.min_replicas)
+    if after.cut_s is not None and now_s - after.cut_s <= settings.cold_start_s and there < wanted:
+        wanted, why = there, "others got its replicas within a cold start, and do not serve with them yet"
     fixed: int | Mapping[str, int] | None = None
     if settings.manual is not None:
         fixed, why = settings.manual, "manual"
@@ -69,8 +73,10 @@ def _claim(
         wanted,
         min(settings.min_replicas, wanted),
         one.load,
+        work.waiting_s,
         after.ranks,
         after.calls_per_s,
+        after.gains,
         fixed,
         why == "frozen",
         why,

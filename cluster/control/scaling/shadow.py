@@ -24,7 +24,10 @@ from cluster.control.scaling.levels import SIGNALS, Floats
 FACTORS = np.array([*(1.035 ** np.arange(22)), 2.2, 2.4, 2.7, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0])
 STRAYS = np.array([*np.arange(0.5, 4.01, 0.25), 5.0, 6.0, 8.0])
 MARGINS = len(FACTORS) + len(STRAYS)
-RULES = SIGNALS * MARGINS
+FIXED = np.unique(np.round(1.05 ** np.arange(128)))
+"""Replicas of rules that follow no signal: surges shorter than a cold start are served by what is there, or not."""
+FOLLOWING = SIGNALS * MARGINS
+RULES = FOLLOWING + len(FIXED)
 CHOSEN = 24
 MEMORY = 120.0
 """Cold starts after which what was seen counts for 1/e."""
@@ -41,6 +44,20 @@ class Shadow:
     time_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Came:
+    """One stretch of demand: its load in replicas, and how many calls.
+
+    `slack_s`: for how long a call may wait in line; `behind_s`: replica-seconds of decoding that may be outstanding
+    before streams fall below the pace of the slo.
+    """
+
+    load: float
+    calls: float
+    slack_s: float
+    behind_s: float
+
+
 def nothing() -> Shadow:
     """Before the first observation."""
     return Shadow(np.zeros(RULES), np.zeros(RULES), np.zeros(RULES))
@@ -50,7 +67,7 @@ def held(signals: Floats, stray: Floats) -> Floats:
     """By rule: how many replicas it wants, not rounded."""
     by_factor = signals[:, None] * FACTORS
     by_stray = signals[:, None] + stray[:, None] * STRAYS
-    rules: Floats = np.concatenate([by_factor, by_stray], axis=1).reshape(-1)
+    rules: Floats = np.concatenate([np.concatenate([by_factor, by_stray], axis=1).reshape(-1), FIXED])
     return rules
 
 
@@ -61,46 +78,51 @@ def whole(replicas: Floats, correction: float) -> Floats:
 
 
 def played(
-    before: Shadow,
-    wanted: Floats,
-    ready: Floats,
-    load: float,
-    calls: float,
-    passed_s: float,
-    slack_s: float,
-    cold_start_s: float,
+    before: Shadow, wanted: Floats, ready: Floats, came: Came, doubt: float, passed_s: float, cold_start_s: float
 ) -> Shadow:
-    """With one more stretch. `wanted` and `ready` by rule, whole; `load` in replicas."""
+    """With one more stretch. `wanted` and `ready` by rule, whole; rules face `doubt` times what came."""
     fade = float(np.exp(-passed_s / (MEMORY * cold_start_s)))
-    served = ready * passed_s
-    after = np.maximum(before.waiting + load * passed_s - served, 0.0)
-    # Work of more than a minute's wait is let go: callers have gone, and rules recover as the real line would.
-    after = np.minimum(after, np.maximum(ready, 1.0) * cold_start_s)
-    late = late_share(ready, before.waiting, after, slack_s) * calls
+    waiting, late = line(ready, before.waiting, came, doubt, passed_s, cold_start_s)
     return Shadow(
         before.cost * fade + wanted * passed_s,
-        before.late * fade + late,
-        after,
-        before.calls * fade + calls,
+        before.late * fade + late * came.calls,
+        waiting,
+        before.calls * fade + came.calls,
         before.time_s * fade + passed_s,
     )
 
 
-def late_share(ready: Floats, before: Floats, after: Floats, slack_s: float) -> Floats:
-    """Of calls that come evenly while waiting work goes from `before` to `after`: who waits longer than the slack."""
-    allowed = ready * slack_s
+def line(
+    ready: Floats, waiting: Floats, came: Came, doubt: float, passed_s: float, cold_start_s: float
+) -> tuple[Floats, Floats]:
+    """What waits after a stretch, in replica-seconds, and the share of its calls that are late.
+
+    An overload first slows the streams that run: prompts go first, so work of decoding piles up (`behind_s`) till
+    streams are at the pace of the slo. Only then prompts wait in line, for the slack at most. Work of more than a cold
+    start's wait is let go: callers have gone, and rules recover as the real line would.
+    """
+    after = np.maximum(waiting + came.load * doubt * passed_s - ready * passed_s, 0.0)
+    late = late_share(ready * came.slack_s + came.behind_s, waiting, after)
+    return np.minimum(after, np.maximum(ready, 1.0) * cold_start_s), late
+
+
+def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
+    """Of calls that come evenly while waiting work goes from `before` to `after`: who meets more than is allowed."""
     low, high = np.minimum(before, after), np.maximum(before, after)
     share = (high - allowed) / np.maximum(high - low, 1e-12)
     return np.where(high <= allowed, 0.0, np.minimum(share, 1.0))
 
 
-def best(shadow: Shadow, late_budget: float) -> tuple[int, ...]:
+def best(shadow: Shadow, late_budget: float, ahead: float) -> tuple[int, ...]:
     """The rules to follow: the CHOSEN cheapest within the budget, the cheapest first.
 
-    Where none is within the budget, it is half as much again as the least late. That several are followed at once, and
-    their mean is taken, makes up for what the single cheapest owes to chance.
+    `ahead` (1 or more): so many times what was seen is what the budget is for, as long as it is not spent: who spent on
+    one surge what the window allows is not to be doubted for it. A rule that spent more counts as that much dearer, and
+    by what it serves in time: where none is within the budget (no rule foresees a surge out of nothing) GPUs are not
+    heaped up without end, nor saved by serving nobody.
     """
-    allowed = max(late_budget * shadow.calls, 1.5 * float(shadow.late.min()))
-    within = np.flatnonzero(shadow.late <= allowed)
-    order = np.argsort(shadow.cost[within], kind="stable")[: int(CHOSEN)]
-    return tuple(within[order].tolist())
+    allowed = late_budget * shadow.calls * ahead
+    served = np.maximum(1.0 - shadow.late / max(shadow.calls, 1e-9), 1e-9)
+    price = shadow.cost * np.maximum(shadow.late / max(allowed, 1e-9), 1.0) / served
+    order = np.argsort(price, kind="stable")[: int(CHOSEN)]
+    return tuple(order.tolist())

@@ -1,8 +1,8 @@
 """How many replicas one model wishes for, from what it has seen of its demand; the budget is not looked at here.
 
 Up: what the followed rule (shadow.py) wants, at once. Down: only what has not been wished for during the model's
-patience, one cold start to begin with, since to keep a replica for that long costs as much as to start it again
-(ski rental). A scale-down that had to be taken back within a cold start makes the patience longer.
+patience: half a cold start, since to keep a replica for a whole one costs as much as to start it again (ski rental).
+After a scale-down nothing is started for a cold start unless calls wait too long or far more is wished for.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cluster.control.scaling import levels, shadow
+from cluster.control.scaling import gains, levels, shadow
 from cluster.control.scaling.memory import Fidelity, ModelMemory, Past, Stretch
-from cluster.control.scaling.shadow import MARGINS
+from cluster.control.scaling.shadow import FOLLOWING, MARGINS, Came
 from cluster.control.scaling.types import ModelSeen, Rates
 
 STRETCHES = 24
@@ -25,6 +25,11 @@ TRUSTED = 5.0
 BLIND = 2.0
 """Cold starts of demand before anything leaves: till then nothing is known of what comes."""
 FIRST_MARGIN = 1.4
+WINDOW = 60.0
+"""Cold starts over which the slo's budget of late calls is one: an hour, where a start takes a minute."""
+LEAST_MARGIN = 0.2
+"""Over the mean of a cold start, below which no rule goes while nothing is known; it falls with the root of the time
+seen, by WINDOW. As much as public traces move within a cold start, most of the time."""
 SHARE_OF_BUDGET = 0.85
 """Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
 UP = 0.01
@@ -33,8 +38,20 @@ LEAST = 1.0
 DOUBT = 0.07
 """Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
 rules owes some of its luck to the past that it was chosen by."""
-PATIENCE = 1.5
-"""Cold starts for which a replica is kept that is not wished for."""
+PATIENCE = 0.5
+"""Cold starts for which a replica is kept that is not wished for; signals fall at a pace of their own besides."""
+HOLD = 0.25
+"""Within a cold start of a scale-down no more is started for a wish of up to this above what was there: margins are for
+that, and a start would not serve before the swing is over."""
+OVERLOAD = 2.0
+"""Cold starts over which it is counted whether the shadow saw an overload: calls are judged a while after they came."""
+EXPLAINED = 0.1
+"""Of the calls: where the shadow tells so many late, it foresaw all that were."""
+STREAMS = 1 / 3
+"""Cold starts over which the decoding of running streams is counted: about as long as a stream lasts."""
+BEHIND = 0.2
+"""Of the decoding that comes while a stream lasts at the slo's pace: so much may pile up before prompts wait. Half is
+outstanding when all streams run at just that pace; streams have an own pace that takes some, and part is kept."""
 UNKNOWN_RANK = 1 << 10
 
 
@@ -61,6 +78,8 @@ class Work:
     held: int
     within: int
     outside: int
+    tokens: int = 0
+    """Of output, expected."""
 
 
 def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> Work | None:
@@ -85,6 +104,7 @@ def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> Work | None:
         sum(d.held_requests for d in demand.values()),
         sum(d.within_slo for d in demand.values()),
         sum(d.outside_slo for d in demand.values()),
+        sum(d.expected_output_tokens for d in demand.values()),
     )
 
 
@@ -98,6 +118,7 @@ def learn(memory: ModelMemory, seen: ModelSeen, work: Work, passed_s: float, now
         before.within + work.within,
         before.outside + work.outside,
         before.prompt_s + work.prompt_s,
+        before.tokens + work.tokens,
     )
     cold_s = max(seen.settings.cold_start_s, 1.0)
     if passed_s > 0:
@@ -106,6 +127,15 @@ def learn(memory: ModelMemory, seen: ModelSeen, work: Work, passed_s: float, now
         ranks = {r: (v := memory.ranks.get(r, 0.0)) + (s / passed_s - v) * share for r, s in known.items()}
         calls = memory.calls_per_s + (work.calls / passed_s - memory.calls_per_s) * share
         memory = replace(memory, ranks={r: v for r, v in ranks.items() if v > 1e-9}, calls_per_s=calls)
+        output = (work.load_s - work.prompt_s) / passed_s
+        each = work.tokens / work.calls if work.calls else memory.tokens
+        lately = -math.expm1(-passed_s / (STREAMS * cold_s))
+        share = max(share, passed_s / (memory.levels.seen_s + passed_s))
+        memory = replace(
+            memory,
+            output=memory.output + (output - memory.output) * lately,
+            tokens=memory.tokens + (each - memory.tokens) * share,
+        )
     if stretch.passed_s < cold_s / STRETCHES:
         return replace(memory, stretch=stretch)
     return _learn_stretch(replace(memory, stretch=Stretch()), seen, stretch, cold_s, now_s)
@@ -115,7 +145,12 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: f
     slo = seen.settings.slo
     load = one.load_s / one.passed_s
     own_s = one.prompt_s / one.calls if one.calls else 0.0
-    slack_s = max(slo.ttft_s - 2.0 * own_s, slo.ttft_s / 4)
+    came = Came(
+        load,
+        one.calls,
+        max(slo.ttft_s - 2.0 * own_s, slo.ttft_s / 4),
+        memory.output * memory.tokens * slo.itl_s * BEHIND,
+    )
     kept = [p for p in memory.past if p.at_s >= now_s - max(PATIENCE, 1.0) * cold_s - 1e-6]
     past = [p for p in kept if p.at_s >= now_s - cold_s - 1e-6]
     aged = bool(past) and past[0].at_s <= now_s - cold_s + 1.5 * one.passed_s
@@ -132,22 +167,31 @@ def _learn_stretch(memory: ModelMemory, seen: ModelSeen, one: Stretch, cold_s: f
     # Before that every rule would be blamed for a beginning that none foresaw.
     if memory.levels.seen_s >= BLIND * cold_s:
         blocks = max(memory.shadow.time_s / cold_s, 1.0)
-        tried = load * (1.0 + DOUBT / math.sqrt(blocks))
-        played = shadow.played(memory.shadow, wanted, ready, tried, one.calls, one.passed_s, slack_s, cold_s)
-    fidelity = _check(memory.fidelity, seen, one, slack_s, cold_s)
+        doubt = 1.0 + DOUBT / math.sqrt(blocks)
+        played = shadow.played(memory.shadow, wanted, ready, came, doubt, one.passed_s, cold_s)
+    fidelity = _check(memory.fidelity, seen, one, came, cold_s)
     budget = 1.0 - slo.target
     unforeseen = max(fidelity.late - fidelity.told, 0.0) / max(fidelity.calls, 1.0)
     share = min(max(SHARE_OF_BUDGET * budget - unforeseen, 0.1 * budget), budget)
-    rules = shadow.best(played, share) if played.time_s else ()
-    return replace(memory, levels=following, shadow=played, past=tuple(kept), rules=rules, fidelity=fidelity)
+    # The budget of the window is there while what really became of calls has not spent it.
+    ahead = max(WINDOW * cold_s / max(played.time_s, 1e-9), 1.0)
+    spent = fidelity.late / max(fidelity.calls, 1.0) / (budget * ahead)
+    ahead = 1.0 + (ahead - 1.0) * max(1.0 - spent, 0.0)
+    rules = shadow.best(played, share, ahead) if played.time_s else ()
+    won = gains.played(memory.gains, came, one.passed_s, cold_s)
+    return replace(memory, levels=following, shadow=played, gains=won, past=tuple(kept), rules=rules, fidelity=fidelity)
 
 
-def _check(before: Fidelity, seen: ModelSeen, one: Stretch, slack_s: float, cold_s: float) -> Fidelity:
+def _check(before: Fidelity, seen: ModelSeen, one: Stretch, came: Came, cold_s: float) -> Fidelity:
     """Play the real replicas in the shadow, and compare with what really became of calls."""
     ready = np.array([float(sum(r.state == "ready" for r in seen.replicas))])
-    waiting = np.array([before.waiting])
-    after = np.minimum(np.maximum(waiting + one.load_s - ready * one.passed_s, 0.0), np.maximum(ready, 1.0) * cold_s)
-    told = float(shadow.late_share(ready, waiting, after, slack_s)[0]) * one.calls
+    waiting, share = shadow.line(ready, np.array([before.waiting]), came, 1.0, one.passed_s, cold_s)
+    told = float(share[0]) * one.calls
+    lately = before.lately
+    if one.calls:
+        lately += (float(share[0]) - lately) * -math.expm1(-one.passed_s / (OVERLOAD * cold_s))
+    # How many are late in an overload is the queue's matter; it says nothing against rules that hold more.
+    told = max(told, one.outside * min(lately / EXPLAINED, 1.0))
     fade = math.exp(-one.passed_s / (shadow.MEMORY * cold_s))
     late, judged = before.late * fade + one.outside, before.calls * fade + one.within + one.outside
     told = before.told * fade + told
@@ -157,7 +201,7 @@ def _check(before: Fidelity, seen: ModelSeen, one: Stretch, slack_s: float, cold
     error = min(max(missing, -1.0), 1.0) if unforeseen > 0.2 * budget or missing < 0 else 0.0
     pace = UP if error > 0 else DOWN
     correction = min(max(before.correction * math.exp(pace * error * one.passed_s / cold_s), LEAST), 2.0)
-    return Fidelity(float(after[0]), told, late, judged, correction)
+    return Fidelity(float(waiting[0]), told, lately, late, judged, correction)
 
 
 def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tuple[Wish, ModelMemory]:
@@ -171,6 +215,9 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
         rules_say = math.ceil(float(held.mean()) * memory.fidelity.correction - 1e-6)
     level = float(following.means[2])
     raw, why = rules_say, "the cheapest rule that would have kept the slo"
+    least = math.ceil(level * (1.0 + LEAST_MARGIN / math.sqrt(1.0 + following.seen_s / (WINDOW * cold_s))) - 1e-6)
+    if raw < least:
+        raw, why = least, "a margin over the load, as long as little is known"
     if following.seen_s < TRUSTED * cold_s:
         raw = math.ceil(FIRST_MARGIN * max(level, float(following.means[1])) - 1e-6)
         why = "little is known yet: a margin over the load"
@@ -194,12 +241,12 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
             target, why = kept, "not wished for during the patience"
     elif raw > have and over_s <= 0 and memory.down is not None:
         at_s, before = memory.down
-        if now_s - at_s <= cold_s and raw <= before and have:
-            target, why = have, "something left within a cold start, and no more is wished for than was there"
+        if now_s - at_s <= cold_s and raw <= before * (1.0 + HOLD) and have:
+            target, why = have, "something left within a cold start, and little more is wished for than was there"
     numbers = {
         "load": level,
         "load_now": float(following.means[0]),
-        "expected_load": float(following.signals[rule // MARGINS]) if rule is not None else level,
+        "expected_load": level if rule is None or rule >= FOLLOWING else float(following.signals[rule // MARGINS]),
         "margin": raw / level if level > 0 else 0.0,
         "waiting_s": work.waiting_s,
         "rule": float(rule if rule is not None else -1),
@@ -214,7 +261,9 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
     return Wish(target, why, level, numbers), replace(memory, wishes=wishes)
 
 
-def remembered(memory: ModelMemory, seen: ModelSeen, decided: int, now_s: float) -> ModelMemory:
-    """After the decision."""
+def remembered(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
+    """After the decision. `wanted`: what was asked of the budget."""
     have = sum(r.state != "draining" for r in seen.replicas)
-    return replace(memory, down=(now_s, have)) if decided < have else memory
+    if decided >= have:
+        return memory
+    return replace(memory, down=(now_s, have), cut_s=now_s if decided < wanted else memory.cut_s)

@@ -1,0 +1,98 @@
+"""Laws of the scaling policy: what overload does in the shadow, how classes count, and no scale-down taken back."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.control.scaling import (
+    ClassDemand,
+    Memory,
+    ModelSeen,
+    ModelSettings,
+    Observation,
+    Rates,
+    ReplicaSeen,
+    decide,
+    gains,
+)
+from cluster.control.scaling.shadow import Came, line
+from loadtests.autoscale.clairvoyant import lingering
+
+SOME = st.floats(0.0, 50.0)
+
+
+@given(SOME, SOME, st.integers(0, 40), SOME)
+def test_more_replicas_never_make_more_calls_late(load: float, waiting: float, ready: int, behind: float) -> None:
+    came = Came(load, 10.0, 1.7, behind)
+    counts = np.array([float(ready), float(ready + 1)])
+    after, late = line(counts, np.full(2, min(waiting, max(ready, 1) * 60.0)), came, 1.0, 5.0, 60.0)
+    assert after.min() >= 0.0
+    assert 0.0 <= late.min() <= late.max() <= 1.0
+    assert late[1] <= late[0] + 1e-9
+
+
+@given(SOME, SOME, st.integers(1, 40), SOME)
+def test_streams_that_may_fall_behind_never_make_more_calls_late(
+    load: float, waiting: float, ready: int, behind: float
+) -> None:
+    counts, before = np.array([float(ready)]), np.array([min(waiting, ready * 60.0)])
+    strict, lax = (line(counts, before, Came(load, 10.0, 1.7, b), 1.0, 5.0, 60.0)[1] for b in (0.0, behind))
+    assert lax[0] <= strict[0]
+
+
+@given(st.lists(st.tuples(SOME, SOME), min_size=1, max_size=20))
+def test_more_replicas_never_win_fewer_calls_and_never_more_than_came(stretches: list[tuple[float, float]]) -> None:
+    won = gains.nothing()
+    for load, calls in stretches:
+        won = gains.played(won, Came(load, calls, 1.7, 1.0), 5.0, 60.0)
+    by_count = won.per_s(gains.COUNTS)
+    assert by_count[0] == 0.0
+    assert (np.diff(by_count) >= 0.0).all()
+    assert by_count[-1] <= won.calls / won.time_s + 1e-9
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(0, 3))
+def test_a_lingering_plan_has_each_replica_at_least_as_long(plan: list[int], slots: int) -> None:
+    replicas = np.array(plan, dtype=float)
+    longer = lingering(replicas, slots)
+    assert len(longer) == len(replicas)
+    for at in range(len(plan)):
+        assert longer[at] == replicas[max(at - slots, 0) : at + 1].max()
+
+
+def _seen(calls: int, replicas: int, cls: str, most: int = 100) -> ModelSeen:
+    demand = ClassDemand(calls, calls * 1000, calls * 100)
+    return ModelSeen(
+        ModelSettings(0, most),
+        {cls: demand},
+        [ReplicaSeen(f"r{n}", "ready", 0.0) for n in range(replicas)],
+        {"": Rates(8000.0, 2600.0, 500_000)},
+    )
+
+
+def test_classes_that_nobody_ranked_still_count_by_their_load() -> None:
+    """Two models that want more than there is: the busier one gets more."""
+    memory, have = Memory(), {"busy": 0, "calm": 0}
+    for number in range(1, 61):
+        models = {"busy": _seen(200, have["busy"], "x"), "calm": _seen(20, have["calm"], "x")}
+        decisions, memory = decide(Observation(models, {"": 5}, covers_s=5.0), memory, number * 5.0)
+        have = {one.model: one.total for one in decisions}
+    assert have["busy"] >= 4
+    assert sum(have.values()) <= 5
+
+
+@given(st.lists(st.integers(40, 60), min_size=60, max_size=120))
+def test_a_small_swing_takes_no_scale_down_back(loads: list[int]) -> None:
+    """Nothing waits, so nothing is started within a cold start of a scale-down."""
+    memory, have, down_at = Memory(), 20, -1e9
+    for number, calls in enumerate(loads, 1):
+        now_s = number * 5.0
+        decisions, memory = decide(Observation({"m": _seen(calls, have, "x")}, covers_s=5.0), memory, now_s)
+        total = decisions[0].total
+        if total > have:
+            assert now_s - down_at > 60.0 or total > 1.25 * have
+        if total < have:
+            down_at = now_s
+        have = total
