@@ -118,6 +118,7 @@ class Site:
     async def kill(self, number: int) -> None:
         """SIGKILL, and nothing of its disk is left; then the next life begins."""
         child, home = self.running[number]
+        await until(lambda: bool(child.commands()), "its process has begun")
         (process,) = child.commands()
         os.kill(process.pid, signal.SIGKILL)
         await until(lambda: not child.alive, "it is gone")

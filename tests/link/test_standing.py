@@ -102,7 +102,7 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
     begun = [await stream.read() for stream in streams]
     await until(lambda: worker.end.statistics().running == 2, "both run there")
     await add(two, checkpoint, bundle)
-    done = await ask(a, "drain", name, "--timeout-s", "2", "--json")
+    done = await ask(a, "drain", name, "--timeout-s", "4", "--json")
     (row,) = json.loads(done.stdout)
     assert (done.exit_code, row["state"], row["running"]) == (0, "DRAINED", 0), done
     ended = [[first, *await rest_of(stream)] for first, stream in zip(begun, streams, strict=True)]
