@@ -151,7 +151,8 @@ class ChildBackend:
         if line:
             process.stdin.write(line.encode() + b"\n")
             await process.stdin.drain()
-        text = await asyncio.wait_for(process.stdout.readline(), limit_s)
+        async with asyncio.timeout(limit_s):  # wait_for (3.11) loses a cancellation that comes with the answer
+            text = await process.stdout.readline()
         if not text:
             raise EOFError("it has ended")
         answer = json.loads(text)

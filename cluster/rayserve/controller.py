@@ -138,7 +138,8 @@ class Controller:
             except RayAway as error:
                 self._without_ray(str(error))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), PERIOD_S)
+                async with asyncio.timeout(PERIOD_S):  # wait_for (3.11) loses a cancellation that comes with the event
+                    await self._changed.wait()
 
     async def step(self) -> None:
         """One pass. Raises RayAway."""

@@ -475,3 +475,18 @@ async def test_two_ray_clusters_are_driven_side_by_side() -> None:
     green.away = blue.away = "both"
     with pytest.raises(RayAway, match="blue: both; green: both"):
         await loop.step()
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_it_ends_when_it_is_cancelled_with_news(turns: int) -> None:
+    """However many turns of the loop lie between news and its end: neither makes it miss the other."""
+    one = controller(FakeRay(), FakeGateways(), settings("m"))
+    running = asyncio.create_task(one.run())
+    await eventually(lambda: bool(one.entries()), "it has looked")
+    await asyncio.sleep(0)
+    one.wake()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=2.0)
+    assert done, "it goes on"
