@@ -74,6 +74,14 @@ class OnRay:
     placed: int = 0
     leaving: int = 0
 
+    def __add__(self, other: OnRay) -> OnRay:
+        return OnRay(
+            self.target + other.target,
+            self.running + other.running,
+            self.placed + other.placed,
+            self.leaving + other.leaving,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
@@ -448,13 +456,7 @@ def _by_type(types: Sequence[ModelSpec], on_ray: Mapping[Kind, OnRay]) -> dict[s
     for (name, gpu), ray in on_ray.items():
         if name == types[0].name:
             gpu = gpu if gpu in gpus else gpus[0]
-            before = found.get(gpu, OnRay())
-            found[gpu] = OnRay(
-                before.target + ray.target,
-                before.running + ray.running,
-                before.placed + ray.placed,
-                before.leaving + ray.leaving,
-            )
+            found[gpu] = found.get(gpu, OnRay()) + ray
     return found
 
 

@@ -40,13 +40,7 @@ def on_ray(apps: Iterable[Observed]) -> dict[Kind, OnRay]:
     for app in apps:
         if not app.deleting:
             kind = app.model, app.gpu
-            before = found.get(kind, OnRay())
-            found[kind] = OnRay(
-                before.target + app.target,
-                before.running + app.running,
-                before.placed + app.placed,
-                before.leaving + app.leaving,
-            )
+            found[kind] = found.get(kind, OnRay()) + OnRay(app.target, app.running, app.placed, app.leaving)
     return found
 
 

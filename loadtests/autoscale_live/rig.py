@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import shutil
+import signal
 import tempfile
 import time
 import uuid
@@ -105,7 +106,9 @@ class Live:
 
 @asynccontextmanager
 async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterator[Live]:
-    """All of it at work, till the end of the block."""
+    """All of it at work, till the end of the block, or of the process by SIGTERM."""
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     bundle = bundle_of(checkpoint)
     ray = LocalRay(LocalRaySettings(f"live-{uuid.uuid4().hex[:8]}", Path(tempfile.mkdtemp(prefix="hr-"))))
     async with AsyncExitStack() as stack:
