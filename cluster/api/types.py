@@ -307,8 +307,6 @@ class CatalogEntry:
     engine_class: str = ""
     weights_pinned: bool = False
     """Only workers with one of `weight_digests` may serve it; else they are what its workers have told."""
-    note: str = ""
-    """What an operator should know beside the state, e.g. a key that is not yet used."""
     fallback: tuple[str, ...] = ()
     """Models that take its calls while it has no worker that is ready."""
     versions: tuple[VersionShare, ...] = ()

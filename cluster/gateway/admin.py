@@ -150,7 +150,7 @@ class CatalogAdmin:
             bundle_digest=model.bundle_digest,
             ready_workers=sum(link.serves for link in model.links.values()),
             waiting=waiting,
-            note=entry.note if model.in_catalog else "not in the catalog: known by its workers alone",
+            note="" if model.in_catalog else "not in the catalog: known by its workers alone",
             versions=[self._version(model, share) for share in entry.versions],
             license=entry.license,
             family=entry.family,

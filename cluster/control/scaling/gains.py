@@ -29,8 +29,6 @@ class Gains:
 
     good: Floats
     waiting: Floats
-    load_s: float = 0.0
-    calls: float = 0.0
     time_s: float = 0.0
 
     def per_s(self, replicas: Floats) -> Floats:
@@ -51,7 +49,5 @@ def played(before: Gains, came: Came, passed_s: float, cold_start_s: float) -> G
     return Gains(
         np.maximum.accumulate(before.good * fade + served),
         waiting,
-        before.load_s * fade + came.load * passed_s,
-        before.calls * fade + came.calls,
         before.time_s * fade + passed_s,
     )

@@ -1460,7 +1460,6 @@ class CatalogModel(_message.Message):
     FAMILY_FIELD_NUMBER: _builtins.int
     LICENSE_FIELD_NUMBER: _builtins.int
     ENGINE_CLASS_FIELD_NUMBER: _builtins.int
-    NOTE_FIELD_NUMBER: _builtins.int
     WEIGHTS_PINNED_FIELD_NUMBER: _builtins.int
     FALLBACK_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
@@ -1483,7 +1482,6 @@ class CatalogModel(_message.Message):
     family: _builtins.str
     license: _builtins.str
     engine_class: _builtins.str
-    note: _builtins.str
     weights_pinned: _builtins.bool
     """Only workers with one of weight_digests may serve it."""
     slo_ttft_s: _builtins.float
@@ -1530,7 +1528,6 @@ class CatalogModel(_message.Message):
         family: _builtins.str = ...,
         license: _builtins.str = ...,
         engine_class: _builtins.str = ...,
-        note: _builtins.str = ...,
         weights_pinned: _builtins.bool = ...,
         fallback: _abc.Iterable[_builtins.str] | None = ...,
         versions: _abc.Iterable[Global___VersionShare] | None = ...,
@@ -1542,7 +1539,7 @@ class CatalogModel(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "note", b"note", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "bundle_digest", b"bundle_digest", "card", b"card", "cold_start_s", b"cold_start_s", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "fallback", b"fallback", "family", b"family", "license", b"license", "max_model_len", b"max_model_len", "name", b"name", "replicas", b"replicas", "replicas_desired", b"replicas_desired", "retired", b"retired", "revision", b"revision", "slo_itl_s", b"slo_itl_s", "slo_ttft_s", b"slo_ttft_s", "starting_since_s", b"starting_since_s", "state", b"state", "state_reason", b"state_reason", "version", b"version", "versions", b"versions", "weight_digests", b"weight_digests", "weights_pinned", b"weights_pinned"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
