@@ -53,10 +53,12 @@ async def two(tmp_path: Path) -> AsyncIterator[tuple[TestCluster, TestCluster]]:
         yield a, b
 
 
-async def add(two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle, node: str = "") -> Worker:
+async def add(
+    two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle, decode_ms: float = 4
+) -> Worker:
     """A worker of both gateways."""
     links = [one.gateway.endpoints["link"] for one in two]
-    worker = await two[0].add_worker(sim_engine(checkpoint, decode_ms=4), bundle, gateways=links, node=node)
+    worker = await two[0].add_worker(sim_engine(checkpoint, decode_ms=decode_ms), bundle, gateways=links)
     await until(lambda: two[1].linked(worker.identity.worker_id), "the second gateway has room there")
     return worker
 
@@ -67,7 +69,7 @@ async def test_a_cordon_through_one_gateway_holds_at_both(
 ) -> None:
     """New calls of either gateway go elsewhere, the running one stays to its end; uncordoned, all is as before."""
     a, b = two
-    worker = await add(two, checkpoint, bundle)
+    worker = await add(two, checkpoint, bundle, decode_ms=20)
     name = worker.identity.worker_id
     running = asyncio.ensure_future(b.stub.Chat(chat(**LONG)))
     await until(lambda: worker.end.statistics().running == 1, "the call runs")
@@ -96,12 +98,12 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
     """Streams of both gateways leave a drained worker within the time, with the text of an undisturbed one; a gateway
     that comes later hears of it; uncordoned it serves again."""
     a, b = two
-    worker = await add(two, checkpoint, bundle)
+    worker = await add(two, checkpoint, bundle, decode_ms=30)  # so slow that no stream ends before the command is heard
     name = worker.identity.worker_id
     streams = [gateway.stub.StreamChat(chat(max_tokens=800, ignore_eos=True)) for gateway in two]
     begun = [await stream.read() for stream in streams]
     await until(lambda: worker.end.statistics().running == 2, "both run there")
-    await add(two, checkpoint, bundle)
+    await add(two, checkpoint, bundle, decode_ms=1)
     done = await ask(a, "drain", name, "--timeout-s", "4", "--json")
     (row,) = json.loads(done.stdout)
     assert (done.exit_code, row["state"], row["running"]) == (0, "DRAINED", 0), done
@@ -120,7 +122,7 @@ async def test_a_drain_without_another_worker_cuts_nothing(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
     """At the end of the time the stream goes on, and the command says that it still runs: exit code 1."""
-    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=4), bundle)
+    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
     stream = cluster.stub.StreamChat(chat(max_tokens=600, ignore_eos=True))
     first = await stream.read()
     done = await ask(cluster, "drain", worker.identity.worker_id, "--timeout-s", "0.2")
