@@ -53,9 +53,7 @@ async def two(tmp_path: Path) -> AsyncIterator[tuple[TestCluster, TestCluster]]:
         yield a, b
 
 
-async def add(
-    two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle, decode_ms: float = 4
-) -> Worker:
+async def add(two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle, decode_ms: float = 4) -> Worker:
     """A worker of both gateways."""
     links = [one.gateway.endpoints["link"] for one in two]
     worker = await two[0].add_worker(sim_engine(checkpoint, decode_ms=decode_ms), bundle, gateways=links)
