@@ -23,3 +23,11 @@ def configure(level: str = "info", **fields: str) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(**fields)
+
+
+def keep_open(logger: logging.Logger) -> None:
+    """Let nothing but the process's end close this logger's handlers. vLLM sets up its logging by dictConfig, which
+    closes the handlers of all loggers; Ray Serve's then has no file, and a replica that cannot name its file fails the
+    question by which a new Serve controller takes it over, and is replaced."""
+    for handler in logger.handlers:
+        handler.close = handler.flush  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import ray
 from ray import serve
 
+from cluster.observe import log
 from cluster.rayserve import settings as replica_settings
 from cluster.rayserve.opening import open_model
 from cluster.rayserve.placement import is_simulated, placement, world_size
@@ -16,6 +18,7 @@ from cluster.rayserve.replica import Place, Replica
 from cluster.rayserve.settings import ReplicaSettings
 
 DEPLOYMENT = "worker"
+_SERVE_LOGGER = "ray.serve"
 _LOGICAL_GPUS = "HEADRACE_LOGICAL_GPUS"
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 10.0
@@ -29,6 +32,7 @@ class ServedReplica:
 
     def __init__(self, settings: Mapping[str, object]) -> None:
         given = replica_settings.from_json(settings)
+        log.keep_open(logging.getLogger(_SERVE_LOGGER))
         if not is_simulated(given.spec):
             from cluster.engine import forks
 

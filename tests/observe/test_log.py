@@ -1,0 +1,29 @@
+"""Handlers of others, when somebody sets up logging anew."""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+import logging.handlers
+from pathlib import Path
+
+from cluster.observe import log
+
+
+def test_a_kept_logger_outlives_dict_config(tmp_path: Path) -> None:
+    """As Ray Serve's: a buffer before a file; dictConfig takes the file away from one that is not kept."""
+    loggers = [logging.getLogger(name) for name in ("test.kept", "test.not_kept")]
+    buffers = []
+    for logger in loggers:
+        target = logging.FileHandler(tmp_path / logger.name)
+        buffers.append(logging.handlers.MemoryHandler(100, target=target))
+        logger.addHandler(buffers[-1])
+    kept, other = buffers
+    log.keep_open(loggers[0])
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+    assert (kept.target is None, other.target is None) == (False, True)
+    loggers[0].error("still written")
+    kept.flush()
+    assert "still written" in (tmp_path / "test.kept").read_text()
+    for logger, buffer in zip(loggers, buffers, strict=True):
+        logger.removeHandler(buffer)

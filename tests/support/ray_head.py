@@ -1,0 +1,183 @@
+"""A Ray whose head can be lost and come back: Valkey keeps its tables, the GPUs are on a host of their own.
+
+Two hosts in network namespaces (so: root), and Valkey beside the gateway. Everything on the head's host ends with it,
+Serve's controller too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import doctor
+from cluster.rayserve.local import free_ports
+from tests.support.netns import Host, Network, network
+
+GCS_PORT, DASHBOARD_PORT = 6379, 8265  # the namespaces are the test's own
+UP_S = 60.0
+OWN_PROCESSES = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""As pods have them: an engine looks for its Ray node among the processes it sees, and would take the head; a head that
+sees another node's processes takes itself to run already."""
+GCS_AWAY_S = 900
+"""How long the node, and all that runs there, wait for a head that is away (Ray's own default is 60 s)."""
+
+
+@dataclass
+class HeadAndNode:
+    """A head without GPUs, a node with logical ones, and a Valkey."""
+
+    net: Network
+    folder: Path
+    token_file: Path
+    environment: Mapping[str, str]
+    gcs_away_s: int = GCS_AWAY_S
+    _valkey: subprocess.Popen[bytes] | None = None
+    _valkey_port: int = 0
+
+    @property
+    def head(self) -> Host:
+        """Where the head is, or was."""
+        return self.net.hosts[0]
+
+    @property
+    def node(self) -> Host:
+        """Where the replicas are."""
+        return self.net.hosts[1]
+
+    @property
+    def dashboard_url(self) -> str:
+        """The head's dashboard, reached over the bridge."""
+        return f"http://{self.head.address}:{DASHBOARD_PORT}"
+
+    def start(self) -> None:
+        """All three, each once the one before it listens."""
+        self.start_valkey()
+        self.find_head()
+        self._ray(self.node, f"--address={self.head.address}:{GCS_PORT}", "--num-cpus=16", "--num-gpus=16")
+
+    def start_valkey(self) -> None:
+        """An empty one. Skips the test where there is no Valkey."""
+        server = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
+        if server is None:
+            lack = doctor.check_valkey()
+            pytest.skip(f"{lack.name}: {lack.missing}; {lack.remedy}")
+        self._valkey_port = self._valkey_port or free_ports(1)[0]
+        words = ["--port", str(self._valkey_port), "--bind", self.net.address, "--protected-mode", "no"]
+        words += ["--save", "", "--appendonly", "no"]
+        quiet = subprocess.DEVNULL
+        self._valkey = subprocess.Popen([server, *words], cwd=self.folder, stdin=quiet, stdout=quiet, stderr=quiet)
+        _until_open(self.net.address, self._valkey_port, "Valkey")
+
+    def lose_valkey(self) -> None:
+        """SIGKILL: what it held is lost."""
+        if self._valkey is not None:
+            self._valkey.kill()
+            self._valkey.wait()
+            self._valkey = None
+
+    def lose_head(self) -> None:
+        """SIGKILL to every process on its host."""
+        _end(self.head)
+
+    def find_head(self) -> None:
+        """Start it, where it was before and with what Valkey has of it."""
+        words = ["--head", f"--port={GCS_PORT}", f"--dashboard-host={self.head.address}", "--include-dashboard=true"]
+        self._ray(self.head, *words, f"--dashboard-port={DASHBOARD_PORT}", "--num-cpus=8", "--num-gpus=0")
+        _until_open(self.head.address, GCS_PORT, "the head")
+
+    def end(self) -> None:
+        """Every process."""
+        for host in self.net.hosts:
+            _end(host)
+        self.lose_valkey()
+
+    def _ray(self, host: Host, *arguments: str) -> None:
+        """`ray start --block` on a host."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
+        command += [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
+        if host is self.head:
+            command.append(f"--temp-dir={self.folder}/ray")
+        environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
+            **self.environment,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token_file.read_text(),
+            "RAY_gcs_rpc_server_reconnect_timeout_s": str(self.gcs_away_s),
+            "GLOO_SOCKET_IFNAME": "eth0",
+        }
+        if host is self.head:
+            environment["RAY_REDIS_ADDRESS"] = f"{self.net.address}:{self._valkey_port}"
+        with (self.folder / f"{host.namespace}.log").open("ab") as log:
+            subprocess.Popen(
+                host.command(*OWN_PROCESSES, *command),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+
+def _end(host: Host) -> None:
+    """SIGKILL to all on a host, until nobody is there."""
+    deadline = time.monotonic() + 10.0
+    while pids := [pid for pid in _pids() if _on(host, pid)]:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{len(pids)} processes of {host.namespace} do not end")
+        time.sleep(0.01)
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _on(host: Host, pid: int) -> bool:
+    """Whether it lives there; a zombie has no namespace any longer."""
+    try:
+        return host.holds(pid)
+    except OSError:
+        return False
+
+
+def _until_open(address: str, port: int, what: str) -> None:
+    deadline = time.monotonic() + UP_S
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            if probe.connect_ex((address, port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError(f"{what} does not listen after {UP_S:g} s")
+
+
+@contextmanager
+def head_and_node(environment: Mapping[str, str], gcs_away_s: int = GCS_AWAY_S) -> Iterator[HeadAndNode]:
+    """All of it started; nothing of it is left at the end. `environment`: what the replicas need beside Ray's."""
+    folder = Path(tempfile.mkdtemp(prefix="hr-"))
+    (folder / "token").write_text(secrets.token_hex(32))
+    with network(2) as net:
+        made = HeadAndNode(net, folder, folder / "token", environment, gcs_away_s)
+        try:
+            made.start()
+            yield made
+        finally:
+            made.end()
+            shutil.rmtree(folder, ignore_errors=True)
