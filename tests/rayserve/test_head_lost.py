@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.root, pytest.mark
 AWAY_S = float(os.environ.get("HEAD_AWAY_S", "10"))
 CALLERS, TOKENS, STEADY_PASSES = 2, 40, 5
 PAUSE_S = 1.0
-"""Between a caller's calls: ranks that compute wait for each other by spinning, and leave a head no core to start on."""
+"""Between calls of a caller: ranks that compute wait by spinning, and leave a head no core to start on."""
 
 
 @pytest.fixture
