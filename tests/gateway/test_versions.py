@@ -164,9 +164,10 @@ async def test_a_quarantined_version_is_left(cluster: TestCluster, checkpoint: P
     await until(lambda: second.engine.load().running > 0, "it runs at the second")
     told(cluster, entry(versions=(VersionShare("v1", 0.0), VersionShare("v2", 1.0, quarantined=True))))
     await until(lambda: twin.engine.load().running > 0, "it has moved to its twin")
+    await until(lambda: second.engine.load().running == 0, "it has left the second")
     steps = second.engine.load().steps
     await cluster.stub.Chat(chat(max_tokens=4, ignore_eos=True))
-    assert second.engine.load().steps == steps
+    assert second.engine.load().steps <= steps + 1, "one may have been under way; a call takes four"
     stream.cancel()
     told(cluster, entry(versions=(VersionShare("v1", 1.0, quarantined=True),)))
     answer = await refused(cluster.stub.Chat(chat()))

@@ -31,7 +31,7 @@ from tests.support.ray_head import HeadAndNode, head_and_node
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 AWAY_S = float(os.environ.get("HEAD_AWAY_S", "10"))
-CALLERS, TOKENS, STEADY_PASSES = 2, 40, 5
+CALLERS, TOKENS, STEADY_PASSES = 2, 24, 5
 PAUSE_S = 1.0
 """Between calls of a caller: ranks that compute wait by spinning, and leave a head no core to start on."""
 
@@ -173,7 +173,7 @@ async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_p
         await until(lambda: its.away, "the controller has noticed", 60)
         await until(lambda: time.monotonic() > lost_at + AWAY_S, "the head has been away for long", AWAY_S + 1)
         assert its.state("tp2") is its.state("sim") is ModelState.READY, "the catalog stays"
-        assert callers.ended > ended + CALLERS, "calls that begin without a head"
+        await until(lambda: callers.ended > ended + CALLERS, "calls that begin without a head end", 60)
         assert not calling.done()
 
         await asyncio.to_thread(ray_with_head.find_head)
