@@ -302,7 +302,8 @@ class Play:
         episode.notes["started after s"] = {name: round(one.at - episode.struck, 2) for name, one in started.items()}
 
 
-_UP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.\d+)? .*worker\.up.*?worker=\x1b?\[?[0-9;m]*([a-z0-9-]+)")
+_UP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.\d+)? .*worker\.up.*? worker=([a-z0-9-]+)")
+_COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,12 +323,18 @@ def engines(nodes: Sequence[Pod], workers: set[str]) -> Mapping[str, Started]:
         for path in (pod.home.parent.parent / "volumes" / pod.spec.name / "tmp").glob(
             "ray/session_2*/logs/worker-*.out"
         ):
-            plain = re.sub(rb"\x1b\[[0-9;]*m", b"", path.read_bytes())
-            for when, worker in _UP.findall(plain):
-                if worker.decode() in workers:
-                    at = datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
-                    found[worker.decode()] = Started(at.timestamp(), pod, int(path.stem.rsplit("-", 1)[1]))
+            for worker, at in ups(path.read_bytes()):
+                if worker in workers:
+                    found[worker] = Started(at, pod, int(path.stem.rsplit("-", 1)[1]))
     return found
+
+
+def ups(output: bytes) -> list[tuple[str, float]]:
+    """(worker, when) of every worker that a replica's output says has come up."""
+    return [
+        (worker.decode(), datetime.strptime(when.decode(), "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC).timestamp())
+        for when, worker in _UP.findall(_COLOUR.sub(b"", output))
+    ]
 
 
 EVENTS: Mapping[str, Callable[[Play, Episode], Awaitable[None]]] = {

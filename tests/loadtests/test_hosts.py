@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests.children import ROOT
-from loadtests.hosts.events import Episode, Shown, shown
+from loadtests.hosts.events import Episode, Shown, shown, ups
 from loadtests.hosts.fabric import PREFIX, Place, fabric
 from loadtests.hosts.inside.callers import Callers, Plan
 from loadtests.hosts.load import Call, Load
@@ -69,6 +69,16 @@ def moving(calls: list[Call], moved: float | None = 120.0) -> Shown:
     load = Load.__new__(Load)
     load.calls = [call(0, 85.0, 85.1, 90.0, []), *calls]
     return shown(load, Episode("move", 100.0, over=150.0, moved=moved))
+
+
+def test_workers_are_found_in_what_replicas_print() -> None:
+    """In colours or without, whatever letter a name begins with."""
+    plain = b"2026-11-25 22:48:04 [info     ] worker.up    engine=sim path=sim worker=mass-a54\n"
+    bright = (
+        b"\x1b[2m2026-11-25 22:48:05\x1b[0m [info] \x1b[1mworker.up\x1b[0m  \x1b[36mworker\x1b[0m=\x1b[35mm-1\x1b[0m\n"
+    )
+    (first, at), (second, later) = ups(b":job_id:03\n" + plain + b"worker.started\n" + bright)
+    assert (first, second, later - at) == ("mass-a54", "m-1", 1.0)
 
 
 def test_a_stream_that_is_lost_while_its_model_moves_is_told() -> None:
