@@ -4,6 +4,10 @@
 chunk, and the sample thrown away; the V1 runner then takes the draw back with `generator.set_offset(offset - 4)`. CPU
 generators have no offset, so this raises in the engine core and ends it. The repair gives requests a generator that
 remembers its state before the last draw and returns to it.
+
+**Ranks on two hosts on CPU (vLLM 0.32.0).** Ranks of a group talk over shared memory where all name it alike, but the
+name is made of a port alone, so ranks on hosts that share none try it, too, and the engine does not come up. The repair
+puts into the name which memory it is; ranks that share none then talk over the network.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+from pathlib import Path
 from typing import Any
 
 from cluster.engine.symbols import missing
@@ -22,6 +27,7 @@ ACTIVE = "HEADRACE_REPAIRS"
 PLUGIN = "headrace_repairs"
 """Name of the entry point."""
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DRAW = 4
 """What the runner subtracts for one draw (counted as CUDA's Philox counts)."""
 
@@ -81,6 +87,22 @@ def _repair_seeds() -> None:
     CachedRequestState.__post_init__ = __post_init__
 
 
+def shared_memory() -> str:
+    """Which shared memory this process has: its host's, or its container's own."""
+    return f"{BOOT_ID.read_text().strip()}-{os.stat('/dev/shm').st_dev}"  # noqa: S108
+
+
+def _repair_shared_memory() -> None:
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    named = _CPUSHMDistributed.make_group_name
+
+    def make_group_name(communicator: Any) -> str:
+        return f"{named(communicator)}-{shared_memory()}"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
+
+
 def loaded_in_ranks() -> bool:
     """Whether vLLM's processes load these repairs: the entry point is installed, and VLLM_PLUGINS lets it in."""
     import vllm.envs
@@ -108,6 +130,7 @@ def apply() -> None:
 
     if current_platform.is_cpu():
         _repair_seeds()
+        _repair_shared_memory()
         if _version() in resume.VERSIONS and not missing(resume.SYMBOLS):
             resume.install()
     _applied.add("seeds")

@@ -58,3 +58,23 @@ def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
     generator.set_offset(generator.get_offset() - 4)
     assert torch.equal(torch.rand(1, generator=generator), first)
     assert not torch.equal(torch.rand(1, generator=generator), first)
+
+
+def test_shared_memory_is_named_as_the_repair_expects() -> None:
+    """The fault: the name that ranks compare tells nothing of where they are. In one place it is the same for all."""
+    import inspect
+    from types import SimpleNamespace
+
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator, _CPUSHMDistributed
+
+    assert "make_group_name(self)" in inspect.getsource(CpuCommunicator._all_group_ranks_share_shm_group_name)
+    assert list(inspect.signature(_CPUSHMDistributed.make_group_name).parameters) == ["communicator"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_DIST_IDENT", "2345")
+        patch.setattr(_CPUSHMDistributed, "make_group_name", _CPUSHMDistributed.__dict__["make_group_name"])
+        one = SimpleNamespace(unique_name="tp:0", ranks=[0, 1])
+        stock = _CPUSHMDistributed.make_group_name(one)
+        repairs._repair_shared_memory()
+        assert _CPUSHMDistributed.make_group_name(one) == f"{stock}-{repairs.shared_memory()}"
+        patch.setattr(repairs, "shared_memory", lambda: "elsewhere")
+        assert _CPUSHMDistributed.make_group_name(one) == f"{stock}-elsewhere"
