@@ -21,6 +21,8 @@ MAX_ATTEMPTS = 5  # gRPC's own upper bound
 ASK_S, ANSWER_S = 2.0, 2.0
 """A gateway that says nothing for so long while calls run is asked whether it is there, and left when it does not
 answer: after a pulled cable or a lost node nobody ends the connection."""
+ADDRESSES_S = 0.5
+"""A name's addresses are asked for at most so often, and only when a connection is lost or cannot be made."""
 
 # gRPC retries a call only while nothing of its answer has arrived, and waits as long as the server's
 # `grpc-retry-pushback-ms` says, which gateways send with every error that RetryInfo accompanies.
@@ -84,6 +86,8 @@ class Options:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 5000),
+            # A roll of gateways changes a name's addresses twice within seconds; gRPC would ask again after 30 s.
+            ("grpc.dns_min_time_between_resolutions_ms", round(ADDRESSES_S * 1000)),
             ("grpc.keepalive_time_ms", round(ASK_S * 1000)),
             ("grpc.keepalive_timeout_ms", round(ANSWER_S * 1000)),
             # And of pings that measure the connection, while one of which is unanswered no other is sent: 60 s else.

@@ -102,7 +102,7 @@ class Connection(asyncio.BufferedProtocol):
         self._later(limits.hello_s, self._expect_hello)
         self._later(limits.ping_s, self._ping)
         if self._age_s:
-            self._later(self._age_s, self.leave)
+            self._later(self._age_s, self._grow_old)
         self._server.connections.add(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -340,15 +340,19 @@ class Connection(asyncio.BufferedProtocol):
         call.wake_writers()
         self.done(call)
 
-    def leave(self) -> None:
-        """Ask the client to open another connection; this one ends with its last call, or after the grace."""
+    def leave(self, grace_s: float = 0.0) -> None:
+        """Ask the client to open another connection; this one ends with its last call, or after the grace (0: then
+        whoever asked for it ends it)."""
         if self._leaving:
             return
         self._leaving = True
         self._say_goaway(MAX_STREAM_ID)  # those under way are taken still (RFC 9113, 6.8)
         self._later(1.0, self.last_call)
-        if self.limits.age_grace_s:
-            self._later(self.limits.age_grace_s, self.close)
+        if grace_s:
+            self._later(grace_s, self.close)
+
+    def _grow_old(self) -> None:
+        self.leave(self.limits.age_grace_s)
 
     def last_call(self) -> None:
         """From now on no further call is taken; the client knows which ones were."""

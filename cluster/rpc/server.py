@@ -33,6 +33,16 @@ class _Details:
     invocation_metadata: Metadata
 
 
+CLOSE_NOTIFY_S = 0.1
+"""So long a client may take to answer the end of TLS. gRPC's answers none, and sees no end before TCP's: without
+this, asyncio lets it believe in the connection for half a minute."""
+
+
+def shutdown_s(tls: ssl.SSLContext | None) -> float | None:
+    """asyncio's `ssl_shutdown_timeout` for a listener."""
+    return None if tls is None else CLOSE_NOTIFY_S
+
+
 class Server:
     """Serves grpc's handlers. `add_generic_rpc_handlers` is what generated code calls."""
 
@@ -57,7 +67,7 @@ class Server:
         listener = socket.create_server((host, port), family=family, backlog=2048, reuse_port=shared)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._listener = await asyncio.get_running_loop().create_server(
-            self._connection, sock=listener, ssl=tls, backlog=2048
+            self._connection, sock=listener, ssl=tls, backlog=2048, ssl_shutdown_timeout=shutdown_s(tls)
         )
         return int(listener.getsockname()[1])
 

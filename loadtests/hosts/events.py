@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from loadtests.hosts.cluster import BLUE, GREEN, RAY_UP_S, B, Cluster
@@ -21,6 +22,8 @@ from loadtests.hosts.pods import Pod
 QUIET_S, AFTER_S = 10.0, 5.0
 WHOLE_S = 180.0
 AWAY_S = 10.0
+GRPC_PORT = 50051
+_ESTABLISHED = "01"
 """How long a head, a store or a cable is away."""
 DETECTED_S = 15.0
 MIN_READY_S = 5.0
@@ -147,8 +150,8 @@ class Play:
         await asyncio.sleep(AWAY_S)
 
     async def gateway(self, episode: Episode) -> None:
-        """A gateway's process is killed."""
-        pod = self._cluster.gateways[1]
+        """The process of the gateway that has most callers is killed."""
+        pod = max(self._cluster.gateways, key=connections)
         episode.struck = pod.kill()
         await self._restarted(pod, episode)
         self._broken(episode)
@@ -300,6 +303,15 @@ class Play:
         if started:
             episode.engines_s = max(one.at for one in started.values()) - episode.struck
         episode.notes["started after s"] = {name: round(one.at - episode.struck, 2) for name, one in started.items()}
+
+
+def connections(gateway: Pod) -> int:
+    """Of clients, that are open."""
+    if gateway.first is None:
+        return 0
+    tables = [Path(f"/proc/{gateway.first.pid}/net/{name}") for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    return sum(words[1].endswith(f":{GRPC_PORT:04X}") and words[3] == _ESTABLISHED for words in rows)
 
 
 _UP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.\d+)? .*worker\.up.*? worker=([a-z0-9-]+)")

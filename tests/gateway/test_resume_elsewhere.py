@@ -221,17 +221,22 @@ async def test_what_is_no_token_of_the_call_is_refused(pair: Pair) -> None:
     assert await rest(pair.second, good)
 
 
-async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair) -> None:
-    """At the end of its time to drain a stream ends UNAVAILABLE with a pause, after text whose tokens are enough."""
-    request = chat(max_tokens=80, ignore_eos=True, resumable=True)
+@pytest.mark.parametrize("drain_s", [0.05, 1.0])
+async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: float) -> None:
+    """At the end of its time to drain a stream ends UNAVAILABLE with a pause, after text whose tokens are enough; also
+    where an old connection is given as long."""
+    assert pair.first.gateway.config.gateway.drain_timeout_s <= 1.0
+    request = chat(max_tokens=800, ignore_eos=True, resumable=True)
     whole = await pair.second.stub.Chat(request)
-    call = pair.first.stub.StreamChat(request)
-    chunks = [await read(call)]
-    stopping = asyncio.create_task(pair.first.gateway.stop(0.05))
-    answer = await broken(call, chunks)
-    assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
-    assert answer.retry_s is not None
-    assert all(c.resume_token for c in chunks)
+    calls = [pair.first.stub.StreamChat(request) for _ in range(4)]
+    begun = [[await read(call)] for call in calls]
+    stopping = asyncio.create_task(pair.first.gateway.stop(drain_s))
+    for call, chunks in zip(calls, begun, strict=True):
+        answer = await broken(call, chunks)
+        assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
+        assert answer.retry_s is not None
+        assert all(c.resume_token for c in chunks)
+    (chunks, *_) = begun
     chunks += await rest(pair.second, resume(request, chunks))
     assert text_of(chunks) == whole.choices[0].message.content
     await stopping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ class _Methods:
 
 
 @asynccontextmanager
-async def _serve(limits: rpc.Limits | None = None) -> AsyncIterator[Echo]:
+async def _serve(limits: rpc.Limits | None = None, tls: ssl.SSLContext | None = None) -> AsyncIterator[Echo]:
     server, seen = rpc.Server(limits), Seen()
     methods = _Methods(seen)
     handlers: dict[str, Any] = {
@@ -98,7 +99,7 @@ async def _serve(limits: rpc.Limits | None = None) -> AsyncIterator[Echo]:
     }
     handlers = {name: _as_bytes(handler) for name, handler in handlers.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    port = await server.start("127.0.0.1", 0)
+    port = await server.start("127.0.0.1", 0, tls)
     try:
         yield Echo(server, port, seen)
     finally:
@@ -115,5 +116,5 @@ Serve = Callable[..., AbstractAsyncContextManager[Echo]]
 
 @pytest.fixture
 def serve() -> Serve:
-    """`async with serve(limits) as echo`."""
+    """`async with serve(limits, tls) as echo`."""
     return _serve

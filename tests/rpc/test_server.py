@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from cluster import rpc
 from tests.rpc.conftest import SERVICE, Serve, _serve
 from tests.rpc.raw import raw_client
+from tests.support.certificates import Authority
 
 pytestmark = pytest.mark.slow
 
@@ -231,6 +234,23 @@ async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
             await call
         assert ended.value.code() is CODE.UNAVAILABLE
         assert not echo.seen.running
+
+
+async def test_a_client_sees_the_end_of_tls_at_once(serve: Serve, tmp_path: Path) -> None:
+    """grpc takes the end of TLS for nothing and waits for that of TCP: a call there fails when the server closes."""
+    files = Authority(tmp_path).issue("echo")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files.cert_file, files.key_file)
+    tls.set_alpn_protocols(["h2"])
+    roots = grpc.ssl_channel_credentials(files.ca_file.read_bytes())
+    async with serve(None, tls) as echo, grpc.aio.secure_channel(echo.address, roots) as channel:
+        call = unary_unary(channel, "Forever")(b"")
+        await asyncio.wait_for(echo.seen.started.wait(), 5)
+        for connection in echo.server.connections:
+            connection.close()
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await asyncio.wait_for(call, 5)
+        assert ended.value.code() is CODE.UNAVAILABLE
 
 
 def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
