@@ -94,7 +94,7 @@ class Dispatcher:
             if output.finish_reason:
                 continue
             if output.emitted:  # at another gateway, where it had its turn
-                self._returning.add(output, self._clock())
+                self._return(output)
                 continue
             self._arrived[model.name] += 1
             self._arrived_tokens[model.name] += len(output.request.prompt_token_ids)
@@ -143,7 +143,7 @@ class Dispatcher:
     def again(self, output: Output) -> None:
         """A sequence that has lost its place goes on before all others; one without a token at the head of its line."""
         if output.emitted or output.shuns:
-            self._returning.add(output, self._clock())
+            self._return(output)
         else:
             waiting = self.turns.waiting(output)
             self._outputs[output.waiting_id] = output
@@ -151,6 +151,14 @@ class Dispatcher:
             self._room.put_back(waiting, self._clock())
             self.tally.waits(waiting)
         self._pump(output.call.model)
+        known = self._directory().find(output.call.model)
+        if known is not None:
+            self._hold(known)
+
+    def _return(self, output: Output) -> None:
+        """It waits to go on, and is demand like all that waits: a model that nobody serves is started for it, too."""
+        self._returning.add(output, self._clock())
+        self.tally.waits(self.turns.waiting(output))
 
     def _choose_anew(self, call: Call) -> None:
         """A call of which nothing has been told may begin at any version that reads its prompt alike: its own may have
@@ -235,6 +243,7 @@ class Dispatcher:
             candidates = self._candidates(known, now, onward=True)
             decision = pick(_onward(output, candidates), candidates)
             if decision.worker_id is not None and self._returning.take(output):
+                self.tally.waits_no_more(output.waiting_id)
                 self._bind(known.links[decision.worker_id], output, decision, self.turns.waiting(output))
 
     def _bind(self, link: WorkerLink, output: Output, decision: Decision, waiting: Waiting) -> None:
@@ -297,7 +306,8 @@ class Dispatcher:
             output = self._take(waiting.call_id)
             if output is not None:
                 output.call.fail(self._too_late(output.call))
-        for output in self._returning.expired(now):
+        for output in self._returning.expired(now, self._directory().starts_in_s):
+            self.tally.waits_no_more(output.waiting_id)
             output.call.fail(self._not_resumed(output))
         if self.breakers.open:  # a pause may be over
             for model in self._directory().models:

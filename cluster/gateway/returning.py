@@ -11,7 +11,7 @@ when it has waited too long. First come, first served within a class, the higher
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.gateway.output import Output
@@ -20,7 +20,8 @@ from cluster.gateway.output import Output
 @dataclass(frozen=True, slots=True)
 class _Place:
     output: Output
-    expires: float
+    until: float
+    deadline: float
 
 
 class Returning:
@@ -32,9 +33,9 @@ class Returning:
 
     def add(self, output: Output, now: float) -> None:
         """It waits from now on."""
-        deadline = output.call.deadline
-        expires = min(now + self._max_wait_s, math.inf if deadline is None else deadline)
-        self._places.setdefault(output.call.model, {})[output.waiting_id] = _Place(output, expires)
+        deadline = math.inf if output.call.deadline is None else output.call.deadline
+        places = self._places.setdefault(output.call.model, {})
+        places[output.waiting_id] = _Place(output, now + self._max_wait_s, deadline)
 
     def take(self, output: Output) -> bool:
         """It no longer waits; False when it did not."""
@@ -53,9 +54,15 @@ class Returning:
             return ()
         return sorted((place.output for place in places.values()), key=lambda output: output.call.rank)
 
-    def expired(self, now: float) -> Sequence[Output]:
-        """Take out those that have waited too long."""
-        gone = [p.output for places in self._places.values() for p in places.values() if p.expires <= now]
+    def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[Output]:
+        """Take out those that have waited too long; `longer_s`: by so much longer those of a model may wait."""
+        gone = [
+            place.output
+            for model, places in self._places.items()
+            for longest_s in (longer_s(model),)
+            for place in places.values()
+            if min(place.until + longest_s, place.deadline) <= now
+        ]
         for output in gone:
             self.take(output)
         return gone

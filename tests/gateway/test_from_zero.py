@@ -24,6 +24,7 @@ from cluster.link.dial import read
 from cluster.rayserve import scaling
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.settings import ReplicaSettings
+from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, refused, rest_of, text_of
 from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.fake_ray import FakeRay
@@ -196,3 +197,25 @@ def test_comments_of_event_streams() -> None:
     assert keep_alive(Progress("queued", 3)) == KEEP_ALIVE
     told = keep_alive(Progress("loading", 1, 0.4, 18.0))
     assert told == b": loading 40%, about 18 s to go\n\n"
+
+
+async def test_a_stream_that_comes_back_starts_the_model(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """Cut, left and shown again when its model is at zero: what goes on is demand like what begins."""
+    request = chat(max_tokens=60, ignore_eos=True, resumable=True)
+    async with scaled(tmp_path, checkpoint, bundle) as its:
+        its.ray.may_start.set()
+        whole = text_of([chunk async for chunk in its.cluster.stub.StreamChat(request)])
+        call = its.cluster.stub.StreamChat(request)
+        chunks = []
+        while len(text_of(chunks)) < len(whole) // 3:
+            chunk: pb.ChatChunk = await read(call)
+            chunks.append(chunk)
+        call.cancel()
+        await its.at_zero()
+        tokens = [chunk.resume_token for chunk in chunks if chunk.resume_token]
+        offset = max(chunk.offset for chunk in chunks if chunk.resume_token)
+        onward = its.cluster.stub.Resume(
+            pb.ResumeRequest(chat=request, resume_tokens=tokens, offset=offset), timeout=20
+        )
+        rest = [chunk.chat async for chunk in onward]
+        assert text_of(chunks) + text_of(rest) == whole
