@@ -206,7 +206,7 @@ async def test_a_stream_that_comes_back_starts_the_model(tmp_path: Path, checkpo
         its.ray.may_start.set()
         whole = text_of([chunk async for chunk in its.cluster.stub.StreamChat(request)])
         call = its.cluster.stub.StreamChat(request)
-        chunks = []
+        chunks: list[pb.ChatChunk] = []
         while len(text_of(chunks)) < len(whole) // 3:
             chunk: pb.ChatChunk = await read(call)
             chunks.append(chunk)
