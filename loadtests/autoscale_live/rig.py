@@ -28,6 +28,8 @@ from loadtests.autoscale_live.calls import MODEL, Callers, Told
 from loadtests.autoscale_live.traffic import PlannedCall
 from tests.support.cluster import bundle_of, running_cluster, until
 
+DRAIN_S = 300.0
+"""The default; what a version has begun ends at that version within it."""
 SAMPLE_S = 0.25
 
 
@@ -124,7 +126,7 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         controller = Controller(backend, end, scaler=scaler)
         scaling.listen(end, scaler, controller.now, controller.wake)
         scaler.look([spec], {(MODEL, ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
-        settings = ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=10.0)
+        settings = ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=DRAIN_S)
         controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=spec.max_model_len or 2048)
         controller.want([settings])
         watch = Watch(scaler)
