@@ -74,7 +74,8 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
         patch.setattr(_CPUSHMDistributed, "make_group_name", _CPUSHMDistributed.__dict__["make_group_name"])
         one = SimpleNamespace(unique_name="tp:0", ranks=[0, 1])
         stock = _CPUSHMDistributed.make_group_name(one)
-        repairs._repair_shared_memory()
+        assert stock.startswith("2345-tp:0-[0-1]-cpushm")
+        repairs._repair_shared_memory()  # an engine of this process may have repaired it already: then twice
         assert _CPUSHMDistributed.make_group_name(one) == f"{stock}-{repairs.shared_memory()}"
         patch.setattr(repairs, "shared_memory", lambda: "elsewhere")
-        assert _CPUSHMDistributed.make_group_name(one) == f"{stock}-elsewhere"
+        assert _CPUSHMDistributed.make_group_name(one).endswith("-elsewhere")
