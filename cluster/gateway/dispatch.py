@@ -156,9 +156,11 @@ class Dispatcher:
             self._hold(known)
 
     def _return(self, output: Output) -> None:
-        """It waits to go on, and is demand like all that waits: a model that nobody serves is started for it, too."""
-        self._returning.add(output, self._clock())
-        self.tally.waits(self.turns.waiting(output))
+        """It waits to go on, from now on and not since it came, and is demand like all that waits: a model that nobody
+        serves is started for it, too."""
+        now = self._clock()
+        self._returning.add(output, now)
+        self.tally.waits(replace(self.turns.waiting(output), arrived=now))
 
     def _choose_anew(self, call: Call) -> None:
         """A call of which nothing has been told may begin at any version that reads its prompt alike: its own may have

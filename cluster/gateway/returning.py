@@ -56,12 +56,12 @@ class Returning:
 
     def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[Output]:
         """Take out those that have waited too long; `longer_s`: by so much longer those of a model may wait."""
+        longest_s = {model: longer_s(model) for model in self._places}
         gone = [
             place.output
             for model, places in self._places.items()
-            for longest_s in (longer_s(model),)
             for place in places.values()
-            if min(place.until + longest_s, place.deadline) <= now
+            if min(place.until + longest_s[model], place.deadline) <= now
         ]
         for output in gone:
             self.take(output)

@@ -38,11 +38,6 @@ CLOSE_NOTIFY_S = 0.1
 this, asyncio lets it believe in the connection for half a minute."""
 
 
-def shutdown_s(tls: ssl.SSLContext | None) -> float | None:
-    """asyncio's `ssl_shutdown_timeout` for a listener."""
-    return None if tls is None else CLOSE_NOTIFY_S
-
-
 class Server:
     """Serves grpc's handlers. `add_generic_rpc_handlers` is what generated code calls."""
 
@@ -67,7 +62,11 @@ class Server:
         listener = socket.create_server((host, port), family=family, backlog=2048, reuse_port=shared)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._listener = await asyncio.get_running_loop().create_server(
-            self._connection, sock=listener, ssl=tls, backlog=2048, ssl_shutdown_timeout=shutdown_s(tls)
+            self._connection,
+            sock=listener,
+            backlog=2048,
+            ssl=tls,
+            ssl_shutdown_timeout=None if tls is None else CLOSE_NOTIFY_S,
         )
         return int(listener.getsockname()[1])
 

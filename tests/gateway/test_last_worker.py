@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 from cluster.api.bundle import Bundle
+from cluster.api.demand import ClassCounts
 from cluster.link.dial import Timing
 from tests.support.calls import chat, refused
 from tests.support.cluster import TestCluster, sim_engine, until
@@ -36,3 +38,29 @@ async def test_what_the_catalog_has_let_go_is_refused(cluster: TestCluster, chec
     answer = await refused(cluster.stub.Chat(chat()))
     assert (answer.code.name, answer.reason) == ("UNAVAILABLE", "NO_WORKER"), answer
     assert "its last worker left" in answer.message
+
+
+async def test_a_stream_that_lost_it_is_demand_from_then_on(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """It is held like a call that begins, has waited since it lost its worker and not since it came, and is demand no
+    more once it has gone on."""
+
+    def told() -> ClassCounts:
+        ((counts,),) = [model.classes for model in cluster.gateway.dispatcher.demand()]
+        return counts
+
+    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
+    began = time.monotonic()
+    stream = cluster.stub.StreamChat(chat(max_tokens=2000, ignore_eos=True))
+    for _ in range(100):
+        await stream.read()
+    await worker.stop()
+    lost = time.monotonic()
+    await until(lambda: told().held_requests == 1, "it is held")
+    assert told().queued_requests == 1
+    assert told().oldest_wait_s <= time.monotonic() - lost + (lost - began) / 2
+    assert told().arrived_requests == 1, "it came once"
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.1), bundle)
+    await until(lambda: told().queued_requests == 0, "it goes on")
+    stream.cancel()
