@@ -109,10 +109,14 @@ class LearntCosts:
         if costs is None:
             return Rates(kv_tokens=limits.kv_tokens or None, gpus=gpus)
         prefill = costs.prefill_s + costs.fixed_s / max(limits.max_num_batched_tokens, 1)
+        places = float(max(limits.max_num_seqs, 1))
+        if itl_s and costs.decode_s > 0:
+            places = min(places, max((itl_s - costs.fixed_s) / costs.decode_s, 1.0))
         return Rates(
             prefill_tokens_per_s=1 / prefill if self._prefilled and prefill > 0 else None,
             decode_tokens_per_s=self._decode(costs, limits, itl_s),
             kv_tokens=limits.kv_tokens or None,
+            sequences=places if limits.max_num_seqs else None,
             gpus=gpus,
         )
 

@@ -1,7 +1,9 @@
 """What a gateway tells the controller of the demand: counted where calls come and end, never for a token.
 
 A sequence counts as arrived once, also where it is put back into its line; what waits is kept by model and class, so
-that a report costs no walk through the queue. Pure: `now` is an argument.
+that a report costs no walk through the queue. Its output counts as what is foreseen when it comes, and is put right as
+it outgrows that and at its end, so that the sum is what was generated, however wrong a guess was; counters never count
+backwards, so what was foreseen too much is taken off what comes next. Pure: `now` is an argument.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ class _Class:
     rank: int
     arrived_requests: int = 0
     arrived_prompt_tokens: int = 0
+    output_tokens: int = 0
+    """Foreseen, as far as is known by now."""
     expected_output_tokens: int = 0
+    """The most that was."""
     within_slo: int = 0
     outside_slo: int = 0
     tokens: int = 0
@@ -49,7 +54,13 @@ class Tally:
         one = self._class(waiting.model, waiting.priority_class, waiting.rank)
         one.arrived_requests += 1
         one.arrived_prompt_tokens += max(waiting.tokens - waiting.cached_tokens, 0)
-        one.expected_output_tokens += waiting.output_tokens
+        self.foreseen(waiting, waiting.output_tokens)
+
+    def foreseen(self, waiting: Waiting, more: int) -> None:
+        """Its output comes to so many tokens more than was told, or less."""
+        one = self._class(waiting.model, waiting.priority_class, waiting.rank)
+        one.output_tokens += more
+        one.expected_output_tokens = max(one.expected_output_tokens, one.output_tokens)
 
     def waits(self, waiting: Waiting) -> None:
         """It stands in line from now on."""

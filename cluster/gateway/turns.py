@@ -83,8 +83,9 @@ class Turns:
             arrived=call.arrived,
             rank=call.rank,
             cached_tokens=self._learnt_cached.mean(flow, call.model, tokens),
-            output_tokens=self.learnt.mean(flow, call.model, output.request.sampling.max_tokens),
+            output_tokens=self.learnt.expected(flow, call.model, output.request.sampling.max_tokens),
         )
+        output.foreseen = max(output.place.output_tokens, len(output.emitted))
         return output.place
 
     def began(self, output: Output, cached_tokens: int) -> None:
@@ -117,7 +118,7 @@ class Turns:
         service += self._service.output * (tokens - output.restored)
         self._metrics.count("tenant_service_tokens_total", call.model, call.policy.name, by=service)
         if tokens:
-            self.learnt.observe(call.flow, call.model, tokens)
+            self.learnt.observe(call.flow, call.model, tokens, cut=output.finish_reason == "length")
 
     # ---- what workers tell
 

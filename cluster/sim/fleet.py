@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.sim.plant import ReplicaModel
@@ -17,11 +18,12 @@ from cluster.sim.plant import ReplicaModel
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """`count` equal calls at one time."""
+    """`count` equal calls at one time. `expected`: tokens of output that are foreseen, as a gateway would."""
 
     count: int
     prompt_tokens: float
     output_tokens: float
+    expected: float
 
 
 @dataclass(slots=True)
@@ -35,11 +37,12 @@ class Judged:
 
 
 class _Waiting:
-    __slots__ = ("at_s", "count", "left", "output", "prompt")
+    __slots__ = ("at_s", "count", "expected", "left", "output", "prompt")
 
-    def __init__(self, at_s: float, count: float, prompt: float, output: float) -> None:
-        self.at_s, self.count, self.prompt, self.output = at_s, count, prompt, output
-        self.left = count
+    def __init__(self, at_s: float, call: Arrival) -> None:
+        self.at_s, self.prompt, self.output, self.expected = at_s, call.prompt_tokens, call.output_tokens, call.expected
+        self.count: float = call.count
+        self.left = self.count
 
 
 class Fleet:
@@ -53,15 +56,22 @@ class Fleet:
         self.waiting_tokens = self.waiting_calls = 0.0
         self.prefilled_tokens = self.decoded_tokens = 0.0
         self.moved_tokens = 0.0
+        self.expected_tokens = 0.0
+        """Of output, of all that arrived: what was foreseen, corrected as streams outgrow it and when they end."""
+        self.on_end: Callable[[float, float], None] = lambda count, tokens: None
+        """So many calls have ended with so many tokens of output each."""
         self._line: deque[_Waiting] = deque()
-        self._streams: list[tuple[float, int, float, float, float, float]] = []
+        self._streams: list[tuple[float, int, float, float, float, float, float]] = []
+        self._growing: list[tuple[float, float]] = []
+        self._beyond = 0.0
         self._steps = 0.0
         self._serial = 0
 
     def arrive(self, now_s: float, call: Arrival) -> None:
         """Calls join the line."""
-        self._line.append(_Waiting(now_s, call.count, call.prompt_tokens, call.output_tokens))
+        self._line.append(_Waiting(now_s, call))
         self.arrived += call.count
+        self.expected_tokens += call.count * call.expected
         self.waiting_calls += call.count
         self.waiting_tokens += call.count * call.prompt_tokens
 
@@ -127,15 +137,20 @@ class Fleet:
             self.late += count
         if call.output <= 1:
             self.good += 0.0 if late else count
+            self._ended(count, call.output, call.expected)
             return
         self.running += count
         self.kv += count * (call.prompt + call.output)
         self._serial += 1
         end = self._steps + call.output - 1
-        heapq.heappush(
-            self._streams,
-            (end, self._serial, count if not late else -count, call.prompt + call.output, at_s, call.output - 1),
-        )
+        signed, gaps = count if not late else -count, call.output - 1
+        heapq.heappush(self._streams, (end, self._serial, signed, call.prompt + call.output, at_s, gaps, call.expected))
+        if call.expected < call.output:
+            heapq.heappush(self._growing, (self._steps + max(call.expected - 1, 0.0), count))
+
+    def _ended(self, count: float, output: float, expected: float) -> None:
+        self.expected_tokens -= count * max(expected - output, 0.0)
+        self.on_end(count, output)
 
     def _decode(self, now_s: float, dt: float, ready: int, prefill: float) -> None:
         if self.running <= 0:
@@ -144,9 +159,15 @@ class Fleet:
         before = self._steps
         self._steps += steps
         streams = self._streams
+        while self._growing and self._growing[0][0] <= self._steps:
+            self._beyond += heapq.heappop(self._growing)[1]
+        self.expected_tokens += self._beyond * steps
         while streams and streams[0][0] <= self._steps:
-            end, _, signed, tokens, begun, gaps = heapq.heappop(streams)
+            end, _, signed, tokens, begun, gaps, expected = heapq.heappop(streams)
             count = abs(signed)
+            if expected < gaps + 1:
+                self._beyond = max(self._beyond - count, 0.0)
+            self._ended(count, gaps + 1, expected)
             at_s = now_s + dt * ((end - before) / steps if steps > 0 else 1.0)
             self.running = max(self.running - count, 0.0)
             self.kv = max(self.kv - count * tokens, 0.0)
@@ -157,7 +178,7 @@ class Fleet:
                 else:
                     self.slow += count
         if not streams:
-            self.running = self.kv = 0.0
+            self.running = self.kv = self._beyond = 0.0
 
     def __repr__(self) -> str:
         return f"Fleet({self.arrived:.0f} came, {self.waiting_calls:.0f} wait, {self.running:.0f} run)"

@@ -35,8 +35,12 @@ class ReplicaModel:
 
     def decode_tokens_per_s(self, itl_s: float) -> float:
         """The most that a replica decodes with no prefill, each sequence at a pace of `itl_s` or better."""
-        running = min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
+        running = self.sequences(itl_s)
         return running / (self.step_s + self.per_sequence_s * running)
+
+    def sequences(self, itl_s: float) -> float:
+        """The most that it runs at a pace of `itl_s` or better."""
+        return min((itl_s - self.step_s) / self.per_sequence_s, self.max_running)
 
     def busy(self, prompt_tokens: float, output_tokens: float, itl_s: float) -> float:
         """Replica-seconds that these tokens take at full use within the pace."""

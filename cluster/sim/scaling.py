@@ -26,8 +26,10 @@ from cluster.control.scaling import (
 )
 from cluster.sim.fleet import Arrival, Fleet
 from cluster.sim.plant import SMALL, ReplicaModel
+from cluster.tenancy.outputs import KEPT, LearntOutputs
 
 Floats = NDArray[np.float64]
+UNBOUNDED = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Demand:
     prompt_tokens: Floats
     output_tokens: Floats
     duration_s: float
+    runs_to_most: bool = False
+    """Every output ends by its max_tokens, so that gateways know its length once they have seen some do so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +116,17 @@ class _Live:
         self.count = demand.count.tolist()
         self.prompt = demand.prompt_tokens.tolist()
         self.output = demand.output_tokens.tolist()
-        self.seen_calls = self.seen_prompt = self.seen_output = 0.0
+        self.seen_calls = self.seen_prompt = self.told_output = 0.0
+        self.learnt = LearntOutputs()
+        self.fleet.on_end = self._ended
         self.judged_good = self.judged_bad = 0.0
         self.down_at: float | None = None
         self.rates = {
             gpu: Rates(
-                spec.plant.prefill_at(slo.itl_s), spec.plant.decode_tokens_per_s(slo.itl_s), spec.plant.kv_tokens
+                spec.plant.prefill_at(slo.itl_s),
+                spec.plant.decode_tokens_per_s(slo.itl_s),
+                spec.plant.kv_tokens,
+                spec.plant.sequences(slo.itl_s),
             )
             for gpu in spec.settings.gpus
         }
@@ -129,13 +138,18 @@ class _Live:
         at, fleet, end = self.at, self.fleet, now_s + dt
         while self.cursor < len(at) and at[self.cursor] < end:
             i = self.cursor
-            fleet.arrive(at[i], Arrival(self.count[i], self.prompt[i], self.output[i]))
+            most = round(self.output[i]) if self.spec.demand.runs_to_most else UNBOUNDED
+            expected = self.learnt.expected("", "", most)
+            fleet.arrive(at[i], Arrival(self.count[i], self.prompt[i], self.output[i], expected))
             self.seen_calls += self.count[i]
             self.seen_prompt += self.count[i] * self.prompt[i]
-            self.seen_output += self.count[i] * self.output[i]
             self.cursor += 1
         fleet.tick(now_s, dt, len(self.ready))
         self.track.gpu_s += dt * (len(self.ready) + len(self.starting))
+
+    def _ended(self, count: float, tokens: float) -> None:
+        for _ in range(max(min(round(count), KEPT), 1)):
+            self.learnt.observe("", "", round(tokens), cut=self.spec.demand.runs_to_most)
 
     def seen(self, now_s: float) -> ModelSeen:
         fleet, n = self.fleet, len(self.ready)
@@ -146,7 +160,7 @@ class _Live:
         demand = ClassDemand(
             arrived_requests=round(self.seen_calls),
             arrived_prompt_tokens=round(self.seen_prompt),
-            expected_output_tokens=round(self.seen_output),
+            expected_output_tokens=round(max(fleet.expected_tokens - self.told_output, 0.0)),
             queued_requests=waiting,
             queued_tokens=round(fleet.waiting_tokens),
             oldest_wait_s=max(now_s - oldest, 0.0) if oldest is not None else 0.0,
@@ -156,7 +170,8 @@ class _Live:
         )
         self.track.good.append(good)
         self.track.bad.append(bad)
-        self.seen_calls = self.seen_prompt = self.seen_output = 0.0
+        self.seen_calls = self.seen_prompt = 0.0
+        self.told_output = max(self.told_output, fleet.expected_tokens)
         each = round(fleet.running / n) if n else 0
         use = min(fleet.kv / n / self.spec.plant.kv_tokens, 1.0) if n else 0.0
         gpu = self.spec.settings.gpus[0]

@@ -179,7 +179,7 @@ class World:
             arrived=now,
             rank=tenant.rank,
             cached_tokens=gateway.likely_cached(tenant.name, len(prompt)),
-            output_tokens=gateway.learnt.mean(tenant.name, MODEL, 1 << 20),
+            output_tokens=gateway.learnt.expected(tenant.name, MODEL, 1 << 20),
         )
         self.observer.arrived(tenant.name)
         gateway.enter(SimCall(waiting, request, tenant.name, now), now)

@@ -169,6 +169,7 @@ def _simulated(calls: Sequence[PlannedCall], seconds: float, cold_s: float) -> d
         prompt_tokens=np.full(len(calls), float(PROMPT_TOKENS)),
         output_tokens=np.array([float(one.tokens) for one in calls]),
         duration_s=seconds,
+        runs_to_most=True,
     )
     plant = ReplicaModel(
         prefill_tokens_per_s=ENGINE.prefill_tokens_per_s,

@@ -14,6 +14,8 @@ from loadtests.autoscale_live.traffic import PlannedCall
 
 MODEL = "sim"
 TIMEOUT_S = 600.0
+CUT = "\N{REPLACEMENT CHARACTER}"
+"""What stands for a character of which only the first bytes have come."""
 
 
 @dataclass(slots=True)
@@ -117,11 +119,14 @@ async def play(callers: Callers, plan: Sequence[PlannedCall]) -> list[Told]:
 
 def compare(calls: Sequence[Told]) -> None:
     """Mark what is not what an undisturbed call of the same prompt says: the engine is deterministic, so of two answers
-    the shorter is the beginning of the longer."""
+    the shorter is the beginning of the longer, but for a last character that its end may have cut in two."""
     longest: dict[int, str] = {}
     for one in calls:
         if len(one.text) > len(longest.get(one.planned.prompt, "")):
             longest[one.planned.prompt] = one.text
     for one in calls:
-        if not one.fault and not longest[one.planned.prompt].startswith(one.text):
-            one.fault = "other text than its like"
+        text, like = one.text.rstrip(CUT), longest[one.planned.prompt]
+        if not one.fault and not like.startswith(text):
+            same = next(i for i, (a, b) in enumerate(zip(text, like, strict=False)) if a != b)
+            what = f"{text[same : same + 8]!r} instead of {like[same : same + 8]!r}"
+            one.fault = f"other text than its like from character {same} of {len(text)} on: {what}"

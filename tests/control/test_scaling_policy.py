@@ -99,3 +99,32 @@ def test_a_small_swing_takes_no_scale_down_back(loads: list[int]) -> None:
         if total < have:
             down_at = now_s
         have = total
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 60)), min_size=10, max_size=60))
+def test_nothing_leaves_that_what_runs_has_to_have(steps: list[tuple[int, int]]) -> None:
+    """Few long streams are no rate of arrivals to speak of: they keep the replicas that they fill, and those that
+    chance may fill before another would serve are started too."""
+    memory, have, places = Memory(), 1, 8
+    for number, (calls, running) in enumerate(steps, 1):
+        running = min(running, have * places)
+        each = [running // have + (n < running % have) for n in range(have)] if have else []
+        seen = ModelSeen(
+            ModelSettings(0, 100, cold_start_s=6.0),
+            {"x": ClassDemand(calls, calls * 30, calls * 400)},
+            [ReplicaSeen(f"r{n}", "ready", 0.0, running=count) for n, count in enumerate(each)],
+            {"": Rates(4000.0, 160.0, 65_536, float(places))},
+        )
+        decisions, memory = decide(Observation({"m": seen}, covers_s=5.0), memory, number * 5.0)
+        have = decisions[0].total
+        assert have * places >= running
+    full = ModelSeen(
+        ModelSettings(0, 100, cold_start_s=6.0),
+        {"x": ClassDemand(4, 120, 1600)},
+        [ReplicaSeen("r0", "ready", 0.0, running=places)],
+        {"": Rates(4000.0, 160.0, 65_536, float(places))},
+    )
+    memory = Memory()
+    for number in range(1, 41):
+        decisions, memory = decide(Observation({"m": full}, covers_s=5.0), memory, number * 5.0)
+    assert decisions[0].total * places >= places + math.sqrt(4 / 5 * 6.0), "its one replica is full"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +45,30 @@ def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> Non
         assert (counts.arrived_requests, counts.arrived_prompt_tokens) == (arrived[name], 7 * arrived[name])
         assert (counts.expected_output_tokens, counts.rank) == (7 * arrived[name], CLASSES[name])
     assert {name for name, count in arrived.items() if count} == set(told)
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 200)), min_size=1, max_size=40), st.randoms())
+def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int]], chance: random.Random) -> None:
+    """Whatever was foreseen: at every moment no less than before, no less than what is known, and once more has come
+    than was foreseen too much, exactly that."""
+    tally, told, known, most = Tally(), 0, 0, 0
+    steps = [(one(n), foreseen) for n, (foreseen, _) in enumerate(lengths)]
+    ends = [(one(n), came - foreseen) for n, (foreseen, came) in enumerate(lengths)]
+    chance.shuffle(ends)
+    for number, (waiting, more) in enumerate([*steps, *ends]):
+        if number < len(steps):
+            tally.arrived(replace(waiting, output_tokens=more))
+        else:
+            tally.foreseen(waiting, more)
+        known += more
+        most = max(most, known)
+        (counts,) = tally.classes("m", 0.0, served=True)
+        assert counts.expected_output_tokens == most >= told
+        told = counts.expected_output_tokens
+    assert known == sum(came for _, came in lengths)
+    tally.arrived(replace(one(0), output_tokens=most - known + 5))
+    (counts,) = tally.classes("m", 0.0, served=True)
+    assert counts.expected_output_tokens == most + 5
 
 
 def test_waits_and_deadlines() -> None:

@@ -401,6 +401,42 @@ def test_learnt_outputs() -> None:
     assert learnt.mean("a", "m", 1000) == 50
 
 
+def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
+    """However mixed their max_tokens are; beyond the longest that was seen no more is known than of any tenant."""
+    learnt = LearntOutputs(default_tokens=50)
+    for most in (10, 1000, 200, 3000) * 8:
+        learnt.observe("a", "m", most, cut=True)
+    assert [learnt.expected("a", "m", most) for most in (5, 10, 150, 3000, 3020, 9000)] == [
+        5,
+        10,
+        150,
+        3000,
+        3020,
+        3050,
+    ]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=KEPT), st.integers(1, 400))
+def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], most: int) -> None:
+    """The mean of what each would have had of `most`."""
+    learnt = LearntOutputs()
+    for tokens in lengths:
+        learnt.observe("a", "m", tokens)
+    learnt._pairs["a", "m"]._curve()
+    expected = sum(min(tokens, most) for tokens in lengths) / len(lengths)
+    assert abs(learnt.expected("a", "m", most) - max(expected, 1.0)) <= 0.5 + 1e-6
+
+
+def test_what_was_cut_short_says_no_more_than_it_had() -> None:
+    """Half were cut at 10, the others ended at 40: of one that may have 40 tokens, 40 are expected, not 25; the mean
+    of what was seen is what it says for others' sake."""
+    learnt = LearntOutputs()
+    for _ in range(KEPT // 2):
+        learnt.observe("a", "m", 10, cut=True)
+        learnt.observe("a", "m", 40)
+    assert (learnt.expected("a", "m", 500), learnt.expected("a", "m", 10), learnt.mean("a", "m", 500)) == (40, 10, 25)
+
+
 def shedding(max_requests: int = 4) -> WaitingRoom:
     """A small room."""
     return WaitingRoom(max_requests=max_requests, max_tokens=10_000, max_wait_s=60.0, order_of=FairTurns().order)

@@ -63,6 +63,8 @@ class Rates:
     decode_tokens_per_s: float | None = None
     kv_tokens: int | None = None
     """How many tokens its cache holds."""
+    sequences: float | None = None
+    """How many it can run at once within the pace of the slo."""
     gpus: int = 1
     """That one replica takes."""
 

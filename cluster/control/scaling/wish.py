@@ -53,6 +53,8 @@ BEHIND = 0.2
 """Of the decoding that comes while a stream lasts at the slo's pace: so much may pile up before prompts wait. Half is
 outstanding when all streams run at just that pace; streams have an own pace that takes some, and part is kept."""
 UNKNOWN_RANK = 1 << 10
+SPREAD = 3.0
+"""Standard deviations of the number of calls that come in a cold start, for which there is to be room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,9 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
         rescue = math.ceil(float(following.means[1]) + over_s / cold_s - 1e-6)
         if rescue > raw:
             raw, why = rescue, "calls wait for longer than the slo allows"
+    crowd = _crowd(memory, seen, work, cold_s)
+    if crowd > raw:
+        raw, why = crowd, "as many run and wait, and as many more may come while a replica starts"
     if (work.queued or work.calls) and raw < 1:
         raw, why = 1, "a call is there"
     wishes = (*((at, n) for at, n in memory.wishes if at > now_s - PATIENCE * cold_s - 1e-6), (now_s, raw))
@@ -259,6 +264,17 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
         "cold_start_s": cold_s,
     }
     return Wish(target, why, level, numbers), replace(memory, wishes=wishes)
+
+
+def _crowd(memory: ModelMemory, seen: ModelSeen, work: Work, cold_s: float) -> int:
+    """Replicas in which all have a place that run and wait now, and as many more as chance may bring before another
+    replica would serve. Where streams last longer than a start, what runs tells more of the next minute than what
+    comes: few long calls are no rate."""
+    places = seen.rates.get(seen.settings.gpus[0], Rates()).sequences
+    there = sum(r.running for r in seen.replicas) + work.queued
+    if not places or not there:
+        return 0
+    return math.ceil((there + SPREAD * math.sqrt(memory.calls_per_s * cold_s)) / places - 1e-6)
 
 
 def remembered(memory: ModelMemory, seen: ModelSeen, decided: int, wanted: float, now_s: float) -> ModelMemory:
