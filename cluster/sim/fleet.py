@@ -42,7 +42,7 @@ class _Waiting:
     def __init__(self, at_s: float, call: Arrival) -> None:
         self.at_s, self.prompt, self.output, self.expected = at_s, call.prompt_tokens, call.output_tokens, call.expected
         self.count: float = call.count
-        self.left = self.count
+        self.left: float = self.count
 
 
 class Fleet:

@@ -1,7 +1,7 @@
 """How many replicas one model wishes for, from what it has seen of its demand; the budget is not looked at here.
 
 Up: what the followed rule (shadow.py) wants, at once. Down: only what has not been wished for during the model's
-patience: half a cold start, since to keep a replica for a whole one costs as much as to start it again (ski rental).
+patience: about half a cold start, since to keep a replica for a whole one costs as much as to start it again (ski rental).
 After a scale-down nothing is started for a cold start unless calls wait too long or far more is wished for.
 """
 
@@ -32,13 +32,13 @@ LEAST_MARGIN = 0.2
 seen, by WINDOW. As much as public traces move within a cold start, most of the time."""
 SHARE_OF_BUDGET = 0.85
 """Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
-UP = 0.01
+UP = 0.03
 DOWN = 0.02
 LEAST = 1.0
 DOUBT = 0.07
 """Rules are tried on more than came, by this over the root of how many cold starts were seen: the cheapest of many
 rules owes some of its luck to the past that it was chosen by."""
-PATIENCE = 0.5
+PATIENCE = 0.45
 """Cold starts for which a replica is kept that is not wished for; signals fall at a pace of their own besides."""
 HOLD = 0.25
 """Within a cold start of a scale-down no more is started for a wish of up to this above what was there: margins are for
