@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from hyperframe.frame import DataFrame
 
 from cluster.rpc.client import CallEnded, Client, ClientCall, connect
 from tests.rpc.conftest import SERVICE, Serve
@@ -40,6 +41,17 @@ async def test_calls_one_after_the_other_and_at_once(serve: Serve) -> None:
         requests = [b"%d" % i for i in range(50)]
         assert await asyncio.gather(*(one(client, "One", request) for request in requests)) == [[r] for r in requests]
         assert not client.calls
+
+
+async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame that came is never serialized again, as h2 does for a trace that nobody reads."""
+
+    def again(frame: DataFrame) -> bytes:
+        raise AssertionError(f"a frame of {frame.body_len} bytes is serialized once more")
+
+    async with serve() as echo, await connect(echo.address) as client:
+        monkeypatch.setattr(DataFrame, "serialize_body", again)
+        assert await one(client, "One", b"hello") == [b"hello"]
 
 
 async def test_a_status_is_told(serve: Serve) -> None:
