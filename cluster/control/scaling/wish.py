@@ -1,7 +1,8 @@
 """How many replicas one model wishes for, from what it has seen of its demand; the budget is not looked at here.
 
 Up: what the followed rule (shadow.py) wants, at once. Down: only what has not been wished for during the model's
-patience: about half a cold start, since to keep a replica for a whole one costs as much as to start it again (ski rental).
+patience: about half a cold start, since to keep a replica for a whole one costs as much as to start it again (ski
+rental).
 After a scale-down nothing is started for a cold start unless calls wait too long or far more is wished for.
 """
 
