@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from cluster.engine import fastpath
+from cluster.engine import core_thread, fastpath
 from cluster.engine.fastpath import SYMBOLS
 from cluster.engine.symbols import missing, resolve
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("path", SYMBOLS)
+@pytest.mark.parametrize("path", SYMBOLS | core_thread.SYMBOLS)
 def test_this_vllm_has_every_name(path: str) -> None:
-    """Each symbol of the table is there with its parameters and fields."""
-    assert missing({path: SYMBOLS[path]}) == []
+    """Each symbol of the tables is there with its parameters and fields."""
+    assert missing({path: (SYMBOLS | core_thread.SYMBOLS)[path]}) == []
 
 
 @pytest.mark.engine
@@ -43,9 +44,10 @@ def test_finish_reasons_keep_their_order() -> None:
     assert {reason.name: int(reason) + 1 for reason in theirs} == {reason.name: int(reason) for reason in FinishReason}
 
 
-def test_every_import_stands_in_the_table() -> None:
+@pytest.mark.parametrize("module", [fastpath, core_thread])
+def test_every_import_stands_in_the_table(module: ModuleType) -> None:
     """What the fast path imports from vLLM is in its table."""
-    tree = ast.parse(Path(fastpath.__file__).read_text())
+    tree = ast.parse(Path(str(module.__file__)).read_text())
     imported = {
         f"{node.module}.{name.name}"
         for node in ast.walk(tree)
@@ -54,4 +56,16 @@ def test_every_import_stands_in_the_table() -> None:
     }
     assert imported
     for name in imported:
-        assert any(path == name or path.startswith(f"{name}.") for path in SYMBOLS), name
+        assert any(path == name or path.startswith(f"{name}.") for path in SYMBOLS | core_thread.SYMBOLS), name
+
+
+def test_where_the_core_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process, unless a thread is asked for and there is one rank; another word is told."""
+    monkeypatch.delenv(core_thread.CORE, raising=False)
+    assert not core_thread.wanted(1)
+    monkeypatch.setenv(core_thread.CORE, "thread")
+    assert core_thread.wanted(1)
+    assert not core_thread.wanted(2)
+    monkeypatch.setenv(core_thread.CORE, "threads")
+    with pytest.raises(ValueError, match="HEADRACE_ENGINE_CORE='threads': use process or thread"):
+        core_thread.wanted(1)

@@ -1,4 +1,4 @@
-"""The laws of an engine over the real one, by both of its paths."""
+"""The laws of an engine over the real one, by all of its paths."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ class TestFastPath(EngineContract):
         assert engine.info.block_size == 32
         assert engine.info.kv_tokens == 64 * 1024
         assert engine.info.default_sampling == {"temperature": 0.6, "top_p": 0.9}
+
+
+@pytest.mark.engine
+class TestCoreOnAThread(EngineContract):
+    """The engine core as a thread of this process."""
+
+    @pytest.fixture
+    def engine(self, thread_subject: Subject) -> Subject:
+        """The shared engine."""
+        return thread_subject
+
+    def test_says_its_path(self, engine: Subject) -> None:
+        """It is the fast path."""
+        assert (engine.info.engine_path, engine.info.engine_path_reason) == ("fastpath", "")
 
 
 @pytest.mark.engine

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from cluster.api.ports import EngineDead
+from cluster.engine import core_thread
 from cluster.engine.vllm_engine import VllmEngine
 from tests.engine.conftest import TOKEN_HI, TOKEN_LO, engine_children, tiny_spec
 from tests.engine.contract import Driver, Subject, request
@@ -23,9 +24,14 @@ async def _step_for_ever(engine: VllmEngine) -> None:
         await engine.step()
 
 
-@pytest.mark.parametrize(("victim", "prefer_fastpath"), [("core", True), ("rank", False)])
-async def test_death_is_told(llama_folder: Path, victim: str, prefer_fastpath: bool) -> None:
+@pytest.mark.parametrize(("victim", "prefer_fastpath", "core"), [
+    ("core", True, "process"), ("rank", False, "process"), ("rank", True, "thread"),
+])  # fmt: skip
+async def test_death_is_told(
+    llama_folder: Path, victim: str, prefer_fastpath: bool, core: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A killed core or rank raises EngineDead from step, check and submit within seconds, and takes the rest along."""
+    monkeypatch.setenv(core_thread.CORE, core)
     me = psutil.Process(os.getpid())
     before = set(me.children())
     engine = VllmEngine(tiny_spec(), llama_folder, prefer_fastpath=prefer_fastpath)
@@ -35,9 +41,9 @@ async def test_death_is_told(llama_folder: Path, victim: str, prefer_fastpath: b
         driver = Driver(subject)
         running = await driver.submit(request(subject.prompt(1), max_tokens=900))
         await driver.until(lambda: bool(driver.answers[running].outputs))
-        (core,) = [child for child in engine_children(me) if child not in before]
-        (rank,) = engine_children(core)
-        {"core": core, "rank": rank}[victim].kill()
+        (child,) = [child for child in engine_children(me) if child not in before]
+        family = {"core": child, "rank": engine_children(child)[0]} if core == "process" else {"rank": child}
+        family[victim].kill()
         begin = time.monotonic()
         with pytest.raises(EngineDead):
             await asyncio.wait_for(_step_for_ever(engine), 15)
@@ -46,7 +52,7 @@ async def test_death_is_told(llama_folder: Path, victim: str, prefer_fastpath: b
             await engine.check()
         with pytest.raises(EngineDead):
             await engine.submit(request(subject.prompt(2)))
-        gone, alive = await asyncio.to_thread(psutil.wait_procs, [core, rank], 10)
+        gone, alive = await asyncio.to_thread(psutil.wait_procs, list(family.values()), 10)
         assert not alive, gone
     finally:
         await engine.close()
