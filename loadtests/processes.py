@@ -1,8 +1,9 @@
 """CPU time and memory of the serving side, process by process, each in a class.
 
 A root is a process that the harness has started, with the class it stands for; its descendants have the class that
-their command line says, else their parent's. The kernel keeps CPU time in steps of 10 ms a process: rounds are made
-long enough for that not to matter.
+their command line says, else their parent's. An engine core that is a thread of its worker's process counts as one by
+itself, by the CPU time that the kernel keeps for the thread. The kernel keeps CPU time in steps of 10 ms a process:
+rounds are made long enough for that not to matter.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
+
+from cluster.engine.core_thread import THREAD
 
 ENGINE_CORE, ENGINE_RANK = "engine core", "engine rank"
 SIMULATED = "simulated engine"
@@ -74,12 +78,26 @@ def _look(process: psutil.Process, kind: str, found: dict[tuple[int, float], See
         with process.oneshot():
             times, rss = process.cpu_times(), process.memory_info().rss
             kind = classify(" ".join(process.cmdline()), kind)
-            found[(process.pid, process.create_time())] = Seen(kind, times.user + times.system, rss)
+            cpu_s, created = times.user + times.system, process.create_time()
+            for number, core_s in core_threads(process):
+                found[(number, created)] = Seen(ENGINE_CORE, core_s, 0)
+                cpu_s -= core_s
+            found[(process.pid, created)] = Seen(kind, cpu_s, rss)
         children = process.children()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return
     for child in children:
         _look(child, kind, found)
+
+
+def core_threads(process: psutil.Process) -> list[tuple[int, float]]:
+    """The threads of a process that are an engine core, with their CPU seconds."""
+    cores = []
+    for thread in process.threads():
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text().strip() == THREAD:
+                cores.append((thread.id, thread.user_time + thread.system_time))
+    return cores
 
 
 def classify(command: str, parents: str) -> str:

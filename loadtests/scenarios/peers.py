@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.engine import core_thread
 from loadtests import peers
 from loadtests.children import DidNotStart
 from loadtests.datasets import fixed
@@ -26,7 +27,7 @@ from loadtests.faces.grpc_lean import GrpcLean
 from loadtests.faces.grpc_stream import GrpcStream
 from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.figures import Bound, Figure, missing, ratio_figure
-from loadtests.processes import ENGINE, classify, pin
+from loadtests.processes import ENGINE, classify, core_threads, pin
 from loadtests.report import Arm, Round
 from loadtests.scenarios import longprompt, processes, relay, startup
 from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns, unbind
@@ -38,6 +39,8 @@ SERVER, ROUTER, SMG, LITELLM = "vLLM server", "vllm-router", "SMG", "LiteLLM"
 RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
 LEAN = "ours StreamChat, lean client"
 """At one stream alone: the peers' HTTP client runs on the driver's loop, grpcio's through threads of its own."""
+THREAD, LEAN_THREAD = "ours StreamChat, core on a thread", "ours StreamChat, core on a thread, lean client"
+"""With HEADRACE_ENGINE_CORE=thread."""
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)
@@ -55,13 +58,19 @@ ENGINE_ARGUMENTS: dict[str, object] = {
     "kv_cache_memory_bytes": 256 << 20,
     "enforce_eager": True,
 }
+_ONE = Bound("<=", 1.0)
 _B, _A = "against vllm-router", "ours StreamChat"
 ROWS: tuple[tuple[str, str, str, str, Bound], ...] = (
     (f"front-end CPU per streamed token, 64 streams, {_A} {_B}", GRPC, ROUTER, "front", Bound("<=", 0.60)),
     (f"CPU per token of the whole serving side, {_A} {_B}", GRPC, ROUTER, "whole", Bound("<=", 0.90)),
     (f"front-end CPU per token, {_A} against Ray Serve's proxy", GRPC, RAY_PROXY, "front", Bound("<=", 0.08)),
-    (f"TTFT p50 at one stream, {_A} against vLLM's server alone", ONE + GRPC, ONE + SERVER, "p50", Bound("<=", 1.0)),
-    (f"the same, {_A} by a client on the driver's own loop", ONE + LEAN, ONE + SERVER, "p50", Bound("<=", 1.0)),
+    (f"TTFT p50 at one stream, {_A} against vLLM's server alone", ONE + GRPC, ONE + SERVER, "p50", _ONE),
+    (f"the same, {_A} by a client on the driver's own loop", ONE + LEAN, ONE + SERVER, "p50", _ONE),
+    (f"TTFT p50 at one stream, {THREAD} against vLLM's server alone", ONE + THREAD, ONE + SERVER, "p50", _ONE),
+    (f"the same, {LEAN_THREAD}", ONE + LEAN_THREAD, ONE + SERVER, "p50", _ONE),
+    (f"front-end CPU per streamed token, 64 streams, {THREAD} {_B}", THREAD, ROUTER, "front", Bound("<=", 0.60)),
+    (f"CPU per token of the whole serving side, {THREAD} {_B}", THREAD, ROUTER, "whole", Bound("<=", 0.90)),
+    (f"TTFT p50 at 64 streams, {THREAD} {_B}", THREAD, ROUTER, "p50", Bound("<=", 0.75)),
     (f"TTFT p50 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p50", Bound("<=", 0.75)),
     (f"TTFT p99 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p99", Bound("<=", 0.75)),
     (f"tokens per CPU-second at 64 streams, {_A} {_B}", GRPC, ROUTER, "yield", Bound(">=", 1.15)),
@@ -138,9 +147,11 @@ class Field:
         engines, others, driver = plan
         for root in {root for arm in self.arms for root, _ in arm.roots}:
             pin(root, others)
-            for process in psutil.Process(root).children(recursive=True):
+            for process in (psutil.Process(root), *psutil.Process(root).children(recursive=True)):
                 if classify(" ".join(process.cmdline()), "") in ENGINE:
                     pin(process.pid, engines)
+                for number, _ in core_threads(process):
+                    os.sched_setaffinity(number, engines)
         pin(os.getpid(), driver)
         return f"engines on {engines}, front ends on {others}, driver on {driver}"
 
@@ -231,6 +242,25 @@ async def _ours(field: Field, model: Path, bundle: Path) -> None:
         field.stack.push_async_callback(lean.close)
         single = stage.report.arm(ONE + LEAN, "the same over the same port, without grpcio in the driver")
         field.singles.append(Contestant(single, lean, ours.roots))
+    if stage.options.wants(THREAD):
+        await _on_a_thread(field, model, bundle, arguments)
+
+
+async def _on_a_thread(field: Field, model: Path, bundle: Path, arguments: Mapping[str, object]) -> None:
+    stage = field.stage
+
+    async def start() -> tuple[Face, list[tuple[int, str]]]:
+        ours = await serving.start(
+            stage.children, stage.folder, bundle=bundle, source=str(model), engine=arguments, name="thread",
+            environment={**field.environment, core_thread.CORE: "thread"},
+        )  # fmt: skip
+        lean = GrpcLean(ours.grpc, ours.model, metadata=ours.metadata)
+        field.stack.push_async_callback(lean.close)
+        single = stage.report.arm(ONE + LEAN_THREAD, "the same over the same port, without grpcio in the driver")
+        field.singles.append(Contestant(single, lean, ours.roots))
+        return GrpcStream(ours.grpc, ours.model, metadata=ours.metadata), ours.roots
+
+    await field.add(THREAD, "as ours StreamChat, the engine core a thread of the worker's process", start)
 
 
 async def _ray(field: Field, stack: AsyncExitStack, name: str, model: Path, *, direct_ingress: bool) -> None:

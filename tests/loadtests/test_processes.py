@@ -6,11 +6,14 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from cluster.engine import core_thread
 from loadtests.children import ROOT, Child, Children, DidNotStart
 from loadtests.processes import ENGINE_CORE, Seen, Usage, classify, snapshot, used
 from tests.support.cluster import until
@@ -151,3 +154,31 @@ def test_a_process_that_began_in_between_counts_from_its_begin() -> None:
     before = {(5, 100.0): Seen("gateway", 2.0, 10)}
     after = {(5, 200.0): Seen("gateway", 0.5, 20), (6, 150.0): Seen("gateway", 0.25, 30)}
     assert used(before, after).cpu_s == {"gateway": 0.75}
+
+
+def test_a_core_on_a_thread_counts_apart_from_its_process() -> None:
+    """What the thread spends is the engine core's, the rest its process's, and nothing counts twice."""
+    stop, named = threading.Event(), threading.Event()
+
+    def spin() -> None:
+        core_thread.name_thread()
+        named.set()
+        while not stop.is_set():
+            pass
+
+    before = snapshot([(os.getpid(), "worker replica")])
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        named.wait()
+        begun = time.process_time()
+        while time.process_time() - begun < 0.3:
+            pass
+        spent = used(before, snapshot([(os.getpid(), "worker replica")])).cpu_s
+        whole_s = time.process_time() - begun
+    finally:
+        stop.set()
+        thread.join()
+    assert spent[ENGINE_CORE] > 0.05
+    assert spent["worker replica"] > 0.05
+    assert abs(spent[ENGINE_CORE] + spent["worker replica"] - whole_s) < 0.15
