@@ -36,6 +36,7 @@ from cluster.gateway.turns import Turns
 from cluster.link import ticks
 from cluster.link.dial import Timing
 from cluster.link.hub import Hub, hub_server
+from cluster.observe import garbage
 from cluster.observe.metrics import Metrics, Sample
 from cluster.tenancy.limits import Limiter
 from cluster.tenancy.queue import WaitingRoom
@@ -181,6 +182,7 @@ class Gateway:
             asyncio.create_task(self.allowances.watch()),
             asyncio.create_task(self.dispatcher.backlogs.watch()),
             asyncio.create_task(self._measure_lag()),
+            asyncio.create_task(garbage.give_back_now_and_then()),
         ]
         if self.tenants is not None:
             budgets = self.tenants.budgets(self._limits.spent)
