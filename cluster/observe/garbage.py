@@ -45,6 +45,9 @@ def give_back() -> bool:
 
 async def give_back_now_and_then(every_s: float = GIVE_BACK_S) -> None:
     """Until cancelled, or for good where it cannot be done; the first time soon after a start."""
-    await asyncio.sleep(min(every_s, FIRST_S))
-    while await asyncio.to_thread(give_back):
-        await asyncio.sleep(every_s)
+    rest_s = min(every_s, FIRST_S)
+    while True:
+        await asyncio.sleep(rest_s)
+        if not await asyncio.to_thread(give_back):
+            return
+        rest_s = every_s
