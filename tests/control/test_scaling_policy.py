@@ -128,3 +128,23 @@ def test_nothing_leaves_that_what_runs_has_to_have(steps: list[tuple[int, int]])
     for number in range(1, 41):
         decisions, memory = decide(Observation({"m": full}, covers_s=5.0), memory, number * 5.0)
     assert decisions[0].total * places >= places + math.sqrt(4 / 5 * 6.0), "its one replica is full"
+
+
+def test_a_model_is_idle_when_nothing_runs() -> None:
+    """Streams that outlast `idle_s` keep their replica; it goes so long after the last of them."""
+    memory, have, gone_at = Memory(), 1, 0.0
+    for number in range(1, 121):
+        now_s, ends_s = number * 5.0, 300.0
+        replicas = [ReplicaSeen(f"r{n}", "ready", 0.0, running=int(now_s < ends_s)) for n in range(have)]
+        calls = int(number == 1)
+        seen = ModelSeen(
+            ModelSettings(0, 4, idle_s=30.0, cold_start_s=6.0),
+            {"x": ClassDemand(calls, calls * 30, calls * 400)},
+            replicas,
+            {"": Rates(4000.0, 160.0, 65_536, 8.0)},
+        )
+        decisions, memory = decide(Observation({"m": seen}, covers_s=5.0), memory, now_s)
+        if have and not decisions[0].total:
+            gone_at = now_s
+        have = decisions[0].total
+    assert ends_s + 25.0 <= gone_at <= ends_s + 40.0

@@ -38,7 +38,8 @@ def _claim(
         if replica.state != "draining":
             have[replica.gpu] = have.get(replica.gpu, 0) + 1
     called = any(d.arrived_requests or d.queued_requests for d in demand)
-    after = replace(before, last_call_s=now_s) if called else before
+    runs = any(replica.running for replica in seen.replicas if replica.state != "draining")
+    after = replace(before, last_call_s=now_s) if called or runs else before
     alike = as_one_type(seen)
     work = work_of(alike, observation.ranks)
     if work is None:

@@ -272,7 +272,8 @@ def _crowd(memory: ModelMemory, seen: ModelSeen, work: Work, cold_s: float) -> i
     replica would serve. Where streams last longer than a start, what runs tells more of the next minute than what
     comes: few long calls are no rate."""
     places = seen.rates.get(seen.settings.gpus[0], Rates()).sequences
-    there = sum(r.running for r in seen.replicas) + work.queued
+    # What runs on a replica that leaves ends there, or comes back into the line.
+    there = sum(r.running for r in seen.replicas if r.state != "draining") + work.queued
     if not places or not there:
         return 0
     return math.ceil((there + SPREAD * math.sqrt(memory.calls_per_s * cold_s)) / places - 1e-6)
