@@ -33,13 +33,17 @@ from loadtests import machine
 from loadtests.autoscale_live.calls import MODEL, Told, compare, play
 from loadtests.autoscale_live.changes import STREAM_S, Changes
 from loadtests.autoscale_live.rig import SAMPLE_S, Live, Watch, begun
-from loadtests.autoscale_live.traffic import Engine, PlannedCall, plan
+from loadtests.autoscale_live.traffic import Engine, PlannedCall, days, plan
 from tests.support.checkpoints import build_checkpoint
 
 SLO = Slo(ttft_s=2.0, itl_s=0.1, target=0.99)
 ENGINE = Engine()
 REPLICAS = 4
 PROMPT_TOKENS = 30
+MOST_TOKENS = 8192
+"""Streams of 300 s have 6,000."""
+DAYS = 6
+"""Of changes, at most: a version whose streams end with it takes as long as the longest of them."""
 
 
 async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -50,6 +54,7 @@ async def run(seconds: float, changing_s: float, rounds: int, seed: int, folder:
         source_of(checkpoint),
         min_replicas=0,
         max_replicas=REPLICAS,
+        max_model_len=MOST_TOKENS,
         idle_s=30.0,
         slo_ttft_s=SLO.ttft_s,
         slo_itl_s=SLO.itl_s,
@@ -71,7 +76,7 @@ def source_of(checkpoint: Path, *, prefill_tokens_per_s: float = ENGINE.prefill_
     """Of the simulated replica."""
     return (
         f"sim://{checkpoint}?decode_ms={ENGINE.decode_s * 1000:g}&max_num_seqs={ENGINE.max_num_seqs}"
-        f"&prefill_tokens_per_s={prefill_tokens_per_s:g}&load_s={ENGINE.load_s:g}"
+        f"&prefill_tokens_per_s={prefill_tokens_per_s:g}&load_s={ENGINE.load_s:g}&max_model_len={MOST_TOKENS}"
     )
 
 
@@ -133,11 +138,11 @@ async def _day(live: Live, watch: Watch, seconds: float, seed: int) -> dict[str,
 
 
 async def _changing(live: Live, track: Changes, seconds: float, seed: int) -> dict[str, Any]:
-    calls = plan(seed + 1, seconds, ENGINE, REPLICAS, stream_s=STREAM_S)
-    print(f"{len(calls)} calls in {seconds:g} s of changes", flush=True)
+    calls = days(seed + 1, DAYS, seconds, ENGINE, REPLICAS, stream_s=STREAM_S)
+    print(f"changes, and calls until they are through, at most {DAYS * seconds:g} s", flush=True)
     beside = asyncio.create_task(track.play(seconds))
     try:
-        told = await play(live.callers, calls)
+        told = await play(live.callers, calls, beside.done)
         await beside
     finally:
         beside.cancel()

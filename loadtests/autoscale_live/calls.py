@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import openai
@@ -106,15 +106,15 @@ class Callers:
                 yield chunk.choices[0].delta.content
 
 
-async def play(callers: Callers, plan: Sequence[PlannedCall]) -> list[Told]:
-    """Every call at its time."""
+async def play(callers: Callers, plan: Sequence[PlannedCall], over: Callable[[], bool] = lambda: False) -> list[Told]:
+    """Every call at its time, but for those whose time comes when it is `over`."""
     began = time.monotonic()
 
-    async def one(planned: PlannedCall) -> Told:
+    async def one(planned: PlannedCall) -> Told | None:
         await asyncio.sleep(max(planned.at_s - (time.monotonic() - began), 0.0))
-        return await callers.call(planned)
+        return None if over() else await callers.call(planned)
 
-    return list(await asyncio.gather(*map(one, plan)))
+    return [told for told in await asyncio.gather(*map(one, plan)) if told is not None]
 
 
 def compare(calls: Sequence[Told]) -> None:
@@ -128,5 +128,8 @@ def compare(calls: Sequence[Told]) -> None:
         text, like = one.text.rstrip(CUT), longest[one.planned.prompt]
         if not one.fault and not like.startswith(text):
             same = next(i for i, (a, b) in enumerate(zip(text, like, strict=False)) if a != b)
-            what = f"{text[same : same + 8]!r} instead of {like[same : same + 8]!r}"
-            one.fault = f"other text than its like from character {same} of {len(text)} on: {what}"
+            what = f"{text[same : same + 40]!r} instead of {like[same : same + 40]!r}"
+            where = (
+                f"prompt {one.planned.prompt} at {one.planned.at_s:.1f} s by {one.face}, {one.resumed} times resumed"
+            )
+            one.fault = f"other text than its like from character {same} of {len(text)} on: {what} ({where})"

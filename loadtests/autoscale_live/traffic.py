@@ -6,7 +6,8 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 PROMPTS = 12
 
@@ -34,6 +35,15 @@ class PlannedCall:
     tokens: int
     face: int
     prompt: int
+
+
+def days(seed: int, count: int, seconds: float, engine: Engine, replicas: int, **more: Any) -> Sequence[PlannedCall]:
+    """So many of them, each with calls of its own; arguments as of `plan`."""
+    return [
+        replace(one, at_s=one.at_s + day * seconds)
+        for day in range(count)
+        for one in plan(seed + day, seconds, engine, replicas, **more)
+    ]
 
 
 def share_of_most(part: float, at_zero: float = 0.08) -> float:
