@@ -16,6 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_BUNDLE_BYTES = 256 * 1024 * 1024
+_PLAIN_SAMPLING = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+}
+
+
+def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, object]:
+    """What a model's generation_config.json says of sampling, as an engine takes it for calls that say nothing: what is
+    not plain, and max_new_tokens as max_tokens."""
+    found = {k: generation_config.get(k) for k, plain in _PLAIN_SAMPLING.items() if generation_config.get(k) != plain}
+    found = {k: value for k, value in found.items() if isinstance(value, (int, float))}
+    most = generation_config.get("max_new_tokens")
+    return found | ({"max_tokens": most} if isinstance(most, int) else {})
 
 
 @dataclass(frozen=True, slots=True)

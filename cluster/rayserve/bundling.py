@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.api.bundle import Bundle
+from cluster.api.bundle import Bundle, sampling_defaults
 from cluster.control.catalog import Known
 from cluster.rayserve import settings as replica_settings
 from cluster.rayserve.settings import ReplicaSettings
@@ -59,6 +59,7 @@ def describe(bundle: Bundle) -> Known:
         bundle_digest=bundle.digest,
         max_model_len=int(config.get("max_position_embeddings") or 0),
         family=str(config.get("model_type") or ""),
+        default_sampling=sampling_defaults(json.loads(bundle.files.get("generation_config.json", b"{}"))),
     )
 
 

@@ -11,16 +11,17 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.api.types import ModelSpec
-from cluster.control.catalog import Known
 from cluster.control.reconcile import Observed
 from cluster.control.scaler import OnRay, Scaler, ScalingSettings
 from cluster.control.scaling_desk import Desk
 from cluster.link.controller import ControllerEnd
 from cluster.rayserve import scaling
 from cluster.rayserve.backend import ChildBackend
+from cluster.rayserve.bundling import describe
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.local import LocalRay, LocalRaySettings
 from cluster.rayserve.settings import ReplicaSettings
@@ -127,7 +128,7 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         scaling.listen(end, scaler, controller.now, controller.wake)
         scaler.look([spec], {(MODEL, ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True)
         settings = ReplicaSettings(spec, "live", gateways=(ends["link"],), drain_timeout_s=DRAIN_S)
-        controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=spec.max_model_len or 2048)
+        controller.known[settings.app] = replace(describe(bundle), max_model_len=spec.max_model_len or 2048)
         controller.want([settings])
         watch = Watch(scaler)
         parts = [asyncio.create_task(one) for one in (end.run(), controller.run(), watch.run())]

@@ -95,11 +95,14 @@ async def test_bundle_is_built_in_a_process_of_its_own(tmp_path: Path) -> None:
     """The bundle comes back by its digest with what it says of the model; a bad source says why."""
     folder = build_tokenizer("llama", tmp_path / "model")
     (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 99}')
+    generation = {"temperature": 0.6, "top_p": 1.0, "top_k": 20, "max_new_tokens": 77, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
     settings = ReplicaSettings(ModelSpec(name="m", source=f"sim://{folder}"), "test")
     bundle, known = await bundling.build(settings, tmp_path / "bundles")
     assert bundle is not None
     assert "tokenizer.json" in bundle.files
     assert (known.bundle_digest, known.max_model_len, known.family) == (bundle.digest, 99, "llama")
+    assert known.default_sampling == {"temperature": 0.6, "top_k": 20, "max_tokens": 77}
     assert Bundle.load(tmp_path / "bundles" / bundle.digest.replace(":", "-")) == bundle
     nothing, about = await bundling.build(ReplicaSettings(ModelSpec(name="m", source="/nowhere"), "test"), tmp_path)
     assert nothing is None

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from cluster.api.bundle import sampling_defaults
 from cluster.engine.simulated.faults import Fault, SimFaults
 
 SCHEME = "sim://"
 
 # vLLM's defaults: what a generation config says beyond them is the model's own default sampling.
-_PLAIN_SAMPLING = {"repetition_penalty": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,6 @@ class SimConfig:
         lo, hi = self.token_lo, self.token_hi
         if not hi:
             lo, hi = _ordinary_range(ids, tokenizer) if ids else (lo, vocab)
-        sampling = {k: generation[k] for k, plain in _PLAIN_SAMPLING.items() if generation.get(k) not in (None, plain)}
-        if isinstance(generation.get("max_new_tokens"), int):
-            sampling["max_tokens"] = generation["max_new_tokens"]
         return dataclasses.replace(
             self,
             vocab=vocab,
@@ -124,7 +121,7 @@ class SimConfig:
             eos=eos,
             token_lo=lo,
             token_hi=min(hi, vocab),
-            default_sampling=dict(self.default_sampling) or sampling,
+            default_sampling=dict(self.default_sampling) or sampling_defaults(generation),
         )
 
 
