@@ -182,7 +182,7 @@ class Gateway:
             asyncio.create_task(self.allowances.watch()),
             asyncio.create_task(self.dispatcher.backlogs.watch()),
             asyncio.create_task(self._measure_lag()),
-            asyncio.create_task(garbage.give_back_now_and_then()),
+            asyncio.create_task(garbage.give_back_now_and_then(lambda: not self.service.busy)),
         ]
         if self.tenants is not None:
             budgets = self.tenants.budgets(self._limits.spent)

@@ -124,6 +124,11 @@ class CallService:
             counts[call.model] = counts.get(call.model, 0) + 1
         return counts
 
+    @property
+    def busy(self) -> bool:
+        """Whether a call is open."""
+        return bool(self._open)
+
     def _resuming(self) -> Resumes:
         if self.resumes is None:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway resumes no streams: begin anew")

@@ -9,17 +9,19 @@ calls leave is freed without the collector, but for the rare cycle.
 
 glibc keeps what is freed between pieces that are not. In an hour of 100 calls a second a gateway that held as much as
 before (as many objects, as many bytes in use) had grown by 3 MB in such holes; whole pages of them go back now and
-then.
+then, in a moment without calls.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import time
+from collections.abc import Callable
 
 YOUNG_OBJECTS = 10_000
 """Of so many new ones a look takes about a millisecond."""
-GIVE_BACK_S, FIRST_S = 60.0, 5.0
+GIVE_BACK_S, FIRST_S, LOOK_S = 60.0, 5.0, 0.5
 
 
 def settle() -> None:
@@ -43,11 +45,14 @@ def give_back() -> bool:
     return True
 
 
-async def give_back_now_and_then(every_s: float = GIVE_BACK_S) -> None:
-    """Until cancelled, or for good where it cannot be done; the first time soon after a start."""
-    rest_s = min(every_s, FIRST_S)
+async def give_back_now_and_then(idle: Callable[[], bool], every_s: float = GIVE_BACK_S) -> None:
+    """Every so often, at the next moment that is idle: whoever wants memory meanwhile waits. Until cancelled, or for
+    good where it cannot be done; the first time soon after a start."""
+    due = time.monotonic() + min(every_s, FIRST_S)
     while True:
-        await asyncio.sleep(rest_s)
+        await asyncio.sleep(LOOK_S)
+        if time.monotonic() < due or not idle():
+            continue
         if not await asyncio.to_thread(give_back):
             return
-        rest_s = every_s
+        due = time.monotonic() + every_s

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
+import pytest
+
 from cluster.observe import garbage
+from tests.support.cluster import until
 
 PIECE, PIECES = 4_000, 20_000
 
@@ -25,3 +29,23 @@ def test_holes_in_the_heap_go_back() -> None:
     assert garbage.give_back()
     assert resident_bytes() < held - PIECE * PIECES / 2 or held < before - PIECE * PIECES / 2
     assert len(kept) == PIECES // 100
+
+
+async def test_it_is_done_when_nobody_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never while a call is open, once in an idle moment, and again when it is due."""
+    given: list[bool] = []
+    busy = [True]
+    monkeypatch.setattr(garbage, "LOOK_S", 0.002)
+
+    def give_back() -> bool:
+        given.append(busy[0])
+        return True
+
+    monkeypatch.setattr(garbage, "give_back", give_back)
+    task = asyncio.create_task(garbage.give_back_now_and_then(lambda: not busy[0], every_s=0.02))
+    with pytest.raises(AssertionError, match="timed out"):
+        await until(lambda: bool(given), "it is done", 0.2)
+    busy[0] = False
+    await until(lambda: len(given) >= 3, "it is done again")
+    task.cancel()
+    assert not any(given)
