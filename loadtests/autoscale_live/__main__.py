@@ -142,7 +142,7 @@ async def _changing(live: Live, track: Changes, seconds: float, seed: int) -> di
     print(f"changes, and calls until they are through, at most {DAYS * seconds:g} s", flush=True)
     beside = asyncio.create_task(track.play(seconds))
     try:
-        told = await play(live.callers, calls, beside.done)
+        told = await play(live.callers, calls, beside)
         await beside
     finally:
         beside.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import openai
@@ -106,13 +106,17 @@ class Callers:
                 yield chunk.choices[0].delta.content
 
 
-async def play(callers: Callers, plan: Sequence[PlannedCall], over: Callable[[], bool] = lambda: False) -> list[Told]:
-    """Every call at its time, but for those whose time comes when it is `over`."""
+async def play(callers: Callers, plan: Sequence[PlannedCall], over: asyncio.Task[None] | None = None) -> list[Told]:
+    """Every call at its time, but for those whose time has not come when `over` has ended."""
     began = time.monotonic()
 
     async def one(planned: PlannedCall) -> Told | None:
-        await asyncio.sleep(max(planned.at_s - (time.monotonic() - began), 0.0))
-        return None if over() else await callers.call(planned)
+        left_s = max(planned.at_s - (time.monotonic() - began), 0.0)
+        if over is None:
+            await asyncio.sleep(left_s)
+        elif (await asyncio.wait((over,), timeout=left_s))[0]:
+            return None
+        return await callers.call(planned)
 
     return [told for told in await asyncio.gather(*map(one, plan)) if told is not None]
 

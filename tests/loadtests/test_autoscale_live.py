@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.autoscale_live.calls import Told, compare
+from loadtests.autoscale_live.calls import Callers, Told, compare, play
 from loadtests.autoscale_live.choice import choice
 from loadtests.autoscale_live.traffic import Engine, PlannedCall, plan, share_of_most
+from tests.support.cluster import until
 
 
 @given(st.integers(0, 99), st.floats(30, 300))
@@ -39,11 +41,38 @@ def test_the_most_is_seventy_percent_of_all_replicas() -> None:
 
 
 def test_answers_of_one_prompt_begin_alike() -> None:
-    """A shorter one is the beginning of a longer; what is not is told, what failed already stays so."""
-    texts = [(0, "abc", ""), (0, "abcdef", ""), (0, "abx", ""), (1, "zz", ""), (0, "q", "cut")]
+    """A shorter one is the beginning of a longer, but for a character that its end has cut in two; what is not is told
+    with its place, what failed already stays so."""
+    texts = [(0, "abc", ""), (0, "abcdef", ""), (0, "abx", ""), (1, "zz", ""), (0, "q", "cut"), (0, "ab\ufffd", "")]
     calls = [Told(PlannedCall(0, 1, 0, number), "sdk", text=text, fault=fault) for number, text, fault in texts]
     compare(calls)
-    assert [one.fault for one in calls] == ["", "", "other text than its like", "", "cut"]
+    other = "other text than its like from character 2 of 3 on: 'x' instead of 'cdef' "
+    other += "(prompt 0 at 0.0 s by sdk, 0 times resumed)"
+    assert [one.fault for one in calls] == ["", "", other, "", "cut", ""]
+
+
+async def test_calls_end_with_what_they_are_made_for() -> None:
+    """What is planned for later is not begun once that has ended, and nobody waits for its time."""
+
+    class Answering(Callers):
+        def __init__(self) -> None:
+            self.made: list[PlannedCall] = []
+
+        async def call(self, planned: PlannedCall) -> Told:
+            self.made.append(planned)
+            return Told(planned, "sdk")
+
+    callers, done = Answering(), asyncio.Event()
+    beside = asyncio.create_task(_until(done))
+    planned = [PlannedCall(0.0, 1, 0, 0), PlannedCall(0.01, 1, 0, 1), PlannedCall(3600.0, 1, 0, 2)]
+    playing = asyncio.create_task(play(callers, planned, beside))
+    await until(lambda: len(callers.made) == 2, "two are made")
+    done.set()
+    assert [told.planned for told in await asyncio.wait_for(playing, 5)] == planned[:2]
+
+
+async def _until(done: asyncio.Event) -> None:
+    await done.wait()
 
 
 @pytest.mark.parametrize("use", [0.1, 0.6])
