@@ -20,7 +20,7 @@ from pathlib import Path
 
 MARK = "HEADRACE_WATCHDOG_PID"
 POLL_S = 0.5
-SHARED_MEMORY = re.compile(r"psm_\w+|.+-cpushm_\d+")
+SHARED_MEMORY = re.compile(r"psm_\w+|.+-cpushm(-[\w-]+)?_\d+")
 """Names of an engine's blocks under /dev/shm: multiprocessing's, and those of vLLM's communicator for CPU ranks."""
 
 _started = threading.Event()

@@ -150,9 +150,11 @@ def test_only_multiprocessing_blocks_are_swept() -> None:
 7f5-7f6 rw-s 0 00:1a 5 /dev/shm/vllm_dist_1f-tp:0-[0-1]-cpushm_0
 7f6-7f7 rw-s 0 00:1a 5 /dev/shm/33275-tp:0-[0-1]-cpushm_1
 7f7-7f8 rw-s 0 00:1a 5 /dev/shm/33275-tp:0-[0-1]-cpushm_2 (deleted)
+7f8-7f9 rw-s 0 00:1a 5 /dev/shm/34429-tp:0-[0-1]-cpushm-f6e59799-e621-4fe4-a9f8-1df8dcbb7a11-27_0
 """
     assert watchdog.shared_memory_files(maps) == {
         "psm_abc123",
         "vllm_dist_1f-tp:0-[0-1]-cpushm_0",
         "33275-tp:0-[0-1]-cpushm_1",
+        "34429-tp:0-[0-1]-cpushm-f6e59799-e621-4fe4-a9f8-1df8dcbb7a11-27_0",
     }
