@@ -109,25 +109,29 @@ class LearntCosts:
         if costs is None:
             return Rates(kv_tokens=limits.kv_tokens or None, gpus=gpus)
         prefill = costs.prefill_s + costs.fixed_s / max(limits.max_num_batched_tokens, 1)
-        places = float(max(limits.max_num_seqs, 1))
-        if itl_s and costs.decode_s > 0:
-            places = min(places, max((itl_s - costs.fixed_s) / costs.decode_s, 1.0))
+        places = _places(costs, limits, itl_s)
         return Rates(
             prefill_tokens_per_s=1 / prefill if self._prefilled and prefill > 0 else None,
-            decode_tokens_per_s=self._decode(costs, limits, itl_s),
+            decode_tokens_per_s=self._decode(costs, places),
             kv_tokens=limits.kv_tokens or None,
             sequences=places if limits.max_num_seqs else None,
             gpus=gpus,
         )
 
-    def _decode(self, costs: Costs, limits: Limits, itl_s: float) -> float | None:
+    def _decode(self, costs: Costs, places: float) -> float | None:
         if self._batch <= 0:
             return None
-        batch = min(float(max(limits.max_num_seqs, 1)), max(BEYOND_SEEN * self._batch, 1.0))
-        if itl_s and costs.decode_s > 0:
-            batch = min(batch, max((itl_s - costs.fixed_s) / costs.decode_s, 1.0))
+        batch = min(places, max(BEYOND_SEEN * self._batch, 1.0))
         step_s = costs.fixed_s + costs.decode_s * batch
         return batch / step_s if step_s > 0 else None
+
+
+def _places(costs: Costs, limits: Limits, itl_s: float) -> float:
+    """The largest batch that keeps `itl_s`."""
+    most = float(max(limits.max_num_seqs, 1))
+    if not itl_s or costs.decode_s <= 0:
+        return most
+    return min(most, max((itl_s - costs.fixed_s) / costs.decode_s, 1.0))
 
 
 def _solved(a: list[list[float]], b: list[float]) -> list[float] | None:

@@ -93,13 +93,13 @@ class FastPath:
         self._core: Any
         if core_thread.wanted(vllm_config.parallel_config.world_size):
             self._core = core_thread.CoreThread(vllm_config, executor_class)
-            return
-        self._core = EngineCoreClient.make_async_mp_client(
-            vllm_config=vllm_config,
-            executor_class=executor_class,
-            log_stats=True,
-            renderer=self._renderer,
-        )
+        else:
+            self._core = EngineCoreClient.make_async_mp_client(
+                vllm_config=vllm_config,
+                executor_class=executor_class,
+                log_stats=True,
+                renderer=self._renderer,
+            )
 
     async def ready(self) -> None:
         """Ask the core what it can do; that also starts the task which reads its outputs."""

@@ -45,14 +45,19 @@ def give_back() -> bool:
     return True
 
 
-async def give_back_now_and_then(idle: Callable[[], bool], every_s: float = GIVE_BACK_S) -> None:
+async def give_back_now_and_then(
+    idle: Callable[[], bool],
+    every_s: float = GIVE_BACK_S,
+    look_s: float = LOOK_S,
+    give: Callable[[], bool] = give_back,
+) -> None:
     """Every so often, at the next moment that is idle: whoever wants memory meanwhile waits. Until cancelled, or for
     good where it cannot be done; the first time soon after a start."""
     due = time.monotonic() + min(every_s, FIRST_S)
     while True:
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(look_s)
         if time.monotonic() < due or not idle():
             continue
-        if not await asyncio.to_thread(give_back):
+        if not await asyncio.to_thread(give):
             return
         due = time.monotonic() + every_s
