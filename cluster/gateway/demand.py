@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from cluster.api.demand import ClassCounts
 from cluster.tenancy.order import Waiting
 
+GROWTH_TOKENS = 64
+"""What outgrows what was foreseen is counted in steps of as many."""
 LOOKED_AT = 256
 """Of a line's longest waiting: among them the nearest deadline is looked for."""
 
@@ -39,6 +41,8 @@ class Tally:
     def __init__(self) -> None:
         self._models: dict[str, dict[str, _Class]] = {}
         self._where: dict[str, _Class] = {}
+        self._foreseen: dict[str, int] = {}
+        """Of each that has come and has not ended: how many tokens of output are counted."""
 
     def _class(self, model: str, priority_class: str, rank: int) -> _Class:
         classes = self._models.get(model)
@@ -54,13 +58,25 @@ class Tally:
         one = self._class(waiting.model, waiting.priority_class, waiting.rank)
         one.arrived_requests += 1
         one.arrived_prompt_tokens += max(waiting.tokens - waiting.cached_tokens, 0)
-        self.foreseen(waiting, waiting.output_tokens)
+        self._foreseen[waiting.call_id] = 0
+        self._foresee(waiting, waiting.output_tokens)
 
-    def foreseen(self, waiting: Waiting, more: int) -> None:
-        """Its output comes to so many tokens more than was told, or less."""
+    def grew(self, waiting: Waiting, tokens: int) -> None:
+        """It runs, and its output has come to so many tokens; harmless for one that came to another gateway."""
+        if tokens >= self._foreseen.get(waiting.call_id, tokens) + GROWTH_TOKENS:
+            self._foresee(waiting, tokens)
+
+    def ended(self, waiting: Waiting, tokens: int, ran: bool) -> None:
+        """It is over, with so many; once. What never ran would have been as long as was foreseen."""
+        if ran and waiting.call_id in self._foreseen:
+            self._foresee(waiting, tokens)
+        self._foreseen.pop(waiting.call_id, None)
+
+    def _foresee(self, waiting: Waiting, tokens: int) -> None:
         one = self._class(waiting.model, waiting.priority_class, waiting.rank)
-        one.output_tokens += more
+        one.output_tokens += tokens - self._foreseen[waiting.call_id]
         one.expected_output_tokens = max(one.expected_output_tokens, one.output_tokens)
+        self._foreseen[waiting.call_id] = tokens
 
     def waits(self, waiting: Waiting) -> None:
         """It stands in line from now on."""

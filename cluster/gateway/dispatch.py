@@ -24,7 +24,7 @@ from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.output import Output
 from cluster.gateway.returning import Returning
 from cluster.gateway.trials import Trials
-from cluster.gateway.turns import GROWTH_TOKENS, Turns
+from cluster.gateway.turns import Turns
 from cluster.link.codec_turns import Weighed
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
@@ -193,20 +193,14 @@ class Dispatcher:
             if output.finish_reason:
                 self._over(output)
             elif output.emitted:
-                if len(output.emitted) >= output.foreseen + GROWTH_TOKENS:
-                    self._foresee(output)
+                if output.place is not None:
+                    self.tally.grew(output.place, len(output.emitted))
                 self.turns.grew(output)
 
     def _over(self, output: Output) -> None:
-        if output.ran and not output.over:  # what never ran would have been as long as was foreseen
-            self._foresee(output)
+        if output.place is not None:
+            self.tally.ended(output.place, len(output.emitted), output.ran)
         self.turns.over(output)
-
-    def _foresee(self, output: Output) -> None:
-        """What was told of it as demand is what it has come to."""
-        if output.place is not None and len(output.emitted) != output.foreseen:
-            self.tally.foreseen(output.place, len(output.emitted) - output.foreseen)
-            output.foreseen = len(output.emitted)
 
     def position(self, call: Call) -> int:
         """The place of the call's first waiting output in its tenant's line, 1 the next; 0 when none of it waits."""

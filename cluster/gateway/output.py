@@ -64,7 +64,6 @@ class Output:
         "direct",
         "emitted",
         "finish_reason",
-        "foreseen",
         "heard_at",
         "index",
         "likeness",
@@ -129,8 +128,6 @@ class Output:
         self.cached_tokens = 0
         self.charge_due = 0
         """At so many tokens its tenant's account is to hear of it."""
-        self.foreseen = 0
-        """So many tokens of it are told as demand."""
         self._told = False
         self._told_finish = False
         self._logprob_texts = logprob_texts

@@ -85,7 +85,6 @@ class Turns:
             cached_tokens=self._learnt_cached.mean(flow, call.model, tokens),
             output_tokens=self.learnt.expected(flow, call.model, output.request.sampling.max_tokens),
         )
-        output.foreseen = max(output.place.output_tokens, len(output.emitted))
         return output.place
 
     def began(self, output: Output, cached_tokens: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.demand import Tally, within_slo
+from cluster.gateway.demand import GROWTH_TOKENS, Tally, within_slo
 from cluster.tenancy.order import Waiting
 
 CLASSES = {"interactive": 0, "batch": 2}
@@ -47,28 +47,54 @@ def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> Non
     assert {name for name, count in arrived.items() if count} == set(told)
 
 
-@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 200)), min_size=1, max_size=40), st.randoms())
-def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int]], chance: random.Random) -> None:
-    """Whatever was foreseen: at every moment no less than before, no less than what is known, and once more has come
-    than was foreseen too much, exactly that."""
-    tally, told, known, most = Tally(), 0, 0, 0
-    steps = [(one(n), foreseen) for n, (foreseen, _) in enumerate(lengths)]
-    ends = [(one(n), came - foreseen) for n, (foreseen, came) in enumerate(lengths)]
-    chance.shuffle(ends)
-    for number, (waiting, more) in enumerate([*steps, *ends]):
-        if number < len(steps):
-            tally.arrived(replace(waiting, output_tokens=more))
-        else:
-            tally.foreseen(waiting, more)
-        known += more
-        most = max(most, known)
+LENGTHS = st.tuples(st.integers(1, 50), st.integers(0, 300), st.booleans())
+"""What is foreseen of one, what it comes to, and whether it ever runs."""
+
+
+@given(st.lists(LENGTHS, min_size=1, max_size=40), st.randoms())
+def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, bool]], chance: random.Random) -> None:
+    """Whatever was foreseen: at every moment no less than before; in the end what ran counts as what it came to, and
+    what did not as was foreseen, once more has come than was foreseen too much."""
+    tally, told = Tally(), 0
+
+    def look() -> int:
+        nonlocal told
         (counts,) = tally.classes("m", 0.0, served=True)
-        assert counts.expected_output_tokens == most >= told
+        assert counts.expected_output_tokens >= told
         told = counts.expected_output_tokens
-    assert known == sum(came for _, came in lengths)
-    tally.arrived(replace(one(0), output_tokens=most - known + 5))
+        return told
+
+    for number, (foreseen, _, _) in enumerate(lengths):
+        tally.arrived(replace(one(number), output_tokens=foreseen))
+        look()
+    left = list(enumerate(lengths))
+    chance.shuffle(left)
+    for number, (_, came, ran) in left:
+        for tokens in range(0, came if ran else 0, 40):
+            tally.grew(one(number), tokens)
+            look()
+        for _ in range(2):  # twice changes nothing
+            tally.ended(one(number), came if ran else 0, ran)
+            look()
+    known = sum(came if ran else foreseen for foreseen, came, ran in lengths)
+    most = told
+    assert most >= known
+    tally.arrived(replace(one(len(lengths)), output_tokens=most - known + 5))
+    assert look() == most + 5
+
+
+def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
+    """In steps of some tokens, not at its end alone; what came to another gateway counts there."""
+    tally = Tally()
+    tally.arrived(one(1))
+    for tokens, counted in ((7 + GROWTH_TOKENS - 1, 7), (7 + GROWTH_TOKENS, 7 + GROWTH_TOKENS), (200, 200)):
+        tally.grew(one(1), tokens)
+        (counts,) = tally.classes("m", 0.0, served=True)
+        assert counts.expected_output_tokens == counted
+    tally.grew(one(99), 10_000)
+    tally.ended(one(99), 10_000, ran=True)
     (counts,) = tally.classes("m", 0.0, served=True)
-    assert counts.expected_output_tokens == most + 5
+    assert counts.expected_output_tokens == 200
 
 
 def test_waits_and_deadlines() -> None:
