@@ -54,6 +54,8 @@ class VllmEngine:
         self._validating = 0
         self._closed = False
         self._has_sockets = False
+        self._blocks: set[str] = set()
+        """Shared memory of the engine's processes on this host."""
 
     def __repr__(self) -> str:
         name = type(self._path).__name__ if self._path else "not started"
@@ -63,6 +65,7 @@ class VllmEngine:
         """Load the model. Raises ValueError for what cannot work, EngineDead when the core does not come up."""
         watchdog.arm()
         reason = self._why_not_fast()
+        others = await asyncio.to_thread(watchdog.mapped_here)
         try:
             config, path = await asyncio.to_thread(self._build, not reason)
         except asyncio.CancelledError:
@@ -70,6 +73,7 @@ class VllmEngine:
             raise
         self._path = path
         await path.ready()
+        self._blocks = await asyncio.to_thread(lambda: watchdog.with_sharers(watchdog.mapped_here() - others))
         return self._describe(config, reason)
 
     def _why_not_fast(self) -> str:
@@ -195,7 +199,11 @@ class VllmEngine:
         """The next step that has outputs. Raises EngineDead."""
         path = self._started()
         while True:
-            outputs = await path.collect(self._live)
+            try:
+                outputs = await path.collect(self._live)
+            except EngineDead:
+                watchdog.unlink(self._blocks)
+                raise
             computed = 0
             for output in outputs:
                 if output.prompt_tokens is not None:
@@ -260,6 +268,7 @@ class VllmEngine:
     async def check(self) -> None:
         """Raise EngineDead if the core is known to be dead."""
         if self._started().dead():
+            watchdog.unlink(self._blocks)
             raise EngineDead("the engine core is dead")
 
     def _started(self) -> EnginePath:
@@ -276,6 +285,7 @@ class VllmEngine:
         if path is not None:
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(path.close)
+        watchdog.unlink(self._blocks)
         has_sockets, self._has_sockets = self._has_sockets, False
         if has_sockets:
             sockets.OURS.release()

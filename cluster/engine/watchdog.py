@@ -6,6 +6,9 @@ watch from outside, so the owner leaves a mark in the environment, which its chi
 mark names the owner by pid, start time, boot and pid namespace: a pid alone is reused, and means nothing on the other
 nodes to which Ray carries the environment. There the thread is not started, and the ranks end as Ray actors whose
 owner has died.
+
+What ends so suddenly leaves its shared memory. Whoever of an engine's processes outlives the others takes it away: core
+and ranks as they end, the owner when its engine is dead (vllm_engine.py).
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import psutil
 
 MARK = "HEADRACE_WATCHDOG_PID"
 POLL_S = 0.5
@@ -76,12 +81,31 @@ def shared_memory_files(maps: str) -> set[str]:
     return found
 
 
-def _sweep() -> None:
-    """Unlink the shared memory that this process has mapped: its sharers are its engine's processes, which end too."""
+def _blocks(pid: int | str) -> set[str]:
     try:
-        names = shared_memory_files(Path("/proc/self/maps").read_text())
-    except OSError:
-        return
+        return shared_memory_files(Path(f"/proc/{pid}/maps").read_text())
+    except OSError:  # it has ended, or is not ours to read
+        return set()
+
+
+def mapped_here() -> set[str]:
+    """The blocks that this process and its descendants have mapped."""
+    me = psutil.Process()
+    return set().union(*(_blocks(process.pid) for process in (me, *me.children(recursive=True))))
+
+
+def with_sharers(names: set[str]) -> set[str]:
+    """These blocks, and all of the processes on this host that share one of them: ranks that Ray has placed are not
+    descendants of anybody here, and end too suddenly to take their blocks along."""
+    found = set(names)
+    for process in Path("/proc").iterdir() if names else ():
+        if process.name.isdigit() and (theirs := _blocks(process.name)) & names:
+            found |= theirs
+    return found
+
+
+def unlink(names: Iterable[str]) -> None:
+    """Take blocks away. Whoever has one mapped keeps it until it ends."""
     for name in names:
         try:
             os.unlink(f"/dev/shm/{name}")  # noqa: S108
@@ -90,7 +114,7 @@ def _sweep() -> None:
 
 
 def _end() -> None:
-    _sweep()
+    unlink(with_sharers(_blocks(os.getpid())))
     os.kill(os.getpid(), signal.SIGKILL)  # not sys.exit: the main thread may spin in native code
 
 
