@@ -32,8 +32,8 @@ def settle() -> None:
 
 
 def give_back() -> bool:
-    """Pages that are free inside the heap go back to the system; False where the C library cannot do that. Some
-    milliseconds for tens of megabytes, without the interpreter's lock."""
+    """Pages that are free inside the heap go back to the system; False where the C library cannot do that. Takes some
+    milliseconds for tens of megabytes."""
     import ctypes  # not before the process serves
 
     try:
@@ -51,13 +51,13 @@ async def give_back_now_and_then(
     look_s: float = LOOK_S,
     give: Callable[[], bool] = give_back,
 ) -> None:
-    """Every so often, at the next moment that is idle: whoever wants memory meanwhile waits. Until cancelled, or for
-    good where it cannot be done; the first time soon after a start."""
+    """Every so often, at the next moment that is idle: on any thread, whoever wants memory meanwhile would wait. Until
+    cancelled, or for good where it cannot be done; the first time soon after a start."""
     due = time.monotonic() + min(every_s, FIRST_S)
     while True:
         await asyncio.sleep(look_s)
         if time.monotonic() < due or not idle():
             continue
-        if not await asyncio.to_thread(give):
+        if not give():
             return
         due = time.monotonic() + every_s
