@@ -8,6 +8,10 @@ remembers its state before the last draw and returns to it.
 **Ranks on two hosts on CPU (vLLM 0.32.0).** Ranks of a group talk over shared memory where all name it alike, but the
 name is made of a port alone, so ranks on hosts that share none try it, too, and the engine does not come up. The repair
 puts into the name which memory it is; ranks that share none then talk over the network.
+
+**Blocks that are gone (vLLM 0.32.0).** A queue between core and ranks takes its shared memory away when it is freed,
+and prints a traceback where somebody has done so before: whoever outlives a dead engine does (watchdog.py). The repair
+is content when the block is gone.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +108,21 @@ def _repair_shared_memory() -> None:
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
+def _repair_ring_buffers() -> None:
+    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+
+    freed = ShmRingBuffer.__del__
+
+    @functools.wraps(freed)
+    def __del__(self: Any) -> None:
+        try:
+            freed(self)
+        except FileNotFoundError:
+            resource_tracker.unregister(f"/{self.shared_memory.name}", "shared_memory")  # what unlink() does at its end
+
+    ShmRingBuffer.__del__ = __del__
+
+
 def loaded_in_ranks() -> bool:
     """Whether vLLM's processes load these repairs: the entry point is installed, and VLLM_PLUGINS lets it in."""
     import vllm.envs
@@ -133,6 +153,7 @@ def apply() -> None:
         _repair_shared_memory()
         if _version() in resume.VERSIONS and not missing(resume.SYMBOLS):
             resume.install()
+    _repair_ring_buffers()
     _applied.add("seeds")
 
 

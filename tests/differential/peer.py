@@ -20,6 +20,9 @@ from tests.differential.cases import MODEL, Case
 
 START_S = 120.0
 END_S = 15.0
+IDLE_S = 1.0
+"""A connection that has rested so long is not used again: the server closes one at 5 s, and a request sent just then
+is lost."""
 
 # Ends its whole process group when its standard input does: so the server goes even if the tests are killed.
 _GUARD = '"$@" </dev/null & read -r _; kill -KILL 0'
@@ -50,7 +53,10 @@ class Peer:
     async def ask(self, case: Case) -> Answer:
         """The server's answer to a case."""
         path, body = case.http()
-        response = await self._client.post(path, json=body)
+        try:
+            response = await self._client.post(path, json=body)
+        except httpx.TransportError as error:
+            raise AssertionError(f"vLLM's server broke off {case}: {error!r}\n{_tail(self._log)}") from error
         return of_peer(response.status_code, response.json())
 
 
@@ -75,7 +81,9 @@ async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path)
             env=_environment(),
         )
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60.0, trust_env=False) as client:
+        limits = httpx.Limits(keepalive_expiry=IDLE_S)
+        base = f"http://127.0.0.1:{port}"
+        async with httpx.AsyncClient(base_url=base, timeout=60.0, trust_env=False, limits=limits) as client:
             yield Peer(client, process, log)
     finally:
         await _end(process)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from multiprocessing import resource_tracker
+from pathlib import Path
+
 import pytest
 
-from cluster.engine import repairs
+from cluster.engine import repairs, watchdog
 
 pytestmark = pytest.mark.engine
 
@@ -79,3 +82,26 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
         assert _CPUSHMDistributed.make_group_name(one) == f"{stock}-{repairs.shared_memory()}"
         patch.setattr(repairs, "shared_memory", lambda: "elsewhere")
         assert _CPUSHMDistributed.make_group_name(one).endswith("-elsewhere")
+
+
+def test_a_queue_is_freed_quietly_when_its_block_is_gone() -> None:
+    """The fault: it raises where nobody can catch it. What it took care of is as if it had been first."""
+    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+
+    with pytest.MonkeyPatch.context() as patch:
+        stock = getattr(ShmRingBuffer.__del__, "__wrapped__", ShmRingBuffer.__del__)
+        patch.setattr(ShmRingBuffer, "__del__", stock)
+        repairs._repair_ring_buffers()
+        unregistered: list[tuple[str, str]] = []
+        swept, kept = ShmRingBuffer(1, 1024, 1), ShmRingBuffer(1, 1024, 1)
+        watchdog.unlink([swept.shared_memory.name])
+        with pytest.raises(FileNotFoundError):
+            stock(swept)
+        with pytest.MonkeyPatch.context() as told:
+            told.setattr(resource_tracker, "unregister", lambda *what: unregistered.append(what))
+            swept.__del__()
+        assert unregistered == [(f"/{swept.shared_memory.name}", "shared_memory")]
+        block = Path("/dev/shm", kept.shared_memory.name)
+        assert block.exists()
+        del swept, kept
+        assert not block.exists(), "what is there is taken away"

@@ -38,14 +38,21 @@ LAZY = ("asyncio.events.TimerHandle", "_contextvars.Context")
 """What the event loop forgets late: timers that are cancelled, with their contexts. Live ones are counted apart."""
 
 
+def _file(number: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{number}")
+    except OSError:  # the listing's own
+        return "gone"
+
+
 @dataclass(frozen=True)
 class Held:
     """What this process holds at rest."""
 
-    tasks: int
-    timers: int
-    files: int
-    threads: int
+    tasks: Counter[str]
+    timers: Counter[str]
+    files: Counter[str]
+    threads: Counter[str]
     objects: Counter[str]
 
     @classmethod
@@ -58,14 +65,19 @@ class Held:
         kinds = Counter(f"{type(one).__module__}.{type(one).__qualname__}" for one in gc.get_objects())
         for kind in LAZY:
             del kinds[kind]
-        timers = sum(not handle.cancelled() for handle in loop._scheduled)
-        return cls(len(asyncio.all_tasks()), timers, len(os.listdir("/proc/self/fd")), threading.active_count(), kinds)
+        timers = Counter(repr(handle._callback) for handle in loop._scheduled if not handle.cancelled())
+        tasks = Counter(str(task.get_coro()) for task in asyncio.all_tasks())
+        files = Counter(_file(number) for number in os.listdir("/proc/self/fd"))
+        return cls(tasks, timers, files, Counter(t.name for t in threading.enumerate()), kinds)
 
     def grown(self, before: Held, objects: float) -> dict[str, int]:
         """What is more than before; of each kind of object `objects` may be."""
-        more = {name: getattr(self, name) - getattr(before, name) for name in ("tasks", "timers", "files", "threads")}
-        kinds = {kind: count for kind, count in (self.objects - before.objects).items() if count >= objects}
-        return {name: count for name, count in more.items() if count > 0} | kinds
+        found = {kind: count for kind, count in (self.objects - before.objects).items() if count >= objects}
+        for name in ("tasks", "timers", "files", "threads"):
+            now, then = getattr(self, name), getattr(before, name)
+            if now.total() > then.total():
+                found |= {f"{name}: {one}": count for one, count in (now - then).items()}
+        return found
 
 
 async def calls(cluster: TestCluster) -> None:
