@@ -231,8 +231,10 @@ class AsyncClient:
                 if credentials
                 else aio.insecure_channel(endpoint, options=arguments)
             )
+            self._watches.append(asyncio.create_task(self._keep_up(channel)))
             return channel, InferenceStub(channel)
 
+        self._watches: list[asyncio.Task[None]] = []
         self._gateways = Gateways(self._options.endpoints, connect)
         self._sessions = Sessions(self._gateways, self._options)
         self._streams = 0
@@ -250,6 +252,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End the connection and every call on it."""
+        for watch in self._watches:
+            watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
         await self._sessions.close()
         for channel in self._gateways.channels:
             await channel.close()
@@ -391,6 +396,14 @@ class AsyncClient:
 
     def _stream_ended(self) -> None:
         self._streams -= 1
+
+    async def _keep_up(self, channel: aio.Channel) -> None:
+        """While streams are under way, make a new connection as soon as the gateway gives one up that it drains: a
+        stream that it hands on then goes on at once. gRPC itself connects when the next call comes."""
+        state = channel.get_state()
+        while state is not grpc.ChannelConnectivity.SHUTDOWN:
+            await channel.wait_for_state_change(state)
+            state = channel.get_state(try_to_connect=bool(self._streams))
 
 
 def _chat_text(text: str) -> pb.ChatChunk:

@@ -56,6 +56,8 @@ ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
 PROBE_MESSAGE_BYTES, PROBE_CALLS = 1 << 16, 16
 LAG_S = 0.1
 """How often the event loop's lateness is measured."""
+HAND_ON = 0.5
+"""Of the time to drain: so long a stopping gateway hands streams on to the others, when it knows of some."""
 LAST_WORD_S = 0.5
 """What a call gets that still runs when the time to drain is over, to tell its client so."""
 
@@ -297,10 +299,12 @@ class Gateway:
         return self.config.gateway.processes > 1
 
     async def stop(self, drain_s: float) -> None:
-        """No new calls; those under way get `drain_s` seconds; then everything is closed."""
+        """No new calls; those under way get `drain_s` seconds, of which the last ones serve to hand them on; then
+        everything is closed."""
         self.service.close("stopping")
         await self._health.enter_graceful_shutdown()
         ends = asyncio.get_running_loop().call_later(drain_s, self.service.end_all)
+        self._tasks.append(asyncio.create_task(self._hand_on(drain_s)))
         grace_s = drain_s + LAST_WORD_S
         clients = [] if self._clients is None else [self._clients.stop(grace_s)]
         await asyncio.gather(self.http.stop(grace_s), *clients)
@@ -324,6 +328,11 @@ class Gateway:
         if self._probe_server is not None:
             await self._probe_server.stop(0)
         await asyncio.to_thread(self.metrics.close)
+
+    async def _hand_on(self, drain_s: float) -> None:
+        if self.hub.gateways > self.config.gateway.processes:  # else nobody is there to take them
+            await asyncio.sleep(drain_s * (1 - HAND_ON))
+            await self.service.hand_on(self.service.clock() + drain_s * HAND_ON)
 
     # ---- what others see
 

@@ -134,11 +134,25 @@ class CallService:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway resumes no streams: begin anew")
         return self.resumes
 
+    async def hand_on(self, by: float) -> None:
+        """Streams that can be resumed leave one after the other until `by`, those with the most left to make first: each
+        finds room and a short prefill at the next gateway, as it would not in a crowd of all."""
+        streams = [call for call in self._open.values() if call.tickets is not None and call.first_token_at is not None]
+        streams.sort(key=_tokens_left)
+        while streams and (left_s := by - self.clock()) > 0:
+            call = streams.pop()
+            if call.id in self._open:
+                self._send_on(call, retry_after_s=0.0)
+                await asyncio.sleep(left_s / (len(streams) + 1))
+
     def end_all(self) -> None:
         """What still runs ends here; where it is resumable it goes on elsewhere."""
         for call in list(self._open.values()):
-            told = f"this gateway is {self._closing}; resume or repeat the call at another"
-            call.fail(CallError(Outcome.NO_WORKER, told, retry_after_s=0.1))
+            self._send_on(call, retry_after_s=0.1)
+
+    def _send_on(self, call: Call, retry_after_s: float) -> None:
+        told = f"this gateway is {self._closing}; resume or repeat the call at another"
+        call.fail(CallError(Outcome.NO_WORKER, told, retry_after_s=retry_after_s))
 
     def close(self, why: str) -> None:
         """Take no new call; sessions are told, so that they end with their last call."""
@@ -407,6 +421,10 @@ async def encode(prompt: wishes.Prompt, text: TextModel, tenant: str = "default"
     if not ids:
         raise invalid("prompt", "must not be empty")
     return ids
+
+
+def _tokens_left(call: Call) -> int:
+    return max(one.request.sampling.max_tokens - len(one.emitted) for one in call.sequences)
 
 
 def _readable(prompt: wishes.Prompt, text: TextModel) -> wishes.Prompt:

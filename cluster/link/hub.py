@@ -109,6 +109,8 @@ class Hub(pb_grpc.LinkServicer):
         """Who was asked for a bundle that has not come, None for the controller."""
         self._waking = Waking(time.monotonic(), self._timing.hang_s / TICKS)
         self.catalog_at: float | None = None
+        self.gateways = 0
+        """How many the controller knows, this one among them; 0 before it has said."""
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
         """Set before the first link comes, where accounts are kept: told what ended requests have come to."""
         self.tallies: Callable[[], Sequence[VersionTally]] = tuple
@@ -404,7 +406,7 @@ class Hub(pb_grpc.LinkServicer):
         try:
             while (frame := await read(context)) is not None:
                 if frame.HasField("catalog"):
-                    self.catalog_at = time.monotonic()
+                    self.catalog_at, self.gateways = time.monotonic(), frame.catalog.gateways
                     self._listener.catalog(_entries(frame.catalog))
                 if frame.HasField("admin_reply"):
                     controller.questions.answered(frame.admin_reply)

@@ -150,6 +150,25 @@ async def test_a_gateway_that_stops_is_left(pair: Pair) -> None:
         await stopping
 
 
+@pytest.mark.slow
+async def test_the_next_connection_is_there_before_it_is_needed(pair: Pair) -> None:
+    """A name with two addresses: while a stream is under way at a gateway that drains, the other is connected to."""
+    clients = pair.second.gateway._clients
+    assert clients is not None
+    async with AsyncClient(["ipv4:" + ",".join(pair.endpoints)]) as client:
+        wanted = (await client.complete("sim", "Once", max_tokens=300, ignore_eos=True, temperature=0.0)).text
+        assert not clients.connections
+        stream = client.stream_complete("sim", "Once", max_tokens=300, ignore_eos=True, temperature=0.0)
+        await anext(stream)
+        stopping = asyncio.create_task(pair.first.gateway.stop(0.5))
+        await until(lambda: bool(clients.connections), "it has connected", 5)
+        assert pair.first.gateway.service.busy, "the stream has not been handed on yet"
+        async for _ in stream:
+            pass
+        assert stream.text == wanted
+        await stopping
+
+
 async def test_it_can_be_turned_off(pair: Pair) -> None:
     """Without it nothing is sealed, and a lost gateway is an error after the text that had come."""
     async with AsyncClient(pair.endpoints, resume=False) as client:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pytest
 
 from cluster.api.bundle import Bundle
 from cluster.ledger.rows import UsageQuery
+from cluster.link.controller import ControllerEnd
 from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import Answer, chat, complete, refused, rest_of, text_of
@@ -240,6 +242,40 @@ async def test_a_stopping_gateway_hands_its_streams_on(pair: Pair, drain_s: floa
     chunks += await rest(pair.second, resume(request, chunks))
     assert text_of(chunks) == whole.choices[0].message.content
     await stopping
+
+
+async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
+    """Where the controller knows of another gateway: in the second half of the time to drain, evenly, those with the
+    most left to make first; what is not resumable stays to the end."""
+    drain_s = 2.0
+    gateways = [one.gateway.endpoints["link"] for one in (pair.first, pair.second)]
+    end = ControllerEnd(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
+    end.publish([])
+    controller = asyncio.create_task(end.run())
+    await until(lambda: pair.first.gateway.hub.gateways == 2, "the controller knows both")
+    lengths = [1400, 1800, 1600, 2000]
+    requests = [chat(max_tokens=length, ignore_eos=True, resumable=True) for length in lengths]
+    calls = [pair.first.stub.StreamChat(request) for request in requests]
+    stays = pair.first.stub.StreamChat(chat(max_tokens=2000, ignore_eos=True))
+    begun = [[await read(call)] for call in calls]
+    last = [await read(stays)]
+    begin = time.monotonic()
+    stopping = asyncio.create_task(pair.first.gateway.stop(drain_s))
+
+    async def left(call: Any, chunks: list[Any]) -> float:
+        answer = await broken(call, chunks)
+        assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
+        return time.monotonic() - begin
+
+    *ends, at_last = await asyncio.gather(*map(left, [*calls, stays], [*begun, last]))
+    in_order = [end for _, end in sorted(zip(lengths, ends, strict=True), reverse=True)]
+    assert in_order == sorted(ends)
+    assert drain_s / 2 <= in_order[0]
+    assert all(later - sooner > drain_s / 2 / 4 / 2 for sooner, later in itertools.pairwise(in_order))
+    assert in_order[-1] < drain_s - drain_s / 2 / 4 / 2 < drain_s <= at_last
+    await stopping
+    controller.cancel()
+    await asyncio.gather(controller, return_exceptions=True)
 
 
 async def test_it_waits_for_a_worker_and_can_be_asked_again(
