@@ -135,8 +135,8 @@ class CallService:
         return self.resumes
 
     async def hand_on(self, by: float) -> None:
-        """Streams that can be resumed leave one after the other until `by`, those with the most left to make first: each
-        finds room and a short prefill at the next gateway, as it would not in a crowd of all."""
+        """Streams that can be resumed leave one after the other until `by`, those with the most left to make first:
+        each finds room and a short prefill at the next gateway, as it would not in a crowd of all."""
         streams = [call for call in self._open.values() if call.tickets is not None and call.first_token_at is not None]
         streams.sort(key=_tokens_left)
         while streams and (left_s := by - self.clock()) > 0:
