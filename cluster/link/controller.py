@@ -60,7 +60,7 @@ class ControllerEnd:
     ) -> None:
         self._controller_id = controller_id
         self._incarnation = uuid.uuid4().hex[:12]
-        self._gateways = Gateways(gateways, self._tell_all)
+        self._gateways = Gateways(gateways)
         self._tls = tls
         self._bundles = bundles
         self._timing = timing or Timing()
@@ -87,7 +87,7 @@ class ControllerEnd:
         self._tell_all()
 
     def _tell_all(self) -> None:
-        """Send the catalog again: it has changed, or the number of gateways in it."""
+        """Send the catalog again: it has changed, or the number of gateways that are linked."""
         for event in self._changed:
             event.set()
 
@@ -148,6 +148,7 @@ class ControllerEnd:
             changed = asyncio.Event()
             changed.set()
             self._changed.add(changed)
+            self._tell_all()
             blobs: asyncio.Queue[pb.Blob] = asyncio.Queue(maxsize=64)
             replies: asyncio.Queue[pb.AdminReply] = asyncio.Queue()
             turn = asyncio.Lock()  # a stream takes one message at a time
@@ -165,6 +166,7 @@ class ControllerEnd:
                     part.result()
             finally:
                 self._changed.discard(changed)
+                self._tell_all()
                 self._fleets.pop(address, None)
                 self._demands.pop(address, None)
                 self._tallies.pop(address, None)
@@ -186,7 +188,7 @@ class ControllerEnd:
             catalog = pb.Catalog(
                 revision=self._revision,
                 models=[codec.entry_to_pb(e) for e in self._catalog],
-                gateways=len(self._gateways.addresses),
+                gateways=self.linked,
             )
             async with turn:
                 await call.write(pb.ControllerFrame(catalog=catalog))

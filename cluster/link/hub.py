@@ -110,7 +110,7 @@ class Hub(pb_grpc.LinkServicer):
         self._waking = Waking(time.monotonic(), self._timing.hang_s / TICKS)
         self.catalog_at: float | None = None
         self.gateways = 0
-        """How many the controller knows, this one among them; 0 before it has said."""
+        """How many the controller has links to, this one among them; 0 before it has said."""
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
         """Set before the first link comes, where accounts are kept: told what ended requests have come to."""
         self.tallies: Callable[[], Sequence[VersionTally]] = tuple

@@ -32,19 +32,13 @@ class _Welcome:
 class Gateways:
     """`dial` runs a session with each; sessions report their Welcome to `welcomed`."""
 
-    def __init__(
-        self,
-        configured: Sequence[str],
-        on_change: Callable[[], None] = lambda: None,
-        ask: lookup.Resolve = lookup.resolve,
-    ) -> None:
+    def __init__(self, configured: Sequence[str], ask: lookup.Resolve = lookup.resolve) -> None:
         """`configured`: `host:port` each, dialled for ever, or `srv://NAME`, whose answer of the DNS (`ask`) is dialled
-        as long as it stands. `on_change` is called when `addresses` has changed."""
+        as long as it stands."""
         self._configured = tuple(dict.fromkeys(one for one in configured if not lookup.is_looked_up(one)))
         self._names = tuple(dict.fromkeys(one for one in configured if lookup.is_looked_up(one)))
         self._looked_up: dict[str, tuple[str, ...]] = {}
         self._ask = ask
-        self._on_change = on_change
         self._welcomes: dict[str, _Welcome] = {}
         self._dialling: set[str] = set()
         self._changed = asyncio.Event()
@@ -70,7 +64,6 @@ class Gateways:
         log.info("gateways", dialled=list(reached))
         self.addresses = reached
         self._changed.set()
-        self._on_change()
 
     def _reached(self) -> tuple[str, ...]:
         found = dict.fromkeys(

@@ -19,6 +19,8 @@ from loadtests.hosts.cluster import BLUE, GREEN, RAY_UP_S, B, Cluster
 from loadtests.hosts.load import Call, Load
 from loadtests.hosts.pods import Pod
 
+LONGEST_GAPS = 12
+"""Of an event, in the report."""
 QUIET_S, AFTER_S = 10.0, 5.0
 WHOLE_S = 180.0
 AWAY_S = 10.0
@@ -62,9 +64,15 @@ class Shown:
     calls: Sequence[Call]
     failed: Sequence[Call]
     resumed: int
-    longest_gap_s: float
+    gaps: Sequence[tuple[float, float, str]]
+    """The longest: how long, when it began after the event, and whose it was."""
     prefill_s: float
     prefills: int
+
+    @property
+    def longest_gap_s(self) -> float:
+        """Of any stream."""
+        return self.gaps[0][0] if self.gaps else 0.0
 
     @property
     def ratio(self) -> float:
@@ -94,6 +102,7 @@ class Shown:
         return {
             "failed": len(self.failed), "errors": sorted({call.error[:200] for call in self.failed})[:5],
             "calls": len(self.calls), "resumed": self.resumed, "longest gap s": round(self.longest_gap_s, 3),
+            "longest gaps": [f"{s:.3f} s from {at:.2f} s on, {who}" for s, at, who in self.gaps],
             "prefills": self.prefills,
             "detected s": round(one.detected_s, 3), "prefill p99 s": round(self.prefill_s, 3),
             "ratio": round(self.ratio, 2), "seconds": round(one.over - one.struck, 1), "whole": one.whole,
@@ -105,14 +114,20 @@ class Shown:
 def shown(load: Load, episode: Episode) -> Shown:
     """Work an episode out, once all its calls are at their end."""
     hit = [call for call in load.calls if call.sent < episode.over and call.ended >= episode.struck]
-    gaps = [s for call in hit for at, s in call.gaps if at >= episode.struck and at - s < episode.over]
+    gaps = [
+        (s, at - s - episode.struck, call.id)
+        for call in hit
+        for at, s in call.gaps
+        if at >= episode.struck and at - s < episode.over
+    ]
+    gaps.sort(reverse=True)
     prefill_s, prefills = load.prefill_s(episode.struck)
     return Shown(
         episode,
         hit,
         [call for call in hit if call.error and episode.struck <= call.ended < episode.over],
         sum(bool(call.resumed) for call in hit),
-        max(gaps, default=0.0),
+        gaps[:LONGEST_GAPS],
         prefill_s,
         prefills,
     )

@@ -214,8 +214,9 @@ async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, An
         if not lacking or time.monotonic() > deadline:
             break
         await asyncio.sleep(1.0)
+    fewer = {one: [told[one], *(row[1:] for row in rows if row[0] == one)] for one in lacking}
     more = {one: tokens[one] - told[one] for one in told if tokens[one] > told[one]}
-    settings["ledger"] = {"rows": len(rows), "calls": len(told), "too few": len(lacking), "too many": more}
+    settings["ledger"] = {"rows": len(rows), "calls": len(told), "too few": fewer, "too many": more}
     # What was written to a gateway that is killed, and never reached its client, is made and counted again: resume.md.
     doubled = [one for one, tokens_more in more.items() if tokens_more >= told[one]]
     twice = f"{sum(more.values())} tokens of {len(more)} calls were made twice"

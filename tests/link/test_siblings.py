@@ -33,8 +33,7 @@ def test_siblings_are_dialled_on_the_host_that_was_dialled() -> None:
 
 def test_only_what_is_reached_counts() -> None:
     """Siblings of siblings are dialled; once the configured one names nobody, two that name each other are let go."""
-    told = []
-    gateways = Gateways(["a:1"], lambda: told.append(gateways.addresses))
+    gateways = Gateways(["a:1"])
 
     def now() -> list[str]:
         return list(gateways.addresses)
@@ -45,7 +44,6 @@ def test_only_what_is_reached_counts() -> None:
     assert now() == ["a:1", "a:2", "a:3"]
     gateways.welcomed("a:1", "i1-later", [])
     assert now() == ["a:1"]
-    assert told == [("a:1", "a:2"), ("a:1", "a:2", "a:3"), ("a:1",)], "a change is told, and nothing else"
 
 
 def test_one_process_under_two_names_is_dialled_once() -> None:
@@ -124,6 +122,7 @@ async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: 
         gateways=[address],
     )
     controller = ControllerEnd(controller_id="c", gateways=[address], tls=None, bundles=lambda _: None)
+    controller.publish([])
     tasks = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
     clusters = [TestCluster(gateway) for gateway in gateways]
     # Whose a connection is the kernel says: all of these at one gateway would be a chance of 1 in 32768.
@@ -132,6 +131,7 @@ async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: 
     try:
         await until(lambda: all(c.linked("w") for c in clusters), "both have a link with room")
         await until(lambda: controller.linked == 2, "the controller has dialled both")
+        await until(lambda: [one.hub.gateways for one in gateways] == [2, 2], "both know of another")
         calls = [
             asyncio.ensure_future(stub.Chat(chat(f"{i}", max_tokens=20, ignore_eos=True)))
             for i in range(3)
@@ -148,6 +148,7 @@ async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: 
         await gateways[1].stop(0)
         await until(lambda: end.statistics().links == 1, "the link of the second is gone")
         await until(lambda: gateways[0].hub.links[0].free.sequences == sequences, "its room is the first's")
+        await until(lambda: gateways[0].hub.gateways == 1, "it knows that it is alone")
     finally:
         await end.close()
         for channel in (*channels, *(cluster.channel for cluster in clusters)):

@@ -1403,6 +1403,7 @@ class Catalog(_message.Message):
     GATEWAYS_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     gateways: _builtins.int
+    """that the controller has links to, this one among them"""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___CatalogModel]: ...
     def __init__(
