@@ -305,13 +305,14 @@ class Accounting:
         )
 
     def _estimate(self, one: EndedUsage) -> UsageRecord:
-        """The record of a call whose gateway was lost: delivered is what was written to that gateway's link."""
+        """The record of a call whose gateway was lost: delivered is what was written to that gateway's link, by this
+        worker and by those before it."""
         opened = self._sealer.open(one.sealed)
         return opened.ended(
             outcome=one.outcome,
             cached_tokens=0 if opened.segment else one.cached_tokens,
-            completion_tokens=one.written_tokens,
-            generated_tokens=one.generated_tokens,
+            completion_tokens=one.earlier_tokens + one.written_tokens,
+            generated_tokens=one.earlier_tokens + one.generated_tokens,
             duration_s=opened.queue_s + one.duration_s,
             gpu=one.gpu,
             gpu_seconds=one.gpu_seconds,

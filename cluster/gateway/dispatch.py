@@ -267,7 +267,8 @@ class Dispatcher:
             waiting = replace(waiting, output_tokens=len(output.emitted))
         turn = Weighed(waiting, call.policy.weight)
         self.breakers.sent(link.identity.incarnation, self._clock())
-        output.bound(link, link.submit(output.submission(), output, output.attempt, sealed, turn))
+        earlier = len(output.emitted) - output.restored
+        output.bound(link, link.submit(output.submission(), output, output.attempt, sealed, turn, earlier))
         self._metrics.count("route_decisions_total", call.model, decision.reason)
 
     def _candidates(self, known: KnownModel, now: float, onward: bool = False) -> list[Candidate]:

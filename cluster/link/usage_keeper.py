@@ -24,8 +24,9 @@ MOST_A_MESSAGE = 500
 class EndedUsage:
     """Counts of one ended request; `sealed` is its open record, which only gateways can read. Times in seconds.
 
-    `written_tokens` of the generated ones went to the link of the gateway that had sent the request. With `idle_id`
-    it is idle time of the replica from `idle_since_s` (epoch) on, and belongs to no call.
+    `written_tokens` of the generated ones went to the link of the gateway that had sent the request;
+    `earlier_tokens` of the same record came from other workers before. With `idle_id` it is idle time of the replica
+    from `idle_since_s` (epoch) on, and belongs to no call.
     """
 
     sealed: bytes
@@ -33,6 +34,7 @@ class EndedUsage:
     cached_tokens: int = 0
     generated_tokens: int = 0
     written_tokens: int = 0
+    earlier_tokens: int = 0
     gpu_seconds: float = 0.0
     gpu: str = ""
     outcome: str = ""

@@ -81,6 +81,8 @@ class _Running:
     emitted_tokens: int
     """By other workers, before it came here."""
     sealed: bytes
+    earlier_tokens: int
+    """Of the emitted ones, those under the same record."""
     share: Share
     began: float
     cached_tokens: int = 0
@@ -292,6 +294,7 @@ class WorkerEnd:
             cached_tokens=running.cached_tokens,
             generated_tokens=running.generated,
             written_tokens=running.generated,
+            earlier_tokens=running.earlier_tokens,
             gpu_seconds=gpu_seconds,
             gpu=self._usage.gpu,
             outcome=outcome.value,
@@ -477,7 +480,8 @@ class WorkerEnd:
         self._granter.spent(link.turn, tokens)
         now = time.monotonic()
         share = self._meter.entered(now)
-        running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, share, now)
+        earlier = submit.earlier_tokens
+        running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, earlier, share, now)
         self._running[request_id] = running
         self._lookahead.submitted(request_id, tokens)
         self._tokens += tokens

@@ -122,13 +122,16 @@ class WorkerLink:
         attempt: int = 1,
         sealed_record: bytes = b"",
         turn: Weighed[Waiting] | None = None,
+        earlier_tokens: int = 0,
     ) -> int:
         """Send a request; its slot. The caller has seen room for it in `free`. `sealed_record` comes back with what
-        the request has come to; `turn` says whose it was and what it was charged."""
+        the request has come to, and with `earlier_tokens`, which other workers have generated under that record;
+        `turn` says whose it was and what it was charged."""
         slot = next(self._slots)
         message = codec.submit_to_pb(slot, attempt, request)  # first: what cannot be encoded takes no room
         if sealed_record:
             message.sealed_record = sealed_record
+            message.earlier_tokens = earlier_tokens
         if turn is not None:
             put_turn(message, turn)
         self._sinks[slot] = sink

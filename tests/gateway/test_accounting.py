@@ -172,6 +172,37 @@ async def test_counts_wait_while_the_database_is_away(
 
 
 @pytest.mark.slow
+async def test_a_lost_gateways_call_counts_what_a_lost_worker_had_made(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
+) -> None:
+    """First its worker is lost, then its gateway: the second worker's word is all there is of it, and nothing that its
+    caller had read is missing."""
+    gone = Switch(ledger.usage.insert)
+    gone.away = True
+    async with (
+        accounting_cluster(tmp_path / "b", ledger.usage.insert) as other,
+        accounting_cluster(tmp_path / "a", gone.insert) as lost,
+    ):
+        links = [lost.gateway.endpoints["link"], other.gateway.endpoints["link"]]
+        first = await start_worker(sim_engine(checkpoint, decode_ms=2), bundle, links[:1])
+        await linked(lost)
+        call = lost.stub.StreamChat(chat("running", max_tokens=2000, ignore_eos=True))
+        told = [await read(call) for _ in range(40)]
+        await first.stop(0)
+        second = await start_worker(sim_engine(checkpoint, decode_ms=2), bundle, links)
+        told += [await read(call) for _ in range(10)]
+        await linked(other)
+        lost.gateway.hub.links[0].close("as if its host were gone")
+        await until(lambda: second.end.statistics().running == 0, "the worker has dropped it")
+        await lost.gateway._links.stop(0)
+        await settled(other, second)
+        (one,) = records(ledger)
+        assert one.delivered_unknown
+        assert one.generated_tokens >= one.completion_tokens >= sum(bool(chunk.choices) for chunk in told) > 40
+        await second.stop()
+
+
+@pytest.mark.slow
 async def test_a_lost_gateways_calls_are_told_to_another(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
 ) -> None:

@@ -122,6 +122,7 @@ def test_ended_counts_round_trip() -> None:
         cached_tokens=3,
         generated_tokens=5,
         written_tokens=4,
+        earlier_tokens=2,
         gpu_seconds=0.123456789,
         gpu="H100",
         outcome="ok",

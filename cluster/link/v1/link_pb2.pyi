@@ -441,6 +441,7 @@ class Usage(_message.Message):
     DURATION_MS_FIELD_NUMBER: _builtins.int
     IDLE_ID_FIELD_NUMBER: _builtins.int
     IDLE_SINCE_S_FIELD_NUMBER: _builtins.int
+    EARLIER_TOKENS_FIELD_NUMBER: _builtins.int
     key: _builtins.int
     """Names it in usage_acks; unique within the worker's incarnation."""
     sealed_record: _builtins.bytes
@@ -461,6 +462,8 @@ class Usage(_message.Message):
     """Set for idle time of the replica, which belongs to no call: names the record."""
     idle_since_s: _builtins.float
     """With idle_id: when the time began, since the epoch."""
+    earlier_tokens: _builtins.int
+    """As they came with the Submit: a record that is made of this alone, its gateway being lost, counts them too."""
     def __init__(
         self,
         *,
@@ -476,10 +479,11 @@ class Usage(_message.Message):
         duration_ms: _builtins.int = ...,
         idle_id: _builtins.str = ...,
         idle_since_s: _builtins.float = ...,
+        earlier_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "duration_ms", b"duration_ms", "generated_tokens", b"generated_tokens", "gpu", b"gpu", "gpu_seconds", b"gpu_seconds", "idle_id", b"idle_id", "idle_since_s", b"idle_since_s", "key", b"key", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "sealed_record", b"sealed_record", "written_tokens", b"written_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "duration_ms", b"duration_ms", "earlier_tokens", b"earlier_tokens", "generated_tokens", b"generated_tokens", "gpu", b"gpu", "gpu_seconds", b"gpu_seconds", "idle_id", b"idle_id", "idle_since_s", b"idle_since_s", "key", b"key", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "sealed_record", b"sealed_record", "written_tokens", b"written_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -862,6 +866,7 @@ class Submit(_message.Message):
     EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
+    EARLIER_TOKENS_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     attempt: _builtins.int
     prompt_ids: _builtins.bytes
@@ -882,6 +887,8 @@ class Submit(_message.Message):
     """
     expected_output_tokens: _builtins.int
     tenant_weight: _builtins.float
+    earlier_tokens: _builtins.int
+    """Of emitted_ids, those that other workers have generated under this sealed_record."""
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     def __init__(
@@ -902,10 +909,11 @@ class Submit(_message.Message):
         expected_cached_tokens: _builtins.int = ...,
         expected_output_tokens: _builtins.int = ...,
         tenant_weight: _builtins.float = ...,
+        earlier_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
