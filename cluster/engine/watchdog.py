@@ -8,7 +8,7 @@ nodes to which Ray carries the environment. There the thread is not started, and
 owner has died.
 
 What ends so suddenly leaves its shared memory. Whoever of an engine's processes outlives the others takes it away: core
-and ranks as they end, the owner when its engine is dead (vllm_engine.py).
+and ranks as they end, the owner when its engine is dead (vllm_engine.py), and whoever ends them all (reaper.py).
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def shared_memory_files(maps: str) -> set[str]:
     return found
 
 
-def _blocks(pid: int | str) -> set[str]:
+def blocks_of(pid: int | str) -> set[str]:
+    """The blocks that a process has mapped; none once it has ended."""
     try:
         return shared_memory_files(Path(f"/proc/{pid}/maps").read_text())
     except OSError:  # it has ended, or is not ours to read
@@ -91,7 +92,7 @@ def _blocks(pid: int | str) -> set[str]:
 def mapped_here() -> set[str]:
     """The blocks that this process and its descendants have mapped."""
     me = psutil.Process()
-    return set().union(*(_blocks(process.pid) for process in (me, *me.children(recursive=True))))
+    return set().union(*(blocks_of(process.pid) for process in (me, *me.children(recursive=True))))
 
 
 def with_sharers(names: set[str]) -> set[str]:
@@ -99,7 +100,7 @@ def with_sharers(names: set[str]) -> set[str]:
     descendants of anybody here, and end too suddenly to take their blocks along."""
     found = set(names)
     for process in Path("/proc").iterdir() if names else ():
-        if process.name.isdigit() and (theirs := _blocks(process.name)) & names:
+        if process.name.isdigit() and (theirs := blocks_of(process.name)) & names:
             found |= theirs
     return found
 
@@ -114,7 +115,7 @@ def unlink(names: Iterable[str]) -> None:
 
 
 def _end() -> None:
-    unlink(with_sharers(_blocks(os.getpid())))
+    unlink(with_sharers(blocks_of(os.getpid())))
     os.kill(os.getpid(), signal.SIGKILL)  # not sys.exit: the main thread may spin in native code
 
 

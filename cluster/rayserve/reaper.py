@@ -4,6 +4,8 @@ A process belongs to the cluster when its environment holds HEADRACE_INSTANCE=<i
 when it has a file open below the cluster's run folder. The second rule is there because a process that renames itself
 (vLLM's engine core and ranks do) can overwrite what /proc shows of its environment; their output still goes to Ray's
 log files.
+
+Whoever is killed leaves the shared memory of its engine, so what they have mapped is taken away with them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from cluster.engine import watchdog
 
 INSTANCE_ENV = "HEADRACE_INSTANCE"
 _POLL_S = 0.05
@@ -56,18 +60,22 @@ def _target(link: os.DirEntry[str]) -> str:
 def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), grace_s: float = 1.0) -> int:
     """SIGTERM to each process of the cluster but `keep`, SIGKILL after `grace_s`; returns how many there were.
 
-    Looks again until none is left, so that what was started meanwhile ends too.
+    Looks again until none is left, so that what was started meanwhile ends too. Then takes their engines' shared memory
+    away.
     """
     kept = frozenset(keep)
     seen: set[int] = set()
+    blocks: set[str] = set()
     kill_at = time.monotonic() + grace_s
     give_up_at = kill_at + 5.0
     while (pids := find(instance, folder) - kept) and time.monotonic() < give_up_at:
         hard = time.monotonic() >= kill_at
         for pid in pids:
             if hard or pid not in seen:
+                blocks |= watchdog.blocks_of(pid)
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL if hard else signal.SIGTERM)
         seen |= pids
         time.sleep(_POLL_S)
+    watchdog.unlink(blocks)
     return len(seen)

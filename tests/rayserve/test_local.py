@@ -43,6 +43,30 @@ def test_reaper_ends_the_tagged_alone() -> None:
         ours.kill()
 
 
+def test_reaper_takes_shared_memory_along() -> None:
+    """A killed engine cannot take its blocks away; those of another cluster's stay."""
+    hold = (
+        "import sys; from multiprocessing import resource_tracker as t, shared_memory as m; t.register = lambda *a: 0; "
+    )
+    hold += "b = m.SharedMemory(create=True, size=64); print(b.name, flush=True); import time; time.sleep(600)"
+    held = []
+    for instance in ("abc", "abcd"):
+        environment = {**os.environ, "HEADRACE_INSTANCE": instance}
+        held.append(subprocess.Popen([sys.executable, "-c", hold], env=environment, stdout=subprocess.PIPE))
+    ours, theirs = held
+    try:
+        names = [one.stdout.readline().decode().strip() for one in held if one.stdout is not None]
+        assert set(names) <= set(os.listdir("/dev/shm"))
+        reaper.end("abc", grace_s=0.0)
+        assert ours.wait(5.0) < 0
+        assert set(names) & set(os.listdir("/dev/shm")) == {names[1]}
+    finally:
+        reaper.end("abcd", grace_s=0.0)
+        ours.kill()
+        theirs.wait()
+    assert not set(names) & set(os.listdir("/dev/shm"))
+
+
 def test_reaper_finds_by_open_files(tmp_path: Path) -> None:
     """A process without the tag belongs to the cluster when it writes below its folder."""
     with (tmp_path / "log").open("wb") as log:

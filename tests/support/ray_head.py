@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import doctor
+from cluster.engine import watchdog
 from cluster.rayserve.local import free_ports
 from tests.support.netns import Host, Network, network
 
@@ -134,15 +135,18 @@ class HeadAndNode:
 
 
 def _end(host: Host) -> None:
-    """SIGKILL to all on a host, until nobody is there."""
+    """SIGKILL to all on a host, until nobody is there; nobody outlives them who could take their shared memory away."""
     deadline = time.monotonic() + 10.0
+    blocks: set[str] = set()
     while pids := [pid for pid in _pids() if _on(host, pid)]:
         for pid in pids:
+            blocks |= watchdog.blocks_of(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
             raise AssertionError(f"{len(pids)} processes of {host.namespace} do not end")
         time.sleep(0.01)
+    watchdog.unlink(blocks)
 
 
 def _pids() -> list[int]:
