@@ -252,7 +252,15 @@ async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
     end = ControllerEnd(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
     end.publish([])
     controller = asyncio.create_task(end.run())
-    await until(lambda: pair.first.gateway.hub.gateways == 2, "the controller knows both")
+    try:
+        await until(lambda: pair.first.gateway.hub.gateways == 2, "the controller knows both")
+        await _handed_on_one_by_one(pair, drain_s)
+    finally:
+        controller.cancel()
+        await asyncio.gather(controller, return_exceptions=True)
+
+
+async def _handed_on_one_by_one(pair: Pair, drain_s: float) -> None:
     lengths = [1400, 1800, 1600, 2000]
     requests = [chat(max_tokens=length, ignore_eos=True, resumable=True) for length in lengths]
     calls = [pair.first.stub.StreamChat(request) for request in requests]
@@ -274,8 +282,6 @@ async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
     assert all(later - sooner > drain_s / 2 / 4 / 2 for sooner, later in itertools.pairwise(in_order))
     assert in_order[-1] < drain_s - drain_s / 2 / 4 / 2 < drain_s <= at_last
     await stopping
-    controller.cancel()
-    await asyncio.gather(controller, return_exceptions=True)
 
 
 async def test_it_waits_for_a_worker_and_can_be_asked_again(
