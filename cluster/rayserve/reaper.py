@@ -70,9 +70,9 @@ def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), 
     give_up_at = kill_at + 5.0
     while (pids := find(instance, folder) - kept) and time.monotonic() < give_up_at:
         hard = time.monotonic() >= kill_at
+        blocks = blocks.union(*map(watchdog.blocks_of, pids))  # of all first: some end with the first that is killed
         for pid in pids:
             if hard or pid not in seen:
-                blocks |= watchdog.blocks_of(pid)
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL if hard else signal.SIGTERM)
         seen |= pids

@@ -139,8 +139,8 @@ def _end(host: Host) -> None:
     deadline = time.monotonic() + 10.0
     blocks: set[str] = set()
     while pids := [pid for pid in _pids() if _on(host, pid)]:
+        blocks = blocks.union(*map(watchdog.blocks_of, pids))  # of all first: some end with the first that is killed
         for pid in pids:
-            blocks |= watchdog.blocks_of(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
