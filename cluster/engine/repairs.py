@@ -9,9 +9,9 @@ remembers its state before the last draw and returns to it.
 name is made of a port alone, so ranks on hosts that share none try it, too, and the engine does not come up. The repair
 puts into the name which memory it is; ranks that share none then talk over the network.
 
-**Blocks that are gone (vLLM 0.32.0).** A queue between core and ranks takes its shared memory away when it is freed,
-and prints a traceback where somebody has done so before: whoever outlives a dead engine does (watchdog.py). The repair
-is content when the block is gone.
+**Blocks that are gone (vLLM 0.32.0).** A queue between core and ranks takes its shared memory's name away when it is
+freed, and prints a traceback where somebody has done so before: an engine that is up does (watchdog.py). The repair is
+content when the name is gone.
 """
 
 from __future__ import annotations
@@ -108,10 +108,16 @@ def _repair_shared_memory() -> None:
     _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
-def _repair_ring_buffers() -> None:
+def _repair_queues() -> None:
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+    from vllm.distributed.device_communicators.shm_tensor_arena import ShmTensorArena
 
-    freed = ShmRingBuffer.__del__
+    for kind in (ShmRingBuffer, ShmTensorArena):
+        _free_quietly(kind)
+
+
+def _free_quietly(kind: Any) -> None:
+    freed = kind.__del__
 
     @functools.wraps(freed)
     def __del__(self: Any) -> None:
@@ -120,7 +126,7 @@ def _repair_ring_buffers() -> None:
         except FileNotFoundError:
             resource_tracker.unregister(f"/{self.shared_memory.name}", "shared_memory")  # what unlink() does at its end
 
-    ShmRingBuffer.__del__ = __del__
+    kind.__del__ = __del__
 
 
 def loaded_in_ranks() -> bool:
@@ -153,7 +159,7 @@ def apply() -> None:
         _repair_shared_memory()
         if _version() in resume.VERSIONS and not missing(resume.SYMBOLS):
             resume.install()
-    _repair_ring_buffers()
+    _repair_queues()
     _applied.add("seeds")
 
 

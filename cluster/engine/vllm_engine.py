@@ -54,8 +54,6 @@ class VllmEngine:
         self._validating = 0
         self._closed = False
         self._has_sockets = False
-        self._blocks: set[str] = set()
-        """Shared memory of the engine's processes on this host."""
 
     def __repr__(self) -> str:
         name = type(self._path).__name__ if self._path else "not started"
@@ -73,7 +71,7 @@ class VllmEngine:
             raise
         self._path = path
         await path.ready()
-        self._blocks = await asyncio.to_thread(lambda: watchdog.with_sharers(watchdog.mapped_here() - others))
+        await asyncio.to_thread(watchdog.forget_names, others)
         return self._describe(config, reason)
 
     def _why_not_fast(self) -> str:
@@ -199,11 +197,7 @@ class VllmEngine:
         """The next step that has outputs. Raises EngineDead."""
         path = self._started()
         while True:
-            try:
-                outputs = await path.collect(self._live)
-            except EngineDead:
-                watchdog.unlink(self._blocks)
-                raise
+            outputs = await path.collect(self._live)
             computed = 0
             for output in outputs:
                 if output.prompt_tokens is not None:
@@ -268,7 +262,6 @@ class VllmEngine:
     async def check(self) -> None:
         """Raise EngineDead if the core is known to be dead."""
         if self._started().dead():
-            watchdog.unlink(self._blocks)
             raise EngineDead("the engine core is dead")
 
     def _started(self) -> EnginePath:
@@ -285,7 +278,6 @@ class VllmEngine:
         if path is not None:
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(path.close)
-        watchdog.unlink(self._blocks)
         has_sockets, self._has_sockets = self._has_sockets, False
         if has_sockets:
             sockets.OURS.release()

@@ -7,8 +7,10 @@ mark names the owner by pid, start time, boot and pid namespace: a pid alone is 
 nodes to which Ray carries the environment. There the thread is not started, and the ranks end as Ray actors whose
 owner has died.
 
-What ends so suddenly leaves its shared memory. Whoever of an engine's processes outlives the others takes it away: core
-and ranks as they end, the owner when its engine is dead (vllm_engine.py), and whoever ends them all (reaper.py).
+What ends so suddenly leaves its shared memory, and all of an engine may end in one moment, so that nobody outlives the
+others. Its names are therefore taken away as soon as the engine is up: all have it mapped then, and it goes with the
+last of them. What ends while it starts still has names: core and ranks take them away as they end, and so does whoever
+ends them all (reaper.py).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
 import psutil
@@ -112,6 +114,14 @@ def unlink(names: Iterable[str]) -> None:
             os.unlink(f"/dev/shm/{name}")  # noqa: S108
         except OSError:
             continue  # a sibling was first
+
+
+def forget_names(others: Set[str]) -> None:
+    """Take the names of this process's engine's blocks away, those of ranks elsewhere on this host too, but `others`.
+
+    For an engine that is up: vLLM's queues and communicators open a block when they are made, never later.
+    """
+    unlink(with_sharers(mapped_here() - others))
 
 
 def _end() -> None:

@@ -86,6 +86,9 @@ class Client(asyncio.BufferedProtocol):
         self._out: list[bytes] = []
         self._flushing = False
         self._heard = time.monotonic()
+        self.answered = True
+        """Something was heard since the last ping."""
+        self.pings = 0
         self._timer: asyncio.TimerHandle | None = None
         self._why = ""
         self._goes_away = False
@@ -156,6 +159,7 @@ class Client(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes of the server."""
         self._heard = time.monotonic()
+        self.answered = True
         try:
             received = self.h2.receive_data(bytes(_READ[:nbytes]))
             self.out_of_h2()
@@ -269,10 +273,12 @@ class Client(asyncio.BufferedProtocol):
         with suppress(H2Error):
             self.h2.ping(b"headrace")
         self.out_of_h2()
+        self.answered = False
+        self.pings += 1
         self._timer = self.loop.call_later(self._ping_answer_s, self._expect_pong)
 
     def _expect_pong(self) -> None:
-        if time.monotonic() - self._heard >= self._ping_answer_s:
+        if not self.answered:
             self._why = "no answer to a ping"
             self._transport.abort()
             return

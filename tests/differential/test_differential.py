@@ -117,12 +117,13 @@ def _assert_spread(cases: Sequence[Case], answers: dict[int, Answer]) -> None:
 async def test_defaults_of_the_checkpoint_are_alike(both: tuple[Peer, TestCluster]) -> None:
     """Seeded calls that leave temperature and top_p to the generation config draw the same tokens, n of them too.
 
-    One at a time and with prompts of one chunk: a seed with a chunked prefill ends a stock vLLM on CPU.
+    One at a time, and with prompts of which all outputs' fit into one step: a seed with a chunked prefill ends a stock
+    vLLM on CPU.
     """
     maker = Maker(SEED + 1)
     options: list[dict[str, Any]] = [{}, {"temperature": 1.5}, {"top_p": 0.3}, {"top_k": 5, "min_p": 0.1}, {"n": 3}]
     cases = [
-        Case(number, maker.prompt_ids(60), {"seed": number, "max_tokens": 16, **options[number % 5]}, 1)
+        Case(number, maker.prompt_ids(40), {"seed": number, "max_tokens": 16, **options[number % 5]}, 1)
         for number in range(20)
     ]
     cases = [dataclasses.replace(case, as_ids=True, streamed=case.number % 2 == 0) for case in cases]

@@ -84,16 +84,19 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
         assert _CPUSHMDistributed.make_group_name(one).endswith("-elsewhere")
 
 
-def test_a_queue_is_freed_quietly_when_its_block_is_gone() -> None:
+@pytest.mark.parametrize("part", ["ring", "arena"])
+def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
     """The fault: it raises where nobody can catch it. What it took care of is as if it had been first."""
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
+    from vllm.distributed.device_communicators.shm_tensor_arena import ShmTensorArena
 
+    kind, arguments = {"ring": (ShmRingBuffer, (1, 1024, 1)), "arena": (ShmTensorArena, (1, 1024, 1))}[part]
     with pytest.MonkeyPatch.context() as patch:
-        stock = getattr(ShmRingBuffer.__del__, "__wrapped__", ShmRingBuffer.__del__)
-        patch.setattr(ShmRingBuffer, "__del__", stock)
-        repairs._repair_ring_buffers()
+        stock = getattr(kind.__del__, "__wrapped__", kind.__del__)
+        patch.setattr(kind, "__del__", stock)
+        repairs._free_quietly(kind)
         unregistered: list[tuple[str, str]] = []
-        swept, kept = ShmRingBuffer(1, 1024, 1), ShmRingBuffer(1, 1024, 1)
+        swept, kept = kind(*arguments), kind(*arguments)
         watchdog.unlink([swept.shared_memory.name])
         with pytest.raises(FileNotFoundError):
             stock(swept)

@@ -96,15 +96,15 @@ def tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
     return found
 
 
-def shared_memory_of(processes: set[psutil.Process]) -> set[str]:
-    """The names of the blocks that they have mapped."""
-    return set().union(*(watchdog.shared_memory_files(Path(f"/proc/{one.pid}/maps").read_text()) for one in processes))
+def names() -> set[str]:
+    """Names of the shared memory on this machine that may be an engine's."""
+    return {name for name in os.listdir("/dev/shm") if watchdog.SHARED_MEMORY.fullmatch(name)}
 
 
 async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
     """LLaMA at TP 2 as above; then a SIGKILL of replica, core and rank each leaves neither processes nor shared
     memory, and it serves again."""
-    folder = build_checkpoint("llama", tmp_path / "llama")
+    folder, others = build_checkpoint("llama", tmp_path / "llama"), names()
     await backend.deploy(two_ranks("llama", folder, door.address))
     link = await door.worker("llama", 180.0)
     await same_tokens(link, folder)
@@ -112,16 +112,18 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
         before = tree(local_ray, folder)
         assert {part: len(found) for part, found in before.items()} == {"replica": 1, "core": 1, "rank": 2}
         everyone = set().union(*before.values())
-        blocks = shared_memory_of(everyone)
-        assert any("cpushm" in name for name in blocks), "ranks of one host share memory"
-        assert any(name.startswith("psm_") for name in blocks)
+        for rank in before["rank"]:
+            mapped = Path(f"/proc/{rank.pid}/maps").read_text()
+            assert "cpushm" in mapped, "ranks of one host share memory"
+            assert "/dev/shm/psm_" in mapped
+        assert not names() - others, "no name is left of it"
         next(iter(before[victim])).send_signal(signal.SIGKILL)
         await eventually(
             lambda e=everyone: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in e) or None,  # type: ignore[misc]
             f"nothing is left after the {victim}'s death",
             ORPHANS_GONE_S,
         )
-        assert not blocks & set(os.listdir("/dev/shm")), f"shared memory after the {victim}'s death"
+        assert not names() - others, f"shared memory after the {victim}'s death"
         link = await door.worker("llama", 180.0, but=link.identity.incarnation)
         await same_tokens(link, folder)
     await removed(backend, "llama")

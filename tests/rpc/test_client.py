@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import grpc
@@ -137,6 +138,23 @@ async def test_a_silent_server_is_given_up() -> None:
             with pytest.raises(CallEnded) as ended:
                 await asyncio.wait_for(opened(client, "One").read(), 5)
             assert ended.value.details == "no answer to a ping"
+
+
+async def test_a_call_at_rest_stays(serve: Serve) -> None:
+    """Pings are answered, however late the loop looks: not how long ago something was heard counts, but whether it was
+    after the ping."""
+    async with serve() as echo, await connect(echo.address, ping_s=0.02, ping_answer_s=0.1) as client:
+        call = opened(client, "Back")
+        await call.write(b"there")
+        assert await call.read() == b"there"
+        for ping in range(1, 6):
+            while client.pings < ping or not client.answered:
+                await asyncio.sleep(0.001)
+            time.sleep(0.15)  # noqa: ASYNC251 - the loop is late
+            await asyncio.sleep(0.001)
+            assert client.usable
+        await call.write(b"still there")
+        assert await call.read() == b"still there"
 
 
 async def test_nobody_there(unused_tcp_port: int) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import doctor
-from cluster.engine import watchdog
 from cluster.rayserve.local import free_ports
 from tests.support.netns import Host, Network, network
 
@@ -135,18 +134,15 @@ class HeadAndNode:
 
 
 def _end(host: Host) -> None:
-    """SIGKILL to all on a host, until nobody is there; nobody outlives them who could take their shared memory away."""
+    """SIGKILL to all on a host, until nobody is there."""
     deadline = time.monotonic() + 10.0
-    blocks: set[str] = set()
     while pids := [pid for pid in _pids() if _on(host, pid)]:
-        blocks = blocks.union(*map(watchdog.blocks_of, pids))  # of all first: some end with the first that is killed
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
             raise AssertionError(f"{len(pids)} processes of {host.namespace} do not end")
         time.sleep(0.01)
-    watchdog.unlink(blocks)
 
 
 def _pids() -> list[int]:
