@@ -96,6 +96,11 @@ def tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
     return found
 
 
+def maps(process: psutil.Process) -> str:
+    """What a process has mapped."""
+    return Path(f"/proc/{process.pid}/maps").read_text()
+
+
 def names() -> set[str]:
     """Names of the shared memory on this machine that may be an engine's."""
     return {name for name in os.listdir("/dev/shm") if watchdog.SHARED_MEMORY.fullmatch(name)}
@@ -112,8 +117,7 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
         before = tree(local_ray, folder)
         assert {part: len(found) for part, found in before.items()} == {"replica": 1, "core": 1, "rank": 2}
         everyone = set().union(*before.values())
-        for rank in before["rank"]:
-            mapped = Path(f"/proc/{rank.pid}/maps").read_text()
+        for mapped in map(maps, before["rank"]):
             assert "cpushm" in mapped, "ranks of one host share memory"
             assert "/dev/shm/psm_" in mapped
         assert not names() - others, "no name is left of it"

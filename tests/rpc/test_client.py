@@ -148,7 +148,7 @@ async def test_a_call_at_rest_stays(serve: Serve) -> None:
         await call.write(b"there")
         assert await call.read() == b"there"
         for ping in range(1, 6):
-            while client.pings < ping or not client.answered:
+            while client.pings < ping or not client.answered:  # noqa: ASYNC110 - an Event for a test alone
                 await asyncio.sleep(0.001)
             time.sleep(0.15)  # noqa: ASYNC251 - the loop is late
             await asyncio.sleep(0.001)
