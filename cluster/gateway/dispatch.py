@@ -250,7 +250,7 @@ class Dispatcher:
             if output.call.error is not None:  # its face is about to end it
                 continue
             candidates = self._candidates(known, now, onward=True)
-            decision = pick(_onward(output, candidates), candidates)
+            decision = pick(_onward(output, candidates, known), candidates)
             if decision.worker_id is not None and self._returning.take(output):
                 self.tally.waits_no_more(output.waiting_id)
                 self._bind(known.links[decision.worker_id], output, decision, self.turns.waiting(output))
@@ -268,7 +268,9 @@ class Dispatcher:
         turn = Weighed(waiting, call.policy.weight)
         self.breakers.sent(link.identity.incarnation, self._clock())
         earlier = len(output.emitted) - output.restored
-        output.bound(link, link.submit(output.submission(), output, output.attempt, sealed, turn, earlier))
+        at_home = output.home == link.identity.incarnation
+        slot = link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, at_home)
+        output.bound(link, slot)
         self._metrics.count("route_decisions_total", call.model, decision.reason)
 
     def _candidates(self, known: KnownModel, now: float, onward: bool = False) -> list[Candidate]:
@@ -451,10 +453,13 @@ class Dispatcher:
         return any(output in self._returning for output in call.sequences)
 
 
-def _onward(output: Output, candidates: Sequence[Candidate]) -> RouteCall:
+def _onward(output: Output, candidates: Sequence[Candidate], known: KnownModel) -> RouteCall:
     """What a sequence needs to go on. Where nobody is left but those that have failed it, they may try again: Ray may
     be about to replace one, and it is not certain whose fault it was."""
-    call = RouteCall(output.call.model, output.tokens, likeness=output.likeness, shuns=output.shuns)
+    call = RouteCall(output.call.model, output.tokens, likeness=output.likeness, shuns=output.shuns, home=output.home)
+    for one in candidates:
+        if one.incarnation == output.home:
+            call = replace(call, fresh=known.links[one.worker_id].fresh(output.tokens))
     others = (one for one in candidates if call.likeness in (None, one.likeness) and not one.draining)
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
 

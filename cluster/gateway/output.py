@@ -65,6 +65,7 @@ class Output:
         "emitted",
         "finish_reason",
         "heard_at",
+        "home",
         "index",
         "likeness",
         "link",
@@ -103,6 +104,8 @@ class Output:
         """Incarnations of workers whose engine could not go on with it."""
         self.likeness: Likeness | None = None
         """What the worker was like that gave its first token; only such another can go on with it."""
+        self.home = ""
+        """Incarnation of the worker that it was given last: its KV blocks are there, if that lives and has had room."""
         self.restored = 0
         """Tokens that another gateway has told before this one."""
         self.resumes = 0
@@ -148,6 +151,7 @@ class Output:
         if self._logprob_texts is not None:
             self._logprob_texts.restore(ids)
         self.restored, self.likeness, self.heard_at = len(ids), begun.likeness, self.call.arrived
+        self.home = begun.home
         self._told, self._told_finish = bool(ids), bool(begun.finish_reason)
         self.finish_reason = begun.finish_reason
         if not self.finish_reason and len(ids) >= self.request.sampling.max_tokens:
@@ -163,7 +167,7 @@ class Output:
 
     def bound(self, link: WorkerLink, slot: int) -> None:
         """A worker has been chosen and the request sent."""
-        self.link, self.slot, self.ran = link, slot, True
+        self.link, self.slot, self.ran, self.home = link, slot, True, link.identity.incarnation
         if not self.emitted:
             self.likeness = link.likeness
 

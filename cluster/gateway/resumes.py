@@ -56,6 +56,7 @@ class Tickets:
         "_chars",
         "_choices",
         "_expires_s",
+        "_homes",
         "_seal",
         "_told",
         "_wall",
@@ -81,19 +82,21 @@ class Tickets:
         self._choices = call.sequences
         self._told = [0] * len(call.sequences)
         self._chars = [0] * len(call.sequences)
+        self._homes = [""] * len(call.sequences)
 
     def go_on(self, chain: Chain) -> None:
         """Behind these."""
         self.number, self._before = chain.number, chain.last
         for index, begun in chain.choices.items():
             self._told[index], self._chars[index] = len(begun.token_ids), begun.chars
+            self._homes[index] = begun.home
             self.old.add(index)
 
     def text(self, text: str) -> bytes:
         """For a chunk of choice 0 with this text and nothing else."""
         output = self._choices[0]
         ids, shown, told = output.emitted, output.shown, self._told[0]
-        if shown - told != 1 or not self.old:
+        if shown - told != 1 or not self.old or output.home != self._homes[0]:
             return self.chunk((Piece(0, text),))
         self._told[0] = shown
         self._chars[0] += len(text)
@@ -104,7 +107,7 @@ class Tickets:
     def chunk(self, pieces: Sequence[Piece]) -> bytes:
         """For a chunk with these; without any it says that the call has got this far and no further."""
         more = {} if self.number else {"call": head_json(self.head)}
-        likeness = {}
+        likeness, homes = {}, {}
         choices = []
         for piece in pieces:
             index = piece.index
@@ -117,8 +120,12 @@ class Tickets:
             if index not in self.old and output.likeness is not None:
                 self.old.add(index)
                 likeness[str(index)] = likeness_json(output.likeness)
+            if output.home != self._homes[index]:
+                homes[str(index)] = self._homes[index] = output.home
         if likeness:
             more["likeness"] = likeness
+        if homes:
+            more["homes"] = homes
         self.number += 1
         expires_s = int(self._wall() + self._expires_s)
         return self._sealed(encode(self.number, expires_s, self._before, choices, more))

@@ -11,7 +11,8 @@ string, belong to the next segment.
 
 Layout of a segment, little-endian: number (8), expiry in seconds since the epoch (8), digest of the token before (16),
 count of choices (2); of each: index (2), finish (1), chars (8), count of ids (4), the ids (4 each); then JSON with what
-comes only once: `call` in the first token, `likeness` by index with a choice's first ids. `now` is an argument.
+comes only once: `call` in the first token, `likeness` by index with a choice's first ids, and `homes` by index
+whenever a choice has a worker that the tokens before did not name. `now` is an argument.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ class Begun:
     chars: int = 0
     finish_reason: str = ""
     likeness: Likeness | None = None
+    home: str = ""
+    """Incarnation of the worker that made the newest, and may have its KV blocks still."""
 
 
 @dataclass(slots=True)
@@ -100,19 +103,33 @@ class Chain:
 
     def add(self, sealed: bytes, body: bytes) -> None:
         """The next token, and what was in it. Raises BadSegment; then the chain is spoilt."""
+        if self.number and len(body) == _ONE.size:
+            number, expires_s, before, count, index, finish, chars, tokens, token_id = _ONE.unpack(body)
+            if (count, finish, tokens) == (1, 0, 1):
+                self._follows(before)
+                self.number, self.expires_s, self.last = number, expires_s, digest_of(sealed)
+                begun = self._begun(index)
+                begun.token_ids.append(token_id)
+                begun.chars, begun.finish_reason = chars, ""
+                return
         number, expires_s, before, choices, more = decode(body)
-        if before != self.last:
-            raise BadSegment("is not the next of its call: send every token of one call, in order")
+        self._follows(before)
         if self.head is None:
             self.head = _head(more)
         self.number, self.expires_s, self.last = number, expires_s, digest_of(sealed)
         for index, words in more.get("likeness", {}).items():
             self._begun(int(index)).likeness = Likeness(*words)
+        for index, home in more.get("homes", {}).items():
+            self._begun(int(index)).home = home
         for one in choices:
             begun = self._begun(one.index)
             begun.token_ids += one.token_ids
             begun.chars = one.chars
             begun.finish_reason = one.finish_reason
+
+    def _follows(self, before: bytes) -> None:
+        if before != self.last:
+            raise BadSegment("is not the next of its call: send every token of one call, in order")
 
     def _begun(self, index: int) -> Begun:
         return self.choices.setdefault(index, Begun())

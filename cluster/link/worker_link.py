@@ -123,10 +123,11 @@ class WorkerLink:
         sealed_record: bytes = b"",
         turn: Weighed[Waiting] | None = None,
         earlier_tokens: int = 0,
+        at_home: bool = False,
     ) -> int:
         """Send a request; its slot. The caller has seen room for it in `free`. `sealed_record` comes back with what
         the request has come to, and with `earlier_tokens`, which other workers have generated under that record;
-        `turn` says whose it was and what it was charged."""
+        `turn` says whose it was and what it was charged. `at_home`: this engine computed it before, see `fresh`."""
         slot = next(self._slots)
         message = codec.submit_to_pb(slot, attempt, request)  # first: what cannot be encoded takes no room
         if sealed_record:
@@ -137,7 +138,7 @@ class WorkerLink:
         self._sinks[slot] = sink
         tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         self.prefill_tokens += tokens
-        self.replays.sent(slot, tokens, bool(request.emitted_token_ids))
+        self.replays.sent(slot, self.fresh(tokens) if at_home else tokens, bool(request.emitted_token_ids))
         self._purse.spend(tokens)
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"
@@ -149,6 +150,12 @@ class WorkerLink:
             message.prompt_blob = key
         self.box.submit(message)
         return slot
+
+    def fresh(self, tokens: int) -> int:
+        """Of so many tokens that this engine has computed before, those it has to compute anew before the next: whole
+        KV blocks are found again, but never the last token's."""
+        size = max(self.info.block_size, 1)
+        return tokens - max(tokens - 1, 0) // size * size
 
     @property
     def serves(self) -> bool:

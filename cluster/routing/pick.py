@@ -51,7 +51,9 @@ class RouteCall:
     """What of a call matters for its way. `tokens` are to be computed before its next one: those of its prompt, and of
     a continued call those that it has emitted. It goes nowhere unless more than `keep_free` sequences are free in all.
     A continued one has the `likeness` of the worker that began it; it shuns the incarnations at which it has failed.
-    One that begins goes to one of `versions`, any where there are none."""
+    One that begins goes to one of `versions`, any where there are none. The incarnation `home` is where the last of a
+    continued one was computed: its KV blocks are there still, for all that is known, and only `fresh` tokens are to be
+    computed anew."""
 
     model: str
     tokens: int
@@ -59,6 +61,8 @@ class RouteCall:
     likeness: Likeness | None = None
     shuns: frozenset[str] = frozenset()
     versions: frozenset[str] = frozenset()
+    home: str = ""
+    fresh: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,12 @@ def _replays_fit(call: RouteCall, c: Candidate) -> bool:
     """Continued calls come in crowds; computed all at once, or with prompts beside, they would hold up everybody's next
     token. One of them may go alone, however long."""
     waiting = c.replaying if call.likeness is None else c.replaying + c.beginning
-    return not waiting or c.replaying + c.beginning + call.tokens <= c.max_replaying
+    tokens = call.fresh if _at_home(call, c) else call.tokens
+    return not waiting or c.replaying + c.beginning + tokens <= c.max_replaying
+
+
+def _at_home(call: RouteCall, c: Candidate) -> bool:
+    return bool(call.home) and c.incarnation == call.home
 
 
 def _places(_: RouteCall, c: Candidate) -> float:
@@ -140,6 +149,10 @@ def _prefill(_: RouteCall, c: Candidate) -> float:
 
 def _replays(_: RouteCall, c: Candidate) -> float:
     return 1.0 - min(c.replaying / c.max_replaying, 1.0) if c.max_replaying else 0.0
+
+
+def _kept(call: RouteCall, c: Candidate) -> float:
+    return 1.0 if _at_home(call, c) else 0.0
 
 
 PREFILL_TOKENS = 2048
@@ -169,9 +182,10 @@ SCORERS = (
 """The least loaded, by the share of places free, of KV memory free, by the engine's own queue, and by the prompts that
 are still before it."""
 
-ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0))
-"""For continued calls: those that fall together are spread evenly, however the workers' queues looked at the last beat,
-since the longest step that they make is what the last of them waits for."""
+ONWARD_SCORERS = (*SCORERS, Scorer("few_replays", _replays, 8.0), Scorer("kept_blocks", _kept, 16.0))
+"""For continued calls: back to where their KV blocks are, when it was the gateway that was lost; else those that fall
+together are spread evenly, however the workers' queues looked at the last beat, since the longest step that they make
+is what the last of them waits for."""
 
 
 class Router:

@@ -138,6 +138,36 @@ async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, An
     await pair.second.until_idle()
 
 
+async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkpoint: Path, bundle: Bundle) -> None:
+    """Of three workers the one that made its tokens goes on with them, and computes less than a KV block anew; so it
+    does again when the call has changed workers between."""
+    workers = [pair.worker, *[await both(pair.first, pair.second, checkpoint, bundle) for _ in range(2)]]
+
+    def counts(kind: str) -> list[int]:
+        return [getattr(worker.engine.statistics(), kind) for worker in workers]  # type: ignore[attr-defined]
+
+    request = chat(max_tokens=400, resumable=True, ignore_eos=True)
+    chunks = await cut(pair.first, request, 60)
+    (home,) = [at for at, submitted in enumerate(counts("submitted")) if submitted]
+    for there in (pair.second, pair.first):
+        busy = [there.stub.StreamChat(chat(max_tokens=2000, ignore_eos=True)) for _ in range(3)]
+        await asyncio.gather(*map(read, busy))  # were it sent to the one with most room, it would go anywhere
+        submitted, computed = counts("submitted"), counts("prefill_tokens")
+        call = there.stub.Resume(resume(request, chunks))
+        chunks += [(await asyncio.wait_for(read(call), 10)).chat for _ in range(30)]
+        submitted[home] += 1
+        assert counts("submitted") == submitted
+        assert counts("prefill_tokens")[home] - computed[home] <= workers[home].info.block_size
+        for one in busy:
+            one.cancel()
+        await until(lambda: sum(counts("running")) == 1, "it runs alone")
+        if there is pair.second:
+            await workers[home].stop()
+            chunks += [(await asyncio.wait_for(read(call), 10)).chat for _ in range(30)]
+            (home,) = [at for at, number in enumerate(counts("submitted")) if number > submitted[at]]
+        call.cancel()
+
+
 @pytest.mark.parametrize("kind", ["chat", "complete"])
 async def test_in_a_session(pair: Pair, kind: str) -> None:
     """A session's calls carry tokens as streams do, and go on in a session of another gateway."""

@@ -142,6 +142,21 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
     assert pick(RouteCall("m", 900, likeness=like), [one]).worker_id == "a", "a long one goes alone"
 
 
+def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
+    """However much runs there, if it may; and only what is computed anew counts in the step that takes it."""
+    like = Likeness("w", "b", "c")
+    home = worker("a", likeness=like, max_replaying=250, incarnation="i", running=60, free_sequences=1, waiting=3)
+    other = worker("b", likeness=like, max_replaying=250, incarnation="j")
+    call = RouteCall("m", 100, likeness=like, home="i", fresh=10)
+    assert pick(call, [home, other]).worker_id == "a"
+    assert pick(dataclasses.replace(call, home="gone"), [home, other]).worker_id == "b"
+    for replaying, goes in ((240, "a"), (241, "b")):
+        assert pick(call, [dataclasses.replace(home, replaying=replaying), other]).worker_id == goes
+    assert pick(call, [dataclasses.replace(home, free_sequences=0), other]).worker_id == "b"
+    assert pick(dataclasses.replace(call, shuns=frozenset("i")), [home, other]).worker_id == "b"
+    assert pick(call, [dataclasses.replace(home, likeness=Likeness("x", "b", "c")), other]).worker_id == "b"
+
+
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(6, 10)), min_size=2, max_size=5), st.integers(2, 8))
 def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int, int]], calls: int) -> None:
     """One that stood in an engine's queue at its last beat, or a call more that runs, sends none of them elsewhere."""
