@@ -56,6 +56,8 @@ class Resumption:
         if isinstance(chunk, pb.ResumeChunk):
             chunk = chunk.chat if chunk.HasField("chat") else chunk.complete
         if chunk.resume_token:
+            if chunk.resume_token_whole:
+                self._tokens.clear()
             self._tokens.append(chunk.resume_token)
             self._offset = chunk.offset
         if chunk.choices:

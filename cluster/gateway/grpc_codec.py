@@ -292,9 +292,9 @@ def empty_chunk(head: bytes, offset: int) -> bytes:
     return head + b"\x28" + _varint(offset)
 
 
-def with_token(chunk: bytes, token: bytes) -> bytes:
-    """A serialized ChatChunk or CompleteChunk with its resume_token."""
-    return chunk + b"\x32" + _varint(len(token)) + token
+def with_token(chunk: bytes, token: bytes, whole: bool) -> bytes:
+    """A serialized ChatChunk or CompleteChunk with its resume_token, and resume_token_whole."""
+    return chunk + b"\x32" + _varint(len(token)) + (token + b"\x40\x01" if whole else token)
 
 
 def resumed(is_chat: bool, chunk: bytes) -> bytes:

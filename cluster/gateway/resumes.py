@@ -12,7 +12,7 @@ import hashlib
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -42,6 +42,9 @@ log = structlog.get_logger("resume")
 
 PURPOSE = "resume-token"
 MAX_TOKEN_BYTES = 4 << 20
+WHOLE_TOKENS, WHOLE_SHARE = 64, 0.25
+"""A token is whole when so many have come since the last whole one, and so many by what it would hold: what is sealed
+again stays in proportion to what is sealed, and what has to be opened stays small."""
 AT_ONCE = 200
 """Tokens that are opened (some milliseconds) before the event loop turns to others."""
 OTHERS = "is no token of this call: send every token of one call, in order, as its own caller, with its own request"
@@ -55,7 +58,9 @@ class Tickets:
         "_before",
         "_chars",
         "_choices",
+        "_due",
         "_expires_s",
+        "_finishes",
         "_homes",
         "_seal",
         "_told",
@@ -64,6 +69,7 @@ class Tickets:
         "number",
         "old",
         "timer",
+        "whole",
     )
 
     def __init__(
@@ -73,6 +79,8 @@ class Tickets:
         self.number = 0
         self.old: set[int] = set()
         """Choices that have begun: their likeness is told."""
+        self.whole = False
+        """Whether the newest token says all that those before it do."""
         self.timer: asyncio.TimerHandle | None = None
         """Ends a call that goes on at its first deadline, which its new stream need not know."""
         self._seal = seal
@@ -83,21 +91,25 @@ class Tickets:
         self._told = [0] * len(call.sequences)
         self._chars = [0] * len(call.sequences)
         self._homes = [""] * len(call.sequences)
+        self._finishes = [""] * len(call.sequences)
+        self._due = WHOLE_TOKENS
 
     def go_on(self, chain: Chain) -> None:
         """Behind these."""
         self.number, self._before = chain.number, chain.last
+        self._due = chain.number  # its reader need keep nothing of what it has shown
         for index, begun in chain.choices.items():
             self._told[index], self._chars[index] = len(begun.token_ids), begun.chars
-            self._homes[index] = begun.home
+            self._homes[index], self._finishes[index] = begun.home, begun.finish_reason
             self.old.add(index)
 
     def text(self, text: str) -> bytes:
         """For a chunk of choice 0 with this text and nothing else."""
         output = self._choices[0]
         ids, shown, told = output.emitted, output.shown, self._told[0]
-        if shown - told != 1 or not self.old or output.home != self._homes[0]:
+        if shown - told != 1 or not self.old or output.home != self._homes[0] or self.number >= self._due:
             return self.chunk((Piece(0, text),))
+        self.whole = False
         self._told[0] = shown
         self._chars[0] += len(text)
         expires_s = int(self._wall() + self._expires_s)
@@ -106,7 +118,7 @@ class Tickets:
 
     def chunk(self, pieces: Sequence[Piece]) -> bytes:
         """For a chunk with these; without any it says that the call has got this far and no further."""
-        more = {} if self.number else {"call": head_json(self.head)}
+        more: dict[str, Any] = {} if self.number else {"call": head_json(self.head)}
         likeness, homes = {}, {}
         choices = []
         for piece in pieces:
@@ -114,6 +126,7 @@ class Tickets:
             output = self._choices[index]
             shown = output.shown
             self._chars[index] += len(piece.text)
+            self._finishes[index] = piece.finish_reason
             ids = output.emitted[self._told[index] : shown]
             choices.append(Choice(index, ids, self._chars[index], piece.finish_reason))
             self._told[index] = max(shown, self._told[index])
@@ -122,6 +135,11 @@ class Tickets:
                 likeness[str(index)] = likeness_json(output.likeness)
             if output.home != self._homes[index]:
                 homes[str(index)] = self._homes[index] = output.home
+        self.whole = self.number >= self._due
+        if self.whole:
+            choices, likeness, homes = self._all()
+            more = {"call": head_json(self.head), "whole": True}
+            self._due = self.number + max(WHOLE_TOKENS, int(sum(self._told) * WHOLE_SHARE))
         if likeness:
             more["likeness"] = likeness
         if homes:
@@ -129,6 +147,18 @@ class Tickets:
         self.number += 1
         expires_s = int(self._wall() + self._expires_s)
         return self._sealed(encode(self.number, expires_s, self._before, choices, more))
+
+    def _all(self) -> tuple[list[Choice], dict[str, list[str]], dict[str, str]]:
+        """What has been delivered, and what is known of each choice's worker."""
+        choices, likeness, homes = [], {}, {}
+        for index, output in enumerate(self._choices):
+            told = self._told[index]
+            if told or index in self.old or self._finishes[index]:
+                choices.append(Choice(index, output.emitted[:told], self._chars[index], self._finishes[index]))
+                homes[str(index)] = self._homes[index]
+            if index in self.old and output.likeness is not None:
+                likeness[str(index)] = likeness_json(output.likeness)
+        return choices, likeness, homes
 
     def _sealed(self, body: bytes) -> bytes:
         sealed = self._seal(body)

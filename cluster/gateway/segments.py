@@ -4,6 +4,8 @@ Problem: a stream that outlives its gateway must go on at one that has never hea
 caller. So each chunk says, sealed, which tokens it delivered; the first one says besides whose call it is, of which
 model and under which request. Invariant: a list of tokens is accepted only if it is the whole list of one call, each
 made for the one before (by the digest of its sealed bytes), in the order in which they were made.
+So that nobody has to keep and show thousands, one now and then is *whole*: it says all that those before it do, and the
+list may begin with it.
 
 A choice is cut where its text was delivered: `token_ids` are those of whose text a character at least was delivered,
 and `chars` how many characters of the choice were in all. Tokens whose text is held back, since it may begin a stop
@@ -12,7 +14,8 @@ string, belong to the next segment.
 Layout of a segment, little-endian: number (8), expiry in seconds since the epoch (8), digest of the token before (16),
 count of choices (2); of each: index (2), finish (1), chars (8), count of ids (4), the ids (4 each); then JSON with what
 comes only once: `call` in the first token, `likeness` by index with a choice's first ids, and `homes` by index
-whenever a choice has a worker that the tokens before did not name. `now` is an argument.
+whenever a choice has a worker that the tokens before did not name. A whole one has `whole`, and all of these; its
+choices have all their ids. `now` is an argument.
 """
 
 from __future__ import annotations
@@ -113,7 +116,10 @@ class Chain:
                 begun.chars, begun.finish_reason = chars, ""
                 return
         number, expires_s, before, choices, more = decode(body)
-        self._follows(before)
+        if self.number or not more.get("whole"):
+            self._follows(before)
+        if more.get("whole"):
+            self.head, self.choices = None, {}
         if self.head is None:
             self.head = _head(more)
         self.number, self.expires_s, self.last = number, expires_s, digest_of(sealed)

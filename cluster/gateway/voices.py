@@ -107,15 +107,18 @@ class SealedVoice(Voice):
     def text(self, text: str) -> bytes:
         """See relay.Voice."""
         token = self._tickets.text(text)
-        return self._wrapped(codec.with_token(super().text(text), token))
+        return self._wrapped(codec.with_token(super().text(text), token, self._tickets.whole))
 
     def begin(self) -> bytes:
         """A chunk with a token alone: the call goes on from here, and from nowhere before."""
-        return self._wrapped(codec.with_token(super().begin(), self._tickets.chunk(())))
+        return self._wrapped(codec.with_token(super().begin(), *self._token(())))
 
     def _told(self, pieces: Sequence[Piece]) -> bytes:
         chunk = super()._told(pieces)
-        return self._wrapped(chunk if self.ended else codec.with_token(chunk, self._tickets.chunk(pieces)))
+        return self._wrapped(chunk if self.ended else codec.with_token(chunk, *self._token(pieces)))
+
+    def _token(self, pieces: Sequence[Piece]) -> tuple[bytes, bool]:
+        return self._tickets.chunk(pieces), self._tickets.whole
 
     def _waits(self) -> bytes:
         return self._wrapped(super()._waits())

@@ -539,12 +539,15 @@ class ChatChunk(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_WHOLE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     model: _builtins.str
     offset: _builtins.int
     """Sequence number of the last segment in this chunk, over the whole call."""
     resume_token: _builtins.bytes
     """What `Resume` needs of this chunk, sealed. Absent unless the call is resumable, and from its last chunk."""
+    resume_token_whole: _builtins.bool
+    """resume_token says all that those of earlier chunks do: forget them."""
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChoiceDelta]: ...
     @_builtins.property
@@ -565,10 +568,11 @@ class ChatChunk(_message.Message):
         offset: _builtins.int = ...,
         resume_token: _builtins.bytes = ...,
         progress: Global___Progress | None = ...,
+        resume_token_whole: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "offset", b"offset", "progress", b"progress", "resume_token", b"resume_token", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "offset", b"offset", "progress", b"progress", "resume_token", b"resume_token", "resume_token_whole", b"resume_token_whole", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -981,10 +985,12 @@ class CompleteChunk(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_WHOLE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     model: _builtins.str
     offset: _builtins.int
     resume_token: _builtins.bytes
+    resume_token_whole: _builtins.bool
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___CompleteChoice]:
         """`text` is the piece since the last chunk."""
@@ -1003,10 +1009,11 @@ class CompleteChunk(_message.Message):
         offset: _builtins.int = ...,
         resume_token: _builtins.bytes = ...,
         progress: Global___Progress | None = ...,
+        resume_token_whole: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "offset", b"offset", "progress", b"progress", "resume_token", b"resume_token", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "id", b"id", "model", b"model", "offset", b"offset", "progress", b"progress", "resume_token", b"resume_token", "resume_token_whole", b"resume_token_whole", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1028,7 +1035,9 @@ class ResumeRequest(_message.Message):
     def complete(self) -> Global___CompleteRequest: ...
     @_builtins.property
     def resume_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """All that the call's chunks carried, those of earlier resumptions included, in their order."""
+        """All that the call's chunks carried since the last whole one, with it, those of earlier resumptions included, in
+        their order. Those before may be there, too.
+        """
 
     def __init__(
         self,

@@ -183,6 +183,16 @@ async def test_it_can_be_turned_off(pair: Pair) -> None:
         assert (await anext(own.chunks())).resume_token
 
 
+def test_what_a_whole_token_says_need_not_be_kept() -> None:
+    """Only those since the newest whole one are shown, with it."""
+    kept = Resumption(pb.ChatRequest(model="m"), None, 1)
+    for number, whole in enumerate([False, False, True, False, True, False], start=1):
+        kept.note(pb.ChatChunk(resume_token=b"%d" % number, offset=number, resume_token_whole=whole))
+    asked = kept.resumes
+    assert asked is not None
+    assert (list(asked.resume_tokens), asked.offset) == ([b"5", b"6"], 6)
+
+
 def test_tries_are_bounded_and_the_deadline_stays() -> None:
     """A stream is tried again with growing pauses, so often and until its deadline; progress begins the count anew."""
     now = 100.0

@@ -70,6 +70,11 @@ def resume(request: Any, chunks: Sequence[Any], **changed: Any) -> pb.ResumeRequ
     return pb.ResumeRequest(**{kind: request, "resume_tokens": tokens, "offset": offset, **changed})
 
 
+def kept(chunks: Sequence[Any]) -> list[Any]:
+    """Those whose tokens a frugal client keeps: from the last whole one on."""
+    return chunks[max((at for at, chunk in enumerate(chunks) if chunk.resume_token_whole), default=0) :]
+
+
 async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
     """So many chunks of a stream, whose client then goes away."""
     method = cluster.stub.StreamChat if isinstance(request, pb.ChatRequest) else cluster.stub.StreamComplete
@@ -107,16 +112,20 @@ async def rest(cluster: TestCluster, request: pb.ResumeRequest) -> list[Any]:
     ],
     ids=["plain", "several seeded", "stop strings", "log probabilities", "all of it", "grammar"],
 )
-async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, Any]) -> None:
-    """Cut twice, at either gateway, the caller has read what it would have read: text, log probabilities and counts."""
-    request = chat(max_tokens=80, resumable=True, **{"ignore_eos": True, **fields})
+@pytest.mark.parametrize("frugal", [True, False])
+async def test_it_goes_on_at_another_gateway(pair: Pair, fields: Mapping[str, Any], frugal: bool) -> None:
+    """Cut twice, at either gateway, the caller has read what it would have read: text, log probabilities and counts;
+    whether it has kept all tokens or those since the last whole one."""
+    request = chat(max_tokens=100, resumable=True, **{"ignore_eos": True, **fields})
     undisturbed = await rest_of(pair.first.stub.StreamChat(request))
-    chunks = await cut(pair.first, request, 12)
-    call = pair.second.stub.Resume(resume(request, chunks))
+    chunks = await cut(pair.first, request, 70)
+    call = pair.second.stub.Resume(resume(request, kept(chunks) if frugal else chunks))
     for _ in range(9):
         chunks.append((await asyncio.wait_for(read(call), 10)).chat)
     call.cancel()
-    chunks += await rest(pair.first, resume(request, chunks))
+    if frugal:
+        assert len(kept(chunks)) == 9
+    chunks += await rest(pair.first, resume(request, kept(chunks) if frugal else chunks))
     for index in range(fields.get("n", 1)):
         assert text_of(chunks, index) == text_of(undisturbed, index) != ""
         ends = [

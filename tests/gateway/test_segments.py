@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import pytest
@@ -18,22 +19,32 @@ LIKE = Likeness("w", "b", "float32")
 STEPS = st.lists(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 2**32 - 1), max_size=4)), max_size=3))
 
 
-def sealed(steps: list[list[tuple[int, list[int]]]], envelopes: Envelopes, call_id: str = "chatcmpl-1") -> list[bytes]:
-    """Tokens of such steps."""
+def sealed(
+    steps: list[list[tuple[int, list[int]]]],
+    envelopes: Envelopes,
+    call_id: str = "chatcmpl-1",
+    wholes: Set[int] = frozenset(),
+) -> list[bytes]:
+    """Tokens of such steps; those with these numbers are whole."""
     out: list[bytes] = []
     before = Chain().last
     chars = [0, 0, 0]
+    told: list[list[int]] = [[], [], []]
     for number, step in enumerate([[], *steps], start=1):
         choices = []
         for index, ids in step:
             chars[index] += len(ids)
+            told[index] += ids
             choices.append(Choice(index, ids, chars[index]))
         more: dict[str, Any] = {"likeness": {"0": likeness_json(LIKE)}}
-        if number == 1:
+        if number == 1 or number in wholes:
             more["call"] = {**head_json(HEAD), "call_id": call_id}
+        if number in wholes:
+            more["whole"] = True
+            choices = [Choice(index, list(told[index]), chars[index]) for index in range(3)]
         out.append(envelopes.seal(encode(number, 100 + number, before, choices, more)))
         chain = Chain()
-        chain.head = HEAD
+        chain.head, chain.number = HEAD, number - 1
         chain.last = before
         chain.add(out[-1], envelopes.open(out[-1]))
         before = chain.last
@@ -62,6 +73,26 @@ def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]
         assert (begun.token_ids if begun else []) == ids
         assert (begun.chars if begun else 0) == len(ids)
     assert chain.choices[0].likeness == LIKE
+
+
+@settings(deadline=None)
+@given(STEPS, st.sets(st.integers(2, 12), min_size=1))
+def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]]]], wholes: set[int]) -> None:
+    """From any whole token on the list says what all of it does, and nothing else may be its beginning."""
+    envelopes = Envelopes([SECRET], "resume-token", "resume token")
+    tokens = sealed(steps, envelopes, wholes=wholes)
+    chain = opened(tokens, envelopes)
+    for number in range(2, len(tokens) + 1):
+        if number not in wholes:
+            with pytest.raises(BadSegment):
+                opened(tokens[number - 1 :], envelopes)
+            continue
+        shorter = opened(tokens[number - 1 :], envelopes)
+        assert (shorter.head, shorter.number, shorter.last) == (chain.head, chain.number, chain.last)
+        begun = [{i: (b.token_ids, b.chars) for i, b in one.choices.items() if b.token_ids} for one in (chain, shorter)]
+        assert begun[0] == begun[1]
+        with pytest.raises(BadSegment):  # no other call's beginning goes with it
+            opened([*sealed(steps, envelopes, "chatcmpl-2")[: number - 1], *tokens[number - 1 :]], envelopes)
 
 
 @settings(max_examples=300, deadline=None)
