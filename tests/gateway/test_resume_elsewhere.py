@@ -72,7 +72,7 @@ def resume(request: Any, chunks: Sequence[Any], **changed: Any) -> pb.ResumeRequ
 
 def kept(chunks: Sequence[Any]) -> list[Any]:
     """Those whose tokens a frugal client keeps: from the last whole one on."""
-    return chunks[max((at for at, chunk in enumerate(chunks) if chunk.resume_token_whole), default=0) :]
+    return list(chunks)[max((at for at, chunk in enumerate(chunks) if chunk.resume_token_whole), default=0) :]
 
 
 async def cut(cluster: TestCluster, request: Any, after: int) -> list[Any]:
