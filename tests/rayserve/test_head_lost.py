@@ -32,8 +32,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.root, pytest.mark
 
 AWAY_S = float(os.environ.get("HEAD_AWAY_S", "10"))
 CALLERS, TOKENS, STEADY_PASSES = 2, 24, 5
-PAUSE_S = 1.0
-"""Between calls of a caller: ranks that compute wait by spinning, and leave a head no core to start on."""
+PAUSE_S = 5.0
+"""Between calls of a caller: core and ranks wait by spinning, till a second after their last step, and leave a head no
+core to start on."""
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ async def test_the_head_is_lost_and_comes_back(ray_with_head: HeadAndNode, tmp_p
         await until(lambda: its.away, "the controller has noticed", 60)
         await until(lambda: time.monotonic() > lost_at + AWAY_S, "the head has been away for long", AWAY_S + 1)
         assert its.state("tp2") is its.state("sim") is ModelState.READY, "the catalog stays"
-        await until(lambda: callers.ended > ended + CALLERS, "calls that begin without a head end", 60)
+        await until(lambda: callers.ended >= ended + 2 * CALLERS, "calls that begin without a head end", 60)
         assert not calling.done()
 
         await asyncio.to_thread(ray_with_head.find_head)
