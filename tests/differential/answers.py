@@ -45,7 +45,7 @@ async def ours(stub: Any, case: Case) -> Answer:
     method = f"{'Stream' if case.streamed else ''}{'Chat' if case.is_chat else 'Complete'}"
     answer = Answer(choices=[Choice(logprobs=[]) for _ in range(case.options.get("n", 1))])
     try:
-        call = getattr(stub, method)(case.proto(), timeout=60)
+        call = getattr(stub, method)(case.proto(), timeout=240)
         async for message in _messages(call, case.streamed):
             for choice in message.choices:
                 _add(answer.choices[choice.index], choice)

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -20,6 +21,8 @@ from tests.differential.cases import MODEL, Case
 
 START_S = 120.0
 END_S = 15.0
+ANSWER_S = 240.0
+"""A busy machine may take long for one that runs until the context is full."""
 IDLE_S = 1.0
 """A connection that has rested so long is not used again: the server closes one at 5 s, and a request sent just then
 is lost."""
@@ -54,10 +57,18 @@ class Peer:
         """The server's answer to a case."""
         path, body = case.http()
         try:
-            response = await self._client.post(path, json=body)
+            response = await self._post(path, body)
         except httpx.TransportError as error:
-            raise AssertionError(f"vLLM's server broke off {case}: {error!r}\n{_tail(self._log)}") from error
+            raise AssertionError(f"vLLM's server broke off: {error!r}, {case}\n{_tail(self._log)}") from error
         return of_peer(response.status_code, response.json())
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        """Asked once more where the connection ends without an answer: how the server keeps those is not compared."""
+        try:
+            return await self._client.post(path, json=body)
+        except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError) as error:
+            print(f"asked again: {error!r}")
+            return await self._client.post(path, json=body)
 
 
 @asynccontextmanager
@@ -83,7 +94,7 @@ async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path)
     try:
         limits = httpx.Limits(keepalive_expiry=IDLE_S)
         base = f"http://127.0.0.1:{port}"
-        async with httpx.AsyncClient(base_url=base, timeout=60.0, trust_env=False, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=base, timeout=ANSWER_S, trust_env=False, limits=limits) as client:
             yield Peer(client, process, log)
     finally:
         await _end(process)
