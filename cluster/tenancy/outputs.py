@@ -5,6 +5,8 @@ Many outputs end because they may not be longer (max_tokens), so that it is only
 so many tokens. Their mean says too little of one that may be longer, and the lesser of a mean and max_tokens says too
 little of a mix. What is expected is therefore the restricted mean of the Kaplan-Meier estimate, the area under its
 survival curve up to max_tokens: tenants whose outputs all run to their max_tokens are expected to do so again.
+Of a pair of which nothing was seen the model's outputs tell, or all: a guess of no origin would go on being believed
+where it keeps a model from any GPU on which it could be put right.
 Invariant: memory is bounded, in outputs a pair and in pairs; the pair longest unused goes first.
 Source: Kaplan & Meier, Nonparametric Estimation from Incomplete Observations (JASA 53, 1958).
 """
@@ -14,6 +16,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from typing import TypeVar
+
+Key = TypeVar("Key")
 
 KEPT = 64
 DEFAULT_TOKENS = 256
@@ -91,22 +96,32 @@ class LearntOutputs:
         self._default_tokens = default_tokens
         self._max_pairs = max_pairs
         self._pairs: OrderedDict[tuple[str, str], _Lengths] = OrderedDict()
+        self._models: OrderedDict[str, _Lengths] = OrderedDict()
+        self._all: _Lengths | None = None
 
     def observe(self, tenant: str, model: str, tokens: int, *, cut: bool = False) -> None:
         """A sequence has ended with so many. `cut`: by its max_tokens, so that it would have had more."""
-        key = (tenant, model)
-        lengths = self._pairs.get(key)
+        tokens = max(tokens, 0)
+        self._of(self._pairs, (tenant, model)).add(tokens, cut)
+        self._of(self._models, model).add(tokens, cut)
+        if self._all is None:
+            self._all = _Lengths()
+        self._all.add(tokens, cut)
+
+    def _of(self, kept: OrderedDict[Key, _Lengths], key: Key) -> _Lengths:
+        """The newest then."""
+        lengths = kept.get(key)
         if lengths is None:
-            lengths = self._pairs[key] = _Lengths()
-            if len(self._pairs) > self._max_pairs:
-                self._pairs.popitem(last=False)
+            lengths = kept[key] = _Lengths()
+            if len(kept) > self._max_pairs:
+                kept.popitem(last=False)
         else:
-            self._pairs.move_to_end(key)
-        lengths.add(max(tokens, 0), cut)
+            kept.move_to_end(key)
+        return lengths
 
     def expected(self, tenant: str, model: str, max_tokens: int) -> int:
         """What the next is expected to have, at most `max_tokens` and at least 1 of them."""
-        lengths = self._pairs.get((tenant, model))
+        lengths = self._pairs.get((tenant, model)) or self._models.get(model) or self._all
         if lengths is None:
             return max(min(self._default_tokens, max_tokens), 1)
         return max(min(round(lengths.expected(self._default_tokens, max_tokens)), max_tokens), 1)

@@ -427,6 +427,24 @@ def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], m
     assert abs(learnt.expected("a", "m", most) - max(expected, 1.0)) <= 0.5 + 1e-6
 
 
+def test_of_whom_nothing_was_seen_others_tell() -> None:
+    """A tenant's first output of a model is expected as others' of that model, of a new model as anybody's; only where
+    nothing was seen at all the default holds. Limits do not build upon others."""
+    learnt = LearntOutputs(default_tokens=50)
+    assert learnt.expected("a", "m", 1000) == 50
+    for _ in range(KEPT):
+        learnt.observe("a", "m", 10)
+    assert (learnt.expected("b", "m", 1000), learnt.expected("b", "n", 1000)) == (10, 10)
+    for _ in range(KEPT // 2):
+        learnt.observe("b", "n", 30)
+    assert (learnt.expected("c", "m", 1000), learnt.expected("c", "n", 1000), learnt.expected("c", "o", 1000)) == (
+        10,
+        30,
+        20,
+    )
+    assert (learnt.p95("c", "m", 1000), learnt.mean("c", "m", 1000)) == (50, 50)
+
+
 def test_what_was_cut_short_says_no_more_than_it_had() -> None:
     """Half were cut at 10, the others ended at 40: of one that may have 40 tokens, 40 are expected, not 25; the mean
     of what was seen is what it says for others' sake."""
