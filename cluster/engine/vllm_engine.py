@@ -61,6 +61,13 @@ class VllmEngine:
 
     async def start(self) -> EngineInfo:
         """Load the model. Raises ValueError for what cannot work, EngineDead when the core does not come up."""
+        try:
+            return await self._start()
+        except BaseException:
+            self._leave_sockets()
+            raise
+
+    async def _start(self) -> EngineInfo:
         watchdog.arm()
         reason = self._why_not_fast()
         others = await asyncio.to_thread(watchdog.mapped_here)
@@ -278,6 +285,9 @@ class VllmEngine:
         if path is not None:
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(path.close)
+        self._leave_sockets()
+
+    def _leave_sockets(self) -> None:
         has_sockets, self._has_sockets = self._has_sockets, False
         if has_sockets:
             sockets.OURS.release()

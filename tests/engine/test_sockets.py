@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.api.types import ModelSpec
 from cluster.engine import sockets
+from cluster.engine.vllm_engine import VllmEngine
 
 
 def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +37,20 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert sockets.sweep(tmp_path) == 1
     assert {p.name for p in tmp_path.iterdir()} == {f"{sockets.PREFIX}{os.getpid()}", f"{sockets.PREFIX}abc"}
+
+
+@pytest.mark.engine
+async def test_a_start_that_fails_leaves_no_folder(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody closes an engine that has not come up."""
+    monkeypatch.delenv(sockets.ENV, raising=False)
+    monkeypatch.setattr(sockets, "OURS", sockets.SocketFolder(tmp_path))
+    spec = ModelSpec("tiny", "unused", dtype="float32", max_model_len=10**9)
+    with pytest.raises(ValueError, match=r"models\[tiny\]"):
+        await VllmEngine(spec, llama_folder).start()
+    assert os.listdir(tmp_path) == []
+    assert sockets.ENV not in os.environ
 
 
 def test_an_operators_own_place_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
