@@ -2,8 +2,9 @@
 
 Calls wait in one line (the gateways bind late) and enter a replica when there is room for their tokens. The replicas
 are alike and share prefill and running sequences evenly; a call's own prompt is computed by one of them. Streams of
-replicas that leave are moved: their tokens so far are computed again, ahead of the line. Conserved: every call is
-waiting, running or judged; a fleet without ready replicas serves nothing.
+replicas that leave are moved: their tokens so far are computed again, ahead of the line. Who has waited too long is
+refused, as by a gateway, and late. Conserved: every call is waiting, running or judged; a fleet without ready replicas
+serves nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.sim.plant import ReplicaModel
+
+MAX_WAIT_S = 120.0
+"""`gateway.queue.max_wait_s` where nobody has set it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,19 @@ class Fleet:
         """When the head of the line came."""
         return self._line[0].at_s if self._line else None
 
+    def _refuse(self, now_s: float) -> None:
+        """Those that have waited for too long; whose prompt is being computed waits no more."""
+        line = self._line
+        while line and now_s - line[0].at_s > MAX_WAIT_S and (line[0].count > 1 or line[0].left == 1):
+            one = line.popleft()
+            self.late += one.left
+            self.waiting_calls -= one.left
+            self.waiting_tokens -= one.left * one.prompt
+            self.expected_tokens -= one.left * one.expected
+
     def tick(self, now_s: float, dt: float, ready: int) -> None:
         """From now till now + dt with so many ready replicas."""
+        self._refuse(now_s)
         if ready <= 0:
             return
         model = self.model
@@ -159,14 +174,17 @@ class Fleet:
         before = self._steps
         self._steps += steps
         streams = self._streams
-        while self._growing and self._growing[0][0] <= self._steps:
-            self._beyond += heapq.heappop(self._growing)[1]
         self.expected_tokens += self._beyond * steps
+        while self._growing and self._growing[0][0] <= self._steps:
+            outgrown, count = heapq.heappop(self._growing)
+            self._beyond += count
+            self.expected_tokens += count * (self._steps - outgrown)
         while streams and streams[0][0] <= self._steps:
             end, _, signed, tokens, begun, gaps, expected = heapq.heappop(streams)
             count = abs(signed)
             if expected < gaps + 1:
                 self._beyond = max(self._beyond - count, 0.0)
+                self.expected_tokens -= count * (self._steps - end)
             self._ended(count, gaps + 1, expected)
             at_s = now_s + dt * ((end - before) / steps if steps > 0 else 1.0)
             self.running = max(self.running - count, 0.0)

@@ -102,8 +102,10 @@ class OurPolicy:
 class _Live:
     """One model in the run."""
 
-    def __init__(self, spec: SimModelSpec, cold_start_s: float, tick_s: float) -> None:
-        self.spec, self.cold_start_s = spec, cold_start_s
+    def __init__(
+        self, name: str, spec: SimModelSpec, cold_start_s: float, tick_s: float, learnt: LearntOutputs
+    ) -> None:
+        self.name, self.spec, self.cold_start_s = name, spec, cold_start_s
         slo = spec.settings.slo
         self.fleet = Fleet(spec.plant, slo.ttft_s, slo.itl_s)
         self.ready: list[tuple[str, float]] = [(f"r{i}", 0.0) for i in range(spec.initial)]
@@ -117,7 +119,7 @@ class _Live:
         self.prompt = demand.prompt_tokens.tolist()
         self.output = demand.output_tokens.tolist()
         self.seen_calls = self.seen_prompt = self.told_output = 0.0
-        self.learnt = LearntOutputs()
+        self.learnt = learnt
         self.fleet.on_end = self._ended
         self.judged_good = self.judged_bad = 0.0
         self.down_at: float | None = None
@@ -139,7 +141,7 @@ class _Live:
         while self.cursor < len(at) and at[self.cursor] < end:
             i = self.cursor
             most = round(self.output[i]) if self.spec.demand.runs_to_most else UNBOUNDED
-            expected = self.learnt.expected("", "", most)
+            expected = self.learnt.expected("", self.name, most)
             fleet.arrive(at[i], Arrival(self.count[i], self.prompt[i], self.output[i], expected))
             self.seen_calls += self.count[i]
             self.seen_prompt += self.count[i] * self.prompt[i]
@@ -149,7 +151,7 @@ class _Live:
 
     def _ended(self, count: float, tokens: float) -> None:
         for _ in range(max(min(round(count), KEPT), 1)):
-            self.learnt.observe("", "", round(tokens), cut=self.spec.demand.runs_to_most)
+            self.learnt.observe("", self.name, round(tokens), cut=self.spec.demand.runs_to_most)
 
     def seen(self, now_s: float) -> ModelSeen:
         fleet, n = self.fleet, len(self.ready)
@@ -212,7 +214,8 @@ def simulate(
     ranks: Mapping[str, int] | None = None,
 ) -> dict[str, Track]:
     """Run all models to the end of the longest demand, deciding every `every_s`."""
-    live = {name: _Live(spec, cold_start_s, tick_s) for name, spec in specs.items()}
+    learnt = LearntOutputs()
+    live = {name: _Live(name, spec, cold_start_s, tick_s, learnt) for name, spec in specs.items()}
     duration_s = max(spec.demand.duration_s for spec in specs.values())
     ticks, per_decision = round(duration_s / tick_s), round(every_s / tick_s)
     for number in range(ticks):
