@@ -6,8 +6,12 @@ import functools
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
 
 from cluster.cli import doctor
+
+settings.register_profile("patient", deadline=None)  # how long an example takes tells of the machine's other work
+settings.load_profile("patient")
 
 _SKIPPED: dict[str, str] = {}
 
