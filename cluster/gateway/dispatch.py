@@ -268,7 +268,7 @@ class Dispatcher:
         turn = Weighed(waiting, call.policy.weight)
         self.breakers.sent(link.identity.incarnation, self._clock())
         earlier = len(output.emitted) - output.restored
-        at_home = output.home == link.identity.incarnation
+        at_home = output.kept_at == link.identity.incarnation
         slot = link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, at_home)
         output.bound(link, slot)
         self._metrics.count("route_decisions_total", call.model, decision.reason)
@@ -456,9 +456,11 @@ class Dispatcher:
 def _onward(output: Output, candidates: Sequence[Candidate], known: KnownModel) -> RouteCall:
     """What a sequence needs to go on. Where nobody is left but those that have failed it, they may try again: Ray may
     be about to replace one, and it is not certain whose fault it was."""
-    call = RouteCall(output.call.model, output.tokens, likeness=output.likeness, shuns=output.shuns, home=output.home)
+    call = RouteCall(
+        output.call.model, output.tokens, likeness=output.likeness, shuns=output.shuns, home=output.kept_at
+    )
     for one in candidates:
-        if one.incarnation == output.home:
+        if one.incarnation == call.home:
             call = replace(call, fresh=known.links[one.worker_id].fresh(output.tokens))
     others = (one for one in candidates if call.likeness in (None, one.likeness) and not one.draining)
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())

@@ -144,6 +144,12 @@ class Output:
         """What an engine has to compute before its next token."""
         return len(self.request.prompt_token_ids) + len(self.emitted)
 
+    @property
+    def kept_at(self) -> str:
+        """Incarnation of the worker to which it had best go back: where a gateway was lost, that of its KV blocks. A
+        worker that it has left for the worker's own sake is none."""
+        return self.home if self.resuming == "gateway" else ""
+
     def restore(self, begun: Begun) -> None:
         """Stand where another gateway has left it. Raises ValueError when those tokens have not so much text."""
         ids = begun.token_ids
