@@ -66,7 +66,8 @@ class SessionCall:
             self._waiter = asyncio.get_running_loop().create_future()
             left_s = self.left_s
             try:
-                await asyncio.wait_for(self._waiter, None if left_s is None else max(left_s, 0) + GRACE_S)
+                async with asyncio.timeout(None if left_s is None else max(left_s, 0) + GRACE_S):
+                    await self._waiter
             except TimeoutError:
                 self.cancel()
                 raise HeadraceError(

@@ -132,7 +132,8 @@ class Accounting:
         while self._late:
             self._give_up(self._late.popleft()[1])
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.to_thread(self._last_move), LAST_MOVE_S)
+            async with asyncio.timeout(LAST_MOVE_S):
+                await asyncio.to_thread(self._last_move)
         await asyncio.sleep(0)  # the acknowledgements of that move
         self._loop = None
         await asyncio.to_thread(self._spool.close)

@@ -230,7 +230,8 @@ class ValkeyLimits:
     async def _beat_on(self) -> None:
         while not self._closing.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), self._beat_s)
+                async with asyncio.timeout(self._beat_s):
+                    await self._closing.wait()
             await self._beat()
 
     async def _beat(self) -> None:

@@ -60,7 +60,9 @@ class Questions:
         request = pb.AdminRequest(id=number, verb=name, body=body, actor=actor)
         self._send(pb.GatewayControlFrame(admin_request=request))
         try:
-            return await asyncio.wait_for(answer, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                body: bytes = await answer
+            return body
         except TimeoutError:
             told = f"the controller has not answered within {timeout_s:g} s and may still do it: look before you repeat"
             raise CallError(Outcome.NO_WORKER, told) from None

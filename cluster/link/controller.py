@@ -140,7 +140,8 @@ class ControllerEnd:
                 verbs=sorted(self.verbs),
             )
             await call.write(pb.ControllerFrame(hello=hello))
-            first = await asyncio.wait_for(read(call), self._timing.welcome_s)
+            async with asyncio.timeout(self._timing.welcome_s):
+                first = await read(call)
             if first is None or not first.HasField("welcome"):
                 raise LinkEnded("the gateway did not welcome this controller")
             gateway = first.welcome.incarnation

@@ -173,7 +173,8 @@ class Hub(pb_grpc.LinkServicer):
     async def _first(self, context: Any) -> Any:
         """The first message of a stream, for which nobody waits long."""
         try:
-            return await asyncio.wait_for(read(context), self._timing.welcome_s)
+            async with asyncio.timeout(self._timing.welcome_s):
+                return await read(context)
         except TimeoutError:
             return None
 
@@ -356,7 +357,8 @@ class Hub(pb_grpc.LinkServicer):
                 del self._bundles[digest]
                 raise LookupError("no worker and no controller is linked to fetch it from")
         try:
-            return await asyncio.wait_for(asyncio.shield(waiting), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(waiting)
         except TimeoutError:
             raise LookupError(f"no answer within {timeout_s:g} s") from None
         finally:
@@ -423,7 +425,8 @@ class Hub(pb_grpc.LinkServicer):
             due = time.monotonic() + REPORT_S
             while (rest_s := due - time.monotonic()) > 0:
                 try:
-                    frame = await asyncio.wait_for(controller.frames.get(), rest_s)
+                    async with asyncio.timeout(rest_s):
+                        frame = await controller.frames.get()
                 except TimeoutError:
                     break
                 await context.write(frame)

@@ -204,7 +204,8 @@ class WorkerEnd:
         ends afterwards, so that no uncordon takes it back."""
         self._duty.drain(time.monotonic(), timeout_s, leaving)
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         await self._usage.hand_over(min(timeout_s, HAND_OVER_S))
@@ -321,7 +322,8 @@ class WorkerEnd:
             call = client.call(TURN, pb.WorkerTurn.SerializeToString, pb.GatewayTurn.FromString, self._metadata())
             await call.write(pb.WorkerTurn(hello=codec.hello_to_pb(self._identity, self._info, epoch)))
             try:
-                first = await asyncio.wait_for(read(call), self._timing.welcome_s)
+                async with asyncio.timeout(self._timing.welcome_s):
+                    first = await read(call)
             except TimeoutError:
                 raise LinkEnded(f"no welcome within {self._timing.welcome_s} s") from None
             if first is None or not first.HasField("welcome"):

@@ -592,7 +592,8 @@ async def run_controller(
         await asyncio.gather(until, *parts, return_exceptions=True)
         if end_serve:
             with contextlib.suppress(RayAway, TimeoutError):
-                await asyncio.wait_for(backend.shutdown(), END_SERVE_S)
+                async with asyncio.timeout(END_SERVE_S):
+                    await backend.shutdown()
         await backend.close()
 
 

@@ -78,7 +78,8 @@ class JobBackend:
 
     async def _run(self, request: Mapping[str, object]) -> None:
         try:
-            log = await asyncio.wait_for(asyncio.to_thread(self._job, request), JOB_S + _HTTP_S)
+            async with asyncio.timeout(JOB_S + _HTTP_S):
+                log = await asyncio.to_thread(self._job, request)
         except (RuntimeError, ConnectionError, OSError, TimeoutError) as error:
             raise RayAway(f"the job to {request['do']} on {self._url} failed: {error}") from error
         answers = [json.loads(line.split(ANSWER, 1)[1]) for line in log.splitlines() if ANSWER in line]

@@ -169,7 +169,8 @@ class Replica:
         event = "worker.engine_sick" if isinstance(failure, EngineSick) else "worker.engine_dead"
         log.error(event, worker=self.worker_id, node=self.place.node, reason=str(failure))
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(end.close(), _CLOSE_LINKS_S)
+            async with asyncio.timeout(_CLOSE_LINKS_S):
+                await end.close()
         await asyncio.wait(parts, timeout=_CLOSE_LINKS_S)
         self.on_engine_death(_EXIT_ENGINE_DEAD)
         raise failure

@@ -81,7 +81,8 @@ class Server:
         if self._calls():
             self._empty.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), grace_s)
+                async with asyncio.timeout(grace_s):
+                    await self._empty.wait()
         tasks = [call.task for call in self._calls() if call.task is not None]
         for task in tasks:
             task.cancel()

@@ -163,6 +163,23 @@ async def test_links_that_end_leave_no_connection(cluster: TestCluster, checkpoi
         gc.enable()
 
 
+async def test_a_worker_that_is_stopped_as_it_is_welcomed_stops(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """Whatever has just come in when it is told to: no answer in that moment keeps it."""
+    engine = sim_engine(checkpoint)
+    info = await engine.start()
+    for passes in range(40):
+        worker = await cluster.add_worker(engine, bundle, info=info, wait=False)
+        while not cluster.gateway.hub.links:  # noqa: ASYNC110 - in this very pass of the loop
+            await asyncio.sleep(0)
+        for _ in range(passes):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            await worker.stop()
+        await until(lambda: not cluster.gateway.hub.links, "its link is gone")
+
+
 async def test_a_bundle_is_asked_of_another_when_its_holder_goes(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
