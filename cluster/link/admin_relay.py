@@ -61,8 +61,8 @@ class Questions:
         self._send(pb.GatewayControlFrame(admin_request=request))
         try:
             async with asyncio.timeout(timeout_s):
-                body: bytes = await answer
-            return body
+                told: bytes = await answer
+            return told
         except TimeoutError:
             told = f"the controller has not answered within {timeout_s:g} s and may still do it: look before you repeat"
             raise CallError(Outcome.NO_WORKER, told) from None
