@@ -61,8 +61,8 @@ class Questions:
         self._send(pb.GatewayControlFrame(admin_request=request))
         try:
             async with asyncio.timeout(timeout_s):
-                told: bytes = await answer
-            return told
+                reply: bytes = await answer
+            return reply
         except TimeoutError:
             told = f"the controller has not answered within {timeout_s:g} s and may still do it: look before you repeat"
             raise CallError(Outcome.NO_WORKER, told) from None
