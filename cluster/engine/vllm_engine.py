@@ -70,7 +70,7 @@ class VllmEngine:
     async def _start(self) -> EngineInfo:
         watchdog.arm()
         reason = self._why_not_fast()
-        others = await asyncio.to_thread(watchdog.mapped_here)
+        others = await asyncio.to_thread(watchdog.children)
         try:
             config, path = await asyncio.to_thread(self._build, not reason)
         except asyncio.CancelledError:
@@ -105,6 +105,7 @@ class VllmEngine:
             raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {error}") from error
         if self._closed:
             path.close()
+            self._leave_sockets()  # whoever was cancelled may have been so before they were there
             raise EngineDead("the engine was closed while it started")
         return config, path
 

@@ -15,6 +15,7 @@ ends them all (reaper.py).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -91,10 +92,19 @@ def blocks_of(pid: int | str) -> set[str]:
         return set()
 
 
-def mapped_here() -> set[str]:
-    """The blocks that this process and its descendants have mapped."""
-    me = psutil.Process()
-    return set().union(*(blocks_of(process.pid) for process in (me, *me.children(recursive=True))))
+def children() -> set[int]:
+    """The processes that this one has started."""
+    return {child.pid for child in psutil.Process().children()}
+
+
+def _mapped_by(roots: Iterable[int]) -> set[str]:
+    """The blocks that these processes and their descendants have mapped."""
+    found: set[str] = set()
+    for pid in roots:
+        found |= blocks_of(pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= set().union(*(blocks_of(one.pid) for one in psutil.Process(pid).children(recursive=True)))
+    return found
 
 
 def with_sharers(names: set[str]) -> set[str]:
@@ -116,12 +126,13 @@ def unlink(names: Iterable[str]) -> None:
             continue  # a sibling was first
 
 
-def forget_names(others: Set[str]) -> None:
-    """Take the names of this process's engine's blocks away, those of ranks elsewhere on this host too, but `others`.
+def forget_names(others: Set[int]) -> None:
+    """Take the names of the blocks of this process's engine away, those of ranks elsewhere on this host too.
 
-    For an engine that is up: vLLM's queues and communicators open a block when they are made, never later.
+    For an engine that is up: vLLM's queues and communicators open a block when they are made, never later. `others` are
+    children that this process had before: whatever they start is not the engine's, and may need its names yet.
     """
-    unlink(with_sharers(mapped_here() - others))
+    unlink(with_sharers(blocks_of(os.getpid()) | _mapped_by(children() - others)))
 
 
 def _end() -> None:

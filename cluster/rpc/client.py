@@ -88,7 +88,6 @@ class Client(asyncio.BufferedProtocol):
         self._heard = time.monotonic()
         self.answered = True
         """Something was heard since the last ping."""
-        self.pings = 0
         self._timer: asyncio.TimerHandle | None = None
         self._why = ""
         self._goes_away = False
@@ -274,7 +273,6 @@ class Client(asyncio.BufferedProtocol):
             self.h2.ping(b"headrace")
         self.out_of_h2()
         self.answered = False
-        self.pings += 1
         self._timer = self.loop.call_later(self._ping_answer_s, self._expect_pong)
 
     def _expect_pong(self) -> None:

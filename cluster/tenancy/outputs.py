@@ -5,8 +5,7 @@ Many outputs end because they may not be longer (max_tokens), so that it is only
 so many tokens. Their mean says too little of one that may be longer, and the lesser of a mean and max_tokens says too
 little of a mix. What is expected is therefore the restricted mean of the Kaplan-Meier estimate, the area under its
 survival curve up to max_tokens: tenants whose outputs all run to their max_tokens are expected to do so again.
-Of a pair of which nothing was seen the model's outputs tell, or all: a guess of no origin would go on being believed
-where it keeps a model from any GPU on which it could be put right.
+Of a pair of which nothing was seen the model's other outputs tell, else anybody's, and only then a default.
 Invariant: memory is bounded, in outputs a pair and in pairs; the pair longest unused goes first.
 Source: Kaplan & Meier, Nonparametric Estimation from Incomplete Observations (JASA 53, 1958).
 """

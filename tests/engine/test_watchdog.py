@@ -100,6 +100,35 @@ def _maps(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/maps").read_text().splitlines()
 
 
+async def test_only_the_engines_names_are_forgotten() -> None:
+    """What a child has mapped that was there before the engine keeps its name, however late it came."""
+    code = (
+        "import sys; from multiprocessing.shared_memory import SharedMemory as S; input(); block = S(create=True, size=8)"
+        "; print(block.name, flush=True); input(); block.close(); block.unlink()"
+    )
+
+    async def child() -> Process:
+        return await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+
+    async def block(process: Process) -> str:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"\n")
+        return (await process.stdout.readline()).decode().strip()
+
+    stranger = await child()
+    before = watchdog.children()
+    ours = await child()
+    theirs, own = await block(stranger), await block(ours)
+    assert {theirs, own} <= shared_memory()
+    watchdog.forget_names(before)
+    assert theirs in shared_memory()
+    assert own not in shared_memory()
+    await stranger.communicate(b"\n")
+    await ours.communicate(b"\n")
+    assert theirs not in shared_memory()
+
+
 def test_a_mark_names_one_process_for_ever() -> None:
     """A mark is alive while its process is, dead for another start time, and says nothing in another place."""
     own = watchdog.mark(os.getpid())

@@ -147,9 +147,10 @@ async def test_a_call_at_rest_stays(serve: Serve) -> None:
         call = opened(client, "Back")
         await call.write(b"there")
         assert await call.read() == b"there"
-        for ping in range(1, 6):
-            while client.pings < ping or not client.answered:  # noqa: ASYNC110 - an Event for a test alone
-                await asyncio.sleep(0.001)
+        for _ in range(5):
+            for pinged in (True, False):  # each ping, and then its answer
+                while client.answered == pinged:  # noqa: ASYNC110 - in this very pass of the loop
+                    await asyncio.sleep(0)
             time.sleep(0.15)  # noqa: ASYNC251 - the loop is late
             await asyncio.sleep(0.001)
             assert client.usable
