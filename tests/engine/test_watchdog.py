@@ -103,7 +103,7 @@ def _maps(pid: int) -> list[str]:
 async def test_only_the_engines_names_are_forgotten() -> None:
     """What a child has mapped that was there before the engine keeps its name, however late it came."""
     code = (
-        "import sys; from multiprocessing.shared_memory import SharedMemory as S; input(); block = S(create=True, size=8)"
+        "from multiprocessing.shared_memory import SharedMemory as S; input(); block = S(create=True, size=8)"
         "; print(block.name, flush=True); input(); block.close(); block.unlink()"
     )
 
