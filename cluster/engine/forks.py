@@ -53,6 +53,12 @@ def begun() -> bool:
     return getattr(forkserver._forkserver, "_forkserver_address", None) is not None
 
 
+def server() -> set[int]:
+    """Its pid, where there is one: what it forks is an engine's."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    return set() if pid is None else {int(pid)}
+
+
 def install() -> None:
     """Let vLLM start its processes as forks of the server, where there is one."""
     if not begun():

@@ -1,8 +1,7 @@
 """A folder of this process's own for the sockets of vLLM's processes, which vLLM makes in /tmp and never removes.
 
 The folder goes with the last engine of the process. One that a killed process left is removed by the next engine of
-the same user on the host. Engines whose ranks Ray places keep vLLM's default: their ranks may be on other hosts, where
-the folder is not.
+the same user on the host. Ranks that Ray places on other hosts, where the folder is not, keep vLLM's default.
 """
 
 from __future__ import annotations
@@ -54,6 +53,14 @@ def sweep(base: Path) -> int:
                 shutil.rmtree(folder, ignore_errors=True)
                 removed += 1
     return removed
+
+
+def only_where_it_is() -> None:
+    """In each of vLLM's processes (watchdog.watch): a rank on another host, to which the environment was carried, keeps
+    vLLM's default."""
+    folder = Path(os.environ.get(ENV, ""))
+    if folder.name.startswith(PREFIX) and not folder.is_dir():
+        del os.environ[ENV]
 
 
 OURS = SocketFolder()

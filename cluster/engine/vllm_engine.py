@@ -70,7 +70,7 @@ class VllmEngine:
     async def _start(self) -> EngineInfo:
         watchdog.arm()
         reason = self._why_not_fast()
-        others = await asyncio.to_thread(watchdog.children)
+        others = await asyncio.to_thread(watchdog.children) - forks.server()
         try:
             config, path = await asyncio.to_thread(self._build, not reason)
         except asyncio.CancelledError:
@@ -90,8 +90,7 @@ class VllmEngine:
 
     def _build(self, fast: bool) -> tuple[Any, EnginePath]:
         arguments.prepare_environment(self._spec, self._executor)
-        if arguments.world_size(self._spec) == 1 or self._executor != "ray":
-            self._has_sockets = sockets.OURS.acquire()
+        self._has_sockets = sockets.OURS.acquire()
         args = arguments.engine_arguments(self._spec, self._folder, self._executor)
         try:
             config = args.create_engine_config()

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import psutil
 
+from cluster.engine import sockets
+
 MARK = "HEADRACE_WATCHDOG_PID"
 POLL_S = 0.5
 SHARED_MEMORY = re.compile(r"psm_\w+|.+-cpushm(-[\w-]+)?_\d+")
@@ -97,24 +99,19 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 
 
-def _mapped_by(roots: Iterable[int]) -> set[str]:
-    """The blocks that these processes and their descendants have mapped."""
-    found: set[str] = set()
+def _with_descendants(roots: Iterable[int]) -> set[int]:
+    found: set[int] = set()
     for pid in roots:
-        found |= blocks_of(pid)
         with contextlib.suppress(psutil.NoSuchProcess):
-            found |= set().union(*(blocks_of(one.pid) for one in psutil.Process(pid).children(recursive=True)))
+            found |= {pid, *(one.pid for one in psutil.Process(pid).children(recursive=True))}
     return found
 
 
-def with_sharers(names: set[str]) -> set[str]:
-    """These blocks, and all of the processes on this host that share one of them: ranks that Ray has placed are not
-    descendants of anybody here, and end too suddenly to take their blocks along."""
-    found = set(names)
-    for process in Path("/proc").iterdir() if names else ():
-        if process.name.isdigit() and (theirs := blocks_of(process.name)) & names:
-            found |= theirs
-    return found
+def sharers(names: set[str]) -> dict[int, set[str]]:
+    """The processes on this host that have one of these blocks mapped, with all that they have: ranks that Ray has
+    placed are not descendants of anybody here, and end too suddenly to take their blocks along."""
+    pids = [int(process.name) for process in Path("/proc").iterdir() if process.name.isdigit()] if names else []
+    return {pid: theirs for pid in pids if (theirs := blocks_of(pid)) & names}
 
 
 def unlink(names: Iterable[str]) -> None:
@@ -132,11 +129,13 @@ def forget_names(others: Set[int]) -> None:
     For an engine that is up: vLLM's queues and communicators open a block when they are made, never later. `others` are
     children that this process had before: whatever they start is not the engine's, and may need its names yet.
     """
-    unlink(with_sharers(blocks_of(os.getpid()) | _mapped_by(children() - others)))
+    own = {os.getpid(), *_with_descendants(children() - others)}
+    theirs = sharers(set().union(*map(blocks_of, own)))
+    unlink(set().union(*theirs.values()))
 
 
 def _end() -> None:
-    unlink(with_sharers(blocks_of(os.getpid())))
+    unlink(set().union(*sharers(blocks_of(os.getpid())).values()))
     os.kill(os.getpid(), signal.SIGKILL)  # not sys.exit: the main thread may spin in native code
 
 
@@ -148,6 +147,7 @@ def _watch(gone: Callable[[], bool]) -> None:
 
 def watch() -> None:
     """Plugin for vllm.general_plugins: watch the owner, if there is one and this is not it. Does nothing elsewhere."""
+    sockets.only_where_it_is()
     owner = os.environ.get(MARK, "")
     if not owner or owner == mark(os.getpid()) or alive(owner) is None or _started.is_set():
         return

@@ -53,6 +53,21 @@ async def test_a_start_that_fails_leaves_no_folder(
     assert sockets.ENV not in os.environ
 
 
+def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the folder of the environment is not; an operator's own place is kept, whatever it is."""
+    ours = tmp_path / f"{sockets.PREFIX}1"
+    for folder, there, kept in ((ours, True, True), (ours, False, False), (tmp_path / "elsewhere", False, True)):
+        if there:
+            folder.mkdir()
+        elif folder.exists():
+            folder.rmdir()
+        monkeypatch.setenv(sockets.ENV, str(folder))
+        sockets.only_where_it_is()
+        assert (sockets.ENV in os.environ) == kept
+    monkeypatch.delenv(sockets.ENV)
+    sockets.only_where_it_is()
+
+
 def test_an_operators_own_place_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path that the environment names already is vLLM's to use."""
     monkeypatch.setenv(sockets.ENV, str(tmp_path / "elsewhere"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +28,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(400)]
 PROMPTS = ([5, 17, 230, 41, 99, 300], [11, 12, 13, 14], [7] * 40)
 TOKENS = 16
 ORPHANS_GONE_S = 10.0
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""How vLLM names a socket in its default place."""
 
 
 def two_ranks(name: str, folder: Path, gateway: str, **more: object) -> ReplicaSettings:
@@ -102,8 +106,9 @@ def maps(process: psutil.Process) -> str:
 
 
 def names() -> set[str]:
-    """Names of the shared memory on this machine that may be an engine's."""
-    return {name for name in os.listdir("/dev/shm") if watchdog.SHARED_MEMORY.fullmatch(name)}
+    """Names of the shared memory and of the sockets on this machine that may be an engine's."""
+    blocks = {name for name in os.listdir("/dev/shm") if watchdog.SHARED_MEMORY.fullmatch(name)}
+    return blocks | {name for name in os.listdir(tempfile.gettempdir()) if UUID.fullmatch(name)}
 
 
 async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
@@ -127,7 +132,7 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
             f"nothing is left after the {victim}'s death",
             ORPHANS_GONE_S,
         )
-        assert not names() - others, f"shared memory after the {victim}'s death"
+        assert not names() - others, f"names after the {victim}'s death"
         link = await door.worker("llama", 180.0, but=link.identity.incarnation)
         await same_tokens(link, folder)
     await removed(backend, "llama")
