@@ -59,18 +59,18 @@ def server() -> set[int]:
     return set() if pid is None else {int(pid)}
 
 
-def install() -> None:
-    """Let vLLM start its processes as forks of the server, where there is one."""
+def install(*, bound_core: bool = False) -> None:
+    """Let vLLM start its processes as forks of the server, where there is one. `bound_core`: the engine core binds
+    threads, as ranks do, and libgomp reads how when a program begins: then it is spawned."""
     if not begun():
         return
     import vllm.v1.engine.utils as core_starts
+    import vllm.v1.executor.multiproc_executor as rank_starts
+    from vllm.utils.system_utils import get_mp_context
 
-    core_starts.get_mp_context = _Context
-    # Ranks that bind threads are told how by variables that libgomp reads when a program begins: these are spawned.
-    if os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
-        import vllm.v1.executor.multiproc_executor as rank_starts
-
-        rank_starts.get_mp_context = _Context
+    core_starts.get_mp_context = get_mp_context if bound_core else _Context
+    binds = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
+    rank_starts.get_mp_context = get_mp_context if binds else _Context
 
 
 class _Process(context.ForkServerProcess):

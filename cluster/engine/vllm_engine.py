@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
-from cluster.engine import arguments, core_thread, fastpath, forks, repairs, sockets, watchdog
+from cluster.engine import arguments, core_thread, fastpath, forks, lone_rank, repairs, sockets, watchdog
 from cluster.engine.fastpath import FastPath
 from cluster.engine.paths import EnginePath, Live, StepStats
 from cluster.engine.public import PublicPath
@@ -97,9 +97,11 @@ class VllmEngine:
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             raise ValueError(f"models[{self._spec.name}]: vLLM does not take this entry: {error}") from error
         repairs.apply()
-        forks.install()
+        in_core = lone_rank.settle(config)
+        forks.install(bound_core=in_core and lone_rank.binds())
         try:
-            path: EnginePath = FastPath(config) if fast else PublicPath(config)
+            with lone_rank.environment(config) if in_core else contextlib.nullcontext():
+                path: EnginePath = FastPath(config) if fast else PublicPath(config)
         except Exception as error:
             raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {error}") from error
         if self._closed:

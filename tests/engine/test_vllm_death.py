@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cluster.api.ports import EngineDead
-from cluster.engine import core_thread
+from cluster.engine import core_thread, lone_rank
 from cluster.engine.vllm_engine import VllmEngine
 from tests.engine.conftest import TOKEN_HI, TOKEN_LO, engine_children, tiny_spec
 from tests.engine.contract import Driver, Subject, request
@@ -32,6 +32,7 @@ async def test_death_is_told(
 ) -> None:
     """A killed core or rank raises EngineDead from step, check and submit within seconds, and takes the rest along."""
     monkeypatch.setenv(core_thread.CORE, core)
+    monkeypatch.setenv(lone_rank.RANK, "process")
     me = psutil.Process(os.getpid())
     before = set(me.children())
     engine = VllmEngine(tiny_spec(), llama_folder, prefer_fastpath=prefer_fastpath)
