@@ -13,11 +13,8 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
-
-from cluster.engine.core_thread import THREAD
 
 ENGINE_CORE, ENGINE_RANK = "engine core", "engine rank"
 SIMULATED = "simulated engine"
@@ -79,25 +76,12 @@ def _look(process: psutil.Process, kind: str, found: dict[tuple[int, float], See
             times, rss = process.cpu_times(), process.memory_info().rss
             kind = classify(" ".join(process.cmdline()), kind)
             cpu_s, created = times.user + times.system, process.create_time()
-            for number, core_s in core_threads(process):
-                found[(number, created)] = Seen(ENGINE_CORE, core_s, 0)
-                cpu_s -= core_s
             found[(process.pid, created)] = Seen(kind, cpu_s, rss)
         children = process.children()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return
     for child in children:
         _look(child, kind, found)
-
-
-def core_threads(process: psutil.Process) -> list[tuple[int, float]]:
-    """The threads of a process that are an engine core, with their CPU seconds."""
-    cores = []
-    for thread in process.threads():
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{process.pid}/task/{thread.id}/comm").read_text().strip() == THREAD:
-                cores.append((thread.id, thread.user_time + thread.system_time))
-    return cores
 
 
 def classify(command: str, parents: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.types import ModelSpec
-from cluster.engine import core_thread, repairs
+from cluster.engine import repairs
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """Room for the KV cache on machines without GPUs, unless `engine.kv_cache_memory_bytes` says otherwise."""
@@ -53,8 +53,6 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
     }
     if world_size(spec) > 1:
         chosen["distributed_executor_backend"] = executor
-    elif core_thread.wanted(1):  # the model's Python in a process of its own, as the thread's shares the links' lock
-        chosen["distributed_executor_backend"] = "mp"
     try:
         return AsyncEngineArgs(**chosen)
     except (TypeError, ValueError) as error:

@@ -14,7 +14,6 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
-from cluster.engine import core_thread
 from cluster.engine.paths import Live, StepStats
 
 NAN_MESSAGE = "NaN in the logits"
@@ -89,17 +88,12 @@ class FastPath:
         self._renderer = renderer_from_config(vllm_config)
         self._processor = InputProcessor(vllm_config, self._renderer)
         self._tasks: Any = ()
-        executor_class = Executor.get_class(vllm_config)
-        self._core: Any
-        if core_thread.wanted(vllm_config.parallel_config.world_size):
-            self._core = core_thread.CoreThread(vllm_config, executor_class)
-        else:
-            self._core = EngineCoreClient.make_async_mp_client(
-                vllm_config=vllm_config,
-                executor_class=executor_class,
-                log_stats=True,
-                renderer=self._renderer,
-            )
+        self._core: Any = EngineCoreClient.make_async_mp_client(
+            vllm_config=vllm_config,
+            executor_class=Executor.get_class(vllm_config),
+            log_stats=True,
+            renderer=self._renderer,
+        )
 
     async def ready(self) -> None:
         """Ask the core what it can do; that also starts the task which reads its outputs."""

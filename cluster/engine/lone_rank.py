@@ -2,10 +2,9 @@
 
 Problem: vLLM's CPU platform gives even a single rank a process of its own, because the threads of its kernels are bound
 to CPUs by variables that libgomp reads when a program begins. That costs a process of some hundred megabytes, its
-start, and at each step a way there and back over shared memory on which the rank spins. Here the core's process begins with
-those variables instead. Where threads are bound it is therefore a new interpreter, not a fork of the server (forks.py).
+start, and at each step a way there and back over shared memory on which the rank spins. Here the core's process begins
+with those variables instead. Where threads are bound it is therefore a new interpreter, no fork of a server (forks.py).
 
-Not where the core is a thread of the worker's process (core_thread.py): the model's Python would share the links' lock.
 `HEADRACE_ENGINE_RANK=process` leaves it as vLLM has it.
 Source: vLLM's CpuPlatform.check_and_update_config and MultiprocExecutor.
 """
@@ -16,7 +15,6 @@ import contextlib
 import os
 from typing import Any
 
-from cluster.engine import core_thread
 from cluster.engine.arguments import on_cpu
 from cluster.engine.symbols import missing
 
@@ -37,8 +35,6 @@ def settle(config: Any) -> bool:
         raise ValueError(f"{RANK}={word!r}: use core or process, or leave it out")
     parallel = config.parallel_config
     if word == "process" or not on_cpu() or parallel.world_size_across_dp != 1 or missing(SYMBOLS):
-        return False
-    if core_thread.wanted(parallel.world_size):
         return False
     parallel.distributed_executor_backend = "uni"
     return True

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
-from cluster.engine import arguments, core_thread, fastpath, forks, lone_rank, repairs, sockets, watchdog
+from cluster.engine import arguments, fastpath, forks, lone_rank, repairs, sockets, watchdog
 from cluster.engine.fastpath import FastPath
 from cluster.engine.paths import EnginePath, Live, StepStats
 from cluster.engine.public import PublicPath
@@ -84,8 +84,7 @@ class VllmEngine:
     def _why_not_fast(self) -> str:
         if not self._prefer_fastpath:
             return "switched off"
-        thread = core_thread.wanted(arguments.world_size(self._spec))
-        lacking = missing(fastpath.SYMBOLS | (core_thread.SYMBOLS if thread else {}))
+        lacking = missing(fastpath.SYMBOLS)
         return f"this vLLM lacks {', '.join(lacking)}" if lacking else ""
 
     def _build(self, fast: bool) -> tuple[Any, EnginePath]:

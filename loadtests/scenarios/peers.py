@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 
-from cluster.engine import core_thread
 from loadtests import peers
 from loadtests.children import DidNotStart
 from loadtests.datasets import fixed
@@ -27,7 +26,7 @@ from loadtests.faces.grpc_lean import GrpcLean
 from loadtests.faces.grpc_stream import GrpcStream
 from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.figures import Bound, Figure, missing, ratio_figure
-from loadtests.processes import ENGINE, classify, core_threads, pin
+from loadtests.processes import ENGINE, classify, pin
 from loadtests.report import Arm, Round
 from loadtests.scenarios import longprompt, processes, relay, startup
 from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns, unbind
@@ -39,8 +38,8 @@ SERVER, ROUTER, SMG, LITELLM = "vLLM server", "vllm-router", "SMG", "LiteLLM"
 RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
 LEAN = "ours StreamChat, lean client"
 """At one stream alone: the peers' HTTP client runs on the driver's loop, grpcio's through threads of its own."""
-THREAD, LEAN_THREAD = "ours StreamChat, core on a thread", "ours StreamChat, core on a thread, lean client"
-"""With HEADRACE_ENGINE_CORE=thread."""
+SERVER_LONE = "vLLM server, its rank in its core"
+"""At one stream alone: as ours has a single rank on CPUs (cluster/engine/lone_rank.py)."""
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)
@@ -60,17 +59,14 @@ ENGINE_ARGUMENTS: dict[str, object] = {
 }
 _ONE = Bound("<=", 1.0)
 _B, _A = "against vllm-router", "ours StreamChat"
-ROWS: tuple[tuple[str, str, str, str, Bound], ...] = (
+ROWS: tuple[tuple[str, str, str, str, Bound | None], ...] = (
     (f"front-end CPU per streamed token, 64 streams, {_A} {_B}", GRPC, ROUTER, "front", Bound("<=", 0.60)),
     (f"CPU per token of the whole serving side, {_A} {_B}", GRPC, ROUTER, "whole", Bound("<=", 0.90)),
     (f"front-end CPU per token, {_A} against Ray Serve's proxy", GRPC, RAY_PROXY, "front", Bound("<=", 0.08)),
     (f"TTFT p50 at one stream, {_A} against vLLM's server alone", ONE + GRPC, ONE + SERVER, "p50", _ONE),
     (f"the same, {_A} by a client on the driver's own loop", ONE + LEAN, ONE + SERVER, "p50", _ONE),
-    (f"TTFT p50 at one stream, {THREAD} against vLLM's server alone", ONE + THREAD, ONE + SERVER, "p50", _ONE),
-    (f"the same, {LEAN_THREAD}", ONE + LEAN_THREAD, ONE + SERVER, "p50", _ONE),
-    (f"front-end CPU per streamed token, 64 streams, {THREAD} {_B}", THREAD, ROUTER, "front", Bound("<=", 0.60)),
-    (f"CPU per token of the whole serving side, {THREAD} {_B}", THREAD, ROUTER, "whole", Bound("<=", 0.90)),
-    (f"TTFT p50 at 64 streams, {THREAD} {_B}", THREAD, ROUTER, "p50", Bound("<=", 0.75)),
+    (f"the first of these against {SERVER_LONE}", ONE + GRPC, ONE + SERVER_LONE, "p50", None),
+    (f"the second of these against {SERVER_LONE}", ONE + LEAN, ONE + SERVER_LONE, "p50", None),
     (f"TTFT p50 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p50", Bound("<=", 0.75)),
     (f"TTFT p99 at 64 streams, {_A} {_B}", GRPC, ROUTER, "p99", Bound("<=", 0.75)),
     (f"tokens per CPU-second at 64 streams, {_A} {_B}", GRPC, ROUTER, "yield", Bound(">=", 1.15)),
@@ -145,13 +141,11 @@ class Field:
         if plan is None:
             return "nothing was bound to cores"
         engines, others, driver = plan
-        for root in {root for arm in self.arms for root, _ in arm.roots}:
+        for root in {root for arm in (*self.arms, *self.singles) for root, _ in arm.roots}:
             pin(root, others)
             for process in (psutil.Process(root), *psutil.Process(root).children(recursive=True)):
                 if classify(" ".join(process.cmdline()), "") in ENGINE:
                     pin(process.pid, engines)
-                for number, _ in core_threads(process):
-                    os.sched_setaffinity(number, engines)
         pin(os.getpid(), driver)
         return f"engines on {engines}, front ends on {others}, driver on {driver}"
 
@@ -164,6 +158,8 @@ async def play(stage: Stage) -> None:
     async with AsyncExitStack() as stack:
         field = Field(stage, stack)
         await _with_vllm_server(field, model)
+        if not field.gpus:
+            await _lone_server(field, model)
         await _ours(field, model, bundle)
         async with AsyncExitStack() as proxy:
             await _ray(field, proxy, RAY_PROXY, model, direct_ingress=False)
@@ -242,25 +238,23 @@ async def _ours(field: Field, model: Path, bundle: Path) -> None:
         field.stack.push_async_callback(lean.close)
         single = stage.report.arm(ONE + LEAN, "the same over the same port, without grpcio in the driver")
         field.singles.append(Contestant(single, lean, ours.roots))
-    if stage.options.wants(THREAD):
-        await _on_a_thread(field, model, bundle, arguments)
 
 
-async def _on_a_thread(field: Field, model: Path, bundle: Path, arguments: Mapping[str, object]) -> None:
+async def _lone_server(field: Field, model: Path) -> None:
     stage = field.stage
-
-    async def start() -> tuple[Face, list[tuple[int, str]]]:
-        ours = await serving.start(
-            stage.children, stage.folder, bundle=bundle, source=str(model), engine=arguments, name="thread",
-            environment={**field.environment, core_thread.CORE: "thread"},
-        )  # fmt: skip
-        lean = GrpcLean(ours.grpc, ours.model, metadata=ours.metadata)
-        field.stack.push_async_callback(lean.close)
-        single = stage.report.arm(ONE + LEAN_THREAD, "the same over the same port, without grpcio in the driver")
-        field.singles.append(Contestant(single, lean, ours.roots))
-        return GrpcStream(ours.grpc, ours.model, metadata=ours.metadata), ours.roots
-
-    await field.add(THREAD, "as ours StreamChat, the engine core a thread of the worker's process", start)
+    if not stage.options.wants(SERVER_LONE):
+        return
+    stage.screen.say(f"starting {SERVER_LONE}")
+    single = stage.report.arm(ONE + SERVER_LONE, "VLLM_ENABLE_V1_MULTIPROCESSING=0, which CpuPlatform reads")
+    environment = {**field.environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
+    try:
+        server, _ = await peers.vllm_server(stage.children, serving.MODEL, model, field.engine, environment)
+    except DidNotStart as error:
+        single.problem = str(error)
+        return
+    face = OpenAiSse(server.url, serving.MODEL)
+    field.stack.push_async_callback(face.close)
+    field.singles.append(Contestant(single, face, [(server.child.pid, server.child.kind)]))
 
 
 async def _ray(field: Field, stack: AsyncExitStack, name: str, model: Path, *, direct_ingress: bool) -> None:

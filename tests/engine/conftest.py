@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cluster.api.types import ModelSpec
-from cluster.engine import core_thread, sockets
+from cluster.engine import sockets
 from cluster.engine.vllm_engine import VllmEngine
 from tests.engine.contract import Subject
 from tests.support.checkpoints import build_checkpoint
@@ -69,16 +69,6 @@ async def fast_engine(llama_folder: Path) -> AsyncIterator[tuple[Subject, psutil
     """An engine that serves by the fast path, and the process of its core."""
     async for started in _started(llama_folder, prefer_fastpath=True):
         yield started
-
-
-@pytest.fixture(scope="session")
-async def thread_subject(llama_folder: Path) -> AsyncIterator[Subject]:
-    """An engine whose core is a thread of this process; its rank is none."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(core_thread.CORE, "thread")
-        async for subject, rank in _started(llama_folder, prefer_fastpath=True):
-            assert "Worker" in rank.name(), "there is a core's process"
-            yield subject
 
 
 @pytest.fixture(scope="session")

@@ -8,16 +8,16 @@ from types import ModuleType
 
 import pytest
 
-from cluster.engine import core_thread, fastpath
+from cluster.engine import fastpath, lone_rank
 from cluster.engine.fastpath import SYMBOLS
 from cluster.engine.symbols import missing, resolve
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("path", SYMBOLS | core_thread.SYMBOLS)
+@pytest.mark.parametrize("path", SYMBOLS | lone_rank.SYMBOLS)
 def test_this_vllm_has_every_name(path: str) -> None:
     """Each symbol of the tables is there with its parameters and fields."""
-    assert missing({path: (SYMBOLS | core_thread.SYMBOLS)[path]}) == []
+    assert missing({path: (SYMBOLS | lone_rank.SYMBOLS)[path]}) == []
 
 
 @pytest.mark.engine
@@ -44,7 +44,7 @@ def test_finish_reasons_keep_their_order() -> None:
     assert {reason.name: int(reason) + 1 for reason in theirs} == {reason.name: int(reason) for reason in FinishReason}
 
 
-@pytest.mark.parametrize("module", [fastpath, core_thread])
+@pytest.mark.parametrize("module", [fastpath, lone_rank])
 def test_every_import_stands_in_the_table(module: ModuleType) -> None:
     """What the fast path imports from vLLM is in its table."""
     tree = ast.parse(Path(str(module.__file__)).read_text())
@@ -56,16 +56,4 @@ def test_every_import_stands_in_the_table(module: ModuleType) -> None:
     }
     assert imported
     for name in imported:
-        assert any(path == name or path.startswith(f"{name}.") for path in SYMBOLS | core_thread.SYMBOLS), name
-
-
-def test_where_the_core_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process, unless a thread is asked for and there is one rank; another word is told."""
-    monkeypatch.delenv(core_thread.CORE, raising=False)
-    assert not core_thread.wanted(1)
-    monkeypatch.setenv(core_thread.CORE, "thread")
-    assert core_thread.wanted(1)
-    assert not core_thread.wanted(2)
-    monkeypatch.setenv(core_thread.CORE, "threads")
-    with pytest.raises(ValueError, match="HEADRACE_ENGINE_CORE='threads': use process or thread"):
-        core_thread.wanted(1)
+        assert any(path == name or path.startswith(f"{name}.") for path in SYMBOLS | lone_rank.SYMBOLS), name

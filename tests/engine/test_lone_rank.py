@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from cluster.engine import core_thread, lone_rank
+from cluster.engine import lone_rank
 from cluster.engine.symbols import missing
 from cluster.engine.vllm_engine import VllmEngine
 from tests.engine.conftest import engine_children, tiny_spec
@@ -21,16 +21,13 @@ def config(ranks: int) -> SimpleNamespace:
     return SimpleNamespace(parallel_config=parallel)
 
 
-@pytest.mark.parametrize(("ranks", "word", "core", "cpu", "there"), [
-    (1, "", "", True, True), (1, "core", "process", True, True), (1, "process", "", True, False),
-    (1, "", "thread", True, False), (2, "core", "", True, False), (1, "core", "", False, False),
+@pytest.mark.parametrize(("ranks", "word", "cpu", "there"), [
+    (1, "", True, True), (1, "core", True, True), (1, "process", True, False),
+    (2, "core", True, False), (1, "core", False, False),
 ])  # fmt: skip
-def test_which_engines(
-    ranks: int, word: str, core: str, cpu: bool, there: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One rank on CPUs, unless told otherwise, and not where the core is a thread."""
+def test_which_engines(ranks: int, word: str, cpu: bool, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank on CPUs, unless told otherwise."""
     monkeypatch.setenv(lone_rank.RANK, word)
-    monkeypatch.setenv(core_thread.CORE, core)
     monkeypatch.setattr(lone_rank, "on_cpu", lambda: cpu)
     found = config(ranks)
     assert lone_rank.settle(found) is there

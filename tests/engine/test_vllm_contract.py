@@ -28,20 +28,6 @@ class TestFastPath(EngineContract):
 
 
 @pytest.mark.engine
-class TestCoreOnAThread(EngineContract):
-    """The engine core as a thread of this process."""
-
-    @pytest.fixture
-    def engine(self, thread_subject: Subject) -> Subject:
-        """The shared engine."""
-        return thread_subject
-
-    def test_says_its_path(self, engine: Subject) -> None:
-        """It is the fast path."""
-        assert (engine.info.engine_path, engine.info.engine_path_reason) == ("fastpath", "")
-
-
-@pytest.mark.engine
 class TestPublic(EngineContract):
     """AsyncLLM, as where the fast path's names are missing."""
 

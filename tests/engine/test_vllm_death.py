@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cluster.api.ports import EngineDead
-from cluster.engine import core_thread, lone_rank
+from cluster.engine import lone_rank
 from cluster.engine.vllm_engine import VllmEngine
 from tests.engine.conftest import TOKEN_HI, TOKEN_LO, engine_children, tiny_spec
 from tests.engine.contract import Driver, Subject, request
@@ -24,15 +24,12 @@ async def _step_for_ever(engine: VllmEngine) -> None:
         await engine.step()
 
 
-@pytest.mark.parametrize(("victim", "prefer_fastpath", "core"), [
-    ("core", True, "process"), ("rank", False, "process"), ("rank", True, "thread"),
-])  # fmt: skip
+@pytest.mark.parametrize(("victim", "prefer_fastpath"), [("core", True), ("rank", False)])
 async def test_death_is_told(
-    llama_folder: Path, victim: str, prefer_fastpath: bool, core: str, monkeypatch: pytest.MonkeyPatch
+    llama_folder: Path, victim: str, prefer_fastpath: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A killed core or rank raises EngineDead from step, check and submit within seconds, and takes the rest along."""
-    monkeypatch.setenv(core_thread.CORE, core)
-    monkeypatch.setenv(lone_rank.RANK, "process")
+    monkeypatch.setenv(lone_rank.RANK, "process" if victim == "rank" else "core")
     me = psutil.Process(os.getpid())
     before = set(me.children())
     engine = VllmEngine(tiny_spec(), llama_folder, prefer_fastpath=prefer_fastpath)
@@ -43,7 +40,9 @@ async def test_death_is_told(
         running = await driver.submit(request(subject.prompt(1), max_tokens=900))
         await driver.until(lambda: bool(driver.answers[running].outputs))
         (child,) = [child for child in engine_children(me) if child not in before]
-        family = {"core": child, "rank": engine_children(child)[0]} if core == "process" else {"rank": child}
+        ranks = engine_children(child)
+        assert len(ranks) == (victim == "rank")
+        family = {"core": child, **dict(zip(["rank"], ranks, strict=False))}
         family[victim].kill()
         begin = time.monotonic()
         with pytest.raises(EngineDead):

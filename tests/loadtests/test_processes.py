@@ -34,36 +34,6 @@ print("up", flush=True)
 time.sleep(600)
 """
 
-SPUN = """
-import os, threading, time
-from cluster.engine import core_thread
-from loadtests.processes import ENGINE_CORE, snapshot, used
-
-stop, named = threading.Event(), threading.Event()
-
-def spin():
-    core_thread.name_thread()
-    named.set()
-    while not stop.is_set():
-        pass
-
-roots = [(os.getpid(), "worker replica")]
-first = time.process_time()
-before = snapshot(roots)
-begun = time.process_time()
-thread = threading.Thread(target=spin)
-thread.start()
-named.wait()
-while time.process_time() - begun < 0.5:
-    pass
-least = time.process_time() - begun
-spent = used(before, snapshot(roots)).cpu_s
-most = time.process_time() - first
-stop.set()
-thread.join()
-print(least, spent[ENGINE_CORE], spent["worker replica"], most)
-"""
-
 
 def _family(child: Child) -> list[psutil.Process]:
     return psutil.Process(child.pid).children(recursive=True)
@@ -181,15 +151,3 @@ def test_a_process_that_began_in_between_counts_from_its_begin() -> None:
     before = {(5, 100.0): Seen("gateway", 2.0, 10)}
     after = {(5, 200.0): Seen("gateway", 0.5, 20), (6, 150.0): Seen("gateway", 0.25, 30)}
     assert used(before, after).cpu_s == {"gateway": 0.75}
-
-
-def test_a_core_on_a_thread_counts_apart_from_its_process() -> None:
-    """What the thread spends is the engine core's, the rest its process's, and nothing counts twice."""
-    done = subprocess.run(  # in a process that has no children, whose time would count too
-        [sys.executable, "-c", SPUN], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
-    )
-    least, core, rest, most = map(float, done.stdout.split())
-    assert core > 0.05
-    assert rest > 0.05
-    tick = 0.05  # the kernel counts in hundredths, by process and by thread
-    assert least - tick <= core + rest <= most + tick
