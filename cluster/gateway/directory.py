@@ -11,12 +11,13 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, EngineInfo, ModelState, VersionShare, WorkerIdentity
+from cluster.api.types import CatalogEntry, EngineInfo, Likeness, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.door import ANYBODY
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import codec
@@ -27,10 +28,15 @@ from cluster.routing.versions import Versions, choose
 from cluster.tenancy.identity import Principal
 
 log = structlog.get_logger("directory")
+_T = TypeVar("_T")
 
 
 MOST_OF_A_START = 0.99
 """A start that takes longer than others has not ended yet."""
+
+
+MOST_REPLACED = 64
+"""Generations of a model that are remembered."""
 
 
 class KnownModel:
@@ -42,6 +48,10 @@ class KnownModel:
         self.links: dict[str, WorkerLink] = {}
         self.last: EngineInfo | None = None
         """What the last worker that left had told: it holds while none is linked and the catalog does not say."""
+        self.replaced: dict[str, None] = {}
+        """Generations that the catalog has called retired, the newest last."""
+        self._gone: dict[Likeness, None] = {}
+        """What workers of those were like that have left."""
 
     @property
     def name(self) -> str:
@@ -90,6 +100,29 @@ class KnownModel:
         """Whether no call is to begin there, though those that have begun may go on."""
         identity = link.identity
         return (bool(identity.generation) and identity.generation in self.entry.retired) or self.quarantined(link)
+
+    def told(self, entry: CatalogEntry) -> None:
+        """The catalog has said this of it."""
+        self.entry, self.in_catalog = entry, True
+        _remember(self.replaced, *entry.retired)
+        for link in self.links.values():
+            if link.serves and link.identity.generation not in entry.retired:  # it was taken back
+                self.replaced.pop(link.identity.generation, None)
+
+    def came(self, link: WorkerLink) -> None:
+        """A worker's link is up."""
+        self.links[link.identity.worker_id] = link
+        self._gone.pop(link.likeness, None)
+
+    def went(self, link: WorkerLink) -> None:
+        """It has ended."""
+        del self.links[link.identity.worker_id]
+        if link.identity.generation in self.replaced:
+            _remember(self._gone, link.likeness)
+
+    def comes_no_more(self, likeness: Likeness | None) -> bool:
+        """Whether no worker like this is there or to come: such ones were replaced by others, which serve."""
+        return likeness in self._gone and self.served and all(one.likeness != likeness for one in self.links.values())
 
     def quarantined(self, link: WorkerLink) -> bool:
         """Whether its version is set apart: what runs there is to go on elsewhere, where it can."""
@@ -164,6 +197,15 @@ class KnownModel:
         return self.entry.default_sampling
 
 
+def _remember(past: dict[_T, None], *news: _T) -> None:
+    """Put them last, and forget the oldest where there are too many."""
+    for one in news:
+        past.pop(one, None)
+        past[one] = None
+    for oldest in list(past)[:-MOST_REPLACED]:
+        del past[oldest]
+
+
 class Directory:
     """Models by name and alias, and their tokenizers by digest (memory, disk, then `fetch`)."""
 
@@ -191,7 +233,7 @@ class Directory:
                     del self._models[name]
         for entry in entries:
             model = self._models.setdefault(entry.name, KnownModel(entry, True))
-            model.entry, model.in_catalog = entry, True
+            model.told(entry)
         self._rename()
         self._keep(entries)
 
@@ -201,7 +243,7 @@ class Directory:
         name = link.identity.model
         entry = CatalogEntry(name=name, state=ModelState.READY, bundle_digest=link.identity.bundle_digest)
         model = self._models.setdefault(name, KnownModel(entry, False))
-        model.links[link.identity.worker_id] = link
+        model.came(link)
         self._rename()
         self._warm(model)
 
@@ -210,7 +252,7 @@ class Directory:
         model = self._models.get(link.identity.model)
         if model is None or model.links.get(link.identity.worker_id) is not link:
             return
-        del model.links[link.identity.worker_id]
+        model.went(link)
         if model.links:
             return
         model.last = link.info

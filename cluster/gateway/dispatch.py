@@ -254,6 +254,10 @@ class Dispatcher:
             if decision.worker_id is not None and self._returning.take(output):
                 self.tally.waits_no_more(output.waiting_id)
                 self._bind(known.links[decision.worker_id], output, decision, self.turns.waiting(output))
+            elif known.comes_no_more(output.likeness):
+                self._returning.take(output)
+                self.tally.waits_no_more(output.waiting_id)
+                output.call.fail(self._replaced(output))
 
     def _bind(self, link: WorkerLink, output: Output, decision: Decision, waiting: Waiting) -> None:
         call = output.call
@@ -346,6 +350,12 @@ class Dispatcher:
             ]
             if pick(RouteCall(model.name, output.tokens, likeness=output.likeness), candidates).worker_id is not None:
                 output.move()
+
+    def _replaced(self, output: Output) -> CallError:
+        told = f"the worker was lost after {len(output.emitted)} tokens"
+        return CallError(
+            Outcome.WORKER_LOST, f"{told}, and those that have taken its place are not like it; retry the call"
+        )
 
     def _not_resumed(self, output: Output) -> CallError:
         if output.call.deadline is not None and self._clock() >= output.call.deadline:

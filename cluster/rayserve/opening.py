@@ -39,7 +39,7 @@ def _open_simulated(settings: ReplicaSettings) -> Opened:
     config = SimConfig.from_source(settings.spec.source, settings.spec.engine)
     bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
     engine: Engine = SimEngine(config)
-    return Opened(engine, bundle, "sha256:" + settings.digest)
+    return Opened(engine, bundle, config.weight_digest)
 
 
 def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ SHORTEST_S, LONGEST_S = 5.0, 120.0
 """Of a stream at speed 1."""
 CLIENTS = 8
 END_S = 60.0
+UNENDED = "it has not come to an end"
+"""Of a call that its caller still waits for when all others have long ended: nobody has been told anything."""
 BEFORE_S = 20.0
 
 
@@ -62,6 +65,8 @@ class Load:
     broke: list[float] = field(default_factory=list)
     """When a client's connection ended."""
     _read: int = 0
+    _open: dict[str, Call] = field(default_factory=dict)
+    """What has begun and has not ended."""
 
     def read(self) -> None:
         """What has come since."""
@@ -80,7 +85,10 @@ class Load:
             self.live.append((told["at"], told["running"], told["chunks"]))
         elif told["t"] == "broke":
             self.broke.append(told["at"])
+        elif told["t"] == "begun":
+            self._open[told["id"]] = Call(told["id"], told["asked"], told["sent"], 0.0, math.inf, (), UNENDED, "")
         else:
+            self._open.pop(told["id"], None)
             self.calls.append(
                 Call(
                     told["id"], told["asked"], told["sent"], told["first"], told["ended"],
@@ -111,6 +119,7 @@ class Load:
             await asyncio.sleep(0.1)
         await self.cluster.kubelet.drop(self.pod)
         self.read()
+        self.calls += self._open.values()
 
     def prefill_s(self, before: float) -> tuple[float, int]:
         """p99 of the time to the first piece of streams that began shortly before, and how many they were."""

@@ -152,6 +152,54 @@ async def test_what_is_replaced_gets_no_new_call_and_keeps_what_it_has(
     assert not known.served
 
 
+async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """Lost at a worker of a generation that others have taken the place of, it goes on at one like it, if there is one,
+    and else its caller is told at once: nobody like it will come. While none of those serves it waits, as ever, and so
+    it does when that generation was taken back."""
+
+    async def begun_at(worker: Worker) -> Any:
+        stream = cluster.stub.StreamChat(chat(max_tokens=3000, ignore_eos=True))
+        await read(stream)
+        await until(lambda: worker.engine.load().running == 1, "it runs there")
+        return stream
+
+    async def waits() -> None:
+        (running,) = cluster.gateway.service._open.values()
+        await until(lambda: cluster.gateway.dispatcher.returning(running), "it waits")
+
+    first, second = await two_workers(cluster, checkpoint, bundle)
+    twin = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, generation="g3", weight_digest="one")
+    told(cluster, entry(retired=("g2", "g3")))
+    stream = await begun_at(first)
+    told(cluster, entry(retired=("g1", "g3")))
+    await first.stop()
+    await until(lambda: twin.engine.load().running > 0, "it goes on at its like")
+    await twin.stop()
+    answer = await refused(rest_of(stream))
+    assert (answer.reason, "not like it" in answer.message) == ("WORKER_LOST", True)
+    assert second.engine.load().running == 0
+
+    stream = await begun_at(second)
+    told(cluster, entry(retired=("g2",)))
+    await second.stop()
+    await waits()
+    fourth = await cluster.add_worker(
+        sim_engine(checkpoint, decode_ms=1), bundle, generation="g4", weight_digest="three"
+    )
+    assert (await refused(rest_of(stream))).reason == "WORKER_LOST"
+
+    stream = await begun_at(fourth)
+    told(cluster, entry(retired=("g4",)))
+    told(cluster, entry())
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, generation="g5", weight_digest="four")
+    await fourth.stop()
+    await waits()
+    stream.cancel()
+    await cluster.until_idle()
+
+
 async def test_a_quarantined_version_is_left(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """No new call; a stream moves where another has the same weights; with all of them set apart calls are refused."""
     first, second = await two_workers(cluster, checkpoint, bundle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,6 +70,22 @@ class SimConfig:
             _check(self.eos < self.vocab, "eos", f"must lie in the vocabulary ({self.vocab})")
         if self.token_hi:
             _check(self.token_lo < self.token_hi, "token_lo", f"must be below token_hi ({self.token_hi})")
+
+    @property
+    def weight_digest(self) -> str:
+        """Of what shapes its tokens, as a model's weights do: two engines that are alike in it tell the same, however
+        fast each is."""
+        shapes = (
+            self.folder,
+            self.vocab,
+            self.token_lo,
+            self.token_hi,
+            self.eos,
+            self.eos_ratio,
+            self.seed,
+            self.salted,
+        )
+        return "sha256:" + hashlib.sha256(repr(shapes).encode()).hexdigest()
 
     @classmethod
     def from_source(cls, source: str, overrides: Mapping[str, object] | None = None) -> SimConfig:

@@ -103,6 +103,7 @@ class Callers:
         self._made += 1
         told: dict[str, Any] = {"t": "call", "id": f"h{self._plan.seed}-{self._made}", "asked": tokens, "error": ""}
         told["sent"] = last = time.time()
+        self._write({"t": "begun", "id": told["id"], "asked": tokens, "sent": last})
         first, gaps, pieces = 0.0, [], 0
         self._running += 1
         stream = client.stream_chat(
