@@ -59,18 +59,18 @@ def server() -> set[int]:
     return set() if pid is None else {int(pid)}
 
 
-def install(*, bound_core: bool = False) -> None:
-    """Let vLLM start its processes as forks of the server, where there is one. `bound_core`: the engine core binds
-    threads, as ranks do, and libgomp reads how when a program begins: then it is spawned."""
+def install(*, rank_in_core: bool = False) -> None:
+    """Let vLLM start its processes as forks of the server, where there is one; but what computes and binds its threads
+    is spawned, for libgomp reads how when a program begins: ranks, or the core, where the rank is in it."""
     if not begun():
         return
     import vllm.v1.engine.utils as core_starts
     import vllm.v1.executor.multiproc_executor as rank_starts
     from vllm.utils.system_utils import get_mp_context
 
-    core_starts.get_mp_context = get_mp_context if bound_core else _Context
-    binds = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind"
-    rank_starts.get_mp_context = get_mp_context if binds else _Context
+    computing = _Context if os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind" else get_mp_context
+    core_starts.get_mp_context = computing if rank_in_core else _Context
+    rank_starts.get_mp_context = computing
 
 
 class _Process(context.ForkServerProcess):

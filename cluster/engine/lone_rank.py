@@ -15,7 +15,6 @@ import contextlib
 import os
 from typing import Any
 
-from cluster.engine.arguments import on_cpu
 from cluster.engine.symbols import missing
 
 RANK = "HEADRACE_ENGINE_RANK"
@@ -33,16 +32,11 @@ def settle(config: Any) -> bool:
     word = os.environ.get(RANK, "")
     if word not in ("", "core", "process"):
         raise ValueError(f"{RANK}={word!r}: use core or process, or leave it out")
-    parallel = config.parallel_config
-    if word == "process" or not on_cpu() or parallel.world_size_across_dp != 1 or missing(SYMBOLS):
+    parallel, on_cpu = config.parallel_config, config.device_config.device_type == "cpu"
+    if word == "process" or not on_cpu or parallel.world_size_across_dp != 1 or missing(SYMBOLS):
         return False
     parallel.distributed_executor_backend = "uni"
     return True
-
-
-def binds() -> bool:
-    """Whether the kernels' threads are bound to CPUs."""
-    return os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") != "nobind"
 
 
 def environment(config: Any) -> contextlib.AbstractContextManager[None]:

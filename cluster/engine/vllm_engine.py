@@ -63,7 +63,7 @@ class VllmEngine:
         """Load the model. Raises ValueError for what cannot work, EngineDead when the core does not come up."""
         try:
             return await self._start()
-        except BaseException:
+        except BaseException:  # a start that is cancelled leaves no folder either
             self._leave_sockets()
             raise
 
@@ -97,7 +97,7 @@ class VllmEngine:
             raise ValueError(f"models[{self._spec.name}]: vLLM does not take this entry: {error}") from error
         repairs.apply()
         in_core = lone_rank.settle(config)
-        forks.install(bound_core=in_core and lone_rank.binds())
+        forks.install(rank_in_core=in_core)
         try:
             with lone_rank.environment(config) if in_core else contextlib.nullcontext():
                 path: EnginePath = FastPath(config) if fast else PublicPath(config)

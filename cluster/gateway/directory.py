@@ -48,7 +48,7 @@ class KnownModel:
         self.links: dict[str, WorkerLink] = {}
         self.last: EngineInfo | None = None
         """What the last worker that left had told: it holds while none is linked and the catalog does not say."""
-        self.replaced: dict[str, None] = {}
+        self._replaced: dict[str, None] = {}
         """Generations that the catalog has called retired, the newest last."""
         self._gone: dict[Likeness, None] = {}
         """What workers of those were like that have left."""
@@ -104,10 +104,10 @@ class KnownModel:
     def told(self, entry: CatalogEntry) -> None:
         """The catalog has said this of it."""
         self.entry, self.in_catalog = entry, True
-        _remember(self.replaced, *entry.retired)
+        _remember(self._replaced, *entry.retired)
         for link in self.links.values():
             if link.serves and link.identity.generation not in entry.retired:  # it was taken back
-                self.replaced.pop(link.identity.generation, None)
+                self._replaced.pop(link.identity.generation, None)
 
     def came(self, link: WorkerLink) -> None:
         """A worker's link is up."""
@@ -117,7 +117,7 @@ class KnownModel:
     def went(self, link: WorkerLink) -> None:
         """It has ended."""
         del self.links[link.identity.worker_id]
-        if link.identity.generation in self.replaced:
+        if link.identity.generation in self._replaced:
             _remember(self._gone, link.likeness)
 
     def comes_no_more(self, likeness: Likeness | None) -> bool:

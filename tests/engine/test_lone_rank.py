@@ -15,21 +15,20 @@ from cluster.engine.vllm_engine import VllmEngine
 from tests.engine.conftest import engine_children, tiny_spec
 
 
-def config(ranks: int) -> SimpleNamespace:
+def config(ranks: int, device: str = "cpu") -> SimpleNamespace:
     """As much of vLLM's configuration as is looked at."""
-    parallel = SimpleNamespace(world_size=ranks, world_size_across_dp=ranks, distributed_executor_backend="mp")
-    return SimpleNamespace(parallel_config=parallel)
+    parallel = SimpleNamespace(world_size_across_dp=ranks, distributed_executor_backend="mp")
+    return SimpleNamespace(parallel_config=parallel, device_config=SimpleNamespace(device_type=device))
 
 
-@pytest.mark.parametrize(("ranks", "word", "cpu", "there"), [
-    (1, "", True, True), (1, "core", True, True), (1, "process", True, False),
-    (2, "core", True, False), (1, "core", False, False),
+@pytest.mark.parametrize(("ranks", "word", "device", "there"), [
+    (1, "", "cpu", True), (1, "core", "cpu", True), (1, "process", "cpu", False),
+    (2, "core", "cpu", False), (1, "core", "cuda", False),
 ])  # fmt: skip
-def test_which_engines(ranks: int, word: str, cpu: bool, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_engines(ranks: int, word: str, device: str, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One rank on CPUs, unless told otherwise."""
     monkeypatch.setenv(lone_rank.RANK, word)
-    monkeypatch.setattr(lone_rank, "on_cpu", lambda: cpu)
-    found = config(ranks)
+    found = config(ranks, device)
     assert lone_rank.settle(found) is there
     assert found.parallel_config.distributed_executor_backend == ("uni" if there else "mp")
 

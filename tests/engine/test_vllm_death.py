@@ -42,8 +42,8 @@ async def test_death_is_told(
         (child,) = [child for child in engine_children(me) if child not in before]
         ranks = engine_children(child)
         assert len(ranks) == (victim == "rank")
-        family = {"core": child, **dict(zip(["rank"], ranks, strict=False))}
-        family[victim].kill()
+        family = [child, *ranks]
+        (ranks[0] if victim == "rank" else child).kill()
         begin = time.monotonic()
         with pytest.raises(EngineDead):
             await asyncio.wait_for(_step_for_ever(engine), 15)
@@ -52,7 +52,7 @@ async def test_death_is_told(
             await engine.check()
         with pytest.raises(EngineDead):
             await engine.submit(request(subject.prompt(2)))
-        gone, alive = await asyncio.to_thread(psutil.wait_procs, list(family.values()), 10)
+        gone, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
         assert not alive, gone
     finally:
         await engine.close()
