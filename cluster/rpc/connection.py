@@ -46,6 +46,8 @@ _CONFIGURATION = H2Configuration(
 # Where the next bytes of any connection are read to: as much as one takes of the loop at a time. asyncio's own read of
 # 256 KiB, and what h2 does with it, held the loop for 20 ms when many long prompts came at once.
 _READ = memoryview(bytearray(65_536))
+LARGE_BYTES = 16_384
+"""So many at once wait their turn (read_turns.py)."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -64,6 +66,7 @@ class Connection(asyncio.BufferedProtocol):
         self._age_s = age_s
         self._out: list[bytes] = []
         self._flushing = False
+        self._unread = 0
         self._table_is_news = True
         self._waiting: dict[int, Rpc] = {}
         self._greeted = False
@@ -111,7 +114,26 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes of the client."""
-        self._received(bytes(_READ[:nbytes]))
+        data = bytes(_READ[:nbytes])
+        if nbytes < LARGE_BYTES and not self._unread:
+            self._received(data)
+            return
+        self._unread += 1
+        self.transport.pause_reading()
+        self._server.turns.put(self, data)
+
+    def take(self, data: bytes) -> None:
+        """Bytes whose turn has come."""
+        self._unread -= 1
+        if self not in self._server.connections:
+            return
+        try:
+            self._received(data)
+        except BaseException:  # as the transport does when it hands on itself
+            self.transport.abort()
+            raise
+        if not self._unread:
+            self.transport.resume_reading()
 
     def _received(self, data: bytes) -> None:
         if not self._greeted and data[:4] in _HTTP1:

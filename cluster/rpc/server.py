@@ -18,6 +18,7 @@ import structlog
 from cluster.rpc.connection import Connection
 from cluster.rpc.limits import Limits
 from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata
+from cluster.rpc.read_turns import ReadTurns
 from cluster.rpc.rpc import Rpc
 
 log = structlog.get_logger("rpc")
@@ -44,6 +45,7 @@ class Server:
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self.connections: set[Connection] = set()
+        self.turns = ReadTurns()
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._listener: asyncio.Server | None = None
         self._empty = asyncio.Event()

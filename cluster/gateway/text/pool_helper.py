@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import pickle
-import signal
 import socket
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from cluster.gateway.text.pool_wire import FAILED, HEAD
 
 IDLE_S: Final = 600.0
 NICENESS: Final = 5
-"""Behind the gateway's own loop, where the two want one core: tokens under way go before prompts to come."""
+SESSION_NICENESS: Final = 10
+"""Behind the gateway's own loop, where the two want one core: tokens under way go before prompts to come. The latter
+for this process's session, which is what counts where processors are shared by session."""
+_SESSION = Path("/proc/self/autogroup")
 
 
 def _read(connection: socket.socket) -> bytearray | None:
@@ -59,8 +63,9 @@ def serve(connection: socket.socket) -> None:
 
 def main() -> None:
     """Serve the socket that is standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the gateway, whose end ends this
     os.nice(NICENESS)
+    with suppress(OSError):  # not Linux, or built without it
+        _SESSION.write_text(str(SESSION_NICENESS))
     connection = socket.socket(fileno=os.dup(0))
     connection.settimeout(IDLE_S)
     try:

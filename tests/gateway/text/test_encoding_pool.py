@@ -87,6 +87,19 @@ async def test_long_prompts_leave_the_loop_free(model: TextModel) -> None:
     pytest.fail(f"the loop's longest turns: {helpers} s with helpers, {threads} s with threads")
 
 
+async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) -> None:
+    """Nothing long is tokenized in the gateway's own process while the first helper starts."""
+    model = TextModel.from_bundle(build_bundle(kinds["llama"].folder))
+    assert model.pool is not None
+    assert not model.pool.pids
+    first = asyncio.create_task(model.prompt_ids_async(TENANT, PROMPT))
+    await asyncio.wait_for(first, READY_S)
+    assert model.pool.pids, "it was tokenized without one"
+    own = {os.getsid(0)}
+    assert own.isdisjoint(os.getsid(pid) for pid in model.pool.pids), "a helper uses up the gateway's share"
+    model.pool.close()
+
+
 async def test_messages_are_rendered_there_too(model: TextModel) -> None:
     """Chat goes the same way, its options with it."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
