@@ -8,20 +8,24 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import grpc
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from cluster.cli.basics import FAILED as FAILED
+from cluster.cli.basics import OK as OK
+from cluster.cli.basics import UNREACHABLE_CODE as UNREACHABLE_CODE
+from cluster.cli.basics import USAGE as USAGE
+from cluster.cli.basics import FileOption as FileOption
+from cluster.cli.basics import fail as fail
+from cluster.cli.basics import read_config as read_config
 from cluster.cli.runs import RunFolder
 from cluster.client import UNREACHABLE, Client, HeadraceError
 from cluster.client.errors import from_rpc
 from cluster.client.options import DEFAULT_ENDPOINT
-from cluster.config import Config, ConfigError, load
 
-OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
 ADMIN_PORT = 50053
 _CODES = {"INVALID_FIELD": USAGE, "STORE_UNAVAILABLE": UNREACHABLE_CODE}
 
@@ -52,28 +56,11 @@ TlsCaOption = Annotated[
     Path | None, typer.Option("--tls-ca", help="The CA that signs the gateway's certificate.", dir_okay=False)
 ]
 TimeoutOption = Annotated[float, typer.Option("--timeout-s", help="Seconds for the whole call.", min=0.001)]
-FileOption = Annotated[
-    Path, typer.Option("-f", "--file", envvar="HEADRACE_CONFIG", help="The cluster.yaml.", show_default=False)
-]
-
-
-def fail(message: str, code: int = FAILED) -> NoReturn:
-    """Say what is wrong on standard error and end with an exit code."""
-    err.print(f"[red]error:[/red] {escape(message)}")
-    raise typer.Exit(code)
 
 
 def print_json(value: Any) -> None:
     """JSON on standard output, for programs."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_config(file: Path) -> Config:
-    """The checked configuration; a wrong one ends the command with exit code 2."""
-    try:
-        return load(file)
-    except ConfigError as error:
-        fail(str(error), USAGE)
 
 
 def local_run() -> RunFolder | None:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from cluster.cli.common import USAGE, fail
+from cluster.cli.basics import USAGE, fail
 from cluster.link.admission import ANY_MODEL, CONTROLLER
 
 DAYS = 365

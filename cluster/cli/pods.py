@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.common import USAGE, FileOption, fail, out, read_config
+from cluster.cli.basics import USAGE, FileOption, fail, read_config
 from cluster.cli.processes import FolderOption, run, stop_on_signal
 from cluster.config import Config, secret_files
 from cluster.config_gateway import ClientTls, Tls, is_loopback
@@ -131,7 +131,7 @@ def _end_with(lacks: Iterator[str], file: Path, check: bool) -> None:
     if found:
         fail("\n".join(found), USAGE)
     if check:
-        out.print(f"{file}: right, and every file that it names is here", markup=False)
+        typer.echo(f"{file}: right, and every file that it names is here")
         raise typer.Exit(0)
 
 

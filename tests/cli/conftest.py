@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from cluster.cli.main import app
+from cluster.cli.commands import app
 from tests.support.scripted_gateway import Script, ScriptedGateway, serve
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from cluster.cli.main import app
+from cluster.cli.commands import app
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.tenancy.identity import authenticate

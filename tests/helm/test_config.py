@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster.cli.main import app
+from cluster.cli.commands import app
 from cluster.cli.pod_secrets import manifests
 from cluster.config import Config, parse
 from cluster.rayserve.placement import is_simulated, why_unplaceable, world_size

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, WorkerIdentity
-from cluster.cli.main import app
+from cluster.cli.commands import app
 from cluster.config_gateway import Tls
 from cluster.gateway.tls import NewestContext
 from cluster.link import codec

@@ -1,0 +1,29 @@
+"""What a process of the cluster shares with the commands: its file, exit codes, and how an error becomes one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from cluster.config import Config, ConfigError, load
+
+OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
+FileOption = Annotated[
+    Path, typer.Option("-f", "--file", envvar="HEADRACE_CONFIG", help="The cluster.yaml.", show_default=False)
+]
+
+
+def fail(message: str, code: int = FAILED) -> NoReturn:
+    """Say what is wrong on standard error and end with an exit code."""
+    typer.echo(f"{typer.style('error:', fg=typer.colors.RED)} {message}", err=True)
+    raise typer.Exit(code)
+
+
+def read_config(file: Path) -> Config:
+    """The checked configuration; a wrong one ends the command with exit code 2."""
+    try:
+        return load(file)
+    except ConfigError as error:
+        fail(str(error), USAGE)
