@@ -1,4 +1,4 @@
-"""The command line of the processes alone: what main.py runs for `headrace gateway`, `headrace pod controller` and such.
+"""The command line of the processes alone: what main.py runs for `headrace gateway`, `headrace pod ...` and such.
 
 It imports nothing that only the other commands need.
 """
