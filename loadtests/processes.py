@@ -102,14 +102,22 @@ def used(before: Snapshot, after: Snapshot) -> Usage:
 
 def pin(pid: int, cpus: Iterable[int]) -> None:
     """Bind a process, its threads and all its descendants to `cpus`; those that have ended are passed over."""
-    wanted = list(cpus)
     try:
         process = psutil.Process(pid)
         family = [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    for member in family:
+    _pin_threads(family, list(cpus))
+
+
+def pin_driver(cpus: Iterable[int]) -> None:
+    """Bind this process and its threads; its descendants are the servers, which stay where they are bound."""
+    _pin_threads([psutil.Process()], list(cpus))
+
+
+def _pin_threads(processes: Iterable[psutil.Process], cpus: list[int]) -> None:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            for thread in member.threads():
+            for thread in process.threads():
                 with contextlib.suppress(ProcessLookupError):
-                    os.sched_setaffinity(thread.id, wanted)
+                    os.sched_setaffinity(thread.id, cpus)

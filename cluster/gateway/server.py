@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import platform
-import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from cluster.gateway.turns import Turns
 from cluster.link import ticks
 from cluster.link.dial import Timing
 from cluster.link.hub import Hub, hub_server
-from cluster.observe import garbage
+from cluster.observe import garbage, interpreter
 from cluster.observe.metrics import Metrics, Sample
 from cluster.tenancy.limits import Limiter
 from cluster.tenancy.queue import WaitingRoom
@@ -59,10 +58,6 @@ LAG_S = 0.1
 """How often the event loop's lateness is measured."""
 HAND_ON = 0.5
 """Of the time to drain: so long a stopping gateway hands streams on to the others, when it knows of some."""
-SWITCH_S = 0.0005
-"""After so long another thread hands the interpreter back to the loop, which gives it away with every send: with
-CPython's own 5 ms, a thread that reads a tokenizer or moves the ledger would hold up twenty sends by a tenth of a
-second."""
 LAST_WORD_S = 0.5
 """What a call gets that still runs when the time to drain is over, to tell its client so."""
 
@@ -464,7 +459,7 @@ async def run_gateway(
     probes: str = "",
 ) -> None:
     """Serve until `stop` is set, then drain. `ready` gets the bound endpoints by listener name."""
-    sys.setswitchinterval(SWITCH_S)
+    interpreter.hand_over_soon()
     gateway = Gateway(config, folder, process=process, probes=probes)
     try:
         await gateway.start()

@@ -26,6 +26,7 @@ from cluster.engine.golden import Examined
 from cluster.link.worker import WorkerEnd
 from cluster.observe import garbage
 from cluster.observe.cores import leave_no_core_dumps
+from cluster.observe.interpreter import hand_over_soon
 from cluster.rayserve.placement import why_split
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
 
@@ -95,6 +96,7 @@ class Replica:
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
             raise ModelRefused(f"models[{spec.name}]: {reason}")
         leave_no_core_dumps()
+        hand_over_soon()
         began = time.time()
         try:
             opened = await asyncio.to_thread(self.opener, self.settings)

@@ -14,7 +14,7 @@ from loadtests.children import Children
 from loadtests.driver import Limits, drive
 from loadtests.faces.base import CallFailed, Face, Request
 from loadtests.figures import MIN_ROUNDS
-from loadtests.processes import pin, snapshot, used
+from loadtests.processes import pin_driver, snapshot, used
 from loadtests.records import Run, same_texts
 from loadtests.report import Arm, Report, Round
 from loadtests.show import Screen
@@ -214,7 +214,7 @@ def rounds_of(options: Options) -> int:
 
 def unbind() -> None:
     """Give this process all its cores back: what it starts inherits them."""
-    pin(os.getpid(), AVAILABLE)
+    pin_driver(AVAILABLE)
 
 
 def cores(bound: bool) -> tuple[list[int], list[int], list[int]] | None:

@@ -10,7 +10,6 @@ startup and processes.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -26,7 +25,7 @@ from loadtests.faces.grpc_lean import GrpcLean
 from loadtests.faces.grpc_stream import GrpcStream
 from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.figures import Bound, Figure, missing, ratio_figure
-from loadtests.processes import ENGINE, classify, pin
+from loadtests.processes import ENGINE, classify, pin, pin_driver
 from loadtests.report import Arm, Round
 from loadtests.scenarios import longprompt, processes, relay, startup
 from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns, unbind
@@ -146,7 +145,7 @@ class Field:
             for process in (psutil.Process(root), *psutil.Process(root).children(recursive=True)):
                 if classify(" ".join(process.cmdline()), "") in ENGINE:
                     pin(process.pid, engines)
-        pin(os.getpid(), driver)
+        pin_driver(driver)
         return f"engines on {engines}, front ends on {others}, driver on {driver}"
 
 

@@ -9,12 +9,10 @@ turns with half the streams: then each process has the same load, which is what 
 
 from __future__ import annotations
 
-import os
-
 from loadtests.datasets import fixed
 from loadtests.faces.grpc_stream import CHANNELS, GrpcStream
 from loadtests.figures import Bound, Figure, missing, ratio_figure
-from loadtests.processes import SIMULATED, pin
+from loadtests.processes import SIMULATED, pin, pin_driver
 from loadtests.scenarios.common import (
     Contestant,
     Stage,
@@ -84,7 +82,7 @@ def _bind(wanted: bool, sides: list[serving.Ours]) -> str:
     for ours in sides:
         for pid, kind in ours.roots:
             pin(pid, engines if kind == SIMULATED else gateways)
-    pin(os.getpid(), driver)
+    pin_driver(driver)
     return f"gateways on {gateways}, engines on {engines}, driver on {driver}"
 
 

@@ -6,7 +6,6 @@ vllm-router (SSE in, SSE out) in turns. What relays is bound to a core of its ow
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from loadtests.faces.grpc_stream import GrpcStream
 from loadtests.faces.openai_sse import OpenAiSse
 from loadtests.faces.session import Sessions
 from loadtests.figures import Bound, Figure, missing, ratio_figure
-from loadtests.processes import SIMULATED, pin
+from loadtests.processes import SIMULATED, pin, pin_driver
 from loadtests.report import Round
 from loadtests.scenarios.common import Contestant, Stage, cores, first_call, per_round, rounds_of, take_turns
 from loadtests.serving import ours as serving
@@ -137,7 +136,7 @@ def _bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
         pin(pid, relay)
     for pid in engines:
         pin(pid, engine)
-    pin(os.getpid(), driver)
+    pin_driver(driver)
     return f"what relays on {relay}, engines on {engine}, driver on {driver}"
 
 

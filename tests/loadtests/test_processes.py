@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from loadtests.children import ROOT, Child, Children, DidNotStart
-from loadtests.processes import ENGINE_CORE, Seen, Usage, classify, snapshot, used
+from loadtests.processes import ENGINE_CORE, Seen, Usage, classify, pin, pin_driver, snapshot, used
 from tests.support.cluster import until
 
 pytestmark = pytest.mark.slow
@@ -59,6 +59,23 @@ async def test_a_stubborn_family_is_gone_at_the_end(tmp_path: Path) -> None:
         family = _family(child)
     assert len(family) >= 3
     assert not [process for process in family if _runs(process)]
+
+
+async def test_servers_stay_on_their_cores_when_the_driver_is_bound(tmp_path: Path) -> None:
+    """They are its descendants: bound with it, all that is measured would share one core."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("one core: nothing can be bound apart")
+    try:
+        async with Children(tmp_path) as children:
+            child = children.start("server", "x", [sys.executable, "-c", BUSY])
+            await _says_up(child)
+            pin(child.pid, cpus[:1])
+            pin_driver(cpus[1:])
+            assert {tuple(process.cpu_affinity()) for process in _family(child)} == {tuple(cpus[:1])}
+            assert sorted(os.sched_getaffinity(0)) == cpus[1:]
+    finally:
+        pin_driver(cpus)
 
 
 async def test_nothing_stays_when_the_harness_is_killed(tmp_path: Path) -> None:
