@@ -27,10 +27,12 @@ from loadtests.hosts import rendered
 from loadtests.hosts.fabric import Fabric, fabric
 from loadtests.hosts.pods import Kubelet, Pod, own
 from loadtests.hosts.rendered import RELEASE, Containers, Mount, Names, Object, Release
+from loadtests.hosts.shares import shares
 from loadtests.hosts.story import Story
 from loadtests.serving import ours as serving
 
-A, B, C = "a", "b", "c"
+HOSTS = A, B, C, D = "a", "b", "c", "d"
+"""D is the callers'."""
 VALUES = Path(__file__).parent / "values.yaml"
 MASS, TENANT = "mass", "load"
 BLUE, GREEN = "blue", "green"
@@ -74,6 +76,11 @@ class Cluster:
     rays: Sequence[str] = (BLUE,)
     """Ray clusters of the release; entries that name none run on the first."""
     key: str = ""
+
+    @property
+    def processors(self) -> str:
+        """How hosts and pods share this machine's."""
+        return "by host and request" if self.kubelet.shares is not None else "by session: it gives nobody groups"
 
     def containers(self) -> Containers:
         """Of the release as it is."""
@@ -255,9 +262,10 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
     made = rendered.make_secrets()
     release = _release(home, [entry], (BLUE,), made)
     async with AsyncExitStack() as stack:
-        net = stack.enter_context(fabric((A, B, C)))
+        net = stack.enter_context(fabric(HOSTS))
         dns = net.place("dns", C)
-        kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address)
+        groups = stack.enter_context(shares(len(HOSTS)))
+        kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address, groups)
         story = Story(children.folder)
         stack.enter_context(contextlib.closing(story))
         await stack.enter_async_context(kubelet.running())

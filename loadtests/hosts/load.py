@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.faults.recovery import percentile
-from loadtests.hosts.cluster import MASS, STEP_MS, C, Cluster
+from loadtests.hosts.cluster import MASS, STEP_MS, Cluster, D
 from loadtests.hosts.inside.callers import Plan
 from loadtests.hosts.pods import Pod, own
 from loadtests.hosts.rendered import NAMESPACE, RELEASE, Mount
@@ -155,7 +155,7 @@ async def begin(
         f"callers-{seed}", "callers", "-m", "loadtests.hosts.inside.callers", "/run-of-callers/plan.json",
         mounts=[Mount("/run-of-callers", folder)],
     )  # fmt: skip
-    pod = cluster.kubelet.add(spec, cluster.fabric.place(f"callers{seed}", C))
+    pod = cluster.kubelet.add(spec, cluster.fabric.place(f"callers{seed}", D))
     cluster.kubelet.start(pod)
     return Load(cluster, pod, folder / "out.jsonl", plan)
 

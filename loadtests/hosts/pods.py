@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2
 from loadtests.children import ROOT, Child, Children, DidNotStart
 from loadtests.hosts.fabric import Place
 from loadtests.hosts.rendered import DOMAIN, Names, Spec
+from loadtests.hosts.shares import Shares
 
 SANDBOX = Path(__file__).parent / "sandbox.sh"
 PATH = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -92,8 +93,11 @@ class Pod:
 class Kubelet:
     """Starts pods, keeps them, and tells the names where the ready ones are."""
 
-    def __init__(self, children: Children, home: Path, names: Names, nameserver: str) -> None:
+    def __init__(
+        self, children: Children, home: Path, names: Names, nameserver: str, shares: Shares | None = None
+    ) -> None:
         self._children = children
+        self.shares = shares
         self._home = home
         self._names = names
         self._nameserver = nameserver
@@ -222,6 +226,8 @@ class Kubelet:
         (home / "resolv.conf").write_text(
             f"nameserver {self._nameserver}\nsearch {search}\noptions ndots:5 timeout:2\n"
         )
+        group = self.shares.group(pod.place.host, spec.name, spec.cpus) if self.shares is not None else ""
+        (home / "group").write_text(str(group))
         (home / "programs").write_text("".join(f"{folder}\n" for folder in programs()))
         return self._children.start(
             spec.name,

@@ -68,6 +68,7 @@ async def play(stage: Stage) -> None:
     try:
         async with clusters.running(stage.children, stage.folder, size=size, seed=options.seed) as cluster:
             stage.screen.say(f"the cluster is up after {time.monotonic() - began:.0f} s")
+            stage.report.settings["hosts"]["processors"] = cluster.processors
             stage.report.settings["hosts"]["up after s"] = round(time.monotonic() - began, 1)
             ways_out = dict(await asyncio.to_thread(cluster.fabric.ways_out))
             if wanted:

@@ -21,6 +21,7 @@ from loadtests.hosts.fabric import PREFIX, Place, fabric
 from loadtests.hosts.inside.callers import Callers, Plan
 from loadtests.hosts.load import Call, Load
 from loadtests.hosts.rendered import DOMAIN, Names, Spec
+from loadtests.hosts.shares import shares, weight
 from loadtests.scenarios.hosts import lost_in_move
 
 PLAN = Plan("", "e:1", "", "", "m", streams=1, clients=1, tokens=(1, 2))
@@ -190,3 +191,28 @@ async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
         assert rows[name]["value"] == 0, rows[name]
     assert report["settings"]["events"]["gateway"]["resumed"] > 0, "a gateway whose end moved no stream proves nothing"
     assert left_of(process.pid) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "pod", "cpus", "own", "of_host"), [("a", "gateway-0", 1.0, 1024, 1024), ("b", "valkey-0", 0.1, 102, 1024)]
+)
+def test_pods_get_what_they_ask_for_of_their_hosts_share(
+    host: str, pod: str, cpus: float, own: int, of_host: int
+) -> None:
+    """By the kernel's own word; nothing of the groups is left."""
+    with shares(2) as groups:
+        if groups is None:
+            pytest.skip("nobody may make groups of the cpu controller here")
+        group = groups.group(host, pod, cpus)
+        assert groups.group(host, pod, cpus) == group, "a pod that starts again has the group that it had"
+        file, told = ("cpu.weight", weight) if groups.weights else ("cpu.shares", int)
+        assert int((group / file).read_text()) == told(own)
+        assert int((group.parent / file).read_text()) == told(of_host)
+        process = subprocess.Popen(["sleep", "60"])
+        try:
+            (group / "cgroup.procs").write_text(str(process.pid))
+            assert f"{host}/{pod}" in Path(f"/proc/{process.pid}/cgroup").read_text()
+        finally:
+            process.kill()
+            process.wait()
+    assert not groups.root.exists()
