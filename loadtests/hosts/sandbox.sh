@@ -5,7 +5,6 @@ set -euo pipefail
 pod=$1
 shift
 root=$pod/root
-if [ -s "$pod/group" ]; then echo 0 > "$(cat "$pod/group")/cgroup.procs"; fi  # 0: this process
 ulimit -n 1048576 2>/dev/null || true  # as a container runtime's
 hostname "$(cat "$pod/hostname")"
 mount --make-rprivate /
