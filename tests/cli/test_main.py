@@ -1,0 +1,54 @@
+"""A process of the cluster starts without what only the commands need, and is found under the same name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from cluster.cli import commands, starts
+from cluster.cli.main import PROCESSES
+from loadtests.children import ROOT
+
+PROGRAM = """
+import sys
+sys.argv = ["headrace", *{words!r}, "--help"]
+from cluster.cli.main import main
+try:
+    main()
+except SystemExit:
+    pass
+found = [name for name in ("rich", "pygments", "cluster.cli.commands") if name in sys.modules]
+print("imports", *found)
+"""
+
+
+def _names(app: typer.Typer) -> set[str]:
+    own = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    return own | {group.name or "" for group in app.registered_groups}
+
+
+def test_what_starts_alone_is_what_there_is_to_start() -> None:
+    """Each name is a process there, and a command of the whole line too, with what it takes."""
+    assert set(PROCESSES) == _names(starts.app)
+    assert set(PROCESSES) <= _names(commands.app)
+
+
+@pytest.mark.parametrize("words", [["gateway"], ["controller"], ["pod", "gateway"], ["prepare"]])
+def test_a_process_imports_no_console(words: list[str]) -> None:
+    """Its own help is there; rich, pygments and the other commands are not."""
+    program = PROGRAM.format(words=words)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--file" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imports"
+
+
+def test_another_command_has_all() -> None:
+    """The same program, where a person reads."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(words=["chat"])], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1].split()[1:] == ["rich", "pygments", "cluster.cli.commands"]
