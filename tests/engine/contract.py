@@ -361,12 +361,15 @@ class EngineContract:
         fillers = [await driver.submit(request(engine.prompt(20 + i), max_tokens=200)) for i in range(places)]
         await driver.until(lambda: all(driver.answers[i].outputs for i in fillers))
         later = await driver.submit(request(engine.prompt(18), max_tokens=2, priority=5))
-        sooner = await driver.submit(request(engine.prompt(19), max_tokens=2, priority=1))
-        await driver.abort(fillers[:1])
-        await driver.until(lambda: driver.answers[sooner].finish is not None)
-        assert driver.answers[later].finish is None
-        await driver.until(lambda: driver.answers[later].finish is not None)
-        await driver.abort(fillers[1:])
+        # Long enough that whoever reads late still sees it alone.
+        sooner = await driver.submit(request(engine.prompt(19), max_tokens=100, priority=1))
+        try:
+            await driver.abort(fillers[:1])
+            await driver.until(lambda: bool(driver.answers[sooner].outputs))
+            assert not driver.answers[later].outputs
+            await driver.until(lambda: driver.answers[later].finish is not None)
+        finally:
+            await driver.abort([*fillers[1:], sooner])
         await driver.empty()
 
     @pytest.mark.parametrize("name", RESUMED)
