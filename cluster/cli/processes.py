@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import signal
@@ -40,7 +39,6 @@ def gateway(
     ] = 0,
 ) -> None:
     """Run one gateway process in the foreground."""
-    gc.disable()  # until it serves: what a start makes stays, and looking for garbage in it is a tenth of the start
     from cluster.gateway.server import run_gateway
 
     config = read_config(file)

@@ -58,13 +58,13 @@ def shares(hosts: int) -> Iterator[Shares | None]:
     parent = V2 if weights else V1
     found = Shares(parent / name, weights)
     try:
-        if weights and "cpu" not in (V2 / "cgroup.subtree_control").read_text().split():
-            raise PermissionError("the cpu controller is not given to groups here")
-        found._make(found.root, hosts * ONE_CPU)
-    except OSError:
-        yield None
-        return
-    try:
+        try:
+            if weights and "cpu" not in (V2 / "cgroup.subtree_control").read_text().split():
+                raise PermissionError("the cpu controller is not given to groups here")
+            found._make(found.root, hosts * ONE_CPU)
+        except OSError:
+            yield None
+            return
         yield found
     finally:
         for path in reversed(found.made):

@@ -90,7 +90,8 @@ async def play(stage: Stage) -> None:
     try:
         (short,) = requests_of(options.seed, 999, 1, 1)
         ready = [arm for arm in arms if await first_call(arm, short)]
-        await serving.ask_stalls(ours, stalls)  # what was before counts for no round
+        if arms[0] in ready:
+            await serving.ask_stalls(ours, stalls)  # the gateway's start counts for no round
         await take_turns(
             stage, ready, lambda number: requests_of(options.seed, number, tokens),
             rounds=rounds, concurrency=concurrency, limits=LIMITS,

@@ -138,6 +138,7 @@ class EncodingPool:
         self._closed = True
         self._end()
         self._idle.clear()
+        self._give_up()
 
     async def _take(self) -> _Helper | None:
         if self._idle:
@@ -187,7 +188,11 @@ class EncodingPool:
     def _failed(self, error: Exception) -> None:
         self.failures += 1
         log.warning("encoding_helper_lost", error=str(error), started_again=self.failures < MAX_FAILURES)
-        while self._waiting and not self._helpers:
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Who waits does the work itself, where no helper is there and none comes."""
+        while self._waiting and not (self._helpers or self._starting):
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(None)
@@ -211,10 +216,14 @@ class EncodingPool:
             self._starting = False
             self._failed(error)
             return
-        finally:
+        except BaseException:  # no thread to be had, or the loop's end
             self._starting = False
+            self._give_up()
+            raise
+        self._starting = False
         if self._closed:
             helper.end()
+            self._give_up()
             return
         self._helpers.add(helper)
         self._give(helper)

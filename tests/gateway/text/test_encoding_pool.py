@@ -100,6 +100,19 @@ async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) 
     model.pool.close()
 
 
+@pytest.mark.parametrize("started", [False, True])
+async def test_a_pool_that_is_closed_holds_nobody(kinds: dict[str, Kind], started: bool) -> None:
+    """Who waits for a helper, the first to come or one at work, does the work itself."""
+    pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1)
+    if started:
+        assert await asyncio.wait_for(pool.ready(), READY_S)
+    calls = [asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT), {}))) for _ in range(3)]
+    await asyncio.sleep(0)
+    pool.close()
+    assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
+    assert not pool.pids
+
+
 async def test_messages_are_rendered_there_too(model: TextModel) -> None:
     """Chat goes the same way, its options with it."""
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
