@@ -26,6 +26,7 @@ from cluster.gateway.door import Shown, Visitor
 from cluster.gateway.prompt_log import PromptLog
 from cluster.ledger.audit import AuditEvent, AuditLog
 from cluster.ledger.audit_writer import AuditWriter
+from cluster.ledger.bring_up import bring_up, bring_up_elsewhere
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
@@ -52,7 +53,7 @@ log = structlog.get_logger("tenants")
 FIRST_ANSWER_S = 5.0
 """How long a start waits for the database, where no snapshot of an earlier life serves meanwhile."""
 CHECK_AFTER_S = 2.0
-"""A database that has answered is checked when the first calls are through: the check takes 0.2 s of this process."""
+"""A database that has answered is checked when the first calls are through, in a process of its own."""
 AGAIN_S = 5.0
 ASK_AGAIN_S = 30.0
 """Sessions are asked again this often without any change, since keys and tokens expire by themselves."""
@@ -113,8 +114,10 @@ class TenantDoor:
         waits = self._watcher.statistics().age_s == float("inf")
         if waits and self._is_there():  # most likely it is as we need it: who may call is known before that is checked
             waits = not await asyncio.to_thread(self._watcher.ask)
-        after_s = 0.0 if waits else CHECK_AFTER_S
-        self._tasks = [asyncio.create_task(self._prepare(tried, after_s)), asyncio.create_task(self._ask_again())]
+        self._tasks = [
+            asyncio.create_task(self._prepare(tried, serving=not waits)),
+            asyncio.create_task(self._ask_again()),
+        ]
         if waits:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_ANSWER_S):
@@ -152,13 +155,19 @@ class TenantDoor:
             max_tenants=observe.max_tenant_series,
         )
 
-    async def _prepare(self, tried: asyncio.Event, after_s: float) -> None:
-        """Process 0 brings the database up to the file; then, daily, what is too old goes."""
-        await asyncio.sleep(after_s)
+    async def _prepare(self, tried: asyncio.Event, *, serving: bool) -> None:
+        """Process 0 brings the database up to the file; then, daily, what is too old goes. `serving`: calls come
+        already, and are not to wait for that."""
+        url = database_url(self._config)
+        await asyncio.sleep(CHECK_AFTER_S if serving else 0.0)
         while self._first:
             try:
-                await asyncio.to_thread(self._bring_up)
-                garbage.settle()  # the check has imported what migrates
+                if serving:
+                    await bring_up_elsewhere(url)
+                else:
+                    await asyncio.to_thread(bring_up, url)
+                    garbage.settle()  # that has imported what migrates
+                await asyncio.to_thread(self.ledger.tenants.declare, self._policies)
                 break
             except LedgerError as error:
                 log.warning("ledger_not_ready", error=str(error))
@@ -184,12 +193,6 @@ class TenantDoor:
         """Whether the database can have been prepared before: a file of SQLite's that is not there has not."""
         url = database_url(self._config)
         return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).exists()
-
-    def _bring_up(self) -> None:
-        if database_url(self._config).startswith("sqlite"):
-            self.ledger.upgrade()
-        self.ledger.require_usable()
-        self.ledger.tenants.declare(self._policies)
 
     # ---- Door
 

@@ -9,18 +9,12 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from contextlib import suppress
-from pathlib import Path
 from typing import Final
 
 from cluster.gateway.text.pool_wire import FAILED, HEAD
+from cluster.observe.background import stand_back
 
 IDLE_S: Final = 600.0
-NICENESS: Final = 5
-SESSION_NICENESS: Final = 10
-"""Behind the gateway's own loop, where the two want one core: tokens under way go before prompts to come. The latter
-for this process's session, which is what counts where processors are shared by session."""
-_SESSION = Path("/proc/self/autogroup")
 
 
 def _read(connection: socket.socket) -> bytearray | None:
@@ -63,9 +57,7 @@ def serve(connection: socket.socket) -> None:
 
 def main() -> None:
     """Serve the socket that is standard input."""
-    os.nice(NICENESS)
-    with suppress(OSError):  # not Linux, or built without it
-        _SESSION.write_text(str(SESSION_NICENESS))
+    stand_back()  # tokens under way go before prompts to come
     connection = socket.socket(fileno=os.dup(0))
     connection.settimeout(IDLE_S)
     try:

@@ -1,0 +1,72 @@
+"""A database is brought to what this release needs, or it is said why it cannot be used.
+
+As a program, which reads the database's address from standard input, for a gateway that has calls already: the check
+imports alembic and compares every table, a fifth of a second of a core, and a thread of the gateway that does so has
+held its event loop up by 60 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Final
+
+from cluster.ledger.errors import LedgerError, StoreUnavailable
+from cluster.observe.background import stand_back
+
+REFUSED: Final = 3
+"""The exit code for what standard output says."""
+TIMEOUT_S: Final = 600.0
+
+
+def bring_up(database_url: str) -> None:
+    """SQLite's tables are made and migrated, PostgreSQL's only checked. Raises LedgerError."""
+    from cluster.ledger.store import Ledger
+
+    ledger = Ledger(database_url)
+    try:
+        if database_url.startswith("sqlite"):
+            ledger.upgrade()
+        ledger.require_usable()
+    finally:
+        ledger.close()
+
+
+async def bring_up_elsewhere(database_url: str) -> None:
+    """The same in a process of its own, which ends when this is cancelled. Raises LedgerError."""
+    pipe = asyncio.subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "cluster.ledger.bring_up", stdin=pipe, stdout=pipe, stderr=pipe,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise StoreUnavailable(f"the database cannot be checked: no process can be started: {error}") from error
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            out, err = await process.communicate(database_url.encode())
+    except TimeoutError:
+        raise StoreUnavailable(f"the database cannot be checked: no end within {TIMEOUT_S:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode == REFUSED:
+        raise StoreUnavailable(out.decode())
+    if process.returncode:
+        last = err.decode(errors="replace").strip().rpartition("\n")[2]
+        raise StoreUnavailable(f"the database cannot be checked: {last or f'exit code {process.returncode}'}")
+
+
+def main() -> None:
+    """Bring up the database whose address is on standard input."""
+    stand_back()
+    try:
+        bring_up(sys.stdin.read())
+    except LedgerError as error:
+        sys.stdout.write(str(error))
+        sys.exit(REFUSED)
+
+
+if __name__ == "__main__":
+    main()
