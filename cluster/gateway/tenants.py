@@ -32,6 +32,7 @@ from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.ledger.watch import Watcher
 from cluster.observe import garbage
+from cluster.observe.background import last_of_all
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.identity import (
     BAD_KEY,
@@ -163,7 +164,7 @@ class TenantDoor:
         while self._first:
             try:
                 if serving:
-                    await bring_up_elsewhere(url)
+                    await bring_up_elsewhere(url, last_of_all)
                 else:
                     await asyncio.to_thread(bring_up, url)
                     garbage.settle()  # that has imported what migrates

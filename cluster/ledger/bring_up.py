@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from typing import Final
 
 from cluster.ledger.errors import LedgerError, StoreUnavailable
-from cluster.observe.background import stand_back
 
 REFUSED: Final = 3
 """The exit code for what standard output says."""
@@ -32,8 +32,8 @@ def bring_up(database_url: str) -> None:
         ledger.close()
 
 
-async def bring_up_elsewhere(database_url: str) -> None:
-    """The same in a process of its own, which ends when this is cancelled. Raises LedgerError."""
+async def bring_up_elsewhere(database_url: str, begun: Callable[[int], None] = lambda pid: None) -> None:
+    """The same in a process of its own, which ends when this is cancelled; `begun` gets its pid. Raises LedgerError."""
     pipe = asyncio.subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(
@@ -42,6 +42,7 @@ async def bring_up_elsewhere(database_url: str) -> None:
         )  # fmt: skip
     except OSError as error:
         raise StoreUnavailable(f"the database cannot be checked: no process can be started: {error}") from error
+    begun(process.pid)
     try:
         async with asyncio.timeout(TIMEOUT_S):
             out, err = await process.communicate(database_url.encode())
@@ -60,7 +61,6 @@ async def bring_up_elsewhere(database_url: str) -> None:
 
 def main() -> None:
     """Bring up the database whose address is on standard input."""
-    stand_back()
     try:
         bring_up(sys.stdin.read())
     except LedgerError as error:

@@ -3,12 +3,13 @@
 Problem: in a thread of the gateway, rendering and tokenizing 200 KB holds the interpreter for milliseconds at a time,
 and the loop waits for it after every system call; with many such threads that adds up to a quarter of a second.
 Helpers (pool_helper.py) start with the first long prompt, which waits for the first of them (0.2 to 0.6 s, once), run
-at a lower priority than the loop, and leave after a while without work. Where none can be had, the caller does the
-work itself: `run` gives None.
+only where nothing else wants to, and leave after a while without work. Where none can be had, or one gets no core for
+seconds, the caller does the work itself: `run` gives None.
 
-Each is a session of its own. Where Linux shares the processors by session (autogroup, its default outside of control
-groups), a gateway whose helpers keep one core busy would have used up its share by that, and its loop would wait on
-the other core behind whatever runs there, 13 ms at a time.
+A core on which only such a process runs counts as idle for whoever wakes up; with a merely nice one there, the loop
+waits on the other core behind whatever runs there, 15 to 30 ms at a time. Each is a session of its own, since where
+Linux shares the processors by session (autogroup, its default outside of control groups), a gateway whose helpers
+keep one core busy would have used up its share by that.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.gateway.text.pool_wire import FAILED, HEAD
+from cluster.observe.background import last_of_all
 
 log = structlog.get_logger("text")
 
 MAX_HELPERS: Final = 4
 MAX_FAILURES: Final = 3
 """Helpers lost one after the other, none of which did any work, before no more are started."""
+PATIENCE_S: Final = 2.0
+"""A helper that has not answered after so long, and a second more for each megabyte, gets no core, or hangs: its
+caller does the work itself, and no other waits for it until it has answered."""
 Job = tuple[str, tuple[Any, ...], dict[str, Any]]
 """Name of a TextModel's method that gives an array of ids, its arguments and its keyword arguments."""
 
@@ -53,6 +58,7 @@ class _Helper:
                 start_new_session=True,
                 env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # the helpers are the parallelism
             )
+        last_of_all(self._process.pid)
         self._socket = ours
         packed = bundle.pack()
         try:
@@ -98,12 +104,14 @@ class _Helper:
 class EncodingPool:
     """The helpers of one model. Used from one event loop."""
 
-    def __init__(self, bundle: Bundle, size: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, size: int | None = None, patience_s: float = PATIENCE_S) -> None:
         """`size`: helpers at most; by default as many as there are cores, up to MAX_HELPERS."""
         self._bundle = bundle
+        self._patience_s = patience_s
         self._size = size or min(os.cpu_count() or 1, MAX_HELPERS)
         self._helpers: set[_Helper] = set()
         self._idle: list[_Helper] = []
+        self._late: set[_Helper] = set()
         self._waiting: deque[asyncio.Future[_Helper | None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._starting = False
@@ -118,12 +126,20 @@ class EncodingPool:
         return frozenset(helper.pid for helper in self._helpers)
 
     async def run(self, job: Job) -> array[int] | None:
-        """The job's ids; None where no helper can be had, or the job failed: do it yourself."""
+        """The job's ids; None where no helper can be had in time, or the job failed: do it yourself."""
         helper = await self._take()
         if helper is None:
             return None
+        packed = pickle.dumps(job, protocol=5)
         # A job that nobody waits for any longer is finished all the same: its answer must leave the socket.
-        return await asyncio.shield(self._spawn(self._work(helper, pickle.dumps(job, protocol=5))))
+        work: asyncio.Task[array[int] | None] = self._spawn(self._work(helper, packed))
+        done, _ = await asyncio.wait({work}, timeout=self._patience_s + len(packed) / 1e6)
+        if done:
+            return work.result()
+        log.warning("encoding_helper_late", chars=len(packed))
+        self._late.add(helper)
+        self._give_up()
+        return None
 
     async def ready(self) -> bool:
         """Wait until all helpers are there; False where none will be."""
@@ -144,7 +160,7 @@ class EncodingPool:
         if self._idle:
             return self._idle.pop()
         self._start()
-        if not (self._helpers or self._starting):
+        if not self._hope:
             return None
         future: asyncio.Future[_Helper | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
@@ -172,10 +188,17 @@ class EncodingPool:
         except BaseException:  # cancelled with the loop: what is on the socket is anybody's guess
             self._lost(helper, None)
             raise
+        finally:
+            self._late.discard(helper)
         self.failures = 0
         if helper in self._helpers:
             self._give(helper)
         return ids
+
+    @property
+    def _hope(self) -> bool:
+        """Whether a helper may come free soon."""
+        return self._starting or bool(self._helpers - self._late)
 
     def _lost(self, helper: _Helper, error: OSError | None) -> None:
         if helper not in self._helpers:
@@ -192,7 +215,7 @@ class EncodingPool:
 
     def _give_up(self) -> None:
         """Who waits does the work itself, where no helper is there and none comes."""
-        while self._waiting and not (self._helpers or self._starting):
+        while self._waiting and not self._hope:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(None)

@@ -12,7 +12,6 @@ import socket
 from typing import Final
 
 from cluster.gateway.text.pool_wire import FAILED, HEAD
-from cluster.observe.background import stand_back
 
 IDLE_S: Final = 600.0
 
@@ -57,7 +56,6 @@ def serve(connection: socket.socket) -> None:
 
 def main() -> None:
     """Serve the socket that is standard input."""
-    stand_back()  # tokens under way go before prompts to come
     connection = socket.socket(fileno=os.dup(0))
     connection.settimeout(IDLE_S)
     try:

@@ -19,6 +19,7 @@ from cluster.engine.bundles import build_bundle
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.tokenizer import ENCODE_HELPER_CHARS, TextModel
 from tests.gateway.text.kinds import Kind
+from tests.support.keyed import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +141,27 @@ async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
     for ids in await asyncio.gather(*calls):
         assert ids.tolist() == expected
     assert await asyncio.wait_for(pool.ready(), READY_S)
+
+
+async def test_nobody_waits_for_a_helper_that_gets_no_core(kinds: dict[str, Kind]) -> None:
+    """Who has one that stands still, and who waits for it, does the work itself; once it goes on it is used again."""
+    pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1, patience_s=0.2)
+    assert await asyncio.wait_for(pool.ready(), READY_S)
+    (pid,) = pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        calls = [asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT), {}))) for _ in range(3)]
+        assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
+        assert await asyncio.wait_for(pool.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+    async def used() -> bool:
+        return await pool.run(("prompt_ids", (TENANT, PROMPT), {})) is not None
+
+    await eventually(used, "the helper is used again", READY_S)
+    assert pool.pids == {pid}
+    pool.close()
 
 
 async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
