@@ -55,7 +55,7 @@ async def test_a_database_that_does_not_answer_is_told_without_its_password() ->
 
 async def test_what_is_no_address_is_told_too() -> None:
     """Whatever ends the process, its last words are there."""
-    with pytest.raises(StoreUnavailable, match="cannot be checked: ValueError: store.database_url"):
+    with pytest.raises(StoreUnavailable, match=r"cannot be checked: ValueError: store\.database_url"):
         await bring_up_elsewhere("nonsense")
 
 
