@@ -1,7 +1,10 @@
-"""What a process of the cluster shares with the commands: its file, exit codes, and how an error becomes one line."""
+"""What a process of the cluster shares with the commands: its files, exit codes, and how an error becomes one line."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -27,3 +30,16 @@ def read_config(file: Path) -> Config:
         return load(file)
     except ConfigError as error:
         fail(str(error), USAGE)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write beside the file and rename over it."""
+    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with os.fdopen(handle, "w") as target:
+            target.write(text)
+        Path(scratch).replace(file)
+    except BaseException:  # whatever interrupts, no draft stays beside the file
+        with contextlib.suppress(OSError):
+            Path(scratch).unlink()
+        raise

@@ -24,10 +24,11 @@ import yaml
 
 from cluster.admin.v1 import admin_pb2
 from cluster.cli.access import local_access
+from cluster.cli.basics import write_whole
 from cluster.cli.children import Child, keep_alive
 from cluster.cli.look import Admin
 from cluster.cli.processes import part_name
-from cluster.cli.runs import ProcessId, RunFolder, write_whole
+from cluster.cli.runs import ProcessId, RunFolder
 from cluster.cli.steps import Step, duration
 from cluster.config import Config
 from cluster.rayserve import reaper

@@ -6,6 +6,7 @@ A process of the cluster starts without the modules of all other commands: a gat
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 from cluster.cli import doctor
@@ -23,11 +24,15 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in PROCESSES:
         if "gateway" in sys.argv[1:3]:
             gc.disable()  # until it serves: what a start makes stays, and looking for garbage in it takes a tenth of it
+            os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads 200 packages' files
         _without_rich()
-        from cluster.cli.starts import app
+        from cluster.cli.starts import app_of
+
+        app_of(sys.argv[1])()
     else:
         from cluster.cli.commands import app
-    app()
+
+        app()
 
 
 def _without_rich() -> None:

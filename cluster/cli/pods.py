@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli import pod_secrets
 from cluster.cli.basics import USAGE, FileOption, fail, read_config
 from cluster.cli.processes import FolderOption, run, stop_on_signal
 from cluster.config import Config, secret_files
@@ -25,6 +26,7 @@ from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps
 
 app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.")
+app.command("secrets")(pod_secrets.pod_secrets)
 HealthOption = Annotated[
     str, typer.Option("--health", help="host:port on which grpc.health.v1 is answered in plain text, for probes.")
 ]

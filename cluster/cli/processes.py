@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.cli.basics import USAGE, FileOption, fail, read_config
-from cluster.cli.runs import write_whole
+from cluster.cli.basics import USAGE, FileOption, fail, read_config, write_whole
 from cluster.config import Config, cache_dir
 from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps

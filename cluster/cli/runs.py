@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import IO, Any
 
 import psutil
 
+from cluster.cli.basics import write_whole
 from cluster.config import cache_dir
 
 
@@ -136,16 +134,3 @@ class RunFolder:
                 f"`headrace down {self.name}`, or give this one another `name`"
             ) from None
         return handle
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write beside the file and rename over it."""
-    handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    try:
-        with os.fdopen(handle, "w") as target:
-            target.write(text)
-        Path(scratch).replace(file)
-    except BaseException:  # whatever interrupts, no draft stays beside the file
-        with contextlib.suppress(OSError):
-            Path(scratch).unlink()
-        raise

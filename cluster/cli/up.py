@@ -20,11 +20,12 @@ import psutil
 import typer
 
 from cluster.admin.v1 import admin_pb2
+from cluster.cli.basics import write_whole
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.doctor import find_tool
 from cluster.cli.local import LocalCluster, StartFailed
 from cluster.cli.ports import PortTaken, decide
-from cluster.cli.runs import AlreadyUp, RunFolder, write_whole
+from cluster.cli.runs import AlreadyUp, RunFolder
 from cluster.cli.steps import Step, duration, say
 from cluster.client import AsyncClient, HeadraceError
 from cluster.config import Config, secret_files

@@ -355,8 +355,9 @@ class Directory:
                 return await _made(bundle)
             log.warning("bundle_damaged", folder=str(folder))
         bundle = await self._fetch(digest)
+        text = await _made(bundle)
         await asyncio.to_thread(bundle.save, folder)
-        return await _made(bundle)
+        return text
 
     # ---- the last catalog, on disk
 

@@ -32,7 +32,8 @@ def _names(app: typer.Typer) -> set[str]:
 
 def test_what_starts_alone_is_what_there_is_to_start() -> None:
     """Each name is a process there, and a command of the whole line too, with what it takes."""
-    assert set(PROCESSES) == _names(starts.app)
+    assert {name: _names(starts.app_of(name)) >= {name} for name in PROCESSES} == dict.fromkeys(PROCESSES, True)
+    assert _names(starts.app_of("gateway")) | {starts.POD} == set(PROCESSES)
     assert set(PROCESSES) <= _names(commands.app)
 
 
