@@ -18,7 +18,7 @@ import typer
 
 from cluster.cli import pod_secrets
 from cluster.cli.basics import USAGE, FileOption, fail, read_config
-from cluster.cli.processes import FolderOption, run, stop_on_signal
+from cluster.cli.processes import FolderOption, bound_link, run, stop_on_signal
 from cluster.config import Config, secret_files
 from cluster.config_gateway import ClientTls, Tls, is_loopback
 from cluster.kube.api import ACCOUNT, KubeLease
@@ -36,15 +36,18 @@ CheckOption = Annotated[bool, typer.Option("--check", help="Only say whether con
 @app.command()
 def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", check: CheckOption = False) -> None:
     """Run one gateway."""
-    from cluster.gateway.server import run_gateway
-
     config = _read(file)
     _end_with(gateway_lacks(config), file, check)
     log.configure(config.observe.log_level, cluster=config.name, part="gateway")
     leave_no_core_dumps()
+    link = bound_link(config)
+    from cluster.gateway.server import run_gateway
+
+    def ready(_: dict[str, str]) -> None:
+        garbage.settle()
 
     async def serve() -> None:
-        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=lambda _: garbage.settle(), probes=health)
+        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=ready, probes=health, link=link)
 
     run(serve())
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -38,8 +39,6 @@ def gateway(
     ] = 0,
 ) -> None:
     """Run one gateway process in the foreground."""
-    from cluster.gateway.server import run_gateway
-
     config = read_config(file)
     if process >= config.gateway.processes:
         fail(f"--process {process}: gateway.processes is {config.gateway.processes}, and they count from 0", USAGE)
@@ -47,6 +46,8 @@ def gateway(
         config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"drain_timeout_s": drain_s})})
     log.configure(config.observe.log_level, cluster=config.name, part=part_name(process))
     leave_no_core_dumps()
+    link = bound_link(config, process)
+    from cluster.gateway.server import run_gateway
 
     def ready(endpoints: dict[str, str]) -> None:
         garbage.settle()
@@ -54,9 +55,19 @@ def gateway(
             write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 
     async def serve() -> None:
-        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=ready, process=process)
+        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=ready, process=process, link=link)
 
     run(serve())
+
+
+def bound_link(config: Config, process: int = 0) -> socket.socket:
+    """The link's port, before the modules of a gateway are imported; one that cannot be had ends the command."""
+    from cluster.gateway.link_port import bind_link
+
+    try:
+        return bind_link(config, process)
+    except RuntimeError as error:
+        fail(str(error))
 
 
 def part_name(process: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import platform
+import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from cluster.gateway.grpc_face import SERVICE, GrpcFace
 from cluster.gateway.http_face import HttpFace
 from cluster.gateway.http_server import HttpServer
 from cluster.gateway.limits_local import LocalLimits
+from cluster.gateway.link_port import unbound
 from cluster.gateway.relayed import Relayed
 from cluster.gateway.service import CallService
 from cluster.gateway.tls import NewestContext
@@ -66,13 +68,20 @@ class Gateway:
     """Everything a gateway holds. `start` binds the ports, `stop` lets calls end and closes them."""
 
     def __init__(
-        self, config: Config, folder: Path, timing: Timing | None = None, process: int = 0, probes: str = ""
+        self,
+        config: Config,
+        folder: Path,
+        timing: Timing | None = None,
+        process: int = 0,
+        probes: str = "",
+        link: socket.socket | None = None,
     ) -> None:
         """`folder` keeps tokenizer bundles, the last catalog and, with `auth`, who may call. `process`: which of
         `gateway.processes` this is. `probes`: where grpc.health.v1 is answered without TLS, for whom that is enough.
-        Raises ValueError for a file of secrets."""
+        `link`: from bind_link, where workers wait already. Raises ValueError for a file of secrets."""
         self.config = config
         self._probes = probes
+        self._link = link
         self._probe_server: rpc.Server | None = None
         self._process = process
         queue = config.gateway.queue
@@ -216,14 +225,17 @@ class Gateway:
         try:
             self.endpoints[name] = f"{host}:{await serve(host.strip('[]'), int(port))}"
         except OSError as error:
-            raise RuntimeError(f"gateway.listen.{name}: {address} cannot be bound: {error.strerror}") from None
+            raise RuntimeError(unbound(name, address, error)) from None
 
     async def _serve_metrics(self, host: str, port: int) -> int:
         return self.metrics.serve(host, port)
 
     async def _serve_links(self, host: str, port: int) -> int:
-        tls = self.config.gateway.link_tls
-        return await self._links.start(host, port, None if tls is None else NewestContext.of_link(tls))
+        files = self.config.gateway.link_tls
+        tls = None if files is None else NewestContext.of_link(files)
+        if self._link is not None:
+            return await self._links.serve(self._link, tls)
+        return await self._links.start(host, port, tls)
 
     async def _serve_admin(self, host: str, port: int) -> int:
         server = rpc.Server(rpc.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS))
@@ -457,10 +469,11 @@ async def run_gateway(
     ready: Callable[[dict[str, str]], None] = lambda endpoints: None,
     process: int = 0,
     probes: str = "",
+    link: socket.socket | None = None,
 ) -> None:
     """Serve until `stop` is set, then drain. `ready` gets the bound endpoints by listener name."""
     interpreter.hand_over_soon()
-    gateway = Gateway(config, folder, process=process, probes=probes)
+    gateway = Gateway(config, folder, process=process, probes=probes, link=link)
     try:
         await gateway.start()
         ready(gateway.endpoints)

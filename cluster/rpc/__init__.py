@@ -8,9 +8,9 @@ are grpc's own: generated servicers and GrpcFace run on either server.
 from hyperframe.frame import Frame
 
 from cluster.rpc.limits import Limits
-from cluster.rpc.server import Server
+from cluster.rpc.server import Server, listening
 
 # h2 writes out every frame that it receives, its whole body serialized once more, for a trace that is off.
 Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
-__all__ = ["Limits", "Server"]
+__all__ = ["Limits", "Server", "listening"]

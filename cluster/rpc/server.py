@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -39,6 +39,18 @@ CLOSE_NOTIFY_S = 0.1
 this, asyncio lets it believe in the connection for half a minute."""
 
 
+BACKLOG: Final = 2048
+"""Connections that wait for a pass of the loop."""
+
+
+def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A socket that queues connections. `shared`: other processes may bind it too. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
 class Server:
     """Serves grpc's handlers. `add_generic_rpc_handlers` is what generated code calls."""
 
@@ -60,13 +72,14 @@ class Server:
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
         """Bind and serve; the port. `shared`: other processes may bind it too. Raises OSError."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=2048, reuse_port=shared)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return await self.serve(listening(host, port, shared=shared), tls)
+
+    async def serve(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> int:
+        """Serve on a socket that `listening` gave; its port."""
         self._listener = await asyncio.get_running_loop().create_server(
             self._connection,
             sock=listener,
-            backlog=2048,
+            backlog=BACKLOG,
             ssl=tls,
             ssl_shutdown_timeout=None if tls is None else CLOSE_NOTIFY_S,
         )
