@@ -23,6 +23,7 @@ from cluster.api.outcomes import CallError, invalid
 from cluster.gateway.text.detokenizer import Detokenizer, priming_ids, whole_texts
 from cluster.gateway.text.encoding_pool import EncodingPool, Job
 from cluster.gateway.text.template import ChatTemplate
+from cluster.gateway.text.tokenizer_json import read_tokenizer
 from cluster.gateway.text.word_encoder import WordEncoder
 
 ENCODE_OFFLOAD_CHARS: Final = 4096
@@ -78,7 +79,7 @@ class TextModel:
         """
         config = _json(bundle, "tokenizer_config.json")
         try:
-            tokenizer = Tokenizer.from_buffer(bundle.files["tokenizer.json"])
+            tokenizer = read_tokenizer(bundle.files["tokenizer.json"])
         except KeyError:
             raise ValueError("bundle has no tokenizer.json: build it anew from the model's folder") from None
         except Exception as e:  # the Rust side raises plain Exception

@@ -1,0 +1,115 @@
+"""A tokenizer read from its parts is the one that the library reads, in every one of its own parts."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from cluster.engine.bundles import build_bundle
+from cluster.gateway.text.tokenizer_json import of_parts, read_tokenizer
+from tests.gateway.text.kinds import Kind
+
+pytestmark = pytest.mark.slow
+
+OPTIONS: list[dict[str, Any]] = [
+    {"dropout": 0.1},
+    {"unk_token": "<unk>", "fuse_unk": True},
+    {"continuing_subword_prefix": "##", "vocab": {"a": 0, "##b": 1, "ab": 2}, "merges": [["a", "##b"]]},
+    {"end_of_word_suffix": "</w>"},
+    {"byte_fallback": True},
+    {"ignore_merges": True},
+]
+TOKENS = [
+    {"content": "<a>", "single_word": True, "lstrip": False, "rstrip": True, "normalized": True, "special": False},
+    {"content": "<b>", "single_word": False, "lstrip": True, "rstrip": False, "normalized": False, "special": True},
+]
+SMALL: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": {"direction": "Right", "max_length": 7, "strategy": "LongestFirst", "stride": 0},
+    "padding": None,
+    "added_tokens": [{"id": at, **token} for at, token in enumerate(TOKENS, start=6)],
+    "normalizer": {"type": "Lowercase"},
+    "pre_tokenizer": {"type": "Whitespace"},
+    "post_processor": None,
+    "decoder": {"type": "Fuse"},
+    "model": {
+        "type": "BPE",
+        "vocab": {"<unk>": 0, "a": 1, "b": 2, "c": 3, "ab": 4, "abc": 5},
+        "merges": [["a", "b"], ["ab", "c"]],
+    },
+}
+
+
+def packed(**parts: Any) -> bytes:
+    """SMALL with other parts."""
+    return json.dumps({**SMALL, **parts}).encode()
+
+
+def model(**options: Any) -> dict[str, Any]:
+    """SMALL's model with other options."""
+    return {**SMALL["model"], **options}
+
+
+def same(data: bytes) -> bool:
+    """Whether both ways give the same tokenizer; only where it is read from its parts."""
+    ours = of_parts(json.loads(data))
+    assert ours is not None, "it was left to the library"
+    return bool(ours.to_str() == read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str())
+
+
+def test_every_familys_is_the_librarys(kind: Kind) -> None:
+    """The tokenizers of the families that we test with."""
+    assert same(build_bundle(kind.folder).files["tokenizer.json"])
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS, {"dropout": None, "unk_token": None, "end_of_word_suffix": None}])
+def test_every_option_is_kept(options: dict[str, Any]) -> None:
+    """Of a BPE model, one by one, and null for those that may be; a text has the same ids."""
+    parts: dict[str, Any] = {"model": model(**options)}
+    if "vocab" in options:
+        parts["added_tokens"] = []
+    data = packed(**parts)
+    assert same(data)
+    if not options.get("dropout"):
+        read, library = read_tokenizer(data), Tokenizer.from_buffer(data)
+        assert read.encode("abc <a> ABC <b>c").ids == library.encode("abc <a> ABC <b>c").ids
+
+
+def test_merges_as_older_releases_wrote_them() -> None:
+    """One string for both sides."""
+    assert same(packed(model=model(merges=["a b", "ab c"])))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}},
+        {"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0], ["b", -1.0]], "byte_fallback": False}},
+        {"model": model(what_comes_next=True)},
+        {"added_tokens": [{"id": 17, **TOKENS[0]}]},
+    ],
+)
+def test_the_unusual_is_left_to_the_library(parts: dict[str, Any]) -> None:
+    """Another model, an option we do not know, an added token whose id is not the next."""
+    data = packed(**parts)
+    assert of_parts(json.loads(data)) is None
+    assert read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{}", b"[]", packed()[:-3], packed(model=model(merges=[["a", "z"]])), packed(model=model(merges=["a b c"]))],
+)
+def test_what_is_broken_gets_the_librarys_words(data: bytes) -> None:
+    """Cut short, empty, or with a merge of what is no piece."""
+    said = []
+    for read in (Tokenizer.from_buffer, read_tokenizer):
+        try:
+            read(data)
+        except Exception as error:  # the library knows no other
+            said.append(str(error))
+    assert len(said) == 2
+    assert said[0] == said[1]
