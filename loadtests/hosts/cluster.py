@@ -80,7 +80,11 @@ class Cluster:
     @property
     def processors(self) -> str:
         """How hosts and pods share this machine's."""
-        return "by host and request" if self.kubelet.shares is not None else "by session: it gives nobody groups"
+        return (
+            "by host, of which each has half at most, and request"
+            if self.kubelet.shares is not None
+            else "by session: it gives nobody groups"
+        )
 
     def containers(self) -> Containers:
         """Of the release as it is."""

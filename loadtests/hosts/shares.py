@@ -1,8 +1,11 @@
-"""Processors as hosts have them: where all wait for one, a host's pods get that host's share, a pod what it asks for.
+"""Processors as hosts have them: a host has half of the machine's at most, and where all wait for one, a host's pods
+get that host's share, a pod what it asks for.
 
 Without this the hosts are one machine whose kernel shares its processors by session: a pod that starts a session for
 each of its processes, as Ray's does, takes them from the pods of other hosts. Groups of the kernel's cpu controller
-(version 1 or 2), as a kubelet makes them of `requests`; every host has the same share of the machine.
+(version 1 or 2), as a kubelet makes them of `requests`; every host has the same share of the machine. Shares alone do
+not keep hosts apart: when Ray's GCS ended, the dashboard of one host, which hands its interpreter from thread to thread
+a thousand times a second, kept everything else on the machine, the harness too, from both cores for 0.7 s.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from pathlib import Path
 V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 ONE_CPU, LEAST = 1024, 2
 """Shares of a whole processor and the fewest there are, by Kubernetes and version 1."""
+PERIOD_US = 10_000
+"""A host that has used up what it has waits for the next period: not longer than a kernel lets others run anyway."""
+OF_MACHINE = 0.5
+"""The most that one host can take: the others always have as much among them."""
 
 
 @dataclass(eq=False, slots=True)
@@ -29,8 +36,18 @@ class Shares:
 
     def group(self, host: str, pod: str, cpus: float) -> Path:
         """Where a pod's processes belong."""
-        home = self._make(self.root / host, ONE_CPU)
+        home = self.root / host
+        if not home.exists():
+            self._bound(self._make(home, ONE_CPU))
         return self._make(home / pod, max(round(cpus * ONE_CPU), LEAST))
+
+    def _bound(self, host: Path) -> None:
+        quota_us = max(round((os.cpu_count() or 1) * OF_MACHINE * PERIOD_US), PERIOD_US)
+        if self.weights:
+            (host / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
+        else:
+            (host / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+            (host / "cpu.cfs_quota_us").write_text(str(quota_us))
 
     def _make(self, path: Path, shares: int) -> Path:
         if not path.exists():

@@ -208,6 +208,11 @@ def test_pods_get_what_they_ask_for_of_their_hosts_share(
         file, told = ("cpu.weight", weight) if groups.weights else ("cpu.shares", int)
         assert int((group / file).read_text()) == told(own)
         assert int((group.parent / file).read_text()) == told(of_host)
+        if groups.weights:
+            quota, period = (group.parent / "cpu.max").read_text().split()
+        else:
+            quota, period = ((group.parent / f"cpu.cfs_{which}_us").read_text() for which in ("quota", "period"))
+        assert int(quota) / int(period) == max((os.cpu_count() or 1) / 2, 1)
         process = subprocess.Popen(["sleep", "60"])
         try:
             (group / "cgroup.procs").write_text(str(process.pid))
