@@ -24,7 +24,7 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in PROCESSES:
         if "gateway" in sys.argv[1:3]:
             gc.disable()  # until it serves: what a start makes stays, and looking for garbage in it takes a tenth of it
-            os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for some reads 200 packages' files
+            os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for some reads a file a package
         _without_rich()
         from cluster.cli.starts import app_of
 

@@ -1,7 +1,7 @@
 """The link's port, bound before the rest of a gateway is imported.
 
 Workers dial again and again while a gateway starts. Those who come meanwhile wait in the port's queue and are heard
-with the gateway's first pass; else each would be refused and wait for its next try, up to two seconds.
+as soon as the link is served; else each would be refused and wait for its next try, up to two seconds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def bind_link(config: Config, process: int = 0) -> socket.socket:
     try:
         return rpc.listening(host.strip("[]"), int(port))
     except OSError as error:
-        raise RuntimeError(unbound("link", address, error)) from None
+        raise RuntimeError(told_unbound("link", address, error)) from None
 
 
-def unbound(name: str, address: str, error: OSError) -> str:
+def told_unbound(name: str, address: str, error: OSError) -> str:
     """What is said of a listener whose address cannot be had."""
     return f"gateway.listen.{name}: {address} cannot be bound: {error.strerror}"

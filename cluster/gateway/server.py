@@ -30,7 +30,7 @@ from cluster.gateway.grpc_face import SERVICE, GrpcFace
 from cluster.gateway.http_face import HttpFace
 from cluster.gateway.http_server import HttpServer
 from cluster.gateway.limits_local import LocalLimits
-from cluster.gateway.link_port import unbound
+from cluster.gateway.link_port import told_unbound
 from cluster.gateway.relayed import Relayed
 from cluster.gateway.service import CallService
 from cluster.gateway.tls import NewestContext
@@ -225,7 +225,7 @@ class Gateway:
         try:
             self.endpoints[name] = f"{host}:{await serve(host.strip('[]'), int(port))}"
         except OSError as error:
-            raise RuntimeError(unbound(name, address, error)) from None
+            raise RuntimeError(told_unbound(name, address, error)) from None
 
     async def _serve_metrics(self, host: str, port: int) -> int:
         return self.metrics.serve(host, port)
@@ -335,6 +335,8 @@ class Gateway:
             await self._admin.stop(0)
         self._admin_door.close()
         await self._links.stop(0)
+        if self._link is not None:
+            self._link.close()  # where the start has failed before it was served
         if self.tenants is not None:
             await self.tenants.stop()
         if self._probe_server is not None:

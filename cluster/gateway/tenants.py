@@ -32,7 +32,7 @@ from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.ledger.watch import Watcher
 from cluster.observe import garbage
-from cluster.observe.background import last_of_all
+from cluster.observe.background import put_behind, put_last
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.identity import (
     BAD_KEY,
@@ -55,7 +55,9 @@ FIRST_ANSWER_S = 5.0
 """How long a start waits for the database, where no snapshot of an earlier life serves meanwhile."""
 CHECK_AFTER_S = 2.0
 """A database that has answered is checked when the first calls are through, in a process of its own."""
-AGAIN_S = 5.0
+SOON_S = 30.0
+"""A check that runs where nothing else wants to, and has not ended by then, is begun again with a right to a core."""
+AGAIN_S, MOST_AGAIN_S = 5.0, 60.0
 ASK_AGAIN_S = 30.0
 """Sessions are asked again this often without any change, since keys and tokens expire by themselves."""
 FIRST_EXPIRY_S, EXPIRY_S = 600.0, 86400.0
@@ -159,12 +161,15 @@ class TenantDoor:
     async def _prepare(self, tried: asyncio.Event, *, serving: bool) -> None:
         """Process 0 brings the database up to the file; then, daily, what is too old goes. `serving`: calls come
         already, and are not to wait for that."""
-        url = database_url(self._config)
+        url, again_s = database_url(self._config), AGAIN_S
         await asyncio.sleep(CHECK_AFTER_S if serving else 0.0)
         while self._first:
             try:
                 if serving:
-                    await bring_up_elsewhere(url, last_of_all)
+                    if again_s == AGAIN_S:
+                        await bring_up_elsewhere(url, put_last, SOON_S)
+                    else:  # on a busy machine that may have had no core
+                        await bring_up_elsewhere(url, put_behind)
                 else:
                     await asyncio.to_thread(bring_up, url)
                     garbage.settle()  # that has imported what migrates
@@ -173,7 +178,8 @@ class TenantDoor:
             except LedgerError as error:
                 log.warning("ledger_not_ready", error=str(error))
                 tried.set()
-                await asyncio.sleep(AGAIN_S)
+                await asyncio.sleep(again_s)
+                again_s = min(2 * again_s, MOST_AGAIN_S) if serving else AGAIN_S  # a process each time
         tried.set()
         wait_s = FIRST_EXPIRY_S
         while self._first:

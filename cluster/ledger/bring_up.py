@@ -15,24 +15,31 @@ from typing import Final
 from cluster.ledger.errors import LedgerError, StoreUnavailable
 
 REFUSED: Final = 3
-"""The exit code for what standard output says."""
+"""The exit code of a program that says on standard output why not."""
 TIMEOUT_S: Final = 600.0
 
 
 def bring_up(database_url: str) -> None:
     """SQLite's tables are made and migrated, PostgreSQL's only checked. Raises LedgerError."""
+    from cluster.ledger.migrate import State
     from cluster.ledger.store import Ledger
 
     ledger = Ledger(database_url)
     try:
-        if database_url.startswith("sqlite"):
+        found = ledger.check()
+        # Only then: an upgrade takes SQLite's only lock, which calls that are billed meanwhile want too.
+        if database_url.startswith("sqlite") and found.state in (State.EMPTY, State.BEHIND):
             ledger.upgrade()
-        ledger.require_usable()
+            found = ledger.check()
+        if not found.usable:
+            ledger.require_usable()
     finally:
         ledger.close()
 
 
-async def bring_up_elsewhere(database_url: str, begun: Callable[[int], None] = lambda pid: None) -> None:
+async def bring_up_elsewhere(
+    database_url: str, begun: Callable[[int], None] = lambda pid: None, timeout_s: float = TIMEOUT_S
+) -> None:
     """The same in a process of its own, which ends when this is cancelled; `begun` gets its pid. Raises LedgerError."""
     pipe = asyncio.subprocess.PIPE
     try:
@@ -44,19 +51,19 @@ async def bring_up_elsewhere(database_url: str, begun: Callable[[int], None] = l
         raise StoreUnavailable(f"the database cannot be checked: no process can be started: {error}") from error
     begun(process.pid)
     try:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             out, err = await process.communicate(database_url.encode())
     except TimeoutError:
-        raise StoreUnavailable(f"the database cannot be checked: no end within {TIMEOUT_S:g} s") from None
+        raise StoreUnavailable(f"the database cannot be checked: no end within {timeout_s:g} s") from None
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
     if process.returncode == REFUSED:
-        raise StoreUnavailable(out.decode())
+        raise StoreUnavailable(out.decode(errors="replace"))
     if process.returncode:
         last = err.decode(errors="replace").strip().rpartition("\n")[2]
-        raise StoreUnavailable(f"the database cannot be checked: {last or f'exit code {process.returncode}'}")
+        raise StoreUnavailable(f"the database cannot be checked: exit code {process.returncode} {last}".strip())
 
 
 def main() -> None:
@@ -64,8 +71,14 @@ def main() -> None:
     try:
         bring_up(sys.stdin.read())
     except LedgerError as error:
-        sys.stdout.write(str(error))
-        sys.exit(REFUSED)
+        said = str(error)
+    except Exception as error:  # the last line of a traceback need not be the one that helps
+        first = next(iter(str(error).strip().splitlines()), "")
+        said = f"the database cannot be checked: {type(error).__name__}: {first}"
+    else:
+        return
+    sys.stdout.buffer.write(said.encode())
+    sys.exit(REFUSED)
 
 
 if __name__ == "__main__":

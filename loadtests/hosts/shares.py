@@ -22,7 +22,7 @@ ONE_CPU, LEAST = 1024, 2
 PERIOD_US = 10_000
 """A host that has used up what it has waits for the next period: not longer than a kernel lets others run anyway."""
 OF_MACHINE = 0.5
-"""The most that one host can take: the others always have as much among them."""
+"""The most that one host can take, and one whole processor at least: the others have the rest among them."""
 
 
 @dataclass(eq=False, slots=True)
@@ -36,10 +36,13 @@ class Shares:
 
     def group(self, host: str, pod: str, cpus: float) -> Path:
         """Where a pod's processes belong."""
-        home = self.root / host
+        return self._make(self._host(host) / pod, max(round(cpus * ONE_CPU), LEAST))
+
+    def _host(self, name: str) -> Path:
+        home = self.root / name
         if not home.exists():
             self._bound(self._make(home, ONE_CPU))
-        return self._make(home / pod, max(round(cpus * ONE_CPU), LEAST))
+        return home
 
     def _bound(self, host: Path) -> None:
         quota_us = max(round((os.cpu_count() or 1) * OF_MACHINE * PERIOD_US), PERIOD_US)
@@ -79,6 +82,7 @@ def shares(hosts: int) -> Iterator[Shares | None]:
             if weights and "cpu" not in (V2 / "cgroup.subtree_control").read_text().split():
                 raise PermissionError("the cpu controller is not given to groups here")
             found._make(found.root, hosts * ONE_CPU)
+            found._host("probe")  # a machine that bounds nobody keeps hosts apart no better than none
         except OSError:
             yield None
             return

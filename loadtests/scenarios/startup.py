@@ -76,7 +76,7 @@ async def one_start(folder: Path, model: Path, bundle: Path, number: int) -> tup
     return took, json.loads(modules.read_text())
 
 
-async def _open(address: str, until: float) -> None:
+async def _until_open(address: str, until: float) -> None:
     """The port takes connections."""
     host, port = address.rsplit(":", 1)
     while time.perf_counter() < until:
@@ -88,7 +88,7 @@ async def _open(address: str, until: float) -> None:
 
 
 async def _first_text(address: str, key: str, began: float) -> float:
-    await _open(address, began + FIRST_S)
+    await _until_open(address, began + FIRST_S)
     request = Request("first", "hello", 1, chat=True)
     first: list[float] = []
     face = GrpcStream(address, serving.MODEL, channels=1, metadata=serving.authorization(key))

@@ -55,7 +55,7 @@ async def test_a_database_that_does_not_answer_is_told_without_its_password() ->
 
 async def test_what_is_no_address_is_told_too() -> None:
     """Whatever ends the process, its last words are there."""
-    with pytest.raises(StoreUnavailable, match=r"cannot be checked: ValueError: store\.database_url"):
+    with pytest.raises(StoreUnavailable, match=r"cannot be checked: ValueError: store\.database_url: is no URL"):
         await bring_up_elsewhere("nonsense")
 
 
@@ -77,7 +77,7 @@ async def test_it_ends_when_nobody_waits(tmp_path: Path) -> None:
 
 
 def test_whoever_asks_imports_nothing_of_it(tmp_path: Path) -> None:
-    """Neither alembic nor SQLAlchemy: a gateway's loop would wait for both."""
+    """Neither alembic nor what else it takes."""
     program = PROGRAM.format(url=f"sqlite:///{tmp_path / 'ledger.db'}")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""

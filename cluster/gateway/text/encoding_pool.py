@@ -23,13 +23,14 @@ import sys
 import weakref
 from array import array
 from collections import deque
+from contextlib import suppress
 from typing import Any, Final
 
 import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.gateway.text.pool_wire import FAILED, HEAD
-from cluster.observe.background import last_of_all
+from cluster.observe.background import put_behind, put_last
 
 log = structlog.get_logger("text")
 
@@ -58,8 +59,9 @@ class _Helper:
                 start_new_session=True,
                 env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},  # the helpers are the parallelism
             )
-        last_of_all(self._process.pid)
+        put_behind(self._process.pid)
         self._socket = ours
+        self._busy = self._ended = False
         packed = bundle.pack()
         try:
             ours.sendall(HEAD.pack(len(packed)) + packed)
@@ -76,13 +78,19 @@ class _Helper:
     async def ids(self, job: bytes) -> array[int] | None:
         """A job's ids; None where the job itself failed. Raises OSError when the helper is gone."""
         loop = asyncio.get_running_loop()
-        await loop.sock_sendall(self._socket, HEAD.pack(len(job)) + job)
-        (size,) = HEAD.unpack(await self._exactly(loop, HEAD.size))
-        if size == FAILED:
-            return None
-        ids = array("I")
-        ids.frombytes(await self._exactly(loop, size))
-        return ids
+        self._busy = True
+        try:
+            await loop.sock_sendall(self._socket, HEAD.pack(len(job)) + job)
+            (size,) = HEAD.unpack(await self._exactly(loop, HEAD.size))
+            if size == FAILED:
+                return None
+            ids = array("I")
+            ids.frombytes(await self._exactly(loop, size))
+            return ids
+        finally:
+            self._busy = False
+            if self._ended:
+                self._socket.close()
 
     async def _exactly(self, loop: asyncio.AbstractEventLoop, size: int) -> bytearray:
         data = bytearray(size)
@@ -96,7 +104,12 @@ class _Helper:
 
     def end(self) -> None:
         """Now: a helper holds nothing that anyone would miss."""
-        self._socket.close()
+        self._ended = True
+        if self._busy:  # closed here, its number would be a new socket's while the loop still waits for the old one
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        else:
+            self._socket.close()
         self._process.kill()
         self._process.wait()
 
@@ -127,19 +140,15 @@ class EncodingPool:
 
     async def run(self, job: Job) -> array[int] | None:
         """The job's ids; None where no helper can be had in time, or the job failed: do it yourself."""
+        packed = pickle.dumps(job, protocol=5)
         helper = await self._take()
         if helper is None:
             return None
-        packed = pickle.dumps(job, protocol=5)
         # A job that nobody waits for any longer is finished all the same: its answer must leave the socket.
-        work: asyncio.Task[array[int] | None] = self._spawn(self._work(helper, packed))
-        done, _ = await asyncio.wait({work}, timeout=self._patience_s + len(packed) / 1e6)
-        if done:
-            return work.result()
-        log.warning("encoding_helper_late", chars=len(packed))
-        self._late.add(helper)
-        self._give_up()
-        return None
+        patience_s = self._patience_s + len(packed) / 1e6
+        work: asyncio.Task[array[int] | None] = self._spawn(self._work(helper, packed, patience_s))
+        done, _ = await asyncio.wait({work}, timeout=patience_s)
+        return work.result() if done else None
 
     async def ready(self) -> bool:
         """Wait until all helpers are there; False where none will be."""
@@ -179,7 +188,8 @@ class EncodingPool:
                 return
         self._idle.append(helper)
 
-    async def _work(self, helper: _Helper, job: bytes) -> array[int] | None:
+    async def _work(self, helper: _Helper, job: bytes, patience_s: float) -> array[int] | None:
+        late = asyncio.get_running_loop().call_later(patience_s, self._is_late, helper)
         try:
             ids = await helper.ids(job)
         except OSError as error:
@@ -189,11 +199,17 @@ class EncodingPool:
             self._lost(helper, None)
             raise
         finally:
+            late.cancel()
             self._late.discard(helper)
         self.failures = 0
         if helper in self._helpers:
             self._give(helper)
         return ids
+
+    def _is_late(self, helper: _Helper) -> None:
+        log.warning("encoding_helper_late", pid=helper.pid)
+        self._late.add(helper)
+        self._give_up()
 
     @property
     def _hope(self) -> bool:
@@ -243,6 +259,7 @@ class EncodingPool:
             self._starting = False
             self._give_up()
             raise
+        put_last(helper.pid)  # not before: a start that gets no core would hold up whoever waits for it
         self._starting = False
         if self._closed:
             helper.end()

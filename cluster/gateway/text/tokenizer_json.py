@@ -3,7 +3,7 @@
 The library reads a file of 128,000 pieces and their merges in a quarter of a second, in one go, in which no other
 thread has the interpreter: a gateway that gets a further model stands still. Here the file is parsed by pydantic's
 parser, the BPE model is made from its parts, and the rest of the file, which is small, is read by the library: a
-tenth less time, and a loop waits for the longest of the parts, half of it. Anything unusual is left to the library,
+tenth less time, and in parts between which an event loop has its turn. Anything unusual is left to the library,
 and so are its errors.
 """
 
@@ -33,13 +33,13 @@ _TOKEN: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "sp
 def read_tokenizer(data: bytes) -> Tokenizer:
     """The tokenizer of a tokenizer.json. Raises Exception, the library's own, for what is none."""
     try:
-        tokenizer = of_parts(from_json(data, cache_strings="none"))
+        tokenizer = from_parts(from_json(data, cache_strings="none"))
     except Exception:  # what is wrong with it, the library says better
         tokenizer = None
     return Tokenizer.from_buffer(data) if tokenizer is None else tokenizer
 
 
-def of_parts(layout: Mapping[str, Any]) -> Tokenizer | None:
+def from_parts(layout: Mapping[str, Any]) -> Tokenizer | None:
     """The same from a parsed file; None where only the library knows how. May raise anything for a broken one."""
     model, added = layout["model"], layout.get("added_tokens") or []
     if model.get("type") != "BPE" or not model.keys() <= _KEYS:

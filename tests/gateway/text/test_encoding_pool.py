@@ -98,6 +98,9 @@ async def test_the_first_long_prompt_waits_for_a_helper(kinds: dict[str, Kind]) 
     assert model.pool.pids, "it was tokenized without one"
     own = {os.getsid(0)}
     assert own.isdisjoint(os.getsid(pid) for pid in model.pool.pids), "a helper uses up the gateway's share"
+    for pid in model.pool.pids:
+        assert os.sched_getscheduler(pid) == os.SCHED_IDLE
+        assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0)
     model.pool.close()
 
 
@@ -161,6 +164,24 @@ async def test_nobody_waits_for_a_helper_that_gets_no_core(kinds: dict[str, Kind
 
     await eventually(used, "the helper is used again", READY_S)
     assert pool.pids == {pid}
+    pool.close()
+
+
+async def test_a_helper_is_late_without_its_caller_too(kinds: dict[str, Kind]) -> None:
+    """Whoever gave the job up before its helper was late: the next ones do not wait for that helper."""
+    pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1, patience_s=0.2)
+    assert await asyncio.wait_for(pool.ready(), READY_S)
+    (pid,) = pool.pids
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        gone = asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT), {})))
+        await asyncio.sleep(0)
+        gone.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await gone
+        assert await asyncio.wait_for(pool.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
+    finally:
+        os.kill(pid, signal.SIGCONT)
     pool.close()
 
 

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from cluster.engine.bundles import build_bundle
-from cluster.gateway.text.tokenizer_json import of_parts, read_tokenizer
+from cluster.gateway.text import tokenizer_json
+from cluster.gateway.text.tokenizer_json import from_parts, read_tokenizer
 from tests.gateway.text.kinds import Kind
 
 pytestmark = pytest.mark.slow
@@ -55,9 +56,24 @@ def model(**options: Any) -> dict[str, Any]:
 
 def same(data: bytes) -> bool:
     """Whether both ways give the same tokenizer; only where it is read from its parts."""
-    ours = of_parts(json.loads(data))
+    ours = from_parts(json.loads(data))
     assert ours is not None, "it was left to the library"
     return bool(ours.to_str() == read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str())
+
+
+def test_what_is_read_is_read_from_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own way, which is the last resort, is not gone where it need not be."""
+
+    class NotWhole:
+        from_str = Tokenizer.from_str
+
+        @staticmethod
+        def from_buffer(_: bytes) -> None:
+            raise AssertionError("it was left to the library")
+
+    expected = Tokenizer.from_buffer(packed()).to_str()
+    monkeypatch.setattr(tokenizer_json, "Tokenizer", NotWhole)
+    assert read_tokenizer(packed()).to_str() == expected
 
 
 def test_every_familys_is_the_librarys(kind: Kind) -> None:
@@ -95,7 +111,7 @@ def test_merges_as_older_releases_wrote_them() -> None:
 def test_the_unusual_is_left_to_the_library(parts: dict[str, Any]) -> None:
     """Another model, an option we do not know, an added token whose id is not the next."""
     data = packed(**parts)
-    assert of_parts(json.loads(data)) is None
+    assert from_parts(json.loads(data)) is None
     assert read_tokenizer(data).to_str() == Tokenizer.from_buffer(data).to_str()
 
 
