@@ -33,7 +33,8 @@ def read_config(file: Path) -> Config:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write beside the file and rename over it."""
+    """Write beside the file and rename over it. What must outlive a power cut goes by ledger/files.py, which waits for
+    the disk."""
     handle, scratch = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
     try:
         with os.fdopen(handle, "w") as target:

@@ -8,6 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,20 +69,13 @@ class Gateway:
     """Everything a gateway holds. `start` binds the ports, `stop` lets calls end and closes them."""
 
     def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        timing: Timing | None = None,
-        process: int = 0,
-        probes: str = "",
-        link: socket.socket | None = None,
+        self, config: Config, folder: Path, timing: Timing | None = None, process: int = 0, probes: str = ""
     ) -> None:
         """`folder` keeps tokenizer bundles, the last catalog and, with `auth`, who may call. `process`: which of
         `gateway.processes` this is. `probes`: where grpc.health.v1 is answered without TLS, for whom that is enough.
-        `link`: from bind_link, where workers wait already. Raises ValueError for a file of secrets."""
+        Raises ValueError for a file of secrets."""
         self.config = config
         self._probes = probes
-        self._link = link
         self._probe_server: rpc.Server | None = None
         self._process = process
         queue = config.gateway.queue
@@ -164,8 +158,9 @@ class Gateway:
         secrets = _own_secrets if tenants is None else lambda: tenants.secrets
         return Resumes(secrets, takers, self.config.gateway.resume.token_expires_s)
 
-    async def start(self) -> None:
-        """Bind every listener. Raises RuntimeError when an address cannot be had."""
+    async def start(self, link: socket.socket | None = None) -> None:
+        """Bind every listener. `link`: from bind_link, where workers wait already. Raises RuntimeError when an address
+        cannot be had."""
         gateway = self.config.gateway
         listen = gateway.listen.of(self._process)
         if name := gateway.open_port():
@@ -181,7 +176,7 @@ class Gateway:
             await self._shared_limits.start()
         if self._probes:
             await self._bind("health", self._probes, self._serve_probes)
-        await self._bind("link", listen.link, self._serve_links)
+        await self._bind("link", listen.link, partial(self._serve_links, link))
         if not self._process:
             await self._bind("admin", listen.admin, self._serve_admin)
         await self._bind("metrics", listen.metrics, self._serve_metrics)
@@ -230,11 +225,11 @@ class Gateway:
     async def _serve_metrics(self, host: str, port: int) -> int:
         return self.metrics.serve(host, port)
 
-    async def _serve_links(self, host: str, port: int) -> int:
+    async def _serve_links(self, bound: socket.socket | None, host: str, port: int) -> int:
         files = self.config.gateway.link_tls
         tls = None if files is None else NewestContext.of_link(files)
-        if self._link is not None:
-            return await self._links.serve(self._link, tls)
+        if bound is not None:
+            return await self._links.serve(bound, tls)
         return await self._links.start(host, port, tls)
 
     async def _serve_admin(self, host: str, port: int) -> int:
@@ -335,8 +330,6 @@ class Gateway:
             await self._admin.stop(0)
         self._admin_door.close()
         await self._links.stop(0)
-        if self._link is not None:
-            self._link.close()  # where the start has failed before it was served
         if self.tenants is not None:
             await self.tenants.stop()
         if self._probe_server is not None:
@@ -475,10 +468,12 @@ async def run_gateway(
 ) -> None:
     """Serve until `stop` is set, then drain. `ready` gets the bound endpoints by listener name."""
     interpreter.hand_over_soon()
-    gateway = Gateway(config, folder, process=process, probes=probes, link=link)
+    gateway = Gateway(config, folder, process=process, probes=probes)
     try:
-        await gateway.start()
+        await gateway.start(link)
         ready(gateway.endpoints)
         await stop.wait()
     finally:
         await gateway.stop(config.gateway.drain_timeout_s)
+        if link is not None:
+            link.close()  # where the start has failed before it was served

@@ -24,7 +24,7 @@ def put_behind(pid: int) -> None:
 
 
 def put_last(pid: int) -> None:
-    """A child that runs where nothing else wants to, for work that somebody else can do as well when it gets no core.
+    """A child that runs where nothing else wants to, for work that can wait, or that somebody else can do.
     A core that runs only such is idle for whoever wakes up, which one with a merely nice process is not: an event loop
     then waits 20 ms on the other core."""
     put_behind(pid)

@@ -10,7 +10,7 @@ and so are its errors.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from pydantic_core import from_json
@@ -30,13 +30,14 @@ _EMPTY: Final = {"type": "BPE", "vocab": {}, "merges": []}
 _TOKEN: Final = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def read_tokenizer(data: bytes) -> Tokenizer:
-    """The tokenizer of a tokenizer.json. Raises Exception, the library's own, for what is none."""
+def read_tokenizer(data: bytes, whole: Callable[[bytes], Tokenizer] = Tokenizer.from_buffer) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. `whole` reads what is unusual. Raises Exception, the library's own, for what
+    is none."""
     try:
         tokenizer = from_parts(from_json(data, cache_strings="none"))
     except Exception:  # what is wrong with it, the library says better
         tokenizer = None
-    return Tokenizer.from_buffer(data) if tokenizer is None else tokenizer
+    return whole(data) if tokenizer is None else tokenizer
 
 
 def from_parts(layout: Mapping[str, Any]) -> Tokenizer | None:

@@ -146,43 +146,40 @@ async def test_a_lost_helper_costs_no_call(model: TextModel) -> None:
     assert await asyncio.wait_for(pool.ready(), READY_S)
 
 
-async def test_nobody_waits_for_a_helper_that_gets_no_core(kinds: dict[str, Kind]) -> None:
-    """Who has one that stands still, and who waits for it, does the work itself; once it goes on it is used again."""
+@pytest.fixture
+async def stuck(kinds: dict[str, Kind]) -> AsyncIterator[EncodingPool]:
+    """A pool whose only helper stands still, and is to be late soon."""
     pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1, patience_s=0.2)
     assert await asyncio.wait_for(pool.ready(), READY_S)
     (pid,) = pool.pids
     os.kill(pid, signal.SIGSTOP)
-    try:
-        calls = [asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT), {}))) for _ in range(3)]
-        assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
-        assert await asyncio.wait_for(pool.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
-    finally:
-        os.kill(pid, signal.SIGCONT)
+    yield pool
+    pool.close()
+
+
+async def test_nobody_waits_for_a_helper_that_gets_no_core(stuck: EncodingPool) -> None:
+    """Who has one that stands still, and who waits for it, does the work itself; once it goes on it is used again."""
+    calls = [asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {}))) for _ in range(3)]
+    assert await asyncio.wait_for(asyncio.gather(*calls), READY_S) == [None] * 3
+    assert await asyncio.wait_for(stuck.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
+    (pid,) = stuck.pids
+    os.kill(pid, signal.SIGCONT)
 
     async def used() -> bool:
-        return await pool.run(("prompt_ids", (TENANT, PROMPT), {})) is not None
+        return await stuck.run(("prompt_ids", (TENANT, PROMPT), {})) is not None
 
     await eventually(used, "the helper is used again", READY_S)
-    assert pool.pids == {pid}
-    pool.close()
+    assert stuck.pids == {pid}
 
 
-async def test_a_helper_is_late_without_its_caller_too(kinds: dict[str, Kind]) -> None:
+async def test_a_helper_is_late_without_its_caller_too(stuck: EncodingPool) -> None:
     """Whoever gave the job up before its helper was late: the next ones do not wait for that helper."""
-    pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1, patience_s=0.2)
-    assert await asyncio.wait_for(pool.ready(), READY_S)
-    (pid,) = pool.pids
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        gone = asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT), {})))
-        await asyncio.sleep(0)
-        gone.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await gone
-        assert await asyncio.wait_for(pool.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    pool.close()
+    gone = asyncio.create_task(stuck.run(("prompt_ids", (TENANT, PROMPT), {})))
+    await asyncio.sleep(0)
+    gone.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await gone
+    assert await asyncio.wait_for(stuck.run(("prompt_ids", (TENANT, PROMPT), {})), READY_S) is None
 
 
 async def test_gone_callers_leave_helpers_usable(model: TextModel) -> None:
