@@ -55,11 +55,16 @@ def sweep(base: Path) -> int:
     return removed
 
 
+def folder() -> Path | None:
+    """The folder of the engine that this process owns or belongs to, where it is."""
+    named = Path(os.environ.get(ENV, ""))
+    return named if named.name.startswith(PREFIX) and named.is_dir() else None
+
+
 def only_where_it_is() -> None:
     """In each of vLLM's processes (watchdog.watch): a rank on another host, to which the environment was carried, keeps
     vLLM's default."""
-    folder = Path(os.environ.get(ENV, ""))
-    if folder.name.startswith(PREFIX) and not folder.is_dir():
+    if Path(os.environ.get(ENV, "")).name.startswith(PREFIX) and folder() is None:
         del os.environ[ENV]
 
 

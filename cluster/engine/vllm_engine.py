@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
-from cluster.engine import arguments, fastpath, forks, lone_rank, repairs, sockets, watchdog
+from cluster.engine import arguments, causes, fastpath, forks, lone_rank, repairs, sockets, watchdog
 from cluster.engine.fastpath import FastPath
 from cluster.engine.paths import EnginePath, Live, StepStats
 from cluster.engine.public import PublicPath
@@ -102,7 +102,8 @@ class VllmEngine:
             with lone_rank.environment(config) if in_core else contextlib.nullcontext():
                 path: EnginePath = FastPath(config) if fast else PublicPath(config)
         except Exception as error:
-            raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {error}") from error
+            why = causes.take() or error
+            raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {why}") from error
         if self._closed:
             path.close()
             self._leave_sockets()  # whoever was cancelled may have been so before they were there

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.engine import sockets
+from cluster.engine import causes, sockets
 
 MARK = "HEADRACE_WATCHDOG_PID"
 POLL_S = 0.5
@@ -152,4 +152,5 @@ def watch() -> None:
     if not owner or owner == mark(os.getpid()) or alive(owner) is None or _started.is_set():
         return
     _started.set()
+    causes.keep()
     threading.Thread(target=_watch, args=(lambda: not alive(owner),), name="headrace-watchdog", daemon=True).start()
