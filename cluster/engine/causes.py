@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import traceback
-from pathlib import Path
 
 from cluster.engine import sockets
 
