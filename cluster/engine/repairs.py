@@ -12,6 +12,11 @@ puts into the name which memory it is; ranks that share none then talk over the 
 **Blocks that are gone (vLLM 0.32.0).** A queue between core and ranks takes its shared memory's name away when it is
 freed, and prints a traceback where somebody has done so before: an engine that is up does (watchdog.py). The repair is
 content when the name is gone.
+
+**A core beside several of Ray's nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the
+driver's node among all processes that it sees, the head first. Where nodes share a process table (pods with hostPID,
+several on one machine) that is another than the replica's, and the core then listens on an address that is not its
+own. The repair tells Ray the node of the replica.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ ACTIVE = "HEADRACE_REPAIRS"
 PLUGIN = "headrace_repairs"
 """Name of the entry point."""
 
+NODE = "HEADRACE_NODE_ADDRESS"
+"""Environment: the address of the Ray node that a replica is on; nothing where Ray has not placed it."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DRAW = 4
 """What the runner subtracts for one draw (counted as CUDA's Philox counts)."""
@@ -129,6 +136,20 @@ def _free_quietly(kind: Any) -> None:
     kind.__del__ = __del__
 
 
+def _repair_node() -> None:
+    from vllm.v1.executor import ray_executor_v2
+
+    ray, joined = ray_executor_v2.ray, ray_executor_v2.initialize_ray_cluster
+
+    @functools.wraps(joined)
+    def initialize_ray_cluster(parallel_config: Any, *args: Any, **kwargs: Any) -> None:
+        if not ray.is_initialized():
+            ray.init(_node_ip_address=os.environ[NODE], runtime_env=parallel_config.ray_runtime_env)
+        joined(parallel_config, *args, **kwargs)
+
+    ray_executor_v2.initialize_ray_cluster = initialize_ray_cluster
+
+
 def loaded_in_ranks() -> bool:
     """Whether vLLM's processes load these repairs: the entry point is installed, and VLLM_PLUGINS lets it in."""
     import vllm.envs
@@ -160,6 +181,8 @@ def apply() -> None:
         if _version() in resume.VERSIONS and not missing(resume.SYMBOLS):
             resume.install()
     _repair_queues()
+    if os.environ.get(NODE) and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1":
+        _repair_node()
     _applied.add("seeds")
 
 

@@ -53,7 +53,7 @@ class TwoNodes:
 
 def start_node(host: Host, folder: Path, environment: dict[str, str], *arguments: str) -> None:
     """`ray start --block` on a host; it is ended by its tag."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=8", "--num-gpus=1"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-gpus=1"]
     options = [f"--node-ip-address={host.address}", "--disable-usage-stats", "--object-store-memory=134217728"]
     with (folder / f"{host.namespace}.log").open("wb") as log:
         subprocess.Popen(
@@ -91,9 +91,17 @@ def two_nodes() -> Iterator[TwoNodes]:
         )
         try:
             start_node(
-                head, folder, environment, "--head", f"--port={GCS_PORT}", f"--temp-dir={folder}/ray", *dashboard
+                head,
+                folder,
+                environment,
+                "--head",
+                f"--port={GCS_PORT}",
+                f"--temp-dir={folder}/ray",
+                # No replica is placed on the head; Ray takes a driver for the head's that sees its processes.
+                "--num-cpus=0",
+                *dashboard,
             )
-            start_node(second, folder, environment, f"--address={head.address}:{GCS_PORT}")
+            start_node(second, folder, environment, f"--address={head.address}:{GCS_PORT}", "--num-cpus=8")
             yield TwoNodes(net, instance, folder, token_file)
         finally:
             reaper.end(instance, folder)
