@@ -53,6 +53,8 @@ class Fidelity:
     """Of the calls that came lately, the share that the shadow told late."""
     late: float = 0.0
     calls: float = 0.0
+    time_s: float = 0.0
+    """Over which `calls` were judged."""
     correction: float = 1.0
 
 
