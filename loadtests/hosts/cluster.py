@@ -81,7 +81,7 @@ class Cluster:
     def processors(self) -> str:
         """How hosts and pods share this machine's."""
         return (
-            "by host, of which each has half at most, and request"
+            "by request"
             if self.kubelet.shares is not None
             else "by session: it gives nobody groups"
         )
@@ -268,7 +268,7 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
     async with AsyncExitStack() as stack:
         net = stack.enter_context(fabric(HOSTS))
         dns = net.place("dns", C)
-        groups = stack.enter_context(shares(len(HOSTS)))
+        groups = stack.enter_context(shares())
         kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address, groups)
         story = Story(children.folder)
         stack.enter_context(contextlib.closing(story))
