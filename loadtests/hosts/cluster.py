@@ -25,9 +25,9 @@ from cluster.cli import issuing
 from loadtests.children import Children, DidNotStart
 from loadtests.hosts import rendered
 from loadtests.hosts.fabric import Fabric, fabric
+from loadtests.hosts.group import group
 from loadtests.hosts.pods import Kubelet, Pod, own
 from loadtests.hosts.rendered import RELEASE, Containers, Mount, Names, Object, Release
-from loadtests.hosts.shares import shares
 from loadtests.hosts.story import Story
 from loadtests.serving import ours as serving
 
@@ -80,11 +80,7 @@ class Cluster:
     @property
     def processors(self) -> str:
         """How hosts and pods share this machine's."""
-        return (
-            "by request"
-            if self.kubelet.shares is not None
-            else "by session: it gives nobody groups"
-        )
+        return "by process" if self.kubelet.group is not None else "by session: it gives nobody groups"
 
     def containers(self) -> Containers:
         """Of the release as it is."""
@@ -268,8 +264,8 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
     async with AsyncExitStack() as stack:
         net = stack.enter_context(fabric(HOSTS))
         dns = net.place("dns", C)
-        groups = stack.enter_context(shares())
-        kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address, groups)
+        together = stack.enter_context(group())
+        kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address, together)
         story = Story(children.folder)
         stack.enter_context(contextlib.closing(story))
         await stack.enter_async_context(kubelet.running())

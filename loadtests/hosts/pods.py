@@ -24,7 +24,6 @@ from grpc_health.v1 import health_pb2
 from loadtests.children import ROOT, Child, Children, DidNotStart
 from loadtests.hosts.fabric import Place
 from loadtests.hosts.rendered import DOMAIN, Names, Spec
-from loadtests.hosts.shares import Shares
 
 SANDBOX = Path(__file__).parent / "sandbox.sh"
 PATH = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -96,10 +95,10 @@ class Kubelet:
     """Starts pods, keeps them, and tells the names where the ready ones are."""
 
     def __init__(
-        self, children: Children, home: Path, names: Names, nameserver: str, shares: Shares | None = None
+        self, children: Children, home: Path, names: Names, nameserver: str, group: Path | None = None
     ) -> None:
         self._children = children
-        self.shares = shares
+        self.group = group
         self._home = home
         self._names = names
         self._nameserver = nameserver
@@ -233,9 +232,8 @@ class Kubelet:
             "unshare", "--mount", "--pid", "--fork", "--kill-child", "--uts", "--ipc", "--",
             "bash", str(SANDBOX), str(home), *spec.command,
         )  # fmt: skip
-        if self.shares is not None:
-            group = self.shares.group(pod.place.host, spec.name, spec.cpus)
-            command = ["bash", "-c", JOIN, "join", str(group), *command]
+        if self.group is not None:
+            command = ["bash", "-c", JOIN, "join", str(self.group), *command]
         return self._children.start(spec.name, spec.component, command)
 
     @contextlib.asynccontextmanager

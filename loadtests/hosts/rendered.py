@@ -60,8 +60,6 @@ class Spec:
     """What its readiness probe asks of grpc.health.v1; port 0 where there is none of that kind."""
     ready_period_s: float = 5.0
     labels: Mapping[str, str] = field(default_factory=dict)
-    cpus: float = 1.0
-    """Requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +184,6 @@ class Containers:
             ready_service=str(asked.get("service", "")),
             ready_period_s=float(probe.get("periodSeconds", 10)),
             labels=template["metadata"]["labels"],
-            cpus=_cpus(container.get("resources", {}).get("requests", {}).get("cpu", 0)),
         )
 
     def _value(self, variable: Object) -> str:
@@ -308,9 +305,3 @@ class Names:
             if pod.name.endswith("-head-0"):  # KubeRay's own Service
                 hosts[f"{pod.name.removesuffix('-0')}-svc.{DOMAIN}"] = [place.address]
         return {"hosts": hosts, "srv": served}
-
-
-def _cpus(quantity: object) -> float:
-    """Processors of a Kubernetes quantity: 2, "1", "250m"."""
-    text = str(quantity)
-    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 from loadtests.children import ROOT
 from loadtests.hosts.events import Episode, Shown, shown, ups
 from loadtests.hosts.fabric import PREFIX, Place, fabric
+from loadtests.hosts.group import group
 from loadtests.hosts.inside.callers import Callers, Plan
 from loadtests.hosts.load import Call, Load
+from loadtests.hosts.pods import JOIN
 from loadtests.hosts.rendered import DOMAIN, Names, Spec
-from loadtests.hosts.shares import shares, weight
 from loadtests.scenarios.hosts import lost_in_move
 
 PLAN = Plan("", "e:1", "", "", "m", streams=1, clients=1, tokens=(1, 2))
@@ -193,22 +195,19 @@ async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
     assert left_of(process.pid) == []
 
 
-@pytest.mark.parametrize(("pod", "cpus", "own"), [("gateway-0", 1.0, 1024), ("valkey-0", 0.1, 102)])
-def test_pods_share_processors_by_what_they_ask_for(pod: str, cpus: float, own: int) -> None:
-    """By the kernel's own word, beside each other whichever their hosts are; nothing of the groups is left."""
-    with shares() as groups:
-        if groups is None:
+def test_pods_share_processors_by_process() -> None:
+    """What the kernel says of the group's weight and of who is in it; nothing is left of it."""
+    with group() as path:
+        if path is None:
             pytest.skip("nobody may make groups of the cpu controller here")
-        group = groups.group("a", pod, cpus)
-        assert groups.group("a", pod, cpus) == group, "a pod that starts again has the group that it had"
-        assert groups.group("b", pod, cpus).parent == group.parent == groups.parent
-        file, told = ("cpu.weight", weight) if groups.weights else ("cpu.shares", int)
-        assert int((group / file).read_text()) == told(own)
-        process = subprocess.Popen(["sleep", "60"])
+        weights = [int(file.read_text()) for name in ("cpu.shares", "cpu.weight") if (file := path / name).exists()]
+        assert weights in ([1024], [100])
+        process = subprocess.Popen(["bash", "-c", JOIN, "join", str(path), "sleep", "60"])
         try:
-            (group / "cgroup.procs").write_text(str(process.pid))
-            assert f"-a-{pod}\n" in Path(f"/proc/{process.pid}/cgroup").read_text()
+            deadline = time.monotonic() + 10
+            while f"/{path.name}\n" not in Path(f"/proc/{process.pid}/cgroup").read_text():
+                assert time.monotonic() < deadline, "the process has not joined the group"
         finally:
             process.kill()
             process.wait()
-    assert not [path for path in groups.made if path.exists()]
+    assert not path.exists()
