@@ -80,7 +80,8 @@ class Cluster:
     @property
     def processors(self) -> str:
         """How hosts and pods share this machine's."""
-        return "by process" if self.kubelet.group is not None else "by session: it gives nobody groups"
+        whose = f"those of host {C} last"
+        return f"by process, {whose}" if self.kubelet.group is not None else "by session: it gives nobody groups"
 
     def containers(self) -> Containers:
         """Of the release as it is."""
@@ -265,7 +266,7 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
         net = stack.enter_context(fabric(HOSTS))
         dns = net.place("dns", C)
         together = stack.enter_context(group())
-        kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address, together)
+        kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address, together, last=(C,))
         story = Story(children.folder)
         stack.enter_context(contextlib.closing(story))
         await stack.enter_async_context(kubelet.running())
