@@ -2,7 +2,7 @@
 
 Each of them (watchdog.watch) writes the error that it logs as it fails into the folder of the sockets, which the owner
 reads. The first one counts: where a rank fails, its core fails after it, and says less. A rank on another host has no
-such folder; what it raised is in its core's error, which Ray has carried there.
+such folder; what it raised is in its core's error, with which Ray or vLLM's queue has brought it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import traceback
 
 from cluster.engine import sockets
 
 NAME = "cause"
 LONGEST = 500
 """Characters of an error that are told."""
+TRACEBACK = "Traceback (most recent call last):"
 LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor")
 """Who logs that a core or a rank has failed."""
 
@@ -29,15 +29,18 @@ class _Keeper(logging.Handler):
         error = record.exc_info[1] if record.exc_info else None
         if error is None or folder is None:
             return
-        with contextlib.suppress(OSError), (folder / NAME).open("x", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), (folder / NAME).open("x", encoding="utf-8", errors="replace") as file:
             file.write(text(error))
 
 
 def text(error: BaseException) -> str:
     """The error on one line; of an error that another process has sent with its traceback, that process's."""
-    lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
-    told = lines[-1:] if any("Traceback (most recent call last)" in line for line in lines) else lines
-    return " ".join(" ".join(told).split())[:LONGEST]
+    told = f"{type(error).__name__}: {error}"  # without notes: vLLM's ranks add their traceback as one
+    if TRACEBACK in told:
+        sent = told.rpartition(TRACEBACK)[2].splitlines()[1:]
+        begin = next((at for at, line in enumerate(sent) if line.strip() and not line.startswith(" ")), 0)
+        told = "\n".join(sent[begin:]) or told
+    return " ".join(told.split())[:LONGEST]
 
 
 def keep() -> None:

@@ -14,9 +14,9 @@ freed, and prints a traceback where somebody has done so before: an engine that 
 content when the name is gone.
 
 **A core beside several of Ray's nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the
-driver's node among all processes that it sees, the head first. Where nodes share a process table (pods with hostPID,
-several on one machine) that is another than the replica's, and the core then listens on an address that is not its
-own. The repair tells Ray the node of the replica.
+driver's node among all processes that it sees, the head first. Where nodes with addresses of their own share a process
+table (pods with hostPID) that is another than the replica's, and the core then listens on an address that is not its
+own. The repair tells Ray the address of the replica's node.
 """
 
 from __future__ import annotations

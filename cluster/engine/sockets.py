@@ -31,6 +31,8 @@ class SocketFolder:
         if os.environ.get(ENV, str(mine)) != str(mine):
             return False
         sweep(self._base)
+        if self._engines == 0:  # one of this pid may have been killed before
+            shutil.rmtree(mine, ignore_errors=True)
         mine.mkdir(mode=0o700, exist_ok=True)
         os.environ[ENV] = str(mine)
         self._engines += 1

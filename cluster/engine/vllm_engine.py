@@ -98,6 +98,7 @@ class VllmEngine:
         repairs.apply()
         in_core = lone_rank.settle(config)
         forks.install(rank_in_core=in_core)
+        causes.take()  # what an engine before it may have left
         try:
             with lone_rank.environment(config) if in_core else contextlib.nullcontext():
                 path: EnginePath = FastPath(config) if fast else PublicPath(config)

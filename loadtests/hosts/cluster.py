@@ -1,7 +1,7 @@
 """The whole cluster: hosts, stores, Ray, gateways and controller, started in the order in which they need each other.
 
-Three hosts: `a` and `b` have a Ray node and a gateway each, `c` has Ray's head, the controller, both stores, the names
-and the callers. What the chart renders decides every program, argument, variable and file.
+Four hosts: `a` and `b` have a Ray node and a gateway each, `c` has Ray's head, the controller, both stores and the
+names, `d` the callers. What the chart renders decides every program, argument, variable and file.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import yaml
 from cluster.cli import issuing
 from loadtests.children import Children, DidNotStart
 from loadtests.hosts import rendered
+from loadtests.hosts.cgroup import cgroup
 from loadtests.hosts.fabric import Fabric, fabric
-from loadtests.hosts.group import group
 from loadtests.hosts.pods import Kubelet, Pod, own
 from loadtests.hosts.rendered import RELEASE, Containers, Mount, Names, Object, Release
 from loadtests.hosts.story import Story
@@ -81,7 +81,7 @@ class Cluster:
     def processors(self) -> str:
         """How hosts and pods share this machine's."""
         whose = f"those of host {C} last"
-        return f"by process, {whose}" if self.kubelet.group is not None else "by session: it gives nobody groups"
+        return f"by process, {whose}" if self.kubelet.cgroup is not None else "by session: it gives nobody groups"
 
     def containers(self) -> Containers:
         """Of the release as it is."""
@@ -265,7 +265,7 @@ async def running(children: Children, folder: Path, *, size: Size, seed: int) ->
     async with AsyncExitStack() as stack:
         net = stack.enter_context(fabric(HOSTS))
         dns = net.place("dns", C)
-        together = stack.enter_context(group())
+        together = stack.enter_context(cgroup())
         kubelet = Kubelet(children, home, Names(list(release.of("Service"))), dns.address, together, last=(C,))
         story = Story(children.folder)
         stack.enter_context(contextlib.closing(story))

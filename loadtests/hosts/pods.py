@@ -93,6 +93,11 @@ class Pod:
         return now
 
 
+def joined(command: Sequence[str], cgroup: Path, *, last: bool) -> list[str]:
+    """The command line that runs another in a cgroup; `last`: after all others there."""
+    return ["bash", "-c", JOIN, "join", str(cgroup), *(("nice", "-n", str(LAST)) if last else ()), *command]
+
+
 class Kubelet:
     """Starts pods, keeps them, and tells the names where the ready ones are."""
 
@@ -102,12 +107,12 @@ class Kubelet:
         home: Path,
         names: Names,
         nameserver: str,
-        group: Path | None = None,
+        cgroup: Path | None = None,
         last: Collection[str] = (),
     ) -> None:
-        """`group`: of the cpu controller, for all pods. `last`: hosts whose pods let others have the processors."""
+        """`cgroup`: of the cpu controller, for all pods. `last`: hosts whose pods let others have the processors."""
         self._children = children
-        self.group = group
+        self.cgroup = cgroup
         self._last = last
         self._home = home
         self._names = names
@@ -242,10 +247,8 @@ class Kubelet:
             "unshare", "--mount", "--pid", "--fork", "--kill-child", "--uts", "--ipc", "--",
             "bash", str(SANDBOX), str(home), *spec.command,
         )  # fmt: skip
-        if pod.place.host in self._last:
-            command = ["nice", "-n", str(LAST), *command]
-        if self.group is not None:
-            command = ["bash", "-c", JOIN, "join", str(self.group), *command]
+        if self.cgroup is not None:
+            command = joined(command, self.cgroup, last=pod.place.host in self._last)
         return self._children.start(spec.name, spec.component, command)
 
     @contextlib.asynccontextmanager

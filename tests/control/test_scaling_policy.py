@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.control.scaling import (
@@ -73,6 +75,40 @@ def _seen(calls: int, replicas: int, cls: str, most: int = 100) -> ModelSeen:
         [ReplicaSeen(f"r{n}", "ready", 0.0) for n in range(replicas)],
         {"": Rates(8000.0, 2600.0, 500_000)},
     )
+
+
+def _corrections(rounds: Sequence[tuple[int, int]], replicas: int) -> list[float]:
+    """After each round of (calls, of which late), with so many replicas whatever is decided."""
+    found, memory = [], Memory()
+    for number, (calls, late) in enumerate(rounds, 1):
+        seen = _seen(calls, replicas, "x")
+        demand = dataclasses.replace(seen.demand["x"], within_slo=calls - late, outside_slo=late)
+        models = {"m": dataclasses.replace(seen, demand={"x": demand})}
+        decisions, memory = decide(Observation(models, covers_s=5.0), memory, number * 5.0)
+        found.append(decisions[0].numbers["correction"])
+    return found
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 50))
+def test_late_calls_that_the_shadow_served_raise_the_correction_and_others_let_it_fall(late: int) -> None:
+    rounds = [(50, late)] * 15 + [(50, 0)] * 400
+    found = _corrections(rounds, 40)
+    up, down = found[:15], found[15:]
+    assert up == sorted(up)
+    assert 1.0 < up[-1] <= 2.0
+    assert down == sorted(down, reverse=True)
+    assert down[-1] < up[-1]
+    if late <= 10:
+        assert down[-1] == 1.0, "a correction that is not needed goes"
+
+
+def test_late_calls_in_an_overload_that_the_shadow_saw_leave_the_correction() -> None:
+    """They say nothing against rules that hold more."""
+    foreseen = _corrections([(500, 500)] * 60, 1)
+    unforeseen = _corrections([(500, 500)] * 60, 400)
+    assert foreseen[-1] < 1.02
+    assert unforeseen[-1] > 1.5
 
 
 def test_classes_that_nobody_ranked_still_count_by_their_load() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ from cluster.api.ports import EngineDead
 from cluster.engine import causes, lone_rank, sockets
 from cluster.engine.vllm_engine import VllmEngine
 from tests.engine.conftest import tiny_spec
+
+
+@pytest.fixture(autouse=True)
+def no_keepers() -> Iterator[None]:
+    """This process's loggers are as they were."""
+    yield
+    for name in causes.LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers = [one for one in logger.handlers if not isinstance(one, causes._Keeper)]
 
 
 @pytest.fixture
@@ -52,21 +62,29 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_from_another_process_is_its_last_line() -> None:
-    """Ray sends the whole traceback along."""
-    sent = "ray::RayWorkerProc.initialize_worker()\nTraceback (most recent call last):\n  File x\nValueError: no route"
-    assert causes.text(RuntimeError(sent)) == "ValueError: no route"
+def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
+    """Ray sends the whole traceback along, vLLM's ranks add it as a note; all lines of the message are told."""
+    why = "ValueError: no route\nto the other rank"
+    sent = f"ray::RayWorkerProc.initialize_worker()\nTraceback (most recent call last):\n  File x\n    call()\n{why}"
+    assert causes.text(RuntimeError(sent)) == "ValueError: no route to the other rank"
+    noted = ValueError("no route\nto the other rank")
+    noted.add_note("Traceback (most recent call last):\n  File y\nValueError: no route")
+    assert causes.text(noted) == "ValueError: no route to the other rank"
     assert len(causes.text(ValueError("long " * 1000))) == causes.LONGEST
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("rank", ["core", "process"])
-async def test_a_real_engine_says_why(llama_folder: Path, rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache too small for one request of the longest length: the reason is in the error, with the entry's name."""
+@pytest.mark.parametrize(
+    ("rank", "cache_bytes", "why"),
+    [("core", 1 << 12, "cache blocks"), ("process", 1 << 60, "memory")],
+)
+async def test_a_real_engine_says_why(
+    llama_folder: Path, rank: str, cache_bytes: int, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache too small for the longest request ends the core, one larger than the machine its rank: the reason is in
+    the error, with the entry's name."""
     monkeypatch.setenv(lone_rank.RANK, rank)
     spec = tiny_spec()
-    engine = VllmEngine(
-        dataclasses.replace(spec, engine={**spec.engine, "kv_cache_memory_bytes": 1 << 12}), llama_folder
-    )
-    with pytest.raises(EngineDead, match=rf"models\[{spec.name}\]: the engine did not come up: .*cache blocks"):
-        await engine.start()
+    spec = dataclasses.replace(spec, engine={**spec.engine, "kv_cache_memory_bytes": cache_bytes})
+    with pytest.raises(EngineDead, match=rf"models\[{spec.name}\]: the engine did not come up: \w+Error: .*{why}"):
+        await VllmEngine(spec, llama_folder).start()

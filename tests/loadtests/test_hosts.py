@@ -12,17 +12,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests.children import ROOT
+from loadtests.hosts.cgroup import cgroup
 from loadtests.hosts.events import Episode, Shown, shown, ups
 from loadtests.hosts.fabric import PREFIX, Place, fabric
-from loadtests.hosts.group import group
 from loadtests.hosts.inside.callers import Callers, Plan
 from loadtests.hosts.load import Call, Load
-from loadtests.hosts.pods import JOIN
+from loadtests.hosts.pods import LAST, joined
 from loadtests.hosts.rendered import DOMAIN, Names, Spec
 from loadtests.scenarios.hosts import lost_in_move
 
@@ -195,18 +196,22 @@ async def test_a_gateway_of_the_rendered_cluster_dies(tmp_path: Path) -> None:
     assert left_of(process.pid) == []
 
 
-def test_pods_share_processors_by_process() -> None:
-    """What the kernel says of the group's weight and of who is in it; nothing is left of it."""
-    with group() as path:
+@pytest.mark.parametrize("last", [False, True])
+def test_pods_share_processors_by_process(last: bool) -> None:
+    """What the kernel says of the cgroup's weight, who is in it and how nice; nothing is left of it."""
+    with cgroup() as path:
         if path is None:
             pytest.skip("nobody may make groups of the cpu controller here")
         weights = [int(file.read_text()) for name in ("cpu.shares", "cpu.weight") if (file := path / name).exists()]
         assert weights in ([1024], [100])
-        process = subprocess.Popen(["bash", "-c", JOIN, "join", str(path), "sleep", "60"])
+        process = subprocess.Popen(joined(["sleep", "60"], path, last=last))
         try:
             deadline = time.monotonic() + 10
             while f"/{path.name}\n" not in Path(f"/proc/{process.pid}/cgroup").read_text():
                 assert time.monotonic() < deadline, "the process has not joined the group"
+            while psutil.Process(process.pid).name() != "sleep":
+                assert time.monotonic() < deadline, "the command has not begun"
+            assert psutil.Process(process.pid).nice() == (LAST if last else os.getpriority(os.PRIO_PROCESS, 0))
         finally:
             process.kill()
             process.wait()

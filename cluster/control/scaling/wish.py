@@ -32,12 +32,13 @@ LEAST_MARGIN = 0.2
 """Over the mean of a cold start, below which no rule goes while nothing is known; it falls with the root of the time
 seen, by WINDOW. As much as public traces move within a cold start, most of the time."""
 SHARE_OF_BUDGET = 0.75
-"""Of the calls that may be late, those that rules may spend; the rest is for what no rule foresees."""
-PACE = 0.02
-"""The correction's exponent grows by this where a whole stretch is late that the shadow served in time, and falls by
-the budget's share of it in each: whatever the demand does, such calls stay at the budget in the long run. A correction
-by the mean of two hours swung between 1 and 2, for it rose till long after it was enough. Source: Gibbs and Candes,
-Adaptive Conformal Inference Under Distribution Shift (2021)."""
+"""Of the calls that may be late, those that rules may spend, less what came late that no rule foresaw; and what such
+calls are brought to by the correction."""
+PACE = 0.12
+"""The correction's exponent grows by this in a cold start of which all calls are late that the shadow served in time,
+and falls by as much of it in each as the budget is of all calls: so long as it is within its bounds such calls come to
+the budget, whatever the demand does. A correction by the mean of two hours swung between 1 and 2, for it rose till long
+after it was enough. Source: Gibbs and Candes, Adaptive Conformal Inference Under Distribution Shift (2021)."""
 HEAVIEST = 4.0
 """A stretch weighs what its calls are against the mean, at most this."""
 LEAST, MOST = 1.0, 2.0
@@ -210,7 +211,7 @@ def _check(before: Fidelity, seen: ModelSeen, one: Stretch, came: Came, cold_s: 
     if now:
         weight = min(now * time_s / (judged * one.passed_s), HEAVIEST)
         excess = max(one.outside - told_now, 0.0) / now - SHARE_OF_BUDGET * (1.0 - seen.settings.slo.target)
-        correction = min(max(correction * math.exp(PACE * weight * excess), LEAST), MOST)
+        correction = min(max(correction * math.exp(PACE * one.passed_s / cold_s * weight * excess), LEAST), MOST)
     return Fidelity(float(waiting[0]), told, lately, late, judged, time_s, correction)
 
 

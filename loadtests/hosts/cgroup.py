@@ -1,4 +1,5 @@
-"""All pods' processes in one group of the kernel's cpu controller, where each waits for a processor as any other does.
+"""All pods' processes in one cgroup of the cpu controller, where each waits for a processor as any other does, but for
+those that are nice (pods.py).
 
 Without it the kernel shares this machine's processors by session, and a pod that starts a session for each of its
 processes, as Ray's does, takes them from the pods of other hosts: real hosts have their own. Groups by host and request
@@ -17,7 +18,7 @@ V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
 
 
 @contextlib.contextmanager
-def group() -> Iterator[Path | None]:
+def cgroup() -> Iterator[Path | None]:
     """A group while it is entered; None where this machine lets nobody make any. Its weight is one session's: a heavier
     one kept all outside from the processors for over a second."""
     parent = V1 if (V1 / "cpu.shares").exists() else V2
@@ -25,7 +26,7 @@ def group() -> Iterator[Path | None]:
     try:
         if parent == V2 and "cpu" not in (V2 / "cgroup.subtree_control").read_text().split():
             raise PermissionError("the cpu controller is not given to groups here")
-        path.mkdir()
+        path.mkdir(exist_ok=True)  # one of this pid may have been killed before
     except OSError:
         yield None
         return
