@@ -13,15 +13,20 @@ On vLLM's CPU build alone, unless HEADRACE_ENGINE_START asks for it: on GPUs it 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
-from multiprocessing import context, forkserver
+from multiprocessing import context, current_process, forkserver
 from pathlib import Path
+
+from cluster.engine import sockets
 
 START = "HEADRACE_ENGINE_START"
 """Environment: `fork-server`, `spawn`, or by the build where it is not set."""
@@ -44,6 +49,7 @@ def begin() -> None:
     if not wanted():
         return
     with _lock, _preloaded_libraries():
+        _have_own_folder()
         forkserver.set_forkserver_preload([PRELOAD])
         forkserver.ensure_running()
 
@@ -97,6 +103,20 @@ class _Process(context.ForkServerProcess):
 
 class _Context(context.ForkServerContext):
     Process = _Process
+
+
+def _have_own_folder() -> None:
+    """For the server's socket: multiprocessing removes the folder that it makes as its process ends, and replicas are
+    killed. This one is removed by the next engine on the host, too."""
+    base = Path(tempfile.gettempdir())
+    mine = base / f"{sockets.FORKS}{os.getpid()}"
+    known: dict[str, object] = current_process()._config  # type: ignore[attr-defined]
+    if known.get("tempdir") is not None:
+        return
+    sockets.sweep(base)
+    mine.mkdir(mode=0o700, exist_ok=True)
+    known["tempdir"] = str(mine)
+    atexit.register(shutil.rmtree, mine, ignore_errors=True)
 
 
 @contextlib.contextmanager

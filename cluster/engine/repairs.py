@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import ipaddress
 import os
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -136,6 +137,12 @@ def _free_quietly(kind: Any) -> None:
     kind.__del__ = __del__
 
 
+def _has_node() -> bool:
+    """Whether others may be beside it: not at a loopback address, for which Ray would take the machine's outer one."""
+    address = os.environ.get(NODE, "")
+    return bool(address) and not ipaddress.ip_address(address).is_loopback
+
+
 def _repair_node() -> None:
     from vllm.v1.executor import ray_executor_v2
 
@@ -181,7 +188,7 @@ def apply() -> None:
         if _version() in resume.VERSIONS and not missing(resume.SYMBOLS):
             resume.install()
     _repair_queues()
-    if os.environ.get(NODE) and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1":
+    if _has_node() and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1":
         _repair_node()
     _applied.add("seeds")
 

@@ -16,6 +16,8 @@ import psutil
 
 ENV = "VLLM_RPC_BASE_PATH"
 PREFIX = "headrace-ipc-"
+FORKS = "headrace-fork-"
+"""Of the folder in which multiprocessing has the socket of the server that engines fork from (forks.py)."""
 
 
 class SocketFolder:
@@ -31,8 +33,6 @@ class SocketFolder:
         if os.environ.get(ENV, str(mine)) != str(mine):
             return False
         sweep(self._base)
-        if self._engines == 0:  # one of this pid may have been killed before
-            shutil.rmtree(mine, ignore_errors=True)
         mine.mkdir(mode=0o700, exist_ok=True)
         os.environ[ENV] = str(mine)
         self._engines += 1
@@ -48,8 +48,8 @@ class SocketFolder:
 def sweep(base: Path) -> int:
     """Remove what killed processes of this user left; how many folders."""
     removed = 0
-    for folder in base.glob(f"{PREFIX}*"):
-        pid = folder.name.removeprefix(PREFIX)
+    for folder in (*base.glob(f"{PREFIX}*"), *base.glob(f"{FORKS}*")):
+        pid = folder.name.rpartition("-")[2]
         with contextlib.suppress(OSError):
             if pid.isdigit() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(pid)):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from cluster.engine import forks
+from cluster.engine import forks, sockets
 
 SCRIPT = """
 import json, os, sys
@@ -74,6 +75,37 @@ def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> N
         assert one["preloaded"]
         assert not one["main again"]
     assert found["own main"].endswith("program.py")
+
+
+HOLDS = """
+import sys
+from multiprocessing import util
+from cluster.engine import forks
+
+forks.PRELOAD = "wave"
+forks.begin()
+print(util.get_temp_dir(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_servers_folder_goes(tmp_path: Path, killed: bool) -> None:
+    """With its owner, or with the next engine's start where that was killed."""
+    environment = {**os.environ, forks.START: "fork-server", "PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", HOLDS]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        assert folder.parent == tmp_path
+        assert list(folder.iterdir()), "the server's socket"
+        if killed:
+            process.kill()
+    if killed:
+        assert sockets.sweep(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("word", "wanted"), [("spawn", False), ("fork-server", True)])

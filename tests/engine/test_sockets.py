@@ -33,10 +33,11 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     """Folders of processes that are gone are removed; those of living ones and of strangers' making are not."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for name in (f"{sockets.PREFIX}{gone.pid}", f"{sockets.PREFIX}{os.getpid()}", f"{sockets.PREFIX}abc"):
+    kept = {f"{prefix}{whose}" for prefix in (sockets.PREFIX, sockets.FORKS) for whose in (os.getpid(), "abc")}
+    for name in (f"{sockets.PREFIX}{gone.pid}", f"{sockets.FORKS}{gone.pid}", *kept):
         (tmp_path / name).mkdir()
-    assert sockets.sweep(tmp_path) == 1
-    assert {p.name for p in tmp_path.iterdir()} == {f"{sockets.PREFIX}{os.getpid()}", f"{sockets.PREFIX}abc"}
+    assert sockets.sweep(tmp_path) == 2
+    assert {p.name for p in tmp_path.iterdir()} == kept
 
 
 @pytest.mark.engine
