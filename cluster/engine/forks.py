@@ -107,13 +107,12 @@ class _Context(context.ForkServerContext):
 
 def _have_own_folder() -> None:
     """For the server's socket: multiprocessing removes the folder that it makes as its process ends, and replicas are
-    killed. This one is removed by the next engine on the host, too."""
-    base = Path(tempfile.gettempdir())
-    mine = base / f"{sockets.FORKS}{os.getpid()}"
+    killed. This one is removed by whoever ends them (reaper.py) or starts the next engine, too."""
+    mine = Path(tempfile.gettempdir()) / f"{sockets.FORKS}{os.getpid()}"
     known: dict[str, object] = current_process()._config  # type: ignore[attr-defined]
     if known.get("tempdir") is not None:
         return
-    sockets.sweep(base)
+    sockets.sweep()
     mine.mkdir(mode=0o700, exist_ok=True)
     known["tempdir"] = str(mine)
     atexit.register(shutil.rmtree, mine, ignore_errors=True)

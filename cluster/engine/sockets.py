@@ -45,8 +45,9 @@ class SocketFolder:
             shutil.rmtree(os.environ.pop(ENV), ignore_errors=True)
 
 
-def sweep(base: Path) -> int:
-    """Remove what killed processes of this user left; how many folders."""
+def sweep(base: Path | None = None) -> int:
+    """Remove what killed processes of this user left; how many folders. `base`: where temporary files are."""
+    base = base or Path(tempfile.gettempdir())
     removed = 0
     for folder in (*base.glob(f"{PREFIX}*"), *base.glob(f"{FORKS}*")):
         pid = folder.name.rpartition("-")[2]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from cluster.engine import watchdog
+from cluster.engine import sockets, watchdog
 
 INSTANCE_ENV = "HEADRACE_INSTANCE"
 _POLL_S = 0.05
@@ -61,7 +61,7 @@ def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), 
     """SIGTERM to each process of the cluster but `keep`, SIGKILL after `grace_s`; returns how many there were.
 
     Looks again until none is left, so that what was started meanwhile ends too. Then takes their engines' shared memory
-    away.
+    and folders of sockets away.
     """
     kept = frozenset(keep)
     seen: set[int] = set()
@@ -78,4 +78,5 @@ def end(instance: str, folder: Path | None = None, *, keep: Iterable[int] = (), 
         seen |= pids
         time.sleep(_POLL_S)
     watchdog.unlink(blocks)
+    sockets.sweep()
     return len(seen)

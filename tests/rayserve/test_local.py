@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from cluster.api.types import ModelSpec
+from cluster.engine import sockets
 from cluster.rayserve import reaper
 from cluster.rayserve.backend import ChildBackend, RayAway
 from cluster.rayserve.local import LocalRay, LocalRaySettings, RayDidNotStart, end_remains, free_ports
@@ -29,14 +31,22 @@ def sleeper(**environment: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_reaper_ends_the_tagged_alone() -> None:
-    """A process of this instance ends; one of another instance with the same beginning does not."""
+def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of this instance ends; one of another instance with the same beginning does not. Folders that engines
+    who were killed have left go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = sleeper()
+    gone.kill()
+    gone.wait()
+    for prefix in (sockets.PREFIX, sockets.FORKS):
+        (tmp_path / f"{prefix}{gone.pid}").mkdir()
     ours, theirs = sleeper(HEADRACE_INSTANCE="abc"), sleeper(HEADRACE_INSTANCE="abcd")
     try:
         assert reaper.find("abc") == {ours.pid}
         assert reaper.end("abc", grace_s=5.0) == 1
         assert ours.wait(5.0) == -15
         assert theirs.poll() is None
+        assert list(tmp_path.iterdir()) == []
     finally:
         theirs.kill()
         theirs.wait()
