@@ -18,9 +18,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from multiprocessing import context, current_process, forkserver
@@ -108,14 +106,11 @@ class _Context(context.ForkServerContext):
 def _have_own_folder() -> None:
     """For the server's socket: multiprocessing removes the folder that it makes as its process ends, and replicas are
     killed. This one is removed by whoever ends them (reaper.py) or starts the next engine, too."""
-    mine = Path(tempfile.gettempdir()) / f"{sockets.FORKS}{os.getpid()}"
     known: dict[str, object] = current_process()._config  # type: ignore[attr-defined]
-    if known.get("tempdir") is not None:
-        return
-    sockets.sweep()
-    mine.mkdir(mode=0o700, exist_ok=True)
-    known["tempdir"] = str(mine)
-    atexit.register(shutil.rmtree, mine, ignore_errors=True)
+    if known.get("tempdir") is None:
+        own = sockets.OwnFolder(sockets.FORKS)
+        known["tempdir"] = str(own.path)
+        atexit.register(own.remove)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,11 @@ the same user on the host. Ranks that Ray places on other hosts, where the folde
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 from pathlib import Path
-
-import psutil
 
 ENV = "VLLM_RPC_BASE_PATH"
 PREFIX = "headrace-ipc-"
@@ -24,38 +23,71 @@ class SocketFolder:
     """The folder of this process, shared by its engines."""
 
     def __init__(self, base: Path | None = None) -> None:
-        self._base = base or Path(tempfile.gettempdir())
+        self._base = base
+        self._own: OwnFolder | None = None
         self._engines = 0
 
     def acquire(self) -> bool:
         """One more engine uses it; False when the environment names another place."""
-        mine = self._base / f"{PREFIX}{os.getpid()}"
-        if os.environ.get(ENV, str(mine)) != str(mine):
+        if os.environ.get(ENV) != (str(self._own.path) if self._own else None):
             return False
-        sweep(self._base)
-        mine.mkdir(mode=0o700, exist_ok=True)
-        os.environ[ENV] = str(mine)
+        if self._own is None:
+            self._own = OwnFolder(PREFIX, self._base)
+            os.environ[ENV] = str(self._own.path)
         self._engines += 1
         return True
 
     def release(self) -> None:
         """An engine that `acquire` answered True to has ended."""
         self._engines -= 1
-        if self._engines == 0:
-            shutil.rmtree(os.environ.pop(ENV), ignore_errors=True)
+        if self._engines == 0 and self._own is not None:
+            os.environ.pop(ENV, None)
+            self._own.remove()
+            self._own = None
+
+
+class OwnFolder:
+    """A new folder that is there as long as its process, or until `remove`.
+
+    Its lock says that the process lives: a number would not where containers share a folder of temporary files, each
+    with processes of its own by the same numbers.
+    """
+
+    def __init__(self, prefix: str, base: Path | None = None) -> None:
+        base = base or Path(tempfile.gettempdir())
+        sweep(base)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
+            with contextlib.suppress(FileNotFoundError):
+                self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                if self.path.exists():  # or another process found it before it was locked, and swept it
+                    return
+                os.close(self._lock)
+
+    def remove(self) -> None:
+        """Take it away with what is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
 
 
 def sweep(base: Path | None = None) -> int:
     """Remove what killed processes of this user left; how many folders. `base`: where temporary files are."""
     base = base or Path(tempfile.gettempdir())
-    removed = 0
-    for folder in (*base.glob(f"{PREFIX}*"), *base.glob(f"{FORKS}*")):
-        pid = folder.name.rpartition("-")[2]
-        with contextlib.suppress(OSError):
-            if pid.isdigit() and folder.stat().st_uid == os.getuid() and not psutil.pid_exists(int(pid)):
-                shutil.rmtree(folder, ignore_errors=True)
-                removed += 1
-    return removed
+    return sum(map(_swept, (*base.glob(f"{PREFIX}*"), *base.glob(f"{FORKS}*"))))
+
+
+def _swept(left: Path) -> bool:
+    with contextlib.suppress(OSError):  # a living process holds the lock; it is no folder; it is a stranger's
+        lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if os.fstat(lock).st_uid == os.getuid():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+                return True
+        finally:
+            os.close(lock)
+    return False
 
 
 def folder() -> Path | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ DRIVERS = ("sqlite", "postgresql+psycopg")
 CONNECT_TIMEOUT_S = 3
 STATEMENT_TIMEOUT_MS = 30_000
 SQLITE_BUSY_MS = 10_000
+_SQLITE_AGAIN_S = 0.01
 
 
 def parse_url(database_url: str, password: str = "") -> URL:
@@ -69,12 +72,12 @@ def _sqlite(url: URL) -> Engine:
     def prepare(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions begin where we say, reads included
         for pragma in (
-            "journal_mode=WAL",
+            f"busy_timeout={SQLITE_BUSY_MS}",
             "synchronous=FULL",  # a spool file is deleted after commit, so a commit must survive a power cut
             "foreign_keys=ON",
-            f"busy_timeout={SQLITE_BUSY_MS}",
         ):
             connection.execute(f"PRAGMA {pragma}")
+        _write_ahead(connection)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -83,6 +86,19 @@ def _sqlite(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Have the database's journal written ahead. SQLite waits for no lock here when two make the switch at once."""
+    give_up_at = time.monotonic() + SQLITE_BUSY_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
+                raise
+        time.sleep(_SQLITE_AGAIN_S)
 
 
 @contextlib.contextmanager

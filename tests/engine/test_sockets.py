@@ -12,6 +12,7 @@ import pytest
 from cluster.api.types import ModelSpec
 from cluster.engine import sockets
 from cluster.engine.vllm_engine import VllmEngine
+from tests.support.ray_head import OWN_PROCESSES
 
 
 def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,14 +31,29 @@ def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    """Folders of processes that are gone are removed; those of living ones and of strangers' making are not."""
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    kept = {f"{prefix}{whose}" for prefix in (sockets.PREFIX, sockets.FORKS) for whose in (os.getpid(), "abc")}
-    for name in (f"{sockets.PREFIX}{gone.pid}", f"{sockets.FORKS}{gone.pid}", *kept):
-        (tmp_path / name).mkdir()
+    """Folders without a lock are removed, whatever their number; those of the living and of others' making are not."""
+    ours = [sockets.OwnFolder(prefix, tmp_path) for prefix in (sockets.PREFIX, sockets.FORKS)]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"{sockets.PREFIX}file").touch()
+    (tmp_path / f"{sockets.PREFIX}link").symlink_to(tmp_path / "elsewhere")
+    kept = set(tmp_path.iterdir())
+    for prefix in (sockets.PREFIX, sockets.FORKS):
+        (tmp_path / f"{prefix}left" / "socket").mkdir(parents=True)
     assert sockets.sweep(tmp_path) == 2
-    assert {p.name for p in tmp_path.iterdir()} == kept
+    assert set(tmp_path.iterdir()) == kept
+    for own in ours:
+        own.remove()
+        assert own.path not in tmp_path.iterdir()
+
+
+@pytest.mark.root
+def test_a_living_process_keeps_its_folder_from_other_namespaces(tmp_path: Path) -> None:
+    """Where containers share a folder of temporary files, another's processes are not to be seen by their numbers."""
+    sweep = f"from cluster.engine import sockets; from pathlib import Path; sockets.sweep(Path({str(tmp_path)!r}))"
+    ours = sockets.OwnFolder(sockets.PREFIX, tmp_path)
+    subprocess.run([*OWN_PROCESSES, sys.executable, "-c", sweep], check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == [ours.path]
+    ours.remove()
 
 
 @pytest.mark.engine

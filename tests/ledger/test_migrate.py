@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -99,6 +100,21 @@ def test_gateways_that_start_together_upgrade_once(database_url: str) -> None:
     for thread in threads:
         thread.join()
     assert sorted(map(len, applied)) == [0, 0, 0, len(migrate.Migrations().scripts())]
+
+
+def test_a_new_file_is_opened_while_another_writes(tmp_path: Path) -> None:
+    """SQLite answers the switch to a journal written ahead with "locked" at once while another holds the file."""
+    file = tmp_path / "ledger.db"
+    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE theirs (a)")
+    other.execute("BEGIN IMMEDIATE")
+    done = threading.Timer(0.2, lambda: other.execute("COMMIT"))
+    done.start()
+    engine = make_engine(f"sqlite:///{file}")
+    assert migrate.table_names(engine) == ["theirs"]
+    engine.dispose()
+    done.join()
+    other.close()
 
 
 def test_a_failed_migration_leaves_nothing(database_url: str, tmp_path: Path) -> None:

@@ -35,11 +35,8 @@ def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     """A process of this instance ends; one of another instance with the same beginning does not. Folders that engines
     who were killed have left go."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    gone = sleeper()
-    gone.kill()
-    gone.wait()
     for prefix in (sockets.PREFIX, sockets.FORKS):
-        (tmp_path / f"{prefix}{gone.pid}").mkdir()
+        (tmp_path / f"{prefix}left").mkdir()
     ours, theirs = sleeper(HEADRACE_INSTANCE="abc"), sleeper(HEADRACE_INSTANCE="abcd")
     try:
         assert reaper.find("abc") == {ours.pid}
