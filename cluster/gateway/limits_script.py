@@ -1,5 +1,7 @@
 """The script that changes one tenant's limits in Valkey or Redis, whole or not at all; limits_valkey.py calls it."""
 
+import hashlib
+
 SCRIPT = r"""
 -- One tenant's limits, changed at once. KEYS: the tenant's hash, the set of gateways (score: when it last beat).
 -- ARGV: operation, now (-1: the store's own clock), gateway, day, month, then as each operation says.
@@ -124,3 +126,6 @@ elseif op == 'mend' then -- plain, running here: what this gateway counted while
 end
 return redis.error_reply('unknown operation ' .. op)
 """
+
+SCRIPT_SHA = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+"""By which a store that has it knows it."""

@@ -13,16 +13,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import structlog
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoScriptError, RedisError
 
 from cluster.api.outcomes import Outcome
-from cluster.gateway.limits_script import SCRIPT
+from cluster.gateway.limits_script import SCRIPT, SCRIPT_SHA
+from cluster.gateway.together import Together
 from cluster.tenancy.limits import (
     QUANTUM_TOKENS,
     Ask,
@@ -81,7 +82,7 @@ class ValkeyLimits:
         self._mirror = Limiter(weights=self._weights, quantum_tokens=quantum_tokens)
         self._beat_s = beat_s
         self._store_clock = store_clock
-        self._script = self._redis.register_script(SCRIPT)
+        self._command: Together[Sequence[Any], Any] = Together(self._commands)
         self._held: dict[str, _Held] = {}
         self._owed: dict[str, int] = {}  # tenant -> tokens of budgets that the store does not know of
         self._beating: asyncio.Task[None] | None = None
@@ -178,8 +179,9 @@ class ValkeyLimits:
         if self.degraded:
             return None
         try:
-            key = f"{PREFIX}first:{name}"
-            return bool(await self._redis.set(key, self._gateway, nx=True, px=max(int(expires_s * 1000), 1)))
+            expires_ms = max(int(expires_s * 1000), 1)
+            set_it = ("SET", f"{PREFIX}first:{name}", self._gateway, "NX", "PX", expires_ms)
+            return bool(await self._command(set_it))
         except AWAY as error:
             self._away(error)
             return None
@@ -219,8 +221,20 @@ class ValkeyLimits:
         now = -1.0 if self._store_clock is None else self._store_clock()
         head = (operation, now, self._gateway, day_of(epoch_s), month_of(epoch_s))
         keys = (f"{PREFIX}tenant:{tenant}", PREFIX + "gateways")
-        reply = await cast(Awaitable[Any], self._script(keys=keys, args=[*head, *arguments]))
+        call = ("EVALSHA", SCRIPT_SHA, len(keys), *keys, *head, *arguments)
+        try:
+            reply = await self._command(call)
+        except NoScriptError:  # a store that is new, or was started anew
+            await self._command(("SCRIPT LOAD", SCRIPT))
+            reply = await self._command(call)
         return [float(x) for x in reply]
+
+    async def _commands(self, commands: Sequence[Sequence[Any]]) -> Sequence[Any]:
+        """All in one message, each whole by itself; an answer that is an error is its own command's."""
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            return await pipeline.execute(raise_on_error=False)
 
     def _away(self, error: Exception) -> None:
         if not self.degraded:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -19,11 +19,14 @@ from typing import Protocol
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.together import Together
 from cluster.ledger.errors import StoreUnavailable
 
 log = structlog.get_logger("resume")
 
 BUSY_S = 5.0
+Asked = tuple[str, float]
+"""A name, and for how many seconds it is to be taken."""
 
 
 class Takers(Protocol):
@@ -46,37 +49,49 @@ class FileTakers:
     def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:
         self._path = path
         self._wall = wall
+        self._together = Together(self._take_all)
 
     async def take(self, name: str, expires_s: float) -> bool:
         """See Takers."""
+        return await self._together((name, expires_s))
+
+    async def _take_all(self, asked: Sequence[Asked]) -> Sequence[bool]:
         try:
-            return await asyncio.to_thread(self._take, name, self._wall(), expires_s)
+            return await asyncio.to_thread(self._write, asked, self._wall())
         except (sqlite3.Error, OSError) as error:
             log.warning("resumes_not_kept", file=str(self._path), error=str(error))
             raise away() from None
 
-    def _take(self, name: str, now_s: float, expires_s: float) -> bool:
+    def _write(self, asked: Sequence[Asked], now_s: float) -> Sequence[bool]:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self._path, timeout=BUSY_S)) as connection, connection:
             connection.execute("CREATE TABLE IF NOT EXISTS taken (name TEXT PRIMARY KEY, expires_at_s REAL NOT NULL)")
             connection.execute("DELETE FROM taken WHERE expires_at_s < ?", (now_s,))
-            row = (name, now_s + expires_s)
-            return connection.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", row).rowcount == 1
+            rows = [(name, now_s + expires_s) for name, expires_s in asked]
+            return [connection.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", row).rowcount == 1 for row in rows]
 
 
 class LedgerTakers:
     """In the ledger's database."""
 
-    def __init__(self, take: Callable[[str, float, float], bool], wall: Callable[[], float] = time.time) -> None:
-        """`take(name, now_s, expires_at_s)` writes and says whether it was the first; raises StoreUnavailable."""
+    def __init__(
+        self,
+        take: Callable[[Sequence[tuple[str, float]], float], Sequence[bool]],
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """`take([(name, expires_at_s)], now_s)` writes and says who was the first; raises StoreUnavailable."""
         self._take = take
         self._wall = wall
+        self._together = Together(self._take_all)
 
     async def take(self, name: str, expires_s: float) -> bool:
         """See Takers."""
+        return await self._together((name, expires_s))
+
+    async def _take_all(self, asked: Sequence[Asked]) -> Sequence[bool]:
         now_s = self._wall()
         try:
-            return await asyncio.to_thread(self._take, name, now_s, now_s + expires_s)
+            return await asyncio.to_thread(self._take, [(name, now_s + expires_s) for name, expires_s in asked], now_s)
         except StoreUnavailable as error:
             log.warning("resumes_not_kept", error=str(error))
             raise away() from None

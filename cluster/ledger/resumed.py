@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import Engine, delete
 
 from cluster.ledger.changes import insert_or
@@ -15,13 +17,18 @@ class Resumed:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def take(self, name: str, now_s: float, expires_at_s: float) -> bool:
-        """Whether nobody has taken it yet. Raises StoreUnavailable."""
+    def take(self, names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
+        """Of each (name, expires_at_s) whether nobody has taken it yet, in one transaction. Raises StoreUnavailable."""
+        first: dict[str, int] = {}
+        for at, (name, _) in enumerate(names):
+            first.setdefault(name, at)
+        asked = sorted(first)  # in one order everywhere: two who want the same names wait for each other, never both
         with writing(self._engine) as connection:
-            connection.execute(delete(resumed).where(resumed.c.name == name, resumed.c.expires_at_s < now_s))
-            row = {"name": name, "expires_at_s": expires_at_s}
-            statement = insert_or(connection, resumed).values(row).on_conflict_do_nothing(index_elements=["name"])
-            return connection.execute(statement.returning(resumed.c.name)).first() is not None
+            connection.execute(delete(resumed).where(resumed.c.name.in_(asked), resumed.c.expires_at_s < now_s))
+            rows = [{"name": name, "expires_at_s": names[first[name]][1]} for name in asked]
+            statement = insert_or(connection, resumed).values(rows).on_conflict_do_nothing(index_elements=["name"])
+            took = set(connection.scalars(statement.returning(resumed.c.name)))
+        return [name in took and first[name] == at for at, (name, _) in enumerate(names)]
 
     def expire(self, now_s: float) -> int:
         """Remove what no token names any longer; how many."""

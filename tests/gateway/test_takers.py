@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
     assert await FileTakers(file, lambda: now).take("a.1", 60.0)
 
 
-def unavailable(name: str, now_s: float, expires_at_s: float) -> bool:
+def unavailable(names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
     """A database that does not answer."""
     raise StoreUnavailable("it is away")
 

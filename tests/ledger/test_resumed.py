@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from cluster.ledger.store import Ledger
 
 
 def test_of_many_one_is_the_first(ledger: Ledger) -> None:
-    """Sixteen at a time over one database: each name is taken by one of them, and stays taken until it expires."""
+    """Sixteen at a time over one database, in any order: each name is taken by one, and stays so until it expires."""
     names = [f"call.{i}" for i in range(8)]
+
+    def take(asked: list[str], now_s: float) -> list[bool]:
+        return list(ledger.resumed.take([(name, now_s + 100.0) for name in asked], now_s))
+
+    orders = [names, names[::-1], names[4:] + names[:4], [*names, *names]]
     with ThreadPoolExecutor(16) as threads:
-        for name in names:
-            took = list(threads.map(lambda _, name=name: ledger.resumed.take(name, 100.0, 200.0), range(16)))
-            assert sum(took) == 1
-    assert not any(ledger.resumed.take(name, 199.0, 300.0) for name in names)
-    assert ledger.resumed.take(names[0], 201.0, 300.0)
+        took = list(threads.map(lambda i: (orders[i % 4], take(orders[i % 4], 100.0)), range(16)))
+    firsts = Counter(name for order, found in took for name, first in zip(order, found, strict=True) if first)
+    assert firsts == dict.fromkeys(names, 1)
+    assert not any(take(names, 199.0))
+    assert take([names[0], "new", names[0]], 201.0) == [True, True, False]
     assert ledger.resumed.expire(250.0) == 7
-    assert not ledger.resumed.take(names[0], 250.0, 400.0)
+    assert take(names[:2], 250.0) == [False, True]
