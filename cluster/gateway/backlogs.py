@@ -8,9 +8,10 @@ gateways; two of them suffice, since the next report makes up for a lost one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.gateway.returning import Returning
 from cluster.gateway.turns import Turns
 from cluster.link import ticks
 from cluster.link.codec_turns import FlowBacklog, Weighed, backlog_to_pb
@@ -28,8 +29,12 @@ FLOWS_A_REPORT = 1000
 @dataclass(slots=True)
 class _Told:
     claim: int = 0
+    kept: Mapping[str, int] = field(default_factory=dict)
     flows: dict[FlowKey, Backlog] = field(default_factory=dict)
     flows_at: float = float("-inf")
+
+
+_NOTHING = _Told()
 
 
 class Backlogs:
@@ -39,12 +44,12 @@ class Backlogs:
         self,
         turns: Turns,
         waiting: Callable[[str], tuple[int, int]],
-        returning: Callable[[str], tuple[int, int]],
+        returning: Returning,
         links: Callable[[str], Sequence[WorkerLink]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`waiting` gives a model's waiting sequences and prompt tokens, `returning` those among them that go on before
-        all others wherever they wait, `links` those of its workers, by their ids."""
+        """`waiting` gives a model's waiting sequences and prompt tokens, `returning` holds those among them that go on
+        before all others wherever they wait, `links` gives those of its workers, by their ids."""
         self._turns = turns
         self._waiting = waiting
         self._returning = returning
@@ -53,9 +58,10 @@ class Backlogs:
         self._told: dict[str, _Told] = {}
 
     def changed(self, model: str) -> None:
-        """Something has entered or left a line: told at once if the line begins or ends by it."""
-        told = self._told.get(model)
-        if (told is not None and told.claim > 0) != (self._waiting(model)[0] > 0):
+        """Something has entered or left a line: told at once if the line begins or ends by it, or if it is one that
+        some worker has computed, and takes back for the asking."""
+        told = self._told.get(model, _NOTHING)
+        if (told.claim > 0) != (self._waiting(model)[0] > 0) or told.kept != self._returning.kept(model):
             self._tell(model, self._clock())
 
     def joined(self, model: str) -> None:
@@ -75,20 +81,22 @@ class Backlogs:
         told = self._told.setdefault(model, _Told())
         count, tokens = self._waiting(model)
         order = self._turns.fair.order(model)
-        claim = order.claim() + self._returning(model)[0] if count else 0
+        claim = order.claim() + self._returning.waiting(model)[0] if count else 0
+        kept = dict(self._returning.kept(model))
         flows: list[Weighed[FlowBacklog]] | None = None
         if now - told.flows_at >= REPORT_S * len(told.flows) / FLOWS_A_REPORT or not count:
-            here = order.waiting_here() if count else {}
-            if here != told.flows or (here and now - told.flows_at >= REPEAT_S):
-                told.flows, told.flows_at = here, now
-                flows = [Weighed(FlowBacklog(*item), self._turns.weight_of(item[0].tenant)) for item in here.items()]
-        if claim == told.claim and flows is None:
+            mine = order.waiting_here() if count else {}
+            if mine != told.flows or (mine and now - told.flows_at >= REPEAT_S):
+                told.flows, told.flows_at = mine, now
+                flows = [Weighed(FlowBacklog(*item), self._turns.weight_of(item[0].tenant)) for item in mine.items()]
+        if (claim, kept) == (told.claim, told.kept) and flows is None:
             if not count:
                 del self._told[model]
             return
-        told.claim = claim
+        told.claim, told.kept = claim, kept
         for at, link in enumerate(self._links(model)):
-            link.box.backlog(backlog_to_pb(count, tokens, claim, flows if at < RELAYS else None))
+            here = kept.get(link.identity.incarnation, 0)
+            link.box.backlog(backlog_to_pb(count, tokens, claim, here, flows if at < RELAYS else None))
 
     def __repr__(self) -> str:
         return f"Backlogs({len(self._told)} models)"

@@ -19,6 +19,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
 from cluster.gateway.backlogs import Backlogs
 from cluster.gateway.call import Call
+from cluster.gateway.candidates import candidate, onward_call
 from cluster.gateway.demand import Tally
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.output import Output
@@ -29,7 +30,7 @@ from cluster.link.codec_turns import Weighed
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.routing.breaker import Breakers
-from cluster.routing.pick import Candidate, Decision, RouteCall, pick
+from cluster.routing.pick import Candidate, Decision, RouteCall, pick, takes_onward
 from cluster.routing.versions import Versions
 from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.queue import Waiting, WaitingRoom
@@ -78,7 +79,7 @@ class Dispatcher:
         self._returning = Returning(resume_wait_s)
         self.breakers = Breakers()
         self.trials = Trials()
-        self.backlogs = Backlogs(turns, self.waiting, self._returning.waiting, self._links, clock)
+        self.backlogs = Backlogs(turns, self.waiting, self._returning, self._links, clock)
         self._swept = clock()
         self.on_state: Callable[[], None] = lambda: None
         self.accounting: Accounting | None = None
@@ -90,11 +91,13 @@ class Dispatcher:
         """Queue every output of a call, and send what has room at once. Raises CallError; then nothing is queued."""
         self._refuse_hopeless(model)
         starts_in_s = 0.0 if call.deadline is None else self.turns.starts_in_s(call)
+        onward = []
         for output in call.sequences:
             if output.finish_reason:
                 continue
             if output.emitted:  # at another gateway, where it had its turn
                 self._return(output)
+                onward.append(output)
                 continue
             self._arrived[model.name] += 1
             self._arrived_tokens[model.name] += len(output.request.prompt_token_ids)
@@ -107,7 +110,10 @@ class Dispatcher:
                 raise CallError(admission.outcome, _WHY_NOT[admission.outcome])
             self._outputs[output.waiting_id] = output
             self.tally.waits(waiting)
-        self._pump(model.name)
+        if len(onward) < len(call.sequences):
+            self._pump(model.name)
+        else:
+            self._go_on(model, onward)
         self._hold(model)
 
     def missed(self, call: Call, model: KnownModel) -> None:
@@ -142,16 +148,18 @@ class Dispatcher:
 
     def again(self, output: Output) -> None:
         """A sequence that has lost its place goes on before all others; one without a token at the head of its line."""
+        known = self._directory().find(output.call.model)
         if output.emitted or output.shuns:
             self._return(output)
+            if known is not None:
+                self._go_on(known, (output,))
         else:
             waiting = self.turns.waiting(output)
             self._outputs[output.waiting_id] = output
             self._choose_anew(output.call)
             self._room.put_back(waiting, self._clock())
             self.tally.waits(waiting)
-        self._pump(output.call.model)
-        known = self._directory().find(output.call.model)
+            self._pump(output.call.model)
         if known is not None:
             self._hold(known)
 
@@ -220,7 +228,7 @@ class Dispatcher:
         if known is None:
             return
         now = self._clock()
-        self._send_returning(known)
+        self._send_returning(known, self._returning.of(model))
         while True:
             decision: Decision | None = None
 
@@ -243,17 +251,31 @@ class Dispatcher:
             self._bind(known.links[decision.worker_id], output, decision, waiting)
         self.backlogs.changed(model)
 
-    def _send_returning(self, known: KnownModel) -> None:
+    def _go_on(self, known: KnownModel, outputs: Sequence[Output]) -> None:
+        """These have come to go on. Nothing else has changed, so that nobody else is to be looked at: where a gateway
+        or a worker was lost they are many, and those before them were looked at when they came."""
+        self._send_returning(known, outputs)
+        self.backlogs.changed(known.name)
+
+    def _send_returning(self, known: KnownModel, outputs: Sequence[Output]) -> None:
         """Let those go on that have lost their worker, each at one like it."""
+        if not outputs:
+            return
         now = self._clock()
-        for output in self._returning.of(known.name):
+        candidates = {one.worker_id: one for one in self._candidates(known, now, onward=True)}
+        for output in outputs:
             if output.call.error is not None:  # its face is about to end it
                 continue
-            candidates = self._candidates(known, now, onward=True)
-            decision = pick(_onward(output, candidates, known), candidates)
-            if decision.worker_id is not None and self._returning.take(output):
+            worker_id = None
+            if any(map(takes_onward, candidates.values())):
+                home = self._returning.home(output, now)
+                decision = pick(onward_call(output, candidates.values(), known, home), candidates.values())
+                worker_id = decision.worker_id
+            if worker_id is not None and self._returning.take(output):
                 self.tally.waits_no_more(output.waiting_id)
-                self._bind(known.links[decision.worker_id], output, decision, self.turns.waiting(output))
+                link = known.links[worker_id]
+                self._bind(link, output, decision, self.turns.waiting(output))
+                candidates[worker_id] = self._candidate(known, link, now, onward=True)
             elif known.comes_no_more(output.likeness):
                 self._returning.take(output)
                 self.tally.waits_no_more(output.waiting_id)
@@ -279,12 +301,11 @@ class Dispatcher:
 
     def _candidates(self, known: KnownModel, now: float, onward: bool = False) -> list[Candidate]:
         """`onward`: for a call that goes on."""
-        lets = self.breakers.lets
-        retired = known.retired
-        return [
-            _candidate(link, healthy=lets(link.identity.incarnation, now), onward=onward, retired=retired(link))
-            for link in known.links.values()
-        ]
+        return [self._candidate(known, link, now, onward) for link in known.links.values()]
+
+    def _candidate(self, known: KnownModel, link: WorkerLink, now: float, onward: bool) -> Candidate:
+        healthy = self.breakers.lets(link.identity.incarnation, now)
+        return candidate(link, healthy=healthy, onward=onward, retired=known.retired(link))
 
     def answered(self, output: Output, link: WorkerLink, well: bool) -> None:
         """A worker has given a sequence its first token, or has failed it."""
@@ -325,6 +346,8 @@ class Dispatcher:
         for output in self._returning.expired(now, self._directory().starts_in_s):
             self.tally.waits_no_more(output.waiting_id)
             output.call.fail(self._not_resumed(output))
+        for name in self._returning.models:  # somebody may have waited for its own worker's room long enough
+            self._pump(name)
         if self.breakers.open:  # a pause may be over
             for model in self._directory().models:
                 self._pump(model.name)
@@ -461,39 +484,3 @@ class Dispatcher:
     def returning(self, call: Call) -> bool:
         """Whether some of a call waits to go on at another worker."""
         return any(output in self._returning for output in call.sequences)
-
-
-def _onward(output: Output, candidates: Sequence[Candidate], known: KnownModel) -> RouteCall:
-    """What a sequence needs to go on. Where nobody is left but those that have failed it, they may try again: Ray may
-    be about to replace one, and it is not certain whose fault it was."""
-    call = RouteCall(
-        output.call.model, output.tokens, likeness=output.likeness, shuns=output.shuns, home=output.kept_at
-    )
-    for one in candidates:
-        if one.incarnation == call.home:
-            call = replace(call, fresh=known.links[one.worker_id].fresh(output.tokens))
-    others = (one for one in candidates if call.likeness in (None, one.likeness) and not one.draining)
-    return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
-
-
-def _candidate(link: WorkerLink, *, healthy: bool, onward: bool, retired: bool) -> Candidate:
-    free = link.free
-    return Candidate(
-        worker_id=link.identity.worker_id,
-        model=link.identity.model,
-        version=link.identity.version,
-        free_sequences=free.sequences,
-        free_tokens=free.tokens,
-        running=link.running,
-        waiting=link.load.waiting,
-        kv_usage=link.load.kv_usage,
-        healthy=healthy,
-        draining=not link.serves,
-        incarnation=link.identity.incarnation,
-        likeness=link.likeness,
-        replaying=link.replays.tokens,
-        beginning=link.replays.prompts,
-        max_replaying=link.replays.budget() if onward or link.replays.tokens else 0,
-        prefill_tokens=link.prefill_tokens,
-        retired=retired,
-    )

@@ -11,15 +11,22 @@ when it has waited too long. First come, first served within a class, the higher
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.gateway.output import Output
+
+HOME_S = 0.1
+"""So long a sequence waits for room where its KV blocks are before it is computed anew elsewhere: its places are free
+there from the moment in which its gateway was lost, and told as soon as somebody asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
     output: Output
+    home: str
+    since: float
     until: float
     deadline: float
 
@@ -30,21 +37,31 @@ class Returning:
     def __init__(self, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
         self._places: dict[str, dict[str, _Place]] = {}
+        self._kept: dict[str, Counter[str]] = {}
 
     def add(self, output: Output, now: float) -> None:
         """It waits from now on."""
         deadline = math.inf if output.call.deadline is None else output.call.deadline
+        self.take(output)
         places = self._places.setdefault(output.call.model, {})
-        places[output.waiting_id] = _Place(output, now + self._max_wait_s, deadline)
+        places[output.waiting_id] = _Place(output, output.kept_at, now, now + self._max_wait_s, deadline)
+        if output.kept_at:
+            self._kept.setdefault(output.call.model, Counter())[output.kept_at] += 1
 
     def take(self, output: Output) -> bool:
         """It no longer waits; False when it did not."""
         model = output.call.model
-        places = self._places.get(model)
-        if places is None or places.pop(output.waiting_id, None) is None:
+        places = self._places.get(model, {})
+        place = places.pop(output.waiting_id, None)
+        if place is None:
             return False
         if not places:
             del self._places[model]
+        if place.home:
+            kept = self._kept[model]
+            kept[place.home] -= 1
+            if not kept[place.home]:
+                del kept[place.home]
         return True
 
     def of(self, model: str) -> Sequence[Output]:
@@ -71,6 +88,20 @@ class Returning:
         """Sequences of a model, and the tokens to compute for them."""
         places = self._places.get(model)
         return (len(places), sum(p.output.tokens for p in places.values())) if places else (0, 0)
+
+    def kept(self, model: str) -> Mapping[str, int]:
+        """How many of a model's sequences each worker has computed, by its incarnation."""
+        return self._kept.get(model, {})
+
+    def home(self, output: Output, now: float) -> str:
+        """The incarnation at which it is to wait for room, "" when it has waited there for long enough."""
+        place = self._places.get(output.call.model, {}).get(output.waiting_id)
+        return place.home if place is not None and now < place.since + HOME_S else ""
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Those of which some wait."""
+        return list(self._places)
 
     def __contains__(self, output: Output) -> bool:
         return output.waiting_id in self._places.get(output.call.model, ())

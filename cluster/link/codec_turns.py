@@ -37,10 +37,18 @@ def put_turn(message: pb.Submit, turn: Weighed[Waiting]) -> None:
     message.expected_cached_tokens, message.expected_output_tokens = waiting.cached_tokens, waiting.output_tokens
 
 
-def backlog_to_pb(waiting: int, tokens: int, claim: int, flows: Sequence[Weighed[FlowBacklog]] | None) -> pb.Backlog:
-    """What waits at a gateway; `flows` None where another worker is told of them."""
+def backlog_to_pb(
+    waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[Weighed[FlowBacklog]] | None
+) -> pb.Backlog:
+    """What waits at a gateway, and of its claim what this worker has computed; `flows` None where another worker is
+    told of them."""
     return pb.Backlog(
-        waiting=waiting, waiting_tokens=tokens, claim=claim, flows=_flows(flows or ()), tells_flows=flows is not None
+        waiting=waiting,
+        waiting_tokens=tokens,
+        claim=claim,
+        kept=kept,
+        flows=_flows(flows or ()),
+        tells_flows=flows is not None,
     )
 
 

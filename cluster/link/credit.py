@@ -10,6 +10,7 @@ Both objects are pure: no clock, no I/O.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -36,6 +37,7 @@ class _Account:
     spent: Room = Room(0, 0)
     limit: Room = Room(0, 0)
     waiting: int = 0
+    kept: int = 0
     grant_id: int = 0
     unacked: list[tuple[int, Room]] = field(default_factory=list)
 
@@ -66,9 +68,12 @@ class Granter:
         account = self._accounts[link]
         account.spent = Room(account.spent.sequences + 1, account.spent.tokens + tokens)
 
-    def backlog(self, link: int, waiting: int) -> None:
-        """A gateway says how many of its calls wait for this worker's model."""
-        self._accounts[link].waiting = waiting
+    def backlog(self, link: int, waiting: int, kept: int = 0) -> None:
+        """A gateway says how many of its calls wait for this worker's model, and of how many of them the KV blocks are
+        here."""
+        account = self._accounts[link]
+        account.kept = min(kept, waiting)
+        account.waiting = waiting - account.kept
 
     def acked(self, link: int, grant_id: int) -> None:
         """A gateway has applied that grant: older limits are no longer in force."""
@@ -80,12 +85,19 @@ class Granter:
         rooms = [account.promised() for account in self._accounts.values()]
         return Room(sum(r.sequences for r in rooms), sum(r.tokens for r in rooms))
 
-    def grants(self, room: Room) -> list[Grant]:
-        """The limits to send now, for links whose limit changes. `room` is what is free, promised or not."""
+    def grants(self, room: Room, places: int = 0) -> list[Grant]:
+        """The limits to send now, for links whose limit changes. `room` is what is free, promised or not. `places`: as
+        many sequences where they cost next to nothing to begin, for calls whose KV blocks are here."""
         if not self._accounts:
             return []
-        share = self._shares(max(room.sequences, 0))
-        token_share = self._shares(max(room.tokens, 0))
+        kept = {link: account.kept for link, account in self._accounts.items()}
+        waiting = {link: account.waiting for link, account in self._accounts.items()}
+        whole = {link: kept[link] + waiting[link] for link in kept}
+        more = min(sum(kept.values()), max(places - max(room.sequences, 0), 0))
+        room = Room(max(room.sequences, 0) + more, max(room.tokens, 0))
+        of_kept = _shares(more, kept)
+        share = {link: of_kept[link] + part for link, part in _shares(room.sequences - more, waiting).items()}
+        token_share = _shares(room.tokens, whole)
         promised = self.promised()
         spare = Room(max(room.sequences - promised.sequences, 0), max(room.tokens - promised.tokens, 0))
         out = []
@@ -106,20 +118,19 @@ class Granter:
             out.append(Grant(link, account.grant_id, limit.sequences, limit.tokens))
         return out
 
-    def _shares(self, total: int) -> dict[int, int]:
-        """Split `total` by backlog (largest remainder); evenly when nobody waits."""
-        weights = {link: account.waiting for link, account in self._accounts.items()}
-        if not any(weights.values()):
-            weights = dict.fromkeys(weights, 1)
-        whole = sum(weights.values())
-        shares = {link: total * weight // whole for link, weight in weights.items()}
-        rest = total - sum(shares.values())
-        for link in _by_remainder(weights, total, whole)[:rest]:
-            shares[link] += 1
-        return shares
+
+def _shares(total: int, claims: Mapping[int, int]) -> dict[int, int]:
+    """Split `total` by claims (largest remainder); evenly when nobody has one."""
+    weights = claims if any(claims.values()) else dict.fromkeys(claims, 1)
+    whole = sum(weights.values())
+    shares = {link: total * weight // whole for link, weight in weights.items()}
+    rest = total - sum(shares.values())
+    for link in _by_remainder(weights, total, whole)[:rest]:
+        shares[link] += 1
+    return shares
 
 
-def _by_remainder(weights: dict[int, int], total: int, whole: int) -> list[int]:
+def _by_remainder(weights: Mapping[int, int], total: int, whole: int) -> list[int]:
     return sorted((k for k, w in weights.items() if w), key=lambda k: (-(total * weights[k] % whole), k))
 
 

@@ -169,7 +169,8 @@ class CommandBox:
         """What waits here for this worker's model; what was told of whom and has not left is not lost with it."""
         if self._backlog is not None and self._backlog.tells_flows and not backlog.tells_flows:
             told = self._backlog
-            told.waiting, told.waiting_tokens, told.claim = backlog.waiting, backlog.waiting_tokens, backlog.claim
+            told.waiting, told.waiting_tokens = backlog.waiting, backlog.waiting_tokens
+            told.claim, told.kept = backlog.claim, backlog.kept
         else:
             self._backlog = backlog
         self._wake.set()

@@ -307,7 +307,7 @@ class WorkerEnd:
         if not self._duty.serves:
             return
         room = Room(self._lookahead.sequences, self._info.kv_tokens - self._tokens)
-        for grant in self._granter.grants(room):
+        for grant in self._granter.grants(room, self._lookahead.places):
             link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)
             link.grant_id = grant.grant_id
@@ -437,11 +437,11 @@ class WorkerEnd:
                 link.unacked_since = time.monotonic()
         if message.usage_acks:
             self._usage.acked(message.usage_acks)
-        if message.HasField("backlog"):
-            self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting)
-            self._served.relay(link.number, message.backlog)
         for submit in message.submits:
             await self._take(link, submit)
+        if message.HasField("backlog"):  # of what waits besides
+            self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting, message.backlog.kept)
+            self._served.relay(link.number, message.backlog)
         if message.aborts:
             await self._abort(link, message.aborts)
         if message.HasField("fetch_bundle"):
@@ -485,7 +485,7 @@ class WorkerEnd:
         earlier = submit.earlier_tokens
         running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, earlier, share, now)
         self._running[request_id] = running
-        self._lookahead.submitted(request_id, tokens)
+        self._lookahead.submitted(request_id, min(submit.fresh_tokens or tokens, tokens))
         self._tokens += tokens
         self._served.accepted(request_id, link.number, submit, prompt)
         self._idle.clear()

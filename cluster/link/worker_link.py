@@ -138,7 +138,9 @@ class WorkerLink:
         self._sinks[slot] = sink
         tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         self.prefill_tokens += tokens
-        self.replays.sent(slot, self.fresh(tokens) if at_home else tokens, bool(request.emitted_token_ids))
+        if at_home:
+            message.fresh_tokens = self.fresh(tokens)
+        self.replays.sent(slot, message.fresh_tokens or tokens, bool(request.emitted_token_ids))
         self._purse.spend(tokens)
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"

@@ -53,7 +53,7 @@ class RouteCall:
     A continued one has the `likeness` of the worker that began it; it shuns the incarnations at which it has failed.
     One that begins goes to one of `versions`, any where there are none. The incarnation `home` is where the last of a
     continued one was computed: its KV blocks are there still, for all that is known, and only `fresh` tokens are to be
-    computed anew."""
+    computed anew; one that `stays` waits for room there."""
 
     model: str
     tokens: int
@@ -63,6 +63,7 @@ class RouteCall:
     versions: frozenset[str] = frozenset()
     home: str = ""
     fresh: int = 0
+    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,11 @@ def _replays_fit(call: RouteCall, c: Candidate) -> bool:
     return not waiting or c.replaying + c.beginning + tokens <= c.max_replaying
 
 
+def takes_onward(c: Candidate) -> bool:
+    """Whether it may have room for any continued call: most often nobody has, and many wait."""
+    return c.free_sequences > 0 and (not c.replaying or c.replaying + c.beginning < c.max_replaying)
+
+
 def _at_home(call: RouteCall, c: Candidate) -> bool:
     return bool(call.home) and c.incarnation == call.home
 
@@ -167,6 +173,7 @@ FILTERS = (
     Filter("other_version", lambda call, c: not call.versions or c.version in call.versions),
     Filter("other_weights", lambda call, c: call.likeness is None or c.likeness == call.likeness),
     Filter("failed_there", lambda call, c: c.incarnation not in call.shuns),
+    Filter("kept_elsewhere", lambda call, c: not call.stays or c.incarnation == call.home),
     Filter("replaying", _replays_fit),
     Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),
     Filter("too_few_free_tokens", lambda call, c: c.free_tokens >= call.tokens),

@@ -867,6 +867,7 @@ class Submit(_message.Message):
     EXPECTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
     EARLIER_TOKENS_FIELD_NUMBER: _builtins.int
+    FRESH_TOKENS_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     attempt: _builtins.int
     prompt_ids: _builtins.bytes
@@ -889,6 +890,8 @@ class Submit(_message.Message):
     tenant_weight: _builtins.float
     earlier_tokens: _builtins.int
     """Of emitted_ids, those that other workers have generated under this sealed_record."""
+    fresh_tokens: _builtins.int
+    """Of a continued call whose KV blocks are likely here still: the tokens to compute. 0: all of them."""
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     def __init__(
@@ -910,10 +913,11 @@ class Submit(_message.Message):
         expected_output_tokens: _builtins.int = ...,
         tenant_weight: _builtins.float = ...,
         earlier_tokens: _builtins.int = ...,
+        fresh_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "fresh_tokens", b"fresh_tokens", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1076,11 +1080,14 @@ class Backlog(_message.Message):
     CLAIM_FIELD_NUMBER: _builtins.int
     FLOWS_FIELD_NUMBER: _builtins.int
     TELLS_FLOWS_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
     waiting: _builtins.int
     waiting_tokens: _builtins.int
     claim: _builtins.int
     """By what room is shared out: the gateway's part of the next turns, were all gateways one queue."""
     tells_flows: _builtins.bool
+    kept: _builtins.int
+    """Of the claim, those that this worker has computed: they go on here at the cost of a block each."""
     @_builtins.property
     def flows(self) -> _containers.RepeatedCompositeFieldContainer[Global___FlowBacklog]:
         """Who waits, for the worker to tell the other gateways; only where tells_flows."""
@@ -1093,10 +1100,11 @@ class Backlog(_message.Message):
         claim: _builtins.int = ...,
         flows: _abc.Iterable[Global___FlowBacklog] | None = ...,
         tells_flows: _builtins.bool = ...,
+        kept: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "flows", b"flows", "tells_flows", b"tells_flows", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "flows", b"flows", "kept", b"kept", "tells_flows", b"tells_flows", "waiting", b"waiting", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,51 @@
+"""What the routing policies see of this gateway's links and calls."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from cluster.gateway.directory import KnownModel
+from cluster.gateway.output import Output
+from cluster.link.worker_link import WorkerLink
+from cluster.routing.pick import Candidate, RouteCall
+
+
+def onward_call(output: Output, candidates: Collection[Candidate], known: KnownModel, home: str) -> RouteCall:
+    """What a sequence needs to go on; `home`: where it waits for room, if that serves.
+
+    Where nobody is left but those that have failed it, they may try again: Ray may be about to replace one, and it is
+    not certain whose fault it was."""
+    call = RouteCall(
+        output.call.model, output.tokens, likeness=output.likeness, shuns=output.shuns, home=output.kept_at
+    )
+    for one in candidates:
+        if one.incarnation == call.home:
+            stays = one.incarnation == home and one.healthy and not one.draining and one.incarnation not in call.shuns
+            call = replace(call, fresh=known.links[one.worker_id].fresh(output.tokens), stays=stays)
+    others = (one for one in candidates if call.likeness in (None, one.likeness) and not one.draining)
+    return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
+
+
+def candidate(link: WorkerLink, *, healthy: bool, onward: bool, retired: bool) -> Candidate:
+    """How a worker stands. `onward`: to a call that goes on."""
+    free = link.free
+    return Candidate(
+        worker_id=link.identity.worker_id,
+        model=link.identity.model,
+        version=link.identity.version,
+        free_sequences=free.sequences,
+        free_tokens=free.tokens,
+        running=link.running,
+        waiting=link.load.waiting,
+        kv_usage=link.load.kv_usage,
+        healthy=healthy,
+        draining=not link.serves,
+        incarnation=link.identity.incarnation,
+        likeness=link.likeness,
+        replaying=link.replays.tokens,
+        beginning=link.replays.prompts,
+        max_replaying=link.replays.budget() if onward or link.replays.tokens else 0,
+        prefill_tokens=link.prefill_tokens,
+        retired=retired,
+    )
