@@ -30,7 +30,7 @@ from cluster.link.codec_turns import Weighed
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.routing.breaker import Breakers
-from cluster.routing.pick import Candidate, Decision, RouteCall, pick, takes_onward
+from cluster.routing.pick import Candidate, Decision, RouteCall, fresh_at, pick, takes_onward
 from cluster.routing.versions import Versions
 from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.queue import Waiting, WaitingRoom
@@ -268,20 +268,23 @@ class Dispatcher:
                 continue
             worker_id = None
             if any(map(takes_onward, candidates.values())):
-                home = self._returning.home(output, now)
-                decision = pick(onward_call(output, candidates.values(), known, home), candidates.values())
+                home, waiting = self._returning.home(output, now), self.turns.waiting(output)
+                call = onward_call(output, candidates.values(), known, home, waiting.cached_tokens)
+                decision = pick(call, candidates.values())
                 worker_id = decision.worker_id
             if worker_id is not None and self._returning.take(output):
                 self.tally.waits_no_more(output.waiting_id)
                 link = known.links[worker_id]
-                self._bind(link, output, decision, self.turns.waiting(output))
+                self._bind(link, output, decision, waiting, fresh_at(call, candidates[worker_id]))
                 candidates[worker_id] = self._candidate(known, link, now, onward=True)
             elif known.comes_no_more(output.likeness):
                 self._returning.take(output)
                 self.tally.waits_no_more(output.waiting_id)
                 output.call.fail(self._replaced(output))
 
-    def _bind(self, link: WorkerLink, output: Output, decision: Decision, waiting: Waiting) -> None:
+    def _bind(
+        self, link: WorkerLink, output: Output, decision: Decision, waiting: Waiting, fresh_tokens: int = 0
+    ) -> None:
         call = output.call
         if output.index == 0 and not output.emitted:
             call.usage.queue_s = self._clock() - call.arrived
@@ -294,8 +297,7 @@ class Dispatcher:
         turn = Weighed(waiting, call.policy.weight)
         self.breakers.sent(link.identity.incarnation, self._clock())
         earlier = len(output.emitted) - output.restored
-        at_home = output.kept_at == link.identity.incarnation
-        slot = link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, at_home)
+        slot = link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, fresh_tokens)
         output.bound(link, slot)
         self._metrics.count("route_decisions_total", call.model, decision.reason)
 

@@ -123,11 +123,12 @@ class WorkerLink:
         sealed_record: bytes = b"",
         turn: Weighed[Waiting] | None = None,
         earlier_tokens: int = 0,
-        at_home: bool = False,
+        fresh_tokens: int = 0,
     ) -> int:
         """Send a request; its slot. The caller has seen room for it in `free`. `sealed_record` comes back with what
         the request has come to, and with `earlier_tokens`, which other workers have generated under that record;
-        `turn` says whose it was and what it was charged. `at_home`: this engine computed it before, see `fresh`."""
+        `turn` says whose it was and what it was charged. Of a continued request `fresh_tokens` are likely to be
+        computed, 0 for all."""
         slot = next(self._slots)
         message = codec.submit_to_pb(slot, attempt, request)  # first: what cannot be encoded takes no room
         if sealed_record:
@@ -138,9 +139,9 @@ class WorkerLink:
         self._sinks[slot] = sink
         tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         self.prefill_tokens += tokens
-        if at_home:
-            message.fresh_tokens = self.fresh(tokens)
-        self.replays.sent(slot, message.fresh_tokens or tokens, bool(request.emitted_token_ids))
+        message.fresh_tokens = fresh_tokens
+        expected = tokens - turn.what.cached_tokens if turn is not None else tokens
+        self.replays.sent(slot, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
         self._purse.spend(tokens)
         if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
             key = f"prompt:{slot}:{attempt}"

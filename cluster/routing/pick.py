@@ -48,12 +48,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class RouteCall:
-    """What of a call matters for its way. `tokens` are to be computed before its next one: those of its prompt, and of
-    a continued call those that it has emitted. It goes nowhere unless more than `keep_free` sequences are free in all.
-    A continued one has the `likeness` of the worker that began it; it shuns the incarnations at which it has failed.
-    One that begins goes to one of `versions`, any where there are none. The incarnation `home` is where the last of a
-    continued one was computed: its KV blocks are there still, for all that is known, and only `fresh` tokens are to be
-    computed anew; one that `stays` waits for room there."""
+    """What of a call matters for its way. `tokens` are there before its next one: those of its prompt, and of a
+    continued call those that it has emitted; `fresh` of them are likely to be computed, 0 for all. It goes nowhere
+    unless more than `keep_free` sequences are free in all. A continued one has the `likeness` of the worker that began
+    it; it shuns the incarnations at which it has failed. One that begins goes to one of `versions`, any where there are
+    none. The incarnation `home` is where the last of a continued one was computed: its KV blocks are there still, for
+    all that is known, and only `fresh_home` tokens are to be computed anew; one that `stays` waits for room there."""
 
     model: str
     tokens: int
@@ -61,8 +61,9 @@ class RouteCall:
     likeness: Likeness | None = None
     shuns: frozenset[str] = frozenset()
     versions: frozenset[str] = frozenset()
-    home: str = ""
     fresh: int = 0
+    home: str = ""
+    fresh_home: int = 0
     stays: bool = False
 
 
@@ -124,8 +125,12 @@ def _replays_fit(call: RouteCall, c: Candidate) -> bool:
     """Continued calls come in crowds; computed all at once, or with prompts beside, they would hold up everybody's next
     token. One of them may go alone, however long."""
     waiting = c.replaying if call.likeness is None else c.replaying + c.beginning
-    tokens = call.fresh if _at_home(call, c) else call.tokens
-    return not waiting or c.replaying + c.beginning + tokens <= c.max_replaying
+    return not waiting or c.replaying + c.beginning + fresh_at(call, c) <= c.max_replaying
+
+
+def fresh_at(call: RouteCall, c: Candidate) -> int:
+    """Tokens that it would have to compute there."""
+    return call.fresh_home if _at_home(call, c) else call.fresh or call.tokens
 
 
 def takes_onward(c: Candidate) -> bool:

@@ -147,7 +147,7 @@ def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
     like = Likeness("w", "b", "c")
     home = worker("a", likeness=like, max_replaying=250, incarnation="i", running=60, free_sequences=1, waiting=3)
     other = worker("b", likeness=like, max_replaying=250, incarnation="j")
-    call = RouteCall("m", 100, likeness=like, home="i", fresh=10)
+    call = RouteCall("m", 100, likeness=like, home="i", fresh_home=10)
     assert pick(call, [home, other]).worker_id == "a"
     assert pick(dataclasses.replace(call, home="gone"), [home, other]).worker_id == "b"
     for replaying, goes in ((240, "a"), (241, "b")):
