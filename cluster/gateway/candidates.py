@@ -11,14 +11,12 @@ from cluster.link.worker_link import WorkerLink
 from cluster.routing.pick import Candidate, RouteCall
 
 
-def onward_call(
-    output: Output, candidates: Collection[Candidate], known: KnownModel, home: str, cached_tokens: int
-) -> RouteCall:
-    """What a sequence needs to go on; `home`: where it waits for room, if that serves. `cached_tokens` of its prompt
-    are expected in any worker's cache.
+def onward_call(output: Output, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int) -> RouteCall:
+    """What a sequence needs to go on. `cached_tokens` of its prompt are expected in any worker's cache.
 
     Where nobody is left but those that have failed it, they may try again: Ray may be about to replace one, and it is
     not certain whose fault it was."""
+    home = next((one for one in candidates if one.incarnation == output.kept_at), None) if output.kept_at else None
     call = RouteCall(
         output.call.model,
         output.tokens,
@@ -26,11 +24,8 @@ def onward_call(
         shuns=output.shuns,
         fresh=max(output.tokens - cached_tokens, 1),
         home=output.kept_at,
+        fresh_home=known.links[home.worker_id].fresh(output.tokens) if home is not None else 0,
     )
-    for one in candidates:
-        if one.incarnation == call.home:
-            stays = one.incarnation == home and one.healthy and not one.draining and one.incarnation not in call.shuns
-            call = replace(call, fresh_home=known.links[one.worker_id].fresh(output.tokens), stays=stays)
     others = (one for one in candidates if call.likeness in (None, one.likeness) and not one.draining)
     return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
 

@@ -262,21 +262,31 @@ class Dispatcher:
         if not outputs:
             return
         now = self._clock()
-        candidates = {one.worker_id: one for one in self._candidates(known, now, onward=True)}
+        seen: dict[str, Candidate] = {}
+
+        def look(link: WorkerLink) -> Candidate:
+            found = seen.get(link.identity.worker_id)
+            if found is None:
+                found = seen[link.identity.worker_id] = self._candidate(known, link, now, onward=True)
+            return found
+
         for output in outputs:
             if output.call.error is not None:  # its face is about to end it
                 continue
+            home = self._returning.home(output, now)
+            own = next((one for one in known.links.values() if one.identity.incarnation == home), None)
+            candidates = [look(own)] if own is not None and home not in output.shuns else []
+            if not candidates or not candidates[0].healthy or candidates[0].draining:
+                candidates = [look(link) for link in known.links.values()]
             worker_id = None
-            if any(map(takes_onward, candidates.values())):
-                home, waiting = self._returning.home(output, now), self.turns.waiting(output)
-                call = onward_call(output, candidates.values(), known, home, waiting.cached_tokens)
-                decision = pick(call, candidates.values())
+            if any(map(takes_onward, candidates)):
+                waiting = self.turns.waiting(output)
+                call = onward_call(output, candidates, known, waiting.cached_tokens)
+                decision = pick(call, candidates)
                 worker_id = decision.worker_id
             if worker_id is not None and self._returning.take(output):
                 self.tally.waits_no_more(output.waiting_id)
-                link = known.links[worker_id]
-                self._bind(link, output, decision, waiting, fresh_at(call, candidates[worker_id]))
-                candidates[worker_id] = self._candidate(known, link, now, onward=True)
+                self._bind(known.links[worker_id], output, decision, waiting, fresh_at(call, seen.pop(worker_id)))
             elif known.comes_no_more(output.likeness):
                 self._returning.take(output)
                 self.tally.waits_no_more(output.waiting_id)

@@ -24,7 +24,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from cluster.api.types import Likeness
@@ -58,6 +58,9 @@ class CallHead:
     seed: int | None = None
     deadline_s: float = 0.0
     opened_s: float = 0.0
+
+
+_HEAD_FIELDS = tuple(one.name for one in fields(CallHead))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +188,7 @@ def decode(body: bytes) -> tuple[int, int, bytes, list[Choice], Mapping[str, Any
 
 def head_json(head: CallHead) -> dict[str, Any]:
     """As `more["call"]` has it."""
-    return asdict(head)
+    return {name: getattr(head, name) for name in _HEAD_FIELDS}
 
 
 def likeness_json(likeness: Likeness) -> list[str]:

@@ -53,7 +53,7 @@ class RouteCall:
     unless more than `keep_free` sequences are free in all. A continued one has the `likeness` of the worker that began
     it; it shuns the incarnations at which it has failed. One that begins goes to one of `versions`, any where there are
     none. The incarnation `home` is where the last of a continued one was computed: its KV blocks are there still, for
-    all that is known, and only `fresh_home` tokens are to be computed anew; one that `stays` waits for room there."""
+    all that is known, and only `fresh_home` tokens are to be computed anew."""
 
     model: str
     tokens: int
@@ -64,7 +64,6 @@ class RouteCall:
     fresh: int = 0
     home: str = ""
     fresh_home: int = 0
-    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +177,6 @@ FILTERS = (
     Filter("other_version", lambda call, c: not call.versions or c.version in call.versions),
     Filter("other_weights", lambda call, c: call.likeness is None or c.likeness == call.likeness),
     Filter("failed_there", lambda call, c: c.incarnation not in call.shuns),
-    Filter("kept_elsewhere", lambda call, c: not call.stays or c.incarnation == call.home),
     Filter("replaying", _replays_fit),
     Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),
     Filter("too_few_free_tokens", lambda call, c: c.free_tokens >= call.tokens),

@@ -177,6 +177,39 @@ async def test_it_goes_back_to_the_worker_that_has_its_blocks(pair: Pair, checkp
         call.cancel()
 
 
+async def test_all_of_a_lost_gateway_go_back_at_once(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each to its own worker, which has places for all though it could begin few such prompts in a step; none is
+    computed again."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
+    engine = {"decode_ms": 20, "max_num_batched_tokens": 512, "max_num_seqs": 32, "kv_blocks": 4096}
+    async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
+        workers = [await both(first, second, checkpoint, bundle, **engine) for _ in range(2)]
+
+        def counts(kind: str) -> list[int]:
+            return [getattr(worker.engine.statistics(), kind) for worker in workers]  # type: ignore[attr-defined]
+
+        long = [f"{number}: {'so it goes ' * 20}" for number in range(24)]
+        requests = [chat(text, max_tokens=1500, resumable=True, ignore_eos=True) for text in long]
+        calls = [first.stub.StreamChat(request) for request in requests]
+        begun = [[await read(call) for _ in range(3)] for call in calls]
+        at, computed = counts("running"), counts("prefill_tokens")
+        assert min(at) > 8
+        ends = asyncio.gather(*map(broken, calls, begun))
+        await first.gateway.stop(0)
+        await ends
+        before = counts("submitted")
+        goes_on = [second.stub.Resume(resume(*one)) for one in zip(requests, begun, strict=True)]
+        await asyncio.gather(*(asyncio.wait_for(read(call), 10) for call in goes_on))
+        await until(lambda: sum(counts("running")) == 24, "all go on")
+        assert [now - then for now, then in zip(counts("submitted"), before, strict=True)] == at
+        again = [now - then for now, then in zip(counts("prefill_tokens"), computed, strict=True)]
+        assert sum(again) <= 24 * workers[0].info.block_size
+        for call in goes_on:
+            call.cancel()
+
+
 @pytest.mark.parametrize("kind", ["chat", "complete"])
 async def test_in_a_session(pair: Pair, kind: str) -> None:
     """A session's calls carry tokens as streams do, and go on in a session of another gateway."""

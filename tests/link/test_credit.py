@@ -31,12 +31,15 @@ class CreditMachine(RuleBasedStateMachine):
         self.gateways: dict[int, _Gateway] = {}
         self.running: list[int] = []
         self.count = 0
+        self.begins = CAPACITY.sequences  # as many as may begin in a step
 
     def room(self) -> Room:
         return Room(CAPACITY.sequences - len(self.running), CAPACITY.tokens - sum(self.running))
 
     def regrant(self) -> None:
-        for grant in self.granter.grants(self.room()):
+        room = self.room()
+        begins = min(room.sequences, self.begins)
+        for grant in self.granter.grants(Room(begins, room.tokens), room.sequences):
             self.gateways[grant.link].inbox.append((grant.grant_id, grant.sequences, grant.tokens))
 
     @precondition(lambda self: len(self.gateways) < 4)
@@ -56,10 +59,15 @@ class CreditMachine(RuleBasedStateMachine):
         self.regrant()
 
     @precondition(lambda self: self.gateways)
-    @rule(data=st.data(), waiting=st.integers(0, 50))
-    def backlog(self, data: st.DataObject, waiting: int) -> None:
+    @rule(data=st.data(), waiting=st.integers(0, 50), kept=st.integers(0, 60))
+    def backlog(self, data: st.DataObject, waiting: int, kept: int) -> None:
         link = data.draw(st.sampled_from(sorted(self.gateways)))
-        self.granter.backlog(link, waiting)
+        self.granter.backlog(link, waiting, kept)
+        self.regrant()
+
+    @rule(begins=st.integers(0, CAPACITY.sequences))
+    def can_begin(self, begins: int) -> None:
+        self.begins = begins
         self.regrant()
 
     @precondition(lambda self: self.gateways)
@@ -133,6 +141,19 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
     granter.acked(1, grants[1].grant_id)
     (grant,) = granter.grants(Room(10, 1000))
     assert (grant.link, grant.sequences, grant.tokens) == (2, 10, 1000)
+
+
+def test_calls_whose_blocks_are_here_get_any_place() -> None:
+    """Beyond what a step can begin, each of their gateways as many as wait there, as far as there are places."""
+    granter = Granter()
+    for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
+        granter.attach(link)
+        granter.backlog(link, waiting, kept)
+    grants = {g.link: g.sequences for g in granter.grants(Room(6, 10_000), places=40)}
+    assert grants == {1: 5, 2: 1 + 6, 3: 9}, "those that begin share the six as if the others were not"
+    granter.backlog(3, 0)
+    grants = {g.link: g.sequences for g in granter.grants(Room(6, 10_000), places=9)}
+    assert grants == {2: 1 + 3, 3: 0}
 
 
 def test_a_limit_holds_until_a_later_one_is_acknowledged() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import Likeness
-from cluster.routing.pick import FILTERS, SCORERS, Candidate, RouteCall, Router, Scorer, pick
+from cluster.routing.pick import FILTERS, SCORERS, Candidate, RouteCall, Router, Scorer, pick, takes_onward
 
 CALL = RouteCall("m", 100)
 FREE = Candidate("w", "m", "v1", 4, 1000, 0, 0, 0.0, healthy=True, draining=False)
@@ -140,6 +140,9 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
         assert (pick(goes_on, [full]).worker_id is not None) == continued
         assert (pick(CALL, [full]).worker_id is not None) == begins
     assert pick(RouteCall("m", 900, likeness=like), [one]).worker_id == "a", "a long one goes alone"
+    some = dataclasses.replace(one, replaying=200)
+    assert pick(RouteCall("m", 900, likeness=like, fresh=50), [some]).worker_id == "a", "what is computed counts"
+    assert pick(RouteCall("m", 900, likeness=like, fresh=51), [some]).worker_id is None
 
 
 def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
@@ -155,6 +158,21 @@ def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
     assert pick(call, [dataclasses.replace(home, free_sequences=0), other]).worker_id == "b"
     assert pick(dataclasses.replace(call, shuns=frozenset("i")), [home, other]).worker_id == "b"
     assert pick(call, [dataclasses.replace(home, likeness=Likeness("x", "b", "c")), other]).worker_id == "b"
+
+
+@given(
+    st.integers(0, 3), st.integers(0, 300), st.integers(0, 300), st.integers(0, 300), st.integers(1, 400), st.booleans()
+)
+def test_who_takes_no_continued_call_at_all_takes_none(
+    free: int, replaying: int, beginning: int, budget: int, tokens: int, known: bool
+) -> None:
+    """The quick look at a worker keeps nobody back who may go there."""
+    like = Likeness("w", "b", "c")
+    one = worker(
+        "a", likeness=like, free_sequences=free, replaying=replaying, beginning=beginning, max_replaying=budget
+    )
+    goes = pick(RouteCall("m", tokens, likeness=like if known else None), [one]).worker_id is not None
+    assert takes_onward(one) or not goes
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(6, 10)), min_size=2, max_size=5), st.integers(2, 8))
