@@ -183,7 +183,7 @@ async def test_all_of_a_lost_gateway_go_back_at_once(
     """Each to its own worker, which has places for all though it could begin few such prompts in a step; none is
     computed again."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
-    engine = {"decode_ms": 20, "max_num_batched_tokens": 512, "max_num_seqs": 32, "kv_blocks": 4096}
+    engine = {"decode_ms": 30, "max_num_batched_tokens": 128, "max_num_seqs": 32, "kv_blocks": 4096}
     async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
         workers = [await both(first, second, checkpoint, bundle, **engine) for _ in range(2)]
 
