@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 GRACE_S = 1.0
 """How much later than the gateway the client itself gives a call up."""
 MAX_MOVES = 3
+TOGETHER_BYTES = 256 << 10
+"""Requests that go out together have so much at most, and the last of them: far from any bound on a message."""
 
 Request = pb.ChatRequest | pb.CompleteRequest | pb.ResumeRequest
 
@@ -171,8 +173,15 @@ class _Session:
             self._give_up(error)
 
     async def _write(self) -> None:
+        """A write takes a turn through gRPC's own threads, so what has gathered since the last goes out in one."""
         while True:
-            await self._stream.write(await self._outbox.get())
+            message = await self._outbox.get()
+            room = TOGETHER_BYTES - message.ByteSize()
+            while room > 0 and not self._outbox.empty():
+                more = self._outbox.get_nowait()
+                room -= more.ByteSize()
+                message.more.append(more)
+            await self._stream.write(message)
 
     def _take(self, event: pb.SessionEvent) -> None:
         number = event.call_id

@@ -139,10 +139,11 @@ class Session:
         while (request := await read(self._context)) is not None:
             if not isinstance(request, pb.SessionRequest):
                 await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not a SessionRequest: {request.why}")
-            if request.HasField("start"):
-                self._start(request.start)
-            elif request.HasField("cancel"):
-                self._cancel(request.cancel.call_id)
+            for one in (request, *request.more):
+                if one.HasField("start"):
+                    self._start(one.start)
+                elif one.HasField("cancel"):
+                    self._cancel(one.cancel.call_id)
         self._half_closed = True
         self.wake()
 
@@ -176,6 +177,7 @@ class Session:
         is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
         opened = self._calls[call_id] = _Open(self, call_id, is_chat)
         opened.task = asyncio.create_task(self._run(opened, wish, meta, start.deadline_ms / 1000))
+        opened.task.add_done_callback(lambda _: self._never_ran(opened))
 
     def _call_meta(self, start: pb.SessionStart) -> CallMeta:
         """Raises CallError once the session's caller may no longer call."""
@@ -223,6 +225,11 @@ class Session:
             self._end(opened, CallError(Outcome.INTERNAL, message))
         else:
             self._end(opened, None)
+
+    def _never_ran(self, opened: _Open) -> None:
+        """A task that is cancelled before its first step, since its cancel came with its start, does nothing at all."""
+        if self._calls.get(opened.call_id) is opened:
+            self._end(opened, CallError(Outcome.CANCELLED, "cancelled by the client"))
 
     def _end(self, opened: _Open, error: CallError | None) -> None:
         if self._calls.get(opened.call_id) is opened:

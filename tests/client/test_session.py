@@ -6,11 +6,16 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from cluster.api.bundle import Bundle
 from cluster.client import AsyncClient, HeadraceError
+from cluster.client.session import TOGETHER_BYTES
+from cluster.v1 import inference_pb2 as pb
+from cluster.v1 import inference_pb2_grpc
 from tests.gateway.conftest import bundle, checkpoint, cluster
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 from tests.support.scripted_gateway import WORDS, ScriptedGateway
@@ -47,6 +52,46 @@ async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCl
     assert len(client._sessions._all) == 1
     assert client._streams == 0
     await cluster.until_idle()
+
+
+class Counting(inference_pb2_grpc.InferenceServicer):
+    """Notes how many calls each message of a session starts, and answers nothing."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.bytes: list[int] = []
+
+    async def Session(self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any) -> Any:
+        """Until the client goes."""
+        async for message in request_iterator:
+            self.starts.append(sum(one.HasField("start") for one in (message, *message.more)))
+            self.bytes.append(message.ByteSize())
+        yield pb.SessionEvents()
+
+
+async def test_calls_that_begin_together_go_together() -> None:
+    """In as few messages as their size allows: a write for each would take a while for each."""
+    counting = Counting()  # type: ignore[abstract]
+    server = grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServicer_to_server(counting, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with AsyncClient(f"127.0.0.1:{port}") as client:
+        prompts = ["short"] * 100 + ["long " * (TOGETHER_BYTES // 16)] * 5
+
+        async def first(prompt: str) -> None:
+            async for _ in client.stream_chat("sim", prompt):
+                return
+
+        tasks = [asyncio.create_task(first(prompt)) for prompt in prompts]
+        await until(lambda: sum(counting.starts) >= len(prompts) - 1, "all have come")  # the first had a stream alone
+        assert len(counting.starts) <= 10
+        assert max(counting.starts) > 50
+        assert max(counting.bytes) < 2 * TOGETHER_BYTES
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await server.stop(0)
 
 
 async def test_chunks_of_a_session_are_chunks(client: AsyncClient) -> None:

@@ -231,7 +231,7 @@ async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, ser
         assert gateway.degraded
         return sum(isinstance(x, Granted) for x in got)
 
-    assert await asyncio.gather(asked(one), asked(two)) == [5, 5]
+    assert list(await asyncio.gather(asked(one), asked(two))) == [5, 5]
     await one.settle("0", 1, 101)
     if how == "killed":
         await server.start()

@@ -96,21 +96,29 @@ async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, che
     await cluster.until_idle()
 
 
+@pytest.mark.parametrize("together", [False, True])
 async def test_errors_cancels_and_deadlines_are_each_calls_own(
-    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, together: bool
 ) -> None:
-    """A wrong call, a cancelled one and a late one end with their status; the others of the session go on."""
+    """A wrong call, a cancelled one and a late one end with their status; the others of the session go on. Whether the
+    client says each by itself or all in one message."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     stream = cluster.stub.Session()
-    await stream.write(start(1, chat(max_tokens=100, ignore_eos=True)))
-    await stream.write(start(2, chat(model="nope")))
-    await stream.write(start(3, chat(temperature=-1)))
-    await stream.write(start(4, chat(max_tokens=2000, ignore_eos=True)))
-    await stream.write(start(5, chat(max_tokens=2000, ignore_eos=True), deadline_ms=100))
-    await stream.write(start(6, complete(max_tokens=5, ignore_eos=True, n=2, logprobs=True)))
-    await stream.write(pb.SessionRequest(start=pb.SessionStart(call_id=7)))
-    await stream.write(pb.SessionRequest(cancel=pb.SessionCancel(call_id=4)))
-    await stream.write(pb.SessionRequest(cancel=pb.SessionCancel(call_id=99)))
+    said = [
+        start(1, chat(max_tokens=100, ignore_eos=True)),
+        start(2, chat(model="nope")),
+        start(3, chat(temperature=-1)),
+        start(4, chat(max_tokens=2000, ignore_eos=True)),
+        start(5, chat(max_tokens=2000, ignore_eos=True), deadline_ms=100),
+        start(6, complete(max_tokens=5, ignore_eos=True, n=2, logprobs=True)),
+        pb.SessionRequest(start=pb.SessionStart(call_id=7)),
+        pb.SessionRequest(cancel=pb.SessionCancel(call_id=4)),
+        pb.SessionRequest(cancel=pb.SessionCancel(call_id=99)),
+    ]
+    if together:
+        said = [pb.SessionRequest(start=said[0].start, more=said[1:])]
+    for message in said:
+        await stream.write(message)
     told = Told()
     await gather(stream, told, *range(1, 8))
     assert told.usage[1].completion_tokens == 100
