@@ -29,6 +29,8 @@ from loadtests.scenarios.common import Stage
 
 SHARE = 0.7
 BOOKS_S = 25.0
+NOTHING_CAME_S = 1.0
+"""So long only a call waits for its first piece whose gateway was lost with it."""
 """A record waits for the counts of a worker that is gone for ten seconds."""
 FAILED = "calls failed beyond what docs/failures.md allows, over all faults and rolls"
 SILENCE = "longest silent gap of any stream, against detection + one prefill"
@@ -218,8 +220,21 @@ async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, An
     fewer = {one: [told[one], *(row[1:] for row in rows if row[0] == one)] for one in lacking}
     more = {one: tokens[one] - told[one] for one in told if tokens[one] > told[one]}
     settings["ledger"] = {"rows": len(rows), "calls": len(told), "too few": fewer, "too many": more}
-    # What was written to a gateway that is killed, and never reached its client, is made and counted again: resume.md.
-    doubled = [one for one, tokens_more in more.items() if tokens_more >= told[one]]
+    # What was written to a gateway that is killed or cut off, and never reached its client, is made and counted again:
+    # resume.md. Of a call that it had just been sent that is all: nobody waits so long whose gateway is there.
+    whole = [call for call in calls if call.id in more and more[call.id] >= told[call.id]]
+    anew = [call.id for call in whole if call.first - call.sent > NOTHING_CAME_S]
+    doubled = [call.id for call in whole if call.id not in anew]
+    settings["ledger"]["whole"] = {
+        call.id: {
+            "told": call.completion,
+            "first after s": round(call.first - call.sent, 3),
+            "records": [row[1:] for row in rows if row[0] == call.id],
+        }
+        for call in whole
+    }
     twice = f"{sum(more.values())} tokens of {len(more)} calls were made twice"
+    if anew:
+        twice += f", {len(anew)} of which were begun anew, since nothing had come of them"
     note = f"{len(told)} answered calls, {len(rows)} records; {twice}"
     return _counted(BOOKS, len(lacking) + len(doubled), _NONE, "calls", note)
