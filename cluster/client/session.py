@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 GRACE_S = 1.0
 """How much later than the gateway the client itself gives a call up."""
 MAX_MOVES = 3
-TOGETHER_BYTES = 256 << 10
-"""Requests that go out together have so much at most, and the last of them: far from any bound on a message."""
+TOGETHER, TOGETHER_BYTES = 100, 48 << 10
+"""Requests that go out together are so many at most, and have so many bytes in all: less than any gateway's bound on a
+message (64 KiB at least)."""
 
 Request = pb.ChatRequest | pb.CompleteRequest | pb.ResumeRequest
 
@@ -122,6 +123,7 @@ class _Session:
         self._calls: dict[int, SessionCall] = {}
         self._numbers = itertools.count(1)
         self._outbox: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
+        self._next: pb.SessionRequest | None = None
         begin: Any = stub.Session  # the stubs know only the style with a request iterator
         self._stream = begin(metadata=options.metadata("", None)[1:])
         self._on_end = on_end
@@ -175,11 +177,14 @@ class _Session:
     async def _write(self) -> None:
         """A write takes a turn through gRPC's own threads, so what has gathered since the last goes out in one."""
         while True:
-            message = await self._outbox.get()
-            room = TOGETHER_BYTES - message.ByteSize()
-            while room > 0 and not self._outbox.empty():
+            message = self._next or await self._outbox.get()
+            self._next, room = None, TOGETHER_BYTES - message.ByteSize()
+            while len(message.more) < TOGETHER and not self._outbox.empty():
                 more = self._outbox.get_nowait()
                 room -= more.ByteSize()
+                if room < 0:  # a message that only just fits the gateway's bound must go alone
+                    self._next = more
+                    break
                 message.more.append(more)
             await self._stream.write(message)
 

@@ -34,6 +34,8 @@ _WISHES: Mapping[str, Callable[[Any], Wish]] = {
     "resume": codec.resume_wish,
 }
 MAX_CALLS = 10_000
+MAX_TOGETHER, AT_ONCE = 1000, 100
+"""Requests in `more` of one message, and how many are taken before the event loop turns to others."""
 MAX_UNREAD_CHARS = 1 << 20
 """Characters that may wait for a client that does not read; beyond it the session is closed."""
 
@@ -139,11 +141,16 @@ class Session:
         while (request := await read(self._context)) is not None:
             if not isinstance(request, pb.SessionRequest):
                 await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not a SessionRequest: {request.why}")
-            for one in (request, *request.more):
+            if len(request.more) > MAX_TOGETHER:
+                message = f"more: holds {len(request.more)} requests; at most {MAX_TOGETHER} go in one message"
+                await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
+            for at, one in enumerate((request, *request.more)):
                 if one.HasField("start"):
                     self._start(one.start)
                 elif one.HasField("cancel"):
                     self._cancel(one.cancel.call_id)
+                if at % AT_ONCE == AT_ONCE - 1:
+                    await asyncio.sleep(0)
         self._half_closed = True
         self.wake()
 

@@ -21,7 +21,7 @@ class Together(Generic[Ask, Answer]):
     def __init__(
         self, ask: Callable[[Sequence[Ask]], Awaitable[Sequence[Answer | Exception]]], most: int = 1000
     ) -> None:
-        """`ask` answers each, or raises what is every one's error; it gets at most `most` at once."""
+        """`ask` answers each, or raises what is the error of everyone who waits; it gets at most `most` at once."""
         self._ask = ask
         self._most = most
         self._waiting: list[tuple[Ask, asyncio.Future[Answer]]] = []
@@ -36,18 +36,23 @@ class Together(Generic[Ask, Answer]):
         return future
 
     async def _go_on(self) -> None:
-        while self._waiting:
-            due, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
-            due = [(one, future) for one, future in due if not future.cancelled()]
-            try:
+        due: list[tuple[Ask, asyncio.Future[Answer]]] = []
+        try:
+            while self._waiting:
+                due, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+                due = [(one, future) for one, future in due if not future.cancelled()]
                 answers = await self._ask([one for one, _ in due]) if due else ()
-            except Exception as error:  # whoever has asked gets it
-                answers = [error] * len(due)
-            for (_, future), answer in zip(due, answers, strict=True):
-                if future.done():
-                    continue
-                if isinstance(answer, Exception):
-                    future.set_exception(answer)
-                else:
-                    future.set_result(answer)
-        self._asking = None
+                for (_, future), answer in zip(due, answers, strict=True):
+                    if future.done():
+                        continue
+                    if isinstance(answer, Exception):
+                        future.set_exception(answer)
+                    else:
+                        future.set_result(answer)
+        except Exception as error:  # those who wait would wait for the same once more
+            failed, self._waiting = [*due, *self._waiting], []
+            for _, future in failed:
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            self._asking = None

@@ -63,9 +63,10 @@ class Granter:
         """A link that ended; its promises end with it."""
         self._accounts.pop(link, None)
 
-    def spent(self, link: int, tokens: int) -> None:
-        """A Submit with that many prompt tokens has arrived."""
+    def spent(self, link: int, tokens: int, kept: bool = False) -> None:
+        """A Submit with that many prompt tokens has arrived, of a call whose KV blocks were `kept` here or not."""
         account = self._accounts[link]
+        account.kept = max(account.kept - kept, 0)
         account.spent = Room(account.spent.sequences + 1, account.spent.tokens + tokens)
 
     def backlog(self, link: int, waiting: int, kept: int = 0) -> None:
@@ -96,7 +97,8 @@ class Granter:
         more = min(sum(kept.values()), max(places - max(room.sequences, 0), 0))
         room = Room(max(room.sequences, 0) + more, max(room.tokens, 0))
         of_kept = _shares(more, kept)
-        share = {link: of_kept[link] + part for link, part in _shares(room.sequences - more, waiting).items()}
+        rest = {link: waiting[link] + kept[link] - of_kept[link] for link in kept}
+        share = {link: of_kept[link] + part for link, part in _shares(room.sequences - more, rest).items()}
         token_share = _shares(room.tokens, whole)
         promised = self.promised()
         spare = Room(max(room.sequences - promised.sequences, 0), max(room.tokens - promised.tokens, 0))

@@ -52,8 +52,9 @@ class Lookahead:
         at_least = LOOKAHEAD_SEQUENCES - len(self._pending) if self._pending else 1 + LOOKAHEAD_SEQUENCES
         return min(self.places, max(begins, at_least))
 
-    def submitted(self, request_id: str, tokens: int) -> None:
-        """A call with so long a prompt goes to the engine."""
+    def submitted(self, request_id: str, tokens: int, begins: bool = True) -> None:
+        """A call with so many tokens to compute goes to the engine. One that does not begin but goes on says nothing of
+        how long the next prompt will be."""
         if self._live:
             self._late += tokens
         else:
@@ -61,6 +62,8 @@ class Lookahead:
         self._live += 1
         self._pending[request_id] = tokens
         self._pending_tokens += tokens
+        if not begins:
+            return
         if len(self._recent) == RECENT_PROMPTS:
             self._recent_tokens -= self._recent[0]
         self._recent.append(tokens)

@@ -85,6 +85,8 @@ class _Running:
     """Of the emitted ones, those under the same record."""
     share: Share
     began: float
+    came_home: bool
+    """Its gateway expects its KV blocks here, those of its prompt at least."""
     cached_tokens: int = 0
     accepted: bool = False
 
@@ -142,6 +144,8 @@ class WorkerEnd:
         self._outbox_tokens = outbox_tokens
         self._granter = Granter()
         self._lookahead = Lookahead(info.max_num_seqs, info.max_num_batched_tokens)
+        self._keeps = True
+        """Whether calls that come back have found their KV blocks here lately: not every engine caches."""
         self._links: dict[int, _Link] = {}
         self._running: dict[str, _Running] = {}
         self._tokens = 0
@@ -239,6 +243,8 @@ class WorkerEnd:
                 if output.prompt_tokens is not None:
                     running.cached_tokens = output.cached_tokens or 0
                     self._lookahead.began(output.request_id)
+                    if running.came_home:
+                        self._keeps = 2 * running.cached_tokens >= running.prompt_tokens
                     if not running.emitted_tokens:  # of a continued one its first worker has told
                         self._served.cached(output.request_id, running.cached_tokens)
                     computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
@@ -440,7 +446,8 @@ class WorkerEnd:
         for submit in message.submits:
             await self._take(link, submit)
         if message.HasField("backlog"):  # of what waits besides
-            self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting, message.backlog.kept)
+            kept = message.backlog.kept if self._keeps else 0
+            self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting, kept)
             self._served.relay(link.number, message.backlog)
         if message.aborts:
             await self._abort(link, message.aborts)
@@ -479,13 +486,15 @@ class WorkerEnd:
             return
         prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
         tokens = prompt + emitted
-        self._granter.spent(link.turn, tokens)
+        fresh = min(submit.fresh_tokens or tokens, tokens)
+        self._granter.spent(link.turn, tokens, fresh < tokens)
         now = time.monotonic()
         share = self._meter.entered(now)
         earlier = submit.earlier_tokens
-        running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, earlier, share, now)
+        home = bool(emitted) and fresh <= self._info.block_size < prompt
+        running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, earlier, share, now, home)
         self._running[request_id] = running
-        self._lookahead.submitted(request_id, min(submit.fresh_tokens or tokens, tokens))
+        self._lookahead.submitted(request_id, fresh if self._keeps else tokens, begins=not emitted)
         self._tokens += tokens
         self._served.accepted(request_id, link.number, submit, prompt)
         self._idle.clear()

@@ -1096,7 +1096,7 @@ class SessionRequest(_message.Message):
     def cancel(self) -> Global___SessionCancel: ...
     @_builtins.property
     def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionRequest]:
-        """What the client has to say besides, in order, as if each came by itself; theirs is not read."""
+        """What the client has to say besides, at most 1,000, in order, as if each came by itself; theirs is not read."""
 
     def __init__(
         self,

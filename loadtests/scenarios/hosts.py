@@ -29,9 +29,9 @@ from loadtests.scenarios.common import Stage
 
 SHARE = 0.7
 BOOKS_S = 25.0
+"""A record waits for the counts of a worker that is gone for ten seconds."""
 NOTHING_CAME_S = 1.0
 """So long only a call waits for its first piece whose gateway was lost with it."""
-"""A record waits for the counts of a worker that is gone for ten seconds."""
 FAILED = "calls failed beyond what docs/failures.md allows, over all faults and rolls"
 SILENCE = "longest silent gap of any stream, against detection + one prefill"
 OF_EVENT = "the same at `{}`"
@@ -223,7 +223,8 @@ async def _books(cluster: Cluster, calls: Sequence[Call], settings: dict[str, An
     # What was written to a gateway that is killed or cut off, and never reached its client, is made and counted again:
     # resume.md. Of a call that it had just been sent that is all: nobody waits so long whose gateway is there.
     whole = [call for call in calls if call.id in more and more[call.id] >= told[call.id]]
-    anew = [call.id for call in whole if call.first - call.sent > NOTHING_CAME_S]
+    gateways = {call.id: {row[2].partition(".")[0] for row in rows if row[0] == call.id} for call in whole}
+    anew = [one.id for one in whole if one.first - one.sent > NOTHING_CAME_S and len(gateways[one.id]) > 1]
     doubled = [call.id for call in whole if call.id not in anew]
     settings["ledger"]["whole"] = {
         call.id: {

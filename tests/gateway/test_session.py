@@ -96,6 +96,15 @@ async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, che
     await cluster.until_idle()
 
 
+async def test_too_many_in_one_message_end_the_session(cluster: TestCluster) -> None:
+    """A message may hold millions of empty requests: each would be answered."""
+    stream = cluster.stub.Session()
+    await stream.write(pb.SessionRequest(more=[pb.SessionRequest()] * 1001))
+    with pytest.raises(grpc.aio.AioRpcError, match="at most 1000") as raised:
+        await asyncio.wait_for(read(stream), 10)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 @pytest.mark.parametrize("together", [False, True])
 async def test_errors_cancels_and_deadlines_are_each_calls_own(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, together: bool

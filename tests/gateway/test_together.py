@@ -57,6 +57,20 @@ async def test_a_store_that_is_away_is_everyones_error() -> None:
     assert await ask("c") == "C"
 
 
+async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
+    """A store's loss is waited out once, also by those that came meanwhile."""
+    store = Store()
+    store.away = True
+    ask = Together(store)
+    first = ask("a")
+    await asyncio.sleep(0)
+    second = ask("b")
+    store.go.set()
+    got = await asyncio.gather(first, second, return_exceptions=True)
+    assert [type(one) for one in got] == [OSError, OSError]
+    assert store.asked == [["a"]]
+
+
 async def test_who_no_longer_waits_is_not_asked() -> None:
     """One that has gone before its turn is left out; one that goes during it changes nothing for the others."""
     store = Store()

@@ -153,7 +153,29 @@ def test_calls_whose_blocks_are_here_get_any_place() -> None:
     assert grants == {1: 5, 2: 1 + 6, 3: 9}, "those that begin share the six as if the others were not"
     granter.backlog(3, 0)
     grants = {g.link: g.sequences for g in granter.grants(Room(6, 10_000), places=9)}
-    assert grants == {2: 1 + 3, 3: 0}
+    assert grants == {1: 3, 2: 3 + 3, 3: 0}, "three places beyond the six; for the rest of them it claims as any other"
+
+
+def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_places() -> None:
+    """A full worker's next place is theirs rather than an idle gateway's, and not only those that begin get any."""
+    for waiting, room, expected in ((0, 1, {2: 1}), (5, 4, {1: 2, 2: 2})):
+        granter = Granter()
+        granter.attach(1)
+        granter.attach(2)
+        granter.backlog(1, waiting)
+        granter.backlog(2, 5, 5)
+        assert {g.link: g.sequences for g in granter.grants(Room(room, 1000), places=room)} == expected
+
+
+def test_each_that_has_come_back_waits_no_more() -> None:
+    """Between a gateway's words of who waits the worker counts for itself."""
+    granter = Granter()
+    granter.attach(1)
+    granter.backlog(1, 5, 5)
+    granter.grants(Room(1, 1000), places=1)
+    granter.spent(1, 10, kept=True)
+    (grant,) = granter.grants(Room(0, 1000), places=40)
+    assert grant.sequences == 1 + 4
 
 
 def test_a_limit_holds_until_a_later_one_is_acknowledged() -> None:

@@ -31,6 +31,17 @@ def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
     assert long.sequences == 1 + LOOKAHEAD_SEQUENCES
 
 
+def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
+    """A hundred that find all but a block of theirs in the cache let no more long prompts in than before."""
+    ahead = Lookahead(256, 2048)
+    for number in range(200):
+        ahead.submitted(str(number), 1000 if number < 100 else 8, begins=number < 100)
+        ahead.began(str(number))
+        ahead.ended(str(number))
+        ahead.stepped()
+    assert ahead.sequences == 3
+
+
 def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
     """Two prompts of several steps are before a third: it waits in its gateway until they have begun to emit."""
     ahead = Lookahead(8, 1000)
