@@ -60,7 +60,8 @@ class OwnFolder:
             self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
             with contextlib.suppress(FileNotFoundError):
                 self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):  # where a folder takes no lock (NFS) none is ever swept
+                    fcntl.flock(self._lock, fcntl.LOCK_EX)
                 if self.path.exists():  # or another process found it before it was locked, and swept it
                     return
                 os.close(self._lock)

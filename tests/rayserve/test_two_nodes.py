@@ -81,6 +81,7 @@ def two_nodes() -> Iterator[TwoNodes]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token_file.read_text(),
         "GLOO_SOCKET_IFNAME": "eth0",
+        "TMPDIR": str(folder),  # Ray's dashboard forks from a server, whose folder stays where that is killed
     }
     with network(2) as net:
         head, second = net.hosts

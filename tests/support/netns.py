@@ -57,8 +57,9 @@ def network(count: int) -> Iterator[Network]:
         _ip("link", "set", bridge, "up")
         for i, host in enumerate(hosts):
             _ip("netns", "add", host.namespace)
-            undo.callback(_ip, "netns", "del", host.namespace)  # takes its end of the veth pair along
+            undo.callback(_ip, "netns", "del", host.namespace)
             _ip("link", "add", f"{bridge}v{i}", "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+            undo.callback(_ip, "link", "del", f"{bridge}v{i}")  # the kernel takes its time with a namespace's own
             _ip("link", "set", f"{bridge}v{i}", "master", bridge, "up")
             _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", "eth0")
             _ip("-n", host.namespace, "link", "set", "eth0", "up")

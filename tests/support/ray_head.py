@@ -119,6 +119,7 @@ class HeadAndNode:
             "RAY_AUTH_TOKEN": self.token_file.read_text(),
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(self.gcs_away_s),
             "GLOO_SOCKET_IFNAME": "eth0",
+            "TMPDIR": str(self.folder),  # Ray's dashboard forks from a server, whose folder stays where that is killed
         }
         if host is self.head:
             environment["RAY_REDIS_ADDRESS"] = f"{self.net.address}:{self._valkey_port}"
@@ -173,11 +174,13 @@ def head_and_node(environment: Mapping[str, str], gcs_away_s: int = GCS_AWAY_S) 
     """All of it started; nothing of it is left at the end. `environment`: what the replicas need beside Ray's."""
     folder = Path(tempfile.mkdtemp(prefix="hr-"))
     (folder / "token").write_text(secrets.token_hex(32))
-    with network(2) as net:
-        made = HeadAndNode(net, folder, folder / "token", environment, gcs_away_s)
-        try:
-            made.start()
-            yield made
-        finally:
-            made.end()
-            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with network(2) as net:
+            made = HeadAndNode(net, folder, folder / "token", environment, gcs_away_s)
+            try:
+                made.start()
+                yield made
+            finally:
+                made.end()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
