@@ -362,6 +362,8 @@ class Dispatcher:
             self._pump(name)
         if self.breakers.open:  # a pause may be over
             for model in self._directory().models:
+                for link in model.links.values():
+                    self.breakers.stepped(link.identity.incarnation, now, link.load.steps)
                 self._pump(model.name)
 
     def _sweep(self, now: float) -> None:
@@ -435,7 +437,7 @@ class Dispatcher:
         self.turns.left(link.identity, self._clock())
         self._metrics.count("worker_detected_total", link.identity.model, link.reason)
         if link.reason in STANDS_STILL:
-            self.breakers.stood_still(link.identity.incarnation, self._clock())
+            self.breakers.stood_still(link.identity.incarnation, self._clock(), link.load.steps)
         self._pump(link.identity.model)
         self.on_state()
 

@@ -5,7 +5,8 @@ Its engine may also come to itself again, and then nobody should have to say so.
 Invariants: a breaker opens after FAILURES failures in a row, or at once when its worker was found standing still; open,
 it lets nothing through until a pause is over, then one call at a time; the first that is answered closes it, one that
 fails opens it for twice as long. Failures in a row never open that of the last worker that answers: with nobody else a
-bad worker is better than none. One that stands still answers nobody, so that rule does not hold for it.
+bad worker is better than none. One that stands still answers nobody, so that rule does not hold for it; but whoever was
+only out of sight is known by the steps that its engine has made since, for others, and needs no trial.
 Source: the circuit breaker of Nygard, "Release It!" (2nd ed., 2018), chapter 5.
 """
 
@@ -19,6 +20,8 @@ PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 TRIAL_S = 5.0
 """A trial without an answer for so long no longer counts: its caller may have gone."""
+SHOWN_STEPS = 10
+"""An engine that has made so many since it was found standing still does not stand still."""
 
 
 @dataclass(slots=True)
@@ -27,6 +30,8 @@ class _Breaker:
     pause_s: float = 0.0
     opened_at: float = 0.0
     trial_at: float | None = None
+    stood_at: int | None = None
+    """Its engine's steps when it was found standing still, if that is why it is open."""
 
     @property
     def closed(self) -> bool:
@@ -62,12 +67,23 @@ class Breakers:
         """It has failed a call. `others` that could serve in its place."""
         one = self._breakers.setdefault(incarnation, _Breaker())
         one.failures += 1
+        one.stood_at = None
         if not one.closed or (one.failures >= FAILURES and any(self._is_closed(other) for other in others)):
             self._open(one, now)
 
-    def stood_still(self, incarnation: str, now: float) -> None:
-        """It was found standing still."""
-        self._open(self._breakers.setdefault(incarnation, _Breaker()), now)
+    def stood_still(self, incarnation: str, now: float, steps: int) -> None:
+        """It was found standing still, after so many steps of its engine."""
+        one = self._breakers.setdefault(incarnation, _Breaker())
+        one.stood_at = steps
+        self._open(one, now)
+
+    def stepped(self, incarnation: str, now: float, steps: int) -> None:
+        """Its link is up, and tells so many steps of its engine."""
+        one = self._breakers.get(incarnation)
+        if one is None or one.stood_at is None or now - one.opened_at < one.pause_s:
+            return
+        if steps - one.stood_at >= SHOWN_STEPS:
+            del self._breakers[incarnation]
 
     def forget(self, incarnations: Iterable[str]) -> None:
         """Keep only these."""

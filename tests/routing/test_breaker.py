@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.routing.breaker import FAILURES, LONGEST_PAUSE_S, PAUSE_S, TRIAL_S, Breakers
+from cluster.routing.breaker import FAILURES, LONGEST_PAUSE_S, PAUSE_S, SHOWN_STEPS, TRIAL_S, Breakers
 
 WORKERS = ("a", "b", "c")
 events = st.lists(st.tuples(st.sampled_from(WORKERS), st.booleans(), st.floats(0.0, 3.0)), max_size=80)
@@ -55,8 +55,30 @@ def test_a_trial_is_one_call_and_its_answer_closes() -> None:
 def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
     """A worker that was found standing still answers nobody: waiting for another is better than to try it at once."""
     breakers = Breakers()
-    breakers.stood_still("a", 0.0)
+    breakers.stood_still("a", 0.0, steps=100)
     assert not breakers.lets("a", PAUSE_S * 0.9)
     assert breakers.lets("a", PAUSE_S)
     breakers.forget([])
     assert not breakers.lets("a", 0.5), "not forgotten while its link is away"
+
+
+def test_who_was_only_out_of_sight_needs_no_trial() -> None:
+    """Where a network was cut the engine has gone on for others: its steps tell, once the pause is over. Few tell
+    nothing, nor do steps of one that fails what it is given."""
+    breakers = Breakers()
+    breakers.stood_still("a", 0.0, steps=100)
+    breakers.sent("a", PAUSE_S)
+    for steps in (100, 100 + SHOWN_STEPS - 1):
+        breakers.stepped("a", PAUSE_S, steps)
+        assert not breakers.lets("a", PAUSE_S), "its trial is not answered"
+    breakers.stepped("a", PAUSE_S * 0.9, 1000)
+    assert not breakers.lets("a", PAUSE_S * 0.9)
+    breakers.stepped("a", PAUSE_S, 100 + SHOWN_STEPS)
+    breakers.sent("a", PAUSE_S)
+    assert breakers.lets("a", PAUSE_S)
+    breakers.stood_still("a", 0.0, steps=100)
+    breakers.failed("a", ["b"], PAUSE_S)
+    now = PAUSE_S + 2 * PAUSE_S
+    breakers.sent("a", now)
+    breakers.stepped("a", now, 1000)
+    assert not breakers.lets("a", now)
