@@ -307,7 +307,8 @@ class Dispatcher:
         turn = Weighed(waiting, call.policy.weight)
         self.breakers.sent(link.identity.incarnation, self._clock())
         earlier = len(output.emitted) - output.restored
-        slot = link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, fresh_tokens)
+        stream = "" if call.tickets is None else call.tickets.stream(output.index)
+        slot = link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, fresh_tokens, stream)
         output.bound(link, slot)
         self._metrics.count("route_decisions_total", call.model, decision.reason)
 

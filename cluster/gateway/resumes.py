@@ -103,6 +103,10 @@ class Tickets:
             self._homes[index], self._finishes[index] = begun.home, begun.finish_reason
             self.old.add(index)
 
+    def stream(self, index: int) -> str:
+        """The choice's name at workers: the same at every gateway that goes on with it."""
+        return f"{self.head.call_id}#{index}"
+
     def text(self, text: str) -> bytes:
         """For a chunk of choice 0 with this text and nothing else."""
         output = self._choices[0]

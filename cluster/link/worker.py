@@ -1,7 +1,8 @@
 """The worker's end of its links: takes Submits from every gateway, runs them on one engine, sends each step's outputs.
 
 The engine loop never awaits a link (outbox.py). A link that ends takes its requests with it: they are aborted in the
-engine, and the gateway decides what becomes of the calls. Request ids inside the engine are gateway incarnation,
+engine, and the gateway decides what becomes of the calls; those that may come back through another gateway run on for a
+moment (orphans.py). Request ids inside the engine are gateway incarnation,
 epoch, slot and attempt, since a repeated id is fatal inside vLLM's engine core.
 """
 
@@ -10,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import time
 import zlib
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import structlog
 
@@ -21,13 +23,14 @@ from cluster.api.bundle import Bundle
 from cluster.api.demand import Work
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineDead, EngineRefused
-from cluster.api.types import EngineInfo, EngineLoad, FinishReason, WorkerIdentity
+from cluster.api.types import EngineInfo, EngineLoad, FinishReason, TokenOutput, WorkerIdentity
 from cluster.link import codec
-from cluster.link.bulk import Prompts, send_bundle, serve_bulk
+from cluster.link.bulk import send_bundle, serve_bulk
 from cluster.link.credit import Granter, Room
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, open_client, read, until_first
 from cluster.link.gpu_meter import GpuMeter, Share
 from cluster.link.lookahead import Lookahead
+from cluster.link.orphans import Orphan, Orphans
 from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
@@ -36,6 +39,7 @@ from cluster.link.tls import TlsFiles
 from cluster.link.usage_keeper import EndedUsage, UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from cluster.link.worker_state import Link, Running, WorkerStatistics
 from cluster.link.worker_usage import WorkerUsage
 from cluster.rpc.client import ClientCall
 
@@ -49,68 +53,6 @@ TURN = "/cluster.link.v1.Link/Turn"
 HAND_OVER_S = 5.0
 
 _OUTCOMES = {FinishReason.ERROR: Outcome.INTERNAL, FinishReason.ABORT: Outcome.CANCELLED}
-
-
-@dataclass(eq=False, slots=True)
-class _Link:
-    """One session with one gateway."""
-
-    number: int
-    turn: int
-    """Its number among those that share room: whoever comes first gets what does not divide."""
-    gateway: str
-    incarnation: str
-    outbox: Outbox
-    requests: dict[int, str] = field(default_factory=dict)
-    submitting: set[int] = field(default_factory=set)
-    aborted: set[int] = field(default_factory=set)
-    prompts: Prompts = field(default_factory=Prompts)
-    blobs: asyncio.Queue[pb.Blob] = field(default_factory=lambda: asyncio.Queue(maxsize=64))
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    grant_id: int = 0
-    unacked_since: float | None = None
-    """Since when the gateway owes the acknowledgement of a grant; room it was promised is held until then."""
-
-
-@dataclass(slots=True)
-class _Running:
-    link: _Link
-    slot: int
-    tokens: int
-    prompt_tokens: int
-    emitted_tokens: int
-    """By other workers, before it came here."""
-    sealed: bytes
-    earlier_tokens: int
-    """Of the emitted ones, those under the same record."""
-    share: Share
-    began: float
-    came_home: bool
-    """Its gateway expects its KV blocks here, those of its prompt at least."""
-    cached_tokens: int = 0
-    accepted: bool = False
-
-    @property
-    def generated(self) -> int:
-        return self.tokens - self.prompt_tokens - self.emitted_tokens
-
-    @property
-    def output_tokens(self) -> int:
-        """Of the sequence in all, wherever they were generated."""
-        return self.tokens - self.prompt_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatistics:
-    """What a worker's end holds: all zero but links and steps once its calls have ended."""
-
-    links: int
-    running: int
-    tokens: int
-    steps: int
-    promised: Room
-    unacked_usage: int = 0
-    dropped_usage: int = 0
 
 
 class WorkerEnd:
@@ -146,8 +88,12 @@ class WorkerEnd:
         self._lookahead = Lookahead(info.max_num_seqs, info.max_num_batched_tokens)
         self._keeps = True
         """Whether calls that come back have found their KV blocks here lately: not every engine caches."""
-        self._links: dict[int, _Link] = {}
-        self._running: dict[str, _Running] = {}
+        self._links: dict[int, Link] = {}
+        self._running: dict[str, Running] = {}
+        self._orphans = Orphans()
+        self._joined: dict[str, Running] = {}
+        """Those that were orphans and have had no output since."""
+        self._joined_firsts: list[tuple[Share, int, int]] = []
         self._tokens = 0
         self._busy_s = 0.0
         self._prefilled_tokens = self._decoded_tokens = 0
@@ -177,6 +123,7 @@ class WorkerEnd:
             self._granter.promised(),
             kept.kept,
             kept.dropped,
+            len(self._orphans),
         )
 
     async def run(self) -> None:
@@ -199,6 +146,8 @@ class WorkerEnd:
                 part.cancel()
             self._end_drains()
             await asyncio.gather(*work, *self._drains, return_exceptions=True)
+            with contextlib.suppress(EngineDead):
+                await self._engine.abort(self._orphans.expired(math.inf))
 
     async def _until_closed(self) -> None:
         await self._closed.wait()
@@ -226,40 +175,11 @@ class WorkerEnd:
         while True:
             outputs = await self._engine.step()
             self._steps += 1
-            touched: dict[int, _Link] = {}
-            firsts: list[tuple[Share, int, int]] = []
-            finished: list[tuple[str, FinishReason]] = []
-            emitted = 0
-            for output in outputs:
-                running = self._running.get(output.request_id)
-                if running is None:
-                    continue  # aborted; one more step may still hold it
-                link = running.link
-                link.outbox.output(running.slot, output)
-                touched[link.number] = link
-                count = len(output.token_ids)
-                running.tokens += count
-                emitted += count
-                if output.prompt_tokens is not None:
-                    running.cached_tokens = output.cached_tokens or 0
-                    self._lookahead.began(output.request_id)
-                    if running.came_home:
-                        self._keeps = 2 * running.cached_tokens >= running.prompt_tokens
-                    if not running.emitted_tokens:  # of a continued one its first worker has told
-                        self._served.cached(output.request_id, running.cached_tokens)
-                    computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
-                    self._prefilled_tokens += computed
-                    firsts.append((running.share, computed, count))
-                    running.accepted = True
-                if output.finish is not None:
-                    running.accepted = True
-                    finished.append((output.request_id, output.finish))
-            self._tokens += emitted
-            self._decoded_tokens += emitted
+            touched: dict[int, Link] = {}
+            firsts, self._joined_firsts = self._joined_firsts, []
+            emitted = sum(count for *_, count in firsts) + self._hand_out(outputs, touched, firsts)
             if self._meter.gpus:
                 self._meter.step(time.monotonic(), emitted, firsts)
-            for request_id, reason in finished:
-                self._forget(request_id, _OUTCOMES.get(reason, Outcome.OK))
             self._lookahead.stepped()
             self._load = self._engine.load()
             self._busy_s += self._load.step_s
@@ -268,12 +188,64 @@ class WorkerEnd:
                 link.outbox.load(self._load)
                 link.outbox.flush()
 
+    def _hand_out(
+        self, outputs: Sequence[TokenOutput], touched: dict[int, Link], firsts: list[tuple[Share, int, int]]
+    ) -> int:
+        """Give each link its tokens; how many they were. Adds the links that have got some, and what the meter is to
+        know of the requests that have got their first."""
+        finished: list[tuple[Running, TokenOutput]] = []
+        emitted = 0
+        for output in outputs:
+            running = self._running.get(output.request_id)
+            if running is None:
+                self._orphans.output(output)
+                continue  # aborted, if it is none of these; one more step may still hold it
+            if output.request_id in self._joined:
+                del self._joined[output.request_id]
+                output = replace(output, prompt_tokens=running.prompt_tokens, cached_tokens=running.tokens)
+            link = running.link
+            link.outbox.output(running.slot, output)
+            touched[link.number] = link
+            count = len(output.token_ids)
+            running.tokens += count
+            emitted += count
+            if running.token_ids is not None:
+                running.token_ids += output.token_ids
+            if output.prompt_tokens is not None:
+                firsts.append((running.share, self._began(running, output), count))
+            if output.finish is not None:
+                running.accepted = True
+                finished.append((running, output))
+        self._tokens += emitted
+        self._decoded_tokens += emitted
+        for running, output in finished:
+            outcome = Outcome.OK if output.finish is None else _OUTCOMES.get(output.finish, Outcome.OK)
+            self._forget(output.request_id, outcome)
+            if running.token_ids and outcome is Outcome.OK:  # its gateway may be lost with what has just been sent
+                ended = Orphan(output.request_id, running.prompt_tokens, running.token_ids, last=output)
+                self._orphans.leave(running.stream, ended, time.monotonic())
+        return emitted
+
+    def _began(self, running: Running, output: TokenOutput) -> int:
+        """Its first output here has come, and is counted; so many tokens were computed for it."""
+        running.accepted = True
+        running.cached_tokens = output.cached_tokens or 0
+        self._lookahead.began(output.request_id)
+        if running.came_home:
+            self._keeps = 2 * running.cached_tokens >= running.prompt_tokens
+        if not running.emitted_tokens:  # of a continued one its first worker has told
+            self._served.cached(output.request_id, running.cached_tokens)
+        computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
+        self._prefilled_tokens += computed
+        return computed
+
     def _forget(self, request_id: str, outcome: Outcome) -> None:
         """A request has ended; its counts are kept if it was accepted with a record."""
         running = self._running.pop(request_id, None)
         if running is None:
             return
         self._tokens -= running.tokens
+        self._joined.pop(request_id, None)
         self._lookahead.ended(request_id)
         self._served.ended(request_id, running.output_tokens)
         running.link.requests.pop(running.slot, None)
@@ -289,12 +261,17 @@ class WorkerEnd:
         return ((running.share, running.generated) for running in self._running.values())
 
     async def _report_served(self) -> None:
-        """Tell every gateway whom this worker serves; nothing of it is done for each token."""
+        """Tell every gateway whom this worker serves; nothing of it is done for each token. Requests that nobody has
+        come back for end as often."""
         while True:
             await asyncio.sleep(REPORT_S)
             self._served.report((request_id, one.output_tokens) for request_id, one in self._running.items())
+            if late := self._orphans.expired(time.monotonic()):
+                log.info("orphans_dropped", requests=len(late))
+                await self._drop(late)
+                self._regrant()
 
-    def _keep(self, running: _Running, outcome: Outcome, gpu_seconds: float) -> None:
+    def _keep(self, running: Running, outcome: Outcome, gpu_seconds: float) -> None:
         usage = EndedUsage(
             running.sealed,
             prompt_tokens=running.prompt_tokens,
@@ -312,7 +289,8 @@ class WorkerEnd:
     def _regrant(self) -> None:
         if not self._duty.serves:
             return
-        room = Room(self._lookahead.sequences, self._info.kv_tokens - self._tokens)
+        begins = min(self._lookahead.sequences, self._lookahead.places - len(self._orphans))
+        room = Room(begins, self._info.kv_tokens - self._tokens)
         for grant in self._granter.grants(room, self._lookahead.places):
             link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)
@@ -334,7 +312,7 @@ class WorkerEnd:
                 raise LinkEnded(f"no welcome within {self._timing.welcome_s} s") from None
             if first is None or not first.HasField("welcome"):
                 raise LinkEnded("the gateway did not welcome this worker")
-            link = _Link(
+            link = Link(
                 epoch,
                 self._turn(epoch, first.welcome.incarnation),
                 first.welcome.gateway_id,
@@ -377,7 +355,7 @@ class WorkerEnd:
     def _blob_hello(self, epoch: int) -> pb.Blob:
         return pb.Blob(worker_id=self._identity.worker_id, incarnation=self._identity.incarnation, epoch=epoch)
 
-    def _beat(self, epoch: int, seq: int, link: _Link) -> pb.WorkerBeat:
+    def _beat(self, epoch: int, seq: int, link: Link) -> pb.WorkerBeat:
         return pb.WorkerBeat(
             worker_id=self._identity.worker_id,
             incarnation=self._identity.incarnation,
@@ -388,15 +366,13 @@ class WorkerEnd:
             sent_seq=link.outbox.sent_seq,
         )
 
-    async def _end(self, link: _Link, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
+    async def _end(self, link: Link, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
         """Undo all that a session has taken: its requests leave the engine, its promises lapse."""
         self._links.pop(link.number, None)
         self._granter.detach(link.turn)
         self._served.detach(link.number)
         beater.stop()
-        doomed = list(link.requests.values())
-        for request_id in doomed:
-            self._forget(request_id, Outcome.CANCELLED)
+        doomed = self._leave(link)
         self._usage.detach(link.number, link.outbox)
         for task in (*parts, *link.tasks):
             task.cancel()
@@ -406,7 +382,25 @@ class WorkerEnd:
                 await self._engine.abort(doomed)
         self._regrant()
 
-    async def _watch(self, link: _Link, beater: Beater) -> None:
+    def _leave(self, link: Link) -> list[str]:
+        """Nobody waits for its requests any longer; those that are to leave the engine."""
+        now, stays = time.monotonic(), self._duty.serves and not self._closed.is_set()
+        doomed, left = [], 0
+        for slot, request_id in list(link.requests.items()):
+            running = self._running.get(request_id)
+            self._forget(request_id, Outcome.CANCELLED)
+            if not stays or running is None or slot in link.submitting or not running.token_ids:
+                doomed.append(request_id)
+                continue
+            orphan = Orphan(request_id, running.prompt_tokens, running.token_ids)
+            left += 1
+            if older := self._orphans.leave(running.stream, orphan, now):
+                doomed.append(older)
+        if left:
+            log.info("orphans", requests=left, gateway=link.gateway)
+        return doomed
+
+    async def _watch(self, link: Link, beater: Beater) -> None:
         """Look after the link: silence of the gateway, a full outbox, and frames that were in no hurry."""
         sent = 0
         while True:
@@ -423,18 +417,18 @@ class WorkerEnd:
                 link.outbox.flush()
             sent = link.outbox.sent_seq
 
-    async def _write(self, link: _Link, call: ClientCall) -> None:
+    async def _write(self, link: Link, call: ClientCall) -> None:
         while True:
             await call.write(await link.outbox.take())
 
-    async def _read(self, link: _Link, call: ClientCall) -> None:
+    async def _read(self, link: Link, call: ClientCall) -> None:
         while (message := await read(call)) is not None:
             try:
                 await self._apply(link, message)
             except (ValueError, LookupError) as error:  # the gateway's fault, and only its link's end
                 raise LinkEnded(f"the gateway sent what cannot be applied: {error}") from error
 
-    async def _apply(self, link: _Link, message: pb.GatewayTurn) -> None:
+    async def _apply(self, link: Link, message: pb.GatewayTurn) -> None:
         if message.grant_ack:
             self._granter.acked(link.turn, message.grant_ack)
             if message.grant_ack >= link.grant_id:
@@ -461,7 +455,7 @@ class WorkerEnd:
 
     # ---- commands
 
-    async def _take(self, link: _Link, submit: pb.Submit) -> None:
+    async def _take(self, link: Link, submit: pb.Submit) -> None:
         """Small requests go straight in; long prompts and grammars take their time beside the reader."""
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
@@ -470,7 +464,7 @@ class WorkerEnd:
         else:
             await self._submit(link, submit)
 
-    async def _submit(self, link: _Link, submit: pb.Submit) -> None:
+    async def _submit(self, link: Link, submit: pb.Submit) -> None:
         slot = submit.slot
         request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
         link.requests[slot] = request_id
@@ -492,12 +486,19 @@ class WorkerEnd:
         share = self._meter.entered(now)
         earlier = submit.earlier_tokens
         home = bool(emitted) and fresh <= self._info.block_size < prompt
-        running = _Running(link, slot, tokens, prompt, emitted, submit.sealed_record, earlier, share, now, home)
+        running = Running(link, slot, tokens, prompt, emitted, submit.sealed_record, earlier, share, now, home)
+        if submit.stream and request.sampling.logprobs is None:
+            running.stream, running.token_ids = submit.stream, list(request.emitted_token_ids)
+            if orphan := self._orphans.claim(submit.stream, prompt, running.token_ids):
+                self._join(running, orphan, submit)
+                return
         self._running[request_id] = running
         self._lookahead.submitted(request_id, fresh if self._keeps else tokens, begins=not emitted)
         self._tokens += tokens
         self._served.accepted(request_id, link.number, submit, prompt)
         self._idle.clear()
+        if self._orphans:
+            await self._make_room()
         try:
             await self._engine.submit(request)
         except EngineRefused as refused:
@@ -515,15 +516,38 @@ class WorkerEnd:
             link.aborted.discard(slot)
             await self._abort(link, [slot])
 
+    def _join(self, running: Running, orphan: Orphan, submit: pb.Submit) -> None:
+        """It has come back to what still runs for it: nothing is computed, and what was generated meanwhile is told."""
+        link, request_id = running.link, orphan.request_id
+        link.requests[running.slot] = request_id
+        link.submitting.discard(running.slot)
+        running.accepted, running.came_home = True, False
+        self._running[request_id] = self._joined[request_id] = running
+        self._lookahead.submitted(request_id, 0, begins=False)
+        self._tokens += running.tokens
+        self._served.accepted(request_id, link.number, submit, running.prompt_tokens)
+        self._idle.clear()
+        link.outbox.accepted(running.slot)
+        ended = orphan.last
+        if missed := orphan.token_ids[running.emitted_tokens :]:
+            output = TokenOutput(request_id, missed) if ended is None else replace(ended, token_ids=missed)
+            self._hand_out((output,), {}, self._joined_firsts)
+        link.outbox.flush()
+
+    async def _make_room(self) -> None:
+        """A call has come that has to be computed: where it lacks a place, those go for which nobody has come."""
+        sequences = len(self._running) + len(self._orphans) - self._info.max_num_seqs
+        await self._drop(self._orphans.make_room(sequences, self._tokens + self._orphans.tokens - self._info.kv_tokens))
+
     @staticmethod
-    def _unacceptable(link: _Link, slot: int, why: str) -> None:
+    def _unacceptable(link: Link, slot: int, why: str) -> None:
         """A Submit that is none: its sender's fault, and no other call's."""
         link.requests.pop(slot, None)
         link.submitting.discard(slot)
         link.aborted.discard(slot)
         link.outbox.refused(slot, Outcome.INTERNAL.name, f"the gateway's Submit cannot be read: {why}", "")
 
-    async def _abort(self, link: _Link, slots: Sequence[int]) -> None:
+    async def _abort(self, link: Link, slots: Sequence[int]) -> None:
         doomed = []
         for slot in slots:
             request_id = link.requests.get(slot)
@@ -567,10 +591,10 @@ class WorkerEnd:
         if self._failed is not None and not self._failed.done():
             self._failed.set_exception(error)
 
-    def _spawn(self, link: _Link, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, link: Link, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
         link.tasks.add(task)
         task.add_done_callback(link.tasks.discard)
 
-    async def _send_bundle(self, link: _Link, digest: str) -> None:
+    async def _send_bundle(self, link: Link, digest: str) -> None:
         await send_bundle(link.blobs, digest, self._bundle if digest == self._identity.bundle_digest else None)

@@ -124,11 +124,12 @@ class WorkerLink:
         turn: Weighed[Waiting] | None = None,
         earlier_tokens: int = 0,
         fresh_tokens: int = 0,
+        stream: str = "",
     ) -> int:
         """Send a request; its slot. The caller has seen room for it in `free`. `sealed_record` comes back with what
         the request has come to, and with `earlier_tokens`, which other workers have generated under that record;
         `turn` says whose it was and what it was charged. Of a continued request `fresh_tokens` are likely to be
-        computed, 0 for all."""
+        computed, 0 for all. Under the name `stream` another gateway may go on with it."""
         slot = next(self._slots)
         message = codec.submit_to_pb(slot, attempt, request)  # first: what cannot be encoded takes no room
         if sealed_record:
@@ -139,7 +140,7 @@ class WorkerLink:
         self._sinks[slot] = sink
         tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         self.prefill_tokens += tokens
-        message.fresh_tokens = fresh_tokens
+        message.fresh_tokens, message.stream = fresh_tokens, stream
         expected = tokens - turn.what.cached_tokens if turn is not None else tokens
         self.replays.sent(slot, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
         self._purse.spend(tokens)

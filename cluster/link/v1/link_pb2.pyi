@@ -868,6 +868,7 @@ class Submit(_message.Message):
     TENANT_WEIGHT_FIELD_NUMBER: _builtins.int
     EARLIER_TOKENS_FIELD_NUMBER: _builtins.int
     FRESH_TOKENS_FIELD_NUMBER: _builtins.int
+    STREAM_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     attempt: _builtins.int
     prompt_ids: _builtins.bytes
@@ -892,6 +893,10 @@ class Submit(_message.Message):
     """Of emitted_ids, those that other workers have generated under this sealed_record."""
     fresh_tokens: _builtins.int
     """Of a continued call whose KV blocks are likely here still: the tokens to compute. 0: all of them."""
+    stream: _builtins.str
+    """The name under which it may come back through another gateway, should this one's link end: then it runs on for a
+    moment, and the next Submit of this name with the same prompt and what it has emitted takes it over.
+    """
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     def __init__(
@@ -914,10 +919,11 @@ class Submit(_message.Message):
         tenant_weight: _builtins.float = ...,
         earlier_tokens: _builtins.int = ...,
         fresh_tokens: _builtins.int = ...,
+        stream: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "fresh_tokens", b"fresh_tokens", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "fresh_tokens", b"fresh_tokens", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "stream", b"stream", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

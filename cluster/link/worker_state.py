@@ -1,0 +1,78 @@
+"""What a worker's end keeps of its links and of what runs for them."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from cluster.link.bulk import Prompts
+from cluster.link.credit import Room
+from cluster.link.gpu_meter import Share
+from cluster.link.outbox import Outbox
+from cluster.link.v1 import link_pb2 as pb
+
+
+@dataclass(eq=False, slots=True)
+class Link:
+    """One session with one gateway."""
+
+    number: int
+    turn: int
+    """Its number among those that share room: whoever comes first gets what does not divide."""
+    gateway: str
+    incarnation: str
+    outbox: Outbox
+    requests: dict[int, str] = field(default_factory=dict)
+    submitting: set[int] = field(default_factory=set)
+    aborted: set[int] = field(default_factory=set)
+    prompts: Prompts = field(default_factory=Prompts)
+    blobs: asyncio.Queue[pb.Blob] = field(default_factory=lambda: asyncio.Queue(maxsize=64))
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    grant_id: int = 0
+    unacked_since: float | None = None
+    """Since when the gateway owes the acknowledgement of a grant; room it was promised is held until then."""
+
+
+@dataclass(slots=True)
+class Running:
+    link: Link
+    slot: int
+    tokens: int
+    prompt_tokens: int
+    emitted_tokens: int
+    """By other workers, before it came here."""
+    sealed: bytes
+    earlier_tokens: int
+    """Of the emitted ones, those under the same record."""
+    share: Share
+    began: float
+    came_home: bool
+    """Its gateway expects its KV blocks here, those of its prompt at least."""
+    cached_tokens: int = 0
+    accepted: bool = False
+    stream: str = ""
+    token_ids: list[int] | None = None
+    """All after the prompt, of one that may come back under `stream` when its gateway is gone."""
+
+    @property
+    def generated(self) -> int:
+        return self.tokens - self.prompt_tokens - self.emitted_tokens
+
+    @property
+    def output_tokens(self) -> int:
+        """Of the sequence in all, wherever they were generated."""
+        return self.tokens - self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """What a worker's end holds: all zero but links and steps once its calls have ended."""
+
+    links: int
+    running: int
+    tokens: int
+    steps: int
+    promised: Room
+    unacked_usage: int = 0
+    dropped_usage: int = 0
+    orphans: int = 0
