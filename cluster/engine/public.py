@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
-from cluster.engine.paths import Live, StepStats
+from cluster.engine.paths import Live, StepStats, end
 
 _FINISH = {
     "stop": FinishReason.STOP,
@@ -122,7 +122,7 @@ class PublicPath:
 
     def close(self) -> None:
         """End the engine core and its ranks."""
-        self._llm.shutdown()
+        end(self._llm.engine_core, self._llm.shutdown)
 
 
 def _output(request_id: str, given: Any, record: Live) -> TokenOutput:
