@@ -25,6 +25,7 @@ there from the moment in which its gateway was lost, and told as soon as somebod
 @dataclass(frozen=True, slots=True)
 class _Place:
     output: Output
+    tokens: int
     home: str
     since: float
     until: float
@@ -37,6 +38,7 @@ class Returning:
     def __init__(self, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
         self._places: dict[str, dict[str, _Place]] = {}
+        self._tokens: Counter[str] = Counter()
         self._kept: dict[str, Counter[str]] = {}
 
     def add(self, output: Output, now: float) -> None:
@@ -44,7 +46,8 @@ class Returning:
         deadline = math.inf if output.call.deadline is None else output.call.deadline
         self.take(output)
         places = self._places.setdefault(output.call.model, {})
-        places[output.waiting_id] = _Place(output, output.kept_at, now, now + self._max_wait_s, deadline)
+        places[output.waiting_id] = _Place(output, output.tokens, output.kept_at, now, now + self._max_wait_s, deadline)
+        self._tokens[output.call.model] += output.tokens
         if output.kept_at:
             self._kept.setdefault(output.call.model, Counter())[output.kept_at] += 1
 
@@ -55,8 +58,9 @@ class Returning:
         place = places.pop(output.waiting_id, None)
         if place is None:
             return False
+        self._tokens[model] -= place.tokens
         if not places:
-            del self._places[model]
+            del self._places[model], self._tokens[model]
         if place.home:
             kept = self._kept[model]
             kept[place.home] -= 1
@@ -87,7 +91,7 @@ class Returning:
     def waiting(self, model: str) -> tuple[int, int]:
         """Sequences of a model, and the tokens to compute for them."""
         places = self._places.get(model)
-        return (len(places), sum(p.output.tokens for p in places.values())) if places else (0, 0)
+        return (len(places), self._tokens[model]) if places else (0, 0)
 
     def kept(self, model: str) -> Mapping[str, int]:
         """How many of a model's sequences each worker has computed, by its incarnation."""
