@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -61,8 +62,12 @@ def end(client: Any, shutdown: Callable[..., None]) -> None:
     On CPUs a core takes seconds to free, object by object, what the kernel frees with its process at once: there it is
     killed when it has not ended after a moment, and not after vLLM's own five seconds. On GPUs there is more to give
     back."""
-    processes = list(getattr(client.resources.engine_manager, "processes", ()))
-    shutdown(timeout=END_WITHIN_S if forks.cpu_build() else None)
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    processes = list(getattr(manager, "processes", ()))
+    if forks.cpu_build() and "timeout" in inspect.signature(shutdown).parameters:
+        shutdown(timeout=END_WITHIN_S)
+    else:
+        shutdown()
     for process in processes:
         process.join(END_WITHIN_S)  # vLLM leaves what it has killed a zombie
 

@@ -43,6 +43,8 @@ log = structlog.get_logger("dispatch")
 SWEEP_S = 1.0
 STANDS_STILL = ("silent", "hung", "deaf", "mute")
 """Ways of a link's end after which its worker, should it dial anew, has to show that it serves."""
+UNSEEN = ("silent", "hung")
+"""Those of them in which its engine's steps can show it."""
 _WHY_NOT = {
     Outcome.QUEUE_FULL: "the cluster's queue is full; retry after the given pause",
     Outcome.RATE_LIMITED: "too many of your own calls wait already; let some of them end first",
@@ -438,7 +440,8 @@ class Dispatcher:
         self.turns.left(link.identity, self._clock())
         self._metrics.count("worker_detected_total", link.identity.model, link.reason)
         if link.reason in STANDS_STILL:
-            self.breakers.stood_still(link.identity.incarnation, self._clock(), link.load.steps)
+            unseen = link.reason in UNSEEN
+            self.breakers.stood_still(link.identity.incarnation, self._clock(), unseen)
         self._pump(link.identity.model)
         self.on_state()
 

@@ -30,7 +30,7 @@ from cluster.link.credit import Granter, Room
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, open_client, read, until_first
 from cluster.link.gpu_meter import GpuMeter, Share
 from cluster.link.lookahead import Lookahead
-from cluster.link.orphans import Orphan, Orphans
+from cluster.link.orphans import BROKEN, Orphan, Orphans
 from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
@@ -39,7 +39,7 @@ from cluster.link.tls import TlsFiles
 from cluster.link.usage_keeper import EndedUsage, UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.link.worker_state import Link, Running, WorkerStatistics
+from cluster.link.worker_state import Link, Running, Step, WorkerStatistics
 from cluster.link.worker_usage import WorkerUsage
 from cluster.rpc.client import ClientCall
 
@@ -93,7 +93,8 @@ class WorkerEnd:
         self._orphans = Orphans()
         self._joined: dict[str, Running] = {}
         """Those that were orphans and have had no output since."""
-        self._joined_firsts: list[tuple[Share, int, int]] = []
+        self._told = Step()
+        """What was told between two steps."""
         self._tokens = 0
         self._busy_s = 0.0
         self._prefilled_tokens = self._decoded_tokens = 0
@@ -106,6 +107,7 @@ class WorkerEnd:
         self._served = ServedReports()
         self._duty = Duty(lambda: (link.outbox for link in self._links.values()))
         self._drains: set[asyncio.Task[bool]] = set()
+        self._drops: set[asyncio.Task[None]] = set()
         self._load = EngineLoad()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -145,7 +147,7 @@ class WorkerEnd:
             for part in work:
                 part.cancel()
             self._end_drains()
-            await asyncio.gather(*work, *self._drains, return_exceptions=True)
+            await asyncio.gather(*work, *self._drains, *self._drops, return_exceptions=True)
             with contextlib.suppress(EngineDead):
                 await self._engine.abort(self._orphans.expired(math.inf))
 
@@ -175,69 +177,76 @@ class WorkerEnd:
         while True:
             outputs = await self._engine.step()
             self._steps += 1
-            touched: dict[int, Link] = {}
-            firsts, self._joined_firsts = self._joined_firsts, []
-            emitted = sum(count for *_, count in firsts) + self._hand_out(outputs, touched, firsts)
+            step, self._told = self._told, Step()
+            told = step.tokens
+            self._hand_out(outputs, step)
+            self._decoded_tokens += step.tokens - told + step.of_orphans
             if self._meter.gpus:
-                self._meter.step(time.monotonic(), emitted, firsts)
+                self._meter.step(time.monotonic(), step.tokens + step.of_orphans, step.firsts)
+            if doomed := self._end_finished(step):
+                await self._drop(doomed)
+            if not self._running:  # what nobody waits for is nobody's time
+                self._meter.rested()
             self._lookahead.stepped()
             self._load = self._engine.load()
             self._busy_s += self._load.step_s
             self._regrant()
-            for link in touched.values():
+            for link in step.touched.values():
                 link.outbox.load(self._load)
                 link.outbox.flush()
 
-    def _hand_out(
-        self, outputs: Sequence[TokenOutput], touched: dict[int, Link], firsts: list[tuple[Share, int, int]]
-    ) -> int:
-        """Give each link its tokens; how many they were. Adds the links that have got some, and what the meter is to
-        know of the requests that have got their first."""
-        finished: list[tuple[Running, TokenOutput]] = []
+    def _hand_out(self, outputs: Sequence[TokenOutput], step: Step) -> None:
+        """Give each link its tokens, and note what was given."""
         emitted = 0
         for output in outputs:
             running = self._running.get(output.request_id)
             if running is None:
-                self._orphans.output(output)
+                step.of_orphans += self._orphans.output(output)
                 continue  # aborted, if it is none of these; one more step may still hold it
             if output.request_id in self._joined:
-                del self._joined[output.request_id]
-                output = replace(output, prompt_tokens=running.prompt_tokens, cached_tokens=running.tokens)
+                output = replace(output, prompt_tokens=running.prompt_tokens, cached_tokens=running.cached_tokens)
             link = running.link
             link.outbox.output(running.slot, output)
-            touched[link.number] = link
+            step.touched[link.number] = link
             count = len(output.token_ids)
             running.tokens += count
             emitted += count
             if running.token_ids is not None:
                 running.token_ids += output.token_ids
             if output.prompt_tokens is not None:
-                firsts.append((running.share, self._began(running, output), count))
+                step.firsts.append((running.share, self._began(running, output), count))
             if output.finish is not None:
                 running.accepted = True
-                finished.append((running, output))
+                step.finished.append((running, output))
         self._tokens += emitted
-        self._decoded_tokens += emitted
-        for running, output in finished:
-            outcome = Outcome.OK if output.finish is None else _OUTCOMES.get(output.finish, Outcome.OK)
-            self._forget(output.request_id, outcome)
-            if running.token_ids and outcome is Outcome.OK:  # its gateway may be lost with what has just been sent
-                ended = Orphan(output.request_id, running.prompt_tokens, running.token_ids, last=output)
-                self._orphans.leave(running.stream, ended, time.monotonic())
-        return emitted
+        step.tokens += emitted
 
     def _began(self, running: Running, output: TokenOutput) -> int:
         """Its first output here has come, and is counted; so many tokens were computed for it."""
         running.accepted = True
         running.cached_tokens = output.cached_tokens or 0
         self._lookahead.began(output.request_id)
-        if running.came_home:
-            self._keeps = 2 * running.cached_tokens >= running.prompt_tokens
         if not running.emitted_tokens:  # of a continued one its first worker has told
             self._served.cached(output.request_id, running.cached_tokens)
+        if self._joined.pop(output.request_id, None) is not None:
+            running.cached_tokens = min(running.cached_tokens, running.prompt_tokens)
+            return 0
+        if running.came_home:
+            self._keeps = 2 * running.cached_tokens >= running.prompt_tokens
         computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
         self._prefilled_tokens += computed
         return computed
+
+    def _end_finished(self, step: Step) -> list[str]:
+        """Forget those that have ended, once the step is accounted for; their ends can be asked for if a gateway is
+        lost with what has just been sent. Returns what is to leave the engine for it."""
+        doomed: list[str] = []
+        for running, output in step.finished:
+            reason = output.finish or FinishReason.STOP
+            self._forget(output.request_id, _OUTCOMES.get(reason, Outcome.OK))
+            if running.token_ids and reason not in BROKEN:
+                doomed += self._orphans.leave(running.orphan(output.request_id, output), time.monotonic())
+        return doomed
 
     def _forget(self, request_id: str, outcome: Outcome) -> None:
         """A request has ended; its counts are kept if it was accepted with a record."""
@@ -385,17 +394,17 @@ class WorkerEnd:
     def _leave(self, link: Link) -> list[str]:
         """Nobody waits for its requests any longer; those that are to leave the engine."""
         now, stays = time.monotonic(), self._duty.serves and not self._closed.is_set()
+        elsewhere = {one.stream for one in self._running.values() if one.link is not link}  # has come back already
         doomed, left = [], 0
         for slot, request_id in list(link.requests.items()):
             running = self._running.get(request_id)
             self._forget(request_id, Outcome.CANCELLED)
-            if not stays or running is None or slot in link.submitting or not running.token_ids:
+            lasts = stays and slot not in link.submitting
+            if not lasts or running is None or not running.token_ids or running.stream in elsewhere:
                 doomed.append(request_id)
-                continue
-            orphan = Orphan(request_id, running.prompt_tokens, running.token_ids)
-            left += 1
-            if older := self._orphans.leave(running.stream, orphan, now):
-                doomed.append(older)
+            else:
+                doomed += self._orphans.leave(running.orphan(request_id), now)
+                left += 1
         if left:
             log.info("orphans", requests=left, gateway=link.gateway)
         return doomed
@@ -440,7 +449,7 @@ class WorkerEnd:
         for submit in message.submits:
             await self._take(link, submit)
         if message.HasField("backlog"):  # of what waits besides
-            kept = message.backlog.kept if self._keeps else 0
+            kept = message.backlog.kept if self._keeps else min(message.backlog.kept, len(self._orphans))
             self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting, kept)
             self._served.relay(link.number, message.backlog)
         if message.aborts:
@@ -489,16 +498,20 @@ class WorkerEnd:
         running = Running(link, slot, tokens, prompt, emitted, submit.sealed_record, earlier, share, now, home)
         if submit.stream and request.sampling.logprobs is None:
             running.stream, running.token_ids = submit.stream, list(request.emitted_token_ids)
-            if orphan := self._orphans.claim(submit.stream, prompt, running.token_ids):
+            running.asked = (request.sampling, request.adapter, request.cache_salt, request.priority)
+            orphan = self._orphans.claim(submit.stream, running.asked, prompt, running.token_ids)
+            if orphan is not None:
                 self._join(running, orphan, submit)
+                await self._overtaken(link, slot)
                 return
+            self._let_go(self._orphans.drop(submit.stream))
         self._running[request_id] = running
         self._lookahead.submitted(request_id, fresh if self._keeps else tokens, begins=not emitted)
         self._tokens += tokens
         self._served.accepted(request_id, link.number, submit, prompt)
         self._idle.clear()
         if self._orphans:
-            await self._make_room()
+            self._make_room(goes_on=bool(emitted))
         try:
             await self._engine.submit(request)
         except EngineRefused as refused:
@@ -511,8 +524,12 @@ class WorkerEnd:
         else:
             running.accepted = True
             link.outbox.accepted(slot)
+        await self._overtaken(link, slot)
+
+    async def _overtaken(self, link: Link, slot: int) -> None:
+        """A Submit is through; an abort may have overtaken a slow one."""
         link.submitting.discard(slot)
-        if slot in link.aborted:  # the abort overtook a slow submit
+        if slot in link.aborted:
             link.aborted.discard(slot)
             await self._abort(link, [slot])
 
@@ -520,8 +537,8 @@ class WorkerEnd:
         """It has come back to what still runs for it: nothing is computed, and what was generated meanwhile is told."""
         link, request_id = running.link, orphan.request_id
         link.requests[running.slot] = request_id
-        link.submitting.discard(running.slot)
-        running.accepted, running.came_home = True, False
+        running.accepted = True
+        running.cached_tokens = running.tokens if running.emitted_tokens else orphan.cached_tokens
         self._running[request_id] = self._joined[request_id] = running
         self._lookahead.submitted(request_id, 0, begins=False)
         self._tokens += running.tokens
@@ -529,15 +546,28 @@ class WorkerEnd:
         self._idle.clear()
         link.outbox.accepted(running.slot)
         ended = orphan.last
-        if missed := orphan.token_ids[running.emitted_tokens :]:
+        missed = orphan.token_ids[running.emitted_tokens :]
+        if missed or ended is not None:
             output = TokenOutput(request_id, missed) if ended is None else replace(ended, token_ids=missed)
-            self._hand_out((output,), {}, self._joined_firsts)
+            self._hand_out((output,), self._told)
+            self._end_finished(self._told)
+            self._told.finished.clear()
+            self._regrant()
         link.outbox.flush()
 
-    async def _make_room(self) -> None:
-        """A call has come that has to be computed: where it lacks a place, those go for which nobody has come."""
-        sequences = len(self._running) + len(self._orphans) - self._info.max_num_seqs
-        await self._drop(self._orphans.make_room(sequences, self._tokens + self._orphans.tokens - self._info.kv_tokens))
+    def _make_room(self, goes_on: bool) -> None:
+        """A call has come that has to be computed: where the KV cache lacks room for it, or one that goes on a place,
+        those leave for which nobody has come."""
+        sequences = len(self._running) + len(self._orphans) - self._info.max_num_seqs if goes_on else 0
+        tokens = self._tokens + self._orphans.tokens - self._info.kv_tokens
+        self._let_go(self._orphans.make_room(sequences, tokens))
+
+    def _let_go(self, request_ids: Sequence[str]) -> None:
+        """They leave the engine, whatever becomes of the link whose call made them."""
+        if request_ids:
+            task = asyncio.create_task(self._drop(request_ids))
+            self._drops.add(task)
+            task.add_done_callback(self._drops.discard)
 
     @staticmethod
     def _unacceptable(link: Link, slot: int, why: str) -> None:

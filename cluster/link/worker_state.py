@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from cluster.api.types import TokenOutput
 from cluster.link.bulk import Prompts
 from cluster.link.credit import Room
 from cluster.link.gpu_meter import Share
+from cluster.link.orphans import Orphan
 from cluster.link.outbox import Outbox
 from cluster.link.v1 import link_pb2 as pb
 
@@ -51,17 +54,37 @@ class Running:
     cached_tokens: int = 0
     accepted: bool = False
     stream: str = ""
+    asked: Hashable = None
     token_ids: list[int] | None = None
-    """All after the prompt, of one that may come back under `stream` when its gateway is gone."""
+    """All after the prompt, of one that may come back under `stream` when its gateway is gone; `asked` is what else
+    they depend on."""
 
     @property
     def generated(self) -> int:
         return self.tokens - self.prompt_tokens - self.emitted_tokens
 
+    def orphan(self, request_id: str, last: TokenOutput | None = None) -> Orphan:
+        """What is left of it when nobody waits for it, or it has ended."""
+        ids = self.token_ids or []
+        return Orphan(self.stream, request_id, self.asked, self.prompt_tokens, ids, self.cached_tokens, last)
+
     @property
     def output_tokens(self) -> int:
         """Of the sequence in all, wherever they were generated."""
         return self.tokens - self.prompt_tokens
+
+
+@dataclass(slots=True)
+class Step:
+    """What was given to calls, by a step or between two."""
+
+    touched: dict[int, Link] = field(default_factory=dict)
+    firsts: list[tuple[Share, int, int]] = field(default_factory=list)
+    """Of each request that has got its first tokens: its share, the tokens computed for it, and how many it got."""
+    finished: list[tuple[Running, TokenOutput]] = field(default_factory=list)
+    tokens: int = 0
+    of_orphans: int = 0
+    """Tokens that nobody has got."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ LONGEST_PAUSE_S = 30.0
 TRIAL_S = 5.0
 """A trial without an answer for so long no longer counts: its caller may have gone."""
 SHOWN_STEPS = 10
-"""An engine that has made so many since it was found standing still does not stand still."""
+"""An engine that makes so many before the eyes of a new link does not stand still."""
 
 
 @dataclass(slots=True)
@@ -30,12 +30,16 @@ class _Breaker:
     pause_s: float = 0.0
     opened_at: float = 0.0
     trial_at: float | None = None
-    stood_at: int | None = None
-    """Its engine's steps when it was found standing still, if that is why it is open."""
+    unseen: bool = False
+    """It is open since nothing of its engine was to be seen."""
+    steps: int = 0
+    """Of its engine, when it was first seen again."""
+    seen: bool = False
+    """Its engine has been seen at work since. What its next pause would be is not forgotten till a call is answered."""
 
     @property
     def closed(self) -> bool:
-        return not self.pause_s
+        return self.seen or not self.pause_s
 
 
 class Breakers:
@@ -67,23 +71,24 @@ class Breakers:
         """It has failed a call. `others` that could serve in its place."""
         one = self._breakers.setdefault(incarnation, _Breaker())
         one.failures += 1
-        one.stood_at = None
+        one.unseen = False
         if not one.closed or (one.failures >= FAILURES and any(self._is_closed(other) for other in others)):
             self._open(one, now)
 
-    def stood_still(self, incarnation: str, now: float, steps: int) -> None:
-        """It was found standing still, after so many steps of its engine."""
+    def stood_still(self, incarnation: str, now: float, unseen: bool = False) -> None:
+        """It was found standing still; `unseen`: for nothing of its engine was to be seen."""
         one = self._breakers.setdefault(incarnation, _Breaker())
-        one.stood_at = steps
         self._open(one, now)
+        one.unseen = unseen
 
     def stepped(self, incarnation: str, now: float, steps: int) -> None:
-        """Its link is up, and tells so many steps of its engine."""
+        """A link is up again, and tells so many steps of its engine, 0 as long as it has told nothing."""
         one = self._breakers.get(incarnation)
-        if one is None or one.stood_at is None or now - one.opened_at < one.pause_s:
+        if one is None or not one.unseen:
             return
-        if steps - one.stood_at >= SHOWN_STEPS:
-            del self._breakers[incarnation]
+        one.steps = one.steps or steps
+        if now - one.opened_at >= one.pause_s and steps - one.steps >= SHOWN_STEPS:
+            one.seen = True
 
     def forget(self, incarnations: Iterable[str]) -> None:
         """Keep only these."""
@@ -102,6 +107,7 @@ class Breakers:
     def _open(self, one: _Breaker, now: float) -> None:
         one.pause_s = min(2 * one.pause_s, LONGEST_PAUSE_S) if one.pause_s else PAUSE_S
         one.opened_at, one.trial_at = now, None
+        one.seen, one.steps = False, 0
 
     def __repr__(self) -> str:
         return f"Breakers({self.open} open of {len(self._breakers)})"

@@ -274,6 +274,30 @@ async def test_gpu_seconds_of_calls_and_idle_are_the_replicas_lifetime(
         await worker.stop(0)
 
 
+@pytest.mark.slow
+async def test_a_short_call_is_charged_its_own_steps(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, ledger: Ledger
+) -> None:
+    """One whose first token is its last owes the step that made it; and none owes the time before it came, in which the
+    engine rested or ran for nobody."""
+    async with accounting_cluster(tmp_path / "g", ledger.usage.insert) as cluster:
+        engine = sim_engine(checkpoint, decode_ms=20)
+        worker = await start_worker(engine, bundle, [cluster.gateway.endpoints["link"]], gpus=1)
+        await linked(cluster)
+        took = []
+        for tokens in (1, 2, 1):
+            await asyncio.sleep(0.5)
+            began = time.monotonic()
+            await cluster.stub.Chat(chat(f"with {tokens}", max_tokens=tokens, ignore_eos=True))
+            took.append(time.monotonic() - began)
+        await worker.end.drain(5)
+        await settled(cluster, worker)
+        charged = sorted((one.completion_tokens, one.gpu_seconds) for one in records(ledger))
+        assert [tokens for tokens, _ in charged] == [1, 1, 2]
+        assert all(0 < gpu_s <= max(took) for _, gpu_s in charged)
+        await worker.stop(0)
+
+
 def test_a_gateway_without_a_ledger_imports_none() -> None:
     """Without `auth` neither accounts nor a database are imported."""
     program = "import sys; import cluster.gateway.server; print(*sys.modules)"

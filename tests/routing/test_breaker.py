@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,7 +56,7 @@ def test_a_trial_is_one_call_and_its_answer_closes() -> None:
 def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
     """A worker that was found standing still answers nobody: waiting for another is better than to try it at once."""
     breakers = Breakers()
-    breakers.stood_still("a", 0.0, steps=100)
+    breakers.stood_still("a", 0.0)
     assert not breakers.lets("a", PAUSE_S * 0.9)
     assert breakers.lets("a", PAUSE_S)
     breakers.forget([])
@@ -63,22 +64,37 @@ def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
 
 
 def test_who_was_only_out_of_sight_needs_no_trial() -> None:
-    """Where a network was cut the engine has gone on for others: its steps tell, once the pause is over. Few tell
-    nothing, nor do steps of one that fails what it is given."""
-    breakers = Breakers()
-    breakers.stood_still("a", 0.0, steps=100)
-    breakers.sent("a", PAUSE_S)
-    for steps in (100, 100 + SHOWN_STEPS - 1):
-        breakers.stepped("a", PAUSE_S, steps)
-        assert not breakers.lets("a", PAUSE_S), "its trial is not answered"
+    """Where a network was cut the engine has gone on for others: steps that it makes before a new link's eyes tell it,
+    once the pause is over. Those of before tell nothing, nor do few; until it has answered a call the next pause is
+    as long as if nothing had been seen."""
+    breakers, now = Breakers(), PAUSE_S
+    breakers.stood_still("a", 0.0, unseen=True)
+    for steps in (0, 100, 100 + SHOWN_STEPS - 1):
+        breakers.stepped("a", now, steps)
+        breakers.sent("a", now)
+        assert not breakers.lets("a", now), "its trial is not answered"
     breakers.stepped("a", PAUSE_S * 0.9, 1000)
     assert not breakers.lets("a", PAUSE_S * 0.9)
-    breakers.stepped("a", PAUSE_S, 100 + SHOWN_STEPS)
-    breakers.sent("a", PAUSE_S)
-    assert breakers.lets("a", PAUSE_S)
-    breakers.stood_still("a", 0.0, steps=100)
-    breakers.failed("a", ["b"], PAUSE_S)
-    now = PAUSE_S + 2 * PAUSE_S
+    breakers.stepped("a", now, 100 + SHOWN_STEPS)
     breakers.sent("a", now)
-    breakers.stepped("a", now, 1000)
-    assert not breakers.lets("a", now)
+    assert breakers.lets("a", now)
+    assert not breakers.open
+    breakers.stood_still("a", now, unseen=True)
+    breakers.stepped("a", now, 2000)
+    breakers.stepped("a", now + 1.9 * PAUSE_S, 3000)
+    assert not breakers.lets("a", now + 1.9 * PAUSE_S), "twice as long as before"
+    breakers.stepped("a", now + 2 * PAUSE_S, 3000)
+    assert breakers.lets("a", now + 2 * PAUSE_S)
+
+
+@pytest.mark.parametrize("unseen", [True, False])
+def test_steps_say_nothing_of_calls_that_fail(unseen: bool) -> None:
+    """Nor of what a link carries."""
+    breakers, now = Breakers(), 3 * PAUSE_S
+    breakers.stood_still("a", 0.0, unseen=unseen)
+    if unseen:
+        breakers.failed("a", ["b"], PAUSE_S)
+    for steps in (100, 1000):
+        breakers.stepped("a", now, steps)
+        breakers.sent("a", now)
+        assert not breakers.lets("a", now)
