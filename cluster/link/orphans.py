@@ -14,7 +14,7 @@ Pure: no clock, no I/O; `now` is monotonic seconds, and never goes back.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -31,7 +31,7 @@ class Orphan:
 
     stream: str
     request_id: str
-    asked: Hashable
+    asked: object
     """What besides its prompt its tokens depend on."""
     prompt_tokens: int
     token_ids: list[int]
@@ -88,7 +88,7 @@ class Orphans:
                 del self._named[orphan.stream]
         return len(output.token_ids)
 
-    def claim(self, stream: str, asked: Hashable, prompt_tokens: int, emitted: Sequence[int]) -> Orphan | None:
+    def claim(self, stream: str, asked: object, prompt_tokens: int, emitted: Sequence[int]) -> Orphan | None:
         """What a Submit goes on with, if it is here and has come so far at least; it is an orphan no more."""
         orphan = self._named.get(stream)
         if orphan is None or (orphan.asked, orphan.prompt_tokens) != (asked, prompt_tokens):

