@@ -19,7 +19,7 @@ from cluster.ledger.rows import UsageQuery
 from cluster.link.controller import ControllerEnd
 from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
-from tests.support.calls import Answer, chat, complete, refused, rest_of, text_of
+from tests.support.calls import Answer, chat, complete, refused, rest_of, resume, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.keyed import bearer, eventually, keyed_cluster
 
@@ -60,14 +60,6 @@ async def both(first: TestCluster, second: TestCluster, checkpoint: Path, bundle
 async def until_linked(cluster: TestCluster, worker: Worker) -> None:
     """Wait for the worker's link."""
     await until(lambda: cluster.linked(worker.identity.worker_id), "the worker has dialled the other gateway too")
-
-
-def resume(request: Any, chunks: Sequence[Any], **changed: Any) -> pb.ResumeRequest:
-    """The request that goes on behind these chunks."""
-    tokens = [chunk.resume_token for chunk in chunks if chunk.resume_token]
-    offset = max((chunk.offset for chunk in chunks), default=0)
-    kind = "chat" if isinstance(request, pb.ChatRequest) else "complete"
-    return pb.ResumeRequest(**{kind: request, "resume_tokens": tokens, "offset": offset, **changed})
 
 
 def kept(chunks: Sequence[Any]) -> list[Any]:

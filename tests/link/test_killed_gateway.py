@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,9 @@ import pytest
 from cluster.api.bundle import Bundle
 from cluster.link.dial import read
 from cluster.link.orphans import KEEP_S
-from cluster.v1 import inference_pb2 as pb
-from cluster.v1 import inference_pb2_grpc as pb_grpc
-from tests.support.calls import chat, rest_of, text_of
-from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
+from tests.support.calls import chat, rest_of, resume, text_of
+from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
+from tests.support.gateway_process import gateway_process
 
 pytestmark = pytest.mark.slow
 
@@ -53,24 +50,12 @@ async def doomed(
 ) -> AsyncIterator[Doomed]:
     """Both read the secret in one cache folder."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "doomed.yaml").write_text(LOOPBACK)
-    ready = tmp_path / "ready.json"
-    arguments = ["-f", str(tmp_path / "doomed.yaml"), "--folder", str(tmp_path / "doomed"), "--ready-file", str(ready)]
-    async with running_cluster(tmp_path / "survivor") as survivor:
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", "gateway", *arguments)
-        try:
-            await until(ready.exists, "the other gateway serves", 60)
-            endpoints = json.loads(ready.read_text())["endpoints"]
-            links = [survivor.gateway.endpoints["link"], endpoints["link"]]
-            engine = sim_engine(checkpoint, decode_ms=4, max_num_seqs=PLACES, kv_blocks=4096)
-            worker = await survivor.add_worker(engine, bundle, gateways=links)
-            await until(lambda: worker.end.statistics().links == 2, "the worker has dialled both")
-            async with grpc.aio.insecure_channel(endpoints["grpc"]) as channel:
-                yield Doomed(process.pid, pb_grpc.InferenceStub(channel), survivor, worker)
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+    async with running_cluster(tmp_path / "survivor") as survivor, gateway_process(tmp_path / "doomed") as other:
+        links = [survivor.gateway.endpoints["link"], other.link]
+        engine = sim_engine(checkpoint, decode_ms=4, max_num_seqs=PLACES, kv_blocks=4096)
+        worker = await survivor.add_worker(engine, bundle, gateways=links)
+        await until(lambda: worker.end.statistics().links == 2, "the worker has dialled both")
+        yield Doomed(other.pid, other.stub, survivor, worker)
 
 
 async def begun(doomed: Doomed, requests: Sequence[Any]) -> list[list[Any]]:
@@ -89,12 +74,6 @@ async def _to_its_break(call: Any, chunks: list[Any]) -> None:
     except grpc.aio.AioRpcError:
         return
     raise AssertionError("the stream came to its end")
-
-
-def resume(request: Any, chunks: Sequence[Any]) -> pb.ResumeRequest:
-    """As its client asks."""
-    tokens = [chunk.resume_token for chunk in chunks if chunk.resume_token]
-    return pb.ResumeRequest(chat=request, resume_tokens=tokens, offset=max(chunk.offset for chunk in chunks))
 
 
 async def go_on(doomed: Doomed, requests: Sequence[Any], chunks: Sequence[list[Any]]) -> list[list[Any]]:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
 
 from cluster.api.bundle import Bundle
 from cluster.link.dial import Timing
-from cluster.v1 import inference_pb2_grpc as pb_grpc
 from tests.support.calls import chat, rest_of, text_of
-from tests.support.cluster import LOOPBACK, TestCluster, Worker, sim_engine, until
+from tests.support.cluster import TestCluster, Worker, sim_engine, until
+from tests.support.gateway_process import GatewayProcess, gateway_process
 
 pytestmark = pytest.mark.slow
 
@@ -28,33 +22,14 @@ SILENCE_S = 1.5
 """After which the worker lets go of a gateway that says nothing."""
 
 
-@dataclass
-class OtherGateway:
-    """A process of its own."""
-
-    pid: int
-    link: str
-    stub: Any
-
-
 @pytest.fixture
-async def other(tmp_path: Path) -> AsyncIterator[OtherGateway]:
-    """A second gateway; killed at the end."""
-    (tmp_path / "other.yaml").write_text(LOOPBACK)
-    ready = tmp_path / "ready.json"
-    arguments = ["-f", str(tmp_path / "other.yaml"), "--folder", str(tmp_path / "other"), "--ready-file", str(ready)]
-    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", "gateway", *arguments)
-    try:
-        await until(ready.exists, "the other gateway serves", 60)
-        endpoints = json.loads(ready.read_text())["endpoints"]
-        async with grpc.aio.insecure_channel(endpoints["grpc"]) as channel:
-            yield OtherGateway(process.pid, endpoints["link"], pb_grpc.InferenceStub(channel))
-    finally:
-        process.kill()
-        await process.wait()
+async def other(tmp_path: Path) -> AsyncIterator[GatewayProcess]:
+    """A second gateway."""
+    async with gateway_process(tmp_path / "other") as made:
+        yield made
 
 
-async def linked_to_both(cluster: TestCluster, other: OtherGateway, checkpoint: Path, bundle: Bundle) -> Worker:
+async def linked_to_both(cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle) -> Worker:
     """A worker with room for the streams of both."""
     engine = sim_engine(checkpoint, decode_ms=4, max_num_seqs=32, kv_blocks=4096)
     links = [cluster.gateway.endpoints["link"], other.link]
@@ -66,7 +41,7 @@ async def linked_to_both(cluster: TestCluster, other: OtherGateway, checkpoint: 
 
 @pytest.mark.parametrize("long", [False, True], ids=["for-a-moment", "for-long"])
 async def test_a_stopped_gateway_slows_nobody(
-    cluster: TestCluster, other: OtherGateway, checkpoint: Path, bundle: Bundle, long: bool
+    cluster: TestCluster, other: GatewayProcess, checkpoint: Path, bundle: Bundle, long: bool
 ) -> None:
     """While it is stopped a stream at the other gets a token of every step; stopped for long, it holds no place in the
     engine. Its own streams come whole either way, and a moment's pause makes it suspect nobody."""

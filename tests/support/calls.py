@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -80,3 +80,11 @@ async def refused(awaitable: Any) -> Answer:
     except grpc.aio.AioRpcError as error:
         return Answer(error)
     raise AssertionError("the call was answered; it should have been refused")
+
+
+def resume(request: Any, chunks: Sequence[Any], **changed: Any) -> pb.ResumeRequest:
+    """The request that goes on behind these chunks."""
+    tokens = [chunk.resume_token for chunk in chunks if chunk.resume_token]
+    offset = max((chunk.offset for chunk in chunks), default=0)
+    kind = "chat" if isinstance(request, pb.ChatRequest) else "complete"
+    return pb.ResumeRequest(**{kind: request, "resume_tokens": tokens, "offset": offset, **changed})

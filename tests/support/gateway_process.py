@@ -1,0 +1,44 @@
+"""A gateway in a process of its own, to be stopped or killed beside the test's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from cluster.v1 import inference_pb2_grpc as pb_grpc
+from tests.support.cluster import LOOPBACK, until
+
+
+@dataclass
+class GatewayProcess:
+    """Where it listens for workers, and a stub to call it."""
+
+    pid: int
+    link: str
+    stub: Any
+
+
+@asynccontextmanager
+async def gateway_process(folder: Path) -> AsyncIterator[GatewayProcess]:
+    """Started on loopback, with its files in and beside `folder`; killed at the end."""
+    config, ready = folder.with_suffix(".yaml"), folder.with_suffix(".json")
+    config.write_text(LOOPBACK)
+    arguments = ["-f", str(config), "--folder", str(folder), "--ready-file", str(ready)]
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", "gateway", *arguments)
+    try:
+        await until(ready.exists, "the other gateway serves", 60)
+        endpoints = json.loads(ready.read_text())["endpoints"]
+        async with grpc.aio.insecure_channel(endpoints["grpc"]) as channel:
+            yield GatewayProcess(process.pid, endpoints["link"], pb_grpc.InferenceStub(channel))
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
