@@ -13,6 +13,9 @@ puts into the name which memory it is; ranks that share none then talk over the 
 freed, and prints a traceback where somebody has done so before: an engine that is up does (watchdog.py). The repair is
 content when the name is gone.
 
+**Where ranks meet (vLLM 0.32.0).** Each engine makes a file in /tmp by which its ranks find each other, and one that is
+killed leaves it. The repair makes it in the folder of the engine's sockets, which goes with it or is swept.
+
 **A core beside several of Ray's nodes (vLLM 0.32.0, Ray 2.60).** A core joins Ray as a driver, and Ray looks for the
 driver's node among all processes that it sees, the head first. Where nodes with addresses of their own share a process
 table (pods with hostPID) that is another than the replica's, and the core then listens on an address that is not its
@@ -25,10 +28,12 @@ import functools
 import importlib.metadata
 import ipaddress
 import os
+import uuid
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from cluster.engine import sockets
 from cluster.engine.symbols import missing
 
 SEEDS_VERSIONS = ("0.32.0",)
@@ -137,6 +142,19 @@ def _free_quietly(kind: Any) -> None:
     kind.__del__ = __del__
 
 
+def _repair_meeting() -> None:
+    from vllm.v1.executor import multiproc_executor, uniproc_executor
+
+    elsewhere = multiproc_executor.get_file_store_init_method
+
+    def get_file_store_init_method() -> str:
+        folder = sockets.folder()
+        return elsewhere() if folder is None else f"file://{folder}/meeting-{uuid.uuid4().hex}"
+
+    for executor in (multiproc_executor, uniproc_executor):
+        executor.get_file_store_init_method = get_file_store_init_method
+
+
 def _has_node() -> bool:
     """Whether others may be beside it: not at a loopback address, for which Ray would take the machine's outer one."""
     address = os.environ.get(NODE, "")
@@ -188,6 +206,7 @@ def apply() -> None:
         if _version() in resume.VERSIONS and not missing(resume.SYMBOLS):
             resume.install()
     _repair_queues()
+    _repair_meeting()
     if _has_node() and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1":
         _repair_node()
     _applied.add("seeds")

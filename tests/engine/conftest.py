@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -47,9 +48,14 @@ def engine_children(process: psutil.Process) -> list[psutil.Process]:
     return [child for child in process.children() if "resource_tracker" not in " ".join(child.cmdline())]
 
 
+def left_by_vllm() -> set[Path]:
+    """Files by which its ranks meet, where it makes them itself."""
+    return set(Path(tempfile.gettempdir()).glob("vllm_dist_*"))
+
+
 async def _started(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[tuple[Subject, psutil.Process]]:
     me = psutil.Process()
-    before = me.children()
+    before, temporary = me.children(), left_by_vllm()
     engine = VllmEngine(tiny_spec(), folder, prefer_fastpath=prefer_fastpath)
     info = await engine.start()
     (core,) = [child for child in engine_children(me) if child not in before]
@@ -57,11 +63,13 @@ async def _started(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[tupl
     try:
         yield Subject(engine, info, TOKEN_LO, TOKEN_HI), core
         folder = Path(os.environ[sockets.ENV])
-        assert any(folder.iterdir()), "vLLM's sockets lie in this process's own folder"
+        assert any(one.is_socket() for one in folder.iterdir()), "vLLM's sockets lie in this process's own folder"
+        assert any(one.name.startswith("meeting-") for one in folder.iterdir()), "so does the file by which ranks meet"
     finally:
         await engine.close()
     _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
     assert not alive, "close left processes of the engine"
+    assert left_by_vllm() <= temporary, "nor does it leave a file"
 
 
 @pytest.fixture(scope="session")
