@@ -14,8 +14,7 @@ import itertools
 import math
 import time
 import zlib
-from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Coroutine, Sequence
 
 import structlog
 
@@ -23,23 +22,22 @@ from cluster.api.bundle import Bundle
 from cluster.api.demand import Work
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineDead, EngineRefused
-from cluster.api.types import EngineInfo, EngineLoad, FinishReason, TokenOutput, WorkerIdentity
+from cluster.api.types import EngineInfo, EngineLoad, WorkerIdentity
 from cluster.link import codec
 from cluster.link.bulk import send_bundle, serve_bulk
-from cluster.link.credit import Granter, Room
+from cluster.link.credit import Granter
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, open_client, read, until_first
-from cluster.link.gpu_meter import GpuMeter, Share
-from cluster.link.lookahead import Lookahead
-from cluster.link.orphans import BROKEN, Orphan, Orphans
+from cluster.link.gpu_meter import GpuMeter
 from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
 from cluster.link.standing import Duty
 from cluster.link.tls import TlsFiles
-from cluster.link.usage_keeper import EndedUsage, UsageKeeper
+from cluster.link.usage_keeper import UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.link.worker_state import Link, Running, Step, WorkerStatistics
+from cluster.link.worker_calls import WorkerCalls
+from cluster.link.worker_state import Link, WorkerStatistics
 from cluster.link.worker_usage import WorkerUsage
 from cluster.rpc.client import ClientCall
 
@@ -51,8 +49,6 @@ REPORT_S = 0.1
 TURN = "/cluster.link.v1.Link/Turn"
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
-
-_OUTCOMES = {FinishReason.ERROR: Outcome.INTERNAL, FinishReason.ABORT: Outcome.CANCELLED}
 
 
 class WorkerEnd:
@@ -85,32 +81,20 @@ class WorkerEnd:
         self._timing = timing or Timing()
         self._outbox_tokens = outbox_tokens
         self._granter = Granter()
-        self._lookahead = Lookahead(info.max_num_seqs, info.max_num_batched_tokens)
-        self._keeps = True
-        """Whether calls that come back have found their KV blocks here lately: not every engine caches."""
         self._links: dict[int, Link] = {}
-        self._running: dict[str, Running] = {}
-        self._orphans = Orphans()
-        self._joined: dict[str, Running] = {}
-        """Those that were orphans and have had no output since."""
-        self._told = Step()
-        """What was told between two steps."""
-        self._tokens = 0
         self._busy_s = 0.0
-        self._prefilled_tokens = self._decoded_tokens = 0
         self._epochs = itertools.count(1)
         self._steps = 0
-        self._meter = GpuMeter(gpus, info.max_num_batched_tokens, time.monotonic())
+        meter = GpuMeter(gpus, info.max_num_batched_tokens, time.monotonic())
         self._usage = WorkerUsage(
-            identity.incarnation, keeper or UsageKeeper(), self._meter, gpu, idle_report_s, self._shares
+            identity.incarnation, keeper or UsageKeeper(), meter, gpu, idle_report_s, lambda: self._calls.shares()
         )
         self._served = ServedReports()
+        self._calls = WorkerCalls(info, meter, self._served, self._usage)
         self._duty = Duty(lambda: (link.outbox for link in self._links.values()))
         self._drains: set[asyncio.Task[bool]] = set()
         self._drops: set[asyncio.Task[None]] = set()
         self._load = EngineLoad()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._closed = asyncio.Event()
         self._failed: asyncio.Future[None] | None = None
 
@@ -119,13 +103,13 @@ class WorkerEnd:
         kept = self._usage.statistics()
         return WorkerStatistics(
             len(self._links),
-            len(self._running),
-            self._tokens,
+            self._calls.running,
+            self._calls.tokens,
             self._steps,
             self._granter.promised(),
             kept.kept,
             kept.dropped,
-            len(self._orphans),
+            len(self._calls.orphans),
         )
 
     async def run(self) -> None:
@@ -149,7 +133,7 @@ class WorkerEnd:
             self._end_drains()
             await asyncio.gather(*work, *self._drains, *self._drops, return_exceptions=True)
             with contextlib.suppress(EngineDead):
-                await self._engine.abort(self._orphans.expired(math.inf))
+                await self._engine.abort(self._calls.orphans.expired(math.inf))
 
     async def _until_closed(self) -> None:
         await self._closed.wait()
@@ -160,7 +144,7 @@ class WorkerEnd:
         self._duty.drain(time.monotonic(), timeout_s, leaving)
         try:
             async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
+                await self._calls.idle.wait()
         except TimeoutError:
             return False
         await self._usage.hand_over(min(timeout_s, HAND_OVER_S))
@@ -177,130 +161,31 @@ class WorkerEnd:
         while True:
             outputs = await self._engine.step()
             self._steps += 1
-            step, self._told = self._told, Step()
-            told = step.tokens
-            self._hand_out(outputs, step)
-            self._decoded_tokens += step.tokens - told + step.of_orphans
-            if self._meter.gpus:
-                self._meter.step(time.monotonic(), step.tokens + step.of_orphans, step.firsts)
-            if doomed := self._end_finished(step):
+            touched, doomed = self._calls.stepped(outputs)
+            if doomed:
                 await self._drop(doomed)
-            if not self._running:  # what nobody waits for is nobody's time
-                self._meter.rested()
-            self._lookahead.stepped()
             self._load = self._engine.load()
             self._busy_s += self._load.step_s
             self._regrant()
-            for link in step.touched.values():
+            for link in touched:
                 link.outbox.load(self._load)
                 link.outbox.flush()
-
-    def _hand_out(self, outputs: Sequence[TokenOutput], step: Step) -> None:
-        """Give each link its tokens, and note what was given."""
-        emitted = 0
-        for output in outputs:
-            running = self._running.get(output.request_id)
-            if running is None:
-                step.of_orphans += self._orphans.output(output)
-                continue  # aborted, if it is none of these; one more step may still hold it
-            if output.request_id in self._joined:
-                output = replace(output, prompt_tokens=running.prompt_tokens, cached_tokens=running.cached_tokens)
-            link = running.link
-            link.outbox.output(running.slot, output)
-            step.touched[link.number] = link
-            count = len(output.token_ids)
-            running.tokens += count
-            emitted += count
-            if running.token_ids is not None:
-                running.token_ids += output.token_ids
-            if output.prompt_tokens is not None:
-                step.firsts.append((running.share, self._began(running, output), count))
-            if output.finish is not None:
-                running.accepted = True
-                step.finished.append((running, output))
-        self._tokens += emitted
-        step.tokens += emitted
-
-    def _began(self, running: Running, output: TokenOutput) -> int:
-        """Its first output here has come, and is counted; so many tokens were computed for it."""
-        running.accepted = True
-        running.cached_tokens = output.cached_tokens or 0
-        self._lookahead.began(output.request_id)
-        if not running.emitted_tokens:  # of a continued one its first worker has told
-            self._served.cached(output.request_id, running.cached_tokens)
-        if self._joined.pop(output.request_id, None) is not None:
-            running.cached_tokens = min(running.cached_tokens, running.prompt_tokens)
-            return 0
-        if running.came_home:
-            self._keeps = 2 * running.cached_tokens >= running.prompt_tokens
-        computed = running.prompt_tokens + running.emitted_tokens - running.cached_tokens
-        self._prefilled_tokens += computed
-        return computed
-
-    def _end_finished(self, step: Step) -> list[str]:
-        """Forget those that have ended, once the step is accounted for; their ends can be asked for if a gateway is
-        lost with what has just been sent. Returns what is to leave the engine for it."""
-        doomed: list[str] = []
-        for running, output in step.finished:
-            reason = output.finish or FinishReason.STOP
-            self._forget(output.request_id, _OUTCOMES.get(reason, Outcome.OK))
-            if running.token_ids and reason not in BROKEN:
-                doomed += self._orphans.leave(running.orphan(output.request_id, output), time.monotonic())
-        return doomed
-
-    def _forget(self, request_id: str, outcome: Outcome) -> None:
-        """A request has ended; its counts are kept if it was accepted with a record."""
-        running = self._running.pop(request_id, None)
-        if running is None:
-            return
-        self._tokens -= running.tokens
-        self._joined.pop(request_id, None)
-        self._lookahead.ended(request_id)
-        self._served.ended(request_id, running.output_tokens)
-        running.link.requests.pop(running.slot, None)
-        if running.accepted:
-            gpu_seconds = self._meter.charge(running.share, running.generated)
-            if running.sealed:
-                self._keep(running, outcome, gpu_seconds)
-        if not self._running:
-            self._meter.rested()
-            self._idle.set()
-
-    def _shares(self) -> Iterator[tuple[Share, int]]:
-        return ((running.share, running.generated) for running in self._running.values())
 
     async def _report_served(self) -> None:
         """Tell every gateway whom this worker serves; nothing of it is done for each token. Requests that nobody has
         come back for end as often."""
         while True:
             await asyncio.sleep(REPORT_S)
-            self._served.report((request_id, one.output_tokens) for request_id, one in self._running.items())
-            if late := self._orphans.expired(time.monotonic()):
+            self._served.report(self._calls.output_tokens())
+            if late := self._calls.orphans.expired(time.monotonic()):
                 log.info("orphans_dropped", requests=len(late))
                 await self._drop(late)
                 self._regrant()
 
-    def _keep(self, running: Running, outcome: Outcome, gpu_seconds: float) -> None:
-        usage = EndedUsage(
-            running.sealed,
-            prompt_tokens=running.prompt_tokens,
-            cached_tokens=running.cached_tokens,
-            generated_tokens=running.generated,
-            written_tokens=running.generated,
-            earlier_tokens=running.earlier_tokens,
-            gpu_seconds=gpu_seconds,
-            gpu=self._usage.gpu,
-            outcome=outcome.value,
-            duration_s=time.monotonic() - running.began,
-        )
-        self._usage.keep(usage, running.link.number, running.slot)
-
     def _regrant(self) -> None:
         if not self._duty.serves:
             return
-        begins = min(self._lookahead.sequences, self._lookahead.places - len(self._orphans))
-        room = Room(begins, self._info.kv_tokens - self._tokens)
-        for grant in self._granter.grants(room, self._lookahead.places):
+        for grant in self._granter.grants(*self._calls.room()):
             link = self._links[grant.link & _EPOCHS]
             link.outbox.grant(grant)
             link.grant_id = grant.grant_id
@@ -381,7 +266,7 @@ class WorkerEnd:
         self._granter.detach(link.turn)
         self._served.detach(link.number)
         beater.stop()
-        doomed = self._leave(link)
+        doomed = self._calls.leave(link, stays=self._duty.serves and not self._closed.is_set())
         self._usage.detach(link.number, link.outbox)
         for task in (*parts, *link.tasks):
             task.cancel()
@@ -390,24 +275,6 @@ class WorkerEnd:
             with contextlib.suppress(EngineDead):
                 await self._engine.abort(doomed)
         self._regrant()
-
-    def _leave(self, link: Link) -> list[str]:
-        """Nobody waits for its requests any longer; those that are to leave the engine."""
-        now, stays = time.monotonic(), self._duty.serves and not self._closed.is_set()
-        elsewhere = {one.stream for one in self._running.values() if one.link is not link}  # has come back already
-        doomed, left = [], 0
-        for slot, request_id in list(link.requests.items()):
-            running = self._running.get(request_id)
-            self._forget(request_id, Outcome.CANCELLED)
-            lasts = stays and slot not in link.submitting
-            if not lasts or running is None or not running.token_ids or running.stream in elsewhere:
-                doomed.append(request_id)
-            else:
-                doomed += self._orphans.leave(running.orphan(request_id), now)
-                left += 1
-        if left:
-            log.info("orphans", requests=left, gateway=link.gateway)
-        return doomed
 
     async def _watch(self, link: Link, beater: Beater) -> None:
         """Look after the link: silence of the gateway, a full outbox, and frames that were in no hurry."""
@@ -420,7 +287,7 @@ class WorkerEnd:
                 raise LinkEnded("the gateway does not read; its outbox is full")
             if link.unacked_since is not None and time.monotonic() - link.unacked_since > self._timing.silence_s:
                 raise LinkEnded("the gateway beats but acknowledges nothing")
-            link.outbox.work(Work(self._steps, self._busy_s, self._prefilled_tokens, self._decoded_tokens))
+            link.outbox.work(Work(self._steps, self._busy_s, self._calls.prefilled_tokens, self._calls.decoded_tokens))
             if link.outbox.sent_seq == sent:  # steps tell the load, beats too
                 link.outbox.load(self._engine.load())
                 link.outbox.flush()
@@ -449,7 +316,7 @@ class WorkerEnd:
         for submit in message.submits:
             await self._take(link, submit)
         if message.HasField("backlog"):  # of what waits besides
-            kept = message.backlog.kept if self._keeps else min(message.backlog.kept, len(self._orphans))
+            kept = self._calls.kept(message.backlog.kept)
             self._granter.backlog(link.turn, message.backlog.claim or message.backlog.waiting, kept)
             self._served.relay(link.number, message.backlog)
         if message.aborts:
@@ -487,36 +354,20 @@ class WorkerEnd:
             self._granter.spent(link.turn, 0)
             self._unacceptable(link, slot, str(error))
             return
-        prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
-        tokens = prompt + emitted
-        fresh = min(submit.fresh_tokens or tokens, tokens)
-        self._granter.spent(link.turn, tokens, fresh < tokens)
-        now = time.monotonic()
-        share = self._meter.entered(now)
-        earlier = submit.earlier_tokens
-        home = bool(emitted) and fresh <= self._info.block_size < prompt
-        running = Running(link, slot, tokens, prompt, emitted, submit.sealed_record, earlier, share, now, home)
-        if submit.stream and request.sampling.logprobs is None:
-            running.stream, running.token_ids = submit.stream, list(request.emitted_token_ids)
-            running.asked = (request.sampling, request.adapter, request.cache_salt, request.priority)
-            orphan = self._orphans.claim(submit.stream, running.asked, prompt, running.token_ids)
-            if orphan is not None:
-                self._join(running, orphan, submit)
-                await self._overtaken(link, slot)
-                return
-            self._let_go(self._orphans.drop(submit.stream))
-        self._running[request_id] = running
-        self._lookahead.submitted(request_id, fresh if self._keeps else tokens, begins=not emitted)
-        self._tokens += tokens
-        self._served.accepted(request_id, link.number, submit, prompt)
-        self._idle.clear()
-        if self._orphans:
-            self._make_room(goes_on=bool(emitted))
+        running = self._calls.entered(link, submit, request)
+        self._granter.spent(link.turn, running.tokens, running.fresh_tokens < running.tokens)
+        joined, doomed = self._calls.join(running, submit)
+        self._let_go(doomed)
+        if joined:
+            self._regrant()
+            await self._overtaken(link, slot)
+            return
+        self._let_go(self._calls.begin(running, request_id, submit))
         try:
             await self._engine.submit(request)
         except EngineRefused as refused:
             self._served.revoked(request_id)
-            self._forget(request_id, Outcome.INVALID_FIELD)
+            self._calls.forget(request_id, Outcome.INVALID_FIELD)
             link.outbox.refused(slot, refused.reason, refused.message, refused.field)
             self._regrant()
         except EngineDead as dead:
@@ -532,35 +383,6 @@ class WorkerEnd:
         if slot in link.aborted:
             link.aborted.discard(slot)
             await self._abort(link, [slot])
-
-    def _join(self, running: Running, orphan: Orphan, submit: pb.Submit) -> None:
-        """It has come back to what still runs for it: nothing is computed, and what was generated meanwhile is told."""
-        link, request_id = running.link, orphan.request_id
-        link.requests[running.slot] = request_id
-        running.accepted = True
-        running.cached_tokens = running.tokens if running.emitted_tokens else orphan.cached_tokens
-        self._running[request_id] = self._joined[request_id] = running
-        self._lookahead.submitted(request_id, 0, begins=False)
-        self._tokens += running.tokens
-        self._served.accepted(request_id, link.number, submit, running.prompt_tokens)
-        self._idle.clear()
-        link.outbox.accepted(running.slot)
-        ended = orphan.last
-        missed = orphan.token_ids[running.emitted_tokens :]
-        if missed or ended is not None:
-            output = TokenOutput(request_id, missed) if ended is None else replace(ended, token_ids=missed)
-            self._hand_out((output,), self._told)
-            self._end_finished(self._told)
-            self._told.finished.clear()
-            self._regrant()
-        link.outbox.flush()
-
-    def _make_room(self, goes_on: bool) -> None:
-        """A call has come that has to be computed: where the KV cache lacks room for it, or one that goes on a place,
-        those leave for which nobody has come."""
-        sequences = len(self._running) + len(self._orphans) - self._info.max_num_seqs if goes_on else 0
-        tokens = self._tokens + self._orphans.tokens - self._info.kv_tokens
-        self._let_go(self._orphans.make_room(sequences, tokens))
 
     def _let_go(self, request_ids: Sequence[str]) -> None:
         """They leave the engine, whatever becomes of the link whose call made them."""
@@ -584,7 +406,7 @@ class WorkerEnd:
             if slot in link.submitting:
                 link.aborted.add(slot)
             elif request_id is not None:  # else it ended by itself while the abort was on its way
-                self._forget(request_id, Outcome.CANCELLED)
+                self._calls.forget(request_id, Outcome.CANCELLED)
                 doomed.append(request_id)
         await self._drop(doomed)
         self._regrant()

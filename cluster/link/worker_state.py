@@ -9,7 +9,6 @@ from cluster.api.types import TokenOutput
 from cluster.link.bulk import Prompts
 from cluster.link.credit import Room
 from cluster.link.gpu_meter import Share
-from cluster.link.orphans import Orphan
 from cluster.link.outbox import Outbox
 from cluster.link.v1 import link_pb2 as pb
 
@@ -37,18 +36,22 @@ class Link:
 
 @dataclass(slots=True)
 class Running:
+    """A request that the engine runs for a link."""
+
     link: Link
     slot: int
     tokens: int
     prompt_tokens: int
     emitted_tokens: int
     """By other workers, before it came here."""
+    fresh_tokens: int
+    """Of those with which it comes, the ones that are likely to be computed."""
     sealed: bytes
     earlier_tokens: int
     """Of the emitted ones, those under the same record."""
     share: Share
     began: float
-    came_home: bool
+    came_home: bool = False
     """Its gateway expects its KV blocks here, those of its prompt at least."""
     cached_tokens: int = 0
     accepted: bool = False
@@ -60,12 +63,8 @@ class Running:
 
     @property
     def generated(self) -> int:
+        """Tokens that this engine has made."""
         return self.tokens - self.prompt_tokens - self.emitted_tokens
-
-    def orphan(self, request_id: str, last: TokenOutput | None = None) -> Orphan:
-        """What is left of it when nobody waits for it, or it has ended."""
-        ids = self.token_ids or []
-        return Orphan(self.stream, request_id, self.asked, self.prompt_tokens, ids, self.cached_tokens, last)
 
     @property
     def output_tokens(self) -> int:
