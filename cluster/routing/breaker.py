@@ -6,7 +6,7 @@ Invariants: a breaker opens after FAILURES failures in a row, or at once when it
 it lets nothing through until a pause is over, then one call at a time; the first that is answered closes it, one that
 fails opens it for twice as long. Failures in a row never open that of the last worker that answers: with nobody else a
 bad worker is better than none. One that stands still answers nobody, so that rule does not hold for it; but whoever was
-only out of sight is known by the steps that its engine has made since, for others, and needs no trial.
+only out of sight is known by the steps that its engine makes before a new link's eyes, for others, and needs no trial.
 Source: the circuit breaker of Nygard, "Release It!" (2nd ed., 2018), chapter 5.
 """
 

@@ -286,7 +286,9 @@ async def test_a_short_call_is_charged_its_own_steps(
         await linked(cluster)
         took = []
         for tokens in (1, 2, 1):
-            await asyncio.sleep(0.5)
+            told = len(worker.witness.seen)
+            rested = lambda told=told: any(one.idle_id for one in worker.witness.seen[told:])  # noqa: E731
+            await until(rested, "it has rested")
             began = time.monotonic()
             await cluster.stub.Chat(chat(f"with {tokens}", max_tokens=tokens, ignore_eos=True))
             took.append(time.monotonic() - began)
