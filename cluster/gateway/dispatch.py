@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.demand import ModelDemand
-from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
+from cluster.api.types import CatalogEntry, WorkerIdentity
+from cluster.gateway import endings
 from cluster.gateway.backlogs import Backlogs
 from cluster.gateway.call import Call
 from cluster.gateway.candidates import candidate, onward_call
@@ -45,11 +45,6 @@ STANDS_STILL = ("silent", "hung", "deaf", "mute")
 """Ways of a link's end after which its worker, should it dial anew, has to show that it serves."""
 UNSEEN = ("silent", "hung")
 """Those of them in which its engine's steps can show it."""
-_WHY_NOT = {
-    Outcome.QUEUE_FULL: "the cluster's queue is full; retry after the given pause",
-    Outcome.RATE_LIMITED: "too many of your own calls wait already; let some of them end first",
-    Outcome.DEADLINE_UNREACHABLE: "what waits before this call takes longer than its deadline allows",
-}
 
 
 class Dispatcher:
@@ -91,7 +86,9 @@ class Dispatcher:
 
     def enter(self, call: Call, model: KnownModel) -> None:
         """Queue every output of a call, and send what has room at once. Raises CallError; then nothing is queued."""
-        self._refuse_hopeless(model)
+        no_hope = endings.hopeless(model)
+        if no_hope is not None:
+            raise no_hope
         starts_in_s = 0.0 if call.deadline is None else self.turns.starts_in_s(call)
         onward = []
         for output in call.sequences:
@@ -109,7 +106,7 @@ class Dispatcher:
             self._fail_shed(admission.shed)
             if admission.outcome is not None:
                 self.leave(call)
-                raise CallError(admission.outcome, _WHY_NOT[admission.outcome])
+                raise endings.not_let_in(admission.outcome)
             self._outputs[output.waiting_id] = output
             self.tally.waits(waiting)
         if len(onward) < len(call.sequences):
@@ -134,7 +131,7 @@ class Dispatcher:
         for waiting in shed:
             output = self._take(waiting.call_id)
             if output is not None:
-                output.call.fail(CallError(Outcome.SHED, "the cluster is short of room; retry after the given pause"))
+                output.call.fail(endings.shed())
 
     def leave(self, call: Call) -> None:
         """A call is over, however it ended: nothing of it waits or runs any longer."""
@@ -217,11 +214,6 @@ class Dispatcher:
         positions = [self._room.position(o.waiting_id) for o in call.sequences if o.waiting_id in self._outputs]
         return min((p + 1 for p in positions if p is not None), default=0)
 
-    def _refuse_hopeless(self, model: KnownModel) -> None:
-        if model.state in (ModelState.FAILED, ModelState.GONE):
-            reason = model.entry.state_reason or "no reason known"
-            raise CallError(Outcome.NO_WORKER, f"model {model.name} is {model.state.lower()}: {reason}")
-
     # ---- binding
 
     def _pump(self, model: str) -> None:
@@ -292,7 +284,7 @@ class Dispatcher:
             elif known.comes_no_more(output.likeness):
                 self._returning.take(output)
                 self.tally.waits_no_more(output.waiting_id)
-                output.call.fail(self._replaced(output))
+                output.call.fail(endings.replaced(len(output.emitted)))
 
     def _bind(
         self, link: WorkerLink, output: Output, decision: Decision, waiting: Waiting, fresh_tokens: int = 0
@@ -357,10 +349,11 @@ class Dispatcher:
         for waiting in self._room.expired(now):
             output = self._take(waiting.call_id)
             if output is not None:
-                output.call.fail(self._too_late(output.call))
+                call = output.call
+                call.fail(endings.too_late(call.model, self._directory().find(call.model), self._late(call)))
         for output in self._returning.expired(now, self._directory().starts_in_s):
             self.tally.waits_no_more(output.waiting_id)
-            output.call.fail(self._not_resumed(output))
+            output.call.fail(endings.not_resumed(len(output.emitted), self._late(output.call)))
         for name in self._returning.models:  # somebody may have waited for its own worker's room long enough
             self._pump(name)
         if self.breakers.open:  # a pause may be over
@@ -391,31 +384,8 @@ class Dispatcher:
             if pick(RouteCall(model.name, output.tokens, likeness=output.likeness), candidates).worker_id is not None:
                 output.move()
 
-    def _replaced(self, output: Output) -> CallError:
-        told = f"the worker was lost after {len(output.emitted)} tokens"
-        return CallError(
-            Outcome.WORKER_LOST, f"{told}, and those that have taken its place are not like it; retry the call"
-        )
-
-    def _not_resumed(self, output: Output) -> CallError:
-        if output.call.deadline is not None and self._clock() >= output.call.deadline:
-            return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for another worker")
-        told = f"the worker was lost after {len(output.emitted)} tokens"
-        return CallError(
-            Outcome.WORKER_LOST, f"{told}, and no other with the same weights came in time; retry the call"
-        )
-
-    def _too_late(self, call: Call) -> CallError:
-        if call.deadline is not None and self._clock() >= call.deadline:
-            return CallError(Outcome.DEADLINE_EXCEEDED, "the deadline passed while the call waited for a worker")
-        known = self._directory().find(call.model)
-        if known is None or not known.links:
-            state = known.state.lower() if known is not None else "gone"
-            reason = f" ({known.entry.state_reason})" if known is not None and known.entry.state_reason else ""
-            return CallError(
-                Outcome.MODEL_LOADING, f"model {call.model} is still {state}{reason}; no worker came in time"
-            )
-        return CallError(Outcome.SHED, "no worker had room in time; retry after the given pause")
+    def _late(self, call: Call) -> bool:
+        return call.deadline is not None and self._clock() >= call.deadline
 
     # ---- HubListener
 
@@ -465,11 +435,9 @@ class Dispatcher:
         """Calls that wait for a model which has failed meanwhile are told so now, not at their deadline."""
         for output in list(self._outputs.values()):
             known = self._directory().find(output.call.model)
-            try:
-                if known is not None:
-                    self._refuse_hopeless(known)
-            except CallError as error:
-                output.call.fail(error)
+            no_hope = None if known is None else endings.hopeless(known)
+            if no_hope is not None:
+                output.call.fail(no_hope)
 
     def refuses(self, identity: WorkerIdentity) -> str:
         """Why a worker may not serve its model; empty when it may."""

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -82,22 +83,23 @@ async def running_peer(folder: Path, arguments: Mapping[str, object], log: Path)
     for name, value in arguments.items():
         flag = "--" + name.replace("_", "-")
         command += [flag] if value is True else [flag, str(value)]
-    with log.open("wb") as output:
+    # Ranks meet by a file of vLLM's, which stays where it was made.
+    with tempfile.TemporaryDirectory(prefix="hr-") as meeting, log.open("wb") as output:
         process = subprocess.Popen(  # noqa: ASYNC220 - forks a small process, does not wait for it
             command,
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_environment(),
+            env=_environment() | {"TMPDIR": meeting},
         )
-    try:
-        limits = httpx.Limits(keepalive_expiry=IDLE_S)
-        base = f"http://127.0.0.1:{port}"
-        async with httpx.AsyncClient(base_url=base, timeout=ANSWER_S, trust_env=False, limits=limits) as client:
-            yield Peer(client, process, log)
-    finally:
-        await _end(process)
+        try:
+            limits = httpx.Limits(keepalive_expiry=IDLE_S)
+            base = f"http://127.0.0.1:{port}"
+            async with httpx.AsyncClient(base_url=base, timeout=ANSWER_S, trust_env=False, limits=limits) as client:
+                yield Peer(client, process, log)
+        finally:
+            await _end(process)
 
 
 def _environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
 import tempfile
@@ -15,7 +16,12 @@ from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.local import LocalRay, LocalRaySettings
 from tests.support.serving import Door, open_door
 
-ENGINE_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+ENGINE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Where it is by default: what the first engine of a run has compiled is there for all, whatever folder they get.
+    "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",
+}
 
 
 def new_local_ray(name: str) -> LocalRay:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+RESOLVERS = Path("/etc/netns")
+"""`ip netns exec` shows a namespace the files of its own folder here as those of /etc."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,15 @@ def _ip(*arguments: str) -> None:
         raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
 
 
+def _without_names(host: Host, nobody: str, undo: contextlib.ExitStack) -> None:
+    """Have who asks for a name refused at once: this machine's own resolver is not reached from there, and would be
+    waited for 10 s each time (PyTorch's ranks ask for their peers' names as they meet)."""
+    folder = RESOLVERS / host.namespace
+    undo.callback(shutil.rmtree, folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "resolv.conf").write_text(f"nameserver {nobody}\n")
+
+
 @contextlib.contextmanager
 def network(count: int) -> Iterator[Network]:
     """`count` hosts on a bridge of their own; names and the /24 are derived from this process's id."""
@@ -58,6 +72,7 @@ def network(count: int) -> Iterator[Network]:
         for i, host in enumerate(hosts):
             _ip("netns", "add", host.namespace)
             undo.callback(_ip, "netns", "del", host.namespace)
+            _without_names(host, f"{prefix}.254", undo)
             _ip("link", "add", f"{bridge}v{i}", "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
             undo.callback(_ip, "link", "del", f"{bridge}v{i}")  # the kernel takes its time with a namespace's own
             _ip("link", "set", f"{bridge}v{i}", "master", bridge, "up")
