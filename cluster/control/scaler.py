@@ -130,7 +130,13 @@ class Scaler:
     Times are of one monotonic clock, `wall_s` since the epoch.
     """
 
-    def __init__(self, settings: ScalingSettings | None = None, now: float = 0.0, asked: Asked | None = None) -> None:
+    def __init__(
+        self,
+        settings: ScalingSettings | None = None,
+        now: float = 0.0,
+        asked: Asked | None = None,
+        decide_s: float = DECIDE_S,
+    ) -> None:
         self.settings = settings or ScalingSettings()
         self.asked = asked or Asked()
         self.demands = Demands(now)
@@ -139,6 +145,7 @@ class Scaler:
         self._specs: dict[str, tuple[ModelSpec, ...]] = {}
         self._room: Mapping[Kind, int] = {}
         self._looked_at: float | None = None
+        self._decide_s = decide_s
         self._decide_at = now
 
     def __repr__(self) -> str:
@@ -203,7 +210,7 @@ class Scaler:
             return self._hold(wall_s)
         if not decides:
             return ()
-        self._decide_at = now + DECIDE_S
+        self._decide_at = now + self._decide_s
         observation = Observation(
             models=seen,
             gpu_budget=self.settings.gpu_budget,

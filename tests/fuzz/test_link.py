@@ -24,7 +24,7 @@ from tests.support.serving import Door
 
 pytestmark = pytest.mark.slow
 
-QUICK = Timing(welcome_s=1.0, redial_min_s=0.01, redial_max_s=0.02)
+QUICK = Timing(silence_s=2.0, welcome_s=1.0, redial_min_s=0.01, redial_max_s=0.02)
 
 
 @pytest.fixture

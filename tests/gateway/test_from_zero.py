@@ -16,7 +16,7 @@ import pytest
 from cluster.api.bundle import Bundle
 from cluster.api.types import ModelSpec, ModelState
 from cluster.control.catalog import Known
-from cluster.control.scaler import Scaler, ScalingSettings
+from cluster.control.scaler import DECIDE_S, Scaler, ScalingSettings
 from cluster.gateway.http_answers import KEEP_ALIVE, keep_alive
 from cluster.gateway.service import Progress
 from cluster.link.controller import ControllerEnd
@@ -88,13 +88,13 @@ class Scaled:
 
 
 @asynccontextmanager
-async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, cold_start_s: float = 30.0) -> AsyncIterator[Scaled]:
+async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: float = 0.5) -> AsyncIterator[Scaled]:
     """One that has begun, served nobody, and rests."""
     async with running_cluster(tmp_path) as cluster:
         ray = RayHere(cluster, checkpoint, bundle)
         gateways = [cluster.gateway.endpoints["link"]]
         end = ControllerEnd(controller_id="c", gateways=gateways, tls=None, bundles=lambda digest: bundle)
-        scaler = Scaler(ScalingSettings(cold_start_s=cold_start_s), time.monotonic())
+        scaler = Scaler(ScalingSettings(cold_start_s=30.0), time.monotonic(), decide_s=decide_s)
         controller = Controller(ray, end, scaler=scaler)
         scaling.listen(end, scaler, controller.now, controller.wake)
         spec = ModelSpec("sim", "sim://x", min_replicas=0, max_replicas=2, idle_s=0.5)
@@ -119,7 +119,7 @@ async def test_a_call_starts_the_model_and_is_told_how_far_that_is(
     tmp_path: Path, checkpoint: Path, bundle: Bundle
 ) -> None:
     """Held, not refused: it starts the model at once, hears state, fraction and estimate, and gets its answer whole."""
-    async with scaled(tmp_path, checkpoint, bundle) as at_zero:
+    async with scaled(tmp_path, checkpoint, bundle, DECIDE_S) as at_zero:
         ray, stub = at_zero.ray, at_zero.cluster.stub
         ray.journal.clear()
         asked = time.monotonic()
