@@ -127,7 +127,7 @@ class Scaler:
     """`look` once a pass, which decides now and then; `replicas` then says how many, and `told` adds to a catalog entry
     what gateways are to know.
 
-    Times are of one monotonic clock, `wall_s` since the epoch.
+    Times are of one monotonic clock, `wall_s` since the epoch; every `decide_s` it decides although nothing hurries it.
     """
 
     def __init__(

@@ -53,9 +53,15 @@ def _without_names(host: Host, nobody: str, undo: contextlib.ExitStack) -> None:
     """Have who asks for a name refused at once: this machine's own resolver is not reached from there, and would be
     waited for 10 s each time (PyTorch's ranks ask for their peers' names as they meet)."""
     folder = RESOLVERS / host.namespace
-    undo.callback(shutil.rmtree, folder, ignore_errors=True)
+    undo.callback(_forget, folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "resolv.conf").write_text(f"nameserver {nobody}\n")
+
+
+def _forget(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # somebody else's are there
+        RESOLVERS.rmdir()
 
 
 @contextlib.contextmanager
