@@ -31,6 +31,7 @@ SCENARIOS = {
     "autoscale": "the autoscaler in virtual time, beside the optimum, Ray Serve's policy and static placement",
     "faults": "kill points by the thousand, recovery, overload and a soak: what callers see of each",
     "hosts": "the rendered chart on network namespaces as hosts: kills, cuts and rolls under load (root)",
+    "hostile": "attacks by strangers, tenants and routine procedures: what everyone else notices of them",
     "peers": "ours beside vLLM's server, vllm-router, SMG, LiteLLM and Ray Serve on one tiny model",
 }
 OK, PARTIAL, USAGE = 0, 1, 2
