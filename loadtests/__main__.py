@@ -63,6 +63,10 @@ def parser() -> argparse.ArgumentParser:
         if name == "faults":
             one.add_argument("--points", type=positive, help="faults of the part mass (default 1000)")
             one.add_argument("--soak-s", type=positive, help="length of the part soak in seconds (default 300)")
+        if name == "hostile":
+            one.add_argument(
+                "--against", type=Path, metavar="CHECKOUT", help="another checkout, for the part cost (CPU a token)"
+            )
         if name == "hosts":
             one.add_argument("--speed", type=positive, help="streams so many times as short (default 1: 5 to 120 s)")
     return out
@@ -93,6 +97,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
         points=getattr(arguments, "points", None),
         soak_s=getattr(arguments, "soak_s", None),
         speed=getattr(arguments, "speed", None),
+        against=getattr(arguments, "against", None),
     )
     report.peers = options.peers
     scenario = importlib.import_module(f"loadtests.scenarios.{arguments.scenario}")

@@ -151,9 +151,15 @@ class Children:
         await asyncio.gather(*(child.stop() for child in reversed(self.started)))
 
     def start(
-        self, name: str, kind: str, command: Sequence[str], environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        kind: str,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        checkout: Path = ROOT,
     ) -> Child:
-        """Start `command` with its output in `<name>.log`. `kind` is the class its CPU time counts in."""
+        """Start `command` with its output in `<name>.log`. `kind` is the class its CPU time counts in; `checkout` the
+        source tree whose `cluster` and `loadtests` the command imports."""
         taken = sum(1 for child in self.started if child.name == name)
         log = self.folder / (f"{name}-{taken + 1}.log" if taken else f"{name}.log")
         with log.open("wb") as output:
@@ -163,8 +169,8 @@ class Children:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                cwd=ROOT,
-                env={**os.environ, **(environment or {})},
+                cwd=checkout,
+                env={**os.environ, "PYTHONPATH": str(checkout), **(environment or {})},
             )
         child = Child(name, kind, process, log, self.term_s)
         self.started.append(child)

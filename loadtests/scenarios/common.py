@@ -58,6 +58,8 @@ class Options:
     """Of `faults`: how long the soak is."""
     speed: float | None = None
     """Of `hosts`: by how much its streams are shorter."""
+    against: Path | None = None
+    """Of `hostile`: the checkout whose cost a token is compared."""
     ends_at: float | None = None
     """By time.monotonic: no round begins later."""
 

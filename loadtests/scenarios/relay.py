@@ -110,7 +110,7 @@ async def play(stage: Stage) -> None:
         if router is not None:
             arms.append(router)
     report.settings[f"{stage.part}streams"] = {"streams": streams, "tokens": tokens, "step_ms": STEP_MS}
-    report.settings[f"{stage.part}cores"] = _bind(options.pin, [root for arm in arms for root, _ in arm.roots], engines)
+    report.settings[f"{stage.part}cores"] = bind(options.pin, [root for arm in arms for root, _ in arm.roots], engines)
     try:
         ready = [arm for arm in arms if await first_call(arm, fixed(1, PROMPT_WORDS, 4, options.seed)[0])]
         await take_turns(
@@ -127,7 +127,8 @@ def _requests(streams: int, tokens: int, seed: int, number: int) -> list[Request
     return fixed(streams, PROMPT_WORDS, tokens, seed * 1000 + number)
 
 
-def _bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
+def bind(wanted: bool, measured: Sequence[int], engines: Sequence[int]) -> str:
+    """Bind what relays, engines and this process to cores of their own; returns where to."""
     plan = cores(wanted)
     if plan is None:
         return "nothing was bound to cores"

@@ -19,7 +19,7 @@ from cluster.cli.siblings import rows
 from cluster.config import parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
-from loadtests.children import Child, Children
+from loadtests.children import ROOT, Child, Children
 from loadtests.serving import tenants
 
 GATEWAY, WORKER = "gateway", "worker replica"
@@ -133,7 +133,13 @@ def authorization(key: str) -> tuple[tuple[str, str], ...]:
 
 
 def exec_gateway(
-    children: Children, folder: Path, name: str, text: str, witness: tuple[str, ...] = (), process: int = 0
+    children: Children,
+    folder: Path,
+    name: str,
+    text: str,
+    witness: tuple[str, ...] = (),
+    process: int = 0,
+    checkout: Path = ROOT,
 ) -> Child:
     """Start a gateway with an empty folder of its own; READY_FILE in `folder/name` is written once it serves."""
     home = folder / name
@@ -142,11 +148,18 @@ def exec_gateway(
     program = ["-m", "loadtests.serving.gateway", *witness, "--"] if witness else ["-m", "cluster.cli.main"]
     command = [sys.executable, *program, "gateway", "-f", str(home / "cluster.yaml"), "--folder", str(home / "state")]
     command += ["--ready-file", str(home / READY_FILE), *(("--process", str(process)) if process else ())]
-    return children.start(name, GATEWAY, command)
+    return children.start(name, GATEWAY, command, checkout=checkout)
 
 
 async def start_gateways(
-    children: Children, folder: Path, name: str, home: Path, *, processes: int = 1, witness: tuple[str, ...] = ()
+    children: Children,
+    folder: Path,
+    name: str,
+    home: Path,
+    *,
+    processes: int = 1,
+    witness: tuple[str, ...] = (),
+    checkout: Path = ROOT,
 ) -> list[tuple[Child, Mapping[str, str]]]:
     """Gateway processes on one port, each with its endpoints by listener. Raises DidNotStart.
 
@@ -155,7 +168,7 @@ async def start_gateways(
     text, out = configuration(MODEL, home, processes), []
     for process in range(processes):
         own = f"{name}-{process}" if process else name
-        child, ready = exec_gateway(children, folder, own, text, witness, process), folder / own / READY_FILE
+        child, ready = exec_gateway(children, folder, own, text, witness, process, checkout), folder / own / READY_FILE
 
         async def there(ready: Path = ready) -> bool:
             return ready.exists()
@@ -177,20 +190,23 @@ async def start(
     witness: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
     processes: int = 1,
+    checkout: Path = ROOT,
 ) -> Ours:
-    """Gateway and worker, the model ready. `source` and `engine` as serving.worker takes them. Raises DidNotStart."""
+    """Gateway and worker, the model ready. `source` and `engine` as serving.worker takes them; `checkout` is the source
+    tree that both run. Raises DidNotStart."""
     home = folder / f"{name}-tenants"
     key = await tenants.make_key(home)
     first, *siblings = await start_gateways(
-        children, folder, f"{name}-gateway", home, processes=processes, witness=witness
-    )
+        children, folder, f"{name}-gateway", home, processes=processes, witness=witness,
+        checkout=checkout,
+    )  # fmt: skip
     gateway, endpoints = first
     ready = folder / f"{name}-worker.ready"
     ready.unlink(missing_ok=True)
     command = [sys.executable, "-m", "loadtests.serving.worker", "--name", MODEL, "--link", endpoints["link"]]
     command += ["--bundle", str(bundle), "--source", source, "--ready", str(ready)]
     command += ["--engine", json.dumps(dict(engine or {}))]
-    worker = children.start(f"{name}-worker", kind, command, environment)
+    worker = children.start(f"{name}-worker", kind, command, environment, checkout)
 
     async def engine_runs() -> bool:
         return ready.exists()
