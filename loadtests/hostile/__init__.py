@@ -1,1 +1,1 @@
-"""Parts of the scenario `hostile`: each attacks one promise of SECURITY.md or docs/failures.md and measures the harm."""
+"""Parts of the scenario `hostile`: each attacks a promise of SECURITY.md or docs/failures.md and measures the harm."""
