@@ -1,0 +1,242 @@
+"""Budget for the bytes of request bodies that are received but not parsed yet: per connection, tenant and process.
+
+Problem: a body is parsed only when all of it is here. Flow control bounds what one call has in transit, not what many
+unfinished bodies hold together: 40 bodies of 15 MiB hold 600 MiB. Granting each body a little at a time would deadlock,
+because all could hold a part and none the rest.
+Method: a body reserves its whole size before more than a small head start of it is read. Its owner reads on (grants
+window, resumes the socket) only once the reservation is granted, and releases it when the body is parsed or dropped.
+So each body with a granted reservation can complete (the banker's rule with claims granted whole).
+Invariants: the sum of granted sizes never exceeds a bound, except where a single reservation is larger than the bound:
+it is granted when nothing else counts against that bound. A reservation is granted as soon as the bounds allow it and
+no reservation before it in the order waits for the same bound. The order: the tenant that holds fewest bytes first;
+of one tenant, the connection that holds fewest first; of one connection, the longest waiting first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TypeVar
+
+_K = TypeVar("_K")
+
+GRACE_S = 5.0
+"""A granted body may take this long, whatever its rate."""
+MIN_BYTES_PER_S = 128 * 1024
+"""The mean rate after the grace period below which a body loses its reservation when others wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """The most bytes reserved at once."""
+
+    connection: int
+    tenant: int
+    process: int
+
+    @classmethod
+    def for_messages(cls, max_message_bytes: int) -> Bounds:
+        """Two of the largest bodies a tenant, sixteen a process; at least 32 MiB and 256 MiB."""
+        tenant = max(2 * max_message_bytes, 32 << 20)
+        return cls(connection=tenant, tenant=tenant, process=8 * tenant)
+
+
+class Reservation:
+    """The bytes of one body: waiting, granted or released."""
+
+    __slots__ = (
+        "_budget",
+        "_granted_at",
+        "_on_grant",
+        "_received",
+        "connection",
+        "granted",
+        "released",
+        "size",
+        "tenant",
+        "too_slow",
+    )
+
+    def __init__(
+        self,
+        budget: RequestBytes,
+        tenant: str,
+        connection: Hashable,
+        size: int,
+        on_grant: Callable[[], None],
+        too_slow: Callable[[], None],
+    ) -> None:
+        self.tenant = tenant
+        self.connection = connection
+        self.size = size
+        self.granted = False
+        self.released = False
+        self.too_slow = too_slow
+        """To be called for the reservations that RequestBytes.slow returns: ends the body and releases."""
+        self._budget = budget
+        self._on_grant = on_grant
+        self._granted_at = 0.0
+        self._received = 0
+
+    def __repr__(self) -> str:
+        state = "released" if self.released else "granted" if self.granted else "waiting"
+        return f"<Reservation {self.size} bytes of {self.tenant} {state}>"
+
+    def received(self, size: int) -> None:
+        """Count bytes that came since the grant, for the minimum rate."""
+        self._received += size
+
+    def complete(self) -> None:
+        """The body is here; from now on only its parsing is waited for, and the minimum rate applies no more."""
+        self._received = max(self._received, self.size)
+
+    def release(self) -> None:
+        """Give the bytes back, or stop waiting. Idempotent. May grant others."""
+        self._budget.release(self)
+
+
+class RequestBytes:
+    """The reservations of one process. Used from one thread; `clock` counts seconds and does not go back."""
+
+    def __init__(self, bounds: Bounds, clock: Callable[[], float]) -> None:
+        self.bounds = bounds
+        self._clock = clock
+        self._held: Counter[str] = Counter()
+        self._held_by_connection: Counter[Hashable] = Counter()
+        self._total = 0
+        self._granted: dict[Reservation, None] = {}
+        self._waiting: dict[str, dict[Hashable, dict[Reservation, None]]] = {}
+
+    def __repr__(self) -> str:
+        return f"<RequestBytes {self._total} of {self.bounds.process} bytes, {self.waiting} reservations wait>"
+
+    @property
+    def held(self) -> int:
+        """Bytes reserved now."""
+        return self._total
+
+    @property
+    def waiting(self) -> int:
+        """Reservations that wait now."""
+        return sum(len(line) for lines in self._waiting.values() for line in lines.values())
+
+    def held_by(self, tenant: str) -> int:
+        """Bytes that a tenant has reserved now."""
+        return self._held[tenant]
+
+    def reserve(
+        self,
+        tenant: str,
+        connection: Hashable,
+        size: int,
+        on_grant: Callable[[], None],
+        too_slow: Callable[[], None],
+    ) -> Reservation:
+        """Ask for the whole size of one body. Returned granted, if the bounds allow it now; otherwise `on_grant` is
+        called once, within a release of another reservation. `too_slow`: see slow()."""
+        reservation = Reservation(self, tenant, connection, size, on_grant, too_slow)
+        if not self._waiting and self._fits(reservation):
+            self._grant(reservation)
+            return reservation
+        self._waiting.setdefault(tenant, {}).setdefault(connection, {})[reservation] = None
+        self._grant_all(reservation)
+        return reservation
+
+    def shrink(self, reservation: Reservation, size: int) -> None:
+        """The body turned out to be smaller than was reserved."""
+        less = reservation.size - size
+        if less <= 0 or reservation.released:
+            return
+        reservation.size = size
+        if reservation.granted:
+            self._add(reservation, -less)
+        self._grant_all()
+
+    def release(self, reservation: Reservation) -> None:
+        """See Reservation.release."""
+        if reservation.released:
+            return
+        reservation.released = True
+        if reservation.granted:
+            del self._granted[reservation]
+            self._add(reservation, -reservation.size)
+        else:
+            self._forget(reservation)
+        self._grant_all()
+
+    def slow(self) -> list[Reservation]:
+        """Granted reservations that others wait for and whose bodies come slower than MIN_BYTES_PER_S after GRACE_S.
+        The caller calls `too_slow` of each."""
+        if not self._waiting:
+            return []
+        now = self._clock()
+        return [one for one in self._granted if one._received < min(one.size, _due(now - one._granted_at))]
+
+    def _fits(self, one: Reservation) -> bool:
+        return (
+            _within(self._total, one.size, self.bounds.process)
+            and _within(self._held[one.tenant], one.size, self.bounds.tenant)
+            and _within(self._held_by_connection[one.connection], one.size, self.bounds.connection)
+        )
+
+    def _grant_all(self, new: Reservation | None = None) -> None:
+        """Grant in order all that fit. `new` is granted without a call of its on_grant: its owner sees `granted`."""
+        while (found := self._next()) is not None:
+            self._forget(found)
+            self._grant(found)
+            if found is not new:
+                found._on_grant()
+
+    def _next(self) -> Reservation | None:
+        """The waiting reservation that is to be granted now. Room in the process is kept for the first in order."""
+        for tenant in sorted(self._waiting, key=self._held.__getitem__):
+            first = self._first_of(tenant)
+            if first is not None and _within(self._held[tenant], first.size, self.bounds.tenant):
+                return first if _within(self._total, first.size, self.bounds.process) else None
+        return None
+
+    def _first_of(self, tenant: str) -> Reservation | None:
+        """The first in order of one tenant whose connection has room."""
+        held = self._held_by_connection
+        for connection in sorted(self._waiting[tenant], key=held.__getitem__):
+            first = next(iter(self._waiting[tenant][connection]))
+            if _within(held[connection], first.size, self.bounds.connection):
+                return first
+        return None
+
+    def _grant(self, one: Reservation) -> None:
+        one.granted = True
+        one._granted_at = self._clock()
+        self._granted[one] = None
+        self._add(one, one.size)
+
+    def _forget(self, one: Reservation) -> None:
+        lines = self._waiting[one.tenant]
+        line = lines[one.connection]
+        del line[one]
+        if not line:
+            del lines[one.connection]
+        if not lines:
+            del self._waiting[one.tenant]
+
+    def _add(self, one: Reservation, size: int) -> None:
+        self._total += size
+        _count(self._held, one.tenant, size)
+        _count(self._held_by_connection, one.connection, size)
+
+
+def _within(held: int, size: int, bound: int) -> bool:
+    """Whether so many more bytes may be held; the first ones always."""
+    return held == 0 or held + size <= bound
+
+
+def _count(counts: Counter[_K], key: _K, size: int) -> None:
+    counts[key] += size
+    if not counts[key]:
+        del counts[key]
+
+
+def _due(elapsed_s: float) -> float:
+    """Bytes that must have come so long after a grant."""
+    return (elapsed_s - GRACE_S) * MIN_BYTES_PER_S
