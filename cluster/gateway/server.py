@@ -43,6 +43,7 @@ from cluster.observe import garbage, interpreter
 from cluster.observe.metrics import Metrics, Sample
 from cluster.tenancy.limits import Limiter
 from cluster.tenancy.queue import WaitingRoom
+from cluster.tenancy.request_bytes import Bounds, RequestBytes
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting
@@ -59,6 +60,8 @@ ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
 PROBE_MESSAGE_BYTES, PROBE_CALLS = 1 << 16, 16
 LAG_S = 0.1
 """How often the event loop's lateness is measured."""
+SLOW_BODIES_S = 1.0
+"""How often request bodies that come too slowly are looked for."""
 HAND_ON = 0.5
 """Of the time to drain: so long a stopping gateway hands streams on to the others, when it knows of some."""
 LAST_WORD_S = 0.5
@@ -115,6 +118,7 @@ class Gateway:
             self.dispatcher.cut,
             max_tenants=config.observe.max_tenant_series,
         )
+        self.request_bytes = RequestBytes(Bounds.for_messages(config.gateway.max_message_bytes), time.monotonic)
         self.guards = _guards(config, self.metrics, self.tenants)
         self.service = CallService(
             self.directory,
@@ -188,6 +192,7 @@ class Gateway:
             asyncio.create_task(self.allowances.watch()),
             asyncio.create_task(self.dispatcher.backlogs.watch()),
             asyncio.create_task(self._measure_lag()),
+            asyncio.create_task(self._end_slow_bodies()),
             asyncio.create_task(garbage.give_back_now_and_then(lambda: not self.service.busy)),
         ]
         if self.tenants is not None:
@@ -366,6 +371,12 @@ class Gateway:
             due = loop.time() + ticks.rest_s(loop.time(), LAG_S)
             await asyncio.sleep(due - loop.time())
             self._lag.observe(max(loop.time() - due, 0.0))
+
+    async def _end_slow_bodies(self) -> None:
+        while True:
+            await asyncio.sleep(SLOW_BODIES_S)
+            for reservation in self.request_bytes.slow():
+                reservation.too_slow()
 
     def _gauges(self) -> Iterator[Sample]:
         yield "build_info", (__version__, platform.python_version(), grpc.__version__), 1
