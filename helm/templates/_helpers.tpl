@@ -137,6 +137,32 @@ configMap: {name: {{ include "headrace.name" . }}-config}
 {{- if hasSuffix "m" $text }}{{ max 1 (div (int (trimSuffix "m" $text)) 1000) }}{{ else }}{{ max 1 (int (floor (float64 $text))) }}{{ end -}}
 {{- end }}
 
+{{- /* 8Gi as bytes. */ -}}
+{{- define "headrace.bytes" -}}
+{{- $units := dict "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 -}}
+{{- $length := sub (len .) 2 | int -}}
+{{- mulf (float64 (substr 0 $length .)) (index $units (substr $length -1 .)) -}}
+{{- end }}
+
+{{- /* The size of /dev/shm: Ray's object store gets half of it, at most 1 GB, and engines the rest. No token passes
+through the store; Ray's own default is 30 % of the memory, and falls to disk where /dev/shm is smaller. */ -}}
+{{- define "headrace.objectStore" -}}
+{{- printf "%.0f" (minf 1000000000 (divf (include "headrace.bytes" . | float64) 2) | floor) -}}
+{{- end }}
+
+{{- /* (list resources sizes): the resources with a request for the node's disk: what the pod's emptyDirs may hold, and
+its log files. Without it nodes are filled until the kubelet evicts. A request or limit that is given stays. */ -}}
+{{- define "headrace.withDisk" -}}
+{{- $resources := deepCopy (index . 0) -}}
+{{- if and (not (dig "requests" "ephemeral-storage" "" $resources)) (not (dig "limits" "ephemeral-storage" "" $resources)) -}}
+{{- $bytes := include "headrace.bytes" "64Mi" | float64 -}}
+{{- range index . 1 }}{{ $bytes = addf $bytes (include "headrace.bytes" . | float64) }}{{ end -}}
+{{- $request := dict "ephemeral-storage" (printf "%.0fMi" (divf $bytes 1048576 | ceil)) -}}
+{{- $_ := set $resources "requests" (merge $request ($resources.requests | default dict)) -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end }}
+
 {{- /* {cidrs, ports}: one rule, or none where there is no address. */ -}}
 {{- define "headrace.egress" -}}
 {{- if .cidrs -}}
