@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.ports import EngineRefused, EngineSick
-from cluster.api.types import EngineInfo, EngineRequest, FinishReason, PositionLogprobs
+from cluster.api.types import EngineInfo, EngineRequest, FinishReason, PositionLogprobs, TokenOutput
 from cluster.engine.golden import ANSWER_TOKENS, PREFIX, PROMPT_TOKENS, Answer, Examined, golden_request, why_wrong
 from cluster.engine.sim import SimConfig, SimEngine, VirtualClock
 from tests.engine.contract import Driver, EngineContract, Subject, request
@@ -83,21 +83,32 @@ async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
         await Examined(Forgetful(SMALL, VirtualClock())).start()
 
 
-async def test_an_engine_without_top_logprobs_is_examined_too() -> None:
-    """Where max_logprobs is 0 the sampled tokens' own values are compared."""
+@pytest.mark.parametrize("most", [0, 2, 7])
+async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> None:
+    """Whatever max_logprobs allows is asked for, and values that have changed are found with it."""
 
     class Terse(SimEngine):
+        shift = 0.0
+
         async def submit(self, request: EngineRequest) -> None:
-            if request.sampling.logprobs:
-                raise EngineRefused("INVALID_FIELD", "logprobs: must be in [0, 0]", "logprobs")
+            if (request.sampling.logprobs or 0) > most:
+                raise EngineRefused("INVALID_FIELD", f"logprobs: must be in [0, {most}]", "logprobs")
             await super().submit(request)
+
+        async def step(self) -> Sequence[TokenOutput]:
+            outputs = await super().step()
+            for position in (one for output in outputs for one in output.logprobs or ()):
+                position.logprobs[:] = [value - self.shift for value in position.logprobs]  # type: ignore[index]
+            return outputs
 
     engine = Terse(SMALL, VirtualClock())
     driver = Driver(Subject(examined := Examined(engine), await examined.start(), 100, 900, deadline_s=5.0))
-    engine.fail("step", "wrong")
+    engine.fail("step", "nan")
+    await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2)))
+    engine.shift = 0.1
     engine.fail("step", "nan", at=2)
     with pytest.raises(EngineSick):
-        await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2)))
+        await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2, 4)))
 
 
 @pytest.mark.parametrize("length", [2, 8, 20, 4096])
@@ -111,25 +122,97 @@ async def test_the_question_fits_every_engine(length: int) -> None:
     assert PROMPT_TOKENS + ANSWER_TOKENS == 20
 
 
-values = st.floats(-20, 0)
+def softmax(logits: list[float]) -> list[float]:
+    """Log probabilities."""
+    top = max(logits)
+    total = math.log(sum(math.exp(one - top) for one in logits)) + top
+    return [one - total for one in logits]
 
 
-@given(st.lists(values, min_size=1, max_size=6), st.floats(-0.99, 0.99), st.floats(0.01, 0.5))
-def test_noise_within_the_tolerance_is_right_and_beyond_it_wrong(
-    given_values: list[float], noise: float, tolerance: float
+def greedy(logprobs: list[float], top: int) -> PositionLogprobs:
+    """What an engine that has computed these gives for a greedy token: its own value, then those of the likeliest."""
+    order = sorted(range(len(logprobs)), key=lambda token: (-logprobs[token], token))
+    ids = [order[0], *order[:top]]
+    return PositionLogprobs(ids, [logprobs[token] for token in ids])
+
+
+logits = st.lists(st.floats(-8, 8), min_size=12, max_size=12)
+noise = st.lists(st.floats(-1, 1), min_size=12, max_size=12)
+tops = st.sampled_from([0, 1, 3, 5, 12])
+tolerances = st.sampled_from([0.02, 0.5])
+
+
+@given(st.lists(st.tuples(logits, noise), min_size=1, max_size=4), tops, tolerances)
+def test_a_healthy_engine_is_never_called_sick(
+    given_values: list[tuple[list[float], list[float]]], top: int, tolerance: float
 ) -> None:
-    """Log probabilities may move by the tolerance, and by no more."""
-    reference = Answer([PositionLogprobs([5, 5], [value, value]) for value in given_values])
+    """Whatever moves log probabilities by less than the tolerance proves nothing, whichever token becomes the greedy
+    one and wherever it stood among the reference's; after it the text is another."""
+    reference, answer, same = Answer(), Answer(), True
+    for values, moves in given_values:
+        right = softmax(values)
+        if same:
+            found = [value + 0.999 * tolerance * move for value, move in zip(right, moves, strict=True)]
+        else:
+            found = softmax(moves)
+        reference.positions.append(greedy(right, top))
+        answer.positions.append(greedy(found, top))
+        same = same and reference.token_ids == answer.token_ids
+    assert not why_wrong(reference, answer, tolerance)
+    assert not why_wrong(answer, answer, tolerance)
 
-    def moved(by: float) -> Answer:
-        return Answer([PositionLogprobs([5, 5], [value + by, value + by]) for value in given_values])
 
-    assert not why_wrong(reference, moved(noise * tolerance), tolerance)
-    assert why_wrong(reference, moved(1.01 * tolerance + 1e-9), tolerance)
+@given(logits, noise, st.integers(0, 11), tolerances)
+def test_an_engine_beyond_the_tolerance_is_called_sick(
+    values: list[float], moves: list[float], token: int, tolerance: float
+) -> None:
+    """With all values at hand one that moved by more than the tolerance is found, whichever token is the greedy one."""
+    right = softmax(values)
+    found = [value + 0.999 * tolerance * move for value, move in zip(right, moves, strict=True)]
+    found[token] = right[token] + 1.01 * tolerance
+    reference, answer = Answer([greedy(right, 12)]), Answer([greedy(found, 12)])
+    assert why_wrong(reference, answer, tolerance)
+    assert why_wrong(answer, reference, tolerance)
+
+
+@given(logits, st.integers(1, 4), tolerances)
+def test_another_model_is_called_sick(values: list[float], top: int, tolerance: float) -> None:
+    """One whose greedy token was clearly less likely than those listed is found, though it is in no list."""
+    right = sorted(softmax(values), reverse=True)
+    right[0] += 2.1 * tolerance
+    reference = Answer([greedy(right, top + 1)])
+    wrong = Answer([PositionLogprobs([11], [right[0]])])
+    assert why_wrong(reference, wrong, tolerance) == "token 0 is 11 instead of 0"
+
+
+@given(logits, logits, st.integers(0, 11), st.integers(0, 11), tolerances)
+def test_more_values_never_hide_what_fewer_prove(
+    values: list[float], others: list[float], fewer: int, more: int, tolerance: float
+) -> None:
+    """What a short list proves a longer one proves too."""
+    fewer, more = sorted((fewer, more))
+
+    def verdict(top: int) -> str:
+        return why_wrong(Answer([greedy(softmax(values), top)]), Answer([greedy(softmax(others), top)]), tolerance)
+
+    assert verdict(more) or not verdict(fewer)
+
+
+def test_a_token_outside_the_list_is_undecided() -> None:
+    """One that may have been as likely as the last of the list proves nothing; beyond what that allows it does."""
+    reference = Answer([PositionLogprobs([1, 1, 2, 3], [-2.0, -2.0, -2.2, -2.4])])
+
+    def answer(*values: float) -> Answer:
+        return Answer([PositionLogprobs([9, 9, 8, 7], [values[0], *values])])
+
+    assert not why_wrong(reference, answer(-2.1, -2.2, -2.3), 0.5)
+    assert why_wrong(reference, answer(-1.8, -2.2, -2.6), 0.5) == "token 0 is 9 instead of 1", "above what 9 can have"
+    assert why_wrong(reference, answer(-2.6, -2.7, -2.8), 0.5) == "token 0 is 9 instead of 1", "below what 1 has"
 
 
 def test_a_tie_may_end_either_way() -> None:
-    """A token that was as likely is right, whatever follows it; a clearly less likely or unknown one is wrong."""
+    """A token that was as likely is right, whatever follows it; a clearly less likely one is wrong, and so is one that
+    is not the likeliest of its own list."""
     reference = Answer([PositionLogprobs([1, 1, 2, 3], [-0.70, -0.70, -0.72, -3.0])] * 2)
 
     def answer(token: int, value: float) -> Answer:
@@ -139,4 +222,7 @@ def test_a_tie_may_end_either_way() -> None:
     assert why_wrong(reference, answer(3, -0.7), 0.02) == "token 0 is 3 instead of 1"
     assert why_wrong(reference, answer(7, -0.7), 0.02) == "token 0 is 7 instead of 1"
     assert why_wrong(reference, answer(1, math.nan), 0.02) == "token 0 has the log probability nan"
+    assert why_wrong(reference, answer(1, -0.8), 0.02) == "token 0 has the log probability -0.800 instead of -0.700"
     assert "1 tokens instead of 2" in why_wrong(reference, Answer(reference.positions[:1]), 0.02)
+    sampled_badly = Answer([PositionLogprobs([3, 1, 2, 3], [-3.0, -0.70, -0.72, -3.0])] * 2)
+    assert why_wrong(reference, sampled_badly, 0.02) == "token 0 is 3, which is not the likeliest"
