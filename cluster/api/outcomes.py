@@ -87,8 +87,30 @@ class Violation:
     description: str
 
 
+MAX_VIOLATIONS = 10
+"""Wrong fields that one answer names; whoever mends them sees the next ones."""
+MAX_FIELD_CHARS, MAX_DESCRIPTION_CHARS, MAX_MESSAGE_CHARS = 256, 1024, 2048
+MAX_QUOTED_CHARS = 100
+_CUT = "..."
+
+
+def quoted(value: object, most: int = MAX_QUOTED_CHARS) -> str:
+    """A caller's value as an answer repeats it: `repr`, of a text's first characters alone."""
+    if isinstance(value, str | bytes) and len(value) > most:
+        return repr(value[:most]) + _CUT
+    return repr(value)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most `most` characters and the sign that it was cut."""
+    return text if len(text) <= most else text[:most] + _CUT
+
+
 class CallError(Exception):
-    """A call that ends other than OK. `message` is for the caller: it names the field and the remedy, no inside."""
+    """A call that ends other than OK. `message` is for the caller: it names the field and the remedy, no inside.
+
+    No error is long, whatever the request held: MAX_VIOLATIONS fields at most, and every text is cut at its bound.
+    """
 
     def __init__(
         self,
@@ -101,10 +123,11 @@ class CallError(Exception):
         headers: Sequence[tuple[str, str]] = (),
     ) -> None:
         """`quota` names the limits that are reached; `headers` go with the answer, as metadata over gRPC."""
+        message = shortened(message, MAX_MESSAGE_CHARS)
         super().__init__(message)
         self.outcome = outcome
         self.message = message
-        self.violations = tuple(violations)
+        self.violations = tuple(map(_bounded, violations[:MAX_VIOLATIONS]))
         self.quota = tuple(quota)
         self.headers = tuple(headers)
         self.retry_after_s = FAULTS[outcome].retry_after_s if retry_after_s is None else retry_after_s
@@ -113,6 +136,13 @@ class CallError(Exception):
         return f"CallError({self.outcome.name}: {self.message})"
 
 
+def _bounded(one: Violation) -> Violation:
+    if len(one.field) <= MAX_FIELD_CHARS and len(one.description) <= MAX_DESCRIPTION_CHARS:
+        return one
+    return Violation(shortened(one.field, MAX_FIELD_CHARS), shortened(one.description, MAX_DESCRIPTION_CHARS))
+
+
 def invalid(field: str, description: str) -> CallError:
     """The error for one wrong field of a request."""
+    field = shortened(field, MAX_FIELD_CHARS)
     return CallError(Outcome.INVALID_FIELD, f"{field}: {description}", violations=[Violation(field, description)])

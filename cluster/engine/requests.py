@@ -17,6 +17,10 @@ from cluster.engine.grammars import check_grammar, structured_outputs
 from cluster.engine.resume import extra_args
 
 MAX_STOP_TOKEN_IDS = 1024
+MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
+"""With min_tokens, EOS ids among them: vLLM's V2 runner ends its engine core for one more."""
+MAX_LOGIT_BIAS = 1024
+"""Likewise for entries of logit_bias."""
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 LOGIT_BIAS_LIMIT = 100.0
 MAX_MESSAGE_CHARACTERS = 500
@@ -115,12 +119,27 @@ def _check_numbers(sampling: Sampling, limits: Limits) -> None:
 def _check_ids(sampling: Sampling, limits: Limits) -> None:
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise refused("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}, got {len(sampling.stop_token_ids)}")
+    if sampling.min_tokens:
+        _check_ends(sampling, limits)
+    if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
+        raise refused("logit_bias", f"at most {MAX_LOGIT_BIAS} entries, got {len(sampling.logit_bias)}")
     if any(not 0 <= token < limits.vocab_size for token in sampling.stop_token_ids):
         raise refused("stop_token_ids", f"token ids must be in [0, {limits.vocab_size})")
     if any(not 0 <= token < limits.vocab_size for token in sampling.logit_bias):
         raise refused("logit_bias", f"token ids must be in [0, {limits.vocab_size})")
     if not all(math.isfinite(bias) for bias in sampling.logit_bias.values()):
         raise refused("logit_bias", "biases must be finite numbers")
+
+
+def _check_ends(sampling: Sampling, limits: Limits) -> None:
+    """The runner's table holds the EOS ids too, also those that `ignore_eos` leaves without effect."""
+    ends = limits.eos_token_ids.union(sampling.stop_token_ids)
+    if len(ends) > MAX_STOP_TOKEN_IDS_AFTER_MIN:
+        raise refused(
+            "stop_token_ids",
+            f"at most {MAX_STOP_TOKEN_IDS_AFTER_MIN} with the {len(limits.eos_token_ids)} EOS ids of the model "
+            f"where min_tokens is 1 or more, got {len(sampling.stop_token_ids)}",
+        )
 
 
 def _check_resume(request: EngineRequest, limits: Limits) -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.api.outcomes import invalid
+from cluster.api.outcomes import invalid, quoted
 
 MAX_PAGE = 1000
 MAX_TOKEN = 8192
@@ -70,8 +70,8 @@ def terms(text: str, known: Mapping[str, str]) -> dict[str, str]:
             raise invalid("filter", f'{part.strip()[:80]!r} is not like field = "value", with AND between')
         name = match[1]
         if name.split(".")[0] not in known or ("." in name) != (name.startswith("labels.")):
-            raise invalid("filter", f"{name!r} is none of {', '.join(known.values())}")
+            raise invalid("filter", f"{quoted(name)} is none of {', '.join(known.values())}")
         if name in found:
-            raise invalid("filter", f"{name!r} is there twice")
+            raise invalid("filter", f"{quoted(name)} is there twice")
         found[name] = match[2] if match[2] is not None else match[3]
     return found

@@ -16,7 +16,7 @@ from typing import TypeVar
 import structlog
 
 from cluster.api.bundle import Bundle
-from cluster.api.outcomes import CallError, Outcome
+from cluster.api.outcomes import CallError, Outcome, quoted
 from cluster.api.types import CatalogEntry, EngineInfo, Likeness, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.door import ANYBODY
 from cluster.gateway.text.tokenizer import TextModel
@@ -312,7 +312,7 @@ class Directory:
             )
         if not name:
             raise CallError(Outcome.MODEL_NOT_FOUND, "model: is empty; ListModels names the models that you may use")
-        raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name!r} does not exist; ListModels names those that do")
+        raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist; ListModels names those that do")
 
     def starts_in_s(self, name: str) -> float:
         """How much longer than others a call may wait for a model that nobody serves: twice what its start takes."""

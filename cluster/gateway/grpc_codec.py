@@ -10,7 +10,7 @@ from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar
 from cluster.gateway.call import Call, CallUsage
 from cluster.gateway.directory import KnownModel
@@ -166,7 +166,7 @@ def _grammar(f: pb.ResponseFormat) -> Grammar | None:
             return Grammar("grammar", f.grammar)
         case other:
             known = "text, json_object, json_schema, regex, choice or grammar"
-            raise invalid("response_format.type", f"must be {known}, got {other!r}")
+            raise invalid("response_format.type", f"must be {known}, got {quoted(other)}")
 
 
 def _template_kwargs(text: str) -> Mapping[str, Any]:
@@ -186,7 +186,7 @@ def _json_object(field: str, text: str) -> dict[str, Any]:
 def _message(index: int, message: pb.Message) -> dict[str, Any]:
     at = f"messages[{index}]"
     if message.role not in ROLES:
-        raise invalid(f"{at}.role", f"must be one of {', '.join(ROLES)}; got {message.role!r}")
+        raise invalid(f"{at}.role", f"must be one of {', '.join(ROLES)}; got {quoted(message.role)}")
     out: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.parts:
         if message.content:

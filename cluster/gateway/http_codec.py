@@ -12,10 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar
 from cluster.gateway.http_fields import INT64, Fields, kind, real, whole_numbers
-from cluster.gateway.wishes import DEFAULT_COMPLETE_TOKENS, ChatPrompt, IdsPrompt, Options, Prompt, TextPrompt, Wish
+from cluster.gateway.wishes import (
+    DEFAULT_COMPLETE_TOKENS,
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_METADATA,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    ChatPrompt,
+    IdsPrompt,
+    Options,
+    Prompt,
+    TextPrompt,
+    Wish,
+)
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_PROMPTS = 128
@@ -152,7 +165,10 @@ def _asked(body: Fields, wishes: Sequence[Wish], names: Mapping[str, str]) -> As
 
 def _metadata(body: Fields) -> dict[str, str]:
     entries = body.object("metadata")
-    return {} if entries is None else {name: entries.text(name) or "" for name in entries.values}
+    if entries is None:
+        return {}
+    entries.at_most(MAX_METADATA, "entries")
+    return {name: entries.text(name) or "" for name in entries.values}
 
 
 def _salt(body: Fields) -> str:
@@ -203,7 +219,7 @@ def _one_prompt(path: str, value: object) -> Prompt:
 def _message(message: Fields) -> dict[str, Any]:
     role = message.text("role")
     if role not in ROLES:
-        raise invalid(message.path("role"), f"must be one of {', '.join(ROLES)}; got {role!r}")
+        raise invalid(message.path("role"), f"must be one of {', '.join(ROLES)}; got {quoted(role)}")
     out: dict[str, Any] = {"role": role, "content": _content(message)}
     for name in ("name", "tool_call_id"):
         if value := message.text(name):
@@ -231,7 +247,7 @@ def _content(message: Fields) -> str:
         if type_ not in ("text", "refusal"):
             if type_ is None:
                 raise invalid(part.path("type"), "is missing; give a part of type text")
-            raise unsupported(part.path("type"), f"{type_!r} parts cannot be read, text parts can")
+            raise unsupported(part.path("type"), f"{quoted(type_)} parts cannot be read, text parts can")
         text = part.text(type_)
         if text is None:
             raise invalid(part.path(type_), "is missing")
@@ -267,8 +283,8 @@ def _options(body: Fields, length: str, logprobs: int | None, logprobs_told: int
         top_k=body.integer("top_k"),
         min_p=body.number("min_p"),
         seed=body.integer("seed", INT64),
-        stop=body.strings("stop"),
-        stop_token_ids=body.integers("stop_token_ids"),
+        stop=body.strings("stop", MAX_STOP_STRINGS),
+        stop_token_ids=body.integers("stop_token_ids", MAX_STOP_TOKEN_IDS),
         n=1 if n is None else n,
         frequency_penalty=body.number("frequency_penalty"),
         presence_penalty=body.number("presence_penalty"),
@@ -292,8 +308,11 @@ def _chat_logprobs(body: Fields) -> tuple[int | None, int | None]:
 
 def _logit_bias(body: Fields) -> dict[int, float]:
     found = body.object("logit_bias")
+    if found is None:
+        return {}
+    found.at_most(MAX_LOGIT_BIAS, "entries")
     biases = {}
-    for key, value in (found.values if found is not None else {}).items():
+    for key, value in found.values.items():
         path = f"logit_bias[{key}]"
         if not _TOKEN_ID.match(key):
             raise invalid(path, "token ids are whole numbers")
@@ -326,7 +345,7 @@ def _response_format(form: Fields) -> Grammar | None:
         case "structural_tag":
             raise unsupported(form.path("type"), "use json_schema or structured_outputs")
         case other:
-            raise invalid(form.path("type"), f"must be text, json_object or json_schema, got {other!r}")
+            raise invalid(form.path("type"), f"must be text, json_object or json_schema, got {quoted(other)}")
 
 
 def _structured_outputs(outputs: Fields) -> Grammar | None:
@@ -336,7 +355,7 @@ def _structured_outputs(outputs: Fields) -> Grammar | None:
     readers: dict[str, Callable[[], Grammar | None]] = {
         "json": lambda: Grammar("json_schema", _schema(outputs.path("json"), outputs.values["json"])),
         "regex": lambda: Grammar("regex", outputs.text("regex") or ""),
-        "choice": lambda: Grammar("choice", outputs.strings("choice")),
+        "choice": lambda: Grammar("choice", outputs.strings("choice", MAX_CHOICES)),
         "grammar": lambda: Grammar("grammar", outputs.text("grammar") or ""),
         "json_object": lambda: Grammar("json_object", "") if outputs.flag("json_object") else None,
     }

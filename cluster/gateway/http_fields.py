@@ -122,18 +122,27 @@ class Fields:
         value = self.values.get(name)
         return None if value is None else real(self.path(name), value)
 
-    def strings(self, name: str) -> tuple[str, ...]:
-        """An array of strings, or one string; empty when absent."""
+    def at_most(self, most: int, what: str, name: str = "") -> None:
+        """Refuse this object, or the array or object of that name, where it has more members."""
+        path, value = (self.path(name), self.values.get(name)) if name else (self.at, self.values)
+        if isinstance(value, list | Mapping) and len(value) > most:
+            raise invalid(path, f"at most {most} {what}, got {len(value)}")
+
+    def strings(self, name: str, most: int | None = None) -> tuple[str, ...]:
+        """An array of strings, or one string; empty when absent. One of more than `most` is not looked through."""
         value = self.values.get(name)
         if isinstance(value, str):
             return (value,)
+        if most is not None:
+            self.at_most(most, "strings", name)
         for i, item in enumerate(self.array(name)):
             if not isinstance(item, str):
                 raise invalid(f"{self.path(name)}[{i}]", f"must be a string, got {kind(item)}")
         return tuple(self.array(name))
 
-    def integers(self, name: str) -> tuple[int, ...]:
-        """An array of whole numbers; empty when absent."""
+    def integers(self, name: str, most: int) -> tuple[int, ...]:
+        """An array of whole numbers; empty when absent. One of more than `most` is not looked through."""
+        self.at_most(most, "token ids", name)
         return whole_numbers(self.path(name), self.array(name))
 
     def array(self, name: str) -> Sequence[Any]:

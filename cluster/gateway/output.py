@@ -193,6 +193,8 @@ class Output:
             return
         outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
         name = _CALLER_FIELDS.get(field, field)
+        if field:  # engines name it in their words too
+            message = message.removeprefix(f"{field}: ")
         violations = [Violation(name, message)] if name else []
         self.call.fail(CallError(outcome, f"{name}: {message}" if name else message, violations=violations))
 

@@ -274,6 +274,7 @@ class CallService:
             min(max_len, policy.max_context_tokens or max_len),
             text.vocab_size,
             policy.max_output_tokens,
+            text.eos_token_ids,
         )
         rank = self.dispatcher.turns.rank_of(policy.priority_class)
         call = Call(

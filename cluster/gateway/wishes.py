@@ -6,20 +6,24 @@ Ranges are vLLM's own (sampling_params.py), so that what passes here passes ther
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.api.outcomes import MAX_VIOLATIONS, CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar, Sampling
 
 MAX_N = 64
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
+"""With `min_tokens` of 1 or more, the model's own EOS ids among them: vLLM keeps so many apart for each request."""
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 MAX_LOGIT_BIAS = 1024
 MAX_GRAMMAR_CHARS = 262_144
+MAX_CHOICES = 1024
 DEFAULT_COMPLETE_TOKENS = 16
 
 
@@ -124,8 +128,9 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
         raise invalid("metadata", f"must not have more than {MAX_METADATA} entries; has {len(metadata)}")
     for name, value in metadata.items():
         if not 1 <= len(name) <= MAX_METADATA_NAME or not name.isprintable():
-            raise invalid("metadata", f"{name[:20]!r}: names must have 1 to {MAX_METADATA_NAME} printable characters")
-        if len(value.encode("utf-8", "replace")) > MAX_METADATA_BYTES or not value.isprintable():
+            must = f"names must have 1 to {MAX_METADATA_NAME} printable characters"
+            raise invalid("metadata", f"{quoted(name, 20)}: {must}")
+        if not _fits_in(value, MAX_METADATA_BYTES) or not value.isprintable():
             raise invalid(f"metadata.{name}", f"must be printable and not exceed {MAX_METADATA_BYTES} bytes")
 
 
@@ -136,24 +141,56 @@ def check_options(options: Options) -> None:
         wrong.append(Violation("min_tokens", f"must not be above max_tokens ({options.max_tokens})"))
     if options.seed is not None and options.seed + options.n - 1 > MAX_SEED:  # each output has the next seed
         wrong.append(Violation("seed", f"must be at most {MAX_SEED} - (n - 1), got {options.seed} with n {options.n}"))
-    if len(options.stop) > MAX_STOP_STRINGS:
-        wrong.append(Violation("stop", f"at most {MAX_STOP_STRINGS} strings, got {len(options.stop)}"))
-    for i, text in enumerate(options.stop):
-        if not text or len(text) > MAX_STOP_CHARS:
-            wrong.append(Violation(f"stop[{i}]", f"must have 1 to {MAX_STOP_CHARS} characters"))
-    for i, token_id in enumerate(options.stop_token_ids):
-        if token_id < 0:
-            wrong.append(Violation(f"stop_token_ids[{i}]", f"must not be negative, got {token_id}"))
-    if len(options.logit_bias) > MAX_LOGIT_BIAS:
-        wrong.append(Violation("logit_bias", f"at most {MAX_LOGIT_BIAS} entries"))
-    for token_id, bias in options.logit_bias.items():
-        if token_id < 0 or not math.isfinite(bias) or abs(bias) > 100:
-            wrong.append(Violation(f"logit_bias[{token_id}]", "token id must not be negative, bias in [-100, 100]"))
+    wrong += _stop_violations(options)
+    wrong += _bias_violations(options.logit_bias)
     wrong += _grammar_violations(options.grammar)
     if wrong:
+        wrong = wrong[:MAX_VIOLATIONS]
         raise CallError(
             Outcome.INVALID_FIELD, "; ".join(f"{v.field}: {v.description}" for v in wrong), violations=wrong
         )
+
+
+def _fits_in(text: str, most_bytes: int) -> bool:
+    """Whether a text's UTF-8 is no longer; one that cannot be is not encoded."""
+    return len(text) <= most_bytes and len(text.encode("utf-8", "replace")) <= most_bytes
+
+
+def _stop_violations(options: Options) -> list[Violation]:
+    """Counts before contents: what is too long is not looked through."""
+    wrong: list[Violation] = []
+    if len(options.stop) > MAX_STOP_STRINGS:
+        wrong.append(too_many("stop", "strings", MAX_STOP_STRINGS, len(options.stop)))
+    else:
+        wrong += [
+            Violation(f"stop[{i}]", f"must have 1 to {MAX_STOP_CHARS} characters, has {len(text)}")
+            for i, text in enumerate(options.stop)
+            if not 1 <= len(text) <= MAX_STOP_CHARS
+        ]
+    if len(options.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        wrong.append(too_many("stop_token_ids", "token ids", MAX_STOP_TOKEN_IDS, len(options.stop_token_ids)))
+    else:
+        wrong += [
+            Violation(f"stop_token_ids[{i}]", f"must not be negative, got {token_id}")
+            for i, token_id in enumerate(options.stop_token_ids)
+            if token_id < 0
+        ]
+    return wrong
+
+
+def _bias_violations(biases: Mapping[int, float]) -> list[Violation]:
+    if len(biases) > MAX_LOGIT_BIAS:
+        return [too_many("logit_bias", "entries", MAX_LOGIT_BIAS, len(biases))]
+    return [
+        Violation(f"logit_bias[{token_id}]", "token id must not be negative, bias in [-100, 100]")
+        for token_id, bias in biases.items()
+        if token_id < 0 or not math.isfinite(bias) or abs(bias) > 100
+    ]
+
+
+def too_many(field: str, what: str, most: int, got: int) -> Violation:
+    """A list that is longer than it may be."""
+    return Violation(field, f"at most {most} {what}, got {got}")
 
 
 def _range(name: str, value: float | None) -> Violation | None:
@@ -173,6 +210,8 @@ def _grammar_violations(grammar: Grammar | None) -> list[Violation]:
     if grammar is None:
         return []
     if grammar.kind == "choice":
+        if len(grammar.value) > MAX_CHOICES:
+            return [too_many("response_format.choice", "strings", MAX_CHOICES, len(grammar.value))]
         if not grammar.value or not all(grammar.value):
             return [Violation("response_format.choice", "needs at least one string, none of them empty")]
         size = sum(map(len, grammar.value))
@@ -192,11 +231,13 @@ def sampling(
     max_model_len: int,
     vocab_size: int,
     max_output_tokens: int | None = None,
+    eos_token_ids: Collection[int] = (),
 ) -> Sampling:
     """The engine's parameters: as asked, else the model's generation config, else vLLM's defaults.
 
     `max_model_len` is what the caller may use of the model's context, `max_output_tokens` of its output. Raises
-    CallError when the prompt leaves no room, or an id lies outside the vocabulary.
+    CallError when the prompt leaves no room, an id lies outside the vocabulary, or too many ids end a call that must
+    have `min_tokens`.
     """
     o = wish.options
     room = max_model_len - prompt_tokens
@@ -228,6 +269,13 @@ def sampling(
         asked_tokens = int(default) if isinstance(default, int | float) else wish.default_max_tokens
     max_tokens = room if asked_tokens is None else min(asked_tokens, room)
     min_tokens = o.min_tokens or 0
+    most_ends = MAX_STOP_TOKEN_IDS_AFTER_MIN - len(eos_token_ids)
+    if min_tokens and len(o.stop_token_ids) > most_ends:
+        raise invalid(
+            "stop_token_ids",
+            f"at most {most_ends} token ids where min_tokens is 1 or more, got {len(o.stop_token_ids)}; "
+            "give fewer, or no min_tokens",
+        )
     if min_tokens > max_tokens:
         raise invalid("min_tokens", f"must not be above the {max_tokens} tokens that this call may produce")
     return Sampling(

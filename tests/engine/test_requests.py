@@ -32,6 +32,7 @@ WRONG_SAMPLING: list[tuple[str, object]] = [
     *(("seed", value) for value in (1 << 63, -(1 << 63) - 1)),
     *(("logprobs", value) for value in (-1, 21, 1 << 70)),
     *(("stop_token_ids", value) for value in ((-1,), (100,), (1 << 70,), (1,) * 1025)),
+    ("logit_bias", dict.fromkeys(range(1025), 1.0)),
     *(("logit_bias", value) for value in ({-1: 1.0}, {100: 1.0}, {5: NAN}, {5: float("-inf")})),
 ]
 
@@ -201,3 +202,17 @@ def test_vllms_own_words_are_cut() -> None:
     found = refusal(Theirs("x" * 9000))
     assert (found.field, found.reason) == ("top_p", "INVALID_FIELD")
     assert len(found.message) < 600
+
+
+@pytest.mark.parametrize(("ids", "min_tokens", "fits"), [(126, 1, True), (127, 1, False), (1024, 0, True)])
+def test_ends_of_a_call_with_min_tokens_fit_into_the_runners_table(ids: int, min_tokens: int, fits: bool) -> None:
+    """128, the EOS ids among them: the V2 runner raises for one more in its rank, which ends the engine."""
+    limits = dataclasses.replace(LIMITS, vocab_size=2000, eos_token_ids=frozenset((1998, 1999)))
+    ends = dataclasses.replace(PLAIN.sampling, stop_token_ids=tuple(range(ids)), min_tokens=min_tokens)
+    request = dataclasses.replace(PLAIN, sampling=ends)
+    if fits:
+        check(request, limits)
+        return
+    with pytest.raises(EngineRefused, match="EOS") as error:
+        check(request, limits)
+    assert error.value.field == "stop_token_ids"

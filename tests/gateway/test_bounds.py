@@ -1,0 +1,129 @@
+"""No request makes an error long or slow: counts come before contents, and what an answer repeats is cut."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.outcomes import MAX_MESSAGE_CHARS, MAX_VIOLATIONS, CallError, Outcome, Violation, invalid
+from cluster.api.types import Grammar
+from cluster.gateway import grpc_codec, http_codec
+from cluster.gateway.http_answers import as_asked
+from cluster.gateway.http_fields import Fields
+from cluster.gateway.wishes import Options, TextPrompt, Wish, check_metadata, check_options, sampling
+from cluster.v1 import inference_pb2 as pb
+from tests.support.calls import chat
+from tests.support.http import chat_body
+
+MANY = 300_000
+LONG = "x" * 10_000_000
+
+
+def _error(options: Options) -> CallError:
+    with pytest.raises(CallError) as raised:
+        check_options(options)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stop", ("",) * MANY),
+        ("stop_token_ids", (-1,) * MANY),
+        ("logit_bias", {-1 - i: 1000.0 for i in range(MANY)}),
+        ("grammar", Grammar("choice", ("",) * MANY)),
+    ],
+)
+def test_what_is_too_long_is_refused_by_its_count_alone(field: str, value: Any) -> None:
+    """A list of 300,000 wrong entries is one violation, found and renamed in well under a second (it took hours)."""
+    began = time.process_time()
+    error = as_asked(_error(Options(**{field: value})), {"logprobs": "top_logprobs"})
+    assert time.process_time() - began < 1.0
+    (only,) = error.violations
+    assert only.field in (field, "response_format.choice")
+    assert str(MANY) in only.description
+
+
+def test_an_answer_names_ten_wrong_fields_at_most() -> None:
+    """More of them cost more to render than to find, and nobody mends them by hand."""
+    error = _error(Options(stop_token_ids=(-1,) * 1000, temperature=-1.0))
+    assert len(error.violations) == MAX_VIOLATIONS
+    assert error.violations[0].field == "temperature"
+    assert error.message.count(";") == MAX_VIOLATIONS - 1
+
+
+@given(field=st.text(), words=st.text(min_size=1), times=st.integers(0, 100_000), count=st.integers(0, 30))
+def test_no_error_is_long(field: str, words: str, times: int, count: int) -> None:
+    """Whatever a caller has sent, the answer's message and every violation stay short."""
+    long = words * times
+    error = CallError(Outcome.INVALID_FIELD, long, violations=[Violation(field + long, long)] * count)
+    for one in (error, invalid(field + long, long)):
+        assert len(one.message) <= MAX_MESSAGE_CHARS + 3
+        assert len(one.violations) <= MAX_VIOLATIONS
+        assert all(len(v.field) + len(v.description) <= 1300 for v in one.violations)
+
+
+BAD_CHATS: list[dict[str, Any]] = [
+    {"messages": [{"role": LONG}]},
+    {"messages": [{"role": "user", "content": [{"type": LONG}]}]},
+    {"response_format": {"type": LONG}},
+    {"logit_bias": {LONG: 1}},
+    {"metadata": {LONG: 5}},
+    {"stop_token_ids": ["x"] * MANY},
+    {"stop": [1] * MANY},
+    {"logit_bias": {str(i): "x" for i in range(MANY)}},
+    {"metadata": {str(i): 1 for i in range(MANY)}},
+    {"structured_outputs": {"choice": [1] * MANY}},
+]
+
+
+@pytest.mark.parametrize("fields", BAD_CHATS, ids=lambda fields: next(iter(fields)))
+def test_no_field_of_a_body_is_echoed_whole(fields: dict[str, Any]) -> None:
+    """10 MB in were 10 MB out; a long list of wrong entries was looked through before it was counted."""
+    with pytest.raises(CallError) as raised:
+        http_codec.chat_asked(Fields(chat_body(**fields)))
+    assert len(raised.value.message) < 1024
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pb.ChatRequest(model="sim", messages=[pb.Message(role=LONG)]),
+        chat(response_format=pb.ResponseFormat(type=LONG)),
+    ],
+    ids=["role", "format"],
+)
+def test_no_field_of_a_message_is_echoed_whole(request_: pb.ChatRequest) -> None:
+    """The same over gRPC, where a status's text goes into a header."""
+    with pytest.raises(CallError) as raised:
+        grpc_codec.chat_wish(request_)
+    assert len(raised.value.message) < 1024
+
+
+@given(st.dictionaries(st.text(max_size=80), st.text(max_size=300), max_size=20), st.integers(0, 100_000))
+def test_metadata_is_refused_in_few_words(metadata: dict[str, str], times: int) -> None:
+    """Names and values of any size."""
+    found = ""
+    try:
+        check_metadata({name: value * times for name, value in metadata.items()})
+    except CallError as error:
+        found = error.message
+    assert len(found) < 1024
+
+
+@pytest.mark.parametrize(("ids", "min_tokens", "fits"), [(126, 1, True), (127, 1, False), (1024, 0, True)])
+def test_ends_of_a_call_with_min_tokens_fit_into_the_engines_table(ids: int, min_tokens: int, fits: bool) -> None:
+    """128 with the EOS ids: vLLM's V2 runner ends the engine core, and all streams with it, for one more."""
+    options = Options(stop_token_ids=tuple(range(ids)), min_tokens=min_tokens)
+    check_options(options)
+    wish = Wish("m", TextPrompt("x"), options)
+    if fits:
+        assert sampling(wish, {}, 5, 100, 2000, eos_token_ids=(0, 1)).stop_token_ids
+        return
+    with pytest.raises(CallError) as raised:
+        sampling(wish, {}, 5, 100, 2000, eos_token_ids=(0, 1))
+    assert raised.value.violations[0].field == "stop_token_ids"
