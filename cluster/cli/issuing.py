@@ -18,10 +18,10 @@ CLOCKS = datetime.timedelta(minutes=5)
 """How far another machine's clock may be behind."""
 
 
-def make_authority(cert_file: Path, key_file: Path, days: int) -> None:
-    """A key, and its certificate by itself."""
+def make_authority(cert_file: Path, key_file: Path, days: int, subject: str = "headrace link authority") -> None:
+    """Make a key and its self-signed certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = _name("headrace link authority")
+    name = _name(subject)
     builder = (
         _begin(name, key, days)
         .issuer_name(name)
@@ -46,6 +46,9 @@ def _issue(
     folder: Path, name: str, names: Sequence[x509.GeneralName], usage: x509.ObjectIdentifier, days: int
 ) -> tuple[Path, Path]:
     authority, authority_key = _authority(folder)
+    last = authority.not_valid_after_utc
+    if last < datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days - 1):
+        raise ValueError(f"{folder}: its authority ends on {last:%Y-%m-%d}, before a certificate of {days} days would")
     key = ec.generate_private_key(ec.SECP256R1())
     builder = (
         _begin(_name(name), key, days)

@@ -1,11 +1,21 @@
-"""`headrace pod secrets`: what the chart's pods must be given and no values file should hold, as manifests to apply."""
+"""`headrace pod secrets`: the Secrets of the chart as manifests; renewal prints certificates and no other secret.
+
+The key pepper, the cluster's secret, the database's password and Ray's token are printed by a first install alone, in
+a Secret that Kubernetes keeps from being changed (`immutable`). `--authority FOLDER` keeps what renewal needs:
+
+    FOLDER/ca.crt, ca.key            the link's authority, as `headrace certs ca` makes it
+    FOLDER/clients/ca.crt, ca.key    the authority of the client ports' certificate, which clients pin
+    FOLDER/clients/hosts             further names of the client ports, one a line
+"""
 
 from __future__ import annotations
 
 import secrets
+import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +26,11 @@ from cluster.cli.basics import USAGE, fail
 from cluster.link.admission import ANY_MODEL, CONTROLLER
 
 DAYS = 365
+AUTHORITY_DAYS = 3650
 CHARTS = "headrace"
+MADE_ONCE = ("cluster", "key-pepper", "database-password", "auth_token")
+"""Keys of the Secret that a first install makes and nothing replaces."""
+Manifest = dict[str, object]
 
 
 def pod_secrets(
@@ -27,65 +41,131 @@ def pod_secrets(
     ] = None,
     authority: Annotated[
         Path | None,
-        typer.Option("--authority", help="A folder of `certs ca` to issue the link's from, for later renewals."),
+        typer.Option(
+            "--authority",
+            help="The folder that keeps the authorities. A new folder: they are made in it, and everything is "
+            "printed. A folder that has them: certificates only, for a renewal.",
+        ),
     ] = None,
     days: Annotated[int, typer.Option("--days", help="How long certificates are valid.", min=1, max=3650)] = DAYS,
     with_namespace: Annotated[
         bool, typer.Option("--with-namespace", help="Begin with the namespace itself, under pod security `restricted`.")
     ] = False,
 ) -> None:
-    """Print Secrets for the chart, new with every call: the link's and the clients' certificates, the cluster's secret,
-    the pepper of keys, the database's password, Ray's token. Apply them once: `... | kubectl create -f -`."""
+    """Print the chart's Secrets. First install: `... --authority FOLDER | kubectl create -f -`: certificates of the
+    link and of the client ports, the cluster's secret, the pepper of keys, the database's password, Ray's token.
+    Renewal: the same with `kubectl apply -f -` prints certificates only."""
     try:
         found = manifests(namespace, name, host or (), authority, days, with_namespace=with_namespace)
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
-    sys.stdout.write(yaml.safe_dump_all(found, sort_keys=False))
+    sys.stdout.write(yaml.safe_dump_all(found.objects, sort_keys=False))
+    for note in found.notes:
+        print(note, file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """Objects to apply, and what the operator should know about them."""
+
+    objects: Sequence[Manifest]
+    notes: Sequence[str] = ()
 
 
 def manifests(
     namespace: str,
     name: str,
-    hosts: list[str] | tuple[str, ...],
+    hosts: Sequence[str],
     authority: Path | None,
     days: int,
     *,
     with_namespace: bool = False,
-) -> list[dict[str, object]]:
-    """The objects. Raises ValueError for an authority that is none."""
+) -> Manifests:
+    """The objects of a first install, or of a renewal where `authority` has an authority already. Raises ValueError
+    for files that are no authority, OSError."""
+    objects: list[Manifest] = []
+    if with_namespace:
+        labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
+        objects.append({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
+    renewal = authority is not None and _is_authority(authority)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = authority or Path(scratch) / "authority"
+        notes = _make_missing_authorities(folder, renewal=renewal)
+        certificates = _issue(folder, namespace, name, _remember_hosts(folder, hosts), days)
+    for suffix, data in certificates.items():
+        objects.append(_secret(namespace, f"{name}-{suffix}", data, "kubernetes.io/tls"))
+    if renewal:
+        notes.append(
+            f"Certificates only, issued by the authorities in {authority}: the Secret {name}-secrets stays as it is. "
+            f"(A first install that lacks it: name a new folder.)"
+        )
+    else:
+        made = {key: secrets.token_hex(32) for key in MADE_ONCE}
+        objects.append({**_secret(namespace, f"{name}-secrets", made, "Opaque"), "immutable": True})
+    if authority is None:
+        notes.append(
+            "The authorities' keys are not kept, so a renewal cannot issue from them: name a folder by --authority."
+        )
+    return Manifests(objects, notes)
+
+
+def _secret(namespace: str, name: str, data: Mapping[str, str], kind: str) -> Manifest:
+    metadata = {"name": name, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "Secret", "type": kind, "metadata": metadata, "stringData": data}
+
+
+def _is_authority(folder: Path) -> bool:
+    return (folder / "ca.crt").exists() or (folder / "ca.key").exists()
+
+
+def _make_missing_authorities(folder: Path, *, renewal: bool) -> list[str]:
+    """Make the authorities that a folder lacks. Returns notes for the operator. Raises OSError."""
+    from cluster.cli import issuing
+
+    notes = []
+    clients = folder / "clients"
+    for place, subject in ((folder, "headrace link authority"), (clients, "headrace client authority")):
+        if _is_authority(place):
+            continue
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        issuing.make_authority(place / "ca.crt", place / "ca.key", AUTHORITY_DAYS, subject)
+        if renewal:
+            notes.append(
+                f"{place} had no authority for the client ports and has one now: clients that pin a CA need "
+                f"{place / 'ca.crt'} before these Secrets are applied."
+            )
+    return notes
+
+
+def _remember_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
+    """Further names of the client ports: those of earlier calls and `hosts`, which join them. Raises OSError."""
+    file = folder / "clients" / "hosts"
+    kept = file.read_text().split() if file.exists() else []
+    every = list(dict.fromkeys([*kept, *hosts]))
+    if every != kept:
+        file.write_text("".join(f"{host}\n" for host in every))
+    return every
+
+
+def _issue(folder: Path, namespace: str, name: str, hosts: Sequence[str], days: int) -> dict[str, Mapping[str, str]]:
+    """Certificates by the suffix of their Secret. Raises ValueError for files that are no authority."""
     from cluster.cli import issuing
 
     domains = ("", f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local")
-    found: list[dict[str, object]] = []
-    if with_namespace:
-        labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
-        found.append({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
-
-    def secret(suffix: str, data: Mapping[str, str], kind: str = "Opaque") -> None:
-        metadata = {"name": f"{name}-{suffix}", "namespace": namespace}
-        found.append({"apiVersion": "v1", "kind": "Secret", "type": kind, "metadata": metadata, "stringData": data})
-
-    with tempfile.TemporaryDirectory() as scratch:
+    links = [f"{prefix}{name}-links{domain}" for domain in domains for prefix in ("", "*.") if domain or not prefix]
+    served = [f"{name}{domain}" for domain in domains]
+    with tempfile.TemporaryDirectory() as scratch:  # keys of certificates are printed and kept nowhere
         link, clients = Path(scratch) / "link", Path(scratch) / "clients"
-        for folder, given in ((link, authority), (clients, None)):
-            folder.mkdir()
-            if given is None:
-                issuing.make_authority(folder / "ca.crt", folder / "ca.key", max(days, 3650))
-            else:
-                for file in ("ca.crt", "ca.key"):
-                    (folder / file).write_bytes((given / file).read_bytes())
-        links = [f"{prefix}{name}-links{domain}" for domain in domains for prefix in ("", "*.") if domain or not prefix]
+        for source, place in ((folder, link), (folder / "clients", clients)):
+            place.mkdir()
+            for file in ("ca.crt", "ca.key"):
+                shutil.copyfile(source / file, place / file)
         issuing.issue_server(link, "gateway", [*links, "localhost", "127.0.0.1"], days)
         issuing.issue_client(link, "worker", [ANY_MODEL], days)
         issuing.issue_client(link, "controller", [CONTROLLER], days)
-        served = [f"{name}{domain}" for domain in domains]
         issuing.issue_server(clients, "tls", [*served, "localhost", "127.0.0.1", *hosts], days)
-        for role in ("gateway", "worker", "controller"):
-            secret(f"link-{role}", _pem(link, role), "kubernetes.io/tls")
-        secret("tls", _pem(clients, "tls"), "kubernetes.io/tls")
-    made = ("cluster", "key-pepper", "database-password", "auth_token")
-    secret("secrets", {key: secrets.token_hex(32) for key in made})
-    return found
+        found = {f"link-{role}": _pem(link, role) for role in ("gateway", "worker", "controller")}
+        return {**found, "tls": _pem(clients, "tls")}
 
 
 def _pem(folder: Path, name: str) -> dict[str, str]:

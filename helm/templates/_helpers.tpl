@@ -74,6 +74,11 @@ seccompProfile: {type: RuntimeDefault}
 {{- .Values.existingSecret | default (printf "%s-secrets" (include "headrace.name" .)) -}}
 {{- end }}
 
+{{- /* The Secret of hf-token and Valkey's password, which may change: "headrace.secret" is immutable. */ -}}
+{{- define "headrace.tokensSecret" -}}
+{{- .Values.tokens.existingSecret | default (include "headrace.secret" .) -}}
+{{- end }}
+
 {{- /* (list root role) */ -}}
 {{- define "headrace.linkSecret" -}}
 {{- $root := index . 0 -}}

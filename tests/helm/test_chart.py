@@ -182,7 +182,7 @@ def test_notes_tell_the_next_step() -> None:
         "install", "headrace", helm.CHART, "-n", "ns", "--dry-run=client", "-f", helm.PRESETS[0], "--hide-secret"
     )
     notes = text.split("NOTES:")[1]
-    assert "headrace pod secrets -n ns --name headrace | kubectl create -f -" in notes
+    assert "headrace pod secrets -n ns --name headrace --authority authority | kubectl create -f -" in notes
     assert "headrace keys create trial" in notes
     assert "headrace chat default" in notes
 

@@ -71,7 +71,8 @@ def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
 
 def secrets_by_name() -> dict[str, Any]:
     """What `headrace pod secrets` makes: name -> key -> value."""
-    return {str(one["metadata"]["name"]): one["stringData"] for one in manifests(NAMESPACE, "headrace", (), None, 30)}  # type: ignore[index]
+    made: Any = manifests(NAMESPACE, "headrace", (), None, 30).objects
+    return {one["metadata"]["name"]: one["stringData"] for one in made}
 
 
 @pytest.mark.parametrize("part", ["gateway", "controller"])

@@ -209,7 +209,7 @@ def test_secrets_that_are_mounted_are_those_that_are_made(preset: Rendered) -> N
     """`headrace pod secrets` makes every Secret and key that a pod is not started without."""
     made = {
         str(one["metadata"]["name"]): set(one["stringData"])  # type: ignore[index,call-overload]
-        for one in manifests(NAMESPACE, "headrace", (), None, 30)
+        for one in manifests(NAMESPACE, "headrace", (), None, 30).objects
     }
     wanted: list[tuple[str, str]] = []
     modes = []

@@ -61,6 +61,7 @@ def cluster(**changed: Any) -> dict[str, Any]:
         ),
         ({"gateway": {"gatewayApi": {"enabled": True}}}, "name the Gateway that the routes belong to"),
         ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host is empty"),
+        ({"secrets": {"create": True}}, "each rendering would make a new key pepper, and every API key would be lost"),
         ({"gateway": {"autoscaling": {"kind": "hpa", "minReplicas": 9}}}, "maxReplicas (8) is below minReplicas (9)"),
     ],
 )
@@ -139,6 +140,8 @@ def draws(values: Mapping[str, Any]) -> dict[str, Any]:
         gateway["gatewayApi"]["parentRefs"] = [{"name": "public"}]
     if gateway.get("ingress", {}).get("enabled"):
         gateway["ingress"]["host"] = "llm.example.com"
+    if not made.get("existingSecret"):
+        made.pop("secrets", None)  # the chart makes its Secret only where it sees the cluster
     for name in ("tolerations", "extraVolumes", "extraVolumeMounts"):
         gateway.pop(name, None)
     return made

@@ -1,0 +1,91 @@
+"""The documented renewal of certificates: what docs/kubernetes.md says is run twice, and API keys go on working."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from cryptography import x509
+
+from cluster.cli.pod_secrets import MADE_ONCE, manifests
+from loadtests.children import Children
+from loadtests.hostile.renewal import DOCS, Line, Refused, SecretStore, documented_lines, renew, run_line
+from tests.support.shell import headrace
+
+INSTALL = Line(["pod", "secrets", "--authority", "authority"], "create")
+RENEWAL = Line(["pod", "secrets", "--authority", "authority"], "apply")
+
+
+@pytest.mark.slow
+async def test_keys_work_after_the_documented_renewal_twice(tmp_path: Path) -> None:
+    """Else a routine procedure takes every tenant's API key, or every client that pins the CA."""
+    async with Children(tmp_path / "logs") as children:
+        assert await renew(children, tmp_path / "release", 2, lambda text: None) == 1.0
+
+
+def test_the_documentation_has_an_install_and_a_renewal() -> None:
+    """Else the test above runs nothing."""
+    assert [line.verb for line in documented_lines(DOCS.read_text())] == ["create", "apply"]
+
+
+def test_a_renewal_prints_no_other_secret(tmp_path: Path) -> None:
+    """Else the pepper, the database's password or Ray's token is replaced without a word."""
+    store = SecretStore()
+    run_line(INSTALL, tmp_path, store)
+    made = store.data("headrace-secrets")
+    assert set(made) == set(MADE_ONCE)
+    for words in (RENEWAL.words, [*RENEWAL.words, "--with-namespace", "--host", "llm.example.com"]):
+        done = manifests("headrace", "headrace", (), tmp_path / "authority", 30)
+        assert [one["type"] for one in done.objects] == ["kubernetes.io/tls"] * 4
+        run_line(Line(words, "apply"), tmp_path, store)
+    assert store.data("headrace-secrets") == made
+
+
+def test_a_second_install_is_refused(tmp_path: Path) -> None:
+    """Else `kubectl apply` of a new pepper takes every key: the Secret is immutable."""
+    store = SecretStore()
+    run_line(INSTALL, tmp_path, store)
+    again = Line(["pod", "secrets"], "apply")
+    with pytest.raises(Refused, match=r"headrace-secrets.*immutable"):
+        run_line(again, tmp_path, store)
+
+
+def test_both_authorities_are_kept(tmp_path: Path) -> None:
+    """Else clients that pin the CA, or workers, refuse the renewed certificates."""
+    authorities = []
+    for _ in range(2):
+        objects: Any = manifests("ns", "headrace", (), tmp_path / "authority", 30).objects
+        found = {one["metadata"]["name"]: one["stringData"] for one in objects}
+        authorities.append((found["headrace-link-gateway"]["ca.crt"], found["headrace-tls"]["ca.crt"]))
+    assert authorities[0] == authorities[1]
+    assert authorities[0][0] != authorities[0][1]
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "authority").rglob("ca.key")}
+    assert modes == {0o600}
+
+
+def test_names_of_the_first_install_are_kept(tmp_path: Path) -> None:
+    """Else a renewal without `--host` refuses clients that dial by another name."""
+    folder = tmp_path / "authority"
+    manifests("ns", "headrace", ("llm.example.com", "10.0.0.7"), folder, 30)
+    (tls,) = (
+        one for one in manifests("ns", "headrace", (), folder, 30).objects if "headrace-tls" in str(one["metadata"])
+    )
+    certificate = x509.load_pem_x509_certificate(tls["stringData"]["tls.crt"].encode())  # type: ignore[index]
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "llm.example.com" in names.get_values_for_type(x509.DNSName)
+    assert "10.0.0.7" in map(str, names.get_values_for_type(x509.IPAddress))
+
+
+def test_a_folder_of_an_earlier_release_renews(tmp_path: Path) -> None:
+    """Else it is taken for a first install: `certs ca` made the link's authority only."""
+    assert headrace("certs", "ca", str(tmp_path / "authority")).returncode == 0
+    done = headrace("pod", "secrets", "--authority", str(tmp_path / "authority"))
+    objects = list(yaml.safe_load_all(done.stdout))
+    assert {one["type"] for one in objects} == {"kubernetes.io/tls"}
+    assert objects[0]["stringData"]["ca.crt"] == (tmp_path / "authority" / "ca.crt").read_text()
+    assert "clients that pin a CA need" in done.stderr
+    (tmp_path / "authority" / "ca.key").unlink()
+    broken = headrace("pod", "secrets", "--authority", str(tmp_path / "authority"))
+    assert (broken.returncode, broken.stdout) == (2, "")
