@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.cli.terminal import safe
 from cluster.config import Config, ConfigError, load
 
 OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
@@ -20,7 +21,7 @@ FileOption = Annotated[
 
 def fail(message: str, code: int = FAILED) -> NoReturn:
     """Say what is wrong on standard error and end with an exit code."""
-    typer.echo(f"{typer.style('error:', fg=typer.colors.RED)} {message}", err=True)
+    typer.echo(f"{typer.style('error:', fg=typer.colors.RED)} {safe(message)}", err=True)
     raise typer.Exit(code)
 
 

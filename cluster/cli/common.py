@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import grpc
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from cluster.cli.basics import FAILED as FAILED
 from cluster.cli.basics import OK as OK
@@ -22,6 +22,7 @@ from cluster.cli.basics import FileOption as FileOption
 from cluster.cli.basics import fail as fail
 from cluster.cli.basics import read_config as read_config
 from cluster.cli.runs import RunFolder
+from cluster.cli.terminal import safe, write_json
 from cluster.client import UNREACHABLE, Client, HeadraceError
 from cluster.client.errors import from_rpc
 from cluster.client.options import DEFAULT_ENDPOINT
@@ -29,9 +30,18 @@ from cluster.client.options import DEFAULT_ENDPOINT
 ADMIN_PORT = 50053
 _CODES = {"INVALID_FIELD": USAGE, "STORE_UNAVAILABLE": UNREACHABLE_CODE}
 
+
+class SafeConsole(Console):
+    """A console on which every text, cells of tables included, is safe for a terminal before it is laid out."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text as rich styles it."""
+        return super().render_str(safe(text), **options)
+
+
 # Tables are cut to the terminal's width; where there is no terminal nobody's lines end at 80 characters.
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-err = Console(highlight=False, soft_wrap=True, stderr=True)
+out = SafeConsole(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+err = SafeConsole(highlight=False, soft_wrap=True, stderr=True)
 
 EndpointOption = Annotated[
     str | None,
@@ -60,7 +70,7 @@ TimeoutOption = Annotated[float, typer.Option("--timeout-s", help="Seconds for t
 
 def print_json(value: Any) -> None:
     """JSON on standard output, for programs."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_json(value)
 
 
 def local_run() -> RunFolder | None:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.cli import terminal
+
 ROOT = Path(__file__).resolve().parents[2]
 MIN_MEMORY_BYTES = 8 * 1000**3
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
@@ -234,9 +236,9 @@ def main(arguments: Sequence[str]) -> int:
     """`--apt` prints Debian packages only. Exit code 0 when nothing is missing, else 1."""
     findings = examine()
     if "--apt" in arguments:
-        print(" ".join(sorted({finding.apt for finding in findings if finding.missing and finding.apt})))
+        terminal.say(" ".join(sorted({finding.apt for finding in findings if finding.missing and finding.apt})))
         return 0
-    print(report(findings))
+    terminal.say(report(findings))
     return 1 if any(finding.missing for finding in findings) else 0
 
 

@@ -141,7 +141,8 @@ def status(
         print_json(found)
         return
     head = f"cluster {found['name']}   " if found["name"] else ""
-    out.print(head + "   ".join(f"{name} {address}" for name, address in found["endpoints"].items()))
+    places = "   ".join(f"{name} {address}" for name, address in found["endpoints"].items())
+    out.print(head + places, markup=False)
     age_s = found["catalog_age_s"]
     if age_s < 0:
         out.print("[yellow]no controller has spoken to this gateway yet[/yellow]")

@@ -9,7 +9,7 @@ import gc
 import os
 import sys
 
-from cluster.cli import doctor
+from cluster.cli import doctor, terminal
 
 PROCESSES = ("gateway", "controller", "prepare", "pod")
 
@@ -19,7 +19,7 @@ def main() -> None:
     other = doctor.foreign_cluster_package()
     if other is not None:
         finding = doctor.check_name_clash()
-        sys.stderr.write(f"error: {finding.missing}, and one of the two is broken; {finding.remedy}\n")
+        terminal.say(f"error: {finding.missing}, and one of the two is broken; {finding.remedy}", error=True)
         sys.exit(1)
     if sys.argv[1:2] and sys.argv[1] in PROCESSES:
         if "gateway" in sys.argv[1:3]:

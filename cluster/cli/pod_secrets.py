@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Annotated
 import typer
 import yaml
 
+from cluster.cli import terminal
 from cluster.cli.basics import USAGE, fail
 from cluster.link.admission import ANY_MODEL, CONTROLLER
 
@@ -59,9 +59,9 @@ def pod_secrets(
         found = manifests(namespace, name, host or (), authority, days, with_namespace=with_namespace)
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
-    sys.stdout.write(yaml.safe_dump_all(found.objects, sort_keys=False))
+    terminal.write(yaml.safe_dump_all(found.objects, sort_keys=False))
     for note in found.notes:
-        print(note, file=sys.stderr)
+        terminal.say(note, error=True)
 
 
 @dataclass(frozen=True, slots=True)

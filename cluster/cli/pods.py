@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli import pod_secrets
+from cluster.cli import pod_secrets, terminal
 from cluster.cli.basics import USAGE, FileOption, fail, read_config
 from cluster.cli.processes import FolderOption, bound_link, run, stop_on_signal
 from cluster.config import Config, secret_files
@@ -136,7 +136,7 @@ def _end_with(lacks: Iterator[str], file: Path, check: bool) -> None:
     if found:
         fail("\n".join(found), USAGE)
     if check:
-        typer.echo(f"{file}: right, and every file that it names is here")
+        terminal.say(f"{file}: right, and every file that it names is here")
         raise typer.Exit(0)
 
 

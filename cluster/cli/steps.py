@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 import time
 
+from cluster.cli import terminal
+from cluster.cli.terminal import safe
+
 BAR = 20
 
 
@@ -35,15 +38,15 @@ class Step:
         """How far it is; `part` in [0, 1] draws a bar. Shown on a terminal only."""
         if self._live:
             bar = "" if part is None else " " + ("█" * int(part * BAR)).ljust(BAR, "·")
-            self._write(f"\r\033[K{self._head} {text}{bar} {duration(self.elapsed_s)}")
+            self._write(f"\r\033[K{self._head} {safe(text)}{bar} {duration(self.elapsed_s)}")
 
     def note(self, text: str) -> None:
         """Something that stays on the screen while the step goes on."""
-        self._write(f"{self._clear()}{self._head} {text}\n")
+        self._write(f"{self._clear()}{self._head} {safe(text)}\n")
 
     def done(self, text: str) -> None:
         """The line as it stays."""
-        self._write(f"{self._clear()}{self._head} {text}\n")
+        self._write(f"{self._clear()}{self._head} {safe(text)}\n")
 
     def _clear(self) -> str:
         return "\r\033[K" if self._live else ""
@@ -55,5 +58,4 @@ class Step:
 
 def say(text: str) -> None:
     """A line of its own."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    terminal.say(text)

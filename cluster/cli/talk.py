@@ -10,6 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.cli import terminal
 from cluster.cli.common import (
     ApiKeyOption,
     EndpointOption,
@@ -144,16 +145,14 @@ def _print_stream(stream: Stream[Any]) -> None:
     ended = False
     try:
         for text in stream:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            terminal.write(text)
         ended = True
     except KeyboardInterrupt:
         stream.cancel()
         raise typer.Exit(130) from None
     finally:
         if stream.text and not stream.text.endswith("\n"):
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            terminal.write("\n")
     if ended and stream.finish_reason == "length" and sys.stderr.isatty():
         err.print("[dim](cut at the limit of tokens; --max-tokens gives more)[/dim]")
 
@@ -167,7 +166,7 @@ def _converse(client: Client, endpoint: str, model: str, messages: list[pb.Messa
         try:
             question = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            sys.stdout.write("\n")
+            terminal.write("\n")
             return
         if not question:
             return

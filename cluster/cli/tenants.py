@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from cluster.cli import terminal
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.desk import at_desk
 from cluster.cli.ledger import DAY_S, ReasonOption, RequiredReasonOption, pair, show_table, shown_time
@@ -209,8 +210,8 @@ def _show_new_key(made: NewKey, as_json: bool) -> None:
     if as_json:
         print_json({**_plain_key(made.stored), "key": made.secret})
         return
-    typer.echo(made.secret)
-    typer.echo(f"key {made.stored.id} of {made.stored.tenant}; keep it now, it is not shown again", err=True)
+    terminal.say(made.secret)
+    terminal.say(f"key {made.stored.id} of {made.stored.tenant}; keep it now, it is not shown again", error=True)
 
 
 def _show_tenants(found: Sequence[StoredTenant], as_json: bool, *, one: bool = False) -> None:

@@ -20,6 +20,7 @@ import psutil
 import typer
 
 from cluster.admin.v1 import admin_pb2
+from cluster.cli import terminal
 from cluster.cli.basics import write_whole
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.doctor import find_tool
@@ -153,8 +154,8 @@ async def _life(config: Config, run: RunFolder, *, demo: bool, background: bool)
             cluster.write_state("ready")
             await _unless(stopping, cluster.supervise())
     except StartFailed as error:
-        sys.stdout.write("\n")
-        sys.stderr.write(f"error: {error}\n")
+        terminal.say("")
+        terminal.say(f"error: {error}", error=True)
         code = FAILED
     finally:
         stopping.cancel()
@@ -325,8 +326,7 @@ def _follow(process: subprocess.Popen[bytes], run: RunFolder, told: IO[bytes]) -
         code = process.poll()
         supervisor = run.supervisor()
         ready = run.state().get("phase") == "ready" and supervisor is not None and supervisor.pid == process.pid
-        sys.stdout.write(told.read().decode(errors="replace"))
-        sys.stdout.flush()
+        terminal.write(told.read().decode(errors="replace"))
         if code is not None:
             return code or FAILED
         if ready:

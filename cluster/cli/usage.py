@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli import terminal
 from cluster.cli.common import USAGE, JsonOption, fail, print_json
 from cluster.cli.desk import at_desk
 from cluster.cli.ledger import DAY_S, pair, show_table, shown_time
@@ -44,9 +45,9 @@ def usage(
     else:
         rows = desk.usage(wanted, rates, cost=cost or rates is not None)
     if as_csv:
-        typer.echo(export.as_csv(rows), nl=False)
+        terminal.write(export.as_csv(rows))
     elif as_json:
-        typer.echo(export.as_json(rows), nl=False)
+        print_json(list(rows))
     else:
         show_table(rows, "no usage")
 

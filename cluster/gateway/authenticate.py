@@ -83,7 +83,7 @@ class Authenticator:
             return await self._of_token(snapshot, authorization[0])
         owner = owner_of_certificate(names, self._certificates) if names else None
         if owner is not None:
-            return identify(snapshot, owner[0], "certificate", next(iter(names)), owner[1])
+            return identify(snapshot, owner.tenant, "certificate", owner.name, owner.role)
         return _refused("unknown_certificate" if names and self._certificates else "missing")
 
     async def _of_token(self, snapshot: Snapshot, authorization: str) -> Verdict:

@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.straight import open_straight
 from cluster.gateway.tokens import TokenRefused
+from cluster.tenancy.identity import is_subject
 
 log = structlog.get_logger("oidc")
 
@@ -184,9 +185,11 @@ class OidcVerifier:
             raise TokenRefused("no_tenant")
         role = _claim(body, issuer.role_claim) if issuer.role_claim else ""
         subject = body.get("sub", "")
+        if not isinstance(subject, str) or not is_subject(subject):
+            raise TokenRefused("malformed")
         return Claims(
             issuer.issuer,
-            subject if isinstance(subject, str) else "",
+            subject,
             tenant,
             role if isinstance(role, str) else "",
             expires_at_s,

@@ -1,4 +1,4 @@
-"""Usage as CSV and JSON."""
+"""Usage as CSV."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-
-
-def as_json(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One JSON array, numbers as numbers."""
-    return json.dumps(list(rows), indent=2, ensure_ascii=False) + "\n"
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:

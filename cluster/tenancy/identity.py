@@ -237,28 +237,54 @@ def identify(snapshot: Snapshot, tenant: str, by: str, subject: str, role: str =
 
 @dataclass(frozen=True, slots=True)
 class CertificateRule:
-    """A client certificate's subject alternative name (`spiffe://...` or a DNS name), whose it is, in which role."""
+    """A client certificate's alternative name (`spiffe://...` or a DNS name, its kind before it or not), whose it is,
+    in which role."""
 
     san: str
     tenant: str
     role: str = "caller"
 
 
-def owner_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule]) -> tuple[str, str] | None:
-    """The tenant and role of a verified certificate with these alternative names (with or without `URI:`/`DNS:`).
+@dataclass(frozen=True, slots=True)
+class CertificateOwner:
+    """Who a certificate is: the tenant, its role, and the alternative name that says so, with its kind."""
 
-    None when no rule fits, or when rules of two tenants or roles do. URIs are compared to the letter, DNS names without
+    tenant: str
+    role: str
+    name: str
+
+
+def owner_of_certificate(names: Iterable[str], rules: Sequence[CertificateRule]) -> CertificateOwner | None:
+    """The owner of a verified certificate with these alternative names, each with its kind: `URI:...`, `DNS:...`.
+
+    None when no rule fits, or when rules of two tenants or roles do. A name fits a rule of its own kind only: an
+    authority that checks DNS names may let its holders choose URIs. URIs are compared to the letter, DNS names without
     case; no wildcards, since a wildcard certificate would then be every tenant below it.
     """
-    owners = {_plain_name(rule.san): (rule.tenant, rule.role) for rule in rules}
-    found = {owners[name] for name in map(_plain_name, names) if name in owners}
-    return found.pop() if len(found) == 1 else None
+    owners = {_canonical(_with_kind(rule.san)): (rule.tenant, rule.role) for rule in rules}
+    found = [name for name in map(_canonical, names) if name in owners]
+    if len({owners[name] for name in found}) != 1:
+        return None
+    return CertificateOwner(*owners[found[0]], found[0])
 
 
-def _plain_name(name: str) -> str:
-    for kind in ("URI:", "DNS:"):
-        name = name.removeprefix(kind)
-    return name if "://" in name else name.lower().rstrip(".")
+def _with_kind(san: str) -> str:
+    if san.startswith(("URI:", "DNS:")):
+        return san
+    return f"URI:{san}" if "://" in san else f"DNS:{san}"
+
+
+def _canonical(name: str) -> str:
+    kind, _, value = name.partition(":")
+    return f"DNS:{value.lower().rstrip('.')}" if kind == "DNS" else name
+
+
+MAX_SUBJECT_CHARACTERS = 512
+
+
+def is_subject(text: str) -> bool:
+    """Whether logs, audit and terminals can take a subject that an issuer names: printable and not too long."""
+    return len(text) <= MAX_SUBJECT_CHARACTERS and text.isprintable()
 
 
 # What a role may do, and whether to its own tenant only.

@@ -86,6 +86,7 @@ async def test_keys_tokens_and_certificates() -> None:
     assert (claimed.tenant.name, claimed.by, claimed.subject, claimed.role) == ("billing", "jwt", "ada", "operator")
     shown = await world.who(names=("DNS:x", SPIFFE))
     assert (shown.tenant.name, shown.by, shown.role) == ("billing", "certificate", "caller")
+    assert shown.subject == SPIFFE, "the audit names the alternative name that let it in"
     assert world.told == []
 
 

@@ -230,18 +230,33 @@ def test_certificates_map_by_their_alternative_names() -> None:
 
     def find(names: list[str], rules: list[CertificateRule]) -> str | None:
         owner = identity.owner_of_certificate(names, rules)
-        return owner[0] if owner else None
+        return owner.tenant if owner else None
 
     assert find(["URI:spiffe://example.com/ns/billing", "DNS:x"], rules) == "billing"
-    assert find(["API.acme.example."], rules) == "acme"
-    assert find(["spiffe://example.com/ns/Billing"], rules) is None
-    assert find(["spiffe://example.com/ns/billing/more"], rules) is None
-    assert find(["*.acme.example"], rules) is None
-    assert find(["spiffe://example.com/ns/billing", "api.acme.example"], rules) is None
+    assert find(["DNS:API.acme.example."], rules) == "acme"
+    assert find(["URI:spiffe://example.com/ns/Billing"], rules) is None
+    assert find(["URI:spiffe://example.com/ns/billing/more"], rules) is None
+    assert find(["DNS:*.acme.example"], rules) is None
+    assert find(["URI:spiffe://example.com/ns/billing", "DNS:api.acme.example"], rules) is None
     assert find([], rules) is None
     ops = CertificateRule("ops.example", "acme", "operator")
-    assert identity.owner_of_certificate(["ops.example"], [*rules, ops]) == ("acme", "operator")
-    assert identity.owner_of_certificate(["ops.example", "api.acme.example"], [*rules, ops]) is None
+    owner = identity.owner_of_certificate(["DNS:x", "DNS:Ops.example"], [*rules, ops])
+    assert owner == identity.CertificateOwner("acme", "operator", "DNS:ops.example"), (
+        "the name that fits, not the first"
+    )
+    assert identity.owner_of_certificate(["DNS:ops.example", "DNS:api.acme.example"], [*rules, ops]) is None
+
+
+KINDS = st.sampled_from(["URI:", "DNS:", "email:", "IP Address:", "dns:", "uri:", ""])
+
+
+@given(KINDS, st.sampled_from(["", "DNS:", "URI:", "dns:"]), st.sampled_from(["api.acme.example", "spiffe://x/alpha"]))
+def test_a_name_of_another_kind_is_nobodys(kind: str, more: str, name: str) -> None:
+    """Else a holder who may choose URIs becomes the tenant of a DNS name, or the other way round."""
+    rules = [CertificateRule("api.acme.example", "acme"), CertificateRule("spiffe://x/alpha", "alpha")]
+    owner = identity.owner_of_certificate([kind + more + name], rules)
+    own = "URI:" if "://" in name else "DNS:"
+    assert (owner is not None) == (kind + more == own)
 
 
 def test_what_each_role_may_do() -> None:

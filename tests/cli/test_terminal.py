@@ -1,0 +1,119 @@
+"""Text of other parties on an operator's terminal: no command prints a control character of theirs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import time
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.table import Table
+from typer.testing import Result
+
+from cluster.cli import terminal
+from cluster.cli.basics import fail
+from cluster.cli.common import SafeConsole, print_json
+from cluster.cli.look import worker_table
+from cluster.ledger.audit import AuditEvent
+from cluster.ledger.store import Ledger
+from cluster.tenancy.policy import TenantPolicy
+from tests.ledger.samples import record
+
+Run = Callable[..., Result]
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b1A\u202e\ud800\r"
+CLI = Path(terminal.__file__).parent
+WRITES_ITSELF = {"terminal.py", "steps.py"}
+"""The module that makes text safe, and the lines of `up`, which redraw themselves."""
+
+
+def unsafe(text: str) -> list[str]:
+    """Its characters that a terminal obeys."""
+    left = text.replace("\r\n", "")
+    return [one for one in left if unicodedata.category(one) in ("Cc", "Cs") and one not in "\n\t"]
+
+
+@given(st.text(st.characters(exclude_categories=[])))
+def test_no_control_character_is_left(text: str) -> None:
+    """Else a name or an answer moves the cursor, sets the title, or types for the operator."""
+    assert unsafe(terminal.safe(text)) == []
+
+
+@given(st.text(st.characters(exclude_categories=[])))
+def test_json_means_the_same_to_a_program(text: str) -> None:
+    """Else a program reads another name than the cluster has."""
+    written = terminal.safe_json(json.dumps(text, ensure_ascii=False))
+    assert json.loads(written) == text
+    assert unsafe(written) == []
+
+
+def test_plain_text_stays_as_it_is() -> None:
+    """Else answers in other languages, emoji and code are spoilt."""
+    text = "naïve 日本語 עברית \U0001f469\u200d\U0001f4bb\n\tindent\r\n"
+    assert terminal.safe(text) == text
+
+
+def test_tables_and_lines_are_safe(capsys: pytest.CaptureFixture[str]) -> None:
+    """Else `status`, `explain` and error messages show what a worker or a caller has sent."""
+    console = SafeConsole(highlight=False)
+    table = Table("name", title=EVIL)
+    table.add_row(EVIL)
+    console.print(table)
+    console.print(f"[red]{EVIL}[/red]")
+    console.print(EVIL, markup=False)
+    row = dict.fromkeys(("worker_id", "model", "state", "engine_path", "engine_path_reason"), EVIL)
+    console.print(worker_table([{**row, "running": 0, "max_num_seqs": 1, "waiting": 0, "kv_usage": 0, "step_ms": 0}]))
+    print_json({EVIL: EVIL})
+    with pytest.raises(Exception, match="2"):
+        fail(EVIL, 2)
+    shown = capsys.readouterr()
+    assert unsafe(shown.out) == []
+    assert unsafe(shown.err) == []
+
+
+@pytest.mark.slow
+def test_the_ledgers_commands_are_safe(run: Run, tmp_path: Path) -> None:
+    """Else a token's subject in `audit`, a key's name or a call's label reaches the terminal as it is."""
+    url, evil = f"sqlite:///{tmp_path / 'ledger.db'}", EVIL.replace("\ud800", "")
+    ledger = Ledger(url, peppers=(b"p" * 32,))
+    ledger.upgrade()
+    ledger.tenants.create(TenantPolicy("acme", labels={"team": evil}))
+    ledger.keys.create("acme", "k")
+    ledger.usage.insert([record("a", tenant="acme", labels={"team": evil})])
+    ledger.audit.insert(
+        [AuditEvent(time.time(), "admin", "x", f"jwt:{evil}", "acme", evil, "ok", evil, evil, {"a": evil})]
+    )
+    ledger.close()
+    for words in (
+        ("audit",),
+        ("audit", "--json"),
+        ("keys", "list", "acme"),
+        ("tenants", "get", "acme"),
+        ("tenants", "list", "--json"),
+        ("usage", "--group-by", "label:team"),
+        ("usage", "--records", "--json"),
+        ("tenants", "get", f"nobody{EVIL}"),
+    ):
+        done = run(*words, "--database-url", url)
+        assert unsafe(done.stdout) == [], words
+        assert unsafe(done.stderr) == [], words
+        assert done.stdout + done.stderr, words
+
+
+def test_every_command_prints_by_one_module() -> None:
+    """Else the next command prints a name as it is: use cluster/cli/terminal.py, or `out`, `err` and `fail`."""
+    found = []
+    for file in sorted(CLI.rglob("*.py")):
+        if file.name in WRITES_ITSELF:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                if name in ("print", "sys.stdout.write", "sys.stderr.write", "typer.echo", "typer.secho", "Console"):
+                    found.append(f"{file.name}:{node.lineno}: {ast.unparse(node)[:80]}")
+    allowed = ("basics.py", "processes.py")  # `fail`, which makes its message safe, and ASCII JSON for programs
+    assert [one for one in found if not one.startswith(allowed)] == []
