@@ -26,6 +26,7 @@ from cluster.gateway.call import Call
 from cluster.gateway.door import ANYBODY, Door, Shown, alternative_names
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields, read_object
+from cluster.gateway.http_protocol import CONNECTION
 from cluster.gateway.output import Piece
 from cluster.gateway.relay import Lane, Relay, Way
 from cluster.gateway.service import CallMeta, CallService
@@ -39,8 +40,6 @@ Send = Callable[[Message], Awaitable[None]]
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-CONNECTION = "headrace.connection"
-"""Where the server puts a request's Connection in its scope."""
 _REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
 _EVENTS = [

@@ -1,0 +1,132 @@
+"""Time limits of one HTTP/1 connection: idle, request head, request body, and a response that the client does not read.
+
+Problem: a connection that sends nothing, or one byte now and then, holds a descriptor and memory for as long as its
+client likes.
+Method: the owner reports events and calls `overdue` every `check_s` seconds. Time is an argument. A body is judged
+by what came between two checks, and only while the gateway was reading: the time in which the gateway itself had
+paused reading is not the client's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+
+@dataclass(frozen=True, slots=True)
+class PaceLimits:
+    """Seconds and bytes a client has for each part of an exchange."""
+
+    check_s: float = 5.0
+    """Between two checks."""
+    first_head_s: float = 10.0
+    """From the connection to the end of its first request's head."""
+    head_s: float = 10.0
+    """From the first byte of a later request to the end of its head."""
+    keep_alive_s: float = 75.0
+    """Between requests. Longer than clients keep an idle connection in their pools, so that they never write to one
+    that is closing."""
+    min_body_bytes_per_s: int = 4096
+    leftover_s: float = 5.0
+    """For the rest of a body whose request has been answered already."""
+    unread_s: float = 60.0
+    """Without one byte taken by a client that has something to read."""
+
+
+class Part(Enum):
+    """The part of an exchange that the client is at."""
+
+    IDLE = auto()
+    HEAD = auto()
+    BODY = auto()
+    ANSWER = auto()
+    LEFTOVER = auto()
+
+
+class Late(Enum):
+    """Why a connection is to be cut."""
+
+    IDLE = "no request"
+    HEAD = "the request's head did not end in time"
+    BODY = "the request's body comes too slowly"
+    LEFTOVER = "a refused body did not end in time"
+    UNREAD = "the client does not read"
+
+
+class Pace:
+    """How a client keeps the limits."""
+
+    __slots__ = ("_body_bytes", "_first", "_limits", "_part", "_paused", "_since", "_unread_bytes", "_unread_since")
+
+    def __init__(self, limits: PaceLimits, now: float) -> None:
+        self._limits = limits
+        self._part = Part.IDLE
+        self._since = now
+        self._first = True
+        self._body_bytes = 0
+        self._paused = False
+        self._unread_bytes: int | None = None
+        self._unread_since = now
+
+    def began_head(self, now: float) -> None:
+        """The first byte of a request, or of what is none yet. Further calls before its end change nothing."""
+        if self._part is Part.IDLE:
+            self._part = Part.HEAD
+            if not self._first:
+                self._since = now
+
+    def ended_head(self) -> None:
+        """The head of a request is complete."""
+        self._part = Part.BODY
+        self._first = False
+        self._body_bytes = 0
+        self._paused = True  # the period until the next check is not a whole one
+
+    def body(self, size: int) -> None:
+        """Bytes of the request's body."""
+        self._body_bytes += size
+
+    def ended_body(self) -> None:
+        """The request is complete."""
+        if self._part is not Part.IDLE:
+            self._part = Part.ANSWER
+
+    def paused(self) -> None:
+        """The gateway has not read, or does not now."""
+        self._paused = True
+
+    def answered(self, now: float, *, complete: bool) -> None:
+        """The response is sent. `complete`: the request's body has been read to its end."""
+        self._part = Part.IDLE if complete else Part.LEFTOVER
+        self._since = now
+
+    def ended_leftover(self, now: float) -> None:
+        """The rest of a body whose request was answered before has come."""
+        self._part = Part.IDLE
+        self._since = now
+
+    def overdue(self, now: float, unsent_bytes: int = 0) -> Late | None:
+        """Why the connection is to be cut now. `unsent_bytes`: what the client has yet to take."""
+        if self._unread(now, unsent_bytes):
+            return Late.UNREAD
+        waited, limits = now - self._since, self._limits
+        match self._part:
+            case Part.IDLE:
+                return Late.IDLE if waited > (limits.first_head_s if self._first else limits.keep_alive_s) else None
+            case Part.HEAD:
+                return Late.HEAD if waited > limits.head_s else None
+            case Part.LEFTOVER:
+                return Late.LEFTOVER if waited > limits.leftover_s else None
+            case Part.BODY:
+                slow = not self._paused and self._body_bytes < limits.min_body_bytes_per_s * limits.check_s
+                self._body_bytes, self._paused = 0, False
+                return Late.BODY if slow else None
+            case Part.ANSWER:
+                return None
+
+    def _unread(self, now: float, unsent_bytes: int) -> bool:
+        if not unsent_bytes or unsent_bytes != self._unread_bytes:
+            self._unread_bytes = unsent_bytes
+            self._unread_since = now
+            return False
+        return now - self._unread_since > self._limits.unread_s
