@@ -262,6 +262,8 @@ class Accounting:
             except RecordError as error:
                 log.error("usage_refused", worker=link.identity.worker_id, reason=str(error))
                 refused.append(one.key)
+            except Exception:  # of one record: the worker offers it again, and keeps its link
+                log.exception("usage_not_taken", worker=link.identity.worker_id)
         if refused:
             link.box.usage_acks(refused)
 

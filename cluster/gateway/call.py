@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cluster.api.outcomes import CallError
+import structlog
+
+from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.output import Output, Piece
+from cluster.link.isolation import is_call_failure
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
 from cluster.routing.versions import Versions
@@ -17,6 +20,8 @@ from cluster.tenancy.policy import TenantPolicy
 
 if TYPE_CHECKING:
     from cluster.gateway.resumes import Tickets
+
+log = structlog.get_logger("calls")
 
 
 @dataclass(slots=True)
@@ -144,11 +149,24 @@ class Call:
         return sum(len(output.emitted) - output.restored for output in self.sequences)
 
     def fail(self, error: CallError) -> None:
-        """The call ends with this error; what still runs of it is dropped."""
+        """End the call with this error; drop what still runs of it. Raises nothing: the callers serve other calls."""
         if self.error is None:
             self.error = error
-        self.release()
-        self.wake()
+        try:
+            self.release()
+            self.wake()
+        except Exception:
+            log.exception("call_not_notified", request_id=self.request_id)
+
+    def fail_unexpectedly(self, error: BaseException) -> None:
+        """End the call INTERNAL for an exception that its own work has raised. Raises it again if it is not the call's
+        failure but a cancellation or an exit."""
+        if not is_call_failure(error):
+            raise error
+        if self.error is None:
+            log.error("call_failed", request_id=self.request_id, exc_info=error)
+        message = f"unexpected failure; quote request id {self.request_id}"
+        self.fail(CallError(Outcome.INTERNAL, message))
 
     def wake(self) -> None:
         """Tell the face that there is something to look at."""
@@ -172,7 +190,12 @@ class Call:
 
     def take(self) -> list[Piece]:
         """Pieces since the last take. Raises the call's error once all text before it has been taken."""
-        pieces = [piece for sequence in self.sequences if (piece := sequence.take()) is not None]
+        try:
+            pieces = [piece for sequence in self.sequences if (piece := sequence.take()) is not None]
+        except Exception:
+            if self.error is not None:  # the text may be what has failed
+                raise self.error from None
+            raise
         self.count()  # now: a guard that refuses at the very end takes tokens back
         if self.error is not None and not any(piece.text for piece in pieces):
             raise self.error

@@ -24,6 +24,7 @@ from cluster.gateway.demand import Tally
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.output import Output
 from cluster.gateway.returning import Returning
+from cluster.gateway.submission import submit
 from cluster.gateway.trials import Trials
 from cluster.gateway.turns import Turns
 from cluster.link.codec_turns import Weighed
@@ -140,8 +141,12 @@ class Dispatcher:
             waited |= self._returning.take(output)
             if self._take(output.waiting_id) is not None:
                 waited |= self._room.leave(output.waiting_id)
-            self._over(output)
         call.release()
+        for output in call.sequences:
+            try:
+                self._over(output)
+            except Exception:  # the others' accounts are to be settled all the same
+                log.exception("sequence_not_settled", request_id=call.request_id)
         if waited:
             self.backlogs.changed(call.model)
 
@@ -223,27 +228,43 @@ class Dispatcher:
             return
         now = self._clock()
         self._send_returning(known, self._returning.of(model))
-        while True:
-            decision: Decision | None = None
-
-            def fits(waiting: Waiting) -> bool:
-                nonlocal decision
-                keep_free = self.turns.fair.order(model).keep_free(waiting)
-                versions = self._outputs[waiting.call_id].call.versions
-                candidates = self._candidates(known, now)
-                first = frozenset((versions.first,)) if versions.first else versions.all
-                decision = pick(RouteCall(model, waiting.tokens, keep_free, versions=first), candidates)
-                if decision.worker_id is None and len(versions.all) > 1:
-                    decision = pick(RouteCall(model, waiting.tokens, keep_free, versions=versions.all), candidates)
-                return decision.worker_id is not None
-
-            waiting = self._room.next(model, fits, now)
-            if waiting is None or decision is None or decision.worker_id is None:
-                break
-            output = self._outputs.pop(waiting.call_id)
-            self.tally.waits_no_more(waiting.call_id)
-            self._bind(known.links[decision.worker_id], output, decision, waiting)
+        while (found := self._next(known, now)) is not None:
+            waiting, decision = found
+            output = self._take(waiting.call_id)
+            if output is None:
+                continue
+            if isinstance(decision, Exception):
+                output.call.fail_unexpectedly(decision)
+            elif decision.worker_id is not None:
+                self._bind(known.links[decision.worker_id], output, decision, waiting)
         self.backlogs.changed(model)
+
+    def _next(self, known: KnownModel, now: float) -> tuple[Waiting, Decision | Exception] | None:
+        """Take whose turn it is out of the room, if a worker has room for it, or if its routing has failed."""
+        decision: Decision | Exception | None = None
+
+        def fits(waiting: Waiting) -> bool:
+            nonlocal decision
+            try:
+                decision = self._route(known, waiting, now)
+            except Exception as error:
+                decision = error
+                return True
+            return decision.worker_id is not None
+
+        waiting = self._room.next(known.name, fits, now)
+        return None if waiting is None or decision is None else (waiting, decision)
+
+    def _route(self, known: KnownModel, waiting: Waiting, now: float) -> Decision:
+        """The worker for a sequence whose turn it is."""
+        keep_free = self.turns.fair.order(known.name).keep_free(waiting)
+        versions = self._outputs[waiting.call_id].call.versions
+        candidates = self._candidates(known, now)
+        first = frozenset((versions.first,)) if versions.first else versions.all
+        decision = pick(RouteCall(known.name, waiting.tokens, keep_free, versions=first), candidates)
+        if decision.worker_id is None and len(versions.all) > 1:
+            decision = pick(RouteCall(known.name, waiting.tokens, keep_free, versions=versions.all), candidates)
+        return decision
 
     def _go_on(self, known: KnownModel, outputs: Sequence[Output]) -> None:
         """These have come to go on. Nothing else has changed, so that nobody else is to be looked at: where a gateway
@@ -267,44 +288,53 @@ class Dispatcher:
         for output in outputs:
             if output.call.error is not None:  # its face is about to end it
                 continue
-            home = self._returning.home(output, now)
-            own = next((one for one in known.links.values() if one.identity.incarnation == home), None)
-            candidates = [look(own)] if own is not None and home not in output.shuns else []
-            if not candidates or not candidates[0].healthy or candidates[0].draining:
-                candidates = [look(link) for link in known.links.values()]
-            worker_id = None
-            if any(map(takes_onward, candidates)):
-                waiting = self.turns.waiting(output)
-                call = onward_call(output, candidates, known, waiting.cached_tokens)
-                decision = pick(call, candidates)
-                worker_id = decision.worker_id
-            if worker_id is not None and self._returning.take(output):
-                self.tally.waits_no_more(output.waiting_id)
-                self._bind(known.links[worker_id], output, decision, waiting, fresh_at(call, seen.pop(worker_id)))
-            elif known.comes_no_more(output.likeness):
-                self._returning.take(output)
-                self.tally.waits_no_more(output.waiting_id)
-                output.call.fail(endings.replaced(len(output.emitted)))
+            try:
+                bound_to = self._send_onward(known, output, look, now)
+            except Exception as error:
+                self._stop_waiting(output)
+                output.call.fail_unexpectedly(error)
+                continue
+            if bound_to is not None:
+                seen.pop(bound_to)
+
+    def _send_onward(
+        self, known: KnownModel, output: Output, look: Callable[[WorkerLink], Candidate], now: float
+    ) -> str | None:
+        """The worker that a resumed sequence was sent to; None where none has room for it."""
+        home = self._returning.home(output, now)
+        own = next((one for one in known.links.values() if one.identity.incarnation == home), None)
+        candidates = [look(own)] if own is not None and home not in output.shuns else []
+        if not candidates or not candidates[0].healthy or candidates[0].draining:
+            candidates = [look(link) for link in known.links.values()]
+        worker_id = None
+        if any(map(takes_onward, candidates)):
+            waiting = self.turns.waiting(output)
+            call = onward_call(output, candidates, known, waiting.cached_tokens)
+            decision = pick(call, candidates)
+            worker_id = decision.worker_id
+        if worker_id is not None and self._stop_waiting(output):
+            link = known.links[worker_id]
+            self._bind(link, output, decision, waiting, fresh_at(call, look(link)))
+            return worker_id
+        if known.comes_no_more(output.likeness):
+            self._stop_waiting(output)
+            output.call.fail(endings.replaced(len(output.emitted)))
+        return None
+
+    def _stop_waiting(self, output: Output) -> bool:
+        """Take a resumed sequence out of its line; False when it did not wait there."""
+        waited = self._returning.take(output)
+        if waited:
+            self.tally.waits_no_more(output.waiting_id)
+        return waited
 
     def _bind(
         self, link: WorkerLink, output: Output, decision: Decision, waiting: Waiting, fresh_tokens: int = 0
     ) -> None:
-        call = output.call
-        if output.index == 0 and not output.emitted:
-            call.usage.queue_s = self._clock() - call.arrived
-        call.began_at = call.began_at or link.identity
-        if call.versions.all:
-            call.versions = Versions(link.identity.version, frozenset((link.identity.version,)))
-        sealed = b"" if self.accounting is None else self.accounting.open(output, link)
-        if output.resuming == "moved":  # its last worker has given back what it was not to generate
-            waiting = replace(waiting, output_tokens=len(output.emitted))
-        turn = Weighed(waiting, call.policy.weight)
-        self.breakers.sent(link.identity.incarnation, self._clock())
-        earlier = len(output.emitted) - output.restored
-        stream = "" if call.tickets is None else call.tickets.stream(output.index)
-        slot = link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, fresh_tokens, stream)
-        output.bound(link, slot)
-        self._metrics.count("route_decisions_total", call.model, decision.reason)
+        now = self._clock()
+        if submit(output, link, waiting, self.accounting, now, fresh_tokens):
+            self.breakers.sent(link.identity.incarnation, now)
+            self._metrics.count("route_decisions_total", output.call.model, decision.reason)
 
     def _candidates(self, known: KnownModel, now: float, onward: bool = False) -> list[Candidate]:
         """`onward`: for a call that goes on."""
@@ -381,8 +411,12 @@ class Dispatcher:
                 for one in self._candidates(model, self._clock(), onward=True)
                 if one.worker_id != link.identity.worker_id
             ]
-            if pick(RouteCall(model.name, output.tokens, likeness=output.likeness), candidates).worker_id is not None:
+            if pick(RouteCall(model.name, output.tokens, likeness=output.likeness), candidates).worker_id is None:
+                continue
+            try:
                 output.move()
+            except Exception as error:
+                output.call.fail_unexpectedly(error)
 
     def _late(self, call: Call) -> bool:
         return call.deadline is not None and self._clock() >= call.deadline

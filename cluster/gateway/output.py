@@ -284,6 +284,11 @@ class Output:
             self.call.answered(self, link, False)
         self._failed(Outcome.INTERNAL, "error", "the engine could not go on with this call; it is safe to retry")
 
+    def failed(self, error: BaseException) -> None:
+        """End the call: handling its news has raised."""
+        self.link = None
+        self.call.fail_unexpectedly(error)
+
     def lost(self, why: str) -> None:
         """The worker is gone; another one goes on from here."""
         self.link = None

@@ -114,6 +114,12 @@ class Lane:
         if self._voice.plain:
             self._call.sequences[0].go_direct(self._text)
 
+    def fail(self, error: BaseException) -> None:
+        """End the call: writing for it has raised."""
+        self._call.fail_unexpectedly(error)
+        self._error = self._call.error
+        self._halt(True)
+
     def _text(self, text: str) -> None:
         """A token's text, within the link's pass."""
         way = self._way
@@ -145,6 +151,10 @@ class Relay:
     def _pass(self) -> None:
         marked = self._marked
         for _ in range(min(LANES_A_PASS, len(marked))):
-            marked.popleft().write()
+            lane = marked.popleft()
+            try:
+                lane.write()
+            except BaseException as error:  # its call's end, not the other lanes'
+                lane.fail(error)
         if marked:
             self.loop.call_soon(self._pass)

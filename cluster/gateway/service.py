@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from cluster.gateway.output import Output
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import ticks
+from cluster.link.isolation import is_call_failure
 from cluster.observe.metrics import Metrics
 from cluster.routing.versions import Versions
 from cluster.tenancy.identity import Principal
@@ -180,7 +181,7 @@ class CallService:
     async def open(self, wish: wishes.Wish, meta: CallMeta) -> AsyncIterator[Call]:
         """A running call. Raises CallError when it cannot run; errors raised inside end it with their outcome."""
         arrived = self.clock()
-        outcome, model_name, call, guards = Outcome.OK, "", None, None
+        outcome, model_name, call, guards, text = Outcome.OK, "", None, None, None
         try:
             if self._closing:
                 raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
@@ -233,24 +234,39 @@ class CallService:
             outcome = Outcome.INTERNAL
             log.exception("call_failed", request_id=meta.request_id)
             raise
+        except BaseException as error:
+            if not is_call_failure(error):
+                raise
+            outcome = Outcome.INTERNAL
+            log.exception("call_failed", request_id=meta.request_id)
+            raise CallError(outcome, f"unexpected failure; quote request id {meta.request_id}") from error
         finally:
-            if call is not None:
-                self._open.pop(call.id, None)
-                if call.tickets is not None and call.tickets.timer is not None:
-                    call.tickets.timer.cancel()
-                self.dispatcher.leave(call)
-                self.dispatcher.trials.ended(call, outcome)
-                if self.dispatcher.accounting is not None:
-                    self.dispatcher.accounting.ended(call, outcome)
-                if self.prompts is not None:
-                    self.prompts.ended(call, wish.prompt, text, outcome)
+            for end in self._ends(call, meta, outcome, wish.prompt, text):
+                _attempt(end, meta.request_id)
             if guards is not None:
-                guards.close()
-            self._settle(model_name, meta, outcome, call, arrived)
+                _attempt(guards.close, meta.request_id)
+            _attempt(lambda: self._settle(model_name, meta, outcome, call, arrived), meta.request_id)
             if call is not None:
                 for output in call.sequences:
                     output.part()
                 await self._allowances.settle(call)
+
+    def _ends(
+        self, call: Call | None, meta: CallMeta, outcome: Outcome, prompt: wishes.Prompt, text: TextModel | None
+    ) -> Iterator[Callable[[], None]]:
+        """What gives back all that a call holds, step by step: one that fails keeps no other from being taken."""
+        if call is None:
+            return
+        self._open.pop(call.id, None)
+        if call.tickets is not None and call.tickets.timer is not None:
+            yield call.tickets.timer.cancel
+        yield lambda: self.dispatcher.leave(call)
+        yield lambda: self.dispatcher.trials.ended(call, outcome)
+        accounting, prompts = self.dispatcher.accounting, self.prompts
+        if accounting is not None:
+            yield lambda: accounting.ended(call, outcome)
+        if prompts is not None and text is not None:
+            yield lambda: prompts.ended(call, prompt, text, outcome)
 
     def _call(
         self,
@@ -390,15 +406,32 @@ class CallService:
         have been silent for keepalive_s, or for HELD_S where nobody serves their model."""
         while True:
             await ticks.rest(min(keepalive_s / 4, 0.25))
-            self.dispatcher.expire()
+            try:
+                self.dispatcher.expire()
+            except Exception:  # the next look, and all other calls, are to have their turn
+                log.exception("expiry_failed")
             now = self.clock()
             for call in list(self._open.values()):
-                self.dispatcher.grew(call)
-                silent_s = now - call.heard_at
-                if silent_s >= keepalive_s or (silent_s >= HELD_S and self._held(call)):
-                    call.silent_since = now
-                    call.silent = True
-                    call.wake()
+                try:
+                    self._nudge(call, now, keepalive_s)
+                except Exception as error:
+                    call.fail_unexpectedly(error)
+
+    def _nudge(self, call: Call, now: float, keepalive_s: float) -> None:
+        self.dispatcher.grew(call)
+        silent_s = now - call.heard_at
+        if silent_s >= keepalive_s or (silent_s >= HELD_S and self._held(call)):
+            call.silent_since = now
+            call.silent = True
+            call.wake()
+
+
+def _attempt(step: Callable[[], None], request_id: str) -> None:
+    """Take a step of a call's end. What it raises is logged: the steps after it are taken all the same."""
+    try:
+        step()
+    except Exception:
+        log.exception("call_end_failed", request_id=request_id)
 
 
 async def encode(prompt: wishes.Prompt, text: TextModel, tenant: str = "default") -> array[int]:

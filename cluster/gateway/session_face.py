@@ -296,8 +296,14 @@ class Session:
         dirty, self.dirty = self.dirty, {}
         for opened in dirty.values():
             call = opened.call
-            if call is not None and not opened.told:
+            if call is None or opened.told:
+                continue
+            try:
                 self._news(opened, call)
+            except BaseException as error:  # its call's end, not the session's
+                call.fail_unexpectedly(error)
+                opened.told = True
+                opened.ended.set()
 
     def _sealed_news(self, opened: _Open, call: Call, voice: Voice) -> None:
         try:

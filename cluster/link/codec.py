@@ -27,6 +27,8 @@ from cluster.link.v1 import link_pb2 as pb
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
+MAX_TEXT = 4096
+"""Characters of an engine's words about one request."""
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
@@ -141,6 +143,11 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
     )
 
 
+def wire_text(text: str) -> str:
+    """An engine's words as a message can carry them: short, and without lone surrogates."""
+    return text[:MAX_TEXT].encode("utf-8", "replace").decode()
+
+
 class StepColumns:
     """One StepOutputs under construction: outputs of one or several steps for one link, column by column."""
 
@@ -172,7 +179,7 @@ class StepColumns:
                     slot=slot,
                     reason=pb.Finish.Reason.ValueType(int(output.finish)),
                     stop_token_id=output.stop_token_id,
-                    message=output.message,
+                    message=wire_text(output.message),
                 )
             )
         if output.logprobs:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from cluster.api.demand import Work
 from cluster.api.types import EngineLoad, TokenOutput
-from cluster.link.codec import StepColumns, load_to_pb, usage_to_pb
+from cluster.link.codec import StepColumns, load_to_pb, usage_to_pb, wire_text
 from cluster.link.codec_demand import work_to_pb
 from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_to_pb, served_to_pb
 from cluster.link.credit import Grant
@@ -16,6 +16,9 @@ from cluster.link.usage_keeper import MOST_A_MESSAGE, EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.flows import FlowKey
+
+MESSAGE_BYTES = 4 << 20
+"""Of Submits that one message to a worker holds; far below what the worker accepts."""
 
 
 class Outbox:
@@ -51,7 +54,7 @@ class Outbox:
 
     def refused(self, slot: int, reason: str, message: str, field: str) -> None:
         """The engine did not take a Submit."""
-        self._refused.append(pb.Refused(slot=slot, reason=reason, message=message, field=field))
+        self._refused.append(pb.Refused(slot=slot, reason=reason, message=wire_text(message), field=wire_text(field)))
         self.flush()
 
     def grant(self, grant: Grant) -> None:
@@ -199,10 +202,11 @@ class CommandBox:
         """Wait to be woken, then everything that has gathered, as one message."""
         await self._wake.wait()
         self._seq += 1
+        submits = self._next_submits()
         message = pb.GatewayTurn(
             seq=self._seq,
-            submits=self._submits,
-            aborts=self._aborts,
+            submits=submits,
+            aborts=() if self._submits else self._aborts,
             grant_ack=self._grant_ack,
             backlog=self._backlog,
             usage_acks=self._usage_acks,
@@ -210,7 +214,23 @@ class CommandBox:
         )
         if self._fetch:
             message.fetch_bundle.digest = self._fetch.pop(0)
-        if not self._fetch:
+        if not self._fetch and not self._submits:
             self._wake.clear()
-        self._submits, self._aborts, self._backlog, self._usage_acks, self._commands = [], [], None, [], []
+        if not self._submits:  # an abort must not overtake its Submit
+            self._aborts = []
+        self._backlog, self._usage_acks, self._commands = None, [], []
         return message
+
+    def _next_submits(self) -> Sequence[pb.Submit]:
+        """Submits for one message, at least one; the rest wait for the next, so that no message is too large."""
+        if len(self._submits) == 1:
+            submits, self._submits = self._submits, []
+            return submits
+        count = total = 0
+        for submit in self._submits:
+            total += submit.ByteSize()
+            if count and total > MESSAGE_BYTES:
+                break
+            count += 1
+        submits, self._submits = self._submits[:count], self._submits[count:]
+        return submits

@@ -22,12 +22,13 @@ from cluster.api.bundle import Bundle
 from cluster.api.demand import Work
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineDead, EngineRefused
-from cluster.api.types import EngineInfo, EngineLoad, WorkerIdentity
+from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, WorkerIdentity
 from cluster.link import codec
 from cluster.link.bulk import send_bundle, serve_bulk
 from cluster.link.credit import Granter
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, open_client, read, until_first
 from cluster.link.gpu_meter import GpuMeter
+from cluster.link.isolation import is_call_failure
 from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
@@ -36,7 +37,7 @@ from cluster.link.tls import TlsFiles
 from cluster.link.usage_keeper import UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.link.worker_calls import WorkerCalls
+from cluster.link.worker_calls import WorkerCalls, spent_by
 from cluster.link.worker_state import Link, WorkerStatistics
 from cluster.link.worker_usage import WorkerUsage
 from cluster.rpc.client import ClientCall
@@ -341,6 +342,7 @@ class WorkerEnd:
             await self._submit(link, submit)
 
     async def _submit(self, link: Link, submit: pb.Submit) -> None:
+        """Run a request, or refuse it: nothing that it makes go wrong reaches the link and its other requests."""
         slot = submit.slot
         request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
         link.requests[slot] = request_id
@@ -348,34 +350,46 @@ class WorkerEnd:
         ids = submit.prompt_ids
         if submit.prompt_blob:
             ids = await link.prompts.take(submit.prompt_blob)
+        self._granter.spent(link.turn, *spent_by(submit, ids))
         try:
             request = codec.submit_from_pb(submit, request_id, ids)
-        except ValueError as error:
-            self._granter.spent(link.turn, 0)
-            self._unacceptable(link, slot, str(error))
+        except Exception as error:
+            self._unacceptable(link, slot, f"the gateway's Submit cannot be read: {error}")
             return
+        try:
+            await self._run_request(link, submit, request)
+        except EngineRefused as refused:
+            self._withdraw(request_id, Outcome.INVALID_FIELD)
+            link.outbox.refused(slot, refused.reason, refused.message, refused.field)
+        except EngineDead as dead:
+            self._fail(dead)
+        except BaseException as error:
+            if not is_call_failure(error):
+                raise
+            log.exception("request_failed", request=request_id)
+            self._withdraw(request_id, Outcome.INTERNAL)
+            self._let_go([request_id])
+            self._unacceptable(link, slot, f"the worker failed on this request: {type(error).__name__}")
+        await self._overtaken(link, slot)
+
+    async def _run_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> None:
+        """Join what still runs for it here, or give it to the engine. Raises EngineRefused and EngineDead."""
         running = self._calls.entered(link, submit, request)
-        self._granter.spent(link.turn, running.tokens, running.fresh_tokens < running.tokens)
         joined, doomed = self._calls.join(running, submit)
         self._let_go(doomed)
         if joined:
             self._regrant()
-            await self._overtaken(link, slot)
             return
-        self._let_go(self._calls.begin(running, request_id, submit))
-        try:
-            await self._engine.submit(request)
-        except EngineRefused as refused:
-            self._served.revoked(request_id)
-            self._calls.forget(request_id, Outcome.INVALID_FIELD)
-            link.outbox.refused(slot, refused.reason, refused.message, refused.field)
-            self._regrant()
-        except EngineDead as dead:
-            self._fail(dead)
-        else:
-            running.accepted = True
-            link.outbox.accepted(slot)
-        await self._overtaken(link, slot)
+        self._let_go(self._calls.begin(running, request.request_id, submit))
+        await self._engine.submit(request)
+        running.accepted = True
+        link.outbox.accepted(submit.slot)
+
+    def _withdraw(self, request_id: str, outcome: Outcome) -> None:
+        """Forget a request that the engine has not taken."""
+        self._served.revoked(request_id)
+        self._calls.forget(request_id, outcome)
+        self._regrant()
 
     async def _overtaken(self, link: Link, slot: int) -> None:
         """A Submit is through; an abort may have overtaken a slow one."""
@@ -393,11 +407,11 @@ class WorkerEnd:
 
     @staticmethod
     def _unacceptable(link: Link, slot: int, why: str) -> None:
-        """A Submit that is none: its sender's fault, and no other call's."""
+        """Refuse a Submit that cannot be read, or that the worker failed on; no other call notices."""
         link.requests.pop(slot, None)
         link.submitting.discard(slot)
         link.aborted.discard(slot)
-        link.outbox.refused(slot, Outcome.INTERNAL.name, f"the gateway's Submit cannot be read: {why}", "")
+        link.outbox.refused(slot, Outcome.INTERNAL.name, why, "")
 
     async def _abort(self, link: Link, slots: Sequence[int]) -> None:
         doomed = []
@@ -418,6 +432,8 @@ class WorkerEnd:
             await self._engine.abort(request_ids)
         except EngineDead as dead:
             self._fail(dead)
+        except Exception:  # these requests run on; the link and the engine loop serve others
+            log.exception("abort_failed", requests=len(request_ids))
 
     def _command(self, command: pb.Command) -> None:
         """What an operator asks, through whichever gateway."""

@@ -31,6 +31,12 @@ log = structlog.get_logger("worker")
 _OUTCOMES = {FinishReason.ERROR: Outcome.INTERNAL, FinishReason.ABORT: Outcome.CANCELLED}
 
 
+def spent_by(submit: pb.Submit, prompt_ids: bytes) -> tuple[int, bool]:
+    """What a Submit takes of its gateway's credit, readable or not: tokens, and whether KV blocks of them are here."""
+    tokens = (len(prompt_ids) + len(submit.emitted_ids)) // 4
+    return tokens, 0 < submit.fresh_tokens < tokens
+
+
 class WorkerCalls:
     """Of one worker."""
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Container, Sequence
 from typing import Protocol
 
+import structlog
+
 from cluster.api.demand import Work
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, Likeness, Standing, TokenOutput, WorkerIdentity
 from cluster.link import codec
@@ -19,6 +21,7 @@ from cluster.link.codec_demand import work_from_pb
 from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_from_pb, put_turn, served_from_pb
 from cluster.link.credit import Purse, Room
 from cluster.link.dial import CHUNK_BYTES
+from cluster.link.isolation import is_call_failure
 from cluster.link.liveness import Liveness
 from cluster.link.outbox import CommandBox
 from cluster.link.replays import Replays
@@ -27,12 +30,15 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.tenancy.elsewhere import ServedTotal
 from cluster.tenancy.order import Waiting
 
+log = structlog.get_logger("link")
+
 # Longer prompts travel in chunks on Bulk, so that nothing large stands before a token.
 TURN_PROMPT_BYTES = 32_768
 
 
 class Sink(Protocol):
-    """Where one slot's news goes. Called from the link's reader: short, never awaiting."""
+    """Where one slot's news goes. Called from the link's reader: short, never awaiting. What a method raises is given
+    to `failed`, and reaches neither the link nor the other slots."""
 
     def accepted(self) -> None:
         """The engine has taken the request."""
@@ -51,6 +57,9 @@ class Sink(Protocol):
 
     def lost(self, why: str) -> None:
         """The link has ended; nothing more comes."""
+
+    def failed(self, error: BaseException) -> None:
+        """One of the other methods has raised; the request is aborted, and nothing more comes."""
 
 
 class WorkerLink:
@@ -137,23 +146,30 @@ class WorkerLink:
             message.earlier_tokens = earlier_tokens
         if turn is not None:
             put_turn(message, turn)
-        self._sinks[slot] = sink
-        tokens = self._prefilling[slot] = len(request.prompt_token_ids) + len(request.emitted_token_ids)
-        self.prefill_tokens += tokens
         message.fresh_tokens, message.stream = fresh_tokens, stream
+        tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         expected = tokens - turn.what.cached_tokens if turn is not None else tokens
+        blobs = self._prompt_blobs(message)
+        # From here on nothing can fail: a request is sent with all that is counted of it, or not at all.
+        self._sinks[slot], self._prefilling[slot] = sink, tokens
+        self.prefill_tokens += tokens
         self.replays.sent(slot, fresh_tokens or max(expected, 1), bool(request.emitted_token_ids))
         self._purse.spend(tokens)
-        if len(message.prompt_ids) > TURN_PROMPT_BYTES and self.blobs is not None:
-            key = f"prompt:{slot}:{attempt}"
-            data = message.prompt_ids
-            for at in range(0, len(data), CHUNK_BYTES):
-                chunk = data[at : at + CHUNK_BYTES]
-                self.blobs.put_nowait(pb.Blob(key=key, data=chunk, last=at + CHUNK_BYTES >= len(data)))
-            message.ClearField("prompt_ids")
-            message.prompt_blob = key
+        if self.blobs is not None:
+            for blob in blobs:
+                self.blobs.put_nowait(blob)
         self.box.submit(message)
         return slot
+
+    def _prompt_blobs(self, message: pb.Submit) -> Sequence[pb.Blob]:
+        """A long prompt's chunks for Bulk, where that is open; the Submit then names them."""
+        if len(message.prompt_ids) <= TURN_PROMPT_BYTES or self.blobs is None:
+            return ()
+        key, data = f"prompt:{message.slot}:{message.attempt}", message.prompt_ids
+        message.ClearField("prompt_ids")
+        message.prompt_blob = key
+        starts = range(0, len(data), CHUNK_BYTES)
+        return [pb.Blob(key=key, data=data[at : at + CHUNK_BYTES], last=at + CHUNK_BYTES >= len(data)) for at in starts]
 
     def fresh(self, tokens: int) -> int:
         """Of so many tokens that this engine has computed before, those it has to compute anew before the next: whole
@@ -181,6 +197,16 @@ class WorkerLink:
         self.prefill_tokens -= self._prefilling.pop(slot, 0)
         self.replays.left(slot)
 
+    def _sink_failed(self, slot: int, sink: Sink, error: BaseException) -> None:
+        """End one request whose sink has raised: its failure is not the link's."""
+        if not is_call_failure(error):
+            raise error
+        self.abort(slot)
+        try:
+            sink.failed(error)
+        except Exception:
+            log.exception("call_not_ended", worker=self.identity.worker_id, slot=slot)
+
     @property
     def sinks(self) -> Sequence[Sink]:
         """Whose requests run there."""
@@ -198,12 +224,18 @@ class WorkerLink:
         self.last_heard = time.monotonic()
         for accepted in message.accepted:
             if (sink := self._sinks.get(accepted.slot)) is not None:
-                sink.accepted()
                 self.replays.accepted(accepted.slot)
+                try:
+                    sink.accepted()
+                except BaseException as error:
+                    self._sink_failed(accepted.slot, sink, error)
         for refused in message.refused:
             if (sink := self._sinks.pop(refused.slot, None)) is not None:
                 self._prefilled(refused.slot)
-                sink.refused(refused.reason, refused.message, refused.field)
+                try:
+                    sink.refused(refused.reason, refused.message, refused.field)
+                except BaseException as error:
+                    self._sink_failed(refused.slot, sink, error)
         if message.HasField("step"):
             self._apply_step(message.step)
             before = self.replays.tokens
@@ -252,7 +284,10 @@ class WorkerLink:
                 self._prefilled(slot)
             if output.finish is not None:
                 del sinks[slot]
-            sink.output(output)
+            try:
+                sink.output(output)
+            except BaseException as error:
+                self._sink_failed(slot, sink, error)
 
     def _apply_tokens(self, step: pb.StepOutputs, without: Container[int]) -> float:
         """The slots that got one token and nothing else. Most of them got their last one in the step before: then it is
@@ -271,7 +306,10 @@ class WorkerLink:
             else:
                 self.on_gaps(now - sink.heard_at, 1)
             sink.heard_at = now
-            sink.token(token_id)
+            try:
+                sink.token(token_id)
+            except BaseException as error:
+                self._sink_failed(slot, sink, error)
         if not in_step:
             return 0.0
         self.on_gaps(now - before, in_step)
@@ -280,6 +318,9 @@ class WorkerLink:
     def end(self, why: str) -> None:
         """Tell every slot, once."""
         self._ended = True  # first: whoever is told looks for another place at once
-        sinks, self._sinks = list(self._sinks.values()), {}
-        for sink in sinks:
-            sink.lost(why)
+        sinks, self._sinks = self._sinks, {}
+        for slot, sink in sinks.items():
+            try:
+                sink.lost(why)
+            except BaseException as error:
+                self._sink_failed(slot, sink, error)

@@ -31,6 +31,8 @@ class Silent:
 
     def lost(self, why: str) -> None: ...
 
+    def failed(self, error: BaseException) -> None: ...
+
 
 def linked() -> WorkerLink:
     """A link whose worker has granted plenty."""

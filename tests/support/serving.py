@@ -107,6 +107,11 @@ class _Answer:
         if not self.done.done():
             self.done.set_exception(AssertionError(f"lost: {why}"))
 
+    def failed(self, error: BaseException) -> None:
+        """A token could not be kept."""
+        if not self.done.done():
+            self.done.set_exception(error)
+
 
 async def greedy(link: WorkerLink, prompt: Sequence[int], count: int) -> list[int]:
     """The next `count` tokens, greedily, over the link."""

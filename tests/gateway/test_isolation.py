@@ -1,0 +1,359 @@
+"""The law of one call's submission: none of its exceptions reaches a link, another call, or what is counted of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import Engine, EngineRefused
+from cluster.api.types import EngineRequest, Grammar, Sampling
+from cluster.engine.sim import SimEngine
+from cluster.gateway.accounting import Accounting
+from cluster.gateway.call import Call
+from cluster.gateway.output import Output
+from cluster.gateway.text.detokenizer import TextSource
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.ledger.records import OpenRecord, UsageRecord
+from cluster.ledger.sealed import Sealer
+from cluster.link.worker_link import WorkerLink
+from cluster.tenancy.policy import TenantPolicy
+from tests.link.test_replays import Silent, linked
+from tests.support.calls import complete
+from tests.support.cluster import TestCluster, sim_engine, until
+
+pytestmark = pytest.mark.slow
+
+PLAIN = Sampling(max_tokens=8, temperature=0.0, ignore_eos=True)
+
+
+class Broken(Exception):
+    """What the faulty parts raise."""
+
+
+def breaks(*_: object) -> Any:
+    """A callback that fails."""
+    raise Broken
+
+
+class PanicException(BaseException):
+    """What a Rust extension raises when it panics, by name."""
+
+
+@dataclass
+class FaultyText:
+    """A text source that fails at one of its methods."""
+
+    plain: TextSource
+    at: str
+    error: type[BaseException] = Broken
+    watches: bool = True
+    refused: bool = False
+    pushes: int = 0
+    token_ids: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = self.plain.token_ids
+
+    @property
+    def untaken(self) -> int:
+        """The inner one's."""
+        return self.plain.untaken
+
+    def _fail(self, name: str) -> None:
+        if name == self.at:
+            raise self.error
+
+    def untaken_tokens(self) -> int:
+        """Fails, or asks the inner one."""
+        self._fail("untaken_tokens")
+        return self.plain.untaken_tokens()
+
+    def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
+        """Fails at the first or a later step, or asks the inner one."""
+        self.pushes += 1
+        self._fail("push" if self.pushes == 1 else "push later")
+        return self.plain.push(token_ids, stop_terminated)
+
+    def text_of(self, token_id: int) -> str:
+        """The inner one's."""
+        return self.plain.text_of(token_id)
+
+    def give_back(self, text: str) -> None:
+        """The inner one's."""
+        self.plain.give_back(text)
+
+    def take(self, finished: bool) -> str:
+        """Fails, or asks the inner one."""
+        self._fail("take")
+        return self.plain.take(finished)
+
+    def restore(self, token_ids: Sequence[int], chars: int) -> None:
+        """The inner one's."""
+        self.plain.restore(token_ids, chars)
+
+
+@dataclass
+class Poison:
+    """A call that fails at one step of its way."""
+
+    sampling: Sampling = PLAIN
+    request: Mapping[str, Any] = field(default_factory=dict)
+    text: str = ""
+    error: type[BaseException] = Broken
+    call: Mapping[str, Any] = field(default_factory=dict)
+    handle: str = ""
+    listener: bool = False
+    outcome: Outcome | None = Outcome.INTERNAL
+
+
+POISONS = {
+    "grammar is no text": Poison(replace(PLAIN, grammar=Grammar("regex", "\ud800"))),
+    "choice is no text": Poison(replace(PLAIN, grammar=Grammar("choice", ("a", "\udfff")))),
+    "no such grammar": Poison(replace(PLAIN, grammar=Grammar("nonsense", "x"))),
+    "salt is no text": Poison(request={"cache_salt": "\ud800"}),
+    "traceparent is no text": Poison(request={"traceparent": "\ud800"}),
+    "adapter is no text": Poison(request={"adapter": 7}),
+    "prompt beyond 32 bits": Poison(request={"prompt_token_ids": [1 << 40]}),
+    "prompt below zero": Poison(request={"prompt_token_ids": [-1]}),
+    "seed beyond 64 bits": Poison(replace(PLAIN, seed=1 << 70)),
+    "stop id beyond 32 bits": Poison(replace(PLAIN, stop_token_ids=(1 << 40,))),
+    "bias of a word": Poison(replace(PLAIN, logit_bias={3: cast(float, "much")})),
+    "max_tokens below zero": Poison(replace(PLAIN, max_tokens=-1)),
+    "handle is no text": Poison(handle="\ud800"),
+    "text fails at the first token": Poison(text="push"),
+    "text fails at a later token": Poison(text="push later"),
+    "text panics": Poison(text="push later", error=PanicException),
+    "turns fail at the first token": Poison(call={"began": breaks}),
+    "breakers fail at the first token": Poison(call={"answered": breaks}),
+    "the listener fails": Poison(listener=True),
+}
+
+
+@dataclass
+class Rig:
+    """A cluster with one worker, and calls that bypass the APIs' checks."""
+
+    cluster: TestCluster
+    text: TextModel
+
+    def call(self, poison: Poison, ids: Sequence[int] = (11, 12, 13)) -> Call:
+        """A call as CallService makes it, with the poison in it."""
+        dispatcher = self.cluster.gateway.dispatcher
+        hooks = {"began": dispatcher.turns.began, "answered": dispatcher.answered, **poison.call}
+        call = Call(
+            id=f"poison-{id(poison)}-{id(object())}",
+            model="sim",
+            policy=TenantPolicy("alpha", handle=poison.handle),
+            rank=0,
+            arrived=self.cluster.gateway.service.clock(),
+            deadline=None,
+            again=dispatcher.again,
+            clock=self.cluster.gateway.service.clock,
+            request_id="poison",
+            **hooks,
+        )
+        request = EngineRequest("", list(ids), poison.sampling)
+        text: TextSource = self.text.detokenizer(list(ids), stop=(), min_tokens=0)
+        if poison.text:
+            text = FaultyText(text, poison.text, poison.error)
+        call.sequences.append(Output(call, 0, replace(request, **poison.request), text))
+        if poison.listener:
+            call.listener = breaks
+        return call
+
+    @asynccontextmanager
+    async def entered(self, calls: Sequence[Call]) -> AsyncIterator[None]:
+        """These calls are queued; at the end each is left, as its API does."""
+        dispatcher = self.cluster.gateway.dispatcher
+        model = self.cluster.gateway.directory.find("sim")
+        assert model is not None
+        try:
+            for call in calls:
+                dispatcher.enter(call, model)
+            yield
+        finally:
+            for call in calls:
+                dispatcher.leave(call)
+                if dispatcher.accounting is not None:
+                    dispatcher.accounting.ended(call, Outcome.INTERNAL)
+
+    def held(self) -> object:
+        """What is held of calls anywhere in the gateway and at the link; equal before and after."""
+        dispatcher, (link,) = self.cluster.gateway.dispatcher, self.cluster.gateway.hub.links
+        order = dispatcher.turns.fair.order("sim").statistics()
+        return (
+            link.running,
+            link.prefill_tokens,
+            (link.replays.tokens, link.replays.prompts),
+            dispatcher.waiting("sim"),
+            dispatcher.breakers.open,
+            (order.waiting, order.open_charges),
+            sum(one.queued_requests for one in dispatcher.tally.classes("sim", 0.0, True)),
+        )
+
+
+@asynccontextmanager
+async def rig_of(cluster: TestCluster, bundle: Bundle, engine: Engine) -> AsyncIterator[Rig]:
+    """A rig on this engine; afterwards the link is the one that it was, with all its room and nothing held."""
+    worker = await cluster.add_worker(engine, bundle)
+    await cluster.stub.Complete(complete(max_tokens=2))
+    await cluster.until_idle()
+    rig = Rig(cluster, TextModel.from_bundle(bundle))
+    (link,) = cluster.gateway.hub.links
+    room, before = link.free, rig.held()
+    yield rig
+    await cluster.until_idle()
+    assert cluster.gateway.hub.links == [link], "the link was lost"
+    await until(lambda: rig.held() == before, f"nothing is held: {rig.held()} was {before}")
+    await until(
+        lambda: link.free.sequences == room.sequences and abs(link.free.tokens - room.tokens) * 10 < room.tokens,
+        f"the room is given back, tokens to a tenth: {link.free} was {room}",
+    )
+    assert worker.end.statistics().running == 0
+
+
+def ended(call: Call) -> bool:
+    """Whether nothing more comes of a call."""
+    return call.error is not None or call.finished
+
+
+@pytest.mark.parametrize("places", [8, 1], ids=["unqueued", "queued"])
+async def test_no_exception_of_one_call_reaches_a_link(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, places: int
+) -> None:
+    """A lone surrogate in a queued call's regex ended the worker's link, and with it other tenants' streams."""
+    async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2, max_num_seqs=places)) as rig:
+        alone = (await cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True))).choices[0].text
+        stream = asyncio.ensure_future(cluster.stub.Complete(complete(max_tokens=60, ignore_eos=True)))
+        await until(lambda: any(w.engine.load().running for w in cluster.workers), "a bystander runs")
+        calls = {name: rig.call(poison) for name, poison in POISONS.items()}
+        healthy = rig.call(Poison())
+        async with rig.entered([*calls.values(), healthy]):
+            for name, call in calls.items():
+                await until(lambda call=call: ended(call), f"the call has ended: {name}")  # type: ignore[misc]
+                assert call.error is not None, name
+                assert call.error.outcome is POISONS[name].outcome, (name, call.error)
+            await until(lambda: ended(healthy), "a call behind them is served")
+            assert healthy.error is None
+        assert (await stream).choices[0].text == alone, "another's stream was touched"
+
+
+class FaultySealer:
+    """Seals nothing."""
+
+    def seal(self, record: OpenRecord) -> bytes:
+        """Fails."""
+        raise Broken
+
+    def open(self, sealed: bytes) -> OpenRecord:
+        """Not asked."""
+        raise NotImplementedError
+
+
+async def test_a_record_that_cannot_be_sealed_ends_its_call(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, tmp_path: Path
+) -> None:
+    """A sealer's failure, and a worker that cannot take what was sealed, ended the link and left the account open."""
+    written: list[UsageRecord] = []
+    for number, sealer in enumerate((cast(Sealer, FaultySealer()), Sealer([b"s" * 32]))):
+        accounting = Accounting(
+            incarnation="g", sealer=sealer, folder=tmp_path / f"spool{number}", insert=written.extend
+        )
+        async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2)) as rig:
+            cluster.gateway.dispatcher.accounting = accounting
+            call = rig.call(Poison(request={"cache_salt": "\ud800"}))
+            async with rig.entered([call]):
+                await until(lambda: call.error is not None, "it has ended")  # noqa: B023
+                assert call.error is not None
+                assert call.error.outcome is Outcome.INTERNAL
+            assert accounting.open_accounts == 0
+            cluster.gateway.dispatcher.accounting = None
+        await cluster.workers.pop().stop()
+        await accounting.stop()
+    assert written == []
+
+
+async def test_every_step_of_a_calls_end_is_taken(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A text that fails when it is read, or counted at the end, left its place in the engine and in line taken."""
+    async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2)) as rig:
+        call = rig.call(Poison(text="take"))
+        async with rig.entered([call]):
+            await until(lambda: bool(call.sequences[0].emitted), "it has a token")
+            with pytest.raises(Broken):
+                call.take()
+
+
+@dataclass
+class FaultyEngine:
+    """A simulated engine that fails on requests with one seed."""
+
+    inner: SimEngine
+    error: Callable[[], BaseException]
+    seed: int = 13
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def submit(self, request: EngineRequest) -> None:
+        """See Engine."""
+        if request.sampling.seed == self.seed:
+            raise self.error()
+        await self.inner.submit(request)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Broken, ValueError, lambda: KeyError("x"), PanicException, lambda: EngineRefused("INTERNAL", "\ud800" * 9999)],
+    ids=["exception", "ValueError", "KeyError", "panic", "no text"],
+)
+async def test_an_engine_that_fails_on_a_request_refuses_that_one(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, error: Callable[[], BaseException]
+) -> None:
+    """An exception of the engine's submit ended the worker's reader, and with it the link."""
+    engine = FaultyEngine(sim_engine(checkpoint, decode_ms=2), error)
+    async with rig_of(cluster, bundle, cast(Engine, engine)) as rig:
+        grammar = Grammar("regex", "a*")  # these are submitted beside the reader
+        poisons = [rig.call(Poison(replace(PLAIN, seed=13, grammar=kind))) for kind in (None, grammar)]
+        healthy = rig.call(Poison())
+        async with rig.entered([*poisons, healthy]):
+            for call in poisons:
+                await until(lambda call=call: call.error is not None, "it is refused")  # type: ignore[misc]
+                assert call.error is not None
+                assert call.error.outcome is Outcome.INTERNAL
+            await until(lambda: ended(healthy), "a call beside them is served")
+            assert healthy.error is None
+
+
+def test_a_link_outlives_its_sinks() -> None:
+    """When a link ended, a sink that raised kept the news from all others."""
+
+    class Raises(Silent):
+        failure: BaseException | None = None
+
+        def lost(self, why: str) -> None:
+            raise Broken
+
+        def failed(self, error: BaseException) -> None:
+            self.failure = error
+
+    class Hears(Silent):
+        why = ""
+
+        def lost(self, why: str) -> None:
+            self.why = why
+
+    link: WorkerLink = linked()
+    raises, hears = Raises(), Hears()
+    for sink in (raises, hears):
+        link.submit(EngineRequest("", [5], PLAIN), sink)
+    link.end("gone")
+    assert hears.why == "gone"
+    assert isinstance(raises.failure, Broken)
