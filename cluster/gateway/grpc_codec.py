@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar
 from cluster.gateway.call import Call, CallUsage
 from cluster.gateway.directory import KnownModel
+from cluster.gateway.json_values import parse
 from cluster.gateway.output import Piece
 from cluster.gateway.service import Progress
 from cluster.gateway.text.logprobs import TokenLogprob
@@ -174,10 +174,7 @@ def _template_kwargs(text: str) -> Mapping[str, Any]:
 
 
 def _json_object(field: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise invalid(field, f"is not JSON: {error}") from None
+    value = parse(field, text)
     if not isinstance(value, dict):
         raise invalid(field, "must be a JSON object")
     return value

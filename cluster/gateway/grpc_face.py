@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
 from cluster.gateway.door import Shown, alternative_names
 from cluster.gateway.relay import Lane, Relay
+from cluster.gateway.request_ids import request_id, traceparent
 from cluster.gateway.service import CallMeta, CallService, encode
 from cluster.gateway.session_face import Session
 from cluster.gateway.status import grpc_code, trailers
@@ -28,8 +28,7 @@ log = structlog.get_logger("grpc")
 
 SERVICE = "cluster.v1.Inference"
 MAX_PAGE_SIZE = 1000
-_REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
-_TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
+MAX_PAGE_TOKEN = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +148,15 @@ class GrpcFace:
         return Shown(authorization, names, context.peer())
 
     def _meta(self, context: Any) -> CallMeta:
-        request_id = traceparent = ""
+        own_id = trace = ""
         for key, value in context.invocation_metadata() or ():
-            if key == "x-request-id" and isinstance(value, str) and _REQUEST_ID.match(value):
-                request_id = value
-            elif key == "traceparent" and isinstance(value, str) and _TRACEPARENT.match(value):
-                traceparent = value
+            if key == "x-request-id":
+                own_id = request_id(value) or own_id
+            elif key == "traceparent":
+                trace = traceparent(value) or trace
         remaining_s = context.time_remaining()
         deadline = None if remaining_s is None else self._service.clock() + remaining_s
-        return CallMeta(request_id or uuid.uuid4().hex, "grpc", deadline, traceparent)
+        return CallMeta(own_id or uuid.uuid4().hex, "grpc", deadline, trace)
 
     # ---- calls
 
@@ -221,14 +220,20 @@ def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Seq
     """One page of sorted names and the token of the next (AIP-158). Raises CallError."""
     if page_size < 0:
         raise invalid("page_size", f"must not be negative, got {page_size}")
-    after = ""
-    if page_token:
-        try:
-            after = json.loads(bytes.fromhex(page_token))["after"]
-        except (ValueError, KeyError, TypeError):
-            raise invalid("page_token", "is not one that this method has returned") from None
+    after = _after(page_token) if page_token else ""
     rest = [name for name in names if name > after] if after else list(names)
     size = min(page_size or MAX_PAGE_SIZE, MAX_PAGE_SIZE)
     page = rest[:size]
     more = json.dumps({"after": page[-1]}).encode().hex() if len(rest) > size else ""
     return page, more
+
+
+def _after(page_token: str) -> str:
+    """The name that a page token's page begins behind. Raises CallError."""
+    try:
+        after = json.loads(bytes.fromhex(page_token[:MAX_PAGE_TOKEN]))["after"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        after = None
+    if not isinstance(after, str):
+        raise invalid("page_token", "is not one that this method has returned")
+    return after

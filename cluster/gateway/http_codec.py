@@ -14,7 +14,8 @@ from typing import Any
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar
-from cluster.gateway.http_fields import INT64, Fields, kind, real, whole_numbers
+from cluster.gateway.http_fields import INT64, Fields, real, whole_numbers
+from cluster.gateway.json_values import kind, parse
 from cluster.gateway.wishes import (
     DEFAULT_COMPLETE_TOKENS,
     MAX_CHOICES,
@@ -33,7 +34,7 @@ from cluster.gateway.wishes import (
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_PROMPTS = 128
 MAX_SALT_CHARS = 512
-_TOKEN_ID = re.compile(r"^-?[0-9]{1,10}$")
+_TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
 
 # Fields that are known, would change the answer, and are not served: refused unless they say what happens anyway.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
@@ -260,10 +261,7 @@ def _tool_call(call: Fields) -> dict[str, Any]:
     if function is None:
         raise invalid(call.path("function"), "is missing")
     path = function.path("arguments")
-    try:
-        arguments = json.loads(function.text("arguments") or "{}")
-    except (ValueError, RecursionError) as error:
-        raise invalid(path, f"is not JSON: {error}") from None
+    arguments = parse(path, function.text("arguments") or "{}")
     if not isinstance(arguments, dict):
         raise invalid(path, "must be a JSON object")
     named = {"name": function.text("name") or "", "arguments": arguments}
@@ -314,7 +312,7 @@ def _logit_bias(body: Fields) -> dict[int, float]:
     biases = {}
     for key, value in found.values.items():
         path = f"logit_bias[{key}]"
-        if not _TOKEN_ID.match(key):
+        if not _TOKEN_ID.fullmatch(key):
             raise invalid(path, "token ids are whole numbers")
         biases[int(key)] = real(path, value)
     return biases
@@ -368,10 +366,7 @@ def _structured_outputs(outputs: Fields) -> Grammar | None:
 def _schema(path: str, value: object) -> str:
     """A schema as JSON text; vLLM's server takes one as an object or as text."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise invalid(path, f"is not JSON: {error}") from None
+        value = parse(path, value)
     if not isinstance(value, dict):
         raise invalid(path, f"must be a JSON object, got {kind(value)}")
     try:

@@ -8,7 +8,6 @@ a client that goes away ends its call at once, wherever it is.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -29,6 +28,7 @@ from cluster.gateway.http_fields import Fields, read_object
 from cluster.gateway.http_protocol import CONNECTION
 from cluster.gateway.output import Piece
 from cluster.gateway.relay import Lane, Relay, Way
+from cluster.gateway.request_ids import request_id, traceparent
 from cluster.gateway.service import CallMeta, CallService
 
 log = structlog.get_logger("http")
@@ -40,8 +40,6 @@ Send = Callable[[Message], Awaitable[None]]
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
-_TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
 _EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -96,12 +94,11 @@ class Exchange:
         self.standing: list[tuple[bytes, bytes]] = []
         """Headers of how the caller's limits stand, for an answer that is no error."""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.request_id = self.header(b"x-request-id", _REQUEST_ID) or uuid.uuid4().hex
+        self.request_id = request_id(self.header(b"x-request-id")) or uuid.uuid4().hex
 
-    def header(self, name: bytes, form: re.Pattern[str]) -> str:
-        """A header's value where it has the form; else empty: a bad one is let be."""
-        value = self.headers.get(name, b"").decode("latin-1")
-        return value if form.match(value) else ""
+    def header(self, name: bytes) -> str:
+        """A header's value; empty where there is none."""
+        return self.headers.get(name, b"").decode("latin-1")
 
     def shown(self, certificates: bool) -> Shown:
         """What the caller shows; its certificate where `certificates` count."""
@@ -226,8 +223,8 @@ class HttpFace:
         if media_type != b"application/json":  # also what keeps other sites' pages from posting here unasked
             raise Refused(415, "unsupported_media_type", "content-type must be application/json")
         asked = kind.asked(read_object(await exchange.body(self._max_body_bytes)))
-        traceparent = exchange.header(b"traceparent", _TRACEPARENT)
-        meta = CallMeta(exchange.request_id, "http", traceparent=traceparent, principal=exchange.principal)
+        trace = traceparent(exchange.header(b"traceparent"))
+        meta = CallMeta(exchange.request_id, "http", traceparent=trace, principal=exchange.principal)
         answer = self._stream if asked.stream else self._whole
         await _while_connected(answer(kind, asked, meta, exchange), exchange.scope[CONNECTION])
 

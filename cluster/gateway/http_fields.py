@@ -2,85 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.api.outcomes import CallError, invalid
+from cluster.gateway.json_values import BODY, kind, parse
 
 INT32 = (1 << 31) - 1
 INT64 = (1 << 63) - 1
-MAX_DEPTH = 128
-"""Of objects and arrays in each other: what renders and checks them recurses."""
 
 
 def read_object(body: bytes) -> Fields:
     """The JSON object that a request's body is. Raises CallError."""
-    try:
-        value = json.loads(body)
-    except RecursionError:
-        raise invalid("body", f"is nested too deeply; at most {MAX_DEPTH} levels") from None
-    except ValueError as error:  # JSON, UTF-8, and numbers of thousands of digits
-        raise invalid("body", f"is not JSON: {error}") from None
+    value = parse("", body, BODY)
     if not isinstance(value, dict):
         raise invalid("body", f"must be a JSON object, got {kind(value)}")
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _deeper(value, MAX_DEPTH):
-        raise invalid("body", f"is nested too deeply; at most {MAX_DEPTH} levels")
-    if b"\\u" in body and (path := _surrogate(value)) is not None:
-        raise invalid(path, "the text is not valid Unicode (a lone surrogate): send well-formed text")
     return Fields(value)
-
-
-def _deeper(value: object, levels: int) -> bool:
-    """Whether objects and arrays are in each other more than `levels` deep."""
-    level: list[Any] = [value]
-    for _ in range(levels):
-        level = [
-            item
-            for outer in level
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(item, dict | list)
-        ]
-    return bool(level)
-
-
-def _surrogate(value: object) -> str | None:
-    """The path of a text with half of a surrogate pair, which only an escape can bring; no encoder takes such text."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return _surrogate_path(value, "") or "body"
-    return None
-
-
-def _surrogate_path(value: object, at: str) -> str | None:
-    if isinstance(value, str):
-        return at if any("\ud800" <= char <= "\udfff" for char in value) else None
-    inner: list[tuple[str, object]] = []
-    if isinstance(value, dict):
-        inner = [(f"{at}.{key}" if at else key, item) for key, item in value.items()]
-        if any(_surrogate_path(key, at) is not None for key in value):
-            return at
-    elif isinstance(value, list):
-        inner = [(f"{at}[{i}]", item) for i, item in enumerate(value)]
-    return next((path for where, item in inner if (path := _surrogate_path(item, where)) is not None), None)
-
-
-def kind(value: object) -> str:
-    """What JSON calls a value."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "an array"
-        case _:
-            return "an object"
 
 
 class Fields:

@@ -32,6 +32,15 @@ _FINISH_WORDS = {
 _CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
 
 
+def refusal_of(reason: str, message: str, field: str) -> CallError:
+    """An engine's refusal as the caller's error. Engines begin their message with the field, by their own name."""
+    outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
+    if not field:
+        return CallError(outcome, message)
+    name, message = _CALLER_FIELDS.get(field, field), message.removeprefix(f"{field}: ")
+    return CallError(outcome, f"{name}: {message}", violations=[Violation(name, message)])
+
+
 @dataclass(slots=True)
 class Piece:
     """What one sequence has for the caller since the last piece."""
@@ -191,12 +200,7 @@ class Output:
         if reason == "NO_ROOM":
             self.call.again(self)
             return
-        outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
-        name = _CALLER_FIELDS.get(field, field)
-        if field:  # engines name it in their words too
-            message = message.removeprefix(f"{field}: ")
-        violations = [Violation(name, message)] if name else []
-        self.call.fail(CallError(outcome, f"{name}: {message}" if name else message, violations=violations))
+        self.call.fail(refusal_of(reason, message, field))
 
     def output(self, output: TokenOutput) -> None:
         """One step's tokens."""

@@ -19,6 +19,7 @@ from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
 from cluster.gateway.call import Call
 from cluster.gateway.output import Piece
+from cluster.gateway.request_ids import request_id, traceparent
 from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.status import details
 from cluster.gateway.voices import CHAT, COMPLETE, Voice, voice_of
@@ -190,8 +191,9 @@ class Session:
         """Raises CallError once the session's caller may no longer call."""
         base = self._meta()
         deadline = self._service.clock() + start.deadline_ms / 1000 if start.deadline_ms else None
-        request_id = start.request_id or uuid.uuid4().hex
-        return CallMeta(request_id, base.face, deadline, start.traceparent or base.traceparent, base.principal)
+        own_id = request_id(start.request_id) or uuid.uuid4().hex
+        trace = traceparent(start.traceparent) or base.traceparent
+        return CallMeta(own_id, base.face, deadline, trace, base.principal)
 
     def _refuse(self, call_id: int, error: CallError) -> None:
         self._tell(pb.SessionEvent(call_id=call_id, status=details(error).SerializeToString()))

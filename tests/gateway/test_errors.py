@@ -11,7 +11,10 @@ import grpc
 import pytest
 
 from cluster.api.bundle import Bundle
+from cluster.api.outcomes import CallError
 from cluster.api.types import CatalogEntry, ModelState
+from cluster.gateway.grpc_face import paginate
+from cluster.gateway.output import refusal_of
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, complete, refused, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
@@ -207,3 +210,22 @@ async def test_queue_bounds(tmp_path: Path, checkpoint: Path, bundle: Bundle) ->
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         await cluster.until_idle()
+
+
+@pytest.mark.parametrize("token", ['{"after": 5}', '{"after": null}', "[" * 5000, '{"after": ["a"]}', "5", '"after"'])
+def test_a_page_token_of_ones_own_is_a_wrong_field(token: str) -> None:
+    """Not an unexpected failure, whatever JSON it holds."""
+    for page_token in (token.encode().hex(), token):
+        with pytest.raises(CallError) as raised:
+            paginate(["a", "b"], 1, page_token)
+        assert raised.value.violations[0].field == "page_token"
+
+
+@pytest.mark.parametrize("field", ["response_format.regex", "grammar", "prompt_token_ids", ""])
+def test_a_refusal_of_an_engine_names_its_field_once(field: str) -> None:
+    """`response_format: response_format:` stood before what the engine had said."""
+    words = "unrolls to 20000 positions"
+    error = refusal_of("INVALID_FIELD", f"{field}: {words}" if field else words, field)
+    caller = {"grammar": "response_format", "prompt_token_ids": "prompt"}.get(field, field)
+    assert error.message == (f"{caller}: {words}" if field else words)
+    assert [v.description for v in error.violations] == ([words] if field else [])

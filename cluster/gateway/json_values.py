@@ -1,0 +1,158 @@
+"""JSON of callers: well-formed Unicode, nested and filled within bounds, checked before anything is built of it.
+
+A JSON parser makes an object of every two bytes of `[[],[],...]`, 60 times their size and a tenth of a microsecond
+each, holding the interpreter all the while. So the values of a long text are counted first, by searches for single
+characters, which cost a nanosecond or two a byte: an upper bound at first, which is enough for honest texts, then
+exactly, with the strings left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cluster.api.outcomes import CallError, invalid
+
+MAX_DEPTH: Final = 128
+"""Of objects and arrays in each other: what renders and checks them recurses."""
+COUNTED_BYTES: Final = 16_384
+"""Shorter texts hold so little that they are not counted."""
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+NO_UNICODE: Final = "the text is not valid Unicode (a lone surrogate): send well-formed text"
+_UTF8_MARK: Final = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What one JSON text may hold: objects and arrays, strings with the names of members, and values in all."""
+
+    containers: int
+    strings: int
+    values: int
+
+
+BODY: Final = Bounds(containers=100_000, strings=400_000, values=4_194_304)
+"""Of one field of a request's body. Most of it can be token ids."""
+ARGUMENTS: Final = Bounds(containers=10_000, strings=50_000, values=100_000)
+"""Of arguments of a template or tool call, and of a JSON schema."""
+
+
+def parse(path: str, text: bytes | str, bounds: Bounds = ARGUMENTS) -> Any:
+    """The value of a JSON text that is the field `path`. Raises CallError, for a wrong text by the path inside it."""
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(_UTF8_MARK)
+    check_counts(path, data, bounds)
+    try:
+        characters, lone = data.decode(), False
+    except UnicodeDecodeError as error:
+        characters, lone = _with_surrogates(path, data, error.start), True
+    try:
+        value = json.loads(characters)
+    except RecursionError:
+        raise _too_deep(path) from None
+    except ValueError as error:  # JSON, and numbers of thousands of digits
+        why = "it is UTF-16 or UTF-32: send UTF-8" if "\0" in characters[:4] else error
+        raise invalid(path or "body", f"is not JSON: {why}") from None
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
+        raise _too_deep(path)
+    if (lone or _ESCAPED_SURROGATE.search(data)) and (where := surrogate_path(value, path)) is not None:
+        raise invalid(where or "body", NO_UNICODE)
+    return value
+
+
+def _with_surrogates(path: str, data: bytes, at: int) -> str:
+    """The text of bytes that are UTF-8 but for lone surrogates. Raises CallError for other ones."""
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        raise invalid(path or "body", f"is not JSON: no UTF-8 at byte {at}; send UTF-8") from None
+
+
+def _too_deep(path: str) -> CallError:
+    return invalid(path or "body", f"is nested too deeply; at most {MAX_DEPTH} levels")
+
+
+def check_counts(path: str, data: bytes, bounds: Bounds) -> None:
+    """Refuse a text that holds more than it may, without parsing it; it need not be JSON. Linear."""
+    if len(data) <= COUNTED_BYTES:
+        return
+    if _within(bounds, data, data.count(b'"') // 2):
+        return
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    strings = bare.count(b'"') // 2
+    if strings > bounds.strings:
+        raise _too_full(path, strings, "strings and names", bounds.strings)
+    between = b"".join(bare.split(b'"')[::2])
+    if not _within(bounds, between, strings):
+        containers = between.count(b"[") + between.count(b"{")
+        if containers > bounds.containers:
+            raise _too_full(path, containers, "objects and arrays", bounds.containers)
+        raise _too_full(path, between.count(b",") + containers, "values", bounds.values)
+
+
+def _within(bounds: Bounds, text: bytes, strings: int) -> bool:
+    containers = text.count(b"[") + text.count(b"{")
+    commas = text.count(b",")
+    return strings <= bounds.strings and containers <= bounds.containers and commas + containers <= bounds.values
+
+
+def _too_full(path: str, has: int, what: str, most: int) -> CallError:
+    return invalid(path or "body", f"holds {has} {what}; at most {most} are taken: send less")
+
+
+def is_deeper(value: object, levels: int) -> bool:
+    """Whether objects and arrays are in each other more than `levels` deep."""
+    level: list[Any] = [value]
+    for _ in range(levels):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, dict | list)
+        ]
+    return bool(level)
+
+
+def surrogate_path(value: object, at: str) -> str | None:
+    """The path of a text with half of a surrogate pair, which no encoder takes; None where there is none."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return next(_surrogate_paths(value, at), at)
+    return None
+
+
+def _surrogate_paths(value: object, at: str) -> Iterator[str]:
+    if isinstance(value, str):
+        if _SURROGATE.search(value) is not None:
+            yield at
+    elif isinstance(value, dict):
+        if any(_SURROGATE.search(key) is not None for key in value):
+            yield at
+        for key, item in value.items():
+            if isinstance(item, str | dict | list):
+                yield from _surrogate_paths(item, f"{at}.{key}" if at else key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            if isinstance(item, str | dict | list):
+                yield from _surrogate_paths(item, f"{at}[{i}]")
+
+
+def kind(value: object) -> str:
+    """What JSON calls a value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "an array"
+        case _:
+            return "an object"

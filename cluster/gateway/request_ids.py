@@ -1,0 +1,25 @@
+"""Ids that callers give their requests, checked alike for all APIs: they reach logs, headers and workers."""
+
+from __future__ import annotations
+
+import re
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_LONGEST = 128
+
+
+def request_id(value: object) -> str:
+    """A request id of 1 to 128 printable ASCII characters without a space; empty for any other value."""
+    return _matched(_REQUEST_ID, value)
+
+
+def traceparent(value: object) -> str:
+    """A W3C traceparent; empty for any other value."""
+    return _matched(_TRACEPARENT, value)
+
+
+def _matched(form: re.Pattern[str], value: object) -> str:
+    if isinstance(value, str) and len(value) <= _LONGEST and form.fullmatch(value):
+        return value
+    return ""
