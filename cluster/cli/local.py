@@ -272,7 +272,8 @@ class LocalCluster:
         return yaml.safe_dump(plain, sort_keys=False)
 
     def _new_ray(self) -> LocalRay:
-        return LocalRay(LocalRaySettings(instance=self.instance, run_folder=self.run.path))
+        drain_s = self.config.gateway.drain_timeout_s
+        return LocalRay(LocalRaySettings(instance=self.instance, run_folder=self.run.path, drain_timeout_s=drain_s))
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, reaper.INSTANCE_ENV: self.instance, "PYTHONUNBUFFERED": "1"}

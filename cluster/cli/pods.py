@@ -24,6 +24,7 @@ from cluster.config_gateway import ClientTls, Tls, is_loopback
 from cluster.kube.api import ACCOUNT, KubeLease
 from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps
+from cluster.rayserve.drain_time import TIMEOUT_ENV
 
 app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.")
 app.command("secrets")(pod_secrets.pod_secrets)
@@ -73,6 +74,24 @@ def controller(
             await control(config, folder, lease, stop_on_signal())
 
     run(serve())
+
+
+@app.command()
+def drain(
+    timeout_s: Annotated[
+        float, typer.Option("--timeout-s", envvar=TIMEOUT_ENV, help="Within this time the node has to end.", min=0.0)
+    ] = 30.0,
+) -> None:
+    """Drain the Ray node of this pod, and wait until it has ended: the preStop hook of Ray's worker pods. Replicas take
+    no new work; what runs ends or goes on at others."""
+    from cluster.rayserve.draining import drain_here
+
+    try:
+        ended = drain_here(timeout_s)
+    except (RuntimeError, ConnectionError) as error:
+        fail(str(error))
+    if not ended:
+        fail(f"the Ray node has not ended within {timeout_s:g} s")
 
 
 async def control(config: Config, folder: Path, lease: str, stop: asyncio.Event, account: Path = ACCOUNT) -> None:

@@ -44,9 +44,11 @@ class Duty:
         return True
 
     def drain(self, now: float, timeout_s: float, leaving: bool) -> None:
-        """Nothing new; what runs ends or moves. A second drain sets the time anew."""
+        """Nothing new; what runs ends or moves. A second drain sets the time anew, but a process that is about to end
+        keeps the earlier time."""
+        stays_until = now + timeout_s * STAY_PART
+        self._stays_until = min(self._stays_until, stays_until) if self.leaving else stays_until
         self.leaving |= leaving
-        self._stays_until = now + timeout_s * STAY_PART
         self._become(Standing.DRAINING, now)
 
     def drained(self, now: float) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.rayserve import reaper
+from cluster.rayserve.drain_time import TIMEOUT_ENV, ray_timeout_s
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 LOGICAL_GPUS = 64
@@ -43,6 +44,8 @@ class LocalRaySettings:
     gpus: int | None = None
     dashboard: bool = False
     object_store_bytes: int = OBJECT_STORE_BYTES
+    drain_timeout_s: float = 300.0
+    """How long calls have to end or move when SIGTERM reaches Ray; `LocalRay.stop` does not wait so long."""
 
 
 class LocalRay:
@@ -101,6 +104,7 @@ class LocalRay:
                     **_without_ray(os.environ),
                     **self.environment(),
                     "PYTHONUNBUFFERED": "1",
+                    TIMEOUT_ENV: str(ray_timeout_s(self._settings.drain_timeout_s)),
                     "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
                     "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
                 },

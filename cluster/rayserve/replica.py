@@ -1,15 +1,17 @@
 """One engine replica: opens the model, starts the engine, serves it over the link. A plain class; Ray is serving.py's.
 
-Its end comes in three ways. Asked to stop, it drains and closes. Asked to come up with what cannot work, it raises
-ModelRefused and no other try follows. When its engine dies, or is found sick (engine/golden.py), it closes its links
-and ends its own process at once, so that the gateways and Ray both see it within milliseconds; Ray and the engine's
-watchdog then end what the engine left behind, and Serve makes a new replica.
+Its end comes in four ways. Asked to stop, it drains and closes. When its node is about to end, it drains within the
+time that is left, and then lets Serve replace it. Asked to come up with what cannot work, it raises ModelRefused and no
+other try follows. When its engine dies, or is found sick (engine/golden.py), it closes its links and ends its own
+process at once, so that the gateways and Ray both see it within milliseconds; Ray and the engine's watchdog then end
+what the engine left behind, and Serve makes a new replica.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
 import uuid
@@ -81,6 +83,8 @@ class Replica:
     info: EngineInfo | None = None
     end: WorkerEnd | None = None
     _serving: asyncio.Task[None] | None = None
+    _leave_by: float = math.inf
+    _left: bool = False
 
     def __repr__(self) -> str:
         return f"Replica({self.worker_id}, {self.info.engine_class if self.info else 'not started'})"
@@ -184,15 +188,29 @@ class Replica:
         if self._serving.done():
             failure = None if self._serving.cancelled() else self._serving.exception()
             raise EngineDead(f"the worker has ended: {failure or 'it was closed'}")
+        if self._left:
+            raise EngineDead("the worker has drained, since its node is about to end")
         await self.engine.check()
 
-    async def stop(self) -> None:
-        """Drain within the settings' time, close the links, end the engine. Idempotent."""
+    async def leave(self, timeout_s: float) -> None:
+        """Drain within this time, since the node is about to end; then `check` raises, so that Serve makes another
+        replica elsewhere."""
+        self._leave_by = min(self._leave_by, time.monotonic() + timeout_s)
+        if self.end is not None:
+            log.info("worker.leaving", worker=self.worker_id, node=self.place.node, within_s=round(timeout_s, 1))
+            drained = await self.end.drain(timeout_s)
+            log.info("worker.left", worker=self.worker_id, node=self.place.node, drained=drained)
+        self._left = True
+
+    async def stop(self, within_s: float = math.inf) -> None:
+        """Drain within the shortest of this time, the settings' and that of `leave`; close the links, end the engine.
+        Idempotent."""
         end, self.end = self.end, None
         serving, self._serving = self._serving, None
         engine, self.engine = self.engine, None
         if end is not None and serving is not None and not serving.done():
-            await end.drain(self.settings.drain_timeout_s)
+            left_s = max(self._leave_by - time.monotonic(), 0.0)
+            await end.drain(min(self.settings.drain_timeout_s, left_s, within_s))
             await end.close()
             with contextlib.suppress(Exception):
                 await serving

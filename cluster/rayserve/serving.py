@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +13,9 @@ import ray
 from ray import serve
 
 from cluster.observe import log
+from cluster.rayserve import draining
 from cluster.rayserve import settings as replica_settings
+from cluster.rayserve.drain_time import usable_s
 from cluster.rayserve.opening import open_model
 from cluster.rayserve.placement import is_simulated, placement, world_size
 from cluster.rayserve.replica import Place, Replica
@@ -39,19 +43,27 @@ class ServedReplica:
             forks.begin()  # first of all: it imports while this process does
             os.environ[repairs.NODE] = str(ray.util.get_node_ip_address())
         self._replica = Replica(given, _place(), open_model)
+        place = self._replica.place
+        self._nodes = draining.Nodes({place.node, *place.gpu_nodes}, ray.get_runtime_context().gcs_address)
+        self._watch: asyncio.Task[None] | None = None
 
     async def reconfigure(self, _digest: object) -> None:
         """Start, at Serve's first call; a changed entry makes a new deployment version and so new replicas."""
         if self._replica.engine is None:
             await self._replica.start()
+            self._watch = asyncio.create_task(draining.watch(self._nodes, self._replica.leave))
 
     async def check_health(self) -> None:
         """Raise when this replica no longer serves; Serve then replaces it."""
         await self._replica.check()
 
     async def __del__(self) -> None:
-        """Serve awaits this in graceful shutdown: drain and close."""
-        await self._replica.stop()
+        """Serve awaits this in graceful shutdown: drain and close. On a node that drains Serve may come before the
+        watch has seen it, and with less time than the settings give."""
+        left_s = await draining.look(self._nodes, within_s=draining.LAST_LOOK_S)
+        await self._replica.stop(math.inf if left_s is None else usable_s(left_s))
+        if self._watch is not None:
+            self._watch.cancel()
 
 
 def _place() -> Place:

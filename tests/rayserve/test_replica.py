@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 
 import pytest
 
 from cluster.api.bundle import Bundle
 from cluster.api.ports import EngineDead, EngineSick
-from cluster.api.types import ModelSpec
+from cluster.api.types import ModelSpec, Standing
 from cluster.engine.sim import SimConfig, SimEngine
+from cluster.link.v1 import link_pb2 as link_pb
 from cluster.rayserve.opening import open_model
 from cluster.rayserve.replica import Opened, Place, Replica
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
@@ -51,6 +53,37 @@ async def test_stop_drains_what_runs(door: Door) -> None:
     await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
     await replica.stop()
     assert len(await running) == 60
+
+
+async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
+    """Nothing new is granted, what runs is finished, health then has Serve replace it; no operator takes it back."""
+    replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), Place("r1", "n"), open_model)
+    await replica.start()
+    link = await door.worker("m")
+    running = asyncio.create_task(greedy(link, [1, 2], 600))
+    await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
+    leaving = asyncio.create_task(replica.leave(20.0))
+    await eventually(lambda: not link.serves, "the gateway is told")
+    link.command(link_pb.Command(uncordon=link_pb.Uncordon()))
+    assert len(await running) == 600
+    await leaving
+    await eventually(lambda: link.standing is Standing.DRAINED, "it has drained, and takes nothing")
+    with pytest.raises(EngineDead, match="its node is about to end"):
+        await replica.check()
+    await replica.stop()
+
+
+async def test_a_stop_takes_no_longer_than_its_node(door: Door) -> None:
+    """Serve gives the settings' time; a node that ends earlier would cut what has not been handed over by then."""
+    replica = Replica(replace(settings(door, SOURCE), drain_timeout_s=300.0), Place("r1", "n"), open_model)
+    await replica.start()
+    link = await door.worker("m")
+    endless = asyncio.create_task(greedy(link, [1, 2], 100_000))
+    await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
+    async with asyncio.timeout(10):
+        await replica.stop(within_s=0.4)
+    with pytest.raises(AssertionError, match="lost"):
+        await endless
 
 
 async def test_dead_engine_ends_the_process(door: Door) -> None:
