@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.api.private_files import make_private_folder
 from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, out
 from cluster.config import cache_dir
 from cluster.config_tenants import Auth, Cost, Store, TenantDefaults
@@ -119,7 +120,7 @@ def opened(chosen: Settings, *, keys: bool = False, check: bool = True) -> Itera
 
     with told():
         if chosen.local:
-            cache_dir().mkdir(parents=True, exist_ok=True)
+            make_private_folder(cache_dir())
             if keys and chosen.pepper_file == local_pepper():
                 files.make_secret(chosen.pepper_file)
         peppers = files.read_secrets(chosen.pepper_file, "auth.api_keys.pepper_file") if keys else ()

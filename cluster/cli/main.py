@@ -22,6 +22,8 @@ def main() -> None:
         terminal.say(f"error: {finding.missing}, and one of the two is broken; {finding.remedy}", error=True)
         sys.exit(1)
     if sys.argv[1:2] and sys.argv[1] in PROCESSES:
+        if sys.argv[1] != "prepare":  # weights are no secret, and may be another user's too
+            os.umask(0o077)
         if "gateway" in sys.argv[1:3]:
             gc.disable()  # until it serves: what a start makes stays, and looking for garbage in it takes a tenth of it
             os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for some reads a file a package

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.api.private_files import make_private_folder
 from cluster.cli import pod_secrets, terminal
 from cluster.cli.basics import USAGE, FileOption, fail, read_config
 from cluster.cli.processes import FolderOption, bound_link, run, stop_on_signal
@@ -67,7 +68,7 @@ def controller(
     config = _read(file)
     _end_with(controller_lacks(config), file, check)
     log.configure(config.observe.log_level, cluster=config.name, part="controller")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
 
     async def serve() -> None:
         async with probed(health):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cluster.api.private_files import make_private_folder
 from cluster.cli.basics import USAGE, FileOption, fail, read_config, write_whole
 from cluster.config import Config, cache_dir
 from cluster.observe import garbage, log
@@ -115,7 +116,7 @@ def controller(
             metrics=exported,
         )
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     run(serve())
 
 

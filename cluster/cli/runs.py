@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import psutil
 
+from cluster.api.private_files import make_private_folder
 from cluster.cli.basics import write_whole
 from cluster.config import cache_dir
 
@@ -121,7 +122,8 @@ class RunFolder:
 
     def lock(self) -> IO[str]:
         """Hold the folder for as long as the returned file is open. Raises AlreadyUp."""
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(cache_dir())
+        make_private_folder(self.path)
         handle = (self.path / "lock").open("a")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,6 +20,7 @@ import psutil
 import typer
 
 from cluster.admin.v1 import admin_pb2
+from cluster.api.private_files import make_private_folder
 from cluster.cli import terminal
 from cluster.cli.basics import write_whole
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
@@ -302,7 +303,7 @@ async def _end(cluster: LocalCluster) -> None:
 def _detach(file: Path, config: Config) -> int:
     """Start `up` in a session of its own and follow what it says until it is ready; returns the exit code."""
     run = RunFolder(config.name)
-    run.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private_folder(run.path)
     supervisor = run.supervisor()
     if supervisor is not None:
         fail(

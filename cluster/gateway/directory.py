@@ -17,6 +17,7 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome, quoted
+from cluster.api.private_files import make_missing_folders
 from cluster.api.types import CatalogEntry, EngineInfo, Likeness, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.door import ANYBODY
 from cluster.gateway.text.tokenizer import TextModel
@@ -363,9 +364,10 @@ class Directory:
 
     def _keep(self, entries: Sequence[CatalogEntry]) -> None:
         path = self._folder / "catalog.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_missing_folders(path.parent)
         draft = path.with_suffix(".new")
         draft.write_text(json.dumps([codec.entry_to_pb(entry).SerializeToString().hex() for entry in entries]))
+        draft.chmod(0o600)
         draft.replace(path)
 
     def _restore(self) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
+from cluster.api.private_files import make_private_folder
 from cluster.gateway import wishes
 from cluster.gateway.call import Call
 from cluster.gateway.text.tokenizer import TextModel
@@ -110,7 +111,7 @@ class PromptLog:
     def _write(self, one: _Ended) -> None:
         line = json.dumps(_line(one), ensure_ascii=False, separators=(",", ":")) + "\n"
         folder = self._folder / one.call.tenant
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(folder)
         path = folder / f"{day_name(one.at_s)}.jsonl"
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "ab") as file:

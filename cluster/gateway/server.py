@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster import __version__, rpc
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
+from cluster.api.private_files import make_private_folder
 from cluster.api.types import ModelState
 from cluster.config import Config, cache_dir
 from cluster.gateway.admin import CatalogAdmin, FleetAdmin, NoLedger
@@ -77,6 +78,7 @@ class Gateway:
         """`folder` keeps tokenizer bundles, the last catalog and, with `auth`, who may call. `process`: which of
         `gateway.processes` this is. `probes`: where grpc.health.v1 is answered without TLS, for whom that is enough.
         Raises ValueError for a file of secrets."""
+        make_private_folder(folder)
         self.config = config
         self._probes = probes
         self._probe_server: rpc.Server | None = None

@@ -19,6 +19,7 @@ from typing import Protocol
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
+from cluster.api.private_files import make_missing_folders, make_private_database
 from cluster.gateway.together import Together
 from cluster.ledger.errors import StoreUnavailable
 
@@ -63,7 +64,8 @@ class FileTakers:
             raise away() from None
 
     def _write(self, asked: Sequence[Asked], now_s: float) -> Sequence[bool]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_missing_folders(self._path.parent)
+        make_private_database(self._path)
         with closing(sqlite3.connect(self._path, timeout=BUSY_S)) as connection, connection:
             connection.execute("CREATE TABLE IF NOT EXISTS taken (name TEXT PRIMARY KEY, expires_at_s REAL NOT NULL)")
             connection.execute("DELETE FROM taken WHERE expires_at_s < ?", (now_s,))

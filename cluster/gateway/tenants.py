@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
+from cluster.api.private_files import make_private_folder
 from cluster.config import Config, cache_dir, database_url, secret_files
 from cluster.config_tenants import Auth
 from cluster.gateway.authenticate import Authenticator
@@ -80,7 +81,7 @@ class TenantDoor:
         self._metrics = metrics
         self._policies = config.policies()
         if not config.store.database_url:
-            cache_dir().mkdir(parents=True, exist_ok=True)
+            make_private_folder(cache_dir())
         peppers = found.get("auth.api_keys.pepper_file", ())
         self.ledger = Ledger(database_url(config), peppers=peppers)
         self.audit = AuditWriter(AuditLog(folder / "audit.jsonl"), self.ledger.audit.insert)

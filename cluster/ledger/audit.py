@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.api.private_files import make_missing_folders
+
 Kind = Literal["admin", "auth_failure", "policy"]
 MAX_TEXT = 1000
 HIDDEN = "[hidden]"
@@ -95,7 +97,7 @@ class AuditLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_missing_folders(path.parent)
 
     def write(self, event: AuditEvent) -> None:
         """Append one event. A file that was moved away (log rotation) is made anew. Raises OSError."""

@@ -15,6 +15,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from cluster.api.private_files import make_private_database
 from cluster.ledger.errors import StoreUnavailable
 
 DRIVERS = ("sqlite", "postgresql+psycopg")
@@ -67,6 +68,10 @@ def _sqlite(url: URL) -> Engine:
     if not folder.is_dir():
         raise ValueError(f"store.database_url: the folder {folder} does not exist; make it")
     engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
+
+    @event.listens_for(engine, "do_connect")
+    def make_private(*_: Any) -> None:
+        make_private_database(Path(str(url.database)))
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:

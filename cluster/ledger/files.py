@@ -7,12 +7,14 @@ import secrets
 import tempfile
 from pathlib import Path
 
+from cluster.api.private_files import make_missing_folders
+
 MIN_SECRET_CHARACTERS = 32
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Replace a file, readable by its owner only; after a crash it is the old one or the new one. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_missing_folders(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as out:
@@ -58,7 +60,7 @@ def read_secrets(path: Path, setting: str) -> tuple[bytes, ...]:
 
 def make_secret(path: Path) -> None:
     """Write a new secret file unless there is one; for local mode. Of two that try at once one wins. OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_missing_folders(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w") as out:

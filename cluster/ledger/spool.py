@@ -25,6 +25,7 @@ from pathlib import Path
 
 import structlog
 
+from cluster.api.private_files import make_private_folder
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.files import sync_folder
 from cluster.ledger.records import RecordError, UsageRecord
@@ -78,7 +79,7 @@ class Spool:
         linger_s: float = LINGER_S,
         max_segment_bytes: int = MAX_SEGMENT_BYTES,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         self._folder = folder
         self._lock_file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

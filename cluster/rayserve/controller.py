@@ -18,6 +18,7 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.demand import ModelDemand
+from cluster.api.private_files import make_private_folder
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare, VersionTally
 from cluster.config import Config
 from cluster.config_gateway import Tls
@@ -521,7 +522,7 @@ def link_tls(config: Config, *, local: bool) -> TlsFiles | None:
 
 def _backend(config: Config, instance: str, ray_address: str | None, run_folder: Path) -> Backend:
     if ray_address is not None:
-        run_folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(run_folder)
         tag = {"HEADRACE_INSTANCE": instance}
         return ChildBackend(config.name, ray_address, tag, run_folder / "driver.log")
     if not config.ray:

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.api.private_files import make_private_folder
 from cluster.rayserve import reaper
 from cluster.rayserve.drain_time import TIMEOUT_ENV, ray_timeout_s
 
@@ -90,7 +91,7 @@ class LocalRay:
 
     def start(self) -> None:
         """Start and wait until Ray takes connections. Raises RayDidNotStart."""
-        self._settings.run_folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._settings.run_folder)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if self._folder.stat().st_uid != os.getuid():
             raise RayDidNotStart(f"{self._folder} belongs to another user: remove it, or choose another instance name")

@@ -1,0 +1,99 @@
+"""State is its owner's alone: folders 0700, databases 0600, whoever makes them and under whatever umask."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster.api.private_files import make_private_folder, narrow
+from cluster.cli.runs import RunFolder
+from cluster.gateway.takers import FileTakers
+from cluster.ledger.store import Ledger
+from cluster.tenancy.policy import TenantPolicy
+from tests.support.gateway_process import gateway_process
+
+pytestmark = pytest.mark.slow
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """What a process makes under this umask."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def wide(folder: Path) -> dict[str, str]:
+    """What others may enter, read or write below a folder, itself included."""
+    found = [folder, *folder.rglob("*")]
+    return {str(one): oct(stat.S_IMODE(one.stat().st_mode)) for one in found if one.stat().st_mode & 0o077}
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o777])
+def test_a_ledgers_files_are_private(tmp_path: Path, mask: int) -> None:
+    """Else other users of the host read names, hashes of keys and the audit: the database, its WAL and its index."""
+    folder = tmp_path / "state"
+    with umask(mask):
+        make_private_folder(folder)
+        ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
+        ledger.upgrade()
+        ledger.tenants.create(TenantPolicy("acme"))
+        names = {one.name for one in folder.iterdir()}
+        assert {"ledger.db", "ledger.db-wal", "ledger.db-shm"} <= names
+        assert wide(folder) == {}
+        ledger.close()
+
+
+def test_what_an_earlier_release_made_is_narrowed(tmp_path: Path) -> None:
+    """Else an upgrade leaves the ledger readable."""
+    folder = tmp_path / "state"
+    make_private_folder(folder)
+    url = f"sqlite:///{folder / 'ledger.db'}"
+    first = Ledger(url)
+    first.upgrade()
+    for file in (folder, *folder.iterdir()):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+    make_private_folder(folder)
+    second = Ledger(url)
+    second.tenants.create(TenantPolicy("acme"))
+    assert wide(folder) == {}
+    first.close()
+    second.close()
+
+
+async def test_the_record_of_resumptions_is_private(tmp_path: Path) -> None:
+    """Else the second SQLite file of a gateway is readable."""
+    with umask(0o000):
+        assert await FileTakers(tmp_path / "deep" / "state" / "taken.db").take("one", 9e9)
+        assert wide(tmp_path / "deep") == {}
+
+
+def test_a_run_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the folders above it, which hold secrets, are open."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "new" / "cache"))
+    with umask(0o000), RunFolder("x").lock():
+        assert {one for one in wide(tmp_path / "new") if Path(one).is_dir()} == set()
+
+
+async def test_a_gateways_folder_is_private(tmp_path: Path) -> None:
+    """Else tokenizers, catalog, spool and snapshot of a running gateway are readable, and an old folder stays open."""
+    folder = tmp_path / "gateway"
+    folder.mkdir(mode=0o755)
+    with umask(0o000):
+        async with gateway_process(folder):
+            assert wide(folder) == {}
+
+
+def test_shared_folders_stay_as_they_are(tmp_path: Path) -> None:
+    """Else a state folder in /tmp closes /tmp to everyone."""
+    tmp_path.chmod(0o1777)
+    narrow(tmp_path)
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777
+    narrow(tmp_path / "missing")
