@@ -124,13 +124,22 @@ configMap: {name: {{ include "headrace.name" . }}-config}
 {{- end }}
 {{- end }}
 
-{{- /* (list root extra): the environment of a Ray container. Replicas get those that rayserve/serving.py passes on. */ -}}
+{{- /* config.gateway.drain_timeout_s in whole seconds. */ -}}
+{{- define "headrace.drainSeconds" -}}
+{{- ceil (dig "drain_timeout_s" 300 .Values.config.gateway) | int -}}
+{{- end }}
+
+{{- /* (list root extra drain): the environment of a Ray container. `drain`: how long `ray start` waits after SIGTERM.
+Replicas get those that rayserve/serving.py passes on, and what their node has. */ -}}
 {{- define "headrace.rayEnv" -}}
 - {name: HOME, value: /tmp}
 - {name: HEADRACE_CACHE_DIR, value: /tmp/headrace}
 - {name: HEADRACE_LOG_LEVEL, value: {{ dig "observe" "log_level" "info" (index . 0).Values.config }}}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: VLLM_NO_USAGE_STATS, value: "1"}
+- {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ index . 2 | quote }}}
+- {name: POD_NAME, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+- {name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
 {{- with index . 1 }}
 {{ toYaml . }}
 {{- end }}

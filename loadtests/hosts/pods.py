@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2
 
 from loadtests.children import ROOT, Child, Children, DidNotStart
 from loadtests.hosts.fabric import Place
-from loadtests.hosts.rendered import DOMAIN, Names, Spec
+from loadtests.hosts.rendered import DOMAIN, HOST_OF_THE_POD, Names, Spec
 
 SANDBOX = Path(__file__).parent / "sandbox.sh"
 PATH = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -229,7 +229,8 @@ class Kubelet:
         spec, home = pod.spec, pod.home
         (home / "root").mkdir(parents=True, exist_ok=True)
         mounts = [f"{m.path}|{m.source or ''}|{'ro' if m.read_only else 'rw'}|{_size(m.size)}" for m in spec.mounts]
-        environment = {"PATH": PATH, "LANG": "C.UTF-8", **self.environment, **spec.environment}
+        own = {k: pod.place.host if v == HOST_OF_THE_POD else v for k, v in spec.environment.items()}
+        environment = {"PATH": PATH, "LANG": "C.UTF-8", **self.environment, **own}
         if self.account is not None and spec.component == "controller":
             mounts.append(f"/var/run/secrets/kubernetes.io/serviceaccount|{self.account}|ro|")
         nested = sorted(mounts, key=lambda line: line.split("|")[0].count("/"))

@@ -121,6 +121,10 @@ def make_secrets() -> list[Object]:
     return [one for one in yaml.safe_load_all(done.stdout) if one]
 
 
+HOST_OF_THE_POD = "<spec.nodeName>"
+"""In an environment: the pod's host, once it has one."""
+
+
 class Containers:
     """Makes the specs of a release's pods; volumes are folders below `home`, claims stay from one to the next."""
 
@@ -174,7 +178,7 @@ class Containers:
             name=pod,
             component=template["metadata"]["labels"]["app.kubernetes.io/component"],
             command=(*map(str, container.get("command", ())), *map(str, container.get("args", ()))),
-            environment={one["name"]: self._value(one) for one in container.get("env", ())},
+            environment={one["name"]: self._value(one, pod) for one in container.get("env", ())},
             mounts=tuple(mounts),
             user=user,
             group=group,
@@ -186,9 +190,11 @@ class Containers:
             labels=template["metadata"]["labels"],
         )
 
-    def _value(self, variable: Object) -> str:
+    def _value(self, variable: Object, pod: str) -> str:
         if "value" in variable:
             return str(variable["value"])
+        if field := variable["valueFrom"].get("fieldRef"):
+            return pod if field["fieldPath"] == "metadata.name" else HOST_OF_THE_POD
         wanted = variable["valueFrom"]["secretKeyRef"]
         return self._release.files("Secret", wanted["name"])[wanted["key"]]
 

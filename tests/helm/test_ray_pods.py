@@ -9,9 +9,12 @@ import pytest
 from ray._private.ray_constants import OBJECT_STORE_MINIMUM_MEMORY_BYTES
 from ray._private.utils import resolve_object_store_memory
 
+from cluster.config import parse
+from cluster.rayserve.drain_time import TIMEOUT_ENV, ray_timeout_s, usable_s
 from tests.helm.test_policies import containers, pods, size
 from tests.support import helm
 from tests.support.helm import Rendered
+from tests.support.network_policies import selects
 
 
 def ray_groups(rendered: Rendered) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -74,3 +77,71 @@ def test_a_disk_request_that_is_given_stays() -> None:
     found = {name.split("/")[1]: one["resources"] for name, one in containers(rendered)}
     assert found["gateway"] == resources
     assert found["controller"] == limited
+
+
+def variables(container: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A container's environment by name."""
+    return {one["name"]: one for one in container["env"]}
+
+
+def test_ray_itself_gives_its_replicas_the_time_to_drain(preset: Rendered) -> None:
+    """SIGTERM and the preStop hook leave calls drain_timeout_s, and Kubernetes waits longer than Ray; the head has
+    no replicas and waits for nothing."""
+    drain_timeout_s = parse(preset.cluster_yaml).gateway.drain_timeout_s
+    for name, group in ray_groups(preset):
+        spec = group["template"]["spec"]
+        (container,) = spec["containers"]
+        waits_s = float(variables(container)[TIMEOUT_ENV]["value"])
+        if name == "head":
+            assert group["rayStartParams"]["num-cpus"] == "0"
+            assert waits_s == 0
+            continue
+        assert usable_s(waits_s) >= drain_timeout_s
+        assert spec["terminationGracePeriodSeconds"] >= ray_timeout_s(drain_timeout_s) + 10
+        assert container["lifecycle"]["preStop"]["exec"]["command"] == ["headrace", "pod", "drain"]
+
+
+@pytest.mark.parametrize("drain_timeout_s", [0, 0.5, 1200])
+def test_rays_time_follows_the_configuration(drain_timeout_s: float) -> None:
+    """A longer drain is a longer drain everywhere."""
+    rendered = helm.template({"config": {"gateway": {"drain_timeout_s": drain_timeout_s}}})
+    spec = next(group["template"]["spec"] for name, group in ray_groups(rendered) if name != "head")
+    waits_s = float(variables(spec["containers"][0])[TIMEOUT_ENV]["value"])
+    assert ray_timeout_s(drain_timeout_s) <= waits_s <= spec["terminationGracePeriodSeconds"] - 10
+
+
+def test_processes_know_their_pod_and_node(preset: Rendered) -> None:
+    """By the downward API: what workers and usage records are joined to Kubernetes with."""
+    for _, group in ray_groups(preset):
+        found = variables(group["template"]["spec"]["containers"][0])
+        assert found["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+        assert found["NODE_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "spec.nodeName"
+    gateway = next(one for name, one in containers(preset) if name == "headrace-gateway/gateway")
+    assert variables(gateway)["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+
+
+def test_evictions_leave_workers_and_a_head_that_engines_depend_on(preset: Rendered) -> None:
+    """Each group and head has its own budget, in pods: Kubernetes cannot resolve a percentage or maxUnavailable for the
+    pods of a RayCluster, and would then refuse every eviction."""
+    budgets = [one["spec"] for one in preset.all("PodDisruptionBudget")]
+    for cluster in preset.all("RayCluster"):
+        fault_tolerant = "gcsFaultToleranceOptions" in cluster["spec"]
+        least = {group["groupName"]: group["minReplicas"] for group in cluster["spec"]["workerGroupSpecs"]}
+        for name, labels, _ in pods(preset):
+            if labels.get("ray.io/cluster") != cluster["metadata"]["name"]:
+                continue
+            (mine,) = (one for one in budgets if selects(one["selector"], labels))
+            assert "maxUnavailable" not in mine, name
+            group = labels.get("headrace/worker-group", "")
+            wanted = max(least[group] - 1, 0) if group else 0 if fault_tolerant else 1
+            assert mine["minAvailable"] == wanted, name
+
+
+def test_budgets_of_ray_can_be_set() -> None:
+    """Per group, and for a head that may go."""
+    group = {"name": "g", "minReplicas": 3, "maxReplicas": 3, "podDisruptionBudget": {"minAvailable": 1}}
+    cluster = {"name": "blue", "workerGroups": [group], "head": {"podDisruptionBudget": {"minAvailable": 0}}}
+    rendered = helm.template({"ray": {"clusters": [cluster]}})
+    found = {one["metadata"]["name"]: one["spec"] for one in rendered.all("PodDisruptionBudget")}
+    assert found["headrace-blue-workers-g"]["minAvailable"] == 1
+    assert found["headrace-blue-ray-head"]["minAvailable"] == 0
