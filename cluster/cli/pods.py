@@ -25,6 +25,7 @@ from cluster.config_gateway import ClientTls, Tls, is_loopback
 from cluster.kube.api import ACCOUNT, KubeLease
 from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps
+from cluster.observe.descriptors import raise_descriptor_limit
 from cluster.rayserve.drain_time import TIMEOUT_ENV
 
 app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.")
@@ -68,6 +69,7 @@ def controller(
     config = _read(file)
     _end_with(controller_lacks(config), file, check)
     log.configure(config.observe.log_level, cluster=config.name, part="controller")
+    raise_descriptor_limit()
     make_private_folder(folder)
 
     async def serve() -> None:

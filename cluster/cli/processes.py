@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Coroutine
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from cluster.cli.basics import USAGE, FileOption, fail, read_config, write_whole
 from cluster.config import Config, cache_dir
 from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps
+from cluster.observe.descriptors import raise_descriptor_limit
 
 if TYPE_CHECKING:
     from cluster.engine.sources import SourceRules
@@ -97,24 +99,28 @@ def controller(
     if not dial:
         fail("link.gateways: empty, and no --gateway was given: there is nobody to dial", USAGE)
     log.configure(config.observe.log_level, cluster=config.name, part="controller")
+    raise_descriptor_limit()
     exported = Metrics(config.name)
-    if metrics:
-        host, _, port = metrics.rpartition(":")
-        if not host or not port.isdecimal():
-            fail(f"--metrics {metrics!r}: must be HOST:PORT", USAGE)
-        exported.serve(host.strip("[]"), int(port))
+    host, _, port = metrics.rpartition(":")
+    if metrics and not (host and port.isdecimal()):
+        fail(f"--metrics {metrics!r}: must be HOST:PORT", USAGE)
 
     async def serve() -> None:
-        await run_controller(
-            config,
-            instance=instance or f"{os.getpid()}",
-            ray_address=ray_address,
-            gateways=dial,
-            run_folder=folder,
-            stop=stop_on_signal(),
-            end_serve=ray_address is not None,
-            metrics=exported,
-        )
+        async with AsyncExitStack() as stack:
+            if metrics:
+                from cluster.gateway.metrics_page import metrics_served
+
+                await stack.enter_async_context(metrics_served(exported, host.strip("[]"), int(port)))
+            await run_controller(
+                config,
+                instance=instance or f"{os.getpid()}",
+                ray_address=ray_address,
+                gateways=dial,
+                run_folder=folder,
+                stop=stop_on_signal(),
+                end_serve=ray_address is not None,
+                metrics=exported,
+            )
 
     make_private_folder(folder)
     run(serve())

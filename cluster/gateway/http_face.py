@@ -58,6 +58,9 @@ class Connection(Way, Protocol):
     def unwatch(self, lost: Callable[[], None]) -> None:
         """No longer."""
 
+    def prove(self) -> None:
+        """The client has shown a credential that was accepted."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
@@ -172,6 +175,7 @@ class _Endpoint:
                 raise Refused(405, "method_not_allowed", f"use {self._methods[0]} on {scope['path']}", allow)
             if self._door is not None:
                 exchange.principal = await self._door.principal(exchange.shown(self._door.by_certificate))
+                scope[CONNECTION].prove()
             await self._answer(exchange)
         except ConnectionResetError:
             return

@@ -7,7 +7,6 @@ to be read. What is not parsed stays here, reading is paused meanwhile.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -19,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from cluster.gateway.http_pace import Late, Pace, PaceLimits
+from cluster.rpc import Held
 
 CONNECTION: Final = "headrace.connection"
 """The scope's key of a request's protocol object."""
@@ -60,6 +60,8 @@ class HttpProtocol(HttpToolsProtocol):
     full = False
     """Whether the client must read before more is written. Asked for each token, hence no property."""
     pace: Pace
+    requests = 0
+    """That have begun."""
     _gone = False
     _watcher: Callable[[], None] | None = None
     _unparsed = b""
@@ -73,9 +75,29 @@ class HttpProtocol(HttpToolsProtocol):
     _progress = False
     """Whether the last piece ended a head or a request, or brought a part of a body."""
 
-    def __init__(self, config: Config, state: ServerState, loop: asyncio.AbstractEventLoop, limits: PaceLimits) -> None:
-        super().__init__(config, state, {}, loop)
+    def __init__(self, config: Config, state: ServerState, held: Held, limits: PaceLimits) -> None:
+        """`held`: the connection's place at its port."""
+        super().__init__(config, state, {})
+        self._held = held
         self._limits = limits
+
+    # ---- its place at the port
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def prove(self) -> None:
+        """The client has shown a credential that was accepted."""
+        self._held.prove()
+
+    def shed(self) -> None:
+        """End the connection: its place is another's."""
+        if self._held.proven and not self.transport.get_write_buffer_size():
+            self.transport.close()
+        else:
+            self.transport.abort()
 
     # ---- the face's Connection
 
@@ -108,6 +130,9 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Begin."""
         super().connection_made(transport)
+        self._held.connection = self
+        if self._held.released:
+            self.transport.abort()
         self.pace = Pace(self._limits, self.loop.time())
         self.flow = _Flow(self)
         self._timer = self.loop.call_later(self._limits.check_s, self._check)
@@ -124,6 +149,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Its request has nobody to answer any more."""
+        self._held.release()
         self._timer.cancel()
         self.full = False
         self._deaf = True
@@ -211,6 +237,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head, self._progress = False, True
         self._check_head()
+        self.requests += 1
         super().on_headers_complete()
         self._in_body = True
         self.pace.ended_head()

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 from typing import Any
 
 import uvicorn
 from uvicorn.server import ServerState
 
+from cluster import rpc
 from cluster.gateway.http_pace import PaceLimits
 from cluster.gateway.http_protocol import HttpProtocol
 
@@ -20,7 +20,9 @@ from cluster.gateway.http_protocol import HttpProtocol
 class HttpServer:
     """An ASGI application behind one address."""
 
-    def __init__(self, app: Any, pace: PaceLimits | None = None) -> None:
+    def __init__(self, app: Any, admission: rpc.Admission | None = None, pace: PaceLimits | None = None) -> None:
+        """`admission`: the caps of the port, for a process that has several."""
+        self._admission = admission or rpc.Admission()
         self._pace = pace or PaceLimits()
         self._config = uvicorn.Config(
             app,
@@ -34,29 +36,24 @@ class HttpServer:
             proxy_headers=False,  # a caller's address is its connection's, whatever x-forwarded-for claims
         )
         self._state = ServerState()
-        self._server: asyncio.Server | None = None
+        self._listener: rpc.Listener | None = None
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
         """Bind and serve; returns the port. `shared`: other processes may bind it too. Raises OSError."""
         self._config.load()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=self._config.backlog, reuse_port=shared)
-        # asyncio sets it only for sockets made with proto=IPPROTO_TCP; without it a second call's tokens wait for ACKs.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(
-            lambda: HttpProtocol(self._config, self._state, loop, self._pace),
-            sock=listener,
-            backlog=self._config.backlog,
-            ssl=tls,
-        )
+        listener = rpc.listening(host, port, shared=shared)
+        self._listener = rpc.Listener(listener, self._connection, self._admission, tls)
+        self._listener.start()
         return int(listener.getsockname()[1])
+
+    def _connection(self, held: rpc.Held) -> HttpProtocol:
+        return HttpProtocol(self._config, self._state, held, self._pace)
 
     async def stop(self, drain_s: float) -> None:
         """Take no new connection; requests under way get `drain_s` seconds; then their connections are cut."""
-        if self._server is None:
+        if self._listener is None:
             return
-        self._server.close()
+        self._listener.close()
         for connection in list(self._state.connections):
             connection.shutdown()
         if self._state.tasks:

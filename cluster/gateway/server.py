@@ -33,6 +33,7 @@ from cluster.gateway.http_face import HttpFace
 from cluster.gateway.http_server import HttpServer
 from cluster.gateway.limits_local import LocalLimits
 from cluster.gateway.link_port import told_unbound
+from cluster.gateway.metrics_page import MetricsPage
 from cluster.gateway.relayed import Relayed
 from cluster.gateway.service import CallService
 from cluster.gateway.tls import NewestContext
@@ -41,6 +42,7 @@ from cluster.link import ticks
 from cluster.link.dial import Timing
 from cluster.link.hub import Hub, hub_server
 from cluster.observe import garbage, interpreter
+from cluster.observe.descriptors import raise_descriptor_limit
 from cluster.observe.metrics import Metrics, Sample
 from cluster.tenancy.limits import Limiter
 from cluster.tenancy.queue import WaitingRoom
@@ -132,20 +134,27 @@ class Gateway:
             max_attempts=resume.max_attempts,
         )
         self.service.resumes = self._resumes()
-        self.http = HttpServer(HttpFace(self.service, config.gateway.max_message_bytes).app())
+        self.connections = rpc.ConnectionTable.for_descriptors(raise_descriptor_limit())
+        self._notices = rpc.Notices()
+        face = HttpFace(self.service, config.gateway.max_message_bytes)
+        self.http = HttpServer(face.app(), self._admission(rpc.Port.CLIENT))
+        self._metrics_server = HttpServer(MetricsPage(self.metrics), self._admission(rpc.Port.METRICS))
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
         self._healthy: dict[str, int] = {}
         self._admin_door = AdminDoor(self.tenants)
         self._admin: rpc.Server | None = None
         self._clients: rpc.Server | None = None
-        self._links = hub_server(self.hub)
+        self._links = hub_server(self.hub, self._admission(rpc.Port.LINK))
         self._siblings = self._sibling_aborts()
         self.accounting: Accounting | None = None
         self._folder = folder
         self._tasks: list[asyncio.Task[None]] = []
         self._lag = self.metrics.histogram("event_loop_lag_seconds")
         self._states: set[asyncio.Task[None]] = set()
+
+    def _admission(self, port: rpc.Port) -> rpc.Admission:
+        return rpc.Admission(self.connections.pools[port], self._notices)
 
     def _resumes(self) -> Resumes:
         """Streams that go on after a gateway's end. Without `auth` the secret and what is taken rest in the cache
@@ -230,7 +239,7 @@ class Gateway:
             raise RuntimeError(told_unbound(name, address, error)) from None
 
     async def _serve_metrics(self, host: str, port: int) -> int:
-        return self.metrics.serve(host, port)
+        return await self._metrics_server.start(host, port)
 
     async def _serve_links(self, bound: socket.socket | None, host: str, port: int) -> int:
         files = self.config.gateway.link_tls
@@ -240,7 +249,9 @@ class Gateway:
         return await self._links.start(host, port, tls)
 
     async def _serve_admin(self, host: str, port: int) -> int:
-        server = rpc.Server(rpc.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS))
+        server = rpc.Server(
+            rpc.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS), self._admission(rpc.Port.ADMIN)
+        )
         services: dict[str, object] = {
             "Fleet": FleetAdmin(self.hub, self.service, self._admin_door, self._siblings),
             "Catalog": CatalogAdmin(self.hub, self.directory, self.dispatcher),
@@ -283,7 +294,7 @@ class Gateway:
             age_s=gateway.max_connection_age_s,
             age_grace_s=max(gateway.drain_timeout_s, 1.0),
         )
-        server = rpc.Server(limits)
+        server = rpc.Server(limits, self._admission(rpc.Port.CLIENT))
         face = GrpcFace(self.service, gateway.max_connection_age_s * 0.9)
         server.add_generic_rpc_handlers((face.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # type: ignore[arg-type]
@@ -295,7 +306,9 @@ class Gateway:
         return bound
 
     async def _serve_probes(self, host: str, port: int) -> int:
-        server = rpc.Server(rpc.Limits(max_message_bytes=PROBE_MESSAGE_BYTES, max_calls=PROBE_CALLS))
+        server = rpc.Server(
+            rpc.Limits(max_message_bytes=PROBE_MESSAGE_BYTES, max_calls=PROBE_CALLS), self._admission(rpc.Port.HEALTH)
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # type: ignore[arg-type]
         self._probe_server = server
         return await server.start(host, port)
@@ -341,7 +354,7 @@ class Gateway:
             await self.tenants.stop()
         if self._probe_server is not None:
             await self._probe_server.stop(0)
-        await asyncio.to_thread(self.metrics.close)
+        await self._metrics_server.stop(0)
 
     async def _hand_on(self, drain_s: float) -> None:
         if self.hub.gateways > self.config.gateway.processes:  # else nobody is there to take them

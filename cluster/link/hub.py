@@ -493,9 +493,9 @@ def _entries(catalog: pb.Catalog) -> list[CatalogEntry]:
     return entries
 
 
-def hub_server(hub: Hub) -> rpc.Server:
-    """A server of the hub, for the gateway to start."""
-    server = rpc.Server(LIMITS)
+def hub_server(hub: Hub, admission: rpc.Admission | None = None) -> rpc.Server:
+    """A server of the hub, for the gateway to start. `admission`: the caps of its port."""
+    server = rpc.Server(LIMITS, admission)
     pb_grpc.add_LinkServicer_to_server(hub, server)  # type: ignore[arg-type]
     return server
 

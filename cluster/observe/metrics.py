@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from socketserver import ThreadingMixIn
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 # vLLM 0.32's own buckets, so that one panel shows both.
@@ -138,15 +134,6 @@ Sample = tuple[str, tuple[str, ...], float]
 """A gauge at the moment of a scrape: name, label values in the definition's order, value."""
 
 
-class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True
-
-
-class _SilentHandler(WSGIRequestHandler):
-    def log_message(self, format: str, *args: object) -> None:
-        """A scrape is not worth a line."""
-
-
 class Metrics(Collector):
     """All metrics of one process. Names are given without the prefix `headrace_`."""
 
@@ -158,7 +145,6 @@ class Metrics(Collector):
         self._counters: dict[str, dict[tuple[str, ...], float]] = {}
         self._histograms: dict[str, dict[tuple[str, ...], Histogram]] = {}
         self._gauges: list[Callable[[], Iterable[Sample]]] = []
-        self._server: tuple[WSGIServer, threading.Thread] | None = None
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
 
@@ -208,21 +194,7 @@ class Metrics(Collector):
                     gauge.add_metric((self._cluster, *values), value)
                 yield gauge
 
-    def serve(self, host: str, port: int) -> int:
-        """Serve /metrics from a thread; the bound port."""
-        server = make_server(host, port, make_wsgi_app(self.registry), _Server, handler_class=_SilentHandler)
-        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-        thread.start()
-        self._server = (server, thread)
-        return int(server.server_port)
-
-    def close(self) -> None:
-        """Stop serving."""
-        if self._server is not None:
-            server, thread = self._server
-            with contextlib.suppress(OSError):  # it looks for its end only twice a second; this wakes it at once
-                server.socket.shutdown(socket.SHUT_RDWR)
-            server.shutdown()
-            server.server_close()
-            thread.join()
-            self._server = None
+    def page(self, accept: str = "") -> tuple[str, bytes]:
+        """Content type and text of /metrics in the form that a scraper accepts. Any thread may call it."""
+        encode, kind = choose_encoder(accept)
+        return kind, encode(self.registry)

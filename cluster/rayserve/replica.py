@@ -28,6 +28,7 @@ from cluster.engine.golden import Examined
 from cluster.link.worker import WorkerEnd
 from cluster.observe import garbage
 from cluster.observe.cores import leave_no_core_dumps
+from cluster.observe.descriptors import raise_descriptor_limit
 from cluster.observe.interpreter import hand_over_soon
 from cluster.rayserve.placement import why_split
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
@@ -100,6 +101,7 @@ class Replica:
         if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
             raise ModelRefused(f"models[{spec.name}]: {reason}")
         leave_no_core_dumps()
+        raise_descriptor_limit()
         hand_over_soon()
         began = time.time()
         try:

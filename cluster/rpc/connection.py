@@ -24,6 +24,7 @@ from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata, metadata_of, t
 from cluster.rpc.rpc import Rpc
 
 if TYPE_CHECKING:
+    from cluster.rpc.connection_table import Held
     from cluster.rpc.server import Server
 
 log = structlog.get_logger("rpc")
@@ -33,6 +34,7 @@ _HTTP1_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n"
     b"this port speaks gRPC (HTTP/2); OpenAI's HTTP API is on the gateway's http port\n"
 )
+_OPEN_TO_STRANGERS = ("/grpc.health.", "/grpc.reflection.")
 MAX_STREAM_ID = 2**31 - 1
 # Of a request's headers only those are looked at that a call needs; nothing is handed on to another server.
 _CONFIGURATION = H2Configuration(
@@ -53,8 +55,9 @@ LARGE_BYTES = 16_384
 class Connection(asyncio.BufferedProtocol):
     """A client's connection."""
 
-    def __init__(self, server: Server, limits: Limits, age_s: float) -> None:
-        """`age_s`: this connection's own age limit, 0 for none."""
+    def __init__(self, server: Server, limits: Limits, age_s: float, held: Held) -> None:
+        """`age_s`: this connection's own age limit, 0 for none. `held`: its place among the port's connections."""
+        self._held = held
         self.loop = asyncio.get_running_loop()
         self.limits = limits
         self.h2 = H2Connection(_CONFIGURATION)
@@ -82,6 +85,9 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Introduce ourselves."""
         self.transport = cast(asyncio.Transport, transport)
+        self._held.connection = self
+        if self._held.released:
+            self.transport.abort()
         name = transport.get_extra_info("peername")
         self.peer = _peer(name)
         limits = self.limits
@@ -157,6 +163,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """The client is gone, and so are its calls."""
+        self._held.release()
         for timer in self._timers:
             timer.cancel()
         self._server.connections.discard(self)
@@ -342,6 +349,29 @@ class Connection(asyncio.BufferedProtocol):
             self.close()
 
     # ---- life
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is under way."""
+        return bool(self.calls)
+
+    @property
+    def requests(self) -> int:
+        """Calls that have begun."""
+        return self.h2.highest_inbound_stream_id
+
+    def answers(self, path: str) -> None:
+        """A handler answers a call with more than an error: its client has shown what the method wants."""
+        if not path.startswith(_OPEN_TO_STRANGERS):
+            self._held.prove()
+
+    def shed(self) -> None:
+        """End the connection: its place is another's."""
+        if self._held.proven:
+            self.last_call()
+            self.close()
+        if not self._held.proven or self.transport.get_write_buffer_size():
+            self.transport.abort()
 
     def done(self, call: Rpc) -> None:
         """A call's end has been sent."""

@@ -275,6 +275,7 @@ class Rpc:
     def _send_head(self) -> None:
         if not self._head_sent and not self.closed:
             self._head_sent = True
+            self.connection.answers(self.path)
             self._send_headers(_OK_HEAD + frames.block(headers_of(self._initial)), end=False)
 
     def _send_end(self, end: bytes) -> None:

@@ -16,7 +16,9 @@ import grpc.aio
 import structlog
 
 from cluster.rpc.connection import Connection
+from cluster.rpc.connection_table import Held
 from cluster.rpc.limits import Limits
+from cluster.rpc.listener import Admission, Listener, listening
 from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata
 from cluster.rpc.read_turns import ReadTurns
 from cluster.rpc.rpc import Rpc
@@ -34,32 +36,22 @@ class _Details:
     invocation_metadata: Metadata
 
 
-CLOSE_NOTIFY_S = 0.1
+CLOSE_NOTIFY_S: Final = 0.1
 """So long a client may take to answer the end of TLS. gRPC's answers none, and sees no end before TCP's: without
 this, asyncio lets it believe in the connection for half a minute."""
-
-
-BACKLOG: Final = 2048
-"""Connections that wait for a pass of the loop."""
-
-
-def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A socket that queues connections. `shared`: other processes may bind it too. Raises OSError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
 
 
 class Server:
     """Serves grpc's handlers. `add_generic_rpc_handlers` is what generated code calls."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, admission: Admission | None = None) -> None:
+        """`admission`: the caps of the port, for a process that has several."""
         self.limits = limits or Limits()
+        self._admission = admission or Admission()
         self.connections: set[Connection] = set()
         self.turns = ReadTurns()
         self._handlers: list[grpc.GenericRpcHandler] = []
-        self._listener: asyncio.Server | None = None
+        self._listener: Listener | None = None
         self._empty = asyncio.Event()
         self._stopping = False
 
@@ -76,13 +68,8 @@ class Server:
 
     async def serve(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> int:
         """Serve on a socket that `listening` gave; its port."""
-        self._listener = await asyncio.get_running_loop().create_server(
-            self._connection,
-            sock=listener,
-            backlog=BACKLOG,
-            ssl=tls,
-            ssl_shutdown_timeout=None if tls is None else CLOSE_NOTIFY_S,
-        )
+        self._listener = Listener(listener, self._connection, self._admission, tls, CLOSE_NOTIFY_S)
+        self._listener.start()
         return int(listener.getsockname()[1])
 
     async def stop(self, grace_s: float) -> None:
@@ -107,9 +94,9 @@ class Server:
             connection.last_call()
             connection.close()
 
-    def _connection(self) -> Connection:
-        age_s = self.limits.age_s
-        return Connection(self, self.limits, age_s * random.uniform(0.9, 1.1))  # noqa: S311 - spread, not secrecy
+    def _connection(self, held: Held) -> Connection:
+        age_s = self.limits.age_s * random.uniform(0.9, 1.1)  # noqa: S311 - spread, not secrecy
+        return Connection(self, self.limits, age_s, held)
 
     def _calls(self) -> list[Rpc]:
         return [call for connection in self.connections for call in connection.calls.values()]

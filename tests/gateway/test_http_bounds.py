@@ -57,7 +57,7 @@ class Echo:
 async def echo(pace: PaceLimits | None = None) -> AsyncIterator[Echo]:
     """The application behind a server on loopback."""
     app = Echo()
-    server = HttpServer(app, pace)
+    server = HttpServer(app, pace=pace)
     app.port = await server.start("127.0.0.1", 0)
     try:
         yield app

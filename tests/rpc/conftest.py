@@ -87,8 +87,10 @@ class _Methods:
 
 
 @asynccontextmanager
-async def _serve(limits: rpc.Limits | None = None, tls: ssl.SSLContext | None = None) -> AsyncIterator[Echo]:
-    server, seen = rpc.Server(limits), Seen()
+async def _serve(
+    limits: rpc.Limits | None = None, tls: ssl.SSLContext | None = None, admission: rpc.Admission | None = None
+) -> AsyncIterator[Echo]:
+    server, seen = rpc.Server(limits, admission), Seen()
     methods = _Methods(seen)
     handlers: dict[str, Any] = {
         "One": grpc.unary_unary_rpc_method_handler(methods.one),

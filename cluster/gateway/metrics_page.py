@@ -1,0 +1,71 @@
+"""/metrics of one process as an ASGI application. A page is made in a thread, once for all scrapes that wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from cluster import rpc
+from cluster.gateway.http_server import HttpServer
+from cluster.observe.descriptors import raise_descriptor_limit
+from cluster.observe.metrics import Metrics
+
+Scope = MutableMapping[str, Any]
+OPEN_METRICS = "application/openmetrics-text"
+GZIP_LEVEL = 1
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class MetricsPage:
+    """The application."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._making: dict[tuple[str, bool], asyncio.Task[tuple[str, bytes]]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["method"] not in ("GET", "HEAD"):
+            await _answer(send, 405, [(b"allow", b"GET, HEAD")], b"")
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        accept = OPEN_METRICS if OPEN_METRICS in headers.get(b"accept", "") else ""
+        zipped = "gzip" in headers.get(b"accept-encoding", "")
+        kind, content = await self._page(accept, zipped)
+        encoding = [(b"content-encoding", b"gzip")] if zipped else []
+        await _answer(send, 200, [(b"content-type", kind.encode()), *encoding], content)
+
+    async def _page(self, accept: str, zipped: bool) -> tuple[str, bytes]:
+        """Scrapes that come while a page is made get that page: a hundred clients cost what one does."""
+        key = accept, zipped
+        making = self._making.get(key)
+        if making is None:
+            making = self._making[key] = asyncio.create_task(asyncio.to_thread(self._make, accept, zipped))
+            making.add_done_callback(lambda _: self._making.pop(key))
+        return await asyncio.shield(making)
+
+    def _make(self, accept: str, zipped: bool) -> tuple[str, bytes]:
+        kind, content = self._metrics.page(accept)
+        return kind, gzip.compress(content, GZIP_LEVEL) if zipped else content
+
+
+@asynccontextmanager
+async def metrics_served(metrics: Metrics, host: str, port: int) -> AsyncIterator[int]:
+    """The page on a port of its own, for a process that serves nothing else; the bound port. Raises OSError."""
+    table = rpc.ConnectionTable.for_descriptors(raise_descriptor_limit())
+    server = HttpServer(MetricsPage(metrics), rpc.Admission(table.pools[rpc.Port.METRICS]))
+    bound = await server.start(host, port)
+    try:
+        yield bound
+    finally:
+        await server.stop(0)
+
+
+async def _answer(send: Send, status: int, headers: list[tuple[bytes, bytes]], content: bytes) -> None:
+    length = (b"content-length", b"%d" % len(content))
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": content, "more_body": False})

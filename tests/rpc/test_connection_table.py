@@ -1,0 +1,167 @@
+"""Which connections a port keeps, as laws over sequences of arrivals, proofs, uses and ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.rpc.connection_table import LEAST, OWN_DESCRIPTORS, SHARES, ConnectionTable, Held, Pool, Port, peer_of
+
+ADDRESSES = [f"10.0.0.{i}" for i in range(5)]
+EVENTS = st.lists(
+    st.tuples(st.sampled_from(["come", "come", "come", "prove", "call", "rest", "end"]), st.integers(0, 10**6)),
+    max_size=200,
+)
+
+
+@dataclass
+class Fake:
+    """A connection."""
+
+    busy: bool = False
+    requests: int = 0
+
+    def shed(self) -> None:
+        """Nothing to end."""
+
+
+def connection_of(held: Held) -> Fake:
+    """The fake behind a place."""
+    assert isinstance(held.connection, Fake)
+    return held.connection
+
+
+def come(pool: Pool, address: str) -> tuple[Held | None, Held | None]:
+    """A newcomer."""
+    held, victim = pool.admit(address)
+    if held is not None:
+        held.connection = Fake()
+    return held, victim
+
+
+def calls(held: Held) -> None:
+    """A proven connection with a call under way."""
+    held.prove()
+    connection_of(held).busy = True
+
+
+@given(cap=st.integers(1, 40), events=EVENTS)
+def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tuple[str, int]]) -> None:
+    """Connections beyond the cap would take the last descriptor; a victim with a call would be a broken stream."""
+    pool, kept = Pool(cap), list[Held]()
+    for kind, number in events:
+        if kind == "come":
+            held, victim = come(pool, ADDRESSES[number % len(ADDRESSES)])
+            if victim is not None:
+                kept.remove(victim)
+                assert not (victim.proven and connection_of(victim).busy)
+            if held is None:
+                assert victim is None
+            else:
+                kept.append(held)
+        elif kept:
+            one = kept[number % len(kept)]
+            if kind == "prove":
+                one.prove()
+            elif kind == "end":
+                one.release()
+                kept.remove(one)
+            else:
+                connection_of(one).busy = kind == "call"
+                connection_of(one).requests += kind == "call"
+        assert len(pool) == len(kept) <= cap
+        assert all(sum(h.peer == a for h in kept) <= pool.peer_cap for a in ADDRESSES)
+    for one in kept:
+        one.release()
+        one.release()
+    assert repr(pool) == f"<Pool 0 of {cap}, 0 strangers, 0 addresses>"
+
+
+@given(cap=st.integers(LEAST, 200), flood=st.integers(1, 1000))
+def test_a_tenant_gets_in_and_stays_whatever_strangers_of_another_address_do(cap: int, flood: int) -> None:
+    """A thousand idle strangers would lock everybody out."""
+    pool = Pool(cap)
+    for _ in range(flood):
+        come(pool, "10.0.0.1")
+    tenant, _ = come(pool, "10.0.0.2")
+    assert tenant is not None
+    for _ in range(flood):
+        _, victim = come(pool, "10.0.0.1")
+        assert victim is not tenant, "the address with the most strangers loses one of them"
+    tenant.prove()
+    for i in range(flood):
+        _, victim = come(pool, f"10.0.1.{i % 250}")
+        assert victim is not tenant
+
+
+@given(cap=st.integers(4 * LEAST, 200))
+def test_a_tenant_behind_the_strangers_own_address_gets_in(cap: int) -> None:
+    """All clients may come from one ingress, the tenant among the strangers."""
+    pool = Pool(cap)
+    for _ in range(1000):
+        come(pool, "10.0.0.1")
+    tenant, _ = come(pool, "10.0.0.1")
+    assert tenant is not None
+    for _ in range(pool.peer_cap - 1):
+        assert come(pool, "10.0.0.1")[1] is not tenant, "the oldest goes first"
+    tenant.prove()
+    for _ in range(1000):
+        assert come(pool, "10.0.0.1")[1] is not tenant
+
+
+@given(cap=st.integers(LEAST, 100))
+def test_a_port_full_of_resting_tenants_leaves_newcomers_time_to_prove_themselves(cap: int) -> None:
+    """One tenant's pools of idle connections would lock the others out; a flood would end each newcomer at once."""
+    pool = Pool(cap)
+    resting = [come(pool, f"10.0.{i}.1")[0] for i in range(cap)]
+    for held in resting:
+        assert held is not None
+        held.prove()
+    newcomer, victim = come(pool, "10.1.0.1")
+    assert newcomer is not None
+    assert victim is not None
+    assert victim.proven
+    for i in range(cap // 8 - 1):
+        assert come(pool, f"10.1.{i}.2")[1] is not newcomer
+
+
+def test_a_port_full_of_calls_refuses() -> None:
+    """A newcomer would break a stream."""
+    pool = Pool(16)
+    for i in range(16):
+        held, _ = come(pool, f"10.0.{i}.1")
+        assert held is not None
+        calls(held)
+    assert pool.admit("10.1.0.1") == (None, None)
+
+
+def test_a_connection_that_was_used_outlasts_one_that_was_not() -> None:
+    """The one place that goes would be that of the tenant who calls each second."""
+    pool = Pool(16)
+    held = [h for i in range(16) if (h := come(pool, f"10.0.{i}.1")[0]) is not None]
+    for one in held:
+        one.prove()
+        one.used()
+    for one in held[:10]:
+        connection_of(one).requests += 1
+    _, victim = come(pool, "10.1.0.1")
+    assert victim is held[10]
+
+
+@given(limit=st.integers(0, 1 << 20))
+def test_shares_of_all_ports_fit_the_descriptors(limit: int) -> None:
+    """One port's clients would take the descriptors of another."""
+    table = ConnectionTable.for_descriptors(limit)
+    assert set(table.pools) == set(Port) == set(SHARES)
+    assert min(pool.cap for pool in table.pools.values()) >= LEAST
+    if limit >= 256:
+        assert sum(pool.cap for pool in table.pools.values()) <= limit - OWN_DESCRIPTORS + 2 * LEAST
+
+
+def test_an_ipv6_subscriber_is_one_peer() -> None:
+    """One host with 2**64 addresses would have as many shares."""
+    assert peer_of("2001:db8::1") == peer_of("2001:db8::ffff:2") != peer_of("2001:db8:0:1::1")
+    assert peer_of("::ffff:10.0.0.1") == peer_of("10.0.0.1")
+    assert peer_of("fe80::1%eth0") == peer_of("fe80::2%eth0")

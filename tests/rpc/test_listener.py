@@ -1,0 +1,138 @@
+"""Accepting within caps, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+from cluster import rpc
+from cluster.rpc.connection_table import Pool
+from cluster.rpc.listener import PAUSE_S
+from tests.rpc.conftest import SERVICE, Serve
+from tests.support.certificates import Authority
+from tests.support.cluster import until
+
+WAIT_S = 10.0
+CAP = 16
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+
+
+@asynccontextmanager
+async def strangers(port: int, count: int, data: bytes = b"") -> AsyncIterator[list[asyncio.StreamReader]]:
+    """Connections that send `data` and are silent then."""
+    made = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
+    try:
+        for _, writer in made:
+            writer.write(data)
+        yield [reader for reader, _ in made]
+    finally:
+        for _, writer in made:
+            writer.transport.abort()
+
+
+def channel_to(port: int, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """A connection of its own."""
+    options = (("grpc.use_local_subchannel_pool", 1),)
+    if credentials is not None:
+        return grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options)
+    return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options)
+
+
+async def call(channel: grpc.aio.Channel) -> bytes:
+    """One call."""
+    method: Any = channel.unary_unary(f"/{SERVICE}/One")
+    return bytes(await method(b"hello", timeout=WAIT_S))
+
+
+@pytest.mark.parametrize("data", [b"", b"PRI * HT", PREFACE + SETTINGS], ids=["silent", "half a preface", "greeted"])
+async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, data: bytes) -> None:
+    """A stranger's idle connections would lock out every later client, and each would be a line of the log."""
+    pool = Pool(CAP)
+    with capture_logs() as lines:
+        async with serve(None, None, rpc.Admission(pool)) as echo, channel_to(echo.port) as first:
+            assert await call(first) == b"hello"
+            async with strangers(echo.port, 100, data), channel_to(echo.port) as second:
+                assert await call(second) == b"hello"
+                assert await call(first) == b"hello"
+                assert len(pool) <= CAP
+                assert len(echo.server.connections) <= CAP
+        await until(lambda: not len(pool), "all places are free")
+    refusals = [line for line in lines if line["event"] == "connections_refused"]
+    assert 1 <= len(refusals) <= 4
+    assert sum(line.get("closed_for_others", 0) for line in refusals) > 0
+
+
+async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_path: Path) -> None:
+    """Connections without a handshake would hold their descriptors beyond every cap."""
+    files = Authority(tmp_path).issue("echo")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(files.cert_file, files.key_file)
+    tls.set_alpn_protocols(["h2"])
+    roots = grpc.ssl_channel_credentials(files.ca_file.read_bytes())
+    pool = Pool(CAP)
+    async with (
+        serve(None, tls, rpc.Admission(pool)) as echo,
+        strangers(echo.port, 100) as readers,
+        channel_to(echo.port, roots) as channel,
+    ):
+        assert await call(channel) == b"hello"
+        ended, kept = await asyncio.wait([asyncio.create_task(one.read()) for one in readers], timeout=0.5)
+        for one in kept:
+            one.cancel()
+        await asyncio.gather(*ended, *kept, return_exceptions=True)
+        assert len(kept) < CAP
+
+
+async def test_calls_under_way_keep_their_places(serve: Serve) -> None:
+    """A newcomer would break a stream."""
+    async with serve(None, None, rpc.Admission(Pool(2))) as echo:
+        channels = [channel_to(echo.port) for _ in range(2)]
+        streams: list[Any] = [one.stream_stream(f"/{SERVICE}/Back")() for one in channels]
+        for stream in streams:
+            await stream.write(b"a")
+            assert await stream.read() == b"a"
+        for _ in range(20):
+            with pytest.raises(ConnectionError):  # noqa: PT012 - a refusal comes while connecting or after
+                reader, _ = await asyncio.open_connection("127.0.0.1", echo.port)
+                if not await reader.read():
+                    raise ConnectionError("closed")
+        for stream in streams:
+            await stream.write(b"b")
+            assert await stream.read() == b"b"
+            await stream.done_writing()
+        for one in channels:
+            await one.close()
+
+
+async def test_without_descriptors_one_line_is_logged_and_later_all_are_served(serve: Serve) -> None:
+    """The loop would spin over the whole backlog, with a traceback in the log for each connection."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    loop = asyncio.get_running_loop()
+    with capture_logs() as lines:
+        async with serve() as echo, channel_to(echo.port) as before:
+            assert await call(before) == b"hello"
+            waiting = [socket.socket() for _ in range(50)]
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+                for one in waiting:
+                    one.setblocking(False)
+                    await loop.sock_connect(one, ("127.0.0.1", echo.port))
+                assert await call(before) == b"hello"
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for one in waiting:
+                one.sendall(PREFACE + SETTINGS)
+                assert await asyncio.wait_for(loop.sock_recv(one, 9), PAUSE_S + WAIT_S)
+                one.close()
+    assert 1 <= len([line for line in lines if "no_descriptor_left" in line]) <= 2
