@@ -45,6 +45,7 @@ check: setup ## format, lint, types, protos, generated code, architecture
 	$(VENV)/mypy
 	$(VENV)/buf lint
 	scripts/protos.sh --check
+	PYTHONPATH=. $(VENV)/python scripts/chart_schema.py --check
 	$(VENV)/python -m pytest -q tests/test_architecture.py
 
 format: setup ## let ruff put format and imports right

@@ -6,19 +6,23 @@ that nobody enforces is worse than none. Those about tenants are in config_tenan
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from cluster import config_checks as checks
 from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import ModelSpec
-from cluster.config_gateway import Gateway, Section, Tls, is_loopback
+from cluster.config_gateway import Gateway, Section, Tls, check_address, is_loopback
+from cluster.config_problems import Path as KeyPath
+from cluster.config_problems import Problem, problems_of, raise_all
+from cluster.config_remainder import without
 from cluster.config_tenants import (
     CLASSES,
     Auth,
@@ -28,8 +32,9 @@ from cluster.config_tenants import (
     Store,
     Tenant,
     TenantDefaults,
-    check_together,
+    problems_together,
 )
+from cluster.config_yaml import Document, Duplicate, NotYaml, read
 from cluster.tenancy.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"
@@ -39,34 +44,13 @@ NOT_YET_MODEL = {
     "adapters": "adapters",
 }
 
-# Engine arguments that Headrace sets itself, with the reason a user is told.
-OWNED_ENGINE_ARGS = {
-    "model": "the entry's `source` says which weights are loaded",
-    "tokenizer": "the tokenizer comes with the entry's `source`, so that the gateway and the engine agree",
-    "revision": "set `revision` beside `source`",
-    "dtype": "set `dtype` beside `source`",
-    "tensor_parallel_size": "set `tensor_parallel_size` beside `source`; it also shapes the placement group",
-    "pipeline_parallel_size": "set `pipeline_parallel_size` beside `source`; it also shapes the placement group",
-    "max_model_len": "set `max_model_len` beside `source`",
-    "trust_remote_code": "set `trust_remote_code` beside `source`; `weights.allow.remote_code` must agree",
-    "load_format": "set `load_format` beside `source`; `weights.allow.formats` must agree",
-    "distributed_executor_backend": "ranks are placed by Ray on the model's placement group",
-    "data_parallel_size": "replicas are Ray Serve's: set `replicas`",
-    "served_model_name": "the entry's `name` and `aliases` are the served names",
-    "kv_events_config": "the worker publishes KV events over the link",
-    "disable_log_stats": "the worker reads the scheduler's statistics for routing and metrics",
-    "host": "a worker accepts no connections; it dials the gateways",
-    "port": "a worker accepts no connections; it dials the gateways",
-    "api_key": "callers are authenticated by the gateway",
-    "scheduling_policy": "the gateway's fair queue decides; the engine runs with priority scheduling",
-    "generation_config": "sampling defaults come from the model's own generation config",
-    "skip_tokenizer_init": "the engine needs the tokenizer for grammars",
-}
-
 LinkAddress = Annotated[
-    str, Field(pattern=r"^(srv://_[a-z0-9-]+\._tcp(\.[a-zA-Z0-9_-]+)+\.?|(\[[0-9a-fA-F:]+\]|[^:/\s]+):\d{1,5})$")
+    str,
+    Field(pattern=r"^(srv://_[a-z0-9-]+\._tcp(\.[a-zA-Z0-9_-]+)+\.?|(\[[0-9a-fA-F:]+\]|[^:/\s]+):\d{1,5})$"),
+    AfterValidator(lambda value: value if value.startswith("srv://") else check_address(value, least=1)),
 ]
 _NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
+_NAME_RULE = "must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters"
 
 
 class ConfigError(ValueError):
@@ -147,11 +131,6 @@ class Gpu(Section):
     pipeline_parallel_size: Annotated[int, Field(ge=1, le=64)] | None = None
     engine: Mapping[str, Any] = Field(default_factory=dict)
 
-    @field_validator("engine")
-    @classmethod
-    def _engine(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _own_arguments(value)
-
 
 class Rollback(Section):
     """When a version on trial goes by itself: it fails, or its first token takes, so many times as much; 0: never."""
@@ -188,10 +167,12 @@ class Canary(Section):
     def _name(cls, value: str) -> str:
         return _checked_name(value)
 
-    @field_validator("engine")
+    @field_validator("source")
     @classmethod
-    def _engine(cls, value: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        return None if value is None else _own_arguments(value)
+    def _source(cls, value: str | None) -> str | None:
+        if value is not None and (why := checks.source_problem(value)):
+            raise ValueError(why)
+        return value
 
     def own(self) -> dict[str, Any]:
         """What it has instead of the model's own, by the model's keys."""
@@ -201,14 +182,7 @@ class Canary(Section):
 
 def _checked_name(value: str) -> str:
     if not _NAME.match(value):
-        raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters")
-    return value
-
-
-def _own_arguments(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    for key in value:
-        if key in OWNED_ENGINE_ARGS:
-            raise ValueError(f"engine.{key} is Headrace's: {OWNED_ENGINE_ARGS[key]}")
+        raise ValueError(f"{value!r} {_NAME_RULE}")
     return value
 
 
@@ -272,10 +246,19 @@ class Model(Section):
     def _name(cls, value: str) -> str:
         return _checked_name(value)
 
-    @field_validator("engine")
+    @field_validator("aliases")
     @classmethod
-    def _engine(cls, value: Mapping[str, Any]) -> Mapping[str, Any]:
-        return _own_arguments(value)
+    def _aliases(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [(at, alias) for at, alias in enumerate(value) if not _NAME.match(alias)]
+        raise_all(Problem((at,), f"{alias!r} {_NAME_RULE}") for at, alias in wrong)
+        return value
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, value: str) -> str:
+        if why := checks.source_problem(value):
+            raise ValueError(why)
+        return value
 
     @field_validator("gpu")
     @classmethod
@@ -292,6 +275,21 @@ class Model(Section):
         if self.canary is not None and self.canary.version == self.version:
             raise ValueError(f"canary.version {self.version!r} is the model's own: give the canary another")
         return self
+
+    @model_validator(mode="after")
+    def _arguments(self) -> Model:
+        raise_all(
+            problem for path, source, engine in self.engines() for problem in checks.engine_of(path, source, engine)
+        )
+        return self
+
+    def engines(self) -> Iterator[tuple[KeyPath, str, Mapping[str, Any]]]:
+        """Every `engine:` section of the entry: its path, the source that it is for, and its arguments."""
+        yield ("engine",), self.source, self.engine
+        for at, choice in enumerate(() if isinstance(self.gpu, str) else self.gpu):
+            yield ("gpu", at, "engine"), self.source, choice.engine
+        if self.canary is not None and self.canary.engine is not None:
+            yield ("canary", "engine"), self.canary.source or self.source, self.canary.engine
 
     def versions(self) -> tuple[Model, ...]:
         """The model as it is without a canary, and its canary as if it were the model; the weights are the specs'."""
@@ -380,71 +378,77 @@ class Config(Section):
     tenant_defaults: TenantDefaults = TenantDefaults()
     tenants: tuple[Tenant, ...] = ()
 
-    @model_validator(mode="after")
-    def _who_may_call(self) -> Config:
-        check_together(self.auth, self.classes, self.tenant_defaults, self.tenants)
+    def _who_may_call(self) -> Iterator[Problem]:
+        yield from problems_together(self.auth, self.classes, self.tenant_defaults, self.tenants)
         gateway, auth = self.gateway, self.auth
         if self.observe.budget_webhook is not None and auth is None:
-            raise ValueError("observe.budget_webhook: without auth there are no tenants and no budgets: set auth")
+            yield Problem(("observe", "budget_webhook"), "without auth there are no tenants and no budgets: set auth")
         for listener in ("grpc", "http", "admin"):
             address = getattr(gateway.listen, listener)
             lacks = " and ".join(
                 name for name, there in (("auth", auth), ("gateway.tls", gateway.tls)) if there is None
             )
             if lacks and not is_loopback(address):
-                raise ValueError(
-                    f"gateway.listen.{listener} is {address}, off loopback, without {lacks}: {_WHY_NOT[lacks]}. "
+                text = (
+                    f"is {address}, off loopback, without {lacks}: {_WHY_NOT[lacks]}. "
                     "Set both auth and gateway.tls, or listen on 127.0.0.1"
                 )
+                yield Problem(("gateway", "listen", listener), text)
         if auth is not None and auth.client_certificates and (gateway.tls is None or not gateway.tls.client_ca_file):
-            raise ValueError(
-                "auth.client_certificates: nobody's certificate could be verified: set gateway.tls.client_ca_file"
-            )
+            text = "nobody's certificate could be verified: set gateway.tls.client_ca_file"
+            yield Problem(("auth", "client_certificates"), text)
         if auth is not None and self.ray and auth.cluster_secret_file is None:
-            raise ValueError(
-                "auth.cluster_secret_file: with a Ray cluster of its own every gateway needs the same secret: name a "
-                "file that all have"
-            )
-        return self
+            text = "with a Ray cluster of its own every gateway needs the same secret: name a file that all have"
+            yield Problem(("auth", "cluster_secret_file"), text)
 
     def policies(self) -> tuple[TenantPolicy, ...]:
         """The tenants that this file declares, each whole."""
         return tuple(tenant.policy(self.tenant_defaults) for tenant in self.tenants)
 
     @model_validator(mode="after")
-    def _together(self) -> Config:
-        owner: dict[str, str] = {}
-        for model in self.models:
-            for name in (model.name, *model.aliases):
-                if name in owner:
-                    raise ValueError(f"models: the name {name!r} is used by {owner[name]!r} and {model.name!r}")
-                owner[name] = model.name
-            if model.trust_remote_code and not self.weights.allow.remote_code:
-                raise ValueError(
-                    f"models[{model.name}].trust_remote_code is true but weights.allow.remote_code is not: "
-                    "both must say so"
-                )
-            if model.load_format not in self.weights.allow.formats:
-                raise ValueError(
-                    f"models[{model.name}].load_format: weights.allow.formats does not list {model.load_format!r}"
-                )
-            for version in model.versions():
-                if version.ray and version.ray not in [one.name for one in self.ray]:
-                    names = ", ".join(one.name for one in self.ray) or "none"
-                    raise ValueError(
-                        f"models[{model.name}].ray: there is no Ray cluster {version.ray!r}; ray has {names}"
-                    )
-        for model in self.models:
-            self._check_fallback(model, owner)
+    def _together(self, info: ValidationInfo) -> Config:
+        absent = (info.context or {}).get("absent", ())
+        raise_all(
+            (
+                *self._who_may_call(),
+                *checks.names(self.models),
+                *checks.fallbacks(self.models, absent),
+                *self._not_allowed(),
+                *checks.budgets([*self._needs()], self.scaling.gpu_budget),
+            )
+        )
         return self
 
-    def _check_fallback(self, model: Model, owner: Mapping[str, str]) -> None:
-        for name in model.fallback:
-            where = f"models[{model.name}].fallback"
-            if name not in owner:
-                raise ValueError(f"{where}: there is no model {name!r}")
-            if owner[name] == model.name:
-                raise ValueError(f"{where}: {name!r} is the model itself")
+    def _not_allowed(self) -> Iterator[Problem]:
+        """Models that ask for what `weights.allow` or `ray` does not have."""
+        allow, rays = self.weights.allow, [one.name for one in self.ray]
+        for at, model in enumerate(self.models):
+            where: KeyPath = ("models", at)
+            if model.trust_remote_code and not allow.remote_code:
+                text = "is true but weights.allow.remote_code is not: both must say so"
+                yield Problem((*where, "trust_remote_code"), text)
+            if model.load_format not in allow.formats:
+                text = f"weights.allow.formats does not list {model.load_format!r}; it has {', '.join(allow.formats)}"
+                yield Problem((*where, "load_format"), text)
+            if not allow.remote_code:
+                for path, source, engine in model.engines():
+                    if not source.startswith("sim://"):
+                        yield from checks.code_of((*where, *path), engine)
+            for number, version in enumerate(model.versions()):
+                there: KeyPath = (*where, "canary") if number else where
+                if not any(fnmatch.fnmatchcase(version.source, pattern) for pattern in allow.sources):
+                    text = f"{version.source!r} is not among weights.allow.sources ({', '.join(allow.sources)})"
+                    yield Problem((*there, "source"), text)
+                if version.ray and version.ray not in rays:
+                    text = f"there is no Ray cluster {version.ray!r}; ray has {', '.join(rays) or 'none'}"
+                    yield Problem((*there, "ray"), text)
+
+    def _needs(self) -> Iterator[checks.Need]:
+        for at, model in enumerate(self.models):
+            if model.source.startswith("sim://"):
+                continue
+            for spec in model.model_copy(update={"canary": None}).specs():
+                yield at, spec.gpu, spec.tensor_parallel_size * spec.pipeline_parallel_size, spec.min_replicas
 
     @field_validator("ray")
     @classmethod
@@ -454,73 +458,119 @@ class Config(Section):
         return value
 
 
-def _path(location: tuple[int | str, ...]) -> str:
-    out = ""
-    for part in location:
-        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else str(part)
-    return out
-
-
-def _refuse_not_yet(data: Mapping[str, Any], where: str) -> None:
+def _refuse_not_yet(data: Mapping[str, Any]) -> Iterator[Problem]:
     for key, what in NOT_YET.items():
         if key in data:
-            raise ConfigError(f"{where}: {key}: {what}: not in this release; remove the section")
+            yield Problem((key,), f"{what}: not in this release; remove the section")
     models = data.get("models")
     for i, entry in enumerate(models if isinstance(models, list) else []):
         for key, what in NOT_YET_MODEL.items():
             if isinstance(entry, dict) and key in entry:
-                raise ConfigError(f"{where}: models[{i}].{key}: {what}: not in this release; remove the key")
+                yield Problem(("models", i, key), f"{what}: not in this release; remove the key")
 
 
 def parse(text: str, where: str = "configuration") -> Config:
     """Check a cluster.yaml. Raises ConfigError naming every wrong key by its path."""
+    document = read_document(text, where)
+    config, wrong = examine(document)
+    if config is None:
+        raise ConfigError("\n".join(line(problem, where, document) for problem in wrong))
+    return config
+
+
+def read_document(text: str, where: str) -> Document:
+    """The YAML of a cluster.yaml, which may hold keys twice. Raises ConfigError."""
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {error}") from None
-    if not isinstance(data, dict):
+        document = read(text)
+    except NotYaml as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if not isinstance(document.data, dict):
         raise ConfigError(f"{where}: expected a mapping that begins with `api_version: {API_VERSION}`")
-    _refuse_not_yet(data, where)
-    try:
-        return Config.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {path}: {told}" for path, told in problems(error))) from None
+    return document
 
 
-def problems(error: ValidationError) -> list[tuple[str, str]]:
-    """What is wrong, each with the key's path in the file."""
-    return [
-        (
-            _path(problem["loc"]) or "file",
-            "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"].removeprefix("Value error, "),
-        )
-        for problem in error.errors()
-    ]
+def line(problem: Problem, where: str, document: Document) -> str:
+    """A problem as one line of an error message, with the file and the line in it."""
+    at = document.line_of(problem.path)
+    return f"{where}: {problem}{f' (line {at})' if at else ''}"
+
+
+def examine(document: Document) -> tuple[Config | None, list[Problem]]:
+    """The configuration of a document, None when it is wrong; and all that is wrong with it."""
+    config, wrong = remainder(document)
+    return (None if wrong else config), wrong
+
+
+def remainder(document: Document) -> tuple[Config | None, list[Problem]]:
+    """What is left of a document without its wrong keys, and all that is wrong with it.
+
+    A wrong key hides what depends on its value, so it is taken out and the rest is looked at again. Of `models`, an
+    entry that cannot be mended so is called LEFT_OUT and its position.
+    """
+    wrong = [_twice(one) for one in document.duplicates] + [*_refuse_not_yet(document.data)]
+    data: Any = without(document.data, [one.path for one in wrong if one.path[-1] in NOT_YET_MODEL])
+    taken: list[KeyPath] = []
+    while data is not None and len(taken) < MOST_PROBLEMS:
+        try:
+            return Config.model_validate(data, context={"absent": names_of(document.data)}), wrong
+        except ValidationError as error:
+            found = problems_of(error, Config)
+        wrong += [one for one in found if not _follows(one, taken)]
+        taken += [one.path for one in found]
+        data = without(data, [one.path for one in found])
+    return None, wrong
+
+
+MOST_PROBLEMS = 1000
+_DEPENDS_ON_ALL = ("gateway", "auth", "classes", "tenants", "tenant_defaults", "ray", "observe")
+_MODELS_DEPEND_ON = ("weights", "ray", "scaling")
+
+
+def _twice(one: Duplicate) -> Problem:
+    text = f"the key stands here again, first in line {one.first_line}; only the last would count: keep one of them"
+    return Problem(one.path, text)
+
+
+def _follows(problem: Problem, taken: Sequence[KeyPath]) -> bool:
+    """Whether a problem may be there only because other keys were taken out."""
+    section = problem.path[0] if problem.path else ""
+    sections = {path[0] for path in taken if path}
+    if section in ("models", "scaling"):
+        within = [path for path in taken if path[:2] == problem.path[:2] or problem.path[: len(path)] == path]
+        return any(one in sections for one in _MODELS_DEPEND_ON) or (problem.missing and bool(within))
+    return any(one in sections for one in _DEPENDS_ON_ALL)
+
+
+def names_of(data: Any) -> set[str]:
+    """Names and aliases of the entries of a document's models, as far as they can be read."""
+    entries = data.get("models") if isinstance(data, dict) else None
+    found: set[str] = set()
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict):
+            aliases = entry.get("aliases")
+            found |= {
+                one
+                for one in (entry.get("name"), *(aliases if isinstance(aliases, list) else ()))
+                if isinstance(one, str)
+            }
+    return found
 
 
 def with_models(config: Config, entries: Sequence[Mapping[str, Any]]) -> Config:
     """The same with other models, checked whole. Raises CallError that names every wrong key by the model's name."""
     plain: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    wrong = [
-        Violation(f"models[{entry.get('name')}].{key}", f"{what}: not in this release; remove the key")
-        for entry in entries
-        for key, what in NOT_YET_MODEL.items()
-        if key in entry
-    ]
-    try:
-        made = Config.model_validate(plain | {"models": [dict(entry) for entry in entries]})
-    except ValidationError as error:
+    made, wrong = examine(Document(plain | {"models": [dict(entry) for entry in entries]}))
+    if made is None:
         names = [str(entry.get("name")) for entry in entries]
-        for path, told in problems(error):
-            named = re.sub(r"^models\[(\d+)\]", lambda found: f"models[{names[int(found[1])]}]", path)
-            at, told = told.split(": ", 1) if path == "file" and told.startswith("models") else (named, told)
-            if all(one.field != at for one in wrong):
-                wrong.append(Violation(at, told))
-    if wrong:
+        told = [Violation(_by_name(problem.where, names), problem.text) for problem in wrong]
         raise CallError(
-            Outcome.INVALID_FIELD, "; ".join(f"{one.field}: {one.description}" for one in wrong), violations=wrong
+            Outcome.INVALID_FIELD, "; ".join(f"{one.field}: {one.description}" for one in told), violations=told
         )
     return made
+
+
+def _by_name(where: str, names: Sequence[str]) -> str:
+    return re.sub(r"^models\[(\d+)\]", lambda found: f"models[{names[int(found[1])]}]", where)
 
 
 def entry_of(model: Model) -> dict[str, Any]:

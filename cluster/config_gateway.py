@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from cluster.config_checks import listeners
+from cluster.config_problems import Problem, raise_all
 
 
 def is_loopback(address: str) -> bool:
@@ -23,12 +28,26 @@ def is_loopback(address: str) -> bool:
 class Section(BaseModel):
     """A part of the configuration: frozen, and an unknown key is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
-
-Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")]
 
 MAX_PORT = 65_535
+
+
+def check_address(value: str, least: int = 0) -> str:
+    """`host:port` itself. Raises ValueError for a port or an IP address that cannot be."""
+    host, _, port = value.rpartition(":")
+    if not least <= int(port) <= MAX_PORT:
+        raise ValueError(f"{value}: a port is {least} to {MAX_PORT}")
+    if host.startswith("[") or re.fullmatch(r"[0-9.]+", host):
+        try:
+            ipaddress.ip_address(host.strip("[]"))
+        except ValueError:
+            raise ValueError(f"{value}: {host} is no IP address") from None
+    return value
+
+
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$"), AfterValidator(check_address)]
 # Of process i > 0: with the ports of Listen's defaults, 50060+i and 9410+i.
 LINK_ABOVE, METRICS_ABOVE = 8, 10
 
@@ -125,22 +144,39 @@ class Gateway(Section):
         return next((n for n in ("grpc", "http", "link") if getattr(self.listen, n).endswith(":0")), "")
 
     @model_validator(mode="after")
-    def _ports_of_all(self) -> Gateway:
+    def _ports(self) -> Gateway:
+        raise_all((*self._above(), *self._twice(), *self._open_link()))
+        return self
+
+    def _above(self) -> Iterator[Problem]:
+        """Ports of the last process that do not exist."""
         last = self.listen.of(self.processes - 1)
         for name in ("link", "metrics"):
             if int(getattr(last, name).rsplit(":", 1)[1]) > MAX_PORT:
-                raise ValueError(
-                    f"processes: {self.processes} with listen.{name} {getattr(self.listen, name)}: the last process "
-                    f"would listen on {getattr(last, name)}, above {MAX_PORT}; take a lower port or fewer processes"
+                yield Problem(
+                    ("processes",),
+                    f"{self.processes} with listen.{name} {getattr(self.listen, name)}: the last process would listen "
+                    f"on {getattr(last, name)}, above {MAX_PORT}; take a lower port or fewer processes",
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _only_loopback_is_open(self) -> Gateway:
+    def _twice(self) -> Iterator[Problem]:
+        """Listeners of all processes that would bind one port."""
+        own = [(name, getattr(self.listen, name)) for name in ("grpc", "http", "link", "admin", "metrics")]
+        for process in range(1, self.processes):
+            theirs = self.listen.of(process)
+            own += [(f"{name} of process {process}", getattr(theirs, name)) for name in ("link", "metrics")]
+        for problem in listeners(own):
+            name, _, process_too = str(problem.path[-1]).partition(" ")
+            if process_too:
+                yield Problem(("processes",), f"listen.{name} {process_too}: {problem.text}")
+            else:
+                yield Problem(("listen", name), problem.text)
+
+    def _open_link(self) -> Iterator[Problem]:
         link = self.listen.link
         if not is_loopback(link) and self.link_tls is None:
-            raise ValueError(
-                f"listen.link is {link}, off loopback, and link_tls is not set: "
-                "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback"
+            yield Problem(
+                ("listen", "link"),
+                f"is {link}, off loopback, and link_tls is not set: "
+                "whoever reaches it could pose as a worker. Set gateway.link_tls, or listen on loopback",
             )
-        return self

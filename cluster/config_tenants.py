@@ -10,13 +10,14 @@ import ipaddress
 import math
 import re
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from cluster.config_gateway import Section
+from cluster.config_problems import Problem, raise_all
 from cluster.tenancy.policy import GuardRule, PolicyError, TenantLimits, TenantPolicy
 
 _NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
@@ -49,7 +50,7 @@ class Oidc(Section):
     @field_validator("issuer")
     @classmethod
     def _over_tls(cls, value: str) -> str:
-        parts = urllib.parse.urlsplit(value)
+        parts = _url(value)
         if not parts.hostname or parts.scheme not in ("https", "http"):
             raise ValueError(f"{value!r} is no URL: write the issuer as its tokens' `iss` does, https://…")
         if parts.scheme == "http" and not _is_this_host(parts.hostname):
@@ -138,13 +139,22 @@ class Store(Section):
     @field_validator("limits_url")
     @classmethod
     def _limits(cls, value: str) -> str:
-        if value and _url(value).scheme not in ("redis", "rediss", "unix"):
+        if not value:
+            return value
+        parts = _url(value)
+        if parts.scheme not in ("redis", "rediss", "unix") or not value.startswith(f"{parts.scheme}://"):
             raise ValueError("must be redis://, rediss:// (TLS) or unix://, of a Valkey or Redis")
+        if parts.scheme == "unix" and not parts.path.strip("/"):
+            raise ValueError("names no socket: write unix:///run/valkey.sock")
+        if parts.scheme != "unix" and parts.path.strip("/") and not parts.path.strip("/").isdecimal():
+            raise ValueError("its path must be the number of a database, e.g. redis://host:6379/0")
         return value
 
 
 class Cost(Section):
     """Money: GPU-seconds are measured, these are the rates by accelerator type."""
+
+    model_config = ConfigDict(allow_inf_nan=True)  # refused below, with the range
 
     currency: str
     gpu_hour: Mapping[str, float]
@@ -270,6 +280,8 @@ class Guard(Section):
 class _TenantFields(Section):
     """What a tenant and the defaults share."""
 
+    model_config = ConfigDict(allow_inf_nan=True)  # refused by the policy, with the range
+
     class_: Annotated[str, Field(alias="class")] = "standard"
     weight: float = 1.0
     models: tuple[str, ...] = ("default",)
@@ -354,23 +366,46 @@ def check_together(
     defaults: TenantDefaults,
     tenants: Sequence[Tenant],
 ) -> None:
-    """What holds between the sections. Raises ValueError with the path and the remedy."""
-    _once("classes", [one.name for one in classes])
-    _once("classes", [f"rank {one.rank}" for one in classes])
+    """Raise Several, unless the sections hold together."""
+    raise_all(problems_together(auth, classes, defaults, tenants))
+
+
+def problems_together(
+    auth: Auth | None,
+    classes: Sequence[Class],
+    defaults: TenantDefaults,
+    tenants: Sequence[Tenant],
+) -> Iterator[Problem]:
+    """What does not hold between the sections, each with its path and the remedy."""
+    yield from _twice("classes", [one.name for one in classes])
+    yield from _twice("classes", [f"rank {one.rank}" for one in classes])
     names = {one.name for one in classes}
-    _known_class("tenant_defaults", defaults.class_, names)
-    _once("tenants", [one.name for one in tenants])
+    yield from _known_class(("tenant_defaults",), defaults.class_, names)
+    yield from _twice("tenants", [one.name for one in tenants])
     for at, tenant in enumerate(tenants):
-        _known_class(f"tenants[{at}]", tenant.policy(defaults).priority_class, names)
+        try:
+            policy = tenant.policy(defaults)
+        except PolicyError as error:
+            yield Problem(("tenants", at, *filter(None, error.field.split("."))), error.remedy)
+            continue
+        yield from _known_class(("tenants", at), policy.priority_class, names)
     if defaults.guards and auth is None:
-        raise ValueError("tenant_defaults.guards: without auth there are no tenants to guard: set auth, or remove them")
+        yield Problem(
+            ("tenant_defaults", "guards"), "without auth there are no tenants to guard: set auth, or remove them"
+        )
     if tenants and auth is None:
-        raise ValueError("tenants: without auth nobody can be told apart: set auth, or remove the section")
+        yield Problem(("tenants",), "without auth nobody can be told apart: set auth, or remove the section")
 
 
-def _known_class(where: str, name: str, known: set[str]) -> None:
+def _known_class(where: tuple[str | int, ...], name: str, known: set[str]) -> Iterator[Problem]:
     if name not in known:
-        raise ValueError(f"{where}.class: {name!r} is none of classes ({', '.join(sorted(known))})")
+        yield Problem((*where, "class"), f"{name!r} is none of classes ({', '.join(sorted(known))})")
+
+
+def _twice(where: str, names: Sequence[str]) -> Iterator[Problem]:
+    for at, name in enumerate(names):
+        if name in names[:at]:
+            yield Problem((where, at), f"{name!r} is there twice; remove one")
 
 
 def _once(where: str, names: Sequence[str]) -> None:
@@ -380,10 +415,15 @@ def _once(where: str, names: Sequence[str]) -> None:
 
 
 def _url(value: str) -> urllib.parse.SplitResult:
+    """The parts of a URL. Raises ValueError that shows no password."""
     try:
-        return urllib.parse.urlsplit(value)
-    except ValueError:
-        raise ValueError(f"{value!r} is no URL") from None
+        parts = urllib.parse.urlsplit(value)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"is no URL: {error}") from None
+    if port == 0:
+        raise ValueError("is no URL: port 0 is nobody's; name the server's")
+    return parts
 
 
 def _folded(san: str) -> str:

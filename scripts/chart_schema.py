@@ -1,5 +1,6 @@
-"""Keep the chart's schema at the program's own: `config` in helm/values.schema.json is what `headrace config schema`
-prints. `--check` only says whether it is."""
+"""Keep chart and program equal: `config` in helm/values.schema.json is what `headrace config schema` prints, and the
+program's chart_values.yaml is helm/values.yaml, over which `headrace config check` lays a file of values. `--check`
+only says whether they are."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from typing import Any
 
 from cluster.config import Config
 
-SCHEMA = Path(__file__).resolve().parent.parent / "helm" / "values.schema.json"
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = ROOT / "helm" / "values.schema.json"
+VALUES, COPY = ROOT / "helm" / "values.yaml", ROOT / "cluster" / "chart_values.yaml"
 
 
 def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -35,10 +38,15 @@ def main(arguments: list[str]) -> int:
     """0 when the file is, or now is, as it should be."""
     before = SCHEMA.read_text()
     after = json.dumps(with_config(json.loads(before), Config.model_json_schema(by_alias=True)), indent=1) + "\n"
+    values = VALUES.read_text()
     if "--check" in arguments:
+        equal = COPY.exists() and COPY.read_text() == values
+        if not equal:
+            print(f"{COPY}: is not {VALUES}; run scripts/chart_schema.py", file=sys.stderr)
         if before != after:
             print(f"{SCHEMA}: config is not what cluster/config.py says; run scripts/chart_schema.py", file=sys.stderr)
-        return int(before != after)
+        return int(before != after or not equal)
+    COPY.write_text(values)
     SCHEMA.write_text(after)
     return 0
 

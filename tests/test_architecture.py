@@ -20,9 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT: dict[str, set[str]] = {
     "api": set(),
     "pb": set(),
-    "config": {"api", "config_gateway", "config_tenants", "tenancy"},
-    "config_gateway": set(),
-    "config_tenants": {"api", "config_gateway", "tenancy"},
+    "config": {"api", "config_gateway", "config_tenants", "tenancy", "config_checks", "config_problems"}
+    | {"config_remainder", "config_yaml"},
+    "config_checks": {"config_engine", "config_problems"},
+    "config_engine": {"config_problems"},
+    "config_gateway": {"config_checks", "config_problems"},
+    "config_problems": set(),
+    "config_remainder": {"config_problems"},
+    "config_tenants": {"api", "config_gateway", "config_problems", "tenancy"},
+    "config_yaml": set(),
     "tenancy": {"api"},
     "ledger": {"api", "tenancy"},
     "routing": {"api"},
@@ -35,10 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rpc": set(),
     "sim": {"api", "tenancy", "routing", "control", "link", "engine"},
     "gateway": {"api", "pb", "config", "config_gateway", "config_tenants", "tenancy", "routing", "rpc", "link"}
-    | {"ledger", "observe"},
-    "rayserve": {"api", "config", "config_gateway", "engine", "link", "control", "observe"},
+    | {"ledger", "observe", "config_yaml"},
+    "rayserve": {"api", "config", "config_engine", "config_gateway", "engine", "link", "control", "observe"},
     "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"}
-    | {"tenancy", "ledger", "kube", "config_gateway", "config_tenants"},
+    | {"tenancy", "ledger", "kube", "config_gateway", "config_problems", "config_tenants", "config_yaml"},
 }
 PURE = ("tenancy", "routing", "control", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}

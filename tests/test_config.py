@@ -40,7 +40,7 @@ def test_shipped_files_load(file: Path) -> None:
         (HEAD + "models: [{name: m, source: s, replicas: {min: 3, max: 2}}]", "max (2) is below min (3)"),
         (HEAD + "models: [{name: m, source: s, replicas: {min: 1, idle_s: 60}}]", "needs min: 0"),
         (HEAD + "models: [{name: m, source: s}, {name: n, source: s, aliases: [m]}]", "'m' is used by"),
-        (HEAD + "models: [{name: m, source: s, engine: {port: 1}}]", "engine.port is Headrace's"),
+        (HEAD + "models: [{name: m, source: s, engine: {port: 1}}]", "models[0].engine.port: is Headrace's"),
         (HEAD + "models: [{name: m, source: s, engine: {distributed_executor_backend: mp}}]", "placed by Ray"),
         (HEAD + "models: [{name: m, source: s, trust_remote_code: true}]", "weights.allow.remote_code"),
         (HEAD + "models: [{name: m, source: s, load_format: pt}]", "weights.allow.formats"),

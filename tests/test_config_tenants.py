@@ -212,10 +212,10 @@ def test_certificates_are_named_one_by_one(san: str) -> None:
 @pytest.mark.parametrize(
     ("classes", "defaults", "tenants", "words"),
     [
-        ((*CLASSES, Class(name="batch", rank=9)), "{}", [], "classes: 'batch' is there twice"),
-        ((*CLASSES, Class(name="x", rank=0)), "{}", [], "classes: 'rank 0' is there twice"),
+        ((*CLASSES, Class(name="batch", rank=9)), "{}", [], r"classes\[3\]: 'batch' is there twice"),
+        ((*CLASSES, Class(name="x", rank=0)), "{}", [], r"classes\[3\]: 'rank 0' is there twice"),
         (CLASSES, "{class: gold}", [], "tenant_defaults.class: 'gold'"),
-        (CLASSES, "{}", ["{name: a}", "{name: a}"], "tenants: 'a' is there twice"),
+        (CLASSES, "{}", ["{name: a}", "{name: a}"], r"tenants\[1\]: 'a' is there twice"),
         (CLASSES, "{}", ["{name: b}", "{name: a, class: gold}"], r"tenants\[1\].class: 'gold'"),
     ],
 )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -31,6 +30,7 @@ from cluster.cli.common import (
 )
 from cluster.cli.look import Admin, plain
 from cluster.cli.scaling import ModelArgument, ReasonOption
+from cluster.config_yaml import NotYaml, load_documents
 from cluster.control.layers import lay
 
 DIFFERS = 2
@@ -52,8 +52,8 @@ def read_layers(paths: Sequence[Path]) -> tuple[list[list[Mapping[str, Any]]], l
     others: set[str] = set()
     for path in [file for given in paths for file in _files(given)]:
         try:
-            documents = list(yaml.safe_load_all(path.read_text()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            documents = load_documents(path.read_text())
+        except (OSError, UnicodeDecodeError, NotYaml) as error:
             fail(f"{path}: cannot be read: {error}", USAGE)
         for document in documents:
             if document is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.cli.common import JsonOption, out, print_json, read_config
+from cluster.cli.common import USAGE as USAGE
+from cluster.cli.common import JsonOption, print_json
 from cluster.config import Config
 
 app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print what it may hold.")
@@ -15,15 +17,44 @@ app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print wha
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(help="The cluster.yaml.", show_default=False)], as_json: JsonOption = False
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="A cluster.yaml, the values of the chart, or a ConfigMap with a cluster.yaml; - reads standard input.",
+            show_default=False,
+        ),
+    ],
+    as_json: JsonOption = False,
+    pod: Annotated[
+        bool, typer.Option("--pod", help="It is for pods of Kubernetes; values and ConfigMaps are.")
+    ] = False,
+    files: Annotated[bool, typer.Option("--files", help="The files that it names must be on this machine.")] = False,
 ) -> None:
-    """Say whether a file is right; exit code 2 names each wrong key by its path."""
-    config = read_config(file)
+    """Say whether every process of the cluster would accept a file. Exit code 2 and one line for each wrong key where
+    one would not; 0 with warnings of likely mistakes."""
+    from cluster.cli.checking import Finding, Report
+    from cluster.cli.checking import check as examined
+
+    name = "standard input" if file == "-" else file
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        report = examined(data.decode(), name, pod=pod, files=files)
+    except OSError as error:
+        report = Report(name, errors=(Finding("", f"cannot be read: {error.strerror}"),))
+    except UnicodeDecodeError as error:
+        report = Report(name, errors=(Finding("", f"is not UTF-8: {error.reason} at byte {error.start}"),))
     if as_json:
-        print_json(config.model_dump(mode="json"))
-        return
-    models = ", ".join(model.name for model in config.models) or "no models"
-    out.print(f"{file}: right; cluster {config.name}, {models}", markup=False)
+        print_json(report.as_json())
+        raise typer.Exit(USAGE if report.errors else 0)
+    for one in report.warnings:
+        typer.echo(f"{typer.style('warning:', fg=typer.colors.YELLOW)} {name}: {one}", err=True)
+    if report.errors:
+        lines = "\n".join(f"{name}: {one}" for one in report.errors)
+        typer.echo(f"{typer.style('error:', fg=typer.colors.RED)} {lines}", err=True)
+        raise typer.Exit(USAGE)
+    assert report.config is not None
+    models = ", ".join(model.name for model in report.config.models) or "no models"
+    typer.echo(f"{name}: right; cluster {report.config.name}, {models}")
 
 
 @app.command()

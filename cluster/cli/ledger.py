@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-import yaml
 from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 from rich.table import Table
@@ -22,6 +21,7 @@ from cluster.api.private_files import make_private_folder
 from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, out
 from cluster.config import cache_dir
 from cluster.config_tenants import Auth, Cost, Store, TenantDefaults
+from cluster.config_yaml import NotYaml, load
 from cluster.ledger.rows import Rates
 from cluster.tenancy.policy import PolicyError
 
@@ -72,8 +72,8 @@ def settings(file: Path | None, database_url: str | None, pepper_file: Path | No
     data: Any = {}
     if file is not None:
         try:
-            data = yaml.safe_load(file.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            data = load(file.read_text())
+        except (OSError, UnicodeDecodeError, NotYaml) as error:
             fail(f"{file}: cannot be read: {error}", USAGE)
         if not isinstance(data, dict):
             fail(f"{file}: is no mapping", USAGE)

@@ -162,8 +162,22 @@ def _end_with(lacks: Iterator[str], file: Path, check: bool) -> None:
         raise typer.Exit(0)
 
 
-def gateway_lacks(config: Config) -> Iterator[str]:
-    """Why this file does not serve as a gateway's in a pod, one sentence each."""
+def gateway_lacks(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
+    """Why this file does not serve as a gateway's, one sentence each: in a pod (`pod`), and for want of a file that it
+    names (`files`)."""
+    if pod:
+        yield from _unreachable(config)
+    if files:
+        yield from _unreadable("gateway.tls", config.gateway.tls)
+        yield from _unreadable("gateway.link_tls", config.gateway.link_tls)
+        for setting, path in secret_files(config).items():
+            yield from unreadable_file(setting, path)
+        if config.observe.budget_webhook is not None:
+            path = config.observe.budget_webhook.secret_file
+            yield from unreadable_file("observe.budget_webhook.secret_file", path)
+
+
+def _unreachable(config: Config) -> Iterator[str]:
     for name, address in config.gateway.listen.model_dump().items():
         if is_loopback(address):
             yield f"gateway.listen.{name}: {address} is reached by nobody outside this pod: listen on 0.0.0.0"
@@ -171,35 +185,31 @@ def gateway_lacks(config: Config) -> Iterator[str]:
             yield f"gateway.listen.{name}: {address}: a pod's ports are declared before it starts: name one"
     if not config.store.database_url and config.auth is not None:
         yield "store.database_url: a pod's own SQLite is seen by no other gateway: name a PostgreSQL"
-    yield from _unreadable("gateway.tls", config.gateway.tls)
-    yield from _unreadable("gateway.link_tls", config.gateway.link_tls)
-    for setting, path in secret_files(config).items():
-        yield from _file(setting, path)
-    if config.observe.budget_webhook is not None:
-        yield from _file("observe.budget_webhook.secret_file", config.observe.budget_webhook.secret_file)
 
 
-def controller_lacks(config: Config) -> Iterator[str]:
+def controller_lacks(config: Config, *, pod: bool = True, files: bool = True) -> Iterator[str]:
     """The same of a controller's."""
-    if not config.ray:
+    if pod and not config.ray:
         yield "ray: empty: a controller in a pod has no Ray of its own: name the cluster's dashboard"
-    if not config.link.gateways:
+    if pod and not config.link.gateways:
         yield "link.gateways: empty: there is nobody to dial"
-    if config.link.tls is None:
+    if pod and config.link.tls is None:
         yield "link.tls: not set: the gateways' link port wants a certificate"
-    yield from _unreadable("link.tls", config.link.tls)
-    for cluster in config.ray:
-        if cluster.token_file is not None:
-            yield from _file(f"ray[{cluster.name}].token_file", cluster.token_file)
+    if files:
+        yield from _unreadable("link.tls", config.link.tls)
+        for cluster in config.ray:
+            if cluster.token_file is not None:
+                yield from unreadable_file(f"ray[{cluster.name}].token_file", cluster.token_file)
 
 
 def _unreadable(setting: str, tls: Tls | ClientTls | None) -> Iterator[str]:
     for name, path in tls.model_dump().items() if tls is not None else ():
         if path is not None:
-            yield from _file(f"{setting}.{name}", path)
+            yield from unreadable_file(f"{setting}.{name}", path)
 
 
-def _file(setting: str, path: Path) -> Iterator[str]:
+def unreadable_file(setting: str, path: Path) -> Iterator[str]:
+    """Why a file that a setting names cannot be used, if it cannot."""
     try:
         if not path.read_bytes().strip():
             yield f"{setting}: {path} is empty"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine
+from cluster.config_engine import code_arguments
 from cluster.engine.cards import Card, read_card
 from cluster.rayserve.placement import is_simulated
 from cluster.rayserve.replica import Opened
@@ -16,6 +17,7 @@ def open_model(settings: ReplicaSettings) -> Opened:
     """Fetch or find the model, build its bundle, make its engine (not started). Blocks. Raises ValueError."""
     if is_simulated(settings.spec):
         return _open_simulated(settings)
+    _refuse_code(settings)
     from cluster.engine.digests import weight_digest
     from cluster.engine.vllm_engine import VllmEngine
 
@@ -23,6 +25,14 @@ def open_model(settings: ReplicaSettings) -> Opened:
     bundle = _bundle_of(folder, settings)
     engine = VllmEngine(settings.spec, folder)
     return Opened(engine, bundle, weight_digest(folder, _cache_dir(settings)))
+
+
+def _refuse_code(settings: ReplicaSettings) -> None:
+    """Raise ValueError for engine arguments that name code, where the settings allow none."""
+    if settings.allow_remote_code:
+        return
+    for path, text in code_arguments(settings.spec.engine):
+        raise ValueError(f"models[{settings.spec.name}].engine.{path}: {text}")
 
 
 def open_bundle(settings: ReplicaSettings) -> tuple[Bundle, Card]:

@@ -100,11 +100,11 @@ async def test_only_what_differs_is_touched(tmp_path: Path) -> None:
     [
         ({"name": "o", "source": "/o", "engin": {}}, "models[o].engin", "unknown key"),
         ({"name": "o"}, "models[o].source", "required"),
-        ({"name": "o", "source": "/o", "aliases": ["default"]}, "models", "is used by"),
+        ({"name": "o", "source": "/o", "aliases": ["default"]}, "models[o].aliases[0]", "is used by"),
         ({"name": "o", "source": "/o", "load_format": "pt"}, "models[o].load_format", "weights.allow.formats"),
-        ({"name": "o", "source": "/o", "fallback": ["p"]}, "models[o].fallback", "no model 'p'"),
+        ({"name": "o", "source": "/o", "fallback": ["p"]}, "models[o].fallback[0]", "no model 'p'"),
         ({"name": "o", "source": "/o", "canary": {"version": "v1"}}, "models[o]", "give the canary another"),
-        ({"name": "o", "source": "/o", "engine": {"dtype": "float16"}}, "models[o].engine", "set `dtype` beside"),
+        ({"name": "o", "source": "/o", "engine": {"dtype": "float16"}}, "models[o].engine.dtype", "set `dtype` beside"),
         ({"name": "o", "source": "/o", "adapters": []}, "models[o].adapters", "not in this release"),
     ],
 )

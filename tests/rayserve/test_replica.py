@@ -136,6 +136,7 @@ async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> 
         ("sim://?vocab=9&speed=1", Place("r", "n"), {}, "'speed' is no parameter"),
         ("/no/such/folder", Place("r", "n"), {}, r"models\[m\].source: there is no folder /no/such/folder"),
         ("sim://", Place("r", "n"), {}, "vocab is not given"),
+        ("/m", Place("r", "n"), {"engine": {"worker_cls": "a.B"}}, r"models\[m\].engine.worker_cls: names code"),
         (SOURCE, Place("r", "n"), {"digest": "sha256:0"}, r"models\[m\].digest: the weights here have sha256:.* wants"),
         (SOURCE, Place("r", "a", ("a", "b")), {"tensor_parallel_size": 2}, r"models\[m\]: ranks 0 to 1, .* 2 nodes"),
     ],

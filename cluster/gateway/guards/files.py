@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import structlog
-import yaml
 
+from cluster.config_yaml import NotYaml, read
 from cluster.tenancy.patterns import PatternError, Patterns
 
 log = structlog.get_logger("guards")
@@ -55,9 +55,12 @@ def read_patterns(path: str) -> Patterns:
     if len(data) > MAX_FILE_BYTES:
         raise PatternError("", f"{path} has more than {MAX_FILE_BYTES} bytes")
     try:
-        content = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        document = read(data.decode())
+    except (NotYaml, UnicodeDecodeError):
         raise PatternError("", f"{path} is not YAML") from None  # what it is instead is not for a log
+    for twice in document.duplicates:
+        raise PatternError("", f"{path} has one name twice, in lines {twice.first_line} and {twice.line}: remove one")
+    content = document.data
     if not isinstance(content, dict):
         raise PatternError("", f"{path} must hold lines of name: 'expression'")
     try:

@@ -1,0 +1,185 @@
+"""Rules between the models of cluster.yaml, and between models and other sections. Pure; each yields its problems.
+
+Everything here is refused when a configuration is built, by every process that reads one. What is only likely to be a
+mistake is a warning of `headrace config check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from cluster.config_engine import code_arguments, engine_problems
+from cluster.config_problems import Path, Problem
+
+SCHEMES = ("hf", "s3", "gs", "http", "https", "demo", "sim")
+"""What may stand before :// of a source; without it a source is a folder."""
+_MEANT = {"huggingface": "hf", "hugging_face": "hf", "hf-hub": "hf", "hub": "hf", "gcs": "gs", "file": "", "s3a": "s3"}
+
+
+class Entry(Protocol):
+    """What these rules read of a model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def aliases(self) -> tuple[str, ...]: ...
+    @property
+    def fallback(self) -> tuple[str, ...]: ...
+
+
+def source_problem(source: str) -> str:
+    """Why no replica could load from a source, by its text alone; "" when one might."""
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        return ""
+    if scheme not in SCHEMES:
+        meant = _MEANT.get(scheme.lower(), scheme.lower() if scheme.lower() in SCHEMES else None)
+        hint = "" if meant is None else f"; did you mean {meant + '://' if meant else ''}{rest}?"
+        return f"{source!r} is unknown: use a folder, hf://org/name, s3://, gs://, https:// or demo://smollm2{hint}"
+    if scheme == "hf" and (rest.count("/") != 1 or not all(rest.split("/"))):
+        return f"expected hf://organisation/name, got {source!r}"
+    if scheme == "demo" and source != "demo://smollm2":
+        return f"{source!r} is unknown: the only one of this scheme is demo://smollm2"
+    if scheme in ("s3", "gs", "http", "https") and not rest.strip("/"):
+        return f"{source!r} names no {'bucket' if scheme in ('s3', 'gs') else 'host'}"
+    return ""
+
+
+def engine_of(path: Path, source: str, engine: Mapping[str, Any]) -> Iterator[Problem]:
+    """What vLLM or Headrace refuses of an `engine:` section; a simulated engine has arguments of its own."""
+    if not source.startswith("sim://"):
+        for key, text in engine_problems(engine):
+            yield Problem((*path, *key.split(".")), text)
+
+
+def code_of(path: Path, engine: Mapping[str, Any]) -> Iterator[Problem]:
+    """Arguments of an `engine:` section that name code, where none may be run."""
+    for key, text in code_arguments(engine):
+        yield Problem((*path, *key.split(".")), text)
+
+
+def names(models: Sequence[Entry]) -> Iterator[Problem]:
+    """Names and aliases that two models have, or one model twice; reported at each place but the first."""
+    owner: dict[str, tuple[int, str]] = {}
+    for at, model in enumerate(models):
+        for number, name in enumerate((model.name, *model.aliases)):
+            if name in owner:
+                before, other = owner[name]
+                where: Path = ("models", at, "name") if not number else ("models", at, "aliases", number - 1)
+                told = f"'{other}' and '{model.name}'" if before != at else f"'{model.name}' twice"
+                yield Problem(where, f"the name {name!r} is used by {told}: rename one, or remove it")
+            owner.setdefault(name, (at, model.name))
+
+
+def clashing(models: Sequence[Entry]) -> frozenset[int]:
+    """The positions of all models that have a name or alias of another."""
+    owners: dict[str, set[int]] = {}
+    for at, model in enumerate(models):
+        for name in (model.name, *model.aliases):
+            owners.setdefault(name, set()).add(at)
+    return frozenset(at for them in owners.values() if len(them) > 1 for at in them)
+
+
+def fallbacks(models: Sequence[Entry], absent: Collection[str] = ()) -> Iterator[Problem]:
+    """Fallbacks that no model has, that are the model itself, or that lead back to it. `absent`: names of models that
+    were left out because they are wrong."""
+    owner = {name: model for model in models for name in (model.name, *model.aliases)}
+    for at, model in enumerate(models):
+        for number, name in enumerate(model.fallback):
+            where: Path = ("models", at, "fallback", number)
+            if name not in owner:
+                if name not in absent:
+                    yield Problem(where, f"there is no model {name!r}{_near_name(name, [*owner])}")
+            elif owner[name].name == model.name:
+                yield Problem(where, f"{name!r} is the model itself")
+            elif circle := _circle(model.name, owner[name], owner, ()):
+                yield Problem(
+                    where,
+                    f"leads back to {model.name!r} ({' -> '.join((model.name, *circle))}): a call tries each fallback "
+                    "once and no fallback of a fallback; end the chain at one model",
+                )
+
+
+def _circle(start: str, model: Entry, owner: Mapping[str, Entry], path: tuple[str, ...]) -> tuple[str, ...]:
+    """The names from a model back to `start`; empty when none leads there."""
+    if model.name == start:
+        return (*path, start)
+    if model.name in path:
+        return ()
+    for name in model.fallback:
+        if name in owner and (found := _circle(start, owner[name], owner, (*path, model.name))):
+            return found
+    return ()
+
+
+def _near_name(name: str, known: Sequence[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there {'is' if len(known) == 1 else 'are'} {_list(known)}"
+
+
+def _list(words: Sequence[str]) -> str:
+    few = ", ".join(words[:6])
+    return f"{few}, ..." if len(words) > 6 else few
+
+
+Need = tuple[int, str, int, int]
+"""A model's position, type of GPU, GPUs of one replica, least number of replicas; one for each type it may run on."""
+
+
+def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Problem]:
+    """Models that can never have their replicas within scaling.gpu_budget."""
+    by_model: dict[int, list[Need]] = {}
+    for need in needs:
+        by_model.setdefault(need[0], []).append(need)
+    used: dict[str, int] = {}
+    for at, choices in by_model.items():
+        limited = [(kind, gpus, least) for _, kind, gpus, least in choices if kind in budget]
+        if not limited or len(limited) < len(choices):
+            continue
+        if all(gpus > budget[kind] for kind, gpus, _ in limited):
+            kind, gpus, _ = limited[0]
+            yield Problem(
+                ("models", at),
+                f"one replica needs {gpus} GPUs{_of(kind)} and scaling.gpu_budget{_key(kind)} is {budget[kind]}: "
+                "raise the budget, or lower tensor_parallel_size",
+            )
+        elif len(limited) == 1:
+            kind, gpus, least = limited[0]
+            used[kind] = used.get(kind, 0) + gpus * least
+    for kind, gpus in used.items():
+        if gpus > budget[kind]:
+            yield Problem(
+                ("scaling", "gpu_budget", *([kind] if kind else [])),
+                f"is {budget[kind]}, and the models' least replicas together need {gpus} GPUs{_of(kind)}: raise it, or "
+                "lower replicas.min",
+            )
+
+
+def _of(kind: str) -> str:
+    return f" of type {kind}" if kind else ""
+
+
+def _key(kind: str) -> str:
+    return f".{kind}" if kind else '[""]'
+
+
+def listeners(addresses: Sequence[tuple[str, str]]) -> Iterator[Problem]:
+    """Listeners, as (key, host:port), that would bind one port of one host."""
+    taken: dict[int, list[tuple[str, str]]] = {}
+    for key, address in addresses:
+        host, _, port = address.rpartition(":")
+        if not int(port):
+            continue
+        for other, theirs in taken.get(int(port), ()):
+            if _one_host(host, theirs):
+                text = f"{address}: port {int(port)} is {other}'s too: give each listener its own"
+                yield Problem(("listen", key), text)
+        taken.setdefault(int(port), []).append((f"listen.{key}", host))
+
+
+def _one_host(one: str, other: str) -> bool:
+    hosts = {"127.0.0.1" if host == "localhost" else host.strip("[]") for host in (one, other)}
+    return len(hosts) == 1 or bool(hosts & {"0.0.0.0", "::"})  # noqa: S104

@@ -1,0 +1,230 @@
+"""Checks of a model's `engine:` section against the engine arguments of the pinned vLLM, without importing vLLM.
+
+The table vllm_arguments.json is written by scripts/engine_arguments.py. Arguments that make vLLM import a module, load
+a plugin or call a factory run code of the configuration's choice; they need `weights.allow.remote_code`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.config_problems import shown
+
+TABLE = Path(__file__).with_name("vllm_arguments.json")
+Problem = tuple[str, str]
+"""The key's path below `engine`, and what is wrong with it."""
+
+# Engine arguments that Headrace sets itself, with the reason a user is told.
+OWNED_ENGINE_ARGS = {
+    "model": "the entry's `source` says which weights are loaded",
+    "model_weights": "the entry's `source` says which weights are loaded",
+    "tokenizer": "the tokenizer comes with the entry's `source`, so that the gateway and the engine agree",
+    "revision": "set `revision` beside `source`",
+    "dtype": "set `dtype` beside `source`",
+    "tensor_parallel_size": "set `tensor_parallel_size` beside `source`; it also shapes the placement group",
+    "pipeline_parallel_size": "set `pipeline_parallel_size` beside `source`; it also shapes the placement group",
+    "max_model_len": "set `max_model_len` beside `source`",
+    "trust_remote_code": "set `trust_remote_code` beside `source`; `weights.allow.remote_code` must agree",
+    "load_format": "set `load_format` beside `source`; `weights.allow.formats` must agree",
+    "distributed_executor_backend": "ranks are placed by Ray on the model's placement group",
+    "device_ids": "ranks are placed by Ray on the model's placement group",
+    "nnodes": "ranks are placed by Ray on the model's placement group",
+    "node_rank": "ranks are placed by Ray on the model's placement group",
+    "master_addr": "ranks are placed by Ray on the model's placement group",
+    "master_port": "ranks are placed by Ray on the model's placement group",
+    "data_parallel_size": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_size_local": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_rank": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_start_rank": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_address": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_rpc_port": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_hybrid_lb": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_external_lb": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_multi_port_external_lb": "replicas are Ray Serve's: set `replicas`",
+    "data_parallel_backend": "replicas are Ray Serve's: set `replicas`",
+    "served_model_name": "the entry's `name` and `aliases` are the served names",
+    "kv_events_config": "the worker publishes KV events over the link",
+    "disable_log_stats": "the worker reads the scheduler's statistics for routing and metrics",
+    "host": "a worker accepts no connections; it dials the gateways",
+    "port": "a worker accepts no connections; it dials the gateways",
+    "api_key": "callers are authenticated by the gateway",
+    "hf_token": "a token is a secret: set `weights.hugging_face.token_file`",
+    "scheduling_policy": "the gateway's fair queue decides; the engine runs with priority scheduling",
+    "generation_config": "sampling defaults come from the model's own generation config",
+    "skip_tokenizer_init": "the engine needs the tokenizer for grammars",
+}
+
+CODE = frozenset(
+    {
+        "worker_cls",
+        "worker_extension_cls",
+        "scheduler_cls",
+        "logits_processors",
+        "model_class_overrides",
+        "io_processor_plugin",
+        "reasoning_parser_plugin",
+        "log_config_file",
+        "logging_config.pylogging_config_file",
+        "compilation_config.backend",
+        "compilation_config.inductor_passes",
+        "ec_manager_config.encoder_cache_manager_cls",
+        "ec_transfer_config.ec_connector_module_path",
+        "kv_transfer_config.kv_connector_module_path",
+        "structured_outputs_config.reasoning_parser_plugin",
+    }
+)
+"""Arguments of the pinned vLLM that name code to import, a plugin to load or a factory to call."""
+HARMLESS = {"worker_cls": ("auto",), "compilation_config.backend": ("", "eager", "inductor")}
+"""Their values that name nothing of the user's."""
+LOOKS_LIKE_CODE = re.compile(r"(_cls|_class|_classes|_plugin|_plugins|module_path|class_path|_factory|_callable)$")
+"""Keys of free mappings (`kv_connector_extra_config` and such) that name code by the custom of vLLM."""
+CODE_FORBIDDEN = "names code that the engine would run: only where weights.allow.remote_code is true"
+MOST_SHOWN = 8
+_WORDS = {
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a string",
+    "null": "null",
+    "array": "a list",
+    "object": "a mapping",
+}
+_BOUNDS = (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most"))
+
+
+@functools.cache
+def arguments() -> Mapping[str, Any]:
+    """The engine arguments of the pinned vLLM by name, each with its forms and range."""
+    rows: Mapping[str, Any] = json.loads(TABLE.read_text())["arguments"]
+    return rows
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """`; did you mean X?` for the nearest known name, "" when none is near."""
+    plain = {one.replace("-", "_").lower(): one for one in known}
+    folded = name.replace("-", "_").lower()
+    found = plain.get(folded) or next(
+        (plain[one] for one in difflib.get_close_matches(folded, plain, n=1, cutoff=0.7)), None
+    )
+    return f"; did you mean `{found}`?" if found else ""
+
+
+def engine_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
+    """What vLLM would refuse of an `engine:` section, and what Headrace sets itself."""
+    known = arguments()
+    for name, value in engine.items():
+        if name in OWNED_ENGINE_ARGS:
+            yield str(name), f"is Headrace's: {OWNED_ENGINE_ARGS[name]}"
+        elif name not in known:
+            yield str(name), f"vLLM has no such engine argument{near(str(name), [*known])}"
+        else:
+            yield from _problems(str(name), value, known[name])
+
+
+def code_arguments(engine: Mapping[Any, Any]) -> Iterator[Problem]:
+    """The arguments of an `engine:` section that make the engine run code of the section's choice."""
+    for name, value in engine.items():
+        yield from _code(str(name), value)
+
+
+def _code(path: str, value: Any) -> Iterator[Problem]:
+    last = path.rsplit(".", 1)[-1]
+    named = path in CODE or ("." in path and (last in CODE or LOOKS_LIKE_CODE.search(last)))
+    if named and value and value not in HARMLESS.get(path, ()):
+        yield path, CODE_FORBIDDEN
+    elif path == "speculative_config" and isinstance(value, Mapping) and _is_custom_proposer(value):
+        yield f"{path}.model", CODE_FORBIDDEN
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _code(f"{path}.{key}", item)
+    elif isinstance(value, list):
+        for item in value:
+            if isinstance(item, Mapping | list):
+                yield from _code(path, item)
+
+
+def _is_custom_proposer(speculative: Mapping[Any, Any]) -> bool:
+    """Whether `model` is the import path of a class, as vLLM decides it."""
+    model = speculative.get("model")
+    if speculative.get("method") == "custom_class":
+        return True
+    if speculative.get("method") is not None or not isinstance(model, str):
+        return False
+    parts = model.split(".")
+    return len(parts) >= 2 and all(part.isidentifier() for part in parts)
+
+
+def _problems(path: str, value: Any, row: Mapping[str, Any]) -> Iterator[Problem]:
+    forms = row.get("any")
+    if forms is None:
+        return
+    form = next((one for one in forms if _fits(value, one)), None)
+    if form is None:
+        yield path, f"must be {' or '.join(_told(one) for one in forms) or 'left out'}, not {shown(value)}"
+        return
+    if isinstance(value, int | float) and not isinstance(value, bool) and (told := _outside(value, row)):
+        yield path, told
+    if isinstance(value, Mapping) and "fields" in form:
+        for key, item in value.items():
+            if key not in form["fields"]:
+                yield f"{path}.{key}", f"vLLM has no such key{near(str(key), [*form['fields']])}"
+            else:
+                yield from _problems(f"{path}.{key}", item, form["fields"][key])
+
+
+def _fits(value: Any, form: Mapping[str, Any]) -> bool:
+    if "enum" in form:
+        return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in form["enum"])
+    if "names" in form:
+        return isinstance(value, str) and value.upper() in (*map(str.upper, form["names"]), "AUTO")
+    match form["type"]:
+        case "boolean":
+            return isinstance(value, bool)
+        case "integer":
+            return isinstance(value, int) and not isinstance(value, bool)
+        case "number":
+            return isinstance(value, int | float) and not isinstance(value, bool) and value - value == 0
+        case "string":
+            return isinstance(value, str)
+        case "null":
+            return value is None
+        case "array":
+            items = form.get("items")
+            return isinstance(value, list) and (
+                items is None or all(any(_fits(item, one) for one in items) for item in value)
+            )
+        case _:
+            return isinstance(value, Mapping)
+
+
+def _outside(value: float, row: Mapping[str, Any]) -> str:
+    """Why a number is outside the argument's range; "" when it is inside."""
+    wrong = {
+        "gt": lambda bound: value <= bound,
+        "ge": lambda bound: value < bound,
+        "lt": lambda bound: value >= bound,
+        "le": lambda bound: value > bound,
+    }
+    if any(name in row and wrong[name](row[name]) for name, _ in _BOUNDS):
+        told = " and ".join(f"{word} {row[name]:g}" for name, word in _BOUNDS if name in row)
+        percent = (
+            f": a part, not a percentage; write {value / 100:g}" if row.get("le") == 1 and 1 < value <= 100 else ""
+        )
+        return f"must be {told}, not {value:g}{percent}"
+    return ""
+
+
+def _told(form: Mapping[str, Any]) -> str:
+    words = form.get("enum") or form.get("names")
+    if words is not None:
+        few = ", ".join(map(str, words[:MOST_SHOWN]))
+        return f"one of {few}{', ...' if len(words) > MOST_SHOWN else ''}"
+    if form["type"] == "array" and form.get("items"):
+        return f"a list of items, each {' or '.join(_told(one) for one in form['items'])}"
+    return _WORDS[form["type"]]

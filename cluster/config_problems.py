@@ -1,0 +1,189 @@
+"""What is wrong with a configuration, as a list: each problem with the key's path, the expected form and the remedy.
+
+Pydantic stops a model's own validators at the first wrong field, and says "unable to parse string" for `300s`. Here
+validators may report several problems at once (`Several`), keys that pydantic does not know get a suggestion, and
+numbers with a unit get the unit that the key has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+Path = tuple[str | int, ...]
+
+_QUANTITY = re.compile(r"\s*(\d+(?:[._]\d+)*)\s*([A-Za-zµ%]+)\s*")
+_SECONDS = {
+    "us": 1e-6,
+    "µs": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "sec": 1.0,
+    "m": 60.0,
+    "min": 60.0,
+    "h": 3600.0,
+    "d": 86_400.0,
+}
+_COUNTS = {
+    "k": 1e3,
+    "m": 1e6,
+    "g": 1e9,
+    "b": 1e9,
+    "t": 1e12,
+    "ki": 2.0**10,
+    "mi": 2.0**20,
+    "gi": 2.0**30,
+    "ti": 2.0**40,
+}
+_UNITS = {"s": "seconds", "bytes": "bytes", "tokens": "tokens", "days": "days", "minute": "a count per minute"}
+_FLAGS = ("true", "false", "yes", "no", "on", "off")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: `path` of keys and list positions, and what to do about it. `missing`: a required key
+    is not there."""
+
+    path: Path
+    text: str
+    missing: bool = False
+
+    @property
+    def where(self) -> str:
+        """The path as people write it: models[0].replicas.max; "" for the whole file."""
+        return written(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}" if self.path else self.text
+
+
+class Several(ValueError):
+    """Raised by a validator that has found several problems; paths begin at what it validates."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("; ".join(map(str, problems)))
+        self.problems = tuple(problems)
+
+
+def raise_all(problems: Iterable[Problem]) -> None:
+    """Raise Several, unless there is no problem."""
+    if found := list(problems):
+        raise Several(found)
+
+
+def written(path: Path) -> str:
+    """A path as people write it."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def problems_of(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
+    """What pydantic and our validators have found, one entry for each wrong key."""
+    found: list[Problem] = []
+    for one in error.errors():
+        path, keys = _plain(one["loc"], root)
+        cause = (one.get("ctx") or {}).get("error")
+        if isinstance(cause, Several):
+            found += [Problem((*path, *inner.path), inner.text) for inner in cause.problems]
+            continue
+        text = _told(one, path, keys)
+        if text and all(known.path != path or known.text != text for known in found):
+            found.append(Problem(path, text, one["type"] == "missing"))
+    return _without_other_forms(found)
+
+
+def _without_other_forms(found: list[Problem]) -> list[Problem]:
+    """Of a key that may be a string or a list, only what is wrong with the form that was given."""
+    deeper = {one.path[:at] for one in found for at in range(len(one.path))}
+    return [one for one in found if not (one.path in deeper and one.text.startswith("must be a string"))]
+
+
+def _plain(location: Sequence[int | str], root: type[BaseModel]) -> tuple[Path, Sequence[str]]:
+    """A path without the names of union members that pydantic puts in, and the keys that are known at its end."""
+    path: list[str | int] = []
+    models: list[type[BaseModel]] = [root]
+    for part in location:
+        if isinstance(part, int):
+            path.append(part)
+            continue
+        fields = {field.alias or name: field for model in models for name, field in model.model_fields.items()}
+        if part in fields:
+            models = [*_models_in(fields[part].annotation)]
+        elif re.search(r"[\[\](){}]|^(str|int|float|bool|constrained-)", part) and path:
+            continue
+        else:
+            return (*path, *([part] if part else [])), [*fields]
+        path.append(part)
+    return tuple(path), [name for model in models for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for one in typing.get_args(annotation):
+        yield from _models_in(one)
+
+
+def _told(error: Mapping[str, Any], path: Path, keys: Sequence[str]) -> str:
+    value, kind = error.get("input"), str(error["type"])
+    last = next((str(part) for part in reversed(path) if isinstance(part, str)), "")
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(last.replace("-", "_"), keys, n=1, cutoff=0.6)
+        return f"unknown key{f'; did you mean `{near[0]}`?' if near else ''}"
+    if kind == "missing":
+        return "Field required"
+    if kind == "literal_error" and path == ("api_version",):
+        return (
+            f"{shown(value)} is not read by this release, which reads 'headrace/v1': write `api_version: headrace/v1` "
+            "and check the file again; CHANGELOG.md lists keys that have changed between versions"
+        )
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if kind.startswith(("int_", "float_")):
+        return f"must be {_number(last, kind)}, not {shown(value)}{_by_unit(last, value)}"
+    if kind == "string_type":
+        return f"must be a string, not {shown(value)}{_quoted(value)}"
+    if kind.startswith("bool_"):
+        return f"must be true or false, not {shown(value)}"
+    if kind in ("tuple_type", "list_type"):
+        return f"must be a list, not {shown(value)}: begin it with [ or -"
+    if kind in ("model_type", "dict_type", "mapping_type", "model_attributes_type"):
+        return f"must be a mapping of keys, not {shown(value)}"
+    return f"{message}, not {shown(value)}" if kind in ("string_pattern_mismatch", "literal_error") else message
+
+
+def _number(key: str, kind: str) -> str:
+    whole = "a whole number" if kind.startswith("int_") else "a number"
+    unit = _UNITS.get(key.rsplit("_", 1)[-1])
+    return f"{unit}, {whole} without a unit" if unit else whole
+
+
+def _by_unit(key: str, value: Any) -> str:
+    """`: write 300` for `300s` where a key counts seconds; "" where the unit says nothing."""
+    found = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        return ""
+    unit = found[2]
+    factors = _SECONDS if key.endswith("_s") else _COUNTS
+    factor = factors.get(unit.lower().removesuffix("b") if factors is _COUNTS and len(unit) > 1 else unit.lower())
+    if factor is None:
+        return ": write the number alone"
+    return f": write {float(found[1].replace('_', '')) * factor:.15g}"
+
+
+def _quoted(value: Any) -> str:
+    scalar = isinstance(value, bool | int | float) or type(value).__module__ == "datetime"
+    return f': write it in quotes, "{value}"' if scalar else ""
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it, cut to a length that fits a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

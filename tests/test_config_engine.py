@@ -1,0 +1,112 @@
+"""The table of engine arguments: it is the pinned vLLM's, and no argument that runs code is missing among CODE."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config_engine import CODE, OWNED_ENGINE_ARGS, arguments, code_arguments, engine_problems
+
+ROOT = Path(__file__).resolve().parents[1]
+SUSPICIOUS = re.compile(r"(_cls|_class|class_overrides|plugin|processors|module_path|_path|_file|inductor_passes)$")
+HARMLESS = {
+    "compilation_config.debug_dump_path",
+    "allowed_local_media_path",
+    "hf_config_path",
+    "mm_encoder_fp8_scale_path",
+    "mm_encoder_fp8_scale_save_path",
+}
+"""Paths of data, which vLLM reads and does not run."""
+
+
+@pytest.mark.engine
+def test_the_table_is_the_installed_vllms() -> None:
+    """A table of another vLLM refuses arguments that exist, or passes such as no longer do."""
+    done = subprocess.run(
+        [sys.executable, "scripts/engine_arguments.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def rows(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The path of every argument and of every key in one."""
+    for name, row in table.items():
+        yield prefix + name
+        for form in row.get("any", ()):
+            yield from rows(form.get("fields", {}), f"{prefix}{name}.")
+
+
+def test_every_argument_that_names_code_is_known() -> None:
+    """A new argument of vLLM's that imports a class would run code that nobody allowed."""
+    suspicious = {path for path in rows(arguments()) if SUSPICIOUS.search(path)}
+    assert suspicious - CODE - HARMLESS == set()
+    assert {*rows(arguments())} >= CODE
+
+
+@pytest.mark.parametrize(
+    ("engine", "path"),
+    [
+        ({"worker_cls": "a.B"}, "worker_cls"),
+        ({"worker_extension_cls": "a.B"}, "worker_extension_cls"),
+        ({"scheduler_cls": "a.B"}, "scheduler_cls"),
+        ({"logits_processors": ["a:B"]}, "logits_processors"),
+        ({"model_class_overrides": {"X": "a:B"}}, "model_class_overrides"),
+        ({"io_processor_plugin": "x"}, "io_processor_plugin"),
+        ({"reasoning_parser_plugin": "/x.py"}, "reasoning_parser_plugin"),
+        ({"structured_outputs_config": {"reasoning_parser_plugin": "/x.py"}}, "structured_outputs_config.reasoning_p"),
+        ({"logging_config": {"pylogging_config_file": "/x.json"}}, "logging_config.pylogging_config_file"),
+        ({"compilation_config": {"backend": "a.b"}}, "compilation_config.backend"),
+        ({"compilation_config": {"inductor_passes": {"x": "a.b"}}}, "compilation_config.inductor_passes"),
+        ({"ec_manager_config": {"encoder_cache_manager_cls": "a.B"}}, "ec_manager_config.encoder_cache_manager_cls"),
+        ({"kv_transfer_config": {"kv_connector_module_path": "a"}}, "kv_transfer_config.kv_connector_module_path"),
+        (
+            {"kv_transfer_config": {"kv_connector_extra_config": {"spec_module_path": "a"}}},
+            "kv_transfer_config.kv_connector_extra_config.spec_module_path",
+        ),
+        (
+            {"speculative_config": {"draft_model_config": {"logits_processors": ["a.B"]}}},
+            "speculative_config.draft_model_config.logits_processors",
+        ),
+        ({"speculative_config": {"model": "a.B"}}, "speculative_config.model"),
+        ({"speculative_config": {"method": "custom_class", "model": "B"}}, "speculative_config.model"),
+    ],
+)
+def test_arguments_that_run_code_are_told_apart(engine: dict[str, Any], path: str) -> None:
+    """Each of these makes vLLM import what the configuration names."""
+    (found,) = code_arguments(engine)
+    assert found[0].startswith(path)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"worker_cls": "auto"},
+        {"logits_processors": None},
+        {"compilation_config": {"backend": "inductor", "cudagraph_mode": "PIECEWISE"}},
+        {"speculative_config": {"model": "/models/draft", "num_speculative_tokens": 3}},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}},
+        {"gpu_memory_utilization": 0.92, "kv_cache_dtype": "fp8", "enable_expert_parallel": True, "max_num_seqs": 4},
+        {"attention_backend": "FLASH_ATTN", "optimization_level": 2, "enforce_eager": True, "quantization": None},
+        {"limit_mm_per_prompt": {"image": 2}, "hf_overrides": {"x": 1}, "kv_cache_memory_bytes": 1 << 30},
+    ],
+)
+def test_right_arguments_pass(engine: dict[str, Any]) -> None:
+    """A check that refuses what vLLM takes stops a model that works."""
+    assert [*engine_problems(engine)] == []
+    assert [*code_arguments(engine)] == []
+
+
+def test_what_headrace_sets_is_named() -> None:
+    """Each is refused with the key of ours that stands for it."""
+    found = dict(engine_problems(dict.fromkeys(OWNED_ENGINE_ARGS)))
+    assert found.keys() == OWNED_ENGINE_ARGS.keys()
