@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.bundle import Bundle
+from cluster.engine.vocabulary import check_vocabulary, load_tokenizer, read_json
 
 CONFIG_FIELDS = ("model_type", "architectures", "vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -23,14 +24,15 @@ TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 def build_bundle(folder: Path, *, trust_remote_code: bool = False) -> Bundle:
     """The bundle of the model in `folder`. Equal folders give equal digests.
 
-    Raises ValueError when the folder has no tokenizer, one without a fast (tokenizer.json) form, or a chat template
-    with a name that cannot be a file's.
+    Raises ValueError when the folder has no tokenizer, one without a fast (tokenizer.json) form, one with ids that the
+    model does not have, or a chat template with a name that cannot be a file's.
     """
-    tokenizer = _load(folder, trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    beyond = check_vocabulary(folder, tokenizer)
     files = {
-        "tokenizer.json": _backend_json(tokenizer).encode(),
-        "tokenizer_config.json": _dump(_tokenizer_config(tokenizer)),
-        "generation_config.json": _dump(_read_json(folder / "generation_config.json")),
+        "tokenizer.json": _backend_json(tokenizer, beyond).encode(),
+        "tokenizer_config.json": _dump(_tokenizer_config(tokenizer, beyond)),
+        "generation_config.json": _dump(read_json(folder / "generation_config.json")),
         "config.json": _dump(_model_config(folder)),
     }
     for name, source in _templates(tokenizer).items():
@@ -38,40 +40,28 @@ def build_bundle(folder: Path, *, trust_remote_code: bool = False) -> Bundle:
     return Bundle(files)
 
 
-def _load(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer, TokenizersBackend
-
-    try:
-        # mistral_format=False: tokenizer.json is preferred to tekken.json, whose tokenizer has no Rust backend.
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True, mistral_format=False
-        )
-    except (ValueError, OSError, ImportError) as e:
-        raise ValueError(
-            f"no tokenizer can be loaded from {folder}: {e}. The folder must hold a tokenizer.json and a "
-            "tokenizer_config.json; a tokenizer with code of its own needs trust_remote_code"
-        ) from e
-    if not isinstance(tokenizer, TokenizersBackend):
-        raise ValueError(
-            f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no fast form: convert it once with "
-            "transformers' convert_slow_tokenizer and save its tokenizer.json beside the model"
-        )
-    return tokenizer
-
-
-def _backend_json(tokenizer: Any) -> str:
-    """The Rust tokenizer's JSON, without the truncation and padding that only batch inference wants."""
+def _backend_json(tokenizer: Any, beyond: frozenset[int]) -> str:
+    """The Rust tokenizer's JSON, without the truncation and padding that only batch inference wants, and without the
+    added tokens of these ids."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
-    return str(backend.to_str())
+    written = str(backend.to_str())
+    if not beyond:
+        return written
+    content = json.loads(written)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] not in beyond]
+    return json.dumps(content, ensure_ascii=False)
 
 
-def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
+def _tokenizer_config(tokenizer: Any, beyond: frozenset[int]) -> dict[str, Any]:
     """transformers' own names; special tokens as plain strings, as a template sees them."""
+    left_out = set(tokenizer.convert_ids_to_tokens(sorted(beyond)))
+    roles = {role: token for role, token in tokenizer.special_tokens_map.items() if str(token) not in left_out}
+    extra = [str(token) for token in tokenizer.extra_special_tokens if str(token) not in left_out]
     return {
-        **tokenizer.special_tokens_map,
-        "extra_special_tokens": [str(token) for token in tokenizer.extra_special_tokens],
+        **roles,
+        "extra_special_tokens": extra,
         "add_bos_token": bool(getattr(tokenizer, "add_bos_token", False)),
         "add_eos_token": bool(getattr(tokenizer, "add_eos_token", False)),
         "split_special_tokens": bool(tokenizer.split_special_tokens),
@@ -80,7 +70,7 @@ def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
 
 def _model_config(folder: Path) -> dict[str, Any]:
     """The few fields of config.json that concern tokens; a multimodal model's lie in its text_config."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     text = config.get("text_config")
     merged = {**(text if isinstance(text, dict) else {}), **config}
     return {name: merged[name] for name in CONFIG_FIELDS if merged.get(name) is not None}
@@ -96,15 +86,6 @@ def _templates(tokenizer: Any) -> Mapping[str, str]:
         if not TEMPLATE_NAME.fullmatch(name):
             raise ValueError(f"chat template name {name!r} must be letters, digits, '_' and '-' only: rename its file")
     return templates
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content
 
 
 def _dump(content: Mapping[str, Any]) -> bytes:

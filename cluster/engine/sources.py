@@ -27,10 +27,10 @@ WEIGHT_PATTERNS = {
     "pt": ("*.bin", "*.pt"),
     "npcache": ("*.bin", "*.pt"),
     "dummy": (),
-    "gguf": ("*.gguf",),
 }
 """Files of which a load format needs at least one; formats not named here need none that we know of."""
 
+NO_GGUF = "gguf files are not served yet; use the model's safetensors form"
 _UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -61,6 +61,8 @@ def resolve(spec: ModelSpec, rules: SourceRules, progress: demo_model.Progress |
             f"models[{spec.name}].load_format: {spec.load_format!r} is not among weights.allow.formats; "
             "formats other than safetensors can run code when they are read"
         )
+    if spec.load_format == "gguf":
+        raise SourceError(f"models[{spec.name}].load_format: {NO_GGUF}")
     scheme, separator, rest = spec.source.partition("://")
     if not separator:
         folder = Path(spec.source).expanduser()
@@ -135,7 +137,7 @@ def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = Fal
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise SourceError(f"{where}: {folder} has no config.json; it is not a model folder") from None
+        raise SourceError(f"{where}: {folder} {_why_no_model(folder)}") from None
     except (OSError, ValueError) as error:
         raise SourceError(f"{where}: {folder / 'config.json'} cannot be read: {error}") from None
     patterns = WEIGHT_PATTERNS.get(spec.load_format, ())
@@ -146,9 +148,25 @@ def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = Fal
                 f"{where}: {folder} holds {unsafe[0]} but no {spec.load_format} files; pickled weights can run code. "
                 "Convert them to safetensors, or set load_format and weights.allow.formats"
             )
+        if any(folder.glob("*.gguf")):
+            raise SourceError(f"{where}: {folder} holds only gguf weights; {NO_GGUF}")
         raise SourceError(f"{where}: {folder} holds no weights ({', '.join(patterns)})")
-    if isinstance(config, dict) and config.get("auto_map") and not (spec.trust_remote_code and allow_remote_code):
+    if not isinstance(config, dict):
+        raise SourceError(f"{where}: {folder / 'config.json'} must hold a JSON object")
+    if config.get("auto_map") and not (spec.trust_remote_code and allow_remote_code):
         raise SourceError(
             f"{where}: {folder / 'config.json'} asks for code of its own (auto_map), which is refused; "
             f"if you trust it, set models[{spec.name}].trust_remote_code and weights.allow.remote_code"
         )
+
+
+def _why_no_model(folder: Path) -> str:
+    """Return what a folder without config.json is."""
+    if any(folder.glob("*.gguf")):
+        return f"is a folder of gguf files; {NO_GGUF}"
+    if (folder / "params.json").exists():
+        return (
+            "has params.json and no config.json: it is in Mistral's own format, which is not served yet; use the "
+            "model's Hugging Face form"
+        )
+    return "has no config.json; it is not a model folder"

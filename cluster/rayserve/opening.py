@@ -18,10 +18,12 @@ def open_model(settings: ReplicaSettings) -> Opened:
     if is_simulated(settings.spec):
         return _open_simulated(settings)
     _refuse_code(settings)
+    from cluster.engine.checkpoint import check_weights
     from cluster.engine.digests import weight_digest
     from cluster.engine.vllm_engine import VllmEngine
 
     folder = _resolve(settings)
+    check_weights(settings.spec, folder)
     bundle = _bundle_of(folder, settings)
     engine = VllmEngine(settings.spec, folder)
     return Opened(engine, bundle, weight_digest(folder, _cache_dir(settings)))

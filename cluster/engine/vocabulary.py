@@ -1,0 +1,206 @@
+"""A model folder's tokenizer, loaded as the engine loads it and checked against the model's vocabulary.
+
+Problem: transformers makes a tokenizer without any vocabulary where a folder has no tokenizer file, and one whose ids
+the model lacks is loaded like any other; calls then fail, and their callers are blamed. Such a folder is refused when
+it is opened, with the file and the remedy.
+
+Some published models have special tokens beyond their vocabulary that text never needs: the placeholder of an image in
+a tokenizer that a text model shares, a token for padding. Those are left out of the gateway's tokenizer, to which they
+are then ordinary text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+NEEDED = "tokenizer.json, tokenizer.model, vocab.json with merges.txt, or vocab.txt"
+TEXT_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "cls_token")
+"""Special tokens that are in the ids of a text, or end them."""
+UNUSED_IN_TEXT = ("pad_token", "mask_token")
+NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where config.json of a multimodal model has what concerns its text."""
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "embeddings", "embedding")
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer with a Rust backend. Raises ValueError with the file and the remedy."""
+    from transformers import AutoTokenizer, TokenizersBackend
+
+    if why := _why_none(folder, trust_remote_code):
+        raise ValueError(f"{folder} {why}")
+    try:
+        # mistral_format=False: tokenizer.json is preferred to tekken.json, whose tokenizer has no Rust backend.
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True, mistral_format=False
+        )
+    except BaseException as error:  # Rust's panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"no tokenizer can be loaded from {folder}: {type(error).__name__}: {error}. {_remedy(folder)}"
+        ) from error
+    if not isinstance(tokenizer, TokenizersBackend):
+        raise ValueError(
+            f"the tokenizer in {folder} ({type(tokenizer).__name__}) has no fast form: convert it once with "
+            "transformers' convert_slow_tokenizer and save its tokenizer.json beside the model"
+        )
+    if "merges_file" in tokenizer.vocab_files_names and _lacks_merges(folder):
+        raise ValueError(f"no tokenizer can be loaded from {folder}: {_remedy(folder)}")
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    if not set(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)) - special:
+        raise ValueError(
+            f"the tokenizer of {folder} knows no token of text: its vocabulary is empty. {_remedy(folder)}"
+        )
+    return tokenizer
+
+
+def _why_none(folder: Path, trust_remote_code: bool) -> str:
+    """Return why a folder has no tokenizer; empty where it may have one."""
+    if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        return ""
+    if trust_remote_code and "auto_map" in read_json(folder / "tokenizer_config.json"):
+        return ""
+    if (folder / "tekken.json").exists():
+        return (
+            "has only tekken.json, Mistral's own kind of tokenizer, which is not served yet: put the tokenizer.json "
+            "of the same model beside it"
+        )
+    if any(folder.glob("*.gguf")):
+        return "has its tokenizer in a gguf file, and gguf folders are not served yet: use the model's safetensors form"
+    return f"has no tokenizer: it needs {NEEDED}. Copy the tokenizer files of the model that it was made from"
+
+
+def _remedy(folder: Path) -> str:
+    for pattern in TOKENIZER_FILES:
+        for file in sorted(folder.glob(pattern)):
+            with file.open("rb") as stream:
+                head = stream.read(200)
+            if not head.strip():
+                return f"{file.name} is empty: copy it again"
+            if b"git-lfs" in head:
+                return f"{file.name} is a pointer of Git LFS, not the file itself: run `git lfs pull` in the folder"
+    if _lacks_merges(folder):
+        return "The folder has vocab.json but no merges.txt: copy it there"
+    return (
+        "The folder must hold a tokenizer.json and a tokenizer_config.json that are whole: copy the tokenizer files of "
+        "the model again; a tokenizer with code of its own needs trust_remote_code"
+    )
+
+
+def _lacks_merges(folder: Path) -> bool:
+    """Whether byte pair encoding has its vocabulary alone, with which text would be taken letter by letter."""
+    here = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).exists()}
+    return here == {"vocab.json"}
+
+
+def check_vocabulary(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """Return the ids that the tokenizer has beyond the model's vocabulary and that no text needs.
+
+    Raises ValueError for other ids beyond it, and for EOS ids of the configuration beyond it.
+    """
+    size = vocab_size(folder)
+    if not size:
+        return frozenset()
+    _check_eos(folder, size)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= size}
+    if not beyond:
+        return frozenset()
+    harmless = _unneeded(folder, tokenizer, beyond)
+    if wrong := sorted((number, token) for token, number in beyond.items() if token not in harmless):
+        named = ", ".join(f"{token!r} ({number})" for number, token in wrong[:3])
+        raise ValueError(
+            f"the tokenizer of {folder} has {len(wrong)} tokens that the model does not have: its vocabulary has "
+            f"{size} ids (vocab_size of config.json), and these are beyond: {named}"
+            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Put the model's own tokenizer there, "
+            "or resize the model's embeddings"
+        )
+    return frozenset(beyond.values())
+
+
+def _unneeded(folder: Path, tokenizer: Any, beyond: Mapping[str, int]) -> set[str]:
+    """Return those of the tokens beyond the vocabulary that are special and in no text."""
+    special = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
+    in_text = {token for role in TEXT_ROLES for token in _texts(getattr(tokenizer, role, None))}
+    in_text |= set(tokenizer.convert_ids_to_tokens(tokenizer("").input_ids))
+    templates = tokenizer.chat_template or ""
+    source = "".join(templates.values()) if isinstance(templates, dict) else templates
+    named: set[str] = set()
+    for role, value in tokenizer.special_tokens_map.items():
+        if role not in TEXT_ROLES and role.endswith("_token"):
+            named |= {token for token in _texts(value) if role not in UNUSED_IN_TEXT or token not in source}
+    rows = embedding_rows(folder)
+    return {
+        token for token, number in beyond.items() if token in special - in_text and (token in named or number < rows)
+    }
+
+
+def _texts(value: Any) -> Iterable[str]:
+    return () if value is None else (str(value),)
+
+
+def _check_eos(folder: Path, size: int) -> None:
+    for name in ("generation_config.json", "config.json"):
+        values = text_config(read_json(folder / name))
+        found = values.get("eos_token_id")
+        for number in found if isinstance(found, list) else [found]:
+            if isinstance(number, int) and not 0 <= number < size:
+                raise ValueError(
+                    f"{folder / name}: eos_token_id {number} is outside the model's vocabulary of {size} ids, which "
+                    "is not served: name the id of the token that ends an answer"
+                )
+
+
+def vocab_size(folder: Path) -> int:
+    """The token ids that the model has, as the engine counts them; 0 where nothing says it."""
+    written = text_config(read_json(folder / "config.json")).get("vocab_size")
+    try:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        found = getattr(config.get_text_config(), "vocab_size", None)
+    except Exception:  # an architecture of its own code, or one that this transformers does not know
+        found = None
+    return next((number for number in (found, written) if isinstance(number, int)), 0)
+
+
+def embedding_rows(folder: Path) -> int:
+    """The rows of the table of input embeddings, by the headers of the safetensors files; 0 where it is not found."""
+    from safetensors import SafetensorError, safe_open
+
+    rows = 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(str(file), framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    parts = name.split(".")
+                    if parts[-1] == "weight" and len(parts) > 1 and parts[-2] in EMBEDDINGS:
+                        rows = max(rows, int(tensors.get_slice(name).get_shape()[0]))
+        except (OSError, SafetensorError):
+            continue  # checkpoint.py says what is wrong with it
+    return rows
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json that concern text."""
+    for name in NESTED:
+        nested = config.get(name)
+        if isinstance(nested, dict):
+            return {**config, **text_config(nested)}
+    return dict(config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is not there. Raises ValueError."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
