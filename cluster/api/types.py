@@ -163,6 +163,12 @@ class WorkerIdentity:
     node: str = ""
     generation: str = ""
     """Digest of what its replica was started with; empty where nobody has said."""
+    pod: str = ""
+    """Empty outside Kubernetes."""
+    host: str = ""
+    """Kubernetes' name of the pod's node, outside Kubernetes the host's name; `node` is Ray's id."""
+    gpu: str = ""
+    """The accelerators' type; empty without any."""
 
 
 @dataclass(frozen=True, slots=True)

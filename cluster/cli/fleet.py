@@ -30,7 +30,10 @@ LAG_S = 2.0
 """Beyond the workers' own time: until a gateway has heard how they stand."""
 
 TargetArgument = Annotated[
-    str, typer.Argument(metavar="WORKER|NODE", help="A worker's id, or a node: all workers there (`workers --json`).")
+    str,
+    typer.Argument(
+        metavar="WORKER|POD|NODE", help="A worker's id, or a pod or node by Kubernetes' name, or a node's id in Ray."
+    ),
 ]
 DrainTimeoutOption = Annotated[
     float, typer.Option("--timeout-s", help="Within this time what runs ends or moves.", min=0.001, max=604_800.0)

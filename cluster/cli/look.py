@@ -228,10 +228,15 @@ def worker_table(rows: list[dict[str, Any]]) -> Table | str:
     """Workers with their load."""
     if not rows:
         return "no workers are linked"
-    table = Table("worker", "model", "state", "running", "waiting", "KV used", "step", "path", box=None, pad_edge=False)
+    in_pods = any(row["pod"] for row in rows)
+    places = ("node", "pod") if in_pods else ("node",)
+    load_names = ("running", "waiting", "KV used", "step")
+    table = Table("worker", "model", "state", *load_names, *places, "path", box=None, pad_edge=False)
     for row in rows:
         path = row["engine_path"] + (f" ({row['engine_path_reason']})" if row["engine_path_reason"] else "")
         running = f"{row['running']} of {row['max_num_seqs']}"
         load = (running, str(row["waiting"]), f"{row['kv_usage']:.0%}", f"{row['step_ms']:.1f} ms")
-        table.add_row(*map(escape, (row["worker_id"], row["model"], row["state"], *load, path)))
+        node = row["host"] or row["node"][:12]
+        place = (node, row["pod"]) if in_pods else (node,)
+        table.add_row(*map(escape, (row["worker_id"], row["model"], row["state"], *load, *place, path)))
     return table

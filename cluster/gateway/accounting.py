@@ -29,6 +29,7 @@ from typing import Any
 import structlog
 
 from cluster.api.outcomes import Outcome
+from cluster.api.types import WorkerIdentity
 from cluster.gateway.call import Call
 from cluster.gateway.output import Output
 from cluster.ledger.errors import StoreUnavailable
@@ -63,6 +64,8 @@ class Account:
     generated_tokens: int = 0
     gpu: str = ""
     gpu_seconds: float = 0.0
+    worker: WorkerIdentity | None = None
+    """Of the last Submit."""
     end: dict[str, Any] | None = None
     """What the gateway knows of its end."""
     admitted: bool = False
@@ -82,15 +85,18 @@ class Accounting:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         grace_s: float = GRACE_S,
+        gateway: str = "",
     ) -> None:
-        """`incarnation` names this process's records; `folder` is the spool's; `insert` writes to the database and
-        raises StoreUnavailable while that is away. Raises ValueError when another process has the folder."""
+        """`incarnation` names this process's records, and `gateway` is written into them; `folder` is the spool's;
+        `insert` writes to the database and raises StoreUnavailable while that is away. Raises ValueError when another
+        process has the folder."""
         self._incarnation = incarnation
         self._sealer = sealer
         self._insert = insert
         self._clock = clock
         self._wall = wall
         self._grace_s = grace_s
+        self._gateway = _fit(gateway)
         self._numbers = itertools.count(1)
         self._calls: dict[bytes, Account] = {}
         self._late: deque[tuple[float, Account]] = deque()
@@ -167,6 +173,7 @@ class Accounting:
             account = output.account = Account(record, self._sealer.seal(record))
             self._calls[account.sealed] = account
         account.awaited += 1
+        account.worker = link.identity
         account.continued = bool(output.emitted)
         return account.sealed
 
@@ -193,6 +200,7 @@ class Accounting:
             prompt_tokens=0 if output.index or call.continues else len(output.request.prompt_token_ids),
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
+            gateway=self._gateway,
         )
 
     def ended(self, call: Call, outcome: Outcome) -> None:
@@ -240,6 +248,7 @@ class Accounting:
             cached_tokens=0 if account.record.segment else account.cached_tokens,
             gpu=account.gpu,
             gpu_seconds=account.gpu_seconds,
+            **_place(account.worker),
         )
         self._write(record)
 
@@ -288,7 +297,7 @@ class Accounting:
             self._close(account)
 
     def _offered(self, link: WorkerLink, one: EndedUsage) -> None:
-        record = self._idle(link, one) if one.idle_id else self._estimate(one)
+        record = self._idle(link, one) if one.idle_id else self._estimate(link, one)
         self._acks.setdefault(record.record_id, []).append((link, one.key))
         self._write(record)
 
@@ -305,9 +314,10 @@ class Accounting:
             duration_s=one.duration_s,
             gpu=one.gpu,
             gpu_seconds=one.gpu_seconds,
+            **_place(link.identity),
         )
 
-    def _estimate(self, one: EndedUsage) -> UsageRecord:
+    def _estimate(self, link: WorkerLink, one: EndedUsage) -> UsageRecord:
         """The record of a call whose gateway was lost: delivered is what was written to that gateway's link, by this
         worker and by those before it."""
         opened = self._sealer.open(one.sealed)
@@ -320,6 +330,7 @@ class Accounting:
             gpu=one.gpu,
             gpu_seconds=one.gpu_seconds,
             delivered_unknown=True,
+            **_place(link.identity),
         )
 
     # ---- into the database
@@ -352,8 +363,15 @@ class Accounting:
             link.box.usage_acks(some)
 
 
+def _place(worker: WorkerIdentity | None) -> dict[str, Any]:
+    """The fields of a record that say where its call ended."""
+    if worker is None:
+        return {}
+    return {"worker": _fit(worker.worker_id), "pod": _fit(worker.pod), "node": _fit(worker.host or worker.node)}
+
+
 def _fit(text: str) -> str:
-    """A caller's own word, as short and plain as a record takes it."""
+    """A caller's or worker's own word, as short and plain as a record takes it."""
     if text.isascii() and len(text) <= MAX_ID and "\0" not in text:
         return text
     return text[:MAX_ID].replace("\0", "").encode("utf-8", "replace").decode()

@@ -66,11 +66,11 @@ class FleetAdmin:
 
     def _tell(self, action: str, target: str, command: link_pb.Command, asker: Asker) -> Sequence[WorkerLink]:
         """Pass a command on to one worker, or to all of a node."""
-        named = [link for link in self._hub.links if target and link.identity.worker_id == target]
-        found = named or [link for link in self._hub.links if target and link.identity.node == target]
+        found = _meant(self._hub.links, target)
         if not found:
-            what = f"no worker and no node of this gateway's workers is called {target[:128]!r}; ListWorkers names them"
-            raise invalid("target", what if target else "is empty: name a worker or a node")
+            known = "no worker and no node or pod of this gateway's workers"
+            what = f"{known} is called {target[:128]!r}; ListWorkers names them"
+            raise invalid("target", what if target else "is empty: name a worker or a node, or a pod")
         for link in found:
             link.command(command)
         self._door.audit(asker, "admin", action, target, details={"workers": [one.identity.worker_id for one in found]})
@@ -166,6 +166,14 @@ class CatalogAdmin:
         return status
 
 
+def _meant(links: Sequence[WorkerLink], target: str) -> Sequence[WorkerLink]:
+    """The worker of that id; else all of the pod or the node of that name, or of the node with that id in Ray."""
+    if not target:
+        return ()
+    named = [link for link in links if link.identity.worker_id == target]
+    return named or [link for link in links if target in (link.identity.pod, link.identity.host, link.identity.node)]
+
+
 def _state(link: WorkerLink) -> str:
     """DRAINED only while nothing runs: what was on its way when it was told so may have come still."""
     if link.standing is Standing.DRAINED and (link.running or link.load.running):
@@ -192,6 +200,9 @@ def _worker(link: WorkerLink) -> pb.Worker:
         engine_class=link.info.engine_class,
         free_sequences=link.free.sequences,
         kv_tokens=link.info.kv_tokens,
+        pod=link.identity.pod,
+        host=link.identity.host,
+        gpu=link.identity.gpu,
     )
 
 

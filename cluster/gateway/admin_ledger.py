@@ -21,6 +21,7 @@ from cluster.gateway.admin_pages import after_of, next_token, page_size, terms
 from cluster.ledger.audit import AuditEvent
 from cluster.ledger.desk import ROTATION_S, By, LedgerDesk
 from cluster.ledger.errors import LedgerError, StoreUnavailable
+from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import Rates, UsageQuery
 from cluster.tenancy.identity import may_grant
 
@@ -238,11 +239,19 @@ class UsageAdmin:
                 ),
             )
             if page:
-                records = [usage_pb2.UsageRecord(**one.as_json()) for one in page]
+                records = [_record_pb(one, asker) for one in page]
                 yield usage_pb2.ExportUsageResponse(records=records)
             if len(page) < EXPORT_PAGE:
                 return
             after = (page[-1].opened_at_s, page[-1].record_id)
+
+
+def _record_pb(record: UsageRecord, asker: Asker) -> usage_pb2.UsageRecord:
+    """Where calls run is the operators' to know."""
+    fields = record.as_json()
+    if asker.scope:
+        fields |= dict.fromkeys(("worker", "pod", "node", "gateway"), "")
+    return usage_pb2.UsageRecord(**fields)
 
 
 def _query(

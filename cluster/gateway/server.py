@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from cluster import __version__, rpc
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.api.private_files import make_private_folder
-from cluster.api.types import ModelState
+from cluster.api.types import ModelState, WorkerIdentity
 from cluster.config import Config, cache_dir
 from cluster.gateway.admin import CatalogAdmin, FleetAdmin, NoLedger
 from cluster.gateway.admin_door import AdminDoor
@@ -44,6 +44,7 @@ from cluster.link.hub import Hub, hub_server
 from cluster.observe import garbage, interpreter
 from cluster.observe.descriptors import raise_descriptor_limit
 from cluster.observe.metrics import Metrics, Sample
+from cluster.observe.place import pod_name
 from cluster.tenancy.limits import Limiter
 from cluster.tenancy.queue import WaitingRoom
 from cluster.tenancy.request_bytes import Bounds, RequestBytes
@@ -103,7 +104,7 @@ class Gateway:
         self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s)
         siblings = config.gateway.siblings(process)
         self.hub = Hub(
-            f"{config.name}-{uuid.uuid4().hex[:6]}",
+            f"{pod_name() or config.name}-{uuid.uuid4().hex[:6]}",
             self.dispatcher,
             timing,
             siblings,
@@ -226,6 +227,7 @@ class Gateway:
             sealer=Sealer(secrets),
             folder=self._folder / "usage",
             insert=insert,
+            gateway=self.hub.gateway_id,
         )
         accounting.start()
         self.accounting = self.dispatcher.accounting = accounting
@@ -426,6 +428,7 @@ class Gateway:
         for link in self.hub.links:
             labels, load = (link.identity.model, link.identity.worker_id), link.load
             yield "worker_up", labels, 1
+            yield "worker_info", _info_labels(link.identity), 1
             yield "worker_running_requests", labels, load.running
             yield "worker_waiting_requests", labels, load.waiting
             yield "worker_kv_usage_ratio", labels, load.kv_usage
@@ -435,6 +438,10 @@ class Gateway:
                 (link.identity.worker_id, link.info.engine_path, link.info.engine_path_reason),
                 1,
             )
+
+
+def _info_labels(identity: WorkerIdentity) -> tuple[str, ...]:
+    return (identity.worker_id, identity.pod, identity.host or identity.node, identity.gpu)
 
 
 def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> TenantDoor | None:

@@ -44,6 +44,7 @@ class OpenRecord:
     prompt_tokens: int = 0
     queue_s: float = 0.0
     labels: Mapping[str, str] = field(default_factory=dict)
+    gateway: str = ""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -67,7 +68,8 @@ class UsageRecord:
     """One admitted call, ended. Times in seconds, `opened_at_s` since the epoch.
 
     `completion_tokens` were delivered and are billed, `generated_tokens` came from the engine. `gpu` is the
-    accelerator's type, by which `gpu_seconds` are priced. `outcome` is the value of an Outcome.
+    accelerator's type, by which `gpu_seconds` are priced. `outcome` is the value of an Outcome. `worker`, `pod` and
+    `node` are where the call ended, `gateway` is the one that took it; empty in records of older releases.
     """
 
     record_id: str
@@ -91,6 +93,10 @@ class UsageRecord:
     gpu_seconds: float = 0.0
     delivered_unknown: bool = False
     labels: Mapping[str, str] = field(default_factory=dict)
+    worker: str = ""
+    pod: str = ""
+    node: str = ""
+    gateway: str = ""
 
     def __post_init__(self) -> None:
         _check(self)

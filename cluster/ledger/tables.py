@@ -86,6 +86,10 @@ usage = Table(
     Column("gpu_seconds", Float(53), nullable=False),
     Column("delivered_unknown", Boolean, nullable=False),
     Column("labels", JSON, nullable=False),
+    Column("worker", String(255), nullable=False, server_default=text("''")),
+    Column("pod", String(255), nullable=False, server_default=text("''")),
+    Column("node", String(255), nullable=False, server_default=text("''")),
+    Column("gateway", String(255), nullable=False, server_default=text("''")),
     Index("ix_usage_day_tenant_model", "day", "tenant", "model"),
     Index("ix_usage_tenant_opened_at_s", "tenant", "opened_at_s"),
 )

@@ -344,6 +344,9 @@ def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.He
         bundle_digest=identity.bundle_digest,
         node=identity.node,
         generation=identity.generation,
+        pod=identity.pod,
+        host=identity.host,
+        gpu=identity.gpu,
         engine_class=info.engine_class,
         engine_path=info.engine_path,
         engine_path_reason=info.engine_path_reason,
@@ -372,6 +375,9 @@ def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
         ray_cluster=m.ray_cluster,
         node=m.node,
         generation=m.generation,
+        pod=m.pod,
+        host=m.host,
+        gpu=m.gpu,
     )
     info = EngineInfo(
         engine_class=m.engine_class,

@@ -85,6 +85,11 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "prompt_log_lost_total": _Definition("counter", "Calls that could not be written to the log of prompts.", ()),
     "limits_degraded": _Definition("gauge", "1 while the store of shared limits is away.", ()),
     "worker_up": _Definition("gauge", "1 while a worker's link is up.", ("model", "worker")),
+    "worker_info": _Definition(
+        "gauge",
+        "Always 1: where a worker runs, by Kubernetes' names (outside Kubernetes the host's), and its type of GPU.",
+        ("worker", "pod", "node", "gpu"),
+    ),
     "worker_running_requests": _Definition("gauge", "Requests the engine runs.", ("model", "worker")),
     "worker_waiting_requests": _Definition("gauge", "Requests in the engine's own queue.", ("model", "worker")),
     "worker_kv_usage_ratio": _Definition("gauge", "Share of KV blocks in use.", ("model", "worker")),

@@ -43,12 +43,15 @@ _EXIT_ENGINE_DEAD = 70
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where Ray put the replica: its node, and the nodes of its GPU bundles in their order. `gpus` of them are real."""
+    """Where Ray put the replica: its node, and the nodes of its GPU bundles in their order. `gpus` of them are real.
+    `pod` and `host` are Kubernetes' names of both, outside Kubernetes "" and the host's name."""
 
     replica_id: str
     node: str
     gpu_nodes: tuple[str, ...] = ()
     gpus: int = 0
+    pod: str = ""
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,9 @@ class Replica:
             ray_cluster=self.settings.ray_cluster,
             node=self.place.node,
             generation=self.settings.digest,
+            pod=self.place.pod,
+            host=self.place.host,
+            gpu=self.settings.spec.gpu if self.place.gpus else "",
         )
         self.end = WorkerEnd(
             identity=identity,
@@ -152,7 +158,7 @@ class Replica:
             gateways=self.settings.gateways,
             tls=self.settings.tls,
             gpus=self.place.gpus,
-            gpu=self.settings.spec.gpu if self.place.gpus else "",
+            gpu=identity.gpu,
         )
         self._serving = asyncio.create_task(self._until_dead(self.end, engine))
         garbage.settle()

@@ -13,6 +13,7 @@ import ray
 from ray import serve
 
 from cluster.observe import log
+from cluster.observe.place import node_name, pod_name
 from cluster.rayserve import draining
 from cluster.rayserve import settings as replica_settings
 from cluster.rayserve.drain_time import usable_s
@@ -74,7 +75,14 @@ def _place() -> Place:
         node_of = ray.util.placement_group_table(group)["bundles_to_node_id"]
         gpu_nodes = [node_of[i] for i, bundle in enumerate(group.bundle_specs) if bundle.get("GPU")]
     gpus = 0 if os.environ.get(_LOGICAL_GPUS) == "1" else len(gpu_nodes)
-    return Place(serve.get_replica_context().replica_id.unique_id, context.get_node_id(), tuple(gpu_nodes), gpus)
+    return Place(
+        serve.get_replica_context().replica_id.unique_id,
+        context.get_node_id(),
+        tuple(gpu_nodes),
+        gpus,
+        pod_name(),
+        node_name(),
+    )
 
 
 def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type = ServedReplica) -> Any:

@@ -91,6 +91,9 @@ async def test_every_end_has_its_record(tmp_path: Path, checkpoint: Path, bundle
             assert one.completion_tokens <= one.generated_tokens
             assert one.request_id
             assert one.version == "v1"
+            where = (one.worker, one.pod, one.node, one.gateway)
+            known = worker.identity
+            assert where == (known.worker_id, known.pod, known.host, cluster.gateway.hub.gateway_id)
         plain, stopping, *three, cut, deadline, _failed = sorted(found, key=lambda one: one.opened_at_s)
         assert (plain.completion_tokens, plain.generated_tokens) == (7, 7)
         assert stopping.completion_tokens == stopped.usage.completion_tokens

@@ -193,6 +193,16 @@ async def test_lists_end_at_the_own_tenant(world: World) -> None:
     assert any(one.source for one in events if one.details["role"] == "operator")
 
 
+async def test_where_calls_run_is_the_operators_to_know(world: World) -> None:
+    """Names of workers, pods, nodes and gateways are left out of a tenant's own records."""
+    place = {"worker": "m-1", "pod": "gpu-a", "node": "ip-10-0-3-7", "gateway": "gateway-0"}
+    world.keyed.ledger.usage.insert([record("placed", tenant=OWN, model="placed", **place)])
+    for role, told in (("operator", place), ("viewer", place), ("tenant_admin", dict.fromkeys(place, ""))):
+        request = usage_pb2.ExportUsageRequest(parent=f"tenants/{OWN}", model="placed")
+        (row,) = [one for page in await world.clients[role].ask("Usage.Export", request) for one in page.records]
+        assert {name: getattr(row, name) for name in place} == told, role
+
+
 @pytest.mark.parametrize("role", ["viewer", "operator", "root"])
 async def test_an_administrator_makes_nobody_greater(world: World, role: str) -> None:
     """A tenant's administrator makes no key beyond the own role, and rotates or revokes none."""

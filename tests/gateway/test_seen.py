@@ -32,7 +32,7 @@ async def scrape(cluster: TestCluster) -> Samples:
 
 async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """Requests by outcome, tokens, times, queue and workers, each with the cluster's name and the known buckets."""
-    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, pod="gpu-a", host="ip-10-0-3-7")
     for _ in range(3):
         await cluster.stub.Chat(chat(max_tokens=5, ignore_eos=True))
     await refused(cluster.stub.Chat(chat(model="nope")))
@@ -52,6 +52,7 @@ async def test_metrics_tell_what_happened(cluster: TestCluster, checkpoint: Path
     assert value("request_duration_seconds_count", model="sim") == 3
     assert value("queue_time_seconds_count", model="sim") == 3
     assert value("worker_up", model="sim", worker=worker.identity.worker_id) == 1
+    assert value("worker_info", worker=worker.identity.worker_id, pod="gpu-a", node="ip-10-0-3-7", gpu="") == 1
     assert value("worker_running_requests", model="sim", worker=worker.identity.worker_id) == 0
     assert value("link_connected", face="worker") == 1
     assert value("model_state", model="sim", state="ready") == 1
@@ -66,7 +67,7 @@ def test_every_label_is_of_the_vocabulary() -> None:
     """No metric has a label of its own making (build_info is free)."""
     allowed = {
         "cluster", "model", "version", "tenant", "class", "worker", "face", "outcome", "reason", "limit", "state",
-        "gpu", "file", "path",
+        "gpu", "pod", "node", "file", "path",
     }  # fmt: skip
     for name, definition in DEFINITIONS.items():
         if name != "build_info":

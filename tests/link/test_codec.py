@@ -8,7 +8,16 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.types import EngineRequest, FinishReason, Grammar, PositionLogprobs, Sampling, TokenOutput
+from cluster.api.types import (
+    EngineInfo,
+    EngineRequest,
+    FinishReason,
+    Grammar,
+    PositionLogprobs,
+    Sampling,
+    TokenOutput,
+    WorkerIdentity,
+)
 from cluster.link import codec
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
@@ -50,6 +59,22 @@ requests = st.builds(
     adapter=st.text(max_size=5),
     traceparent=st.text(max_size=5),
 )
+
+
+names = st.text(max_size=20)
+identities = st.builds(
+    WorkerIdentity, names, names, names, names, names, names, names, names, names, names, names, names
+)
+
+
+@given(identities)
+def test_an_introduction_round_trip(identity: WorkerIdentity) -> None:
+    """All that a worker says of itself survives the wire; one of an older release has no pod, host or gpu."""
+    hello = codec.hello_to_pb(identity, EngineInfo("sim", "sim", "1", 16, 10, 4, 64, 64, 100), 1)
+    assert codec.hello_from_pb(pb.Hello.FromString(hello.SerializeToString()))[0] == identity
+    for field in ("pod", "host", "gpu"):
+        hello.ClearField(field)
+    assert codec.hello_from_pb(hello)[0] == replace(identity, pod="", host="", gpu="")
 
 
 @given(requests)

@@ -141,6 +141,27 @@ async def test_a_node_names_all_its_workers(cluster: TestCluster, checkpoint: Pa
 
 
 @pytest.mark.slow
+async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A Kubernetes node's name drains its workers, a pod's name that pod's alone; both stand in `workers`, in the table
+    too, and a worker of an older release has none."""
+    where = [("4506fed2511a", "ip-10-0-3-7", "gpu-a"), ("4506fed2511a", "ip-10-0-3-7", "gpu-b"), ("7e1", "", "")]
+    first, second, old = [
+        await cluster.add_worker(sim_engine(checkpoint), bundle, node=node, host=host, pod=pod)
+        for node, host, pod in where
+    ]
+    rows = {row["worker_id"]: row for row in json.loads((await ask(cluster, "workers", "--json")).stdout)}
+    told = [[rows[one.identity.worker_id][key] for key in ("node", "host", "pod")] for one in (first, second, old)]
+    assert told == [list(one) for one in where]
+    assert (await ask(cluster, "drain", "gpu-b", "--timeout-s", "5")).exit_code == 0
+    assert [standing(cluster, one) for one in (first, second)] == [Standing.SERVING, Standing.DRAINED]
+    assert (await ask(cluster, "drain", "ip-10-0-3-7", "--timeout-s", "5")).exit_code == 0
+    assert standing(cluster, first) is Standing.DRAINED
+    assert standing(cluster, old) is Standing.SERVING
+    table = (await ask(cluster, "workers")).stdout
+    assert all(word in table for word in ("ip-10-0-3-7", "gpu-a", "gpu-b", "7e1"))
+
+
+@pytest.mark.slow
 async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """A gateway that is linked after the cordon sends no call there; before, it would take the worker to serve."""
     async with running_cluster(tmp_path / "a") as a:

@@ -49,8 +49,9 @@ class Witness(UsageKeeper):
 class AccountedWorker:
     """A worker in this process whose keeper is a witness."""
 
-    def __init__(self, end: WorkerEnd, witness: Witness) -> None:
+    def __init__(self, end: WorkerEnd, identity: WorkerIdentity, witness: Witness) -> None:
         self.end = end
+        self.identity = identity
         self.witness = witness
         self.task = asyncio.create_task(end.run())
 
@@ -73,7 +74,15 @@ async def start_worker(
     """Start an engine and dial."""
     info = await engine.start()
     number, witness = next(_numbers), Witness()
-    identity = WorkerIdentity(f"{model}-a{number}", f"a{number}", model, version="v1", bundle_digest=bundle.digest)
+    identity = WorkerIdentity(
+        f"{model}-a{number}",
+        f"a{number}",
+        model,
+        version="v1",
+        bundle_digest=bundle.digest,
+        pod=f"pod-{number}",
+        host=f"host-{number}",
+    )
     end = WorkerEnd(
         identity=identity,
         engine=engine,
@@ -86,7 +95,7 @@ async def start_worker(
         keeper=witness,
         idle_report_s=0.2,
     )
-    return AccountedWorker(end, witness)
+    return AccountedWorker(end, identity, witness)
 
 
 class Switch:

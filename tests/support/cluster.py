@@ -89,6 +89,8 @@ class TestCluster:
         version: str = "",
         generation: str = "",
         weight_digest: str = "",
+        pod: str = "",
+        host: str = "",
     ) -> Worker:
         """Start an engine (unless `info` says that it runs) and link it."""
         number = next(_numbers)
@@ -103,6 +105,8 @@ class TestCluster:
             version=version,
             generation=generation,
             weight_digest=weight_digest,
+            pod=pod,
+            host=host,
         )
         end = WorkerEnd(
             identity=identity,

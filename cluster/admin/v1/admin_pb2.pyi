@@ -26,7 +26,7 @@ class DrainRequest(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     target: _builtins.str
-    """A worker's id, or a node's name or id: all workers there."""
+    """A worker's id, its pod's name, or a node's name or id in Ray: all workers there."""
     timeout_s: _builtins.float
     """Within this time what runs ends or moves; 0 is 300."""
     def __init__(
@@ -77,7 +77,7 @@ class CordonRequest(_message.Message):
 
     TARGET_FIELD_NUMBER: _builtins.int
     target: _builtins.str
-    """A worker's id, or a node's name or id: all workers there."""
+    """A worker's id, its pod's name, or a node's name or id in Ray: all workers there."""
     def __init__(
         self,
         *,
@@ -121,7 +121,7 @@ class UncordonRequest(_message.Message):
 
     TARGET_FIELD_NUMBER: _builtins.int
     target: _builtins.str
-    """A worker's id, or a node's name or id: all workers there."""
+    """A worker's id, its pod's name, or a node's name or id in Ray: all workers there."""
     def __init__(
         self,
         *,
@@ -275,6 +275,9 @@ class Worker(_message.Message):
     FREE_SEQUENCES_FIELD_NUMBER: _builtins.int
     ENGINE_CLASS_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     model: _builtins.str
@@ -293,6 +296,12 @@ class Worker(_message.Message):
     free_sequences: _builtins.int
     engine_class: _builtins.str
     kv_tokens: _builtins.int
+    pod: _builtins.str
+    """The pod of the replica; empty outside Kubernetes."""
+    host: _builtins.str
+    """Kubernetes' name of the pod's node, outside Kubernetes the host's name. `node` is Ray's id."""
+    gpu: _builtins.str
+    """The accelerators' type; empty without any."""
     def __init__(
         self,
         *,
@@ -313,10 +322,13 @@ class Worker(_message.Message):
         free_sequences: _builtins.int = ...,
         engine_class: _builtins.str = ...,
         kv_tokens: _builtins.int = ...,
+        pod: _builtins.str = ...,
+        host: _builtins.str = ...,
+        gpu: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "free_sequences", b"free_sequences", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "kv_usage", b"kv_usage", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "ray_cluster", b"ray_cluster", "running", b"running", "state", b"state", "step_ms", b"step_ms", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "free_sequences", b"free_sequences", "gpu", b"gpu", "host", b"host", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "kv_usage", b"kv_usage", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "pod", b"pod", "ray_cluster", b"ray_cluster", "running", b"running", "state", b"state", "step_ms", b"step_ms", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -256,6 +256,10 @@ class UsageRecord(_message.Message):
     GPU_SECONDS_FIELD_NUMBER: _builtins.int
     DELIVERED_UNKNOWN_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    GATEWAY_FIELD_NUMBER: _builtins.int
     record_id: _builtins.str
     tenant: _builtins.str
     key_id: _builtins.str
@@ -276,6 +280,14 @@ class UsageRecord(_message.Message):
     gpu: _builtins.str
     gpu_seconds: _builtins.float
     delivered_unknown: _builtins.bool
+    worker: _builtins.str
+    """Where the call ended, for operators only; empty in records of older releases."""
+    pod: _builtins.str
+    """The worker's pod; empty outside Kubernetes."""
+    node: _builtins.str
+    """Kubernetes' name of the worker's node, outside Kubernetes the host's name."""
+    gateway: _builtins.str
+    """The gateway that took the call."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -302,10 +314,14 @@ class UsageRecord(_message.Message):
         gpu_seconds: _builtins.float = ...,
         delivered_unknown: _builtins.bool = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        worker: _builtins.str = ...,
+        pod: _builtins.str = ...,
+        node: _builtins.str = ...,
+        gateway: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s", "ttft_s", b"ttft_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s", "adapter", b"adapter", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "delivered_unknown", b"delivered_unknown", "duration_s", b"duration_s", "generated_tokens", b"generated_tokens", "gpu", b"gpu", "gpu_seconds", b"gpu_seconds", "key_id", b"key_id", "labels", b"labels", "model", b"model", "opened_at_s", b"opened_at_s", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "record_id", b"record_id", "request_id", b"request_id", "segment", b"segment", "tenant", b"tenant", "ttft_s", b"ttft_s", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s", "adapter", b"adapter", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "delivered_unknown", b"delivered_unknown", "duration_s", b"duration_s", "gateway", b"gateway", "generated_tokens", b"generated_tokens", "gpu", b"gpu", "gpu_seconds", b"gpu_seconds", "key_id", b"key_id", "labels", b"labels", "model", b"model", "node", b"node", "opened_at_s", b"opened_at_s", "outcome", b"outcome", "pod", b"pod", "prompt_tokens", b"prompt_tokens", "queue_s", b"queue_s", "record_id", b"record_id", "request_id", b"request_id", "segment", b"segment", "tenant", b"tenant", "ttft_s", b"ttft_s", "version", b"version", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ttft_s: _TypeAlias = _typing.Literal["ttft_s"]  # noqa: Y015
     _WhichOneofArgType__ttft_s: _TypeAlias = _typing.Literal["_ttft_s", b"_ttft_s"]  # noqa: Y015

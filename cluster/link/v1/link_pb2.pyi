@@ -152,6 +152,9 @@ class Hello(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    GPU_FIELD_NUMBER: _builtins.int
     protocol_min: _builtins.int
     protocol_max: _builtins.int
     worker_id: _builtins.str
@@ -181,6 +184,12 @@ class Hello(_message.Message):
     """Epoch of this link, chosen by the worker, growing."""
     generation: _builtins.str
     """Digest of what its replica was started with: what is replaced at once has the same."""
+    pod: _builtins.str
+    """The pod of the replica; empty outside Kubernetes."""
+    host: _builtins.str
+    """Kubernetes' name of the pod's node, outside Kubernetes the host's name. `node` is Ray's id."""
+    gpu: _builtins.str
+    """The accelerators' type, as in the model's entry; empty without any."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -211,10 +220,13 @@ class Hello(_message.Message):
         vocab_size: _builtins.int = ...,
         epoch: _builtins.int = ...,
         generation: _builtins.str = ...,
+        pod: _builtins.str = ...,
+        host: _builtins.str = ...,
+        gpu: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "bundle_digest", b"bundle_digest", "capabilities", b"capabilities", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "epoch", b"epoch", "generation", b"generation", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "ray_cluster", b"ray_cluster", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "weight_digest", b"weight_digest", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "bundle_digest", b"bundle_digest", "capabilities", b"capabilities", "default_sampling_json", b"default_sampling_json", "engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "epoch", b"epoch", "generation", b"generation", "gpu", b"gpu", "host", b"host", "incarnation", b"incarnation", "kv_blocks", b"kv_blocks", "max_model_len", b"max_model_len", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "pod", b"pod", "protocol_max", b"protocol_max", "protocol_min", b"protocol_min", "ray_cluster", b"ray_cluster", "role", b"role", "version", b"version", "vocab_size", b"vocab_size", "weight_digest", b"weight_digest", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
