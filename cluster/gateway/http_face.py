@@ -23,6 +23,7 @@ from cluster.api.outcomes import FAULTS, CallError, Outcome
 from cluster.gateway import http_answers as answers
 from cluster.gateway.call import Call
 from cluster.gateway.door import ANYBODY, Door, Shown, alternative_names
+from cluster.gateway.http_body import Refused, RequestBodies
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields, read_object
 from cluster.gateway.http_protocol import CONNECTION
@@ -75,16 +76,6 @@ _CHAT = _Kind(chat_asked, answers.ChatStream, answers.chat_answer)
 _COMPLETION = _Kind(completion_asked, answers.CompletionStream, answers.completion_answer)
 
 
-class Refused(Exception):
-    """A request that is wrong as HTTP, before it is any call."""
-
-    def __init__(self, status: int, code: str, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.headers = headers
-
-
 class Exchange:
     """One request and its response."""
 
@@ -110,21 +101,6 @@ class Exchange:
         tls = self.scope[CONNECTION].transport.get_extra_info("ssl_object") if certificates else None
         names = alternative_names(tls.getpeercert()) if tls is not None else ()
         return Shown(authorization, names, f"{host}:{port}")
-
-    async def body(self, limit_bytes: int) -> bytes:
-        """The whole body. Raises Refused, and ConnectionResetError when the client goes away before its end."""
-        length = self.headers.get(b"content-length", b"0")
-        parts, received, size = [], 0, int(length) if length.isdigit() else 0
-        while size <= limit_bytes:
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                raise ConnectionResetError
-            parts.append(message["body"])
-            received += len(message["body"])
-            size = max(size, received)
-            if not message["more_body"] and size <= limit_bytes:
-                return b"".join(parts)
-        raise Refused(413, "request_too_large", f"the body is larger than {limit_bytes} bytes")
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Status and headers."""
@@ -193,9 +169,9 @@ class _Endpoint:
 class HttpFace:
     """The HTTP face of a CallService, as an ASGI application."""
 
-    def __init__(self, service: CallService, max_body_bytes: int) -> None:
+    def __init__(self, service: CallService, bodies: RequestBodies) -> None:
         self._service = service
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
         self._created = int(time.time())
         self._relay: Relay | None = None
 
@@ -226,11 +202,14 @@ class HttpFace:
         media_type = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         if media_type != b"application/json":  # also what keeps other sites' pages from posting here unasked
             raise Refused(415, "unsupported_media_type", "content-type must be application/json")
-        asked = kind.asked(read_object(await exchange.body(self._max_body_bytes)))
+        connection = exchange.scope[CONNECTION]
+        length, tenant = exchange.headers.get(b"content-length", b""), exchange.principal.tenant.name
+        async with self._bodies.read(exchange.receive, connection, length, tenant) as content:
+            asked = kind.asked(read_object(content))
         trace = traceparent(exchange.header(b"traceparent"))
         meta = CallMeta(exchange.request_id, "http", traceparent=trace, principal=exchange.principal)
         answer = self._stream if asked.stream else self._whole
-        await _while_connected(answer(kind, asked, meta, exchange), exchange.scope[CONNECTION])
+        await _while_connected(answer(kind, asked, meta, exchange), connection)
 
     async def _stream(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:

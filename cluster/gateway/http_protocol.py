@@ -125,6 +125,10 @@ class HttpProtocol(HttpToolsProtocol):
         if self._watcher is lost:
             self._watcher = None
 
+    def refuse_body(self) -> None:
+        """End the connection, whose request's body comes too slowly."""
+        self._refuse(408, f"The connection is closed: {Late.BODY.value}.")
+
     # ---- asyncio.Protocol
 
     def connection_made(self, transport: Any) -> None:

@@ -29,6 +29,7 @@ from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.door import OpenDoor
 from cluster.gateway.grpc_face import SERVICE, GrpcFace
+from cluster.gateway.http_body import RequestBodies
 from cluster.gateway.http_face import HttpFace
 from cluster.gateway.http_server import HttpServer
 from cluster.gateway.limits_local import LocalLimits
@@ -137,7 +138,7 @@ class Gateway:
         self.service.resumes = self._resumes()
         self.connections = rpc.ConnectionTable.for_descriptors(raise_descriptor_limit())
         self._notices = rpc.Notices()
-        face = HttpFace(self.service, config.gateway.max_message_bytes)
+        face = HttpFace(self.service, RequestBodies(config.gateway.max_message_bytes, self.request_bytes))
         self.http = HttpServer(face.app(), self._admission(rpc.Port.CLIENT))
         self._metrics_server = HttpServer(MetricsPage(self.metrics), self._admission(rpc.Port.METRICS))
         self.endpoints: dict[str, str] = {}

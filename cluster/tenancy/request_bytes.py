@@ -25,6 +25,8 @@ GRACE_S = 5.0
 """A granted body may take this long, whatever its rate."""
 MIN_BYTES_PER_S = 128 * 1024
 """The mean rate after the grace period below which a body loses its reservation when others wait."""
+MAX_WAITING = 128
+"""Bodies of one tenant that may wait; of all together eight times as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,10 @@ class Reservation:
         """The body is here; from now on only its parsing is waited for, and the minimum rate applies no more."""
         self._received = max(self._received, self.size)
 
+    def shrink(self, size: int) -> None:
+        """Keep only so many bytes reserved: the body turned out to be smaller. May grant others."""
+        self._budget.shrink(self, size)
+
     def release(self) -> None:
         """Give the bytes back, or stop waiting. Idempotent. May grant others."""
         self._budget.release(self)
@@ -124,6 +130,10 @@ class RequestBytes:
     def held_by(self, tenant: str) -> int:
         """Bytes that a tenant has reserved now."""
         return self._held[tenant]
+
+    def full(self, tenant: str) -> bool:
+        """Whether so many bodies wait that a further one is to be refused: each holds its head start meanwhile."""
+        return sum(map(len, self._waiting.get(tenant, {}).values())) >= MAX_WAITING or self.waiting >= 8 * MAX_WAITING
 
     def reserve(
         self,

@@ -1,0 +1,133 @@
+"""Reads a request's body within the budget of request bytes that all ports of the process share.
+
+The credential is checked before. A body that is here after one read is taken as it is. For more its whole size is
+reserved first (tenancy/request_bytes.py), and reading is paused until the reservation is granted: so unfinished bodies
+hold what the budget allows, and one read each beyond that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Protocol
+
+from cluster.tenancy.request_bytes import RequestBytes, Reservation
+
+GRANT_S: Final = 30.0
+"""A body waits so long for other bodies of its tenant or of the process."""
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+
+class Refused(Exception):
+    """A request that is wrong as HTTP, before it is any call."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.headers = headers
+
+
+class Connection(Protocol):
+    """The connection that a body comes on."""
+
+    def watch_paused(self, lost: Callable[[], None]) -> None:
+        """Call this once the connection is lost, without reading on."""
+
+    def unwatch(self, lost: Callable[[], None]) -> None:
+        """No longer."""
+
+    def refuse_body(self) -> None:
+        """End the connection, whose request's body comes too slowly."""
+
+
+class RequestBodies:
+    """The bodies of one HTTP port."""
+
+    def __init__(self, limit_bytes: int, budget: RequestBytes) -> None:
+        self._limit = limit_bytes
+        self._budget = budget
+
+    @asynccontextmanager
+    async def read(
+        self, receive: Receive, connection: Connection, declared: bytes, tenant: str
+    ) -> AsyncIterator[bytes]:
+        """The whole body; its bytes count against the budget inside of the context. `declared`: its content-length, or
+        empty. Raises Refused, and ConnectionResetError when the client goes away before its end."""
+        length = int(declared) if declared.isdigit() else None
+        if length is not None and length > self._limit:
+            raise self._too_large()
+        content, more = await _part(receive)
+        if not more:
+            if len(content) > self._limit:
+                raise self._too_large()
+            yield content
+            return
+        reservation = await self._reserved(connection, self._limit if length is None else length, tenant)
+        try:
+            received = bytearray(content)
+            while more:
+                content, more = await _part(receive)
+                reservation.received(len(content))
+                received += content
+                if len(received) > self._limit:
+                    raise self._too_large()
+            whole = bytes(received)
+            del received, content
+            reservation.complete()
+            self._budget.shrink(reservation, len(whole))
+            yield whole
+        finally:
+            reservation.release()
+
+    def _too_large(self) -> Refused:
+        return Refused(413, "request_too_large", f"the body is larger than {self._limit} bytes")
+
+    async def _reserved(self, connection: Connection, size: int, tenant: str) -> Reservation:
+        """A granted reservation. Raises Refused where too many bodies wait or this one did too long."""
+        if self._budget.full(tenant):
+            raise _busy()
+        granted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def settle(outcome: bool) -> None:
+            if not granted.done():
+                granted.set_result(outcome)
+
+        def too_slow() -> None:
+            reservation.release()
+            connection.refuse_body()
+
+        def lost() -> None:
+            settle(False)
+
+        reservation = self._budget.reserve(tenant, id(connection), size, lambda: settle(True), too_slow)
+        if reservation.granted:
+            return reservation
+        connection.watch_paused(lost)
+        try:
+            async with asyncio.timeout(GRANT_S):
+                if not await granted:
+                    raise ConnectionResetError
+        except TimeoutError:
+            reservation.release()
+            raise _busy() from None
+        except BaseException:
+            reservation.release()
+            raise
+        finally:
+            connection.unwatch(lost)
+        return reservation
+
+
+def _busy() -> Refused:
+    message = "too many large requests are being received; send fewer at once, or try again"
+    return Refused(503, "overloaded", message, [(b"retry-after", b"1")])
+
+
+async def _part(receive: Receive) -> tuple[bytes, bool]:
+    """A part of the body, and whether there is more. Raises ConnectionResetError."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ConnectionResetError
+    return message["body"], message["more_body"]
