@@ -110,10 +110,12 @@ class Resume(Section):
     """What becomes of calls whose worker is lost or leaves: they go on at another like it.
 
     `max_attempts` workers may fail a call before it fails; it waits `max_wait_s` for another worker. With
-    `max_attempts: 1` it fails with its worker. With a resume token a client goes on at another gateway; it opens for
-    `token_expires_s`."""
+    `max_attempts: 1` it fails with its worker. It also fails when `max_silent_losses` workers were lost in a row with
+    it and no token came between, since it may be what ends them. With a resume token a client goes on at another
+    gateway; it opens for `token_expires_s`."""
 
     max_attempts: Annotated[int, Field(ge=1, le=16)] = 5
+    max_silent_losses: Annotated[int, Field(ge=1, le=16)] = 2
     max_wait_s: Annotated[float, Field(ge=0)] = 60.0
     token_expires_s: Annotated[float, Field(ge=1, le=86_400)] = 900.0
 

@@ -11,6 +11,7 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import WorkerIdentity
+from cluster.gateway.losses import MOST_SILENT
 from cluster.gateway.output import Output, Piece
 from cluster.link.isolation import is_call_failure
 from cluster.link.worker_link import WorkerLink
@@ -65,6 +66,8 @@ class Call:
     began_at: WorkerIdentity | None = None
     """The worker that its first output was given to first."""
     max_attempts: int = 3
+    max_silent_losses: int = MOST_SILENT
+    """So many workers may be lost in a row with it and no token between; see losses.py."""
     answered: Callable[[Output, WorkerLink, bool], None] = lambda output, link, well: None
     on_resumed: Callable[[str, str, float], None] = lambda model, reason, gap_s: None
     on_refused: Callable[[Output], None] = lambda output: None

@@ -6,16 +6,20 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from cluster.gateway.directory import KnownModel
+from cluster.gateway.losses import SETTLE_S
 from cluster.gateway.output import Output
 from cluster.link.worker_link import WorkerLink
 from cluster.routing.pick import Candidate, RouteCall
 
 
-def onward_call(output: Output, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int) -> RouteCall:
+def onward_call(
+    output: Output, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int, now: float
+) -> RouteCall:
     """What a sequence needs to go on. `cached_tokens` of its prompt are expected in any worker's cache.
 
     Where nobody is left but those that have failed it, they may try again: Ray may be about to replace one, and it is
-    not certain whose fault it was."""
+    not certain whose fault it was. Workers on the node of one that was lost just now are avoided likewise: with a host
+    all of its workers are lost, one after the other."""
     home = next((one for one in candidates if one.incarnation == output.kept_at), None) if output.kept_at else None
     call = RouteCall(
         output.call.model,
@@ -26,8 +30,20 @@ def onward_call(output: Output, candidates: Collection[Candidate], known: KnownM
         home=output.kept_at,
         fresh_home=known.links[home.worker_id].fresh(output.tokens) if home is not None else 0,
     )
-    others = (one for one in candidates if call.likeness in (None, one.likeness) and not one.draining)
-    return call if any(one.incarnation not in call.shuns for one in others) else replace(call, shuns=frozenset())
+    others = [one.incarnation for one in candidates if call.likeness in (None, one.likeness) and not one.draining]
+    for shuns in (call.shuns | _beside_lost(output, known, now), call.shuns):
+        if any(incarnation not in shuns for incarnation in others):
+            return replace(call, shuns=shuns)
+    return replace(call, shuns=frozenset())
+
+
+def _beside_lost(output: Output, known: KnownModel, now: float) -> frozenset[str]:
+    """Incarnations of the workers on the node where the sequence's worker was lost just now."""
+    node = output.lost_node
+    if not node or now - output.lost_at >= SETTLE_S:
+        return frozenset()
+    identities = (link.identity for link in known.links.values())
+    return frozenset(one.incarnation for one in identities if one.node == node)
 
 
 def candidate(link: WorkerLink, *, healthy: bool, onward: bool, retired: bool) -> Candidate:

@@ -22,6 +22,7 @@ from cluster.gateway.call import Call
 from cluster.gateway.candidates import candidate, onward_call
 from cluster.gateway.demand import Tally
 from cluster.gateway.directory import Directory, KnownModel
+from cluster.gateway.losses import MOST_SILENT, Losses, Verdict
 from cluster.gateway.output import Output
 from cluster.gateway.returning import Returning
 from cluster.gateway.submission import submit
@@ -59,9 +60,10 @@ class Dispatcher:
         directory: Callable[[], Directory],
         clock: Callable[[], float] = time.monotonic,
         resume_wait_s: float = 30.0,
+        max_silent_losses: int = MOST_SILENT,
     ) -> None:
         """`room` takes its orders from `turns`. `resume_wait_s`: how long a sequence that has lost its worker waits for
-        another like it."""
+        another like it. `max_silent_losses`: see losses.py."""
         self._room = room
         self.turns = turns
         self._metrics = metrics
@@ -75,6 +77,7 @@ class Dispatcher:
         """Told when a call waits for a model that nobody serves, the first of them: somebody may have to start it."""
         self._told_held: set[str] = set()
         self._returning = Returning(resume_wait_s)
+        self._losses = Losses(max_silent_losses)
         self.breakers = Breakers()
         self.trials = Trials()
         self.backlogs = Backlogs(turns, self.waiting, self._returning, self._links, clock)
@@ -153,7 +156,7 @@ class Dispatcher:
     def again(self, output: Output) -> None:
         """A sequence that has lost its place goes on before all others; one without a token at the head of its line."""
         known = self._directory().find(output.call.model)
-        if output.emitted or output.shuns:
+        if output.emitted or output.shuns or output.suspect:
             self._return(output)
             if known is not None:
                 self._go_on(known, (output,))
@@ -301,6 +304,8 @@ class Dispatcher:
         self, known: KnownModel, output: Output, look: Callable[[WorkerLink], Candidate], now: float
     ) -> str | None:
         """The worker that a resumed sequence was sent to; None where none has room for it."""
+        if output.suspect and not self._acquitted(output, now):
+            return None
         home = self._returning.home(output, now)
         own = next((one for one in known.links.values() if one.identity.incarnation == home), None)
         candidates = [look(own)] if own is not None and home not in output.shuns else []
@@ -309,7 +314,7 @@ class Dispatcher:
         worker_id = None
         if any(map(takes_onward, candidates)):
             waiting = self.turns.waiting(output)
-            call = onward_call(output, candidates, known, waiting.cached_tokens)
+            call = onward_call(output, candidates, known, waiting.cached_tokens, now)
             decision = pick(call, candidates)
             worker_id = decision.worker_id
         if worker_id is not None and self._stop_waiting(output):
@@ -320,6 +325,17 @@ class Dispatcher:
             self._stop_waiting(output)
             output.call.fail(endings.replaced(len(output.emitted)))
         return None
+
+    def _acquitted(self, output: Output, now: float) -> bool:
+        """Whether a sequence that lost worker after worker may go to another; ends its call if it may not."""
+        verdict = self._losses.verdict(output.lost_links, output.lost_at, now)
+        if verdict is Verdict.RESUME:
+            output.lost_links = ()
+        elif verdict is Verdict.END:
+            log.warning("call_blamed", request_id=output.call.request_id, lost=output.lost_links)
+            self._stop_waiting(output)
+            output.call.fail(endings.blamed(len(output.emitted), len(output.lost_links)))
+        return verdict is Verdict.RESUME
 
     def _stop_waiting(self, output: Output) -> bool:
         """Take a resumed sequence out of its line; False when it did not wait there."""
@@ -432,6 +448,7 @@ class Dispatcher:
         link.on_standing = lambda: self.on_state()
         link.on_begun = lambda continued: self._begun(link.identity.model, continued)
         self.turns.joined(link.identity)
+        self._losses.returned(link.identity.incarnation)
         link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe
         self._directory().joined(link)
         self.backlogs.joined(link.identity.model)
@@ -443,6 +460,9 @@ class Dispatcher:
         self._directory().left(link)
         self.turns.left(link.identity, self._clock())
         self._metrics.count("worker_detected_total", link.identity.model, link.reason)
+        if not link.leaving:
+            broken = link.identity.incarnation if link.reason == "lost" else ""
+            self._losses.lost(link.name, self._clock(), broken)
         if link.reason in STANDS_STILL:
             unseen = link.reason in UNSEEN
             self.breakers.stood_still(link.identity.incarnation, self._clock(), unseen)

@@ -48,6 +48,12 @@ def replaced(tokens: int) -> CallError:
     return CallError(Outcome.WORKER_LOST, f"{_lost(tokens)}, and {why}; retry the call")
 
 
+def blamed(tokens: int, workers: int) -> CallError:
+    """Its workers were lost one after the other, and it may be the reason."""
+    why = f"{workers} workers were lost with it in a row and no token came between: it is sent to no other"
+    return CallError(Outcome.WORKER_LOST, f"{_lost(tokens)}; {why}; retry the call later, or change it")
+
+
 def not_resumed(tokens: int, deadline_passed: bool) -> CallError:
     """It has lost its worker, and has waited for one like it as long as calls may."""
     if deadline_passed:

@@ -6,6 +6,7 @@ however slow the reader is. A reader that is slow gets several tokens in one pie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -28,8 +29,8 @@ _FINISH_WORDS = {
     FinishReason.REPETITION: "stop",
 }
 
-# Engine fields by the name that callers know them under.
-_CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
+CALLER_FIELDS = {"prompt_token_ids": "prompt", "grammar": "response_format", "structured_outputs": "response_format"}
+"""Engine fields by the name that callers know them under."""
 
 
 def refusal_of(reason: str, message: str, field: str) -> CallError:
@@ -37,7 +38,7 @@ def refusal_of(reason: str, message: str, field: str) -> CallError:
     outcome = Outcome.__members__.get(reason, Outcome.INTERNAL)
     if not field:
         return CallError(outcome, message)
-    name, message = _CALLER_FIELDS.get(field, field), message.removeprefix(f"{field}: ")
+    name, message = CALLER_FIELDS.get(field, field), message.removeprefix(f"{field}: ")
     return CallError(outcome, f"{name}: {message}", violations=[Violation(name, message)])
 
 
@@ -79,6 +80,10 @@ class Output:
         "likeness",
         "link",
         "losses",
+        "lost_at",
+        "lost_links",
+        "lost_node",
+        "lost_tokens",
         "over",
         "place",
         "ran",
@@ -109,6 +114,13 @@ class Output:
         """One more for each worker that it was taken from; no two Submits of it have the same."""
         self.losses = 0
         """How often a worker has failed it."""
+        self.lost_links: tuple[str, ...] = ()
+        """Links that ended under it unexpectedly with no new token since before the first of them."""
+        self.lost_tokens = 0
+        """Tokens that it had when it last lost a worker."""
+        self.lost_at = -math.inf
+        self.lost_node = ""
+        """The node of the worker that it last lost."""
         self.shuns: frozenset[str] = frozenset()
         """Incarnations of workers whose engine could not go on with it."""
         self.likeness: Likeness | None = None
@@ -295,10 +307,23 @@ class Output:
 
     def lost(self, why: str) -> None:
         """The worker is gone; another one goes on from here."""
-        self.link = None
+        link, self.link = self.link, None
+        if link is not None and not link.leaving:
+            self._note_loss(link)
         if not self.finish_reason:
             told = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
             self._failed(Outcome.WORKER_LOST, "lost", told)
+
+    def _note_loss(self, link: WorkerLink) -> None:
+        if len(self.emitted) > self.lost_tokens:
+            self.lost_links = ()
+        self.lost_links += (link.name,)
+        self.lost_tokens, self.lost_at, self.lost_node = len(self.emitted), self.call.clock(), link.identity.node
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it has lost so many workers in a row that it may be what ends them; see losses.py."""
+        return len(self.lost_links) >= self.call.max_silent_losses and len(self.emitted) <= self.lost_tokens
 
     def _failed(self, outcome: Outcome, reason: str, told: str) -> None:
         self.losses += 1

@@ -102,7 +102,10 @@ class Gateway:
             longer_s=lambda model: self.directory.starts_in_s(model),
         )
         resume = config.gateway.resume
-        self.dispatcher = Dispatcher(room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s)
+        self.dispatcher = Dispatcher(
+            room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s,
+            max_silent_losses=resume.max_silent_losses,
+        )  # fmt: skip
         siblings = config.gateway.siblings(process)
         self.hub = Hub(
             f"{pod_name() or config.name}-{uuid.uuid4().hex[:6]}",
@@ -134,6 +137,7 @@ class Gateway:
             door=door,
             guards=self.guards,
             max_attempts=resume.max_attempts,
+            max_silent_losses=resume.max_silent_losses,
         )
         self.service.resumes = self._resumes()
         self.connections = rpc.ConnectionTable.for_descriptors(raise_descriptor_limit())

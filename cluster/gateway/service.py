@@ -22,7 +22,9 @@ from cluster.gateway.demand import within_slo
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.door import ANYBODY, Door, OpenDoor
+from cluster.gateway.losses import MOST_SILENT
 from cluster.gateway.output import Output
+from cluster.gateway.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import ticks
@@ -97,10 +99,12 @@ class CallService:
         door: Door | None = None,
         max_attempts: int = 3,
         guards: Guards | None = None,
+        max_silent_losses: int = MOST_SILENT,
     ) -> None:
-        """`max_attempts` workers may fail a sequence before its call fails. `guards`: where there are tenants whose
-        policies name some."""
+        """`max_attempts` workers may fail a sequence before its call fails, `max_silent_losses` be lost in a row with
+        no token between. `guards`: where there are tenants whose policies name some."""
         self.max_attempts = max_attempts
+        self.max_silent_losses = max_silent_losses
         self._guards = guards
         self._allowances = allowances
         self.door: Door = door if door is not None else OpenDoor()
@@ -302,6 +306,7 @@ class CallService:
             deadline=meta.deadline,
             again=self.dispatcher.again,
             max_attempts=self.max_attempts,
+            max_silent_losses=self.max_silent_losses,
             on_resumed=self.dispatcher.resumed,
             answered=self.dispatcher.answered,
             began=self.dispatcher.turns.began,
@@ -327,6 +332,8 @@ class CallService:
                 cache_salt=salt,
                 priority=rank,
             )
+            if not index:
+                check_size(request)
             plain = text.detokenizer(prompt_ids, stop=options.stop, min_tokens=sampling.min_tokens)
             told = options.logprobs if options.logprobs_told is None else options.logprobs_told
             numbers = None if told is None else LogprobTexts(text, told)

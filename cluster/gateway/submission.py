@@ -11,7 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cluster.gateway.output import Output
+from cluster.api.outcomes import invalid
+from cluster.api.types import EngineRequest
+from cluster.gateway.output import CALLER_FIELDS, Output
+from cluster.link.codec import submit_bytes
 from cluster.link.codec_turns import Weighed
 from cluster.link.worker_link import WorkerLink
 from cluster.routing.versions import Versions
@@ -19,6 +22,23 @@ from cluster.tenancy.order import Waiting
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting
+
+
+MAX_SUBMIT_BYTES = 100_000
+"""Of a request as it goes to a worker, without token ids: what a worker decodes in about a millisecond."""
+
+
+def check_size(request: EngineRequest) -> None:
+    """Raise CallError for a request that no worker should have to read, before it is queued."""
+    parts = submit_bytes(request)
+    total = sum(parts.values())
+    if total > MAX_SUBMIT_BYTES:
+        field = max(parts, key=lambda name: parts[name])
+        raise invalid(
+            CALLER_FIELDS.get(field, field),
+            f"the request has {total} bytes beside its prompt, {parts[field]} of them in this field; "
+            f"at most {MAX_SUBMIT_BYTES} are sent to a worker: shorten it",
+        )
 
 
 def submit(

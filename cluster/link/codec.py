@@ -127,6 +127,19 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
     )
 
 
+def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
+    """The size of a Submit without its token ids, by the fields of the request that can be large."""
+    sampling = sampling_to_pb(request.sampling)
+    return {
+        "stop_token_ids": pb.Sampling(stop_token_ids=sampling.stop_token_ids).ByteSize(),
+        "logit_bias": pb.Sampling(logit_bias=sampling.logit_bias).ByteSize(),
+        "grammar": sampling.grammar.ByteSize(),
+        "cache_salt": pb.Submit(cache_salt=request.cache_salt).ByteSize(),
+        "traceparent": pb.Submit(traceparent=request.traceparent).ByteSize(),
+        "adapter": pb.Submit(adapter=request.adapter).ByteSize(),
+    }
+
+
 def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRequest:
     """The inverse of submit_to_pb, under the engine's own request id. Raises ValueError for what no gateway sends."""
     if m.priority < 0:

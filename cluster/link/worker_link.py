@@ -115,6 +115,16 @@ class WorkerLink:
         )
 
     @property
+    def name(self) -> str:
+        """This link, among all that its gateway has had."""
+        return f"{self.identity.worker_id}/{self.identity.incarnation}/{self.epoch}"
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its worker has said that it drains: its end is no loss."""
+        return self.standing in (Standing.DRAINING, Standing.DRAINED)
+
+    @property
     def free(self) -> Room:
         """Room granted to this gateway and not used; none once the link has ended."""
         return self._purse.free if not self._ended else Room(0, 0)

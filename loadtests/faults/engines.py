@@ -207,7 +207,9 @@ async def running(children: Children, folder: Path, model: Path, bundle: Path) -
     """Gateway, relays and two vLLM workers, all linked. Raises DidNotStart."""
     home = folder / "engines"
     async with AsyncExitStack() as stack:
-        fleet = await begun_gateway(stack, children, home, gateway={"resume": {"max_attempts": 16}})
+        fleet = await begun_gateway(
+            stack, children, home, gateway={"resume": {"max_attempts": 16, "max_silent_losses": 16}}
+        )
         shared = [sys.executable, "-m", "loadtests.serving.worker", "--name", MODEL, "--bundle", str(bundle)]
         shared += ["--source", str(model), "--engine", json.dumps(dict(ENGINE)), "--redial-max-s", "0.3"]
         commands = []

@@ -37,7 +37,8 @@ LEAST_UP = 1
 """A fault waits until so many others serve."""
 END_S = 60.0
 MAX_ATTEMPTS = 16
-"""Faults fall so densely that five losses are nothing unusual for a call."""
+"""Faults fall so densely that five losses are nothing unusual for a call, nor is another before its next token; so
+both bounds, max_attempts and max_silent_losses, are set to this."""
 NOTICED_S = 5.0
 
 

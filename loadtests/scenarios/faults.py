@@ -96,7 +96,7 @@ async def _mass(field: Field) -> list[Figure]:
     source = mass.source(field.model, options.seed)
     async with fleet.running(
         stage.children, stage.folder, bundle=field.bundle, sources=[source] * mass.WORKERS, name="mass",
-        gateway={"resume": {"max_attempts": mass.MAX_ATTEMPTS}},
+        gateway={"resume": {"max_attempts": mass.MAX_ATTEMPTS, "max_silent_losses": mass.MAX_ATTEMPTS}},
     ) as running:  # fmt: skip
         calls = mass.Mass(running, options.seed, mass.asks_of(running.model, options.seed))
         outcome = await calls.play(options.points or POINTS, options.concurrency or mass.STREAMS)
