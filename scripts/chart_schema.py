@@ -1,6 +1,6 @@
 """Keep chart and program equal: `config` in helm/values.schema.json is what `headrace config schema` prints, and the
-program's chart_values.yaml is helm/values.yaml, over which `headrace config check` lays a file of values. `--check`
-only says whether they are."""
+program's chart_values.json is the part of helm/values.yaml over which `headrace config check` lays a file of values.
+`--check` only says whether they are."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cluster.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "helm" / "values.schema.json"
-VALUES, COPY = ROOT / "helm" / "values.yaml", ROOT / "cluster" / "chart_values.yaml"
+VALUES, COPY = ROOT / "helm" / "values.yaml", ROOT / "cluster" / "chart_values.json"
 
 
 def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -34,15 +36,20 @@ def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def checked_part(values: dict[str, Any]) -> dict[str, Any]:
+    """What the program reads of the chart's values: the configuration and the worker groups."""
+    return {"config": values["config"], "ray": {"clusters": values["ray"]["clusters"]}}
+
+
 def main(arguments: list[str]) -> int:
     """0 when the file is, or now is, as it should be."""
     before = SCHEMA.read_text()
     after = json.dumps(with_config(json.loads(before), Config.model_json_schema(by_alias=True)), indent=1) + "\n"
-    values = VALUES.read_text()
+    values = json.dumps(checked_part(yaml.safe_load(VALUES.read_text())), indent=1) + "\n"
     if "--check" in arguments:
         equal = COPY.exists() and COPY.read_text() == values
         if not equal:
-            print(f"{COPY}: is not {VALUES}; run scripts/chart_schema.py", file=sys.stderr)
+            print(f"{COPY}: is not what {VALUES} says; run scripts/chart_schema.py", file=sys.stderr)
         if before != after:
             print(f"{SCHEMA}: config is not what cluster/config.py says; run scripts/chart_schema.py", file=sys.stderr)
         return int(before != after or not equal)

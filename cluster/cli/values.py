@@ -1,11 +1,12 @@
 """Reads what `headrace config check` may be given: a cluster.yaml, the chart's values, or a ConfigMap with either.
 
 Values are laid over the chart's own as Helm does it: mappings are merged, everything else is replaced, and null takes a
-key away. chart_values.yaml is the chart's values.yaml, kept equal by scripts/chart_schema.py.
+key away. chart_values.json is a part of the chart's values.yaml, kept equal by scripts/chart_schema.py.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from cluster.api.types import ModelSpec
 from cluster.config import API_VERSION, Config
 from cluster.config_problems import Path as KeyPath
 from cluster.config_problems import Problem
-from cluster.config_yaml import Document, Duplicate, NotYaml, load, read_documents
+from cluster.config_yaml import Document, Duplicate, NotYaml, read_documents
 
-CHART_VALUES = Path(__file__).parent.parent / "chart_values.yaml"
+CHART_VALUES = Path(__file__).parent.parent / "chart_values.json"
 _OF_CLUSTER = frozenset({"api_version", "name", "models"})
 """Keys that every cluster.yaml has, of which the chart's values have none."""
 _HEADINGS = ("USER-SUPPLIED VALUES", "COMPUTED VALUES")
@@ -94,7 +95,7 @@ def _of_values(document: Document) -> Input:
     given = {key: value for key, value in document.data.items() if key not in _HEADINGS}
     if not isinstance(given.get("config", {}), dict):
         raise NoConfiguration("config: must be a mapping, the cluster.yaml of the release")
-    values = laid_over(load(CHART_VALUES.read_text()), given)
+    values = laid_over(json.loads(CHART_VALUES.read_text()), given)
     inside = tuple(
         Duplicate(one.path[1:], one.line, one.first_line) for one in document.duplicates if one.path[0] == "config"
     )

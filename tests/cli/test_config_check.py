@@ -167,7 +167,7 @@ def test_values_are_read_over_the_charts_own(run: Run, file: Path) -> None:
     """A preset that the check refuses, or a release that it reads otherwise than Helm does, makes it useless."""
     done = run("config", "check", str(file))
     assert done.exit_code == 0, done.stderr
-    merged = laid_over(yaml.safe_load(CHART_VALUES.read_text()), yaml.safe_load(file.read_text()))["config"]
+    merged = laid_over(json.loads(CHART_VALUES.read_text()), yaml.safe_load(file.read_text()))["config"]
     manifest = {"kind": "ConfigMap", "apiVersion": "v1", "data": {"cluster.yaml": yaml.safe_dump(merged)}}
     text = yaml.safe_dump_all([{"kind": "Service"}, manifest])
     from_map = json.loads(run("config", "check", "-", "--json", input=text).stdout)

@@ -63,7 +63,9 @@ def test_a_password_of_the_limits_store_makes_the_file_a_secret() -> None:
     """Else it is a ConfigMap."""
     url = "rediss://:hidden@valkey:6379/0"
     assert helm.template({"config": {"store": {"limits_url": url}}}).one("Secret", "headrace-config")
-    assert helm.template({"config": {"store": {"limits_url": "redis://valkey:6379"}}}).one("ConfigMap")
+    assert helm.template({"config": {"store": {"limits_url": "redis://valkey:6379"}}}).one(
+        "ConfigMap", "headrace-config"
+    )
 
 
 # ---- the command lines
@@ -100,7 +102,7 @@ def test_the_command_lines_serve(preset: Rendered, part: str, tmp_path: Path) ->
 
 def test_the_jobs_command_line_is_known(preset: Rendered) -> None:
     """`db upgrade` takes these options."""
-    (container,) = preset.one("Job")["spec"]["template"]["spec"]["containers"]
+    (container,) = preset.one("Job", "headrace-database")["spec"]["template"]["spec"]["containers"]
     assert container["command"] == ["headrace"]
     done = CliRunner().invoke(app, [*container["args"], "--help"])
     assert done.exit_code == 0, done.stderr

@@ -26,6 +26,98 @@ def cluster(**changed: Any) -> dict[str, Any]:
     return {"ray": {"clusters": [{"name": "blue", "workerGroups": [{**GROUP, **changed}]}]}}
 
 
+def models(*entries: Mapping[str, Any], **changed: Any) -> dict[str, Any]:
+    """Values with these models over one group of two nodes with four H100 each, changed."""
+    group = {"gpuType": "H100", "gpusPerNode": 4, "maxReplicas": 2, **changed}
+    named = [{"name": f"m{at}", "source": "hf://o/m", **entry} for at, entry in enumerate(entries)]
+    return {**cluster(**group), "config": {"models": named}}
+
+
+SPREAD = {"pipeline_parallel_size": 2, "tensor_parallel_size": 4}
+WRONG_TOGETHER = [
+    (models({"name": "a"}, {"name": "a"}), 'config.models: the name "a" is used by "a" and "a"'),
+    (models({"aliases": ["d"]}, {"aliases": ["d"]}), 'the name "d" is used by "m0" and "m1"'),
+    (models({"fallback": ["x"]}), 'config.models[m0].fallback: there is no model "x"; there are m0'),
+    (models({"fallback": ["m0"]}), '"m0" is the model itself'),
+    (models({"replicas": {"min": 4, "max": 2}}), "config.models[m0].replicas: max (2) is below min (4)"),
+    (
+        models({"tensor_parallel_size": 8}),
+        "needs 8 GPUs (tensor_parallel_size 8, pipeline_parallel_size 1) on one node",
+    ),
+    (
+        models({**SPREAD, "pipeline_parallel_size": 4}),
+        "and the worker groups of ray.clusters[blue] have 4 a node, 8 in all",
+    ),
+    (
+        models({"gpu": "H200"}),
+        "gpu is H200, and no worker group of ray.clusters[blue] has this gpuType; there are H100",
+    ),
+    (models({"gpu": [{"type": "L4"}, {"type": "T4"}]}), "gpu is L4, and no worker group"),
+    (models({"replicas": {"min": 9}}), "replicas.min is 9, and the worker groups of ray.clusters[blue] hold 8 at most"),
+    (
+        {"fullnameOverride": "team-a", "ray": {"clusters": []}},
+        "names srv://_link._tcp.headrace-links, and the Service of this release is team-a-links",
+    ),
+    (
+        {
+            "postgresql": {"embedded": {"enabled": True}},
+            "config": {"store": {"database_url": "postgresql+psycopg://u@pg.example.com/h"}},
+        },
+        "postgresql.embedded.enabled is true, and config.store.database_url names pg.example.com",
+    ),
+    (
+        {"valkey": {"embedded": {"enabled": True}}, "config": {"store": {"limits_url": "redis://valkey.example.com"}}},
+        "valkey.embedded.enabled is true, and config.store.limits_url names valkey.example.com",
+    ),
+    (
+        {"config": {"gateway": {"listen": {"http": "0.0.0.0:50051"}}}},
+        "config.gateway.listen.grpc and config.gateway.listen.http both have port 50051",
+    ),
+    ({"config": {"gateway": {"listen": {"http": "0.0.0.0:99999"}}}}, "a port is 1 to 65535"),
+    (
+        {"config": {"weights": {"hugging_face": {"token_file": "/secrets/hf_token"}}}},
+        "config.weights.hugging_face.token_file is /secrets/hf_token, which no volume of the pods that read it holds",
+    ),
+    (
+        {"config": {"auth": {"api_keys": {"pepper_file": "/vault/pepper"}}}},
+        "config.auth.api_keys.pepper_file is /vault/pepper",
+    ),
+    ({"config": {"link": {"tls": {"ca_file": "/tls/ca.crt"}}}}, "config.link.tls.ca_file is /tls/ca.crt"),
+]
+"""What each half of the values has alone, and both cannot have together."""
+
+
+@pytest.mark.parametrize(("values", "words"), WRONG_TOGETHER)
+def test_halves_that_do_not_fit_are_refused(values: Mapping[str, Any], words: str) -> None:
+    """A release of such values is installed whole, and ends at the first restart or places no replica ever."""
+    with pytest.raises(helm.HelmFailed) as caught:
+        helm.template(values)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        models({"gpu": [{"type": "L4"}, {"type": "H100", "tensor_parallel_size": 4}], "replicas": {"min": 2}}),
+        models(SPREAD, gpuType=""),
+        models({"gpu": ""}, {"source": "sim://?vocab=9", "tensor_parallel_size": 64}),
+        models({"fallback": ["d"]}, {"aliases": ["d"], "replicas": {"min": 0}}, maxReplicas=1),
+        {"fullnameOverride": "team-a", "config": {"link": {"gateways": ["srv://_link._tcp.team-a-links.ns.svc"]}}}
+        | {"ray": {"clusters": []}},
+        {
+            "config": {"auth": {"api_keys": {"pepper_file": "/vault/pepper"}}},
+            "gateway": {
+                "extraVolumes": [{"name": "v", "emptyDir": {}}],
+                "extraVolumeMounts": [{"name": "v", "mountPath": "/vault"}],
+            },
+        },
+    ],
+)
+def test_halves_that_fit_render(values: Mapping[str, Any]) -> None:
+    """A check that refuses what works is worse than none."""
+    assert helm.template(values).cluster_yaml
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

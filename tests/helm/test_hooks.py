@@ -1,0 +1,111 @@
+"""Hooks: the configuration is checked before anything changes, by what exists before anything does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import helm
+from tests.support.helm import ROOT, Rendered
+
+pytestmark = pytest.mark.slow
+
+HELM = "helm.sh/hook"
+ARGO = "argocd.argoproj.io/hook"
+BEFORE = {"pre-install", "pre-upgrade"}
+
+
+def hooks(one: dict[str, Any]) -> set[str]:
+    """The moments at which an object is made; empty for one of the release itself."""
+    named = one["metadata"].get("annotations", {}).get(HELM, "")
+    return set(filter(None, named.split(",")))
+
+
+def weight(one: dict[str, Any]) -> int:
+    """The place among the hooks of one moment."""
+    return int(one["metadata"]["annotations"].get("helm.sh/hook-weight", "0"))
+
+
+def needs(job: dict[str, Any]) -> set[tuple[str, str]]:
+    """(kind, name) of what a Job's pod cannot start without."""
+    spec = job["spec"]["template"]["spec"]
+    found = {("ServiceAccount", spec["serviceAccountName"])}
+    for volume in spec["volumes"]:
+        if "configMap" in volume:
+            found.add(("ConfigMap", volume["configMap"]["name"]))
+        if "secret" in volume:
+            found.add(("Secret", volume["secret"]["secretName"]))
+    if "priorityClassName" in spec:
+        found.add(("PriorityClass", spec["priorityClassName"]))
+    return found
+
+
+@pytest.mark.parametrize("url", ["", "redis://:password@valkey:6379/0"])
+def test_the_check_needs_nothing_that_comes_later(url: str) -> None:
+    """A hook that waits for an object of the release waits for ever at the first install."""
+    rendered = helm.template({"config": {"store": {"limits_url": url}}, "priorityClasses": {"create": True}})
+    job = rendered.one("Job", "headrace-check")
+    assert hooks(job) == BEFORE
+    for kind, name in needs(job):
+        one = rendered.one(kind, name)
+        assert hooks(one) == BEFORE, (kind, name)
+        assert weight(one) < weight(job)
+    policy = rendered.one("NetworkPolicy", "headrace-check")
+    assert (hooks(policy), policy["spec"]["policyTypes"]) == (BEFORE, ["Ingress", "Egress"])
+    assert "egress" not in policy["spec"]
+
+
+def test_the_check_reads_what_gateways_will_read(preset: Rendered) -> None:
+    """A check of other text, or by another image, says nothing of the release."""
+    job = preset.one("Job", "headrace-check")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (gateway,) = (
+        one["spec"]["template"]["spec"]["containers"][0]
+        for one in preset.objects
+        if one["metadata"]["name"] == "headrace-gateway" and "template" in one.get("spec", ())
+    )
+    assert container["image"] == gateway["image"]
+    held = {
+        name: one for kind in ("ConfigMap", "Secret") for one in preset.all(kind) for name in [one["metadata"]["name"]]
+    }
+    checked, used = held["headrace-check"], held["headrace-config"]
+    assert {**checked.get("data", {}), **checked.get("stringData", {})}["cluster.yaml"] == preset.cluster_yaml
+    assert checked["kind"] == used["kind"]
+
+
+def test_the_check_passes_presets_and_fails_a_wrong_model(preset: Rendered, tmp_path: Path) -> None:
+    """The Job's own command, on the file that it mounts: exit code 0, or 2, with which the Job fails at once."""
+    job = preset.one("Job", "headrace-check")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (mount,) = (one["mountPath"] for one in container["volumeMounts"] if one["name"] == "config")
+    file = tmp_path / "cluster.yaml"
+    arguments = [str(one).replace(f"{mount}/cluster.yaml", str(file)) for one in container["args"]]
+    assert container["command"] == ["headrace"]
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    for text, code in ((preset.cluster_yaml, 0), (preset.cluster_yaml.replace("source: ", "source: x-"), 2)):
+        file.write_text(text)
+        done = subprocess.run(
+            [sys.executable, "-m", "cluster.cli.main", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+    assert rule["onExitCodes"]["values"] == [2]
+    assert "models[0].source" in done.stderr
+
+
+def test_the_tables_are_made_beside_the_release_under_argo_cd(preset: Rendered) -> None:
+    """Argo CD maps post-install and pre-upgrade to both PreSync and PostSync, unless an object names its own hook:
+    before the first sync there is neither the Job's account nor a database."""
+    job = preset.one("Job", "headrace-database")
+    assert job["metadata"]["annotations"][ARGO] == "Sync"
+    assert "BeforeHookCreation" in job["metadata"]["annotations"][f"{ARGO}-delete-policy"]
+    for kind, name in needs(job):
+        if kind == "ServiceAccount":
+            assert hooks(preset.one(kind, name)) == set()
