@@ -164,6 +164,18 @@ class AdminDoor:
             guarded, request_deserializer=bytes, response_serializer=lambda message: message.SerializeToString()
         )
 
+    async def admit(self, call: Any) -> str | None:
+        """See rpc.server.Gate."""
+        try:
+            principal = await self._principal(call)
+        except CallError as error:
+            await call.abort(grpc_code(error), error.message, trailers(error))
+            raise
+        call.caller = principal
+        if principal is not _ANYBODY:
+            call.connection.prove()
+        return str(principal.tenant.name)
+
     async def _whole(self, act: Method, request: Message, asker: Asker, context: Any) -> Message:
         return await act(request, asker)
 
@@ -178,8 +190,9 @@ class AdminDoor:
 
         async def handle(data: bytes, context: Any) -> Message | None:
             try:
-                principal = await self._principal(context)
+                principal = context.caller
                 request = _decoded(kind, data)
+                context.release_request()
                 return await act(request, self._asker(principal, method, verb, request, context.peer()), context)
             except CallError as error:
                 await context.abort(grpc_code(error), error.message, trailers(error))

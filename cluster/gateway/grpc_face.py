@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
-from cluster.gateway.door import Shown, alternative_names
+from cluster.gateway.door import ANYBODY, Shown, alternative_names
 from cluster.gateway.relay import Lane, Relay
 from cluster.gateway.request_ids import request_id, traceparent
 from cluster.gateway.service import CallMeta, CallService, encode
@@ -89,6 +89,21 @@ class GrpcFace:
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
+    async def admit(self, call: Any) -> str | None:
+        """See rpc.server.Gate: a call's credential is checked before any more of its request is taken. Health checks
+        and reflection ask for none."""
+        if not call.path.startswith(f"/{SERVICE}/"):
+            return None
+        try:
+            principal = await self._service.door.principal(self._shown(call))
+        except CallError as error:
+            await self._abort(call, self._meta(call), error)
+            raise
+        call.caller = principal
+        if principal is not ANYBODY:
+            call.connection.prove()
+        return str(principal.tenant.name)
+
     async def _session(self, request_iterator: object, context: Any) -> None:
         """One identity a session: it is asked for at its head, and again when what is known of callers changes."""
         door = self._service.door
@@ -111,15 +126,16 @@ class GrpcFace:
         method: Callable[[Any, Any, CallMeta], Awaitable[Message | None]],
         decode: Callable[[bytes], Message | _Malformed],
     ) -> Callable[[Any, Any], Any]:
-        """The one place where an error of a call becomes a status. Who calls is asked before anything is parsed."""
+        """The one place where an error of a call becomes a status. `admit` has found out who calls."""
 
         async def handle(data: bytes, context: Any) -> Message | None:
             meta = self._meta(context)
             try:
-                principal = await self._service.door.principal(self._shown(context))
+                principal = context.caller
                 if principal is not meta.principal:
                     meta = replace(meta, principal=principal)
                 request = decode(data)
+                context.release_request()
                 if isinstance(request, _Malformed):
                     raise invalid("request", f"is not a message of this method: {request.why}")
                 context.set_trailing_metadata((("x-request-id", meta.request_id),))

@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger("gateway")
 
 ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
+ADMIN_BOUNDS = Bounds(connection=4 << 20, tenant=16 << 20, process=32 << 20)
 PROBE_MESSAGE_BYTES, PROBE_CALLS = 1 << 16, 16
 LAG_S = 0.1
 """How often the event loop's lateness is measured."""
@@ -257,7 +258,10 @@ class Gateway:
 
     async def _serve_admin(self, host: str, port: int) -> int:
         server = rpc.Server(
-            rpc.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS), self._admission(rpc.Port.ADMIN)
+            rpc.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS),
+            self._admission(rpc.Port.ADMIN),
+            self._admin_door,
+            RequestBytes(ADMIN_BOUNDS, time.monotonic),
         )
         services: dict[str, object] = {
             "Fleet": FleetAdmin(self.hub, self.service, self._admin_door, self._siblings),
@@ -301,8 +305,8 @@ class Gateway:
             age_s=gateway.max_connection_age_s,
             age_grace_s=max(gateway.drain_timeout_s, 1.0),
         )
-        server = rpc.Server(limits, self._admission(rpc.Port.CLIENT))
         face = GrpcFace(self.service, gateway.max_connection_age_s * 0.9)
+        server = rpc.Server(limits, self._admission(rpc.Port.CLIENT), face, self.request_bytes)
         server.add_generic_rpc_handlers((face.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # type: ignore[arg-type]
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

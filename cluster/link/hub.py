@@ -503,7 +503,9 @@ def hub_server(hub: Hub, admission: rpc.Admission | None = None) -> rpc.Server:
 # Those who dial in are ours: what bounds them is the link's own accounting.
 LIMITS = rpc.Limits(
     max_message_bytes=MAX_MESSAGE_BYTES,
+    max_calls=256,
     window_bytes=8 << 20,
+    connection_window_bytes=32 << 20,
     frame_bytes=1 << 20,
     resets_per_s=1e6,
     resets_burst=1e6,

@@ -384,7 +384,10 @@ class ClientCall:
     def data(self, data: bytes) -> None:
         """Bytes of messages."""
         try:
-            self._inbox.extend(message for message, _ in self._assembler.add(data))
+            for message, _, compressed in self._assembler.add(data):
+                if compressed:
+                    raise BadMessage("the server has compressed a message")
+                self._inbox.append(message)
         except BadMessage as error:
             self.end(grpc.StatusCode.INTERNAL, str(error))
             self._client.left(self._stream_id)

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import structlog
 from h2 import events
-from h2.config import H2Configuration
-from h2.connection import ConnectionState, H2Connection
+from h2.connection import ConnectionState
 from h2.errors import ErrorCodes
-from h2.exceptions import H2Error
+from h2.exceptions import H2Error, ProtocolError
 from h2.settings import SettingCodes
-from hyperframe.frame import GoAwayFrame
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
 from cluster.rpc import frames
+from cluster.rpc.charges import STREAMS_PER_UNIT, Charges
 from cluster.rpc.ended import EndedStreams
-from cluster.rpc.limits import Limits
+from cluster.rpc.frame_reader import FrameReader
+from cluster.rpc.http2_state import Http2State
+from cluster.rpc.limits import FIRST_WINDOW_BYTES, Limits
 from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata, metadata_of, timeout_s
+from cluster.rpc.request_body import Budget
 from cluster.rpc.rpc import Rpc
 
 if TYPE_CHECKING:
@@ -35,20 +39,27 @@ _HTTP1_ANSWER = (
     b"this port speaks gRPC (HTTP/2); OpenAI's HTTP API is on the gateway's http port\n"
 )
 _OPEN_TO_STRANGERS = ("/grpc.health.", "/grpc.reflection.")
-MAX_STREAM_ID = 2**31 - 1
-# Of a request's headers only those are looked at that a call needs; nothing is handed on to another server.
-_CONFIGURATION = H2Configuration(
-    client_side=False,
-    header_encoding=None,
-    validate_inbound_headers=False,
-    normalize_inbound_headers=False,
-)
-
+MAX_STREAM_ID: Final = 2**31 - 1
+FRAME_HEAD_BYTES: Final = 9
+SMALL_DATA_BYTES: Final = 64
+"""A DATA frame with less is charged as one that carries nothing."""
+STRANGER_FRAME_BYTES: Final = 16_384
+"""The largest frame before a call was admitted; the least that HTTP/2 allows."""
+STRANGER_RESETS_NOTED: Final = 128
+STRANGER_HEADER_BYTES: Final = 131_072
+"""Header fields of all open calls of a connection without an admitted one."""
+KNOWN_TIMES: Final = 32
+"""So many times as much once there is one."""
+STRANGER_UNSENT_BYTES: Final = 1 << 20
+CLOSE_S: Final = 5.0
+"""A connection that is closed is cut off when its client has not read the rest by then."""
+WATCH_PARTS: Final = 4
+"""A connection is looked at so many times within its shortest time-out."""
 
 # Where the next bytes of any connection are read to: as much as one takes of the loop at a time. asyncio's own read of
 # 256 KiB, and what h2 does with it, held the loop for 20 ms when many long prompts came at once.
 _READ = memoryview(bytearray(65_536))
-LARGE_BYTES = 16_384
+LARGE_BYTES: Final = 16_384
 """So many at once wait their turn (read_turns.py)."""
 
 
@@ -60,25 +71,39 @@ class Connection(asyncio.BufferedProtocol):
         self._held = held
         self.loop = asyncio.get_running_loop()
         self.limits = limits
-        self.h2 = H2Connection(_CONFIGURATION)
+        self.budget: Budget | None = server.budget
+        self.h2 = Http2State(EndedStreams(STRANGER_RESETS_NOTED))
         self.peer = ""
         self.paused = False
+        self.admitted = False
+        """A call of this connection has shown a credential that was accepted, or the server asks for none."""
         self.calls: dict[int, Rpc] = {}
         self.transport: asyncio.Transport
         self._server = server
         self._age_s = age_s
+        now = self.loop.time()
+        self._reader = FrameReader(STRANGER_FRAME_BYTES, limits.max_header_bytes)
+        self._charges = Charges(limits, now)
         self._out: list[bytes] = []
         self._flushing = False
-        self._unread = 0
+        self._control_bytes = self._control_writes = 0
+        """Of what is to be sent: all that is not an answer to a call."""
+        self._to_give = 0
+        """Bytes that the connection's window is to get back."""
+        self._queued = self._reading_paused = False
+        self._max_calls = limits.max_calls if server.gate is None else min(limits.stranger_calls, limits.max_calls)
+        self._header_bytes = self._unnamed_calls = 0
         self._table_is_news = True
-        self._waiting: dict[int, Rpc] = {}
+        self._blocked: dict[int, Rpc] = {}
+        """Calls that wait for the window of the connection, in turn."""
+        self._blocked_streams: dict[int, Rpc] = {}
         self._greeted = False
-        self._leaving = self._last = False
+        self._leaving = self._last = self._closing = False
         self._last_taken = MAX_STREAM_ID
         self._timers: list[asyncio.TimerHandle] = []
         self._answered = True
-        self._allowance = limits.resets_burst
-        self._allowance_at = self.loop.time()
+        self._served = False
+        self._idle_since, self._frame_since = now, math.inf
 
     # ---- asyncio.BufferedProtocol
 
@@ -92,24 +117,24 @@ class Connection(asyncio.BufferedProtocol):
         self.peer = _peer(name)
         limits = self.limits
         h2 = self.h2
+        known = self._server.gate is None
         h2.local_settings = type(h2.local_settings)(
             client=False,
             initial_values={
-                SettingCodes.MAX_CONCURRENT_STREAMS: limits.max_calls,
+                SettingCodes.MAX_CONCURRENT_STREAMS: self._max_calls,
                 SettingCodes.MAX_HEADER_LIST_SIZE: limits.max_header_bytes,
                 SettingCodes.INITIAL_WINDOW_SIZE: limits.window_bytes,
-                SettingCodes.MAX_FRAME_SIZE: limits.frame_bytes,
+                SettingCodes.MAX_FRAME_SIZE: limits.frame_bytes if known else STRANGER_FRAME_BYTES,
             },
         )
-        h2._closed_streams = EndedStreams(limits.max_calls)  # by h2's own name for it
         h2.decoder.max_header_list_size = limits.max_header_bytes
-        h2.max_inbound_frame_size = limits.frame_bytes
         h2.initiate_connection()
-        if (more := 4 * limits.window_bytes - 65_535) > 0:  # what HTTP/2 begins with
-            h2.increment_flow_control_window(more)
+        if known:
+            self._raise_limits()
         self.out_of_h2()
         self._later(limits.hello_s, self._expect_hello)
         self._later(limits.ping_s, self._ping)
+        self._later(self._watch_s, self._watch)
         if self._age_s:
             self._later(self._age_s, self._grow_old)
         self._server.connections.add(self)
@@ -120,55 +145,113 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes of the client."""
-        data = bytes(_READ[:nbytes])
-        if nbytes < LARGE_BYTES and not self._unread:
-            self._received(data)
+        if self._closing:
             return
-        self._unread += 1
-        self.transport.pause_reading()
-        self._server.turns.put(self, data)
+        if not self._greeted and bytes(_READ[:4]) in _HTTP1:
+            self._refuse_http1()
+            return
+        self._reader.feed(_READ[:nbytes])
+        if self._queued:
+            if self._reader.size >= len(_READ):
+                self._pause_reading()
+        elif nbytes >= LARGE_BYTES or self._server.turns.now(self):
+            self._queued = True
+            self._pause_reading()
+            self._server.turns.put(self)
 
-    def take(self, data: bytes) -> None:
-        """Bytes whose turn has come."""
-        self._unread -= 1
-        if self not in self._server.connections:
-            return
+    def take(self, until: float) -> bool:
+        """Handle the frames that are here, until the clock says so. See read_turns.Reader."""
         try:
-            self._received(data)
+            left = self._handle_frames(until)
         except BaseException:  # as the transport does when it hands on itself
             self.transport.abort()
             raise
-        if not self._unread:
+        delay_s = self._charges.fields_delay_s()
+        self._queued = left or delay_s > 0
+        if self._closing:
+            return False
+        if delay_s > 0:
+            self._pause_reading()
+            self._later(delay_s, self._go_on)
+            return False
+        if not left and self._reading_paused:
+            self._reading_paused = False
             self.transport.resume_reading()
+        return left
 
-    def _received(self, data: bytes) -> None:
-        if not self._greeted and data[:4] in _HTTP1:
-            self._refuse_http1()
-            return
+    def _go_on(self) -> None:
+        self._charges.fields(0, self.loop.time())
+        self._server.turns.put(self)
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused:
+            self._reading_paused = True
+            self.transport.pause_reading()
+
+    def _handle_frames(self, until: float) -> bool:
+        """Whether any is left."""
+        reader, handled, left = self._reader, False, False
         try:
-            received = self.h2.receive_data(data)
+            while not (self._closing or left) and (frame := self._next_frame()) is not None:
+                handled = True
+                self._handle(frame)
+                left = reader.ready and (time.perf_counter() >= until or self._charges.fields_delay_s() > 0)
+        except H2Error as error:
+            self._server.note("connection_refused", self, str(error) or type(error).__name__)
+            self.close()
+            return False
+        self.out_of_h2()
+        if not reader.unfinished:
+            self._frame_since = math.inf
+        elif handled or self._frame_since == math.inf:
+            self._frame_since = self.loop.time()
+        return left and not self._closing
+
+    def _next_frame(self) -> Frame | None:
+        try:
+            return self._reader.next()
+        except ProtocolError as error:
+            self.h2.refuse(error.error_code)
+            raise
+
+    def _handle(self, frame: Frame) -> None:
+        if not self._may_send(frame):
+            self._cut("too many resets, refused calls or frames that carry nothing")
+            return
+        received = self.h2.receive_frame(frame)
+        if type(frame) is SettingsFrame:
             # New settings count at once, so their confirmation goes before anything that they allow: until it has come
             # a client takes a larger frame, or more than the old window, for a fault, and resets the stream.
             self.out_of_h2()
-            for event in received:
-                handle = _EVENTS.get(type(event))
-                if handle is not None:
-                    handle(self, event)
-        except H2Error as error:
-            log.info("connection_refused", peer=self.peer, reason=str(error) or type(error).__name__)
-            self.out_of_h2()
-            self.close()
-            return
-        self.out_of_h2()
+        for event in received:
+            handle = _EVENTS.get(type(event))
+            if handle is not None and not self._closing:
+                handle(self, event)
+
+    def _may_send(self, frame: Frame) -> bool:
+        """Charge a frame; a new call is charged when it is refused, and a reset when its call ends by it."""
+        charges, now = self._charges, self.loop.time()
+        if isinstance(frame, DataFrame):
+            if frame.stream_id not in self.h2.streams:
+                return charges.heavy(1, now)
+            return len(frame.data) >= SMALL_DATA_BYTES or charges.light(now)
+        if isinstance(frame, HeadersFrame):
+            return frame.stream_id not in self.h2.streams or charges.light(now)
+        if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
+            return charges.heavy(1 + len(self.h2.streams) / STREAMS_PER_UNIT, now)
+        return charges.light(now)
 
     def connection_lost(self, error: Exception | None) -> None:
         """The client is gone, and so are its calls."""
+        self._closing = True
         self._held.release()
         for timer in self._timers:
             timer.cancel()
         self._server.connections.discard(self)
         calls, self.calls = list(self.calls.values()), {}
-        self._waiting.clear()
+        self._blocked.clear()
+        self._blocked_streams.clear()
+        self._reader.clear()
         for call in calls:
             call.close()
         self._server.left()
@@ -196,6 +279,8 @@ class Connection(asyncio.BufferedProtocol):
         """Send what h2 has to say, in its place among what is sent already."""
         data = self.h2.data_to_send()
         if data:
+            self._control_bytes += len(data)
+            self._control_writes += 1
             self.out(data)
 
     def out_headers(self, tail: bytes, fields: bytes, end: bool) -> None:
@@ -214,43 +299,52 @@ class Connection(asyncio.BufferedProtocol):
     def _flush(self) -> None:
         self._flushing = False
         out, self._out = self._out, []
+        data = b"".join(out)
+        self._charges.sent(len(data) - self._control_bytes - FRAME_HEAD_BYTES * (len(out) - self._control_writes))
+        self._control_bytes = self._control_writes = 0
         if self.transport.is_closing():
             return
-        self.transport.write(b"".join(out))
-        if self.transport.get_write_buffer_size() > self.limits.max_unsent_bytes:
-            log.warning("connection_cut", peer=self.peer, reason="it does not read")
-            self.transport.abort()
+        self.transport.write(data)
+        most = self.limits.max_unsent_bytes if self.admitted else STRANGER_UNSENT_BYTES
+        if self.transport.get_write_buffer_size() > most:
+            self._abort("it does not read")
 
-    def wait_for_window(self, call: Rpc) -> None:
-        """Push this call when the client's window opens."""
-        self._waiting[call.stream_id] = call
+    def wait_for_window(self, call: Rpc, *, of_stream: bool) -> None:
+        """Push this call when the client's window of its stream, or of the connection, opens."""
+        (self._blocked_streams if of_stream else self._blocked)[call.stream_id] = call
 
-    def consumed(self, stream_id: int, size: int) -> None:
-        """A handler has read so many bytes of a message and its prefix: the client may send as much again."""
-        self._acknowledge(stream_id, size)
+    def give(self, size: int, stream_id: int | None = None) -> None:
+        """Let the client send so many bytes more, on a stream or on the connection."""
+        if self._closing:
+            return
+        if stream_id is None:
+            self._to_give += size
+            if self.admitted and self._to_give < self.limits.connection_window_bytes // 4:
+                return
+            size, self._to_give = self._to_give, 0
+        with suppress(H2Error, KeyError):  # the stream has ended meanwhile
+            self.h2.increment_flow_control_window(size, stream_id)
         self.out_of_h2()
-
-    def _acknowledge(self, stream_id: int, size: int) -> None:
-        with suppress(H2Error):  # the connection has ended meanwhile
-            self.h2.acknowledge_received_data(size, stream_id)
 
     # ---- events
 
     def _opened(self, event: events.RequestReceived) -> None:
-        stream_id = event.stream_id
-        headers = event.headers
-        fields = dict(headers)
+        stream_id, headers = event.stream_id, event.headers
         stream = self.h2.streams.get(stream_id)
-        if stream is None:  # reset in the same bytes
+        header_bytes = sum([len(name) + len(value) + 32 for name, value in headers])
+        self._charges.fields(header_bytes, self.loop.time())
+        if stream is None:
+            return
+        fields = dict(headers)
+        if stream_id > self._last_taken or self._full(header_bytes):
+            self._refuse_stream(stream_id)
             return
         if fields.get(b":method") != b"POST" or not fields.get(b"content-type", b"").startswith(b"application/grpc"):
             refused = Rpc(self, stream, "", ())
-            refused.half_closed = True
+            refused.half_closed = event.stream_ended is not None
             refused.refuse(b"415")
-            return
-        if stream_id > self._last_taken:
-            with suppress(H2Error):
-                self.h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
+            self.h2.drop_closed(stream_id)
+            self.charge_refusal()
             return
         path = fields.get(b":path", b"").decode("latin-1")
         problem, seconds = "", None
@@ -263,66 +357,70 @@ class Connection(asyncio.BufferedProtocol):
         deadline = None if seconds is None else self.loop.time() + seconds
         encoding = fields.get(b"grpc-encoding", b"identity").decode("latin-1")
         call = Rpc(self, stream, path, metadata, deadline=deadline, encoding=encoding)
+        call.header_bytes = header_bytes
+        self._header_bytes += header_bytes
         self.calls[stream_id] = call
         self._server.opened(call, encoding if encoding not in ENCODINGS else "", problem, seconds)
 
+    def _full(self, header_bytes: int) -> bool:
+        """Whether the open calls leave no room for another."""
+        most = STRANGER_HEADER_BYTES * (KNOWN_TIMES if self.admitted else 1)
+        return len(self.calls) >= self._max_calls or (bool(self.calls) and self._header_bytes + header_bytes > most)
+
+    def _refuse_stream(self, stream_id: int) -> None:
+        with suppress(H2Error):
+            self.h2.reset_stream(stream_id, ErrorCodes.REFUSED_STREAM)
+        self.h2.drop_closed(stream_id)
+        self.charge_refusal()
+
     def _data(self, event: events.DataReceived) -> None:
-        stream_id, size = event.stream_id, event.flow_controlled_length
-        call = self.calls.get(stream_id)
+        size = event.flow_controlled_length
+        call = self.calls.get(event.stream_id)
         if call is None:
-            if size:
-                self._acknowledge(stream_id, size)
+            self.give(size)
             return
-        acknowledged, unread = call.assembler.held_bytes, 0
         try:
-            for message, on_wire in call.assembler.add(event.data):
-                # What a streaming handler has not read stays unacknowledged, so that the window bounds it. A message
-                # may be larger than the window: its parts are acknowledged as they come, max_message_bytes bounds it.
-                waits = on_wire - acknowledged if call.deserializer is not None else 0
-                call.received(message, waits)
-                acknowledged, unread = 0, unread + waits
+            call.received(event.data, size)
         except BadMessage as error:
-            self._server.bad_message(call, error)
-        if size > unread:
-            self._acknowledge(stream_id, size - unread)
+            self.end_early(call, error)
 
     def _half_closed(self, event: events.StreamEnded) -> None:
         call = self.calls.get(event.stream_id)
         if call is not None:
             call.ended()
-            self._server.half_closed(call)
 
     def _reset(self, event: events.StreamReset) -> None:
-        call = self.calls.pop(event.stream_id, None)
+        """By the client, or by h2 for what the client has sent."""
+        call = self.calls.get(event.stream_id)
         if call is not None:
-            self._waiting.pop(call.stream_id, None)
+            self._remove(call)
             call.close()
-        if event.remote_reset:
-            self._charge()
+        self.h2.drop_closed(event.stream_id)
+        self.charge_refusal()
         self._server.left()
 
     def _window(self, event: events.WindowUpdated) -> None:
         if event.stream_id:
-            call = self._waiting.pop(event.stream_id, None)
+            call = self._blocked_streams.pop(event.stream_id, None)
             if call is not None:
                 call.push()
         else:
-            self._push_all()
+            self._push_blocked()
+
+    def _push_blocked(self) -> None:
+        """Each sends at least a byte, or waits for its stream's window or no longer."""
+        blocked = self._blocked
+        while blocked and self.h2.outbound_flow_control_window > 0:
+            blocked.pop(next(iter(blocked))).push()
 
     def _settings(self, event: events.RemoteSettingsChanged) -> None:
         self._greeted = True  # they follow the preface at once
-        self._charge()
         if SettingCodes.HEADER_TABLE_SIZE in event.changed_settings:
             self._table_is_news = True
-        self._push_all()
-
-    def _push_all(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        for call in waiting.values():
+        blocked, self._blocked_streams = self._blocked_streams, {}
+        for call in blocked.values():
             call.push()
-
-    def _pinged(self, event: events.PingReceived) -> None:
-        self._charge()
+        self._push_blocked()
 
     def _pong(self, event: events.PingAckReceived) -> None:
         self._answered = True
@@ -336,17 +434,62 @@ class Connection(asyncio.BufferedProtocol):
         self._leaving = self._last = True
         self._last_taken = max(self.calls)
 
-    def _charge(self) -> None:
-        now = self.loop.time()
-        limits = self.limits
-        refill = (now - self._allowance_at) * limits.resets_per_s
-        self._allowance = min(self._allowance + refill, limits.resets_burst) - 1
-        self._allowance_at = now
-        if self._allowance < 0:
-            log.warning("connection_cut", peer=self.peer, reason="too many resets, pings or settings")
+    # ---- bounds
+
+    def admit(self, call: Rpc, tenant: str | None) -> None:
+        """The server's gate has let a call in, as one of this tenant, or of nobody's. Raises BadMessage."""
+        call.admitted, call.tenant = True, tenant
+        if tenant is None:
+            self._unnamed_calls += 1
+            if self._unnamed_calls > self.limits.stranger_open_calls:
+                raise BadMessage("too many calls without a credential on this connection", too_large=True)
+        else:
+            self._served = True
+        if tenant is not None and not self.admitted:
+            self._raise_limits()
+            for other in list(self.calls.values()):
+                other.body.settle_connection()
+        call.body.admit(tenant)
+
+    def _raise_limits(self) -> None:
+        limits, h2 = self.limits, self.h2
+        self.admitted = True
+        self._max_calls = limits.max_calls
+        self._charges.admit(self.loop.time())
+        self._reader.max_frame_bytes = limits.frame_bytes
+        h2.note_resets(limits.max_calls)
+        if self._server.gate is not None:
+            h2.update_settings(
+                {
+                    SettingCodes.MAX_CONCURRENT_STREAMS: limits.max_calls,
+                    SettingCodes.MAX_FRAME_SIZE: limits.frame_bytes,
+                }
+            )
+        if (more := limits.connection_window_bytes - FIRST_WINDOW_BYTES) > 0:
+            h2.increment_flow_control_window(more)
+        self.out_of_h2()
+
+    def charge_refusal(self) -> None:
+        """A call was refused or reset."""
+        if not self._charges.heavy(1, self.loop.time()) and not self._closing:
+            self._cut("too many resets or refused calls")
+
+    def end_early(self, call: Rpc, error: BadMessage) -> None:
+        """What a client has sent is no message, too large or too slow."""
+        self._server.bad_message(call, error)
+        self.charge_refusal()
+
+    def _cut(self, reason: str) -> None:
+        self._server.note("connection_cut", self, reason)
+        with suppress(H2Error):
             self.h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
-            self.out_of_h2()
-            self.close()
+        self.close()
+
+    def _abort(self, reason: str) -> None:
+        if not self.transport.is_closing() or not self._closing:
+            self._server.note("connection_cut", self, reason)
+        self._closing = True
+        self.transport.abort()
 
     # ---- life
 
@@ -365,6 +508,10 @@ class Connection(asyncio.BufferedProtocol):
         if not path.startswith(_OPEN_TO_STRANGERS):
             self._held.prove()
 
+    def prove(self) -> None:
+        """The client has shown a credential that was accepted."""
+        self._held.prove()
+
     def shed(self) -> None:
         """End the connection: its place is another's."""
         if self._held.proven:
@@ -375,10 +522,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def done(self, call: Rpc) -> None:
         """A call's end has been sent."""
-        if self.calls.pop(call.stream_id, None) is not None:
+        if self._remove(call):
             if call.timer is not None:
                 call.timer.cancel()
-            self._waiting.pop(call.stream_id, None)
+            call.drop_request()
+            self.h2.drop_closed(call.stream_id)
             self._server.left()
         if self._last and not self.calls:
             self.close()
@@ -421,38 +569,81 @@ class Connection(asyncio.BufferedProtocol):
         self.out(GoAwayFrame(0, last_stream_id=last, error_code=0).serialize())
 
     def close(self) -> None:
-        """Send what is to be sent, and end the connection."""
+        """Send what is to be sent, and end the connection. Nothing more of the client is handled."""
+        self._closing = True
+        self._reader.clear()
+        self.out_of_h2()
         if self._out:
             self._flush()
         if not self.transport.is_closing():
             self.transport.close()
+            self._later(CLOSE_S, self._expect_closed, self.transport.get_write_buffer_size())
 
-    def _later(self, seconds: float, work: Callable[[], None]) -> None:
+    def _expect_closed(self, unsent_bytes: int) -> None:
+        """A client that reads the rest may take its time."""
+        left = self.transport.get_write_buffer_size()
+        if left >= unsent_bytes:
+            self.transport.abort()
+        else:
+            self._later(CLOSE_S, self._expect_closed, left)
+
+    def _remove(self, call: Rpc) -> bool:
+        if self.calls.pop(call.stream_id, None) is None:
+            return False
+        self._blocked.pop(call.stream_id, None)
+        self._blocked_streams.pop(call.stream_id, None)
+        self._header_bytes -= call.header_bytes
+        if call.admitted and call.tenant is None:
+            self._unnamed_calls -= 1
+        if not self.calls:
+            self._idle_since = self.loop.time()
+        return True
+
+    def _later(self, seconds: float, work: Callable[..., None], *arguments: object) -> None:
         now = self.loop.time()
         self._timers = [t for t in self._timers if t.when() > now and not t.cancelled()]
-        self._timers.append(self.loop.call_later(seconds, work))
+        self._timers.append(self.loop.call_later(seconds, work, *arguments))
+
+    def _watch(self) -> None:
+        """Look for a client that stands still."""
+        now, limits = self.loop.time(), self.limits
+        if not self._queued and now - self._frame_since > limits.frame_s:
+            self._abort("a frame or header block was not complete in time")
+            return
+        idle_s = limits.idle_s if self._served else limits.hello_s
+        if not self.calls and now - self._idle_since > idle_s:
+            self.leave()
+        for call in list(self.calls.values()):
+            if now - call.body.began_at > limits.request_s:
+                self.end_early(call, BadMessage("a message was not complete in time", too_large=True))
+        self._later(self._watch_s, self._watch)
+
+    @property
+    def _watch_s(self) -> float:
+        limits = self.limits
+        return min(limits.hello_s, limits.frame_s, limits.idle_s, limits.request_s) / WATCH_PARTS
 
     def _expect_hello(self) -> None:
         if not self._greeted:
             self.transport.abort()
 
     def _ping(self) -> None:
-        if not self.calls:
-            self._later(self.limits.ping_s, self._ping)
+        if self._closing:
             return
         self._answered = False
-        self.h2.ping(int(time.monotonic()).to_bytes(8, "big"))
+        with suppress(H2Error):
+            self.h2.ping(int(time.monotonic()).to_bytes(8, "big"))
         self.out_of_h2()
         self._later(self.limits.ping_answer_s, self._expect_pong)
 
     def _expect_pong(self) -> None:
         if not self._answered:
-            log.info("connection_cut", peer=self.peer, reason="no answer to a ping")
-            self.transport.abort()
+            self._abort("no answer to a ping")
             return
         self._later(self.limits.ping_s, self._ping)
 
     def _refuse_http1(self) -> None:
+        self._closing = True
         self._out.clear()
         self.transport.write(_HTTP1_ANSWER)
         self.transport.close()
@@ -465,7 +656,6 @@ _EVENTS: dict[type[events.Event], Callable[[Connection, Any], None]] = {
     events.StreamReset: Connection._reset,
     events.WindowUpdated: Connection._window,
     events.RemoteSettingsChanged: Connection._settings,
-    events.PingReceived: Connection._pinged,
     events.PingAckReceived: Connection._pong,
     events.ConnectionTerminated: Connection._goaway,
 }

@@ -18,11 +18,11 @@ class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
 
     def __init__(self, most: int) -> None:
         super().__init__()
-        self._most = most
+        self.most = most
 
     def __setitem__(self, stream_id: int, by: StreamClosedBy | None) -> None:
         if by not in _RESETS:
             return
         super().__setitem__(stream_id, by)
-        while len(self) > self._most:
+        while len(self) > self.most:
             self.popitem(last=False)

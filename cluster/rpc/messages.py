@@ -19,6 +19,10 @@ _RESERVED = {"te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept
 _TIMEOUT = re.compile(rb"^(\d{1,8})([HMSmun])$")
 _UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 ENCODINGS = ("identity", "gzip", "deflate")
+PREFIX_BYTES = 5
+"""Of a message on the wire: its compressed flag and its length."""
+INFLATE_BYTES = 65_536
+"""Compressed bytes that are looked at together."""
 _WBITS = {"gzip": 31, "deflate": 15}
 
 
@@ -31,47 +35,90 @@ class BadMessage(ValueError):
 
 
 class Assembler:
-    """Bytes of a stream become messages. Nothing larger than `max_bytes` is held, compressed or not."""
+    """Bytes of a stream become messages. Nothing larger than `max_bytes` is held."""
 
-    __slots__ = ("_buffer", "_encoding", "_max_bytes")
+    __slots__ = ("_buffer", "_max_bytes")
 
-    def __init__(self, max_bytes: int, encoding: str = "identity") -> None:
+    def __init__(self, max_bytes: int) -> None:
         self._buffer = bytearray()
         self._max_bytes = max_bytes
-        self._encoding = encoding
 
-    def add(self, data: bytes) -> Iterator[tuple[bytes, int]]:
-        """The messages that `data` completes, each with its bytes on the wire. Raises BadMessage."""
+    def add(self, data: bytes) -> Iterator[tuple[bytes, int, bool]]:
+        """The messages that `data` completes, each with its bytes on the wire and whether it is compressed. Raises
+        BadMessage."""
         self._buffer += data
-        while len(self._buffer) >= 5:
-            length = int.from_bytes(self._buffer[1:5], "big")
-            if length > self._max_bytes:
+        while len(self._buffer) >= PREFIX_BYTES:
+            end = self.message_bytes
+            if end - PREFIX_BYTES > self._max_bytes:
                 raise BadMessage(
-                    f"the message of {length} bytes is larger than {self._max_bytes}, the most that is taken",
+                    f"the message of {end - PREFIX_BYTES} bytes is larger than {self._max_bytes}, the most that is "
+                    "taken",
                     too_large=True,
                 )
-            if len(self._buffer) < 5 + length:
+            flag = self._buffer[0]
+            if flag > 1:
+                raise BadMessage(f"a message's compressed flag must be 0 or 1, not {flag}")
+            if len(self._buffer) < end:
                 return
-            flag, message = self._buffer[0], bytes(self._buffer[5 : 5 + length])
-            del self._buffer[: 5 + length]
-            yield message if flag == 0 else self._decompressed(flag, message), 5 + length
+            with memoryview(self._buffer) as whole, whole[PREFIX_BYTES:end] as part:
+                message = bytes(part)
+            del self._buffer[:end]
+            yield message, end, flag == 1
+
+    def clear(self) -> None:
+        """Drop what is held."""
+        self._buffer.clear()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of a message that is not whole yet."""
         return len(self._buffer)
 
-    def _decompressed(self, flag: int, message: bytes) -> bytes:
-        if flag != 1 or self._encoding not in _WBITS:
-            raise BadMessage(f"compressed flag {flag} with grpc-encoding {self._encoding!r}")
-        inflate = zlib.decompressobj(_WBITS[self._encoding])
+    @property
+    def message_bytes(self) -> int:
+        """The size on the wire of the message that has begun; 0 before its prefix is here."""
+        return PREFIX_BYTES + int.from_bytes(self._buffer[1:5], "big") if len(self._buffer) >= PREFIX_BYTES else 0
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the message that has begun is compressed."""
+        return bool(self._buffer and self._buffer[0])
+
+
+class Inflater:
+    """One compressed message, decompressed a piece at a time to at most `max_bytes`."""
+
+    def __init__(self, message: bytes, encoding: str, max_bytes: int) -> None:
+        """Raises BadMessage."""
+        if encoding not in _WBITS:
+            raise BadMessage(f"compressed flag 1 with grpc-encoding {encoding!r}")
+        self._inflate = zlib.decompressobj(_WBITS[encoding])
+        self._message = memoryview(message)
+        self._at = 0
+        self._max_bytes = max_bytes
+        self._out = bytearray()
+
+    def step(self, size: int) -> bytes | None:
+        """Decompress until about `size` bytes more are here; the message, once it is whole. Raises BadMessage."""
+        until = len(self._out) + size
+        while not self._inflate.eof and len(self._out) < until:
+            self._feed(size)
+            if len(self._out) > self._max_bytes:
+                why = f"the message is larger than {self._max_bytes} bytes once decompressed"
+                raise BadMessage(why, too_large=True)
+        return bytes(self._out) if self._inflate.eof else None
+
+    def _feed(self, size: int) -> None:
+        piece: bytes | memoryview = self._inflate.unconsumed_tail
+        if not piece:
+            piece = self._message[self._at : self._at + INFLATE_BYTES]
+            self._at += len(piece)
+        if not piece:
+            raise BadMessage("the message does not decompress: it is incomplete")
         try:
-            out = inflate.decompress(message, self._max_bytes)
+            self._out += self._inflate.decompress(piece, size)
         except zlib.error as error:
             raise BadMessage(f"the message does not decompress: {error}") from None
-        if inflate.unconsumed_tail or not inflate.eof:
-            raise BadMessage(f"the message is larger than {self._max_bytes} bytes once decompressed", too_large=True)
-        return out
 
 
 def timeout_s(value: bytes) -> float | None:

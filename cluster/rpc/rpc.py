@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import grpc
 import grpc.aio
@@ -15,7 +14,8 @@ from h2.stream import StreamInputs
 
 from cluster.rpc import frames
 from cluster.rpc.frames import DATA_HEAD, MESSAGE_HEAD
-from cluster.rpc.messages import Assembler, Metadata, headers_of, status_message
+from cluster.rpc.messages import BadMessage, Inflater, Metadata, headers_of, status_message
+from cluster.rpc.request_body import Received, RequestBody, Reservation
 
 if TYPE_CHECKING:
     from h2.stream import H2Stream
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _OK_HEAD = b"\x88" + frames.literal(b"content-type", b"application/grpc")  # \x88: `:status: 200` in the static table
 _OK_END = frames.literal(b"grpc-status", b"0")
+INFLATE_STEP_BYTES: Final = 65_536
+"""Decompressed before the event loop turns to others."""
 
 
 class Rpc:
@@ -46,8 +48,16 @@ class Rpc:
         self.path = path
         self.stream_id: int = stream.stream_id
         self.connection = connection
-        self.assembler = Assembler(connection.limits.max_message_bytes, encoding)
-        self.handler: Any = None
+        self.body = RequestBody(connection, self.stream_id, self._too_slow)
+        self.encoding = encoding
+        self.admitted = False
+        """Whether what the caller has shown was accepted, or the method needs nothing."""
+        self.tenant: str | None = None
+        """Whose budget the request counts against."""
+        self.caller: Any = None
+        """What the server's gate found out about the caller."""
+        self.header_bytes = 0
+        self.request_whole = False
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.timed_out = False
@@ -68,7 +78,7 @@ class Rpc:
         self._end: bytes | None = None
         self._pending = bytearray()
         self._writers: list[asyncio.Future[None]] = []
-        self._inbox: deque[tuple[bytes, int]] = deque()
+        self._request: Reservation | None = None
         self._reader: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
@@ -113,23 +123,84 @@ class Rpc:
 
     async def read(self) -> Any:
         """The next message of the caller's stream, grpc.aio.EOF at its end; what does not deserialize ends the call."""
-        while not self._inbox:
+        while not len(self.body):
             if self.half_closed or self.closed:
                 return grpc.aio.EOF
-            self._reader = self.connection.loop.create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        data, unacknowledged = self._inbox.popleft()
-        if unacknowledged:
-            self.connection.consumed(self.stream_id, unacknowledged)
-        if self.deserializer is None:
-            return data
+            await self._news()
+        received = self.body.pop()
         try:
-            return self.deserializer(data)
+            data = await self._plain(received) if received.compressed else received.data
+            return data if self.deserializer is None else self.deserializer(data)
+        except BadMessage as error:
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED if error.too_large else grpc.StatusCode.INTERNAL
+            await self.abort(code, str(error))
         except Exception as error:  # whatever a deserializer of generated code raises
             await self.abort(grpc.StatusCode.INTERNAL, f"a message does not deserialize: {error}")
+        finally:
+            if received.reservation is not None:
+                received.reservation.release()
+
+    async def whole_request(self) -> bytes | None:
+        """The only message of a call with one request, once the caller sends no more; None where there is none or more
+        than one. Its bytes count against the budget until `release_request`. Raises BadMessage."""
+        while not self.half_closed:
+            await self._news()
+        self.request_whole = True
+        if len(self.body) != 1:
+            return None
+        received = self.body.pop()
+        self._request = received.reservation
+        return await self._plain(received) if received.compressed else received.data
+
+    def release_request(self) -> None:
+        """The request is parsed: its bytes count no longer against the budget. Idempotent."""
+        if self._request is not None:
+            self._request.release()
+            self._request = None
+
+    async def _news(self) -> None:
+        self._reader = self.connection.loop.create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    async def _plain(self, received: Received) -> bytes:
+        """A compressed message decompressed, in steps between which the event loop turns to others."""
+        limits = self.connection.limits
+        stranger = self.connection.budget is not None and self.tenant is None
+        most = limits.window_bytes if stranger else limits.max_message_bytes
+        inflater = Inflater(received.data, self.encoding, most)
+        plain = inflater.step(INFLATE_STEP_BYTES)
+        if plain is None and received.reservation is None:
+            received.reservation = self._request = await self._reserve(most)
+        while plain is None:
+            await asyncio.sleep(0)
+            plain = inflater.step(INFLATE_STEP_BYTES)
+        if received.reservation is not None:
+            received.reservation.shrink(len(plain))
+        return plain
+
+    async def _reserve(self, size: int) -> Reservation | None:
+        """Wait for bytes of the budget. Raises BadMessage where too many wait."""
+        budget = self.connection.budget
+        if budget is None or self.tenant is None:
+            return None
+        if budget.full(self.tenant):
+            raise BadMessage("too many requests are being decompressed at once; send fewer", too_large=True)
+        granted = asyncio.Event()
+        reservation = budget.reserve(self.tenant, self.connection, size, granted.set, self._too_slow)
+        reservation.complete()  # nothing of it is to come
+        try:
+            if not reservation.granted:
+                await granted.wait()
+        except asyncio.CancelledError:
+            reservation.release()
+            raise
+        return reservation
+
+    def _too_slow(self) -> None:
+        self.connection.end_early(self, BadMessage("the request came too slowly while others waited", too_large=True))
 
     async def write(self, message: Any) -> None:
         """Send a message, and wait until the client has made room for more."""
@@ -203,7 +274,7 @@ class Rpc:
                 h2.max_outbound_frame_size,
             )  # fmt: skip
             if size <= 0:
-                self.connection.wait_for_window(self)
+                self.connection.wait_for_window(self, of_stream=stream.outbound_flow_control_window <= 0)
                 return
             stream.outbound_flow_control_window -= size
             h2.outbound_flow_control_window -= size
@@ -224,10 +295,11 @@ class Rpc:
 
     # ---- called by the connection
 
-    def received(self, message: bytes, unacknowledged: int) -> None:
-        """One message of the caller; so many bytes of the window are free again when it has been read."""
-        self._inbox.append((message, unacknowledged))
-        self._wake_reader()
+    def received(self, data: bytes, size: int) -> None:
+        """Bytes of the caller, `size` with padding. Raises BadMessage."""
+        self.body.add(data, size)
+        if self.deserializer is not None:
+            self._wake_reader()
 
     def ended(self) -> None:
         """The caller sends no more."""
@@ -238,6 +310,7 @@ class Rpc:
         """Nobody listens any more."""
         self.closed = True
         self._pending.clear()
+        self.drop_request()
         self._wake_reader()
         self.wake_writers()
         if self.timer is not None:
@@ -245,9 +318,10 @@ class Rpc:
         if self.task is not None:
             self.task.cancel()
 
-    def take_request(self) -> bytes | None:
-        """The only message of a call with one request; None where there was none or more."""
-        return self._inbox.popleft()[0] if len(self._inbox) == 1 else None
+    def drop_request(self) -> None:
+        """Nothing of the request is needed any more."""
+        self.body.close()
+        self.release_request()
 
     def finish(self, code: grpc.StatusCode | None = None, details: str = "", *, at_once: bool = False) -> None:
         """Send the status, after what still waits; without `code` the one that the handler has set, else OK.

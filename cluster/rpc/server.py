@@ -9,7 +9,7 @@ import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc
 import grpc.aio
@@ -21,6 +21,7 @@ from cluster.rpc.limits import Limits
 from cluster.rpc.listener import Admission, Listener, listening
 from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata
 from cluster.rpc.read_turns import ReadTurns
+from cluster.rpc.request_body import Budget
 from cluster.rpc.rpc import Rpc
 
 log = structlog.get_logger("rpc")
@@ -41,13 +42,39 @@ CLOSE_NOTIFY_S: Final = 0.1
 this, asyncio lets it believe in the connection for half a minute."""
 
 
+MAX_ECHO: Final = 256
+"""Characters of what a caller has sent that an error repeats."""
+
+
+class Gate(Protocol):
+    """Decides about calls when their heads have come, before any more of their requests is taken."""
+
+    async def admit(self, call: Rpc) -> str | None:
+        """The tenant whose budget the request counts against; None for a method that asks for no credential. Refuses
+        by `call.abort`. Is asked again when a request came later than its head."""
+
+
+NOTE_S: Final = 1.0
+"""Of what many connections meet, one line in so long is logged."""
+
+
 class Server:
     """Serves grpc's handlers. `add_generic_rpc_handlers` is what generated code calls."""
 
-    def __init__(self, limits: Limits | None = None, admission: Admission | None = None) -> None:
-        """`admission`: the caps of the port, for a process that has several."""
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        admission: Admission | None = None,
+        gate: Gate | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        """`admission`: the caps of the port, for a process that has several. Without a gate, connections have all that
+        `limits` allow from the start. `budget`: see request_body.py."""
         self.limits = limits or Limits()
         self._admission = admission or Admission()
+        self.gate = gate
+        self.budget = budget
+        self._noted: dict[str, tuple[float, int]] = {}
         self.connections: set[Connection] = set()
         self.turns = ReadTurns()
         self._handlers: list[grpc.GenericRpcHandler] = []
@@ -107,49 +134,46 @@ class Server:
         """A call's head has come. `problem`: what is wrong with it."""
         if unknown_encoding:
             call.set_trailing_metadata((("grpc-accept-encoding", ",".join(ENCODINGS)),))
-            call.finish(_CODE.UNIMPLEMENTED, f"grpc-encoding {unknown_encoding} is not known")
+            self._refuse(call, _CODE.UNIMPLEMENTED, f"grpc-encoding {unknown_encoding[:MAX_ECHO]} is not known")
             return
         if problem:
-            call.finish(_CODE.INVALID_ARGUMENT, problem)
+            self._refuse(call, _CODE.INVALID_ARGUMENT, problem)
             return
         handler = self._find(call)
         if handler is None:
-            call.finish(_CODE.UNIMPLEMENTED, f"there is no method {call.path}")
+            self._refuse(call, _CODE.UNIMPLEMENTED, f"there is no method {call.path[:MAX_ECHO]}")
             return
         loop = call.connection.loop
-        wait_s = self.limits.request_s if seconds is None and not handler.request_streaming else seconds
-        if wait_s is not None:
-            call.timer = loop.call_later(wait_s, self._out_of_time, call)
         call.serializer = handler.response_serializer
         if handler.request_streaming:
             call.deserializer = handler.request_deserializer
-            call.task = loop.create_task(self._run(call, handler, call))
+            call.body.streaming = True
+            wait_s = seconds
         else:
-            call.handler = handler
+            wait_s = self.limits.request_s if seconds is None else min(seconds, self.limits.request_s)
+        if wait_s is not None:
+            call.timer = loop.call_later(wait_s, self._out_of_time, call)
+        call.task = loop.create_task(self._run(call, handler))
 
-    def half_closed(self, call: Rpc) -> None:
-        """The whole request of a call has come."""
-        handler = call.handler
-        if handler is None:
-            return
-        data = call.take_request()
-        if data is None:
-            call.finish(_CODE.INTERNAL, "this method takes exactly one request message")
-            return
-        if call.timer is not None and call.time_remaining() is None:
-            call.timer.cancel()
-        try:
-            request = handler.request_deserializer(data)
-        except Exception as error:  # whatever a deserializer of generated code raises
-            call.finish(_CODE.INTERNAL, f"the request does not deserialize: {error}")
-            return
-        call.task = call.connection.loop.create_task(self._run(call, handler, request))
+    def _refuse(self, call: Rpc, code: grpc.StatusCode, details: str) -> None:
+        call.finish(code, details)
+        call.connection.charge_refusal()
 
     def bad_message(self, call: Rpc, error: BadMessage) -> None:
         """What a client sent is no message, or too large."""
         call.finish(_CODE.RESOURCE_EXHAUSTED if error.too_large else _CODE.INTERNAL, str(error), at_once=True)
         if call.task is not None:
             call.task.cancel()
+
+    def note(self, event: str, connection: Connection, reason: str) -> None:
+        """Log what a connection has met, one line a second at most."""
+        now = connection.loop.time()
+        at, more = self._noted.get(event, (-NOTE_S, 0))
+        if now - at < NOTE_S:
+            self._noted[event] = (at, more + 1)
+            return
+        self._noted[event] = (now, 0)
+        log.warning(event, peer=connection.peer, reason=reason, not_logged_before=more)
 
     def left(self) -> None:
         """A call or connection has ended."""
@@ -169,14 +193,49 @@ class Server:
     def _out_of_time(self, call: Rpc) -> None:
         call.timed_out = True
         if call.task is None:
-            call.finish(_CODE.DEADLINE_EXCEEDED, "the request has not come in time")
-        elif call.task.done():
+            return
+        if call.task.done():
             call.connection.reset(call)  # its end waits for a client that does not read
         else:
             call.task.cancel()
 
-    async def _run(self, call: Rpc, handler: Any, request: Any) -> None:
+    def _expect_end(self, call: Rpc) -> None:
+        """The request has come in time: from now on only the caller's deadline counts."""
+        if call.timer is None:
+            return
+        loop, remaining_s = call.connection.loop, call.time_remaining()
+        if remaining_s is None:
+            call.timer.cancel()
+        elif loop.time() + remaining_s > call.timer.when() + 0.01:
+            call.timer.cancel()
+            call.timer = loop.call_later(remaining_s, self._out_of_time, call)
+
+    async def _admit(self, call: Rpc) -> None:
+        """Raises AbortError and BadMessage."""
+        tenant = "" if self.gate is None else await self.gate.admit(call)
+        if not call.closed:
+            call.connection.admit(call, tenant)
+
+    async def _request(self, call: Rpc, handler: Any) -> Any:
+        """What the handler gets, once the caller was let in. Raises AbortError, BadMessage."""
+        await self._admit(call)
+        if handler.request_streaming:
+            return call
+        late = not call.half_closed
+        data = await call.whole_request()
+        if late and self.gate is not None:
+            await self.gate.admit(call)
+        self._expect_end(call)
+        if data is None:
+            raise BadMessage("this method takes exactly one request message")
         try:
+            return handler.request_deserializer(data)
+        except Exception as error:  # whatever a deserializer of generated code raises
+            raise BadMessage(f"the request does not deserialize: {error}") from None
+
+    async def _run(self, call: Rpc, handler: Any) -> None:
+        try:
+            request = await self._request(call, handler)
             if handler.response_streaming:
                 behave = handler.stream_stream if handler.request_streaming else handler.unary_stream
                 running = behave(request, call)
@@ -192,9 +251,15 @@ class Server:
             call.finish()
         except grpc.aio.AbortError:
             call.finish()
+            if not call.admitted:
+                call.connection.charge_refusal()
+        except BadMessage as error:
+            call.connection.end_early(call, error)
         except asyncio.CancelledError:
             if call.timed_out:
-                call.finish(_CODE.DEADLINE_EXCEEDED, "deadline exceeded", at_once=True)
+                whole = call.request_whole or handler.request_streaming
+                details = "deadline exceeded" if whole else "the request has not come in time"
+                call.finish(_CODE.DEADLINE_EXCEEDED, details, at_once=True)
             elif self._stopping:
                 call.finish(_CODE.UNAVAILABLE, "the gateway is stopping; call another", at_once=True)
             else:

@@ -3,60 +3,75 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from itertools import groupby
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.rpc.read_turns import PASS_S, ReadTurns
+from cluster.rpc.read_turns import PASS_S, SLICE_S, WINDOW_S, ReadTurns
 
-COSTS = st.lists(st.tuples(st.integers(0, 3), st.floats(0.0, 2 * PASS_S)), min_size=1, max_size=40)
+COSTS = st.lists(st.lists(st.floats(0.0, 2 * SLICE_S), min_size=1, max_size=12), min_size=1, max_size=12)
 
 
 class Costly:
-    """Readers whose every piece takes a while of a clock that only they move."""
+    """Readers whose every frame takes a while of a clock that only they move."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.taken: list[tuple[int, bytes]] = []
-
-    def reader(self, name: int, cost_s: float, *, broken: bool = False) -> Reading:
-        return Reading(self, name, cost_s, broken)
+        self.taken: list[int] = []
 
 
 class Reading:
     """One of them."""
 
-    def __init__(self, all_of_them: Costly, name: int, cost_s: float, broken: bool) -> None:
-        self._all, self._name, self._cost_s, self._broken = all_of_them, name, cost_s, broken
+    def __init__(self, all_of_them: Costly, name: int, costs_s: list[float], *, broken: bool = False) -> None:
+        self._all, self._name, self._broken = all_of_them, name, broken
+        self._left = deque(costs_s)
 
-    def take(self, data: bytes) -> None:
-        self._all.now += self._cost_s
-        self._all.taken.append((self._name, data))
-        if self._broken:
-            raise RuntimeError("broken")
+    def take(self, until: float) -> bool:
+        while self._left:
+            self._all.now += self._left.popleft()
+            self._all.taken.append(self._name)
+            if self._broken:
+                raise RuntimeError("broken")
+            if self._all.now >= until:
+                break
+        return bool(self._left)
 
 
 @given(COSTS)
-def test_all_is_taken_in_order_and_no_pass_is_long(pieces: list[tuple[int, float]]) -> None:
-    """A pass is over its time by the last piece that it began, and by no more."""
+def test_no_pass_is_long_and_no_reader_waits_for_all_of_another(readers: list[list[float]]) -> None:
+    """A pass is over its time by one slice at most, and each reader has a slice before any has its second."""
 
     async def play() -> None:
         costly = Costly()
         turns = ReadTurns(lambda: costly.now)
-        for number, (name, cost_s) in enumerate(pieces):
-            turns.put(costly.reader(name, cost_s), b"%d" % number)
-        before = 0.0
-        while len(costly.taken) < len(pieces):
+        for name, costs_s in enumerate(readers):
+            turns.put(Reading(costly, name, costs_s))
+        frames, before = sum(map(len, readers)), 0.0
+        while len(costly.taken) < frames:
             count = len(costly.taken)
             await asyncio.sleep(0)
-            begun = costly.taken[count:]
-            assert begun, "a pass took nothing"
-            last_s = pieces[count + len(begun) - 1][1]
-            assert costly.now - before - last_s < PASS_S
+            assert len(costly.taken) > count, "a pass took nothing"
+            assert costly.now - before <= PASS_S + 3 * SLICE_S + 1e-9
             before = costly.now
-        assert costly.taken == [(name, b"%d" % number) for number, (name, _) in enumerate(pieces)]
+        slices = [name for name, _ in groupby(costly.taken)]
+        assert slices[: len(readers)] == list(range(len(readers)))
+        assert sorted(costly.taken) == [name for name, costs_s in enumerate(readers) for _ in costs_s]
 
     asyncio.run(play())
+
+
+def test_reads_at_once_take_their_share_and_no_more() -> None:
+    """Short reads are taken when they come, until those of the last moments have used up a pass's time."""
+    costly = Costly()
+    turns = ReadTurns(lambda: costly.now)
+    reads = [Reading(costly, name, [PASS_S / 4]) for name in range(6)]
+    assert [turns.now(one) for one in reads] == [False] * 4 + [True] * 2
+    costly.now += WINDOW_S
+    assert not turns.now(reads[4])
+    assert costly.taken == [0, 1, 2, 3, 4]
 
 
 async def test_what_one_meets_stops_no_other() -> None:
@@ -65,9 +80,9 @@ async def test_what_one_meets_stops_no_other() -> None:
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     costly = Costly()
     turns = ReadTurns()
-    turns.put(costly.reader(0, 0.0, broken=True), b"a")
-    turns.put(costly.reader(1, 0.0), b"b")
+    turns.put(Reading(costly, 0, [0.0], broken=True))
+    turns.put(Reading(costly, 1, [0.0]))
     for _ in range(4):
         await asyncio.sleep(0)
-    assert costly.taken == [(0, b"a"), (1, b"b")]
+    assert costly.taken == [0, 1]
     assert [str(context["exception"]) for context in told] == ["broken"]

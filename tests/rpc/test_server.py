@@ -169,7 +169,7 @@ async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> No
 
 async def test_what_was_read_is_given_back_once(serve: Serve) -> None:
     """After any number of messages that a handler has read, the client may send as much as in the beginning."""
-    limits = rpc.Limits(window_bytes=10_000)
+    limits = rpc.Limits(window_bytes=10_000, connection_window_bytes=65_535)
     async with serve(limits) as echo, raw_client(echo.port, window=1 << 20) as raw:
         while not raw.events:
             await raw.receive()

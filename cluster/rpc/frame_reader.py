@@ -1,0 +1,131 @@
+"""Bytes of a client become HTTP/2 frames, one at a time and bounded before they are buffered.
+
+In place of h2's FrameBuffer, which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
+"""
+
+from __future__ import annotations
+
+from h2.errors import ErrorCodes
+from h2.exceptions import FrameDataMissingError, FrameTooLargeError, ProtocolError
+from hyperframe.exceptions import HyperframeError, InvalidFrameError
+from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HEAD_BYTES = 9
+MAX_CONTINUATIONS = 16
+
+
+class FrameReader:
+    """The unread bytes of one connection."""
+
+    __slots__ = ("_block", "_continuations", "_data", "_max_block_bytes", "_preface", "max_frame_bytes")
+
+    def __init__(self, max_frame_bytes: int, max_block_bytes: int) -> None:
+        """`max_block_bytes`: of the encoded header fields of one request."""
+        self.max_frame_bytes = max_frame_bytes
+        self._max_block_bytes = max_block_bytes
+        self._data = bytearray()
+        self._preface = PREFACE
+        self._block: HeadersFrame | None = None
+        self._continuations = 0
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """More bytes."""
+        self._data += data
+
+    def clear(self) -> None:
+        """Drop what is unread."""
+        self._data.clear()
+        self._block = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that are not read."""
+        return len(self._data)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a frame or a header block has begun and is not complete. True also for complete frames not read."""
+        return bool(self._data) or self._block is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether `next` has a whole frame to look at."""
+        data = self._data
+        return len(data) >= HEAD_BYTES and len(data) >= HEAD_BYTES + int.from_bytes(data[:3], "big")
+
+    def next(self) -> Frame | None:
+        """The next frame, header blocks whole; None if it is not complete. Raises ProtocolError."""
+        data = self._data
+        if self._preface and not self._read_preface():
+            return None
+        while len(data) >= HEAD_BYTES:
+            length = int.from_bytes(data[:3], "big")
+            if length > self.max_frame_bytes:
+                raise FrameTooLargeError(f"Received overlong frame: length {length}, max {self.max_frame_bytes}")
+            end = HEAD_BYTES + length
+            if len(data) < end:
+                return None
+            frame = _parsed(bytes(data[:HEAD_BYTES]), bytes(data[HEAD_BYTES:end]))
+            del data[:end]
+            if self._block is not None or isinstance(frame, HeadersFrame | ContinuationFrame):
+                whole = self._add_to_block(frame)
+                if whole is None:
+                    continue
+                return whole
+            return frame
+        return None
+
+    def _read_preface(self) -> bool:
+        data, preface = self._data, self._preface
+        size = min(len(data), len(preface))
+        if data[:size] != preface[:size]:
+            raise ProtocolError("Invalid HTTP/2 preamble.")
+        self._preface = preface[size:]
+        del data[:size]
+        return not self._preface
+
+    def _add_to_block(self, frame: Frame) -> Frame | None:
+        """The HEADERS frame with its whole block once that is complete."""
+        block = self._block
+        if block is None:
+            if not isinstance(frame, HeadersFrame):
+                raise ProtocolError("CONTINUATION without HEADERS.")
+            self._check_block(len(frame.data))
+            if "END_HEADERS" in frame.flags:
+                return frame
+            self._block, self._continuations = frame, 0
+            return None
+        if not isinstance(frame, ContinuationFrame) or frame.stream_id != block.stream_id:
+            raise ProtocolError("Invalid frame during header block.")
+        self._continuations += 1
+        if self._continuations > MAX_CONTINUATIONS:
+            raise _calm("Too many CONTINUATION frames.")
+        self._check_block(len(block.data) + len(frame.data))
+        block.data += frame.data
+        if "END_HEADERS" not in frame.flags:
+            return None
+        block.flags.add("END_HEADERS")
+        self._block = None
+        return block
+
+    def _check_block(self, size: int) -> None:
+        if size > self._max_block_bytes:
+            raise _calm(f"Header block of more than {self._max_block_bytes} bytes.")
+
+
+def _parsed(head: bytes, body: bytes) -> Frame:
+    try:
+        frame, _ = Frame.parse_frame_header(memoryview(head))
+        frame.parse_body(memoryview(body))
+    except InvalidFrameError as error:
+        raise FrameDataMissingError("Frame data missing or invalid") from error
+    except HyperframeError as error:
+        raise ProtocolError("Received frame with non-compliant data") from error
+    return frame
+
+
+def _calm(why: str) -> ProtocolError:
+    error = ProtocolError(why)
+    error.error_code = ErrorCodes.ENHANCE_YOUR_CALM
+    return error

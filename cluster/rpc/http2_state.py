@@ -1,0 +1,75 @@
+"""h2's connection state with the parts that this server replaces. The only module that uses h2's private names.
+
+h2 counts open streams by walking all of them for each new one, and keeps a note of each of the last 65,536 that ended.
+Here the connection counts its calls itself, and a stream is dropped when its call ends.
+"""
+
+from __future__ import annotations
+
+from h2 import events
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.exceptions import ProtocolError
+from hyperframe.frame import Frame
+
+from cluster.rpc.ended import EndedStreams
+
+# Of a request's headers only those are looked at that a call needs; nothing is handed on to another server.
+_CONFIGURATION = H2Configuration(
+    client_side=False,
+    header_encoding=None,
+    validate_inbound_headers=False,
+    normalize_inbound_headers=False,
+)
+_PRIVATE = ("_receive_frame", "_terminate_connection", "_closed_streams")
+
+
+class Http2State(H2Connection):
+    """A server's connection, fed with one frame at a time."""
+
+    def __init__(self, ended: EndedStreams) -> None:
+        """`ended`: notes of streams that were reset."""
+        super().__init__(_CONFIGURATION)
+        self._ended = ended
+        self._closed_streams = ended
+
+    def note_resets(self, most: int) -> None:
+        """Keep notes of so many streams."""
+        self._ended.most = most
+
+    @property
+    def open_inbound_streams(self) -> int:
+        """Always zero, so that h2 never refuses a stream: Connection bounds its calls."""
+        return 0
+
+    def receive_frame(self, frame: Frame) -> list[events.Event]:
+        """The events of one frame. Raises ProtocolError, after which only the GOAWAY of h2 is to be sent."""
+        try:
+            return self._receive_frame(frame)
+        except ProtocolError as error:
+            self._terminate_connection(error.error_code)
+            raise
+
+    def refuse(self, error_code: ErrorCodes) -> None:
+        """Prepare a GOAWAY for bytes that are no valid frame."""
+        self._terminate_connection(error_code)
+
+    def drop_closed(self, stream_id: int) -> None:
+        """Forget a stream that has ended."""
+        stream = self.streams.get(stream_id)
+        if stream is not None and stream.closed:
+            del self.streams[stream_id]
+            self._closed_streams[stream_id] = stream.closed_by
+
+
+def check_private_names() -> None:
+    """Raise RuntimeError, naming the remedy, where the installed h2 lacks a private name that is used here."""
+    connection = H2Connection(_CONFIGURATION)
+    missing = [name for name in _PRIVATE if not hasattr(connection, name)]
+    if missing or not isinstance(connection.streams, dict):
+        names = ", ".join(f"H2Connection.{name}" for name in missing or ["streams"])
+        raise RuntimeError(f"the installed h2 has no {names}: install the version that requirements/ names")
+
+
+check_private_names()
