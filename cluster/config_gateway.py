@@ -86,14 +86,22 @@ class Tls(Section):
     ca_file: Path
 
 
+class LinkTls(Tls):
+    """The link port's. `revoked_serials_file`: certificates that are refused all the same, re-read when it changes."""
+
+    revoked_serials_file: Path | None = None
+
+
 class ClientTls(Section):
     """The certificate of client and admin ports, read again when the files change.
 
-    `client_ca_file`: whose certificates may be shown in place of a key (auth.client_certificates)."""
+    `client_ca_file`: whose certificates may be shown in place of a key (auth.client_certificates).
+    `revoked_serials_file`: which of these are refused all the same."""
 
     cert_file: Path
     key_file: Path
     client_ca_file: Path | None = None
+    revoked_serials_file: Path | None = None
 
 
 class Queue(Section):
@@ -125,7 +133,7 @@ class Gateway(Section):
 
     listen: Listen = Listen()
     tls: ClientTls | None = None
-    link_tls: Tls | None = None
+    link_tls: LinkTls | None = None
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     keepalive_s: Annotated[float, Field(gt=0)] = 15.0
     max_connection_age_s: Annotated[float, Field(gt=0)] = 900.0

@@ -1,20 +1,25 @@
-"""Certificates of the link: an authority of the cluster's own, and what it issues to gateways, workers, controller."""
+"""Certificates of the link: an authority of the cluster's own, what it issues to gateways, workers, controller, and
+lists of certificates that gateways refuse."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.cli.common import USAGE, fail, out
+from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
+from cluster.cli.ledger import show_table
 from cluster.link.admission import CONTROLLER, of_model
+from cluster.tenancy.revoked import Revocation, Revoked, serial_of
 
 AUTHORITY_DAYS = 3650
 
 app = typer.Typer(no_args_is_help=True, help="Certificates for the link between workers, controller and gateways.")
 FolderArgument = Annotated[Path, typer.Argument(help="The folder of the authority's files.", file_okay=False)]
+ListArgument = Annotated[Path, typer.Argument(help="The list's file.", dir_okay=False)]
 DaysOption = Annotated[int, typer.Option("--days", help="How long it is valid.", min=1, max=AUTHORITY_DAYS)]
 NameOption = Annotated[str, typer.Option("--name", help="Of the files, NAME.crt and NAME.key.")]
 
@@ -64,6 +69,64 @@ def issue_worker(
     if not uris:
         fail("name what it may be: --model NAME, --model '*' or --controller", USAGE)
     _issued(name, lambda: issuing.issue_client(folder, name, uris, days))
+
+
+@app.command("revoke")
+def revoke(
+    file: ListArgument,
+    certificates: Annotated[
+        list[str], typer.Argument(metavar="CERTIFICATE...", help="A certificate's file, or its serial number.")
+    ],
+    issuer: Annotated[str, typer.Option("--issuer", help="Of serial numbers: the authority's name; else any.")] = "",
+    note: Annotated[str, typer.Option("--note", help="Why.")] = "",
+) -> None:
+    """Add certificates to a list that gateways read (gateway.link_tls.revoked_serials_file, or gateway.tls's): within a
+    second they refuse them, and end their links, sessions and calls. `issued` in an authority's folder has the serial
+    numbers of what it issued."""
+    try:
+        text = file.read_text() if file.exists() else ""
+        known = {(one.serial, one.issuer) for one in Revoked.parse(text).entries}
+        wanted = [_revocation(one, issuer, " ".join(note.split())) for one in certificates]
+        new = [one for one in wanted if (one.serial, one.issuer) not in known]
+        _replace(file, "".join(f"{line}\n" for line in (*text.splitlines(), *(one.line() for one in new))))
+    except (ValueError, OSError) as error:
+        fail(f"{file}: {error}", USAGE)
+    for one in wanted:
+        out.print(f"revoked {one.serial:X}{f' of {one.issuer}' if one.issuer else ''}", markup=False)
+
+
+def _replace(file: Path, text: str) -> None:
+    """Whole or not at all; serial numbers are no secret."""
+    draft = file.with_name(f".{file.name}.new")
+    draft.write_text(text)
+    draft.chmod(file.stat().st_mode & 0o777 if file.exists() else 0o644)
+    draft.replace(file)
+
+
+@app.command("list")
+def list_revoked(file: ListArgument, as_json: JsonOption = False) -> None:
+    """Show a list of certificates: those that are revoked, or an authority's `issued`."""
+    try:
+        found = Revoked.parse(file.read_text())
+    except (ValueError, OSError) as error:
+        fail(f"{file}: {error}", USAGE)
+    rows = [{"serial": f"{one.serial:X}", "issuer": one.issuer, "note": one.note} for one in found.entries]
+    if as_json:
+        print_json(rows)
+    else:
+        show_table(rows, "no certificates")
+
+
+def _revocation(text: str, issuer: str, note: str) -> Revocation:
+    """Of a certificate's file, or of a serial number. Raises ValueError."""
+    if not Path(text).exists():
+        return Revocation(serial_of(text), issuer, note)
+    from cryptography import x509
+
+    from cluster.cli import issuing
+
+    found = issuing.revocation_of(x509.load_pem_x509_certificate(Path(text).read_bytes()))
+    return replace(found, note=note or found.note)
 
 
 def _issued(name: str, issue: Callable[[], tuple[Path, Path]]) -> None:

@@ -14,6 +14,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from cluster.tenancy.revoked import Revocation
+
+ISSUED = "issued"
+"""The file of an authority's folder that lists what it has issued, in lines of a list of revoked certificates."""
 CLOCKS = datetime.timedelta(minutes=5)
 """How far another machine's clock may be behind."""
 
@@ -58,9 +62,18 @@ def _issue(
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
     )
     cert_file, key_file = folder / f"{name}.crt", folder / f"{name}.key"
+    certificate = builder.sign(authority_key, hashes.SHA256())
     _write(key_file, _private(key))
-    _write(cert_file, _public(builder.sign(authority_key, hashes.SHA256())), 0o644)
+    _write(cert_file, _public(certificate), 0o644)
+    with (folder / ISSUED).open("a") as issued:
+        issued.write(f"{revocation_of(certificate, name).line()}\n")
     return cert_file, key_file
+
+
+def revocation_of(certificate: x509.Certificate, note: str = "") -> Revocation:
+    """The line that revokes a certificate."""
+    until = f"{note}, valid until {certificate.not_valid_after_utc:%Y-%m-%d}".removeprefix(", ")
+    return Revocation(certificate.serial_number, certificate.issuer.rfc4514_string(), until)
 
 
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:

@@ -6,6 +6,7 @@ a Secret that Kubernetes keeps from being changed (`immutable`). `--authority FO
     FOLDER/ca.crt, ca.key            the link's authority, as `headrace certs ca` makes it
     FOLDER/clients/ca.crt, ca.key    the authority of the client ports' certificate, which clients pin
     FOLDER/clients/hosts             further names of the client ports, one a line
+    FOLDER/issued, clients/issued    serial numbers of what was issued, for `headrace certs revoke`
 """
 
 from __future__ import annotations
@@ -164,6 +165,9 @@ def _issue(folder: Path, namespace: str, name: str, hosts: Sequence[str], days: 
         issuing.issue_client(link, "worker", [ANY_MODEL], days)
         issuing.issue_client(link, "controller", [CONTROLLER], days)
         issuing.issue_server(clients, "tls", [*served, "localhost", "127.0.0.1", *hosts], days)
+        for source, place in ((folder, link), (folder / "clients", clients)):
+            with (source / issuing.ISSUED).open("a") as issued:
+                issued.write((place / issuing.ISSUED).read_text())
         found = {f"link-{role}": _pem(link, role) for role in ("gateway", "worker", "controller")}
         return {**found, "tls": _pem(clients, "tls")}
 

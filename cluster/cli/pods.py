@@ -205,13 +205,13 @@ def controller_lacks(config: Config, *, pod: bool = True, files: bool = True) ->
 def _unreadable(setting: str, tls: Tls | ClientTls | None) -> Iterator[str]:
     for name, path in tls.model_dump().items() if tls is not None else ():
         if path is not None:
-            yield from unreadable_file(f"{setting}.{name}", path)
+            yield from unreadable_file(f"{setting}.{name}", path, may_be_empty=name == "revoked_serials_file")
 
 
-def unreadable_file(setting: str, path: Path) -> Iterator[str]:
+def unreadable_file(setting: str, path: Path, *, may_be_empty: bool = False) -> Iterator[str]:
     """Why a file that a setting names cannot be used, if it cannot."""
     try:
-        if not path.read_bytes().strip():
+        if not path.read_bytes().strip() and not may_be_empty:
             yield f"{setting}: {path} is empty"
     except OSError as error:
         yield f"{setting}: {path} cannot be read: {error.strerror}"

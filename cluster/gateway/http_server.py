@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -48,6 +49,13 @@ class HttpServer:
 
     def _connection(self, held: rpc.Held) -> HttpProtocol:
         return HttpProtocol(self._config, self._state, held, self._pace)
+
+    def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
+        """Cut the connections for which it holds, with their requests; returns how many."""
+        cut = [one.transport for one in self._state.connections if condition(one.transport)]
+        for transport in cut:
+            transport.abort()
+        return len(cut)
 
     async def stop(self, drain_s: float) -> None:
         """Take no new connection; requests under way get `drain_s` seconds; then their connections are cut."""

@@ -36,8 +36,9 @@ from cluster.gateway.limits_local import LocalLimits
 from cluster.gateway.link_port import told_unbound
 from cluster.gateway.metrics_page import MetricsPage
 from cluster.gateway.relayed import Relayed
+from cluster.gateway.revocation import Port, RevokedFile, cut_revoked
 from cluster.gateway.service import CallService
-from cluster.gateway.tls import NewestContext
+from cluster.gateway.tls import NewestContext, revoked_file
 from cluster.gateway.turns import Turns
 from cluster.link import ticks
 from cluster.link.dial import Timing
@@ -213,6 +214,8 @@ class Gateway:
             asyncio.create_task(self._end_slow_bodies()),
             asyncio.create_task(garbage.give_back_now_and_then(lambda: not self.service.busy)),
         ]
+        if lists := self._revoked_files():
+            self._tasks.append(asyncio.create_task(cut_revoked(lists, self._tls_ports)))
         if self.tenants is not None:
             budgets = self.tenants.budgets(self._limits.spent)
             self.metrics.on_scrape(budgets.gauges)
@@ -330,6 +333,14 @@ class Gateway:
     def _tls(self, protocol: str) -> NewestContext | None:
         tls = self.config.gateway.tls
         return None if tls is None else NewestContext.of(tls, protocol)
+
+    def _revoked_files(self) -> list[RevokedFile]:
+        gateway = self.config.gateway
+        found = [revoked_file(gateway.tls, "gateway.tls"), revoked_file(gateway.link_tls, "gateway.link_tls")]
+        return [one for one in found if one is not None]
+
+    def _tls_ports(self) -> list[Port]:
+        return [one for one in (self._links, self._clients, self._admin, self.http) if one is not None]
 
     @property
     def _shared(self) -> bool:

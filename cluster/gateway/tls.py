@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import structlog
 
-from cluster.config_gateway import ClientTls, Tls
+from cluster.config_gateway import ClientTls, LinkTls, Tls
+from cluster.gateway.revocation import CheckedContext, RevokedFile
 
 log = structlog.get_logger("tls")
 
@@ -29,6 +30,7 @@ class NewestContext(ssl.SSLContext):
     _setting: str
     _client: ssl.VerifyMode
     _stamp: Stamp
+    _revoked: RevokedFile | None
     _now: ssl.SSLContext
 
     @classmethod
@@ -39,7 +41,10 @@ class NewestContext(ssl.SSLContext):
     @classmethod
     def of_link(cls, tls: Tls) -> Self:
         """Of the link port, where both sides show one. Raises ValueError that names the setting."""
-        files = ClientTls(cert_file=tls.cert_file, key_file=tls.key_file, client_ca_file=tls.ca_file)
+        revoked = tls.revoked_serials_file if isinstance(tls, LinkTls) else None
+        files = ClientTls(
+            cert_file=tls.cert_file, key_file=tls.key_file, client_ca_file=tls.ca_file, revoked_serials_file=revoked
+        )
         return cls._of(files, "gateway.link_tls", ssl.CERT_REQUIRED, "h2")
 
     @classmethod
@@ -50,6 +55,7 @@ class NewestContext(ssl.SSLContext):
         context._tls = tls
         context._files = tuple(path for path in (tls.cert_file, tls.key_file, tls.client_ca_file) if path is not None)
         context._protocols = list(protocols)
+        context._revoked = revoked_file(tls, setting)
         context._stamp = context._look()
         context._now = context._read()
         return context
@@ -79,7 +85,8 @@ class NewestContext(ssl.SSLContext):
 
     def _read(self) -> ssl.SSLContext:
         tls = self._tls
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context = CheckedContext(ssl.PROTOCOL_TLS_SERVER)
+        context.revoked = self._revoked
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(self._protocols)
         try:
@@ -94,6 +101,12 @@ class NewestContext(ssl.SSLContext):
                 what = f"{self._setting}: the authorities of {tls.client_ca_file}"
                 raise ValueError(f"{what} cannot be used: {error}") from None
         return context
+
+
+def revoked_file(tls: ClientTls | LinkTls | None, setting: str) -> RevokedFile | None:
+    """The list of revoked certificates that a section names. Raises ValueError that names the setting."""
+    path = None if tls is None else tls.revoked_serials_file
+    return None if path is None else RevokedFile(path, f"{setting}.revoked_serials_file")
 
 
 def name_in(certificate: bytes) -> str:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -124,6 +124,13 @@ class Server:
     def _connection(self, held: Held) -> Connection:
         age_s = self.limits.age_s * random.uniform(0.9, 1.1)  # noqa: S311 - spread, not secrecy
         return Connection(self, self.limits, age_s, held)
+
+    def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
+        """Cut the connections for which it holds, with their calls; returns how many."""
+        cut = [one.transport for one in self.connections if condition(one.transport)]
+        for transport in cut:
+            transport.abort()
+        return len(cut)
 
     def _calls(self) -> list[Rpc]:
         return [call for connection in self.connections for call in connection.calls.values()]

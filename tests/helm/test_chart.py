@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.tenancy.revoked import Revoked
 from tests.support import helm
 from tests.support import kubernetes_schemas as schemas
 from tests.support.helm import Rendered
@@ -156,6 +157,24 @@ def test_extra_objects_are_templates() -> None:
     }
     found = helm.template({"extraObjects": [extra]}).one("ConfigMap", "headrace-more")
     assert found["data"] == {"in": helm.NAMESPACE}
+
+
+def test_revoked_certificates_reach_the_gateways() -> None:
+    """Else a stolen certificate is named in the values and let in: the pod's file is what the configuration names."""
+    lines = ["0A:1B", "0C\tCN=headrace link authority\tstolen"]
+    rendered = helm.template({"revoked": {"links": lines}})
+    held = rendered.one("ConfigMap", "headrace-revoked")["data"]
+    assert [one.line() for one in Revoked.parse(held["links"]).entries] == [
+        "A1B",
+        "C\tCN=headrace link authority\tstolen",
+    ]
+    assert not Revoked.parse(held["clients"])
+    spec = template_of(rendered, "headrace-gateway")["spec"]
+    (volume,) = (one for one in spec["volumes"] if one.get("configMap", {}).get("name") == "headrace-revoked")
+    mounts = {one["name"]: one["mountPath"] for one in spec["containers"][0]["volumeMounts"]}
+    gateway = yaml.safe_load(rendered.cluster_yaml)["gateway"]
+    for section, name in (("link_tls", "links"), ("tls", "clients")):
+        assert gateway[section]["revoked_serials_file"] == f"{mounts[volume['name']]}/{name}"
 
 
 def test_two_clusters_side_by_side() -> None:

@@ -153,6 +153,11 @@ def test_halves_that_fit_render(values: Mapping[str, Any]) -> None:
         ),
         ({"gateway": {"gatewayApi": {"enabled": True}}}, "name the Gateway that the routes belong to"),
         ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host is empty"),
+        ({"revoked": {"links": ["stolen"]}}, "at '/revoked/links/0': 'stolen' does not match pattern"),
+        (
+            {"revoked": {"links": ["0A"]}, "config": {"gateway": {"link_tls": {"revoked_serials_file": None}}}},
+            "config.gateway.link_tls.revoked_serials_file is not /revoked/links",
+        ),
         ({"secrets": {"create": True}}, "each rendering would make a new key pepper, and every API key would be lost"),
         ({"gateway": {"autoscaling": {"kind": "hpa", "minReplicas": 9}}}, "maxReplicas (8) is below minReplicas (9)"),
     ],

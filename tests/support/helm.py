@@ -111,7 +111,10 @@ class Rendered:
             here.mkdir(parents=True, exist_ok=True)
             places[mount["mountPath"]] = str(here)
             volume = volumes.get(mount["name"], {})
-            if "configMap" in volume:
+            if volume.get("configMap", {}).get("name", "").endswith("-revoked"):
+                for key, value in self.one("ConfigMap", volume["configMap"]["name"])["data"].items():
+                    (here / key).write_text(value)
+            elif "configMap" in volume:
                 (here / "cluster.yaml").write_text(self.cluster_yaml)
             if "secret" in volume:
                 held = secrets[volume["secret"]["secretName"]]
