@@ -35,10 +35,14 @@ _WISHES: Mapping[str, Callable[[Any], Wish]] = {
     "resume": codec.resume_wish,
 }
 MAX_CALLS = 10_000
-MAX_TOGETHER, AT_ONCE = 1000, 100
-"""Requests in `more` of one message, and how many are taken before the event loop turns to others."""
+MAX_TOGETHER = 1000
+"""Requests in `more` of one message."""
+SLICE_S = 0.001
+"""Requests are taken for so long before the event loop turns to others."""
 MAX_UNREAD_CHARS = 1 << 20
-"""Characters that may wait for a client that does not read; beyond it the session is closed."""
+"""Characters and serialized bytes that may wait for a client that does not read; beyond it the session is closed."""
+MAX_HALTED_S = 60.0
+"""A client that reads nothing for so long while it sends requests loses the session: they hold bytes of its tenant."""
 
 
 class _Open:
@@ -103,6 +107,9 @@ class Session:
         """The client does not read: what comes is kept with its call, which joins it."""
         self._calls: dict[int, _Open] = {}
         self._loop = asyncio.get_running_loop()
+        self._reading = asyncio.Event()
+        self._reading.set()
+        """Cleared while the client does not read: then none of its requests is read either."""
         self._awake = False
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._drain: asyncio.Task[None] | None = None
@@ -128,7 +135,7 @@ class Session:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
         if self._unread_for_long:
-            message = f"the session is not read: {MAX_UNREAD_CHARS} characters wait; read faster, or open more"
+            message = "the session is not read: too much waits for it; read faster, or open more"
             await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
 
     def _read_ended(self, reader: asyncio.Task[None]) -> None:
@@ -139,21 +146,29 @@ class Session:
     # ---- what the client asks
 
     async def _read(self) -> None:
-        while (request := await read(self._context)) is not None:
+        until = self._loop.time() + SLICE_S
+        while (request := await self._next_request()) is not None:
             if not isinstance(request, pb.SessionRequest):
                 await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not a SessionRequest: {request.why}")
             if len(request.more) > MAX_TOGETHER:
                 message = f"more: holds {len(request.more)} requests; at most {MAX_TOGETHER} go in one message"
                 await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
-            for at, one in enumerate((request, *request.more)):
+            for one in (request, *request.more):
                 if one.HasField("start"):
                     self._start(one.start)
                 elif one.HasField("cancel"):
                     self._cancel(one.cancel.call_id)
-                if at % AT_ONCE == AT_ONCE - 1:
-                    await asyncio.sleep(0)
+                if self._loop.time() >= until:
+                    await asyncio.sleep(0)  # in which the pass notices a client that does not read
+                    await self._reading.wait()
+                    until = self._loop.time() + SLICE_S
         self._half_closed = True
         self.wake()
+
+    async def _next_request(self) -> Any:
+        """The client's next message once it reads, None at its end."""
+        await self._reading.wait()
+        return await read(self._context)
 
     def _retire(self) -> None:
         """Take no new call; the stream ends with the last one. The client opens another meanwhile."""
@@ -267,29 +282,33 @@ class Session:
             self._context.send(b"".join(parts))
             if self._context.full:
                 self.halted = True
+                self._reading.clear()
                 self._drain = self._loop.create_task(self._until_read())
         elif (self._half_closed or self._retired) and not self._calls:
             self._over.set_result(None)
 
     async def _until_read(self) -> None:
         """A client that lets too much gather loses the session, not the gateway its memory."""
+        since = self._loop.time()
         while True:
             try:
                 async with asyncio.timeout(1.0):
                     await self._context.drained()
             except TimeoutError:
-                if self._unread() > MAX_UNREAD_CHARS and not self._over.done():
+                ignored = self._context.unread_requests and self._loop.time() - since > MAX_HALTED_S
+                if (ignored or self._unread() > MAX_UNREAD_CHARS) and not self._over.done():
                     self._unread_for_long = True
                     self._over.set_result(None)
                     return
                 continue
             self.halted = False
+            self._reading.set()
             self.wake()
             return
 
     def _unread(self) -> int:
         calls = (o.call for o in self.dirty.values() if o.call is not None)
-        return sum(output.untaken for call in calls for output in call.sequences)
+        return sum(map(len, self.parts)) + sum(output.untaken for call in calls for output in call.sequences)
 
     def _gather(self) -> None:
         """The news of all marked calls, behind what came direct, at most one event a call."""

@@ -140,6 +140,11 @@ class Rpc:
             if received.reservation is not None:
                 received.reservation.release()
 
+    @property
+    def unread_requests(self) -> int:
+        """Whole messages of the caller that were not read."""
+        return len(self.body)
+
     async def whole_request(self) -> bytes | None:
         """The only message of a call with one request, once the caller sends no more; None where there is none or more
         than one. Its bytes count against the budget until `release_request`. Raises BadMessage."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from cluster.api.bundle import Bundle
 from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from tests.rpc.raw import raw_client
 from tests.support.calls import chat, complete, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 
@@ -227,3 +229,23 @@ async def test_malformed_requests(cluster: TestCluster) -> None:
     stream = call()
     await stream.write(b"\xff\xff\xff")
     assert await stream.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> None:
+    """A client that never reads and sends starts that are refused is not read on, instead of filling the gateway."""
+    data = start(1, chat("x" * 1000, model="none")).SerializeToString()
+    framed = b"\x00" + len(data).to_bytes(4, "big") + data
+    async with raw_client(int(cluster.gateway.endpoints["grpc"].rpartition(":")[2]), window=1000) as raw:
+        while not raw.events:  # the server's settings
+            await raw.receive()
+        stream_id, sent = await raw.call("Session", None, service="cluster.v1.Inference"), 0
+        with suppress(TimeoutError):
+            while sent < 10_000_000:
+                if raw.h2.local_flow_control_window(stream_id) < len(framed):
+                    await asyncio.wait_for(raw.receive(acknowledge=False), 1.0)
+                    continue
+                raw.h2.send_data(stream_id, framed)
+                await raw.flush()
+                sent += len(framed)
+        assert len(framed) <= sent < 1_000_000
+    assert (await cluster.stub.ListModels(pb.ListModelsRequest())) is not None

@@ -57,11 +57,13 @@ class Raw:
                     self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         await self.flush()
 
-    async def call(self, method: str, message: bytes | None, *, end: bool = True, **headers: str) -> int:
+    async def call(
+        self, method: str, message: bytes | None, *, end: bool = True, service: str = "test.Echo", **headers: str
+    ) -> int:
         """Open a stream."""
         stream_id = self.h2.get_next_available_stream_id()
         fields = {"content-type": "application/grpc", "te": "trailers"} | headers
-        head = [(":method", "POST"), (":scheme", "http"), (":path", f"/test.Echo/{method}"), (":authority", "test")]
+        head = [(":method", "POST"), (":scheme", "http"), (":path", f"/{service}/{method}"), (":authority", "test")]
         self.h2.send_headers(stream_id, [*head, *fields.items()])
         if message is not None:
             self.h2.send_data(stream_id, b"\x00" + len(message).to_bytes(4, "big") + message, end_stream=end)
