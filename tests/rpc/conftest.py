@@ -14,6 +14,8 @@ import grpc.aio
 import pytest
 
 from cluster import rpc
+from cluster.rpc.request_body import Budget
+from cluster.rpc.server import Gate
 
 SERVICE = "test.Echo"
 
@@ -88,9 +90,13 @@ class _Methods:
 
 @asynccontextmanager
 async def _serve(
-    limits: rpc.Limits | None = None, tls: ssl.SSLContext | None = None, admission: rpc.Admission | None = None
+    limits: rpc.Limits | None = None,
+    tls: ssl.SSLContext | None = None,
+    admission: rpc.Admission | None = None,
+    gate: Gate | None = None,
+    budget: Budget | None = None,
 ) -> AsyncIterator[Echo]:
-    server, seen = rpc.Server(limits, admission), Seen()
+    server, seen = rpc.Server(limits, admission, gate, budget), Seen()
     methods = _Methods(seen)
     handlers: dict[str, Any] = {
         "One": grpc.unary_unary_rpc_method_handler(methods.one),

@@ -1,0 +1,209 @@
+"""Requests on their way in: nothing without a credential, the rest as the budget allows, and all of it in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster import rpc
+from cluster.tenancy.request_bytes import Bounds, RequestBytes
+from tests.rpc.conftest import SERVICE, Echo, _serve
+from tests.rpc.raw import Raw, raw_client
+
+pytestmark = pytest.mark.slow
+
+WINDOW = 65_535
+MIB = 1 << 20
+CODE = grpc.StatusCode
+
+
+class KeyGate:
+    """Admits who shows `key: NAME` as the tenant NAME; waits for `open` first."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.open.set()
+        self.asked = 0
+
+    async def admit(self, call: Any) -> str | None:
+        """See Gate."""
+        self.asked += 1
+        await self.open.wait()
+        if call.path.endswith("/Many"):
+            return None
+        key = dict(call.invocation_metadata()).get("key")
+        if not key:
+            await call.abort(CODE.UNAUTHENTICATED, "no key")
+        return str(key)
+
+
+@asynccontextmanager
+async def serving(
+    bounds: Bounds, limits: rpc.Limits | None = None
+) -> AsyncIterator[tuple[Echo, KeyGate, RequestBytes]]:
+    """A server with a gate and a budget, which is empty again in the end."""
+    gate, budget = KeyGate(), RequestBytes(bounds, asyncio.get_running_loop().time)
+    async with _serve(limits, gate=gate, budget=budget) as echo:
+        yield echo, gate, budget
+        await asyncio.sleep(0)
+    assert (budget.held, budget.waiting) == (0, 0)
+
+
+async def greeted(raw: Raw) -> None:
+    """The server's settings have come."""
+    while not raw.events:
+        await raw.receive()
+
+
+async def push(raw: Raw, stream_id: int, data: bytearray) -> None:
+    """Send as much as the windows allow."""
+    while data and (room := raw.h2.local_flow_control_window(stream_id)) > 0:
+        size = min(room, len(data), raw.h2.max_outbound_frame_size)
+        raw.h2.send_data(stream_id, bytes(data[:size]))
+        del data[:size]
+    await raw.flush()
+
+
+async def push_until_stalled(raw: Raw, uploads: dict[int, bytearray], quiet_s: float = 0.3) -> None:
+    """Send all that the server lets in, until it lets in no more."""
+    with suppress(TimeoutError):
+        while True:
+            for stream_id, data in uploads.items():
+                await push(raw, stream_id, data)
+            await asyncio.wait_for(raw.receive(), quiet_s)
+
+
+def framed(message: bytes) -> bytearray:
+    """A message as it travels."""
+    return bytearray(b"\x00" + len(message).to_bytes(4, "big") + message)
+
+
+async def test_a_wrong_key_is_refused_at_the_head() -> None:
+    """The body of a call that will be refused would be received whole before."""
+    async with serving(Bounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
+        stream_id = await raw.call("One", None)
+        assert (await raw.until_ended(stream_id))["grpc-status"] == str(CODE.UNAUTHENTICATED.value[0])
+
+
+async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
+    """Forty calls of a stranger would bring in forty times a window, and more as it was read."""
+    async with serving(Bounds(MIB, MIB, MIB)) as (echo, gate, _), raw_client(echo.port) as raw:
+        gate.open.clear()
+        await greeted(raw)
+        uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB // 2)) for _ in range(40)}
+        await push_until_stalled(raw, uploads)
+        left = sum(map(len, uploads.values()))
+        assert 40 * (MIB // 2 + 5) - left == WINDOW
+        gate.open.set()
+        async with asyncio.timeout(20):
+            while any(uploads.values()):
+                for stream_id, data in uploads.items():
+                    await push(raw, stream_id, data)
+                    if not data and raw.h2.streams[stream_id].state_machine.state.name == "OPEN":
+                        raw.h2.end_stream(stream_id)
+                await raw.flush()
+                await raw.receive()
+
+
+async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
+    """Twenty unfinished bodies would be held whole."""
+    async with serving(Bounds(2 * MIB, 2 * MIB, 8 * MIB)) as (echo, _, budget), raw_client(echo.port) as raw:
+        await greeted(raw)
+        uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB)) for _ in range(20)}
+        for data in uploads.values():
+            del data[-1:]
+        await push_until_stalled(raw, uploads)
+        assert budget.held <= 2 * MIB
+        left = sum(map(len, uploads.values()))
+        assert 20 * (MIB + 4) - left <= 2 * MIB + 20 * WINDOW
+        other = await raw.call("One", b"small", key="a")
+        assert (await raw.until_ended(other))["grpc-status"] == "0", "what is short is taken beside them"
+
+
+async def test_a_message_without_a_credential_is_short() -> None:
+    """A method that anybody may call would take the largest message of anybody."""
+    async with serving(Bounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
+        stream_id = await raw.call("Many", None)
+        raw.h2.send_data(stream_id, bytes(framed(bytes(100_000))[:1000]))
+        await raw.flush()
+        trailers = await raw.until_ended(stream_id)
+        assert trailers["grpc-status"] == str(CODE.RESOURCE_EXHAUSTED.value[0])
+
+
+async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
+    """Thousands of calls at once would be opened before the first credential is checked."""
+    limits = rpc.Limits(stranger_calls=10)
+    async with serving(Bounds(MIB, MIB, MIB), limits) as (echo, gate, _), raw_client(echo.port) as raw:
+        gate.open.clear()
+        ids = [await raw.call("One", b"x", key="a") for _ in range(12)]
+        await raw.until_ended(ids[-1])
+        gate.open.set()
+        assert [(await raw.until_ended(stream_id)).get("grpc-status") for stream_id in ids] == ["0"] * 10 + [None] * 2
+        assert gate.asked == 10
+        more = [await raw.call("One", b"x", key="a") for _ in range(40)]
+        assert {(await raw.until_ended(stream_id))["grpc-status"] for stream_id in more} == {"0"}
+
+
+async def test_a_decompressed_message_counts() -> None:
+    """Messages that decompress to a thousand times their size would be held beside the budget."""
+    bounds = Bounds(4 * MIB, 4 * MIB, 4 * MIB)
+    packed = gzip.compress(bytes(3 * MIB))
+    async with (
+        serving(bounds, rpc.Limits(max_message_bytes=3 * MIB)) as (echo, _, budget),
+        grpc.aio.insecure_channel(echo.address, compression=grpc.Compression.Gzip) as channel,
+    ):
+        assert len(packed) < WINDOW
+        one: Any = channel.stream_unary(f"/{SERVICE}/SlowReader")
+        slow = [one(_messages(bytes(3 * MIB)), metadata=(("key", "a"),)) for _ in range(3)]
+        back: Any = channel.unary_unary(f"/{SERVICE}/One")
+        assert await back(bytes(3 * MIB), metadata=(("key", "a"),)) == bytes(3 * MIB)
+        for call in slow:
+            call.cancel()
+        assert budget.held <= 4 * MIB
+
+
+async def _messages(message: bytes) -> AsyncIterator[bytes]:
+    yield message
+    await asyncio.Event().wait()
+
+
+SIZES = st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 400_000)), min_size=1, max_size=12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SIZES, st.booleans())
+def test_law_all_complete_within_any_budget(calls: list[tuple[str, int]], streaming: bool) -> None:
+    """Whatever is sent at once over one connection, a budget of one message delays it and never stops it."""
+
+    async def play() -> None:
+        async with serving(Bounds(300_000, 400_000, 500_000)) as (echo, _, budget):
+            async with grpc.aio.insecure_channel(echo.address) as channel, asyncio.timeout(30):
+                one: Any = channel.unary_unary(f"/{SERVICE}/One")
+                back: Any = channel.stream_stream(f"/{SERVICE}/Back")
+
+                async def call(tenant: str, size: int) -> int:
+                    metadata = (("key", tenant),)
+                    if not streaming:
+                        return len(await one(bytes(size), metadata=metadata))
+                    stream = back(_three(bytes(size)), metadata=metadata)
+                    return sum([len(message) async for message in stream]) // 3
+
+                got = await asyncio.gather(*(call(tenant, size) for tenant, size in calls))
+                assert got == [size for _, size in calls]
+            assert (budget.held, budget.waiting) == (0, 0)
+
+    asyncio.run(play())
+
+
+async def _three(message: bytes) -> AsyncIterator[bytes]:
+    for _ in range(3):
+        yield message
