@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -495,13 +495,14 @@ def line(problem: Problem, where: str, document: Document) -> str:
     return f"{where}: {problem}{f' (line {at})' if at else ''}"
 
 
-def examine(document: Document) -> tuple[Config | None, list[Problem]]:
-    """The configuration of a document, None when it is wrong; and all that is wrong with it."""
-    config, wrong = remainder(document)
+def examine(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
+    """The configuration of a document, None when it is wrong; and all that is wrong with it. `absent`: names of models
+    that were left out of it, which fallbacks may have."""
+    config, wrong = remainder(document, absent)
     return (None if wrong else config), wrong
 
 
-def remainder(document: Document) -> tuple[Config | None, list[Problem]]:
+def remainder(document: Document, absent: Collection[str] = ()) -> tuple[Config | None, list[Problem]]:
     """What is left of a document without its wrong keys, and all that is wrong with it.
 
     A wrong key hides what depends on its value, so it is taken out and the rest is looked at again. Of `models`, an
@@ -512,7 +513,7 @@ def remainder(document: Document) -> tuple[Config | None, list[Problem]]:
     taken: list[KeyPath] = []
     while data is not None and len(taken) < MOST_PROBLEMS:
         try:
-            return Config.model_validate(data, context={"absent": names_of(document.data)}), wrong
+            return Config.model_validate(data, context={"absent": {*absent, *names_of(document.data)}}), wrong
         except ValidationError as error:
             found = problems_of(error, Config)
         wrong += [one for one in found if not _follows(one, taken)]
@@ -556,10 +557,11 @@ def names_of(data: Any) -> set[str]:
     return found
 
 
-def with_models(config: Config, entries: Sequence[Mapping[str, Any]]) -> Config:
-    """The same with other models, checked whole. Raises CallError that names every wrong key by the model's name."""
+def with_models(config: Config, entries: Sequence[Mapping[str, Any]], absent: Collection[str] = ()) -> Config:
+    """The same with other models, checked whole. `absent` as for `examine`. Raises CallError that names every wrong key
+    by the model's name."""
     plain: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True, by_alias=True)
-    made, wrong = examine(Document(plain | {"models": [dict(entry) for entry in entries]}))
+    made, wrong = examine(Document(plain | {"models": [dict(entry) for entry in entries]}), absent)
     if made is None:
         names = [str(entry.get("name")) for entry in entries]
         told = [Violation(_by_name(problem.where, names), problem.text) for problem in wrong]
@@ -581,11 +583,17 @@ def entry_of(model: Model) -> dict[str, Any]:
 
 def load(path: Path) -> Config:
     """Read and check a file. Raises ConfigError."""
+    return parse(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises ConfigError."""
     try:
-        text = path.read_text()
+        return path.read_text()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse(text, str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def secret_files(config: Config) -> Mapping[str, Path]:

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_checks": {"config_engine", "config_problems"},
     "config_engine": {"config_problems"},
     "config_gateway": {"config_checks", "config_problems"},
+    "config_lenient": {"config", "config_problems", "config_yaml"},
     "config_problems": set(),
     "config_remainder": {"config_problems"},
     "config_tenants": {"api", "config_gateway", "config_problems", "tenancy"},
@@ -42,9 +43,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sim": {"api", "tenancy", "routing", "control", "link", "engine"},
     "gateway": {"api", "pb", "config", "config_gateway", "config_tenants", "tenancy", "routing", "rpc", "link"}
     | {"ledger", "observe", "config_yaml"},
-    "rayserve": {"api", "config", "config_engine", "config_gateway", "engine", "link", "control", "observe"},
+    "rayserve": {"api", "config", "config_engine", "config_gateway", "config_lenient", "engine", "link", "control"}
+    | {"observe"},
     "cli": {"api", "pb", "config", "gateway", "client", "link", "observe", "rayserve", "engine", "control"}
-    | {"tenancy", "ledger", "kube", "config_gateway", "config_problems", "config_tenants", "config_yaml"},
+    | {"tenancy", "ledger", "kube", "config_gateway", "config_lenient", "config_problems", "config_tenants"}
+    | {"config_yaml"},
 }
 PURE = ("tenancy", "routing", "control", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -12,6 +13,7 @@ import typer
 
 from cluster.cli.terminal import safe
 from cluster.config import Config, ConfigError, load
+from cluster.config_lenient import Lenient
 
 OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
 FileOption = Annotated[
@@ -29,6 +31,14 @@ def read_config(file: Path) -> Config:
     """The checked configuration; a wrong one ends the command with exit code 2."""
     try:
         return load(file)
+    except ConfigError as error:
+        fail(str(error), USAGE)
+
+
+def read_leniently(file: Path, lenient: Callable[[Path], Lenient]) -> Lenient:
+    """What a process starts with although some models are wrong; anything else that is ends it with exit code 2."""
+    try:
+        return lenient(file)
     except ConfigError as error:
         fail(str(error), USAGE)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +18,11 @@ import typer
 
 from cluster.api.private_files import make_private_folder
 from cluster.cli import pod_secrets, terminal
-from cluster.cli.basics import USAGE, FileOption, fail, read_config
+from cluster.cli.basics import USAGE, FileOption, fail, read_config, read_leniently
 from cluster.cli.processes import FolderOption, bound_link, run, stop_on_signal
 from cluster.config import Config, secret_files
 from cluster.config_gateway import ClientTls, Tls, is_loopback
+from cluster.config_lenient import Lenient, load_for_controller, load_for_gateway
 from cluster.kube.api import ACCOUNT, KubeLease
 from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps
@@ -39,18 +40,23 @@ CheckOption = Annotated[bool, typer.Option("--check", help="Only say whether con
 @app.command()
 def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", check: CheckOption = False) -> None:
     """Run one gateway."""
-    config = _read(file)
+    found = _read(file, check, load_for_gateway)
+    config = found.config
     _end_with(gateway_lacks(config), file, check)
     log.configure(config.observe.log_level, cluster=config.name, part="gateway")
     leave_no_core_dumps()
     link = bound_link(config)
+    from cluster.gateway.config_state import ConfigState
     from cluster.gateway.server import run_gateway
 
     def ready(_: dict[str, str]) -> None:
         garbage.settle()
 
     async def serve() -> None:
-        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=ready, probes=health, link=link)
+        state = ConfigState(file, found.problems)
+        await run_gateway(
+            config, folder=folder, stop=stop_on_signal(), ready=ready, probes=health, link=link, config_state=state
+        )
 
     run(serve())
 
@@ -66,7 +72,8 @@ def controller(
     check: CheckOption = False,
 ) -> None:
     """Run one controller. Replicas go on when it ends."""
-    config = _read(file)
+    found = _read(file, check, load_for_controller)
+    config = found.config
     _end_with(controller_lacks(config), file, check)
     log.configure(config.observe.log_level, cluster=config.name, part="controller")
     raise_descriptor_limit()
@@ -74,7 +81,7 @@ def controller(
 
     async def serve() -> None:
         async with probed(health):
-            await control(config, folder, lease, stop_on_signal())
+            await control(config, folder, lease, stop_on_signal(), found=found)
 
     run(serve())
 
@@ -97,16 +104,30 @@ def drain(
         fail(f"the Ray node has not ended within {timeout_s:g} s")
 
 
-async def control(config: Config, folder: Path, lease: str, stop: asyncio.Event, account: Path = ACCOUNT) -> None:
+async def control(
+    config: Config,
+    folder: Path,
+    lease: str,
+    stop: asyncio.Event,
+    account: Path = ACCOUNT,
+    *,
+    found: Lenient | None = None,
+) -> None:
     """Be the controller until `stop`; with the name of a Lease only while this pod holds it. `account` is where the
-    pod's service account lies. Raises ValueError outside a pod."""
+    pod's service account lies, `found` what was wrong in the file. Raises ValueError outside a pod."""
     from cluster.rayserve.controller import run_controller
 
     me = socket.gethostname()  # the pod's name
 
     async def act(until: asyncio.Event) -> None:
         await run_controller(
-            config, instance=me, ray_address=None, gateways=config.link.gateways, run_folder=folder, stop=until
+            config,
+            instance=me,
+            ray_address=None,
+            gateways=config.link.gateways,
+            run_folder=folder,
+            stop=until,
+            found=found,
         )
 
     if not lease:
@@ -146,11 +167,13 @@ async def probed(address: str) -> AsyncIterator[None]:
 # ---- what a pod lacks
 
 
-def _read(file: Path) -> Config:
-    config = read_config(file)
+def _read(file: Path, check: bool, lenient: Callable[[Path], Lenient]) -> Lenient:
+    """What a process starts with; where it is only to be checked, wrong models are refused too."""
+    found = Lenient(read_config(file)) if check else read_leniently(file, lenient)
+    config = found.config
     if config.gateway.processes != 1:
         fail(f"{file}: gateway.processes: a container holds one process: set 1, and more replicas", USAGE)
-    return config
+    return found
 
 
 def _end_with(lacks: Iterator[str], file: Path, check: bool) -> None:

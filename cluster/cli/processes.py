@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.api.private_files import make_private_folder
-from cluster.cli.basics import USAGE, FileOption, fail, read_config, write_whole
+from cluster.cli.basics import USAGE, FileOption, fail, read_config, read_leniently, write_whole
 from cluster.config import Config, cache_dir
+from cluster.config_lenient import load_for_controller, load_for_gateway
 from cluster.observe import garbage, log
 from cluster.observe.cores import leave_no_core_dumps
 from cluster.observe.descriptors import raise_descriptor_limit
@@ -42,7 +43,8 @@ def gateway(
     ] = 0,
 ) -> None:
     """Run one gateway process in the foreground."""
-    config = read_config(file)
+    found = read_leniently(file, load_for_gateway)
+    config = found.config
     if process >= config.gateway.processes:
         fail(f"--process {process}: gateway.processes is {config.gateway.processes}, and they count from 0", USAGE)
     if drain_s is not None:
@@ -50,6 +52,7 @@ def gateway(
     log.configure(config.observe.log_level, cluster=config.name, part=part_name(process))
     leave_no_core_dumps()
     link = bound_link(config, process)
+    from cluster.gateway.config_state import ConfigState
     from cluster.gateway.server import run_gateway
 
     def ready(endpoints: dict[str, str]) -> None:
@@ -58,7 +61,15 @@ def gateway(
             write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 
     async def serve() -> None:
-        await run_gateway(config, folder=folder, stop=stop_on_signal(), ready=ready, process=process, link=link)
+        await run_gateway(
+            config,
+            folder=folder,
+            stop=stop_on_signal(),
+            ready=ready,
+            process=process,
+            link=link,
+            config_state=ConfigState(file, found.problems),
+        )
 
     run(serve())
 
@@ -94,7 +105,8 @@ def controller(
     from cluster.observe.metrics import Metrics
     from cluster.rayserve.controller import run_controller
 
-    config = read_config(file)
+    found = read_leniently(file, load_for_controller)
+    config = found.config
     dial = tuple(gateways or config.link.gateways)
     if not dial:
         fail("link.gateways: empty, and no --gateway was given: there is nobody to dial", USAGE)
@@ -120,6 +132,7 @@ def controller(
                 stop=stop_on_signal(),
                 end_serve=ray_address is not None,
                 metrics=exported,
+                found=found,
             )
 
     make_private_folder(folder)

@@ -25,6 +25,7 @@ from cluster.config import Config, cache_dir
 from cluster.gateway.admin import CatalogAdmin, FleetAdmin, NoLedger
 from cluster.gateway.admin_door import AdminDoor
 from cluster.gateway.allowance import Allowances
+from cluster.gateway.config_state import ConfigState
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.door import OpenDoor
@@ -86,6 +87,7 @@ class Gateway:
         Raises ValueError for a file of secrets."""
         make_private_folder(folder)
         self.config = config
+        self.config_state = ConfigState()
         self._probes = probes
         self._probe_server: rpc.Server | None = None
         self._process = process
@@ -430,6 +432,7 @@ class Gateway:
                 0 if ledger.oldest_at_s is None else max(time.time() - ledger.oldest_at_s, 0),
             )
         yield "catalog_age_seconds", (), -1 if heard is None else time.monotonic() - heard
+        yield "config_valid", (), float(self.config_state.valid)
         yield "limits_degraded", (), float(self._limits.degraded)
         for tenant, limit, ratio in self.allowances.utilization():
             yield "limit_utilization_ratio", (tenant, limit), ratio
@@ -518,15 +521,20 @@ async def run_gateway(
     process: int = 0,
     probes: str = "",
     link: socket.socket | None = None,
+    config_state: ConfigState | None = None,
 ) -> None:
-    """Serve until `stop` is set, then drain. `ready` gets the bound endpoints by listener name."""
+    """Serve until `stop` is set, then drain. `ready` gets the bound endpoints by listener name. `config_state`: of the
+    file that `config` is from."""
     interpreter.hand_over_soon()
     gateway = Gateway(config, folder, process=process, probes=probes)
+    gateway.config_state = config_state or gateway.config_state
+    watching = asyncio.create_task(gateway.config_state.watch())
     try:
         await gateway.start(link)
         ready(gateway.endpoints)
         await stop.wait()
     finally:
+        watching.cancel()
         await gateway.stop(config.gateway.drain_timeout_s)
         if link is not None:
             link.close()  # where the start has failed before it was served

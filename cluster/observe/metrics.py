@@ -98,6 +98,9 @@ DEFINITIONS: Mapping[str, _Definition] = {
     "model_replicas": _Definition("gauge", "Workers linked to this gateway.", ("model",)),
     "model_replicas_desired": _Definition("gauge", "Replicas the controller wants.", ("model",)),
     "model_state": _Definition("gauge", "1 for the model's state.", ("model", "state")),
+    "config_valid": _Definition(
+        "gauge", "1 while the configuration file is right as it is now; 0 when a restart would refuse some of it.", ()
+    ),
     "catalog_age_seconds": _Definition("gauge", "Since the controller last spoke; -1 when never.", ()),
     "ledger_pending_records": _Definition("gauge", "Usage records that are not in the database yet.", ()),
     "ledger_lag_seconds": _Definition("gauge", "Age of the oldest of them.", ()),

@@ -22,6 +22,7 @@ from cluster.api.private_files import make_private_folder
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare, VersionTally
 from cluster.config import Config
 from cluster.config_gateway import Tls
+from cluster.config_lenient import Lenient
 from cluster.control import catalog, reconcile
 from cluster.control.canary import Tally, judge
 from cluster.control.catalog import Known, Reported
@@ -37,7 +38,9 @@ from cluster.observe.metrics import Metrics
 from cluster.rayserve import bundling, scaling
 from cluster.rayserve import desk as catalog_desk
 from cluster.rayserve.backend import Backend, ChildBackend, RayAway, Snapshot
+from cluster.rayserve.held import held_entry
 from cluster.rayserve.jobs import JobBackend
+from cluster.rayserve.last_good import held_names, with_last_good
 from cluster.rayserve.placement import capacity, why_unplaceable
 from cluster.rayserve.settings import ReplicaSettings
 from cluster.rayserve.several import SeveralRays
@@ -97,6 +100,8 @@ class Controller:
     _cold_starts_s: dict[str, float] = field(default_factory=dict)
     _retired_since_s: dict[str, float] = field(default_factory=dict)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _held: dict[str, ModelSpec] = field(default_factory=dict)
+    _hold_all: bool = False
     _away: str = ""
 
     def __repr__(self) -> str:
@@ -117,6 +122,13 @@ class Controller:
             for model, marks in self.marks.items()
             if (kept := {version: mark for version, mark in marks.items() if (model, version) in versions})
         }
+        self._changed.set()
+
+    def hold(self, models: Sequence[ModelSpec], everything: bool = False) -> None:
+        """Leave what runs of these models as it is, and tell it under these names; `everything`: of all models that are
+        not wanted."""
+        self._held = {one.name: one for one in models}
+        self._hold_all = everything
         self._changed.set()
 
     def wake(self) -> None:
@@ -152,16 +164,17 @@ class Controller:
         wanted = [
             one for model, them in self._wanted.items() for one in self._counted(them, parts[model], snapshot, fleet)
         ]
+        held = self._held_now(snapshot)
         plan = reconcile.reconcile(
             wanted,
-            snapshot.apps,
+            {app: seen for app, seen in snapshot.apps.items() if seen.model not in held},
             self.wall_s(),
             empty=self._empty(snapshot, fleet),
             frozen=self._frozen(),
             dropped={(model, part.version) for model, them in parts.items() for part in them if part.gone},
         )
         self._keep_retired(plan.retired)
-        self._tell(snapshot, fleet, wanted, parts, plan)
+        self._tell(snapshot, fleet, wanted, parts, plan, held)
         away = None
         for action in plan.actions:
             log.info("step", step=type(action).__name__, app=action.app, why=getattr(action, "why", ""))
@@ -350,8 +363,9 @@ class Controller:
         wanted: Sequence[reconcile.Wanted],
         parts: Mapping[str, Sequence[Share]],
         plan: reconcile.Plan,
+        held: Mapping[str, ModelSpec],
     ) -> None:
-        there = {seen.model for seen in snapshot.apps.values()}
+        there = {seen.model for seen in snapshot.apps.values()} - held.keys()
         leaving = {name: self._leaving.get(name) or ModelSpec(name, "") for name in there if name not in self._wanted}
         self._leaving = leaving
         now: dict[str, CatalogEntry] = {}
@@ -360,6 +374,9 @@ class Controller:
         for model, spec in leaving.items():
             share = (Share(spec.version, 0.0),)
             now[model] = self._entry(model, (), snapshot, fleet, (), share, plan.retired, spec)
+        for model, spec in held.items():
+            apps = [seen for seen in snapshot.apps.values() if seen.model == model]
+            now[model] = held_entry(spec, apps, [_reported(one) for one in fleet if one.model == model])
         told = {(name, share.version) for name, entry in now.items() for share in entry.versions}
         self._states = {key: state for key, state in self._states.items() if key in told}
         self._entries = {name: catalog.remember(self._entries.get(name), entry) for name, entry in now.items()}
@@ -368,6 +385,12 @@ class Controller:
             for name, entry in self._entries.items()
         }
         self.gateways.publish(self.entries())
+
+    def _held_now(self, snapshot: Snapshot) -> Mapping[str, ModelSpec]:
+        """The models that are to stay as they are, those included that run nowhere."""
+        there = {seen.model for seen in snapshot.apps.values()} if self._hold_all else set()
+        names = (self._held.keys() | there) - self._wanted.keys()
+        return {name: self._held.get(name) or ModelSpec(name, "") for name in names}
 
     def _entry(
         self,
@@ -540,12 +563,16 @@ async def run_controller(
     stop: asyncio.Event,
     end_serve: bool = False,
     metrics: Metrics | None = None,
+    found: Lenient | None = None,
 ) -> None:
     """Run until `stop`. `ray_address` is the local Ray's (its token in this environment), None for `config.ray`.
 
     `gateways` are the link addresses that controller and workers dial. `end_serve`: Serve, and so every replica, ends
-    with the controller, which is for a Ray of our own; else replicas go on without it.
+    with the controller, which is for a Ray of our own; else replicas go on without it. `found`: what was wrong in the
+    file that `config` is from.
     """
+    found = with_last_good(found or Lenient(config), run_folder)
+    config = found.config
     local = ray_address is not None
     backend = _backend(config, instance, ray_address, run_folder)
     bundles: dict[str, Bundle] = {}
@@ -558,6 +585,7 @@ async def run_controller(
     asked = scaling.AskedFile(run_folder / "scaling.json")
     scaler = Scaler(scaling.settings_of(config), time.monotonic(), asked.read())
     controller = Controller(backend, end, scaler=scaler, drain_timeout_s=config.gateway.drain_timeout_s)
+    controller.hold([ModelSpec(one.name, "", one.aliases, fallback=one.fallback) for one in found.held], found.all_held)
     if metrics is not None:
         counters = scaling.Counters(metrics)
         controller.on_look = lambda: counters.count(scaler)
@@ -575,6 +603,7 @@ async def run_controller(
         catalog_desk.KeptFile(run_folder / "catalog.json", instance if local else ""),
         lambda config: settings_of(config, gateways=gateways, local=local),
         by_file=not local,
+        held=held_names(found.held),
         on_want=builder.want,
     )
     controller.on_mark = desk.keep

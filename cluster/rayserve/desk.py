@@ -10,7 +10,7 @@ it must be possible at 3 a.m.; such marks end when the entry is changed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,11 +98,14 @@ class Desk:
         settings_of: Callable[[Config], Sequence[ReplicaSettings]],
         *,
         by_file: bool,
+        held: Collection[str] = (),
         on_want: Callable[[Sequence[ReplicaSettings]], None] = lambda settings: None,
     ) -> None:
         """`config`: as the file says. `settings_of`: what its models' replicas are started with. `by_file`: the file's
-        models are the file's alone. `on_want` is told of settings that are wanted anew."""
-        self._file_models = {model.name for model in config.models} if by_file else set()
+        models are the file's alone. `held`: names of models whose entries in the file are wrong. `on_want` is told of
+        settings that are wanted anew."""
+        self._file_models = {*(model.name for model in config.models), *held} if by_file else set()
+        self._held = frozenset(held)
         self._controller = controller
         self._file = file
         self._settings_of = settings_of
@@ -117,7 +120,7 @@ class Desk:
         own = [one for one in kept.models if one.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
         try:
-            return with_models(config, [*entries, *own])
+            return with_models(config, [*entries, *own], self._held)
         except CallError as error:  # of another release, or the file has changed under it
             log.warning("kept_catalog_refused", reason=error.message)
             return config
@@ -137,7 +140,7 @@ class Desk:
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
         """See CatalogDesk."""
         now = {model.name: entry_of(model) for model in self.config.models}
-        made = with_models(self.config, layers.applied(list(now.values()), entries, prune=prune))
+        made = with_models(self.config, layers.applied(list(now.values()), entries, prune=prune), self._held)
         then = {model.name: entry_of(model) for model in made.models}
         changes = layers.changes(now, then, self._restarts(made))
         own = [one.model for one in changes if one.model in self._file_models]
@@ -189,7 +192,7 @@ class Desk:
         entries = [
             layers.promoted(entry_of(one)) if one.name == model.name else entry_of(one) for one in self.config.models
         ]
-        self._become(with_models(self.config, entries))
+        self._become(with_models(self.config, entries, self._held))
         return self._controller.preview(model.name)
 
     def roll_back(self, name: str, reason: str) -> CatalogEntry:

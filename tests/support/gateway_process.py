@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +24,21 @@ class GatewayProcess:
     pid: int
     link: str
     stub: Any
+    endpoints: Mapping[str, str]
 
 
 @asynccontextmanager
-async def gateway_process(folder: Path) -> AsyncIterator[GatewayProcess]:
-    """Started on loopback, with its files in and beside `folder`; killed at the end."""
+async def gateway_process(folder: Path, text: str = LOOPBACK) -> AsyncIterator[GatewayProcess]:
+    """Started on loopback with this configuration, its files in and beside `folder`; killed at the end."""
     config, ready = folder.with_suffix(".yaml"), folder.with_suffix(".json")
-    config.write_text(LOOPBACK)
+    config.write_text(text)
     arguments = ["-f", str(config), "--folder", str(folder), "--ready-file", str(ready)]
     process = await asyncio.create_subprocess_exec(sys.executable, "-m", "cluster.cli.main", "gateway", *arguments)
     try:
         await until(ready.exists, "the other gateway serves", 60)
         endpoints = json.loads(ready.read_text())["endpoints"]
         async with grpc.aio.insecure_channel(endpoints["grpc"]) as channel:
-            yield GatewayProcess(process.pid, endpoints["link"], pb_grpc.InferenceStub(channel))
+            yield GatewayProcess(process.pid, endpoints["link"], pb_grpc.InferenceStub(channel), endpoints)
     finally:
         if process.returncode is None:
             process.kill()

@@ -1,0 +1,59 @@
+"""A gateway whose file has wrong models: it serves its last catalog, says so, and sees when a file becomes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.request
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import CatalogEntry, ModelState
+from cluster.gateway.config_state import ConfigState
+from cluster.gateway.directory import Directory
+from cluster.v1 import inference_pb2 as pb
+from tests.support.cluster import LOOPBACK, until
+from tests.support.gateway_process import gateway_process
+
+WRONG = LOOPBACK + '  - {name: sim, source: "sim:///elsewhere"}\n'
+
+
+async def no_bundle(_: str) -> object:
+    """Nothing is fetched here."""
+    raise LookupError
+
+
+@pytest.mark.slow
+async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Path) -> None:
+    """Each gateway that restarted on such a file ended: the fleet was gone within days of the change."""
+    folder = tmp_path / "gateway"
+    Directory(folder, no_bundle).catalog([CatalogEntry("m", ("default",), state=ModelState.READY)])  # type: ignore[arg-type]
+    async with gateway_process(folder, WRONG) as process:
+        answer = await process.stub.ListModels(pb.ListModelsRequest(), timeout=10)
+        assert [(one.name, list(one.aliases)) for one in answer.models] == [("m", ["default"])]
+        url = f"http://{process.endpoints['metrics']}/metrics"
+        page = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=10).read().decode())
+        (line,) = (one for one in page.splitlines() if one.startswith("headrace_config_valid{"))
+        assert line.endswith(" 0.0")
+
+
+def seen(state: ConfigState, valid: bool) -> bool:
+    """Whether the file's state is known."""
+    return state.valid is valid
+
+
+async def test_a_file_that_becomes_wrong_is_seen_before_a_restart(tmp_path: Path) -> None:
+    """And one that is mended; an alarm that waits for a restart comes when a gateway is already gone."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text(LOOPBACK)
+    state = ConfigState(file, look_s=0.01)
+    watching = asyncio.create_task(state.watch())
+    try:
+        assert state.valid
+        for text, valid in ((WRONG, False), (LOOPBACK, True), ("gateway: [", False)):
+            (draft := tmp_path / "new").write_text(text)
+            draft.replace(file)
+            await until(partial(seen, state, valid), "the change is seen", 10)
+    finally:
+        watching.cancel()

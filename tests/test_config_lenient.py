@@ -1,0 +1,105 @@
+"""A file whose models are partly wrong: what a restarted gateway or controller goes on with."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import ConfigError
+from cluster.config_lenient import HeldModel, for_controller, for_gateway
+
+HEAD = "api_version: headrace/v1\nname: c\n"
+GOOD = "{name: good, source: hf://o/m, aliases: [default], fallback: [bad]}"
+WRONG_ENTRIES = [
+    "{name: bad, source: hf://o/m, aliases: [b], replicas: {min: 4, max: 2}}",
+    "{name: bad, source: hf://o/m, aliases: [b], engine: {sed: 1}}",
+    "{name: bad, source: nope://o/m, aliases: [b]}",
+    "{name: bad, aliases: [b]}",
+    "{name: bad, source: hf://o/m, aliases: [b], fallback: [nobody]}",
+    "{name: bad, source: hf://o/m, aliases: [b], dtype: auto, dtype: float16}",
+    "{name: bad, source: hf://o/m, aliases: [b], load_format: pt}",
+]
+WRONG_SECTIONS = ["models: 3", "models: {a: b}", "{}", f"models: [{GOOD}]\nmodels: []"]
+
+
+@pytest.mark.parametrize("wrong", WRONG_ENTRIES)
+def test_a_wrong_entry_takes_no_other_along(wrong: str) -> None:
+    """One typing error must not end the controller, nor delete its own model, nor any other."""
+    found = for_controller(f"{HEAD}models: [{GOOD}, {wrong}]")
+    assert [model.name for model in found.config.models] == ["good"]
+    assert (found.held[0].name, found.held[0].aliases, found.all_held) == ("bad", ("b",), False)
+    assert any("models[1]" in one for one in found.problems)
+
+
+def test_of_two_with_one_name_neither_is_taken() -> None:
+    """Which of them is meant, nobody can tell: taking one could replace what runs by what was never wanted."""
+    entries = [f"{{name: {name}, source: hf://o/{at}}}" for at, name in enumerate("xxy")]
+    found = for_controller(f"{HEAD}models: [{', '.join(entries)}]")
+    assert [model.name for model in found.config.models] == ["y"]
+    assert found.held == (HeldModel("x"),)
+
+
+def test_an_alias_of_two_models_stays_with_one() -> None:
+    """The gateways' names must stay clear also while both are held."""
+    found = for_controller(HEAD + "models: [{name: x, source: s, aliases: [d]}, {name: y, source: s, aliases: [d, e]}]")
+    assert found.config.models == ()
+    assert found.held == (HeldModel("x", ("d",)), HeldModel("y", ("e",)))
+
+
+@pytest.mark.parametrize("section", WRONG_SECTIONS)
+def test_a_section_that_is_none_holds_everything(section: str) -> None:
+    """Where no entry can be told apart, a controller that took it as empty would delete every model."""
+    found = for_controller(f"{HEAD}{'' if section == '{}' else section}\n")
+    assert (found.config.models, found.all_held) == ((), True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEAD + "gateway: {listen: {http: nowhere}}\nmodels: 3\n",
+        HEAD + "gateway: {drain_timeout_s: 5m}\nmodels: []\n",
+        HEAD + "observe: {log_level: info}\nobserve: {log_level: info}\nmodels: []\n",
+        HEAD + "models: [",
+        "name: c\nmodels: []\n",
+    ],
+)
+def test_what_is_wrong_elsewhere_still_ends_a_start(text: str) -> None:
+    """A gateway without its listeners, limits or secrets as they are meant must not serve."""
+    for lenient in (for_gateway, for_controller):
+        with pytest.raises(ConfigError):
+            lenient(text)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        *(f"models: [{GOOD}, {wrong}]" for wrong in WRONG_ENTRIES),
+        *WRONG_SECTIONS,
+        "models: []\nweights: {allow: {sorces: []}}",
+        "models: []\nray: [{name: B}]",
+        "models: 3\nray: 3\nweights: 3",
+    ],
+)
+def test_a_gateway_starts_without_what_it_does_not_read(sections: str) -> None:
+    """A gateway learns of models elsewhere; ending for them would end the fleet, one restart at a time."""
+    found = for_gateway(f"{HEAD}{'' if sections == '{}' else sections}\n")
+    assert found.problems
+    assert found.config.gateway.listen.grpc == "127.0.0.1:50051"
+
+
+def test_a_gateway_with_a_ray_of_its_own_still_needs_the_shared_secret() -> None:
+    """Left out for a wrong `ray`, the rule would let each gateway make a secret of its own."""
+    with pytest.raises(ConfigError, match="cluster_secret_file"):
+        for_gateway(HEAD + "auth: {api_keys: {}}\nray: [{name: B, dashboard_url: 'http://x'}]\nmodels: []\n")
+
+
+@given(wrong=st.lists(st.sampled_from(WRONG_ENTRIES), min_size=1, max_size=3), at=st.integers(0, 3))
+def test_the_right_entries_are_always_all_taken(wrong: list[str], at: int) -> None:
+    """However many entries are wrong, and wherever they stand."""
+    named = [one.replace("name: bad", f"name: bad{i}").replace("[b]", f"[b{i}]") for i, one in enumerate(wrong)]
+    right = [f"{{name: m{i}, source: hf://o/m}}" for i in range(3)]
+    entries = [*right[:at], *named, *right[at:]]
+    found = for_controller(f"{HEAD}models: [{', '.join(entries)}]")
+    assert {model.name for model in found.config.models} == {"m0", "m1", "m2"}
+    assert {one.name for one in found.held} == {f"bad{i}" for i in range(len(wrong))}
