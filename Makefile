@@ -27,7 +27,9 @@ demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/2]"
 	@PYTHONPATH=. $(VENV)/python scripts/demo_failover.py
 
-test: setup ## all tests, those with the real engine included
+test: ## all tests, those with the real engine included (NO_INSTALL=1: install nothing that they need)
+	@python="$(python)" && [ -n "$$python" ] && PYTHONPATH=. "$$python" -m tests.support.machine
+	@$(MAKE) --no-print-directory setup
 	$(VENV)/python -m pytest $(ARGS)
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
 
 import pytest
 from hypothesis import settings
@@ -14,21 +15,26 @@ settings.register_profile("patient", deadline=None)  # how long an example takes
 settings.load_profile("patient")
 
 _SKIPPED: dict[str, str] = {}
+SHOWN = 1
+"""Names of tests with one reason to skip; pytest's own summary has the others."""
+
+
+NAMESPACES = ("ip", "namespaces")
+"""What tests marked `root` need."""
 
 
 @functools.cache
-def _namespaces_missing() -> str:
-    """Why tests marked `root` cannot run here, with the remedy; empty when they can."""
-    for finding in (doctor.check_ip(), doctor.check_namespaces()):
-        if finding.missing:
-            return f"{finding.name}: {finding.missing}; {finding.remedy}"
-    return ""
+def _lack(name: str) -> str:
+    """Why what the doctor calls so cannot be used here, with the line that helps; empty when it can."""
+    return doctor.lack(name)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a right or a tool that this machine lacks."""
-    if item.get_closest_marker("root") and (lack := _namespaces_missing()):
-        pytest.skip(lack)
+    """Skip what needs a right or a tool that this machine lacks (markers `root` and `needs`)."""
+    names = [name for mark in item.iter_markers("needs") for name in mark.args]
+    for name in (*(NAMESPACES if item.get_closest_marker("root") else ()), *names):
+        if lack := _lack(name):
+            pytest.skip(lack)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -39,10 +45,26 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
-    """Name the skipped tests after pytest's own closing line."""
+    """Count the skipped tests by reason after pytest's own closing line, and name them in the last one."""
     try:
         yield
     finally:
         terminal = session.config.pluginmanager.get_plugin("terminalreporter")
         if _SKIPPED and terminal is not None:
-            terminal.write_line("skipped: " + ", ".join(f"{name} ({reason})" for name, reason in _SKIPPED.items()))
+            for line in _summary(_SKIPPED):
+                terminal.write_line(line)
+
+
+def _summary(skipped: Mapping[str, str]) -> Iterator[str]:
+    """Skipped tests by reason, the most frequent first, and then all by name."""
+    reasons = Counter(skipped.values())
+    yield f"{len(skipped)} {'test was' if len(skipped) == 1 else 'tests were'} skipped:"
+    yield from (f"{count:5}  {reason}" for reason, count in reasons.most_common())
+    named = (f"{some} ({reason})" for reason in reasons if (some := _some(skipped, reason)))
+    yield "skipped: " + ", ".join(named)
+
+
+def _some(skipped: Mapping[str, str], reason: str) -> str:
+    names = [name for name, why in skipped.items() if why == reason]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MIN_MEMORY_BYTES = 8 * 1000**3
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
 MIN_SHM_BYTES = 1 * 1000**3
+SETUP = "make setup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,7 @@ def check_environment() -> Finding:
         return Finding("environment", needed_for="everything", found="installed package")
     if (ROOT / ".venv" / "bin" / "headrace").exists():
         return Finding("environment", needed_for="everything", found=".venv")
-    return Finding("environment", "no .venv", "make setup", "everything")
+    return Finding("environment", "no .venv", SETUP, "everything")
 
 
 def check_ip() -> Finding:
@@ -201,7 +202,7 @@ CHECKS: Sequence[Callable[[], Finding]] = (
     check_processor,
     lambda: _tool("git", "a clone", "apt-get install -y git", "git"),
     lambda: _tool("make", "make demo, make test", "apt-get install -y make", "make"),
-    lambda: _tool("buf", "make check", "make setup (it brings buf)"),
+    lambda: _tool("buf", "make check", f"{SETUP} (it brings buf)"),
     check_ip,
     check_ping,
     check_namespaces,
@@ -210,6 +211,15 @@ CHECKS: Sequence[Callable[[], Finding]] = (
     check_promtool,
     check_amtool,
 )
+
+
+def lack(name: str) -> str:
+    """What is missing of one thing and the line that helps, in one sentence; empty when it is there."""
+    for check in CHECKS:
+        finding = check()
+        if finding.name == name:
+            return f"{name}: {finding.missing}; {finding.remedy}" if finding.missing else ""
+    raise KeyError(name)
 
 
 def examine() -> list[Finding]:

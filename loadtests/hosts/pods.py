@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import glob
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ from loadtests.hosts.rendered import DOMAIN, HOST_OF_THE_POD, Names, Spec
 
 SANDBOX = Path(__file__).parent / "sandbox.sh"
 PATH = f"{Path(sys.prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+POSTGRESQL = "/usr/lib/postgresql/*/bin"
+"""Where Debian keeps PostgreSQL's programs, which images have on PATH."""
 JOIN = 'echo 0 > "$1/cgroup.procs"; shift; exec "$@"'
 """0 is whoever writes it."""
 LAST = 10
@@ -230,7 +233,7 @@ class Kubelet:
         (home / "root").mkdir(parents=True, exist_ok=True)
         mounts = [f"{m.path}|{m.source or ''}|{'ro' if m.read_only else 'rw'}|{_size(m.size)}" for m in spec.mounts]
         own = {k: pod.place.host if v == HOST_OF_THE_POD else v for k, v in spec.environment.items()}
-        environment = {"PATH": PATH, "LANG": "C.UTF-8", **self.environment, **own}
+        environment = {"PATH": search_path(), "LANG": "C.UTF-8", **self.environment, **own}
         if self.account is not None and spec.component == "controller":
             mounts.append(f"/var/run/secrets/kubernetes.io/serviceaccount|{self.account}|ro|")
         nested = sorted(mounts, key=lambda line: line.split("|")[0].count("/"))
@@ -274,10 +277,17 @@ async def _serves(channel: grpc.aio.Channel, service: str) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
+def search_path() -> str:
+    """PATH in pods."""
+    return ":".join([PATH, *sorted(glob.glob(POSTGRESQL), reverse=True)[:1]])
+
+
 def programs() -> Sequence[str]:
     """Folders that the images would hold: this project, its environment, and the Python below it."""
     found: list[Path] = []
-    for folder in sorted({ROOT, Path(sys.prefix), Path(sys.base_prefix)}, key=lambda path: len(path.parts)):
+    for folder in sorted(
+        {ROOT, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}, key=lambda path: len(path.parts)
+    ):
         if not any(folder.is_relative_to(other) for other in (*found, Path("/usr"))):
             found.append(folder)
     return [os.fspath(folder) for folder in found]

@@ -121,6 +121,7 @@ def make_secrets() -> list[Object]:
     return [one for one in yaml.safe_load_all(done.stdout) if one]
 
 
+VALKEY = "valkey-server"
 HOST_OF_THE_POD = "<spec.nodeName>"
 """In an environment: the pod's host, once it has one."""
 
@@ -144,6 +145,8 @@ class Containers:
         spec = self._container(pod, template, container, claims)
         if not spec.command:
             spec = _entry_point(spec)
+        if spec.command[0] == VALKEY and shutil.which(VALKEY) is None:  # Redis will do
+            spec = dataclasses.replace(spec, command=("redis-server", *spec.command[1:]))
         return spec
 
     def ray(self, cluster: str, group: str = "", ordinal: int = 0) -> Spec:

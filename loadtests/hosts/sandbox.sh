@@ -5,6 +5,7 @@ set -euo pipefail
 pod=$1
 shift
 root=$pod/root
+umask 022
 ulimit -n 1048576 2>/dev/null || true  # as a container runtime's
 hostname "$(cat "$pod/hostname")"
 mount --make-rprivate /
@@ -15,10 +16,6 @@ for name in bin sbin lib lib32 lib64 libx32 usr; do
     if [ -L "/$name" ]; then cp -P "/$name" "$root/$name"
     elif [ -d "/$name" ]; then mkdir -p "$root/$name"; mount --rbind "/$name" "$root/$name"; fi
 done
-while read -r folder; do
-    mkdir -p "$root$folder"
-    mount --rbind "$folder" "$root$folder"
-done < "$pod/programs"
 for file in passwd group nsswitch.conf alternatives protocols services ld.so.cache; do
     if [ -e "/etc/$file" ]; then cp -a "/etc/$file" "$root/etc/$file"; fi
 done
@@ -38,6 +35,17 @@ while IFS='|' read -r path source mode size; do
         if [ "$mode" = ro ]; then mount -o remount,bind,ro "$root$path"; fi
     fi
 done < "$pod/mounts"
+# After the volumes: a checkout below /tmp lies inside of one. A folder that only its owner may enter, as `mktemp -d`
+# makes them, is bound entry by entry, since pods have users of their own.
+while read -r folder; do
+    mkdir -p "$root$folder"
+    if [ $(($(stat -c '0%a' "$folder") & 5)) = 5 ]; then mount --rbind "$folder" "$root$folder"; continue; fi
+    for entry in "$folder"/* "$folder"/.[!.]*; do
+        if [ -L "$entry" ]; then cp -P "$entry" "$root$entry"
+        elif [ -d "$entry" ]; then mkdir -p "$root$entry"; mount --rbind "$entry" "$root$entry"
+        elif [ -f "$entry" ]; then : > "$root$entry"; mount --bind "$entry" "$root$entry"; fi
+    done
+done < "$pod/programs"
 mapfile -d '' -t environment < "$pod/environment"
 mount -o remount,bind,ro "$root"
 exec chroot "$root" setpriv --reuid "$user" --regid "$group" --clear-groups --no-new-privs --inh-caps=-all \

@@ -42,8 +42,7 @@ class Server:
     async def start(self) -> None:
         """Until it answers."""
         if SERVER is None:
-            lack = doctor.check_valkey()
-            pytest.skip(f"{lack.name}: {lack.missing}; {lack.remedy}")
+            pytest.skip(doctor.lack("valkey-server"))
         words = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
         self._process = await asyncio.create_subprocess_exec(
             SERVER, *words, cwd=self._folder, stdout=asyncio.subprocess.DEVNULL

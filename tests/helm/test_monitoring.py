@@ -14,7 +14,7 @@ import yaml
 
 from cluster.api.outcomes import Outcome
 from cluster.api.types import ModelState
-from cluster.cli.doctor import find_tool
+from cluster.cli import doctor
 from cluster.observe.metrics import DEFINITIONS
 from tests.support import helm
 from tests.support.helm import ROOT
@@ -28,9 +28,10 @@ SCRAPED = {"cluster", "instance", "job", "pod", "namespace", "le", "ray_cluster"
 
 def program(name: str) -> str:
     """Its path."""
-    found = find_tool(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed: `make doctor` names its package")
+    if lack := doctor.lack(name):
+        pytest.skip(lack)
+    found = doctor.find_tool(name)
+    assert found is not None
     return found
 
 

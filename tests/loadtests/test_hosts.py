@@ -145,6 +145,7 @@ def left_of(pid: int) -> list[str]:
 
 
 @pytest.mark.root
+@pytest.mark.needs("ping")
 @pytest.mark.slow
 def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
     """Two on a host reach one another while it is cut off, nobody reaches this machine's world, all is removed."""
@@ -169,6 +170,7 @@ def test_a_host_is_cut_off_and_healed_and_nothing_leads_out_or_stays() -> None:
 
 
 @pytest.mark.root
+@pytest.mark.needs("valkey-server", "postgresql")
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(300)
@@ -201,7 +203,7 @@ def test_pods_share_processors_by_process(last: bool) -> None:
     """What the kernel says of the cgroup's weight, who is in it and how nice; nothing is left of it."""
     with cgroup() as path:
         if path is None:
-            pytest.skip("nobody may make groups of the cpu controller here")
+            pytest.skip("no groups of the cpu controller; run the tests as root, with a writable /sys/fs/cgroup")
         weights = [int(file.read_text()) for name in ("cpu.shares", "cpu.weight") if (file := path / name).exists()]
         assert weights in ([1024], [100])
         process = subprocess.Popen(joined(["sleep", "60"], path, last=last))

@@ -127,8 +127,7 @@ def running() -> Iterator[PostgresServer]:
     """A server for the duration of the context; the test is skipped by name where PostgreSQL is not installed."""
     programs = binaries()
     if programs is None:
-        lack = doctor.check_postgresql()
-        pytest.skip(f"{lack.name}: {lack.missing}; {lack.remedy}")
+        pytest.skip(doctor.lack("postgresql"))
     server = PostgresServer(programs)
     try:
         server.start()

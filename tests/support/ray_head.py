@@ -73,8 +73,7 @@ class HeadAndNode:
         """An empty one. Skips the test where there is no Valkey."""
         server = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
         if server is None:
-            lack = doctor.check_valkey()
-            pytest.skip(f"{lack.name}: {lack.missing}; {lack.remedy}")
+            pytest.skip(doctor.lack("valkey-server"))
         self._valkey_port = self._valkey_port or free_ports(1)[0]
         words = ["--port", str(self._valkey_port), "--bind", self.net.address, "--protected-mode", "no"]
         words += ["--save", "", "--appendonly", "no"]

@@ -1,0 +1,116 @@
+"""Say what this machine lacks for the tests, and install it where that is possible and wanted: how `make test` begins.
+
+Root on Debian is asked on a terminal, and not asked where CI is set. NO_INSTALL=1 forbids it. Without a terminal,
+without root or on another system nothing is installed: the tests concerned are skipped, each with the line that helps.
+Standard library only: it runs before the environment is made.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from cluster.cli import doctor
+
+OTHER_PACKAGES = {"valkey-server": "redis-server"}
+"""What older Debian releases have in place of a package."""
+APT = ("apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120")
+
+
+class Way(enum.Enum):
+    """What is done about missing packages; the value is what is said."""
+
+    INSTALL = "installing them"
+    ASK = "install them now?"
+    FORBIDDEN = "not installed, since NO_INSTALL is set"
+    NO_TERMINAL = "not installed, since there is no terminal to ask on; CI=1 installs without asking"
+    NOT_ROOT = "not installed: that takes root"
+    NOT_DEBIAN = "not installed: this is no Debian"
+
+
+def way(*, root: bool, debian: bool, ci: bool, forbidden: bool, terminal: bool) -> Way:
+    """What is done about missing packages."""
+    if forbidden:
+        return Way.FORBIDDEN
+    if not debian:
+        return Way.NOT_DEBIAN
+    if not root:
+        return Way.NOT_ROOT
+    if ci:
+        return Way.INSTALL
+    return Way.ASK if terminal else Way.NO_TERMINAL
+
+
+def packages(findings: Sequence[doctor.Finding]) -> list[str]:
+    """Debian packages of what is missing."""
+    return sorted({one.apt for one in findings if one.missing and one.apt})
+
+
+def install(wanted: Sequence[str]) -> None:
+    """With apt-get: all at once, and where that fails one by one, so that one that cannot be had costs no other."""
+    _apt("update")
+    if _apt("install", "-y", "--no-install-recommends", *wanted):
+        return
+    for name in wanted:
+        names = [one for one in (name, OTHER_PACKAGES.get(name)) if one is not None]
+        if not any(_apt("install", "-y", "--no-install-recommends", one) for one in names):
+            print(f"test: apt-get cannot install {' or '.join(names)}", flush=True)
+
+
+def _apt(*arguments: str) -> bool:
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    done = subprocess.run(
+        [*APT, *arguments], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        print("".join(f"test: {line}\n" for line in done.stderr.strip().splitlines()[-5:]), end="", flush=True)
+    return done.returncode == 0
+
+
+def agreed() -> bool:
+    """What the person at the terminal answers; nothing is yes."""
+    try:
+        return input(f"test: {Way.ASK.value} [Y/n] ").strip().lower() in ("", "y", "yes")
+    except EOFError:
+        return False
+
+
+def found_way() -> Way:
+    """What is done about missing packages here."""
+    return way(
+        root=os.geteuid() == 0,
+        debian=os.path.exists("/etc/debian_version") and shutil.which("apt-get") is not None,
+        ci=os.environ.get("CI", "") not in ("", "0", "false"),
+        forbidden=os.environ.get("NO_INSTALL", "") not in ("", "0"),
+        terminal=sys.stdin.isatty() and sys.stdout.isatty(),
+    )
+
+
+def main() -> int:
+    """Say, ask and install; never a reason for the tests not to run. What `make setup` brings comes after this."""
+    lacking = [one for one in doctor.examine() if one.missing and not one.remedy.startswith(doctor.SETUP)]
+    if not lacking:
+        print("test: this machine has all that the tests need")
+        return 0
+    print("test: this machine lacks, and skips what needs it:")
+    for one in lacking:
+        print(f"test:   {one.name} ({one.missing}), for {one.needed_for}: {one.remedy}")
+    wanted = packages(lacking)
+    if wanted:
+        chosen = found_way()
+        line = f"apt-get install -y {' '.join(wanted)}"
+        print(f"test: {line}", flush=True)
+        if chosen is Way.INSTALL or (chosen is Way.ASK and agreed()):
+            print(f"test: {Way.INSTALL.value}", flush=True)
+            install(wanted)
+        elif chosen is not Way.ASK:
+            print(f"test: {chosen.value}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
