@@ -97,7 +97,7 @@ its types of GPU. Nothing is known of a cluster that this release does not make.
 {{- /* Files that `config` names lie in volumes that the pods which read them mount. */ -}}
 {{- define "headrace.checkFiles" -}}
 {{- $config := .Values.config }}
-{{- $gateway := list "/tls/*" "/link/*" "/secrets/cluster" "/secrets/key-pepper" }}
+{{- $gateway := list "/tls/*" "/link/*" "/revoked/*" "/secrets/cluster" "/secrets/key-pepper" }}
 {{- range .Values.gateway.extraVolumeMounts }}{{ $gateway = append $gateway (printf "%s/*" (trimSuffix "/" .mountPath)) }}{{ end }}
 {{- range .Values.gateway.extraVolumeMounts }}{{ if .subPath }}{{ $gateway = append $gateway .mountPath }}{{ end }}{{ end }}
 {{- $files := list }}
