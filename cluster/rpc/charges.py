@@ -1,7 +1,7 @@
 """What the frames of one client cost it: token buckets for resets, frames that carry nothing, and header fields.
 
 A unit is one reset or refused call. Frames that carry nothing (WINDOW_UPDATE, PING, PRIORITY, empty DATA, unknown ones
-and so on) cost a tenth of it, unless what was sent to the client justifies them: a client that reads a stream sends
+and so on) cost a fifth of it, unless what was sent to the client justifies them: a client that reads a stream sends
 WINDOW_UPDATEs, and pings that measure the round trip, in proportion to what it receives.
 """
 
@@ -11,7 +11,7 @@ from typing import Final
 
 from cluster.rpc.limits import Limits
 
-LIGHT: Final = 0.1
+LIGHT: Final = 0.2
 """Cost of a frame that carries nothing."""
 BYTES_PER_FRAME: Final = 4
 """Payload sent to the client that justifies one frame of it: a token of 12 bytes or more justifies an update of both
@@ -19,6 +19,8 @@ windows and a ping. Sending single bytes, which a client can enforce by windows 
 MOST_EARNED: Final = 500_000
 STREAMS_PER_UNIT: Final = 64
 """A SETTINGS frame is applied to every stream: so many of them cost a unit."""
+WRONG: Final = 2.0
+"""Cost of a call that the client made fail: no valid request, or a reset that the server had to send."""
 STRANGER: Final = 0.1
 """A connection without an admitted call has this part of the bucket."""
 

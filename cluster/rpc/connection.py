@@ -18,7 +18,7 @@ from h2.settings import SettingCodes
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
 from cluster.rpc import frames
-from cluster.rpc.charges import STREAMS_PER_UNIT, Charges
+from cluster.rpc.charges import STREAMS_PER_UNIT, WRONG, Charges
 from cluster.rpc.ended import EndedStreams
 from cluster.rpc.frame_reader import FrameReader
 from cluster.rpc.http2_state import Http2State
@@ -396,7 +396,7 @@ class Connection(asyncio.BufferedProtocol):
             self._remove(call)
             call.close()
         self.h2.drop_closed(event.stream_id)
-        self.charge_refusal()
+        self.charge_refusal(1.0 if event.remote_reset else WRONG)
         self._server.left()
 
     def _window(self, event: events.WindowUpdated) -> None:
@@ -469,15 +469,15 @@ class Connection(asyncio.BufferedProtocol):
             h2.increment_flow_control_window(more)
         self.out_of_h2()
 
-    def charge_refusal(self) -> None:
+    def charge_refusal(self, units: float = 1.0) -> None:
         """A call was refused or reset."""
-        if not self._charges.heavy(1, self.loop.time()) and not self._closing:
+        if not self._charges.heavy(units, self.loop.time()) and not self._closing:
             self._cut("too many resets or refused calls")
 
     def end_early(self, call: Rpc, error: BadMessage) -> None:
         """What a client has sent is no message, too large or too slow."""
         self._server.bad_message(call, error)
-        self.charge_refusal()
+        self.charge_refusal(WRONG)
 
     def _cut(self, reason: str) -> None:
         self._server.note("connection_cut", self, reason)
@@ -595,7 +595,7 @@ class Connection(asyncio.BufferedProtocol):
         self._header_bytes -= call.header_bytes
         if call.admitted and call.tenant is None:
             self._unnamed_calls -= 1
-        if not self.calls:
+        if not self.calls and (call.admitted or self._served):  # refusals keep no stranger's connection
             self._idle_since = self.loop.time()
         return True
 

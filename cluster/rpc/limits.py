@@ -45,7 +45,7 @@ class Limits:
     resets_per_s: float = 1000.0
     resets_burst: float = 5000.0
     """Resets and refused calls of a connection, as a token bucket: beyond it the connection ends (rapid reset). Other
-    frames that carry nothing count a tenth. A connection without an admitted call has a tenth of both."""
+    frames that carry nothing count a fifth. A connection without an admitted call has a tenth of both."""
     max_unsent_bytes: int = 64 << 20
     age_s: float = 0.0
     """Then the client is asked to open another connection; 0: never."""

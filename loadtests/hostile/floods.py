@@ -1,0 +1,116 @@
+"""Floods of each kind of frame, by a stranger and by a tenant: whether the connection is cut, and at what cost."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+
+from hyperframe.frame import (
+    ContinuationFrame,
+    DataFrame,
+    Frame,
+    HeadersFrame,
+    PingFrame,
+    PriorityFrame,
+    RstStreamFrame,
+    SettingsFrame,
+    WindowUpdateFrame,
+)
+
+from loadtests.figures import Bound, Figure
+from loadtests.hostile.attacker import Attacker
+from loadtests.hostile.ports import ATTACKER, Attacked, attacked
+from loadtests.scenarios.common import Stage
+from loadtests.scenarios.hostile import exact
+
+ROW = "kinds of frame floods not cut within 1 s of the gateway's CPU"
+ROWS: Mapping[str, Bound] = {ROW: Bound("<=", 0)}
+CPU_S, WALL_S, WRITE_BYTES = 1.0, 15.0, 65_536
+RUNNING, ENDED = 1001, 3
+"""Streams in the frames below: a call of a tenant's that runs, and one that has ended."""
+
+
+def repeated(frame: Frame | bytes) -> Callable[[Attacker], bytes]:
+    """The same frame again and again."""
+    data = frame if isinstance(frame, bytes) else frame.serialize()
+    return lambda attacker: data * (WRITE_BYTES // len(data) + 1)
+
+
+def calls(make: Callable[[Attacker], bytes], count: int = 300) -> Callable[[Attacker], bytes]:
+    """New calls."""
+    return lambda attacker: b"".join(make(attacker) for _ in range(count))
+
+
+def reset(attacker: Attacker) -> bytes:
+    """A call that is opened and reset (rapid reset)."""
+    return attacker.open("Chat") + RstStreamFrame(attacker.last).serialize()
+
+
+def made_to_reset(attacker: Attacker) -> bytes:
+    """A call that the server must reset (MadeYouReset)."""
+    return attacker.open("Chat", end=True) + WindowUpdateFrame(attacker.last, 2**31 - 1).serialize()
+
+
+def endless_block(part: bytes) -> Callable[[Attacker], bytes]:
+    """A header block that does not end."""
+    return lambda attacker: (
+        HeadersFrame(attacker.last + 2, b"").serialize()
+        + repeated(ContinuationFrame(attacker.last + 2, part))(attacker)
+    )
+
+
+KINDS: Mapping[str, Callable[[Attacker], bytes]] = {
+    "empty DATA": repeated(DataFrame(RUNNING)),
+    "DATA of one byte": repeated(DataFrame(RUNNING, b"\x00")),
+    "DATA on an ended stream": repeated(DataFrame(ENDED, b"x")),
+    "WINDOW_UPDATE": repeated(WindowUpdateFrame(0, 1)),
+    "WINDOW_UPDATE of a stream": repeated(WindowUpdateFrame(RUNNING, 1)),
+    "WINDOW_UPDATE of an ended stream": repeated(WindowUpdateFrame(ENDED, 1)),
+    "PRIORITY": repeated(PriorityFrame(RUNNING, depends_on=5)),
+    "unknown": repeated(b"\x00\x00\x04\x77\x00\x00\x00\x00\x00abcd"),
+    "ALTSVC": repeated(b"\x00\x00\x02\x0a\x00\x00\x00\x00\x01\x00\x00"),
+    "PING": repeated(PingFrame(0, b"12345678")),
+    "PING ACK": repeated(PingFrame(0, b"12345678", flags=("ACK",))),
+    "SETTINGS": repeated(SettingsFrame(0)),
+    "SETTINGS ACK": repeated(SettingsFrame(0, flags=("ACK",))),
+    "RST_STREAM of an ended stream": repeated(RstStreamFrame(ENDED)),
+    "rapid reset": calls(reset),
+    "MadeYouReset": calls(made_to_reset),
+    "unknown methods": calls(lambda attacker: attacker.open("None", end=True)),
+    "what is no gRPC": calls(lambda attacker: attacker.open("Chat", verb="GET", end=True)),
+    "no request": calls(lambda attacker: attacker.open("Chat", end=True)),
+    "CONTINUATION, empty": endless_block(b""),
+    "CONTINUATION, large": endless_block(b"x" * 16_000),
+}
+
+
+def flood(gateway: Attacked, kind: str, key: str) -> tuple[bool, float]:
+    """Whether the connection was cut, and the CPU time until then."""
+    attacker = Attacker(gateway.address, key)
+    try:
+        attacker.send(attacker.open("/grpc.health.v1.Health/Check") + attacker.message(attacker.last, b"", end=True))
+        while attacker.last + 2 < RUNNING:
+            attacker.head(b"")  # skips numbers
+        attacker.send(attacker.open("Session" if key else "/grpc.health.v1.Health/Watch"))
+        before, deadline = gateway.cpu_s(), time.monotonic() + WALL_S
+        while attacker.send(KINDS[kind](attacker)):
+            if gateway.cpu_s() - before > CPU_S or time.monotonic() > deadline:
+                return False, gateway.cpu_s() - before
+        return True, gateway.cpu_s() - before
+    finally:
+        attacker.close()
+
+
+async def measure(stage: Stage) -> list[Figure]:
+    """Each kind, once without and once with a key."""
+    gateway = await attacked(stage, "floods-gateway")
+    missed, costs = [], []
+    for kind in KINDS:
+        for who, key in (("stranger", ""), ("tenant", gateway.keys[ATTACKER])):
+            cut, cpu_s = await asyncio.to_thread(flood, gateway, kind, key)
+            costs.append(f"{kind} ({who}) {cpu_s:.2f}")
+            if not cut or cpu_s > CPU_S:
+                missed.append(f"{kind} ({who})")
+    note = "not cut: " + ", ".join(missed) + "; " if missed else ""
+    return [exact(ROW, len(missed), ROWS[ROW], "", note + "CPU seconds: " + ", ".join(costs))]

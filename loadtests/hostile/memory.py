@@ -1,0 +1,57 @@
+"""Memory that unfinished requests take over gRPC: of one stranger, of a thousand, and of a tenant with a key.
+
+The attacks are a program of its own (loadtests/hostile/uploads.py), each against a gateway that has just started.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+
+from loadtests.figures import Bound, Figure
+from loadtests.hostile.ports import ATTACKER, attacked, peak_memory, quiet_calls
+from loadtests.scenarios.common import Stage
+from loadtests.scenarios.hostile import exact
+
+ONE = "resident memory that one gRPC connection without a credential takes"
+MANY = "resident memory that 1,000 of them take together"
+TENANT = "resident memory of one tenant's 20 unfinished gRPC requests of 16 MB"
+ROWS: Mapping[str, Bound] = {ONE: Bound("<=", 8), MANY: Bound("<=", 256), TENANT: Bound("<=", 64)}
+ATTACK_S = 60.0
+STRANGE = ("--strange", "--calls", "40")
+
+
+async def attack(stage: Stage, name: str, arguments: Sequence[str], *, with_key: bool = False) -> tuple[float, str]:
+    """The most MiB that a gateway took, and what was sent."""
+    gateway = await attacked(stage, f"memory-{name}-gateway")
+    async with quiet_calls(gateway):  # what a first call imports is no attacker's
+        pass
+    report = stage.folder / f"memory-{name}.json"
+    key = ("--key", gateway.keys[ATTACKER]) if with_key else ()
+    command = [sys.executable, "-m", "loadtests.hostile.uploads", gateway.address, "--report", str(report)]
+
+    async def done() -> bool:
+        return report.exists()
+
+    async with peak_memory(gateway) as peak:
+        child = stage.children.start(f"memory-{name}", "attacker", [*command, *arguments, *key])
+        await child.until(done, "the server lets in no more", ATTACK_S)
+    await child.stop()
+    await gateway.gateway.stop()
+    told = json.loads(report.read_text())
+    return peak.mib, f"{told['sent_bytes'] / (1 << 20):.1f} MiB of bodies sent, {told['open']} connections stayed"
+
+
+async def measure(stage: Stage) -> list[Figure]:
+    """A stranger's whole bodies and a stranger's many small ones; the tenant over one connection and over twenty."""
+    large = await attack(stage, "one-large", ["--calls", "40"])
+    strange = await attack(stage, "one-strange", [*STRANGE, "--bytes", "60000"])
+    many = await attack(stage, "many", [*STRANGE, "--bytes", "60000", "--connections", "1000"])
+    over_one = await attack(stage, "tenant-one", ["--calls", "20"], with_key=True)
+    over_many = await attack(stage, "tenant-many", ["--connections", "20"], with_key=True)
+    return [
+        exact(ONE, max(large[0], strange[0]), ROWS[ONE], "MiB", f"{large[1]}; {strange[1]}"),
+        exact(MANY, many[0], ROWS[MANY], "MiB", many[1]),
+        exact(TENANT, max(over_one[0], over_many[0]), ROWS[TENANT], "MiB", f"{over_one[1]}; {over_many[1]}"),
+    ]

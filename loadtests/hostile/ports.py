@@ -1,0 +1,139 @@
+"""A gateway of its own for attacks on its gRPC port, and what it uses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc.aio
+import psutil
+
+from cluster.v1 import inference_pb2 as pb
+from cluster.v1 import inference_pb2_grpc as pb_grpc
+from loadtests.children import Child
+from loadtests.scenarios.common import Stage
+from loadtests.serving import ours, tenants
+
+MAX_MESSAGE_BYTES: Final = 16 << 20
+SAMPLE_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Attacked:
+    """A gateway without a worker. `keys` of two tenants: the attacker's and a quiet one's."""
+
+    gateway: Child
+    endpoints: Mapping[str, str]
+    keys: Mapping[str, str]
+
+    @property
+    def address(self) -> str:
+        """host:port of the gRPC port."""
+        return self.endpoints["grpc"]
+
+    @property
+    def process(self) -> psutil.Process:
+        """The gateway's own process."""
+        return self.gateway.commands()[0]
+
+    def cpu_s(self) -> float:
+        """CPU time that it has used."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+    def resident_bytes(self) -> int:
+        """Memory that it occupies."""
+        return int(self.process.memory_info().rss)
+
+
+ATTACKER, QUIET = "attacker", "quiet"
+
+
+async def attacked(stage: Stage, name: str) -> Attacked:
+    """Start it. Raises DidNotStart."""
+    home = stage.folder / f"{name}-tenants"
+    keys = await tenants.make_keys(home, ("standard", "batch"))
+    text = ours.configuration(ours.MODEL, home, more={"max_message_bytes": MAX_MESSAGE_BYTES})
+    child = ours.exec_gateway(stage.children, stage.folder, name, text)
+    ready = stage.folder / name / ours.READY_FILE
+
+    async def there() -> bool:
+        return ready.exists()
+
+    await child.until(there, "it serves", ours.READY_S)
+    endpoints = json.loads(ready.read_text())["endpoints"]
+    return Attacked(child, endpoints, {ATTACKER: keys["batch"], QUIET: keys["standard"]})
+
+
+@dataclass(slots=True)
+class Quiet:
+    """Calls of a quiet tenant, one after the other."""
+
+    waits_s: list[float] = field(default_factory=list)
+
+    @property
+    def longest_ms(self) -> float:
+        """The longest wait."""
+        return 1000 * max(self.waits_s)
+
+
+@asynccontextmanager
+async def quiet_calls(gateway: Attacked) -> AsyncIterator[Quiet]:
+    """A call every few milliseconds while the context lasts."""
+    quiet = Quiet()
+    async with grpc.aio.insecure_channel(gateway.address) as channel:
+        list_models: Any = pb_grpc.InferenceStub(channel).ListModels
+        metadata = ours.authorization(gateway.keys[QUIET])
+        await list_models(pb.ListModelsRequest(), metadata=metadata, timeout=30)
+
+        async def call() -> None:
+            while True:
+                begin = time.perf_counter()
+                await list_models(pb.ListModelsRequest(), metadata=metadata, timeout=30)
+                quiet.waits_s.append(time.perf_counter() - begin)
+                await asyncio.sleep(0.005)
+
+        calling = asyncio.create_task(call())
+        try:
+            yield quiet
+            await asyncio.sleep(0.05)
+        finally:
+            calling.cancel()
+        await asyncio.gather(calling, return_exceptions=True)
+
+
+@dataclass(slots=True)
+class Peak:
+    """The most memory that was seen, above what there was before."""
+
+    before: int
+    most: int
+
+    @property
+    def mib(self) -> float:
+        """Above what there was before."""
+        return (self.most - self.before) / (1 << 20)
+
+
+@asynccontextmanager
+async def peak_memory(gateway: Attacked) -> AsyncIterator[Peak]:
+    """Watches the gateway while the context lasts."""
+    before = gateway.resident_bytes()
+    peak = Peak(before, before)
+
+    async def watch() -> None:
+        while True:
+            peak.most = max(peak.most, gateway.resident_bytes())
+            await asyncio.sleep(SAMPLE_S)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield peak
+        await asyncio.sleep(2 * SAMPLE_S)
+    finally:
+        watching.cancel()

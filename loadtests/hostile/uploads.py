@@ -1,0 +1,142 @@
+"""Program: connections with unfinished gRPC requests, as much of each as the server lets in.
+
+    python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 20 --calls 1 --bytes 16000000 --key KEY
+    python -m loadtests.hostile.uploads HOST:PORT --report FILE --connections 1000 --calls 40 --bytes 60000 --strange
+
+A client that heeds flow control. Every request announces so many bytes, of which the last is never sent. `--strange`:
+calls of a method that asks for no credential and of one that does, with a header field of 3 KB each, and half a header
+block in the end. Once the server lets in no more, the number of bytes sent is written, and the connections stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import RemoteSettingsChanged
+from h2.exceptions import H2Error
+from hyperframe.frame import HeadersFrame
+
+HEALTH: Final = "/grpc.health.v1.Health/Check"
+CHAT: Final = "/cluster.v1.Inference/Chat"
+QUIET_S: Final = 1.5
+OPENED_TOGETHER: Final = 50
+FIELD_BYTES: Final = 3000
+"""Fits the table of header fields: after its first time it costs a byte to send."""
+HALF_BLOCK_BYTES: Final = 16_000
+
+
+class Uploads:
+    """One connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, wanted: argparse.Namespace) -> None:
+        self._reader, self._writer, self._wanted = reader, writer, wanted
+        self._h2 = H2Connection(H2Configuration(client_side=True))
+        self._left: dict[int, int] = {}
+        self._greeted = False
+        self.sent_bytes = 0
+        self.progress_at = asyncio.get_running_loop().time()
+
+    async def run(self) -> None:
+        """Until the server ends the connection."""
+        with suppress(OSError, H2Error):
+            self._h2.initiate_connection()
+            await self._flush()
+            while data := await self._reader.read(65_536):
+                events = self._h2.receive_data(data)
+                if not self._greeted and any(isinstance(event, RemoteSettingsChanged) for event in events):
+                    self._greeted = True
+                    await self._open()
+                await self._push()
+
+    async def strange_end(self) -> None:
+        """Half a header block."""
+        with suppress(OSError):
+            self._writer.write(HeadersFrame(2**20 + 1, bytes(HALF_BLOCK_BYTES)).serialize())
+            await self._writer.drain()
+
+    async def _open(self) -> None:
+        wanted = self._wanted
+        for number in range(wanted.calls):
+            stream_id = self._h2.get_next_available_stream_id()
+            path = HEALTH if wanted.strange and number % 2 else CHAT
+            head = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "a")]
+            head += [("content-type", "application/grpc"), ("te", "trailers")]
+            if wanted.key:
+                head.append(("authorization", f"Bearer {wanted.key}"))
+            if wanted.strange:
+                head.append(("x-padding", "x" * FIELD_BYTES))
+            self._h2.send_headers(stream_id, head)
+            self._left[stream_id] = wanted.bytes + 4
+            self._h2.send_data(stream_id, b"\x00" + wanted.bytes.to_bytes(4, "big"))
+        await self._flush()
+
+    async def _push(self) -> None:
+        for stream_id, left in list(self._left.items()):
+            try:
+                size = min(left - 5, self._h2.local_flow_control_window(stream_id), self._h2.max_outbound_frame_size)
+                if size > 0:
+                    self._h2.send_data(stream_id, bytes(size))
+                    self._left[stream_id] -= size
+                    self.sent_bytes += size
+                    self.progress_at = asyncio.get_running_loop().time()
+            except H2Error:  # it was refused
+                del self._left[stream_id]
+        await self._flush()
+        if self._left and any(
+            left > 5 and self._h2.local_flow_control_window(stream_id) > 0 for stream_id, left in self._left.items()
+        ):
+            asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self._push()))
+
+    async def _flush(self) -> None:
+        self._writer.write(self._h2.data_to_send())
+        await self._writer.drain()
+
+
+async def attack(wanted: argparse.Namespace) -> None:
+    """Open all, report, and stay."""
+    loop = asyncio.get_running_loop()
+    host, _, port = wanted.address.rpartition(":")
+    made: list[Uploads] = []
+    running = []
+    for first in range(0, wanted.connections, OPENED_TOGETHER):
+        together = min(OPENED_TOGETHER, wanted.connections - first)
+        streams = await asyncio.gather(*(asyncio.open_connection(host, int(port)) for _ in range(together)))
+        opened = [Uploads(reader, writer, wanted) for reader, writer in streams]
+        running += [asyncio.create_task(one.run()) for one in opened]
+        made += opened
+        await asyncio.sleep(0.02)
+    while loop.time() - max(one.progress_at for one in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
+        await asyncio.sleep(0.05)
+    if wanted.strange:
+        for one in made:
+            await one.strange_end()
+        await asyncio.sleep(QUIET_S)
+    told = {"sent_bytes": sum(one.sent_bytes for one in made), "open": sum(not task.done() for task in running)}
+    scratch = wanted.report.with_suffix(".new")
+    scratch.write_text(json.dumps(told))
+    scratch.rename(wanted.report)
+    await asyncio.Event().wait()
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("address")
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--connections", type=int, default=1)
+    parser.add_argument("--calls", type=int, default=1)
+    parser.add_argument("--bytes", type=int, default=16_000_000)
+    parser.add_argument("--key", default="")
+    parser.add_argument("--strange", action="store_true")
+    asyncio.run(attack(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
