@@ -88,6 +88,9 @@ class TokenOutput:
     """With the first output only."""
     cached_tokens: int | None = None
     """Prompt tokens taken from the prefix cache; with the first output only."""
+    origin_lost: bool = False
+    """Of a resumed call, with its first output: the gateway that it was resumed from is lost, as far as its worker can
+    tell, or the request had never stopped."""
     logprobs: Sequence[PositionLogprobs] | None = None
     message: str = ""
     """With finish ERROR: what happened, for logs."""

@@ -22,7 +22,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import structlog
 from cluster.api.outcomes import Outcome
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.call import Call
+from cluster.gateway.claims import Terms
 from cluster.gateway.output import Output
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.records import MAX_ID, OpenRecord, RecordError, UsageRecord
@@ -197,7 +198,7 @@ class Accounting:
             opened_at_s=self._wall() - (now - call.arrived),
             adapter=output.request.adapter,
             segment=output.index,
-            prompt_tokens=0 if output.index or call.continues else len(output.request.prompt_token_ids),
+            prompt_tokens=_prompt_tokens(output) if call.terms is Terms.PAID or not call.continues else 0,
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
             gateway=self._gateway,
@@ -206,10 +207,16 @@ class Accounting:
     def ended(self, call: Call, outcome: Outcome) -> None:
         """A call has ended, however: each of its sequences that was submitted gets its record, once."""
         now = self._clock()
+        again = call.continues
         for output in call.sequences:
             account = output.account
             if account is None or account.end is not None:
                 continue
+            if again:  # what is paid for a prompt that was read again is known now
+                prompt_tokens = len(output.request.prompt_token_ids) if call.pays_prompt else 0
+                account.record, again = replace(account.record, prompt_tokens=prompt_tokens), False
+            elif call.continues:
+                account.record = replace(account.record, prompt_tokens=0)
             account.admitted = account.admitted or output.admitted or len(output.emitted) > output.restored
             if account.continued:
                 account.cached_tokens = output.cached_tokens
@@ -368,6 +375,11 @@ def _place(worker: WorkerIdentity | None) -> dict[str, Any]:
     if worker is None:
         return {}
     return {"worker": _fit(worker.worker_id), "pod": _fit(worker.pod), "node": _fit(worker.host or worker.node)}
+
+
+def _prompt_tokens(output: Output) -> int:
+    """Counted with a call's first sequence alone."""
+    return 0 if output.index else len(output.request.prompt_token_ids)
 
 
 def _fit(text: str) -> str:

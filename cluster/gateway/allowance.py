@@ -88,7 +88,7 @@ class Allowances:
         """It ended: what the engine has counted of it stays counted, the rest is given back. Once."""
         if self._held.pop(call.id, None) is None:
             return
-        prompt = call.usage.prompt_tokens if call.prompt_computed and not call.continues else 0
+        prompt = call.usage.prompt_tokens if call.prompt_computed and call.pays_prompt else 0
         settling = self._limits.settle(call.id, prompt, call.new_tokens)
         await (settling if self._limits.at_once else asyncio.shield(self._spawn(settling)))
 

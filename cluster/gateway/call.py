@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import WorkerIdentity
+from cluster.api.types import TokenOutput, WorkerIdentity
+from cluster.gateway.claims import Terms
 from cluster.gateway.losses import MOST_SILENT
 from cluster.gateway.output import Output, Piece
 from cluster.link.isolation import is_call_failure
@@ -81,6 +82,12 @@ class Call:
     """Where its chunks carry resume tokens, those."""
     continues: bool = False
     """It was begun at another gateway, which has counted its prompt and what it has delivered."""
+    terms: Terms = Terms.FREE
+    """Of one that `continues`: who pays when its prompt is read again."""
+    blamed: bool = False
+    """It may be what ended its workers: it is not to be resumed."""
+    _pays_again: bool = False
+    _origin_lost: bool | None = None
     first_token_at: float | None = None
     silent_since: float = 0.0
     """When the keep-alive last spoke."""
@@ -110,6 +117,21 @@ class Call:
     def prompt_computed(self) -> bool:
         """Whether an engine has worked on its prompt; where a worker was lost before any token, nobody pays for it."""
         return self.first_token_at is not None or (self.error is None and any(one.ran for one in self.sequences))
+
+    @property
+    def pays_prompt(self) -> bool:
+        """Whether its prompt is counted here. That of a resumed call which its client ended before a token came may
+        have been read again."""
+        if not self.continues or self._pays_again:
+            return True
+        unknown = self._origin_lost is None and self.terms is not Terms.FREE
+        return unknown and self.error is None and any(one.ran for one in self.sequences)
+
+    def read_again(self, output: TokenOutput) -> None:
+        """A worker has read the prompt of a sequence; of a resumed call its client may have to pay for that."""
+        self._origin_lost = output.origin_lost
+        if self.continues and (self.terms is Terms.PAID or (self.terms is Terms.IF_ALIVE and not output.origin_lost)):
+            self._pays_again = True
 
     def progressed(self, output: Output, tokens: int) -> None:
         """A sequence has got tokens, by a step that had more to tell of it than one token."""

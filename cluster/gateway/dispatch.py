@@ -83,6 +83,8 @@ class Dispatcher:
         self.backlogs = Backlogs(turns, self.waiting, self._returning, self._links, clock)
         self._swept = clock()
         self.on_state: Callable[[], None] = lambda: None
+        self.taken_over: Callable[[str], Sequence[tuple[str, int]]] = lambda model: ()
+        """Calls of a model that were resumed here, with their generations: told to each worker that comes."""
         self.accounting: Accounting | None = None
         """Set before the first call, where accounts are kept."""
 
@@ -334,6 +336,7 @@ class Dispatcher:
         elif verdict is Verdict.END:
             log.warning("call_blamed", request_id=output.call.request_id, lost=output.lost_links)
             self._stop_waiting(output)
+            output.call.blamed = True
             output.call.fail(endings.blamed(len(output.emitted), len(output.lost_links)))
         return verdict is Verdict.RESUME
 
@@ -379,6 +382,11 @@ class Dispatcher:
         """A sequence has gone on at another worker, and its caller has waited so long for its next token."""
         self._metrics.count("resumes_total", model, reason)
         self._metrics.histogram("resume_gap_seconds", model).observe(gap_s)
+
+    def take_over(self, call: Call, generation: int) -> None:
+        """A call was resumed here: no worker is to run it for readers before."""
+        for link in self._links(call.model):
+            link.box.takeover(call.shown_id, generation)
 
     def _links(self, model: str) -> Sequence[WorkerLink]:
         known = self._directory().find(model)
@@ -447,6 +455,8 @@ class Dispatcher:
         )
         link.on_standing = lambda: self.on_state()
         link.on_begun = lambda continued: self._begun(link.identity.model, continued)
+        for call_id, generation in self.taken_over(link.identity.model):
+            link.box.takeover(call_id, generation)
         self.turns.joined(link.identity)
         self._losses.returned(link.identity.incarnation)
         link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", link.identity.model).observe

@@ -17,6 +17,8 @@ from collections.abc import Collection
 
 MOST_SILENT = 2
 """The default of gateway.resume.max_silent_losses."""
+CARRIED = "at another gateway"
+"""Stands among a sequence's lost links for a resumption after which no token came."""
 SETTLE_S = 1.0
 WINDOW_S = 30.0
 """Losses this old say nothing about those of now."""
@@ -54,7 +56,9 @@ class Losses:
             return Verdict.WAIT
         self._forget(now)
         mine = sum(link in own for _, link, _ in self._lost)
-        return Verdict.END if mine >= self._most and len(self._lost) - mine <= mine else Verdict.RESUME
+        others = len(self._lost) - mine
+        mine += sum(link == CARRIED for link in own)
+        return Verdict.END if mine >= self._most and others <= mine else Verdict.RESUME
 
     def _forget(self, now: float) -> None:
         while self._lost and now - self._lost[0][0] > WINDOW_S:

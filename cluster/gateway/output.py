@@ -186,6 +186,20 @@ class Output:
         elif ids and not self.finish_reason:
             self.resumes, self.resuming = 1, "gateway"
 
+    def adopt(self, older: Output) -> None:
+        """Take over what this gateway has generated for the reader before, beyond where this one stands: it is told
+        without being computed again. With log probabilities, which are not kept, nothing is."""
+        more = older.emitted[len(self.emitted) :]
+        if self.finish_reason or older.finish_reason or self._logprob_texts is not None or not more:
+            return
+        ended = self.detokenizer.push(more) is not None
+        self.restored, self.likeness, self.home = len(self.emitted), older.likeness, older.home
+        self.resumes, self.resuming = 1, "gateway"
+        if ended:
+            self._stopped()
+        elif len(self.emitted) >= self.request.sampling.max_tokens:
+            self.finish_reason = "length"
+
     def submission(self) -> EngineRequest:
         """The request as the next worker is to have it."""
         if not self.emitted:
@@ -246,6 +260,9 @@ class Output:
             call.began(self, cached)
         if self.link is not None:
             call.answered(self, self.link, True)
+        call.read_again(output)
+        if self.restored == len(self.emitted) and self.emitted:
+            self.cached_tokens = min(cached, len(self.request.prompt_token_ids))
         if self.resuming:
             call.resumed(self)
             self.resuming = ""

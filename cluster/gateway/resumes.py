@@ -18,12 +18,15 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.call import Call
+from cluster.gateway.claims import TAKEN, Claims
+from cluster.gateway.losses import CARRIED
 from cluster.gateway.output import Piece
 from cluster.gateway.segments import (
     BadSegment,
     CallHead,
     Chain,
     Choice,
+    Maker,
     digest_of,
     encode,
     encode_one,
@@ -32,6 +35,7 @@ from cluster.gateway.segments import (
 )
 from cluster.gateway.takers import Takers
 from cluster.gateway.wishes import Wish
+from cluster.link.worker_link import Stream
 from cluster.tenancy.identity import Principal
 
 if TYPE_CHECKING:
@@ -48,7 +52,20 @@ again stays in proportion to what is sealed, and what has to be opened stays sma
 AT_ONCE = 200
 """Tokens that are opened (some milliseconds) before the event loop turns to others."""
 OTHERS = "is no token of this call: send every token of one call, in order, as its own caller, with its own request"
-TAKEN = "has been resumed from here already: go on reading there, or begin anew"
+TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
+CLOCKS_S = 60.0
+"""By so much the clocks of gateways may differ."""
+NOTE_S = 1.0
+"""How long the end of a call waits for the store."""
+GIVEN_UP = (
+    Outcome.NO_WORKER,
+    Outcome.WORKER_LOST,
+    Outcome.MODEL_LOADING,
+    Outcome.STORE_UNAVAILABLE,
+    Outcome.SHED,
+    Outcome.INTERNAL,
+)
+"""Ends of a call that its client has not brought about."""
 
 
 class Tickets:
@@ -61,21 +78,39 @@ class Tickets:
         "_due",
         "_expires_s",
         "_finishes",
+        "_gateway",
         "_homes",
         "_seal",
         "_told",
         "_wall",
+        "begun_at",
+        "generation",
         "head",
         "number",
         "old",
+        "silent",
         "timer",
         "whole",
     )
 
     def __init__(
-        self, call: Call, head: CallHead, seal: Callable[[bytes], bytes], wall: Callable[[], float], expires_s: float
+        self,
+        call: Call,
+        head: CallHead,
+        seal: Callable[[bytes], bytes],
+        wall: Callable[[], float],
+        expires_s: float,
+        gateway: str = "",
     ) -> None:
+        """`gateway`: this one's incarnation."""
         self.head = head
+        self._gateway = gateway
+        self.generation = 0
+        """How often the call has been resumed."""
+        self.silent = 0
+        """How often in a row it had been, when it came here, without a new token."""
+        self.begun_at = ""
+        """The gateway that it was resumed from, where that decides who pays for its prompt."""
         self.number = 0
         self.old: set[int] = set()
         """Choices that have begun: their likeness is told."""
@@ -103,9 +138,13 @@ class Tickets:
             self._homes[index], self._finishes[index] = begun.home, begun.finish_reason
             self.old.add(index)
 
-    def stream(self, index: int) -> str:
+    def stream(self, index: int) -> Stream:
         """The choice's name at workers: the same at every gateway that goes on with it."""
-        return f"{self.head.call_id}#{index}"
+        return Stream(f"{self.head.call_id}#{index}", self.generation, self.begun_at)
+
+    def _maker(self) -> Maker:
+        progressed = any(told > one.restored for told, one in zip(self._told, self._choices, strict=True))
+        return Maker(self._gateway, self.generation, self.silent, progressed)
 
     def text(self, text: str) -> bytes:
         """For a chunk of choice 0 with this text and nothing else."""
@@ -139,10 +178,12 @@ class Tickets:
                 likeness[str(index)] = likeness_json(output.likeness)
             if output.home != self._homes[index]:
                 homes[str(index)] = self._homes[index] = output.home
+        if not self.number:
+            more["maker"] = self._maker()
         self.whole = self.number >= self._due
         if self.whole:
             choices, likeness, homes = self._all()
-            more = {"call": head_json(self.head), "whole": True}
+            more = {"call": head_json(self.head), "whole": True, "maker": self._maker()}
             self._due = self.number + max(WHOLE_TOKENS, int(sum(self._told) * WHOLE_SHARE))
         if likeness:
             more["likeness"] = likeness
@@ -178,12 +219,18 @@ class Resumes:
         secrets: Callable[[], Sequence[bytes]],
         takers: Takers,
         expires_s: float,
+        gateway: str = "",
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """`secrets`: the cluster's, the first seals, all open; raises ValueError. A token opens for `expires_s`."""
+        """`secrets`: the cluster's, the first seals, all open; raises ValueError. A token opens for `expires_s`.
+        `gateway`: this one's incarnation."""
         self._secrets = secrets
-        self._takers = takers
+        self._gateway = gateway
+        self._claims = Claims(takers, gateway)
+        self._live: dict[str, Call] = {}
+        self.on_taken_over: Callable[[Call, int], None] = lambda call, generation: None
+        """Told when a call was resumed here, so that every worker ends what it runs for readers before."""
         self._expires_s = expires_s
         self._clock = clock
         self._wall = wall
@@ -229,8 +276,10 @@ class Resumes:
             head = chain.whole
             if (head.prompt, head.seed) != (prompt, request.sampling.seed):
                 raise unsupported("its prompt reads otherwise here than where it began (does its template tell time?)")
-        call.tickets = Tickets(call, head, envelopes.seal, self._wall, self._expires_s)
-        if chain is not None:
+        call.tickets = Tickets(call, head, envelopes.seal, self._wall, self._expires_s, self._gateway)
+        if chain is None:
+            self._live[call.id] = call
+        else:
             _restore(call, chain, bundle_digest)
             if call.deadline is not None:
                 late = CallError(Outcome.DEADLINE_EXCEEDED, "the deadline that the call began with has passed")
@@ -282,12 +331,52 @@ class Resumes:
         own = self._clock() + until_s - self._wall()
         return own if asked is None else min(own, asked)
 
-    async def take(self, chain: Chain) -> None:
-        """This gateway goes on from here, and nobody else. Raises CallError."""
-        name = f"{chain.whole.call_id}.{chain.last.hex()}"
-        lasts_s = max(chain.expires_s - self._wall(), 0) + 60.0  # clocks of gateways differ
-        if not await self._takers.take(name, lasts_s):
-            raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
+    async def take_over(self, call: Call, chain: Chain) -> None:
+        """Let a resumed call be the one that is served: readers before it end. Raises CallError."""
+        lasts_s = max(chain.expires_s - self._wall(), 0) + CLOCKS_S
+        claim = await self._claims.claim(chain, lasts_s)
+        tickets = call.tickets
+        assert tickets is not None
+        call_id = tickets.head.call_id
+        before = self._live.get(call_id)
+        if before is not None and before.tickets is not None:
+            if before.tickets.generation > claim.generation:
+                raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
+            for output, older in zip(call.sequences, before.sequences, strict=True):
+                output.adopt(older)
+            before.fail(CallError(Outcome.CANCELLED, TAKEN_OVER))
+        self._live[call_id] = call
+        tickets.generation, tickets.silent, tickets.begun_at = claim.generation, claim.silent, claim.origin
+        call.terms = claim.terms
+        for output in call.sequences:
+            output.lost_links, output.lost_tokens = (CARRIED,) * claim.silent, len(output.emitted)
+        self.on_taken_over(call, claim.generation)
+
+    def taken_over(self, model: str) -> Sequence[tuple[str, int]]:
+        """Calls of a model that were resumed and are served here, with their generations."""
+        return [
+            (call_id, call.tickets.generation)
+            for call_id, call in self._live.items()
+            if call.model == model and call.tickets is not None and call.tickets.generation
+        ]
+
+    def leave(self, call: Call) -> None:
+        """A call is over here."""
+        if call.tickets is not None and self._live.get(call.tickets.head.call_id) is call:
+            del self._live[call.tickets.head.call_id]
+
+    async def give_up(self, call: Call, outcome: Outcome) -> None:
+        """A call has ended through no fault of its client, or may have ended workers: note what that means for its
+        resumption, if the store answers in time."""
+        tickets = call.tickets
+        if tickets is None or not tickets.number or not (call.blamed or outcome in GIVEN_UP):
+            return
+        act = self._claims.close if call.blamed else self._claims.give_up
+        try:
+            async with asyncio.timeout(NOTE_S):
+                await act(tickets.head.call_id, tickets.generation, self._expires_s + CLOCKS_S)
+        except (CallError, TimeoutError) as error:
+            log.warning("resumption_not_noted", request_id=call.request_id, error=str(error))
 
 
 def _restore(call: Call, chain: Chain, bundle_digest: str) -> None:

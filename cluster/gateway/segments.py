@@ -15,7 +15,8 @@ Layout of a segment, little-endian: number (8), expiry in seconds since the epoc
 count of choices (2); of each: index (2), finish (1), chars (8), count of ids (4), the ids (4 each); then JSON with what
 comes only once: `call` in the first token, `likeness` by index with a choice's first ids, and `homes` by index
 whenever a choice has a worker that the tokens before did not name. A whole one has `whole`, and all of these; its
-choices have all their ids. `now` is an argument.
+choices have all their ids. `maker` comes with the first token that a gateway makes for a call, and with whole ones;
+gateways of older releases make none and ignore it. `now` is an argument.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.api.types import Likeness
 
@@ -60,6 +61,18 @@ class CallHead:
     opened_s: float = 0.0
 
 
+class Maker(NamedTuple):
+    """Who made a token: the gateway's incarnation; how often the call had been resumed when it came there; how many
+    times in a row by then without a new token; and whether a new one has come since."""
+
+    gateway: str = ""
+    generation: int = 0
+    silent: int = 0
+    progressed: bool = False
+
+
+UNKNOWN = Maker()
+"""A gateway whose release does not say."""
 _HEAD_FIELDS = tuple(one.name for one in fields(CallHead))
 
 
@@ -91,6 +104,8 @@ class Chain:
     """Segments put together. `last` is the digest of the newest token, `number` its number."""
 
     head: CallHead | None = None
+    maker: Maker = field(default_factory=lambda: UNKNOWN)
+    """Whose tokens the newest are."""
     number: int = 0
     expires_s: int = 0
     last: bytes = FIRST
@@ -117,12 +132,13 @@ class Chain:
                 begun = self._begun(index)
                 begun.token_ids.append(token_id)
                 begun.chars, begun.finish_reason = chars, ""
+                self._progressed()
                 return
         number, expires_s, before, choices, more = decode(body)
         if self.number or not more.get("whole"):
             self._follows(before)
         if more.get("whole"):
-            self.head, self.choices = None, {}
+            self.head, self.choices, self.maker = None, {}, UNKNOWN
         if self.head is None:
             self.head = _head(more)
         self.number, self.expires_s, self.last = number, expires_s, digest_of(sealed)
@@ -135,6 +151,14 @@ class Chain:
             begun.token_ids += one.token_ids
             begun.chars = one.chars
             begun.finish_reason = one.finish_reason
+        if "maker" in more:
+            self.maker = _maker(more)
+        elif any(one.token_ids for one in choices):
+            self._progressed()
+
+    def _progressed(self) -> None:
+        if not self.maker.progressed:
+            self.maker = self.maker._replace(progressed=True)
 
     def _follows(self, before: bytes) -> None:
         if before != self.last:
@@ -184,6 +208,14 @@ def decode(body: bytes) -> tuple[int, int, bytes, list[Choice], Mapping[str, Any
     if not isinstance(more, dict):
         raise BadSegment("holds no segment of this release")
     return number, expires_s, before, choices, more
+
+
+def _maker(more: Mapping[str, Any]) -> Maker:
+    try:
+        gateway, generation, silent, progressed = more["maker"]
+        return Maker(str(gateway), int(generation), int(silent), bool(progressed))
+    except (TypeError, ValueError):
+        raise BadSegment("holds no segment of this release") from None
 
 
 def head_json(head: CallHead) -> dict[str, Any]:

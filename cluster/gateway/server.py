@@ -181,7 +181,10 @@ class Gateway:
         if shared is not None:
             takers = StoreTakers(shared.first, takers)
         secrets = _own_secrets if tenants is None else lambda: tenants.secrets
-        return Resumes(secrets, takers, self.config.gateway.resume.token_expires_s)
+        resumes = Resumes(secrets, takers, self.config.gateway.resume.token_expires_s, self.hub.incarnation)
+        resumes.on_taken_over = self.dispatcher.take_over
+        self.dispatcher.taken_over = resumes.taken_over
+        return resumes
 
     async def start(self, link: socket.socket | None = None) -> None:
         """Bind every listener. `link`: from bind_link, where workers wait already. Raises RuntimeError when an address

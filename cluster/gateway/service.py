@@ -224,7 +224,7 @@ class CallService:
             if call.error is not None:  # its tenant has fallen while its limits were asked
                 raise call.error
             if chain is not None:
-                await self._resuming().take(chain)
+                await self._resuming().take_over(call, chain)
             self.dispatcher.enter(call, model)
             yield call
         except CallError as error:
@@ -253,6 +253,8 @@ class CallService:
             if call is not None:
                 for output in call.sequences:
                     output.part()
+                if self.resumes is not None:
+                    await self.resumes.give_up(call, outcome)
                 await self._allowances.settle(call)
 
     def _ends(
@@ -264,6 +266,9 @@ class CallService:
         self._open.pop(call.id, None)
         if call.tickets is not None and call.tickets.timer is not None:
             yield call.tickets.timer.cancel
+        if self.resumes is not None:
+            resumes = self.resumes
+            yield lambda: resumes.leave(call)
         yield lambda: self.dispatcher.leave(call)
         yield lambda: self.dispatcher.trials.ended(call, outcome)
         accounting, prompts = self.dispatcher.accounting, self.prompts
@@ -367,7 +372,7 @@ class CallService:
         metrics.histogram("request_duration_seconds", model).observe(self.clock() - arrived)
         metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
         metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
-        if not call.continues:
+        if call.pays_prompt:
             metrics.count("prompt_tokens_total", model, meta.tenant, by=usage.prompt_tokens)
         metrics.count("cached_tokens_total", model, meta.tenant, by=usage.cached_tokens)
         metrics.count("generation_tokens_total", model, meta.tenant, by=call.new_tokens)

@@ -74,5 +74,5 @@ def _send(output: Output, link: WorkerLink, waiting: Waiting, sealed: bytes, fre
         waiting = replace(waiting, output_tokens=len(output.emitted))
     turn = Weighed(waiting, call.policy.weight)
     earlier = len(output.emitted) - output.restored
-    stream = "" if call.tickets is None else call.tickets.stream(output.index)
+    stream = None if call.tickets is None else call.tickets.stream(output.index)
     return link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, fresh_tokens, stream)

@@ -184,7 +184,12 @@ class StepColumns:
             self._plain = False
         if output.prompt_tokens is not None:
             self._firsts.append(
-                pb.First(slot=slot, prompt_tokens=output.prompt_tokens, cached_tokens=output.cached_tokens or 0)
+                pb.First(
+                    slot=slot,
+                    prompt_tokens=output.prompt_tokens,
+                    cached_tokens=output.cached_tokens or 0,
+                    origin_lost=output.origin_lost,
+                )
             )
         if output.finish is not None:
             self._finishes.append(
@@ -260,6 +265,7 @@ def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) ->
         output = TokenOutput("", held.pop(slot, []) + piece)
         if (first := firsts.get(slot)) is not None:
             output.prompt_tokens, output.cached_tokens = first.prompt_tokens, first.cached_tokens
+            output.origin_lost = first.origin_lost
         if (finish := finishes.get(slot)) is not None:
             output.finish = FinishReason(finish.reason)
             output.stop_token_id = finish.stop_token_id if finish.HasField("stop_token_id") else None

@@ -156,6 +156,7 @@ class CommandBox:
         self._grant_ack = 0
         self._usage_acks: list[int] = []
         self._commands: list[pb.Command] = []
+        self._takeovers: list[pb.Takeover] = []
         self._seq = 0
 
     def submit(self, submit: pb.Submit) -> None:
@@ -193,6 +194,11 @@ class CommandBox:
         self._usage_acks.extend(keys)
         self._wake.set()
 
+    def takeover(self, call: str, generation: int) -> None:
+        """A call was resumed: what runs of it for readers before is to end."""
+        self._takeovers.append(pb.Takeover(call=call, generation=generation))
+        self._wake.set()
+
     def command(self, command: pb.Command) -> None:
         """What an operator asks."""
         self._commands.append(command)
@@ -211,6 +217,7 @@ class CommandBox:
             backlog=self._backlog,
             usage_acks=self._usage_acks,
             commands=self._commands,
+            takeovers=self._takeovers,
         )
         if self._fetch:
             message.fetch_bundle.digest = self._fetch.pop(0)
@@ -218,7 +225,7 @@ class CommandBox:
             self._wake.clear()
         if not self._submits:  # an abort must not overtake its Submit
             self._aborts = []
-        self._backlog, self._usage_acks, self._commands = None, [], []
+        self._backlog, self._usage_acks, self._commands, self._takeovers = None, [], [], []
         return message
 
     def _next_submits(self) -> Sequence[pb.Submit]:

