@@ -132,8 +132,25 @@ class CallError(Exception):
         self.headers = tuple(headers)
         self.retry_after_s = FAULTS[outcome].retry_after_s if retry_after_s is None else retry_after_s
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (self.outcome, self.message, self.violations, self.retry_after_s, self.quota, self.headers)
+
     def __repr__(self) -> str:
         return f"CallError({self.outcome.name}: {self.message})"
+
+
+def _restored(
+    outcome: Outcome,
+    message: str,
+    violations: Sequence[Violation],
+    retry_after_s: float | None,
+    quota: Sequence[Violation],
+    headers: Sequence[tuple[str, str]],
+) -> CallError:
+    """An error that another process of this gateway has raised."""
+    error = CallError(outcome, message, violations=violations, quota=quota, headers=headers)
+    error.retry_after_s = retry_after_s
+    return error
 
 
 def _bounded(one: Violation) -> Violation:

@@ -76,13 +76,29 @@ class Allowances:
         if policy.limits == NO_LIMITS:
             return
         per_output = self._learnt.p95(call.flow, call.model, call.sequences[0].request.sampling.max_tokens)
-        ask = Ask(call.id, call.usage.prompt_tokens, len(call.sequences) * per_output)
+        ask = Ask(call.id, call.usage.prompt_tokens, len(call.sequences) * per_output, requests=int(not call.counted))
         got = await self._reserve(policy, ask)
         self._note(policy.name, got)
         if isinstance(got, LimitRefusal):
             raise refusal(got)
         self._held[call.id] = _Held(call, ask.output_tokens)
         call.headers = headers(got)
+
+    async def count(self, policy: TenantPolicy) -> None:
+        """Count a try as a request, whatever becomes of it. Raises CallError where the tenant's minute is full."""
+        if policy.limits.requests_per_minute is not None:
+            await self._charge(policy, 1, 0)
+
+    async def charge(self, policy: TenantPolicy, tokens: int) -> None:
+        """Charge tokens that were worked on without a call. Raises CallError."""
+        if policy.limits != NO_LIMITS and tokens:
+            await self._charge(policy, 0, tokens)
+
+    async def _charge(self, policy: TenantPolicy, requests: int, tokens: int) -> None:
+        got = await self._limits.charge(policy, requests, tokens)
+        if got is not None:
+            self._note(policy.name, got)
+            raise refusal(got)
 
     async def settle(self, call: Call) -> None:
         """It ended: what the engine has counted of it stays counted, the rest is given back. Once."""

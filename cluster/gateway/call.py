@@ -71,6 +71,8 @@ class Call:
     """So many workers may be lost in a row with it and no token between; see losses.py."""
     answered: Callable[[Output, WorkerLink, bool], None] = lambda output, link, well: None
     on_resumed: Callable[[str, str, float], None] = lambda model, reason, gap_s: None
+    counted: bool = False
+    """Whether it is counted as a request of its tenant already."""
     on_refused: Callable[[Output], None] = lambda output: None
     """Told when a worker has not taken a sequence."""
     sequences: list[Output] = field(default_factory=list)

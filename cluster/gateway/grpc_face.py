@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
 from cluster.gateway.door import ANYBODY, Shown, alternative_names
+from cluster.gateway.grpc_requests import DetokenizeCall, ResumedCall, TokenizeCall
 from cluster.gateway.relay import Lane, Relay
 from cluster.gateway.request_ids import request_id, traceparent
-from cluster.gateway.service import CallMeta, CallService, encode
+from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.session_face import Session
 from cluster.gateway.status import grpc_code, trailers
 from cluster.gateway.voices import CHAT, COMPLETE, Kind, voice_of
@@ -27,25 +28,10 @@ from cluster.v1 import inference_pb2 as pb
 log = structlog.get_logger("grpc")
 
 SERVICE = "cluster.v1.Inference"
+UNCOUNTED = ("ListModels", "GetModel")
+"""Methods that count as nobody's requests."""
 MAX_PAGE_SIZE = 1000
 MAX_PAGE_TOKEN = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class _Malformed:
-    """A body that is not the message it should be; answered with details rather than by grpc's bare INTERNAL."""
-
-    why: str
-
-
-def _decoder(kind: type[Message]) -> Callable[[bytes], Message | _Malformed]:
-    def decode(data: bytes) -> Message | _Malformed:
-        try:
-            return kind.FromString(data)
-        except DecodeError as error:
-            return _Malformed(str(error))
-
-    return decode
 
 
 def _as_it_came(data: bytes) -> bytes:
@@ -63,29 +49,30 @@ class GrpcFace:
     def __init__(self, service: CallService, session_age_s: float = 600.0) -> None:
         """`session_age_s`: a session older than this takes no new call and ends with its last one."""
         self._service = service
+        self._bodies = service.bodies
         self._session_age_s = session_age_s
         self._relay: Relay | None = None
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """All methods of the service."""
-        methods: dict[str, tuple[type[Message], Callable[[Any, Any, CallMeta], Awaitable[Message | None]], bool]] = {
-            "Chat": (pb.ChatRequest, lambda r, c, m: self._whole(CHAT, r, c, m), False),
-            "StreamChat": (pb.ChatRequest, lambda r, c, m: self._stream(CHAT, r, c, m), True),
-            "Complete": (pb.CompleteRequest, lambda r, c, m: self._whole(COMPLETE, r, c, m), False),
-            "StreamComplete": (pb.CompleteRequest, lambda r, c, m: self._stream(COMPLETE, r, c, m), True),
-            "Resume": (pb.ResumeRequest, lambda r, c, m: self._resume(r, c, m), True),
-            "Tokenize": (pb.TokenizeRequest, lambda r, c, m: self._tokenize(r, m), False),
-            "Detokenize": (pb.DetokenizeRequest, lambda r, c, m: self._detokenize(r, m), False),
-            "ListModels": (pb.ListModelsRequest, lambda r, c, m: self._list_models(r, m), False),
-            "GetModel": (pb.GetModelRequest, lambda r, c, m: self._get_model(r, m), False),
+        methods: dict[str, tuple[Callable[[Any, Any, CallMeta], Awaitable[Message | None]], bool]] = {
+            "Chat": (lambda r, c, m: self._whole(CHAT, r, c, m), False),
+            "StreamChat": (lambda r, c, m: self._run(CHAT, r, c, m), True),
+            "Complete": (lambda r, c, m: self._whole(COMPLETE, r, c, m), False),
+            "StreamComplete": (lambda r, c, m: self._run(COMPLETE, r, c, m), True),
+            "Resume": (lambda r, c, m: self._resume(r, c, m), True),
+            "Tokenize": (lambda r, c, m: self._tokenize(r, m), False),
+            "Detokenize": (lambda r, c, m: self._detokenize(r, m), False),
+            "ListModels": (lambda r, c, m: self._list_models(r, m), False),
+            "GetModel": (lambda r, c, m: self._get_model(r, m), False),
         }
         handlers: dict[str, Any] = {}
-        for name, (kind, method, streams) in methods.items():
+        for name, (method, streams) in methods.items():
             make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-            guarded = self._guarded(method, _decoder(kind))
+            guarded = self._guarded(method, name)
             handlers[name] = make(guarded, request_deserializer=_as_it_came, response_serializer=_encode)
         handlers["Session"] = grpc.stream_stream_rpc_method_handler(
-            self._session, request_deserializer=_decoder(pb.SessionRequest), response_serializer=_encode
+            self._session, request_deserializer=_as_it_came, response_serializer=_encode
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
@@ -124,7 +111,7 @@ class GrpcFace:
     def _guarded(
         self,
         method: Callable[[Any, Any, CallMeta], Awaitable[Message | None]],
-        decode: Callable[[bytes], Message | _Malformed],
+        name: str,
     ) -> Callable[[Any, Any], Any]:
         """The one place where an error of a call becomes a status. `admit` has found out who calls."""
 
@@ -134,10 +121,10 @@ class GrpcFace:
                 principal = context.caller
                 if principal is not meta.principal:
                     meta = replace(meta, principal=principal)
-                request = decode(data)
+                if name not in UNCOUNTED:
+                    meta = await self._service.count(meta)
+                request = await self._bodies.message(name, data, meta.tenant)
                 context.release_request()
-                if isinstance(request, _Malformed):
-                    raise invalid("request", f"is not a message of this method: {request.why}")
                 context.set_trailing_metadata((("x-request-id", meta.request_id),))
                 return await method(request, context, meta)
             except CallError as error:
@@ -176,12 +163,8 @@ class GrpcFace:
 
     # ---- calls
 
-    async def _resume(self, request: pb.ResumeRequest, context: Any, meta: CallMeta) -> None:
-        kind = COMPLETE if request.HasField("complete") else CHAT
-        await self._run(kind, codec.resume_wish(request), context, meta)
-
-    async def _stream(self, kind: Kind, request: Any, context: Any, meta: CallMeta) -> None:
-        await self._run(kind, kind.wish(request), context, meta)
+    async def _resume(self, request: ResumedCall, context: Any, meta: CallMeta) -> None:
+        await self._run(CHAT if request.is_chat else COMPLETE, request.wish, context, meta)
 
     async def _run(self, kind: Kind, wish: Wish, context: Any, meta: CallMeta) -> None:
         async with self._service.open(wish, meta) as call:
@@ -193,8 +176,8 @@ class GrpcFace:
                 context.send(voice.begin())
             await Lane(call, voice, context, self._relay).run()
 
-    async def _whole(self, kind: Kind, request: Any, context: Any, meta: CallMeta) -> Message:
-        async with self._service.open(kind.wish(request), meta) as call:
+    async def _whole(self, kind: Kind, wish: Wish, context: Any, meta: CallMeta) -> Message:
+        async with self._service.open(wish, meta) as call:
             while not call.finished and call.error is None:
                 await call.news()
             pieces = call.take()
@@ -205,19 +188,12 @@ class GrpcFace:
 
     # ---- tokens and models
 
-    async def _tokenize(self, request: pb.TokenizeRequest, meta: CallMeta) -> pb.TokenizeResponse:
-        model = self._service.directory.resolve(request.model, meta.principal)
-        text = await self._service.directory.text(model)
-        ids = await encode(codec.tokenize_prompt(request), text, meta.tenant)
-        return pb.TokenizeResponse(token_ids=ids, max_model_len=model.max_model_len)
+    async def _tokenize(self, request: TokenizeCall, meta: CallMeta) -> pb.TokenizeResponse:
+        ids, max_model_len = await self._service.tokenize(request.model, request.prompt, meta)
+        return pb.TokenizeResponse(token_ids=ids, max_model_len=max_model_len)
 
-    async def _detokenize(self, request: pb.DetokenizeRequest, meta: CallMeta) -> pb.DetokenizeResponse:
-        model = self._service.directory.resolve(request.model, meta.principal)
-        text = await self._service.directory.text(model)
-        for i, token_id in enumerate(request.token_ids):
-            if not 0 <= token_id < text.vocab_size:
-                raise invalid(f"token_ids[{i}]", f"must be in 0 to {text.vocab_size - 1}, got {token_id}")
-        return pb.DetokenizeResponse(text=text.decode(list(request.token_ids), skip_special_tokens=False))
+    async def _detokenize(self, request: DetokenizeCall, meta: CallMeta) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text=await self._service.detokenize(request.model, request.token_ids, meta))
 
     async def _list_models(self, request: pb.ListModelsRequest, meta: CallMeta) -> pb.ListModelsResponse:
         directory, who = self._service.directory, meta.principal

@@ -10,7 +10,9 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar
@@ -20,6 +22,7 @@ from cluster.gateway.wishes import (
     DEFAULT_COMPLETE_TOKENS,
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
     MAX_METADATA,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -86,6 +89,30 @@ _UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = _UNSERVED | {
     "prompt_embeds": ([],),
     "suffix": ("",),
 }
+_FIELDS = frozenset(
+    {
+        *("best_of", "cache_salt", "frequency_penalty", "ignore_eos", "logit_bias", "logprobs", "max_tokens"),
+        *("metadata", "min_p", "min_tokens", "model", "n", "presence_penalty", "prompt", "repetition_penalty"),
+        *("response_format", "seed", "stop", "stop_token_ids", "stream", "stream_options", "structured_outputs"),
+        *("temperature", "top_k", "top_p"),
+    }
+)
+COMPLETION_FIELDS = _FIELDS | _UNSERVED_COMPLETION.keys()
+"""All fields of a body that are read; others are ignored."""
+CHAT_FIELDS = (
+    (_FIELDS - {"best_of", "prompt"})
+    | _UNSERVED_CHAT.keys()
+    | {
+        *(
+            "add_generation_prompt",
+            "chat_template_kwargs",
+            "continue_final_message",
+            "max_completion_tokens",
+            "messages",
+        ),
+        *("reasoning_effort", "top_logprobs"),
+    }
+)
 _INSTEAD = {name: "use structured_outputs" for name in _UNSERVED if name.startswith("guided_")}
 
 
@@ -115,6 +142,7 @@ class Asked:
 def chat_asked(body: Fields) -> Asked:
     """/v1/chat/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_CHAT)
+    body.at_most(MAX_MESSAGES, "messages", "messages")
     messages = body.objects("messages")
     if not messages:
         raise invalid("messages", "must not be empty")
@@ -180,7 +208,7 @@ def _salt(body: Fields) -> str:
 
 
 def _refuse_unserved(body: Fields, unserved: Mapping[str, tuple[Any, ...]]) -> None:
-    for name in body.values.keys() & unserved.keys():
+    for name in sorted(body.values.keys() & unserved.keys()):
         value = body.values[name]
         if value is not None and not any(value == other and type(value) is type(other) for other in unserved[name]):
             raise unsupported(name, _INSTEAD.get(name, "leave it out"))
@@ -192,6 +220,8 @@ def _refuse_unserved(body: Fields, unserved: Mapping[str, tuple[Any, ...]]) -> N
 def _prompts(body: Fields) -> list[Prompt]:
     """A string, an array of strings, an array of token ids, or an array of such arrays."""
     value = body.values.get("prompt")
+    if isinstance(value, np.ndarray):
+        return [IdsPrompt(cast("Sequence[int]", value))]
     if isinstance(value, str) and value:
         return [TextPrompt(value)]
     if value is None or value in ("", []):
@@ -227,6 +257,7 @@ def _message(message: Fields) -> dict[str, Any]:
             out[name] = value
     if reasoning := message.text("reasoning_content") or message.text("reasoning"):
         out["reasoning_content"] = reasoning
+    message.at_most(MAX_MESSAGES, "tool calls", "tool_calls")
     if calls := message.objects("tool_calls"):
         out["tool_calls"] = [_tool_call(call) for call in calls]
     for name in ("function_call", "audio"):
@@ -242,6 +273,7 @@ def _content(message: Fields) -> str:
         return value
     if value is not None and not isinstance(value, list):
         raise message.wrong("content", "a string or an array of parts")
+    message.at_most(MAX_MESSAGES, "parts", "content")
     texts = []
     for part in message.objects("content"):
         type_ = part.text("type")

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import formatdate
 from typing import Any, Protocol
 
@@ -24,8 +24,7 @@ from cluster.gateway import http_answers as answers
 from cluster.gateway.call import Call
 from cluster.gateway.door import ANYBODY, Door, Shown, alternative_names
 from cluster.gateway.http_body import Refused, RequestBodies
-from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
-from cluster.gateway.http_fields import Fields, read_object
+from cluster.gateway.http_codec import Asked
 from cluster.gateway.http_protocol import CONNECTION
 from cluster.gateway.output import Piece
 from cluster.gateway.relay import Lane, Relay, Way
@@ -67,13 +66,13 @@ class Connection(Way, Protocol):
 class _Kind:
     """What differs between chat and completion."""
 
-    asked: Callable[[Fields], Asked]
+    name: str
     stream: type[answers.Stream]
     answer: Callable[[str, str, int, Sequence[Call], Sequence[Piece]], bytes]
 
 
-_CHAT = _Kind(chat_asked, answers.ChatStream, answers.chat_answer)
-_COMPLETION = _Kind(completion_asked, answers.CompletionStream, answers.completion_answer)
+_CHAT = _Kind("chat", answers.ChatStream, answers.chat_answer)
+_COMPLETION = _Kind("completion", answers.CompletionStream, answers.completion_answer)
 
 
 class Exchange:
@@ -203,11 +202,12 @@ class HttpFace:
         if media_type != b"application/json":  # also what keeps other sites' pages from posting here unasked
             raise Refused(415, "unsupported_media_type", "content-type must be application/json")
         connection = exchange.scope[CONNECTION]
-        length, tenant = exchange.headers.get(b"content-length", b""), exchange.principal.tenant.name
-        async with self._bodies.read(exchange.receive, connection, length, tenant) as content:
-            asked = kind.asked(read_object(content))
         trace = traceparent(exchange.header(b"traceparent"))
         meta = CallMeta(exchange.request_id, "http", traceparent=trace, principal=exchange.principal)
+        meta = await self._service.count(meta)
+        length = exchange.headers.get(b"content-length", b"")
+        async with self._bodies.read(exchange.receive, connection, length, meta.tenant) as content:
+            asked = await self._service.bodies.http(kind.name, content, meta.tenant)
         answer = self._stream if asked.stream else self._whole
         await _while_connected(answer(kind, asked, meta, exchange), connection)
 
@@ -263,7 +263,8 @@ class HttpFace:
         calls = []
         for i, wish in enumerate(asked.wishes):
             try:
-                calls.append(await stack.enter_async_context(self._service.open(wish, meta)))
+                of_this = meta if i == 0 else replace(meta, counted=False)  # each prompt is a request
+                calls.append(await stack.enter_async_context(self._service.open(wish, of_this)))
             except CallError as error:
                 raise answers.as_asked(error, asked.names, i if len(asked.wishes) > 1 else None) from None
         return calls

@@ -1,4 +1,4 @@
-"""JSON of callers: well-formed Unicode, nested and filled within bounds, checked before anything is built of it.
+"""JSON that callers send: well-formed Unicode, nested and filled within bounds, checked before anything is built of it.
 
 A JSON parser makes an object of every two bytes of `[[],[],...]`, 60 times their size and a tenth of a microsecond
 each, holding the interpreter all the while. So the values of a long text are counted first, by searches for single
@@ -35,13 +35,13 @@ class Bounds:
     values: int
 
 
-BODY: Final = Bounds(containers=100_000, strings=400_000, values=4_194_304)
+BODY: Final = Bounds(containers=100_000, strings=400_000, values=2_097_152)
 """Of one field of a request's body. Most of it can be token ids."""
 ARGUMENTS: Final = Bounds(containers=10_000, strings=50_000, values=100_000)
 """Of arguments of a template or tool call, and of a JSON schema."""
 
 
-def parse(path: str, text: bytes | str, bounds: Bounds = ARGUMENTS) -> Any:
+def parse(path: str, text: bytes | str, bounds: Bounds = ARGUMENTS, levels: int = MAX_DEPTH) -> Any:
     """The value of a JSON text that is the field `path`. Raises CallError, for a wrong text by the path inside it."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(_UTF8_MARK)
     check_counts(path, data, bounds)
@@ -56,7 +56,7 @@ def parse(path: str, text: bytes | str, bounds: Bounds = ARGUMENTS) -> Any:
     except ValueError as error:  # JSON, and numbers of thousands of digits
         why = "it is UTF-16 or UTF-32: send UTF-8" if "\0" in characters[:4] else error
         raise invalid(path or "body", f"is not JSON: {why}") from None
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and is_deeper(value, MAX_DEPTH):
+    if data.count(b"[") + data.count(b"{") > levels and is_deeper(value, levels):
         raise _too_deep(path)
     if (lone or _ESCAPED_SURROGATE.search(data)) and (where := surrogate_path(value, path)) is not None:
         raise invalid(where or "body", NO_UNICODE)

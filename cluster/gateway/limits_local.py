@@ -21,6 +21,9 @@ class Limits(Protocol):
     async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
         """Admit or refuse."""
 
+    async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
+        """Count a try, or tokens that no call has; or refuse."""
+
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
         """So many output tokens there are; False: the call must stop."""
 
@@ -48,6 +51,10 @@ class LocalLimits:
     async def reserve(self, policy: TenantPolicy, ask: Ask) -> Granted | LimitRefusal:
         """As the port says."""
         return self._limiter.reserve(policy, ask, self._clock(), time.time())
+
+    async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
+        """As the port says."""
+        return self._limiter.charge(policy, requests, tokens, self._clock(), time.time())
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
         """As the port says."""

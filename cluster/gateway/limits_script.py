@@ -76,25 +76,27 @@ local function spend(plain, day_of, month_of)
   if h.mn == month_of then add('mu', plain) end
 end
 
-if op == 'reserve' then -- weighted, plain, then limits (-1: none): month, day, concurrent, requests, tokens
-  local weighted, plain = tonumber(ARGV[6]), tonumber(ARGV[7])
+if op == 'reserve' or op == 'charge' then
+  -- weighted, plain, then limits (-1: none): month, day, concurrent, requests, tokens; how many requests it counts as
+  local weighted, plain, requests = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[13])
+  local runs = op == 'reserve' and 1 or 0
   local used = {h.mu, h.du, running, sums.r, sums.t}
-  local wanted = {plain, plain, 1, 1, weighted}
+  local wanted = {plain, plain, runs, requests, weighted}
   for i = 1, 5 do
     local limit = tonumber(ARGV[7 + i])
-    if limit >= 0 and used[i] + wanted[i] > limit then
+    if limit >= 0 and wanted[i] > 0 and used[i] + wanted[i] > limit then
       local kind = i == 4 and 'r' or 't'
       local retry = i > 3 and frees(kind, used[i] + wanted[i] - limit) or 0
       local reset = i > 3 and frees(kind, sums[kind]) or 0
       return text(0, i, used[i], retry, reset, sums.r, frees('r', sums.r), sums.t, frees('t', sums.t))
     end
   end
-  for kind, amount in pairs({r = 1, t = weighted}) do
+  for kind, amount in pairs({r = requests, t = weighted}) do
     if not h[kind .. second] then table.insert(seconds[kind], second) end
     add(kind .. second, amount)
     sums[kind] = sums[kind] + amount
   end
-  add('c:' .. me, 1)
+  if runs > 0 then add('c:' .. me, 1) end
   spend(plain, h.dn, h.mn)
   return text(1, second, h.dn, h.mn, sums.r, frees('r', sums.r), sums.t, frees('t', sums.t))
 elseif op == 'take' then -- needed, quantum, weight of output, stop, daily, monthly limit, day and month of the call

@@ -116,7 +116,7 @@ class ValkeyLimits:
         weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
         plain = ask.prompt_tokens + ask.output_tokens
         limits = [-1 if limit is None else limit for limit in _in_order(policy.limits)]
-        reply = await self._ask(policy.name, "reserve", weighted, plain, *limits)
+        reply = await self._ask(policy.name, "reserve", weighted, plain, *limits, ask.requests)
         if reply is None:
             return self._reserve_here(policy, ask, now, epoch_s)
         if not reply[0]:
@@ -126,6 +126,22 @@ class ValkeyLimits:
         self._held[ask.call_id] = held
         self._mirror.record(policy, ask, now, epoch_s)
         return Granted(*_standings(policy.limits, reply[4:8]))
+
+    async def charge(self, policy: TenantPolicy, requests: int, tokens: int) -> LimitRefusal | None:
+        """As the port says."""
+        now, epoch_s = time.monotonic(), time.time()
+        weighted = self._weights.sum(tokens, 0)
+        limits = [-1 if limit is None else limit for limit in _in_order(policy.limits)]
+        reply = await self._ask(policy.name, "charge", weighted, tokens, *limits, requests)
+        if reply is None:
+            refusal = self._mirror.charge(policy, requests, tokens, now, epoch_s, sharers=self.gateways_alive)
+            if refusal is None and tokens:
+                self._owe(policy.name, tokens)
+            return refusal
+        if not reply[0]:
+            return _refusal(policy.limits, reply[1:], tokens, weighted, epoch_s)
+        self._mirror.charged(policy, requests, tokens, now, epoch_s)
+        return None
 
     async def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int) -> bool:
         """As the port says; asks the store only when the reservation is used up."""

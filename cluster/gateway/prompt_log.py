@@ -162,8 +162,9 @@ def _line(one: _Ended) -> dict[str, Any]:
 
 
 def _prompt(one: _Ended) -> Any:
-    if isinstance(one.prompt, wishes.ChatPrompt):
-        return [dict(message) for message in one.prompt.messages]
-    if isinstance(one.prompt, wishes.TextPrompt):
-        return one.prompt.text
-    return one.text.decode(list(one.prompt.token_ids), skip_special_tokens=False)
+    prompt = one.prompt.unpacked() if isinstance(one.prompt, wishes.PackedPrompt) else one.prompt
+    if isinstance(prompt, wishes.ChatPrompt):
+        return [dict(message) for message in prompt.messages]
+    if isinstance(prompt, wishes.TextPrompt):
+        return prompt.text
+    return one.text.decode(list(prompt.token_ids), skip_special_tokens=False)

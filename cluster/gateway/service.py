@@ -11,12 +11,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import EngineRequest
 from cluster.gateway import wishes
 from cluster.gateway.allowance import Allowances
+from cluster.gateway.bodies import Bodies
 from cluster.gateway.call import Call
 from cluster.gateway.demand import within_slo
 from cluster.gateway.directory import Directory, KnownModel
@@ -26,7 +28,7 @@ from cluster.gateway.losses import MOST_SILENT
 from cluster.gateway.output import Output
 from cluster.gateway.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
-from cluster.gateway.text.tokenizer import TextModel
+from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
 from cluster.link import ticks
 from cluster.link.isolation import is_call_failure
 from cluster.observe.metrics import Metrics
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger("calls")
 
+FEW_IDS = 4096
+"""Prompts of more are checked as an array."""
 HELD_S = 1.0
 """How often a call that waits for a model to start is told how far that is."""
 SHORT_OF_ROOM = (
@@ -67,6 +71,8 @@ class CallMeta:
     deadline: float | None = None
     traceparent: str = ""
     principal: Principal = ANYBODY
+    counted: bool = False
+    """Whether it is counted as a request of its tenant already (`CallService.count`)."""
 
     @property
     def tenant(self) -> str:
@@ -110,6 +116,7 @@ class CallService:
         self.door: Door = door if door is not None else OpenDoor()
         self.door.on_change.add(self._end_fallen)
         self.directory = directory
+        self.bodies = Bodies()
         self.dispatcher = dispatcher
         self.metrics = metrics
         self.clock = clock
@@ -181,6 +188,29 @@ class CallService:
             return Progress("resuming", position)
         return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
 
+    async def count(self, meta: CallMeta) -> CallMeta:
+        """Count a try before anything of it is read, whatever becomes of it. Raises CallError, RATE_LIMITED."""
+        await self._allowances.count(meta.principal.tenant)
+        return replace(meta, counted=True)
+
+    async def tokenize(self, name: str, prompt: wishes.Prompt, meta: CallMeta) -> tuple[array[int], int]:
+        """The token ids of a prompt, which count as tokens of its tenant, and the model's context. Raises CallError."""
+        model = self.directory.resolve(name, meta.principal)
+        text = await self.directory.text(model)
+        ids = await encode(prompt, text, meta.tenant, model.max_model_len)
+        await self._allowances.charge(meta.principal.tenant, len(ids))
+        return ids, model.max_model_len
+
+    async def detokenize(self, name: str, token_ids: Sequence[int], meta: CallMeta) -> str:
+        """The text of token ids, likewise. Raises CallError."""
+        model = self.directory.resolve(name, meta.principal)
+        text = await self.directory.text(model)
+        if model.max_model_len and len(token_ids) > model.max_model_len:
+            raise invalid("token_ids", f"at most {model.max_model_len}, the model's context; got {len(token_ids)}")
+        ids = _in_vocabulary(token_ids, text.vocab_size, "token_ids") if len(token_ids) else array("I")
+        await self._allowances.charge(meta.principal.tenant, len(ids))
+        return await text.decode_async(meta.tenant, ids, "token_ids")
+
     @asynccontextmanager
     async def open(self, wish: wishes.Wish, meta: CallMeta) -> AsyncIterator[Call]:
         """A running call. Raises CallError when it cannot run; errors raised inside end it with their outcome."""
@@ -209,7 +239,9 @@ class CallService:
             if meta.principal.tenant.guards:
                 guards = self._guards_of(meta, model.name)
                 wish = replace(wish, prompt=await guards.prompt(_readable(wish.prompt, text), text))
-            prompt_ids = await encode(wish.prompt, text, meta.tenant)
+            most = meta.principal.tenant.max_context_tokens
+            max_model_len = min(model.max_model_len, most or model.max_model_len)
+            prompt_ids = await encode(wish.prompt, text, meta.tenant, max_model_len)
             if (fallen := self.door.standing(meta.tenant)) is not None:  # since it has come
                 raise fallen
             call = self._call(wish, meta, model, text, prompt_ids, arrived, guards, versions)
@@ -303,7 +335,7 @@ class CallService:
         )
         rank = self.dispatcher.turns.rank_of(policy.priority_class)
         call = Call(
-            id=f"{'chatcmpl' if isinstance(wish.prompt, wishes.ChatPrompt) else 'cmpl'}-{uuid.uuid4().hex}",
+            id=f"{'chatcmpl' if wishes.is_chat(wish.prompt) else 'cmpl'}-{uuid.uuid4().hex}",
             model=model.name,
             policy=policy,
             rank=rank,
@@ -318,6 +350,7 @@ class CallService:
             clock=self.clock,
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
             request_id=meta.request_id,
+            counted=meta.counted,
         )
         call.versions, call.bundle_digest = versions, model.bundle_digest_of(versions.first)
         call.usage.prompt_tokens = len(prompt_ids)
@@ -446,25 +479,27 @@ def _attempt(step: Callable[[], None], request_id: str) -> None:
         log.exception("call_end_failed", request_id=request_id)
 
 
-async def encode(prompt: wishes.Prompt, text: TextModel, tenant: str = "default") -> array[int]:
-    """Token ids of a prompt, off the event loop when long. Raises CallError."""
-    if isinstance(prompt, wishes.ChatPrompt):
-        if not text.has_chat_template:
-            raise CallError(
-                Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a prompt of your own"
-            )
-        return await text.chat_ids_async(
-            tenant,
-            prompt.messages,
-            template_kwargs=prompt.template_kwargs,
-            continue_final_message=prompt.continue_final_message,
-            add_generation_prompt=prompt.add_generation_prompt and not prompt.continue_final_message,
+async def encode(prompt: wishes.Prompt, text: TextModel, tenant: str = "default", max_model_len: int = 0) -> array[int]:
+    """Token ids of a prompt, off the event loop when long. `max_model_len` 0: of any length.
+
+    Raises CallError, before tokenizing for a text that surely leaves no room for output.
+    """
+    if wishes.is_chat(prompt) and not text.has_chat_template:
+        raise CallError(
+            Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a prompt of your own"
         )
-    if isinstance(prompt, wishes.TextPrompt):
-        ids = await text.prompt_ids_async(tenant, prompt.text)
+    most = max_model_len - 1 if max_model_len else ANY_LENGTH
+    if isinstance(prompt, wishes.PackedPrompt):
+        ids = await text.packed_ids_async(tenant, prompt, most)
+    elif isinstance(prompt, wishes.ChatPrompt):
+        return await text.chat_ids_async(tenant, prompt.messages, most, **prompt.template_options)
+    elif isinstance(prompt, wishes.TextPrompt):
+        ids = await text.prompt_ids_async(tenant, prompt.text, most)
     else:
+        if len(prompt.token_ids) > most:
+            raise wishes.too_long(len(prompt.token_ids), max_model_len, chat=False)
         ids = _in_vocabulary(prompt.token_ids, text.vocab_size)
-    if not ids:
+    if not ids and not wishes.is_chat(prompt):
         raise invalid("prompt", "must not be empty")
     return ids
 
@@ -480,8 +515,12 @@ def _readable(prompt: wishes.Prompt, text: TextModel) -> wishes.Prompt:
     return prompt
 
 
-def _in_vocabulary(ids: Sequence[int], vocab_size: int) -> array[int]:
-    if ids and (min(ids) < 0 or max(ids) >= vocab_size):
-        i, token_id = next((i, token_id) for i, token_id in enumerate(ids) if not 0 <= token_id < vocab_size)
-        raise invalid(f"prompt_token_ids[{i}]", f"must be in 0 to {vocab_size - 1}, the vocabulary; got {token_id}")
-    return array("I", ids)
+def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_token_ids") -> array[int]:
+    if 0 < len(ids) <= FEW_IDS and min(ids) >= 0 and max(ids) < vocab_size:
+        return array("I", ids)
+    found = np.asarray(ids, np.int64)
+    wrong = np.flatnonzero((found < 0) | (found >= vocab_size))
+    if wrong.size:
+        i = int(wrong[0])
+        raise invalid(f"{field}[{i}]", f"must be in 0 to {vocab_size - 1}, the vocabulary; got {found[i]}")
+    return array("I", found.astype(np.uint32).tobytes())

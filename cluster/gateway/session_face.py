@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -18,10 +18,11 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
 from cluster.gateway.call import Call
+from cluster.gateway.grpc_requests import SessionCall, session_items
 from cluster.gateway.output import Piece
 from cluster.gateway.request_ids import request_id, traceparent
 from cluster.gateway.service import CallMeta, CallService
-from cluster.gateway.status import details
+from cluster.gateway.status import details, grpc_code, trailers
 from cluster.gateway.voices import CHAT, COMPLETE, Voice, voice_of
 from cluster.gateway.wishes import Wish
 from cluster.link.dial import read
@@ -29,14 +30,7 @@ from cluster.v1 import inference_pb2 as pb
 
 log = structlog.get_logger("session")
 
-_WISHES: Mapping[str, Callable[[Any], Wish]] = {
-    "chat": codec.chat_wish,
-    "complete": codec.complete_wish,
-    "resume": codec.resume_wish,
-}
 MAX_CALLS = 10_000
-MAX_TOGETHER = 1000
-"""Requests in `more` of one message."""
 SLICE_S = 0.001
 """Requests are taken for so long before the event loop turns to others."""
 MAX_UNREAD_CHARS = 1 << 20
@@ -148,20 +142,19 @@ class Session:
     async def _read(self) -> None:
         until = self._loop.time() + SLICE_S
         while (request := await self._next_request()) is not None:
-            if not isinstance(request, pb.SessionRequest):
-                await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"not a SessionRequest: {request.why}")
-            if len(request.more) > MAX_TOGETHER:
-                message = f"more: holds {len(request.more)} requests; at most {MAX_TOGETHER} go in one message"
-                await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
-            for one in (request, *request.more):
-                if one.HasField("start"):
-                    self._start(one.start)
-                elif one.HasField("cancel"):
-                    self._cancel(one.cancel.call_id)
-                if self._loop.time() >= until:
-                    await asyncio.sleep(0)  # in which the pass notices a client that does not read
-                    await self._reading.wait()
-                    until = self._loop.time() + SLICE_S
+            try:
+                found = await self._service.bodies.session(request, self._tenant())
+                for one in session_items(found) if isinstance(found, pb.SessionRequest) else found:
+                    if isinstance(one, SessionCall):
+                        self._start(one)
+                    else:
+                        self._cancel(one.call_id)
+                    if self._loop.time() >= until:
+                        await asyncio.sleep(0)  # in which the pass notices a client that does not read
+                        await self._reading.wait()
+                        until = self._loop.time() + SLICE_S
+            except CallError as error:
+                await self._context.abort(grpc_code(error), error.message, trailers(error))
         self._half_closed = True
         self.wake()
 
@@ -175,7 +168,7 @@ class Session:
         self._retired = True
         self.wake()
 
-    def _start(self, start: pb.SessionStart) -> None:
+    def _start(self, start: SessionCall) -> None:
         call_id = start.call_id
         if call_id in self._calls:
             self._refuse(call_id, invalid("call_id", f"{call_id} is running already in this session"))
@@ -188,21 +181,23 @@ class Session:
             message = f"a session holds at most {MAX_CALLS} calls; open another"
             self._refuse(call_id, CallError(Outcome.QUEUE_FULL, message))
             return
-        kind = start.WhichOneof("call")
         try:
             meta = self._call_meta(start)
-            if kind is None:
-                raise invalid("start", "must hold chat, complete or resume")
-            wish = _WISHES[kind](getattr(start, kind))
         except CallError as error:
             self._refuse(call_id, error)
             return
-        is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
-        opened = self._calls[call_id] = _Open(self, call_id, is_chat)
-        opened.task = asyncio.create_task(self._run(opened, wish, meta, start.deadline_ms / 1000))
+        opened = self._calls[call_id] = _Open(self, call_id, start.is_chat)
+        opened.task = asyncio.create_task(self._run(opened, start.wish, meta, start.deadline_ms / 1000))
         opened.task.add_done_callback(lambda _: self._never_ran(opened))
 
-    def _call_meta(self, start: pb.SessionStart) -> CallMeta:
+    def _tenant(self) -> str:
+        """Whose session it is; the last one that was let in stays it."""
+        try:
+            return self._meta().tenant
+        except CallError:
+            return ""
+
+    def _call_meta(self, start: SessionCall) -> CallMeta:
         """Raises CallError once the session's caller may no longer call."""
         base = self._meta()
         deadline = self._service.clock() + start.deadline_ms / 1000 if start.deadline_ms else None
@@ -222,9 +217,12 @@ class Session:
         if opened is not None and opened.task is not None:
             opened.task.cancel()
 
-    async def _run(self, opened: _Open, wish: Wish, meta: CallMeta, deadline_s: float) -> None:
+    async def _run(self, opened: _Open, wish: Wish | CallError, meta: CallMeta, deadline_s: float) -> None:
         """One call, from its start to its end; its pieces go out through the writer."""
         try:
+            meta = await self._service.count(meta)
+            if isinstance(wish, CallError):
+                raise wish
             async with asyncio.timeout(deadline_s or None), self._service.open(wish, meta) as call:
                 opened.call = call
                 if call.tickets is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import Message
 
@@ -12,7 +12,6 @@ from cluster.gateway import grpc_codec as codec
 from cluster.gateway.call import Call
 from cluster.gateway.output import Piece
 from cluster.gateway.service import CallService
-from cluster.gateway.wishes import Wish
 from cluster.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 class Kind:
     """What differs between chat and completion."""
 
-    wish: Callable[[Any], Wish]
     chunk: Callable[[Call, Sequence[Piece], int], Message]
     response: Callable[[Call, Sequence[Piece]], Message]
     progress: Callable[[Call, pb.Progress], Message]
@@ -31,14 +29,12 @@ class Kind:
 
 
 CHAT = Kind(
-    codec.chat_wish,
     codec.chat_chunk,
     codec.chat_response,
     lambda call, progress: pb.ChatChunk(id=call.shown_id, model=call.model, progress=progress),
     codec.chat_text,
 )
 COMPLETE = Kind(
-    codec.complete_wish,
     codec.complete_chunk,
     codec.complete_response,
     lambda call, progress: pb.CompleteChunk(id=call.shown_id, model=call.model, progress=progress),

@@ -6,6 +6,7 @@ Ranges are vLLM's own (sampling_params.py), so that what passes here passes ther
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from cluster.api.outcomes import MAX_VIOLATIONS, CallError, Outcome, Violation, 
 from cluster.api.types import Grammar, Sampling
 
 MAX_N = 64
+MAX_MESSAGES = 10_000
+"""Of a chat, and parts and tool calls of one message."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
@@ -61,6 +64,15 @@ class ChatPrompt:
     continue_final_message: bool = False
     add_generation_prompt: bool = True
 
+    @property
+    def template_options(self) -> Mapping[str, Any]:
+        """The arguments of a render beside the messages."""
+        return {
+            "template_kwargs": self.template_kwargs,
+            "continue_final_message": self.continue_final_message,
+            "add_generation_prompt": self.add_generation_prompt and not self.continue_final_message,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
@@ -73,10 +85,41 @@ class TextPrompt:
 class IdsPrompt:
     """A prompt in token ids."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
+    """An array where there are many."""
 
 
-Prompt = ChatPrompt | TextPrompt | IdsPrompt
+@dataclass(frozen=True, slots=True)
+class PackedPrompt:
+    """A long ChatPrompt or TextPrompt as a helper process has read and packed it, for another to tokenize.
+
+    The gateway's own process passes it on as it is: unpacking megabytes would hold up its event loop.
+    """
+
+    is_chat: bool
+    packed: Any
+    """A pickle, as bytes or a buffer."""
+
+    def unpacked(self) -> ChatPrompt | TextPrompt:
+        """The prompt. Not on an event loop."""
+        prompt: ChatPrompt | TextPrompt = pickle.loads(self.packed)  # noqa: S301 - written by this gateway's helper
+        return prompt
+
+    @classmethod
+    def of(cls, prompt: ChatPrompt | TextPrompt) -> PackedPrompt:
+        """Pack a prompt. Not on an event loop."""
+        return cls(isinstance(prompt, ChatPrompt), pickle.dumps(prompt, protocol=5))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[object, ...]:
+        return PackedPrompt, (self.is_chat, pickle.PickleBuffer(self.packed))  # a buffer is not copied
+
+
+Prompt = ChatPrompt | TextPrompt | IdsPrompt | PackedPrompt
+
+
+def is_chat(prompt: Prompt) -> bool:
+    """Whether a prompt is messages."""
+    return isinstance(prompt, ChatPrompt) or (isinstance(prompt, PackedPrompt) and prompt.is_chat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +267,16 @@ def _grammar_violations(grammar: Grammar | None) -> list[Violation]:
     return []
 
 
+def too_long(prompt_tokens: int, max_model_len: int, chat: bool, *, surely: str = "") -> CallError:
+    """The error of a prompt that leaves no room. `surely`: "at least " where its tokens were not counted."""
+    return CallError(
+        Outcome.CONTEXT_LENGTH_EXCEEDED,
+        f"the prompt has {surely}{prompt_tokens} tokens, the model's context holds {max_model_len} with at least one "
+        "token of output: shorten the prompt",
+        violations=[Violation("messages" if chat else "prompt", "too long")],
+    )
+
+
 def sampling(
     wish: Wish,
     defaults: Mapping[str, object],
@@ -242,12 +295,7 @@ def sampling(
     o = wish.options
     room = max_model_len - prompt_tokens
     if room < 1:
-        raise CallError(
-            Outcome.CONTEXT_LENGTH_EXCEEDED,
-            f"the prompt has {prompt_tokens} tokens, the model's context holds {max_model_len} with at least one "
-            "token of output: shorten the prompt",
-            violations=[Violation("messages" if isinstance(wish.prompt, ChatPrompt) else "prompt", "too long")],
-        )
+        raise too_long(prompt_tokens, max_model_len, is_chat(wish.prompt))
     room = min(room, max_output_tokens or room)
     for name, ids in (("stop_token_ids", o.stop_token_ids), ("logit_bias", tuple(o.logit_bias))):
         for token_id in ids:

@@ -68,6 +68,8 @@ class Ask:
     call_id: str
     prompt_tokens: int
     output_tokens: int
+    requests: int = 1
+    """0 for a call that has been charged as a request already."""
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 0 or self.output_tokens < 0:
@@ -129,11 +131,26 @@ class _Held:
     month: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is asked of each limit; nothing is asked of one where it is 0."""
+
+    plain: int
+    running: int
+    requests: int
+    weighted: int
+
+
 class LimitStore(Protocol):
     """Where reservations are kept: in this process, or shared between gateways (their clock is then the store's)."""
 
     def reserve(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> Granted | LimitRefusal:
         """Admit or refuse. ValueError for a call id that holds a reservation."""
+
+    def charge(
+        self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float
+    ) -> LimitRefusal | None:
+        """Count a try, or tokens that no call has; refuse what does not fit, which then is not counted."""
 
     def top_up(self, policy: TenantPolicy, call_id: str, output_tokens: int, now: float, epoch_s: float) -> bool:
         """So many output tokens there are; False: the call must stop. An unknown id may go on."""
@@ -167,6 +184,27 @@ class Limiter:
             return refusal
         self._count(policy, use, ask, now)
         return Granted(*_standings(limits, use, now))
+
+    def charge(
+        self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float, *, sharers: int = 1
+    ) -> LimitRefusal | None:
+        """As the port says. `sharers` as in `reserve`."""
+        use, now = self._at(policy.name, now, epoch_s)
+        limits = shared(policy.limits, sharers)
+        refusal = self._refusal(limits, use, _Wanted(tokens, 0, requests, self._weights.sum(tokens, 0)), now, epoch_s)
+        if refusal is None:
+            self.charged(policy, requests, tokens, now, epoch_s)
+        return refusal
+
+    def charged(self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float) -> None:
+        """Count what another has charged, whatever the limits."""
+        use, now = self._at(policy.name, now, epoch_s)
+        if requests:
+            use.requests.add(requests, now)
+        if tokens:
+            use.tokens.add(self._weights.sum(tokens, 0), now)
+            use.day.used += tokens
+            use.month.used += tokens
 
     def record(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> None:
         """Count what somebody else has admitted, whatever the limits. ValueError as in `reserve`."""
@@ -257,7 +295,7 @@ class Limiter:
 
     def _count(self, policy: TenantPolicy, use: TenantUse, ask: Ask, now: float) -> None:
         weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
-        use.requests.add(1, now)
+        use.requests.add(ask.requests, now)
         use.running += 1
         taken = [(use.tokens.add(weighted, now), weighted)]
         held = _Held(policy.name, ask.prompt_tokens, ask.output_tokens, taken, use.day.number, use.month.number)
@@ -282,16 +320,20 @@ class Limiter:
 
     def _check(self, limits: TenantLimits, use: TenantUse, ask: Ask, now: float, epoch_s: float) -> LimitRefusal | None:
         weighted = self._weights.sum(ask.prompt_tokens, ask.output_tokens)
-        plain = ask.prompt_tokens + ask.output_tokens
+        wanted = _Wanted(ask.prompt_tokens + ask.output_tokens, 1, ask.requests, weighted)
+        return self._refusal(limits, use, wanted, now, epoch_s)
+
+    @staticmethod
+    def _refusal(limits: TenantLimits, use: TenantUse, ask: _Wanted, now: float, epoch_s: float) -> LimitRefusal | None:
         rows = (
-            (Limit.MONTHLY, limits.monthly_tokens, use.month.used, plain),
-            (Limit.DAILY, limits.daily_tokens, use.day.used, plain),
-            (Limit.CONCURRENT, limits.concurrent_requests, use.running, 1),
-            (Limit.REQUESTS, limits.requests_per_minute, use.requests.total, 1),
-            (Limit.TOKENS, limits.tokens_per_minute, use.tokens.total, weighted),
+            (Limit.MONTHLY, limits.monthly_tokens, use.month.used, ask.plain),
+            (Limit.DAILY, limits.daily_tokens, use.day.used, ask.plain),
+            (Limit.CONCURRENT, limits.concurrent_requests, use.running, ask.running),
+            (Limit.REQUESTS, limits.requests_per_minute, use.requests.total, ask.requests),
+            (Limit.TOKENS, limits.tokens_per_minute, use.tokens.total, ask.weighted),
         )
         for name, limit, used, wanted in rows:
-            if limit is None or used + wanted <= limit:
+            if limit is None or not wanted or used + wanted <= limit:
                 continue
             retry_s, reset_s = _ends_in_s(name, use, used + wanted - limit, now, epoch_s)
             budget = name in (Limit.DAILY, Limit.MONTHLY)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.api.outcomes import MAX_MESSAGE_CHARS, MAX_VIOLATIONS, CallError, Outcome, Violation, invalid
 from cluster.api.types import Grammar
-from cluster.gateway import grpc_codec, http_codec
+from cluster.gateway import grpc_requests, http_codec
 from cluster.gateway.http_answers import as_asked
 from cluster.gateway.http_fields import Fields
 from cluster.gateway.wishes import Options, TextPrompt, Wish, check_metadata, check_options, sampling
@@ -100,7 +100,7 @@ def test_no_field_of_a_body_is_echoed_whole(fields: dict[str, Any]) -> None:
 def test_no_field_of_a_message_is_echoed_whole(request_: pb.ChatRequest) -> None:
     """The same over gRPC, where a status's text goes into a header."""
     with pytest.raises(CallError) as raised:
-        grpc_codec.chat_wish(request_)
+        grpc_requests.chat_wish(request_)
     assert len(raised.value.message) < 1024
 
 

@@ -148,6 +148,17 @@ async def contract(limits: Limits, pass_minute: Callable[[], None]) -> None:
     assert large.retry_after_s is None
     pass_minute()
     assert isinstance(await limits.reserve(free, Ask("h", 1, 1)), Granted)
+    tries = tenant(requests_per_minute=3)
+    assert [await limits.charge(tries, 1, 0) for _ in range(2)] == [None, None]
+    refusal = await limits.charge(tries, 1, 0)
+    assert refusal is not None
+    assert (refusal.limit_name, refusal.outcome) == (Limit.REQUESTS, Outcome.RATE_LIMITED)
+    assert isinstance(await limits.reserve(tries, Ask("i", 1, 1, requests=0)), Granted)
+    budget = tenant(tokens_per_minute=100, concurrent_requests=1, requests_per_minute=1)
+    assert await limits.charge(budget, 0, 90) is None
+    over_tokens = await limits.charge(budget, 0, 11)
+    assert over_tokens is not None
+    assert over_tokens.limit_name is Limit.TOKENS
 
 
 async def test_contract_in_process() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from google.rpc import error_details_pb2, status_pb2
 from cluster.api.bundle import Bundle
 from cluster.api.types import WorkerIdentity
 from cluster.link.worker import WorkerEnd
+from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import Answer, chat, complete, refused, rest_of
 from tests.support.cluster import running_cluster, sim_engine, until
-from tests.support.http import chat_body
+from tests.support.http import chat_body, fetch
 from tests.support.keyed import Keyed, bearer, keyed_cluster
 
 pytestmark = pytest.mark.slow
@@ -196,3 +198,63 @@ async def test_gateways_share_their_tenants_accounts(tmp_path: Path, checkpoint:
         finally:
             await end.close()
             await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_every_try_counts(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """Whatever becomes of it: wrong fields, Tokenize and Detokenize were free, and their bodies were read first."""
+    async with keyed_cluster(tmp_path) as keyed:
+        await keyed.cluster.add_worker(sim_engine(checkpoint), bundle)
+        stub = keyed.cluster.stub
+        tries: dict[str, Callable[[str], Awaitable[Any]]] = {
+            "wrong over gRPC": lambda key: refused(stub.Chat(chat(temperature=9), metadata=bearer(key))),
+            "no message": lambda key: refused(stub.Chat(pb.ChatRequest(model="sim"), metadata=bearer(key))),
+            "tokenize": lambda key: stub.Tokenize(pb.TokenizeRequest(model="sim", text="a"), metadata=bearer(key)),
+            "detokenize": lambda key: stub.Detokenize(
+                pb.DetokenizeRequest(model="sim", token_ids=[5]), metadata=bearer(key)
+            ),
+            "wrong over HTTP": lambda key: fetch(
+                keyed.cluster, "/v1/chat/completions", {"messages": 5}, authorization=f"Bearer {key}"
+            ),
+            "no JSON": lambda key: fetch(keyed.cluster, "/v1/completions", b"{", authorization=f"Bearer {key}"),
+        }
+        for name, attempt in tries.items():
+            key = await keyed.key(name.replace(" ", "-").lower(), limits={"requests_per_minute": 2})
+            await attempt(key)
+            await attempt(key)
+            answer = await refused(stub.Chat(chat(), metadata=bearer(key)))
+            assert (answer.code, answer.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED"), name
+            reply = await fetch(keyed.cluster, "/v1/completions", b"{", authorization=f"Bearer {key}")
+            assert reply.status == 429, name
+
+
+async def test_a_prompt_of_several_is_a_request_each(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """As before: three prompts in one body are three requests, and a served call is one."""
+    async with keyed_cluster(tmp_path) as keyed:
+        await keyed.cluster.add_worker(sim_engine(checkpoint), bundle)
+        key = await keyed.key("three", limits={"requests_per_minute": 4})
+        body = {"model": "sim", "prompt": ["a", "b", "c"], "max_tokens": 1}
+        assert (await fetch(keyed.cluster, "/v1/completions", body, authorization=f"Bearer {key}")).status == 200
+        assert await end_of(keyed, key) == "OK"
+        assert await end_of(keyed, key) == "RATE_LIMITED"
+
+
+async def test_tokens_that_no_call_has_count_too(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """Tokenize and Detokenize use up tokens_per_minute, and no more ids are taken than the model's context holds."""
+    async with keyed_cluster(tmp_path) as keyed:
+        await keyed.cluster.add_worker(sim_engine(checkpoint, max_model_len=256), bundle)
+        stub = keyed.cluster.stub
+        key = await keyed.key("few", limits={"tokens_per_minute": 40})
+        ids = pb.DetokenizeRequest(model="sim", token_ids=[5] * 30)
+        await stub.Detokenize(ids, metadata=bearer(key))
+        answer = await refused(stub.Detokenize(ids, metadata=bearer(key)))
+        assert answer.reason == "RATE_LIMITED"
+        text = pb.TokenizeRequest(model="sim", text="hello there " * 10)
+        assert (await refused(stub.Tokenize(text, metadata=bearer(key)))).reason == "RATE_LIMITED"
+        free = await keyed.key("free")
+        many = pb.DetokenizeRequest(model="sim", token_ids=[5] * 257)
+        answer = await refused(stub.Detokenize(many, metadata=bearer(free)))
+        assert (answer.code, answer.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["token_ids"])
+        wrong = await refused(
+            stub.Detokenize(pb.DetokenizeRequest(model="sim", token_ids=[5, -1]), metadata=bearer(free))
+        )
+        assert wrong.fields == ["token_ids[1]"]

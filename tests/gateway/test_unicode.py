@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.admin.v1 import tenants_pb2
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway import grpc_codec
+from cluster.gateway import grpc_requests
 from cluster.gateway.http_codec import chat_asked
 from cluster.gateway.http_fields import read_object
 from cluster.gateway.json_values import ARGUMENTS, BODY, Bounds, check_counts, parse
@@ -95,7 +95,7 @@ def test_json_within_a_message_is_looked_through(fields: dict[str, Any], path: s
         else:
             setattr(request, name, value)
     with pytest.raises(CallError) as raised:
-        grpc_codec.chat_wish(request)
+        grpc_requests.chat_wish(request)
     assert raised.value.violations[0].field == path
 
 

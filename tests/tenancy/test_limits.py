@@ -273,3 +273,19 @@ class LimitsMachine(RuleBasedStateMachine):
 
 LimitsMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestLimits = LimitsMachine.TestCase
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=30))
+def test_tries_and_tokens_without_a_call_keep_to_the_limits(steps: list[tuple[bool, int]]) -> None:
+    """Whatever is charged, no window is over its limit, nothing runs for it, and what is refused is not counted."""
+    limiter, policy = Limiter(), tenant("finish", requests_per_minute=10, tokens_per_minute=100, daily_tokens=200)
+    for is_try, tokens in steps:
+        before = limiter.use("acme")
+        counts = before.requests.total, before.tokens.total, before.day.used
+        got = limiter.charge(policy, int(is_try), tokens, 0.0, NOON)
+        use = limiter.use("acme")
+        added = (int(is_try), tokens, tokens) if got is None else (0, 0, 0)
+        assert (use.requests.total, use.tokens.total, use.day.used) == tuple(map(sum, zip(counts, added, strict=True)))
+        assert use.requests.total <= 10
+        assert use.tokens.total <= 100
+        assert use.running == 0

@@ -26,7 +26,7 @@ from cluster.gateway.guards.text import GuardedLogprobs, GuardedText
 from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobSource, LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
-from cluster.gateway.wishes import ChatPrompt, IdsPrompt, Prompt
+from cluster.gateway.wishes import ChatPrompt, IdsPrompt, PackedPrompt, Prompt
 from cluster.observe.metrics import Metrics
 from cluster.tenancy.patterns import PatternError, Patterns, patterns_of
 from cluster.tenancy.policy import GuardRule, TenantPolicy
@@ -134,6 +134,8 @@ class CallGuards:
         """The prompt as the model may see it. Raises CallError, GUARD_REFUSED where it may not at all."""
         if not self._inputs:
             return prompt
+        if isinstance(prompt, PackedPrompt):
+            prompt = await asyncio.to_thread(prompt.unpacked)
         if not isinstance(prompt, IdsPrompt):
             texts = texts_of(prompt)
             kept = await self._input(texts, prompt)

@@ -16,16 +16,26 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Any, Final
 
+import structlog
 from tokenizers import Tokenizer
 
 from cluster.api.bundle import Bundle
-from cluster.api.outcomes import CallError, invalid
+from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.gateway.helper_pool import Job, Lost, TooMuchCpu
 from cluster.gateway.text.detokenizer import Detokenizer, priming_ids, whole_texts
-from cluster.gateway.text.encoding_pool import EncodingPool, Job
+from cluster.gateway.text.encoding_pool import EncodingPool
+from cluster.gateway.text.expressions import expressions_of, may_explode
+from cluster.gateway.text.reach import Reach
 from cluster.gateway.text.template import ChatTemplate
 from cluster.gateway.text.tokenizer_json import read_tokenizer
 from cluster.gateway.text.word_encoder import WordEncoder
+from cluster.gateway.wishes import PackedPrompt, TextPrompt, too_long
 
+log = structlog.get_logger("text")
+
+ANY_LENGTH: Final = 2**62
+SURELY_FEW: Final = 8
+"""Characters a token: shorter texts are tokenized without asking how few tokens they could have."""
 ENCODE_OFFLOAD_CHARS: Final = 4096
 """Longer texts are tokenized in a worker thread: about a millisecond of one core at 3-4 million characters a second."""
 ENCODE_HELPER_CHARS: Final = 32_768
@@ -44,6 +54,13 @@ SPECIAL_TOKEN_NAMES: Final = (
 TAIL_SAFE_DECODERS: Final = frozenset({"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
 
 
+class _Unknown:
+    """In place of what has not been computed yet."""
+
+
+UNKNOWN: Final = _Unknown()
+
+
 class TextModel:
     """One model's tokenizer and chat templates. Made by `from_bundle`; holds no state between calls but caches."""
 
@@ -57,13 +74,16 @@ class TextModel:
         model_config: Mapping[str, Any],
         pool: EncodingPool | None = None,
     ) -> None:
+        """`pool`: where long texts are tokenized; None: in threads."""
         self.pool = pool
         self._tokenizer = tokenizer
         self._template = template
         self._eos_token_ids = _eos_ids(tokenizer, config, generation_config)
         self._vocab_size = int(model_config.get("vocab_size") or tokenizer.get_vocab_size())
         self._family = str(model_config.get("model_type", ""))
-        layout = json.loads(_without_model(tokenizer))
+        layout = self._layout = json.loads(_without_model(tokenizer))
+        self._reach: Reach | _Unknown | None = UNKNOWN
+        self._is_quick = not any(map(may_explode, expressions_of(layout)))
         self._words = WordEncoder.of(tokenizer, layout.get("pre_tokenizer"))
         self._space_mark = _space_mark(layout.get("pre_tokenizer"))
         self._tail_primes = _kinds(layout.get("decoder"), "decoders") <= TAIL_SAFE_DECODERS
@@ -72,8 +92,10 @@ class TextModel:
         self._token_texts: dict[int, str] = {}
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, *, now: Callable[[], datetime] = datetime.now) -> TextModel:
-        """Read a bundle. `now` is what strftime_now in a chat template tells.
+    def from_bundle(
+        cls, bundle: Bundle, *, now: Callable[[], datetime] = datetime.now, in_helper: bool = False
+    ) -> TextModel:
+        """Read a bundle. `now` is what strftime_now in a chat template tells. `in_helper`: it has no helpers itself.
 
         Raises ValueError, naming the file, when one is missing or is not what it should be.
         """
@@ -92,7 +114,7 @@ class TextModel:
             config=config,
             generation_config=_json(bundle, "generation_config.json"),
             model_config=_json(bundle, "config.json"),
-            pool=EncodingPool(bundle) if now == datetime.now else None,  # helpers know no other time
+            pool=EncodingPool(bundle) if now == datetime.now and not in_helper else None,  # they know no other time
         )
 
     @property
@@ -163,34 +185,90 @@ class TextModel:
             continue_final_message=continue_final_message,
         )
 
-    def prompt_ids(self, tenant: str, text: str) -> array[int]:
-        """encode_prompt, the ids packed. What long texts begin with is remembered for the tenant alone."""
+    def prompt_ids(self, tenant: str, text: str, most: int = ANY_LENGTH) -> array[int]:
+        """encode_prompt, the ids packed. What long texts begin with is remembered for the tenant alone.
+
+        Raises CallError for a text that has more than `most` tokens for certain, before it is tokenized.
+        """
+        self._refuse_long(text, most, chat=False)
         return self._packed(tenant, text, "prompt", add_special_tokens=True)
 
-    def chat_ids(self, tenant: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> array[int]:
+    def chat_ids(
+        self, tenant: str, messages: Sequence[Mapping[str, Any]], most: int = ANY_LENGTH, **options: Any
+    ) -> array[int]:
         """encode_chat, the ids packed, likewise."""
-        return self._packed(tenant, self.render_chat(messages, **options), "messages", add_special_tokens=False)
+        text = self.render_chat(messages, **options)
+        self._refuse_long(text, most, chat=True)
+        return self._packed(tenant, text, "messages", add_special_tokens=False)
 
-    async def prompt_ids_async(self, tenant: str, text: str) -> array[int]:
+    def packed_ids(self, tenant: str, prompt: PackedPrompt, most: int = ANY_LENGTH) -> array[int]:
+        """prompt_ids or chat_ids of a packed prompt."""
+        found = prompt.unpacked()
+        if isinstance(found, TextPrompt):
+            return self.prompt_ids(tenant, found.text, most)
+        return self.chat_ids(tenant, found.messages, most, **found.template_options)
+
+    async def prompt_ids_async(self, tenant: str, text: str, most: int = ANY_LENGTH) -> array[int]:
         """prompt_ids; elsewhere than on the loop when the text is long."""
-        return await self._ids(len(text), ("prompt_ids", (tenant, text), {}))
+        return await self._ids(tenant, len(text), ("prompt_ids", (tenant, text, most), {}), "prompt")
 
-    async def chat_ids_async(self, tenant: str, messages: Sequence[Mapping[str, Any]], **options: Any) -> array[int]:
+    async def chat_ids_async(
+        self, tenant: str, messages: Sequence[Mapping[str, Any]], most: int = ANY_LENGTH, **options: Any
+    ) -> array[int]:
         """chat_ids; elsewhere than on the loop when messages and options together are long."""
-        return await self._ids(_chars(messages) + _chars(options), ("chat_ids", (tenant, messages), options))
+        chars = _chars(messages) + _chars(options)
+        return await self._ids(tenant, chars, ("chat_ids", (tenant, messages, most), options), "messages")
 
-    async def _ids(self, chars: int, job: Job) -> array[int]:
+    async def packed_ids_async(self, tenant: str, prompt: PackedPrompt, most: int = ANY_LENGTH) -> array[int]:
+        """packed_ids, elsewhere than on the loop."""
+        size = memoryview(prompt.packed).nbytes
+        job: Job = ("packed_ids", (tenant, prompt, most), {})
+        return await self._ids(
+            tenant, max(size, ENCODE_HELPER_CHARS + 1), job, "messages" if prompt.is_chat else "prompt"
+        )
+
+    async def decode_async(self, tenant: str, token_ids: Sequence[int], field: str) -> str:
+        """The text of token ids with their special tokens; elsewhere than on the loop when there are many."""
+        job: Job = ("decode", (token_ids, False), {})
+        text: str = await self._elsewhere(tenant, 4 * len(token_ids), job, field)
+        return text
+
+    async def _ids(self, tenant: str, chars: int, job: Job, field: str) -> array[int]:
+        ids: array[int] = await self._elsewhere(tenant, chars, job, field)
+        return ids
+
+    async def _elsewhere(self, tenant: str, chars: int, job: Job, field: str) -> Any:
+        """Do a job where it holds nobody up: here, in a thread, or in a helper process."""
         method, positional, named = job
 
-        def work() -> array[int]:
-            ids: array[int] = getattr(self, method)(*positional, **named)
-            return ids
+        def work() -> Any:
+            return getattr(self, method)(*positional, **named)
 
-        if chars <= ENCODE_OFFLOAD_CHARS:
+        if chars <= ENCODE_OFFLOAD_CHARS and self._is_quick:
             return work()
-        if chars > ENCODE_HELPER_CHARS and self.pool is not None and (ids := await self.pool.run(job)) is not None:
-            return ids
+        if (chars > ENCODE_HELPER_CHARS or not self._is_quick) and self.pool is not None:
+            try:
+                result = await self.pool.run(job, size=chars, tenant=tenant)
+            except TooMuchCpu:
+                raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
+            except Lost as lost:
+                log.warning("text_not_tokenized", job=method, reason=str(lost))
+                raise CallError(
+                    Outcome.INTERNAL, f"{field}: the model's tokenizer could not process this text"
+                ) from None
+            if result is not None:
+                return result
+            if not self._is_quick:
+                raise CallError(Outcome.NO_WORKER, "this gateway is too busy to tokenize; retry shortly")
         return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
+
+    def _refuse_long(self, text: str, most: int, *, chat: bool) -> None:
+        if len(text) <= SURELY_FEW * most:
+            return
+        if isinstance(self._reach, _Unknown):
+            self._reach = Reach.of(self._tokenizer, self._layout)
+        if self._reach is not None and (fewest := self._reach.fewest(text)) > most:
+            raise too_long(fewest, most + 1, chat, surely="at least ")
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids by themselves. Ids beyond the tokenizer's have none."""
@@ -240,6 +318,8 @@ class TextModel:
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError:  # what the Rust side makes of a lone surrogate
             raise _no_unicode(field) from None
+        except BaseException as error:
+            raise _panicked(error, field) from None
         return list(encoding.ids)
 
     def _packed(self, tenant: str, text: str, field: str, *, add_special_tokens: bool) -> array[int]:
@@ -250,7 +330,17 @@ class TextModel:
             ids.frombytes(self._words.encode(text, add_special_tokens=add_special_tokens, tenant=tenant))
         except TypeError:
             raise _no_unicode(field) from None
+        except BaseException as error:
+            raise _panicked(error, field) from None
         return ids
+
+
+def _panicked(error: BaseException, field: str) -> BaseException:
+    """What a panic of the Rust side, which is no Exception, is to the caller; any other error is itself."""
+    if type(error).__name__ != "PanicException":
+        return error
+    log.warning("tokenizer_panicked", reason=str(error)[:200])
+    return invalid(field, "the model's tokenizer cannot process this text: send a shorter or simpler one")
 
 
 def _no_unicode(field: str) -> CallError:
@@ -288,6 +378,8 @@ def _eos_ids(tokenizer: Tokenizer, config: Mapping[str, Any], generation: Mappin
 def _without_model(tokenizer: Tokenizer) -> str:
     """The tokenizer's parts as JSON, but for the vocabulary: that of a large model takes a tenth of a second."""
     shell = Tokenizer.from_str('{"model": {"type": "BPE", "vocab": {}, "merges": []}}')
+    if tokenizer.normalizer is not None:
+        shell.normalizer = tokenizer.normalizer
     if tokenizer.pre_tokenizer is not None:
         shell.pre_tokenizer = tokenizer.pre_tokenizer
     if tokenizer.decoder is not None:
@@ -317,7 +409,7 @@ def _chars(value: object) -> int:
     if isinstance(value, str):
         return len(value)
     if isinstance(value, (list, tuple)):
-        return sum([_chars(item) for item in value])
+        return 4 + sum([_chars(item) for item in value])
     if isinstance(value, (dict, Mapping)):  # the first of the two is quickly asked
-        return sum([_chars(key) + _chars(item) for key, item in value.items()])
+        return 4 + sum([_chars(key) + _chars(item) for key, item in value.items()])
     return 4

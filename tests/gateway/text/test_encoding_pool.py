@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
 from cluster.engine.bundles import build_bundle
+from cluster.gateway.helper_pool import Lost, TooMuchCpu
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.tokenizer import ENCODE_HELPER_CHARS, TextModel
 from tests.gateway.text.kinds import Kind
@@ -122,6 +124,75 @@ async def test_messages_are_rendered_there_too(model: TextModel) -> None:
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "It"}]
     ids = await model.chat_ids_async(TENANT, messages, continue_final_message=True)
     assert ids.tolist() == model.encode_chat(messages, continue_final_message=True)
+
+
+def _exploding(kinds: dict[str, Kind], pattern: str) -> Bundle:
+    """A bundle whose tokenizer first splits by this expression."""
+    bundle = build_bundle(kinds["llama"].folder)
+    layout = json.loads(bundle.files["tokenizer.json"])
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, layout["pre_tokenizer"]]}
+    return Bundle({**bundle.files, "tokenizer.json": json.dumps(layout).encode()})
+
+
+@pytest.mark.parametrize(("pattern", "text"), [("(a+)+$", "a" * 40 + "b"), ("(?:a|aa)+$", "a" * 60 + "b")])
+async def test_an_expression_that_explodes_is_an_error(kinds: dict[str, Kind], pattern: str, text: str) -> None:
+    """40 characters kept the event loop for ever, or made the library panic, which nobody answered."""
+    model = TextModel.from_bundle(_exploding(kinds, pattern))
+    assert model.pool is not None
+    for _ in range(4):  # more often than helpers may be lost
+        with pytest.raises(CallError) as error:
+            await asyncio.wait_for(model.prompt_ids_async(TENANT, text), 3 * READY_S)
+        assert [v.field for v in error.value.violations] == ["prompt"]
+    assert (await model.prompt_ids_async(TENANT, "plain")).tolist() == model.encode_prompt("plain")
+    assert model.pool.failures == 0
+    model.pool.close()
+
+
+async def test_a_job_has_an_amount_of_cpu(kinds: dict[str, Kind]) -> None:
+    """One that uses more ends its helper, not the others' hope: the next job has another helper."""
+    pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1)
+    pool.cpu_s = 0.05
+    with pytest.raises(TooMuchCpu):
+        await asyncio.wait_for(pool.run(("prompt_ids", (TENANT, "x " * 20_000_000), {})), READY_S)
+    pool.cpu_s = 10.0
+    assert (await asyncio.wait_for(pool.run(("prompt_ids", (TENANT, "a"), {})), READY_S)) is not None
+    assert pool.failures == 0
+    pool.close()
+
+
+async def test_a_job_that_ends_helpers_is_given_up(model: TextModel) -> None:
+    """It goes to no third helper, and not to the gateway's own process."""
+    pool = model.pool
+    assert pool is not None
+    lost = asyncio.create_task(pool.run(("prompt_ids", (TENANT, PROMPT * 40), {})))
+    killed: set[int] = set()
+
+    async def twice() -> bool:
+        for pid in pool.pids - killed:
+            killed.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        return lost.done()
+
+    await eventually(twice, "it is given up", READY_S)
+    with pytest.raises(Lost):
+        await lost
+
+
+async def test_tenants_take_turns(kinds: dict[str, Kind]) -> None:
+    """Behind a hundred jobs of another tenant, a job is next but one."""
+    pool = EncodingPool(build_bundle(kinds["llama"].folder), size=1)
+    done: list[str] = []
+
+    async def job(tenant: str) -> None:
+        assert await pool.run(("prompt_ids", (tenant, "hello"), {}), tenant=tenant) is not None
+        done.append(tenant)
+
+    loud = [asyncio.create_task(job("loud")) for _ in range(100)]
+    await asyncio.sleep(0)
+    await asyncio.gather(job("quiet"), *loud)
+    assert done.index("quiet") <= 2
+    pool.close()
 
 
 async def test_errors_are_the_callers_own(model: TextModel) -> None:

@@ -1,0 +1,100 @@
+"""Where request bodies are read: small ones at once, large or dense ones in a helper process.
+
+Reading 16 MB, or a megabyte of tiny values, holds the interpreter for milliseconds to seconds, in a thread just as
+on the event loop. What is small is told by size and by counts of a few characters, which cost microseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pickle import PickleBuffer
+from typing import Any, Final
+
+import structlog
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway import grpc_requests
+from cluster.gateway.body_reader import BodyReader, decoded
+from cluster.gateway.helper_pool import HelperPool, Lost, TooMuchCpu
+from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
+from cluster.gateway.http_fields import read_object
+from cluster.gateway.wire_scan import scan
+from cluster.v1 import inference_pb2 as pb
+
+log = structlog.get_logger("bodies")
+
+SMALL_JSON_BYTES, LARGE_BYTES = 32_768, 1 << 20
+SMALL_MESSAGE_BYTES: Final = 8192
+FEW_CONTAINERS, FEW_VALUES = 2048, 16_384
+"""Objects and arrays, and values, of a JSON body that is read at once: a millisecond or two."""
+FEW_ELEMENTS: Final = 2048
+"""Of a protobuf message, likewise."""
+_ASKED: Final = {"chat": chat_asked, "completion": completion_asked}
+
+
+class Bodies:
+    """Reads the bodies of all APIs. Used from one event loop."""
+
+    def __init__(self) -> None:
+        self.pool = HelperPool(lambda: ("bodies", b""))
+        self._reader = BodyReader()
+
+    def close(self) -> None:
+        """End the helpers."""
+        self.pool.close()
+
+    async def http(self, name: str, body: bytes, tenant: str = "") -> Asked:
+        """A body of the HTTP API: `chat` or `completion`. Raises CallError."""
+        if _is_small_json(body):
+            return _ASKED[name](read_object(body))
+        asked: Asked = await self._elsewhere("http", name, body, tenant)
+        return asked
+
+    async def message(self, name: str, data: bytes, tenant: str = "") -> Any:
+        """A request of the gRPC API, as grpc_requests.READ makes it. Raises CallError."""
+        call = grpc_requests.READ[name]
+        if _is_small_message(call.kind, data):
+            return call.read(decoded(call.kind, data))
+        return await self._elsewhere("message", name, data, tenant)
+
+    async def session(self, data: bytes, tenant: str = "") -> list[Any] | pb.SessionRequest:
+        """A message of a session: itself where it is small, else its items. Raises CallError."""
+        if _is_small_message(pb.SessionRequest, data):
+            request: pb.SessionRequest = decoded(pb.SessionRequest, data)
+            return request
+        items: list[Any] = await self._elsewhere("session", "", data, tenant)
+        return items
+
+    async def _elsewhere(self, method: str, name: str, data: bytes, tenant: str) -> Any:
+        arguments = (PickleBuffer(data),) if method == "session" else (name, PickleBuffer(data))
+        try:
+            result = await self.pool.run((method, arguments, {}), size=len(data), tenant=tenant)
+        except TooMuchCpu:
+            raise _unreadable() from None
+        except Lost as lost:
+            log.warning("body_not_read", method=method, reason=str(lost))
+            raise _unreadable() from None
+        if result is not None:
+            return result
+        plain = (data,) if method == "session" else (name, data)
+        return await asyncio.to_thread(getattr(self._reader, method), *plain)
+
+
+def _unreadable() -> CallError:
+    return CallError(Outcome.INTERNAL, "the request could not be read; send less, or a simpler one")
+
+
+def _is_small_json(body: bytes) -> bool:
+    size = len(body)
+    if size <= SMALL_JSON_BYTES:
+        return True
+    return (
+        size <= LARGE_BYTES and body.count(b"[") + body.count(b"{") <= FEW_CONTAINERS and body.count(b",") <= FEW_VALUES
+    )
+
+
+def _is_small_message(kind: Any, data: bytes) -> bool:
+    size = len(data)
+    if size <= SMALL_MESSAGE_BYTES:
+        return True
+    return size <= LARGE_BYTES and scan(kind.DESCRIPTOR, data, FEW_ELEMENTS).elements <= FEW_ELEMENTS

@@ -1,0 +1,331 @@
+"""Requests of inference.proto become wishes: field by field, with the path of what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from google.protobuf.message import Message
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
+from cluster.api.types import Grammar
+from cluster.gateway.json_values import parse
+from cluster.gateway.wishes import (
+    DEFAULT_COMPLETE_TOKENS,
+    MAX_MESSAGES,
+    ChatPrompt,
+    IdsPrompt,
+    Options,
+    Prompt,
+    ResumeFrom,
+    TextPrompt,
+    Wish,
+)
+from cluster.v1 import inference_pb2 as pb
+
+MAX_TOGETHER = 1000
+"""Requests in `more` of one message of a session."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def unsupported(field: str, what: str) -> CallError:
+    """A field that this release knows and does not serve."""
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"{field}: {what} not in this release; leave it out",
+        violations=[Violation(field, "not supported")],
+    )
+
+
+def chat_wish(request: pb.ChatRequest) -> Wish:
+    """Raises CallError."""
+    if request.tools:
+        raise unsupported("tools", "tool calls are")
+    if request.HasField("tool_choice") and request.tool_choice.mode not in ("", "none", "auto"):
+        raise unsupported("tool_choice", "tool calls are")
+    if request.HasField("max_reasoning_tokens"):
+        raise unsupported("max_reasoning_tokens", "reasoning limits are")
+    _check_messages(request.messages)
+    kwargs = dict(_template_kwargs(request.chat_template_kwargs_json))
+    if request.reasoning_effort:
+        kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+    prompt = ChatPrompt(
+        messages=_messages(request.messages),
+        template_kwargs=kwargs,
+        continue_final_message=request.continue_final_message,
+    )
+    return Wish(
+        request.model, prompt, _options(request), metadata=dict(request.metadata), resumable=_request_digest(request)
+    )
+
+
+def complete_wish(request: pb.CompleteRequest) -> Wish:
+    """Raises CallError."""
+    prompt: Prompt
+    if request.prompt_token_ids:
+        if request.prompt:
+            raise invalid("prompt_token_ids", "give either prompt or prompt_token_ids, not both")
+        prompt = IdsPrompt(request.prompt_token_ids[:])
+    elif request.prompt:
+        prompt = TextPrompt(request.prompt)
+    else:
+        raise invalid("prompt", "must not be empty; give prompt or prompt_token_ids")
+    return Wish(
+        request.model,
+        prompt,
+        _options(request),
+        DEFAULT_COMPLETE_TOKENS,
+        metadata=dict(request.metadata),
+        resumable=_request_digest(request),
+    )
+
+
+def resume_wish(request: pb.ResumeRequest) -> Wish:
+    """Raises CallError."""
+    kind = request.WhichOneof("call")
+    if kind is None:
+        raise invalid("call", "must be chat or complete: the request that began the stream")
+    wish = chat_wish(request.chat) if kind == "chat" else complete_wish(request.complete)
+    return replace(wish, resume=ResumeFrom(request.resume_tokens[:], request.offset))
+
+
+def _request_digest(request: pb.ChatRequest | pb.CompleteRequest) -> str:
+    """Of all that the caller asks for; "" where the stream is not to be resumed, which costs nothing then."""
+    if not request.resumable:
+        return ""
+    name = request.DESCRIPTOR.name.encode()
+    return hashlib.sha256(name + b"\0" + request.SerializeToString(deterministic=True)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ResumedCall:
+    """A ResumeRequest."""
+
+    is_chat: bool
+    wish: Wish
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeCall:
+    """A TokenizeRequest."""
+
+    model: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class DetokenizeCall:
+    """A DetokenizeRequest."""
+
+    model: str
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionCall:
+    """A start of a session, with its wish or what is wrong with it."""
+
+    call_id: int
+    is_chat: bool
+    wish: Wish | CallError
+    deadline_ms: int
+    request_id: str
+    traceparent: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionCancel:
+    """A cancel of a session."""
+
+    call_id: int
+
+
+def resume_call(request: pb.ResumeRequest) -> ResumedCall:
+    """Raises CallError."""
+    return ResumedCall(request.HasField("chat"), resume_wish(request))
+
+
+def tokenize_call(request: pb.TokenizeRequest) -> TokenizeCall:
+    """Raises CallError."""
+    if bool(request.text) == bool(request.messages):
+        raise invalid("text", "give either text or messages")
+    if request.text:
+        return TokenizeCall(request.model, TextPrompt(request.text))
+    _check_messages(request.messages)
+    return TokenizeCall(request.model, ChatPrompt(_messages(request.messages)))
+
+
+def detokenize_call(request: pb.DetokenizeRequest) -> DetokenizeCall:
+    """Raises CallError."""
+    return DetokenizeCall(request.model, request.token_ids[:])
+
+
+_SESSION_WISHES: Mapping[str, Callable[[Any], Wish]] = {
+    "chat": chat_wish,
+    "complete": complete_wish,
+    "resume": resume_wish,
+}
+
+
+def session_items(request: pb.SessionRequest) -> Iterator[SessionCall | SessionCancel]:
+    """The requests of a session's message, in order. Raises CallError."""
+    if len(request.more) > MAX_TOGETHER:
+        raise invalid("more", f"holds {len(request.more)} requests; at most {MAX_TOGETHER} go in one message")
+    for one in (request, *request.more):
+        if one.HasField("start"):
+            yield _session_call(one.start)
+        elif one.HasField("cancel"):
+            yield SessionCancel(one.cancel.call_id)
+
+
+def _session_call(start: pb.SessionStart) -> SessionCall:
+    kind = start.WhichOneof("call")
+    wish: Wish | CallError
+    if kind is None:
+        wish = invalid("start", "must hold chat, complete or resume")
+    else:
+        try:
+            wish = _SESSION_WISHES[kind](getattr(start, kind))
+        except CallError as error:
+            wish = error
+    is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
+    return SessionCall(start.call_id, is_chat, wish, start.deadline_ms, start.request_id, start.traceparent)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a method's request is, and what is read from it."""
+
+    kind: type[Message]
+    read: Callable[[Any], Any]
+
+
+def _as_it_is(request: Any) -> Any:
+    return request
+
+
+READ: Mapping[str, Reading] = {
+    "Chat": Reading(pb.ChatRequest, chat_wish),
+    "StreamChat": Reading(pb.ChatRequest, chat_wish),
+    "Complete": Reading(pb.CompleteRequest, complete_wish),
+    "StreamComplete": Reading(pb.CompleteRequest, complete_wish),
+    "Resume": Reading(pb.ResumeRequest, resume_call),
+    "Tokenize": Reading(pb.TokenizeRequest, tokenize_call),
+    "Detokenize": Reading(pb.DetokenizeRequest, detokenize_call),
+    "ListModels": Reading(pb.ListModelsRequest, _as_it_is),
+    "GetModel": Reading(pb.GetModelRequest, _as_it_is),
+}
+
+
+def _check_messages(messages: Sequence[pb.Message]) -> None:
+    if not messages:
+        raise invalid("messages", "must not be empty")
+    if len(messages) > MAX_MESSAGES:
+        raise invalid("messages", f"at most {MAX_MESSAGES} messages, got {len(messages)}")
+
+
+def _messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
+    return [_message(i, message) for i, message in enumerate(messages)]
+
+
+def _options(r: pb.ChatRequest | pb.CompleteRequest) -> Options:
+    if r.priority:
+        raise unsupported("priority", "priority classes are")
+
+    def given(name: str) -> Any:
+        return getattr(r, name) if r.HasField(name) else None  # type: ignore[arg-type]
+
+    logprobs = None
+    if r.logprobs or (given("top_logprobs") or 0) > 0:
+        if not r.logprobs:
+            raise invalid("top_logprobs", "needs logprobs to be true")
+        logprobs = r.top_logprobs
+    elif given("top_logprobs") is not None and r.top_logprobs < 0:
+        raise invalid("top_logprobs", f"must be at least 0, got {r.top_logprobs}")
+    return Options(
+        max_tokens=given("max_tokens"),
+        min_tokens=given("min_tokens"),
+        temperature=given("temperature"),
+        top_p=given("top_p"),
+        top_k=given("top_k"),
+        min_p=given("min_p"),
+        seed=given("seed"),
+        stop=tuple(r.stop),
+        stop_token_ids=tuple(r.stop_token_ids),
+        n=r.n if r.HasField("n") else 1,
+        frequency_penalty=given("frequency_penalty"),
+        presence_penalty=given("presence_penalty"),
+        repetition_penalty=given("repetition_penalty"),
+        logit_bias=dict(r.logit_bias),
+        logprobs=logprobs,
+        ignore_eos=r.ignore_eos,
+        grammar=_grammar(r.response_format) if r.HasField("response_format") else None,
+    )
+
+
+def _grammar(f: pb.ResponseFormat) -> Grammar | None:
+    match f.type:
+        case "" | "text":
+            return None
+        case "json_object":
+            return Grammar("json_object", "")
+        case "json_schema":
+            _json_object("response_format.json_schema", f.json_schema)
+            return Grammar("json_schema", f.json_schema)
+        case "regex":
+            return Grammar("regex", f.regex)
+        case "choice":
+            return Grammar("choice", tuple(f.choice))
+        case "grammar":
+            return Grammar("grammar", f.grammar)
+        case other:
+            known = "text, json_object, json_schema, regex, choice or grammar"
+            raise invalid("response_format.type", f"must be {known}, got {quoted(other)}")
+
+
+def _template_kwargs(text: str) -> Mapping[str, Any]:
+    return _json_object("chat_template_kwargs_json", text) if text else {}
+
+
+def _json_object(field: str, text: str) -> dict[str, Any]:
+    value = parse(field, text)
+    if not isinstance(value, dict):
+        raise invalid(field, "must be a JSON object")
+    return value
+
+
+def _message(index: int, message: pb.Message) -> dict[str, Any]:
+    at = f"messages[{index}]"
+    if message.role not in ROLES:
+        raise invalid(f"{at}.role", f"must be one of {', '.join(ROLES)}; got {quoted(message.role)}")
+    out: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.parts:
+        if message.content:
+            raise invalid(f"{at}.parts", "give either content or parts, not both")
+        out["content"] = _joined(at, message.parts)
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if value := getattr(message, name):
+            out[name] = value
+    if message.tool_calls:
+        out["tool_calls"] = [_tool_call(f"{at}.tool_calls[{i}]", c) for i, c in enumerate(message.tool_calls)]
+    return out
+
+
+def _joined(at: str, parts: Sequence[pb.ContentPart]) -> str:
+    """Text parts on lines of their own, as vLLM does for templates that take plain content."""
+    texts = []
+    for i, part in enumerate(parts):
+        kind = part.WhichOneof("part")
+        if kind == "image":
+            raise unsupported(f"{at}.parts[{i}].image", "images are")
+        if kind is None:
+            raise invalid(f"{at}.parts[{i}]", "is empty; give text")
+        texts.append(part.text)
+    return "\n".join(texts)
+
+
+def _tool_call(at: str, call: pb.ToolCall) -> dict[str, Any]:
+    arguments = _json_object(f"{at}.arguments", call.arguments) if call.arguments else {}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}

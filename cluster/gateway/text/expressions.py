@@ -1,0 +1,60 @@
+"""Regular expressions of tokenizers, which come with models: whether a text of some thousand characters holds one up.
+
+Their engine backtracks: `(a+)+$` takes a time that doubles with each character. Such expressions are told by their
+form, on the safe side: a repeated group with a repetition or a choice inside, a back reference, many repetitions in a
+row. A tokenizer with one works in helper processes alone, which have a limit of CPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+MAX_REPETITIONS: Final = 6
+"""In one alternative of a group, each of which may take part of the same text."""
+_UNBOUNDED = re.compile(r"[*+](?!\+)|\{\d*,\d*\}(?!\+)")
+_CLASS = re.compile(r"\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]", re.DOTALL)
+
+
+def expressions_of(layout: object) -> Iterator[str]:
+    """All regular expressions in the parts of a tokenizer.json."""
+    if isinstance(layout, dict):
+        pattern = layout.get("Regex")
+        if isinstance(pattern, str):
+            yield pattern
+        for part in layout.values():
+            yield from expressions_of(part)
+    elif isinstance(layout, list):
+        for part in layout:
+            yield from expressions_of(part)
+
+
+def may_explode(pattern: str) -> bool:
+    """Whether a short text may keep a backtracking engine busy for long."""
+    if re.search(r"\\[1-9]|\\k<|\(\?P=", pattern):
+        return True
+    groups: list[list[int]] = [[0, 0, 0]]  # repetitions of this alternative, of the largest one, alternatives beyond 1
+    at = 0
+    while at < len(pattern):
+        char = pattern[at]
+        if char == "\\":
+            at += 1
+        elif char == "[" and (found := _CLASS.match(pattern, at)):
+            at = found.end() - 1
+        elif char == "(":
+            groups.append([0, 0, 0])
+        elif char == "|":
+            groups[-1][0], groups[-1][2] = 0, groups[-1][2] + 1
+        elif char == ")" and len(groups) > 1:
+            _, most, choices = groups.pop()
+            if _UNBOUNDED.match(pattern, at + 1) and (most or choices):
+                return True
+            groups[-1][0] += most
+        elif _UNBOUNDED.match(pattern, at):
+            groups[-1][0] += 1
+        groups[-1][1] = max(groups[-1][1], groups[-1][0])
+        if groups[-1][1] > MAX_REPETITIONS:
+            return True
+        at += 1
+    return False

@@ -1,0 +1,133 @@
+"""How much a serialized protobuf message holds, before anything is made of it.
+
+protobuf makes an object of every two bytes of a list of empty messages. A scan of the tags, which skips texts and
+numbers whole, stops as soon as there are too many. What is malformed is left to protobuf, which says what is wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from google.protobuf.descriptor import FieldDescriptor
+
+IDS_AN_ELEMENT: Final = 32
+"""Bytes of packed numbers that weigh as one element in a scan that does not count them."""
+_LOW_BYTES: Final = bytes(range(128))
+_NUMBERS: Final = frozenset(
+    (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_UINT64)
+)
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Of a message: names of its fields by number, layouts of those that are messages, and which are packed numbers."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    nested: dict[int, _Layout] = field(default_factory=dict)
+    packed: set[int] = field(default_factory=set)
+
+
+_layouts: dict[str, _Layout] = {}
+
+
+def _layout(descriptor: Any) -> _Layout:
+    known = _layouts.get(descriptor.full_name)
+    if known is None:
+        known = _layouts[descriptor.full_name] = _Layout()
+        for one in descriptor.fields:
+            known.names[one.number] = one.name
+            if one.message_type is not None:
+                known.nested[one.number] = _layout(one.message_type)
+            elif one.is_repeated and one.type in _NUMBERS:
+                known.packed.add(one.number)
+    return known
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """What a message holds. `field` is the top-level one in which the count of elements went beyond its bound."""
+
+    elements: int
+    numbers: int = 0
+    field: str = ""
+
+
+def scan(descriptor: Any, data: bytes, most: int, *, count_numbers: bool = False) -> Scanned:
+    """Count fields and members of lists, at all levels, until there are more than `most`.
+
+    Packed numbers are counted apart with `count_numbers`, which reads them; else they weigh as elements by their size.
+    """
+    names = _layout(descriptor).names
+    found = _Scan(data, most, count_numbers)
+    try:
+        top = found.run(_layout(descriptor))
+    except IndexError:  # it ends in the midst of a field
+        return Scanned(found.elements, found.numbers)
+    return Scanned(found.elements, found.numbers, names.get(top, "") if found.elements > most else "")
+
+
+class _Scan:
+    def __init__(self, data: bytes, most: int, count_numbers: bool) -> None:
+        self._data = data
+        self._most = most
+        self._count_numbers = count_numbers
+        self.elements = 0
+        self.numbers = 0
+
+    def run(self, layout: _Layout) -> int:
+        """The number of the last top-level field that was looked at. Raises IndexError at a cut field."""
+        data, at, end, top = self._data, 0, len(self._data), 0
+        outer: list[tuple[int, _Layout]] = []
+        while self.elements <= self._most:
+            if at >= end:
+                if not outer:
+                    return top
+                end, layout = outer.pop()
+                continue
+            self.elements += 1
+            tag, at = _varint(data, at)
+            number, wire = tag >> 3, tag & 7
+            if not outer:
+                top = number
+            if wire == 2:
+                length, at = _varint(data, at)
+                if (nested := layout.nested.get(number)) is not None and at + length <= end:
+                    outer.append((end, layout))
+                    layout, end = nested, at + length
+                    continue
+                if number in layout.packed:
+                    self._count(at, length)
+                at += length
+            elif wire == 0:
+                at = _varint(data, at)[1]
+            elif wire in (1, 5):
+                at += 8 if wire == 1 else 4
+            else:  # groups, and what there is no wire type for
+                raise IndexError
+        return top
+
+    def _count(self, at: int, length: int) -> None:
+        if self._count_numbers:
+            part = self._data[at : at + length]
+            self.numbers += len(part) - len(part.translate(None, _LOW_BYTES))
+        else:
+            self.elements += length // IDS_AN_ELEMENT
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = data[at]
+    at += 1
+    if value < 128:
+        return value, at
+    value &= 127
+    shift = 7
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise IndexError

@@ -1,0 +1,133 @@
+"""Texts that surely have too many tokens are refused before they are tokenized, and no other text is."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.text.expressions import expressions_of, may_explode
+from cluster.gateway.text.reach import Reach
+from cluster.gateway.text.tokenizer import SURELY_FEW, TextModel
+from cluster.gateway.text.word_encoder import QWEN2, WORD_PATTERNS
+from tests.gateway.text.kinds import TEXTS, Kind
+from tests.support.checkpoints import FAMILIES
+
+LONG = TEXTS | st.lists(TEXTS, max_size=8).map("".join) | st.builds(
+    lambda text, times: text * times, st.text(max_size=4) | st.sampled_from([" ", "a", "▁", "e\u0301", "K\u0327"]),
+    st.integers(1, 300),
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), family=st.sampled_from(FAMILIES))
+def test_the_bound_is_never_above_the_tokens(kinds: dict[str, Kind], data: st.DataObject, family: str) -> None:
+    """A law over all families: whatever the text, its ids are at least as many as the bound says."""
+    model = kinds[family].ours
+    reach = Reach.of(model._tokenizer, model._layout)
+    if reach is None:
+        return
+    text = data.draw(LONG)
+    assert reach.fewest(text) <= len(model.plain_ids(text))
+
+
+def test_some_families_have_a_bound(kinds: dict[str, Kind]) -> None:
+    """Else the law above says nothing."""
+    bounded = [f for f, kind in kinds.items() if Reach.of(kind.ours._tokenizer, kind.ours._layout) is not None]
+    assert {"llama", "qwen2"} <= set(bounded) or len(bounded) >= 2, bounded
+
+
+def _byte_level(normalizer: normalizers.Normalizer | None) -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {char: i for i, char in enumerate(alphabet)}
+    merges = [("a", "a"), ("aa", "aa"), ("Ã", "©")]
+    for left, right in merges:
+        vocabulary[left + right] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(alphabet=st.sampled_from("aae é\u0301\u0327\u1fefK\u212aáΩ\u2126ᾂ\u0313\u0345\u1100\u1161\u11a8가")),
+    st.booleans(),
+)
+def test_composition_is_allowed_for(text: str, composes: bool) -> None:
+    """Marks that go into the character before them leave fewer bytes than a text had."""
+    tokenizer = _byte_level(normalizers.NFC() if composes else None)
+    reach = Reach.of(tokenizer, {"normalizer": {"type": "NFC"} if composes else None,
+                                 "pre_tokenizer": {"type": "ByteLevel"}})  # fmt: skip
+    assert reach is not None
+    assert reach.fewest(text) <= len(tokenizer.encode(text).ids)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"normalizer": {"type": "NFKC"}},
+        {"normalizer": {"type": "Strip"}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": "▁"}},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "behavior": "Removed"}, {"type": "ByteLevel"}]}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+    ],
+)  # fmt: skip
+def test_what_may_drop_text_has_no_bound(layout: dict[str, object]) -> None:
+    """Normalizers that shorten and splitters that remove leave any length to a few tokens."""
+    assert Reach.of(_byte_level(None), {"pre_tokenizer": {"type": "ByteLevel"}, **layout}) is None
+
+
+def test_a_text_beyond_the_context_is_refused_at_once(kinds: dict[str, Kind]) -> None:
+    """15 MB without a space took the process to 1.2 GiB, and were not done after 40 s."""
+    model = kinds["llama"].ours
+    text = "a" * 15_000_000
+    began = time.process_time()
+    with pytest.raises(CallError, match="at least") as raised:
+        model.prompt_ids("t", text, 1000)
+    assert raised.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
+    with pytest.raises(CallError, match="at least") as raised:
+        model.chat_ids("t", [{"role": "user", "content": text}], 1000)
+    assert raised.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
+    assert time.process_time() - began < 6.0
+    assert len(model.prompt_ids("t", "a " * 200, 1000)) < 1000 * SURELY_FEW
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(?:a|b)*c", "(a*)*", r"(\s+\S+)+", "(x{2,})+", r"(.)\1", "a*" * 9 + "$"]
+)
+def test_expressions_that_may_explode_are_told(pattern: str) -> None:
+    """Such ones keep a backtracking engine busy for a time that doubles with each character."""
+    assert may_explode(pattern)
+    assert list(expressions_of({"pre_tokenizer": {"pretokenizers": [{"pattern": {"Regex": pattern}}]}})) == [pattern]
+
+
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK = (
+    r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("pattern", [*sorted(WORD_PATTERNS), QWEN2, O200K, DEEPSEEK, "[0-9][0-9][0-9]", r"\p{N}{1,3}"])
+def test_expressions_of_known_tokenizers_are_quick(pattern: str) -> None:
+    """Short texts of their models are tokenized at once."""
+    assert not may_explode(pattern)
+
+
+def test_models_of_all_families_are_quick(kind: Kind) -> None:
+    """None of them needs a helper for a short prompt."""
+    assert isinstance(kind.ours, TextModel)
+    assert kind.ours._is_quick
