@@ -176,7 +176,7 @@ class Dispatcher:
         """It waits to go on, from now on and not since it came, and is demand like all that waits: a model that nobody
         serves is started for it, too."""
         now = self._clock()
-        self._returning.add(output, now)
+        self._returning.add(output, now, output.silent_since)
         self.tally.waits(replace(self.turns.waiting(output), arrived=now))
 
     def _choose_anew(self, call: Call) -> None:

@@ -83,6 +83,7 @@ class Output:
         "lost_at",
         "lost_links",
         "lost_node",
+        "lost_since",
         "lost_tokens",
         "over",
         "place",
@@ -119,6 +120,8 @@ class Output:
         self.lost_tokens = 0
         """Tokens that it had when it last lost a worker."""
         self.lost_at = -math.inf
+        self.lost_since: float | None = None
+        """When it lost the first of those."""
         self.lost_node = ""
         """The node of the worker that it last lost."""
         self.shuns: frozenset[str] = frozenset()
@@ -334,8 +337,15 @@ class Output:
     def _note_loss(self, link: WorkerLink) -> None:
         if len(self.emitted) > self.lost_tokens:
             self.lost_links = ()
+        if not self.lost_links:
+            self.lost_since = self.call.clock()
         self.lost_links += (link.name,)
         self.lost_tokens, self.lost_at, self.lost_node = len(self.emitted), self.call.clock(), link.identity.node
+
+    @property
+    def silent_since(self) -> float | None:
+        """When it lost a worker after which no token has come; None when one has."""
+        return self.lost_since if self.lost_links and len(self.emitted) <= self.lost_tokens else None
 
     @property
     def suspect(self) -> bool:

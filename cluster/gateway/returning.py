@@ -41,12 +41,15 @@ class Returning:
         self._tokens: Counter[str] = Counter()
         self._kept: dict[str, Counter[str]] = {}
 
-    def add(self, output: Output, now: float) -> None:
-        """It waits from now on."""
+    def add(self, output: Output, now: float, silent_since: float | None = None) -> None:
+        """It waits from now on. `silent_since`: since when it has had neither a worker nor a token, now if None."""
+        since = now if silent_since is None else silent_since
         deadline = math.inf if output.call.deadline is None else output.call.deadline
         self.take(output)
         places = self._places.setdefault(output.call.model, {})
-        places[output.waiting_id] = _Place(output, output.tokens, output.kept_at, now, now + self._max_wait_s, deadline)
+        places[output.waiting_id] = _Place(
+            output, output.tokens, output.kept_at, now, since + self._max_wait_s, deadline
+        )
         self._tokens[output.call.model] += output.tokens
         if output.kept_at:
             self._kept.setdefault(output.call.model, Counter())[output.kept_at] += 1
@@ -76,8 +79,9 @@ class Returning:
         return sorted((place.output for place in places.values()), key=lambda output: output.call.rank)
 
     def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[Output]:
-        """Take out those that have waited too long; `longer_s`: by so much longer those of a model may wait."""
-        longest_s = {model: longer_s(model) for model in self._places}
+        """Take out those that have waited too long. `longer_s`: by so much longer those of a model may wait, but in all
+        not longer than twice as long as others."""
+        longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
         gone = [
             place.output
             for model, places in self._places.items()

@@ -68,3 +68,25 @@ def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
     assert returning.expired(29.0) == []
     assert set(map(id, returning.expired(30.0))) == set(map(id, order[:2]))
     assert returning.waiting("m") == (0, 0)
+
+
+def test_no_wait_is_longer_than_twice_the_bound() -> None:
+    """A stream waited 49 s where max_wait_s was 20: what a start takes was added, whatever that was."""
+    returning = Returning(20.0)
+    waits: Any = _Sequence("a")
+    returning.add(waits, 0.0)
+    assert returning.expired(39.9, lambda _: 500.0) == []
+    assert returning.expired(40.0, lambda _: 500.0) == [waits]
+    returning.add(waits, 0.0)
+    assert returning.expired(20.0) == [waits], "nothing is added while a worker serves its model"
+
+
+def test_a_worker_that_gave_no_token_is_no_new_beginning() -> None:
+    """Each worker that was lost before it had given a token began the wait anew."""
+    returning = Returning(20.0)
+    waits: Any = _Sequence("a")
+    returning.add(waits, 0.0)
+    assert returning.take(waits)  # to a worker that is lost at once
+    returning.add(waits, 15.0, silent_since=0.0)
+    assert returning.expired(19.9) == []
+    assert returning.expired(20.0) == [waits]
