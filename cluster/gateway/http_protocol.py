@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from cluster.gateway.http_pace import Late, Pace, PaceLimits
-from cluster.rpc import Held
+from cluster.rpc import Held, Stage
 
 CONNECTION: Final = "headrace.connection"
 """The scope's key of a request's protocol object."""
@@ -84,9 +84,10 @@ class HttpProtocol(HttpToolsProtocol):
     # ---- its place at the port
 
     @property
-    def busy(self) -> bool:
-        """Whether a request is under way."""
-        return self.cycle is not None and not self.cycle.response_complete
+    def stage(self) -> Stage:
+        """How far the connection has come."""
+        calling = self.cycle is not None and not self.cycle.response_complete
+        return Stage.CALLING if calling else Stage.GREETED if self.requests else Stage.SILENT
 
     def prove(self) -> None:
         """The client has shown a credential that was accepted."""

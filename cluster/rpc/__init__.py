@@ -7,7 +7,7 @@ are grpc's own: generated servicers and GrpcFace run on either server.
 
 from hyperframe.frame import Frame
 
-from cluster.rpc.connection_table import ConnectionTable, Held, Port
+from cluster.rpc.connection_table import ConnectionTable, Held, Port, Stage
 from cluster.rpc.limits import Limits
 from cluster.rpc.listener import Admission, Listener, listening
 from cluster.rpc.notices import Notices
@@ -16,4 +16,15 @@ from cluster.rpc.server import Server
 # h2 writes out every frame that it receives, its whole body serialized once more, for a trace that is off.
 Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
-__all__ = ["Admission", "ConnectionTable", "Held", "Limits", "Listener", "Notices", "Port", "Server", "listening"]
+__all__ = [
+    "Admission",
+    "ConnectionTable",
+    "Held",
+    "Limits",
+    "Listener",
+    "Notices",
+    "Port",
+    "Server",
+    "Stage",
+    "listening",
+]

@@ -19,6 +19,7 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, Settin
 
 from cluster.rpc import frames
 from cluster.rpc.charges import STREAMS_PER_UNIT, WRONG, Charges
+from cluster.rpc.connection_table import Stage
 from cluster.rpc.ended import EndedStreams
 from cluster.rpc.frame_reader import FrameReader
 from cluster.rpc.http2_state import Http2State
@@ -494,9 +495,9 @@ class Connection(asyncio.BufferedProtocol):
     # ---- life
 
     @property
-    def busy(self) -> bool:
-        """Whether a call is under way."""
-        return bool(self.calls)
+    def stage(self) -> Stage:
+        """How far the connection has come."""
+        return Stage.CALLING if self.calls else Stage.GREETED if self._greeted else Stage.SILENT
 
     @property
     def requests(self) -> int:

@@ -4,9 +4,10 @@ Problem: each connection takes a descriptor. When none is left, nothing gets in:
 tenant. Clients may be few and idle, many, or all behind one address.
 Method: the descriptors are divided among the ports in fixed shares, so that one port's clients never take another's. A
 connection is a stranger until its client has shown a credential that was accepted (`prove`). When a port is full, a
-newcomer takes the place of the oldest stranger of the address with the most strangers; when few strangers are left, of
-a connection that proved itself and rests. A connection with a call under way keeps its place once it has proved itself.
-One address has at most a part of a port, and makes room among its own connections when it has that many.
+newcomer takes the place of a stranger of the address with the most strangers: of its oldest ones, the one that has come
+least far. So a client is not cut between its connection and its credential while others say nothing. When few strangers
+are left, it takes the place of a connection that proved itself and rests. A connection with a call under way keeps its
+place once it has proved itself. One address has at most a part of a port, and makes room among its own connections.
 Invariants: a port's count never exceeds its cap, and an address's never the part. Every operation takes constant time:
 resting connections are found by the clock algorithm, with a bounded number of looks.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
+from itertools import islice
 from typing import Final, Protocol
 
 OWN_DESCRIPTORS: Final = 96
@@ -24,12 +26,20 @@ MAX_CONNECTIONS: Final = 16_384
 """Of one process, where descriptors allow more: about a gigabyte."""
 LEAST: Final = 8
 """Connections of each port, and of one address at a port, however few descriptors there are."""
-PEER_PART: Final = 2
-"""One address has at most this part (a half) of a port: all clients may come from one ingress."""
+PEER_PART: Final = 3, 4
+"""One address has at most three quarters of a port: all clients may come from one ingress."""
 STRANGER_PART: Final = 8
 """This part (an eighth) of a port is left for strangers, in which a client has the time to show a credential."""
+YOUNG_S: Final = 0.2
+"""On average a connection lasts so long, however fast others come: a full port accepts no faster than that allows, and
+newcomers wait in the socket's queue."""
+UNREAD_S: Final = 0.1
+UNREAD_PASSES: Final = 10
+"""A connection that is not older, in seconds and in passes of accepting, may not have been read yet."""
+BURST_PART: Final = 4
+"""At most a quarter of a port changes hands at once."""
 LOOKS: Final = 16
-"""At resting connections, until one is found that can be closed."""
+"""Connections that are compared for one newcomer."""
 
 
 class Port(Enum):
@@ -43,16 +53,26 @@ class Port(Enum):
     HEALTH = auto()
 
 
-SHARES: Final = {Port.CLIENT: 20, Port.LINK: 8, Port.ADMIN: 2, Port.METRICS: 1, Port.HEALTH: 1}
+SHARES: Final = {Port.CLIENT: 16, Port.LINK: 6, Port.ADMIN: 4, Port.METRICS: 3, Port.HEALTH: 3}
 """Of the connections, in parts of their sum."""
+
+
+class Stage(IntEnum):
+    """How far a connection has come."""
+
+    SILENT = 0
+    """Nothing whole has been received; for TLS, before the end of the handshake."""
+    GREETED = 1
+    """The client speaks the protocol, and has no request under way."""
+    CALLING = 2
 
 
 class Managed(Protocol):
     """A connection as the table sees it."""
 
     @property
-    def busy(self) -> bool:
-        """Whether a call is under way."""
+    def stage(self) -> Stage:
+        """How far it has come."""
 
     @property
     def requests(self) -> int:
@@ -65,9 +85,11 @@ class Managed(Protocol):
 class Held:
     """The place of one connection. Its owner sets `connection` once there is one, and calls `release` at its end."""
 
-    __slots__ = ("_pool", "_seen", "connection", "peer", "proven", "released")
+    __slots__ = ("_pool", "_seen", "connection", "peer", "proven", "released", "since", "since_pass")
 
-    def __init__(self, pool: Pool, peer: str) -> None:
+    def __init__(self, pool: Pool, peer: str, now: float) -> None:
+        self.since = now
+        self.since_pass = pool.passes
         self._pool = pool
         self._seen = 0
         self.peer = peer
@@ -85,13 +107,19 @@ class Held:
         """The connection has ended. Idempotent."""
         self._pool.release(self)
 
+    def stage(self, now: float) -> Stage:
+        """How far the connection has come; a new one has yet to be read, and counts as one that has spoken."""
+        stage = Stage.SILENT if self.connection is None else self.connection.stage
+        old = now - self.since > UNREAD_S and self._pool.passes - self.since_pass > UNREAD_PASSES
+        return stage if old else max(stage, Stage.GREETED)
+
     def used(self) -> bool:
         """Whether a call is under way or has begun since this was asked last."""
         connection = self.connection
         if connection is None:
             return False
         seen, self._seen = self._seen, connection.requests
-        return connection.busy or connection.requests != seen
+        return connection.stage is Stage.CALLING or connection.requests != seen
 
 
 @dataclass(slots=True)
@@ -110,10 +138,15 @@ class Pool:
 
     def __init__(self, cap: int) -> None:
         self.cap = cap
-        self.peer_cap = max(cap // PEER_PART, min(cap, LEAST))
+        self.passes = 0
+        """Of accepting, counted by the listeners."""
+        self.peer_cap = max(cap * PEER_PART[0] // PEER_PART[1], min(cap, LEAST))
         self._peers: dict[str, _Peer] = {}
         self._proven: dict[Held, None] = {}
         self._strangers = 0
+        self._per_s = cap / YOUNG_S
+        self._tokens = self._burst = max(cap / BURST_PART, 1.0)
+        self._tokens_at = 0.0
         self._crowds: dict[int, dict[str, None]] = {}
         """Addresses by how many strangers they have."""
         self._largest = 0
@@ -124,23 +157,30 @@ class Pool:
     def __repr__(self) -> str:
         return f"<Pool {len(self)} of {self.cap}, {self._strangers} strangers, {len(self._peers)} addresses>"
 
-    def admit(self, address: str) -> tuple[Held | None, Held | None]:
+    def wait_s(self, now: float) -> float:
+        """How long no newcomer is to be accepted, since too many have taken others' places."""
+        self._tokens = min(self._tokens + (now - self._tokens_at) * self._per_s, self._burst)
+        self._tokens_at = now
+        return max(1.0 - self._tokens, 0.0) / self._per_s
+
+    def admit(self, address: str, now: float) -> tuple[Held | None, Held | None]:
         """A place for a newcomer, None where it is to be refused; and the connection that must go, which has no place
         any more."""
         key = peer_of(address)
         peer = self._peers.get(key)
         victim = None
         if peer is not None and len(peer) >= self.peer_cap:
-            victim = next(iter(peer.strangers), None) or self._resting(peer.proven)
+            victim = _least_far(peer.strangers, now) or self._resting(peer.proven)
             if victim is None:
                 return None, None
         elif len(self) >= self.cap:
-            victim = self._victim()
+            victim = self._victim(now)
             if victim is None:
                 return None, None
         if victim is not None:
+            self._tokens -= 1
             self.release(victim)
-        held = Held(self, key)
+        held = Held(self, key, now)
         self._add_stranger(held)
         return held, victim
 
@@ -170,13 +210,13 @@ class Pool:
         if not len(peer):
             del self._peers[held.peer]
 
-    def _victim(self) -> Held | None:
+    def _victim(self, now: float) -> Held | None:
         if self._strangers <= self.cap // STRANGER_PART and (resting := self._resting(self._proven)) is not None:
             return resting
         if not self._strangers:
             return None
         crowded = next(iter(self._crowds[self._largest]))
-        return next(iter(self._peers[crowded].strangers))
+        return _least_far(self._peers[crowded].strangers, now)
 
     def _resting(self, candidates: dict[Held, None]) -> Held | None:
         """One without a call, which has begun none since it was looked at last; those looked at go to the end."""
@@ -207,6 +247,11 @@ class Pool:
                 del self._crowds[before]
                 if self._largest == before:
                     self._largest = after
+
+
+def _least_far(strangers: dict[Held, None], now: float) -> Held | None:
+    """Of the oldest ones, the one that has come least far; the oldest of several."""
+    return min(islice(strangers, LOOKS), key=lambda held: held.stage(now), default=None)
 
 
 class ConnectionTable:

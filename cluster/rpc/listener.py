@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from cluster.rpc.connection_table import MAX_CONNECTIONS, Held, Pool
+from cluster.rpc.connection_table import MAX_CONNECTIONS, Held, Pool, Stage
 from cluster.rpc.notices import Notices
 
 ACCEPTS_A_PASS: Final = 8
@@ -97,25 +97,29 @@ class Listener:
             task.cancel()
 
     def _accept(self) -> None:
+        self._pool.passes += 1
         for _ in range(ACCEPTS_A_PASS):
+            if (wait_s := self._pool.wait_s(self._loop.time())) > 0:
+                self._rest(wait_s)
+                return
             try:
                 connected, address = self._sock.accept()
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno in _EXHAUSTED:
-                    self._wait()
+                    self._notices.count("no_descriptor_left")
+                    self._rest(PAUSE_S)
                     return
                 continue  # the client has gone meanwhile
             self._admit(connected, str(address[0]) if isinstance(address, tuple) else "")
 
-    def _wait(self) -> None:
-        self._notices.count("no_descriptor_left")
+    def _rest(self, seconds: float) -> None:
         self._loop.remove_reader(self._sock.fileno())
-        self._pause = self._loop.call_later(PAUSE_S, self.start)
+        self._pause = self._loop.call_later(seconds, self.start)
 
     def _admit(self, connected: socket.socket, address: str) -> None:
-        held, victim = self._pool.admit(address)
+        held, victim = self._pool.admit(address, self._loop.time())
         if victim is not None:
             self._notices.count("closed_for_others")
             if victim.connection is not None:
@@ -155,7 +159,7 @@ class Listener:
 class _Beginning:
     """A connection before its protocol has it."""
 
-    busy = False
+    stage = Stage.SILENT
     requests = 0
 
     def __init__(self, loop: asyncio.AbstractEventLoop, held: Held) -> None:

@@ -140,15 +140,18 @@ def exec_gateway(
     witness: tuple[str, ...] = (),
     process: int = 0,
     checkout: Path = ROOT,
+    descriptors: int = 0,
 ) -> Child:
-    """Start a gateway with an empty folder of its own; READY_FILE in `folder/name` is written once it serves."""
+    """Start a gateway with an empty folder of its own; READY_FILE in `folder/name` is written once it serves.
+    `descriptors`: its hard limit of them, where it is not to be ours."""
     home = folder / name
     home.mkdir(parents=True, exist_ok=True)
     (home / "cluster.yaml").write_text(text)
     program = ["-m", "loadtests.serving.gateway", *witness, "--"] if witness else ["-m", "cluster.cli.main"]
     command = [sys.executable, *program, "gateway", "-f", str(home / "cluster.yaml"), "--folder", str(home / "state")]
     command += ["--ready-file", str(home / READY_FILE), *(("--process", str(process)) if process else ())]
-    return children.start(name, GATEWAY, command, checkout=checkout)
+    limited = ["bash", "-c", 'ulimit -n "$1"; shift; exec "$@"', "limited", str(descriptors)] if descriptors else []
+    return children.start(name, GATEWAY, [*limited, *command], checkout=checkout)
 
 
 async def start_gateways(
@@ -160,6 +163,7 @@ async def start_gateways(
     processes: int = 1,
     witness: tuple[str, ...] = (),
     checkout: Path = ROOT,
+    descriptors: int = 0,
 ) -> list[tuple[Child, Mapping[str, str]]]:
     """Gateway processes on one port, each with its endpoints by listener. Raises DidNotStart.
 
@@ -168,7 +172,8 @@ async def start_gateways(
     text, out = configuration(MODEL, home, processes), []
     for process in range(processes):
         own = f"{name}-{process}" if process else name
-        child, ready = exec_gateway(children, folder, own, text, witness, process, checkout), folder / own / READY_FILE
+        child = exec_gateway(children, folder, own, text, witness, process, checkout, descriptors)
+        ready = folder / own / READY_FILE
 
         async def there(ready: Path = ready) -> bool:
             return ready.exists()
@@ -191,14 +196,15 @@ async def start(
     environment: Mapping[str, str] | None = None,
     processes: int = 1,
     checkout: Path = ROOT,
+    descriptors: int = 0,
 ) -> Ours:
     """Gateway and worker, the model ready. `source` and `engine` as serving.worker takes them; `checkout` is the source
-    tree that both run. Raises DidNotStart."""
+    tree that both run; `descriptors` is the gateway's hard limit of them. Raises DidNotStart."""
     home = folder / f"{name}-tenants"
     key = await tenants.make_key(home)
     first, *siblings = await start_gateways(
         children, folder, f"{name}-gateway", home, processes=processes, witness=witness,
-        checkout=checkout,
+        checkout=checkout, descriptors=descriptors,
     )  # fmt: skip
     gateway, endpoints = first
     ready = folder / f"{name}-worker.ready"

@@ -1,0 +1,173 @@
+"""A thousand idle connections of strangers on all ports of a gateway with 256 descriptors: who still gets an answer.
+
+Meanwhile each port is asked every second on a new connection: health over gRPC and HTTP, a tenant's call over both, the
+admin API, the metrics page, and the link port by a second worker, whose link must come up beside the first one's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.ledger.files import read_secrets
+from cluster.observe.exposition import samples
+from cluster.tenancy.identity import admin_token
+from cluster.v1 import inference_pb2 as pb
+from cluster.v1 import inference_pb2_grpc as pb_grpc
+from loadtests.children import Child
+from loadtests.figures import Bound, Figure
+from loadtests.processes import SIMULATED
+from loadtests.scenarios.common import Stage
+from loadtests.scenarios.hostile import exact
+from loadtests.serving import ours as serving
+
+DESCRIPTORS, STRANGERS = 256, 1000
+LASTS_S, EVERY_S, ANSWER_S, READY_S = 30.0, 1.0, 5.0, 60.0
+BOTH = 2
+"""Workers: one from before the attack, and one that came meanwhile."""
+UNANSWERED = "1,000 idle connections, 256 descriptors: questions to all ports without an answer"
+LOG = "the gateway's log meanwhile"
+ROWS: Mapping[str, Bound] = {UNANSWERED: Bound("<=", 0), LOG: Bound("<=", 1.0)}
+OWN = (("grpc.use_local_subchannel_pool", 1),)
+Ask = Callable[[], Awaitable[None]]
+
+
+async def measure(stage: Stage) -> list[Figure]:
+    """Start all, attack, ask."""
+    model, bundle = await serving.prepare(stage.children, "tokenizer", stage.folder)
+    source = f"sim://{model}?decode_ms=5&{serving.plain_tokens(model)}"
+    ours = await serving.start(
+        stage.children, stage.folder, bundle=bundle, source=source, kind=SIMULATED, name="idle",
+        descriptors=DESCRIPTORS,
+    )  # fmt: skip
+    secret = read_secrets(stage.folder / "idle-tenants" / "cluster-secret", "cluster-secret")[0]
+    asks = questions(ours, admin_token(secret))
+    logged = ours.gateway.log.stat().st_size
+    await begin_attack(stage, ours)
+    second = start_worker(stage, ours, bundle, source)
+    answered, missed = await ask_for(asks, LASTS_S)
+    (answered if await linked(ours) == BOTH else missed)["link"] += 1
+    written = (ours.gateway.log.stat().st_size - logged) / (1 << 20)
+    for child in (second, ours.worker, ours.gateway):
+        await child.stop()
+    note = f"{sum(answered.values())} answers"
+    if missed:
+        note += "; without: " + ", ".join(f"{name} {count}" for name, count in missed.items())
+    return [
+        exact(UNANSWERED, sum(missed.values()), ROWS[UNANSWERED], "questions", note),
+        exact(LOG, written, ROWS[LOG], "MiB", f"in {LASTS_S:g} s"),
+    ]
+
+
+async def linked(ours: serving.Ours) -> float:
+    """How many workers the gateway says it has."""
+    page = await asyncio.to_thread(fetch, ours.endpoints["metrics"], "GET", "/metrics", "", ours.key)
+    of_workers = ("headrace_link_connected", "worker")
+    return sum(value for name, labels, value in samples(page) if (name, labels.get("face")) == of_workers)
+
+
+async def begin_attack(stage: Stage, ours: serving.Ours) -> None:
+    """Strangers at all ports, each of which has come once."""
+    ready = stage.folder / "strangers.ready"
+    ports = [f"--port={name}={ours.endpoints[name]}" for name in serving.LISTENERS]
+    command = [sys.executable, "-m", "loadtests.hostile.strangers", f"--count={STRANGERS}", f"--ready={ready}", *ports]
+    child = stage.children.start("strangers", "attack", command)
+
+    async def there() -> bool:
+        return ready.exists()
+
+    await child.until(there, "all strangers have come", READY_S)
+
+
+def start_worker(stage: Stage, ours: serving.Ours, bundle: Path, source: str) -> Child:
+    """A second worker, which dials the link port while strangers hold it."""
+    command = [sys.executable, "-m", "loadtests.serving.worker", "--name", ours.model, "--id", "second"]
+    command += ["--link", ours.endpoints["link"], "--bundle", str(bundle), "--source", source]
+    command += ["--ready", str(stage.folder / "second.ready"), "--engine", json.dumps({})]
+    return stage.children.start("second-worker", SIMULATED, command)
+
+
+async def ask_for(asks: Mapping[str, Ask], seconds: float) -> tuple[Counter[str], Counter[str]]:
+    """Ask all again and again; answers and failures by question."""
+    answered, missed = Counter[str](), Counter[str]()
+    ends = time.monotonic() + seconds
+
+    async def one(name: str, ask: Ask) -> None:
+        while time.monotonic() < ends:
+            begun = time.monotonic()
+            try:
+                async with asyncio.timeout(ANSWER_S):
+                    await ask()
+                answered[name] += 1
+            except (grpc.aio.AioRpcError, OSError, TimeoutError, http.client.HTTPException):
+                missed[name] += 1
+            await asyncio.sleep(max(EVERY_S - (time.monotonic() - begun), 0))
+
+    await asyncio.gather(*(one(name, ask) for name, ask in asks.items()))
+    return answered, missed
+
+
+def questions(ours: serving.Ours, token: str) -> dict[str, Ask]:
+    """One question for each port and kind of caller, each on a connection of its own."""
+    chat = pb.ChatRequest(model=ours.model, messages=[pb.Message(role="user", content="Hello")], max_tokens=4)
+    body = json.dumps({"model": ours.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4})
+
+    async def health() -> None:
+        async with grpc.aio.insecure_channel(ours.grpc, options=OWN) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=ANSWER_S)
+
+    async def call() -> None:
+        async with grpc.aio.insecure_channel(ours.grpc, options=OWN) as channel:
+            await pb_grpc.InferenceStub(channel).Chat(chat, timeout=ANSWER_S, metadata=ours.metadata)
+
+    async def admin() -> None:
+        async with grpc.aio.insecure_channel(ours.endpoints["admin"], options=OWN) as channel:
+            stub = admin_pb2_grpc.FleetStub(channel)
+            await stub.ListWorkers(
+                admin_pb2.ListWorkersRequest(), timeout=ANSWER_S, metadata=serving.authorization(token)
+            )
+
+    def over_http(listener: str, method: str, path: str, content: str = "") -> Ask:
+        async def ask() -> None:
+            await asyncio.to_thread(fetch, ours.endpoints[listener], method, path, content, ours.key)
+
+        return ask
+
+    return {
+        "gRPC health": health,
+        "HTTP health": over_http("http", "GET", "/health"),
+        "gRPC call": call,
+        "HTTP call": over_http("http", "POST", "/v1/chat/completions", body),
+        "admin": admin,
+        "metrics": over_http("metrics", "GET", "/metrics"),
+    }
+
+
+def fetch(address: str, method: str, path: str, content: str, key: str) -> str:
+    """One request's answer. Raises OSError, HTTPException."""
+    host, port = address.rsplit(":", 1)
+    connection = http.client.HTTPConnection(host, int(port), timeout=ANSWER_S)
+    try:
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        connection.request(method, path, content or None, headers)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        if answer.status != http.client.OK:
+            raise http.client.HTTPException(f"{method} {path}: {answer.status}")
+        return text
+    finally:
+        with suppress(OSError):
+            connection.close()

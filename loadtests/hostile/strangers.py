@@ -1,0 +1,88 @@
+"""Program: strangers that hold connections to all ports of a gateway, say little, and come again when they are cut.
+
+    python -m loadtests.hostile.strangers --count 1000 --ready FILE --port http=127.0.0.1:8000 --port grpc=...
+
+The connections are spread evenly over the ports and over four habits: silent, half a head, a head of one byte each two
+seconds, and greeted (HTTP/2's preface and settings, or half of an HTTP/1 head). FILE is written when each connection
+has been tried once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import cycle, islice
+from pathlib import Path
+
+HTTP1 = ("http", "metrics")
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+DRIBBLE_S = 2.0
+AGAIN_S = 0.5
+"""Between the end of a connection and the next."""
+AT_ONCE = 50
+
+
+def opening(port: str, habit: str) -> bytes:
+    """What a stranger sends first."""
+    if habit == "silent":
+        return b""
+    if port in HTTP1:
+        return b"GET /health HTTP/1.1\r\nhost: a\r\nx: " if habit == "greeted" else b"GE"
+    return PREFACE + SETTINGS if habit == "greeted" else PREFACE[:8]
+
+
+async def hold(port: str, address: str, habit: str, tried: asyncio.Semaphore, gate: asyncio.Semaphore) -> None:
+    """Keep one connection for ever."""
+    host, number = address.rsplit(":", 1)
+    first = True
+    while True:
+        with suppress(OSError):
+            async with gate:
+                reader, writer = await asyncio.open_connection(host, int(number))
+            if first:
+                tried.release()
+                first = False
+            writer.write(opening(port, habit))
+            while not reader.at_eof():
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(reader.read(65_536), DRIBBLE_S)
+                    continue
+                if habit == "dribbled":
+                    writer.write(b"a")
+            writer.close()
+        if first:
+            tried.release()
+            first = False
+        await asyncio.sleep(AGAIN_S)
+
+
+def spread(ports: list[str], count: int) -> Iterator[tuple[str, str, str]]:
+    """(port, address, habit) of each stranger."""
+    named = [one.split("=", 1) for one in ports]
+    for index, (port, address) in enumerate(islice(cycle(named), count)):
+        yield port, address, ("silent", "half", "dribbled", "greeted")[index // len(named) % 4]
+
+
+async def main(arguments: argparse.Namespace) -> None:
+    """Until killed."""
+    tried, gate = asyncio.Semaphore(0), asyncio.Semaphore(AT_ONCE)
+    async with asyncio.TaskGroup() as group:
+        for one in spread(arguments.port, arguments.count):
+            group.create_task(hold(*one, tried, gate))
+        for _ in range(arguments.count):
+            await tried.acquire()
+        arguments.ready.write_text("tried")
+
+
+if __name__ == "__main__":
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", action="append", required=True)
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--ready", type=Path, required=True)
+    asyncio.run(main(parser.parse_args()))
