@@ -1,0 +1,118 @@
+"""Program: connections with unfinished HTTP/1 requests, as much of each as the server reads.
+
+    python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 20 --key KEY
+    python -m loadtests.hostile.http_uploads HOST:PORT --report FILE --connections 1000
+
+With a key every connection sends a body without its last byte, every other one in chunks. Without one they take turns:
+a body of 16 MB without its last byte, 10,000 pipelined requests whose answers are not read, and a head that does not
+end. Once the server reads no more, the number of bytes sent is written, and the connections stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+PATH: Final = "/v1/chat/completions"
+PART_BYTES: Final = 65_536
+QUIET_S: Final = 1.5
+OPENED_TOGETHER: Final = 50
+PIPELINED: Final = 10_000
+HEAD_BYTES: Final = 60_000
+
+
+def unfinished(size: int, key: str, chunked: bool) -> Iterator[bytes]:
+    """A request whose body lacks its last byte."""
+    length = "transfer-encoding: chunked" if chunked else f"content-length: {size}"
+    shown = f"authorization: Bearer {key}\r\n" if key else ""
+    yield f"POST {PATH} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n{shown}{length}\r\n\r\n".encode()
+    left = size - 1
+    while left:
+        part = min(left, PART_BYTES)
+        yield b"%x\r\n%b\r\n" % (part, b" " * part) if chunked else b" " * part
+        left -= part
+
+
+def pipelined() -> Iterator[bytes]:
+    """Requests whose answers are not read."""
+    for _ in range(PIPELINED // 100):
+        yield b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n" * 100
+
+
+def half_head() -> Iterator[bytes]:
+    """A head of many fields that does not end."""
+    yield f"POST {PATH} HTTP/1.1\r\nhost: a\r\n".encode()
+    yield b"".join(b"x%d: %b\r\n" % (i, b"y" * 280) for i in range(HEAD_BYTES // 300))
+
+
+class Upload:
+    """One connection."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts = parts
+        self.sent_bytes = 0
+        self.open = True
+        self.progress_at = asyncio.get_running_loop().time()
+
+    async def run(self, host: str, port: int) -> None:
+        """Send all that the server takes, and read nothing."""
+        with suppress(OSError):
+            reader, writer = await asyncio.open_connection(host, port, limit=1)
+            try:
+                for part in self._parts:
+                    writer.write(part)
+                    await writer.drain()
+                    self.sent_bytes += len(part)
+                    self.progress_at = asyncio.get_running_loop().time()
+                await asyncio.Event().wait()
+            finally:
+                writer.close()
+                del reader
+        self.open = False
+
+
+def parts_of(number: int, wanted: argparse.Namespace) -> Iterator[bytes]:
+    """What a connection sends."""
+    if wanted.key:
+        return unfinished(wanted.bytes, wanted.key, number % 2 == 1)
+    kinds = (lambda: unfinished(wanted.bytes, "", False), pipelined, half_head)
+    return kinds[number % len(kinds)]()
+
+
+async def attack(wanted: argparse.Namespace) -> None:
+    """Open all, report, and stay."""
+    loop = asyncio.get_running_loop()
+    host, _, port = wanted.address.rpartition(":")
+    made = [Upload(parts_of(number, wanted)) for number in range(wanted.first, wanted.first + wanted.connections)]
+    running = []
+    for first in range(0, len(made), OPENED_TOGETHER):
+        running += [asyncio.create_task(one.run(host, int(port))) for one in made[first : first + OPENED_TOGETHER]]
+        await asyncio.sleep(0.02)
+    while loop.time() - max(one.progress_at for one in made) < QUIET_S:  # noqa: ASYNC110 - looks for a time without news
+        await asyncio.sleep(0.05)
+    told = {"sent_bytes": sum(one.sent_bytes for one in made), "open": sum(one.open for one in made)}
+    scratch = wanted.report.with_suffix(".new")
+    scratch.write_text(json.dumps(told))
+    scratch.rename(wanted.report)
+    await asyncio.gather(*running)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("address")
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--connections", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, help="which of the three kinds the first connection is")
+    parser.add_argument("--bytes", type=int, default=16_000_000)
+    parser.add_argument("--key", default="")
+    asyncio.run(attack(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
