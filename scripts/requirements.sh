@@ -1,17 +1,34 @@
 #!/bin/bash
-# Recompiles the pinned files. Pins that are there stay unless --upgrade is given.
+# Recompiles the pinned files, each pin with the hashes of its files. Pins that are there stay unless --upgrade is given.
 # cpu.txt: engine, tools and demo model, without CUDA builds (requirements/never.txt says what is left out and why).
+# torch.txt: torch's CPU build, which has its own index and so its own hashes.
 # peers.txt: the servers that the load tests put beside ours.
-# base.txt: what the gateway, the client and the command line need, at the same versions.
+# base.txt: what the gateway, the client and the command line need, at the same versions. ray.txt: what the controller
+# needs beside that. tools.txt: what `make setup` installs with; build.txt: what builds our own package.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-compile=(.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate
+compile=(.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --generate-hashes
   --custom-compile-command "make requirements")
 "${compile[@]}" "$@" --override requirements/never.txt --extra cpu --extra dev --extra bench pyproject.toml requirements/demo.in \
   --output-file requirements/cpu.txt
 "${compile[@]}" --constraints requirements/cpu.txt pyproject.toml --output-file requirements/base.txt
+"${compile[@]}" --constraints requirements/cpu.txt requirements/ray.in --output-file requirements/ray.txt
 "${compile[@]}" "$@" requirements/peers.in --output-file requirements/peers.txt
-if grep -n '+' requirements/cpu.txt requirements/base.txt requirements/peers.txt; then
+"${compile[@]}" --no-deps requirements/tools.in --output-file requirements/tools.txt
+"${compile[@]}" --no-deps requirements/build.in --output-file requirements/build.txt
+
+# PyPI's torch is a CUDA build: its hashes must not pass for the CPU build's.
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+awk '/^[a-z]/ { keep = !/^torch(vision)?==/ } keep || /^#/' requirements/cpu.txt > "$scratch/cpu.txt"
+cp "$scratch/cpu.txt" requirements/cpu.txt
+grep -E '^torch(vision)?==' requirements/never.txt > "$scratch/torch.in"
+if "${compile[@]}" --no-deps --torch-backend=cpu "$scratch/torch.in" --output-file "$scratch/torch.txt"; then
+  sed 's/+cpu//' "$scratch/torch.txt" > requirements/torch.txt
+else
+  echo "PyTorch's index cannot be reached: requirements/torch.txt stays as it is; its versions must be those of never.txt" >&2
+fi
+if grep -n '^[a-z].*+' requirements/*.txt; then
   echo "a local version crept in: other machines cannot install it" >&2
   exit 1
 fi

@@ -2,6 +2,8 @@
 
 Nothing but the standard library is used, and no registry's address is written down: pip's own configuration is
 tried first for torch's CPU build, and `uv --torch-backend=cpu`, which knows where that build lives, otherwise.
+Whatever is installed has a hash of the pinned files. The one exception is a wheel of torch's CPU build on this
+machine's own disk, where pip is configured to look: its hash is taken as it is found.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +26,9 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "headrace-setup.json"
 LOG = VENV / "setup.log"
 PINS = ROOT / "requirements" / "cpu.txt"
+TORCH = ROOT / "requirements" / "torch.txt"
 TOOLS = ROOT / "requirements" / "tools.txt"
+LOCAL_TORCH = VENV / "torch-local.txt"
 NEEDED_BYTES = 8 * 1024**3
 LABEL = "environment"
 
@@ -33,14 +38,15 @@ class SetupError(Exception):
 
 
 def pins(path: Path) -> list[str]:
-    """The requirements of a pinned file, one a line."""
-    return [line for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    """The requirements of a pinned file, one a line, without their hashes."""
+    lines = path.read_text().splitlines()
+    return [line.rstrip(" \\") for line in lines if line.strip() and not line.startswith(("#", " "))]
 
 
 def fingerprint() -> str:
     """What the environment is made of; another value means that it must be made again."""
     digest = hashlib.sha256()
-    for path in (PINS, TOOLS, ROOT / "pyproject.toml", Path(__file__)):
+    for path in (PINS, TORCH, TOOLS, ROOT / "pyproject.toml", Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -113,35 +119,47 @@ def make_venv(python: Path, line: Line) -> None:
             f"Python's venv module is incomplete: on Debian or Ubuntu `apt-get install python{wanted}-venv`.",
         )
     line.show("pip and uv", 0.02)
-    run([str(python), "-m", "pip", "install", "--quiet", "-r", str(TOOLS)], NETWORK)
+    run([str(python), "-m", "pip", "install", "--quiet", "--require-hashes", "-r", str(TOOLS)], NETWORK)
 
 
-def pip_finds_cpu_torch(python: Path) -> bool:
-    """Whether pip, as configured here, would take torch's CPU build for the pinned version."""
-    torch = next(line.split(";")[0].strip() for line in pins(PINS) if line.startswith("torch=="))
+@dataclass(frozen=True)
+class Wheel:
+    """What pip, as configured here, would take for a requirement."""
+
+    name: str
+    version: str
+    url: str
+    sha256: str
+
+
+def torch_for_pip(found: Sequence[Wheel], known: str) -> str | None:
+    """The pins of torch's CPU build for pip: `known`, the text of torch.txt, where that holds the hashes of what pip
+    finds; pins with the hashes found where the wheels lie on this machine's disk; else None."""
+    if not found or not all(wheel.version.endswith("+cpu") for wheel in found):
+        return None
+    if all(f"--hash=sha256:{wheel.sha256}" in known for wheel in found):
+        return known
+    if not all(wheel.url.startswith("file:") for wheel in found):
+        return None
+    lines = [f"{wheel.name}=={wheel.version.removesuffix('+cpu')} --hash=sha256:{wheel.sha256}" for wheel in found]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def found_by_pip(python: Path) -> list[Wheel]:
+    """What pip, as configured here, would take for the pins of torch.txt; nothing where it fails."""
+    wanted = sorted({line.split(";")[0].strip() for line in pins(TORCH)})
+    command = [str(python), "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet"]
     probe = subprocess.run(
-        [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--dry-run",
-            "--no-deps",
-            "--ignore-installed",
-            "--quiet",
-            "--report",
-            "-",
-            torch,
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
+        [*command, "--report", "-", *wanted], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     if probe.returncode:
-        return False
-    found = json.loads(probe.stdout)["install"]
-    return any(item["metadata"]["version"].endswith("+cpu") for item in found)
+        return []
+    wheels = []
+    for item in json.loads(probe.stdout)["install"]:
+        info = item["download_info"]
+        sha256 = info.get("archive_info", {}).get("hashes", {}).get("sha256", "")
+        wheels.append(Wheel(item["metadata"]["name"], item["metadata"]["version"], info["url"], sha256))
+    return wheels
 
 
 def install_packages(python: Path, line: Line) -> str:
@@ -168,11 +186,19 @@ def install_packages(python: Path, line: Line) -> str:
         line.show(f"{what} {max(collected, installed)}/{expected} packages", 0.05 + 0.9 * part)
 
     remedy = f"{NETWORK} 8 GB of free disk are needed."
-    if pip_finds_cpu_torch(python):
-        run([str(python), "-m", "pip", "install", "--no-deps", "-r", str(PINS)], remedy, watch)
+    found = found_by_pip(python)
+    torch = torch_for_pip(found, TORCH.read_text())
+    if torch is not None:
+        if torch != TORCH.read_text():
+            line.note(f"torch from this machine's disk: {', '.join(wheel.url for wheel in found)}")
+        LOCAL_TORCH.write_text(torch)
+        files = ["-r", str(PINS), "-r", str(LOCAL_TORCH)]
+        run([str(python), "-m", "pip", "install", "--no-deps", "--require-hashes", *files], remedy, watch)
         return "pip"
+    # uv checks every hash that a file holds; its --require-hashes refuses local versions, such as 2.13.0+cpu
     uv = [str(python), "-m", "uv", "pip", "install", "--python", str(python), "--torch-backend=cpu"]
-    run([*uv, "--no-deps", "-r", str(PINS)], f"uv must reach PyTorch's own package index too. {remedy}", watch)
+    files = ["-r", str(PINS), "-r", str(TORCH)]
+    run([*uv, "--no-deps", *files], f"uv must reach PyTorch's own package index too. {remedy}", watch)
     return "uv"
 
 

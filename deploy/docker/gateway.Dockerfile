@@ -9,19 +9,19 @@ FROM python:${PYTHON} AS base
 ENV PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
 COPY requirements ./requirements
-# Every version is pinned in the file, and nothing that it does not name is installed.
+# The file pins every version with its hashes, and nothing that it does not name is installed.
 RUN python -m venv /opt/headrace \
-    && /opt/headrace/bin/pip install --no-deps --only-binary :all: -r requirements/base.txt
+    && /opt/headrace/bin/pip install --no-deps --only-binary :all: --require-hashes -r requirements/base.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY cluster ./cluster
-RUN /opt/headrace/bin/pip install "setuptools==78.1.1" \
+RUN /opt/headrace/bin/pip install --no-deps --require-hashes -r requirements/build.txt \
     && /opt/headrace/bin/pip install --no-deps --no-build-isolation . \
     && /opt/headrace/bin/python -m compileall -q /opt/headrace/lib \
     && /opt/headrace/bin/headrace version
 
 FROM base AS with-ray
-# Jobs for a Ray cluster are handed in by Ray's own client; cpu.txt says which version of what it needs.
-RUN /opt/headrace/bin/pip install --only-binary :all: --constraint requirements/cpu.txt "ray[serve]==2.60.0" \
+# Jobs for a Ray cluster are handed in by Ray's own client; ray.txt says which version of what it needs.
+RUN /opt/headrace/bin/pip install --no-deps --only-binary :all: --require-hashes -r requirements/ray.txt \
     && /opt/headrace/bin/python -m compileall -q /opt/headrace/lib
 
 FROM python:${PYTHON} AS run

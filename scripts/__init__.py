@@ -1,0 +1,1 @@
+"""What `make` runs, and what keeps generated files at their sources."""
