@@ -1,0 +1,175 @@
+"""A deleted worker pod: SIGTERM to `ray start --block` of the node on which 20 streams run.
+
+A real Ray of a head and two nodes, Serve, a gateway in a process of its own, and a simulated engine as replica. Half of
+the streams end by themselves in the first half of drain_timeout_s, the others last longer than all of it and have to go
+on at the replacement. A stream is broken that fails, or whose text is not that of an undisturbed call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import yaml
+
+from cluster.api.types import ModelSpec
+from cluster.link.controller import ControllerEnd
+from cluster.rayserve.backend import ChildBackend
+from cluster.rayserve.controller import Controller
+from cluster.rayserve.settings import ReplicaSettings
+from cluster.v1 import inference_pb2 as pb
+from cluster.v1 import inference_pb2_grpc as pb_grpc
+from loadtests.children import ROOT, Children, free_port
+from loadtests.figures import Bound, Figure
+from loadtests.scenarios.common import Stage
+from tests.support.checkpoints import build_checkpoint
+from tests.support.ray_nodes import RayNodes, ray_nodes
+
+STREAMS = 20
+DRAIN_S = 12.0
+DECODE_MS = 20
+SHORT, LONG = 150, 1000
+"""Tokens: three seconds, and twenty."""
+BROKEN = "streams broken by SIGTERM to `ray start --block` with 20 running streams"
+ROWS: Mapping[str, Bound] = {BROKEN: Bound("<=", 0.0)}
+START_S, CALL_S = 60.0, 90.0
+MODEL = "sim"
+
+
+@dataclass
+class Stream:
+    """One call as its caller sees it."""
+
+    text: str = ""
+    error: str = ""
+    resumed: int = 0
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def ask(number: int) -> pb.ChatRequest:
+    """A request of its own, short and long in turns."""
+    message = pb.Message(role="user", content=f"Tell story {number}")
+    tokens = LONG if number % 2 else SHORT
+    return pb.ChatRequest(model=MODEL, messages=[message], max_tokens=tokens, temperature=0.0, ignore_eos=True)
+
+
+async def follow(stub: Any, number: int, stream: Stream) -> Stream:
+    """Read a stream to its end, whatever that is."""
+    try:
+        async for chunk in stub.StreamChat(ask(number), timeout=CALL_S):
+            stream.begun.set()
+            stream.text += "".join(choice.delta.content for choice in chunk.choices)
+            stream.resumed = max(stream.resumed, chunk.usage.resumed)
+    except grpc.aio.AioRpcError as error:
+        stream.error = f"{error.code().name}: {error.details()}"
+        stream.begun.set()
+    return stream
+
+
+async def all_of(stub: Any) -> list[Stream]:
+    """Every call, undisturbed."""
+    return await asyncio.gather(*(follow(stub, number, Stream()) for number in range(STREAMS)))
+
+
+@contextlib.asynccontextmanager
+async def gateway(children: Children, folder: Path) -> AsyncIterator[tuple[str, str]]:
+    """A gateway on loopback: the addresses of its gRPC and link ports."""
+    listen = {name: f"127.0.0.1:{free_port()}" for name in ("grpc", "http", "link", "admin", "metrics")}
+    folder.mkdir(parents=True)
+    file = folder / "cluster.yaml"
+    settings = {"listen": listen, "drain_timeout_s": 1}
+    file.write_text(yaml.safe_dump({"api_version": "headrace/v1", "name": "sigterm", "gateway": settings}))
+    command = [sys.executable, "-m", "cluster.cli.main", "gateway", "-f", str(file), "--folder", str(folder / "g")]
+    child = children.start("gateway", "gateway", command, {"PYTHONPATH": str(ROOT)})
+    async with grpc.aio.insecure_channel(listen["grpc"]) as channel:
+
+        async def open_() -> bool:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(channel.channel_ready(), 1.0)
+                return True
+            return False
+
+        await child.until(open_, "its gRPC port takes connections", START_S)
+    yield listen["grpc"], listen["link"]
+    await child.stop()
+
+
+@contextlib.asynccontextmanager
+async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterator[ChildBackend]:
+    """A controller that keeps one replica of the model up."""
+    spec = ModelSpec(MODEL, f"sim://{checkpoint}?decode_ms={DECODE_MS}&max_num_seqs=64")
+    backend = ChildBackend("sigterm", ray.head.address, ray.head.environment(), ray.folder / "driver.log")
+    end = ControllerEnd(controller_id="sigterm", gateways=[link], tls=None, bundles=lambda _: None)
+    controller = Controller(backend, end)
+    controller.want([ReplicaSettings(spec, "sigterm", gateways=(link,), drain_timeout_s=DRAIN_S)])
+    parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+    try:
+        yield backend
+    finally:
+        for part in parts:
+            part.cancel()
+        await asyncio.gather(*parts, return_exceptions=True)
+        await backend.close()
+
+
+async def until_served(stub: Any) -> None:
+    """Wait until a call is answered. Raises RuntimeError with what was said last."""
+    until = time.monotonic() + START_S
+    while (tried := await follow(stub, 0, Stream())).error:
+        if time.monotonic() > until:
+            raise RuntimeError(f"no replica serves: {tried.error}")
+        await asyncio.sleep(0.2)
+
+
+async def until_nodes(backend: ChildBackend, count: int) -> None:
+    """Wait until Ray has so many. Raises TimeoutError."""
+    async with asyncio.timeout(START_S):
+        while len((await backend.observe()).nodes) < count:  # noqa: ASYNC110 - another process's Ray
+            await asyncio.sleep(0.2)
+
+
+def broken(disturbed: Sequence[Stream], undisturbed: Sequence[Stream]) -> list[str]:
+    """Why streams are broken, one reason each. Raises RuntimeError where there is nothing to compare with."""
+    if lost := [one.error for one in undisturbed if one.error]:
+        raise RuntimeError(f"an undisturbed call failed: {lost[0]}")
+    pairs = zip(disturbed, undisturbed, strict=True)
+    return [one.error or "another text" for one, whole in pairs if one.error or one.text != whole.text]
+
+
+async def measure(stage: Stage) -> list[Figure]:
+    """Streams, SIGTERM in their midst, and the same calls again."""
+    from loadtests.scenarios.hostile import exact
+
+    checkpoint = build_checkpoint("llama", stage.folder / "sigterm-llama")
+    with ray_nodes(DRAIN_S) as ray:
+        ray.add("first")
+        async with (
+            gateway(stage.children, stage.folder / "sigterm") as (address, link),
+            one_replica(ray, checkpoint, link) as backend,
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            stub = pb_grpc.InferenceStub(channel)
+            await until_served(stub)
+            ray.add("second")
+            await until_nodes(backend, 3)
+            streams = [Stream() for _ in range(STREAMS)]
+            running = [asyncio.create_task(follow(stub, number, one)) for number, one in enumerate(streams)]
+            await asyncio.gather(*(one.begun.wait() for one in streams))
+            process, began = ray.terminate("first"), time.monotonic()
+            await asyncio.gather(*running)
+            await asyncio.to_thread(process.wait, 60)
+            took_s = time.monotonic() - began
+            reasons = broken(streams, await all_of(stub))
+    moved = sum(bool(one.resumed) for one in streams)
+    stage.screen.say(f"{moved} of {STREAMS} streams went on elsewhere; the node ended {took_s:.1f} s after SIGTERM")
+    if not reasons and not 0 < moved < STREAMS:
+        raise RuntimeError(f"{moved} streams went on elsewhere, and some but not all had to: nothing is shown")
+    note = f"{STREAMS - moved} ended where they were, {moved} went on elsewhere; drain_timeout_s {DRAIN_S:g}"
+    return [exact(BROKEN, len(reasons), ROWS[BROKEN], "streams", "; ".join(reasons[:3]) or note)]
