@@ -228,7 +228,7 @@ def worker_table(rows: list[dict[str, Any]]) -> Table | str:
     """Workers with their load."""
     if not rows:
         return "no workers are linked"
-    in_pods = any(row["pod"] for row in rows)
+    in_pods = any(row.get("pod", "") for row in rows)
     places = ("node", "pod") if in_pods else ("node",)
     load_names = ("running", "waiting", "KV used", "step")
     table = Table("worker", "model", "state", *load_names, *places, "path", box=None, pad_edge=False)
@@ -236,7 +236,7 @@ def worker_table(rows: list[dict[str, Any]]) -> Table | str:
         path = row["engine_path"] + (f" ({row['engine_path_reason']})" if row["engine_path_reason"] else "")
         running = f"{row['running']} of {row['max_num_seqs']}"
         load = (running, str(row["waiting"]), f"{row['kv_usage']:.0%}", f"{row['step_ms']:.1f} ms")
-        node = row["host"] or row["node"][:12]
-        place = (node, row["pod"]) if in_pods else (node,)
+        node = row.get("host") or row.get("node", "")[:12]
+        place = (node, row.get("pod", "")) if in_pods else (node,)
         table.add_row(*map(escape, (row["worker_id"], row["model"], row["state"], *load, *place, path)))
     return table
