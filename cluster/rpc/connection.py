@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -13,17 +11,19 @@ import structlog
 from h2 import events
 from h2.connection import ConnectionState
 from h2.errors import ErrorCodes
-from h2.exceptions import H2Error, ProtocolError
+from h2.exceptions import H2Error
 from h2.settings import SettingCodes
-from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
+from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
 
 from cluster.rpc import frames
-from cluster.rpc.charges import STREAMS_PER_UNIT, WRONG, Charges
+from cluster.rpc.charges import WRONG, Charges
 from cluster.rpc.connection_table import Stage
 from cluster.rpc.ended import EndedStreams
+from cluster.rpc.frame_intake import FrameIntake
 from cluster.rpc.frame_reader import FrameReader
 from cluster.rpc.http2_state import Http2State
 from cluster.rpc.limits import FIRST_WINDOW_BYTES, Limits
+from cluster.rpc.liveness import Liveness
 from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata, metadata_of, timeout_s
 from cluster.rpc.request_body import Budget
 from cluster.rpc.rpc import Rpc
@@ -42,8 +42,6 @@ _HTTP1_ANSWER = (
 _OPEN_TO_STRANGERS = ("/grpc.health.", "/grpc.reflection.")
 MAX_STREAM_ID: Final = 2**31 - 1
 FRAME_HEAD_BYTES: Final = 9
-SMALL_DATA_BYTES: Final = 64
-"""A DATA frame with less is charged as one that carries nothing."""
 STRANGER_FRAME_BYTES: Final = 16_384
 """The largest frame before a call was admitted; the least that HTTP/2 allows."""
 STRANGER_RESETS_NOTED: Final = 128
@@ -52,16 +50,9 @@ STRANGER_HEADER_BYTES: Final = 131_072
 KNOWN_TIMES: Final = 32
 """So many times as much once there is one."""
 STRANGER_UNSENT_BYTES: Final = 1 << 20
-CLOSE_S: Final = 5.0
-"""A connection that is closed is cut off when its client has not read the rest by then."""
-WATCH_PARTS: Final = 4
-"""A connection is looked at so many times within its shortest time-out."""
-
 # Where the next bytes of any connection are read to: as much as one takes of the loop at a time. asyncio's own read of
 # 256 KiB, and what h2 does with it, held the loop for 20 ms when many long prompts came at once.
 _READ = memoryview(bytearray(65_536))
-LARGE_BYTES: Final = 16_384
-"""So many at once wait their turn (read_turns.py)."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -82,29 +73,26 @@ class Connection(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport
         self._server = server
         self._age_s = age_s
-        now = self.loop.time()
-        self._reader = FrameReader(STRANGER_FRAME_BYTES, limits.max_header_bytes)
-        self._charges = Charges(limits, now)
+        self._charges = Charges(limits, self.loop.time())
+        reader = FrameReader(STRANGER_FRAME_BYTES, limits.max_header_bytes)
+        self.intake = FrameIntake(self, reader, self._charges, server.turns)
+        self._liveness = Liveness(self)
         self._out: list[bytes] = []
         self._flushing = False
         self._control_bytes = self._control_writes = 0
         """Of what is to be sent: all that is not an answer to a call."""
         self._to_give = 0
         """Bytes that the connection's window is to get back."""
-        self._queued = self._reading_paused = False
         self._max_calls = limits.max_calls if server.gate is None else min(limits.stranger_calls, limits.max_calls)
         self._header_bytes = self._unnamed_calls = 0
         self._table_is_news = True
         self._blocked: dict[int, Rpc] = {}
         """Calls that wait for the window of the connection, in turn."""
         self._blocked_streams: dict[int, Rpc] = {}
-        self._greeted = False
-        self._leaving = self._last = self._closing = False
+        self.closing = False
+        """Nothing more of the client is handled."""
+        self._leaving = self._last = False
         self._last_taken = MAX_STREAM_ID
-        self._timers: list[asyncio.TimerHandle] = []
-        self._answered = True
-        self._served = False
-        self._idle_since, self._frame_since = now, math.inf
 
     # ---- asyncio.BufferedProtocol
 
@@ -133,11 +121,7 @@ class Connection(asyncio.BufferedProtocol):
         if known:
             self._raise_limits()
         self.out_of_h2()
-        self._later(limits.hello_s, self._expect_hello)
-        self._later(limits.ping_s, self._ping)
-        self._later(self._watch_s, self._watch)
-        if self._age_s:
-            self._later(self._age_s, self._grow_old)
+        self._liveness.begin(self._age_s)
         self._server.connections.add(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -146,79 +130,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes of the client."""
-        if self._closing:
+        if self.closing:
             return
-        if not self._greeted and bytes(_READ[:4]) in _HTTP1:
+        if not self._liveness.greeted and bytes(_READ[:4]) in _HTTP1:
             self._refuse_http1()
             return
-        self._reader.feed(_READ[:nbytes])
-        if self._queued:
-            if self._reader.size >= len(_READ):
-                self._pause_reading()
-        elif nbytes >= LARGE_BYTES or self._server.turns.now(self):
-            self._queued = True
-            self._pause_reading()
-            self._server.turns.put(self)
+        self.intake.feed(_READ[:nbytes])
 
-    def take(self, until: float) -> bool:
-        """Handle the frames that are here, until the clock says so. See read_turns.Reader."""
-        try:
-            left = self._handle_frames(until)
-        except BaseException:  # as the transport does when it hands on itself
-            self.transport.abort()
-            raise
-        delay_s = self._charges.fields_delay_s()
-        self._queued = left or delay_s > 0
-        if self._closing:
-            return False
-        if delay_s > 0:
-            self._pause_reading()
-            self._later(delay_s, self._go_on)
-            return False
-        if not left and self._reading_paused:
-            self._reading_paused = False
-            self.transport.resume_reading()
-        return left
-
-    def _go_on(self) -> None:
-        self._charges.fields(0, self.loop.time())
-        self._server.turns.put(self)
-
-    def _pause_reading(self) -> None:
-        if not self._reading_paused:
-            self._reading_paused = True
-            self.transport.pause_reading()
-
-    def _handle_frames(self, until: float) -> bool:
-        """Whether any is left."""
-        reader, handled, left = self._reader, False, False
-        try:
-            while not (self._closing or left) and (frame := self._next_frame()) is not None:
-                handled = True
-                self._handle(frame)
-                left = reader.ready and (time.perf_counter() >= until or self._charges.fields_delay_s() > 0)
-        except H2Error as error:
-            self._server.note("connection_refused", self, str(error) or type(error).__name__)
-            self.close()
-            return False
-        self.out_of_h2()
-        if not reader.unfinished:
-            self._frame_since = math.inf
-        elif handled or self._frame_since == math.inf:
-            self._frame_since = self.loop.time()
-        return left and not self._closing
-
-    def _next_frame(self) -> Frame | None:
-        try:
-            return self._reader.next()
-        except ProtocolError as error:
-            self.h2.refuse(error.error_code)
-            raise
-
-    def _handle(self, frame: Frame) -> None:
-        if not self._may_send(frame):
-            self._cut("too many resets, refused calls or frames that carry nothing")
-            return
+    def handle(self, frame: Frame) -> None:
+        """A frame that was charged. Raises H2Error."""
         received = self.h2.receive_frame(frame)
         if type(frame) is SettingsFrame:
             # New settings count at once, so their confirmation goes before anything that they allow: until it has come
@@ -226,33 +146,19 @@ class Connection(asyncio.BufferedProtocol):
             self.out_of_h2()
         for event in received:
             handle = _EVENTS.get(type(event))
-            if handle is not None and not self._closing:
+            if handle is not None and not self.closing:
                 handle(self, event)
-
-    def _may_send(self, frame: Frame) -> bool:
-        """Charge a frame; a new call is charged when it is refused, and a reset when its call ends by it."""
-        charges, now = self._charges, self.loop.time()
-        if isinstance(frame, DataFrame):
-            if frame.stream_id not in self.h2.streams:
-                return charges.heavy(1, now)
-            return len(frame.data) >= SMALL_DATA_BYTES or charges.light(now)
-        if isinstance(frame, HeadersFrame):
-            return frame.stream_id not in self.h2.streams or charges.light(now)
-        if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
-            return charges.heavy(1 + len(self.h2.streams) / STREAMS_PER_UNIT, now)
-        return charges.light(now)
 
     def connection_lost(self, error: Exception | None) -> None:
         """The client is gone, and so are its calls."""
-        self._closing = True
+        self.closing = True
         self._held.release()
-        for timer in self._timers:
-            timer.cancel()
+        self._liveness.end()
         self._server.connections.discard(self)
         calls, self.calls = list(self.calls.values()), {}
         self._blocked.clear()
         self._blocked_streams.clear()
-        self._reader.clear()
+        self.intake.clear()
         for call in calls:
             call.close()
         self._server.left()
@@ -308,7 +214,7 @@ class Connection(asyncio.BufferedProtocol):
         self.transport.write(data)
         most = self.limits.max_unsent_bytes if self.admitted else STRANGER_UNSENT_BYTES
         if self.transport.get_write_buffer_size() > most:
-            self._abort("it does not read")
+            self.abort("it does not read")
 
     def wait_for_window(self, call: Rpc, *, of_stream: bool) -> None:
         """Push this call when the client's window of its stream, or of the connection, opens."""
@@ -316,7 +222,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def give(self, size: int, stream_id: int | None = None) -> None:
         """Let the client send so many bytes more, on a stream or on the connection."""
-        if self._closing:
+        if self.closing:
             return
         if stream_id is None:
             self._to_give += size
@@ -415,7 +321,7 @@ class Connection(asyncio.BufferedProtocol):
             blocked.pop(next(iter(blocked))).push()
 
     def _settings(self, event: events.RemoteSettingsChanged) -> None:
-        self._greeted = True  # they follow the preface at once
+        self._liveness.greeted = True  # they follow the preface at once
         if SettingCodes.HEADER_TABLE_SIZE in event.changed_settings:
             self._table_is_news = True
         blocked, self._blocked_streams = self._blocked_streams, {}
@@ -424,7 +330,7 @@ class Connection(asyncio.BufferedProtocol):
         self._push_blocked()
 
     def _pong(self, event: events.PingAckReceived) -> None:
-        self._answered = True
+        self._liveness.answered()
 
     def _goaway(self, event: events.ConnectionTerminated) -> None:
         """The client opens no more calls; h2 would also end those that run, HTTP/2 does not."""
@@ -445,7 +351,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._unnamed_calls > self.limits.stranger_open_calls:
                 raise BadMessage("too many calls without a credential on this connection", too_large=True)
         else:
-            self._served = True
+            self._liveness.served = True
         if tenant is not None and not self.admitted:
             self._raise_limits()
             for other in list(self.calls.values()):
@@ -457,7 +363,7 @@ class Connection(asyncio.BufferedProtocol):
         self.admitted = True
         self._max_calls = limits.max_calls
         self._charges.admit(self.loop.time())
-        self._reader.max_frame_bytes = limits.frame_bytes
+        self.intake.allow_frames(limits.frame_bytes)
         h2.note_resets(limits.max_calls)
         if self._server.gate is not None:
             h2.update_settings(
@@ -472,24 +378,31 @@ class Connection(asyncio.BufferedProtocol):
 
     def charge_refusal(self, units: float = 1.0) -> None:
         """A call was refused or reset."""
-        if not self._charges.heavy(units, self.loop.time()) and not self._closing:
-            self._cut("too many resets or refused calls")
+        if not self._charges.heavy(units, self.loop.time()) and not self.closing:
+            self.cut("too many resets or refused calls")
 
     def end_early(self, call: Rpc, error: BadMessage) -> None:
         """What a client has sent is no message, too large or too slow."""
         self._server.bad_message(call, error)
         self.charge_refusal(WRONG)
 
-    def _cut(self, reason: str) -> None:
+    def refuse(self, reason: str) -> None:
+        """What the client has sent is no HTTP/2; h2 has its GOAWAY ready."""
+        self._server.note("connection_refused", self, reason)
+        self.close()
+
+    def cut(self, reason: str) -> None:
+        """End the connection of a client that costs too much."""
         self._server.note("connection_cut", self, reason)
         with suppress(H2Error):
             self.h2.close_connection(ErrorCodes.ENHANCE_YOUR_CALM)
         self.close()
 
-    def _abort(self, reason: str) -> None:
-        if not self.transport.is_closing() or not self._closing:
+    def abort(self, reason: str) -> None:
+        """Drop the connection, and what it has not read."""
+        if not self.transport.is_closing() or not self.closing:
             self._server.note("connection_cut", self, reason)
-        self._closing = True
+        self.closing = True
         self.transport.abort()
 
     # ---- life
@@ -548,12 +461,9 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._leaving = True
         self._say_goaway(MAX_STREAM_ID)  # those under way are taken still (RFC 9113, 6.8)
-        self._later(1.0, self.last_call)
+        self.later(1.0, self.last_call)
         if grace_s:
-            self._later(grace_s, self.close)
-
-    def _grow_old(self) -> None:
-        self.leave(self.limits.age_grace_s)
+            self.later(grace_s, self.close)
 
     def last_call(self) -> None:
         """From now on no further call is taken; the client knows which ones were."""
@@ -571,22 +481,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Send what is to be sent, and end the connection. Nothing more of the client is handled."""
-        self._closing = True
-        self._reader.clear()
+        self.closing = True
+        self.intake.clear()
         self.out_of_h2()
         if self._out:
             self._flush()
         if not self.transport.is_closing():
             self.transport.close()
-            self._later(CLOSE_S, self._expect_closed, self.transport.get_write_buffer_size())
-
-    def _expect_closed(self, unsent_bytes: int) -> None:
-        """A client that reads the rest may take its time."""
-        left = self.transport.get_write_buffer_size()
-        if left >= unsent_bytes:
-            self.transport.abort()
-        else:
-            self._later(CLOSE_S, self._expect_closed, left)
+            self._liveness.closing()
 
     def _remove(self, call: Rpc) -> bool:
         if self.calls.pop(call.stream_id, None) is None:
@@ -596,55 +498,16 @@ class Connection(asyncio.BufferedProtocol):
         self._header_bytes -= call.header_bytes
         if call.admitted and call.tenant is None:
             self._unnamed_calls -= 1
-        if not self.calls and (call.admitted or self._served):  # refusals keep no stranger's connection
-            self._idle_since = self.loop.time()
+        if not self.calls and (call.admitted or self._liveness.served):  # refusals keep no stranger's connection
+            self._liveness.rests()
         return True
 
-    def _later(self, seconds: float, work: Callable[..., None], *arguments: object) -> None:
-        now = self.loop.time()
-        self._timers = [t for t in self._timers if t.when() > now and not t.cancelled()]
-        self._timers.append(self.loop.call_later(seconds, work, *arguments))
-
-    def _watch(self) -> None:
-        """Look for a client that stands still."""
-        now, limits = self.loop.time(), self.limits
-        if not self._queued and now - self._frame_since > limits.frame_s:
-            self._abort("a frame or header block was not complete in time")
-            return
-        idle_s = limits.idle_s if self._served else limits.hello_s
-        if not self.calls and now - self._idle_since > idle_s:
-            self.leave()
-        for call in list(self.calls.values()):
-            if now - call.body.began_at > limits.request_s:
-                self.end_early(call, BadMessage("a message was not complete in time", too_large=True))
-        self._later(self._watch_s, self._watch)
-
-    @property
-    def _watch_s(self) -> float:
-        limits = self.limits
-        return min(limits.hello_s, limits.frame_s, limits.idle_s, limits.request_s) / WATCH_PARTS
-
-    def _expect_hello(self) -> None:
-        if not self._greeted:
-            self.transport.abort()
-
-    def _ping(self) -> None:
-        if self._closing:
-            return
-        self._answered = False
-        with suppress(H2Error):
-            self.h2.ping(int(time.monotonic()).to_bytes(8, "big"))
-        self.out_of_h2()
-        self._later(self.limits.ping_answer_s, self._expect_pong)
-
-    def _expect_pong(self) -> None:
-        if not self._answered:
-            self._abort("no answer to a ping")
-            return
-        self._later(self.limits.ping_s, self._ping)
+    def later(self, seconds: float, work: Callable[..., None]) -> None:
+        """Call `work` unless the connection is lost before."""
+        self._liveness.later(seconds, work)
 
     def _refuse_http1(self) -> None:
-        self._closing = True
+        self.closing = True
         self._out.clear()
         self.transport.write(_HTTP1_ANSWER)
         self.transport.close()

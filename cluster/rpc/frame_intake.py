@@ -1,0 +1,132 @@
+"""What a client sends, from bytes to charged frames, in slices between which other connections have their turns."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Final
+
+from h2.exceptions import H2Error, ProtocolError
+from hyperframe.frame import DataFrame, Frame, HeadersFrame, SettingsFrame
+
+from cluster.rpc.charges import STREAMS_PER_UNIT, Charges
+from cluster.rpc.frame_reader import FrameReader
+from cluster.rpc.read_turns import ReadTurns
+
+if TYPE_CHECKING:
+    from cluster.rpc.connection import Connection
+
+LARGE_BYTES: Final = 16_384
+"""So many at once wait their turn (read_turns.py)."""
+MOST_WAITING_BYTES: Final = 65_536
+"""With more than this in turn, no more is read."""
+SMALL_DATA_BYTES: Final = 64
+"""A DATA frame with less is charged as one that carries nothing."""
+
+
+class FrameIntake:
+    """The unread frames of one connection. See read_turns.Reader."""
+
+    def __init__(self, connection: Connection, reader: FrameReader, charges: Charges, turns: ReadTurns) -> None:
+        self._connection = connection
+        self._reader = reader
+        self._charges = charges
+        self._turns = turns
+        self._loop = connection.loop
+        self._queued = self._paused = False
+        self._unfinished_since = math.inf
+
+    def feed(self, data: memoryview) -> None:
+        """Bytes of the client."""
+        self._reader.feed(data)
+        if self._queued:
+            if self._reader.size >= MOST_WAITING_BYTES:
+                self._pause()
+        elif len(data) >= LARGE_BYTES or self._turns.now(self):
+            self._queued = True
+            if len(data) >= LARGE_BYTES:
+                self._pause()
+            self._turns.put(self)
+
+    def take(self, until: float) -> bool:
+        """Handle the frames that are here, until the clock says so; whether any is left."""
+        connection = self._connection
+        try:
+            left = self._handle(until)
+        except BaseException:  # as the transport does when it hands on itself
+            connection.transport.abort()
+            raise
+        delay_s = self._charges.fields_delay_s()
+        self._queued = left or delay_s > 0
+        if connection.closing:
+            self._reader.clear()
+            return False
+        if delay_s > 0:
+            self._pause()
+            connection.later(delay_s, self._after_delay)
+            return False
+        if not left and self._paused:
+            self._paused = False
+            connection.transport.resume_reading()
+        return left
+
+    def allow_frames(self, size: int) -> None:
+        """Take frames of so many bytes from now on."""
+        self._reader.max_frame_bytes = size
+
+    def clear(self) -> None:
+        """Drop what is unread."""
+        self._reader.clear()
+
+    def stands_still_s(self, now: float) -> float:
+        """How long a frame or header block has begun and not ended, 0 where the server is to go on."""
+        return 0.0 if self._queued else max(now - self._unfinished_since, 0.0)
+
+    def _after_delay(self) -> None:
+        self._charges.fields(0, self._loop.time())
+        self._turns.put(self)
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._connection.transport.pause_reading()
+
+    def _handle(self, until: float) -> bool:
+        connection, reader, handled, left = self._connection, self._reader, False, False
+        try:
+            while not (connection.closing or left) and (frame := self._next()) is not None:
+                handled = True
+                if not self._may_send(frame):
+                    connection.cut("too many resets, refused calls or frames that carry nothing")
+                    return False
+                connection.handle(frame)
+                left = reader.ready and (time.perf_counter() >= until or self._charges.fields_delay_s() > 0)
+        except H2Error as error:
+            connection.refuse(str(error) or type(error).__name__)
+            return False
+        connection.out_of_h2()
+        if not reader.unfinished:
+            self._unfinished_since = math.inf
+        elif handled or self._unfinished_since == math.inf:
+            self._unfinished_since = self._loop.time()
+        return left and not connection.closing
+
+    def _next(self) -> Frame | None:
+        try:
+            return self._reader.next()
+        except ProtocolError as error:
+            self._connection.h2.refuse(error.error_code)
+            raise
+
+    def _may_send(self, frame: Frame) -> bool:
+        """Charge a frame; a new call is charged when it is refused, and a reset when its call ends by it."""
+        charges, streams, now = self._charges, self._connection.h2.streams, self._loop.time()
+        if isinstance(frame, DataFrame):
+            if frame.stream_id not in streams:
+                return charges.heavy(1, now)
+            return len(frame.data) >= SMALL_DATA_BYTES or charges.light(now)
+        if isinstance(frame, HeadersFrame):
+            return frame.stream_id not in streams or charges.light(now)
+        if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
+            return charges.heavy(1 + len(streams) / STREAMS_PER_UNIT, now)
+        return charges.light(now)

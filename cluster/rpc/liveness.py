@@ -1,0 +1,115 @@
+"""The time-outs of one connection: a client that does not introduce itself, stands still, is idle, or is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from h2.exceptions import H2Error
+
+from cluster.rpc.messages import BadMessage
+
+if TYPE_CHECKING:
+    from cluster.rpc.connection import Connection
+
+LOOKS: Final = 4
+"""A connection is looked at so many times within its shortest time-out."""
+CLOSE_S: Final = 5.0
+"""A connection that is closed is cut off when its client has read nothing of the rest for so long."""
+
+
+class Liveness:
+    """Timers of one connection. `served`: a call of it was admitted; till then it has less time without calls."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.served = False
+        self.greeted = False
+        self._connection = connection
+        self._loop = connection.loop
+        self._limits = connection.limits
+        self._timers: list[asyncio.TimerHandle] = []
+        self._answered = True
+        self._idle_since = self._loop.time()
+
+    def begin(self, age_s: float) -> None:
+        """The connection is made. `age_s`: its age limit, 0 for none."""
+        limits = self._limits
+        self.later(limits.hello_s, self._expect_hello)
+        self.later(limits.ping_s, self._ping)
+        self.later(self._look_s, self._look)
+        if age_s:
+            self.later(age_s, self._grow_old)
+
+    def later(self, seconds: float, work: Callable[..., None], *arguments: object) -> None:
+        """Call `work` unless the connection is lost before."""
+        now = self._loop.time()
+        self._timers = [t for t in self._timers if t.when() > now and not t.cancelled()]
+        self._timers.append(self._loop.call_later(seconds, work, *arguments))
+
+    def end(self) -> None:
+        """The connection is lost."""
+        for timer in self._timers:
+            timer.cancel()
+
+    def rests(self) -> None:
+        """A call that was admitted has ended, and none is under way."""
+        self._idle_since = self._loop.time()
+
+    def answered(self) -> None:
+        """The client has answered a ping."""
+        self._answered = True
+
+    def closing(self) -> None:
+        """The rest is being sent."""
+        self.later(CLOSE_S, self._expect_closed, self._connection.transport.get_write_buffer_size())
+
+    @property
+    def _look_s(self) -> float:
+        limits = self._limits
+        return min(limits.hello_s, limits.frame_s, limits.idle_s, limits.request_s) / LOOKS
+
+    def _look(self) -> None:
+        connection, limits, now = self._connection, self._limits, self._loop.time()
+        if connection.intake.stands_still_s(now) > limits.frame_s:
+            connection.abort("a frame or header block was not complete in time")
+            return
+        if not connection.calls and now - self._idle_since > (limits.idle_s if self.served else limits.hello_s):
+            connection.leave()
+        for call in list(connection.calls.values()):
+            if now - call.body.began_at > limits.request_s:
+                connection.end_early(call, BadMessage("a message was not complete in time", too_large=True))
+        self.later(self._look_s, self._look)
+
+    def _expect_hello(self) -> None:
+        if not self.greeted:
+            self._connection.transport.abort()
+
+    def _ping(self) -> None:
+        connection = self._connection
+        if connection.closing:
+            return
+        self._answered = False
+        with suppress(H2Error):
+            connection.h2.ping(int(time.monotonic()).to_bytes(8, "big"))
+        connection.out_of_h2()
+        self.later(self._limits.ping_answer_s, self._expect_pong)
+
+    def _expect_pong(self) -> None:
+        if not self._answered:
+            self._connection.abort("no answer to a ping")
+            return
+        self.later(self._limits.ping_s, self._ping)
+
+    def _grow_old(self) -> None:
+        self._connection.leave(self._limits.age_grace_s)
+
+    def _expect_closed(self, unsent_bytes: int) -> None:
+        """A client that reads the rest may take its time."""
+        left = self._connection.transport.get_write_buffer_size()
+        if left >= unsent_bytes:
+            self._connection.transport.abort()
+        else:
+            self.later(CLOSE_S, self._expect_closed, left)
