@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import grpc.aio
 import pytest
 from h2.errors import ErrorCodes
 from h2.settings import SettingCodes
-from hyperframe.frame import GoAwayFrame
+from hyperframe.frame import GoAwayFrame, HeadersFrame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -209,6 +210,24 @@ async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
             await raw.receive()
         assert raw.goaway is not None
         assert raw.goaway.error_code == ErrorCodes.ENHANCE_YOUR_CALM
+
+
+async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve: Serve) -> None:
+    """One read of tiny requests would hold the loop for more than a second: h2 walks all streams for each."""
+    async with serve() as echo, raw_client(echo.port) as raw:
+        await raw.until_ended(await raw.call("One", b""))
+        head = [(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "x")]
+        encoder = raw.h2.encoder
+        data = [HeadersFrame(n, encoder.encode(head), flags=("END_HEADERS",)).serialize() for n in range(3, 8003, 2)]
+        (connection,) = echo.server.connections
+        await raw.send(b"".join(data))
+        longest_s, at = 0.0, time.thread_time()
+        async with asyncio.timeout(30):
+            while connection.h2.highest_inbound_stream_id < 8001:
+                await asyncio.sleep(0)
+                longest_s, at = max(longest_s, time.thread_time() - at), time.thread_time()
+        assert longest_s < 0.1
+        assert len(connection.h2.streams) < 10
 
 
 async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve) -> None:
