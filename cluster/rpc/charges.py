@@ -16,7 +16,7 @@ LIGHT: Final = 0.2
 BYTES_PER_FRAME: Final = 4
 """Payload sent to the client that justifies one frame of it: a token of 12 bytes or more justifies an update of both
 windows and a ping. Sending single bytes, which a client can enforce by windows of one byte, justifies too little."""
-MOST_EARNED: Final = 500_000
+MOST_EARNED_BYTES: Final = 2_000_000
 STREAMS_PER_UNIT: Final = 64
 """A SETTINGS frame is applied to every stream: so many of them cost a unit."""
 WRONG: Final = 2.0
@@ -48,11 +48,14 @@ class Bucket:
 class Charges:
     """The buckets of one connection."""
 
-    __slots__ = ("_earned", "_fields", "_frames", "_limits")
+    __slots__ = ("_fields", "_frames", "_limits", "delayed", "earned_bytes")
 
     def __init__(self, limits: Limits, now: float) -> None:
         self._limits = limits
-        self._earned = 0.0
+        self.earned_bytes = 0
+        """Payload of calls that was sent to the client and has justified no frame yet."""
+        self.delayed = False
+        """Whether the connection's next frames are to wait, since its header fields were too many."""
         self._frames = Bucket(limits.resets_per_s * STRANGER, limits.resets_burst * STRANGER, now)
         self._fields = Bucket(limits.stranger_header_bytes_per_s, limits.stranger_header_bytes_burst, now)
 
@@ -62,16 +65,16 @@ class Charges:
         self._frames = Bucket(limits.resets_per_s, limits.resets_burst, now)
         self._fields = Bucket(limits.header_bytes_per_s, limits.header_bytes_burst, now)
 
-    def sent(self, payload_bytes: int) -> None:
-        """Payload of calls that was sent to the client."""
-        self._earned = min(self._earned + payload_bytes / BYTES_PER_FRAME, MOST_EARNED)
+    def justified(self) -> bool:
+        """Whether what was sent to the client pays for a frame that carries nothing."""
+        if self.earned_bytes < BYTES_PER_FRAME:
+            return False
+        self.earned_bytes = min(self.earned_bytes, MOST_EARNED_BYTES) - BYTES_PER_FRAME
+        return True
 
     def light(self, now: float) -> bool:
         """A frame that carries nothing; whether the client may send it."""
-        if self._earned >= 1:
-            self._earned -= 1
-            return True
-        return self._frames.take(LIGHT, now) >= 0
+        return self.justified() or self._frames.take(LIGHT, now) >= 0
 
     def heavy(self, units: float, now: float) -> bool:
         """A reset, a refused call or new settings; whether the client may send it."""
@@ -79,8 +82,8 @@ class Charges:
 
     def fields(self, size: int, now: float) -> None:
         """Header fields of a call."""
-        self._fields.take(size, now)
+        self.delayed = self._fields.take(size, now) < 0
 
-    def fields_delay_s(self) -> float:
-        """How long the connection's next frames are to wait, since its header fields were too many."""
+    def delay_s(self) -> float:
+        """How long the next frames are to wait, where they are delayed."""
         return self._fields.delay_s()

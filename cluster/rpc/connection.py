@@ -184,7 +184,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def out_of_h2(self) -> None:
         """Send what h2 has to say, in its place among what is sent already."""
-        data = self.h2.data_to_send()
+        data = self.h2.output()
         if data:
             self._control_bytes += len(data)
             self._control_writes += 1
@@ -207,7 +207,8 @@ class Connection(asyncio.BufferedProtocol):
         self._flushing = False
         out, self._out = self._out, []
         data = b"".join(out)
-        self._charges.sent(len(data) - self._control_bytes - FRAME_HEAD_BYTES * (len(out) - self._control_writes))
+        self._charges.earned_bytes += len(data) - self._control_bytes
+        self._charges.earned_bytes -= FRAME_HEAD_BYTES * (len(out) - self._control_writes)
         self._control_bytes = self._control_writes = 0
         if self.transport.is_closing():
             return
@@ -286,8 +287,12 @@ class Connection(asyncio.BufferedProtocol):
         if call is None:
             self.give(size)
             return
+        self.data(call, event.data, size)
+
+    def data(self, call: Rpc, data: bytes, size: int) -> None:
+        """Bytes of a call's request, `size` with padding."""
         try:
-            call.received(event.data, size)
+            call.received(data, size)
         except BadMessage as error:
             self.end_early(call, error)
 
@@ -307,8 +312,12 @@ class Connection(asyncio.BufferedProtocol):
         self._server.left()
 
     def _window(self, event: events.WindowUpdated) -> None:
-        if event.stream_id:
-            call = self._blocked_streams.pop(event.stream_id, None)
+        self.window_opened(event.stream_id)
+
+    def window_opened(self, stream_id: int | None) -> None:
+        """The client takes more, of a stream or of the connection."""
+        if stream_id:
+            call = self._blocked_streams.pop(stream_id, None)
             if call is not None:
                 call.push()
         else:

@@ -10,7 +10,7 @@ from h2.exceptions import H2Error, ProtocolError
 from hyperframe.frame import DataFrame, Frame, HeadersFrame, SettingsFrame
 
 from cluster.rpc.charges import STREAMS_PER_UNIT, Charges
-from cluster.rpc.frame_reader import FrameReader
+from cluster.rpc.frame_reader import DATA, WINDOW_UPDATE, FrameReader
 from cluster.rpc.read_turns import ReadTurns
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ MOST_WAITING_BYTES: Final = 65_536
 """With more than this in turn, no more is read."""
 SMALL_DATA_BYTES: Final = 64
 """A DATA frame with less is charged as one that carries nothing."""
+WINDOW_UPDATE_BYTES: Final = 4
 
 
 class FrameIntake:
@@ -56,14 +57,14 @@ class FrameIntake:
         except BaseException:  # as the transport does when it hands on itself
             connection.transport.abort()
             raise
-        delay_s = self._charges.fields_delay_s()
-        self._queued = left or delay_s > 0
+        delayed = self._charges.delayed
+        self._queued = left or delayed
         if connection.closing:
             self._reader.clear()
             return False
-        if delay_s > 0:
+        if delayed:
             self._pause()
-            connection.later(delay_s, self._after_delay)
+            connection.later(self._charges.delay_s(), self._after_delay)
             return False
         if not left and self._paused:
             self._paused = False
@@ -94,13 +95,15 @@ class FrameIntake:
     def _handle(self, until: float) -> bool:
         connection, reader, handled, left = self._connection, self._reader, False, False
         try:
-            while not (connection.closing or left) and (frame := self._next()) is not None:
+            while not connection.closing and self._peek():
+                if left:
+                    break
                 handled = True
-                if not self._may_send(frame):
-                    connection.cut("too many resets, refused calls or frames that carry nothing")
-                    return False
-                connection.handle(frame)
-                left = reader.ready and (time.perf_counter() >= until or self._charges.fields_delay_s() > 0)
+                if not (reader.plain and self._usual()):
+                    self._any()
+                left = time.perf_counter() >= until or self._charges.delayed
+            else:
+                left = False
         except H2Error as error:
             connection.refuse(str(error) or type(error).__name__)
             return False
@@ -111,12 +114,57 @@ class FrameIntake:
             self._unfinished_since = self._loop.time()
         return left and not connection.closing
 
-    def _next(self) -> Frame | None:
+    def _peek(self) -> bool:
         try:
-            return self._reader.next()
+            return self._reader.peek()
         except ProtocolError as error:
             self._connection.h2.refuse(error.error_code)
             raise
+
+    def _usual(self) -> bool:
+        """Handle DATA and WINDOW_UPDATE of calls that run; whether it was that, and nothing about it unusual."""
+        connection, reader = self._connection, self._reader
+        if reader.kind == DATA:
+            call = connection.calls.get(reader.stream_id)
+            if call is None or (reader.length < SMALL_DATA_BYTES and not self._charges.justified()):
+                return False
+            if not connection.h2.receive_data_of(call.stream, reader.length):
+                return False
+            connection.data(call, reader.body(), reader.length)
+            return True
+        if reader.kind != WINDOW_UPDATE or reader.length != WINDOW_UPDATE_BYTES:
+            return False
+        return self._window_update()
+
+    def _window_update(self) -> bool:
+        connection, reader, call = self._connection, self._reader, None
+        if reader.stream_id:
+            call = connection.calls.get(reader.stream_id)
+            if call is None or call.closed:
+                return False
+        if not self._charges.justified():
+            return False
+        size = reader.increment
+        if not connection.h2.receive_window_of(connection.h2 if call is None else call.stream, size):
+            return False
+        reader.body()
+        connection.window_opened(reader.stream_id)
+        return True
+
+    def _any(self) -> None:
+        """Handle a frame of any kind. Raises H2Error."""
+        connection = self._connection
+        try:
+            frame = self._reader.frame()
+        except ProtocolError as error:
+            connection.h2.refuse(error.error_code)
+            raise
+        if frame is None:
+            return
+        if self._may_send(frame):
+            connection.handle(frame)
+        else:
+            connection.cut("too many resets, refused calls or frames that carry nothing")
 
     def _may_send(self, frame: Frame) -> bool:
         """Charge a frame; a new call is charged when it is refused, and a reset when its call ends by it."""

@@ -5,6 +5,8 @@ In place of h2's FrameBuffer, which yields all frames of a read in one pass and 
 
 from __future__ import annotations
 
+import struct
+
 from h2.errors import ErrorCodes
 from h2.exceptions import FrameDataMissingError, FrameTooLargeError, ProtocolError
 from hyperframe.exceptions import HyperframeError, InvalidFrameError
@@ -12,13 +14,28 @@ from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEAD_BYTES = 9
+DATA, WINDOW_UPDATE = 0, 8
+"""Types of frames."""
+MAX_STREAM_ID = 2**31 - 1
+_HEAD = struct.Struct("!HBBBL")
 MAX_CONTINUATIONS = 16
 
 
 class FrameReader:
     """The unread bytes of one connection."""
 
-    __slots__ = ("_block", "_continuations", "_data", "_max_block_bytes", "_preface", "max_frame_bytes")
+    __slots__ = (
+        "_block",
+        "_continuations",
+        "_data",
+        "_max_block_bytes",
+        "_preface",
+        "kind",
+        "length",
+        "max_frame_bytes",
+        "plain",
+        "stream_id",
+    )
 
     def __init__(self, max_frame_bytes: int, max_block_bytes: int) -> None:
         """`max_block_bytes`: of the encoded header fields of one request."""
@@ -28,6 +45,10 @@ class FrameReader:
         self._preface = PREFACE
         self._block: HeadersFrame | None = None
         self._continuations = 0
+        self.kind = self.length = self.stream_id = 0
+        """Of the frame that `peek` has seen: its type, its length without head, and its stream."""
+        self.plain = False
+        """Whether it has no flags and may stand where it does."""
 
     def feed(self, data: bytes | memoryview) -> None:
         """More bytes."""
@@ -48,33 +69,40 @@ class FrameReader:
         """Whether a frame or a header block has begun and is not complete. True also for complete frames not read."""
         return bool(self._data) or self._block is not None
 
-    @property
-    def ready(self) -> bool:
-        """Whether `next` has a whole frame to look at."""
-        data = self._data
-        return len(data) >= HEAD_BYTES and len(data) >= HEAD_BYTES + int.from_bytes(data[:3], "big")
-
-    def next(self) -> Frame | None:
-        """The next frame, header blocks whole; None if it is not complete. Raises ProtocolError."""
+    def peek(self) -> bool:
+        """Whether a whole frame is here; looks at its head. Raises ProtocolError."""
         data = self._data
         if self._preface and not self._read_preface():
-            return None
-        while len(data) >= HEAD_BYTES:
-            length = int.from_bytes(data[:3], "big")
-            if length > self.max_frame_bytes:
-                raise FrameTooLargeError(f"Received overlong frame: length {length}, max {self.max_frame_bytes}")
-            end = HEAD_BYTES + length
-            if len(data) < end:
-                return None
-            frame = _parsed(bytes(data[:HEAD_BYTES]), bytes(data[HEAD_BYTES:end]))
-            del data[:end]
-            if self._block is not None or isinstance(frame, HeadersFrame | ContinuationFrame):
-                whole = self._add_to_block(frame)
-                if whole is None:
-                    continue
-                return whole
-            return frame
-        return None
+            return False
+        if len(data) < HEAD_BYTES:
+            return False
+        high, low, self.kind, flags, stream_id = _HEAD.unpack_from(data)
+        self.length = length = high << 8 | low
+        if length > self.max_frame_bytes:
+            raise FrameTooLargeError(f"Received overlong frame: length {length}, max {self.max_frame_bytes}")
+        self.plain = not flags and self._block is None
+        self.stream_id = stream_id & MAX_STREAM_ID
+        return bool(len(data) >= HEAD_BYTES + length)
+
+    @property
+    def increment(self) -> int:
+        """Of the WINDOW_UPDATE that `peek` has seen."""
+        return int.from_bytes(self._data[HEAD_BYTES : HEAD_BYTES + 4], "big") & MAX_STREAM_ID
+
+    def body(self) -> bytes:
+        """The body of the frame that `peek` has seen, which is taken out."""
+        end = HEAD_BYTES + self.length
+        body = bytes(self._data[HEAD_BYTES:end])
+        del self._data[:end]
+        return body
+
+    def frame(self) -> Frame | None:
+        """The frame that `peek` has seen; header blocks whole, None before their end. Raises ProtocolError."""
+        head = bytes(self._data[:HEAD_BYTES])
+        frame = _parsed(head, self.body())
+        if self._block is not None or isinstance(frame, HeadersFrame | ContinuationFrame):
+            return self._add_to_block(frame)
+        return frame
 
     def _read_preface(self) -> bool:
         data, preface = self._data, self._preface

@@ -67,7 +67,7 @@ class Rpc:
         self.serializer: Callable[[Any], bytes] | None = None
         self.deserializer: Callable[[bytes], Any] | None = None
         self._h2 = connection.h2
-        self._stream = stream
+        self.stream = stream
         self._tail = self.stream_id.to_bytes(4, "big")
         self._metadata = metadata
         self._deadline = deadline
@@ -244,7 +244,7 @@ class Rpc:
             self._send_head()
         size = len(message)
         frame = size + 5
-        stream, h2 = self._stream, self._h2
+        stream, h2 = self.stream, self._h2
         if (
             frame < 2048
             and not self._pending
@@ -270,7 +270,7 @@ class Rpc:
 
     def push(self) -> None:
         """Send what waits, as far as the windows allow, and then the end."""
-        pending, stream, h2 = self._pending, self._stream, self._h2
+        pending, stream, h2 = self._pending, self.stream, self._h2
         if self.closed:
             pending.clear()
         while pending:
@@ -365,7 +365,7 @@ class Rpc:
         self.connection.done(self)
 
     def _send_headers(self, fields: bytes, end: bool) -> None:
-        machine = self._stream.state_machine
+        machine = self.stream.state_machine
         try:
             machine.process_input(StreamInputs.SEND_HEADERS)
             if end:
