@@ -419,7 +419,7 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def stage(self) -> Stage:
         """How far the connection has come."""
-        return Stage.CALLING if self.calls else Stage.GREETED if self._greeted else Stage.SILENT
+        return Stage.CALLING if self.calls else Stage.GREETED if self._liveness.greeted else Stage.SILENT
 
     @property
     def requests(self) -> int:
