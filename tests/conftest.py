@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 from cluster.cli import doctor
+
+if TYPE_CHECKING:
+    from tests.support.parallel import Scheduler
 
 settings.register_profile("patient", deadline=None)  # how long an example takes tells of the machine's other work
 settings.load_profile("patient")
@@ -68,3 +72,11 @@ def _some(skipped: Mapping[str, str], reason: str) -> str:
     names = [name for name, why in skipped.items() if why == reason]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduler:
+    """Group the tests when they run in several processes (`make test`)."""
+    from tests.support.parallel import Scheduler
+
+    return Scheduler(config, log)
