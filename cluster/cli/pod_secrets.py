@@ -1,4 +1,5 @@
-"""`headrace pod secrets`: the Secrets of the chart as manifests; renewal prints certificates and no other secret.
+"""`headrace pod secrets` prints the Secrets of the chart for a first install, `headrace pod certificates` those that a
+renewal replaces.
 
 The key pepper, the cluster's secret, the database's password and Ray's token are printed by a first install alone, in
 a Secret that Kubernetes keeps from being changed (`immutable`). `--authority FOLDER` keeps what renewal needs:
@@ -14,7 +15,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,36 +33,56 @@ CHARTS = "headrace"
 MADE_ONCE = ("cluster", "key-pepper", "database-password", "auth_token")
 """Keys of the Secret that a first install makes and nothing replaces."""
 Manifest = dict[str, object]
+NamespaceOption = Annotated[str, typer.Option("--namespace", "-n", help="Where the chart is installed.")]
+NameOption = Annotated[str, typer.Option("--name", help="The chart's fullnameOverride.")]
+HostOption = Annotated[
+    list[str] | None, typer.Option("--host", help="A further name by which clients dial; repeat it. It is remembered.")
+]
+DaysOption = Annotated[int, typer.Option("--days", help="How long certificates are valid.", min=1, max=3650)]
 
 
 def pod_secrets(
-    namespace: Annotated[str, typer.Option("--namespace", "-n", help="Where the chart is installed.")] = CHARTS,
-    name: Annotated[str, typer.Option("--name", help="The chart's fullnameOverride.")] = CHARTS,
-    host: Annotated[
-        list[str] | None, typer.Option("--host", help="A further name by which clients dial; repeat it.")
-    ] = None,
+    namespace: NamespaceOption = CHARTS,
+    name: NameOption = CHARTS,
+    host: HostOption = None,
     authority: Annotated[
         Path | None,
         typer.Option(
             "--authority",
-            help="The folder that keeps the authorities. A new folder: they are made in it, and everything is "
-            "printed. A folder that has them: certificates only, for a renewal.",
+            help="A new folder, which keeps the authorities for renewals. One that has authorities already is no "
+            "first install: certificates only are printed.",
         ),
     ] = None,
-    days: Annotated[int, typer.Option("--days", help="How long certificates are valid.", min=1, max=3650)] = DAYS,
+    days: DaysOption = DAYS,
     with_namespace: Annotated[
         bool, typer.Option("--with-namespace", help="Begin with the namespace itself, under pod security `restricted`.")
     ] = False,
 ) -> None:
-    """Print the chart's Secrets. First install: `... --authority FOLDER | kubectl create -f -`: certificates of the
+    """Print the Secrets of a first install, once: `... --authority FOLDER | kubectl create -f -`. Certificates of the
     link and of the client ports, the cluster's secret, the pepper of keys, the database's password, Ray's token.
-    Renewal: the same with `kubectl apply -f -` prints certificates only."""
+    `pod certificates` renews."""
+    _print(lambda: manifests(namespace, name, host or (), authority, days, with_namespace=with_namespace))
+
+
+def pod_certificates(
+    authority: Annotated[Path, typer.Option("--authority", help="The folder that the first install has made.")],
+    namespace: NamespaceOption = CHARTS,
+    name: NameOption = CHARTS,
+    host: HostOption = None,
+    days: DaysOption = DAYS,
+) -> None:
+    """Print new certificates of the link and of the client ports, and no other secret: `... | kubectl apply -f -`.
+    The authorities of the folder issue them, so that clients and workers trust them as they trust the old ones."""
+    _print(lambda: renewal(namespace, name, host or (), authority, days))
+
+
+def _print(make: Callable[[], Manifests]) -> None:
     try:
-        found = manifests(namespace, name, host or (), authority, days, with_namespace=with_namespace)
+        made = make()
     except (ValueError, OSError) as error:
         fail(str(error), USAGE)
-    terminal.write(yaml.safe_dump_all(found.objects, sort_keys=False))
-    for note in found.notes:
+    terminal.write(yaml.safe_dump_all(made.objects, sort_keys=False))
+    for note in made.notes:
         terminal.say(note, error=True)
 
 
@@ -88,26 +109,35 @@ def manifests(
     if with_namespace:
         labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
         objects.append({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
-    renewal = authority is not None and _is_authority(authority)
+    if authority is not None and _is_authority(authority):
+        renewed = renewal(namespace, name, hosts, authority, days)
+        return Manifests([*objects, *renewed.objects], renewed.notes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = authority or Path(scratch) / "authority"
-        notes = _make_missing_authorities(folder, renewal=renewal)
-        certificates = _issue(folder, namespace, name, _remember_hosts(folder, hosts), days)
-    for suffix, data in certificates.items():
-        objects.append(_secret(namespace, f"{name}-{suffix}", data, "kubernetes.io/tls"))
-    if renewal:
-        notes.append(
-            f"Certificates only, issued by the authorities in {authority}: the Secret {name}-secrets stays as it is. "
-            f"(A first install that lacks it: name a new folder.)"
-        )
-    else:
-        made = {key: secrets.token_hex(32) for key in MADE_ONCE}
-        objects.append({**_secret(namespace, f"{name}-secrets", made, "Opaque"), "immutable": True})
-    if authority is None:
-        notes.append(
-            "The authorities' keys are not kept, so a renewal cannot issue from them: name a folder by --authority."
-        )
-    return Manifests(objects, notes)
+        _make_missing_authorities(folder)
+        objects += _certificates(folder, namespace, name, hosts, days)
+    made = {key: secrets.token_hex(32) for key in MADE_ONCE}
+    objects.append({**_secret(namespace, f"{name}-secrets", made, "Opaque"), "immutable": True})
+    lost = "The authorities' keys are not kept, so nothing can be renewed by them: name a folder by --authority."
+    return Manifests(objects, [lost] if authority is None else [])
+
+
+def renewal(namespace: str, name: str, hosts: Sequence[str], authority: Path, days: int) -> Manifests:
+    """New certificates of a folder's authorities. Raises ValueError for a folder without one, OSError."""
+    if not _is_authority(authority):
+        raise ValueError(f"{authority}: has no authority (ca.crt, ca.key): name the folder of the first install")
+    notes = [f"Certificates only: the Secret {name}-secrets stays as it is."]
+    notes += [
+        f"{place} had no authority for the client ports and has one now: clients that pin a CA need "
+        f"{place / 'ca.crt'} before these Secrets are applied."
+        for place in _make_missing_authorities(authority)
+    ]
+    return Manifests(_certificates(authority, namespace, name, hosts, days), notes)
+
+
+def _certificates(folder: Path, namespace: str, name: str, hosts: Sequence[str], days: int) -> list[Manifest]:
+    issued = _issue(folder, namespace, name, _remember_hosts(folder, hosts), days)
+    return [_secret(namespace, f"{name}-{suffix}", data, "kubernetes.io/tls") for suffix, data in issued.items()]
 
 
 def _secret(namespace: str, name: str, data: Mapping[str, str], kind: str) -> Manifest:
@@ -119,23 +149,17 @@ def _is_authority(folder: Path) -> bool:
     return (folder / "ca.crt").exists() or (folder / "ca.key").exists()
 
 
-def _make_missing_authorities(folder: Path, *, renewal: bool) -> list[str]:
-    """Make the authorities that a folder lacks. Returns notes for the operator. Raises OSError."""
+def _make_missing_authorities(folder: Path) -> list[Path]:
+    """Make the authorities that a folder lacks; where they are now. Raises OSError."""
     from cluster.cli import issuing
 
-    notes = []
-    clients = folder / "clients"
-    for place, subject in ((folder, "headrace link authority"), (clients, "headrace client authority")):
-        if _is_authority(place):
-            continue
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        issuing.make_authority(place / "ca.crt", place / "ca.key", AUTHORITY_DAYS, subject)
-        if renewal:
-            notes.append(
-                f"{place} had no authority for the client ports and has one now: clients that pin a CA need "
-                f"{place / 'ca.crt'} before these Secrets are applied."
-            )
-    return notes
+    made = []
+    for place, subject in ((folder, "headrace link authority"), (folder / "clients", "headrace client authority")):
+        if not _is_authority(place):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            issuing.make_authority(place / "ca.crt", place / "ca.key", AUTHORITY_DAYS, subject)
+            made.append(place)
+    return made
 
 
 def _remember_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ from cluster.rayserve.drain_time import TIMEOUT_ENV
 
 app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.")
 app.command("secrets")(pod_secrets.pod_secrets)
+app.command("certificates")(pod_secrets.pod_certificates)
 HealthOption = Annotated[
     str, typer.Option("--health", help="host:port on which grpc.health.v1 is answered in plain text, for probes.")
 ]

@@ -39,7 +39,7 @@ START_S, CALL_S = 60.0, 20.0
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A documented `headrace pod secrets ... | kubectl create|apply -f -`."""
+    """A documented `headrace pod secrets|certificates ... | kubectl create|apply -f -`."""
 
     words: Sequence[str]
     verb: str
@@ -47,7 +47,9 @@ class Line:
 
 def documented_lines(text: str) -> list[Line]:
     """Those of a page, in its order: the first install, then the renewal."""
-    found = re.findall(r"^ {4,}headrace (pod secrets[^|\n]*)\| kubectl (create|apply) -f -$", text, re.MULTILINE)
+    found = re.findall(
+        r"^ {4,}headrace (pod (?:secrets|certificates)[^|\n]*)\| kubectl (create|apply) -f -$", text, re.MULTILINE
+    )
     return [Line(shlex.split(words), verb) for words, verb in found]
 
 

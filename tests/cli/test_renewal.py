@@ -15,7 +15,7 @@ from loadtests.hostile.renewal import DOCS, Line, Refused, SecretStore, document
 from tests.support.shell import headrace
 
 INSTALL = Line(["pod", "secrets", "--authority", "authority"], "create")
-RENEWAL = Line(["pod", "secrets", "--authority", "authority"], "apply")
+RENEWAL = Line(["pod", "certificates", "--authority", "authority"], "apply")
 
 
 @pytest.mark.slow
@@ -36,9 +36,7 @@ def test_a_renewal_prints_no_other_secret(tmp_path: Path) -> None:
     run_line(INSTALL, tmp_path, store)
     made = store.data("headrace-secrets")
     assert set(made) == set(MADE_ONCE)
-    for words in (RENEWAL.words, [*RENEWAL.words, "--with-namespace", "--host", "llm.example.com"]):
-        done = manifests("headrace", "headrace", (), tmp_path / "authority", 30)
-        assert [one["type"] for one in done.objects] == ["kubernetes.io/tls"] * 4
+    for words in (RENEWAL.words, [*RENEWAL.words, "--host", "llm.example.com"], INSTALL.words):
         run_line(Line(words, "apply"), tmp_path, store)
     assert store.data("headrace-secrets") == made
 
@@ -81,11 +79,20 @@ def test_names_of_the_first_install_are_kept(tmp_path: Path) -> None:
 def test_a_folder_of_an_earlier_release_renews(tmp_path: Path) -> None:
     """Else it is taken for a first install: `certs ca` made the link's authority only."""
     assert headrace("certs", "ca", str(tmp_path / "authority")).returncode == 0
-    done = headrace("pod", "secrets", "--authority", str(tmp_path / "authority"))
+    done = headrace("pod", "certificates", "--authority", str(tmp_path / "authority"))
     objects = list(yaml.safe_load_all(done.stdout))
     assert {one["type"] for one in objects} == {"kubernetes.io/tls"}
     assert objects[0]["stringData"]["ca.crt"] == (tmp_path / "authority" / "ca.crt").read_text()
     assert "clients that pin a CA need" in done.stderr
     (tmp_path / "authority" / "ca.key").unlink()
-    broken = headrace("pod", "secrets", "--authority", str(tmp_path / "authority"))
-    assert (broken.returncode, broken.stdout) == (2, "")
+    for command in ("secrets", "certificates"):
+        broken = headrace("pod", command, "--authority", str(tmp_path / "authority"))
+        assert (broken.returncode, broken.stdout) == (2, "")
+
+
+def test_a_renewal_of_a_folder_that_is_not_there_prints_nothing(tmp_path: Path) -> None:
+    """Else a mistyped folder replaces every authority, and the pepper where the Secret is not immutable yet."""
+    done = headrace("pod", "certificates", "--authority", str(tmp_path / "mistyped"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "name the folder of the first install" in done.stderr
+    assert not (tmp_path / "mistyped").exists()
