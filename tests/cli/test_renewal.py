@@ -14,11 +14,11 @@ from loadtests.children import Children
 from loadtests.hostile.renewal import DOCS, Line, Refused, SecretStore, documented_lines, renew, run_line
 from tests.support.shell import headrace
 
+pytestmark = pytest.mark.slow
 INSTALL = Line(["pod", "secrets", "--authority", "authority"], "create")
 RENEWAL = Line(["pod", "certificates", "--authority", "authority"], "apply")
 
 
-@pytest.mark.slow
 async def test_keys_work_after_the_documented_renewal_twice(tmp_path: Path) -> None:
     """Else a routine procedure takes every tenant's API key, or every client that pins the CA."""
     async with Children(tmp_path / "logs") as children:
