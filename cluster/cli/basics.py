@@ -27,6 +27,11 @@ def fail(message: str, code: int = FAILED) -> NoReturn:
     raise typer.Exit(code)
 
 
+def warn(message: str) -> None:
+    """Say on standard error what is likely a mistake."""
+    typer.echo(f"{typer.style('warning:', fg=typer.colors.YELLOW)} {safe(message)}", err=True)
+
+
 def read_config(file: Path) -> Config:
     """The checked configuration; a wrong one ends the command with exit code 2."""
     try:

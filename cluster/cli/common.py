@@ -21,6 +21,7 @@ from cluster.cli.basics import USAGE as USAGE
 from cluster.cli.basics import FileOption as FileOption
 from cluster.cli.basics import fail as fail
 from cluster.cli.basics import read_config as read_config
+from cluster.cli.basics import warn as warn
 from cluster.cli.runs import RunFolder
 from cluster.cli.terminal import safe, write_json
 from cluster.client import UNREACHABLE, Client, HeadraceError

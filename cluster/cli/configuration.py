@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from cluster.cli import terminal
 from cluster.cli.common import USAGE as USAGE
-from cluster.cli.common import JsonOption, print_json
+from cluster.cli.common import JsonOption, fail, print_json, warn
 from cluster.config import Config
 
 app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print what it may hold.")
@@ -47,14 +48,12 @@ def check(
         print_json(report.as_json())
         raise typer.Exit(USAGE if report.errors else 0)
     for one in report.warnings:
-        typer.echo(f"{typer.style('warning:', fg=typer.colors.YELLOW)} {name}: {one}", err=True)
+        warn(f"{name}: {one}")
     if report.errors:
-        lines = "\n".join(f"{name}: {one}" for one in report.errors)
-        typer.echo(f"{typer.style('error:', fg=typer.colors.RED)} {lines}", err=True)
-        raise typer.Exit(USAGE)
+        fail("\n".join(f"{name}: {one}" for one in report.errors), USAGE)
     assert report.config is not None
     models = ", ".join(model.name for model in report.config.models) or "no models"
-    typer.echo(f"{name}: right; cluster {report.config.name}, {models}")
+    terminal.say(f"{name}: right; cluster {report.config.name}, {models}")
 
 
 @app.command()
