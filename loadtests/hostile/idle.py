@@ -72,8 +72,11 @@ async def measure(stage: Stage) -> list[Figure]:
 
 
 async def linked(ours: serving.Ours) -> float:
-    """How many workers the gateway says it has."""
-    page = await asyncio.to_thread(fetch, ours.endpoints["metrics"], "GET", "/metrics", "", ours.key)
+    """How many workers the gateway says it has; 0 where it says nothing."""
+    try:
+        page = await asyncio.to_thread(fetch, ours.endpoints["metrics"], "GET", "/metrics", "", ours.key)
+    except (OSError, http.client.HTTPException):
+        return 0
     of_workers = ("headrace_link_connected", "worker")
     return sum(value for name, labels, value in samples(page) if (name, labels.get("face")) == of_workers)
 

@@ -24,6 +24,7 @@ DRIBBLE_S = 2.0
 AGAIN_S = 0.5
 """Between the end of a connection and the next."""
 AT_ONCE = 50
+CONNECT_S = 5.0
 
 
 def opening(port: str, habit: str) -> bytes:
@@ -40,8 +41,8 @@ async def hold(port: str, address: str, habit: str, tried: asyncio.Semaphore, ga
     host, number = address.rsplit(":", 1)
     first = True
     while True:
-        with suppress(OSError):
-            async with gate:
+        with suppress(OSError, TimeoutError):
+            async with gate, asyncio.timeout(CONNECT_S):
                 reader, writer = await asyncio.open_connection(host, int(number))
             if first:
                 tried.release()
