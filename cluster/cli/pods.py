@@ -150,19 +150,11 @@ async def probed(address: str) -> AsyncIterator[None]:
     if not address:
         yield
         return
-    import grpc.aio
-    from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+    from cluster.gateway.probes import health_served
 
-    server = grpc.aio.server()
-    servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    server.add_insecure_port(address)
-    await server.start()
-    await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-    try:
+    host, _, port = address.rpartition(":")
+    async with health_served(host.strip("[]"), int(port)):
         yield
-    finally:
-        await server.stop(0)
 
 
 # ---- what a pod lacks

@@ -36,6 +36,7 @@ from cluster.gateway.http_server import HttpServer
 from cluster.gateway.limits_local import LocalLimits
 from cluster.gateway.link_port import told_unbound
 from cluster.gateway.metrics_page import MetricsPage
+from cluster.gateway.probes import probe_server
 from cluster.gateway.relayed import Relayed
 from cluster.gateway.revocation import Port, RevokedFile, cut_revoked
 from cluster.gateway.service import CallService
@@ -65,7 +66,6 @@ log = structlog.get_logger("gateway")
 
 ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
 ADMIN_BOUNDS = Bounds(connection=4 << 20, tenant=16 << 20, process=32 << 20)
-PROBE_MESSAGE_BYTES, PROBE_CALLS = 1 << 16, 16
 LAG_S = 0.1
 """How often the event loop's lateness is measured."""
 SLOW_BODIES_S = 1.0
@@ -325,12 +325,8 @@ class Gateway:
         return bound
 
     async def _serve_probes(self, host: str, port: int) -> int:
-        server = rpc.Server(
-            rpc.Limits(max_message_bytes=PROBE_MESSAGE_BYTES, max_calls=PROBE_CALLS), self._admission(rpc.Port.HEALTH)
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # type: ignore[arg-type]
-        self._probe_server = server
-        return await server.start(host, port)
+        self._probe_server = probe_server(self._health, self._admission(rpc.Port.HEALTH))
+        return await self._probe_server.start(host, port)
 
     async def _serve_http(self, host: str, port: int) -> int:
         return await self.http.start(host, port, self._tls("http/1.1"), shared=self._shared)

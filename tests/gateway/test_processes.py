@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from cluster.api.bundle import Bundle
@@ -71,6 +73,13 @@ def own_process(child: Any) -> int:
     return int(process.pid)
 
 
+def sockets(child: Any, address: str) -> Counter[str]:
+    """A process's sockets at an address, by their state."""
+    port = int(address.rsplit(":", 1)[1])
+    found = psutil.Process(own_process(child)).net_connections("tcp")
+    return Counter(one.status for one in found if one.laddr and one.laddr.port == port)
+
+
 async def test_both_serve_and_one_goes_on_alone(
     ours: serving.Ours, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,12 +89,15 @@ async def test_both_serve_and_one_goes_on_alone(
     assert at_second["grpc"] == ours.grpc
     assert int(at_second["link"].rsplit(":", 1)[1]) == int(ours.endpoints["link"].rsplit(":", 1)[1]) + 9
     assert "admin" not in at_second
+    both = (ours.gateway, second)
+    assert [sockets(one, ours.grpc)["LISTEN"] for one in both] == [1, 1], "whoever is ready is reached"
     before = [answered(ours.endpoints), answered(at_second)]
     answers = await ask(ours, CONNECTIONS)
     assert [answer.usage.completion_tokens for answer in answers] == [TOKENS] * 2 * CONNECTIONS
     counts = [answered(e) - b for e, b in zip((ours.endpoints, at_second), before, strict=True)]
     assert sum(counts) == 2 * CONNECTIONS
-    assert all(counts), "all connections at one of two would be a chance of 1 in 32768"
+    listening = [sockets(one, ours.grpc) for one in both]
+    assert all(counts), f"{counts}, a chance of 1 in 32768; sockets of both: {listening}"
 
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     own, run = ProcessId.of(os.getpid()), RunFolder("here")

@@ -1,0 +1,22 @@
+"""The limit of descriptors, in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+import resource
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+wanted = min(hard, 4096)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, wanted))
+from cluster.observe.descriptors import raise_descriptor_limit
+assert raise_descriptor_limit() == wanted
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, wanted)
+assert raise_descriptor_limit() == wanted
+"""
+
+
+def test_the_soft_limit_becomes_the_hard_one() -> None:
+    """A process would run out of descriptors at 1,024 connections where the system allows a million."""
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True)
