@@ -151,7 +151,7 @@ class Listener:
             )
         except OSError:  # a failed handshake, a client that has gone
             held.release()
-        except asyncio.CancelledError:
+        except BaseException:
             held.release()
             raise
 
