@@ -279,17 +279,38 @@ class Model(Section):
     @model_validator(mode="after")
     def _arguments(self) -> Model:
         raise_all(
-            problem for path, source, engine in self.engines() for problem in checks.engine_of(path, source, engine)
+            problem
+            for path, source, engine, whole in self.engines()
+            for problem in checks.engine_of(path, source, engine, whole)
         )
         return self
 
-    def engines(self) -> Iterator[tuple[KeyPath, str, Mapping[str, Any]]]:
-        """Every `engine:` section of the entry: its path, the source that it is for, and its arguments."""
-        yield ("engine",), self.source, self.engine
+    def engines(self) -> Iterator[tuple[KeyPath, str, Mapping[str, Any], Mapping[str, Any]]]:
+        """Every `engine:` section of the entry: its path, the source that it is for, its arguments, and all arguments
+        that its engine is started with."""
+
+        def whole(engine: Mapping[str, Any], ranks: int | None, length: int | None) -> Mapping[str, Any]:
+            own = {"tensor_parallel_size": ranks or self.tensor_parallel_size, "max_model_len": length}
+            return {**engine, **own}
+
+        yield ("engine",), self.source, self.engine, whole(self.engine, None, self.max_model_len)
         for at, choice in enumerate(() if isinstance(self.gpu, str) else self.gpu):
-            yield ("gpu", at, "engine"), self.source, choice.engine
-        if self.canary is not None and self.canary.engine is not None:
-            yield ("canary", "engine"), self.canary.source or self.source, self.canary.engine
+            both = {**self.engine, **choice.engine}
+            yield (
+                ("gpu", at, "engine"),
+                self.source,
+                choice.engine,
+                whole(both, choice.tensor_parallel_size, self.max_model_len),
+            )
+        trial = self.canary
+        if trial is not None and trial.engine is not None:
+            length = trial.max_model_len or self.max_model_len
+            yield (
+                ("canary", "engine"),
+                trial.source or self.source,
+                trial.engine,
+                whole(trial.engine, trial.tensor_parallel_size, length),
+            )
 
     def versions(self) -> tuple[Model, ...]:
         """The model as it is without a canary, and its canary as if it were the model; the weights are the specs'."""
@@ -431,7 +452,7 @@ class Config(Section):
                 text = f"weights.allow.formats does not list {model.load_format!r}; it has {', '.join(allow.formats)}"
                 yield Problem((*where, "load_format"), text)
             if not allow.remote_code:
-                for path, source, engine in model.engines():
+                for path, source, engine, _ in model.engines():
                     if not source.startswith("sim://"):
                         yield from checks.code_of((*where, *path), engine)
             for number, version in enumerate(model.versions()):

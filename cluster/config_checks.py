@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from cluster.config_engine import code_arguments, engine_problems
+from cluster.config_engine import code_arguments, engine_problems, together_problems
 from cluster.config_problems import Path, Problem
 
 SCHEMES = ("hf", "s3", "gs", "http", "https", "demo", "sim")
@@ -46,11 +46,14 @@ def source_problem(source: str) -> str:
     return ""
 
 
-def engine_of(path: Path, source: str, engine: Mapping[str, Any]) -> Iterator[Problem]:
-    """What vLLM or Headrace refuses of an `engine:` section; a simulated engine has arguments of its own."""
-    if not source.startswith("sim://"):
-        for key, text in engine_problems(engine):
-            yield Problem((*path, *key.split(".")), text)
+def engine_of(path: Path, source: str, engine: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
+    """What vLLM or Headrace refuses of an `engine:` section; a simulated engine has arguments of its own. `whole`: all
+    arguments that the section's engine is started with."""
+    if source.startswith("sim://"):
+        return
+    alone = [*engine_problems(engine)]
+    for key, text in alone or together_problems(whole):
+        yield Problem((*path, *key.split(".")), text)
 
 
 def code_of(path: Path, engine: Mapping[str, Any]) -> Iterator[Problem]:

@@ -127,6 +127,35 @@ def engine_problems(engine: Mapping[Any, Any]) -> Iterator[Problem]:
             yield from _problems(str(name), value, known[name])
 
 
+def together_problems(whole: Mapping[Any, Any]) -> Iterator[Problem]:
+    """What vLLM would refuse of arguments that are right alone. `whole` has the entry's own `tensor_parallel_size` and
+    `max_model_len` too; what is not given is vLLM's to choose."""
+    tokens, length, ranks = (
+        _whole_number(whole, name) for name in ("max_num_batched_tokens", "max_model_len", "tensor_parallel_size")
+    )
+    sequences = _whole_number(whole, "max_num_seqs")
+    active, split = _whole_number(whole, "max_num_active_seqs"), _whole_number(whole, "decode_context_parallel_size")
+    long = _whole_number(whole, "long_prefill_token_threshold")
+    if tokens and sequences and sequences > tokens:
+        yield "max_num_seqs", f"is {sequences}, above max_num_batched_tokens ({tokens}): each sequence needs one token"
+    if tokens and length and tokens < length and whole.get("enable_chunked_prefill") is False:
+        yield (
+            "max_num_batched_tokens",
+            f"is {tokens}, below max_model_len ({length}), and enable_chunked_prefill is false",
+        )
+    if active and sequences and active > sequences:
+        yield "max_num_active_seqs", f"is {active}, above max_num_seqs ({sequences})"
+    if long and length and long > length:
+        yield "long_prefill_token_threshold", f"is {long}, above max_model_len ({length})"
+    if split and ranks and ranks % split:
+        yield "decode_context_parallel_size", f"is {split}, which does not divide tensor_parallel_size ({ranks})"
+
+
+def _whole_number(whole: Mapping[Any, Any], name: str) -> int:
+    value = whole.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
 def code_arguments(engine: Mapping[Any, Any]) -> Iterator[Problem]:
     """The arguments of an `engine:` section that make the engine run code of the section's choice."""
     for name, value in engine.items():
@@ -170,6 +199,9 @@ def _problems(path: str, value: Any, row: Mapping[str, Any]) -> Iterator[Problem
         return
     if isinstance(value, int | float) and not isinstance(value, bool) and (told := _outside(value, row)):
         yield path, told
+    if isinstance(value, Mapping) and "values" in form:
+        for key, item in value.items():
+            yield from _problems(f"{path}.{key}", item, {"any": form["values"]})
     if isinstance(value, Mapping) and "fields" in form:
         for key, item in value.items():
             if key not in form["fields"]:

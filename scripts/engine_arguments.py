@@ -46,7 +46,8 @@ def alternatives(hint: Any, depth: int = DEPTH) -> Alternatives | None:
         items = alternatives(arguments[0], depth) if arguments else None
         return [{"type": "array", **({"items": items} if items else {})}]
     if origin in (dict, Mapping) or hint is dict:
-        return [{"type": "object"}]
+        within = alternatives(arguments[1], depth) if len(arguments) == 2 else None
+        return [{"type": "object", **({"values": within} if within else {})}]
     if isinstance(hint, type) and issubclass(hint, Path):
         return [{"type": "string"}]
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
@@ -125,7 +126,9 @@ def table() -> dict[str, Any]:
     rows = {
         one.name: described(hints[one.name], one.default, ranges.get(one.name, {}), DEPTH)
         for one in dataclasses.fields(AsyncEngineArgs)
+        if not one.name.startswith("_")
     }
+    _refine(rows)
     rows["speculative_config"]["any"][0]["fields"] = fields_of(SpeculativeConfig, 0)
     version = next(
         importlib.metadata.version(name)
@@ -133,6 +136,20 @@ def table() -> dict[str, Any]:
         if any(one.metadata["Name"] == name for one in importlib.metadata.distributions())
     )
     return {"vllm": version.split("+")[0], "arguments": rows}
+
+
+def _refine(rows: dict[str, Any]) -> None:
+    """Where vLLM's own type is wider than what it takes: the words of a registry, or of the class behind."""
+    from vllm.config import OffloadConfig, SpeculativeConfig
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.transformers_utils.config import ConfigFormat
+
+    rows["quantization"]["any"] = [{"enum": sorted(QUANTIZATION_METHODS)}, {"type": "null"}]
+    rows["config_format"]["any"] = alternatives(ConfigFormat)
+    rows["optimization_level"]["any"] = [one for one in rows["optimization_level"]["any"] if "enum" in one]
+    rows["offload_backend"] = fields_of(OffloadConfig, 0)["offload_backend"]
+    speculative = fields_of(SpeculativeConfig, 0)
+    rows["spec_method"], rows["spec_tokens"] = speculative["method"], speculative["num_speculative_tokens"]
 
 
 def written(made: Mapping[str, Any]) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from cluster.config_engine import CODE, OWNED_ENGINE_ARGS, arguments, code_arguments, engine_problems
+from cluster.config import ConfigError, parse
+from cluster.config_engine import CODE, OWNED_ENGINE_ARGS, arguments, code_arguments, engine_problems, together_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 SUSPICIOUS = re.compile(r"(_cls|_class|class_overrides|plugin|processors|module_path|_path|_file|inductor_passes)$")
@@ -104,6 +105,50 @@ def test_right_arguments_pass(engine: dict[str, Any]) -> None:
     """A check that refuses what vLLM takes stops a model that works."""
     assert [*engine_problems(engine)] == []
     assert [*code_arguments(engine)] == []
+
+
+@pytest.mark.parametrize(
+    ("whole", "name"),
+    [
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "max_num_seqs"),
+        (
+            {"max_num_batched_tokens": 64, "max_model_len": 128, "enable_chunked_prefill": False},
+            "max_num_batched_tokens",
+        ),
+        ({"max_num_active_seqs": 64, "max_num_seqs": 32}, "max_num_active_seqs"),
+        ({"long_prefill_token_threshold": 64, "max_model_len": 32}, "long_prefill_token_threshold"),
+        ({"decode_context_parallel_size": 4, "tensor_parallel_size": 6}, "decode_context_parallel_size"),
+    ],
+)
+def test_arguments_that_cannot_stand_together(whole: dict[str, Any], name: str) -> None:
+    """Each is right alone, and vLLM refuses both."""
+    assert [key for key, _ in together_problems(whole)] == [name]
+    for key in whole:
+        assert not [*together_problems({other: value for other, value in whole.items() if other != key})]
+
+
+@pytest.mark.parametrize(
+    ("keys", "path"),
+    [
+        (
+            "max_model_len: 8, engine: {long_prefill_token_threshold: 9}",
+            "models[0].engine.long_prefill_token_threshold",
+        ),
+        (
+            "engine: {max_num_batched_tokens: 8}, gpu: [{type: A}, {type: B, engine: {max_num_seqs: 9}}]",
+            "models[0].gpu[1].engine.max_num_seqs",
+        ),
+        (
+            "max_model_len: 8, canary: {version: v2, engine: {long_prefill_token_threshold: 9}}",
+            "models[0].canary.engine.long_prefill_token_threshold",
+        ),
+    ],
+)
+def test_an_engine_is_checked_with_all_it_starts_with(keys: str, path: str) -> None:
+    """A type of GPU adds to the model's own arguments; a canary has its own."""
+    with pytest.raises(ConfigError) as caught:
+        parse(f"api_version: headrace/v1\nname: c\nmodels: [{{name: m, source: hf://o/m, {keys}}}]")
+    assert f": {path}" in str(caught.value)
 
 
 def test_what_headrace_sets_is_named() -> None:

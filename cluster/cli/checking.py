@@ -21,6 +21,8 @@ from cluster.config_problems import Problem
 
 DEMO_SHAPE = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30}
 """Of demo://smollm2's config.json."""
+LEAST_TOKENS = 2048
+"""The least default of vLLM's max_num_batched_tokens."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -262,6 +264,13 @@ def _likely_of(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
     source = model.source
     if "://" not in source and not Path(source).expanduser().is_dir() and not _HUB_NAME.fullmatch(source):
         yield Problem((*path, "source"), f"there is no folder {source} on this machine: it must be on every node")
+    sequences = model.engine.get("max_num_seqs")
+    if isinstance(sequences, int) and sequences > LEAST_TOKENS and "max_num_batched_tokens" not in model.engine:
+        yield Problem(
+            (*path, "engine", "max_num_seqs"),
+            f"is {sequences}, and must not be above max_num_batched_tokens, whose default is {LEAST_TOKENS} on some "
+            "hardware: set both",
+        )
     if not source.startswith("sim://") and not shape_of(source):
         for spec in model.specs():
             ranks = spec.tensor_parallel_size

@@ -1,0 +1,237 @@
+"""What a restarted gateway, controller and replica refuse of a configuration: found by making what they make.
+
+Nothing here asks the rules of `headrace config check`. The gateway's object is made with files laid out as its pod has
+them and its ports are bound on an address of this host; the controller's settings and backend are made; a replica's
+source is looked up, its placement compared with the nodes, and its engine's configuration made by vLLM itself, in a
+process of its own (`python -m loadtests.hostile.config_oracle`), where vLLM is installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.api.types import ModelSpec
+from cluster.cli.pod_secrets import manifests
+from cluster.cli.pods import controller_lacks, gateway_lacks
+from cluster.config import Config
+from cluster.control import specs
+from cluster.ledger.files import make_secret
+from cluster.rayserve.placement import capacity, is_simulated, why_unplaceable
+from cluster.rayserve.settings import ReplicaSettings
+
+MOUNTS = {"/tls/": "tls", "/revoked/": "revoked", "/link/": "link-gateway", "/secrets/": "secrets"}
+HOST = "127.97.31.5"
+"""An address of this host that nothing else uses."""
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 80,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+"""A checkpoint's configuration that every preset's models could have."""
+DEMO = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "num_hidden_layers": 30}
+DEMO_SOURCE = "demo://smollm2"
+ENGINE_S = 600.0
+
+
+class Oracle:
+    """Makes what processes make, in folders of its own. `close` removes them."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        self.has_engine = importlib.util.find_spec("vllm") is not None
+        for one in manifests("ns", "headrace", (), None, 30).objects:
+            held: Any = one["stringData"]
+            metadata: Any = one["metadata"]
+            for key, value in held.items():
+                file = self.folder / metadata["name"].removeprefix("headrace-") / key
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(value)
+        for name in ("clients", "links"):
+            (file := self.folder / "revoked" / name).parent.mkdir(exist_ok=True)
+            file.write_text("# none\n")
+        for name in ("cluster-secret", "key-pepper"):  # which `headrace up` makes
+            make_secret(self.folder / name)
+        self._stack.callback(_put_back, "HEADRACE_CACHE_DIR", os.environ.get("HEADRACE_CACHE_DIR"))
+        os.environ["HEADRACE_CACHE_DIR"] = str(self.folder)
+        (self.folder / "secrets" / "ray-token").write_text("x" * 48)
+        (self.folder / "secrets" / "hf-token").write_text("hf_x")
+
+    def close(self) -> None:
+        """Remove the files."""
+        self._stack.close()
+
+    def refusals(self, text: str, nodes: Sequence[Mapping[str, float]] | None, *, pod: bool) -> list[str]:
+        """Why a process would not go on with this cluster.yaml; the engine is asked apart (`engine_cases`). `nodes`:
+        what Ray has, None where that is not known."""
+        try:
+            config = Config.model_validate(yaml.safe_load(self._laid(text)))
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            return [f"every process: {str(error).splitlines()[0]}"]
+        found = [*self._gateway(config, pod), *self._controller(config, pod)]
+        for settings in self._settings(config):
+            found += self._replica(settings, nodes)
+        return found
+
+    def _laid(self, text: str) -> str:
+        for mount, name in MOUNTS.items():
+            text = text.replace(mount, f"{self.folder}/{name}/")
+        return text
+
+    def _gateway(self, config: Config, pod: bool) -> Iterator[str]:
+        from cluster.gateway.server import Gateway
+        from cluster.ledger.connect import make_engine
+
+        yield from (f"gateway: {one}" for one in gateway_lacks(config, pod=pod, files=pod))
+        try:
+            if config.store.database_url:
+                make_engine(config.store.database_url, "")
+            store = config.store.model_copy(update={"database_url": f"sqlite:///{self.folder / 'ledger.db'}"})
+            Gateway(config.model_copy(update={"store": store}), self.folder / "gateway")
+        except Exception as error:
+            yield f"gateway: {error}"
+        yield from self._binds(config)
+
+    def _binds(self, config: Config) -> Iterator[str]:
+        with ExitStack() as stack:
+            for process in range(config.gateway.processes):
+                listen = config.gateway.listen.of(process).model_dump()
+                for name, address in listen.items():
+                    if process and name not in ("link", "metrics"):
+                        continue
+                    host, _, port = str(address).rpartition(":")
+                    bound = stack.enter_context(socket.socket())
+                    try:
+                        socket.getaddrinfo(host.strip("[]"), int(port), flags=socket.AI_NUMERICHOST)
+                        bound.bind((HOST, int(port)))
+                        bound.listen(1)
+                    except (OSError, OverflowError) as error:
+                        if host != "localhost":
+                            yield f"gateway {process}: listen.{name} {address}: {error}"
+
+    def _controller(self, config: Config, pod: bool) -> Iterator[str]:
+        from cluster.rayserve.jobs import JobBackend
+
+        if pod:
+            yield from (f"controller: {one}" for one in controller_lacks(config))
+        try:
+            for one in config.ray:
+                JobBackend(config.name, one.dashboard_url, None)
+            self._settings(config)
+        except Exception as error:
+            yield f"controller: {error}"
+
+    def _settings(self, config: Config) -> list[ReplicaSettings]:
+        from cluster.rayserve.controller import settings_of
+
+        return settings_of(config, gateways=["g:1"], local=not config.ray)
+
+    def _replica(self, settings: ReplicaSettings, nodes: Sequence[Mapping[str, float]] | None) -> Iterator[str]:
+        from cluster.engine.simulated.config import SimConfig
+        from cluster.engine.sources import SourceError, SourceRules, resolve
+
+        spec = settings.spec
+        try:
+            if is_simulated(spec):
+                SimConfig.from_source(spec.source, spec.engine).resolved()
+            elif not _may_be_fetched(spec.source):
+                resolve(spec, SourceRules(self.folder))
+        except (SourceError, ValueError) as error:
+            yield f"replica: {error}"
+        if nodes is not None and settings.spec.gpu == spec.gpu:
+            if why := why_unplaceable(spec, nodes):
+                yield f"replica: {spec.name}: {why}"
+            elif capacity(spec, nodes) < spec.min_replicas:
+                yield f"replica: {spec.name}: {spec.min_replicas} replicas, room for {capacity(spec, nodes)}"
+
+    def engine_cases(self, text: str) -> list[dict[str, Any]]:
+        """Every replica's spec, for `engine_refusals`."""
+        config = Config.model_validate(yaml.safe_load(self._laid(text)))
+        return [{"spec": specs.to_json(one.spec)} for one in self._settings(config) if not is_simulated(one.spec)]
+
+    def engine_refusals(self, cases: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What vLLM says of each, "" where it takes it. Raises RuntimeError."""
+        if not self.has_engine:
+            return [""] * len(cases)
+        done = subprocess.run(
+            [sys.executable, "-m", "loadtests.hostile.config_oracle"],
+            input=json.dumps(cases), capture_output=True, text=True, check=False, timeout=ENGINE_S,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"the engine's process ended with {done.returncode}: {done.stderr.strip()[-1000:]}")
+        answers: list[str] = json.loads(done.stdout.splitlines()[-1])
+        return answers
+
+
+def _put_back(name: str, value: str | None) -> None:
+    if value is None:
+        del os.environ[name]
+    else:
+        os.environ[name] = value
+
+
+def _may_be_fetched(source: str) -> bool:
+    """Whether only the network, or another node's disk, could say that a source is none."""
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        return source.startswith(("/", "~"))
+    return scheme in ("s3", "gs", "http", "https") or (scheme, rest.count("/")) == ("hf", 1) or source == DEMO_SOURCE
+
+
+def main() -> None:
+    """The engine's process: specs as JSON on standard input, a reason for each on standard output."""
+    from cluster.engine.arguments import engine_arguments
+
+    answers = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, shape in (("llama", SHAPE), ("demo", SHAPE | DEMO)):
+            (folder := Path(scratch) / name).mkdir()
+            (folder / "config.json").write_text(json.dumps(shape))
+        known: dict[str, str] = {}
+        for case in json.load(sys.stdin):
+            spec = specs.from_json(case["spec"])
+            folder = Path(scratch) / ("demo" if spec.source.startswith("demo://") else "llama")
+            bare = _reason(engine_arguments, _bare(spec), folder, known)
+            told = _reason(engine_arguments, spec, folder, known)
+            answers.append("" if told == bare else told)  # what this machine lacks, it lacks for a right entry too
+    sys.stdout.write("\n" + json.dumps(answers) + "\n")
+
+
+def _bare(spec: ModelSpec) -> ModelSpec:
+    from dataclasses import replace
+
+    return replace(spec, engine={}, tensor_parallel_size=1, pipeline_parallel_size=1)
+
+
+def _reason(make: Any, spec: ModelSpec, folder: Path, known: dict[str, str]) -> str:
+    key = json.dumps(specs.to_json(spec), sort_keys=True, default=str)
+    if key not in known:
+        try:
+            make(spec, folder, "mp").create_engine_config()
+            known[key] = ""
+        except Exception as error:
+            known[key] = f"{type(error).__name__}: {str(error)[:300]}"
+    return known[key]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Wrong files: none that a restarted process would refuse passes the checks that come before it.
+
+Good files (deploy/*.yaml, deploy/presets/*.yaml) get one mistake each, until MUTANTS of them are wrong. A cluster.yaml
+goes through `headrace config check`; values go through `helm template` and then through the command of the chart's
+hook on the merged file. What passes is made by the processes themselves (config_oracle).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.cli.checking import check
+from cluster.cli.values import CHART_VALUES, laid_over
+from cluster.config_yaml import load
+from loadtests.children import ROOT
+from loadtests.figures import Bound, Figure
+from loadtests.hostile.config_mutations import Mutant, mutant
+from loadtests.hostile.config_oracle import Oracle
+from loadtests.scenarios.common import Stage
+from loadtests.scenarios.hostile import exact
+
+MUTANTS = 100
+TRIES = 4 * MUTANTS
+LET_THROUGH = "wrong value files and cluster.yaml files of 100 that a restart refuses and the checks let through"
+GOOD_REFUSED = "shipped files that the checks refuse"
+ROWS: Mapping[str, Bound] = {LET_THROUGH: Bound("<=", 0), GOOD_REFUSED: Bound("<=", 0)}
+CLUSTER_FILES = sorted((ROOT / "deploy").glob("*.yaml"))
+VALUE_FILES = sorted((ROOT / "deploy" / "presets").glob("*.yaml"))
+
+
+@dataclass(slots=True)
+class Count:
+    """What became of the mutants."""
+
+    refused: int = 0
+    harmless: int = 0
+    through: list[str] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> int:
+        """Those that somebody refuses."""
+        return self.refused + len(self.through)
+
+
+async def measure(stage: Stage) -> list[Figure]:
+    """Make the mutants, check them, and ask the processes about what passes."""
+    return await asyncio.to_thread(_measure, stage)
+
+
+def _measure(stage: Stage) -> list[Figure]:
+    oracle = Oracle()
+    try:
+        good = [file for file in (*CLUSTER_FILES, *VALUE_FILES) if refused(file.read_text(), file)]
+        count = hunt(oracle, random.Random(stage.options.seed), stage.screen.say)
+    finally:
+        oracle.close()
+    note = f"{count.wrong} wrong files of which {count.refused} refused, {count.harmless} more that change nothing"
+    if not oracle.has_engine:
+        note += "; engine arguments not compared: vLLM is not installed"
+    for one in count.through[:5]:
+        note += f"; passed: {one}"
+    return [
+        exact(LET_THROUGH, len(count.through) + max(MUTANTS - count.wrong, 0), ROWS[LET_THROUGH], "files", note),
+        exact(GOOD_REFUSED, len(good), ROWS[GOOD_REFUSED], "files", ", ".join(file.name for file in good)),
+    ]
+
+
+def hunt(oracle: Oracle, rng: random.Random, say: Any, mutants: int = MUTANTS) -> Count:
+    """Mutants until so many are wrong; the engine is asked in one go, since it starts for seconds."""
+    count = Count()
+    asked: list[tuple[Mutant, list[dict[str, Any]]]] = []
+    for _ in range(4 * mutants):
+        if count.wrong >= mutants:
+            break
+        file = rng.choice((*CLUSTER_FILES, *VALUE_FILES))
+        made = mutant(file.read_text(), rng)
+        if refused(made.text, file):
+            count.refused += 1
+            continue
+        text, nodes = as_processes_see_it(made.text, file)
+        found = oracle.refusals(text, nodes, pod=nodes is not None)
+        if found:
+            count.through.append(f"{file.name}, {made.mistake}: {found[0]}")
+        else:
+            asked.append((made, oracle.engine_cases(text)))
+    say(f"configs: {count.refused} refused, {len(count.through)} let through, {len(asked)} for the engine to judge")
+    answers = iter(oracle.engine_refusals([case for _, cases in asked for case in cases]))
+    for made, cases in asked:
+        reasons = [reason for reason in [next(answers) for _ in cases] if reason]
+        if reasons:
+            count.through.append(f"{made.mistake}: {reasons[0]}")
+        else:
+            count.harmless += 1
+    return count
+
+
+def refused(text: str, file: Path) -> bool:
+    """Whether the checks before a restart refuse it."""
+    if file not in VALUE_FILES:
+        return bool(check(text, file.name).errors)
+    from tests.support import helm
+
+    try:
+        rendered = helm.template(yaml.safe_load(text))
+    except helm.HelmFailed:
+        return True
+    return bool(check(rendered.cluster_yaml, file.name, pod=True).errors)
+
+
+def as_processes_see_it(text: str, file: Path) -> tuple[str, list[dict[str, float]] | None]:
+    """The cluster.yaml that processes read, and the nodes that Ray will have; None where that is not known."""
+    if file not in VALUE_FILES:
+        return text, None
+    values = laid_over(load(CHART_VALUES.read_text()), yaml.safe_load(text))
+    nodes: list[dict[str, float]] = []
+    for group in (group for cluster in values["ray"]["clusters"] for group in cluster["workerGroups"]):
+        gpus = float((group.get("gpusPerNode") or 0) + (group.get("logicalGpus") or 0))
+        node = {"CPU": 1000.0, "GPU": gpus}
+        if group.get("gpuType"):
+            node[f"accelerator_type:{group['gpuType']}"] = 1.0
+        nodes += [node] * int(group["maxReplicas"])
+    return yaml.safe_dump(values["config"], sort_keys=False), nodes
