@@ -134,8 +134,9 @@ class EngineLoad:
     """What an engine is doing now. `steps` only grows; `kv_usage` in [0, 1]; `step_s` the last step's length.
 
     A step that stands (`running` above 0, `steps` the same, `step_age_s` far beyond `step_p99_s`) is a hang unless
-    `busy` says what the engine is at: `start`, `prefill`, `grammar` or `adapter`. It says so only while that work can
-    explain the time that the step has taken, so an engine that hangs with a full queue soon states no work.
+    `busy` says what the engine is at: `start`, `prefill`, `grammar`, `adapter`, or `cpu` where it gets no core. It says
+    so only while that work can explain the time that the step has taken, so an engine that hangs with a full queue soon
+    states no work.
     """
 
     running: int = 0

@@ -16,6 +16,7 @@ from cluster.engine.fastpath import FastPath
 from cluster.engine.paths import EnginePath, Live, StepStats
 from cluster.engine.public import PublicPath
 from cluster.engine.requests import Limits, check, is_heavy, prompt_of, refusal, refused, sampling_params
+from cluster.engine.starvation import BUSY, Starvation, read_tasks
 from cluster.engine.symbols import missing
 
 REMEMBERED_IDS = 65_536
@@ -54,6 +55,7 @@ class VllmEngine:
         self._validating = 0
         self._closed = False
         self._has_sockets = False
+        self._starvation: Starvation | None = None
 
     def __repr__(self) -> str:
         name = type(self._path).__name__ if self._path else "not started"
@@ -79,6 +81,8 @@ class VllmEngine:
         self._path = path
         await path.ready()
         await asyncio.to_thread(watchdog.forget_names, others)
+        processes = await asyncio.to_thread(watchdog.own_processes, others)
+        self._starvation = Starvation(lambda: read_tasks(processes))
         return self._describe(config, reason)
 
     def _why_not_fast(self) -> str:
@@ -267,7 +271,11 @@ class VllmEngine:
             bound_s = GRAMMAR_BESIDE_S if stats.running else GRAMMAR_ALONE_S
             if stats.pace.age_s(now) <= bound_s:
                 return "grammar"
-        return "prefill" if stats.pace.explains(now, stats.prefill_tokens) else ""
+        if stats.pace.explains(now, stats.prefill_tokens):
+            return "prefill"
+        age_s, p99_s = stats.pace.age_s(now), stats.pace.times.value_s
+        starved = self._starvation is not None and self._starvation.explains(age_s, p99_s, now)
+        return BUSY if starved else ""
 
     async def check(self) -> None:
         """Raise EngineDead if the core is known to be dead."""

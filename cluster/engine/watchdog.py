@@ -123,14 +123,18 @@ def unlink(names: Iterable[str]) -> None:
             continue  # a sibling was first
 
 
+def own_processes(others: Set[int]) -> set[int]:
+    """This process and those of its engine on this host. `others` are children that it had before the engine."""
+    return {os.getpid(), *_with_descendants(children() - others)}
+
+
 def forget_names(others: Set[int]) -> None:
     """Take the names of the blocks of this process's engine away, those of ranks elsewhere on this host too.
 
     For an engine that is up: vLLM's queues and communicators open a block when they are made, never later. `others` are
     children that this process had before: whatever they start is not the engine's, and may need its names yet.
     """
-    own = {os.getpid(), *_with_descendants(children() - others)}
-    theirs = sharers(set().union(*map(blocks_of, own)))
+    theirs = sharers(set().union(*map(blocks_of, own_processes(others))))
     unlink(set().union(*theirs.values()))
 
 
