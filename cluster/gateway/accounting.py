@@ -1,7 +1,8 @@
 """Exactly one usage record for each admitted sequence: opened with its Submit, written at its end, whatever dies.
 
 A call of n outputs has n records, segments 0 to n-1, since each runs and ends on its own, perhaps on another worker;
-its prompt is counted with segment 0 alone. A record's id is fixed before the first Submit and kept over retries.
+its prompt is counted with segment 0 alone. Parts that a client resumed have segments from RESUMED on. A record's id is
+fixed before the first Submit and kept over retries.
 
 Where the counts come from. The gateway knows what was delivered, the engine what was generated and what it cost; a
 record is written once both are known. An engine that does not tell in time (its link is gone) is not waited for:
@@ -34,7 +35,7 @@ from cluster.gateway.call import Call
 from cluster.gateway.claims import Terms
 from cluster.gateway.output import Output
 from cluster.ledger.errors import StoreUnavailable
-from cluster.ledger.records import MAX_ID, OpenRecord, RecordError, UsageRecord
+from cluster.ledger.records import MAX_ID, RESUMED, OpenRecord, RecordError, UsageRecord
 from cluster.ledger.sealed import Sealer, SealError
 from cluster.ledger.spool import Replayer, Spool, SpoolStatistics
 from cluster.ledger.usage import IDLE_TENANT
@@ -197,7 +198,7 @@ class Accounting:
             request_id=_fit(call.request_id),
             opened_at_s=self._wall() - (now - call.arrived),
             adapter=output.request.adapter,
-            segment=output.index,
+            segment=output.index + (0 if call.tickets is None else call.tickets.generation * RESUMED),
             prompt_tokens=_prompt_tokens(output) if call.terms is Terms.PAID or not call.continues else 0,
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
@@ -252,7 +253,7 @@ class Accounting:
         end["generated_tokens"] = max(account.generated_tokens, end["generated_tokens"])
         record = account.record.ended(
             **end,
-            cached_tokens=0 if account.record.segment else account.cached_tokens,
+            cached_tokens=0 if account.record.segment % RESUMED else account.cached_tokens,
             gpu=account.gpu,
             gpu_seconds=account.gpu_seconds,
             **_place(account.worker),
@@ -330,7 +331,7 @@ class Accounting:
         opened = self._sealer.open(one.sealed)
         return opened.ended(
             outcome=one.outcome,
-            cached_tokens=0 if opened.segment else one.cached_tokens,
+            cached_tokens=0 if opened.segment % RESUMED else one.cached_tokens,
             completion_tokens=one.earlier_tokens + one.written_tokens,
             generated_tokens=one.earlier_tokens + one.generated_tokens,
             duration_s=opened.queue_s + one.duration_s,

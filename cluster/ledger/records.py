@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 R = TypeVar("R", "OpenRecord", "UsageRecord")
 
+RESUMED = 1000
+"""A call's outputs are its segments from 0 on, those of its first resumption from RESUMED on, and so forth. Segment 0
+is counted as the request."""
 MAX_ID = 128
 MAX_NAME = 255
 MAX_LABELS_BYTES = 8192

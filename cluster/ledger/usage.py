@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, and_, delete, func, not_, or_, select
+from sqlalchemy import ColumnElement, Engine, and_, case, delete, func, not_, or_, select
 
 from cluster.ledger.changes import insert_or
 from cluster.ledger.connect import reading, writing
@@ -52,7 +52,7 @@ class UsageTable:
         None where an accelerator has no rate."""
         dimensions = [_dimension(name).label(f"d{at}") for at, name in enumerate(wanted.group_by)]
         by_gpu = [usage.c.gpu.label("_gpu")] if rates is not None else []
-        sums = [func.count().label("requests"), *(func.sum(usage.c[name]).label(name) for name in COUNTS[1:])]
+        sums = [_requests().label("requests"), *(func.sum(usage.c[name]).label(name) for name in COUNTS[1:])]
         query = select(*dimensions, *by_gpu, *sums).where(*_conditions(wanted)).group_by(*dimensions, *by_gpu)
         with reading(self._engine) as connection:
             rows = [dict(row) for row in connection.execute(query).mappings()]
@@ -121,6 +121,11 @@ def _better(one: UsageRecord, estimate: UsageRecord) -> bool:
 
 def _row(record: UsageRecord) -> dict[str, Any]:
     return {**record.as_json(), "day": record.day}
+
+
+def _requests() -> ColumnElement[Any]:
+    """A request has a record for each of its outputs and for each part after a resumption; idle GPUs have some, too."""
+    return func.sum(case((and_(usage.c.segment == 0, usage.c.tenant != IDLE_TENANT), 1), else_=0))
 
 
 def _dimension(name: str) -> ColumnElement[Any]:

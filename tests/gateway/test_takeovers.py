@@ -22,6 +22,7 @@ from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import UsageQuery
 from cluster.link.dial import read
 from cluster.link.takeovers import Takeovers
+from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import Answer, chat, refused, rest_of, resume, text_of
 from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.cuttable import Cuttable, cuttable
@@ -88,7 +89,17 @@ async def rig_of(folder: Path, checkpoint: Path, bundle: Bundle, workers: int = 
                 both.append(await first.add_worker(sim_engine(checkpoint, decode_ms=3), bundle, gateways=links))
             for worker in both:
                 await until(lambda: other.linked(worker.identity.worker_id), "it has dialled both")  # noqa: B023
-            yield Rig(keyed, [first, other], both, await keyed.key("acme", models=["*"]), relay)
+            key = await keyed.key("acme", models=["*"])
+            await eventually(lambda: _knows(other, key), "the other gateway knows the key")
+            yield Rig(keyed, [first, other], both, key, relay)
+
+
+async def _knows(cluster: TestCluster, key: str) -> bool:
+    try:
+        await cluster.stub.ListModels(pb.ListModelsRequest(), metadata=bearer(key))
+    except grpc.aio.AioRpcError:
+        return False
+    return True
 
 
 def lasting(tokens: int = 600) -> Any:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from cluster.ledger import export
 from cluster.ledger.audit import AuditEvent
 from cluster.ledger.errors import LedgerError
-from cluster.ledger.records import OpenRecord, RecordError, UsageRecord
+from cluster.ledger.records import RESUMED, OpenRecord, RecordError, UsageRecord
 from cluster.ledger.retention import Expired, expire
 from cluster.ledger.rows import Rates, UsageQuery
 from cluster.ledger.store import Ledger
+from cluster.ledger.usage import IDLE_TENANT
 from cluster.tenancy.policy import Retention, TenantPolicy
 from tests.ledger.samples import DAY_S, record
 
@@ -51,6 +52,22 @@ def test_a_call_counts_once(ledger: Ledger) -> None:
     assert before["requests"] == 1
     assert total(ledger) == {name: 2 * value for name, value in before.items()}
     ledger.usage.insert([])
+
+
+def test_requests_are_counted_and_not_their_parts(ledger: Ledger) -> None:
+    """504 calls were told as 679 requests: each output of a call, each part after a resumption and each report of idle
+    GPUs counted as one."""
+    outputs_and_resumptions = [(1, 0), (4, 0), (1, 3), (3, 2)]
+    parts = [
+        record(f"{call}.{resumed}.{output}", segment=resumed * RESUMED + output)
+        for call, (outputs, resumptions) in enumerate(outputs_and_resumptions)
+        for resumed in range(resumptions + 1)
+        for output in range(outputs)
+    ]
+    resting = [record(f"idle{at}", tenant=IDLE_TENANT) for at in range(5)]
+    ledger.usage.insert([*parts, *resting])
+    assert total(ledger)["requests"] == 4
+    assert total(ledger)["generated_tokens"] == sum(one.generated_tokens for one in (*parts, *resting))
 
 
 REPORTS = [(i, generated) for i in range(4) for generated in (None, 2, 5)]

@@ -127,6 +127,7 @@ class UsageSum(_message.Message):
     COST_FIELD_NUMBER: _builtins.int
     CURRENCY_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
+    """Calls, however many outputs each had and however often it was resumed."""
     prompt_tokens: _builtins.int
     cached_tokens: _builtins.int
     completion_tokens: _builtins.int
