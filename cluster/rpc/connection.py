@@ -47,12 +47,15 @@ STRANGER_FRAME_BYTES: Final = 16_384
 STRANGER_RESETS_NOTED: Final = 128
 STRANGER_HEADER_BYTES: Final = 131_072
 """Header fields of all open calls of a connection without an admitted one."""
+UNNAMED_HEADER_BYTES: Final = 16_384
+"""Of these, of calls of methods that need no credential."""
 KNOWN_TIMES: Final = 32
 """So many times as much once there is one."""
 STRANGER_UNSENT_BYTES: Final = 1 << 20
 # Where the next bytes of any connection are read to: as much as one takes of the loop at a time. asyncio's own read of
 # 256 KiB, and what h2 does with it, held the loop for 20 ms when many long prompts came at once.
 _READ = memoryview(bytearray(65_536))
+_READ_OF_STRANGER = _READ[:STRANGER_FRAME_BYTES]
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -84,7 +87,7 @@ class Connection(asyncio.BufferedProtocol):
         self._to_give = 0
         """Bytes that the connection's window is to get back."""
         self._max_calls = limits.max_calls if server.gate is None else min(limits.stranger_calls, limits.max_calls)
-        self._header_bytes = self._unnamed_calls = 0
+        self._header_bytes = self._unnamed_calls = self._unnamed_bytes = 0
         self._table_is_news = True
         self._blocked: dict[int, Rpc] = {}
         """Calls that wait for the window of the connection, in turn."""
@@ -126,7 +129,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where to read to."""
-        return _READ
+        return _READ if self.admitted else _READ_OF_STRANGER
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes of the client."""
@@ -357,7 +360,8 @@ class Connection(asyncio.BufferedProtocol):
         call.admitted, call.tenant = True, tenant
         if tenant is None:
             self._unnamed_calls += 1
-            if self._unnamed_calls > self.limits.stranger_open_calls:
+            self._unnamed_bytes += call.header_bytes
+            if self._unnamed_calls > self.limits.stranger_open_calls or self._unnamed_bytes > UNNAMED_HEADER_BYTES:
                 raise BadMessage("too many calls without a credential on this connection", too_large=True)
         else:
             self._liveness.served = True
@@ -507,6 +511,7 @@ class Connection(asyncio.BufferedProtocol):
         self._header_bytes -= call.header_bytes
         if call.admitted and call.tenant is None:
             self._unnamed_calls -= 1
+            self._unnamed_bytes -= call.header_bytes
         if not self.calls and (call.admitted or self._liveness.served):  # refusals keep no stranger's connection
             self._liveness.rests()
         return True

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LARGE_BYTES: Final = 16_384
 """So many at once wait their turn (read_turns.py)."""
-MOST_WAITING_BYTES: Final = 65_536
+MOST_WAITING_BYTES: Final = 16_384
 """With more than this in turn, no more is read."""
 SMALL_DATA_BYTES: Final = 64
 """A DATA frame with less is charged as one that carries nothing."""

@@ -18,7 +18,7 @@ class Limits:
     """Calls at once on one connection; a client's further ones wait on its side."""
     stranger_calls: int = 100
     """The same before a call of the connection was admitted; HTTP/2 asks for at least 100."""
-    stranger_open_calls: int = 16
+    stranger_open_calls: int = 8
     """Of these, calls of methods that need no credential."""
     max_header_bytes: int = 65_536
     header_bytes_per_s: float = 4 << 20

@@ -11,10 +11,11 @@ import errno
 import socket
 import ssl
 import struct
+from asyncio import sslproto
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol, cast
 
 from cluster.rpc.connection_table import MAX_CONNECTIONS, Held, Pool, Stage
 from cluster.rpc.notices import Notices
@@ -29,6 +30,20 @@ HANDSHAKE_S: Final = 10.0
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 _RESET: Final = struct.pack("ii", 1, 0)
 """SO_LINGER: close with a reset."""
+
+TLS_BUFFER_BYTES: Final = 16_384
+"""Encrypted bytes that a connection holds, twice: where asyncio reads to, which it keeps, and what waits to be read."""
+if not hasattr(sslproto.SSLProtocol, "max_size"):
+    raise RuntimeError("asyncio's TLS has no SSLProtocol.max_size: this Python is newer than those that are supported")
+sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES  # instead of 256 KiB, of a thousand idle strangers 256 MiB
+
+
+class _SecureTransport(Protocol):
+    """What asyncio's transport of a TLS connection has beside others' methods."""
+
+    def set_read_buffer_limits(self, high: int) -> None:
+        """Read no more while so many bytes are not decrypted."""
+
 
 Factory = Callable[[Held], asyncio.BaseProtocol]
 BACKLOG: Final = 2048
@@ -142,13 +157,15 @@ class Listener:
         """Hand the connection to a protocol, for TLS after the handshake."""
         secure = self._tls is not None
         try:
-            await self._loop.connect_accepted_socket(
+            transport, _ = await self._loop.connect_accepted_socket(
                 lambda: self._factory(held),
                 connected,
                 ssl=self._tls,
                 ssl_handshake_timeout=HANDSHAKE_S if secure else None,
                 ssl_shutdown_timeout=self._shutdown_s,
             )
+            if secure:
+                cast(_SecureTransport, transport).set_read_buffer_limits(TLS_BUFFER_BYTES)
         except OSError:  # a failed handshake, a client that has gone
             held.release()
         except BaseException:

