@@ -39,6 +39,9 @@ MOST_OF_A_START = 0.99
 MOST_REPLACED = 64
 """Generations of a model that are remembered."""
 
+MOST_POLICIES = 1000
+"""Of how many different lists of models it is kept what they open."""
+
 
 class KnownModel:
     """A model as this gateway knows it now."""
@@ -215,6 +218,8 @@ class Directory:
         self._fetch = fetch
         self._models: dict[str, KnownModel] = {}
         self._names: dict[str, str] = {}
+        self._visible: dict[tuple[str, ...], Mapping[str, KnownModel]] = {}
+        """By a policy's patterns, what those who have it may use, by all its names."""
         self._texts: dict[str, asyncio.Task[TextModel]] = {}
         self._heard = False
         self._catalogued = False
@@ -265,6 +270,7 @@ class Directory:
     def _rename(self) -> None:
         names = {alias: m.name for m in self._models.values() for alias in m.entry.aliases}
         self._names = names | {name: name for name in self._models}
+        self._visible = {}
 
     def refuses(self, identity: WorkerIdentity) -> str:
         """Why a worker may not serve its model: the catalog pins other weights. Empty when it may."""
@@ -300,8 +306,9 @@ class Directory:
     def resolve(self, name: str, principal: Principal = ANYBODY, *, began: bool = False) -> KnownModel:
         """By name or alias, the tenant's own before the catalog's. Raises CallError, which is the same for a model
         that the caller may not use as for one that does not exist; one that leaves is there for calls that `began`."""
-        model = self.find(principal.model_aliases.get(name, name))
-        if model is not None and model.open_to(principal):
+        # One look-up for models of others and for none: how long it takes says nothing of what there is.
+        model = self._visible_to(principal).get(principal.model_aliases.get(name, name))
+        if model is not None:
             if model.leaving and not began:
                 raise CallError(Outcome.MODEL_NOT_FOUND, f"model {model.name} is being removed from this cluster")
             return model
@@ -314,6 +321,18 @@ class Directory:
         if not name:
             raise CallError(Outcome.MODEL_NOT_FOUND, "model: is empty; ListModels names the models that you may use")
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist; ListModels names those that do")
+
+    def _visible_to(self, principal: Principal) -> Mapping[str, KnownModel]:
+        """What a caller may use, by the catalog's names and aliases."""
+        patterns = tuple(principal.tenant.models)
+        visible = self._visible.get(patterns)
+        if visible is None:
+            if len(self._visible) >= MOST_POLICIES:
+                self._visible.clear()
+            models = {name: self._models[own] for name, own in self._names.items()}
+            visible = {name: model for name, model in models.items() if model.open_to(principal)}
+            self._visible[patterns] = visible
+        return visible
 
     def starts_in_s(self, name: str) -> float:
         """How much longer than others a call may wait for a model that nobody serves: twice what its start takes."""
