@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.api.types import ModelSpec, Standing
@@ -18,10 +22,12 @@ from cluster.link.v1 import link_pb2 as link_pb
 from cluster.link.worker_link import WorkerLink
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
+from cluster.rayserve.drain_time import TIMEOUT_ENV
 from cluster.rayserve.settings import ReplicaSettings
 from tests.support.calls import chat, rest_of, text_of
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import TestCluster, bundle_of, running_cluster, sim_engine, until
+from tests.support.ray_head import OWN_PROCESSES
 from tests.support.ray_nodes import RayNodes, ray_nodes
 from tests.support.serving import settled
 
@@ -71,6 +77,27 @@ def open_links(gateway: Gateway) -> list[WorkerLink]:
     """Workers that take calls of `sim`."""
     links = [link for link in gateway.hub.links if link.identity.model == "sim"]
     return [link for link in links if link.serves and link.free.sequences]
+
+
+@pytest.mark.root
+def test_a_pods_hook_ends_its_node() -> None:
+    """`headrace pod drain` beside the only node that it sees: Ray ends that node, the hook ends well, and the SIGTERM
+    that Kubernetes sends then has nothing left to wait for."""
+    with ray_nodes(DRAIN_S) as ray:
+        ray.add("pod", *OWN_PROCESSES)
+        process = ray.nodes["pod"]
+        while "Ray runtime started" not in ray.log_of("pod"):
+            assert process.poll() is None, ray.log_of("pod")
+            time.sleep(0.1)
+        (first,) = psutil.Process(process.pid).children()
+        hook = ["nsenter", f"--target={first.pid}", "--pid", "--mount", sys.executable, "-m", "cluster.cli.main"]
+        environment = {**os.environ, **ray.head.environment(), TIMEOUT_ENV: "20"}
+        done = subprocess.run(
+            [*hook, "pod", "drain"], env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        first.terminate()
+        process.wait(10)
 
 
 async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:

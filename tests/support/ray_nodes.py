@@ -31,16 +31,25 @@ class RayNodes:
         """What `ray start` of a node has printed."""
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
-    def add(self, name: str, **environment: str) -> None:
-        """`ray start --block`, with places for replicas; returns before the node has joined."""
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={self.head.address}"]
+    def add(self, name: str, *inside: str) -> None:
+        """`ray start --block`, with places for replicas; returns before the node has joined. `inside`: a program that
+        runs it, such as unshare."""
+        command = [
+            *inside,
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--block",
+            f"--address={self.head.address}",
+        ]
         command += ["--num-cpus=4", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         variables = {TIMEOUT_ENV: str(ray_timeout_s(self.drain_timeout_s)), "PYTHONUNBUFFERED": "1"}
         with (self.folder / f"{name}.log").open("wb") as log:
             self.nodes[name] = subprocess.Popen(
                 command,
-                env={**os.environ, **self.head.environment(), **variables, **environment},
+                env={**os.environ, **self.head.environment(), **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
