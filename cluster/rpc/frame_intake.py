@@ -128,9 +128,12 @@ class FrameIntake:
             call = connection.calls.get(reader.stream_id)
             if call is None or (reader.length < SMALL_DATA_BYTES and not self._charges.justified()):
                 return False
-            if not connection.h2.receive_data_of(call.stream, reader.length):
+            if not connection.h2.receive_data_of(call.stream, reader.length, ends=reader.ends):
                 return False
+            ends = reader.ends
             connection.data(call, reader.body(), reader.length)
+            if ends:
+                call.ended()
             return True
         if reader.kind != WINDOW_UPDATE or reader.length != WINDOW_UPDATE_BYTES:
             return False

@@ -16,6 +16,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEAD_BYTES = 9
 DATA, WINDOW_UPDATE = 0, 8
 """Types of frames."""
+END_STREAM = 1
 MAX_STREAM_ID = 2**31 - 1
 _HEAD = struct.Struct("!HBBBL")
 MAX_CONTINUATIONS = 16
@@ -30,6 +31,7 @@ class FrameReader:
         "_data",
         "_max_block_bytes",
         "_preface",
+        "ends",
         "kind",
         "length",
         "max_frame_bytes",
@@ -47,8 +49,8 @@ class FrameReader:
         self._continuations = 0
         self.kind = self.length = self.stream_id = 0
         """Of the frame that `peek` has seen: its type, its length without head, and its stream."""
-        self.plain = False
-        """Whether it has no flags and may stand where it does."""
+        self.plain = self.ends = False
+        """Whether it has no flag but END_STREAM and may stand where it does, and whether it has that."""
 
     def feed(self, data: bytes | memoryview) -> None:
         """More bytes."""
@@ -80,7 +82,8 @@ class FrameReader:
         self.length = length = high << 8 | low
         if length > self.max_frame_bytes:
             raise FrameTooLargeError(f"Received overlong frame: length {length}, max {self.max_frame_bytes}")
-        self.plain = not flags and self._block is None
+        self.ends = flags == END_STREAM
+        self.plain = (not flags or self.ends) and self._block is None
         self.stream_id = stream_id & MAX_STREAM_ID
         return bool(len(data) >= HEAD_BYTES + length)
 

@@ -14,7 +14,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.exceptions import ProtocolError
-from h2.stream import H2Stream, StreamState
+from h2.stream import H2Stream, StreamInputs, StreamState
 from hyperframe.frame import Frame
 
 from cluster.rpc.ended import EndedStreams
@@ -33,7 +33,7 @@ _PRIVATE = (
     "_receive_frame",
     "_terminate_connection",
 )
-_PRIVATE_OF_STREAM = ("_actual_content_length", "_inbound_window_manager")
+_PRIVATE_OF_STREAM = ("_actual_content_length", "_expected_content_length", "_inbound_window_manager")
 MAX_WINDOW = 2**31 - 1
 _OPEN = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
 
@@ -68,13 +68,17 @@ class Http2State(H2Connection):
         """What is to be sent, like data_to_send, for less where it is nothing."""
         return self.data_to_send() if self._data_to_send else b""
 
-    def receive_data_of(self, stream: H2Stream, size: int) -> bool:
-        """A DATA frame without flags on an open stream, as receive_frame would count it; False where that must
-        decide."""
+    def receive_data_of(self, stream: H2Stream, size: int, *, ends: bool) -> bool:
+        """A DATA frame on an open stream with no flag but END_STREAM, as receive_frame would count it; False where that
+        must decide."""
         own, whole = stream._inbound_window_manager, self._inbound_flow_control_window_manager
         least = min(own.current_window_size, whole.current_window_size)
         if size > least or stream.state_machine.state not in _OPEN:
             return False
+        if ends:
+            if stream._expected_content_length is not None:
+                return False
+            stream.state_machine.process_input(StreamInputs.RECV_END_STREAM)
         own.current_window_size -= size
         whole.current_window_size -= size
         stream._actual_content_length += size
