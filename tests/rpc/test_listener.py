@@ -39,6 +39,7 @@ async def strangers(port: int, count: int, data: bytes = b"") -> AsyncIterator[l
     finally:
         for _, writer in made:
             writer.transport.abort()
+        await asyncio.gather(*(writer.wait_closed() for _, writer in made), return_exceptions=True)
 
 
 def channel_to(port: int, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
