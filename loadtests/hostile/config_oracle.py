@@ -203,17 +203,27 @@ def main() -> None:
 
     answers = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, shape in (("llama", SHAPE), ("demo", SHAPE | DEMO)):
-            (folder := Path(scratch) / name).mkdir()
-            (folder / "config.json").write_text(json.dumps(shape))
         known: dict[str, str] = {}
         for case in json.load(sys.stdin):
             spec = specs.from_json(case["spec"])
-            folder = Path(scratch) / ("demo" if spec.source.startswith("demo://") else "llama")
+            folder = _checkpoint(Path(scratch), spec)
             bare = _reason(engine_arguments, _bare(spec), folder, known)
             told = _reason(engine_arguments, spec, folder, known)
             answers.append("" if told == bare else told)  # what this machine lacks, it lacks for a right entry too
     sys.stdout.write("\n" + json.dumps(answers) + "\n")
+
+
+def _checkpoint(scratch: Path, spec: ModelSpec) -> Path:
+    """A checkpoint's configuration: the demo model's own, else one whose heads the entry's parallelism divides, since
+    what another checkpoint has is not known before it is fetched."""
+    ranks = spec.tensor_parallel_size
+    heads = 64 if 64 % ranks == 0 else 8 * ranks
+    free = SHAPE | {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": 128 * heads}
+    demo = spec.source.startswith("demo://")
+    folder = scratch / ("demo" if demo else f"free-{heads}")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SHAPE | DEMO if demo else free))
+    return folder
 
 
 def _bare(spec: ModelSpec) -> ModelSpec:
