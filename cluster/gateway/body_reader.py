@@ -26,6 +26,8 @@ from cluster.v1 import inference_pb2 as pb
 
 MAX_ELEMENTS: Final = 200_000
 """Fields and members of lists in one protobuf message, at all levels."""
+MAX_MEMBERS: Final = 20_000
+"""Of one field at the top of a message."""
 MAX_NUMBERS: Final = BODY.values
 _IDS = re.compile(rb"\s*\[\s*-?[0-9]")
 _IDS_DECODER = msgspec.json.Decoder(list[int])
@@ -107,9 +109,10 @@ def _field(name: str, raw: bytes) -> Any:
 
 def _message(kind: type[Message], data: bytes) -> Any:
     """A protobuf message that holds no more than it may."""
-    found = scan(kind.DESCRIPTOR, data, MAX_ELEMENTS, count_numbers=True)
-    if found.elements > MAX_ELEMENTS:
-        raise invalid(found.field or "request", f"holds more than {MAX_ELEMENTS} fields and members: send less")
+    found = scan(kind.DESCRIPTOR, data, MAX_ELEMENTS, members=MAX_MEMBERS, count_numbers=True)
+    if found.field:
+        most = f"at most {MAX_ELEMENTS} fields and members, {MAX_MEMBERS} of one field"
+        raise invalid(found.field, f"holds too many fields or members; {most}: send less")
     if found.numbers > MAX_NUMBERS:
         raise invalid("request", f"holds {found.numbers} numbers; at most {MAX_NUMBERS} are taken: send less")
     return decoded(kind, data)

@@ -297,18 +297,19 @@ def _json_object(field: str, text: str) -> dict[str, Any]:
 
 
 def _message(index: int, message: pb.Message) -> dict[str, Any]:
-    at = f"messages[{index}]"
-    if message.role not in ROLES:
-        raise invalid(f"{at}.role", f"must be one of {', '.join(ROLES)}; got {quoted(message.role)}")
-    out: dict[str, Any] = {"role": message.role, "content": message.content}
+    role, content = message.role, message.content
+    if role not in ROLES:
+        raise invalid(f"messages[{index}].role", f"must be one of {', '.join(ROLES)}; got {quoted(role)}")
+    out: dict[str, Any] = {"role": role, "content": content}
     if message.parts:
-        if message.content:
-            raise invalid(f"{at}.parts", "give either content or parts, not both")
-        out["content"] = _joined(at, message.parts)
+        if content:
+            raise invalid(f"messages[{index}].parts", "give either content or parts, not both")
+        out["content"] = _joined(f"messages[{index}]", message.parts)
     for name in ("name", "tool_call_id", "reasoning_content"):
         if value := getattr(message, name):
             out[name] = value
     if message.tool_calls:
+        at = f"messages[{index}]"
         out["tool_calls"] = [_tool_call(f"{at}.tool_calls[{i}]", c) for i, c in enumerate(message.tool_calls)]
     return out
 

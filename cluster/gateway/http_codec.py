@@ -142,10 +142,7 @@ class Asked:
 def chat_asked(body: Fields) -> Asked:
     """/v1/chat/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_CHAT)
-    body.at_most(MAX_MESSAGES, "messages", "messages")
-    messages = body.objects("messages")
-    if not messages:
-        raise invalid("messages", "must not be empty")
+    messages = _messages(body)
     kwargs = body.object("chat_template_kwargs")
     template_kwargs = dict(kwargs.values) if kwargs is not None else {}
     if effort := body.text("reasoning_effort"):
@@ -157,7 +154,7 @@ def chat_asked(body: Fields) -> Asked:
     if resumes and generates:
         raise invalid("add_generation_prompt", "must be false with continue_final_message")
     prompt = ChatPrompt(
-        messages=[_message(message) for message in messages],
+        messages=messages,
         template_kwargs=template_kwargs,
         continue_final_message=resumes,
         add_generation_prompt=generates,
@@ -245,6 +242,21 @@ def _one_prompt(path: str, value: object) -> Prompt:
             return IdsPrompt(whole_numbers(path, value))
         case _:
             raise invalid(path, f"must be a string or an array of token ids, got {kind(value)}")
+
+
+def _messages(body: Fields) -> list[Mapping[str, Any]]:
+    body.at_most(MAX_MESSAGES, "messages", "messages")
+    values = body.array("messages")
+    if not values:
+        raise invalid("messages", "must not be empty")
+    return [value if _is_plain(value) else _message(body.member("messages", i)) for i, value in enumerate(values)]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a message is a role and a text, and needs no reading."""
+    if type(value) is not dict or len(value) != 2:
+        return False
+    return type(value.get("content")) is str and value.get("role") in ROLES
 
 
 def _message(message: Fields) -> dict[str, Any]:

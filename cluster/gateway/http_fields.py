@@ -98,12 +98,14 @@ class Fields:
 
     def objects(self, name: str) -> list[Fields]:
         """An array of objects; empty when absent."""
-        found = []
-        for i, item in enumerate(self.array(name)):
-            if not isinstance(item, dict):
-                raise invalid(f"{self.path(name)}[{i}]", f"must be an object, got {kind(item)}")
-            found.append(Fields(item, f"{self.path(name)}[{i}]"))
-        return found
+        return [self.member(name, i) for i in range(len(self.array(name)))]
+
+    def member(self, name: str, i: int) -> Fields:
+        """An array's member that is an object."""
+        item = self.array(name)[i]
+        if not isinstance(item, dict):
+            raise invalid(f"{self.path(name)}[{i}]", f"must be an object, got {kind(item)}")
+        return Fields(item, f"{self.path(name)}[{i}]")
 
 
 def whole(path: str, value: object, largest: int = INT32) -> int:

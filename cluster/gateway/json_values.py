@@ -107,12 +107,11 @@ def is_deeper(value: object, levels: int) -> bool:
     """Whether objects and arrays are in each other more than `levels` deep."""
     level: list[Any] = [value]
     for _ in range(levels):
-        level = [
-            item
-            for outer in level
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(item, dict | list)
-        ]
+        inner: list[Any] = []
+        for outer in level:
+            values = outer.values() if type(outer) is dict else outer
+            inner += [item for item in values if type(item) is dict or type(item) is list]
+        level = inner
     return bool(level)
 
 

@@ -46,52 +46,68 @@ def _layout(descriptor: Any) -> _Layout:
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """What a message holds. `field` is the top-level one in which the count of elements went beyond its bound."""
+    """What a message holds. `field` is the top-level one that holds too much, if the scan has ended for that."""
 
     elements: int
     numbers: int = 0
     field: str = ""
 
 
-def scan(descriptor: Any, data: bytes, most: int, *, count_numbers: bool = False) -> Scanned:
-    """Count fields and members of lists, at all levels, until there are more than `most`.
+def scan(descriptor: Any, data: bytes, most: int, *, members: int = 0, count_numbers: bool = False) -> Scanned:
+    """Count fields and members of lists, at all levels, until there are more than `most`, or more than `members` of
+    one field at the top.
 
     Packed numbers are counted apart with `count_numbers`, which reads them; else they weigh as elements by their size.
     """
-    names = _layout(descriptor).names
-    found = _Scan(data, most, count_numbers)
+    found = _Scan(data, most, members or most, count_numbers)
+    layout = _layout(descriptor)
     try:
-        top = found.run(_layout(descriptor))
+        found.run(layout)
     except IndexError:  # it ends in the midst of a field
         return Scanned(found.elements, found.numbers)
-    return Scanned(found.elements, found.numbers, names.get(top, "") if found.elements > most else "")
+    return Scanned(found.elements, found.numbers, layout.names.get(found.full, "request") if found.full else "")
 
 
 class _Scan:
-    def __init__(self, data: bytes, most: int, count_numbers: bool) -> None:
+    def __init__(self, data: bytes, most: int, members: int, count_numbers: bool) -> None:
         self._data = data
         self._most = most
+        self._members = members
         self._count_numbers = count_numbers
         self.elements = 0
         self.numbers = 0
+        self.full = 0
+        """The number of the top-level field at which the scan ended for too much."""
 
-    def run(self, layout: _Layout) -> int:
-        """The number of the last top-level field that was looked at. Raises IndexError at a cut field."""
-        data, at, end, top = self._data, 0, len(self._data), 0
+    def run(self, layout: _Layout) -> None:
+        """Raises IndexError at a cut field. Most tags and lengths are one byte, which is read here."""
+        data, at, end, most = self._data, 0, len(self._data), self._most
+        top = 0
+        counts: dict[int, int] = {}
         outer: list[tuple[int, _Layout]] = []
-        while self.elements <= self._most:
+        while self.elements <= most:
             if at >= end:
                 if not outer:
-                    return top
+                    return
                 end, layout = outer.pop()
                 continue
             self.elements += 1
-            tag, at = _varint(data, at)
-            number, wire = tag >> 3, tag & 7
+            tag = data[at]
+            at += 1
+            if tag > 127:
+                tag, at = _varint(data, at - 1)
+            number = tag >> 3
             if not outer:
                 top = number
+                counts[number] = count = counts.get(number, 0) + 1
+                if count > self._members:
+                    break
+            wire = tag & 7
             if wire == 2:
-                length, at = _varint(data, at)
+                length = data[at]
+                at += 1
+                if length > 127:
+                    length, at = _varint(data, at - 1)
                 if (nested := layout.nested.get(number)) is not None and at + length <= end:
                     outer.append((end, layout))
                     layout, end = nested, at + length
@@ -105,7 +121,7 @@ class _Scan:
                 at += 8 if wire == 1 else 4
             else:  # groups, and what there is no wire type for
                 raise IndexError
-        return top
+        self.full = top
 
     def _count(self, at: int, length: int) -> None:
         if self._count_numbers:
