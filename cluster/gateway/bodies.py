@@ -7,6 +7,7 @@ on the event loop. What is small is told by size and by counts of a few characte
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pickle import PickleBuffer
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from cluster.gateway.body_reader import BodyReader, decoded
 from cluster.gateway.helper_pool import HelperPool, Lost, TooMuchCpu
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import read_object
+from cluster.gateway.json_values import NotText
 from cluster.gateway.wire_scan import scan
 from cluster.v1 import inference_pb2 as pb
 
@@ -27,6 +29,8 @@ SMALL_JSON_BYTES, LARGE_BYTES = 32_768, 1 << 20
 SMALL_MESSAGE_BYTES: Final = 8192
 FEW_CONTAINERS, FEW_VALUES = 2048, 16_384
 """Objects and arrays, and values, of a JSON body that is read at once: a millisecond or two."""
+PATIENCE_S: Final = 5.0
+"""As of helper_pool.py: where a helper gets no core, reading in a thread would hold up everybody."""
 FEW_ELEMENTS: Final = 2048
 """Of a protobuf message, likewise."""
 _ASKED: Final = {"chat": chat_asked, "completion": completion_asked}
@@ -36,7 +40,7 @@ class Bodies:
     """Reads the bodies of all APIs. Used from one event loop."""
 
     def __init__(self) -> None:
-        self.pool = HelperPool(lambda: ("bodies", b""))
+        self.pool = HelperPool(lambda: ("bodies", b""), patience_s=PATIENCE_S)
         self._reader = BodyReader()
 
     def close(self) -> None:
@@ -46,7 +50,8 @@ class Bodies:
     async def http(self, name: str, body: bytes, tenant: str = "") -> Asked:
         """A body of the HTTP API: `chat` or `completion`. Raises CallError."""
         if _is_small_json(body):
-            return _ASKED[name](read_object(body))
+            with suppress(NotText):  # a helper finds out in which field
+                return _ASKED[name](read_object(body))
         asked: Asked = await self._elsewhere("http", name, body, tenant)
         return asked
 

@@ -8,7 +8,9 @@ come out packed (PackedPrompt), token ids as arrays, so that the gateway's proce
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -19,18 +21,42 @@ from google.protobuf.message import DecodeError, Message
 from cluster.api.outcomes import CallError, invalid
 from cluster.gateway import grpc_requests, http_codec
 from cluster.gateway.http_fields import Fields
-from cluster.gateway.json_values import BODY, MAX_DEPTH, NO_UNICODE, check_counts, kind, parse
-from cluster.gateway.wire_scan import scan
-from cluster.gateway.wishes import ChatPrompt, IdsPrompt, PackedPrompt, Prompt, TextPrompt, Wish
+from cluster.gateway.json_values import (
+    ARGUMENTS,
+    BODY,
+    MAX_DEPTH,
+    MESSAGES,
+    NO_UNICODE,
+    PROMPTS,
+    check_counts,
+    parse,
+)
+from cluster.gateway.wire_scan import packed_ids, scan
+from cluster.gateway.wishes import (
+    MAX_MESSAGES,
+    ChatPrompt,
+    IdsPrompt,
+    PackedPrompt,
+    Prompt,
+    TextPrompt,
+    Wish,
+    check_metadata,
+    check_options,
+)
 from cluster.v1 import inference_pb2 as pb
 
-MAX_ELEMENTS: Final = 200_000
+UNSCANNED_BYTES: Final = 1 << 17
+MAX_ELEMENTS: Final = 100_000
 """Fields and members of lists in one protobuf message, at all levels."""
-MAX_MEMBERS: Final = 20_000
+MAX_MEMBERS: Final = 10_000
 """Of one field at the top of a message."""
+MANY_IDS: Final = 4096
 MAX_NUMBERS: Final = BODY.values
+_KINDS = {b"[": "an array", b'"': "a string", b"n": "null", b"t": "a boolean", b"f": "a boolean"}
 _IDS = re.compile(rb"\s*\[\s*-?[0-9]")
 _IDS_DECODER = msgspec.json.Decoder(list[int])
+_MEMBERS_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
+_BOUNDS = {"messages": MESSAGES, "prompt": PROMPTS}
 _PLACE = re.compile(r"\$\[(\d+)\]")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 
@@ -54,16 +80,34 @@ class BodyReader:
         """A body of the HTTP API. Raises CallError."""
         splitter, asked = self._http[name]
         found = asked(Fields({name: _field(name, raw) for name, raw in _split(splitter, body).items()}))
+        for wish in found.wishes[:1]:  # all have the same options
+            check_wish(wish, found.names)
         return replace(found, wishes=[_packed(wish) for wish in found.wishes])
 
     def message(self, name: str, data: bytes | bytearray) -> Any:
         """A request of the gRPC API. Raises CallError."""
         call = grpc_requests.READ[name]
-        return _packed_all(call.read(_message(call.kind, bytes(data))))
+        request = _message(call.kind, bytes(data))
+        if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # before prompts, which are large
+            check_options(grpc_requests.options_of(request))
+        found = _read_ids(request, bytes(data)) or call.read(request)
+        if isinstance(found, Wish):
+            check_wish(found, {})
+        return _packed_all(found)
 
     def session(self, data: bytes | bytearray) -> list[Any]:
         """A message of a session: its requests in order. Raises CallError."""
         return [_packed_all(one) for one in grpc_requests.session_items(_message(pb.SessionRequest, bytes(data)))]
+
+
+def check_wish(wish: Wish, names: Mapping[str, str]) -> None:
+    """Refuse here what the gateway would refuse, so that it does not come back whole. Raises CallError."""
+    try:
+        check_options(wish.options)
+        check_metadata(wish.metadata)
+    except CallError as error:
+        raise http_codec.as_asked(error, names) from None
+    grpc_requests.check_name(wish.model)
 
 
 def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapping[str, bytes]:
@@ -72,10 +116,11 @@ def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapp
         str(body, "utf-8")
         found = splitter.decode(body)
     except UnicodeDecodeError as error:
-        raise _no_text(body, error.start) from None
+        raise _no_text(splitter, body, error.start) from None
     except msgspec.ValidationError:
-        check_counts("", bytes(body), BODY)
-        raise invalid("body", f"must be a JSON object, got {kind(parse('', bytes(body), BODY))}") from None
+        raise invalid(
+            "body", f"must be a JSON object, got {_KINDS.get(bytes(body[:64].lstrip()[:1]), 'a number')}"
+        ) from None
     except msgspec.DecodeError as error:
         raise invalid("body", f"is not JSON: {str(error).removeprefix('JSON is malformed: ')}") from None
     except RecursionError:
@@ -84,22 +129,39 @@ def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapp
     return {name: bytes(raw) for name, raw in fields.items() if raw is not msgspec.UNSET}
 
 
-def _no_text(body: bytes | bytearray, at: int) -> CallError:
-    """The error of bytes that are no UTF-8; lone surrogates are named by their field, where that is soon found."""
+def _no_text(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray, at: int) -> CallError:
+    """The error of bytes that are no UTF-8, with the top-level field that holds them, if that is a known one."""
+    part = body[at : at + 3]
+    why = NO_UNICODE if part[:1] == b"\xed" else f"is not JSON: no UTF-8 at byte {at}; send UTF-8"
     try:
-        parse("", bytes(body), BODY)
-    except CallError as error:
-        return error
-    return invalid("body", f"at byte {at}: {NO_UNICODE}")
+        found = splitter.decode(body)
+    except (msgspec.DecodeError, RecursionError):
+        return invalid("body", why)
+    for name in found.__struct_fields__:
+        raw = getattr(found, name)
+        if raw is not msgspec.UNSET and part in bytes(raw) and not _is_text(bytes(raw)):
+            return invalid(name, why)
+    return invalid("body", why)
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _field(name: str, raw: bytes) -> Any:
     """A field's value. Token ids become an array."""
     if name != "prompt" or _IDS.match(raw) is None:
-        return parse(name, raw, BODY, MAX_DEPTH - 1)
-    check_counts(name, raw, BODY)
+        check_counts(name, raw, _BOUNDS.get(name, ARGUMENTS))
+        if name == "messages":
+            _count_messages(raw)
+        return parse(name, raw, None, MAX_DEPTH - 1)
+    check_counts(name, raw, PROMPTS)
     try:
-        return np.array(_IDS_DECODER.decode(raw), np.int32)
+        return _as_array(_IDS_DECODER.decode(raw))
     except msgspec.ValidationError as error:
         place = _PLACE.search(str(error))
         raise invalid(f"prompt[{place[1]}]" if place else "prompt", "must be a whole number") from None
@@ -107,8 +169,39 @@ def _field(name: str, raw: bytes) -> Any:
         raise invalid("prompt", "must hold token ids that fit into 32 bits") from None
 
 
+def _count_messages(raw: bytes) -> None:
+    """Refuse too many messages before one is made. Raises CallError."""
+    with suppress(msgspec.DecodeError, RecursionError):  # what is no list is refused as what it is
+        count = len(_MEMBERS_DECODER.decode(raw))
+        if count > MAX_MESSAGES:
+            raise invalid("messages", f"at most {MAX_MESSAGES} messages, got {count}")
+
+
+def _read_ids(request: Any, data: bytes) -> Wish | grpc_requests.DetokenizeCall | None:
+    """What is asked by a message of many token ids, which are read from its bytes; None for any other."""
+    field = {pb.CompleteRequest: "prompt_token_ids", pb.DetokenizeRequest: "token_ids"}.get(type(request))
+    if field is None or len(getattr(request, field)) < MANY_IDS:
+        return None
+    ids: Any = packed_ids(data, request.DESCRIPTOR.fields_by_name[field].number)
+    if ids is None:
+        return None
+    if field == "token_ids":
+        return grpc_requests.DetokenizeCall(request.model, ids)
+    if request.resumable:  # its digest is of all that it holds
+        return None
+    del request.prompt_token_ids[1:]
+    wish = grpc_requests.complete_wish(request)
+    return replace(wish, prompt=IdsPrompt(ids))
+
+
+def _as_array(ids: list[int]) -> Any:
+    return np.frombuffer(array("i", ids), np.int32)
+
+
 def _message(kind: type[Message], data: bytes) -> Any:
     """A protobuf message that holds no more than it may."""
+    if len(data) <= UNSCANNED_BYTES:  # protobuf is done with as little in the time of a scan
+        return decoded(kind, data)
     found = scan(kind.DESCRIPTOR, data, MAX_ELEMENTS, members=MAX_MEMBERS, count_numbers=True)
     if found.field:
         most = f"at most {MAX_ELEMENTS} fields and members, {MAX_MEMBERS} of one field"
@@ -134,7 +227,8 @@ def _packed_prompt(prompt: Prompt) -> Prompt:
     if isinstance(prompt, ChatPrompt | TextPrompt):
         return PackedPrompt.of(prompt)
     if isinstance(prompt, IdsPrompt):
-        return IdsPrompt(np.asarray(prompt.token_ids, np.int32))  # type: ignore[arg-type]
+        ids = prompt.token_ids
+        return IdsPrompt(_as_array(ids) if isinstance(ids, list) else ids)
     return prompt
 
 

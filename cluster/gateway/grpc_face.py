@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
 from cluster.gateway.door import ANYBODY, Shown, alternative_names
-from cluster.gateway.grpc_requests import DetokenizeCall, ResumedCall, TokenizeCall
+from cluster.gateway.grpc_requests import MAX_PAGE_TOKEN, DetokenizeCall, ResumedCall, TokenizeCall
 from cluster.gateway.relay import Lane, Relay
 from cluster.gateway.request_ids import request_id, traceparent
 from cluster.gateway.service import CallMeta, CallService
@@ -31,7 +31,6 @@ SERVICE = "cluster.v1.Inference"
 UNCOUNTED = ("ListModels", "GetModel")
 """Methods that count as nobody's requests."""
 MAX_PAGE_SIZE = 1000
-MAX_PAGE_TOKEN = 8192
 
 
 def _as_it_came(data: bytes) -> bytes:

@@ -12,9 +12,16 @@ from google.protobuf.message import Message
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar
 from cluster.gateway.json_values import parse
+from cluster.gateway.request_ids import request_id, traceparent
 from cluster.gateway.wishes import (
     DEFAULT_COMPLETE_TOKENS,
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
     MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_NAME_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
     ChatPrompt,
     IdsPrompt,
     Options,
@@ -27,6 +34,7 @@ from cluster.v1 import inference_pb2 as pb
 
 MAX_TOGETHER = 1000
 """Requests in `more` of one message of a session."""
+MAX_PAGE_TOKEN = 8192
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -41,12 +49,14 @@ def unsupported(field: str, what: str) -> CallError:
 
 def chat_wish(request: pb.ChatRequest) -> Wish:
     """Raises CallError."""
+    check_name(request.model)
     if request.tools:
         raise unsupported("tools", "tool calls are")
     if request.HasField("tool_choice") and request.tool_choice.mode not in ("", "none", "auto"):
         raise unsupported("tool_choice", "tool calls are")
     if request.HasField("max_reasoning_tokens"):
         raise unsupported("max_reasoning_tokens", "reasoning limits are")
+    options = options_of(request)
     _check_messages(request.messages)
     kwargs = dict(_template_kwargs(request.chat_template_kwargs_json))
     if request.reasoning_effort:
@@ -56,13 +66,13 @@ def chat_wish(request: pb.ChatRequest) -> Wish:
         template_kwargs=kwargs,
         continue_final_message=request.continue_final_message,
     )
-    return Wish(
-        request.model, prompt, _options(request), metadata=dict(request.metadata), resumable=_request_digest(request)
-    )
+    return Wish(request.model, prompt, options, metadata=dict(request.metadata), resumable=_request_digest(request))
 
 
 def complete_wish(request: pb.CompleteRequest) -> Wish:
     """Raises CallError."""
+    check_name(request.model)
+    options = options_of(request)
     prompt: Prompt
     if request.prompt_token_ids:
         if request.prompt:
@@ -75,7 +85,7 @@ def complete_wish(request: pb.CompleteRequest) -> Wish:
     return Wish(
         request.model,
         prompt,
-        _options(request),
+        options,
         DEFAULT_COMPLETE_TOKENS,
         metadata=dict(request.metadata),
         resumable=_request_digest(request),
@@ -149,6 +159,7 @@ def resume_call(request: pb.ResumeRequest) -> ResumedCall:
 
 def tokenize_call(request: pb.TokenizeRequest) -> TokenizeCall:
     """Raises CallError."""
+    check_name(request.model)
     if bool(request.text) == bool(request.messages):
         raise invalid("text", "give either text or messages")
     if request.text:
@@ -159,6 +170,7 @@ def tokenize_call(request: pb.TokenizeRequest) -> TokenizeCall:
 
 def detokenize_call(request: pb.DetokenizeRequest) -> DetokenizeCall:
     """Raises CallError."""
+    check_name(request.model)
     return DetokenizeCall(request.model, request.token_ids[:])
 
 
@@ -191,7 +203,7 @@ def _session_call(start: pb.SessionStart) -> SessionCall:
         except CallError as error:
             wish = error
     is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
-    return SessionCall(start.call_id, is_chat, wish, start.deadline_ms, start.request_id, start.traceparent)
+    return SessionCall(start.call_id, is_chat, wish, start.deadline_ms, *_ids(start))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +214,24 @@ class Reading:
     read: Callable[[Any], Any]
 
 
-def _as_it_is(request: Any) -> Any:
+def _ids(start: pb.SessionStart) -> tuple[str, str]:
+    return request_id(start.request_id), traceparent(start.traceparent)
+
+
+def check_name(name: str) -> None:
+    """Raise CallError for a name that no model can have."""
+    if len(name) > MAX_NAME_CHARS:
+        raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist")
+
+
+def _list_models(request: pb.ListModelsRequest) -> pb.ListModelsRequest:
+    if len(request.page_token) > MAX_PAGE_TOKEN:
+        raise invalid("page_token", "is not one that this method has returned")
+    return request
+
+
+def _get_model(request: pb.GetModelRequest) -> pb.GetModelRequest:
+    check_name(request.name)
     return request
 
 
@@ -214,8 +243,8 @@ READ: Mapping[str, Reading] = {
     "Resume": Reading(pb.ResumeRequest, resume_call),
     "Tokenize": Reading(pb.TokenizeRequest, tokenize_call),
     "Detokenize": Reading(pb.DetokenizeRequest, detokenize_call),
-    "ListModels": Reading(pb.ListModelsRequest, _as_it_is),
-    "GetModel": Reading(pb.GetModelRequest, _as_it_is),
+    "ListModels": Reading(pb.ListModelsRequest, _list_models),
+    "GetModel": Reading(pb.GetModelRequest, _get_model),
 }
 
 
@@ -230,9 +259,11 @@ def _messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
     return [_message(i, message) for i, message in enumerate(messages)]
 
 
-def _options(r: pb.ChatRequest | pb.CompleteRequest) -> Options:
+def options_of(r: pb.ChatRequest | pb.CompleteRequest) -> Options:
+    """Raises CallError."""
     if r.priority:
         raise unsupported("priority", "priority classes are")
+    _check_counts(r)
 
     def given(name: str) -> Any:
         return getattr(r, name) if r.HasField(name) else None  # type: ignore[arg-type]
@@ -263,6 +294,20 @@ def _options(r: pb.ChatRequest | pb.CompleteRequest) -> Options:
         ignore_eos=r.ignore_eos,
         grammar=_grammar(r.response_format) if r.HasField("response_format") else None,
     )
+
+
+def _check_counts(r: pb.ChatRequest | pb.CompleteRequest) -> None:
+    """Before anything is made of what they hold."""
+    counts = (
+        ("stop", r.stop, MAX_STOP_STRINGS, "strings"),
+        ("stop_token_ids", r.stop_token_ids, MAX_STOP_TOKEN_IDS, "token ids"),
+        ("logit_bias", r.logit_bias, MAX_LOGIT_BIAS, "entries"),
+        ("metadata", r.metadata, MAX_METADATA, "entries"),
+        ("response_format.choice", r.response_format.choice, MAX_CHOICES, "strings"),
+    )
+    for name, values, most, what in counts:
+        if len(values) > most:
+            raise invalid(name, f"at most {most} {what}, got {len(values)}")
 
 
 def _grammar(f: pb.ResponseFormat) -> Grammar | None:

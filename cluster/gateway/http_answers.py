@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from cluster.api.outcomes import FAULTS, CallError, Outcome, Violation
+from cluster.api.outcomes import FAULTS, CallError
 from cluster.gateway.call import Call, CallUsage
 from cluster.gateway.directory import KnownModel
 from cluster.gateway.output import Piece
@@ -69,26 +69,6 @@ def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
 def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
     """As HTTP writes them."""
     return [(name.encode("ascii"), value.encode("ascii")) for name, value in pairs]
-
-
-def as_asked(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
-    """The error with its fields under the caller's names; `prompt` says which of several prompts it is about."""
-    if not error.violations:
-        return error
-    renamed = [Violation(_renamed(v.field, names, prompt), v.description) for v in error.violations]
-    message = error.message
-    if error.outcome in (Outcome.INVALID_FIELD, Outcome.UNSUPPORTED_FEATURE):
-        for old, new in zip(error.violations, renamed, strict=True):
-            message = message.replace(f"{old.field}:", f"{new.field}:", 1)
-    return CallError(error.outcome, message, violations=renamed, retry_after_s=error.retry_after_s)
-
-
-def _renamed(field: str, names: Mapping[str, str], prompt: int | None) -> str:
-    name, bracket, rest = field.partition("[")
-    name = names.get(name, name)
-    if prompt is not None and name == "prompt":
-        name = f"prompt[{prompt}]"
-    return name + bracket + rest
 
 
 # ---- parts

@@ -139,6 +139,26 @@ class Asked:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
+def as_asked(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
+    """The error with its fields under the caller's names; `prompt` says which of several prompts it is about."""
+    if not error.violations:
+        return error
+    renamed = [Violation(_renamed(v.field, names, prompt), v.description) for v in error.violations]
+    message = error.message
+    if error.outcome in (Outcome.INVALID_FIELD, Outcome.UNSUPPORTED_FEATURE):
+        for old, new in zip(error.violations, renamed, strict=True):
+            message = message.replace(f"{old.field}:", f"{new.field}:", 1)
+    return CallError(error.outcome, message, violations=renamed, retry_after_s=error.retry_after_s)
+
+
+def _renamed(field: str, names: Mapping[str, str], prompt: int | None) -> str:
+    name, bracket, rest = field.partition("[")
+    name = names.get(name, name)
+    if prompt is not None and name == "prompt":
+        name = f"prompt[{prompt}]"
+    return name + bracket + rest
+
+
 def chat_asked(body: Fields) -> Asked:
     """/v1/chat/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_CHAT)

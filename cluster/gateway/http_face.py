@@ -24,7 +24,7 @@ from cluster.gateway import http_answers as answers
 from cluster.gateway.call import Call
 from cluster.gateway.door import ANYBODY, Door, Shown, alternative_names
 from cluster.gateway.http_body import Refused, RequestBodies
-from cluster.gateway.http_codec import Asked
+from cluster.gateway.http_codec import Asked, as_asked
 from cluster.gateway.http_protocol import CONNECTION
 from cluster.gateway.output import Piece
 from cluster.gateway.relay import Lane, Relay, Way
@@ -226,7 +226,7 @@ class HttpFace:
                 n = asked.wishes[0].options.n
                 await _all([self._relay_call(call, stream, i * n, exchange) for i, call in enumerate(calls)])
             except CallError as error:
-                raise answers.as_asked(error, asked.names) from None
+                raise as_asked(error, asked.names) from None
         # The calls' places are free by now, however slowly the end is read.
         await exchange.write(stream.end([call.usage for call in calls]), more=False)
 
@@ -254,7 +254,7 @@ class HttpFace:
                         piece.index += i * asked.wishes[0].options.n
                         pieces.append(piece)
                 except CallError as error:
-                    raise answers.as_asked(error, asked.names) from None
+                    raise as_asked(error, asked.names) from None
         answer = kind.answer(calls[0].id, calls[0].model, int(time.time()), calls, pieces)
         await exchange.whole(200, answer, exchange.standing)
 
@@ -266,7 +266,7 @@ class HttpFace:
                 of_this = meta if i == 0 else replace(meta, counted=False)  # each prompt is a request
                 calls.append(await stack.enter_async_context(self._service.open(wish, of_this)))
             except CallError as error:
-                raise answers.as_asked(error, asked.names, i if len(asked.wishes) > 1 else None) from None
+                raise as_asked(error, asked.names, i if len(asked.wishes) > 1 else None) from None
         return calls
 
     # ---- models and health

@@ -20,7 +20,6 @@ from cluster.gateway import grpc_codec as codec
 from cluster.gateway.call import Call
 from cluster.gateway.grpc_requests import SessionCall, session_items
 from cluster.gateway.output import Piece
-from cluster.gateway.request_ids import request_id, traceparent
 from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.status import details, grpc_code, trailers
 from cluster.gateway.voices import CHAT, COMPLETE, Voice, voice_of
@@ -201,8 +200,8 @@ class Session:
         """Raises CallError once the session's caller may no longer call."""
         base = self._meta()
         deadline = self._service.clock() + start.deadline_ms / 1000 if start.deadline_ms else None
-        own_id = request_id(start.request_id) or uuid.uuid4().hex
-        trace = traceparent(start.traceparent) or base.traceparent
+        own_id = start.request_id or uuid.uuid4().hex
+        trace = start.traceparent or base.traceparent
         return CallMeta(own_id, base.face, deadline, trace, base.principal)
 
     def _refuse(self, call_id: int, error: CallError) -> None:

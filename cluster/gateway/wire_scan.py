@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 
 IDS_AN_ELEMENT: Final = 32
@@ -129,6 +130,40 @@ class _Scan:
             self.numbers += len(part) - len(part.translate(None, _LOW_BYTES))
         else:
             self.elements += length // IDS_AN_ELEMENT
+
+
+def packed_ids(data: bytes, number: int) -> np.ndarray[Any, np.dtype[np.int32]] | None:
+    """The 32-bit numbers of a packed field at the top of a well-formed message; None where it is not packed. Half as
+    long as protobuf's own list takes."""
+    at, found = 0, []
+    while at < len(data):
+        tag, at = _varint(data, at)
+        wire = tag & 7
+        if wire == 2:
+            length, at = _varint(data, at)
+            if tag >> 3 == number:
+                found.append(data[at : at + length])
+            at += length
+        elif wire == 0 and tag >> 3 != number:
+            at = _varint(data, at)[1]
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        else:
+            return None
+    return _decoded(np.frombuffer(b"".join(found), np.uint8))
+
+
+def _decoded(data: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Varints, cut to 32 bits as protobuf cuts them."""
+    ends = np.flatnonzero(data < 128)
+    if ends.size == data.size:
+        return data.astype(np.int32)
+    starts = np.concatenate((np.zeros(1, ends.dtype), ends[:-1] + 1))
+    sizes, values = ends - starts + 1, np.zeros(ends.size, np.uint64)
+    for i in range(min(int(sizes.max()), 5)):  # what is beyond 32 bits is cut off
+        more = np.flatnonzero(sizes > i)
+        values[more] |= (data[starts[more] + i].astype(np.uint64) & np.uint64(127)) << np.uint64(7 * i)
+    return values.astype(np.uint32).view(np.int32)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

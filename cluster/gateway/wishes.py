@@ -15,6 +15,8 @@ from cluster.api.outcomes import MAX_VIOLATIONS, CallError, Outcome, Violation, 
 from cluster.api.types import Grammar, Sampling
 
 MAX_N = 64
+MAX_NAME_CHARS = 1024
+"""Of a model; no model has a longer one."""
 MAX_MESSAGES = 10_000
 """Of a chat, and parts and tool calls of one message."""
 MAX_STOP_STRINGS = 16

@@ -13,7 +13,9 @@ from loadtests.children import DidNotStart
 from loadtests.figures import Bound, Figure, missing
 from loadtests.scenarios.common import Stage
 
-PARTS: tuple[str, ...] = ("streams", "memory", "http_memory", "floods", "idle", "cost", "renewal", "sigterm", "configs")
+PARTS: tuple[str, ...] = (
+    *("streams", "memory", "http_memory", "floods", "idle", "refusals", "cost", "renewal", "sigterm", "configs"),
+)
 """Modules of loadtests/hostile."""
 NOT_ASKED = "not asked for (--only)"
 

@@ -28,20 +28,23 @@ BIN_S, BINS = 0.00005, 20_000
 
 class Stalls:
     """How late the loop runs what is due. `cpu_s`: the loop thread's own CPU time within the worst stall; where it is
-    much shorter than the stall, the thread did not run: another process or thread had the core."""
+    much shorter than the stall, the thread did not run: another process or thread had the core. `busy_s`: the most
+    lateness that the process's own CPU time accounts for."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._worst = (0.0, 0.0)
+        self._busy_s = 0.0
         self._late = array("Q", bytes(8 * BINS))
 
     async def watch(self) -> None:
         """Until cancelled."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._tell)
         while True:
-            due, cpu = time.perf_counter() + TICK_S, time.thread_time()
+            due, cpu, used = time.perf_counter() + TICK_S, time.thread_time(), time.process_time()
             await asyncio.sleep(TICK_S)
             late = time.perf_counter() - due
+            self._busy_s = max(self._busy_s, min(late, time.process_time() - used))
             self._late[min(int(max(late, 0.0) / BIN_S), BINS - 1)] += 1
             if late > self._worst[0]:
                 self._worst = (late, time.thread_time() - cpu)
@@ -51,6 +54,7 @@ class Stalls:
         told: dict[str, float] = {
             "worst_s": self._worst[0],
             "cpu_s": self._worst[1],
+            "busy_s": self._busy_s,
             "ticks": ticks,
             "tasks": len(asyncio.all_tasks()),
         }
@@ -59,6 +63,7 @@ class Stalls:
         scratch = self._path.with_suffix(".new")
         scratch.write_text(json.dumps(told))
         scratch.rename(self._path)
+        self._busy_s = 0.0
         self._worst, self._late = (0.0, 0.0), array("Q", bytes(8 * BINS))
 
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from cluster.api.outcomes import CallError
 from cluster.gateway import bodies as bodies_module
 from cluster.gateway.bodies import Bodies
-from cluster.gateway.body_reader import BodyReader
-from cluster.gateway.grpc_requests import READ, session_items
+from cluster.gateway.body_reader import BodyReader, check_wish
+from cluster.gateway.grpc_requests import READ, options_of, session_items
 from cluster.gateway.http_codec import CHAT_FIELDS, COMPLETION_FIELDS, Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields, read_object
-from cluster.gateway.wire_scan import scan
-from cluster.gateway.wishes import MAX_MESSAGES, IdsPrompt, PackedPrompt, Wish
+from cluster.gateway.wire_scan import packed_ids, scan
+from cluster.gateway.wishes import MAX_MESSAGES, IdsPrompt, PackedPrompt, Wish, check_options
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, complete
 from tests.support.fuzz import messages
@@ -72,7 +72,13 @@ def test_large_bodies_are_read_as_small_ones(name: str, data: st.DataObject) -> 
     one = st.tuples(st.sampled_from([*fields, "not_known"]), ANY)
     messages_ = st.tuples(st.just("messages"), MESSAGES)
     body = json.dumps(good | dict([data.draw(one | messages_)]), ensure_ascii=data.draw(st.booleans())).encode()
-    assert _outcome(lambda: READER.http(name, body)) == _outcome(lambda: ASKED[name](read_object(body)))
+
+    def at_once() -> Asked:
+        asked = ASKED[name](read_object(body))
+        check_wish(asked.wishes[0], asked.names)  # the service's own first step
+        return asked
+
+    assert _outcome(lambda: READER.http(name, body)) == _outcome(at_once)
 
 
 @given(st.lists(st.integers(-1, 300_000), min_size=1, max_size=50), st.text(" \n\t", max_size=3))
@@ -127,7 +133,7 @@ DENSE: list[tuple[str, bytes, str]] = [
     ("open", b'{"messages":' + b"[" * 300_000, "body"),
     ("an array", b"[" + b"1," * 300_000 + b"1]", "body"),
     ("no text", b'{"model":"' + b"\xed\xa0\x80" * 100_000 + b'"}', "model"),
-    ("latin", b'{"model":"' + b"\xe4" * 100_000 + b'"}', "body"),
+    ("latin", b'{"model":"' + b"\xe4" * 100_000 + b'"}', "model"),
     ("unknown fields", b"{" + b",".join(b'"a%d":1' % i for i in range(300_000)) + b"}", "messages"),
     ("unknown lists", b'{"x":[' + b"[]," * 1_000_000 + b"[]]}", "messages"),
 ]
@@ -199,11 +205,11 @@ def test_a_scan_of_anything_ends(data: bytes) -> None:
         ("Chat", b"\x52\x00" * 480_000, "stop"),
         ("Chat", b"\x82\x01\x00" * 480_000, "logit_bias"),
         ("Chat", b"\xc0\x3e\x01" * 480_000, "request"),
-        ("Resume", b"\x12\x00" * 480_000, "resume_tokens"),
+        ("Resume", b"\x12\x00" * 600_000, "resume_tokens"),
         ("Complete", pb.CompleteRequest(prompt_token_ids=[1] * 7_500_000).SerializeToString(), "request"),
         ("Chat", chat(chat_template_kwargs_json='{"x":[' + "[]," * 1_000_000 + "[]]}").SerializeToString(),
          "chat_template_kwargs_json"),
-        ("GetModel", b"\x10\x01" * 480_000, "request"),
+        ("GetModel", b"\x10\x01" * 600_000, "request"),
         ("Chat", b"\xff" * 1_000_000, "request"),
     ],
     ids=["messages", "messages with parts", "a few too many", "tokenize", "stop", "biases", "unknown", "tokens", "ids",
@@ -229,7 +235,28 @@ def test_large_messages_are_read_as_small_ones(request_: Any) -> None:
         except CallError as error:
             return error.message
 
-    assert repr(read(lambda: READER.message("Chat", data))) == repr(read(lambda: call.read(request_)))
+    def at_once() -> Wish:
+        check_options(options_of(request_))
+        wish: Wish = call.read(request_)
+        check_wish(wish, {})
+        return wish
+
+    assert repr(read(lambda: READER.message("Chat", data))) == repr(read(at_once))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, 200), max_size=60), st.booleans())
+def test_packed_ids_are_read_as_protobuf_does(ids: list[int], small: bool) -> None:
+    """Of any size and sign; unpacked ones are left to it."""
+    ids = [abs(one) % 128 for one in ids] if small else ids
+    request_ = pb.CompleteRequest(model="m", prompt_token_ids=ids, temperature=1.0, stop=["a"], n=2)
+    found = packed_ids(request_.SerializeToString(), 100)
+    assert found is not None
+    assert found.tolist() == ids
+    assert packed_ids(b"\xa0\x06\x05" * 3, 100) is None
+    many = pb.CompleteRequest(model="m", prompt_token_ids=[*ids, 7] * 5000)
+    wish = READER.message("Complete", many.SerializeToString())
+    assert list(wish.prompt.token_ids) == list(many.prompt_token_ids)
 
 
 # ---- where they are read

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.api.outcomes import MAX_MESSAGE_CHARS, MAX_VIOLATIONS, CallError, Outcome, Violation, invalid
 from cluster.api.types import Grammar
 from cluster.gateway import grpc_requests, http_codec
-from cluster.gateway.http_answers import as_asked
+from cluster.gateway.http_codec import as_asked
 from cluster.gateway.http_fields import Fields
 from cluster.gateway.wishes import Options, TextPrompt, Wish, check_metadata, check_options, sampling
 from cluster.v1 import inference_pb2 as pb

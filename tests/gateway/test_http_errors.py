@@ -194,10 +194,11 @@ async def test_errors_disturb_nobody(busy: TestCluster) -> None:
         (b"\xff\xfe\x00", "not JSON"),
         (b'{"model": "\xc3\x28"}', "not JSON"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
-        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 30_000, "nested too deeply"),
+        (b"[" * 100_000, "must be a JSON object, got an array"),
         (b'{"chat_template_kwargs": ' + b'{"a": ' * MAX_DEPTH + b"1" + b"}" * MAX_DEPTH + b"}", "nested too deeply"),
     ],
-    ids=["empty", "open", "array", "string", "bytes", "utf8", "digits", "very deep", "deep"],
+    ids=["empty", "open", "array", "string", "bytes", "utf8", "digits", "very deep", "large and deep", "deep"],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_body_that_is_no_request(busy: TestCluster, path: str, body: bytes, says: str) -> None:

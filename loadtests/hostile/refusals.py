@@ -1,0 +1,301 @@
+"""What refused requests cost by their size, over HTTP and gRPC, for every field that can hold much.
+
+CPU is that of the gateway and its helper processes, above the cost of a small refused request. A piece of work of the
+event loop is as long as the loop was late while the gateway's process used CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc.aio
+import psutil
+
+from cluster.v1 import inference_pb2 as pb
+from loadtests.children import Child
+from loadtests.figures import Bound, Figure
+from loadtests.scenarios.common import Stage
+from loadtests.scenarios.hostile import exact
+from loadtests.serving import ours
+
+BY_BYTES = "CPU of a refused request of 1 and 16 MB, by bytes, every list field, worst"
+SMALL = "CPU of a refused request of 64 KB, every list field, worst"
+LINEAR = "CPU of a refused request of 16 MB against sixteen times that of 1 MB, worst"
+PIECE = "longest piece of event-loop work meanwhile"
+ROWS: Mapping[str, Bound] = {
+    BY_BYTES: Bound("<=", 20),
+    SMALL: Bound("<=", 10),
+    LINEAR: Bound("<=", 1.2),
+    PIECE: Bound("<=", 10),
+}
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZES: Final = {KIB: 30, 64 * KIB: 6, MIB: 2, 16 * MIB - 4096: 1}
+"""Bytes of a body, and how many are sent."""
+SERVICE: Final = "/cluster.v1.Inference/"
+ANSWER_S: Final = 60.0
+SETTLE_S: Final = 0.05
+TIME_S: Final = 150.0
+"""No further body is begun later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attack:
+    """Bodies of one shape; `body` makes one of a size. `method`: an HTTP path or a gRPC method."""
+
+    name: str
+    method: str
+    body: Callable[[int], bytes]
+
+
+def repeated(before: bytes, part: bytes, after: bytes) -> Callable[[int], bytes]:
+    """A body of so many parts as fit."""
+    return lambda size: before + part * ((size - len(before) - len(after)) // len(part)) + after
+
+
+def numbered(before: bytes, part: Callable[[int], bytes], after: bytes) -> Callable[[int], bytes]:
+    """The same of parts that differ."""
+
+    def body(size: int) -> bytes:
+        parts, left, number = [before], size - len(before) - len(after), 0
+        while left > 0:
+            parts.append(part(number))
+            left -= len(parts[-1])
+            number += 1
+        return b"".join(parts)[:-1] + after
+
+    return body
+
+
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+GOOD = b'"model":"%s","messages":[{"role":"user","content":"hi"}]' % ours.MODEL.encode()
+WRONG = b',"temperature":9}'
+TEXT = b'{"model":"%s","prompt":"' % ours.MODEL.encode()
+
+
+def field(name: str, opening: bytes, part: bytes, closing: bytes) -> Attack:
+    """A chat with one field that holds much, and another that is wrong."""
+    before = b"{" + GOOD + b',"' + name.encode() + b'":' + opening
+    return Attack(f"{name} {part.decode('latin-1')[:12]}", CHAT, repeated(before, part, closing + WRONG))
+
+
+def members(name: str, part: Callable[[int], bytes]) -> Attack:
+    """The same for an object's members."""
+    before = b"{" + GOOD + b',"' + name.encode() + b'":{'
+    return Attack(f"{name} members", CHAT, numbered(before, part, b"}" + WRONG))
+
+
+def attacks_over_http() -> Sequence[Attack]:
+    """Every field of a body that can hold much."""
+    ids = b'{"model":"%s","prompt":[' % ours.MODEL.encode()
+    return (
+        field("stop", b"[", b'"",', b'""]'),
+        field("stop_token_ids", b"[", b"-1,", b"-1]"),
+        field("unknown", b"[", b"[],", b"[]]"),
+        field("chat_template_kwargs", b'{"x":[', b"[],", b"[]]}"),
+        field("chat_template_kwargs", b'{"x":"', b"word ", b'"}'),
+        field("tools", b"[", b"{},", b"{}]"),
+        field("model2", b'"', b"x", b'"'),
+        field("model", b'"', b"x", b'"'),
+        field("user", b"", b"[", b""),
+        field("structured_outputs", b'{"choice":[', b'"",', b'""]}'),
+        field("response_format", b'{"type":"', b"x", b'"}'),
+        members("logit_bias", lambda number: b'"%d":1000,' % number),
+        members("metadata", lambda number: b'"%d":"x",' % number),
+        members("unknown", lambda number: b'"%d":1,' % number),
+        Attack("messages", CHAT, repeated(b'{"messages":[', b'{"role":"user","content":"hello there"},', b"{}]}")),
+        Attack("messages []", CHAT, repeated(b'{"messages":[', b"{},", b"{}]}")),
+        Attack("content parts", CHAT, repeated(
+            b'{"messages":[{"role":"user","content":[', b'{"type":"text","text":""},', b"5]}]}")),
+        Attack("tool arguments", CHAT, repeated(
+            b'{"messages":[{"role":"assistant","tool_calls":[{"function":{"arguments":"[', b"[],", b'"}}]}]}')),
+        Attack("unknown fields", CHAT, numbered(b"{", lambda number: b'"a%07d":1,' % number, b"}")),
+        Attack("deep", CHAT, repeated(b'{"messages":', b"[", b"")),
+        Attack("spaces", CHAT, repeated(b"{", b" ", b"")),
+        Attack("digits", CHAT, repeated(b'{"seed":', b"9", b"}")),
+        Attack("no UTF-8", CHAT, repeated(b'{"model":"', b"\xed\xa0\x80", b'"}')),
+        Attack("prompt ids", COMPLETE, repeated(ids, b"1,", b"-1]}")),
+        Attack("prompts", COMPLETE, repeated(ids, b'"a",', b'""]}')),
+        Attack("prompts of ids", COMPLETE, repeated(ids, b"[1],", b"[]]}")),
+        Attack("text", COMPLETE, repeated(TEXT, b"word ", b'"' + WRONG)),
+        Attack("text of two bytes a character", COMPLETE, repeated(TEXT, "я".encode(), b'"' + WRONG)),
+        Attack("text of escapes", COMPLETE, repeated(TEXT, b"\\u00e4", b'"' + WRONG)),
+    )  # fmt: skip
+
+
+def wire(before: Any, part: bytes) -> Callable[[int], bytes]:
+    """A serialized message and so many parts behind it."""
+    return repeated(before.SerializeToString(), part, b"")
+
+
+def attacks_over_grpc() -> Sequence[Attack]:
+    """The same of messages."""
+    wrong = pb.ChatRequest(model=ours.MODEL, temperature=9, messages=[pb.Message(role="user", content="x")])
+    user = b"\x12\x13\x0a\x04user\x12\x0bhello there"
+    biases = b"\x82\x01\x07\x08\x05\x15\x00\x00\x80\x7f"
+    varints = pb.CompleteRequest(model=ours.MODEL, temperature=9)
+
+    def packed(head: Any, tag: bytes) -> Callable[[int], bytes]:
+        def body(size: int) -> bytes:
+            length = size - 64
+            out, rest = bytearray(tag), length
+            while rest > 127:
+                out.append(rest & 127 | 128)
+                rest >>= 7
+            return bytes(head.SerializeToString() + out + bytes([rest])) + b"\x01" * length
+
+        return body
+
+    def text(kind: Any, name: str, part: str, **more: Any) -> Callable[[int], bytes]:
+        return lambda size: kind(**{name: part * ((size - 64) // len(part.encode()))}, **more).SerializeToString()
+
+    return (
+        Attack("messages", "Chat", wire(wrong, user)),
+        Attack("empty messages", "Chat", wire(wrong, b"\x12\x00")),
+        Attack("stop", "Chat", wire(wrong, b"\x52\x00")),
+        Attack("stop_token_ids", "Chat", packed(wrong, b"\x5a")),
+        Attack("logit_bias", "Chat", wire(wrong, biases)),
+        Attack("metadata", "Chat", wire(wrong, b"\xfa\x01\x03\x0a\x01x")),
+        Attack("tools", "Chat", wire(wrong, b"\xaa\x01\x00")),
+        Attack("unknown", "Chat", wire(wrong, b"\xc0\x3e\x01")),
+        Attack("malformed", "Chat", repeated(b"", b"\xff", b"")),
+        Attack("arguments", "Chat", text(pb.ChatRequest, "chat_template_kwargs_json", "[[],[]],", model="x")),
+        Attack("prompt ids", "Complete", packed(varints, b"\xa2\x06")),
+        Attack("text", "Complete", text(pb.CompleteRequest, "prompt", "word ", model=ours.MODEL, temperature=9)),
+        Attack("text of two bytes a character", "Complete",
+               text(pb.CompleteRequest, "prompt", "я", model=ours.MODEL, temperature=9)),
+        Attack("tokens", "Resume", wire(pb.ResumeRequest(complete=varints), b"\x12\x00")),
+        Attack("ids to text", "Detokenize", packed(pb.DetokenizeRequest(model="none"), b"\x12")),
+        Attack("name", "GetModel", text(pb.GetModelRequest, "name", "x")),
+    )  # fmt: skip
+
+
+class Target:
+    """A gateway with its witness."""
+
+    def __init__(self, gateway: ours.Ours, witness: Path) -> None:
+        self.gateway = gateway
+        self._witness = witness
+
+    @property
+    def _process(self) -> psutil.Process:
+        child: Child = self.gateway.gateway
+        return child.commands()[0]
+
+    def cpu_s(self) -> float:
+        """CPU of the gateway and its helpers so far, in nanoseconds' resolution where the kernel tells it."""
+        return sum(map(_cpu_s, [self._process, *self._process.children(recursive=True)]))
+
+    async def piece_ms(self) -> float:
+        """The longest piece of work since the last time it was asked."""
+        self._witness.unlink(missing_ok=True)
+        self._process.send_signal(signal.SIGUSR1)
+        while not self._witness.exists():  # noqa: ASYNC110 - another process's file is no event
+            await asyncio.sleep(0.01)
+        return float(json.loads(self._witness.read_text())["busy_s"]) * 1000
+
+    async def send(self, attack: Attack, body: bytes, channel: grpc.aio.Channel) -> None:
+        """One request, which must be refused. Raises RuntimeError."""
+        if attack.method.startswith("/"):
+            await self._post(attack, body)
+            return
+        call: Any = channel.unary_stream(SERVICE + attack.method)
+        if attack.method in ("Complete", "Chat", "GetModel", "Detokenize"):
+            call = channel.unary_unary(SERVICE + attack.method)
+        try:
+            answer = call(body, metadata=self.gateway.metadata, timeout=ANSWER_S)
+            if hasattr(answer, "__aiter__"):
+                async for _ in answer:
+                    pass
+            else:
+                await answer
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise RuntimeError(f"{attack.name}, {len(body)} bytes: {error.code()} {error.details()}") from None
+            return
+        raise RuntimeError(f"{attack.name}, {len(body)} bytes: was not refused")
+
+    async def _post(self, attack: Attack, body: bytes) -> None:
+        host, _, port = self.gateway.endpoints["http"].rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST {attack.method} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        head += f"authorization: Bearer {self.gateway.key}\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        async with asyncio.timeout(ANSWER_S):
+            status = int((await reader.readline()).split()[1])
+        writer.close()
+        if not 400 <= status < 500:
+            raise RuntimeError(f"{attack.name}, {len(body)} bytes: answered {status}")
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    try:
+        tasks = list(Path(f"/proc/{process.pid}/task").iterdir())
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    except (OSError, ValueError):
+        return 0.0
+
+
+async def cost_s(target: Target, attack: Attack, size: int, times: int, channel: grpc.aio.Channel) -> float:
+    """CPU of one such request, the mean of some."""
+    body = attack.body(size)
+    before = target.cpu_s()
+    for _ in range(times):
+        await target.send(attack, body, channel)
+    await asyncio.sleep(SETTLE_S)  # a helper may still put away what it has read
+    return (target.cpu_s() - before) / times
+
+
+async def measure(stage: Stage) -> list[Figure]:
+    """All attacks in all sizes, the small ones first, so that a run that is cut short has all fields."""
+    model, bundle = await ours.prepare(stage.children, "tokenizer", stage.folder)
+    witness = stage.folder / "refusals.stalls"
+    gateway = await ours.start(
+        stage.children, stage.folder, bundle=bundle, source=f"sim://{model}", name="refusals",
+        witness=("--stalls", str(witness)),
+    )  # fmt: skip
+    target, until = Target(gateway, witness), time.monotonic() + TIME_S
+    attacks = [*attacks_over_http(), *attacks_over_grpc()]
+    worst, small, ratio, piece = (0.0, ""), (0.0, ""), (0.0, ""), (0.0, "")
+    options = (("grpc.max_send_message_length", -1),)
+    async with grpc.aio.insecure_channel(gateway.grpc, options=options) as channel:
+        for attack in attacks[:1] + attacks[-1:]:  # helpers start, and all is imported
+            await target.send(attack, attack.body(2 * MIB), channel)
+        await asyncio.sleep(2.0)
+        costs: dict[tuple[Attack, int], float] = {}
+        await target.piece_ms()
+        for size, times in SIZES.items():
+            for attack in attacks:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{len(costs)} of {len(SIZES) * len(attacks)} costs were measured")
+                costs[attack, size] = await cost_s(target, attack, size, times, channel)
+                told = f"{attack.name} ({attack.method}), {size} bytes"
+                piece = max(piece, (await target.piece_ms(), told))
+    smallest, million, most = KIB, MIB, max(SIZES)
+    stage.report.settings["refused requests, CPU ms by bytes"] = {
+        f"{attack.name} ({attack.method})": [round(costs[attack, size] * 1000, 3) for size in SIZES]
+        for attack in attacks
+    }
+    for (attack, size), used_s in costs.items():
+        told = f"{attack.name} ({attack.method}), {size} bytes: {used_s * 1000:.2f} ms"
+        above_s = used_s - costs[attack, smallest]
+        if size >= million:
+            worst = max(worst, (used_s / size * 1e9, told))
+        else:
+            small = max(small, (used_s * 1000, told))
+        if size == most:
+            expected_s = (costs[attack, million] - costs[attack, smallest]) * most / million
+            ratio = max(ratio, (above_s / max(expected_s, 16 * most * 1e-10), told))
+    return [
+        exact(BY_BYTES, worst[0], ROWS[BY_BYTES], "ns/byte", worst[1]),
+        exact(SMALL, small[0], ROWS[SMALL], "ms", small[1]),
+        exact(LINEAR, ratio[0], ROWS[LINEAR], "", ratio[1]),
+        exact(PIECE, piece[0], ROWS[PIECE], "ms", piece[1]),
+    ]
