@@ -118,9 +118,8 @@ def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapp
     except UnicodeDecodeError as error:
         raise _no_text(splitter, body, error.start) from None
     except msgspec.ValidationError:
-        raise invalid(
-            "body", f"must be a JSON object, got {_KINDS.get(bytes(body[:64].lstrip()[:1]), 'a number')}"
-        ) from None
+        first = bytes(body[:64]).lstrip()[:1]
+        raise invalid("body", f"must be a JSON object, got {_KINDS.get(first, 'a number')}") from None
     except msgspec.DecodeError as error:
         raise invalid("body", f"is not JSON: {str(error).removeprefix('JSON is malformed: ')}") from None
     except RecursionError:
