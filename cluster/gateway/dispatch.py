@@ -306,8 +306,6 @@ class Dispatcher:
         self, known: KnownModel, output: Output, look: Callable[[WorkerLink], Candidate], now: float
     ) -> str | None:
         """The worker that a resumed sequence was sent to; None where none has room for it."""
-        if output.suspect and not self._acquitted(output, now):
-            return None
         home = self._returning.home(output, now)
         own = next((one for one in known.links.values() if one.identity.incarnation == home), None)
         candidates = [look(own)] if own is not None and home not in output.shuns else []
@@ -315,6 +313,8 @@ class Dispatcher:
             candidates = [look(link) for link in known.links.values()]
         worker_id = None
         if any(map(takes_onward, candidates)):
+            if output.suspect and not self._acquitted(output, now):
+                return None
             waiting = self.turns.waiting(output)
             call = onward_call(output, candidates, known, waiting.cached_tokens, now)
             decision = pick(call, candidates)
@@ -471,8 +471,8 @@ class Dispatcher:
         self.turns.left(link.identity, self._clock())
         self._metrics.count("worker_detected_total", link.identity.model, link.reason)
         if not link.leaving:
-            broken = link.identity.incarnation if link.reason == "lost" else ""
-            self._losses.lost(link.name, self._clock(), broken)
+            out_of_reach = "" if link.reason == "hung" else link.identity.incarnation
+            self._losses.lost(link.name, self._clock(), out_of_reach)
         if link.reason in STANDS_STILL:
             unseen = link.reason in UNSEEN
             self.breakers.stood_still(link.identity.incarnation, self._clock(), unseen)

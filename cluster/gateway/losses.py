@@ -5,7 +5,7 @@ each of them all other streams there break. Only that a worker is lost can be se
 Invariant: a sequence that lost `most` workers unexpectedly, with no new token since before the first of them, is
 sent to no other, unless the losses are general: more workers that it was not on were lost about then. That is decided
 SETTLE_S after its last loss, since workers of one host or network are found lost one after the other.
-Not lost unexpectedly is a worker that had said that it leaves, and one whose connection broke and whose process has
+Not lost unexpectedly is a worker that had said that it leaves, and one that was out of reach and whose process has
 dialled again by then. `now` is an argument.
 """
 
@@ -39,15 +39,15 @@ class Losses:
         self._most = most
         self._lost: deque[tuple[float, str, str]] = deque()
 
-    def lost(self, link: str, now: float, broken: str = "") -> None:
-        """A link has ended, named as the sequences on it name it. `broken`: the incarnation of a worker of which no
-        more is known than that its connection broke."""
-        self._lost.append((now, link, broken))
+    def lost(self, link: str, now: float, out_of_reach: str = "") -> None:
+        """A link has ended, named as the sequences on it name it. `out_of_reach`: the incarnation of a worker of which
+        no more is known than that."""
+        self._lost.append((now, link, out_of_reach))
         self._forget(now)
 
     def returned(self, incarnation: str) -> None:
-        """A worker has a link again: if only its connection broke, it was not lost."""
-        if any(broken == incarnation for *_, broken in self._lost):
+        """A worker has a link again: if it was only out of reach, it was not lost."""
+        if any(name == incarnation for *_, name in self._lost):
             self._lost = deque(one for one in self._lost if one[2] != incarnation)
 
     def verdict(self, own: Collection[str], since: float, now: float) -> Verdict:

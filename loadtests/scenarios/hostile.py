@@ -15,6 +15,7 @@ from loadtests.scenarios.common import Stage
 
 PARTS: tuple[str, ...] = (
     *("streams", "memory", "http_memory", "floods", "idle", "refusals", "cost", "renewal", "sigterm", "configs"),
+    "links",
 )
 """Modules of loadtests/hostile."""
 NOT_ASKED = "not asked for (--only)"
