@@ -207,6 +207,8 @@ class LocalCluster:
         """Without its head a local Ray's engines end too: all of it goes, and the controller starts afresh."""
         while True:
             await asyncio.sleep(RAY_WATCH_S)
+            if self._ray is not None and self._ray.is_draining and await self._without_workers():
+                self._ray.kill()  # it would wait for Serve's own processes until its time is over
             if self._ray is None or self._ray.pid is not None:
                 continue
             self._ray_up.clear()
@@ -218,6 +220,16 @@ class LocalCluster:
                 await self._start_ray()
             except StartFailed as error:
                 self._tell(str(error))
+
+    async def _without_workers(self) -> bool:
+        """Whether all workers have drained and left; False where no gateway answers."""
+        admin = Admin(local_access(self.endpoints["admin"], self.config))
+        try:
+            return not await asyncio.to_thread(admin.workers)
+        except grpc.RpcError:
+            return False
+        finally:
+            admin.close()
 
     # ---- end
 

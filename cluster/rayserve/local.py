@@ -28,6 +28,7 @@ OBJECT_STORE_BYTES = 128 * 1024 * 1024
 LOGICAL_GPUS = 64
 LOGICAL_CPUS = 64
 _START_S = 60.0
+_DRAINING = "received SIGTERM. Draining for up to"
 _POLL_S = 0.05
 
 
@@ -173,6 +174,18 @@ class LocalRay:
             self._process = None
         _bring_home(self._folder, self._settings.run_folder)
         return ended
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether SIGTERM has reached it and it waits for its replicas: only its own output says so."""
+        try:
+            return _DRAINING in self.log_file.read_text(errors="replace")
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """End its own process alone, without waiting."""
+        self._signal(signal.SIGKILL)
 
     def _signal(self, number: int) -> None:
         if self._process is not None and self._process.poll() is None:
