@@ -53,10 +53,23 @@ def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
     }
     if world_size(spec) > 1:
         chosen["distributed_executor_backend"] = executor
+    if why := _why_not_on_cpu(spec) if on_cpu() else "":
+        raise ValueError(f"models[{spec.name}].engine.{why}")
     try:
         return AsyncEngineArgs(**chosen)
     except (TypeError, ValueError) as error:
         raise ValueError(f"models[{spec.name}].engine: {error}") from error
+
+
+def _why_not_on_cpu(spec: ModelSpec) -> str:
+    """Return why vLLM's CPU kernels cannot run the entry; empty when nothing is known against it."""
+    ranks = spec.tensor_parallel_size * int(spec.engine.get("data_parallel_size") or 1)  # type: ignore[call-overload]
+    if spec.engine.get("enable_expert_parallel") and ranks > 1:
+        return (
+            f"enable_expert_parallel: vLLM's CPU kernels crash with experts on {ranks} ranks; leave it out (the ranks "
+            "then share each expert), or set tensor_parallel_size to 1"
+        )
+    return ""
 
 
 def world_size(spec: ModelSpec) -> int:

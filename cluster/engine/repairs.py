@@ -20,6 +20,10 @@ killed leaves it. The repair makes it in the folder of the engine's sockets, whi
 driver's node among all processes that it sees, the head first. Where nodes with addresses of their own share a process
 table (pods with hostPID) that is another than the replica's, and the core then listens on an address that is not its
 own. The repair tells Ray the address of the replica's node.
+
+**Pipeline parallelism on CPU (vLLM 0.32.0).** A rank that is not the first copies what it receives into tensors that
+only a profiling run makes, and the CPU runner makes none where nothing is compiled: the first step ends the engine. The
+repair makes them with the first step.
 """
 
 from __future__ import annotations
@@ -155,6 +159,22 @@ def _repair_meeting() -> None:
         executor.get_file_store_init_method = get_file_store_init_method
 
 
+def _repair_pipeline() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    gather = GPUModelRunner.sync_and_gather_intermediate_tensors
+
+    @functools.wraps(gather)
+    def sync_and_gather_intermediate_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return gather(self, *args, **kwargs)
+
+    GPUModelRunner.sync_and_gather_intermediate_tensors = sync_and_gather_intermediate_tensors
+
+
 def _has_node() -> bool:
     """Whether others may be beside it: not at a loopback address, for which Ray would take the machine's outer one."""
     address = os.environ.get(NODE, "")
@@ -203,6 +223,7 @@ def apply() -> None:
     if current_platform.is_cpu():
         _repair_seeds()
         _repair_shared_memory()
+        _repair_pipeline()
         if _version() in resume.VERSIONS and not missing(resume.SYMBOLS):
             resume.install()
     _repair_queues()

@@ -57,6 +57,19 @@ async def test_an_unknown_argument_is_named(engine: dict[str, object], says: str
         await VllmEngine(spec(engine=engine), tmp_path).start()
 
 
+def test_experts_on_several_ranks_are_refused_on_cpus(llama_folder: Path) -> None:
+    """vLLM's CPU kernels crash with them at the first step; on one rank the word changes nothing."""
+    parallel = {"enable_expert_parallel": True}
+    for entry in (
+        spec(tensor_parallel_size=2, engine=parallel),
+        spec(engine=parallel | {"data_parallel_size": 2}),
+    ):
+        with pytest.raises(ValueError, match=r"models\[m\]\.engine\.enable_expert_parallel: .* leave it out"):
+            arguments.engine_arguments(entry, llama_folder, "mp")
+    arguments.engine_arguments(spec(engine=parallel), llama_folder, "mp")
+    arguments.engine_arguments(spec(tensor_parallel_size=2), llama_folder, "mp")
+
+
 async def test_values_that_vllm_refuses_name_the_model(llama_folder: Path) -> None:
     """What vLLM's configuration does not take comes as ValueError with the entry's name."""
     for changes in ({"max_model_len": 10**9}, {"engine": {"max_num_seqs": "many"}}, {"tensor_parallel_size": 3}):

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+from pathlib import Path
+
 import pytest
 
+from cluster.engine.requests import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS_AFTER_MIN
 from tests.engine.contract import EngineContract, Subject
+
+
+@pytest.mark.engine
+def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
+    """A request beyond one of them ends the engine core of vLLM's V2 runner: ours may not be larger."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "v1/worker/gpu/sample/logit_bias.py").read_text()
+    tables = {
+        node.targets[0].id: node.value.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
+    assert tables["MAX_NUM_STOP_TOKEN_IDS"] == MAX_STOP_TOKEN_IDS_AFTER_MIN
+    assert tables["MAX_NUM_LOGIT_BIAS_TOKENS"] == MAX_LOGIT_BIAS
 
 
 @pytest.mark.engine
