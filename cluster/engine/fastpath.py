@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
-from cluster.engine.paths import Live, StepStats, end
+from cluster.engine.paths import Live, StepStats, core_exit, end
 
 NAN_MESSAGE = "NaN in the logits"
 NOT_ITS_GRAMMAR = "the emitted tokens do not follow response_format, or it could not be compiled"
@@ -156,6 +156,10 @@ class FastPath:
     def dead(self) -> bool:
         """What the client's monitor thread knows."""
         return bool(self._core.resources.engine_dead)
+
+    def core_exit(self) -> int | None:
+        """That of the core's process."""
+        return core_exit(self._core)
 
     def close(self) -> None:
         """End the engine core and its ranks."""

@@ -72,6 +72,13 @@ def end(client: Any, shutdown: Callable[..., None]) -> None:
         process.join(END_WITHIN_S)  # vLLM leaves what it has killed a zombie
 
 
+def core_exit(client: Any) -> int | None:
+    """The exit code of the core's process that `client` drives; None while it runs."""
+    manager = getattr(getattr(client, "resources", None), "engine_manager", None)
+    codes = [process.exitcode for process in getattr(manager, "processes", ())]
+    return next((code for code in codes if code is not None), None)
+
+
 class EnginePath(Protocol):
     """One way to drive the engine core. Only `prepare` raises vLLM's own errors; a dead core is EngineDead."""
 
@@ -97,6 +104,9 @@ class EnginePath(Protocol):
 
     def dead(self) -> bool:
         """Whether the engine core is known to be dead."""
+
+    def core_exit(self) -> int | None:
+        """The exit code of the core's process; None while it runs."""
 
     def close(self) -> None:
         """End the engine core and its ranks; blocks until they are gone."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
-from cluster.engine.paths import Live, StepStats, end
+from cluster.engine.paths import Live, StepStats, core_exit, end
 
 _FINISH = {
     "stop": FinishReason.STOP,
@@ -119,6 +119,10 @@ class PublicPath:
     def dead(self) -> bool:
         """What AsyncLLM knows."""
         return bool(self._llm.errored)
+
+    def core_exit(self) -> int | None:
+        """That of the core's process."""
+        return core_exit(self._llm.engine_core)
 
     def close(self) -> None:
         """End the engine core and its ranks."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
-from cluster.engine import arguments, causes, fastpath, forks, lone_rank, repairs, sockets, watchdog
+from cluster.engine import arguments, causes, exits, fastpath, forks, lone_rank, repairs, sockets, watchdog
 from cluster.engine.fastpath import FastPath
 from cluster.engine.paths import EnginePath, Live, StepStats
 from cluster.engine.public import PublicPath
@@ -56,6 +57,8 @@ class VllmEngine:
         self._closed = False
         self._has_sockets = False
         self._starvation: Starvation | None = None
+        self._notes = ""
+        self._why_dead = ""
 
     def __repr__(self) -> str:
         name = type(self._path).__name__ if self._path else "not started"
@@ -79,7 +82,8 @@ class VllmEngine:
             self._closed = True  # the thread goes on, and ends what it has started
             raise
         self._path = path
-        await path.ready()
+        with self._explained():
+            await path.ready()
         await asyncio.to_thread(watchdog.forget_names, others)
         processes = await asyncio.to_thread(watchdog.own_processes, others)
         self._starvation = Starvation(lambda: read_tasks(processes))
@@ -102,12 +106,12 @@ class VllmEngine:
         repairs.apply()
         in_core = lone_rank.settle(config)
         forks.install(rank_in_core=in_core)
-        causes.take()  # what an engine before it may have left
+        self._notes = causes.begin()
         try:
             with lone_rank.environment(config) if in_core else contextlib.nullcontext():
                 path: EnginePath = FastPath(config) if fast else PublicPath(config)
         except Exception as error:
-            why = causes.take() or error
+            why = causes.found(self._notes) or causes.with_log(_processes_said(str(error)), causes.log_of("stdout"))
             raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {why}") from error
         if self._closed:
             path.close()
@@ -160,7 +164,8 @@ class VllmEngine:
         try:
             prepared = await self._prepare(path, request)
             if key in self._live:  # else aborted while it was validated in a thread
-                await path.add(prepared)
+                with self._explained():
+                    await path.add(prepared)
         except BaseException:  # a cancel too: the place goes with the one who took it
             self._end(key, remember=False)
             raise
@@ -205,13 +210,15 @@ class VllmEngine:
         for key in known:
             self._end(key)
         if known:
-            await path.abort(known)
+            with self._explained():
+                await path.abort(known)
 
     async def step(self) -> Sequence[TokenOutput]:
         """The next step that has outputs. Raises EngineDead."""
         path = self._started()
         while True:
-            outputs = await path.collect(self._live)
+            with self._explained():
+                outputs = await path.collect(self._live)
             computed = 0
             for output in outputs:
                 if output.prompt_tokens is not None:
@@ -280,7 +287,24 @@ class VllmEngine:
     async def check(self) -> None:
         """Raise EngineDead if the core is known to be dead."""
         if self._started().dead():
-            raise EngineDead("the engine core is dead")
+            with self._explained():
+                raise EngineDead("the engine core is dead")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise EngineDead with the reason why the engine ended, the same one for every caller."""
+        try:
+            yield
+        except EngineDead as dead:
+            self._why_dead = self._why_dead or self._why(dead)
+            raise EngineDead(self._why_dead) from dead
+
+    def _why(self, dead: EngineDead) -> str:
+        if why := causes.found(self._notes, recent=True):
+            return why
+        code = None if self._path is None else self._path.core_exit()
+        said = f"{causes.CORE} {exits.said(code)}" if code is not None else str(dead).partition(". See stack trace")[0]
+        return causes.with_log(said, causes.log_of("stdout"))
 
     def _started(self) -> EnginePath:
         if self._closed:
@@ -302,6 +326,12 @@ class VllmEngine:
         has_sockets, self._has_sockets = self._has_sockets, False
         if has_sockets:
             sockets.OURS.release()
+
+
+def _processes_said(error: str) -> str:
+    """vLLM's error at start; where it names processes by their exit codes, how they ended."""
+    failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
+    return " and ".join(f"{causes.CORE} {exits.said(int(code))}" for _, code in failed) or error
 
 
 def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:

@@ -143,9 +143,12 @@ def _end() -> None:
     os.kill(os.getpid(), signal.SIGKILL)  # not sys.exit: the main thread may spin in native code
 
 
-def _watch(gone: Callable[[], bool]) -> None:
+def _watch(gone: Callable[[], bool], pause: Callable[[float], object] = time.sleep) -> None:
     while not gone():
-        time.sleep(POLL_S)
+        try:
+            pause(POLL_S)
+        except Exception:  # whatever it is that it looks at meanwhile: the owner is watched all the same
+            time.sleep(POLL_S)
     _end()
 
 
@@ -157,4 +160,11 @@ def watch() -> None:
         return
     _started.set()
     causes.keep()
-    threading.Thread(target=_watch, args=(lambda: not alive(owner),), name="headrace-watchdog", daemon=True).start()
+    pause: Callable[[float], object] = time.sleep
+    if causes.own_name() == causes.CORE:
+        pause = causes.Members().wait
+        with contextlib.suppress(ImportError, AttributeError):  # another release's name
+            causes.note_early_ends()
+    threading.Thread(
+        target=_watch, args=(lambda: not alive(owner), pause), name="headrace-watchdog", daemon=True
+    ).start()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cluster.api.ports import EngineDead
-from cluster.engine import causes, lone_rank, sockets
+from cluster.engine import causes, exits, lone_rank, sockets
 from cluster.engine.vllm_engine import VllmEngine
 from tests.engine.conftest import tiny_spec
 
@@ -30,6 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / f"{sockets.PREFIX}1"
     folder.mkdir()
     monkeypatch.setenv(sockets.ENV, str(folder))
+    monkeypatch.setenv(causes.ENGINE, "e1")
     return folder
 
 
@@ -41,15 +48,126 @@ def fail(name: str, error: Exception) -> None:
         logging.getLogger(name).exception("EngineCore failed to start.")
 
 
-def test_the_first_error_is_told_once(folder: Path) -> None:
-    """A rank's own error, not the core's about the rank; told, it is forgotten."""
+def test_the_first_error_counts(folder: Path) -> None:
+    """A rank's own error, not the core's about the rank; another engine of the same owner has notes of its own."""
     causes.keep()
     causes.keep()
     fail("vllm.v1.executor.multiproc_executor", MemoryError("a rank\nhas no room"))
     fail("vllm.v1.engine.core", RuntimeError("see above"))
-    assert causes.take() == "MemoryError: a rank has no room"
-    assert causes.take() == ""
-    assert not list(folder.iterdir())
+    assert causes.found("e1") == "MemoryError: a rank has no room"
+    assert causes.found(causes.begin()) == ""
+    assert causes.found("e1")
+
+
+def write(folder: Path, *notes: causes.Note) -> None:
+    """Notes as an engine's processes leave them."""
+    lines = [json.dumps(dataclasses.asdict(note)) for note in notes]
+    (folder / f"{causes.NOTES}-e1").write_text("\n".join([*lines, "{", "[]", '{"at": 1}', ""]))
+
+
+kinds = st.sampled_from(["error", "killed", "ended"])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(kinds, st.floats(0, 100)), max_size=6))
+def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
+    folder: Path, notes: list[tuple[str, float]]
+) -> None:
+    """The others fail as soon as it is away, and may say so before it is noticed; a rank that is killed long after an
+    error was killed because of it; an exit code says least."""
+    notes.sort(key=lambda note: note[1])
+    write(folder, *(causes.Note(at, kind, f"{kind} {number}", "/log") for number, (kind, at) in enumerate(notes)))
+    first = {kind: number for number, (kind, _) in reversed(list(enumerate(notes)))}
+    expected = "error" if "error" in first else "killed" if "killed" in first else "ended"
+    if {"error", "killed"} <= first.keys() and notes[first["killed"]][1] <= notes[first["error"]][1] + 1:
+        expected = "killed"
+    if expected == "ended" and notes:
+        assert causes.found("e1").startswith("ended 0")
+    else:
+        assert causes.found("e1") == (f"{expected} {first[expected]}; log: /log" if notes else "")
+
+
+def test_old_errors_do_not_explain_a_new_end(folder: Path) -> None:
+    """What one request made go wrong an hour ago is not why an engine ends now."""
+    write(folder, causes.Note(time.time() - 3600, "error", "old"), causes.Note(time.time(), "ended", "new"))
+    assert causes.found("e1", recent=True) == "new"
+    assert causes.found("e1") == "old"
+
+
+def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
+    """Of a process its signal or exit code, of Ray's actors their ranks: where the kernel tells nothing more."""
+    causes.keep()
+    logger = logging.getLogger("vllm.v1.executor.multiproc_executor")
+    logger.error("Worker proc %s died unexpectedly (exit code: %s), shutting down.", "VllmWorker-1", -11)
+    assert causes.found("e1") == "rank 1 was killed by SIGSEGV"
+    other = causes.begin()
+    logger.error("RayWorkerProc rank=%s died unexpectedly, shutting down executor.", [3])
+    assert causes.found(other) == "rank 3 ended without a word"
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("VllmWorker-3", "rank 3"),
+        ("vllm_Worker_a1_TP1", "rank 1"),
+        ("vllm_Worker_a1_TP0_PP1", "rank TP0 PP1"),
+        ("", ""),
+    ],
+)
+def test_ranks_have_their_numbers(name: str, rank: str) -> None:
+    """As the processes and the actors of vLLM are named."""
+    assert causes._rank(name) == rank
+
+
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [
+        (signal.SIGKILL, "was killed by SIGKILL"),
+        (signal.SIGSEGV, "was killed by SIGSEGV"),
+        (0, "ended with exit code 3"),
+    ],
+)
+def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: str) -> None:
+    """By what the kernel says of a process that is not its child, with that process's log."""
+    command = "read line; exit 3"
+    with subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE) as process:
+        member = causes.Member("rank 1", "/var/log/rank-1.out")
+        (folder / f"{causes.MEMBER}-e1-{process.pid}").write_text(json.dumps(dataclasses.asdict(member)))
+        (folder / f"{causes.MEMBER}-e1-1x").write_text("{")
+        members = causes.Members()
+        members.wait(0.01)
+        assert causes.found("e1") == ""
+        if number:
+            process.send_signal(number)
+        else:
+            process.communicate(b"\n")
+        members.wait(5.0)
+        assert causes.found("e1") == f"rank 1 (process {process.pid}) {how}; log: /var/log/rank-1.out"
+
+
+def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: Path) -> None:
+    """The last of what crash handlers have written there."""
+    log = tmp_path / "rank.err"
+    log.write_text("x" * 100_000 + "\n*** SIGSEGV received at time=1 on cpu 0 ***\nFatal Python error: Aborted\n\n")
+    assert causes._last_words(causes.Member("rank 1", "", str(log))) == "crashed: Aborted"
+    log.write_text("*** SIGBUS received at time=1 on cpu 0 ***\n")
+    assert causes._last_words(causes.Member("rank 1", str(log), "/no/such")) == "was killed by SIGBUS"
+    log.write_text("nothing")
+    assert causes._last_words(causes.Member("rank 1", str(log), str(log))) == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-9, "was killed by SIGKILL"),
+        (-99, "was killed by signal 99"),
+        (7, "ended with exit code 7"),
+        (None, exits.UNKNOWN),
+    ],
+)
+def test_exit_codes_are_said_in_words(code: int | None, words: str) -> None:
+    """Python's, where a signal is negative."""
+    assert exits.said(code) == words
 
 
 def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +176,7 @@ def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.Monkey
     for place in (tmp_path, tmp_path / f"{sockets.PREFIX}2"):
         monkeypatch.setenv(sockets.ENV, str(place))
         fail("vllm.v1.engine.core", RuntimeError("no"))
-        assert causes.take() == ""
+        assert causes.found("e1") == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -71,6 +189,8 @@ def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
     noted.add_note("Traceback (most recent call last):\n  File y\nValueError: no route")
     assert causes.text(noted) == "ValueError: no route to the other rank"
     assert len(causes.text(ValueError("long " * 1000))) == causes.LONGEST
+    died = "The actor died unexpectedly before finishing this task.\n\tclass_name: A\n\tpid: 7867\n\tip: 1.2.3.4\nThe"
+    assert causes.text(RuntimeError(died)) == "a rank (process 7867) died while it started"
 
 
 @pytest.mark.engine
@@ -86,5 +206,7 @@ async def test_a_real_engine_says_why(
     monkeypatch.setenv(lone_rank.RANK, rank)
     spec = tiny_spec()
     spec = dataclasses.replace(spec, engine={**spec.engine, "kv_cache_memory_bytes": cache_bytes})
-    with pytest.raises(EngineDead, match=rf"models\[{spec.name}\]: the engine did not come up: ValueError: {why}"):
+    with pytest.raises(
+        EngineDead, match=rf"models\[{spec.name}\]: the engine did not come up: (rank 0: )?ValueError: {why}"
+    ):
         await VllmEngine(spec, llama_folder).start()

@@ -1,0 +1,131 @@
+"""Exit statuses of processes on this host, read from the kernel by a process that is not their parent.
+
+A process learns the exit status of its children only, and an engine's ranks can be Ray's children. A file descriptor of
+a process (pidfd) becomes readable when it ends; Linux 6.15 and later then give its exit status to any holder. While
+a process is a zombie, /proc has its status on any kernel.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import struct
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+_GET_INFO = 3 << 30 | 64 << 16 | 0xFF << 8 | 11
+"""ioctl PIDFD_GET_INFO with the first form of struct pidfd_info, 64 bytes."""
+_INFO_EXIT = 1 << 3
+_EXIT_CODE_AT = 60
+STATUS_WITHIN_S = 0.5
+"""How long a process that has ended may remain unreaped before its status counts as unknown."""
+_POLL_S = 0.005
+UNKNOWN = "ended without a word, as by SIGKILL"
+OUT_OF_MEMORY = "the kernel's out-of-memory killer"
+
+
+def said(code: int | None) -> str:
+    """Return in words how a process ended. `code`: as Python has exit codes, negative for a signal."""
+    if code is None:
+        return UNKNOWN
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}"
+
+
+def out_of_memory_kills() -> int:
+    """Return how many processes of this control group the kernel has killed for want of memory; 0 where unknown."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().partition("0::")[2].splitlines()[0].strip("/")
+        for folder in (Path("/sys/fs/cgroup") / group, Path("/sys/fs/cgroup")):
+            events = folder / "memory.events"
+            if events.exists():
+                return int(dict(line.split() for line in events.read_text().splitlines()).get("oom_kill", 0))
+    except (OSError, ValueError, IndexError):
+        pass
+    return 0
+
+
+class Watched:
+    """A set of processes; `wait` reports the end of each once."""
+
+    def __init__(self) -> None:
+        self._pidfds: dict[int, int] = {}
+        self._seen: set[int] = set()
+        self._kills = out_of_memory_kills()
+
+    def add(self, pids: Iterable[int]) -> list[int]:
+        """Watch these, too, and return those that are gone already. On a kernel without pidfds nothing is watched."""
+        gone = []
+        for pid in set(pids) - self._seen:
+            self._seen.add(pid)
+            try:
+                self._pidfds[os.pidfd_open(pid)] = pid
+            except ProcessLookupError:
+                gone.append(pid)
+            except OSError:  # an older kernel
+                continue
+        return gone
+
+    def wait(self, timeout_s: float) -> list[tuple[int, str]]:
+        """Return the processes that have ended, each with how; waits for one at most `timeout_s`."""
+        if not self._pidfds:
+            time.sleep(timeout_s)
+            return []
+        poll = select.poll()
+        for pidfd in self._pidfds:
+            poll.register(pidfd, select.POLLIN)
+        ended = []
+        for pidfd, _ in poll.poll(timeout_s * 1000):
+            pid = self._pidfds.pop(pidfd)
+            code = _status(pidfd, pid)
+            os.close(pidfd)
+            ended.append((pid, said(code) + self._out_of_memory(code)))
+        return ended
+
+    def _out_of_memory(self, code: int | None) -> str:
+        before, self._kills = self._kills, out_of_memory_kills()
+        return f", sent by {OUT_OF_MEMORY}" if code in (None, -signal.SIGKILL) and self._kills > before else ""
+
+    def close(self) -> None:
+        """Stop watching."""
+        for pidfd in self._pidfds:
+            os.close(pidfd)
+        self._pidfds.clear()
+
+
+def _status(pidfd: int, pid: int) -> int | None:
+    """Return the exit code of a process that has ended; None where it cannot be read."""
+    deadline = time.monotonic() + STATUS_WITHIN_S
+    while True:
+        code = _of_zombie(pid)
+        code = _of_reaped(pidfd) if code is None else code
+        if code is not None or time.monotonic() > deadline:
+            return None if code is None else os.waitstatus_to_exitcode(code)
+        time.sleep(_POLL_S)
+
+
+def _of_zombie(pid: int) -> int | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[-1]) if fields[0] == "Z" else None
+
+
+def _of_reaped(pidfd: int) -> int | None:
+    info = bytearray(64)
+    struct.pack_into("<Q", info, 0, _INFO_EXIT)
+    try:
+        fcntl.ioctl(pidfd, _GET_INFO, info, True)
+    except OSError:
+        return None
+    has_exit = struct.unpack_from("<Q", info)[0] & _INFO_EXIT
+    return int(struct.unpack_from("<i", info, _EXIT_CODE_AT)[0]) if has_exit else None
