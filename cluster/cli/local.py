@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -40,6 +41,9 @@ DRAIN_S = 2.0
 CONTROLLER_GRACE_S = 8.0
 POLL_S = 0.1
 RAY_WATCH_S = 0.5
+MODELS_WATCH_S = 1.0
+PASSING = re.compile(r"|waiting for Ray to place it|\d+ of \d+ replicas serve|being replaced")
+"""Reasons of states that pass by themselves."""
 
 
 class StartFailed(Exception):
@@ -193,11 +197,27 @@ class LocalCluster:
             ),
             keep_alive(self._controller, self._start_controller, self._tell),
         ]
+        watches.append(self._follow_models())
         if self._ray is not None:
             watches.append(self._keep_ray())
         async with asyncio.TaskGroup() as group:
             for watch in watches:
                 group.create_task(watch)
+
+    async def _follow_models(self) -> None:
+        """Say what the catalog says of a model that is not as wanted: why it failed, how a replica's engine ended."""
+        said: dict[str, frozenset[str]] = {}
+        admin = Admin(local_access(self.endpoints["admin"], self.config))
+        try:
+            while True:
+                for entry in await self._catalog(admin):
+                    reasons = frozenset(one for one in entry.state_reason.split("; ") if not PASSING.fullmatch(one))
+                    for reason in sorted(reasons - said.get(entry.name, reasons)):
+                        self._tell(f"{entry.name} is {entry.state.lower()}: {reason}")
+                    said[entry.name] = reasons
+                await asyncio.sleep(MODELS_WATCH_S)
+        finally:
+            admin.close()
 
     async def _restart_gateway(self, process: int) -> None:
         await self._start_gateway(process)

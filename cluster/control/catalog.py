@@ -7,6 +7,7 @@ that has just started begins at DECLARED and is right after one pass.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,6 +138,8 @@ class Version:
     desired: int = 0
     changing: bool = False
     """Another application of it is to take the place of the one that serves."""
+    lost: str = ""
+    """How its replicas' engines have ended in the last minutes."""
 
 
 def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
@@ -149,6 +152,7 @@ def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_s
         reported=stays.reported,
         known=stays.known,
         unplaceable=stays.unplaceable,
+        lost=stays.lost,
         cold_start_s=cold_start_s,
     )
     parts = tuple(_share(version) for version in versions)
@@ -176,7 +180,7 @@ def _trouble(version: Version) -> str:
 def _share(version: Version) -> VersionShare:
     about = version.known or Known()
     spec, reported = version.spec, version.reported
-    reason = version.share.gone or _reason(version.state, version.seen, about, version.unplaceable)
+    reason = version.share.gone or _reason(version.state, version.seen, about, version.unplaceable, version.lost)
     if version.share.quarantined:
         reason = "; ".join(("quarantined", reason) if reason else ("quarantined",))
     return VersionShare(
@@ -205,6 +209,7 @@ def entry(
     reported: Sequence[Reported] = (),
     known: Known | None = None,
     unplaceable: str = "",
+    lost: str = "",
     cold_start_s: float = 0.0,
 ) -> CatalogEntry:
     """One model as the gateways are told it. Workers' own words win over what the source says."""
@@ -216,7 +221,7 @@ def entry(
         version=spec.version,
         revision=spec.revision,
         state=state,
-        state_reason=_reason(state, seen, about, unplaceable),
+        state_reason=_reason(state, seen, about, unplaceable, lost),
         bundle_digest=(first.bundle_digest if first else "") or about.bundle_digest,
         weight_digests=(spec.digest,)
         if spec.digest
@@ -235,11 +240,24 @@ def entry(
     )
 
 
-def _reason(state: ModelState, seen: Observed | None, known: Known, unplaceable: str) -> str:
+def ends_of(ends: Sequence[tuple[float, str]]) -> str:
+    """The last of some engines' ends, by when (since the epoch) and why, and how many there were."""
+    if not ends:
+        return ""
+    at_s, why = max(ends)
+    when = datetime.datetime.fromtimestamp(at_s, datetime.UTC).strftime("%H:%M:%S UTC")
+    count = "a replica's engine" if len(ends) == 1 else f"{len(ends)} replicas' engines ended lately, the last"
+    return f"{count} ended at {when}: {why}"
+
+
+def _reason(state: ModelState, seen: Observed | None, known: Known, unplaceable: str, lost: str = "") -> str:
     if state is ModelState.READY:
         short = seen is not None and seen.running < seen.target
-        return f"{seen.running} of {seen.target} replicas serve" if seen and short else ""
+        serving = f"{seen.running} of {seen.target} replicas serve" if seen and short else ""
+        return "; ".join(filter(None, (serving, lost)))
     trouble = (seen.trouble if seen else "") or unplaceable
+    if state in (ModelState.PLACING, ModelState.LOADING) and not trouble and lost:
+        return lost
     if state is ModelState.PLACING and not trouble:
         return "waiting for Ray to place it"
     return trouble or known.trouble

@@ -140,7 +140,7 @@ class CatalogAdmin:
             name=entry.name,
             aliases=entry.aliases,
             state=model.state.value,
-            state_reason="" if link else entry.state_reason,
+            state_reason=entry.state_reason if link is None or entry.state is model.state else "",
             replicas=entry.replicas,
             replicas_desired=entry.replicas_desired,
             version=entry.version,

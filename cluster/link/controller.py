@@ -12,10 +12,11 @@ from typing import Any
 from cluster.api.bundle import Bundle
 from cluster.api.demand import ModelDemand, Work
 from cluster.api.types import CatalogEntry, Standing, VersionTally
-from cluster.link import admin_relay, codec
+from cluster.link import admin_relay, codec, lost_engines
 from cluster.link.bulk import Prompts, send_bundle, serve_bulk
 from cluster.link.codec_demand import demand_from_pb, work_from_pb
 from cluster.link.dial import LinkEnded, Timing, open_channel, read
+from cluster.link.lost_engines import LostEngine
 from cluster.link.siblings import Gateways
 from cluster.link.tls import TlsFiles
 from cluster.link.v1 import link_pb2 as pb
@@ -68,6 +69,7 @@ class ControllerEnd:
         self._revision = 0
         self._changed: set[asyncio.Event] = set()
         self._fleets: dict[str, Sequence[FleetWorker]] = {}
+        self._lost: dict[str, Sequence[LostEngine]] = {}
         self._demands: dict[str, Sequence[ModelDemand]] = {}
         self._tallies: dict[str, Sequence[VersionTally]] = {}
         self.on_demand: Callable[[str, Sequence[ModelDemand], float], None] = lambda gateway, demand, counting_s: None
@@ -99,6 +101,10 @@ class ControllerEnd:
             if other is None or other.work.steps <= worker.work.steps:  # the newest of what is told of it
                 workers[worker.worker_id] = worker
         return [workers[key] for key in sorted(workers)]
+
+    def lost(self) -> Sequence[LostEngine]:
+        """Engines that ended in the last minutes, the oldest first."""
+        return lost_engines.merged(self._lost.values())
 
     def demand(self) -> Sequence[ModelDemand]:
         """Demand by model, summed over the gateways."""
@@ -169,6 +175,7 @@ class ControllerEnd:
                 self._changed.discard(changed)
                 self._tell_all()
                 self._fleets.pop(address, None)
+                self._lost.pop(address, None)
                 self._demands.pop(address, None)
                 self._tallies.pop(address, None)
                 self.on_left(gateway)
@@ -211,6 +218,7 @@ class ControllerEnd:
         while (frame := await read(call)) is not None:
             if frame.HasField("fleet"):
                 self._fleets[address] = [_worker(w) for w in frame.fleet.workers]
+                self._lost[address] = lost_engines.from_pb(frame.fleet.lost)
             if frame.HasField("demand"):
                 demand = self._demands[address] = demand_from_pb(frame.demand)
                 self.on_demand(gateway, demand, frame.demand.counting_s)

@@ -25,6 +25,7 @@ from cluster.link.admission import CONTROLLER, Admission, of_model
 from cluster.link.codec_demand import demand_to_pb, work_to_pb
 from cluster.link.dial import MAX_MESSAGE_BYTES, Timing, read
 from cluster.link.liveness import Liveness, Waking
+from cluster.link.lost_engines import LostEngine, LostEngines
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
@@ -108,6 +109,7 @@ class Hub(pb_grpc.LinkServicer):
         self._asked: dict[str, WorkerLink | None] = {}
         """Who was asked for a bundle that has not come, None for the controller."""
         self._waking = Waking(time.monotonic(), self._timing.hang_s / TICKS)
+        self._lost = LostEngines()
         self.catalog_at: float | None = None
         self.gateways = 0
         """How many the controller has links to, this one among them; 0 before it has said."""
@@ -121,6 +123,10 @@ class Hub(pb_grpc.LinkServicer):
         return HubStatistics(
             len(self._links), sum(link.running for link in self._links.values()), int(self._controller is not None)
         )
+
+    def lost_engines(self) -> Sequence[LostEngine]:
+        """Engines whose workers have said in the last minutes why they ended."""
+        return self._lost.recent(time.time())
 
     @property
     def links(self) -> Sequence[WorkerLink]:
@@ -240,7 +246,10 @@ class Hub(pb_grpc.LinkServicer):
             return
         del self._links[link.identity.worker_id]
         why = link.why or "the worker closed the link"
-        log.info("worker_down", worker=link.identity.worker_id, model=link.identity.model, reason=why)
+        engine = {"engine": link.engine_ended} if link.engine_ended else {}
+        log.info("worker_down", worker=link.identity.worker_id, model=link.identity.model, reason=why, **engine)
+        if link.engine_ended:
+            self._lost.add(link.identity, link.engine_ended, time.time())
         link.end(why)
         self._listener.left(link, why)
         self._ask_anew()
@@ -458,6 +467,7 @@ class Hub(pb_grpc.LinkServicer):
 
     def _fleet(self) -> pb.FleetState:
         return pb.FleetState(
+            lost=self._lost.to_pb(time.time()),
             workers=[
                 pb.FleetWorker(
                     worker_id=link.identity.worker_id,
@@ -479,7 +489,7 @@ class Hub(pb_grpc.LinkServicer):
                     kv_tokens=link.info.kv_tokens,
                 )
                 for link in self.links
-            ]
+            ],
         )
 
 

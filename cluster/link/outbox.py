@@ -36,6 +36,7 @@ class Outbox:
         self._standing: pb.Standing | None = None
         self._served: dict[FlowKey, Weighed[ServedTotal]] | None = None
         self._elsewhere: dict[str, Sequence[Weighed[FlowBacklog]]] = {}
+        self._engine_ended = ""
         self.acked_seq = 0
         self.sent_seq = 0
         """Messages taken so far."""
@@ -88,6 +89,11 @@ class Outbox:
         self._elsewhere[gateway] = waiting
         self.flush()
 
+    def engine_ended(self, why: str) -> None:
+        """The last message of this link: why the worker's engine has ended."""
+        self._engine_ended = why
+        self.flush()
+
     def flush(self) -> None:
         """Wake the writer."""
         self._wake.set()
@@ -105,6 +111,8 @@ class Outbox:
         message = pb.WorkerTurn(
             seq=self.sent_seq, acked_seq=self.acked_seq, accepted=self._accepted, refused=self._refused
         )
+        if self._engine_ended:
+            message.engine_ended = wire_text(self._engine_ended)
         self._accepted, self._refused = [], []
         if self._columns is not None:
             message.step.CopyFrom(self._columns.to_pb())

@@ -54,6 +54,8 @@ TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
 TURN = "/cluster.link.v1.Link/Turn"
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
+FAREWELL_S = 0.05
+"""How long a worker whose engine has ended waits until its gateways have read why and closed their links."""
 
 
 class WorkerEnd:
@@ -101,6 +103,8 @@ class WorkerEnd:
         self._drops: set[asyncio.Task[None]] = set()
         self._load = EngineLoad()
         self._closed = asyncio.Event()
+        self._engine_ended = ""
+        self._unlinked = asyncio.Event()
         self._failed: asyncio.Future[None] | None = None
 
     def statistics(self) -> WorkerStatistics:
@@ -130,6 +134,8 @@ class WorkerEnd:
         ]
         try:
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+            failures = [part.exception() for part in done if not part.cancelled()]
+            await self._report_end(next((str(one) for one in failures if isinstance(one, EngineDead)), ""))
             for part in done:
                 part.result()
         finally:
@@ -156,9 +162,21 @@ class WorkerEnd:
         self._duty.drained(time.monotonic())
         return True
 
-    async def close(self) -> None:
-        """End every link; `run` returns."""
+    async def close(self, engine_ended: str = "") -> None:
+        """End every link; `run` returns. `engine_ended`: why the engine has ended, which the gateways are told."""
+        self._engine_ended = self._engine_ended or engine_ended
         self._closed.set()
+
+    async def _report_end(self, why: str) -> None:
+        """Send every gateway why the engine has ended, if it has, and let it close its link."""
+        self._engine_ended = self._engine_ended or why
+        if not self._engine_ended or not self._links:
+            return
+        for link in self._links.values():
+            link.outbox.engine_ended(self._engine_ended)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL_S):
+                await self._unlinked.wait()
 
     # ---- the engine's side
 
@@ -200,6 +218,8 @@ class WorkerEnd:
     # ---- one session with one gateway
 
     async def _session(self, address: str) -> None:
+        if self._engine_ended:
+            raise LinkEnded("the engine has ended")
         epoch = next(self._epochs)
         async with open_client(address, self._tls) as client, open_channel(address, self._tls) as bulk_channel:
             call = client.call(TURN, pb.WorkerTurn.SerializeToString, pb.GatewayTurn.FromString, self._metadata())
@@ -223,6 +243,7 @@ class WorkerEnd:
             beater = Beater(address, self._tls, lambda seq: self._beat(epoch, seq, link), self._timing.beat_s)
             link.silent_s = lambda: beater.silent_s
             self._links[epoch] = link
+            self._unlinked.clear()
             if first.welcome.accounts:
                 self._usage.attach(epoch, link.outbox)
             self._granter.attach(link.turn)
@@ -269,6 +290,8 @@ class WorkerEnd:
     async def _end(self, link: Link, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
         """Undo all that a session has taken: its requests leave the engine, its promises lapse."""
         self._links.pop(link.number, None)
+        if not self._links:
+            self._unlinked.set()
         self._granter.detach(link.turn)
         self._served.detach(link.number)
         beater.stop()

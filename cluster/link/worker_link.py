@@ -34,6 +34,8 @@ log = structlog.get_logger("link")
 
 # Longer prompts travel in chunks on Bulk, so that nothing large stands before a token.
 TURN_PROMPT_BYTES = 32_768
+MOST_REASON = 2_000
+"""Characters of why a worker's engine has ended that are kept."""
 
 
 class Sink(Protocol):
@@ -115,6 +117,8 @@ class WorkerLink:
         self.why = ""
         self.reason = "lost"
         """How it ended, in one word: lost is a connection that broke."""
+        self.engine_ended = ""
+        """Why the worker's engine has ended, once the worker has sent it."""
         self._ended = False
 
     def __repr__(self) -> str:
@@ -268,6 +272,9 @@ class WorkerLink:
             self.on_elsewhere(gateway, waiting)
         if message.usage:
             self.on_usage(self, [codec.usage_from_pb(one) for one in message.usage])
+        if message.engine_ended:
+            self.engine_ended = message.engine_ended[:MOST_REASON]
+            self.close("its engine has ended", "lost")
         changed = False
         if message.HasField("load"):
             self.load = codec.load_from_pb(message.load)

@@ -32,6 +32,7 @@ from cluster.control.scaling_desk import Desk
 from cluster.control.versions import Mark, Share, replicas_of, shares, total_of
 from cluster.link.catalog_verbs import catalog_verbs
 from cluster.link.controller import ControllerEnd, FleetWorker
+from cluster.link.lost_engines import LostEngine
 from cluster.link.scaling_verbs import scaling_verbs
 from cluster.link.tls import TlsFiles
 from cluster.observe.metrics import Metrics
@@ -62,6 +63,9 @@ class Gateways(Protocol):
 
     def fleet(self) -> Sequence[FleetWorker]:
         """Workers that some gateway has a link to."""
+
+    def lost(self) -> Sequence[LostEngine]:
+        """Engines that ended in the last minutes, the oldest first."""
 
     def demand(self) -> Sequence[ModelDemand]:
         """By model, summed over gateways."""
@@ -425,6 +429,7 @@ class Controller:
                     self.known.get(mine[0].app) if mine else None,
                     _unplaceable(mine, snapshot),
                     sum(want.replicas for want in apps),
+                    lost=self._ends(model, part.version, [one.digest for one in mine]),
                     wanted=leaving is None and not part.gone,
                     changing=bool(before) and any(not one.running for one in now),
                 )
@@ -446,6 +451,7 @@ class Controller:
         unplaceable: str,
         desired: int,
         *,
+        lost: str,
         wanted: bool,
         changing: bool,
     ) -> catalog.Version:
@@ -471,6 +477,17 @@ class Controller:
             unplaceable if state is ModelState.FAILED else "",
             desired,
             changing,
+            lost,
+        )
+
+    def _ends(self, model: str, version: str, generations: Sequence[str]) -> str:
+        """What the version's workers said lately of the ends of their engines."""
+        return catalog.ends_of(
+            [
+                (one.at_s, one.reason)
+                for one in self.gateways.lost()
+                if one.model == model and one.version in (version, "") and one.generation in (*generations, "")
+            ]
         )
 
     def _without_ray(self, reason: str) -> None:

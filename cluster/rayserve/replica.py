@@ -175,16 +175,16 @@ class Replica:
         try:
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
             failure = _first_failure(parts)
+            if failure is not None:
+                event = "worker.engine_sick" if isinstance(failure, EngineSick) else "worker.engine_dead"
+                log.error(event, worker=self.worker_id, node=self.place.node, reason=str(failure))
+                await end.close(str(failure))
+                await asyncio.wait(parts[:1], timeout=_CLOSE_LINKS_S)
         finally:
             for part in parts:
                 part.cancel()
         if failure is None:
             return
-        event = "worker.engine_sick" if isinstance(failure, EngineSick) else "worker.engine_dead"
-        log.error(event, worker=self.worker_id, node=self.place.node, reason=str(failure))
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(_CLOSE_LINKS_S):
-                await end.close()
         await asyncio.wait(parts, timeout=_CLOSE_LINKS_S)
         self.on_engine_death(_EXIT_ENGINE_DEAD)
         raise failure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,8 @@ gateway:
     {{grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}}
 models: [{{name: sim, aliases: [default], source: "{source}"}}]
 """
+DIES_AFTER = 200
+"""Steps of the simulated engine after which it dies: more than all other tests take of one."""
 
 
 @dataclass
@@ -64,7 +67,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     os.environ["HEADRACE_CACHE_DIR"] = str(folder / "cache")
     checkpoint = build_checkpoint("llama", folder / "model")
     file = folder / "cluster.yaml"
-    file.write_text(CONFIG.format(name="uptest", source=f"sim://{checkpoint}"))
+    file.write_text(CONFIG.format(name="uptest", source=f"sim://{checkpoint}?fault=die@step:{DIES_AFTER}"))
     try:
         done = headrace("up", "-f", str(file), "--detach")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -128,6 +131,17 @@ def test_a_killed_part_comes_back(up: Up, part: str) -> None:
     said = up.run.log_file("up").read_text()
     assert f"{part} ended (signal SIGKILL)" in said
     assert up.ask()
+
+
+def test_the_end_of_an_engine_is_said(up: Up) -> None:
+    """By `up`, by `status` and in the catalog, with the reason; the call goes on with the replica that replaces it."""
+    with Client(up.run.endpoints()["grpc"], timeout_s=60) as client:
+        client.chat("default", "Hello", max_tokens=DIES_AFTER, temperature=0.0, ignore_eos=True)
+    why = "sim is .*: a replica's engine ended at .* UTC: .*die@step"
+    until(lambda: re.search(why, up.run.log_file("up").read_text()), "`up` says it")
+    (model,) = json.loads(headrace("status", "--json").stdout)["models"]
+    assert "die@step" in model["state_reason"]
+    assert "a replica's engine" in headrace("status").stdout
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])

@@ -15,6 +15,7 @@ from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.config import parse
 from cluster.control.scaler import Asked
 from cluster.link.controller import FleetWorker
+from cluster.link.lost_engines import LostEngine
 from cluster.rayserve.backend import Backend, RayAway
 from cluster.rayserve.controller import QUIET_S, Controller, settings_of
 from cluster.rayserve.settings import ReplicaSettings
@@ -32,10 +33,15 @@ class FakeGateways:
     published: dict[str, CatalogEntry] = field(default_factory=dict)
     waiting: list[ModelDemand] = field(default_factory=list)
     counted: list[VersionTally] = field(default_factory=list)
+    ends: list[LostEngine] = field(default_factory=list)
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
         """Keep."""
         self.published = {entry.name: entry for entry in entries}
+
+    def lost(self) -> Sequence[LostEngine]:
+        """Engines that have ended."""
+        return self.ends
 
     def fleet(self) -> Sequence[FleetWorker]:
         """As set."""
@@ -103,6 +109,32 @@ async def test_states_follow_what_is_seen() -> None:
     assert await state() is ModelState.PLACING
     assert gateways.published["m"].bundle_digest == "sha256:b"
     assert ray.journal == ["deploy m"]
+
+
+async def test_the_end_of_an_engine_is_in_the_catalog() -> None:
+    """The newest that its workers said of this version as it is now, while it comes up again and after."""
+    ray, gateways = FakeRay(), FakeGateways()
+    wanted = settings("m")
+    loop = controller(ray, gateways, wanted)
+    await loop.step()
+
+    def end(at_s: float, reason: str, model: str = "m", generation: str = wanted.digest) -> LostEngine:
+        return LostEngine("m-r1", str(at_s), model, "v1", generation, "n", reason, at_s)
+
+    gateways.ends = [end(60.0, "first"), end(120.0, "rank 1 was killed"), end(180.0, "x", "other")]
+    gateways.ends.append(end(180.0, "x", "m", "an older entry"))
+    ray.change("m", placed=1)
+    await loop.step()
+    assert gateways.state("m") is ModelState.LOADING
+    reason = "2 replicas' engines ended lately, the last ended at 00:02:00 UTC: rank 1 was killed"
+    assert gateways.published["m"].state_reason == reason
+    ray.change("m", placed=0, running=1)
+    gateways.workers.append(FleetWorker("m-r1", "i", "m"))
+    await loop.step()
+    assert (gateways.state("m"), gateways.published["m"].state_reason) == (ModelState.READY, reason)
+    gateways.ends = []
+    await loop.step()
+    assert gateways.published["m"].state_reason == ""
 
 
 async def test_a_new_controller_leaves_all_as_it_is() -> None:

@@ -28,6 +28,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(400)]
 PROMPTS = ([5, 17, 230, 41, 99, 300], [11, 12, 13, 14], [7] * 40)
 TOKENS = 16
 ORPHANS_GONE_S = 10.0
+HOW_IT_ENDED = {
+    "core": "the engine core was killed by SIGKILL",
+    "rank": r"rank [01] \(process \d+\) was killed by SIGKILL",
+}
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """How vLLM names a socket in its default place."""
 
@@ -113,7 +117,7 @@ def names() -> set[str]:
 
 async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
     """LLaMA at TP 2 as above; then a SIGKILL of replica, core and rank each leaves neither processes nor shared
-    memory, and it serves again."""
+    memory, it serves again, and the gateway knows which rank or core ended how, and in which file to read more."""
     folder, others = build_checkpoint("llama", tmp_path / "llama"), names()
     await backend.deploy(two_ranks("llama", folder, door.address))
     link = await door.worker("llama", 180.0)
@@ -133,6 +137,10 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
             ORPHANS_GONE_S,
         )
         assert not names() - others, f"names after the {victim}'s death"
+        if victim in HOW_IT_ENDED:
+            told = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", door.hub.lost_engines()[-1].reason)
+            assert told is not None, door.hub.lost_engines()
+            assert Path(told["log"]).is_file()  # noqa: ASYNC240
         link = await door.worker("llama", 180.0, but=link.identity.incarnation)
         await same_tokens(link, folder)
     await removed(backend, "llama")

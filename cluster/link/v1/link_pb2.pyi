@@ -38,10 +38,13 @@ class WorkerTurn(_message.Message):
     ELSEWHERE_FIELD_NUMBER: _builtins.int
     SEQ_FIELD_NUMBER: _builtins.int
     WORK_FIELD_NUMBER: _builtins.int
+    ENGINE_ENDED_FIELD_NUMBER: _builtins.int
     acked_seq: _builtins.int
     """Sequence number of the last GatewayTurn applied."""
     seq: _builtins.int
     """Grows by one a message; beats tell how far it is, so that a stream that is cut shows."""
+    engine_ended: _builtins.str
+    """Why the worker's engine has ended. Nothing follows: the gateway closes the link."""
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -82,10 +85,11 @@ class WorkerTurn(_message.Message):
         elsewhere: _abc.Iterable[Global___Elsewhere] | None = ...,
         seq: _builtins.int = ...,
         work: Global___Work | None = ...,
+        engine_ended: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "hello", b"hello", "load", b"load", "served", b"served", "standing", b"standing", "step", b"step", "work", b"work"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "hello", b"hello", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage", "work", b"work"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "acked_seq", b"acked_seq", "credit", b"credit", "elsewhere", b"elsewhere", "engine_ended", b"engine_ended", "hello", b"hello", "load", b"load", "refused", b"refused", "seq", b"seq", "served", b"served", "standing", b"standing", "step", b"step", "usage", b"usage", "work", b"work"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1947,20 +1951,67 @@ class FleetState(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKERS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___FleetWorker]: ...
+    @_builtins.property
+    def lost(self) -> _containers.RepeatedCompositeFieldContainer[Global___LostEngine]:
+        """Workers whose engines ended in the last minutes."""
+
     def __init__(
         self,
         *,
         workers: _abc.Iterable[Global___FleetWorker] | None = ...,
+        lost: _abc.Iterable[Global___LostEngine] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lost", b"lost", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FleetState: _TypeAlias = FleetState  # noqa: Y015
+
+@_typing.final
+class LostEngine(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AT_S_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    incarnation: _builtins.str
+    model: _builtins.str
+    version: _builtins.str
+    generation: _builtins.str
+    node: _builtins.str
+    reason: _builtins.str
+    at_s: _builtins.float
+    """Since the epoch, by the gateway's clock."""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+        generation: _builtins.str = ...,
+        node: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        at_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "generation", b"generation", "incarnation", b"incarnation", "model", b"model", "node", b"node", "reason", b"reason", "version", b"version", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LostEngine: _TypeAlias = LostEngine  # noqa: Y015
 
 @_typing.final
 class FleetWorker(_message.Message):
