@@ -51,6 +51,9 @@ LinkAddress = Annotated[
 ]
 _NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
 _NAME_RULE = "must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters"
+# Callers keep the names that they use today, such as meta-llama/Llama-3.1-8B-Instruct.
+_ALIAS = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:/-]{0,126}[A-Za-z0-9])?")
+_ALIAS_RULE = "must be letters, digits, '.', '_', '-', '/' or ':', 1 to 128 characters"
 
 
 class ConfigError(ValueError):
@@ -181,7 +184,7 @@ class Canary(Section):
 
 
 def _checked_name(value: str) -> str:
-    if not _NAME.match(value):
+    if not _NAME.fullmatch(value):
         raise ValueError(f"{value!r} {_NAME_RULE}")
     return value
 
@@ -249,8 +252,8 @@ class Model(Section):
     @field_validator("aliases")
     @classmethod
     def _aliases(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        wrong = [(at, alias) for at, alias in enumerate(value) if not _NAME.match(alias)]
-        raise_all(Problem((at,), f"{alias!r} {_NAME_RULE}") for at, alias in wrong)
+        wrong = [(at, alias) for at, alias in enumerate(value) if not _ALIAS.fullmatch(alias)]
+        raise_all(Problem((at,), f"{alias!r} {_ALIAS_RULE}") for at, alias in wrong)
         return value
 
     @field_validator("source")

@@ -40,6 +40,8 @@ def test_shipped_files_load(file: Path) -> None:
         (HEAD + "models: [{name: m, source: s, replicas: {min: 3, max: 2}}]", "max (2) is below min (3)"),
         (HEAD + "models: [{name: m, source: s, replicas: {min: 1, idle_s: 60}}]", "needs min: 0"),
         (HEAD + "models: [{name: m, source: s}, {name: n, source: s, aliases: [m]}]", "'m' is used by"),
+        (HEAD + r'models: [{name: "m\n", source: s}]', "models[0].name"),
+        (HEAD + r'models: [{name: m, source: s, aliases: ["a\n"]}]', "models[0].aliases[0]"),
         (HEAD + "models: [{name: m, source: s, engine: {port: 1}}]", "models[0].engine.port: is Headrace's"),
         (HEAD + "models: [{name: m, source: s, engine: {distributed_executor_backend: mp}}]", "placed by Ray"),
         (HEAD + "models: [{name: m, source: s, trust_remote_code: true}]", "weights.allow.remote_code"),
@@ -152,7 +154,7 @@ def test_an_entry_as_the_packages_see_it() -> None:
     text = """
 models:
   - name: m
-    aliases: [a]
+    aliases: [a, meta-llama/Llama-3.1-8B-Instruct]
     source: hf://o/m
     revision: abc
     dtype: bfloat16
@@ -169,7 +171,7 @@ models:
     assert spec == ModelSpec(
         name="m",
         source="hf://o/m",
-        aliases=("a",),
+        aliases=("a", "meta-llama/Llama-3.1-8B-Instruct"),
         revision="abc",
         dtype="bfloat16",
         tensor_parallel_size=2,

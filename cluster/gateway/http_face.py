@@ -181,7 +181,7 @@ class HttpFace:
             "/v1/chat/completions": _Endpoint("POST", lambda exchange: self._call(_CHAT, exchange), door),
             "/v1/completions": _Endpoint("POST", lambda exchange: self._call(_COMPLETION, exchange), door),
             "/v1/models": _Endpoint("GET", self._models, door),
-            "/v1/models/{name}": _Endpoint("GET", self._model, door),
+            "/v1/models/{name:path}": _Endpoint("GET", self._model, door),
             "/health": _Endpoint("GET", self._health),
             "/ready": _Endpoint("GET", self._ready),
         }

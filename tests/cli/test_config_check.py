@@ -61,7 +61,7 @@ def values(keys: str) -> str:
         (model("engine: {worker_cls: a.B}"), "only where weights.allow.remote_code is true"),
         (model("gpu: [{type: L4, engine: {scheduler_cls: a.B}}]"), "models[0].gpu[0].engine.scheduler_cls: names code"),
         (model("canary: {version: v2, engine: {logits_processors: [a.B]}}"), "models[0].canary.engine.logits_proc"),
-        (model("aliases: ['My Model!']"), "models[0].aliases[0]: 'My Model!' must be lower-case letters"),
+        (model("aliases: ['My Model!']"), "models[0].aliases[0]: 'My Model!' must be letters"),
         (model("aliases: [m]"), "models[0].aliases[0]: the name 'm' is used by 'm' twice"),
         (model("gpu: L4, tensor_parallel_size: 8") + "scaling: {gpu_budget: {L4: 4}}", "scaling.gpu_budget.L4 is 4"),
         (model("gpu: L4, replicas: {min: 5}") + "scaling: {gpu_budget: {L4: 4}}", "together need 5 GPUs of type L4"),

@@ -263,7 +263,7 @@ async def test_request_ids_and_headers(busy: TestCluster) -> None:
 
 async def test_models_health_and_readiness(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """Models are listed with their state; a gateway without any worker is ready, one that is stopping is not."""
-    entry = CatalogEntry("sim", aliases=("default",), state=ModelState.LOADING, max_model_len=256)
+    entry = CatalogEntry("sim", aliases=("default", "Org/Sim"), state=ModelState.LOADING, max_model_len=256)
     cluster.gateway.dispatcher.catalog([entry])
     assert (await fetch(cluster, "/ready")).json == {"status": "ready"}
     card = (await fetch(cluster, "/v1/models")).json["data"][0]
@@ -271,6 +271,7 @@ async def test_models_health_and_readiness(cluster: TestCluster, checkpoint: Pat
     await cluster.add_worker(sim_engine(checkpoint), bundle)
     async with client(cluster) as ai:
         assert (await ai.models.retrieve("default")).id == "sim"
+        assert (await fetch(cluster, "/v1/models/Org/Sim")).json["id"] == "sim"
         assert (await ai.chat.completions.create(**chat_body(model="default"))).model == "sim"
     head = await Wire.open(cluster)
     head.ask("/health", method="HEAD")
