@@ -5,12 +5,14 @@ The dictionaries are those of Serve's REST answer (`GET /api/serve/applications/
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.control.reconcile import Observed, app_parts
 from cluster.rayserve.settings import refusal_in
 
+_MODULE_PATH = re.compile(r"^(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_]\w*: )")
 SEPARATOR = ":"
 """Between the cluster and the rest of an application's name; neither may hold it."""
 
@@ -65,4 +67,4 @@ def _observe(name: str, app: Mapping[str, Any]) -> Observed:
 def _last_line(message: str) -> str:
     """What a trace is about: its last line that is not empty, without the exception's module path."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    return _MODULE_PATH.sub("", lines[-1]) if lines else ""

@@ -62,6 +62,9 @@ def test_refusal_and_bad_luck() -> None:
     assert (refused.refused, refused.gave_up, refused.trouble) == (True, False, "no such folder")
     broken = one(application(status="DEPLOY_FAILED", message="The deployment failed to start 2 times\nOSError: disk\n"))
     assert (broken.refused, broken.gave_up, broken.trouble) == (False, True, "OSError: disk")
+    died = "models[m]: the engine did not come up: rank 1 (process 7) was killed by SIGSEGV; log: /a.b: c"
+    trace = f"The deployment failed to start 2 times\ncluster.api.ports.EngineDead: {died}\n"
+    assert one(application(status="DEPLOY_FAILED", message=trace)).trouble == f"EngineDead: {died}"
     assert one(application(message="2 replicas have taken more than 30s to be scheduled")).trouble == ""
 
 
