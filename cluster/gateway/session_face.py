@@ -281,7 +281,8 @@ class Session:
                 self.halted = True
                 self._reading.clear()
                 self._drain = self._loop.create_task(self._until_read())
-        elif (self._half_closed or self._retired) and not self._calls:
+        # Also after what was sent just now: nobody wakes a session whose client has ended it with its last request.
+        if (self._half_closed or self._retired) and not self._calls and not self.halted:
             self._over.set_result(None)
 
     async def _until_read(self) -> None:

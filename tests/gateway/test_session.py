@@ -16,7 +16,7 @@ from cluster.api.bundle import Bundle
 from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
 from tests.rpc.raw import raw_client
-from tests.support.calls import chat, complete, text_of
+from tests.support.calls import chat, complete, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 
 pytestmark = pytest.mark.slow
@@ -249,3 +249,18 @@ async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> N
                 sent += len(framed)
         assert len(framed) <= sent < 1_000_000
     assert (await cluster.stub.ListModels(pb.ListModelsRequest())) is not None
+
+
+async def test_a_session_ends_with_a_request_that_is_refused_at_once(cluster: TestCluster) -> None:
+    """A session whose only request was refused in the moment in which its client closed its side never ended."""
+    start = pb.SessionStart(call_id=1, chat=chat(model="none"))
+
+    async def asked() -> list[pb.SessionEvent]:
+        session = cluster.stub.Session()
+        await session.write(pb.SessionRequest(start=start))
+        await session.done_writing()
+        return [event for message in await rest_of(session) for event in message.events]
+
+    async with asyncio.timeout(10):
+        answers = await asyncio.gather(*(asked() for _ in range(20)))
+    assert all(event.status for (event,) in answers)

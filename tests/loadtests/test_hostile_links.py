@@ -1,0 +1,50 @@
+"""Hostile calls over all APIs: no link is lost, no stream of another caller is touched, and nothing is left of them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from loadtests.hostile.generator import FIELDS, Generator
+from loadtests.hostile.links import Attack, Volley
+from loadtests.serving import ours
+from tests.support.calls import complete
+from tests.support.checkpoints import build_checkpoint
+from tests.support.cluster import bundle_of, running_cluster, sim_engine
+
+CALLS = 120
+
+
+def test_the_generator_covers_every_field() -> None:
+    """A field that is never hostile, or calls that differ from run to run, would prove nothing."""
+    calls = list(Generator(5, "m").take(400))
+    assert {name for one in calls for name in one.fields} == set(FIELDS)
+    assert [(one.message, one.body) for one in Generator(5, "m").take(20)] == [
+        (one.message, one.body) for one in calls[:20]
+    ]
+    assert any(b"\xed\xa0\x80" in one.message for one in calls)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("places", [8, 1], ids=["unqueued", "queued"])
+async def test_hostile_calls_touch_nobody(tmp_path: Path, places: int) -> None:
+    """A surrogate in a queued call's regex ended the link of its worker, and with it all streams there."""
+    checkpoint = build_checkpoint("llama", tmp_path / "llama")
+    async with running_cluster(tmp_path / "gateway") as cluster:
+        engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=places)
+        await cluster.add_worker(engine, bundle_of(checkpoint), model=ours.MODEL)
+        request = complete(model=ours.MODEL, max_tokens=300, ignore_eos=True)
+        alone = (await cluster.stub.Complete(request)).choices[0].text
+        links = cluster.gateway.hub.links
+        attack = Attack(cluster.gateway.endpoints["grpc"], cluster.gateway.endpoints["http"], "none")
+        stream = asyncio.ensure_future(cluster.stub.Complete(request))
+        try:
+            await attack.run(Volley(places, CALLS, 16))
+        finally:
+            await attack.close()
+        assert (await stream).choices[0].text == alone
+        assert cluster.gateway.hub.links == links
+        assert sum(attack.answers.values()) >= CALLS / 2
+        await cluster.until_idle()
