@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from cluster.api.outcomes import Outcome
@@ -64,7 +65,21 @@ def _check_text(kind: str, value: str | tuple[str, ...]) -> None:
         _check_regex("regex", value)
 
 
+_TOKEN = re.compile(r"\\k|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:<?[=!]|>|\(|P=)", re.DOTALL)
+_UNSUPPORTED = {
+    **dict.fromkeys(("(?=", "(?!", "(?<=", "(?<!"), "look-ahead and look-behind"),
+    **dict.fromkeys(("(?>", "(?("), "atomic and conditional groups"),
+    **dict.fromkeys(("\\b", "\\B"), "word boundaries"),
+    **dict.fromkeys(("\\A", "\\Z", "\\z", "\\G"), "anchors other than ^ and $"),
+    **dict.fromkeys(("(?P=", "\\k", *(f"\\{digit}" for digit in range(1, 10))), "back references"),
+}
+"""What no backend of vLLM compiles; some take an escape for its letter."""
+
+
 def _check_regex(kind: str, pattern: str) -> None:
+    unsupported = next((what for token in _TOKEN.findall(pattern) if (what := _UNSUPPORTED.get(token))), None)
+    if unsupported is not None:
+        raise _refused(kind, f"{unsupported} are not supported in expressions; write the expression without them")
     positions = regex_positions(pattern)
     if positions > MAX_REGEX_POSITIONS:
         raise _refused(kind, f"unrolls to {positions} positions, at most {MAX_REGEX_POSITIONS}: repeat fewer times")

@@ -37,12 +37,12 @@ ROWS: Mapping[str, Bound] = {
 }
 
 KIB, MIB = 1 << 10, 1 << 20
-SIZES: Final = {KIB: 30, 64 * KIB: 6, MIB: 2, 16 * MIB - 4096: 1}
+SIZES: Final = {KIB: 5, 64 * KIB: 2, MIB: 1, 16 * MIB - 4096: 1}
 """Bytes of a body, and how many are sent."""
 SERVICE: Final = "/cluster.v1.Inference/"
 ANSWER_S: Final = 60.0
 SETTLE_S: Final = 0.05
-TIME_S: Final = 150.0
+TIME_S: Final = 110.0
 """No further body is begun later."""
 
 

@@ -216,3 +216,24 @@ def test_ends_of_a_call_with_min_tokens_fit_into_the_runners_table(ids: int, min
     with pytest.raises(EngineRefused, match="EOS") as error:
         check(request, limits)
     assert error.value.field == "stop_token_ids"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(?=a)b", "(?!a)b", "(?<=a)b", "(?<!a)b", r"\bfoo\b", r"a\Bb", r"(a)\1", r"(?P<x>a)(?P=x)", r"\k<x>", r"\Aabc\Z",
+     "(?>a)", "(a)?(?(1)b|c)"],
+)  # fmt: skip
+def test_expressions_that_are_not_supported_are_called_so(pattern: str) -> None:
+    """The call ended with "no output can go on", or took an escape for its letter."""
+    schema = json.dumps({"type": "string", "pattern": pattern})
+    for grammar in (Grammar("regex", pattern), Grammar("json_schema", schema)):
+        with pytest.raises(EngineRefused, match="not supported"):
+            check_grammar(grammar)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"[\b]", r"\\b", r"\d+\.\d{2}", "^a|b$", r"[(?=]x", "(?:ab)+", r"[^\]\\]", "[]]", ""]
+)
+def test_expressions_that_are_supported_pass(pattern: str) -> None:
+    """Members of classes and escaped backslashes are no such thing."""
+    check_grammar(Grammar("regex", pattern))
