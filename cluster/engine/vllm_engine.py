@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,10 @@ class VllmEngine:
             self._closed = True  # the thread goes on, and ends what it has started
             raise
         self._path = path
-        with self._explained():
+        try:
             await path.ready()
+        except EngineDead as dead:
+            raise self._dead(dead) from dead
         await asyncio.to_thread(watchdog.forget_names, others)
         processes = await asyncio.to_thread(watchdog.own_processes, others)
         self._starvation = Starvation(lambda: read_tasks(processes))
@@ -164,8 +166,10 @@ class VllmEngine:
         try:
             prepared = await self._prepare(path, request)
             if key in self._live:  # else aborted while it was validated in a thread
-                with self._explained():
+                try:
                     await path.add(prepared)
+                except EngineDead as dead:
+                    raise self._dead(dead) from dead
         except BaseException:  # a cancel too: the place goes with the one who took it
             self._end(key, remember=False)
             raise
@@ -210,15 +214,19 @@ class VllmEngine:
         for key in known:
             self._end(key)
         if known:
-            with self._explained():
+            try:
                 await path.abort(known)
+            except EngineDead as dead:
+                raise self._dead(dead) from dead
 
     async def step(self) -> Sequence[TokenOutput]:
         """The next step that has outputs. Raises EngineDead."""
         path = self._started()
         while True:
-            with self._explained():
+            try:
                 outputs = await path.collect(self._live)
+            except EngineDead as dead:
+                raise self._dead(dead) from dead
             computed = 0
             for output in outputs:
                 if output.prompt_tokens is not None:
@@ -287,17 +295,12 @@ class VllmEngine:
     async def check(self) -> None:
         """Raise EngineDead if the core is known to be dead."""
         if self._started().dead():
-            with self._explained():
-                raise EngineDead("the engine core is dead")
+            raise self._dead(EngineDead("the engine core is dead"))
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Raise EngineDead with the reason why the engine ended, the same one for every caller."""
-        try:
-            yield
-        except EngineDead as dead:
-            self._why_dead = self._why_dead or self._why(dead)
-            raise EngineDead(self._why_dead) from dead
+    def _dead(self, dead: EngineDead) -> EngineDead:
+        """Return the error with the reason why the engine ended, the same one for every caller."""
+        self._why_dead = self._why_dead or self._why(dead)
+        return EngineDead(self._why_dead)
 
     def _why(self, dead: EngineDead) -> str:
         if why := causes.found(self._notes, recent=True):
