@@ -20,6 +20,8 @@ END_STREAM = 1
 MAX_STREAM_ID = 2**31 - 1
 _HEAD = struct.Struct("!HBBBL")
 MAX_CONTINUATIONS = 16
+MAX_SIZE_UPDATES = 2
+"""Changes of the header table's size at the start of a block: the smallest, then the final one (RFC 7541, 4.2)."""
 
 
 class FrameReader:
@@ -124,6 +126,7 @@ class FrameReader:
                 raise ProtocolError("CONTINUATION without HEADERS.")
             self._check_block(len(frame.data))
             if "END_HEADERS" in frame.flags:
+                _check_size_updates(frame.data)
                 return frame
             self._block, self._continuations = frame, 0
             return None
@@ -136,6 +139,7 @@ class FrameReader:
         block.data += frame.data
         if "END_HEADERS" not in frame.flags:
             return None
+        _check_size_updates(block.data)
         block.flags.add("END_HEADERS")
         self._block = None
         return block
@@ -154,6 +158,21 @@ def _parsed(head: bytes, body: bytes) -> Frame:
     except HyperframeError as error:
         raise ProtocolError("Received frame with non-compliant data") from error
     return frame
+
+
+def _check_size_updates(block: bytes) -> None:
+    """Refuse a block with more changes of the header table's size than the protocol allows. Each byte of them costs the
+    decoder microseconds, and none counts as a field that is charged."""
+    at = updates = 0
+    while at < len(block) and block[at] & 0xE0 == 0x20:
+        updates += 1
+        if updates > MAX_SIZE_UPDATES:
+            raise _calm(f"More than {MAX_SIZE_UPDATES} table size updates in a header block.")
+        if block[at] & 0x1F == 0x1F:
+            at += 1
+            while at < len(block) and block[at] & 0x80:
+                at += 1
+        at += 1
 
 
 def _calm(why: str) -> ProtocolError:

@@ -82,6 +82,9 @@ KINDS: Mapping[str, Callable[[Attacker], bytes]] = {
     "no request": calls(lambda attacker: attacker.open("Chat", end=True)),
     "CONTINUATION, empty": endless_block(b""),
     "CONTINUATION, large": endless_block(b"x" * 16_000),
+    "table size updates": lambda attacker: HeadersFrame(
+        attacker.last + 2, b"\x20" * 1000, flags=("END_HEADERS", "END_STREAM")
+    ).serialize(),
 }
 
 

@@ -128,6 +128,19 @@ async def test_a_header_block_is_bounded_before_it_is_whole(serve: Serve, part: 
         assert raw.goaway.error_code == ErrorCodes.ENHANCE_YOUR_CALM
 
 
+@pytest.mark.parametrize("updates", [b"\x20" * 3, b"\x3f\x01" * 3])
+async def test_a_header_block_changes_its_table_twice_at_most(serve: Serve, updates: bytes) -> None:
+    """Table size updates cost a decoder much for each byte, and are no field that is charged."""
+    async with serve() as echo, raw_client(echo.port) as raw:
+        while not raw.events:
+            await raw.receive()
+        head = HeadersFrame(1, updates, flags=("END_HEADERS", "END_STREAM"))
+        await cut(raw, head.serialize())
+        assert raw.eof
+        assert raw.goaway is not None
+        assert raw.goaway.error_code == ErrorCodes.ENHANCE_YOUR_CALM
+
+
 async def test_nothing_is_handled_after_the_cut(serve: Serve) -> None:
     """The rest of what was read is dropped with the connection, calls among it."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
