@@ -190,8 +190,9 @@ class HelperPool:
         """Of the helpers that are there."""
         return frozenset(helper.pid for helper in self._helpers)
 
-    async def run(self, job: Job, *, size: int = 0, tenant: str = "") -> Any:
+    async def run(self, job: Job, *, size: int = 0, tenant: str = "", here: bool = True) -> Any:
         """The job's result; None where no helper can be had in time: do it yourself. `size`: bytes that it works on.
+        Not `here`: the caller cannot do it, and waits also for a helper that gets no core.
 
         Raises CallError as the job did, TooMuchCpu, Lost."""
         for _ in range(MAX_LOSSES):
@@ -201,7 +202,9 @@ class HelperPool:
             # A job that nobody waits for any longer is finished all the same: its answer must leave the socket.
             patience_s = self._patience_s + size / 1e6
             work = self._spawn(self._work(helper, job, patience_s, self.cpu_s + CPU_S_PER_MB * size / 1e6))
-            if not await _patiently(work, helper, patience_s):
+            if not here:
+                await asyncio.wait({work})
+            elif not await _patiently(work, helper, patience_s):
                 return None
             answer: tuple[str, Any] | None = work.result()
             if answer is not None:

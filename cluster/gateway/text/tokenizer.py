@@ -248,7 +248,7 @@ class TextModel:
             return work()
         if (chars > ENCODE_HELPER_CHARS or not self._is_quick) and self.pool is not None:
             try:
-                result = await self.pool.run(job, size=chars, tenant=tenant)
+                result = await self.pool.run(job, size=chars, tenant=tenant, here=self._is_quick)
             except TooMuchCpu:
                 raise invalid(field, "takes the model's tokenizer too long: send a shorter or simpler text") from None
             except Lost as lost:
