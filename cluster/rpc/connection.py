@@ -61,6 +61,40 @@ _READ_OF_STRANGER = _READ[:STRANGER_FRAME_BYTES]
 class Connection(asyncio.BufferedProtocol):
     """A client's connection."""
 
+    __slots__ = (
+        "_age_s",
+        "_blocked",
+        "_blocked_streams",
+        "_charges",
+        "_control_bytes",
+        "_control_writes",
+        "_flushing",
+        "_header_bytes",
+        "_held",
+        "_last",
+        "_last_taken",
+        "_leaving",
+        "_liveness",
+        "_max_calls",
+        "_out",
+        "_server",
+        "_table_is_news",
+        "_to_give",
+        "_unnamed_bytes",
+        "_unnamed_calls",
+        "admitted",
+        "budget",
+        "calls",
+        "closing",
+        "h2",
+        "intake",
+        "limits",
+        "loop",
+        "paused",
+        "peer",
+        "transport",
+    )  # with more than 30 attributes a dictionary would make each access slower
+
     def __init__(self, server: Server, limits: Limits, age_s: float, held: Held) -> None:
         """`age_s`: this connection's own age limit, 0 for none. `held`: its place among the port's connections."""
         self._held = held
