@@ -56,6 +56,12 @@ _KINDS = {b"[": "an array", b'"': "a string", b"n": "null", b"t": "a boolean", b
 _IDS = re.compile(rb"\s*\[\s*-?[0-9]")
 _IDS_DECODER = msgspec.json.Decoder(list[int])
 _MEMBERS_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
+MAX_OPTION_BYTES: Final = 1 << 17
+"""Of a field that is no prompt; the longest good ones, stop strings that are all escapes, have 100 KB."""
+_MAX_BYTES = {
+    **dict.fromkeys(("messages", "prompt", "chat_template_kwargs", "tools", "functions", "documents"), 1 << 62),
+    **dict.fromkeys(("response_format", "structured_outputs"), 2 << 20),
+}
 _BOUNDS = {"messages": MESSAGES, "prompt": PROMPTS}
 _PLACE = re.compile(r"\$\[(\d+)\]")
 _BYTE = re.compile(r"\(byte (\d+)\)")
@@ -153,6 +159,9 @@ def _is_text(data: bytes) -> bool:
 
 def _field(name: str, raw: bytes) -> Any:
     """A field's value. Token ids become an array."""
+    most = _MAX_BYTES.get(name, MAX_OPTION_BYTES)
+    if len(raw) > most:
+        raise invalid(name, f"is {len(raw)} bytes long; at most {most} are taken: send less")
     if name != "prompt" or _IDS.match(raw) is None:
         check_counts(name, raw, _BOUNDS.get(name, ARGUMENTS))
         if name == "messages":

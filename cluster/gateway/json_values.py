@@ -40,7 +40,7 @@ class Bounds:
 MAX_IDS: Final = 2_097_152
 BODY: Final = Bounds(containers=40_000, strings=200_000, values=MAX_IDS)
 """Of a request's body: ten thousand messages of parts, or two million token ids."""
-MESSAGES: Final = Bounds(containers=32_000, strings=200_000, values=200_000)
+MESSAGES: Final = Bounds(containers=32_000, strings=100_000, values=200_000)
 PROMPTS: Final = Bounds(containers=1000, strings=1000, values=MAX_IDS)
 ARGUMENTS: Final = Bounds(containers=10_000, strings=20_000, values=100_000)
 """Of arguments of a template or tool call, of a JSON schema, and of any other field."""

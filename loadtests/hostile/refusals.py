@@ -278,21 +278,19 @@ async def measure(stage: Stage) -> list[Figure]:
                 costs[attack, size] = await cost_s(target, attack, size, times, channel)
                 told = f"{attack.name} ({attack.method}), {size} bytes"
                 piece = max(piece, (await target.piece_ms(), told))
-    smallest, million, most = KIB, MIB, max(SIZES)
+    million, most = MIB, max(SIZES)
     stage.report.settings["refused requests, CPU ms by bytes"] = {
         f"{attack.name} ({attack.method})": [round(costs[attack, size] * 1000, 3) for size in SIZES]
         for attack in attacks
     }
     for (attack, size), used_s in costs.items():
         told = f"{attack.name} ({attack.method}), {size} bytes: {used_s * 1000:.2f} ms"
-        above_s = used_s - costs[attack, smallest]
         if size >= million:
             worst = max(worst, (used_s / size * 1e9, told))
         else:
             small = max(small, (used_s * 1000, told))
         if size == most:
-            expected_s = (costs[attack, million] - costs[attack, smallest]) * most / million
-            ratio = max(ratio, (above_s / max(expected_s, 16 * most * 1e-10), told))
+            ratio = max(ratio, (used_s / costs[attack, million] * million / most, told))
     return [
         exact(BY_BYTES, worst[0], ROWS[BY_BYTES], "ns/byte", worst[1]),
         exact(SMALL, small[0], ROWS[SMALL], "ms", small[1]),
