@@ -120,9 +120,34 @@ class _Scan:
                 at = _varint(data, at)[1]
             elif wire in (1, 5):
                 at += 8 if wire == 1 else 4
-            else:  # groups, and what there is no wire type for
+            elif wire == 3:
+                at = self._group(at, end)
+            else:  # the end of a group that has not begun, and what there is no wire type for
                 raise IndexError
         self.full = top
+
+    def _group(self, at: int, end: int) -> int:
+        """Count the fields of a group, which protobuf keeps as unknown ones, and return where it ends. Raises
+        IndexError."""
+        data, depth = self._data, 1
+        while depth and self.elements <= self._most:
+            if at >= end:
+                raise IndexError
+            self.elements += 1
+            tag, at = _varint(data, at)
+            wire = tag & 7
+            if wire == 2:
+                length, at = _varint(data, at)
+                at += length
+            elif wire == 0:
+                at = _varint(data, at)[1]
+            elif wire in (1, 5):
+                at += 8 if wire == 1 else 4
+            elif wire in (3, 4):
+                depth += 1 if wire == 3 else -1
+            else:
+                raise IndexError
+        return at
 
     def _count(self, at: int, length: int) -> None:
         if self._count_numbers:

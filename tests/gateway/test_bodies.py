@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,10 +196,50 @@ def test_a_scan_of_anything_ends(data: bytes) -> None:
     assert scan(pb.SessionRequest.DESCRIPTOR, data, 50).elements <= 51 + len(data)
 
 
+def _varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + _varint(value >> 7)
+
+
+def _delimited(number: int, parts: list[bytes]) -> bytes:
+    data = b"".join(parts)
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _group(number: int, parts: list[bytes]) -> bytes:
+    return _varint(number << 3 | 3) + b"".join(parts) + _varint(number << 3 | 4)
+
+
+FIELD_NUMBERS = st.sampled_from([1, 2, 3, 4, 5, 11, 16, 21, 24, 31, 100, 500])
+ON_THE_WIRE = st.recursive(
+    st.builds(lambda number, value: _varint(number << 3) + _varint(value), FIELD_NUMBERS, st.integers(0, 300))
+    | st.builds(lambda number: _varint(number << 3 | 5) + bytes(4), FIELD_NUMBERS),
+    lambda inner: st.tuples(st.sampled_from([_delimited, _group]), FIELD_NUMBERS, st.lists(inner, max_size=4)).map(
+        lambda made: made[0](made[1], made[2])
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ON_THE_WIRE, max_size=6).map(b"".join))
+def test_a_scan_counts_all_that_protobuf_makes(data: bytes) -> None:
+    """Whatever unknown fields and groups stand before and between the known ones, at all levels."""
+    try:
+        made = pb.SessionRequest.FromString(data)
+    except DecodeError:
+        return
+    assert scan(pb.SessionRequest.DESCRIPTOR, data, 10**6).elements >= _count(made)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "field"),
     [
         ("Chat", b"\x12\x00" * 480_000, "messages"),
+        ("Chat", _group(500, []) + b"\x12\x00" * 480_000, "messages"),
+        ("Chat", _group(500, [_group(501, [b"\x08\x01"]), b"\x12\x01x"]) + b"\x52\x00" * 480_000, "stop"),
+        ("Chat", _delimited(2, [_group(500, []), b"\x1a\x00" * 480_000]), "messages"),
+        ("Chat", _group(500, []) * 300_000, "request"),
+        ("Chat", _group(500, [b"\x08\x01" * 300_000]), "request"),
         ("Chat", b"\x12\x08\x0a\x04user\x1a\x00" * 150_000, "messages"),
         ("Chat", (b"\x12\x06\x0a\x04user") * (MAX_MESSAGES + 1), "messages"),
         ("Tokenize", b"\x1a\x00" * 480_000, "messages"),
@@ -212,7 +253,8 @@ def test_a_scan_of_anything_ends(data: bytes) -> None:
         ("GetModel", b"\x10\x01" * 600_000, "request"),
         ("Chat", b"\xff" * 1_000_000, "request"),
     ],
-    ids=["messages", "messages with parts", "a few too many", "tokenize", "stop", "biases", "unknown", "tokens", "ids",
+    ids=["messages", "behind a group", "behind groups in a group", "a group in a message", "groups", "one group",
+         "messages with parts", "a few too many", "tokenize", "stop", "biases", "unknown", "tokens", "ids",
          "arguments", "model", "malformed"],
 )  # fmt: skip
 def test_messages_that_hold_too_much_are_refused_by_their_field(name: str, data: bytes, field: str) -> None:
