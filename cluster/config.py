@@ -21,7 +21,7 @@ from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import ModelSpec
 from cluster.config_gateway import Gateway, Section, Tls, check_address, is_loopback
 from cluster.config_problems import Path as KeyPath
-from cluster.config_problems import Problem, problems_of, raise_all
+from cluster.config_problems import Problem, problems_of, raise_all, shown
 from cluster.config_remainder import without
 from cluster.config_tenants import (
     CLASSES,
@@ -33,6 +33,7 @@ from cluster.config_tenants import (
     Tenant,
     TenantDefaults,
     problems_together,
+    url_parts,
 )
 from cluster.config_yaml import Document, Duplicate, NotYaml, read
 from cluster.tenancy.policy import TenantPolicy
@@ -46,18 +47,27 @@ NOT_YET_MODEL = {
 
 LinkAddress = Annotated[
     str,
-    Field(pattern=r"^(srv://_[a-z0-9-]+\._tcp(\.[a-zA-Z0-9_-]+)+\.?|(\[[0-9a-fA-F:]+\]|[^:/\s]+):\d{1,5})$"),
+    Field(pattern=r"^(srv://_[a-z0-9-]+\._tcp(\.[a-zA-Z0-9_-]+)+\.?|(\[[0-9a-fA-F:]+\]|[^:/\s]+):[0-9]{1,5})$"),
     AfterValidator(lambda value: value if value.startswith("srv://") else check_address(value, least=1)),
 ]
 _NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
+_NO_REVISION = re.compile(r"[\s~^:?*\[\\]")
 _NAME_RULE = "must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters"
-# Callers keep the names that they use today, such as meta-llama/Llama-3.1-8B-Instruct.
-_ALIAS = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:/-]{0,126}[A-Za-z0-9])?")
-_ALIAS_RULE = "must be letters, digits, '.', '_', '-', '/' or ':', 1 to 128 characters"
+# Callers keep the names that they use today, such as meta-llama/Llama-3.1-8B-Instruct or claude-3-5-haiku@20241022.
+_ALIAS = re.compile(r"[A-Za-z0-9@]([A-Za-z0-9._:/@+-]{0,126}[A-Za-z0-9+])?")
+_ALIAS_RULE = "must be letters, digits, '.', '_', '-', '/', ':', '@' or '+', 1 to 128 characters"
 
 
 class ConfigError(ValueError):
     """The configuration is wrong; the message names the file, the key's path and the remedy."""
+
+
+def _web_server(value: str) -> str:
+    """A URL of a web server itself. Raises ValueError."""
+    parts = url_parts(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{value!r} is no URL of a web server: write https://host or http://host:port")
+    return value
 
 
 class Link(Section):
@@ -73,7 +83,7 @@ class RayCluster(Section):
     """A Ray cluster that exists already. Without any, `cluster up` starts a local one."""
 
     name: Annotated[str, Field(pattern=_NAME.pattern)]
-    dashboard_url: Annotated[str, Field(pattern=r"^https?://")]
+    dashboard_url: Annotated[str, Field(pattern=r"^https?://"), AfterValidator(_web_server)]
     address: str = ""
     token_file: Path | None = None
 
@@ -81,7 +91,7 @@ class RayCluster(Section):
 class HuggingFace(Section):
     """Where `hf://` sources come from; huggingface_hub's own settings otherwise."""
 
-    endpoint: str = ""
+    endpoint: Annotated[str, AfterValidator(lambda value: _web_server(value) if value else value)] = ""
     token_file: Path | None = None
 
 
@@ -454,6 +464,12 @@ class Config(Section):
             if model.load_format not in allow.formats:
                 text = f"weights.allow.formats does not list {model.load_format!r}; it has {', '.join(allow.formats)}"
                 yield Problem((*where, "load_format"), text)
+            elif model.load_format == "gguf":
+                text = "gguf files are not served yet: use the model's safetensors form"
+                yield Problem((*where, "load_format"), text)
+            if allow.licenses and model.license and model.license.lower() not in map(str.lower, allow.licenses):
+                text = f"{model.license!r} is not among weights.allow.licenses ({', '.join(allow.licenses)})"
+                yield Problem((*where, "license"), text)
             if not allow.remote_code:
                 for path, source, engine, _ in model.engines():
                     if not source.startswith("sim://"):
@@ -463,6 +479,9 @@ class Config(Section):
                 if not any(fnmatch.fnmatchcase(version.source, pattern) for pattern in allow.sources):
                     text = f"{version.source!r} is not among weights.allow.sources ({', '.join(allow.sources)})"
                     yield Problem((*there, "source"), text)
+                if version.source.startswith("hf://") and _NO_REVISION.search(version.revision):
+                    text = f"{version.revision!r} is no branch, tag or commit: those have no blanks and none of ~^:?*["
+                    yield Problem((*there, "revision"), text)
                 if version.ray and version.ray not in rays:
                     text = f"there is no Ray cluster {version.ray!r}; ray has {', '.join(rays) or 'none'}"
                     yield Problem((*there, "ray"), text)
@@ -479,6 +498,9 @@ class Config(Section):
     def _apart(cls, value: tuple[RayCluster, ...]) -> tuple[RayCluster, ...]:
         if len({one.name for one in value}) < len(value):
             raise ValueError("two entries have the same name")
+        urls = [one.dashboard_url.rstrip("/").lower() for one in value]
+        if twice := next((url for at, url in enumerate(urls) if url in urls[:at]), ""):
+            raise ValueError(f"two entries have the dashboard_url {twice}: one Ray cluster is one entry")
         return value
 
 
@@ -532,18 +554,31 @@ def remainder(document: Document, absent: Collection[str] = ()) -> tuple[Config 
     A wrong key hides what depends on its value, so it is taken out and the rest is looked at again. Of `models`, an
     entry that cannot be mended so is called LEFT_OUT and its position.
     """
-    wrong = [_twice(one) for one in document.duplicates] + [*_refuse_not_yet(document.data)]
-    data: Any = without(document.data, [one.path for one in wrong if one.path[-1] in NOT_YET_MODEL])
+    zero_bytes = [*_zero_bytes((), document.data, set())]
+    wrong = [_twice(one) for one in document.duplicates] + [*_refuse_not_yet(document.data), *zero_bytes]
+    out = [one.path for one in wrong if one in zero_bytes or one.path[-1] in NOT_YET_MODEL]
+    data: Any = without(document.data, out)
     taken: list[KeyPath] = []
     while data is not None and len(taken) < MOST_PROBLEMS:
         try:
             return Config.model_validate(data, context={"absent": {*absent, *names_of(document.data)}}), wrong
         except ValidationError as error:
             found = problems_of(error, Config)
-        wrong += [one for one in found if not _follows(one, taken)]
+        wrong += [one for one in found if one not in wrong and not _follows(one, taken)]
         taken += [one.path for one in found]
         data = without(data, [one.path for one in found])
     return None, wrong
+
+
+def _zero_bytes(path: KeyPath, value: Any, seen: set[int]) -> Iterator[Problem]:
+    """Texts that no file name and no program's argument may be; once where YAML's aliases repeat a value."""
+    if isinstance(value, str) and "\0" in value:
+        yield Problem(path, f"{shown(value)} holds a zero byte (\\0): take it out")
+    if not isinstance(value, dict | list) or id(value) in seen:
+        return
+    seen.add(id(value))
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _zero_bytes((*path, key if isinstance(key, str | int) else str(key)), item, seen)
 
 
 MOST_PROBLEMS = 1000
@@ -558,6 +593,8 @@ def _twice(one: Duplicate) -> Problem:
 
 def _follows(problem: Problem, taken: Sequence[KeyPath]) -> bool:
     """Whether a problem may be there only because other keys were taken out."""
+    if problem.missing and problem.path in taken:
+        return True
     section = problem.path[0] if problem.path else ""
     sections = {path[0] for path in taken if path}
     if section in ("models", "scaling"):

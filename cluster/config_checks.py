@@ -6,6 +6,7 @@ mistake is a warning of `headrace config check`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -15,6 +16,9 @@ from cluster.config_problems import Path, Problem
 SCHEMES = ("hf", "s3", "gs", "http", "https", "demo", "sim")
 """What may stand before :// of a source; without it a source is a folder."""
 _MEANT = {"huggingface": "hf", "hugging_face": "hf", "hf-hub": "hf", "hub": "hf", "gcs": "gs", "file": "", "s3a": "s3"}
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+_HUB_PAGE = re.compile(r"(www\.)?(huggingface\.co|hf\.co)/(?=[^/]+/[^/]+$)")
 
 
 class Entry(Protocol):
@@ -37,13 +41,30 @@ def source_problem(source: str) -> str:
         meant = _MEANT.get(scheme.lower(), scheme.lower() if scheme.lower() in SCHEMES else None)
         hint = "" if meant is None else f"; did you mean {meant + '://' if meant else ''}{rest}?"
         return f"{source!r} is unknown: use a folder, hf://org/name, s3://, gs://, https:// or demo://smollm2{hint}"
-    if scheme == "hf" and (rest.count("/") != 1 or not all(rest.split("/"))):
-        return f"expected hf://organisation/name, got {source!r}"
+    if scheme == "hf":
+        return _hub_problem(source, rest)
+    if scheme in ("http", "https") and _HUB_PAGE.match(rest):
+        return f"{source!r} is a page of the hub, not a folder of files: write hf://{_HUB_PAGE.sub('', rest)}"
     if scheme == "demo" and source != "demo://smollm2":
         return f"{source!r} is unknown: the only one of this scheme is demo://smollm2"
     if scheme in ("s3", "gs", "http", "https") and not rest.strip("/"):
         return f"{source!r} names no {'bucket' if scheme in ('s3', 'gs') else 'host'}"
     return ""
+
+
+def _hub_problem(source: str, name: str) -> str:
+    """Why the hub has no such repository, whatever it holds: the rules of its client for names."""
+    if name.count("/") != 1 or not all(name.split("/")):
+        return f"expected hf://organisation/name, got {source!r}"
+    plain, at, revision = name.partition("@")
+    if at and revision and all(_HUB_NAME.fullmatch(part) for part in plain.split("/")):
+        return f"{source!r}: a revision is a key of its own: write source: hf://{plain} and revision: {revision}"
+    if not all(_HUB_NAME.fullmatch(part) for part in name.split("/")) or "--" in name or ".." in name:
+        return (
+            f"{source!r} is no name that the hub has: organisation and name are letters, digits, '-', '_' and '.', "
+            "1 to 96 characters, with a letter, digit or '_' at both ends and neither '--' nor '..'"
+        )
+    return "a repository's name on the hub does not end in .git" if name.endswith(".git") else ""
 
 
 def engine_of(path: Path, source: str, engine: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[Problem]:
@@ -147,7 +168,7 @@ def budgets(needs: Sequence[Need], budget: Mapping[str, int]) -> Iterator[Proble
             yield Problem(
                 ("models", at),
                 f"one replica needs {gpus} GPUs{_of(kind)} and scaling.gpu_budget{_key(kind)} is {budget[kind]}: "
-                "raise the budget, or lower tensor_parallel_size",
+                "raise the budget, or lower tensor_parallel_size or pipeline_parallel_size",
             )
         elif len(limited) == 1:
             kind, gpus, least = limited[0]

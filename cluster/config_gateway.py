@@ -44,10 +44,12 @@ def check_address(value: str, least: int = 0) -> str:
             ipaddress.ip_address(host.strip("[]"))
         except ValueError:
             raise ValueError(f"{value}: {host} is no IP address") from None
+    elif not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+        raise ValueError(f"{value}: {host!r} is no host name")
     return value
 
 
-Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$"), AfterValidator(check_address)]
+Address = Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):[0-9]{1,5}$"), AfterValidator(check_address)]
 # Of process i > 0: with the ports of Listen's defaults, 50060+i and 9410+i.
 LINK_ABOVE, METRICS_ABOVE = 8, 10
 

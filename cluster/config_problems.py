@@ -42,6 +42,16 @@ _COUNTS = {
     "ti": 2.0**40,
 }
 _UNITS = {"s": "seconds", "bytes": "bytes", "tokens": "tokens", "days": "days", "minute": "a count per minute"}
+_EMPTY = "nothing stands below the key; fill it, or remove it"
+_ADDRESS = "host:port, of an IPv6 address [address]:port"
+_FORMS = {
+    **dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), _ADDRESS),
+    "gateways": f"{_ADDRESS}, or srv://_link._tcp.NAME",
+    "name": "lower-case letters, digits, '.', '_' or '-', 1 to 63 characters, a letter or digit at both ends",
+    "digest": "sha256: and 64 digits of 0-9 and a-f, in lower case",
+    "dashboard_url": "a URL that begins with http:// or https://",
+}
+"""What keys have to look like whose form is a pattern."""
 _FLAGS = ("true", "false", "yes", "no", "on", "off")
 
 
@@ -153,9 +163,11 @@ def _told(error: Mapping[str, Any], path: Path, keys: Sequence[str]) -> str:
     if kind.startswith("bool_"):
         return f"must be true or false, not {shown(value)}"
     if kind in ("tuple_type", "list_type"):
-        return f"must be a list, not {shown(value)}: begin it with [ or -"
+        return f"must be a list, not {shown(value)}: {_EMPTY if value is None else 'begin it with [ or -'}"
     if kind in ("model_type", "dict_type", "mapping_type", "model_attributes_type"):
-        return f"must be a mapping of keys, not {shown(value)}"
+        return f"must be a mapping of keys, not {shown(value)}{f': {_EMPTY}' if value is None else ''}"
+    if kind == "string_pattern_mismatch" and (words := _FORMS.get(last)):
+        return f"must be {words}, not {shown(value)}"
     return f"{message}, not {shown(value)}" if kind in ("string_pattern_mismatch", "literal_error") else message
 
 
@@ -180,10 +192,15 @@ def _by_unit(key: str, value: Any) -> str:
 
 def _quoted(value: Any) -> str:
     scalar = isinstance(value, bool | int | float) or type(value).__module__ == "datetime"
-    return f': write it in quotes, "{value}"' if scalar else ""
+    return f': write it in quotes, "{shown(value)}"' if scalar else ""
+
+
+_written_as = {"None": "null", "True": "true", "False": "false"}
 
 
 def shown(value: Any) -> str:
     """A value as an error message shows it, cut to a length that fits a line."""
-    text = repr(value)
+    text = _written_as.get(repr(value), repr(value)) if value is None or isinstance(value, bool) else repr(value)
+    if type(value).__module__ == "datetime":
+        text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."

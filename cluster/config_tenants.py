@@ -6,6 +6,7 @@ secrets are read where they are used, not here.
 
 from __future__ import annotations
 
+import difflib
 import ipaddress
 import math
 import re
@@ -20,14 +21,25 @@ from cluster.config_gateway import Section
 from cluster.config_problems import Problem, raise_all
 from cluster.tenancy.policy import GuardRule, PolicyError, TenantLimits, TenantPolicy
 
-_NAME = re.compile(r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")
-_CURRENCY = re.compile(r"^[A-Z]{3}$")
-_DNS = re.compile(r"^([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.?$")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+_CURRENCY = re.compile(r"[A-Z]{3}")
+_DNS = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)*[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.?")
 _ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 MAX_STALE_S = 30 * 86400
 MAX_DAYS = 36_500
 MAX_GPU_HOUR = 10_000.0
 RESERVED_TENANTS = frozenset({"_idle", "other", "nobody"})
+
+
+def _checked_tenant(value: str) -> str:
+    """A tenant's name itself. Raises ValueError for one that no tenant may have."""
+    if value in RESERVED_TENANTS:
+        raise ValueError(f"{value!r} is a word of Headrace's own: choose another name")
+    try:
+        TenantPolicy(value)
+    except PolicyError as error:
+        raise ValueError(f"{value!r} {error.remedy}") from None
+    return value
 
 
 class ApiKeys(Section):
@@ -50,7 +62,7 @@ class Oidc(Section):
     @field_validator("issuer")
     @classmethod
     def _over_tls(cls, value: str) -> str:
-        parts = _url(value)
+        parts = url_parts(value)
         if not parts.hostname or parts.scheme not in ("https", "http"):
             raise ValueError(f"{value!r} is no URL: write the issuer as its tokens' `iss` does, https://…")
         if parts.scheme == "http" and not _is_this_host(parts.hostname):
@@ -73,12 +85,17 @@ class ClientCertificate(Section):
     tenant: str
     role: Literal["caller", "viewer", "tenant_admin", "operator"] = "caller"
 
+    @field_validator("tenant")
+    @classmethod
+    def _tenant_name(cls, value: str) -> str:
+        return _checked_tenant(value)
+
     @field_validator("san")
     @classmethod
     def _plain(cls, value: str) -> str:
         if "*" in value:
             raise ValueError(f"{value!r}: wildcards are not served; name each certificate's alternative name")
-        if "://" not in value and not _DNS.match(value.lower()):
+        if "://" not in value and not _DNS.fullmatch(value.lower()):
             raise ValueError(f"{value!r} is neither a URI (spiffe://…) nor a DNS name")
         return value
 
@@ -123,7 +140,7 @@ class Store(Section):
     def _database(cls, value: str) -> str:
         if not value:
             return value
-        parts = _url(value)
+        parts = url_parts(value)
         if parts.scheme == "sqlite":
             if not parts.path.strip("/") or ":memory:" in parts.path:
                 raise ValueError("an in-memory database forgets everything: name a file, sqlite:////folder/ledger.db")
@@ -132,8 +149,10 @@ class Store(Section):
             raise ValueError(f"{parts.scheme or value!r} is not served: use postgresql+psycopg://… or sqlite:////…")
         if parts.password:
             raise ValueError("holds a password: take it out and set HEADRACE_DATABASE_PASSWORD")
-        if not parts.hostname or not parts.path.strip("/"):
+        given = urllib.parse.parse_qs(parts.query)
+        if not (parts.hostname or given.get("host")) or not parts.path.strip("/"):
             raise ValueError("names no host or no database: postgresql+psycopg://user@host/database")
+        _check_options(given)
         return value
 
     @field_validator("limits_url")
@@ -141,13 +160,14 @@ class Store(Section):
     def _limits(cls, value: str) -> str:
         if not value:
             return value
-        parts = _url(value)
+        parts = url_parts(value)
         if parts.scheme not in ("redis", "rediss", "unix") or not value.startswith(f"{parts.scheme}://"):
             raise ValueError("must be redis://, rediss:// (TLS) or unix://, of a Valkey or Redis")
         if parts.scheme == "unix" and not parts.path.strip("/"):
             raise ValueError("names no socket: write unix:///run/valkey.sock")
         if parts.scheme != "unix" and parts.path.strip("/") and not parts.path.strip("/").isdecimal():
             raise ValueError("its path must be the number of a database, e.g. redis://host:6379/0")
+        _check_connection(value)
         return value
 
 
@@ -162,7 +182,7 @@ class Cost(Section):
     @field_validator("currency")
     @classmethod
     def _known_form(cls, value: str) -> str:
-        if not _CURRENCY.match(value):
+        if not _CURRENCY.fullmatch(value):
             raise ValueError(f"{value!r} must be three capital letters, as ISO 4217 has them")
         return value
 
@@ -186,7 +206,7 @@ class BudgetWebhook(Section):
     @field_validator("url")
     @classmethod
     def _over_tls(cls, value: str) -> str:
-        parts = _url(value)
+        parts = url_parts(value)
         if not parts.hostname or parts.scheme not in ("https", "http"):
             raise ValueError(f"{value!r} is no URL of a web server: write https://…")
         if parts.username or parts.password:
@@ -212,7 +232,7 @@ class Class(Section):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not _NAME.match(value):
+        if not _NAME.fullmatch(value):
             raise ValueError(f"{value!r} must be lower-case letters, digits, '.', '_' or '-', 1 to 63 characters")
         return value
 
@@ -329,13 +349,7 @@ class Tenant(_TenantFields):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if value in RESERVED_TENANTS:
-            raise ValueError(f"{value!r} is a word of Headrace's own: choose another name")
-        try:
-            TenantPolicy(value)
-        except PolicyError as error:
-            raise ValueError(f"{value!r} {error.remedy}") from None
-        return value
+        return _checked_tenant(value)
 
     @model_validator(mode="after")
     def _whole(self) -> Tenant:
@@ -414,7 +428,7 @@ def _once(where: str, names: Sequence[str]) -> None:
             raise ValueError(f"{where}: {name!r} is there twice; remove one")
 
 
-def _url(value: str) -> urllib.parse.SplitResult:
+def url_parts(value: str) -> urllib.parse.SplitResult:
     """The parts of a URL. Raises ValueError that shows no password."""
     try:
         parts = urllib.parse.urlsplit(value)
@@ -424,6 +438,39 @@ def _url(value: str) -> urllib.parse.SplitResult:
     if port == 0:
         raise ValueError("is no URL: port 0 is nobody's; name the server's")
     return parts
+
+
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+def _check_options(given: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError for options of a PostgreSQL URL that its driver would refuse at each connection."""
+    from psycopg.pq import Conninfo
+
+    known = sorted(option.keyword.decode() for option in Conninfo.get_defaults())
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"PostgreSQL has no connection option {name!r}{f'; did you mean {near[0]}?' if near else ''}"
+            )
+    if wrong := [mode for mode in given.get("sslmode", ()) if mode not in _SSL_MODES]:
+        raise ValueError(f"sslmode={wrong[0]} is unknown: use one of {', '.join(_SSL_MODES)}")
+
+
+def _check_connection(url: str) -> None:
+    """Raise ValueError for options of a Valkey's URL that its client would refuse. Connects to nothing."""
+    from redis.asyncio import ConnectionPool
+    from redis.exceptions import RedisError
+
+    try:
+        pool = ConnectionPool.from_url(url)
+        pool.connection_class(**pool.connection_kwargs)
+    except (ValueError, TypeError, RedisError) as error:
+        options = urllib.parse.parse_qs(urllib.parse.urlsplit(url).query)
+        unknown = [name for name in options if f"'{name}'" in str(error)]
+        why = f"the client takes no such option: {unknown[0]}" if isinstance(error, TypeError) and unknown else error
+        raise ValueError(f"cannot be used: {why}") from None
 
 
 def _folded(san: str) -> str:

@@ -104,17 +104,26 @@ def load(text: str) -> Any:
     return document.data
 
 
-def _walk(node: yaml.Node, path: Path, lines: dict[Path, int], seen: set[int]) -> Iterator[Duplicate]:
+def _walk(
+    node: yaml.Node, path: Path, lines: dict[Path, int], seen: set[int], around: frozenset[int] = frozenset()
+) -> Iterator[Duplicate]:
     """The duplicates below a node, once even where aliases repeat it; `lines` gets each path's line."""
-    if isinstance(node, yaml.ScalarNode) or id(node) in seen:
+    if isinstance(node, yaml.ScalarNode):
+        return
+    if id(node) in around:
+        raise NotYaml(
+            f"line {node.start_mark.line + 1}: an alias (*name) repeats the value that it is part of, which never ends"
+        )
+    if id(node) in seen:
         return
     if len(path) > MAX_DEPTH:
         raise NotYaml(f"line {node.start_mark.line + 1}: nested deeper than {MAX_DEPTH}")
     seen.add(id(node))
+    around = around | {id(node)}
     if isinstance(node, yaml.SequenceNode):
         for at, item in enumerate(node.value):
             lines[(*path, at)] = item.start_mark.line + 1
-            yield from _walk(item, (*path, at), lines, seen)
+            yield from _walk(item, (*path, at), lines, seen, around)
         return
     first: dict[tuple[str, str], int] = {}
     for key, value in node.value:
@@ -127,7 +136,7 @@ def _walk(node: yaml.Node, path: Path, lines: dict[Path, int], seen: set[int]) -
                 yield Duplicate(where, line, first[mark])
             first.setdefault(mark, line)
         lines[where] = line
-        yield from _walk(value, where, lines, seen)
+        yield from _walk(value, where, lines, seen, around)
 
 
 def _one_line(error: yaml.YAMLError) -> str:

@@ -67,8 +67,8 @@ def test_shipped_files_load(file: Path) -> None:
             HEAD + KEYS + "ray: [{name: blue, dashboard_url: 'http://head:8265'}]\n" + MODEL,
             "auth.cluster_secret_file: with a Ray cluster",
         ),
-        (HEAD + "link: {gateways: ['srv://link.x']}\n" + MODEL, "link.gateways[0]: String should match pattern"),
-        (HEAD + "link: {gateways: ['dns://x:1']}\n" + MODEL, "link.gateways[0]: String should match pattern"),
+        (HEAD + "link: {gateways: ['srv://link.x']}\n" + MODEL, "link.gateways[0]: must be host:port"),
+        (HEAD + "link: {gateways: ['dns://x:1']}\n" + MODEL, "link.gateways[0]: must be host:port"),
         (HEAD + "gateway: {processes: 0}\n" + MODEL, "gateway.processes"),
         (HEAD + "gateway: {processes: 65}\n" + MODEL, "gateway.processes"),
         (

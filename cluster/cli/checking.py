@@ -19,7 +19,12 @@ from cluster.cli.values import Input, NoConfiguration, groups_of, read_input
 from cluster.config import Config, Model, remainder, secret_files
 from cluster.config_problems import Problem
 
-DEMO_SHAPE = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30}
+DEMO_SHAPE = {
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 30,
+    "max_position_embeddings": 8192,
+}
 """Of demo://smollm2's config.json."""
 LEAST_TOKENS = 2048
 """The least default of vLLM's max_num_batched_tokens."""
@@ -106,9 +111,10 @@ def _around(config: Config) -> Iterator[Problem]:
                 continue
             yield from _folder(path, version, config)
             shape = shape_of(version.source)
-            for spec in version.specs():
-                if text := unfit(spec, shape):
-                    yield Problem((*path, "tensor_parallel_size"), text)
+            for choice, spec in enumerate(version.specs()):
+                if found := unfit(spec, shape):
+                    own = not isinstance(version.gpu, str) and found[0] in version.gpu[choice].model_fields_set
+                    yield Problem((*path, *(("gpu", choice) if own else ()), found[0]), found[1])
 
 
 def _simulated(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
@@ -158,9 +164,19 @@ def shape_of(source: str) -> Mapping[str, Any]:
     return {**values, **inner} if isinstance(inner, dict) else values
 
 
-def unfit(spec: ModelSpec, shape: Mapping[str, Any]) -> str:
-    """Why a checkpoint of this shape cannot be split as the entry says; "" where it can, or where it is not known."""
-    ranks = spec.tensor_parallel_size
+def unfit(spec: ModelSpec, shape: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The key for which a checkpoint of this shape cannot be run as the entry says, and why; None where it can, or
+    where it is not known."""
+    if text := _undivided(spec.tensor_parallel_size, shape):
+        return "tensor_parallel_size", text
+    layers = shape.get("num_hidden_layers")
+    if isinstance(layers, int) and 0 < layers < spec.pipeline_parallel_size:
+        return "pipeline_parallel_size", f"is {spec.pipeline_parallel_size}, and the model has {layers} layers"
+    return None
+
+
+def _undivided(ranks: int, shape: Mapping[str, Any]) -> str:
+    """Why heads cannot be divided among so many ranks."""
     heads, kept = shape.get("num_attention_heads"), shape.get("num_key_value_heads")
     if isinstance(heads, int) and heads > 0 and heads % ranks:
         fits = ", ".join(str(n) for n in range(1, 65) if not heads % n)
@@ -169,9 +185,6 @@ def unfit(spec: ModelSpec, shape: Mapping[str, Any]) -> str:
         )
     if isinstance(kept, int) and kept > 0 and kept % ranks and ranks % kept:
         return f"is {ranks}, and the model has {kept} key-value heads: neither divides the other"
-    layers = shape.get("num_hidden_layers")
-    if isinstance(layers, int) and 0 < layers < spec.pipeline_parallel_size:
-        return f"pipeline_parallel_size is {spec.pipeline_parallel_size}, and the model has {layers} layers"
     return ""
 
 
@@ -257,7 +270,24 @@ def _unknown_models(config: Config, names: list[str]) -> Iterator[Problem]:
 
 
 def _matches(pattern: str, names: list[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern.partition(":")[0]) for name in names)
+    return any(fnmatch.fnmatchcase(name, one) for name in names for one in (pattern, pattern.partition(":")[0]))
+
+
+def _too_long(model: Model, shape: Mapping[str, Any]) -> str:
+    """Why vLLM refuses an entry's max_model_len by default; "" where it does not, or where it cannot be known."""
+    positions, length = shape.get("max_position_embeddings"), model.max_model_len
+    turns = shape.get("rope_parameters")
+    stretched = shape.get("rope_scaling") or (
+        isinstance(turns, dict) and turns.get("rope_type", "default") != "default"
+    )
+    if not isinstance(positions, int) or length is None or not 0 < positions < length or stretched:
+        return ""
+    if "hf_overrides" in model.engine or "model_max_length" in shape:
+        return ""
+    return (
+        f"is {length}, and the model was made for {positions} positions: vLLM refuses more, unless "
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN is 1 for its engines"
+    )
 
 
 def _likely_of(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
@@ -271,6 +301,11 @@ def _likely_of(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
             f"is {sequences}, and must not be above max_num_batched_tokens, whose default is {LEAST_TOKENS} on some "
             "hardware: set both",
         )
+    if model.revision and not source.startswith("hf://"):
+        text = f"is for hf:// sources; nothing of {source} is pinned by it, `digest` would"
+        yield Problem((*path, "revision"), text)
+    if text := _too_long(model, shape_of(source)):
+        yield Problem((*path, "max_model_len"), text)
     if not source.startswith("sim://") and not shape_of(source):
         for spec in model.specs():
             ranks = spec.tensor_parallel_size

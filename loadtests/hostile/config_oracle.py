@@ -229,7 +229,7 @@ def _checkpoint(scratch: Path, spec: ModelSpec) -> Path:
 def _bare(spec: ModelSpec) -> ModelSpec:
     from dataclasses import replace
 
-    return replace(spec, engine={}, tensor_parallel_size=1, pipeline_parallel_size=1)
+    return replace(spec, engine={}, tensor_parallel_size=1, pipeline_parallel_size=1, max_model_len=None)
 
 
 def _reason(make: Any, spec: ModelSpec, folder: Path, known: dict[str, str]) -> str:

@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import Result
 
 from cluster.cli.checking import check
 from cluster.cli.values import CHART_VALUES, laid_over
 from cluster.config import parse
+from cluster.config_checks import source_problem
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., Result]
 HEAD = "api_version: headrace/v1\nname: c\n"
+RAY = (
+    "auth: {{api_keys: {{}}, cluster_secret_file: /s}}\n"
+    "ray: [{{name: a, dashboard_url: '{0}'}}, {{name: b, dashboard_url: '{1}'}}]\n"
+)
 MODEL = "models: [{name: m, source: hf://o/m}]\n"
 CIRCLE = HEAD + "models: [{name: a, source: hf://o/m, fallback: [b]}, {name: b, source: hf://o/m, fallback: [a]}]"
 
@@ -85,6 +90,43 @@ def values(keys: str) -> str:
         (HEAD + "models: [{name: m, source: hf://o/m, version: 1.0}]", 'write it in quotes, "1.0"'),
         (HEAD + "models: [{name: m, source: hf://o/m, replicas: 3}]", "must be a mapping of keys, not 3"),
         (CIRCLE, "leads back to 'a' (a -> b -> a)"),
+        (HEAD + "models: [{name: m, source: hf://o /m}]", "is no name that the hub has"),
+        (HEAD + "models: [{name: m, source: 'hf://o/m?x=1'}]", "is no name that the hub has"),
+        (HEAD + "models: [{name: m, source: hf://o/m@main}]", "write source: hf://o/m and revision: main"),
+        (HEAD + "models: [{name: m, source: https://huggingface.co/o/m}]", "write hf://o/m"),
+        (model("revision: 'a branch'"), "models[0].revision: 'a branch' is no branch"),
+        (HEAD + "weights: {hugging_face: {endpoint: mirror.local}}\n" + MODEL, "is no URL of a web server"),
+        (
+            HEAD + "weights: {allow: {licenses: [apache-2.0]}}\n" + model("license: MIT").removeprefix(HEAD),
+            "models[0].license: 'MIT' is not among weights.allow.licenses (apache-2.0)",
+        ),
+        (
+            HEAD + "weights: {allow: {formats: [gguf]}}\n" + model("load_format: gguf").removeprefix(HEAD),
+            "models[0].load_format: gguf files are not served yet",
+        ),
+        (HEAD + RAY.format("http://h:99999", "http://i:8265") + MODEL, "ray[0].dashboard_url: is no URL"),
+        (HEAD + RAY.format("http://", "http://i:8265") + MODEL, "ray[0].dashboard_url: 'http://' is no URL"),
+        (HEAD + RAY.format("http://h:8265", "http://h:8265/") + MODEL, "ray: two entries have the dashboard_url"),
+        (HEAD + "store: {limits_url: 'redis://h/0?socket_timeout=abc'}\n" + MODEL, "store.limits_url: cannot be used"),
+        (HEAD + "store: {limits_url: 'redis://h/0?banana=3s'}\n" + MODEL, "store.limits_url: cannot be used"),
+        (HEAD + "store: {database_url: 'postgresql://u@h/d?ssl_mode=require'}\n" + MODEL, "did you mean sslmode?"),
+        (HEAD + "store: {database_url: 'postgresql://u@h/d?sslmode=full'}\n" + MODEL, "sslmode=full is unknown"),
+        (HEAD + "gateway: {listen: {metrics: 'a!b:9400'}}\n" + MODEL, "'a!b' is no host name"),
+        (HEAD + "gateway: {listen: {metrics: '127.0.0.1:٣٤٥٦'}}\n" + MODEL, "must be host:port"),
+        (HEAD + "gateway: {listen: {metrics: '::1:9400'}}\n" + MODEL, "of an IPv6 address [address]:port"),
+        (HEAD + 'cost: {currency: "USD\\n", gpu_hour: {L4: 1}}\n' + MODEL, "must be three capital letters"),
+        (HEAD + 'classes: [{name: "standard\\n", rank: 0}]\n' + MODEL, "classes[0].name"),
+        (HEAD + 'models: [{name: m, source: "/models/\\0"}]', "models[0].source: '/models/\\x00' holds a zero byte"),
+        (HEAD + "models: [{name: m, source: hf://o/m, engine: &e {hf_overrides: *e}}]", "which never ends"),
+        (
+            HEAD + "models: [{name: m, source: demo://smollm2, pipeline_parallel_size: 31}]",
+            "].pipeline_parallel_size: is 31",
+        ),
+        (
+            HEAD + "models: [{name: m, source: demo://smollm2, gpu: [{type: L4}, {type: H, tensor_parallel_size: 2}]}]",
+            "models[0].gpu[1].tensor_parallel_size: is 2",
+        ),
+        (HEAD + "gateway:\n" + MODEL, "gateway: must be a mapping of keys, not null: nothing stands below the key"),
         (values("gpu: H200"), "no worker group has this type; there are H100"),
         (values("tensor_parallel_size: 8"), "the largest worker group has 4 a node"),
         (values("replicas: {min: 9}"), "the worker groups hold 8 at most"),
@@ -106,6 +148,8 @@ def test_what_a_process_would_refuse_is_refused(text: str, words: str) -> None:
         (HEAD + "models: [{name: m, source: /nowhere/m}]", "there is no folder /nowhere/m on this machine"),
         (HEAD + "auth: {api_keys: {}}\ntenants: [{name: t, models: [gpt-4]}]\n" + MODEL, "'gpt-4' is no model"),
         (HEAD + "auth: {api_keys: {}}\ntenants: [{name: t}]\n" + MODEL, "default is no model of this file"),
+        (HEAD + "models: [{name: m, source: demo://smollm2, revision: v1}]", "is for hf:// sources"),
+        (HEAD + "models: [{name: m, source: demo://smollm2, max_model_len: 9000}]", "made for 8192 positions"),
     ],
 )
 def test_likely_mistakes_are_warnings(run: Run, tmp_path: Path, text: str, words: str) -> None:
@@ -119,6 +163,44 @@ def test_likely_mistakes_are_warnings(run: Run, tmp_path: Path, text: str, words
     assert [
         words in one["message"] for one in json.loads(run("config", "check", str(file), "--json").stdout)["warnings"]
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        model("aliases: [claude-3-5-haiku@20241022, '@cf/meta/llama-3', 'ft:gpt-3.5-turbo:org::id', Qwen3+]"),
+        HEAD + "models:\n  - &a {name: a, source: hf://o/m, slo: &s {ttft_s: 3}}\n  - {<<: *a, name: b, slo: *s}\n",
+        HEAD + "store: {database_url: 'postgresql+psycopg://u@/d?host=/run/postgresql'}\n" + MODEL,
+        HEAD + "store: {database_url: 'postgresql://u@/d?host=a:5432&host=b:5432&target_session_attrs=any'}\n" + MODEL,
+        HEAD + "store: {database_url: 'postgresql://u@h/d?sslmode=verify-full&sslrootcert=/ca.crt'}\n" + MODEL,
+        HEAD + "store: {limits_url: 'rediss://u:p@h:6380/2?ssl_cert_reqs=required&health_check_interval=5'}\n" + MODEL,
+        HEAD + "weights: {hugging_face: {endpoint: 'https://mirror.local/hf'}}\n" + MODEL,
+        "\ufeff---\r\n" + (HEAD + MODEL).replace("\n", "\r\n") + "...\r\n",
+        HEAD
+        + "auth: {api_keys: {}}\ntenants: [{name: t, models: ['ft:m:x']}]\n"
+        + model("aliases: ['ft:m:x']").removeprefix(HEAD),
+    ],
+)
+def test_what_every_process_takes_passes_without_a_warning(text: str) -> None:
+    """A right file that is refused stops a release that would work."""
+    report = check(text, "f.yaml")
+    assert not report.errors
+    assert not report.warnings
+
+
+@given(name=st.from_regex(r"[a-z-][.a-z@-]{0,4}/[a-z._-]{1,5}(\.git)?", fullmatch=True))
+@example(name="o/a" + "b" * 96)
+def test_names_of_repositories_are_judged_as_the_hubs_client_does(name: str) -> None:
+    """A name that the client refuses fails at each start of a replica; one that it takes may be a model."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        right = True
+    except HFValidationError:
+        right = False
+    assert (not source_problem(f"hf://{name}")) == right
 
 
 def test_all_errors_come_at_once() -> None:
