@@ -9,6 +9,11 @@ the first space of a text. So the stream is primed with the prompt and gives tex
   tokens after the one that completed it do not count. Within the first `min_tokens` tokens none is looked for.
 - What might be the beginning of a stop string, max(len(stop)) - 1 characters, is held back until the end.
 
+DecodeStream decodes all that has no text yet anew with each token, so a call that never completes a character, or ends
+in special tokens only, would cost the square of its length. Two kinds of tokens keep out of it: those that no decoder
+sees (special ones that are skipped, ids without a token), which leaves the text as it is, and an incomplete character
+of more than MAX_OPEN_TOKENS tokens, of which all but the last come out as they decode by themselves.
+
 The token that ended a call by being a stop token (EOS included) counts, but has no text.
 
 Where a tokenizer's decoder only joins bytes (byte-level BPE: LLaMA 3, Qwen, Falcon, GPT), a token that is whole
@@ -30,6 +35,10 @@ INVALID_PREFIX: Final = "Invalid prefix encountered"
 TAIL_TOKENS: Final = 96
 """How much of a long prompt primes a stream where that is as good as the whole."""
 REPLACEMENT: Final = "\ufffd"
+MAX_OPEN_TOKENS: Final = 64
+"""So many tokens in a row without text are no character that is still incomplete."""
+KEPT_TOKENS: Final = 16
+"""Of these, the last, which may be the beginning of one."""
 
 
 class TextSource(Protocol):
@@ -88,6 +97,24 @@ class WholeTexts(dict[int, str | None]):
         return text if text and REPLACEMENT not in text else None
 
 
+class UnseenTokens(dict[int, bool]):
+    """Whether a token is left out before anything is decoded. Filled as asked."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
+        self._skipped = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def __missing__(self, token_id: int) -> bool:
+        try:
+            unseen = token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None
+        except (OverflowError, TypeError):  # no token id at all
+            return True
+        self[token_id] = unseen
+        return unseen
+
+
 def whole_texts(tokenizer: Tokenizer, unsafe_ids: Collection[int]) -> WholeTexts | None:
     """The table of a tokenizer whose decoder only joins bytes; None for another."""
     return WholeTexts(tokenizer, unsafe_ids) if isinstance(tokenizer.decoder, ByteLevel) else None
@@ -103,12 +130,14 @@ class Detokenizer:
         "_held_chars",
         "_lengths",
         "_min_tokens",
+        "_open",
         "_part_left",
         "_skip_special",
         "_stop",
         "_stream",
         "_text",
         "_tokenizer",
+        "_unseen",
         "_whole",
         "_whole_texts",
         "token_ids",
@@ -123,14 +152,19 @@ class Detokenizer:
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
         whole_texts: WholeTexts | None = None,
+        unseen: UnseenTokens | None = None,
     ) -> None:
-        """`prompt_ids` prime the stream (see `priming_ids`). `stop` strings must not be empty."""
+        """`prompt_ids` prime the stream (see `priming_ids`). `stop` strings must not be empty. `unseen`: the
+        tokenizer's with the same `skip_special_tokens`, made here where it is not given."""
         if any(not text for text in stop):
             raise ValueError("stop: an empty string would stop everything: leave it out")
         self.token_ids: list[int] = []
         self._tokenizer = tokenizer
         self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=skip_special_tokens)
         self._skip_special = skip_special_tokens
+        self._open: list[int] = []
+        """Tokens in the stream that have no text yet."""
+        self._unseen = UnseenTokens(tokenizer, skip_special_tokens=skip_special_tokens) if unseen is None else unseen
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._held_chars = max(map(len, stop)) - 1 if stop else 0
@@ -270,10 +304,25 @@ class Detokenizer:
         return stop, start
 
     def _decode(self, token_id: int) -> str:
+        if self._unseen[token_id]:
+            return ""
         try:
-            return self._stream.step(self._tokenizer, token_id) or ""
+            text = self._stream.step(self._tokenizer, token_id)
         except Exception as e:
-            return self._recover(token_id, e) or ""
+            text = self._recover(token_id, e)
+        if text:
+            if self._open:
+                self._open = []
+            return text
+        self._open.append(token_id)
+        return self._given_up() if len(self._open) > MAX_OPEN_TOKENS else ""
+
+    def _given_up(self) -> str:
+        """The text of an incomplete character that has become too long to be one, but for its last tokens."""
+        given_up, kept, self._open = self._open[:-KEPT_TOKENS], self._open[-KEPT_TOKENS:], []
+        text: str = self._tokenizer.decode(given_up, skip_special_tokens=self._skip_special)
+        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
+        return text + "".join(map(self._decode, kept))
 
     def _recover(self, token_id: int, error: Exception) -> str | None:
         """The token's text after the stream has failed on it. Raises what is not known to be harmless."""
@@ -281,6 +330,7 @@ class Detokenizer:
             return None
         if not str(error).startswith(INVALID_PREFIX):
             raise error
+        self._open = []
         self._stream = DecodeStream(skip_special_tokens=self._skip_special)
         return self._stream.step(self._tokenizer, token_id)
 

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.helper_pool import Job, Lost, TooMuchCpu
-from cluster.gateway.text.detokenizer import Detokenizer, priming_ids, whole_texts
+from cluster.gateway.text.detokenizer import Detokenizer, UnseenTokens, priming_ids, whole_texts
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
 from cluster.gateway.text.reach import Reach
@@ -89,6 +89,7 @@ class TextModel:
         self._tail_primes = _kinds(layout.get("decoder"), "decoders") <= TAIL_SAFE_DECODERS
         self._unsafe_ids = frozenset(tokenizer.get_added_tokens_decoder()) | _byte_ids(tokenizer)
         self._whole_texts = whole_texts(tokenizer, self._unsafe_ids)
+        self._unseen = {skip: UnseenTokens(tokenizer, skip_special_tokens=skip) for skip in (False, True)}
         self._token_texts: dict[int, str] = {}
 
     @classmethod
@@ -294,6 +295,7 @@ class TextModel:
             min_tokens=min_tokens,
             skip_special_tokens=skip_special_tokens,
             whole_texts=self._whole_texts,
+            unseen=self._unseen[skip_special_tokens],
         )
 
     def token_text(self, token_id: int) -> str:

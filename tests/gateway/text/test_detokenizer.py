@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,6 +125,33 @@ def test_text_is_whole_again(kind: Kind) -> None:
         pieces.append(detokenizer.take(True))
         assert "".join(pieces).strip() == text.strip()
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("stop", [[], ["river"]])
+def test_tokens_without_text_cost_no_more_the_more_there_are(kind: Kind, stop: list[str]) -> None:
+    """A call that ends in special tokens or broken characters alone, by its biases, does not hold up all others."""
+    for token_id in (kind.special_ids[0], kind.byte_ids[0], len(kind.theirs) + 1):
+        detokenizer = kind.ours.detokenizer(list(kind.sample_ids[:20]), stop=stop)
+        began = time.process_time()
+        for _ in range(12_000):
+            detokenizer.push([token_id])
+        assert time.process_time() - began < 1.5
+
+
+def test_a_character_that_never_ends_comes_out_with_the_others(kind: Kind) -> None:
+    """It is sent as what it is, nothing else is lost, and behind it the text goes on."""
+    first = kind.theirs.encode("Once", add_special_tokens=False)
+    for broken, special in [(10, 3), (70, 0), (500, 7)]:
+        ids = [*[kind.byte_ids[0]] * broken, *[kind.special_ids[0]] * special, *kind.sample_ids[:30]]
+        detokenizer = kind.ours.detokenizer(first)
+        pieces = []
+        for token_id in ids:
+            detokenizer.push([token_id])
+            pieces.append(detokenizer.take(False))
+        pieces.append(detokenizer.take(True))
+        whole = kind.theirs.decode([*first, *ids], skip_special_tokens=True)
+        assert kind.theirs.decode(first) + "".join(pieces) == whole
+        assert max(map(len, pieces)) < 200
 
 
 def test_holds_back_what_may_begin_a_stop_string(kinds: dict[str, Kind]) -> None:
