@@ -99,9 +99,9 @@ class Inflater:
         self._out = bytearray()
 
     def step(self, size: int) -> bytes | None:
-        """Decompress until about `size` bytes more are here; the message, once it is whole. Raises BadMessage."""
-        until = len(self._out) + size
-        while not self._inflate.eof and len(self._out) < until:
+        """Decompress at most INFLATE_BYTES, which may hold nothing at all, to at most `size` bytes more; the message,
+        once it is whole. Raises BadMessage."""
+        if not self._inflate.eof:
             self._feed(size)
             if len(self._out) > self._max_bytes:
                 why = f"the message is larger than {self._max_bytes} bytes once decompressed"

@@ -12,7 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.rpc.frames import NO_TABLE, block, header_frames
-from cluster.rpc.messages import Assembler, BadMessage, Inflater, headers_of, metadata_of, status_message, timeout_s
+from cluster.rpc.messages import (
+    INFLATE_BYTES,
+    Assembler,
+    BadMessage,
+    Inflater,
+    headers_of,
+    metadata_of,
+    status_message,
+    timeout_s,
+)
 
 messages = st.lists(st.binary(max_size=300), max_size=8)
 
@@ -55,6 +64,16 @@ def test_compressed_messages(message: bytes, encoding: str, step: int) -> None:
     """What a client compresses comes out as it was, in steps of any size."""
     packed = gzip.compress(message) if encoding == "gzip" else zlib.compress(message)
     assert received(framed(packed, 1), encoding, step) == [message]
+
+
+def test_a_step_ends_where_nothing_comes_out() -> None:
+    """A message of empty blocks alone is looked at piece by piece, too."""
+    empty_blocks = b"\x00\x00\x00\xff\xff" * 100_000
+    inflater = Inflater(gzip.compress(b"")[:10] + empty_blocks, "gzip", 1000)
+    for _ in range(len(empty_blocks) // INFLATE_BYTES + 1):
+        assert inflater.step(100) is None
+    with pytest.raises(BadMessage, match="incomplete"):
+        inflater.step(100)
 
 
 @pytest.mark.parametrize(
