@@ -104,6 +104,8 @@ class Session:
         self._reading.set()
         """Cleared while the client does not read: then none of its requests is read either."""
         self._awake = False
+        self._slice_ends = 0.0
+        """When the reader of requests is to turn to others."""
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._drain: asyncio.Task[None] | None = None
         self._half_closed = False
@@ -139,7 +141,7 @@ class Session:
     # ---- what the client asks
 
     async def _read(self) -> None:
-        until = self._loop.time() + SLICE_S
+        self._slice_ends = self._loop.time() + SLICE_S
         while (request := await self._next_request()) is not None:
             try:
                 found = await self._service.bodies.session(request, self._tenant())
@@ -148,14 +150,19 @@ class Session:
                         self._start(one)
                     else:
                         self._cancel(one.call_id)
-                    if self._loop.time() >= until:
-                        await asyncio.sleep(0)  # in which the pass notices a client that does not read
-                        await self._reading.wait()
-                        until = self._loop.time() + SLICE_S
+                    await self._turn_to_others()
             except CallError as error:
                 await self._context.abort(grpc_code(error), error.message, trailers(error))
+            await self._turn_to_others()  # also behind messages without a request
         self._half_closed = True
         self.wake()
+
+    async def _turn_to_others(self) -> None:
+        """Let the event loop go on once a slice is over; in it a client that does not read is noticed."""
+        if self._loop.time() >= self._slice_ends:
+            await asyncio.sleep(0)
+            await self._reading.wait()
+            self._slice_ends = self._loop.time() + SLICE_S
 
     async def _next_request(self) -> Any:
         """The client's next message once it reads, None at its end."""

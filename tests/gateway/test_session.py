@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
@@ -249,6 +250,41 @@ async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> N
                 sent += len(framed)
         assert len(framed) <= sent < 1_000_000
     assert (await cluster.stub.ListModels(pb.ListModelsRequest())) is not None
+
+
+async def _longest_pass_s(cluster: TestCluster, messages: bytes) -> float:
+    """CPU time of the longest pass of the event loop while a session handles these and refuses a start."""
+    loop, longest, last = asyncio.get_running_loop(), 0.0, time.thread_time()
+
+    def tick() -> None:
+        nonlocal longest, last
+        now = time.thread_time()
+        longest, last = max(longest, now - last), now
+        if not done.is_set():
+            loop.call_soon(tick)
+
+    done = asyncio.Event()
+    data = pb.SessionRequest(start=pb.SessionStart(call_id=1)).SerializeToString()
+    async with raw_client(int(cluster.gateway.endpoints["grpc"].rpartition(":")[2])) as raw, asyncio.timeout(20):
+        while not raw.events:
+            await raw.receive()
+        stream_id = await raw.call("Session", None, service="cluster.v1.Inference")
+        last = time.thread_time()
+        tick()
+        for at in range(0, len(messages), 16_000):
+            raw.h2.send_data(stream_id, messages[at : at + 16_000])
+        raw.h2.send_data(stream_id, b"\x00" + len(data).to_bytes(4, "big") + data)
+        await raw.flush()
+        while stream_id not in raw.data:
+            await raw.receive()
+        done.set()
+    return longest
+
+
+async def test_messages_without_a_request_hold_nobody_up(cluster: TestCluster) -> None:
+    """A window full of empty messages is read in slices like requests, not in one pass of the event loop."""
+    await _longest_pass_s(cluster, bytes(5))  # in which modules are loaded
+    assert min([await _longest_pass_s(cluster, bytes(5 * 12_800)) for _ in range(3)]) < 0.02
 
 
 async def test_a_session_ends_with_a_request_that_is_refused_at_once(cluster: TestCluster) -> None:
