@@ -139,7 +139,7 @@ class Gateway(Section):
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     keepalive_s: Annotated[float, Field(gt=0)] = 15.0
     max_connection_age_s: Annotated[float, Field(gt=0)] = 900.0
-    drain_timeout_s: Annotated[float, Field(ge=0)] = 300.0
+    drain_timeout_s: Annotated[float, Field(ge=0, le=604_800)] = 300.0
     max_message_bytes: Annotated[int, Field(ge=65536, le=1 << 30)] = 16 * 1024 * 1024
     queue: Queue = Queue()
     resume: Resume = Resume()

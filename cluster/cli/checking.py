@@ -28,6 +28,8 @@ DEMO_SHAPE = {
 """Of demo://smollm2's config.json."""
 LEAST_TOKENS = 2048
 """The least default of vLLM's max_num_batched_tokens."""
+_PODS_READ = (("auth",), ("gateway",), ("link",), ("ray",), ("store",))
+"""Sections that rules about pods read: without their wrong keys they have defaults, of which nothing should be said."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -82,7 +84,7 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
         problems += [one for one in _around(config) if not _under(one, wrong)]
         if given.values is not None:
             problems += [one for one in groups_of(config, given.values) if not _under(one, wrong)]
-        if pod or given.for_pods:
+        if (pod or given.for_pods) and not any(one.path[:1] in _PODS_READ for one in wrong):
             problems += _pods(config)
         if files:
             problems += _files(config)

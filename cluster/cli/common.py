@@ -27,6 +27,7 @@ from cluster.cli.terminal import safe, write_json
 from cluster.client import UNREACHABLE, Client, HeadraceError
 from cluster.client.errors import from_rpc
 from cluster.client.options import DEFAULT_ENDPOINT
+from cluster.config_gateway import is_loopback
 
 ADMIN_PORT = 50053
 _CODES = {"INVALID_FIELD": USAGE, "STORE_UNAVAILABLE": UNREACHABLE_CODE}
@@ -93,12 +94,19 @@ def admin_endpoint(endpoint: str | None, given: str | None) -> str:
     if given:
         return given
     run = local_run()
-    if run and endpoint in (None, run.endpoints().get("grpc")):
+    if run and (endpoint is None or _one_address(endpoint, run.endpoints().get("grpc", ""))):
         found = run.endpoints().get("admin")
         if found:
             return found
     host = (endpoint or DEFAULT_ENDPOINT).rsplit(":", 1)[0]
     return f"{host}:{ADMIN_PORT}"
+
+
+def _one_address(one: str, other: str) -> bool:
+    """Whether two of host:port are the same, by any name of this host's loopback."""
+    hosts = [address.rpartition(":")[0] for address in (one, other)]
+    ports = [address.rpartition(":")[2] for address in (one, other)]
+    return ports[0] == ports[1] and (hosts[0] == hosts[1] or all(is_loopback(address) for address in (one, other)))
 
 
 def api_key(file: Path | None) -> str:
@@ -121,6 +129,16 @@ def make_client(
         fail(str(error), USAGE)
 
 
+def _how_to_reach() -> str:
+    """What to try when no gateway answers."""
+    running = [run.path.name for run in RunFolder.running()]
+    if len(running) > 1:
+        names = ", ".join(running)
+        return f"{len(running)} local clusters are up ({names}): choose one by --endpoint or --admin HOST:PORT"
+    local = f"the local cluster {running[0]} is up" if running else "no local cluster is up (`headrace up -f FILE`)"
+    return f"{local}; for a gateway elsewhere give --endpoint or --admin HOST:PORT"
+
+
 @contextlib.contextmanager
 def rpc_errors(endpoint: str) -> Iterator[None]:
     """A failed call becomes one line; exit code 3 when nobody answers, 2 for a bad value, else 1."""
@@ -131,6 +149,6 @@ def rpc_errors(endpoint: str) -> Iterator[None]:
             raise from_rpc(error, endpoint=endpoint) from None
     except HeadraceError as error:
         if error.reason == UNREACHABLE:
-            fail(f"{error.message}; is the cluster up? `headrace status`, `headrace up -f FILE`", UNREACHABLE_CODE)
+            fail(f"{error.message}; {_how_to_reach()}", UNREACHABLE_CODE)
         pause = f" (try again in {error.retry_after_s:g} s)" if error.retry_after_s else ""
         fail(f"{error.reason}: {error.message}{pause}", _CODES.get(error.reason, FAILED))

@@ -1,6 +1,7 @@
 """What the commands about tenants share: the ledger they open, how it refuses, and how rows are shown.
 
-Its database is that of --database-url, else of the file's store.database_url, else the local one in the cache folder.
+Its database is that of --database-url, else of the file's store.database_url, else that of the local cluster that is
+up, else the local one in the cache folder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.api.private_files import make_private_folder
-from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, out
+from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, local_run, out
 from cluster.config import cache_dir
 from cluster.config_tenants import Auth, Cost, Store, TenantDefaults
 from cluster.config_yaml import NotYaml, load
@@ -48,10 +49,12 @@ RequiredReasonOption = Annotated[str, typer.Option("--reason", help="Why, for th
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a command needs of the configuration."""
+    """What a command needs of the configuration. `made_here`: the database is the local one or a configuration's SQLite
+    file, which the first command that needs it makes, as `headrace up` would."""
 
     database_url: str
     local: bool
+    made_here: bool
     pepper_file: Path
     defaults: TenantDefaults
     cost: Cost | None
@@ -68,8 +71,11 @@ def local_pepper() -> Path:
 
 
 def settings(file: Path | None, database_url: str | None, pepper_file: Path | None = None) -> Settings:
-    """From options and the file's sections. Ends the command with exit code 2 when they are wrong."""
+    """From options and the file's sections, without both from the file of the local cluster that is up. Ends the
+    command with exit code 2 when they are wrong."""
     data: Any = {}
+    if file is None and database_url is None and (run := local_run()) is not None and run.config_file.exists():
+        file = run.config_file
     if file is not None:
         try:
             data = load(file.read_text())
@@ -82,7 +88,8 @@ def settings(file: Path | None, database_url: str | None, pepper_file: Path | No
     pepper = pepper_file or (auth.api_keys.pepper_file if auth and auth.api_keys else None) or local_pepper()
     defaults = _section(TenantDefaults, data, "tenant_defaults", file) or TenantDefaults()
     local = f"sqlite:///{cache_dir() / 'ledger.db'}"
-    return Settings(url or local, not url, pepper, defaults, _section(Cost, data, "cost", file))
+    made_here = not url or (not database_url and url.startswith("sqlite"))
+    return Settings(url or local, not url, made_here, pepper, defaults, _section(Cost, data, "cost", file))
 
 
 def _section(kind: type[Section], data: Mapping[str, Any], name: str, file: Path | None) -> Section | None:
@@ -114,20 +121,20 @@ def told() -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(chosen: Settings, *, keys: bool = False, check: bool = True) -> Iterator[Ledger]:
-    """The ledger. The local one, and a new SQLite file, is made at its first use; others say what to run."""
+    """The ledger, made at its first use where it is `made_here`; others say what to run."""
     from cluster.ledger import files, migrate
     from cluster.ledger.store import Ledger
 
     with told():
         if chosen.local:
             make_private_folder(cache_dir())
-            if keys and chosen.pepper_file == local_pepper():
-                files.make_secret(chosen.pepper_file)
+        if keys and chosen.made_here and chosen.pepper_file == local_pepper():
+            files.make_secret(chosen.pepper_file)
         peppers = files.read_secrets(chosen.pepper_file, "auth.api_keys.pepper_file") if keys else ()
         ledger = Ledger(chosen.database_url, peppers=peppers)
         try:
             if check:
-                if chosen.local and ledger.check().state is migrate.State.EMPTY:
+                if chosen.made_here and ledger.check().state is migrate.State.EMPTY:
                     ledger.upgrade()
                 ledger.require_usable()
             yield ledger

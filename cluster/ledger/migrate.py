@@ -66,8 +66,8 @@ class Check:
         numbers = f"the database is at migration {self.database}, this release at {self.release}"
         return {
             State.CURRENT: f"current: {numbers}",
-            State.EMPTY: "empty: no tables yet; run `headrace db upgrade`",
-            State.BEHIND: f"behind: {numbers}; run `headrace db upgrade`",
+            State.EMPTY: "empty: no tables yet; run `headrace db upgrade` with the same -f or --database-url",
+            State.BEHIND: f"behind: {numbers}; run `headrace db upgrade` with the same -f or --database-url",
             State.TO_CONTRACT: f"usable: {numbers}; once no older release runs: `headrace db upgrade --contract`",
             State.AHEAD: f"usable: {numbers}, and the newer migrations only add",
             State.TOO_NEW: f"too new: {numbers}, and a newer migration took something away; use the newer release",

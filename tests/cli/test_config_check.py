@@ -126,6 +126,7 @@ def values(keys: str) -> str:
             HEAD + "models: [{name: m, source: demo://smollm2, gpu: [{type: L4}, {type: H, tensor_parallel_size: 2}]}]",
             "models[0].gpu[1].tensor_parallel_size: is 2",
         ),
+        (HEAD + "gateway: {drain_timeout_s: 1.0e+300}\n" + MODEL, "gateway.drain_timeout_s"),
         (HEAD + "gateway:\n" + MODEL, "gateway: must be a mapping of keys, not null: nothing stands below the key"),
         (values("gpu: H200"), "no worker group has this type; there are H100"),
         (values("tensor_parallel_size: 8"), "the largest worker group has 4 a node"),
@@ -201,6 +202,13 @@ def test_names_of_repositories_are_judged_as_the_hubs_client_does(name: str) -> 
     except HFValidationError:
         right = False
     assert (not source_problem(f"hf://{name}")) == right
+
+
+def test_a_wrong_section_brings_no_errors_about_its_defaults() -> None:
+    """An operator who is told to change an address that the file does not have looks for it in vain."""
+    names = "[{san: a.b, tenant: t}, {san: A.B., tenant: u}]"
+    report = check(f"config: {{auth: {{client_certificates: {names}}}}}", "values.yaml")
+    assert [one.path for one in report.errors] == ["config.auth"]
 
 
 def test_all_errors_come_at_once() -> None:

@@ -70,6 +70,9 @@ def test_the_local_cluster_is_found_by_itself(run: Run, gateway: ScriptedGateway
     found = json.loads(run("status", "--json").stdout)
     assert (found["name"], found["endpoints"]["grpc"]) == ("here", gateway.endpoint)
     assert run("chat", "tiny", "x").exit_code == 0
+    port = gateway.endpoint.rpartition(":")[2]
+    done = run("workers", "--endpoint", f"localhost:{port}")
+    assert done.exit_code == 0, "its address as `headrace up` prints it finds its admin port too"
 
 
 def test_unreachable_is_exit_code_three(run: Run) -> None:
@@ -77,3 +80,4 @@ def test_unreachable_is_exit_code_three(run: Run) -> None:
     done = run("status", "--admin", "127.0.0.1:1")
     assert done.exit_code == 3
     assert "127.0.0.1:1" in done.stderr
+    assert "no local cluster is up (`headrace up -f FILE`); for a gateway elsewhere give --endpoint" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from cluster.cli.commands import app
+from cluster.cli.runs import ProcessId, RunFolder
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.tenancy.identity import authenticate
@@ -60,6 +62,28 @@ def test_from_nothing_to_a_key_that_works(run: Run, cache: Path) -> None:
     ledger.close()
     assert key not in run("keys", "list", "acme").stdout
     assert "active" in run("keys", "list", "acme").stdout
+
+
+def test_the_first_operator_is_made_on_the_file_of_a_configuration(run: Run, tmp_path: Path) -> None:
+    """docs/admin.md makes the first operator before anything has started; an empty database would end it."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"auth: {{api_keys: {{}}}}\nstore: {{database_url: 'sqlite:///{tmp_path / 'l.db'}'}}\n")
+    good(run("tenants", "create", "ops", "-f", str(file), "--json"))
+    assert run("keys", "create", "ops", "--role", "operator", "-f", str(file)).stdout.startswith("hr_k")
+    assert "ops" in run("tenants", "list", "--database-url", f"sqlite:///{tmp_path / 'l.db'}").stdout
+
+
+def test_the_database_of_the_local_cluster_is_taken(run: Run, cache: Path, tmp_path: Path) -> None:
+    """A key that goes into another database than the running cluster's opens nothing, and none is suspended."""
+    folder = RunFolder("here")
+    folder.path.mkdir(parents=True)
+    own = ProcessId.of(os.getpid())
+    folder.write({"supervisor": {"pid": own.pid, "created": own.created}, "endpoints": {}})
+    folder.config_file.write_text(f"store: {{database_url: 'sqlite:///{tmp_path / 'l.db'}'}}\n")
+    good(run("tenants", "create", "acme", "--json"))
+    assert run("keys", "create", "acme").stdout.startswith("hr_k")
+    assert "acme" in run("tenants", "list", "--database-url", f"sqlite:///{tmp_path / 'l.db'}").stdout
+    assert not (cache / "ledger.db").exists()
 
 
 def test_a_tenants_life(run: Run) -> None:

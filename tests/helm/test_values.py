@@ -121,6 +121,9 @@ def test_halves_that_fit_render(values: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ({"networkPolicy": {"database": {"cidrs": ["10.0.0.0/99"]}}}, "/networkPolicy/database/cidrs/0"),
+        ({"networkPolicy": {"database": {"cidrs": ["1.2.3/8"]}}}, "/networkPolicy/database/cidrs/0"),
+        ({"config": {"gateway": {"drain_timeout_s": 1e300}}}, "/config/gateway/drain_timeout_s"),
         ({"gatway": {}}, "additional properties 'gatway' not allowed"),
         ({"gateway": {"replicas": 0}}, "at '/gateway/replicas': minimum: got 0, want 1"),
         ({"gateway": {"replicas": "two"}}, "at '/gateway/replicas': got string, want integer"),
