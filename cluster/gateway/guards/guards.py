@@ -179,20 +179,24 @@ class CallGuards:
             self._sizes(rule, sum(map(len, texts)), messages_of(prompt), field)
             return texts
         patterns = self._shared.patterns(rule)
-        found: list[tuple[str, str]] = []
+        found = _Findings()
 
         def search() -> tuple[list[str], str]:
             out = []
             for text in texts:
-                stage = PatternStage(patterns, rule.action, lambda name, match: found.append((name, match)))
+                stage = PatternStage(patterns, rule.action, found.add)
                 out.append(filtered(stage, text))
                 if stage.refused:
                     return out, stage.refused
             return out, ""
 
-        kept, refused = await _elsewhere(sum(map(len, texts)), search)
-        for name, match in found:
-            self._note(rule, _DONE[rule.action], name, match)
+        try:
+            kept, refused = await _elsewhere(sum(map(len, texts)), search)
+        finally:
+            found.over = True
+        for name, count in found.counts.items():
+            self._note(rule, _DONE[rule.action], name, count=count)
+        self._show(rule, _DONE[rule.action], found.shown)
         if refused:
             raise _refusal(field, f"the guard patterns has found {refused}; take it out of the prompt")
         return kept
@@ -253,13 +257,34 @@ class CallGuards:
         self._note(rule, "failed_open" if fails_open else "failed_closed", "failure")
         return fails_open
 
-    def _note(self, rule: GuardRule, outcome: str, name: str, text: str = "") -> None:
-        what = (_name(rule), outcome)
-        self._found.setdefault(what, Counter())[name] += 1
-        if text and self._policy.log_prompts:
-            texts = self._texts.setdefault(what, [])
-            if len(texts) < MAX_SHOWN:
-                texts.append(text)
+    def _note(self, rule: GuardRule, outcome: str, name: str, text: str = "", count: int = 1) -> None:
+        self._found.setdefault((_name(rule), outcome), Counter())[name] += count
+        if text:
+            self._show(rule, outcome, [text])
+
+    def _show(self, rule: GuardRule, outcome: str, texts: Sequence[str]) -> None:
+        """Keep the first texts that were found, where the policy allows it."""
+        if texts and self._policy.log_prompts:
+            shown = self._texts.setdefault((_name(rule), outcome), [])
+            shown += texts[: max(MAX_SHOWN - len(shown), 0)]
+
+
+class _Findings:
+    """What a search in a thread has found: how often by name, and the first texts."""
+
+    def __init__(self) -> None:
+        self.over = False
+        """Nobody waits for the search any longer: it is to end."""
+        self.counts: Counter[str] = Counter()
+        self.shown: list[str] = []
+
+    def add(self, name: str, text: str) -> None:
+        """Called in the thread. Raises TimeoutError once the search is over."""
+        if self.over:
+            raise TimeoutError
+        self.counts[name] += 1
+        if text and len(self.shown) < MAX_SHOWN:
+            self.shown.append(text)
 
 
 def _name(rule: GuardRule) -> str:

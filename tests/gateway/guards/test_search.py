@@ -1,0 +1,48 @@
+"""What a search for patterns in a long prompt costs the event loop, and when it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from cluster.api.bundle import Bundle
+from cluster.api.outcomes import CallError
+from cluster.gateway.guards.guards import CallGuards, Decided, Guards
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.gateway.wishes import TextPrompt
+from cluster.observe.metrics import Metrics
+from cluster.tenancy.policy import GuardRule, TenantPolicy
+
+MATCHES = 200_000
+
+
+def _guards(timeout_s: float, decided: list[Decided]) -> CallGuards:
+    rule = GuardRule(builtin="patterns", action="redact", patterns={"mail": "a@b"}, timeout_s=timeout_s)
+    policy = TenantPolicy(name="t", guards=(rule,), log_prompts=True)
+    return Guards(Metrics("test"), decided.append).of(policy, "m", "r", "a")
+
+
+async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
+    """A prompt full of matches costs the event loop no time for each of them."""
+    decided: list[Decided] = []
+    guards, model = _guards(60.0, decided), TextModel.from_bundle(bundle)
+    began = time.thread_time()
+    kept = await guards.prompt(TextPrompt("a@b " * MATCHES), model)
+    assert time.thread_time() - began < 0.05
+    assert isinstance(kept, TextPrompt)
+    assert "a@b" not in kept.text
+    guards.close()
+    assert decided[0].found == {"mail": MATCHES}
+    assert set(decided[0].texts) == {"a@b"}
+
+
+async def test_a_search_that_took_too_long_ends(bundle: Bundle) -> None:
+    """Behind the time-out its thread is free for others, instead of searching on for nobody."""
+    guards = _guards(0.05, [])
+    with pytest.raises(CallError, match="could not decide"):
+        await guards.prompt(TextPrompt("a@b " * (20 * MATCHES)), TextModel.from_bundle(bundle))
+    began = time.process_time()
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert time.process_time() - began < 0.5
