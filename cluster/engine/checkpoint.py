@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.api.types import ModelSpec
 from cluster.engine.expected_tensors import differences
+from cluster.engine.vocabulary import read_json, text_config
 
 INDEX = "model.safetensors.index.json"
 READS_SAFETENSORS = ("safetensors", "auto", "fastsafetensors", "instanttensor", "runai_streamer")
@@ -32,6 +33,9 @@ _QUANTIZED = ("quantization_config", "compression_config")
 _QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 FLOATS = ("F16", "BF16", "F32", "F64")
 AGAIN = "fetch or copy the checkpoint again"
+
+MOST_LAYERS = 1000
+"""Layers that a model is built with, to compare it with its files: more than any has, so that it takes no long time."""
 
 
 class CheckpointError(ValueError):
@@ -196,6 +200,12 @@ def _check_tensors(where: str, folder: Path, headers: Headers) -> None:
     floats = {name: shape for name, shape in headers.shapes.items() if headers.dtypes[name] in FLOATS}
     if len(floats) < len(headers.shapes) / 2:
         return  # packed in some way that config.json does not tell
+    layers = text_config(read_json(folder / "config.json")).get("num_hidden_layers")
+    if isinstance(layers, int) and layers > max(MOST_LAYERS, len(headers.shapes)):
+        raise CheckpointError(
+            f"{where}: num_hidden_layers of config.json is {layers}, and the files hold {len(headers.shapes)} tensors; "
+            "mend config.json, or fetch it again"
+        )
     found = differences(folder, headers.shapes)
     if found.missing:
         raise CheckpointError(

@@ -198,6 +198,16 @@ def test_an_output_matrix_of_its_own_is_missed(whole: Callable[[str], Path], tmp
     check(folder)
 
 
+@pytest.mark.timeout(30)
+def test_a_number_of_layers_that_no_model_has_is_refused_at_once(whole: Callable[[str], Path], tmp_path: Path) -> None:
+    """A model of so many layers, built for a comparison, would take all memory of the replica's host."""
+    folder = Path(shutil.copytree(whole("llama"), tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers of config\.json is 1000000000"):
+        check(folder)
+
+
 @pytest.mark.parametrize("change", [{"vocab_size": 130}, {"hidden_size": 64}, {"num_hidden_layers": 4}])
 def test_a_configuration_of_another_model_is_found(
     whole: Callable[[str], Path], tmp_path: Path, change: dict[str, int]
