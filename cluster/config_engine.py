@@ -143,6 +143,13 @@ def together_problems(whole: Mapping[Any, Any]) -> Iterator[Problem]:
             "max_num_batched_tokens",
             f"is {tokens}, below max_model_len ({length}), and enable_chunked_prefill is false",
         )
+    draft, transfer = whole.get("speculative_config"), whole.get("kv_transfer_config")
+    if isinstance(draft, Mapping) and not draft.get("model") and not draft.get("method"):
+        yield "speculative_config", "names neither a method nor a model: add one, or remove the key"
+    if isinstance(draft, Mapping) and draft.get("method") == "ngram" and not draft.get("num_speculative_tokens"):
+        yield "speculative_config.num_speculative_tokens", "is needed by the method ngram"
+    if isinstance(transfer, Mapping) and not transfer.get("kv_connector"):
+        yield "kv_transfer_config.kv_connector", "is not set: name a connector, or remove kv_transfer_config"
     if active and sequences and active > sequences:
         yield "max_num_active_seqs", f"is {active}, above max_num_seqs ({sequences})"
     if long and length and long > length:
