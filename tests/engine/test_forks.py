@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -89,23 +91,31 @@ sys.stdin.read()
 """
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files whose path is short: a socket's may have 107 bytes, which pytest's own folders
+    exceed where tests run in parallel processes."""
+    with tempfile.TemporaryDirectory(prefix="hr-") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("killed", [False, True])
-def test_the_servers_folder_goes(tmp_path: Path, killed: bool) -> None:
+def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
     """With its owner, or with the next engine's start where that was killed."""
-    environment = {**os.environ, forks.START: "fork-server", "PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, forks.START: "fork-server", "PYTHONPATH": os.getcwd(), "TMPDIR": str(temporary)}
     command = [sys.executable, "-c", HOLDS]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
-        assert folder.parent == tmp_path
+        assert folder.parent == temporary
         assert list(folder.iterdir()), "the server's socket"
         if killed:
             process.kill()
     if killed:
-        assert sockets.sweep(tmp_path) == 1
-    assert list(tmp_path.iterdir()) == []
+        assert sockets.sweep(temporary) == 1
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize(("word", "wanted"), [("spawn", False), ("fork-server", True)])
