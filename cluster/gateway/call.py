@@ -39,7 +39,7 @@ class CallUsage:
     """How often one of its sequences went on at another worker."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)  # with more than 30 attributes a dictionary would make each access slower
 class Call:
     """One call from arrival to end. `again` puts a sequence back into the queue, `began` is told of a sequence's first
     output and how much of its prompt was cached; `itl` measures time between tokens. `rank`: of its priority class.
