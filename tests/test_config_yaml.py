@@ -27,10 +27,12 @@ def test_what_has_no_key_twice_reads_as_ever(value: Any) -> None:
 
 @given(value=st.dictionaries(st.text(min_size=1, max_size=6), VALUES, min_size=1, max_size=3), data=st.data())
 def test_a_key_twice_is_found_at_any_depth(value: dict[str, Any], data: st.DataObject) -> None:
-    """A duplicate that is not found loses what stood under the first of the two."""
+    """A duplicate that is not found loses what stood under the first of the two. (Quoted: all stands in one line.)"""
     key = data.draw(st.sampled_from(sorted(value)))
-    again = yaml.safe_dump({"outer": [{"inner": value}]}, default_flow_style=True, width=10**6).strip()
-    inside = yaml.safe_dump({key: 1}, default_flow_style=True, width=10**6).strip()[1:-1]
+    again = yaml.safe_dump(
+        {"outer": [{"inner": value}]}, default_flow_style=True, default_style='"', width=10**6
+    ).strip()
+    inside = yaml.safe_dump({key: 1}, default_flow_style=True, default_style='"', width=10**6).strip()[1:-1]
     text = again[: again.rindex("}}]}")] + f", {inside}}}}}]}}"
     (found,) = read(text).duplicates
     assert found.path == ("outer", 0, "inner", key)
