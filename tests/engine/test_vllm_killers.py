@@ -9,17 +9,22 @@ import asyncio
 import dataclasses
 import json
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
+from cluster.engine.requests import MAX_STOP_TOKEN_IDS, MAX_STOP_TOKEN_IDS_AFTER_MIN
 from tests.engine.contract import Driver, Subject, request
 
 pytestmark = pytest.mark.engine
 
 EVERY_TOKEN = tuple(range(768))
+MOST_STOPS = (*EVERY_TOKEN, *EVERY_TOKEN)[:MAX_STOP_TOKEN_IDS]
 
 EXTREMES: dict[str, dict[str, object]] = {
     "tiny repetition penalty": {"repetition_penalty": 0.01},
@@ -30,7 +35,8 @@ EXTREMES: dict[str, dict[str, object]] = {
     "min_p of one": {"min_p": 1.0},
     "top_k above the vocabulary": {"top_k": 1 << 62},
     "most logprobs": {"logprobs": 20},
-    "every token stops": {"stop_token_ids": EVERY_TOKEN, "min_tokens": 5, "max_tokens": 5},
+    "every token stops": {"stop_token_ids": EVERY_TOKEN, "max_tokens": 5},
+    "most stop ids": {"stop_token_ids": MOST_STOPS, "max_tokens": 5},
     "smallest seed": {"seed": -(1 << 63)},
     "largest seed": {"seed": (1 << 63) - 1},
     "seed minus one": {"seed": -1},
@@ -121,6 +127,57 @@ async def test_extreme_values_run(fast_subject: Subject) -> None:
         assert ended in ("STOP", "LENGTH"), name
     (after,) = await driver.run(request(plain, max_tokens=8))
     assert after.token_ids == reference.token_ids
+
+
+async def _same_after(driver: Driver, *odd: EngineRequest) -> list[str]:
+    """How each ended; a plain request has the same tokens before and after them."""
+    plain = driver.subject.prompt(90)
+    (before,) = await driver.run(request(plain, max_tokens=8))
+    ended = [await _survives(driver, one) for one in odd]
+    (after,) = await driver.run(request(plain, max_tokens=8))
+    assert after.token_ids == before.token_ids
+    return ended
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_stop_ids_at_their_bound(fast_subject: Subject, llama_folder: Path, temperature: float) -> None:
+    """As many as are allowed run, one more is refused: with `min_tokens`, where they are fewer and the ids are
+    forbidden at first, and without."""
+    eos = set(json.loads((llama_folder / "generation_config.json").read_text())["eos_token_id"])
+    others = [token for token in EVERY_TOKEN if token not in eos]
+    most = MAX_STOP_TOKEN_IDS_AFTER_MIN - len(eos)
+
+    def stopping(ids: Sequence[int], **changes: int) -> EngineRequest:
+        odd: dict[str, object] = {"temperature": temperature, "max_tokens": 5, "stop_token_ids": tuple(ids), **changes}
+        return request(fast_subject.prompt(91), **odd)  # type: ignore[arg-type]
+
+    ended = await _same_after(
+        Driver(fast_subject),
+        stopping(others[:most], min_tokens=5),
+        stopping([*eos, *others[:most]], min_tokens=5),
+        stopping(others[: most + 1], min_tokens=5),
+        stopping(MOST_STOPS),
+        stopping((*MOST_STOPS, 300)),
+    )
+    assert set(ended[:2]) <= {"STOP", "LENGTH"}
+    assert ended[2:] == ["stop_token_ids", "STOP", "stop_token_ids"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_no_token_is_left(fast_subject: Subject, llama_folder: Path, temperature: float) -> None:
+    """A grammar whose every token is a stop id that `min_tokens` forbids ends its call, not the engine."""
+    tokenizer = Tokenizer.from_file(str(llama_folder / "tokenizer.json"))
+    allowed = tuple(tokenizer.token_to_id(letter) for letter in "ab")
+    assert None not in allowed
+    odd = request(
+        fast_subject.prompt(91),
+        max_tokens=5,
+        temperature=temperature,
+        stop_token_ids=allowed,
+        min_tokens=5,
+        grammar=Grammar("choice", ("a", "b")),
+    )
+    assert await _same_after(Driver(fast_subject), odd) == ["ERROR"]
 
 
 async def test_odd_grammars_do_no_harm(fast_subject: Subject) -> None:
