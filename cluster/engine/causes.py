@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,8 @@ LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor")
 """Loggers that tell that a core or a rank has failed."""
 DIED = "died unexpectedly"
 """In the executors' own words for a rank that has ended."""
+FATAL = "fatal error"
+"""In the core's own words for an error that ends it."""
 CORE = "the engine core"
 _CRASH = re.compile(r"\*\*\* (SIG[A-Z]+) received|Fatal Python error: ([^\n]+)")
 _RAY_ACTOR = re.compile(r"The actor died unexpectedly.*?\bpid: (\d+)", re.DOTALL)
@@ -97,12 +100,15 @@ def note(kind: str, text: str, log: str = "") -> None:
 class _Keeper(logging.Handler):
     """A log handler that notes errors with exceptions, and ranks that an executor reports as ended."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, members: Members | None = None) -> None:
         super().__init__(logging.ERROR)
         self._whose = name
+        self._members = members
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
+        if self._members is not None and (DIED in str(record.msg) or FATAL in str(record.msg)):
+            self._members.settle(TOGETHER_S)
         if error is not None:
             prefix = f"{self._whose}: " if self._whose not in ("", CORE) else ""
             note("error", prefix + text(error), log_of("stdout"))
@@ -132,17 +138,20 @@ def text(error: BaseException) -> str:
     return " ".join(told.partition(_SEEN_BEFORE)[0].split())[:LONGEST]
 
 
-def keep() -> None:
-    """Register this process of vLLM's, and note from now on why it fails. Idempotent; not for the owner."""
+def keep(members: Members | None = None) -> None:
+    """Register this process of vLLM's, and note from now on why it fails. Idempotent; not for the owner.
+
+    `members`: in a core, the other processes of its engine, whose ends are noted before its own.
+    """
     name = own_name()
     for logger in map(logging.getLogger, LOGGERS):
         if not any(isinstance(one, _Keeper) for one in logger.handlers):
-            logger.addHandler(_Keeper(name))
-    members = _file(MEMBER)
-    if members is not None and name:
+            logger.addHandler(_Keeper(name, members))
+    registered = _file(MEMBER)
+    if registered is not None and name:
         member = Member(name, log_of("stdout"), log_of("stderr"))
         with contextlib.suppress(OSError):
-            Path(f"{members}-{os.getpid()}").write_text(json.dumps(dataclasses.asdict(member)))
+            Path(f"{registered}-{os.getpid()}").write_text(json.dumps(dataclasses.asdict(member)))
 
 
 def own_name() -> str:
@@ -178,11 +187,21 @@ def log_of(stream: str) -> str:
 
 
 class Members:
-    """The other processes of an engine core's engine on this host; notes their ends."""
+    """The other processes of an engine core's engine on this host; notes their ends.
+
+    Problem: a core learns of a rank's death by its connections too, which close before the process has ended, and once
+    its own error is sent the owner reads the notes. So the core waits with it (`settle`) until the rank's end is noted.
+    """
 
     def __init__(self) -> None:
         self._watched = exits.Watched()
         self._members: dict[int, Member] = {}
+        self._noted = threading.Event()
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until the end of one is noted; at most `timeout_s`, and not at all where there are none."""
+        if self._members:
+            self._noted.wait(timeout_s)
 
     def wait(self, timeout_s: float) -> None:
         """Find new ones, then wait for the end of one, at most `timeout_s`."""
@@ -194,6 +213,7 @@ class Members:
             if exits.UNKNOWN in how:
                 how = _last_words(member) or how
             note("ended" if code else "killed", f"{member.name} (process {pid}) {how}", member.log)
+            self._noted.set()
 
 
 def note_early_ends() -> None:

@@ -159,10 +159,11 @@ def watch() -> None:
     if not owner or owner == mark(os.getpid()) or alive(owner) is None or _started.is_set():
         return
     _started.set()
-    causes.keep()
     pause: Callable[[float], object] = time.sleep
-    if causes.own_name() == causes.CORE:
-        pause = causes.Members().wait
+    members = causes.Members() if causes.own_name() == causes.CORE else None
+    causes.keep(members)
+    if members is not None:
+        pause = members.wait
         with contextlib.suppress(ImportError, AttributeError):  # another release's name
             causes.note_early_ends()
     threading.Thread(

@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ def fail(name: str, error: Exception) -> None:
     try:
         raise error
     except Exception:
-        logging.getLogger(name).exception("EngineCore failed to start.")
+        logging.getLogger(name).exception("EngineCore encountered a fatal error.")
 
 
 def test_the_first_error_counts(folder: Path) -> None:
@@ -143,6 +144,41 @@ def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: st
             process.communicate(b"\n")
         members.wait(5.0)
         assert causes.found("e1") == f"rank 1 (process {process.pid}) {how}; log: /var/log/rank-1.out"
+
+
+@pytest.mark.parametrize(
+    ("logger", "message"),
+    [
+        ("vllm.v1.engine.core", "EngineCore encountered a fatal error."),
+        ("vllm.v1.executor.ray_executor_v2", "RayWorkerProc rank=[1] died unexpectedly, shutting down executor."),
+    ],
+)
+def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: str, message: str) -> None:
+    """The owner reads the notes as soon as the core has failed, and blamed the core for a rank's death."""
+    members = causes.Members()
+    causes.keep(members)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        member = causes.Member("rank 1")
+        (folder / f"{causes.MEMBER}-e1-{process.pid}").write_text(json.dumps(dataclasses.asdict(member)))
+        members.wait(0.01)
+        logs = threading.Thread(
+            target=logging.getLogger(logger).error,
+            args=(message,),
+            kwargs={"exc_info": RuntimeError("Executor failed.")},
+        )
+        logs.start()
+        process.kill()
+        members.wait(5.0)
+        logs.join()
+        first = (folder / f"{causes.NOTES}-e1").read_text().splitlines()[0]
+        assert json.loads(first)["text"] == f"rank 1 (process {process.pid}) was killed by SIGKILL"
+
+
+def test_a_core_without_ranks_does_not_wait(folder: Path) -> None:
+    """Its error is noted although nothing ever ends beside it."""
+    causes.keep(causes.Members())
+    fail("vllm.v1.engine.core", RuntimeError("alone"))
+    assert causes.found("e1") == "RuntimeError: alone"
 
 
 def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: Path) -> None:
