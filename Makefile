@@ -27,10 +27,10 @@ demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes
 	@python="$(python)" && [ -n "$$python" ] && "$$python" scripts/setup.py --step "[1/2]"
 	@PYTHONPATH=. $(VENV)/python scripts/demo_failover.py
 
-test: ## all tests, those with the real engine included (NO_INSTALL=1: install nothing that they need; JOBS=1: one process)
+test: ## all tests, those with the real engine included (NO_INSTALL=1: install nothing that they need; JOBS=2: in two processes)
 	@python="$(python)" && [ -n "$$python" ] && PYTHONPATH=. "$$python" -m tests.support.machine
 	@$(MAKE) --no-print-directory setup
-	$(VENV)/python -m pytest -n $(or $(JOBS),2) --dist loadscope $(ARGS)
+	$(VENV)/python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadscope) $(ARGS)
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
 	$(VENV)/python -m pytest -m "not engine and not ray and not root and not slow" $(ARGS)
