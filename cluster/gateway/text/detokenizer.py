@@ -35,8 +35,9 @@ INVALID_PREFIX: Final = "Invalid prefix encountered"
 TAIL_TOKENS: Final = 96
 """How much of a long prompt primes a stream where that is as good as the whole."""
 REPLACEMENT: Final = "\ufffd"
-MAX_OPEN_TOKENS: Final = 64
-"""So many tokens in a row without text are no character that is still incomplete."""
+MAX_OPEN_TOKENS: Final = 256
+"""So many tokens in a row without text are no character that is still incomplete. Each costs the decoding of all before
+it, some 50 us in the mean."""
 KEPT_TOKENS: Final = 16
 """Of these, the last, which may be the beginning of one."""
 
@@ -319,10 +320,22 @@ class Detokenizer:
 
     def _given_up(self) -> str:
         """The text of an incomplete character that has become too long to be one, but for its last tokens."""
-        given_up, kept, self._open = self._open[:-KEPT_TOKENS], self._open[-KEPT_TOKENS:], []
-        text: str = self._tokenizer.decode(given_up, skip_special_tokens=self._skip_special)
+        tokens, self._open = self._open, []
+        cut = self._cut(tokens)
         self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-        return text + "".join(map(self._decode, kept))
+        return self._text_of(tokens[:cut]) + "".join(map(self._decode, tokens[cut:]))
+
+    def _cut(self, tokens: list[int]) -> int:
+        """Where tokens can be decoded in two parts to the text of the whole: not inside a broken character."""
+        whole, latest = self._text_of(tokens), len(tokens) - KEPT_TOKENS
+        for cut in range(latest, latest - KEPT_TOKENS, -1):
+            if self._text_of(tokens[:cut]) + self._text_of(tokens[cut:]) == whole:
+                return cut
+        return latest
+
+    def _text_of(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special)
+        return text
 
     def _recover(self, token_id: int, error: Exception) -> str | None:
         """The token's text after the stream has failed on it. Raises what is not known to be harmless."""

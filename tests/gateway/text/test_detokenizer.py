@@ -151,7 +151,7 @@ def test_a_character_that_never_ends_comes_out_with_the_others(kind: Kind) -> No
         pieces.append(detokenizer.take(True))
         whole = kind.theirs.decode([*first, *ids], skip_special_tokens=True)
         assert kind.theirs.decode(first) + "".join(pieces) == whole
-        assert max(map(len, pieces)) < 200
+        assert max(map(len, pieces)) < 300
 
 
 def test_holds_back_what_may_begin_a_stop_string(kinds: dict[str, Kind]) -> None:
