@@ -12,10 +12,18 @@ from typing import Any
 
 import yaml
 
-try:
-    Loader: Any = yaml.CSafeLoader
-except AttributeError:  # a PyYAML without libyaml
-    Loader = yaml.SafeLoader
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a PyYAML without libyaml has no CSafeLoader
+
+
+class Loader(_Base):  # type: ignore[misc] # PyYAML is untyped
+    """YAML's safe types, with a constructor of its own for dates.
+
+    Problem: a library that vLLM imports for structured outputs turns dates into text in PyYAML's class, for the whole
+    process, so that a file would be read in one way by a process with an engine and in another without.
+    """
+
+
+Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.constructor.SafeConstructor.construct_yaml_timestamp)
 
 Path = tuple[str | int, ...]
 MAX_DEPTH = 64

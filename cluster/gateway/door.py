@@ -54,6 +54,9 @@ class Door(Protocol):
     async def principal(self, shown: Shown) -> Principal:
         """Who it is. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
 
+    def knows(self) -> object:
+        """What callers are looked up in: another object after each change. Raises CallError, STORE_UNAVAILABLE."""
+
     async def visit(self, shown: Shown) -> Visitor:
         """As `principal`, for somebody who stays until `leave`."""
 
@@ -76,6 +79,10 @@ class OpenDoor:
         self.on_change: set[Callable[[], None]] = set()
 
     async def principal(self, shown: Shown) -> Principal:
+        """See Door."""
+        return ANYBODY
+
+    def knows(self) -> object:
         """See Door."""
         return ANYBODY
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import structlog
@@ -17,12 +15,13 @@ from cluster.gateway import grpc_codec as codec
 from cluster.gateway.door import ANYBODY, Shown, alternative_names
 from cluster.gateway.grpc_requests import MAX_PAGE_TOKEN, DetokenizeCall, ResumedCall, TokenizeCall
 from cluster.gateway.relay import Lane, Relay
-from cluster.gateway.request_ids import request_id, traceparent
+from cluster.gateway.request_ids import random_id, request_id, traceparent
 from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.session_face import Session
 from cluster.gateway.status import grpc_code, trailers
 from cluster.gateway.voices import CHAT, COMPLETE, Kind, voice_of
 from cluster.gateway.wishes import Wish
+from cluster.tenancy.identity import Principal
 from cluster.v1 import inference_pb2 as pb
 
 log = structlog.get_logger("grpc")
@@ -31,6 +30,16 @@ SERVICE = "cluster.v1.Inference"
 UNCOUNTED = ("ListModels", "GetModel")
 """Methods that count as nobody's requests."""
 MAX_PAGE_SIZE = 1000
+ASK_AGAIN_S = 1.0
+"""Who calls is asked again, when the rest of a request has come, after so long or when what is known has changed."""
+
+
+class Admitted(NamedTuple):
+    """A caller who was let in: by what the door knew (`Door.knows`), and when."""
+
+    principal: Principal
+    known: object
+    at: float
 
 
 def _as_it_came(data: bytes) -> bytes:
@@ -80,12 +89,16 @@ class GrpcFace:
         and reflection ask for none."""
         if not call.path.startswith(f"/{SERVICE}/"):
             return None
+        door, before = self._service.door, call.caller
         try:
-            principal = await self._service.door.principal(self._shown(call))
+            known, now = door.knows(), self._service.clock()
+            if before is not None and before.known is known and now - before.at < ASK_AGAIN_S:
+                return str(before.principal.tenant.name)
+            principal = await door.principal(self._shown(call))
         except CallError as error:
             await self._abort(call, self._meta(call), error)
             raise
-        call.caller = principal
+        call.caller = Admitted(principal, known, now)
         if principal is not ANYBODY:
             call.connection.prove()
         return str(principal.tenant.name)
@@ -98,12 +111,8 @@ class GrpcFace:
         except CallError as error:
             await self._abort(context, self._meta(context), error)
             return
-
-        def meta() -> CallMeta:
-            return replace(self._meta(context), principal=visitor.require())
-
         try:
-            await Session(self._service, context, meta, self._session_age_s).run()
+            await Session(self._service, context, visitor, self._meta(context).traceparent, self._session_age_s).run()
         finally:
             door.leave(visitor)
 
@@ -115,11 +124,8 @@ class GrpcFace:
         """The one place where an error of a call becomes a status. `admit` has found out who calls."""
 
         async def handle(data: bytes, context: Any) -> Message | None:
-            meta = self._meta(context)
+            meta = self._meta(context, context.caller.principal)
             try:
-                principal = context.caller
-                if principal is not meta.principal:
-                    meta = replace(meta, principal=principal)
                 if name not in UNCOUNTED:
                     meta = await self._service.count(meta)
                 request = await self._bodies.message(name, data, meta.tenant)
@@ -149,7 +155,7 @@ class GrpcFace:
         names = alternative_names(context.peer_certificate()) if self._service.door.by_certificate else ()
         return Shown(authorization, names, context.peer())
 
-    def _meta(self, context: Any) -> CallMeta:
+    def _meta(self, context: Any, principal: Principal = ANYBODY) -> CallMeta:
         own_id = trace = ""
         for key, value in context.invocation_metadata() or ():
             if key == "x-request-id":
@@ -158,7 +164,7 @@ class GrpcFace:
                 trace = traceparent(value) or trace
         remaining_s = context.time_remaining()
         deadline = None if remaining_s is None else self._service.clock() + remaining_s
-        return CallMeta(own_id or uuid.uuid4().hex, "grpc", deadline, trace)
+        return CallMeta(own_id or random_id(), "grpc", deadline, trace, principal)
 
     # ---- calls
 

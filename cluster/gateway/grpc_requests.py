@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,13 +50,14 @@ def unsupported(field: str, what: str) -> CallError:
 def chat_wish(request: pb.ChatRequest) -> Wish:
     """Raises CallError."""
     check_name(request.model)
-    if request.tools:
+    given = _given(request)
+    if "tools" in given:
         raise unsupported("tools", "tool calls are")
-    if request.HasField("tool_choice") and request.tool_choice.mode not in ("", "none", "auto"):
+    if "tool_choice" in given and request.tool_choice.mode not in ("", "none", "auto"):
         raise unsupported("tool_choice", "tool calls are")
-    if request.HasField("max_reasoning_tokens"):
+    if "max_reasoning_tokens" in given:
         raise unsupported("max_reasoning_tokens", "reasoning limits are")
-    options = options_of(request)
+    options = _options(given)
     _check_messages(request.messages)
     kwargs = dict(_template_kwargs(request.chat_template_kwargs_json))
     if request.reasoning_effort:
@@ -259,55 +260,67 @@ def _messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
     return [_message(i, message) for i, message in enumerate(messages)]
 
 
-def options_of(r: pb.ChatRequest | pb.CompleteRequest) -> Options:
+def options_of(request: pb.ChatRequest | pb.CompleteRequest) -> Options:
     """Raises CallError."""
-    if r.priority:
+    return _options(_given(request))
+
+
+def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
+    """The fields that a request holds, by name: a few of many, so that the others need not be asked for."""
+    return {field.name: value for field, value in request.ListFields()}
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    if given.get("priority"):
         raise unsupported("priority", "priority classes are")
-    _check_counts(r)
-
-    def given(name: str) -> Any:
-        return getattr(r, name) if r.HasField(name) else None  # type: ignore[arg-type]
-
-    logprobs = None
-    if r.logprobs or (given("top_logprobs") or 0) > 0:
-        if not r.logprobs:
-            raise invalid("top_logprobs", "needs logprobs to be true")
-        logprobs = r.top_logprobs
-    elif given("top_logprobs") is not None and r.top_logprobs < 0:
-        raise invalid("top_logprobs", f"must be at least 0, got {r.top_logprobs}")
+    _check_counts(given)
+    get = given.get
+    logprobs, top = None, get("top_logprobs")
+    if get("logprobs"):
+        logprobs = top or 0
+    elif top is not None and top != 0:
+        raise invalid("top_logprobs", "needs logprobs to be true" if top > 0 else f"must be at least 0, got {top}")
     return Options(
-        max_tokens=given("max_tokens"),
-        min_tokens=given("min_tokens"),
-        temperature=given("temperature"),
-        top_p=given("top_p"),
-        top_k=given("top_k"),
-        min_p=given("min_p"),
-        seed=given("seed"),
-        stop=tuple(r.stop),
-        stop_token_ids=tuple(r.stop_token_ids),
-        n=r.n if r.HasField("n") else 1,
-        frequency_penalty=given("frequency_penalty"),
-        presence_penalty=given("presence_penalty"),
-        repetition_penalty=given("repetition_penalty"),
-        logit_bias=dict(r.logit_bias),
+        max_tokens=get("max_tokens"),
+        min_tokens=get("min_tokens"),
+        temperature=get("temperature"),
+        top_p=get("top_p"),
+        top_k=get("top_k"),
+        min_p=get("min_p"),
+        seed=get("seed"),
+        stop=tuple(get("stop", ())),
+        stop_token_ids=tuple(get("stop_token_ids", ())),
+        n=get("n", 1),
+        frequency_penalty=get("frequency_penalty"),
+        presence_penalty=get("presence_penalty"),
+        repetition_penalty=get("repetition_penalty"),
+        logit_bias=dict(get("logit_bias", ())),
         logprobs=logprobs,
-        ignore_eos=r.ignore_eos,
-        grammar=_grammar(r.response_format) if r.HasField("response_format") else None,
+        ignore_eos=get("ignore_eos", False),
+        grammar=_grammar(given["response_format"]) if "response_format" in given else None,
     )
 
 
-def _check_counts(r: pb.ChatRequest | pb.CompleteRequest) -> None:
+_COUNTED = (
+    ("stop", MAX_STOP_STRINGS, "strings"),
+    ("stop_token_ids", MAX_STOP_TOKEN_IDS, "token ids"),
+    ("logit_bias", MAX_LOGIT_BIAS, "entries"),
+    ("metadata", MAX_METADATA, "entries"),
+)
+
+
+def _check_counts(given: Mapping[str, Any]) -> None:
     """Before anything is made of what they hold."""
-    counts = (
-        ("stop", r.stop, MAX_STOP_STRINGS, "strings"),
-        ("stop_token_ids", r.stop_token_ids, MAX_STOP_TOKEN_IDS, "token ids"),
-        ("logit_bias", r.logit_bias, MAX_LOGIT_BIAS, "entries"),
-        ("metadata", r.metadata, MAX_METADATA, "entries"),
-        ("response_format.choice", r.response_format.choice, MAX_CHOICES, "strings"),
-    )
-    for name, values, most, what in counts:
-        if len(values) > most:
-            raise invalid(name, f"at most {most} {what}, got {len(values)}")
+    for name, most, what in _COUNTED:
+        if name in given:
+            _check_count(name, given[name], most, what)
+    if "response_format" in given:
+        _check_count("response_format.choice", given["response_format"].choice, MAX_CHOICES, "strings")
+
+
+def _check_count(name: str, values: Sized, most: int, what: str) -> None:
+    if len(values) > most:
+        raise invalid(name, f"at most {most} {what}, got {len(values)}")
 
 
 def _grammar(f: pb.ResponseFormat) -> Grammar | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from cluster.gateway.http_codec import Asked, as_asked
 from cluster.gateway.http_protocol import CONNECTION
 from cluster.gateway.output import Piece
 from cluster.gateway.relay import Lane, Relay, Way
-from cluster.gateway.request_ids import request_id, traceparent
+from cluster.gateway.request_ids import random_id, request_id, traceparent
 from cluster.gateway.service import CallMeta, CallService
 
 log = structlog.get_logger("http")
@@ -87,7 +86,7 @@ class Exchange:
         self.standing: list[tuple[bytes, bytes]] = []
         """Headers of how the caller's limits stand, for an answer that is no error."""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self.request_id = request_id(self.header(b"x-request-id")) or uuid.uuid4().hex
+        self.request_id = request_id(self.header(b"x-request-id")) or random_id()
 
     def header(self, name: bytes) -> str:
         """A header's value; empty where there is none."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _LONGEST = 128
+
+
+def random_id() -> str:
+    """128 random bits in hexadecimal, for what brings no id of its own."""
+    return os.urandom(16).hex()
 
 
 def request_id(value: object) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from array import array
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
@@ -26,6 +25,7 @@ from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.door import ANYBODY, Door, OpenDoor
 from cluster.gateway.losses import MOST_SILENT
 from cluster.gateway.output import Output
+from cluster.gateway.request_ids import random_id
 from cluster.gateway.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
@@ -191,7 +191,7 @@ class CallService:
     async def count(self, meta: CallMeta) -> CallMeta:
         """Count a try before anything of it is read, whatever becomes of it. Raises CallError, RATE_LIMITED."""
         await self._allowances.count(meta.principal.tenant)
-        return replace(meta, counted=True)
+        return CallMeta(meta.request_id, meta.face, meta.deadline, meta.traceparent, meta.principal, counted=True)
 
     async def tokenize(self, name: str, prompt: wishes.Prompt, meta: CallMeta) -> tuple[array[int], int]:
         """The token ids of a prompt, which count as tokens of its tenant, and the model's context. Raises CallError."""
@@ -239,12 +239,13 @@ class CallService:
             if meta.principal.tenant.guards:
                 guards = self._guards_of(meta, model.name)
                 wish = replace(wish, prompt=await guards.prompt(_readable(wish.prompt, text), text))
-            most = meta.principal.tenant.max_context_tokens
-            max_model_len = min(model.max_model_len, most or model.max_model_len)
+            max_model_len = model.max_model_len
+            if most := meta.principal.tenant.max_context_tokens:
+                max_model_len = min(max_model_len, most)
             prompt_ids = await encode(wish.prompt, text, meta.tenant, max_model_len)
             if (fallen := self.door.standing(meta.tenant)) is not None:  # since it has come
                 raise fallen
-            call = self._call(wish, meta, model, text, prompt_ids, arrived, guards, versions)
+            call = self._call(wish, meta, model, text, prompt_ids, max_model_len, arrived, guards, versions)
             if model is not asked:
                 self._stands_in(call, asked)
             if wish.resumable and self.resumes is not None:
@@ -277,11 +278,9 @@ class CallService:
             log.exception("call_failed", request_id=meta.request_id)
             raise CallError(outcome, f"unexpected failure; quote request id {meta.request_id}") from error
         finally:
-            for end in self._ends(call, meta, outcome, wish.prompt, text):
-                _attempt(end, meta.request_id)
-            if guards is not None:
-                _attempt(guards.close, meta.request_id)
-            _attempt(lambda: self._settle(model_name, meta, outcome, call, arrived), meta.request_id)
+            for end, arguments in self._ends(call, outcome, wish.prompt, text, guards):
+                _attempt(meta.request_id, end, *arguments)
+            _attempt(meta.request_id, self._settle, model_name, meta, outcome, call, arrived)
             if call is not None:
                 for output in call.sequences:
                     output.part()
@@ -290,24 +289,31 @@ class CallService:
                 await self._allowances.settle(call)
 
     def _ends(
-        self, call: Call | None, meta: CallMeta, outcome: Outcome, prompt: wishes.Prompt, text: TextModel | None
-    ) -> Iterator[Callable[[], None]]:
-        """What gives back all that a call holds, step by step: one that fails keeps no other from being taken."""
-        if call is None:
-            return
-        self._open.pop(call.id, None)
-        if call.tickets is not None and call.tickets.timer is not None:
-            yield call.tickets.timer.cancel
-        if self.resumes is not None:
-            resumes = self.resumes
-            yield lambda: resumes.leave(call)
-        yield lambda: self.dispatcher.leave(call)
-        yield lambda: self.dispatcher.trials.ended(call, outcome)
-        accounting, prompts = self.dispatcher.accounting, self.prompts
-        if accounting is not None:
-            yield lambda: accounting.ended(call, outcome)
-        if prompts is not None and text is not None:
-            yield lambda: prompts.ended(call, prompt, text, outcome)
+        self,
+        call: Call | None,
+        outcome: Outcome,
+        prompt: wishes.Prompt,
+        text: TextModel | None,
+        guards: CallGuards | None,
+    ) -> Sequence[tuple[Callable[..., None], tuple[Any, ...]]]:
+        """What gives back all that a call holds, step by step, with the arguments of each: one that fails keeps no
+        other from being taken."""
+        steps: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        if call is not None:
+            self._open.pop(call.id, None)
+            if call.tickets is not None and call.tickets.timer is not None:
+                steps.append((call.tickets.timer.cancel, ()))
+            if self.resumes is not None:
+                steps.append((self.resumes.leave, (call,)))
+            steps.append((self.dispatcher.leave, (call,)))
+            steps.append((self.dispatcher.trials.ended, (call, outcome)))
+            if self.dispatcher.accounting is not None:
+                steps.append((self.dispatcher.accounting.ended, (call, outcome)))
+            if self.prompts is not None and text is not None:
+                steps.append((self.prompts.ended, (call, prompt, text, outcome)))
+        if guards is not None:
+            steps.append((guards.close, ()))
+        return steps
 
     def _call(
         self,
@@ -316,26 +322,27 @@ class CallService:
         model: KnownModel,
         text: TextModel,
         prompt_ids: array[int],
+        max_model_len: int,
         arrived: float,
         guards: CallGuards | None,
         versions: Versions,
     ) -> Call:
         options = wish.options
-        max_len, policy = model.max_model_len, meta.principal.tenant
-        if not max_len:
+        policy = meta.principal.tenant
+        if not max_model_len:
             raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared")
         sampling = wishes.sampling(
             wish,
             model.default_sampling_of(versions.first),
             len(prompt_ids),
-            min(max_len, policy.max_context_tokens or max_len),
+            max_model_len,
             text.vocab_size,
             policy.max_output_tokens,
             text.eos_token_ids,
         )
         rank = self.dispatcher.turns.rank_of(policy.priority_class)
         call = Call(
-            id=f"{'chatcmpl' if wishes.is_chat(wish.prompt) else 'cmpl'}-{uuid.uuid4().hex}",
+            id=f"{'chatcmpl' if wishes.is_chat(wish.prompt) else 'cmpl'}-{random_id()}",
             model=model.name,
             policy=policy,
             rank=rank,
@@ -471,10 +478,10 @@ class CallService:
             call.wake()
 
 
-def _attempt(step: Callable[[], None], request_id: str) -> None:
+def _attempt(request_id: str, step: Callable[..., None], *arguments: Any) -> None:
     """Take a step of a call's end. What it raises is logged: the steps after it are taken all the same."""
     try:
-        step()
+        step(*arguments)
     except Exception:
         log.exception("call_end_failed", request_id=request_id)
 

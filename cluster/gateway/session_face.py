@@ -8,8 +8,7 @@ messages, never later ones. Each call runs through the same CallService as Strea
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -18,8 +17,10 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_codec as codec
 from cluster.gateway.call import Call
+from cluster.gateway.door import Visitor
 from cluster.gateway.grpc_requests import SessionCall, session_items
 from cluster.gateway.output import Piece
+from cluster.gateway.request_ids import random_id
 from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.status import details, grpc_code, trailers
 from cluster.gateway.voices import CHAT, COMPLETE, Voice, voice_of
@@ -75,7 +76,8 @@ class _Open:
         else:
             self.offset += 1
             session.parts.append(codec.event_text(self.head, text))
-        session.wake()
+        if not session.awake:
+            session.wake()
 
     def chunk(self, data: bytes) -> None:
         """A serialized chunk, with the next message."""
@@ -85,13 +87,14 @@ class _Open:
 class Session:
     """One session. `run` returns when the client has closed its side and every call has ended."""
 
-    def __init__(self, service: CallService, context: Any, meta: Callable[[], CallMeta], age_s: float) -> None:
-        """`meta` reads the stream's own metadata and who it is now, or raises CallError; after `age_s` seconds no new
-        call is taken."""
+    def __init__(self, service: CallService, context: Any, visitor: Visitor, trace: str, age_s: float) -> None:
+        """`visitor`: whose session it is. `trace`: the traceparent of calls that bring none. After `age_s` seconds no
+        new call is taken."""
         self._service = service
         self._age_s = age_s
         self._context = context
-        self._meta = meta
+        self._visitor = visitor
+        self._trace = trace
         self.dirty: dict[int, _Open] = {}
         """Calls with news."""
         self.parts: list[bytes] = []
@@ -103,7 +106,7 @@ class Session:
         self._reading = asyncio.Event()
         self._reading.set()
         """Cleared while the client does not read: then none of its requests is read either."""
-        self._awake = False
+        self.awake = False
         self._slice_ends = 0.0
         """When the reader of requests is to turn to others."""
         self._over: asyncio.Future[None] = self._loop.create_future()
@@ -197,19 +200,15 @@ class Session:
         opened.task.add_done_callback(lambda _: self._never_ran(opened))
 
     def _tenant(self) -> str:
-        """Whose session it is; the last one that was let in stays it."""
-        try:
-            return self._meta().tenant
-        except CallError:
-            return ""
+        """Whose session it is; empty once it may no longer call."""
+        return "" if self._visitor.refused is not None else self._visitor.principal.tenant.name
 
     def _call_meta(self, start: SessionCall) -> CallMeta:
         """Raises CallError once the session's caller may no longer call."""
-        base = self._meta()
+        principal = self._visitor.require()
         deadline = self._service.clock() + start.deadline_ms / 1000 if start.deadline_ms else None
-        own_id = start.request_id or uuid.uuid4().hex
-        trace = start.traceparent or base.traceparent
-        return CallMeta(own_id, base.face, deadline, trace, base.principal)
+        own_id = start.request_id or random_id()
+        return CallMeta(own_id, "grpc", deadline, start.traceparent or self._trace, principal)
 
     def _refuse(self, call_id: int, error: CallError) -> None:
         self._tell(pb.SessionEvent(call_id=call_id, status=details(error).SerializeToString()))
@@ -272,12 +271,12 @@ class Session:
 
     def wake(self) -> None:
         """There is something to write, or the end may have come: look in the next pass."""
-        if not self._awake and not self.halted:
-            self._awake = True
+        if not self.awake and not self.halted:
+            self.awake = True
             self._loop.call_soon(self._pass)
 
     def _pass(self) -> None:
-        self._awake = False
+        self.awake = False
         if self._over.done():
             return
         self._gather()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from cluster.api.outcomes import invalid
 from cluster.api.types import EngineRequest
 from cluster.gateway.output import CALLER_FIELDS, Output
-from cluster.link.codec import submit_bytes
+from cluster.link.codec import most_submit_bytes, submit_bytes
 from cluster.link.codec_turns import Weighed
 from cluster.link.worker_link import WorkerLink
 from cluster.routing.versions import Versions
@@ -30,6 +30,8 @@ MAX_SUBMIT_BYTES = 100_000
 
 def check_size(request: EngineRequest) -> None:
     """Raise CallError for a request that no worker should have to read, before it is queued."""
+    if most_submit_bytes(request) <= MAX_SUBMIT_BYTES:
+        return
     parts = submit_bytes(request)
     total = sum(parts.values())
     if total > MAX_SUBMIT_BYTES:

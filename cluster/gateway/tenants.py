@@ -210,6 +210,10 @@ class TenantDoor:
         tenant = self._dress(found.tenant)[1]
         return Principal(tenant, found.role, found.by, found.subject, found.model_aliases)
 
+    def knows(self) -> Snapshot:
+        """See Door."""
+        return self.snapshot()
+
     async def visit(self, shown: Shown) -> Visitor:
         """See Door."""
         visitor = Visitor(await self.principal(shown), shown)

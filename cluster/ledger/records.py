@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -55,6 +57,13 @@ class OpenRecord:
     def as_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is the inverse."""
         return _plain(self)
+
+    def json_text(self) -> str:
+        """`as_json` as text: each call makes one, and the general encoder takes five times as long."""
+        texts = zip(_OPEN.texts, map(encode_basestring_ascii, _OPEN.texts_of(self)), strict=True)
+        numbers = zip(_OPEN.numbers, map(repr, _OPEN.numbers_of(self)), strict=True)
+        labels = json.dumps(dict(self.labels)) if self.labels else "{}"
+        return "{" + ",".join([f'"{name}":{value}' for name, value in (*texts, *numbers, ("labels", labels))]) + "}"
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> OpenRecord:
@@ -132,6 +141,8 @@ class _Fields:
         self.values_of = attrgetter(*self.names)
         self.texts_of, self.counts_of = attrgetter(*self.texts), attrgetter(*self.counts)
         self.seconds_of = attrgetter(*self.seconds)
+        self.numbers = (*self.counts, *self.seconds)
+        self.numbers_of = attrgetter(*self.numbers)
 
     def values(self, record: OpenRecord | UsageRecord) -> dict[str, Any]:
         """By name."""
@@ -162,21 +173,33 @@ def _build(kind: type[R], value: Mapping[str, Any]) -> R:
 def _check(record: OpenRecord | UsageRecord) -> None:
     """Everything a database could choke on is refused here, where the caller can still be told."""
     fields = _fields(record)
-    for name, value in zip(fields.texts, fields.texts_of(record), strict=True):
-        if type(value) is not str or len(value) > MAX_ID or not value.isascii() or "\0" in value:  # the few to look at
+    texts, counts, seconds = fields.texts_of(record), fields.counts_of(record), fields.seconds_of(record)
+    if not _are_plain(texts):
+        for name, value in zip(fields.texts, texts, strict=True):
             _check_text(name, value, MAX_ID if name.endswith("_id") else MAX_NAME)
-    for name, value in zip(fields.counts, fields.counts_of(record), strict=True):
-        if type(value) is not int or not 0 <= value < MAX_COUNT:
-            raise RecordError(f"{name}: {value!r} is no count")
-    for name, value in zip(fields.seconds, fields.seconds_of(record), strict=True):
-        if not _is_seconds(value, optional=name in fields.optional):
-            raise RecordError(f"{name}: {value!r} is no number of seconds")
+    for at, count in enumerate(counts):
+        if type(count) is not int or not 0 <= count < MAX_COUNT:
+            raise RecordError(f"{fields.counts[at]}: {count!r} is no count")
+    for at, value in enumerate(seconds):
+        if not (type(value) is float and 0 <= value < math.inf) and not _is_seconds(
+            value, optional=fields.seconds[at] in fields.optional
+        ):
+            raise RecordError(f"{fields.seconds[at]}: {value!r} is no number of seconds")
     if not record.record_id or not record.tenant:
         raise RecordError("record_id and tenant must not be empty")
     if record.opened_at_s >= 253_402_300_800:
         raise RecordError("opened_at_s: lies after the year 9999")
     if record.labels:
         _check_labels(record.labels)
+
+
+def _are_plain(texts: Sequence[Any]) -> bool:
+    """Whether none of these texts has to be looked at by itself: they are short ASCII without a zero, as nearly all."""
+    try:
+        joined = "".join(texts)
+    except TypeError:  # one is no text
+        return False
+    return joined.isascii() and "\0" not in joined and max(map(len, texts)) <= MAX_ID
 
 
 def _check_labels(labels: Mapping[str, str]) -> None:

@@ -24,7 +24,6 @@ HEAD_BYTES = 1 + 4 + SALT_BYTES
 MAX_BYTES = 64 * 1024
 MESSAGES_A_SALT = 1 << 30
 _MAX_KEYS = 1024
-_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 class SealError(ValueError):
@@ -96,7 +95,7 @@ class Sealer:
 
     def seal(self, record: OpenRecord) -> bytes:
         """Some 350 bytes for a record without labels."""
-        return self._envelopes.seal(_encode(record.as_json()).encode())
+        return self._envelopes.seal(record.json_text().encode())
 
     def open(self, data: bytes) -> OpenRecord:
         """The record. Raises SealError."""

@@ -29,6 +29,8 @@ PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
 MAX_TEXT = 4096
 """Characters of an engine's words about one request."""
+MAX_VARINT_BYTES = 10
+"""Of one number in a message."""
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
@@ -125,6 +127,17 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
         adapter=request.adapter,
         traceparent=request.traceparent,
     )
+
+
+def most_submit_bytes(request: EngineRequest) -> int:
+    """A bound of the sum of `submit_bytes` that needs no message: nearly every request is far below any limit."""
+    sampling = request.sampling
+    characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
+    if sampling.grammar is not None:
+        value = sampling.grammar.value
+        characters += len(value) if isinstance(value, str) else sum(map(len, value)) + 2 * len(value)
+    numbers = len(sampling.stop_token_ids) + 2 * len(sampling.logit_bias)
+    return 4 * characters + MAX_VARINT_BYTES * numbers + 64
 
 
 def submit_bytes(request: EngineRequest) -> Mapping[str, int]:

@@ -54,8 +54,9 @@ TAKEN_OVER = "the call was resumed elsewhere: its stream goes on there"
 TURN = "/cluster.link.v1.Link/Turn"
 # How long a drained worker waits until its last counts are acknowledged.
 HAND_OVER_S = 5.0
-FAREWELL_S = 0.05
-"""How long a worker whose engine has ended waits until its gateways have read why and closed their links."""
+FAREWELL_S = 0.5
+"""How long a worker whose engine has ended waits until its gateways have read why and closed their links: a gateway
+does so at once, and a busy one after what it has to do first. Its own reset of the link would overtake the reason."""
 
 
 class WorkerEnd:

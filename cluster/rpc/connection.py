@@ -68,7 +68,6 @@ class Connection(asyncio.BufferedProtocol):
         "_charges",
         "_control_bytes",
         "_control_writes",
-        "_flushing",
         "_header_bytes",
         "_held",
         "_last",
@@ -76,7 +75,6 @@ class Connection(asyncio.BufferedProtocol):
         "_leaving",
         "_liveness",
         "_max_calls",
-        "_out",
         "_server",
         "_table_is_news",
         "_to_give",
@@ -86,6 +84,7 @@ class Connection(asyncio.BufferedProtocol):
         "budget",
         "calls",
         "closing",
+        "flushing",
         "h2",
         "intake",
         "limits",
@@ -93,6 +92,7 @@ class Connection(asyncio.BufferedProtocol):
         "paused",
         "peer",
         "transport",
+        "unsent",
     )  # with more than 30 attributes a dictionary would make each access slower
 
     def __init__(self, server: Server, limits: Limits, age_s: float, held: Held) -> None:
@@ -114,8 +114,9 @@ class Connection(asyncio.BufferedProtocol):
         reader = FrameReader(STRANGER_FRAME_BYTES, limits.max_header_bytes)
         self.intake = FrameIntake(self, reader, self._charges, server.turns)
         self._liveness = Liveness(self)
-        self._out: list[bytes] = []
-        self._flushing = False
+        self.unsent: list[bytes] = []
+        self.flushing = False
+        """Whether `unsent` goes out in this pass of the event loop."""
         self._control_bytes = self._control_writes = 0
         """Of what is to be sent: all that is not an answer to a call."""
         self._to_give = 0
@@ -214,10 +215,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def out(self, data: bytes) -> None:
         """Send with all else of this pass of the event loop."""
-        self._out.append(data)
-        if not self._flushing:
-            self._flushing = True
-            self.loop.call_soon(self._flush)
+        self.unsent.append(data)
+        if not self.flushing:
+            self.flush_soon()
+
+    def flush_soon(self) -> None:
+        """Send what is `unsent` at the end of this pass of the event loop."""
+        self.flushing = True
+        self.loop.call_soon(self._flush)
 
     def out_of_h2(self) -> None:
         """Send what h2 has to say, in its place among what is sent already."""
@@ -241,8 +246,8 @@ class Connection(asyncio.BufferedProtocol):
         self.out_of_h2()
 
     def _flush(self) -> None:
-        self._flushing = False
-        out, self._out = self._out, []
+        self.flushing = False
+        out, self.unsent = self.unsent, []
         data = b"".join(out)
         self._charges.earned_bytes += len(data) - self._control_bytes
         self._charges.earned_bytes -= FRAME_HEAD_BYTES * (len(out) - self._control_writes)
@@ -531,7 +536,7 @@ class Connection(asyncio.BufferedProtocol):
         self.closing = True
         self.intake.clear()
         self.out_of_h2()
-        if self._out:
+        if self.unsent:
             self._flush()
         if not self.transport.is_closing():
             self.transport.close()
@@ -556,7 +561,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _refuse_http1(self) -> None:
         self.closing = True
-        self._out.clear()
+        self.unsent.clear()
         self.transport.write(_HTTP1_ANSWER)
         self.transport.close()
 

@@ -270,7 +270,7 @@ class Rpc:
     @property
     def full(self) -> bool:
         """Whether the client must read before more is sent."""
-        return bool(self._pending) or self.connection.paused
+        return self.connection.paused or len(self._pending) > 0
 
     def send(self, message: bytes) -> None:
         """Send one serialized message as soon as the windows allow; silently nothing where nobody listens."""
@@ -289,7 +289,10 @@ class Rpc:
             # h2.send_data does no more for an open stream than this, in 7 µs.
             stream.outbound_flow_control_window -= frame
             h2.outbound_flow_control_window -= frame
-            self.connection.out(DATA_HEAD[frame] + self._tail + MESSAGE_HEAD[size] + message)
+            connection = self.connection
+            connection.unsent.append(DATA_HEAD[frame] + self._tail + MESSAGE_HEAD[size] + message)
+            if not connection.flushing:
+                connection.flush_soon()
             return
         self._pending += b"\x00" + size.to_bytes(4, "big")
         self._pending += message

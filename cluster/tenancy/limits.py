@@ -193,12 +193,15 @@ class Limiter:
         limits = shared(policy.limits, sharers)
         refusal = self._refusal(limits, use, _Wanted(tokens, 0, requests, self._weights.sum(tokens, 0)), now, epoch_s)
         if refusal is None:
-            self.charged(policy, requests, tokens, now, epoch_s)
+            self._charge(use, requests, tokens, now)
         return refusal
 
     def charged(self, policy: TenantPolicy, requests: int, tokens: int, now: float, epoch_s: float) -> None:
         """Count what another has charged, whatever the limits."""
         use, now = self._at(policy.name, now, epoch_s)
+        self._charge(use, requests, tokens, now)
+
+    def _charge(self, use: TenantUse, requests: int, tokens: int, now: float) -> None:
         if requests:
             use.requests.add(requests, now)
         if tokens:

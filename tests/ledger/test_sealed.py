@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,3 +68,18 @@ def test_without_a_secret_nothing_is_sealed() -> None:
     """The setting to make is named."""
     with pytest.raises(ValueError, match="cluster_secret_file"):
         Sealer(())
+
+
+@given(
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=60),
+    st.integers(0, 2**53 - 1),
+    st.floats(0, 1e9),
+)
+def test_a_records_text_is_its_json(text: str, count: int, seconds: float) -> None:
+    """Written by hand for speed, it holds what the general encoder would write."""
+    record = OpenRecord(
+        "r", text, text, text, "v", text, seconds, text, count, count, seconds, labels={text: text}, gateway=text
+    )
+    assert json.loads(record.json_text()) == record.as_json()
+    plain = dataclasses.replace(record, labels={})
+    assert json.loads(plain.json_text()) == plain.as_json()

@@ -122,6 +122,12 @@ def names() -> set[str]:
     return blocks | {name for name in os.listdir(tempfile.gettempdir()) if UUID.fullmatch(name)}
 
 
+def _reported(door: Door, known: int) -> str | None:
+    """Why the last engine ended, once the gateway knows of more ends than `known`."""
+    ends = door.hub.lost_engines()
+    return ends[-1].reason if len(ends) > known else None
+
+
 async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
     """LLaMA at TP 2 as above; then a SIGKILL of replica, core and rank each leaves neither processes nor shared
     memory, it serves again, and the gateway knows which rank or core ended how, and in which file to read more."""
@@ -137,6 +143,7 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
             assert "cpushm" in mapped, "ranks of one host share memory"
             assert "/dev/shm/psm_" in mapped
         assert not names() - others, "no name is left of it"
+        known = len(door.hub.lost_engines())
         next(iter(before[victim])).send_signal(signal.SIGKILL)
         await eventually(
             lambda e=everyone: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in e) or None,  # type: ignore[misc]
@@ -145,7 +152,8 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
         )
         assert not names() - others, f"names after the {victim}'s death"
         if victim in HOW_IT_ENDED:
-            told = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", door.hub.lost_engines()[-1].reason)
+            reason = await eventually(lambda k=known: _reported(door, k), f"the gateway knows of the {victim}'s death")  # type: ignore[misc]
+            told = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", reason)
             assert told is not None, door.hub.lost_engines()
             assert Path(told["log"]).is_file()  # noqa: ASYNC240
         link = await door.worker("llama", 180.0, but=link.identity.incarnation)
