@@ -60,6 +60,9 @@ class Connection(Way, Protocol):
     def prove(self) -> None:
         """The client has shown a credential that was accepted."""
 
+    def charge_refusal(self) -> None:
+        """A request is about to be refused."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
@@ -154,9 +157,11 @@ class _Endpoint:
         except ConnectionResetError:
             return
         except Refused as refused:
+            scope[CONNECTION].charge_refusal()
             content = answers.error_body(str(refused), refused.status, refused.code)
             await exchange.whole(refused.status, content, refused.headers)
         except CallError as error:
+            scope[CONNECTION].charge_refusal()
             await exchange.fail(error)
         except Exception:  # no traceback reaches a caller; it is in the log under the request's id
             log.exception("unexpected", request_id=exchange.request_id)
@@ -297,6 +302,7 @@ async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":  # a WebSocket: closed before it is accepted
         await send({"type": "websocket.close", "code": 1000})
         return
+    scope[CONNECTION].charge_refusal()
     exchange = Exchange(scope, receive, send)
     content = answers.error_body(f"there is nothing at {scope['path']}", 404, "not_found")
     await exchange.whole(404, content)

@@ -19,6 +19,7 @@ from uvicorn.server import ServerState
 
 from cluster.gateway.http_pace import Late, Pace, PaceLimits
 from cluster.rpc import Held, Stage
+from cluster.rpc.charges import Bucket
 
 CONNECTION: Final = "headrace.connection"
 """The scope's key of a request's protocol object."""
@@ -27,6 +28,9 @@ MAX_HEADERS: Final = 256
 HEAD_PIECE_BYTES: Final = 4096
 """Parsed at once outside of a body: about a hundred of the smallest requests, a millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
+STRANGER_REFUSALS_PER_S: Final = 10.0
+STRANGER_REFUSALS: Final = 100.0
+"""Refused requests that a connection without an accepted credential may have at once, and in a second after these."""
 _HOST = re.compile(rb"[!-~]*")
 _VERSIONS: Final = ("1.0", "1.1")
 
@@ -93,6 +97,12 @@ class HttpProtocol(HttpToolsProtocol):
         """The client has shown a credential that was accepted."""
         self._held.prove()
 
+    def charge_refusal(self) -> None:
+        """A request is about to be refused. A stranger with too many of them loses the connection with this answer."""
+        if not self._held.proven and self._refusals.take(1, self.loop.time()) < 0:
+            self.cycle.keep_alive = False
+            self._deaf = True
+
     def shed(self) -> None:
         """End the connection: its place is another's."""
         if self._held.proven and not self.transport.get_write_buffer_size():
@@ -139,6 +149,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._held.released:
             self.transport.abort()
         self.pace = Pace(self._limits, self.loop.time())
+        self._refusals = Bucket(STRANGER_REFUSALS_PER_S, STRANGER_REFUSALS, self.loop.time())
         self.flow = _Flow(self)
         self._timer = self.loop.call_later(self._limits.check_s, self._check)
 

@@ -236,13 +236,16 @@ class CallService:
             began = meta.request_id if chain is None else chain.whole.request_id
             versions = model.choose(began, "" if chain is None else chain.bundle_digest)
             text = await self.directory.text(model, versions.first)
-            if meta.principal.tenant.guards:
-                guards = self._guards_of(meta, model.name)
-                wish = replace(wish, prompt=await guards.prompt(_readable(wish.prompt, text), text))
             max_model_len = model.max_model_len
             if most := meta.principal.tenant.max_context_tokens:
                 max_model_len = min(max_model_len, most)
             prompt_ids = await encode(wish.prompt, text, meta.tenant, max_model_len)
+            if meta.principal.tenant.guards:  # behind the bound of its length: guards search the whole of it
+                guards = self._guards_of(meta, model.name)
+                kept = await guards.prompt(wish.prompt, text)
+                if kept is not wish.prompt:
+                    wish = replace(wish, prompt=kept)
+                    prompt_ids = await encode(kept, text, meta.tenant, max_model_len)
             if (fallen := self.door.standing(meta.tenant)) is not None:  # since it has come
                 raise fallen
             call = self._call(wish, meta, model, text, prompt_ids, max_model_len, arrived, guards, versions)
@@ -513,13 +516,6 @@ async def encode(prompt: wishes.Prompt, text: TextModel, tenant: str = "default"
 
 def _tokens_left(call: Call) -> int:
     return max(one.request.sampling.max_tokens - len(one.emitted) for one in call.sequences)
-
-
-def _readable(prompt: wishes.Prompt, text: TextModel) -> wishes.Prompt:
-    """The prompt, if its token ids can be read at all. Raises CallError."""
-    if isinstance(prompt, wishes.IdsPrompt):
-        _in_vocabulary(prompt.token_ids, text.vocab_size)
-    return prompt
 
 
 def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_token_ids") -> array[int]:

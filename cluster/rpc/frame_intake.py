@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from h2.exceptions import H2Error, ProtocolError
-from hyperframe.frame import DataFrame, Frame, HeadersFrame, SettingsFrame
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
 from cluster.rpc.charges import STREAMS_PER_UNIT, Charges
 from cluster.rpc.frame_reader import DATA, WINDOW_UPDATE, FrameReader
@@ -23,6 +23,8 @@ MOST_WAITING_BYTES: Final = 16_384
 SMALL_DATA_BYTES: Final = 64
 """A DATA frame with less is charged as one that carries nothing."""
 WINDOW_UPDATE_BYTES: Final = 4
+GOAWAY_UNITS: Final = 5.0
+"""A client says once or twice that it leaves."""
 
 
 class FrameIntake:
@@ -180,4 +182,6 @@ class FrameIntake:
             return frame.stream_id not in streams or charges.light(now)
         if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
             return charges.heavy(1 + len(streams) / STREAMS_PER_UNIT, now)
+        if isinstance(frame, GoAwayFrame):  # one is enough, and each may carry the largest frame's bytes
+            return charges.heavy(GOAWAY_UNITS, now)
         return charges.light(now)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.gateway.http_pace import PaceLimits
-from cluster.gateway.http_protocol import MAX_HEADERS
+from cluster.gateway.http_protocol import CONNECTION, MAX_HEADERS, STRANGER_REFUSALS
 from cluster.gateway.http_server import HttpServer
 
 QUICK = PaceLimits(
@@ -40,6 +40,8 @@ class Echo:
         """ASGI."""
         self.seen.append(scope)
         size, more = 0, scope["path"] != "/refuse"
+        if scope["path"] == "/charged":
+            scope[CONNECTION].charge_refusal()
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -165,6 +167,14 @@ async def test_thousands_of_pipelined_requests_are_answered_in_order_and_held_as
     assert reading.result().count(b"HTTP/1.1 200 ") == count
     assert [scope["path"] for scope in app.seen] == [*(f"/{i}" for i in range(count - 1)), "/last"]
     assert held <= 2
+
+
+async def test_a_stranger_with_many_refused_requests_loses_the_connection() -> None:
+    """Each costs a look at its credential: in one write, thousands of them would cost a second."""
+    async with echo() as app:
+        answer = await exchange(app, b"GET /charged HTTP/1.1\r\nhost: a\r\n\r\n" * 2000)
+    assert STRANGER_REFUSALS <= answer.count(b"HTTP/1.1 200 ") < 2 * STRANGER_REFUSALS
+    assert answer.count(b"connection: close") == 1
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hyperframe.frame import (
     ContinuationFrame,
     DataFrame,
     Frame,
+    GoAwayFrame,
     HeadersFrame,
     PingFrame,
     PriorityFrame,
@@ -54,6 +55,7 @@ def nothing(raw: Raw) -> Iterator[tuple[str, bytes]]:
     yield "settings acknowledged", acknowledged(SettingsFrame(0))
     yield "reset of a closed stream", RstStreamFrame(3).serialize()
     yield "one byte of data", DataFrame(1, b"\x00").serialize()
+    yield "goaway", GoAwayFrame(0, additional_data=b"x" * 16_000).serialize()
 
 
 KINDS = [name for name, _ in nothing(None)]  # type: ignore[arg-type]

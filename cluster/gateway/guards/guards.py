@@ -131,15 +131,15 @@ class CallGuards:
     # ---- input
 
     async def prompt(self, prompt: Prompt, text: TextModel) -> Prompt:
-        """The prompt as the model may see it. Raises CallError, GUARD_REFUSED where it may not at all."""
+        """The prompt as the model may see it; itself where nothing is to be changed. Raises CallError, GUARD_REFUSED
+        where it may not be seen at all."""
         if not self._inputs:
             return prompt
-        if isinstance(prompt, PackedPrompt):
-            prompt = await asyncio.to_thread(prompt.unpacked)
         if not isinstance(prompt, IdsPrompt):
-            texts = texts_of(prompt)
-            kept = await self._input(texts, prompt)
-            return prompt if kept == texts else with_texts(prompt, kept)
+            plain = await asyncio.to_thread(prompt.unpacked) if isinstance(prompt, PackedPrompt) else prompt
+            texts = texts_of(plain)
+            kept = await self._input(texts, plain)
+            return prompt if kept == texts else with_texts(plain, kept)
         shown = await _elsewhere(
             len(prompt.token_ids), lambda: text.decode(prompt.token_ids, skip_special_tokens=False)
         )
