@@ -7,19 +7,20 @@ on the event loop. What is small is told by size and by counts of a few characte
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from pickle import PickleBuffer
 from typing import Any, Final
 
 import structlog
 
-from cluster.api.outcomes import CallError, Outcome
+from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_requests
 from cluster.gateway.body_reader import BodyReader, decoded
 from cluster.gateway.helper_pool import HelperPool, Lost, TooMuchCpu
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import read_object
-from cluster.gateway.json_values import NotText
+from cluster.gateway.json_values import MAX_IDS, NotText
 from cluster.gateway.wire_scan import scan
 from cluster.v1 import inference_pb2 as pb
 
@@ -47,33 +48,39 @@ class Bodies:
         """End the helpers."""
         self.pool.close()
 
-    async def http(self, name: str, body: bytes, tenant: str = "") -> Asked:
-        """A body of the HTTP API: `chat` or `completion`. Raises CallError."""
+    async def http(
+        self, name: str, body: bytes | bytearray, tenant: str = "", most_ids: Callable[[], int] = lambda: MAX_IDS
+    ) -> Asked:
+        """A body of the HTTP API: `chat` or `completion`. `most_ids`: token ids that a prompt may have. Raises
+        CallError."""
         if _is_small_json(body):
             with suppress(NotText):  # a helper finds out in which field
-                return _ASKED[name](read_object(body))
-        asked: Asked = await self._elsewhere("http", name, body, tenant)
+                return _ASKED[name](read_object(bytes(body)))
+        asked: Asked = await self._elsewhere("http", body, tenant, name, most_ids())
         return asked
 
-    async def message(self, name: str, data: bytes, tenant: str = "") -> Any:
-        """A request of the gRPC API, as grpc_requests.READ makes it. Raises CallError."""
+    async def message(
+        self, name: str, data: bytes, tenant: str = "", most_ids: Callable[[], int] = lambda: MAX_IDS
+    ) -> Any:
+        """A request of the gRPC API, as grpc_requests.READ makes it, likewise. Raises CallError."""
         call = grpc_requests.READ[name]
+        if call.only_field and len(data) > grpc_requests.MAX_SMALL_BYTES:
+            raise invalid(call.only_field, f"is too long: the request has {len(data)} bytes")
         if _is_small_message(call.kind, data):
             return call.read(decoded(call.kind, data))
-        return await self._elsewhere("message", name, data, tenant)
+        return await self._elsewhere("message", data, tenant, name, most_ids())
 
     async def session(self, data: bytes, tenant: str = "") -> list[Any] | pb.SessionRequest:
         """A message of a session: itself where it is small, else its items. Raises CallError."""
         if _is_small_message(pb.SessionRequest, data):
             request: pb.SessionRequest = decoded(pb.SessionRequest, data)
             return request
-        items: list[Any] = await self._elsewhere("session", "", data, tenant)
+        items: list[Any] = await self._elsewhere("session", data, tenant)
         return items
 
-    async def _elsewhere(self, method: str, name: str, data: bytes, tenant: str) -> Any:
-        arguments = (PickleBuffer(data),) if method == "session" else (name, PickleBuffer(data))
+    async def _elsewhere(self, method: str, data: bytes | bytearray, tenant: str, *more: Any) -> Any:
         try:
-            result = await self.pool.run((method, arguments, {}), size=len(data), tenant=tenant)
+            result = await self.pool.run((method, (PickleBuffer(data), *more), {}), size=len(data), tenant=tenant)
         except TooMuchCpu:
             raise _unreadable() from None
         except Lost as lost:
@@ -81,15 +88,14 @@ class Bodies:
             raise _unreadable() from None
         if result is not None:
             return result
-        plain = (data,) if method == "session" else (name, data)
-        return await asyncio.to_thread(getattr(self._reader, method), *plain)
+        return await asyncio.to_thread(getattr(self._reader, method), data, *more)
 
 
 def _unreadable() -> CallError:
     return CallError(Outcome.INTERNAL, "the request could not be read; send less, or a simpler one")
 
 
-def _is_small_json(body: bytes) -> bool:
+def _is_small_json(body: bytes | bytearray) -> bool:
     size = len(body)
     if size <= SMALL_JSON_BYTES:
         return True

@@ -18,22 +18,25 @@ import msgspec
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
-from cluster.api.outcomes import CallError, invalid
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.gateway import grpc_requests, http_codec
 from cluster.gateway.http_fields import Fields
 from cluster.gateway.json_values import (
     ARGUMENTS,
     BODY,
     MAX_DEPTH,
+    MAX_IDS,
     MESSAGES,
     NO_UNICODE,
     PROMPTS,
     check_counts,
+    check_utf8,
     parse,
 )
 from cluster.gateway.wire_scan import packed_ids, scan
 from cluster.gateway.wishes import (
     MAX_MESSAGES,
+    MAX_STOP_TOKEN_IDS,
     ChatPrompt,
     IdsPrompt,
     PackedPrompt,
@@ -50,11 +53,19 @@ MAX_ELEMENTS: Final = 100_000
 """Fields and members of lists in one protobuf message, at all levels."""
 MAX_MEMBERS: Final = 10_000
 """Of one field at the top of a message."""
+IDS_FIELD: Final[Mapping[type[Message], str]] = {
+    pb.CompleteRequest: "prompt_token_ids",
+    pb.DetokenizeRequest: "token_ids",
+}
+"""Fields for token ids of a prompt."""
 MANY_IDS: Final = 4096
+AT_ONCE_IDS: Final = 65_536
+MAX_ID: Final = 2**31 - 1
 MAX_NUMBERS: Final = BODY.values
 _KINDS = {b"[": "an array", b'"': "a string", b"n": "null", b"t": "a boolean", b"f": "a boolean"}
 _IDS = re.compile(rb"\s*\[\s*-?[0-9]")
 _IDS_DECODER = msgspec.json.Decoder(list[int])
+_TEXT_DECODER = msgspec.json.Decoder(str)
 _MEMBERS_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
 MAX_OPTION_BYTES: Final = 1 << 17
 """Of a field that is no prompt; the longest good ones, stop strings that are all escapes, have 100 KB."""
@@ -82,18 +93,18 @@ class BodyReader:
             "completion": (_splitter(http_codec.COMPLETION_FIELDS), http_codec.completion_asked),
         }
 
-    def http(self, name: str, body: bytes | bytearray) -> http_codec.Asked:
-        """A body of the HTTP API. Raises CallError."""
+    def http(self, body: bytes | bytearray, name: str, most_ids: int = MAX_IDS) -> http_codec.Asked:
+        """A body of the HTTP API. `most_ids`: token ids that a prompt may have. Raises CallError."""
         splitter, asked = self._http[name]
-        found = asked(Fields({name: _field(name, raw) for name, raw in _split(splitter, body).items()}))
+        found = asked(Fields({name: _field(name, raw, most_ids) for name, raw in _split(splitter, body).items()}))
         for wish in found.wishes[:1]:  # all have the same options
             check_wish(wish, found.names)
         return replace(found, wishes=[_packed(wish) for wish in found.wishes])
 
-    def message(self, name: str, data: bytes | bytearray) -> Any:
-        """A request of the gRPC API. Raises CallError."""
+    def message(self, data: bytes | bytearray, name: str, most_ids: int = MAX_IDS) -> Any:
+        """A request of the gRPC API, likewise. Raises CallError."""
         call = grpc_requests.READ[name]
-        request = _message(call.kind, bytes(data))
+        request = _message(call.kind, bytes(data), most_ids)
         if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # before prompts, which are large
             check_options(grpc_requests.options_of(request))
         found = _read_ids(request, bytes(data)) or call.read(request)
@@ -119,7 +130,7 @@ def check_wish(wish: Wish, names: Mapping[str, str]) -> None:
 def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapping[str, bytes]:
     """The known fields of a JSON object, each as its JSON text."""
     try:
-        str(body, "utf-8")
+        check_utf8(body)
         found = splitter.decode(body)
     except UnicodeDecodeError as error:
         raise _no_text(splitter, body, error.start) from None
@@ -157,17 +168,22 @@ def _is_text(data: bytes) -> bool:
     return True
 
 
-def _field(name: str, raw: bytes) -> Any:
+def _field(name: str, raw: bytes, most_ids: int) -> Any:
     """A field's value. Token ids become an array."""
     most = _MAX_BYTES.get(name, MAX_OPTION_BYTES)
     if len(raw) > most:
         raise invalid(name, f"is {len(raw)} bytes long; at most {most} are taken: send less")
     if name != "prompt" or _IDS.match(raw) is None:
+        if name == "prompt" and raw[:1] == b'"':
+            with suppress(msgspec.DecodeError):  # `parse` says what is wrong with it
+                return _TEXT_DECODER.decode(raw)
         check_counts(name, raw, _BOUNDS.get(name, ARGUMENTS))
         if name == "messages":
             _count_messages(raw)
         return parse(name, raw, None, MAX_DEPTH - 1)
     check_counts(name, raw, PROMPTS)
+    if (count := raw.count(b",") + 1) > most_ids:
+        raise _too_many_ids("prompt", count)
     try:
         return _as_array(_IDS_DECODER.decode(raw))
     except msgspec.ValidationError as error:
@@ -187,7 +203,7 @@ def _count_messages(raw: bytes) -> None:
 
 def _read_ids(request: Any, data: bytes) -> Wish | grpc_requests.DetokenizeCall | None:
     """What is asked by a message of many token ids, which are read from its bytes; None for any other."""
-    field = {pb.CompleteRequest: "prompt_token_ids", pb.DetokenizeRequest: "token_ids"}.get(type(request))
+    field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None
     ids: Any = packed_ids(data, request.DESCRIPTOR.fields_by_name[field].number)
@@ -203,10 +219,30 @@ def _read_ids(request: Any, data: bytes) -> Wish | grpc_requests.DetokenizeCall 
 
 
 def _as_array(ids: list[int]) -> Any:
-    return np.frombuffer(array("i", ids), np.int32)
+    """Raises OverflowError for what does not fit into 32 bits."""
+    found = np.empty(len(ids), np.int32)
+    for at in range(0, len(ids), AT_ONCE_IDS):
+        part = ids[at : at + AT_ONCE_IDS]
+        try:
+            whole = np.frombuffer(array("I", part), np.uint32)  # in a third of the time that signed ones take
+        except OverflowError:
+            found[at : at + AT_ONCE_IDS] = array("i", part)
+        else:
+            if whole.max() > MAX_ID:
+                raise OverflowError
+            found[at : at + AT_ONCE_IDS] = whole
+    return found
 
 
-def _message(kind: type[Message], data: bytes) -> Any:
+def _too_many_ids(field: str, count: int) -> CallError:
+    return CallError(
+        Outcome.CONTEXT_LENGTH_EXCEEDED,
+        f"{field}: has {count} token ids, more than the context of any model here holds: send fewer",
+        violations=[Violation(field, "too long")],
+    )
+
+
+def _message(kind: type[Message], data: bytes, most_ids: int = MAX_IDS) -> Any:
     """A protobuf message that holds no more than it may."""
     if len(data) <= UNSCANNED_BYTES:  # protobuf is done with as little in the time of a scan
         return decoded(kind, data)
@@ -214,6 +250,8 @@ def _message(kind: type[Message], data: bytes) -> Any:
     if found.field:
         most = f"at most {MAX_ELEMENTS} fields and members, {MAX_MEMBERS} of one field"
         raise invalid(found.field, f"holds too many fields or members; {most}: send less")
+    if kind in IDS_FIELD and found.numbers > most_ids + MAX_STOP_TOKEN_IDS:
+        raise _too_many_ids(IDS_FIELD[kind], found.numbers)
     if found.numbers > MAX_NUMBERS:
         raise invalid("request", f"holds {found.numbers} numbers; at most {MAX_NUMBERS} are taken: send less")
     return decoded(kind, data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import grpc
@@ -128,7 +129,9 @@ class GrpcFace:
             try:
                 if name not in UNCOUNTED:
                     meta = await self._service.count(meta)
-                request = await self._bodies.message(name, data, meta.tenant)
+                request = await self._bodies.message(
+                    name, data, meta.tenant, partial(self._service.longest_context, meta.principal)
+                )
                 context.release_request()
                 context.set_trailing_metadata((("x-request-id", meta.request_id),))
                 return await method(request, context, meta)

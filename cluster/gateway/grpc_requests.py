@@ -35,6 +35,8 @@ from cluster.v1 import inference_pb2 as pb
 MAX_TOGETHER = 1000
 """Requests in `more` of one message of a session."""
 MAX_PAGE_TOKEN = 8192
+MAX_SMALL_BYTES = 65_536
+"""Of a request with an `only_field`; a longer one is refused unread."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -213,6 +215,8 @@ class Reading:
 
     kind: type[Message]
     read: Callable[[Any], Any]
+    only_field: str = ""
+    """Of a request that is small when it is right, the field that can make it large."""
 
 
 def _ids(start: pb.SessionStart) -> tuple[str, str]:
@@ -244,8 +248,8 @@ READ: Mapping[str, Reading] = {
     "Resume": Reading(pb.ResumeRequest, resume_call),
     "Tokenize": Reading(pb.TokenizeRequest, tokenize_call),
     "Detokenize": Reading(pb.DetokenizeRequest, detokenize_call),
-    "ListModels": Reading(pb.ListModelsRequest, _list_models),
-    "GetModel": Reading(pb.GetModelRequest, _get_model),
+    "ListModels": Reading(pb.ListModelsRequest, _list_models, "page_token"),
+    "GetModel": Reading(pb.GetModelRequest, _get_model, "name"),
 }
 
 

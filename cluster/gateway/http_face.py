@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from email.utils import formatdate
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -211,7 +212,8 @@ class HttpFace:
         meta = await self._service.count(meta)
         length = exchange.headers.get(b"content-length", b"")
         async with self._bodies.read(exchange.receive, connection, length, meta.tenant) as content:
-            asked = await self._service.bodies.http(kind.name, content, meta.tenant)
+            most_ids = partial(self._service.longest_context, meta.principal)
+            asked = await self._service.bodies.http(kind.name, content, meta.tenant, most_ids)
         answer = self._stream if asked.stream else self._whole
         await _while_connected(answer(kind, asked, meta, exchange), connection)
 

@@ -8,6 +8,7 @@ exactly, with the strings left out.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ class Bounds:
     values: int
 
 
+PIECE_BYTES: Final = 65_536
+"""What is looked at together, so that it stays in the processor's cache."""
 MAX_IDS: Final = 2_097_152
 BODY: Final = Bounds(containers=40_000, strings=200_000, values=MAX_IDS)
 """Of a request's body: ten thousand messages of parts, or two million token ids."""
@@ -95,7 +98,7 @@ def check_counts(path: str, data: bytes, bounds: Bounds) -> None:
     """Refuse a text that holds more than it may, without parsing it; it need not be JSON. Linear."""
     if len(data) <= COUNTED_BYTES:
         return
-    if len(data) - len(data.translate(None, b'[{,"')) <= min(bounds.containers, bounds.strings, bounds.values):
+    if not _holds_more(data, min(bounds.containers, bounds.strings, bounds.values)):
         return
     if _within(bounds, data, data.count(b'"') // 2):
         return
@@ -109,6 +112,29 @@ def check_counts(path: str, data: bytes, bounds: Bounds) -> None:
         if containers > bounds.containers:
             raise _too_full(path, containers, "objects and arrays", bounds.containers)
         raise _too_full(path, between.count(b",") + containers, "values", bounds.values)
+
+
+def check_utf8(data: bytes | bytearray | memoryview) -> None:
+    """Raise UnicodeDecodeError for what is no UTF-8. In pieces: the text of all would be as much memory again."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for at in range(0, len(data), PIECE_BYTES):
+            decoder.decode(bytes(data[at : at + PIECE_BYTES]))
+        decoder.decode(b"", True)
+    except UnicodeDecodeError:
+        str(data, "utf-8")  # says where in the whole
+        raise
+
+
+def _holds_more(data: bytes, most: int) -> bool:
+    """Whether a text has more than so many characters that begin or divide values. In pieces, likewise."""
+    count = 0
+    for at in range(0, len(data), PIECE_BYTES):
+        piece = data[at : at + PIECE_BYTES]
+        count += len(piece) - len(piece.translate(None, b'[{,"'))
+        if count > most:
+            return True
+    return False
 
 
 def _within(bounds: Bounds, text: bytes, strings: int) -> bool:

@@ -23,6 +23,7 @@ from cluster.gateway.demand import within_slo
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.door import ANYBODY, Door, OpenDoor
+from cluster.gateway.json_values import MAX_IDS
 from cluster.gateway.losses import MOST_SILENT
 from cluster.gateway.output import Output
 from cluster.gateway.request_ids import random_id
@@ -192,6 +193,11 @@ class CallService:
         """Count a try before anything of it is read, whatever becomes of it. Raises CallError, RATE_LIMITED."""
         await self._allowances.count(meta.principal.tenant)
         return CallMeta(meta.request_id, meta.face, meta.deadline, meta.traceparent, meta.principal, counted=True)
+
+    def longest_context(self, principal: Principal) -> int:
+        """Tokens of the longest context among the models open to a caller; MAX_IDS where one's is not known."""
+        lengths = [model.max_model_len for model in self.directory.open_to(principal)]
+        return max(lengths) if lengths and all(lengths) else MAX_IDS
 
     async def tokenize(self, name: str, prompt: wishes.Prompt, meta: CallMeta) -> tuple[array[int], int]:
         """The token ids of a prompt, which count as tokens of its tenant, and the model's context. Raises CallError."""
@@ -521,7 +527,9 @@ def _tokens_left(call: Call) -> int:
 def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_token_ids") -> array[int]:
     if 0 < len(ids) <= FEW_IDS and min(ids) >= 0 and max(ids) < vocab_size:
         return array("I", ids)
-    found = np.asarray(ids, np.int64)
+    found = np.asarray(ids)
+    if found.dtype.kind not in "iu":  # numbers beyond 64 bits are objects
+        found = np.asarray(ids, np.int64)
     wrong = np.flatnonzero((found < 0) | (found >= vocab_size))
     if wrong.size:
         i = int(wrong[0])

@@ -107,7 +107,7 @@ class Client(asyncio.BufferedProtocol):
         self,
         path: str,
         serialize: Callable[[Any], bytes],
-        parse: Callable[[bytes], Any],
+        parse: Callable[[Any], Any],
         metadata: Sequence[tuple[str, str | bytes]] = (),
     ) -> ClientCall:
         """Open a call of any kind; cancel it unless it has been read to its end. Raises CallEnded."""
@@ -287,7 +287,7 @@ class ClientCall:
     """One call, in grpc.aio's read/write style."""
 
     def __init__(
-        self, client: Client, stream_id: int, serialize: Callable[[Any], bytes], parse: Callable[[bytes], Any]
+        self, client: Client, stream_id: int, serialize: Callable[[Any], bytes], parse: Callable[[Any], Any]
     ) -> None:
         self._client = client
         self._stream_id = stream_id
@@ -296,7 +296,7 @@ class ClientCall:
         self._serialize = serialize
         self._parse = parse
         self._assembler = Assembler(client.max_message_bytes)
-        self._inbox: deque[bytes] = deque()
+        self._inbox: deque[bytes | bytearray] = deque()
         self._pending = bytearray()
         self._closing = False
         self._waiters: list[asyncio.Future[None]] = []

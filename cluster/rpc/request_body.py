@@ -60,7 +60,7 @@ class Budget(Protocol):
 class Received:
     """A whole message, as it was sent."""
 
-    data: bytes
+    data: bytes | bytearray
     on_wire: int
     compressed: bool
     reservation: Reservation | None
@@ -128,7 +128,7 @@ class RequestBody:
             raise BadMessage("this method takes exactly one request message")
         self.settle()
 
-    def _completed(self, message: bytes, on_wire: int, compressed: bool) -> None:
+    def _completed(self, message: bytes | bytearray, on_wire: int, compressed: bool) -> None:
         reservation, self._reservation, self._size = self._reservation, None, 0
         self.began_at = math.inf
         if reservation is not None:

@@ -99,7 +99,7 @@ class Rpc:
         """No byte of it can be sent any more: the client has reset it, or its connection is gone."""
         self.half_closed = False
         self.serializer: Callable[[Any], bytes] | None = None
-        self.deserializer: Callable[[bytes], Any] | None = None
+        self.deserializer: Callable[[Any], Any] | None = None
         self._h2 = connection.h2
         self.stream = stream
         self._tail = self.stream_id.to_bytes(4, "big")
@@ -179,7 +179,7 @@ class Rpc:
         """Whole messages of the caller that were not read."""
         return len(self.body)
 
-    async def whole_request(self) -> bytes | None:
+    async def whole_request(self) -> bytes | bytearray | None:
         """The only message of a call with one request, once the caller sends no more; None where there is none or more
         than one. Its bytes count against the budget until `release_request`. Raises BadMessage."""
         while not self.half_closed:

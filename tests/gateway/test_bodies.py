@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.api.outcomes import CallError
+from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway import bodies as bodies_module
 from cluster.gateway.bodies import Bodies
 from cluster.gateway.body_reader import BodyReader, check_wish
@@ -79,14 +79,14 @@ def test_large_bodies_are_read_as_small_ones(name: str, data: st.DataObject) -> 
         check_wish(asked.wishes[0], asked.names)  # the service's own first step
         return asked
 
-    assert _outcome(lambda: READER.http(name, body)) == _outcome(at_once)
+    assert _outcome(lambda: READER.http(body, name)) == _outcome(at_once)
 
 
 @given(st.lists(st.integers(-1, 300_000), min_size=1, max_size=50), st.text(" \n\t", max_size=3))
 def test_token_ids_become_an_array(ids: list[int], space: str) -> None:
     """Of the same numbers."""
     body = f'{{"prompt":{space}{json.dumps(ids)}{space},"model":"m"}}'.encode()
-    (wish,) = READER.http("completion", body).wishes
+    (wish,) = READER.http(body, "completion").wishes
     assert isinstance(wish.prompt, IdsPrompt)
     assert np.asarray(wish.prompt.token_ids).dtype == np.int32
     assert list(wish.prompt.token_ids) == ids
@@ -145,7 +145,7 @@ def test_what_holds_too_much_is_refused_by_its_field(body: bytes, field: str) ->
     """Before anything is made of it: far below the 100 nanoseconds a byte that parsing takes."""
     began = time.process_time()
     with pytest.raises(CallError) as raised:
-        READER.http("chat", body)
+        READER.http(body, "chat")
     assert raised.value.violations[0].field == field
     assert time.process_time() - began < 0.2 + 40e-9 * len(body)
 
@@ -153,9 +153,9 @@ def test_what_holds_too_much_is_refused_by_its_field(body: bytes, field: str) ->
 def test_too_many_ids_are_refused_by_their_number() -> None:
     """7.5 million ids cost a second to read; a million, a long context, are read."""
     with pytest.raises(CallError) as raised:
-        READER.http("completion", b'{"prompt":[' + b"1," * 7_500_000 + b"1]}")
+        READER.http(b'{"prompt":[' + b"1," * 7_500_000 + b"1]}", "completion")
     assert raised.value.violations[0].field == "prompt"
-    (wish,) = READER.http("completion", b'{"model":"m","prompt":[' + b"1," * 1_000_000 + b"1]}").wishes
+    (wish,) = READER.http(b'{"model":"m","prompt":[' + b"1," * 1_000_000 + b"1]}", "completion").wishes
     assert isinstance(wish.prompt, IdsPrompt)
     assert len(wish.prompt.token_ids) == 1_000_001
 
@@ -247,7 +247,7 @@ def test_a_scan_counts_all_that_protobuf_makes(data: bytes) -> None:
         ("Chat", b"\x82\x01\x00" * 480_000, "logit_bias"),
         ("Chat", b"\xc0\x3e\x01" * 480_000, "request"),
         ("Resume", b"\x12\x00" * 600_000, "resume_tokens"),
-        ("Complete", pb.CompleteRequest(prompt_token_ids=[1] * 7_500_000).SerializeToString(), "request"),
+        ("Complete", pb.CompleteRequest(prompt_token_ids=[1] * 7_500_000).SerializeToString(), "prompt_token_ids"),
         ("Chat", chat(chat_template_kwargs_json='{"x":[' + "[]," * 1_000_000 + "[]]}").SerializeToString(),
          "chat_template_kwargs_json"),
         ("GetModel", b"\x10\x01" * 600_000, "request"),
@@ -261,7 +261,7 @@ def test_messages_that_hold_too_much_are_refused_by_their_field(name: str, data:
     """Before protobuf makes an object of every two bytes."""
     began = time.process_time()
     with pytest.raises(CallError) as raised:
-        READER.message(name, data)
+        READER.message(data, name)
     assert raised.value.violations[0].field == field
     assert time.process_time() - began < 0.2 + 40e-9 * len(data)
 
@@ -283,7 +283,7 @@ def test_large_messages_are_read_as_small_ones(request_: Any) -> None:
         check_wish(wish, {})
         return wish
 
-    assert repr(read(lambda: READER.message("Chat", data))) == repr(read(at_once))
+    assert repr(read(lambda: READER.message(data, "Chat"))) == repr(read(at_once))
 
 
 @settings(max_examples=25, deadline=None)
@@ -297,7 +297,7 @@ def test_packed_ids_are_read_as_protobuf_does(ids: list[int], small: bool) -> No
     assert found.tolist() == ids
     assert packed_ids(b"\xa0\x06\x05" * 3, 100) is None
     many = pb.CompleteRequest(model="m", prompt_token_ids=[*ids, 7] * 5000)
-    wish = READER.message("Complete", many.SerializeToString())
+    wish = READER.message(many.SerializeToString(), "Complete")
     assert list(wish.prompt.token_ids) == list(many.prompt_token_ids)
 
 
@@ -351,3 +351,15 @@ async def test_without_helpers_a_thread_reads(bodies: Bodies) -> None:
     assert isinstance(wish.prompt, PackedPrompt)
     assert bodies_module.LARGE_BYTES < 2_000_000
     await asyncio.sleep(0)
+
+
+def test_more_ids_than_any_context_holds_are_refused_by_their_number() -> None:
+    """Before a list is made of them: reading a million takes 20 ms."""
+    body = b'{"model":"m","prompt":[' + b"1," * 5000 + b"-1]}"
+    with pytest.raises(CallError, match="prompt: has 5001 token ids") as caught:
+        READER.http(body, "completion", 5000)
+    assert caught.value.outcome is Outcome.CONTEXT_LENGTH_EXCEEDED
+    many = pb.CompleteRequest(model="m", prompt_token_ids=[1] * 200_000).SerializeToString()
+    with pytest.raises(CallError, match="prompt_token_ids: has 200000 token ids"):
+        READER.message(many, "Complete", 100_000)
+    assert len(READER.message(many, "Complete", 200_000).prompt.token_ids) == 200_000

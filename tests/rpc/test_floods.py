@@ -55,7 +55,6 @@ def nothing(raw: Raw) -> Iterator[tuple[str, bytes]]:
     yield "settings acknowledged", acknowledged(SettingsFrame(0))
     yield "reset of a closed stream", RstStreamFrame(3).serialize()
     yield "one byte of data", DataFrame(1, b"\x00").serialize()
-    yield "goaway", GoAwayFrame(0, additional_data=b"x" * 16_000).serialize()
 
 
 KINDS = [name for name, _ in nothing(None)]  # type: ignore[arg-type]
@@ -87,6 +86,15 @@ async def test_each_kind_of_flood_is_cut(serve: Serve, kind: str) -> None:
         assert raw.eof
         assert raw.goaway is not None
         assert raw.goaway.error_code == ErrorCodes.ENHANCE_YOUR_CALM
+        assert echo.seen.running == 0
+
+
+async def test_goaway_again_and_again_is_cut(serve: Serve) -> None:
+    """A client that has a call running may say that it leaves, and each time as much as the largest frame holds. It is
+    not told why: it has said that it listens no longer."""
+    async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
+        await settled(raw)
+        await cut(raw, GoAwayFrame(0, additional_data=b"x" * 16_000).serialize() * 100)
         assert echo.seen.running == 0
 
 

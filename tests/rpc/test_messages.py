@@ -55,7 +55,7 @@ def received(wire: bytes, encoding: str = "identity", step: int = 100) -> list[b
         while inflater is not None and plain is None:
             plain = inflater.step(step)
         assert plain is not None
-        out.append(plain)
+        out.append(bytes(plain))
     return out
 
 
