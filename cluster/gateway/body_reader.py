@@ -104,17 +104,17 @@ class BodyReader:
     def message(self, data: bytes | bytearray, name: str, most_ids: int = MAX_IDS) -> Any:
         """A request of the gRPC API, likewise. Raises CallError."""
         call = grpc_requests.READ[name]
-        request = _message(call.kind, bytes(data), most_ids)
+        request = _message(call.kind, data, most_ids)
         if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # before prompts, which are large
             check_options(grpc_requests.options_of(request))
-        found = _read_ids(request, bytes(data)) or call.read(request)
+        found = _read_ids(request, data) or call.read(request)
         if isinstance(found, Wish):
             check_wish(found, {})
         return _packed_all(found)
 
     def session(self, data: bytes | bytearray) -> list[Any]:
         """A message of a session: its requests in order. Raises CallError."""
-        return [_packed_all(one) for one in grpc_requests.session_items(_message(pb.SessionRequest, bytes(data)))]
+        return [_packed_all(one) for one in grpc_requests.session_items(_message(pb.SessionRequest, data))]
 
 
 def check_wish(wish: Wish, names: Mapping[str, str]) -> None:
@@ -201,7 +201,7 @@ def _count_messages(raw: bytes) -> None:
             raise invalid("messages", f"at most {MAX_MESSAGES} messages, got {count}")
 
 
-def _read_ids(request: Any, data: bytes) -> Wish | grpc_requests.DetokenizeCall | None:
+def _read_ids(request: Any, data: bytes | bytearray) -> Wish | grpc_requests.DetokenizeCall | None:
     """What is asked by a message of many token ids, which are read from its bytes; None for any other."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
@@ -242,7 +242,7 @@ def _too_many_ids(field: str, count: int) -> CallError:
     )
 
 
-def _message(kind: type[Message], data: bytes, most_ids: int = MAX_IDS) -> Any:
+def _message(kind: type[Message], data: bytes | bytearray, most_ids: int = MAX_IDS) -> Any:
     """A protobuf message that holds no more than it may."""
     if len(data) <= UNSCANNED_BYTES:  # protobuf is done with as little in the time of a scan
         return decoded(kind, data)
@@ -257,10 +257,10 @@ def _message(kind: type[Message], data: bytes, most_ids: int = MAX_IDS) -> Any:
     return decoded(kind, data)
 
 
-def decoded(kind: type[Message], data: bytes) -> Any:
+def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
     """A message. Raises CallError."""
     try:
-        return kind.FromString(data)
+        return kind.FromString(data)  # type: ignore[arg-type] # any buffer will do
     except DecodeError as error:
         raise invalid("request", f"is not a message of this method: {error}") from None
 

@@ -56,7 +56,9 @@ class Scanned:
     field: str = ""
 
 
-def scan(descriptor: Any, data: bytes, most: int, *, members: int = 0, count_numbers: bool = False) -> Scanned:
+def scan(
+    descriptor: Any, data: bytes | bytearray, most: int, *, members: int = 0, count_numbers: bool = False
+) -> Scanned:
     """Count fields and members of lists, at all levels, until there are more than `most`, or more than `members` of
     one field at the top.
 
@@ -72,7 +74,7 @@ def scan(descriptor: Any, data: bytes, most: int, *, members: int = 0, count_num
 
 
 class _Scan:
-    def __init__(self, data: bytes, most: int, members: int, count_numbers: bool) -> None:
+    def __init__(self, data: bytes | bytearray, most: int, members: int, count_numbers: bool) -> None:
         self._data = data
         self._most = most
         self._members = members
@@ -159,7 +161,7 @@ class _Scan:
             self.elements += length // IDS_AN_ELEMENT
 
 
-def packed_ids(data: bytes, number: int) -> Ids | None:
+def packed_ids(data: bytes | bytearray, number: int) -> Ids | None:
     """The 32-bit numbers of a packed field at the top of a well-formed message; None where it is not packed. Half as
     long as protobuf's own list takes."""
     at, found = 0, []
@@ -193,7 +195,7 @@ def _decoded(data: np.ndarray[Any, np.dtype[np.uint8]]) -> Ids:
     return values.astype(np.uint32).view(np.int32)
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
     value = data[at]
     at += 1
     if value < 128:
