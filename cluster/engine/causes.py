@@ -42,6 +42,8 @@ RECENT_S = 30.0
 """Notes older than this say nothing of an engine that ends now: errors that one request made, for example."""
 TOGETHER_S = 1.0
 """How long after an error a rank that was killed before it may be noticed."""
+ENDING_S, LOOK_S = 5.0, 0.05
+"""How long a core waits for the note of a process that is seen to end: a busy machine takes its time with that."""
 TRACEBACK = "Traceback (most recent call last):"
 LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor")
 """Loggers that tell that a core or a rank has failed."""
@@ -199,9 +201,14 @@ class Members:
         self._noted = threading.Event()
 
     def settle(self, timeout_s: float) -> None:
-        """Wait until the end of one is noted; at most `timeout_s`, and not at all where there are none."""
-        if self._members:
-            self._noted.wait(timeout_s)
+        """Wait until the end of one is noted; at most `timeout_s`, longer while one is ending, and not at all where
+        there are none."""
+        if not self._members or self._noted.wait(timeout_s):
+            return
+        deadline = time.monotonic() + ENDING_S
+        while time.monotonic() < deadline and any(map(exits.is_ending, list(self._members))):
+            if self._noted.wait(LOOK_S):
+                return
 
     def wait(self, timeout_s: float) -> None:
         """Find new ones, then wait for the end of one, at most `timeout_s`."""

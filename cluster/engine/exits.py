@@ -23,6 +23,8 @@ _EXIT_CODE_AT = 60
 STATUS_WITHIN_S = 0.5
 """How long a process that has ended may remain unreaped before its status counts as unknown."""
 _POLL_S = 0.005
+_EXITING = 0x4
+"""PF_EXITING of the kernel's flags of a process."""
 UNKNOWN = "ended without a word, as by SIGKILL"
 OUT_OF_MEMORY = "the kernel's out-of-memory killer"
 
@@ -99,6 +101,15 @@ class Watched:
         for pidfd in self._pidfds:
             os.close(pidfd)
         self._pidfds.clear()
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process is gone, has ended, or is about to: its memory and files are being given back."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in "ZX" or bool(int(fields[6]) & _EXITING)
 
 
 def _status(pidfd: int, pid: int) -> int | None:

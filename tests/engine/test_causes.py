@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import signal
 import subprocess
 import threading
@@ -172,6 +173,29 @@ def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: s
         logs.join()
         first = (folder / f"{causes.NOTES}-e1").read_text().splitlines()[0]
         assert json.loads(first)["text"] == f"rank 1 (process {process.pid}) was killed by SIGKILL"
+
+
+def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> None:
+    """On a busy machine the note comes late; one that merely runs on is not waited for."""
+    members = causes.Members()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (folder / f"{causes.MEMBER}-e1-{process.pid}").write_text(
+            json.dumps(dataclasses.asdict(causes.Member("rank 1")))
+        )
+        members.wait(0.01)
+        began = time.monotonic()
+        members.settle(0.01)
+        assert time.monotonic() - began < causes.ENDING_S / 2
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and nobody has noted it
+        waiting = threading.Thread(target=members.settle, args=(0.01,))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        members.wait(5.0)
+        waiting.join(5.0)
+        assert not waiting.is_alive()
+        assert "was killed by SIGKILL" in causes.found("e1")
 
 
 def test_a_core_without_ranks_does_not_wait(folder: Path) -> None:
