@@ -201,8 +201,8 @@ class Members:
         self._noted = threading.Event()
 
     def settle(self, timeout_s: float) -> None:
-        """Wait until the end of one is noted; at most `timeout_s`, longer while one is ending, and not at all where
-        there are none."""
+        """Wait until the end of a member is noted: at most `timeout_s`, and up to ENDING_S more while one is ending.
+        Without members it returns at once."""
         if not self._members or self._noted.wait(timeout_s):
             return
         deadline = time.monotonic() + ENDING_S

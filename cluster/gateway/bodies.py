@@ -51,8 +51,8 @@ class Bodies:
     async def http(
         self, name: str, body: bytes | bytearray, tenant: str = "", most_ids: Callable[[], int] = lambda: MAX_IDS
     ) -> Asked:
-        """A body of the HTTP API: `chat` or `completion`. `most_ids`: token ids that a prompt may have. Raises
-        CallError."""
+        """A body of the HTTP API: `chat` or `completion`. `most_ids` is asked for large bodies: a prompt with more
+        token ids is refused before they are read. Raises CallError."""
         if _is_small_json(body):
             with suppress(NotText):  # a helper finds out in which field
                 return _ASKED[name](read_object(bytes(body)))
@@ -60,17 +60,18 @@ class Bodies:
         return asked
 
     async def message(
-        self, name: str, data: bytes, tenant: str = "", most_ids: Callable[[], int] = lambda: MAX_IDS
+        self, name: str, data: bytes | bytearray, tenant: str = "", most_ids: Callable[[], int] = lambda: MAX_IDS
     ) -> Any:
-        """A request of the gRPC API, as grpc_requests.READ makes it, likewise. Raises CallError."""
+        """A request of the gRPC API, as grpc_requests.READ makes it. `most_ids` as for `http`. Raises CallError."""
         call = grpc_requests.READ[name]
         if call.only_field and len(data) > grpc_requests.MAX_SMALL_BYTES:
-            raise invalid(call.only_field, f"is too long: the request has {len(data)} bytes")
+            most = grpc_requests.MAX_SMALL_BYTES
+            raise invalid(call.only_field, f"the request has {len(data)} bytes; at most {most} are taken: shorten it")
         if _is_small_message(call.kind, data):
             return call.read(decoded(call.kind, data))
         return await self._elsewhere("message", data, tenant, name, most_ids())
 
-    async def session(self, data: bytes, tenant: str = "") -> list[Any] | pb.SessionRequest:
+    async def session(self, data: bytes | bytearray, tenant: str = "") -> list[Any] | pb.SessionRequest:
         """A message of a session: itself where it is small, else its items. Raises CallError."""
         if _is_small_message(pb.SessionRequest, data):
             request: pb.SessionRequest = decoded(pb.SessionRequest, data)
@@ -104,7 +105,7 @@ def _is_small_json(body: bytes | bytearray) -> bool:
     )
 
 
-def _is_small_message(kind: Any, data: bytes) -> bool:
+def _is_small_message(kind: Any, data: bytes | bytearray) -> bool:
     size = len(data)
     if size <= SMALL_MESSAGE_BYTES:
         return True

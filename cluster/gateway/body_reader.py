@@ -57,7 +57,7 @@ IDS_FIELD: Final[Mapping[type[Message], str]] = {
     pb.CompleteRequest: "prompt_token_ids",
     pb.DetokenizeRequest: "token_ids",
 }
-"""Fields for token ids of a prompt."""
+"""The field that holds a prompt's token ids."""
 MANY_IDS: Final = 4096
 AT_ONCE_IDS: Final = 65_536
 MAX_ID: Final = 2**31 - 1
@@ -94,7 +94,7 @@ class BodyReader:
         }
 
     def http(self, body: bytes | bytearray, name: str, most_ids: int = MAX_IDS) -> http_codec.Asked:
-        """A body of the HTTP API. `most_ids`: token ids that a prompt may have. Raises CallError."""
+        """A body of the HTTP API. A prompt of more than `most_ids` token ids is refused. Raises CallError."""
         splitter, asked = self._http[name]
         found = asked(Fields({name: _field(name, raw, most_ids) for name, raw in _split(splitter, body).items()}))
         for wish in found.wishes[:1]:  # all have the same options
@@ -102,7 +102,7 @@ class BodyReader:
         return replace(found, wishes=[_packed(wish) for wish in found.wishes])
 
     def message(self, data: bytes | bytearray, name: str, most_ids: int = MAX_IDS) -> Any:
-        """A request of the gRPC API, likewise. Raises CallError."""
+        """A request of the gRPC API. `most_ids` as for `http`. Raises CallError."""
         call = grpc_requests.READ[name]
         request = _message(call.kind, data, most_ids)
         if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # before prompts, which are large

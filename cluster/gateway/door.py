@@ -55,7 +55,8 @@ class Door(Protocol):
         """Who it is. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
 
     def knows(self) -> object:
-        """What callers are looked up in: another object after each change. Raises CallError, STORE_UNAVAILABLE."""
+        """The snapshot in which callers are looked up, another object after each change; compare it by identity. Raises
+        CallError, STORE_UNAVAILABLE."""
 
     async def visit(self, shown: Shown) -> Visitor:
         """As `principal`, for somebody who stays until `leave`."""

@@ -32,11 +32,12 @@ UNCOUNTED = ("ListModels", "GetModel")
 """Methods that count as nobody's requests."""
 MAX_PAGE_SIZE = 1000
 ASK_AGAIN_S = 1.0
-"""Who calls is asked again, when the rest of a request has come, after so long or when what is known has changed."""
+"""A request's body may end long after its head was let in. Its caller is checked again if the snapshot of callers has
+changed since, or if so many seconds have passed."""
 
 
 class Admitted(NamedTuple):
-    """A caller who was let in: by what the door knew (`Door.knows`), and when."""
+    """A caller who was let in at the time `at`, by the snapshot that the door then had (`Door.knows`)."""
 
     principal: Principal
     known: object

@@ -115,7 +115,8 @@ def check_counts(path: str, data: bytes, bounds: Bounds) -> None:
 
 
 def check_utf8(data: bytes | bytearray | memoryview) -> None:
-    """Raise UnicodeDecodeError for what is no UTF-8. In pieces: the text of all would be as much memory again."""
+    """Raise UnicodeDecodeError for bytes that are no UTF-8. Decodes piece by piece: the text of the whole would take as
+    much memory again."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for at in range(0, len(data), PIECE_BYTES):
@@ -127,7 +128,7 @@ def check_utf8(data: bytes | bytearray | memoryview) -> None:
 
 
 def _holds_more(data: bytes, most: int) -> bool:
-    """Whether a text has more than so many characters that begin or divide values. In pieces, likewise."""
+    """Whether a text has more than `most` characters that begin or divide values."""
     count = 0
     for at in range(0, len(data), PIECE_BYTES):
         piece = data[at : at + PIECE_BYTES]

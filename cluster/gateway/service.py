@@ -305,8 +305,7 @@ class CallService:
         text: TextModel | None,
         guards: CallGuards | None,
     ) -> Sequence[tuple[Callable[..., None], tuple[Any, ...]]]:
-        """What gives back all that a call holds, step by step, with the arguments of each: one that fails keeps no
-        other from being taken."""
+        """The steps that give back all that a call holds, each with its arguments."""
         steps: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         if call is not None:
             self._open.pop(call.id, None)
