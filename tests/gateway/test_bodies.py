@@ -363,3 +363,16 @@ def test_more_ids_than_any_context_holds_are_refused_by_their_number() -> None:
     with pytest.raises(CallError, match="prompt_token_ids: has 200000 token ids"):
         READER.message(many, "Complete", 100_000)
     assert len(READER.message(many, "Complete", 200_000).prompt.token_ids) == 200_000
+
+
+async def test_a_small_request_that_is_large_is_refused_unread() -> None:
+    """Methods whose requests hold one short field read no megabytes of it."""
+    bodies = Bodies()
+    for name, request, field in (
+        ("GetModel", pb.GetModelRequest(name="x" * 70_000), "name"),
+        ("ListModels", pb.ListModelsRequest(page_token="x" * 70_000), "page_token"),
+    ):
+        with pytest.raises(CallError, match="at most 65536 are taken") as caught:
+            await bodies.message(name, request.SerializeToString())
+        assert caught.value.violations[0].field == field
+    bodies.close()

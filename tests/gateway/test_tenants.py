@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -18,6 +19,7 @@ from cluster.cli.siblings import scrape
 from cluster.link.dial import read
 from cluster.observe.metrics import Metrics
 from cluster.v1 import inference_pb2 as pb
+from tests.rpc.raw import raw_client
 from tests.support.calls import chat, complete, refused, rest_of
 from tests.support.cluster import sim_engine, until
 from tests.support.http import Wire, chat_body, completion_body
@@ -133,6 +135,32 @@ async def test_a_revoked_key_opens_nothing_more(keyed: Keyed) -> None:
     assert (await refused(keyed.cluster.stub.Chat(chat(), metadata=bearer(key)))).reason == "UNAUTHENTICATED_KEY"
     assert (await keyed.cluster.stub.Chat(chat(), metadata=bearer(other))).choices
     await session.done_writing()
+
+
+async def test_a_key_revoked_while_its_request_comes_opens_nothing(keyed: Keyed) -> None:
+    """The head of a call was let in; its body came after the gateway knew of the revocation."""
+    key = await keyed.key("slow")
+    service, shown = "cluster.v1.Inference", f"Bearer {key}"
+    name = pb.GetModelRequest(name="sim").SerializeToString()
+    async with raw_client(int(keyed.gateway.endpoints["grpc"].rpartition(":")[2])) as raw, asyncio.timeout(20):
+        slow = await raw.call("Chat", None, service=service, authorization=shown)
+        later = await raw.call("GetModel", name, service=service, authorization=shown)
+        assert (await raw.until_ended(later))["grpc-status"] == "0", "so the head before it was let in"
+        await asyncio.to_thread(keyed.ledger.keys.revoke, "slow", key.split("_")[1])
+        await eventually(lambda: _unknown(keyed, key), "the gateway knows of it")
+        message = chat(max_tokens=2).SerializeToString()
+        raw.h2.send_data(slow, b"\x00" + len(message).to_bytes(4, "big") + message, end_stream=True)
+        await raw.flush()
+        assert (await raw.until_ended(slow))["grpc-status"] == str(grpc.StatusCode.UNAUTHENTICATED.value[0])
+
+
+async def _unknown(keyed: Keyed, key: str) -> bool:
+    """Whether the key opens nothing."""
+    try:
+        await keyed.cluster.stub.GetModel(pb.GetModelRequest(name="sim"), metadata=bearer(key))
+    except grpc.aio.AioRpcError as error:
+        return error.code() is grpc.StatusCode.UNAUTHENTICATED
+    return False
 
 
 async def test_a_deleted_tenants_calls_end(keyed: Keyed) -> None:
