@@ -76,10 +76,21 @@ class Member:
     error_log: str = ""
 
 
-def begin() -> str:
-    """In the owner, before it starts an engine: the name by which its processes' notes are found."""
-    os.environ[ENGINE] = name = uuid.uuid4().hex[:8]
-    return name
+@contextlib.contextmanager
+def named() -> Iterator[str]:
+    """In the owner, around the start of an engine: the name by which its processes' notes are found.
+
+    The name is in the environment no longer than that: ranks keep a name that they find in their node's environment,
+    so a Ray that this process starts later must not inherit one.
+    """
+    name, before = uuid.uuid4().hex[:8], os.environ.get(ENGINE)
+    os.environ[ENGINE] = name
+    try:
+        yield name
+    finally:
+        os.environ.pop(ENGINE)
+        if before is not None:
+            os.environ[ENGINE] = before
 
 
 def _file(kind: str, engine: str = "") -> Path | None:
@@ -271,7 +282,7 @@ def _last_words(member: Member) -> str:
 
 def found(engine: str, *, recent: bool = False) -> str:
     """Why an engine of this process has ended, with the log of the process that ended it; empty where nothing was
-    noted. `engine`: what `begin` gave. `recent`: it was up, so that older errors are not the reason."""
+    noted. `engine`: what `named` gave. `recent`: it was up, so that older errors are not the reason."""
     notes = [one for one in _notes(engine) if not recent or time.time() - one.at < RECENT_S]
     errors = [one for one in notes if one.kind == "error"]
     killed = [one for one in notes if one.kind == "killed"]

@@ -108,9 +108,8 @@ class VllmEngine:
         repairs.apply()
         in_core = lone_rank.settle(config)
         forks.install(rank_in_core=in_core)
-        self._notes = causes.begin()
         try:
-            with lone_rank.environment(config) if in_core else contextlib.nullcontext():
+            with causes.named() as self._notes, lone_rank.environment(config) if in_core else contextlib.nullcontext():
                 path: EnginePath = FastPath(config) if fast else PublicPath(config)
         except Exception as error:
             why = causes.found(self._notes) or causes.with_log(_processes_said(str(error)), causes.log_of("stdout"))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.api.private_files import make_private_folder
+from cluster.engine import causes, sockets
 from cluster.rayserve import reaper
 from cluster.rayserve.drain_time import TIMEOUT_ENV, ray_timeout_s
 
@@ -103,7 +104,7 @@ class LocalRay:
             self._process = subprocess.Popen(
                 self._command(port, client_port, dashboard_port),
                 env={
-                    **_without_ray(os.environ),
+                    **_clean(os.environ),
                     **self.environment(),
                     "PYTHONUNBUFFERED": "1",
                     TIMEOUT_ENV: str(ray_timeout_s(self._settings.drain_timeout_s)),
@@ -208,15 +209,16 @@ def has_gpus() -> bool:
 def free_ports(count: int) -> list[int]:
     """Ports nobody listens on now, all different."""
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
+        bound = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in bound:
             one.bind(("0.0.0.0", 0))  # noqa: S104 - Ray's own listeners are on all interfaces
-        return [int(one.getsockname()[1]) for one in sockets]
+        return [int(one.getsockname()[1]) for one in bound]
 
 
-def _without_ray(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the caller's environment says of some other Ray must not reach ours."""
-    other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID")
+def _clean(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the caller's environment without what it says of some other Ray, or of an engine of its own: ranks take
+    the names of an engine that they find on their node before those of their engine's core."""
+    other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID", causes.ENGINE, sockets.ENV)
     return {key: value for key, value in environment.items() if key not in other}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.engine import causes
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.local import LocalRay, LocalRaySettings
 from tests.support.serving import Door, open_door
@@ -41,8 +42,10 @@ def end_local_ray(ray: LocalRay) -> None:
 def local_ray() -> Iterator[LocalRay]:
     """The Ray that the tests share; its processes carry what engines need in their environment."""
     ray = new_local_ray("shared")
-    before = {name: os.environ.get(name) for name in ENGINE_ENVIRONMENT}
-    os.environ.update(ENGINE_ENVIRONMENT)
+    # As if an engine were starting in this process: its name must not reach the ranks that this Ray starts.
+    environment = {**ENGINE_ENVIRONMENT, causes.ENGINE: "another"}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
     try:
         ray.start()
         yield ray

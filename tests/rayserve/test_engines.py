@@ -111,6 +111,14 @@ def tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
     return found
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it is there and not a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def maps(process: psutil.Process) -> str:
     """What a process has mapped."""
     return Path(f"/proc/{process.pid}/maps").read_text()
@@ -146,7 +154,7 @@ async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray
         known = len(door.hub.lost_engines())
         next(iter(before[victim])).send_signal(signal.SIGKILL)
         await eventually(
-            lambda e=everyone: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in e) or None,  # type: ignore[misc]
+            lambda e=everyone: not any(map(is_alive, e)) or None,  # type: ignore[misc]
             f"nothing is left after the {victim}'s death",
             ORPHANS_GONE_S,
         )
