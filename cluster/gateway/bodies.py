@@ -16,7 +16,6 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway import grpc_requests
-from cluster.gateway.body_reader import BodyReader, decoded
 from cluster.gateway.helper_pool import HelperPool, Lost, TooMuchCpu
 from cluster.gateway.http_codec import Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import read_object
@@ -42,7 +41,6 @@ class Bodies:
 
     def __init__(self) -> None:
         self.pool = HelperPool(lambda: ("bodies", b""), patience_s=PATIENCE_S)
-        self._reader = BodyReader()
 
     def close(self) -> None:
         """End the helpers."""
@@ -68,13 +66,13 @@ class Bodies:
             most = grpc_requests.MAX_SMALL_BYTES
             raise invalid(call.only_field, f"the request has {len(data)} bytes; at most {most} are taken: shorten it")
         if _is_small_message(call.kind, data):
-            return call.read(decoded(call.kind, data))
+            return call.read(grpc_requests.decoded(call.kind, data))
         return await self._elsewhere("message", data, tenant, name, most_ids())
 
     async def session(self, data: bytes | bytearray, tenant: str = "") -> list[Any] | pb.SessionRequest:
         """A message of a session: itself where it is small, else its items. Raises CallError."""
         if _is_small_message(pb.SessionRequest, data):
-            request: pb.SessionRequest = decoded(pb.SessionRequest, data)
+            request: pb.SessionRequest = grpc_requests.decoded(pb.SessionRequest, data)
             return request
         items: list[Any] = await self._elsewhere("session", data, tenant)
         return items
@@ -89,7 +87,14 @@ class Bodies:
             raise _unreadable() from None
         if result is not None:
             return result
-        return await asyncio.to_thread(getattr(self._reader, method), data, *more)
+        return await asyncio.to_thread(_read_here, method, data, *more)
+
+
+def _read_here(method: str, data: bytes | bytearray, *more: Any) -> Any:
+    """What a helper would read. It imports what large bodies need, which a gateway's start does without."""
+    from cluster.gateway.body_reader import BodyReader
+
+    return getattr(BodyReader(), method)(data, *more)
 
 
 def _unreadable() -> CallError:

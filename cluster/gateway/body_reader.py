@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgspec
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.gateway import grpc_requests, http_codec
@@ -33,7 +33,8 @@ from cluster.gateway.json_values import (
     check_utf8,
     parse,
 )
-from cluster.gateway.wire_scan import packed_ids, scan
+from cluster.gateway.packed_ids import packed_ids
+from cluster.gateway.wire_scan import scan
 from cluster.gateway.wishes import (
     MAX_MESSAGES,
     MAX_STOP_TOKEN_IDS,
@@ -245,7 +246,7 @@ def _too_many_ids(field: str, count: int) -> CallError:
 def _message(kind: type[Message], data: bytes | bytearray, most_ids: int = MAX_IDS) -> Any:
     """A protobuf message that holds no more than it may."""
     if len(data) <= UNSCANNED_BYTES:  # protobuf is done with as little in the time of a scan
-        return decoded(kind, data)
+        return grpc_requests.decoded(kind, data)
     found = scan(kind.DESCRIPTOR, data, MAX_ELEMENTS, members=MAX_MEMBERS, count_numbers=True)
     if found.field:
         most = f"at most {MAX_ELEMENTS} fields and members, {MAX_MEMBERS} of one field"
@@ -254,15 +255,7 @@ def _message(kind: type[Message], data: bytes | bytearray, most_ids: int = MAX_I
         raise _too_many_ids(IDS_FIELD[kind], found.numbers)
     if found.numbers > MAX_NUMBERS:
         raise invalid("request", f"holds {found.numbers} numbers; at most {MAX_NUMBERS} are taken: send less")
-    return decoded(kind, data)
-
-
-def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
-    """A message. Raises CallError."""
-    try:
-        return kind.FromString(data)  # type: ignore[arg-type] # any buffer will do
-    except DecodeError as error:
-        raise invalid("request", f"is not a message of this method: {error}") from None
+    return grpc_requests.decoded(kind, data)
 
 
 def _packed(wish: Wish) -> Wish:

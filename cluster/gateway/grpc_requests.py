@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
 from cluster.api.types import Grammar
@@ -47,6 +47,14 @@ def unsupported(field: str, what: str) -> CallError:
         f"{field}: {what} not in this release; leave it out",
         violations=[Violation(field, "not supported")],
     )
+
+
+def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
+    """Return the message that `data` holds. Raises CallError."""
+    try:
+        return kind.FromString(data)  # type: ignore[arg-type] # any buffer will do
+    except DecodeError as error:
+        raise invalid("request", f"is not a message of this method: {error}") from None
 
 
 def chat_wish(request: pb.ChatRequest) -> Wish:

@@ -33,6 +33,7 @@ from cluster.gateway.grpc_face import SERVICE, GrpcFace
 from cluster.gateway.http_body import RequestBodies
 from cluster.gateway.http_face import HttpFace
 from cluster.gateway.http_server import HttpServer
+from cluster.gateway.later import import_later
 from cluster.gateway.limits_local import LocalLimits
 from cluster.gateway.link_port import told_unbound
 from cluster.gateway.metrics_page import MetricsPage
@@ -217,6 +218,7 @@ class Gateway:
             asyncio.create_task(self.dispatcher.backlogs.watch()),
             asyncio.create_task(self._measure_lag()),
             asyncio.create_task(self._end_slow_bodies()),
+            asyncio.create_task(import_later(lambda: not self.service.busy)),
             asyncio.create_task(garbage.give_back_now_and_then(lambda: not self.service.busy)),
         ]
         if lists := self._revoked_files():

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
@@ -526,6 +525,8 @@ def _tokens_left(call: Call) -> int:
 def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_token_ids") -> array[int]:
     if 0 < len(ids) <= FEW_IDS and min(ids) >= 0 and max(ids) < vocab_size:
         return array("I", ids)
+    import numpy as np  # later.py
+
     found = np.asarray(ids)
     if found.dtype.kind not in "iu":  # numbers beyond 64 bits are objects
         found = np.asarray(ids, np.int64)

@@ -9,13 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 
 IDS_AN_ELEMENT: Final = 32
 """Bytes of packed numbers that weigh as one element in a scan that does not count them."""
-Ids = np.ndarray[Any, np.dtype[Any]]
-"""Whole numbers, of the fewest bytes that hold them."""
 _LOW_BYTES: Final = bytes(range(128))
 _NUMBERS: Final = frozenset(
     (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_UINT64)
@@ -100,7 +97,7 @@ class _Scan:
             tag = data[at]
             at += 1
             if tag > 127:
-                tag, at = _varint(data, at - 1)
+                tag, at = read_varint(data, at - 1)
             number = tag >> 3
             if not outer:
                 top = number
@@ -112,7 +109,7 @@ class _Scan:
                 length = data[at]
                 at += 1
                 if length > 127:
-                    length, at = _varint(data, at - 1)
+                    length, at = read_varint(data, at - 1)
                 if (nested := layout.nested.get(number)) is not None and at + length <= end:
                     outer.append((end, layout))
                     layout, end = nested, at + length
@@ -121,7 +118,7 @@ class _Scan:
                     self._count(at, length)
                 at += length
             elif wire == 0:
-                at = _varint(data, at)[1]
+                at = read_varint(data, at)[1]
             elif wire in (1, 5):
                 at += 8 if wire == 1 else 4
             elif wire == 3:
@@ -138,13 +135,13 @@ class _Scan:
             if at >= end:
                 raise IndexError
             self.elements += 1
-            tag, at = _varint(data, at)
+            tag, at = read_varint(data, at)
             wire = tag & 7
             if wire == 2:
-                length, at = _varint(data, at)
+                length, at = read_varint(data, at)
                 at += length
             elif wire == 0:
-                at = _varint(data, at)[1]
+                at = read_varint(data, at)[1]
             elif wire in (1, 5):
                 at += 8 if wire == 1 else 4
             elif wire in (3, 4):
@@ -161,41 +158,8 @@ class _Scan:
             self.elements += length // IDS_AN_ELEMENT
 
 
-def packed_ids(data: bytes | bytearray, number: int) -> Ids | None:
-    """The 32-bit numbers of a packed field at the top of a well-formed message; None where it is not packed. Half as
-    long as protobuf's own list takes."""
-    at, found = 0, []
-    while at < len(data):
-        tag, at = _varint(data, at)
-        wire = tag & 7
-        if wire == 2:
-            length, at = _varint(data, at)
-            if tag >> 3 == number:
-                found.append(data[at : at + length])
-            at += length
-        elif wire == 0 and tag >> 3 != number:
-            at = _varint(data, at)[1]
-        elif wire in (1, 5):
-            at += 8 if wire == 1 else 4
-        else:
-            return None
-    return _decoded(np.frombuffer(b"".join(found), np.uint8))
-
-
-def _decoded(data: np.ndarray[Any, np.dtype[np.uint8]]) -> Ids:
-    """Varints, cut to 32 bits as protobuf cuts them."""
-    if not data.size or data.max() < 128:  # as they are: four times as much would go to another process
-        return data
-    ends = np.flatnonzero(data < 128)
-    starts = np.concatenate((np.zeros(1, ends.dtype), ends[:-1] + 1))
-    sizes, values = ends - starts + 1, np.zeros(ends.size, np.uint64)
-    for i in range(min(int(sizes.max()), 5)):  # what is beyond 32 bits is cut off
-        more = np.flatnonzero(sizes > i)
-        values[more] |= (data[starts[more] + i].astype(np.uint64) & np.uint64(127)) << np.uint64(7 * i)
-    return values.astype(np.uint32).view(np.int32)
-
-
-def _varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
+def read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
+    """The number at `at`, and where the next thing is. Raises IndexError where the data ends before it."""
     value = data[at]
     at += 1
     if value < 128:

@@ -22,7 +22,8 @@ from cluster.gateway.body_reader import BodyReader, check_wish
 from cluster.gateway.grpc_requests import READ, options_of, session_items
 from cluster.gateway.http_codec import CHAT_FIELDS, COMPLETION_FIELDS, Asked, chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields, read_object
-from cluster.gateway.wire_scan import packed_ids, scan
+from cluster.gateway.packed_ids import packed_ids
+from cluster.gateway.wire_scan import scan
 from cluster.gateway.wishes import MAX_MESSAGES, IdsPrompt, PackedPrompt, Wish, check_options
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, complete

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from tokenizers import Tokenizer
@@ -25,11 +25,13 @@ from cluster.gateway.helper_pool import Job, Lost, TooMuchCpu
 from cluster.gateway.text.detokenizer import Detokenizer, UnseenTokens, priming_ids, whole_texts
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
-from cluster.gateway.text.reach import Reach
 from cluster.gateway.text.template import ChatTemplate
 from cluster.gateway.text.tokenizer_json import read_tokenizer
 from cluster.gateway.text.word_encoder import WordEncoder
 from cluster.gateway.wishes import PackedPrompt, TextPrompt, too_long
+
+if TYPE_CHECKING:
+    from cluster.gateway.text.reach import Reach
 
 log = structlog.get_logger("text")
 
@@ -267,6 +269,8 @@ class TextModel:
         if len(text) <= SURELY_FEW * most:
             return
         if isinstance(self._reach, _Unknown):
+            from cluster.gateway.text.reach import Reach  # later.py
+
             self._reach = Reach.of(self._tokenizer, self._layout)
         if self._reach is not None and (fewest := self._reach.fewest(text)) > most:
             raise too_long(fewest, most + 1, chat, surely="at least ")

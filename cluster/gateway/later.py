@@ -1,0 +1,27 @@
+"""Modules that a gateway imports after its start: large requests alone need them.
+
+Importing numpy takes some 60 ms, a twentieth of a start. It is there before the first large request as a rule; one
+that comes sooner imports it where it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+from collections.abc import Callable
+from typing import Final
+
+MODULES: Final = ("numpy",)
+AFTER_S, AT_LATEST_S, LOOK_S = 1.0, 10.0, 0.1
+
+
+async def import_later(idle: Callable[[], bool], after_s: float = AFTER_S, at_latest_s: float = AT_LATEST_S) -> None:
+    """Import MODULES in a thread: after `after_s` seconds, at the first moment that is `idle`, or at the latest after
+    `at_latest_s`. Loading native code holds the interpreter for some 15 ms, which callers would notice."""
+    latest = time.monotonic() + at_latest_s
+    await asyncio.sleep(after_s)
+    while not idle() and time.monotonic() < latest:  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(LOOK_S)
+    for name in MODULES:
+        await asyncio.to_thread(importlib.import_module, name)
