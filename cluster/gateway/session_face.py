@@ -76,8 +76,7 @@ class _Open:
         else:
             self.offset += 1
             session.parts.append(codec.event_text(self.head, text))
-        if not session.awake:
-            session.wake()
+        session.wake()
 
     def chunk(self, data: bytes) -> None:
         """A serialized chunk, with the next message."""
@@ -106,7 +105,7 @@ class Session:
         self._reading = asyncio.Event()
         self._reading.set()
         """Cleared while the client does not read: then none of its requests is read either."""
-        self.awake = False
+        self._awake = False
         self._slice_ends = 0.0
         """When the reader of requests is to turn to others."""
         self._over: asyncio.Future[None] = self._loop.create_future()
@@ -271,12 +270,12 @@ class Session:
 
     def wake(self) -> None:
         """There is something to write, or the end may have come: look in the next pass."""
-        if not self.awake and not self.halted:
-            self.awake = True
+        if not self._awake and not self.halted:
+            self._awake = True
             self._loop.call_soon(self._pass)
 
     def _pass(self) -> None:
-        self.awake = False
+        self._awake = False
         if self._over.done():
             return
         self._gather()

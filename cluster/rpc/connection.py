@@ -68,6 +68,7 @@ class Connection(asyncio.BufferedProtocol):
         "_charges",
         "_control_bytes",
         "_control_writes",
+        "_flushing",
         "_header_bytes",
         "_held",
         "_last",
@@ -80,11 +81,11 @@ class Connection(asyncio.BufferedProtocol):
         "_to_give",
         "_unnamed_bytes",
         "_unnamed_calls",
+        "_unsent",
         "admitted",
         "budget",
         "calls",
         "closing",
-        "flushing",
         "h2",
         "intake",
         "limits",
@@ -92,7 +93,6 @@ class Connection(asyncio.BufferedProtocol):
         "paused",
         "peer",
         "transport",
-        "unsent",
     )  # with more than 30 attributes a dictionary would make each access slower
 
     def __init__(self, server: Server, limits: Limits, age_s: float, held: Held) -> None:
@@ -114,9 +114,9 @@ class Connection(asyncio.BufferedProtocol):
         reader = FrameReader(STRANGER_FRAME_BYTES, limits.max_header_bytes)
         self.intake = FrameIntake(self, reader, self._charges, server.turns)
         self._liveness = Liveness(self)
-        self.unsent: list[bytes] = []
-        self.flushing = False
-        """Whether `unsent` goes out in this pass of the event loop."""
+        self._unsent: list[bytes] = []
+        self._flushing = False
+        """Whether `_unsent` goes out in this pass of the event loop."""
         self._control_bytes = self._control_writes = 0
         """Of what is to be sent: all that is not an answer to a call."""
         self._to_give = 0
@@ -215,14 +215,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def out(self, data: bytes) -> None:
         """Send with all else of this pass of the event loop."""
-        self.unsent.append(data)
-        if not self.flushing:
-            self.flush_soon()
-
-    def flush_soon(self) -> None:
-        """Send what is `unsent` at the end of this pass of the event loop."""
-        self.flushing = True
-        self.loop.call_soon(self._flush)
+        self._unsent.append(data)
+        if not self._flushing:
+            self._flushing = True
+            self.loop.call_soon(self._flush)
 
     def out_of_h2(self) -> None:
         """Send what h2 has to say, in its place among what is sent already."""
@@ -246,8 +242,8 @@ class Connection(asyncio.BufferedProtocol):
         self.out_of_h2()
 
     def _flush(self) -> None:
-        self.flushing = False
-        out, self.unsent = self.unsent, []
+        self._flushing = False
+        out, self._unsent = self._unsent, []
         data = b"".join(out)
         self._charges.earned_bytes += len(data) - self._control_bytes
         self._charges.earned_bytes -= FRAME_HEAD_BYTES * (len(out) - self._control_writes)
@@ -536,7 +532,7 @@ class Connection(asyncio.BufferedProtocol):
         self.closing = True
         self.intake.clear()
         self.out_of_h2()
-        if self.unsent:
+        if self._unsent:
             self._flush()
         if not self.transport.is_closing():
             self.transport.close()
@@ -561,7 +557,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _refuse_http1(self) -> None:
         self.closing = True
-        self.unsent.clear()
+        self._unsent.clear()
         self.transport.write(_HTTP1_ANSWER)
         self.transport.close()
 

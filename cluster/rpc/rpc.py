@@ -289,10 +289,7 @@ class Rpc:
             # h2.send_data does no more for an open stream than this, in 7 µs.
             stream.outbound_flow_control_window -= frame
             h2.outbound_flow_control_window -= frame
-            connection = self.connection
-            connection.unsent.append(DATA_HEAD[frame] + self._tail + MESSAGE_HEAD[size] + message)
-            if not connection.flushing:
-                connection.flush_soon()
+            self.connection.out(DATA_HEAD[frame] + self._tail + MESSAGE_HEAD[size] + message)
             return
         self._pending += b"\x00" + size.to_bytes(4, "big")
         self._pending += message
