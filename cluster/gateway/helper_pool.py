@@ -30,7 +30,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
-import psutil
 import structlog
 
 from cluster.api.outcomes import CallError
@@ -107,6 +106,8 @@ class _Helper:
 
     def cpu_s(self) -> float:
         """CPU that it has used so far; 0 where that cannot be read."""
+        import psutil  # a gateway starts without it
+
         with suppress(psutil.Error):
             times = psutil.Process(self.pid).cpu_times()
             return float(times.user + times.system)
