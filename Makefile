@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast chart-test fuzz check format protos requirements doctor bench bench-peers gpu-report clean clean-all
+.PHONY: help setup demo demo-failover test test-fast chart-test fuzz check format protos requirements doctor bench bench-peers gpu-report triton contract-v2 gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -29,7 +29,7 @@ demo-failover: ## two workers, one killed in mid-sentence; the sentence finishes
 
 test: ## all tests, those with the real engine included (NO_INSTALL=1: install nothing that they need; JOBS=2: in two processes)
 	@python="$(python)" && [ -n "$$python" ] && PYTHONPATH=. "$$python" -m tests.support.machine
-	@$(MAKE) --no-print-directory setup
+	@$(MAKE) --no-print-directory setup $(if $(CI),triton)
 	$(VENV)/python -m pytest $(if $(JOBS),-n $(JOBS) --dist loadscope) $(ARGS)
 
 test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
@@ -37,6 +37,22 @@ test-fast: setup ## the tests without engine, Ray and namespaces: under a minute
 
 chart-test: setup ## the chart, presets, images, rules and dashboards by their own tools (EXAMPLES=200 random values)
 	CHART_EXAMPLES=$(or $(EXAMPLES),8) $(VENV)/python -m pytest tests/helm $(ARGS)
+
+triton: setup ## Triton for tests of vLLM's V2 model runner, in .triton beside the environment
+	@[ -d .triton/triton ] || $(VENV)/uv pip install --quiet --no-deps --require-hashes --target .triton -r requirements/triton.txt
+
+contract-v2: triton ## the engine contract on vLLM's V2 model runner, interpreted, and on both runners with asynchronous scheduling: ten minutes
+	PYTHONPATH=.triton:loadtests/interpreted:. TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 HEADRACE_TEST_ASYNC=1 $(VENV)/python -m \
+		pytest tests/engine/v2_contract.py tests/engine/async_contract.py tests/engine/test_vllm_resume.py tests/engine/test_vllm_killers.py $(ARGS)
+	PYTHONPATH=loadtests/interpreted:. HEADRACE_TEST_ASYNC=1 $(VENV)/python -m \
+		pytest tests/engine/async_contract.py tests/engine/test_vllm_contract.py tests/engine/test_vllm_resume.py $(ARGS)
+
+gpu-contract: setup ## the engine contract on this machine's GPU: batch-invariant numerics, where it must pass, then the default
+	VLLM_BATCH_INVARIANT=1 $(VENV)/python -m pytest tests/engine/v2_contract.py tests/engine/async_contract.py $(ARGS)
+	-VLLM_BATCH_INVARIANT=0 $(VENV)/python -m pytest tests/engine/v2_contract.py tests/engine/async_contract.py $(ARGS)
+
+window: triton ## the engine contract on the other vLLM releases of docs/support.md: downloads, then some minutes each
+	PYTHONPATH=. $(VENV)/python scripts/window.py $(ARGS)
 
 fuzz: setup ## throw bytes and messages at every port, FUZZ_S=60 seconds each (FUZZ_SEED=n repeats a run)
 	FUZZ_S=$(or $(FUZZ_S),60) $(VENV)/python -m pytest tests/fuzz $(ARGS)

@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
             endpoint.add_arguments(one)
         if name == "faults":
             one.add_argument("--points", type=positive, help="faults of the part mass (default 1000)")
+            one.add_argument(
+                "--runner", choices=("v1", "v2"), default="v1", help="of the part engines: vLLM's model runner"
+            )
             one.add_argument("--soak-s", type=positive, help="length of the part soak in seconds (default 300)")
         if name == "hostile":
             one.add_argument(
@@ -95,6 +98,7 @@ async def play(arguments: argparse.Namespace, screen: Screen, folder: Path) -> R
         only=tuple(arguments.only),
         peers=arguments.peers,
         points=getattr(arguments, "points", None),
+        runner=getattr(arguments, "runner", "v1"),
         soak_s=getattr(arguments, "soak_s", None),
         speed=getattr(arguments, "speed", None),
         against=getattr(arguments, "against", None),

@@ -4,7 +4,8 @@
 # torch.txt: torch's CPU build, which has its own index and so its own hashes.
 # peers.txt: the servers that the load tests put beside ours.
 # base.txt: what the gateway, the client and the command line need, at the same versions. ray.txt: what the controller
-# needs beside that. tools.txt: what `make setup` installs with; build.txt: what builds our own package.
+# needs beside that. tools.txt: what `make setup` installs with; build.txt: what builds our own package. triton.txt:
+# Triton for tests of the V2 model runner; window-*.txt: other releases of vLLM, for `make window`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compile=(.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --generate-hashes
@@ -15,6 +16,9 @@ compile=(.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no
 "${compile[@]}" --constraints requirements/cpu.txt requirements/ray.in --output-file requirements/ray.txt
 "${compile[@]}" "$@" requirements/peers.in --output-file requirements/peers.txt
 "${compile[@]}" --no-deps requirements/tools.in --output-file requirements/tools.txt
+for name in triton window-0.31 window-0.33; do
+  "${compile[@]}" --no-deps "requirements/$name.in" --output-file "requirements/$name.txt"
+done
 "${compile[@]}" --no-deps requirements/build.in --output-file requirements/build.txt
 
 # PyPI's torch is a CUDA build: its hashes must not pass for the CPU build's.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -52,6 +53,11 @@ class Sampling:
     ignore_eos: bool = False
     grammar: Grammar | None = None
 
+    @property
+    def is_seeded(self) -> bool:
+        """Whether tokens are drawn with the caller's seed: a greedy call draws nothing."""
+        return self.seed is not None and self.temperature > 0
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
@@ -97,10 +103,24 @@ class TokenOutput:
 
 
 RESUME_EXACT = "resume:exact"
-"""Capability: emitted tokens are taken as output, and every parameter goes on as if there had been no cut."""
+"""Capability: emitted tokens are taken as output, every parameter goes on as if there had been no cut, and the numbers
+do not depend on how tokens are batched: the tokens are those of the uncut call."""
+
+RESUME_STATE = "resume:state"
+"""Capability: as RESUME_EXACT, but for the numbers: the state and the noise are those of the uncut call, and its tokens
+are too, except that they may part where two tokens are nearly as likely."""
 
 RESUME_PLAIN = "resume:plain"
 """Capability: emitted tokens are taken as prompt; with frequency or presence penalty, seed or grammar it refuses."""
+
+RESUME_WORDS = (RESUME_PLAIN, RESUME_STATE, RESUME_EXACT)
+"""Each engine has one of them; the first promises least."""
+
+
+def resume_word(capabilities: Iterable[str]) -> str:
+    """Return the word among these that promises least; empty where there is none."""
+    found = set(capabilities)
+    return next((word for word in RESUME_WORDS if word in found), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +195,31 @@ class WorkerIdentity:
     """The accelerators' type; empty without any."""
 
 
+_NOISE = re.compile(r"(-pp\d+)-[a-z0-9]+$")
+
+
+def without_noise(engine_class: str) -> str:
+    """Return an engine class without what a seed draws, its part behind the ranks (engine/resume.py), if it has one."""
+    return _NOISE.sub(r"\1", engine_class)
+
+
 @dataclass(frozen=True, slots=True)
 class Likeness:
     """What two workers must have in common for one to go on with what the other has begun: weights, tokenizer, and the
-    engine's arithmetic (dtype, quantization, parallelism)."""
+    engine's arithmetic (dtype, quantization, parallelism). What a seed draws is part of it for seeded calls alone."""
 
     weight_digest: str
     bundle_digest: str
     engine_class: str
+
+    @property
+    def unseeded(self) -> Likeness:
+        """The likeness without what a seed draws: of a call that needs no noise in particular."""
+        return Likeness(self.weight_digest, self.bundle_digest, without_noise(self.engine_class))
+
+    def can_continue(self, begun: Likeness) -> bool:
+        """Whether a worker like this may go on with what `begun` asks for."""
+        return begun in (self, self.unseeded)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.api.types import resume_word
 from cluster.cli import siblings
 from cluster.cli.access import Access, reach
 from cluster.cli.common import (
@@ -231,12 +232,13 @@ def worker_table(rows: list[dict[str, Any]]) -> Table | str:
     in_pods = any(row.get("pod", "") for row in rows)
     places = ("node", "pod") if in_pods else ("node",)
     load_names = ("running", "waiting", "KV used", "step")
-    table = Table("worker", "model", "state", *load_names, *places, "path", box=None, pad_edge=False)
+    table = Table("worker", "model", "state", *load_names, *places, "resume", "path", box=None, pad_edge=False)
     for row in rows:
         path = row["engine_path"] + (f" ({row['engine_path_reason']})" if row["engine_path_reason"] else "")
         running = f"{row['running']} of {row['max_num_seqs']}"
         load = (running, str(row["waiting"]), f"{row['kv_usage']:.0%}", f"{row['step_ms']:.1f} ms")
         node = row.get("host") or row.get("node", "")[:12]
         place = (node, row.get("pod", "")) if in_pods else (node,)
-        table.add_row(*map(escape, (row["worker_id"], row["model"], row["state"], *load, *place, path)))
+        resume = resume_word(row.get("capabilities", ())).removeprefix("resume:")
+        table.add_row(*map(escape, (row["worker_id"], row["model"], row["state"], *load, *place, resume, path)))
     return table

@@ -16,6 +16,8 @@ CPU_KV_CACHE_BYTES = 1 << 30
 """Room for the KV cache on machines without GPUs, unless `engine.kv_cache_memory_bytes` says otherwise."""
 
 EXECUTORS = ("ray", "mp")
+OLDEST_NOISE = "cpu32"
+"""See `engine_class`."""
 
 
 def on_cpu() -> bool:
@@ -118,10 +120,18 @@ def _carry_to_ray_ranks(prefix: str) -> None:
         os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = ",".join(filter(None, (prefixes, prefix)))
 
 
-def engine_class(dtype: str, quantization: str | None, spec: ModelSpec) -> str:
-    """One word for engines that compute alike, e.g. `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1`."""
+def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: str = "") -> str:
+    """One word for engines that compute alike, e.g. `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1-v2`: numbers, ranks, and
+    how seeds draw (resume.noise), but for the scheme that engines of older releases have, whose class had no such part.
+    """
     quantized = f"-{quantization}" if quantization else ""
-    return f"{dtype}{quantized}-tp{spec.tensor_parallel_size}-pp{spec.pipeline_parallel_size}"
+    drawn = "" if noise in ("", OLDEST_NOISE) else f"-{noise}"
+    return f"{dtype}{quantized}-tp{spec.tensor_parallel_size}-pp{spec.pipeline_parallel_size}{drawn}"
+
+
+def is_batch_invariant(dtype: str) -> bool:
+    """Whether an engine's numbers do not depend on how tokens are batched: float32 on CPUs, or as vLLM is asked to."""
+    return (dtype == "float32" and on_cpu()) or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
 
 
 def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:

@@ -2,9 +2,11 @@
 
 Problem: a GPU with a broken memory cell, or a half-loaded checkpoint, goes on serving and answers nonsense.
 `Examined` is an engine around an engine. At start it asks a fixed prompt, greedily, and keeps the answer; where the
-engine says that it continues calls exactly, it also asks for the rest of that answer, so that a rank without the
-plugin is found before a call is. From then on any request that ends in ERROR (NaN logits do so) makes it ask again,
-beside the running requests. A wrong answer raises EngineSick from `step`, which ends the worker as a dead engine does.
+engine says that it takes emitted tokens as output, it also asks for the rest of that answer behind a few cuts, so that
+a rank without the plugin is found before a call is. An engine that says `resume:exact` must give the very tokens there,
+and those of a seeded call too: where it does not, it is well, and its word becomes `resume:state`. From then on any
+request that ends in ERROR (NaN logits do so) makes it ask again, beside the running requests. A wrong answer raises
+EngineSick from `step`, which ends the worker as a dead engine does.
 
 An error alone takes nobody out: a caller can provoke one. And a right answer need not be equal to the last bit:
 batches differ, and in 16-bit numbers the likeliest token may change places with its neighbour. So log probabilities
@@ -13,14 +15,16 @@ are compared, within what such numbers are worth. An answer that this cannot dec
 
 from __future__ import annotations
 
+import contextlib
 import math
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.api.ports import Engine, EngineRefused, EngineSick
 from cluster.api.types import (
     RESUME_EXACT,
+    RESUME_STATE,
     EngineInfo,
     EngineLoad,
     EngineRequest,
@@ -40,6 +44,10 @@ FIRST_PRIORITY = -(1 << 31)
 TOLERANCES = {"float32": 0.02, "sim": 0.02}
 """Of a log probability, by the first word of the engine class."""
 TOLERANCE_16_BIT = 0.5
+CUTS = (0.25, 0.5, 0.75)
+"""Parts of the answer after which it is cut and continued."""
+SEED = 7
+"""Of the seeded call, which is drawn at temperature 1."""
 
 
 @dataclass(slots=True)
@@ -109,15 +117,24 @@ def _bounds(position: PositionLogprobs, token: int) -> tuple[float, float]:
     return -math.inf, min(position.logprobs[1:] or position.logprobs)
 
 
-def golden_request(info: EngineInfo, name: str, emitted: Sequence[int] = (), top: int = TOPS[0]) -> EngineRequest:
-    """The prompt: ids from the middle of the vocabulary, where every tokenizer has ordinary text."""
+def golden_request(
+    info: EngineInfo, name: str, emitted: Sequence[int] = (), top: int = TOPS[0], seed: int | None = None
+) -> EngineRequest:
+    """The prompt: ids from the middle of the vocabulary, where every tokenizer has ordinary text. Greedy, or drawn with
+    `seed`."""
     room = max(2, min(PROMPT_TOKENS + ANSWER_TOKENS, info.max_model_len))
     prompt = [info.vocab_size // 3 + i * info.vocab_size // (4 * PROMPT_TOKENS) for i in range(PROMPT_TOKENS)]
     length = max(1, room - ANSWER_TOKENS)
     return EngineRequest(
         request_id=PREFIX + name,
         prompt_token_ids=prompt[:length],
-        sampling=Sampling(max_tokens=room - length, temperature=0.0, ignore_eos=True, logprobs=top),
+        sampling=Sampling(
+            max_tokens=room - length,
+            temperature=0.0 if seed is None else 1.0,
+            seed=seed,
+            ignore_eos=True,
+            logprobs=top,
+        ),
         emitted_token_ids=emitted,
         cache_salt=PREFIX,
         priority=FIRST_PRIORITY,
@@ -136,6 +153,8 @@ class Examined:
         self._answer = Answer()
         self._ask_again = False
         self._tops = TOPS
+        self.withdrawn = ""
+        """Why the engine's word `resume:exact` is not passed on, if so."""
 
     def __repr__(self) -> str:
         return f"Examined({self._engine!r})"
@@ -145,26 +164,52 @@ class Examined:
         self._info = info = await self._engine.start()
         self._reference = await self._asked_alone()
         self._judge(self._reference, self._reference)
-        cut = len(self._reference.positions) // 2
-        if RESUME_EXACT in info.capabilities and cut:
-            rest = await self._asked_alone(self._reference.token_ids[:cut])
-            self._judge(self._reference.tail(cut), rest, "continued, ")
+        if {RESUME_EXACT, RESUME_STATE}.isdisjoint(info.capabilities):
+            return info
+        apart = await self._apart_when_cut(self._reference)
+        if RESUME_EXACT in info.capabilities:
+            self.withdrawn = apart or await self._apart_when_seeded()
+        if self.withdrawn:
+            words = tuple(RESUME_STATE if word == RESUME_EXACT else word for word in info.capabilities)
+            self._info = info = replace(info, capabilities=words)
         return info
 
-    async def _asked_alone(self, emitted: Sequence[int] = ()) -> Answer:
-        await self._ask(emitted)
+    async def _apart_when_cut(self, whole: Answer, seed: int | None = None) -> str:
+        """Return where the rest of an answer, asked for behind a cut, has other tokens; empty where it has the same.
+        Raises EngineSick for a greedy rest that is wrong."""
+        apart = ""
+        for cut in sorted({int(part * len(whole.positions)) for part in CUTS} - {0}):
+            rest = await self._asked_alone(whole.token_ids[:cut], seed)
+            if seed is None:
+                self._judge(whole.tail(cut), rest, "continued, ")
+            if not apart and rest.token_ids != whole.token_ids[cut:]:
+                which = "greedy" if seed is None else "seeded"
+                apart = f"a {which} call that was cut after {cut} tokens went on with others"
+        return apart
+
+    async def _apart_when_seeded(self) -> str:
+        """As `_apart_when_cut`; an engine that refuses seeds, or to go on with them, shows nothing."""
+        with contextlib.suppress(EngineRefused):
+            return await self._apart_when_cut(await self._asked_alone((), SEED), SEED)
+        return ""
+
+    async def _asked_alone(self, emitted: Sequence[int] = (), seed: int | None = None) -> Answer:
+        await self._ask(emitted, seed)
         while self._asked:
             self._take(await self._engine.step())
         return self._answer
 
-    async def _ask(self, emitted: Sequence[int] = ()) -> None:
+    async def _ask(self, emitted: Sequence[int] = (), seed: int | None = None) -> None:
         assert self._info is not None
-        question = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0])
+        question = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0], seed)
         self._answer, self._ask_again = Answer(), False
         self._asked = question.request_id  # before submit: outputs may come while that returns
         try:
             await self._engine.submit(question)
         except EngineRefused as refused:
+            self._asked = ""
+            if seed is not None:
+                raise
             if refused.field != "logprobs" or len(self._tops) == 1:
                 raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
             self._tops = self._tops[1:]

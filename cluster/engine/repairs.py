@@ -28,11 +28,14 @@ repair makes them with the first step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import ipaddress
 import os
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -40,7 +43,8 @@ from typing import Any
 from cluster.engine import sockets
 from cluster.engine.symbols import missing
 
-SEEDS_VERSIONS = ("0.32.0",)
+VERSIONS = ("0.31.0", "0.32.0", "0.33.0")
+"""Releases whose faults are these; see docs/support.md."""
 ACTIVE = "HEADRACE_REPAIRS"
 """Environment: set by an engine for its processes; a vLLM that merely has this package beside it stays as it is."""
 
@@ -54,6 +58,8 @@ _DRAW = 4
 """What the runner subtracts for one draw (counted as CUDA's Philox counts)."""
 
 _applied: set[str] = set()
+not_applied: dict[str, str] = {}
+"""Repairs that this vLLM has no place for, with why."""
 
 
 def _version() -> str:
@@ -92,6 +98,7 @@ def _repair_seeds() -> None:
     rewindable = rewindable_generator()
     sample, post_init = TopKTopPSampler.forward_cpu, CachedRequestState.__post_init__
 
+    @functools.wraps(sample)
     def forward_cpu(self: Any, logits: Any, generators: Any, k: Any, p: Any) -> Any:
         for generator in generators.values():
             if isinstance(generator, rewindable):
@@ -127,10 +134,12 @@ def _repair_shared_memory() -> None:
 
 def _repair_queues() -> None:
     from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
-    from vllm.distributed.device_communicators.shm_tensor_arena import ShmTensorArena
 
-    for kind in (ShmRingBuffer, ShmTensorArena):
-        _free_quietly(kind)
+    _free_quietly(ShmRingBuffer)
+    with contextlib.suppress(ImportError):  # new in 0.32
+        from vllm.distributed.device_communicators.shm_tensor_arena import ShmTensorArena
+
+        _free_quietly(ShmTensorArena)
 
 
 def _free_quietly(kind: Any) -> None:
@@ -206,39 +215,74 @@ def loaded_in_ranks() -> bool:
 
 def seeds_are_safe() -> bool:
     """Whether seeds are repaired for this vLLM; elsewhere the engine refuses seeds on CPU."""
-    return _version() in SEEDS_VERSIONS and loaded_in_ranks()
+    return _version() in VERSIONS and loaded_in_ranks() and "seeds" not in not_applied
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """One repair by its name. `needed`: whether this process has what it mends."""
+
+    name: str
+    make: Callable[[], None]
+    needed: Callable[[], bool]
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _install_resume() -> None:
+    from cluster.engine import resume
+
+    if _version() not in resume.VERSIONS:
+        raise NotImplementedError(f"vLLM {_version()} is not known")
+    if lacking := missing(resume.CORE_SYMBOLS):
+        raise NotImplementedError(f"this vLLM lacks {', '.join(lacking)}")
+    resume.install(v1_ranks=_on_cpu() and not missing(resume.V1_SYMBOLS))
+
+
+REPAIRS = (
+    Repair("seeds", _repair_seeds, _on_cpu),
+    Repair("shared memory", _repair_shared_memory, _on_cpu),
+    Repair("pipeline", _repair_pipeline, _on_cpu),
+    Repair("resume", _install_resume, lambda: True),
+    Repair("queues", _repair_queues, lambda: True),
+    Repair("meeting", _repair_meeting, lambda: True),
+    Repair("node", _repair_node, lambda: _has_node() and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1"),
+)
+"""In this order: what continues a call builds on the repaired generators."""
 
 
 def apply() -> None:
     """Plugin for vllm.general_plugins, loaded in every vLLM process. Idempotent; does nothing outside our engines.
 
-    It also installs what continues a call exactly (resume.py), which builds on the repaired generators.
+    Each repair stands by itself: one that this vLLM has no place for is noted in `not_applied`, and raises nothing,
+    since vLLM takes an exception of a plugin for a model that it does not know.
     """
-    if not os.environ.get(ACTIVE) or "seeds" in _applied or _version() not in SEEDS_VERSIONS:
+    if not os.environ.get(ACTIVE) or _applied:
         return
-    from vllm.platforms import current_platform
-
-    from cluster.engine import resume
-
-    if current_platform.is_cpu():
-        _repair_seeds()
-        _repair_shared_memory()
-        _repair_pipeline()
-        if _version() in resume.VERSIONS and not missing(resume.SYMBOLS):
-            resume.install()
-    _repair_queues()
-    _repair_meeting()
-    if _has_node() and os.environ.get("VLLM_USE_RAY_V2_EXECUTOR_BACKEND") == "1":
-        _repair_node()
-    _applied.add("seeds")
+    if _version() not in VERSIONS:
+        not_applied["all"] = f"vLLM {_version()} is not known; known are {', '.join(VERSIONS)}"
+        return
+    for repair in REPAIRS:
+        try:
+            if repair.needed():
+                repair.make()
+        except Exception as error:  # names of another release: whatever their absence raises
+            not_applied[repair.name] = f"{type(error).__name__}: {error}"
+    _applied.add("all")
 
 
 def why_resume_is_plain(config: Any) -> str:
-    """Why engines of this VllmConfig continue a call as a new prompt; empty where they do it exactly."""
+    """Why engines of this VllmConfig continue a call as a new prompt; empty where they install what it has emitted."""
     from cluster.engine import resume
 
     if _version() not in resume.VERSIONS:
         return f"vLLM {_version()} is not known"
     if not loaded_in_ranks():
         return f"the plugin {PLUGIN} is not loaded in vLLM's processes"
+    if "resume" in not_applied:
+        return not_applied["resume"]
     return resume.why_plain(config)

@@ -38,8 +38,10 @@ class Limits:
     max_logprobs: int
     seeds: bool = True
     eos_token_ids: frozenset[int] = frozenset()
-    exact_resume: bool = True
-    """Whether emitted tokens can be installed as output (resume.py)."""
+    installs: bool = True
+    """Whether emitted tokens are installed as output (resume.py)."""
+    resumes_seeds: bool = True
+    """Whether a seeded random call goes on with the noise that it would have had."""
 
 
 def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIELD) -> EngineRefused:
@@ -150,13 +152,12 @@ def _check_resume(request: EngineRequest, limits: Limits) -> None:
     ends = set(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else limits.eos_token_ids)
     if not ends.isdisjoint(request.emitted_token_ids):
         raise refused("emitted_token_ids", "a token that ends the call is among them; the call is at its end")
-    if limits.exact_resume:
-        return
+    plain = not limits.installs
     restarts = (
-        ("frequency_penalty", sampling.frequency_penalty != 0),
-        ("presence_penalty", sampling.presence_penalty != 0),
-        ("seed", sampling.seed is not None and sampling.temperature > 0),
-        ("response_format", sampling.grammar is not None),
+        ("frequency_penalty", plain and sampling.frequency_penalty != 0),
+        ("presence_penalty", plain and sampling.presence_penalty != 0),
+        ("seed", not limits.resumes_seeds and sampling.is_seeded),
+        ("response_format", plain and sampling.grammar is not None),
     )
     for field, differs in restarts:
         if differs:
@@ -174,7 +175,7 @@ def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
 
 def prompt_of(request: EngineRequest, limits: Limits) -> dict[str, Any]:
     """vLLM's token input, with the salt of the prefix cache. Emitted ids are part of it where they cannot be output."""
-    emitted = () if limits.exact_resume else request.emitted_token_ids
+    emitted = () if limits.installs else request.emitted_token_ids
     prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*request.prompt_token_ids, *emitted]}
     if request.cache_salt:
         prompt["cache_salt"] = request.cache_salt
@@ -187,13 +188,13 @@ def sampling_params(request: EngineRequest, limits: Limits) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     sampling, emitted = request.sampling, request.emitted_token_ids
-    as_prompt = 0 if limits.exact_resume else len(emitted)
+    as_prompt = 0 if limits.installs else len(emitted)
     room = limits.max_model_len - len(request.prompt_token_ids) - as_prompt
     max_tokens = min(sampling.max_tokens - as_prompt, room)
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=max(0, min(sampling.min_tokens - as_prompt, max_tokens)),
-        extra_args=extra_args(emitted) if emitted and limits.exact_resume else None,
+        extra_args=extra_args(emitted) if emitted and limits.installs else None,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k if 0 < sampling.top_k < limits.vocab_size else 0,

@@ -7,22 +7,27 @@ to scheduler, runner, sampler and matcher what it would be had this engine emitt
 
 The ids travel in SamplingParams.extra_args, which reach the engine core and every rank. In the core they go into the
 Request (and so into its block hashes: the prefix cache serves them) and through the matcher of its grammar, token by
-token as they had come. In a rank they go into the cached state, and a seeded generator makes one draw for each. The
-price is private names: they stand in SYMBOLS. Where one is missing, or the engine is of a kind that was not looked at
-(why_plain), a call is continued as a new prompt, and refused when that would change it (requests.py).
+token as they had come. The V2 model runner needs no more: the scheduler sends it prompt and output apart, it makes all
+state from them as it does for a preempted request, and its noise is a function of seed, position and token. In a rank
+of the V1 runner they go into the cached state, and a seeded generator makes one draw for each; that is known of the CPU
+build alone. The price is private names: they stand in the tables below. Where one is missing, or the engine is of a
+kind that was not looked at (why_plain), a call is continued as a new prompt, and refused when that would change it
+(requests.py).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from cluster.engine.symbols import missing
+from cluster.engine.symbols import digest, missing
 
 EXTRA_ARG = "headrace_emitted"
-VERSIONS = ("0.32.0",)
+VERSIONS = ("0.31.0", "0.32.0", "0.33.0")
 
-SYMBOLS: dict[str, tuple[str, ...]] = {
+CORE_SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.SamplingParams": ("extra_args",),
     "vllm.v1.request.Request.from_engine_core_request": ("request", "block_hasher"),
     "vllm.v1.request.Request.append_output_token_ids": ("token_ids",),
@@ -36,11 +41,21 @@ SYMBOLS: dict[str, tuple[str, ...]] = {
         "num_external_cached_tokens",
     ),
     "vllm.v1.structured_output.StructuredOutputManager._create_grammar": ("request",),
-    "vllm.v1.structured_output.backend_types.StructuredOutputGrammar.accept_tokens": ("request_id", "tokens"),
+    "vllm.v1.structured_output.StructuredOutputManager.accept_tokens": ("request", "new_token_ids"),
+    "vllm.v1.structured_output.request.StructuredOutputRequest": ("reasoning_ended",),
+}
+V1_SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_input_batch.CachedRequestState": ("sampling_params", "generator", "output_token_ids"),
     "vllm.v1.worker.gpu_input_batch.CachedRequestState.__post_init__": (),
     "vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu": ("logits", "generators", "k", "p"),
 }
+"""Of ranks of the V1 model runner."""
+V2_SYMBOLS: dict[str, tuple[str, ...]] = {
+    "vllm.v1.core.sched.output.NewRequestData.from_request": ("prefill_token_ids",),
+    "vllm.v1.worker.gpu.states.RequestState.add_request": ("prompt_len", "all_token_ids"),
+}
+"""Of ranks of the V2 model runner."""
+SYMBOLS = CORE_SYMBOLS | V1_SYMBOLS | V2_SYMBOLS
 
 
 def why_plain(config: Any) -> str:
@@ -48,21 +63,56 @@ def why_plain(config: Any) -> str:
     plugin, too (repairs.loaded_in_ranks)."""
     from vllm.platforms import current_platform
 
+    v2 = config.use_v2_model_runner
     reasons = (
-        (not current_platform.is_cpu(), "only the CPU build's sampler is known"),
-        (config.use_v2_model_runner, "the V2 model runner keeps requests in another way"),
-        (config.scheduler_config.async_scheduling, "asynchronous scheduling"),
-        (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism"),
-        (config.speculative_config is not None, "speculative decoding"),
+        (not v2 and not current_platform.is_cpu(), "of the V1 model runner only the CPU build's sampler is known"),
+        (not v2 and config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism on the V1 model runner"),
+        (not v2 and config.model_config.use_fp64_gumbel, "use_fp64_gumbel draws differently on the V1 model runner"),
+        (not v2 and config.speculative_config is not None, "speculative decoding on the V1 model runner"),
         (config.kv_transfer_config is not None, "a KV connector"),
-        (config.structured_outputs_config.reasoning_parser, "a reasoning parser"),
-        (config.model_config.use_fp64_gumbel, "use_fp64_gumbel draws differently"),
+        (bool(config.model_config.logits_processors), "custom logits processors"),
+        (getattr(config, "watermark_config", None) is not None, "watermarking"),
     )
     for holds, reason in reasons:
         if holds:
             return reason
-    lacking = missing(SYMBOLS)
+    lacking = missing(CORE_SYMBOLS | (V2_SYMBOLS if v2 else V1_SYMBOLS))
     return f"this vLLM lacks {', '.join(lacking)}" if lacking else ""
+
+
+def resumes_seeds(config: Any, installed: bool) -> bool:
+    """Whether a seeded random call goes on with the noise that it would have had. `installed`: its emitted tokens are
+    output here. With a draft model it does not: windows start elsewhere, and what is drawn depends on what was
+    proposed. The V2 runner's noise needs nothing installed. Of the V1 runner the draws of 0.31 are not known."""
+    if config.speculative_config is not None:
+        return False
+    return bool(config.use_v2_model_runner) or (installed and noise(config) == CPU_32)
+
+
+V1, V2, CPU_31, CPU_32 = "v1", "v2", "cpu31", "cpu32"
+"""Schemes of noise: what a seed draws. See `noise`."""
+DRAWS = {"863f32f93b242303": CPU_31, "6d05adf47d121861": CPU_32}
+"""What the V1 runner draws on CPUs, by the digest of TopKTopPSampler.forward_cpu: its names stayed as it changed."""
+
+
+def noise(config: Any) -> str:
+    """How seeded calls are drawn on such an engine: with one seed, two schemes give different tokens.
+
+    V2: murmur3 of seed, position and token, the same in 0.31 to 0.33. The V1 runner's on CPUs: 0.31 draws exponentials
+    over the vocabulary, 0.32 one number a token, and a sampler that is not known is a scheme of its own. Elsewhere V1
+    draws by the device's own generator.
+    """
+    from vllm.platforms import current_platform
+
+    if config.use_v2_model_runner:
+        return V2
+    if not current_platform.is_cpu():
+        return V1
+    try:
+        found = digest("vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward_cpu")
+    except (ImportError, AttributeError, OSError):
+        found = "unknown"
+    return DRAWS.get(found, f"cpu{found}")
 
 
 def extra_args(emitted_token_ids: Sequence[int]) -> dict[str, Any]:
@@ -76,11 +126,13 @@ def emitted_of(params: Any) -> list[int]:
     return extra.get(EXTRA_ARG) or [] if extra else []
 
 
-def install() -> None:
-    """Change vLLM's classes in this process: an engine core or a rank. Once."""
+def install(*, v1_ranks: bool) -> None:
+    """Change vLLM's classes in this process: an engine core or a rank. Once. `v1_ranks`: of the V1 runner, too, which
+    changes nothing for the V2 runner."""
     _install_in_core()
     _install_in_grammars()
-    _install_in_ranks()
+    if v1_ranks:
+        _install_in_ranks()
 
 
 def _install_in_core() -> None:
@@ -121,12 +173,37 @@ def _install_in_grammars() -> None:
 
     def _create_grammar(self: Any, request: Any) -> Any:
         grammar = create(self, request)
-        for token in emitted_of(request.sampling_params):
-            if not grammar.accept_tokens(request.request_id, [token]):
-                raise ValueError("the emitted tokens do not follow the grammar")  # ends this request alone
+        emitted = emitted_of(request.sampling_params)
+        if emitted:
+            _replay(self, request, grammar, emitted)
         return grammar
 
     StructuredOutputManager._create_grammar = _create_grammar
+
+
+def _replay(manager: Any, request: Any, grammar: Any, emitted: Sequence[int]) -> None:
+    """Put the emitted tokens through a grammar's matcher as they had come, each with those before it, since a grammar
+    may begin behind reasoning. Raises ValueError, which ends this request alone.
+
+    It runs in a thread, while the request itself waits for the grammar: so a view of it is used, and its own record
+    learns at the end whether reasoning is over.
+    """
+    own = request.structured_output_request
+    record = copy.copy(own)
+    record.grammar = grammar
+    seen = list(request.prompt_token_ids or ())
+    view = SimpleNamespace(
+        request_id=request.request_id,
+        use_structured_output=True,
+        structured_output_request=record,
+        prompt_token_ids=request.prompt_token_ids,
+        all_token_ids=seen,
+    )
+    for token in emitted:
+        seen.append(token)
+        if not manager.accept_tokens(view, [token]):
+            raise ValueError("the emitted tokens do not follow the grammar")
+    own.reasoning_ended = record.reasoning_ended
 
 
 def _install_in_ranks() -> None:

@@ -7,6 +7,7 @@ between releases; a table that is checked at start turns a surprise in the middl
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,12 @@ def _names(symbol: Any) -> set[str]:
     if callable(symbol):
         names |= set(inspect.signature(symbol).parameters)
     return names
+
+
+def digest(path: str) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 of a function's source, that of the first where others are wrapped
+    around it (functools.wraps). Raises ImportError, AttributeError, OSError."""
+    return hashlib.sha256(inspect.getsource(resolve(path)).encode()).hexdigest()[:16]
 
 
 def missing(symbols: Mapping[str, Sequence[str]]) -> list[str]:

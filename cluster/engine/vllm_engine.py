@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.ports import EngineDead
-from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, EngineInfo, EngineLoad, EngineRequest, ModelSpec, TokenOutput
-from cluster.engine import arguments, causes, exits, fastpath, forks, lone_rank, repairs, sockets, watchdog
+from cluster.api.types import (
+    RESUME_EXACT,
+    RESUME_PLAIN,
+    RESUME_STATE,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    ModelSpec,
+    TokenOutput,
+)
+from cluster.engine import arguments, causes, exits, fastpath, forks, lone_rank, repairs, resume, sockets, watchdog
 from cluster.engine.fastpath import FastPath
 from cluster.engine.paths import EnginePath, Live, StepStats
 from cluster.engine.public import PublicPath
@@ -126,18 +135,19 @@ class VllmEngine:
         model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
         path = self._started()
         path.stats.pace.limit(scheduler.max_num_batched_tokens)
-        exact = self._exact_resume and not repairs.why_resume_is_plain(config)
+        dtype = str(model.dtype).removeprefix("torch.")
+        installs = self._exact_resume and not repairs.why_resume_is_plain(config)
         self._limits = Limits(
             max_model_len=model.max_model_len,
             vocab_size=model.get_vocab_size(),
             max_logprobs=model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size(),
             seeds=not arguments.on_cpu() or repairs.seeds_are_safe(),
             eos_token_ids=_eos_token_ids(config, path),
-            exact_resume=exact,
+            installs=installs,
+            resumes_seeds=resume.resumes_seeds(config, installs),
         )
-        dtype = str(model.dtype).removeprefix("torch.")
         return EngineInfo(
-            engine_class=arguments.engine_class(dtype, model.quantization, self._spec),
+            engine_class=arguments.engine_class(dtype, model.quantization, self._spec, resume.noise(config)),
             engine_path="public" if reason else "fastpath",
             engine_path_reason=reason,
             engine_version=f"vllm {version}",
@@ -150,7 +160,7 @@ class VllmEngine:
             default_sampling=arguments.plain_defaults(model.get_diff_sampling_param()),
             capabilities=(
                 *("chat", "complete", "logprobs", "response_format"),
-                RESUME_EXACT if exact else RESUME_PLAIN,
+                _resume_word(installs, arguments.is_batch_invariant(dtype)),
             ),
         )
 
@@ -342,3 +352,9 @@ def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:
     ids = {found} if isinstance(found, int) else set(found or ())
     own = path.eos_token_id()
     return frozenset(ids if own is None else ids | {own})
+
+
+def _resume_word(installs: bool, batch_invariant: bool) -> str:
+    if not installs:
+        return RESUME_PLAIN
+    return RESUME_EXACT if batch_invariant else RESUME_STATE

@@ -203,6 +203,7 @@ def _worker(link: WorkerLink) -> pb.Worker:
         pod=link.identity.pod,
         host=link.identity.host,
         gpu=link.identity.gpu,
+        capabilities=link.info.capabilities,
     )
 
 

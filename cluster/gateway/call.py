@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.types import TokenOutput, WorkerIdentity
+from cluster.api.types import TokenOutput, WorkerIdentity, resume_word
 from cluster.gateway.claims import Terms
 from cluster.gateway.losses import MOST_SILENT
 from cluster.gateway.output import Output, Piece
@@ -37,6 +37,8 @@ class CallUsage:
     ttft_s: float = 0.0
     resumed: int = 0
     """How often one of its sequences went on at another worker."""
+    resume: str = ""
+    """What those workers promise of it: the one of RESUME_WORDS that promises least."""
 
 
 @dataclass(eq=False, slots=True)  # with more than 30 attributes a dictionary would make each access slower
@@ -150,6 +152,8 @@ class Call:
     def resumed(self, output: Output) -> None:
         """A sequence's first token at another worker has come."""
         self.usage.resumed += 1
+        if output.link is not None:
+            self.usage.resume = resume_word((self.usage.resume, resume_word(output.link.info.capabilities)))
         self.on_resumed(self.model, output.resuming, self.clock() - output.heard_at)
 
     @property

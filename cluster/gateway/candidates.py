@@ -9,7 +9,7 @@ from cluster.gateway.directory import KnownModel
 from cluster.gateway.losses import SETTLE_S
 from cluster.gateway.output import Output
 from cluster.link.worker_link import WorkerLink
-from cluster.routing.pick import Candidate, RouteCall
+from cluster.routing.pick import Candidate, RouteCall, is_like
 
 
 def onward_call(
@@ -30,7 +30,7 @@ def onward_call(
         home=output.kept_at,
         fresh_home=known.links[home.worker_id].fresh(output.tokens) if home is not None else 0,
     )
-    others = [one.incarnation for one in candidates if call.likeness in (None, one.likeness) and not one.draining]
+    others = [one.incarnation for one in candidates if not one.draining and is_like(call, one)]
     for shuns in (call.shuns | _beside_lost(output, known, now), call.shuns):
         if any(incarnation not in shuns for incarnation in others):
             return replace(call, shuns=shuns)

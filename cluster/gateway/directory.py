@@ -126,7 +126,9 @@ class KnownModel:
 
     def comes_no_more(self, likeness: Likeness | None) -> bool:
         """Whether no worker like this is there or to come: such ones were replaced by others, which serve."""
-        return likeness in self._gone and self.served and all(one.likeness != likeness for one in self.links.values())
+        if likeness is None or not self.served or not any(gone.can_continue(likeness) for gone in self._gone):
+            return False
+        return not any(one.likeness.can_continue(likeness) for one in self.links.values())
 
     def quarantined(self, link: WorkerLink) -> bool:
         """Whether its version is set apart: what runs there is to go on elsewhere, where it can."""

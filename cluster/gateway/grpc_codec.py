@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from cluster.api.types import RESUME_WORDS, resume_word
 from cluster.gateway.call import Call, CallUsage
 from cluster.gateway.directory import KnownModel
 from cluster.gateway.output import Piece
@@ -24,6 +25,7 @@ def usage_pb(usage: CallUsage) -> pb.Usage:
         queue_ms=int(usage.queue_s * 1000),
         ttft_ms=int(usage.ttft_s * 1000),
         resumed=usage.resumed,
+        resume=usage.resume.removeprefix("resume:"),
     )
 
 
@@ -214,10 +216,20 @@ def progress_pb(progress: Progress) -> pb.Progress:
     )
 
 
+def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
+    """Return what all workers of a model can, in the order of the first, and the word for resumption that promises
+    least."""
+    first, *others = each or [()]
+    words = [word for word in first if word not in RESUME_WORDS and all(word in other for other in others)]
+    resume = resume_word([word for one in each for word in one])
+    return [*words, resume] if resume else words
+
+
 def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
     """A model as ListModels shows it, with its other names for the caller."""
     entry = model.entry
-    link = next(iter(model.links.values()), None)
+    links = list(model.links.values())
+    link = next(iter(links), None)
     return pb.Model(
         name=entry.name,
         aliases=aliases,
@@ -227,7 +239,7 @@ def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
         weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
         license=entry.license,
         max_model_len=model.max_model_len,
-        capabilities=link.info.capabilities if link else (),
+        capabilities=common_capabilities([one.info.capabilities for one in links]),
         state=pb.Model.State.Value(f"STATE_{model.state.value}"),
         state_reason="" if link else entry.state_reason,
     )

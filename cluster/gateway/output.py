@@ -213,7 +213,7 @@ class Output:
         """A worker has been chosen and the request sent."""
         self.link, self.slot, self.ran, self.home = link, slot, True, link.identity.incarnation
         if not self.emitted:
-            self.likeness = link.likeness
+            self.likeness = link.likeness if self.request.sampling.is_seeded else link.likeness.unseeded
 
     # ---- Sink
 

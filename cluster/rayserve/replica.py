@@ -24,6 +24,7 @@ import structlog
 from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine, EngineDead, EngineSick
 from cluster.api.types import EngineInfo, WorkerIdentity
+from cluster.engine import repairs
 from cluster.engine.golden import Examined
 from cluster.link.worker import WorkerEnd
 from cluster.observe import garbage
@@ -133,6 +134,10 @@ class Replica:
             opened_s=round(found - began, 3),
             engine_s=round(time.time() - found, 3),
         )
+        if engine.withdrawn:
+            log.warning("worker.resume_word_withdrawn", worker=self.worker_id, reason=engine.withdrawn)
+        for name, reason in repairs.not_applied.items():
+            log.warning("worker.repair_not_applied", worker=self.worker_id, repair=name, reason=reason)
         self._serve(opened, engine, self.info)
 
     def _serve(self, opened: Opened, engine: Engine, info: EngineInfo) -> None:

@@ -165,6 +165,12 @@ def _kept(call: RouteCall, c: Candidate) -> float:
     return 1.0 if _at_home(call, c) else 0.0
 
 
+def is_like(call: RouteCall, candidate: Candidate) -> bool:
+    """Whether a call that goes on may do so there, as far as weights and arithmetic go."""
+    likeness = candidate.likeness
+    return call.likeness is None or (likeness is not None and likeness.can_continue(call.likeness))
+
+
 PREFILL_TOKENS = 2048
 """So many tokens of prompts before it are, for a call's first token, as bad as one call more in an engine's queue."""
 
@@ -175,7 +181,7 @@ FILTERS = (
     Filter("draining", lambda _, c: not c.draining),
     Filter("retired", lambda call, c: not c.retired or call.likeness is not None),
     Filter("other_version", lambda call, c: not call.versions or c.version in call.versions),
-    Filter("other_weights", lambda call, c: call.likeness is None or c.likeness == call.likeness),
+    Filter("other_weights", is_like),
     Filter("failed_there", lambda call, c: c.incarnation not in call.shuns),
     Filter("replaying", _replays_fit),
     Filter("no_free_sequence", lambda _, c: c.free_sequences > 0),

@@ -654,6 +654,7 @@ class Usage(_message.Message):
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     TTFT_MS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     total_tokens: _builtins.int
@@ -662,6 +663,8 @@ class Usage(_message.Message):
     queue_ms: _builtins.int
     ttft_ms: _builtins.int
     resumed: _builtins.int
+    resume: _builtins.str
+    """Where resumed > 0, what the workers that went on promise: "exact", "state" or "plain" (docs/failures.md)."""
     def __init__(
         self,
         *,
@@ -673,10 +676,11 @@ class Usage(_message.Message):
         queue_ms: _builtins.int = ...,
         ttft_ms: _builtins.int = ...,
         resumed: _builtins.int = ...,
+        resume: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "queue_ms", b"queue_ms", "reasoning_tokens", b"reasoning_tokens", "resumed", b"resumed", "total_tokens", b"total_tokens", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "queue_ms", b"queue_ms", "reasoning_tokens", b"reasoning_tokens", "resume", b"resume", "resumed", b"resumed", "total_tokens", b"total_tokens", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

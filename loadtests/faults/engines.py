@@ -27,13 +27,14 @@ from typing import Any
 
 from cluster.cli.siblings import scrape
 from cluster.v1 import inference_pb2 as pb
+from loadtests import interpreted
 from loadtests.children import Child, Children
 from loadtests.faults.calls import Ask, Caller, Told, ask, difference
 from loadtests.faults.mass import KILL, LINK, STOP
 from loadtests.serving.fleet import Fleet, SimWorker, begun_gateway
 from loadtests.serving.ours import ENGINE_READY_S, MODEL
 
-WORKERS, TOKENS, WORDS = 2, 320, (40, 100)
+WORKERS, WORDS = 2, (40, 100)
 GREEDY, OTHERS = ("greedy", "logprobs"), ("seeded", "penalties", "n", "stop", "json")
 BATCH = ("greedy",) * 6 + ("logprobs",) * 2 + ("seeded", "penalties", "json") * 2 + ("n", "stop")
 ASKS = 4 * len(BATCH)
@@ -55,7 +56,6 @@ LOGPROBS = 1e-4
 BLOCK_TOKENS = 32
 KILLS_OF = 8
 """One point of so many is to be a SIGKILL, which waits until both engines are there; where two are due, all wait."""
-PIECES = (6, 90)
 ENGINE: Mapping[str, object] = {
     "dtype": "float32",
     "max_model_len": 2048,
@@ -70,6 +70,22 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """A model runner of vLLM's, and what is asked of it: `tokens` a call, faults after so many `pieces` of each."""
+
+    environment: Mapping[str, str]
+    tokens: int
+    pieces: tuple[int, int]
+
+
+RUNNERS: Mapping[str, Runner] = {
+    "v1": Runner({}, 320, (6, 90)),
+    "v2": Runner(interpreted.environment(), 96, (4, 30)),
+}
+"""By name. The V2 runner's kernels are interpreted here, at a twentieth of the speed: its calls are shorter."""
 NOTICED_S, BACK_S, BEAT_S, STARTS_S, ENDS_S = 5.0, 10.0, 0.1, 90.0, 120.0
 
 
@@ -126,8 +142,9 @@ class Proof:
 class Engines:
     """A fleet of real workers, each started again by `kill`."""
 
-    def __init__(self, fleet: Fleet, children: Children, commands: Sequence[Sequence[str]]) -> None:
+    def __init__(self, fleet: Fleet, children: Children, commands: Sequence[Sequence[str]], runner: Runner) -> None:
         self.fleet = fleet
+        self.runner = runner
         self._children = children
         self._commands = commands
         self._processes: list[Child | None] = [None] * len(commands)
@@ -136,7 +153,8 @@ class Engines:
     def start(self, number: int) -> None:
         """Start a worker's process."""
         name = f"engine-{number}"
-        self._processes[number] = self._children.start(name, "worker replica", self._commands[number], ENVIRONMENT)
+        environment = {**ENVIRONMENT, **self.runner.environment}
+        self._processes[number] = self._children.start(name, "worker replica", self._commands[number], environment)
 
     async def standing(self) -> list[int]:
         """Those that have links, once all have but one that starts anew."""
@@ -203,7 +221,9 @@ class Engines:
 
 
 @asynccontextmanager
-async def running(children: Children, folder: Path, model: Path, bundle: Path) -> AsyncIterator[Engines]:
+async def running(
+    children: Children, folder: Path, model: Path, bundle: Path, runner: Runner
+) -> AsyncIterator[Engines]:
     """Gateway, relays and two vLLM workers, all linked. Raises DidNotStart."""
     home = folder / "engines"
     async with AsyncExitStack() as stack:
@@ -217,7 +237,7 @@ async def running(children: Children, folder: Path, model: Path, bundle: Path) -
             relay, ready = await stack.enter_async_context(fleet.relay()), home / f"{number}.ready"
             fleet.workers.append(SimWorker(f"w{number}", relay, ready))
             commands.append([*shared, "--id", f"w{number}", "--link", relay.address, "--ready", str(ready)])
-        engines = Engines(fleet, children, commands)
+        engines = Engines(fleet, children, commands, runner)
         stack.push_async_callback(engines.stop)
         for number in range(WORKERS):
             engines.start(number)
@@ -225,14 +245,14 @@ async def running(children: Children, folder: Path, model: Path, bundle: Path) -
         yield engines
 
 
-def asks_of(model: str, seed: int) -> list[Ask]:
+def asks_of(model: str, seed: int, tokens: int) -> list[Ask]:
     """Batches of all kinds, each call with a prompt of its own."""
     rng = random.Random(seed)
     out = []
     for number in range(ASKS):
         kind = BATCH[number % len(BATCH)]
         fields = OWN.get(kind)
-        out.append(ask(f"e{number}", kind, model, TOKENS, rng.randint(*WORDS), rng.random(), fields))
+        out.append(ask(f"e{number}", kind, model, tokens, rng.randint(*WORDS), rng.random(), fields))
     return out
 
 
@@ -280,7 +300,7 @@ class Prover:
         self._engines = engines
         self._rng = random.Random(seed)
         self._caller = Caller(fleet.grpc, fleet.metadata, "engines")
-        self._asks = asks_of(fleet.model, seed)
+        self._asks = asks_of(fleet.model, seed, engines.runner.tokens)
         self._kills_due = 0.0
         self.proof = Proof()
 
@@ -326,7 +346,7 @@ class Prover:
             await engines.all_back()
         await engines.standing()
         batch = Batch(self._caller, asks)
-        moments = sorted(self._rng.randint(*PIECES) for _ in range(faults))
+        moments = sorted(self._rng.randint(*engines.runner.pieces) for _ in range(faults))
         struck: list[tuple[str, int, int, bool, int]] = []
         try:
             for pieces in moments:

@@ -54,6 +54,8 @@ class Options:
     """Of `peers`: None for the tiny model, and the rows without an engine after it."""
     points: int | None = None
     """Of `faults`: how many faults fall."""
+    runner: str = "v1"
+    """Of `faults`: the model runner of the real engines."""
     soak_s: float | None = None
     """Of `faults`: how long the soak is."""
     speed: float | None = None

@@ -3,7 +3,7 @@
 Parts, each with its rows, in the order of the table: mass (kill points under every kind of call), engines (the same on
 real vLLM), peers (streams that finish behind them and behind ours), recovery (silent gaps, detection, the survivors),
 alarms, overload, soak; the ledger is looked at after each. `--only PART` runs some of them; `--points`, `--soak-s` and
-`--rounds` size them.
+`--rounds` size them, and `--runner` picks the model runner of engines.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from loadtests import interpreted
 from loadtests.children import DidNotStart
 from loadtests.faults import alarms, engines, mass, overload, soak
 from loadtests.faults import peers as beside
@@ -29,7 +30,7 @@ POINTS, ENGINE_POINTS = 1000, 40
 NOT_ASKED = "not asked for (--only)"
 EXACT = "calls under random faults that end with exactly the undisturbed answer"
 DUPLICATES, GAPS = "such calls that told something twice", "such calls with something missing"
-ENGINES = f"calls on two real vLLM workers (float32, greedy, {engines.TOKENS} tokens) that go on token-exact"
+ENGINES = "calls on two real vLLM workers (float32, greedy) that go on token-exact"
 ENGINES_MIXED = "the same, seeded, penalized, n = 3, with stop strings or under a JSON schema"
 FINISH = "begun streams that finish whole when one of two backends is killed, {}"
 SILENCE = "silent gap, p99, against TTFT of a fresh call of that length + detection"
@@ -116,11 +117,14 @@ async def _mass(field: Field) -> list[Figure]:
 
 async def _engines(field: Field) -> list[Figure]:
     stage, options = field.stage, field.stage.options
+    if options.runner == "v2" and not interpreted.TRITON.is_dir():
+        raise DidNotStart("--runner v2 needs Triton beside the environment: make triton")
     model, bundle = await serving.prepare(stage.children, "llama", stage.folder)
-    async with engines.running(stage.children, stage.folder, model, bundle) as running:
+    runner = engines.RUNNERS[options.runner]
+    async with engines.running(stage.children, stage.folder, model, bundle, runner) as running:
         proof = await engines.prove(running, min(options.points or ENGINE_POINTS, ENGINE_POINTS), options.seed)
         field.books += await audit(running.fleet.ledger, proof.calls)
-    stage.report.settings["engines"] = told = proof.settings()
+    stage.report.settings["engines"] = told = {"runner": options.runner, **proof.settings()}
     for request_id, found in list(proof.differences.items())[:10]:
         stage.report.problems.append(f"engines: call {request_id} differs: {found}")
     mixture = ", ".join(f"{count} x {kind}" for kind, count in told["points"].items())

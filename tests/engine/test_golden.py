@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import AsyncIterator, Sequence
 
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.ports import EngineRefused, EngineSick
-from cluster.api.types import EngineInfo, EngineRequest, FinishReason, PositionLogprobs, TokenOutput
+from cluster.api.types import (
+    RESUME_EXACT,
+    RESUME_PLAIN,
+    RESUME_STATE,
+    EngineInfo,
+    EngineRequest,
+    FinishReason,
+    PositionLogprobs,
+    TokenOutput,
+)
 from cluster.engine.golden import ANSWER_TOKENS, PREFIX, PROMPT_TOKENS, Answer, Examined, golden_request, why_wrong
 from cluster.engine.sim import SimConfig, SimEngine, VirtualClock
 from tests.engine.contract import Driver, EngineContract, Subject, request
@@ -81,6 +91,62 @@ async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
 
     with pytest.raises(EngineSick, match="continued, its answer"):
         await Examined(Forgetful(SMALL, VirtualClock())).start()
+
+
+class Apart(SimEngine):
+    """An engine whose calls of one kind go on with another token behind a cut."""
+
+    def __init__(self, seeded: bool) -> None:
+        super().__init__(SMALL, VirtualClock())
+        self._seeded, self._cut = seeded, False
+
+    async def start(self) -> EngineInfo:
+        return dataclasses.replace(await super().start(), capabilities=("chat", RESUME_EXACT))
+
+    async def submit(self, request: EngineRequest) -> None:
+        await super().submit(request)
+        self._cut = bool(request.emitted_token_ids) and request.sampling.is_seeded is self._seeded
+
+    async def step(self) -> Sequence[TokenOutput]:
+        outputs = await super().step()
+        for position in (one for output in outputs for one in output.logprobs or () if self._cut):
+            position.token_ids[0] += 1  # type: ignore[index]
+            position.logprobs[:] = [-0.7] * len(position.logprobs)  # type: ignore[index]
+        return outputs
+
+
+@pytest.mark.parametrize("word", [RESUME_STATE, RESUME_PLAIN])
+async def test_no_check_makes_a_word_better(word: str) -> None:
+    """An engine that says less than it does is taken at its word."""
+
+    class Modest(SimEngine):
+        async def start(self) -> EngineInfo:
+            return dataclasses.replace(await super().start(), capabilities=(word,))
+
+    examined = Examined(Modest(SMALL, VirtualClock()))
+    assert (await examined.start()).capabilities == (word,)
+    assert not examined.withdrawn
+
+
+async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
+    """It is well, and its word becomes the lesser one; the other words stay."""
+    examined = Examined(Apart(seeded=True))
+    assert (await examined.start()).capabilities == ("chat", RESUME_STATE)
+    assert examined.withdrawn == "a seeded call that was cut after 2 tokens went on with others"
+
+
+async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> None:
+    """Where continued seeded calls are refused, the greedy ones decide."""
+
+    class Refusing(SimEngine):
+        async def submit(self, request: EngineRequest) -> None:
+            if request.emitted_token_ids and request.sampling.is_seeded:
+                raise EngineRefused("RESUME_UNSUPPORTED", "seed: cannot go on", "seed")
+            await super().submit(request)
+
+    examined = Examined(Refusing(SMALL, VirtualClock()))
+    assert RESUME_EXACT in (await examined.start()).capabilities
+    assert not examined.withdrawn
 
 
 @pytest.mark.parametrize("most", [0, 2, 7])

@@ -87,10 +87,10 @@ def test_shared_memory_is_named_as_the_repair_expects() -> None:
 @pytest.mark.parametrize("part", ["ring", "arena"])
 def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
     """The fault: it raises where nobody can catch it. What it took care of is as if it had been first."""
-    from vllm.distributed.device_communicators.shm_broadcast import ShmRingBuffer
-    from vllm.distributed.device_communicators.shm_tensor_arena import ShmTensorArena
-
-    kind, arguments = {"ring": (ShmRingBuffer, (1, 1024, 1)), "arena": (ShmTensorArena, (1, 1024, 1))}[part]
+    modules = {"ring": ("shm_broadcast", "ShmRingBuffer"), "arena": ("shm_tensor_arena", "ShmTensorArena")}
+    name, what = modules[part]
+    module = pytest.importorskip(f"vllm.distributed.device_communicators.{name}", reason="new in vLLM 0.32")
+    kind, arguments = getattr(module, what), (1, 1024, 1)
     with pytest.MonkeyPatch.context() as patch:
         stock = getattr(kind.__del__, "__wrapped__", kind.__del__)
         patch.setattr(kind, "__del__", stock)
@@ -108,3 +108,36 @@ def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
         assert block.exists()
         del swept, kept
         assert not block.exists(), "what is there is taken away"
+
+
+def test_a_repair_that_finds_no_place_is_named_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault: vLLM takes an exception of a plugin for a model that it does not know, and no engine starts."""
+    made: list[str] = []
+
+    def moved() -> None:
+        raise ImportError("no module named vllm.elsewhere")
+
+    monkeypatch.setenv(repairs.ACTIVE, "1")
+    monkeypatch.setattr(repairs, "_applied", set())
+    monkeypatch.setattr(repairs, "not_applied", {})
+    table = (
+        repairs.Repair("moved", moved, lambda: True),
+        repairs.Repair("other platform", moved, lambda: False),
+        repairs.Repair("there", lambda: made.append("there"), lambda: True),
+    )
+    monkeypatch.setattr(repairs, "REPAIRS", table)
+    repairs.apply()
+    repairs.apply()
+    assert made == ["there"], "once"
+    assert repairs.not_applied == {"moved": "ImportError: no module named vllm.elsewhere"}
+
+
+def test_a_vllm_outside_the_window_stays_as_it_is_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows whether its faults are the same."""
+    monkeypatch.setenv(repairs.ACTIVE, "1")
+    monkeypatch.setattr(repairs, "_applied", set())
+    monkeypatch.setattr(repairs, "not_applied", {})
+    monkeypatch.setattr(repairs, "_version", lambda: "0.99.0")
+    monkeypatch.setattr(repairs, "REPAIRS", (repairs.Repair("never", lambda: pytest.fail("applied"), lambda: True),))
+    repairs.apply()
+    assert repairs.not_applied["all"].startswith("vLLM 0.99.0 is not known; known are 0.31.0")

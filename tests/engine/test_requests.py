@@ -84,7 +84,7 @@ def test_what_would_start_anew_is_not_continued_as_a_prompt(changes: dict[str, o
     cut = dataclasses.replace(PLAIN, emitted_token_ids=(7,), sampling=Sampling(max_tokens=4, **changes))  # type: ignore[arg-type]
     check(cut, LIMITS)
     with pytest.raises(EngineRefused) as error:
-        check(cut, dataclasses.replace(LIMITS, exact_resume=False))
+        check(cut, dataclasses.replace(LIMITS, installs=False, resumes_seeds=False))
     assert (error.value.reason, error.value.field) == ("RESUME_UNSUPPORTED", field)
 
 
@@ -180,7 +180,7 @@ def test_bounded_strings_are_found_at_any_depth() -> None:
 def test_emitted_tokens_are_output_or_else_prompt() -> None:
     """Emitted ids travel beside the prompt, and in it on an engine that cannot install them; a salt only if given."""
     continued = dataclasses.replace(PLAIN, emitted_token_ids=(7, 8), cache_salt="s")
-    plainly = dataclasses.replace(LIMITS, exact_resume=False)
+    plainly = dataclasses.replace(LIMITS, installs=False, resumes_seeds=False)
     assert prompt_of(continued, LIMITS) == {"type": "token", "prompt_token_ids": [1, 2, 3], "cache_salt": "s"}
     assert prompt_of(continued, plainly)["prompt_token_ids"] == [1, 2, 3, 7, 8]
     assert "cache_salt" not in prompt_of(PLAIN, LIMITS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import grpc
 import pytest
 
 from cluster.api.bundle import Bundle
+from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, RESUME_STATE
+from cluster.gateway.grpc_codec import common_capabilities
 from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, complete, refused, rest_of, text_of
@@ -99,8 +101,23 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     chunks += await rest_of(call)
     assert text_of(chunks) == whole.choices[0].message.content
-    assert chunks[-1].usage.resumed == 1
+    assert (chunks[-1].usage.resumed, chunks[-1].usage.resume) == (1, "exact")
+    assert whole.usage.resume == "", "nothing went on"
     await cluster.until_idle()
+
+
+@pytest.mark.parametrize(
+    ("each", "told"),
+    [
+        ([], ()),
+        ([("chat", RESUME_EXACT)], ["chat", RESUME_EXACT]),
+        ([("chat", "logprobs", RESUME_EXACT), (RESUME_STATE, "chat")], ["chat", RESUME_STATE]),
+        ([("chat", RESUME_STATE), ("chat", RESUME_PLAIN), ("chat", RESUME_EXACT)], ["chat", RESUME_PLAIN]),
+    ],
+)
+def test_a_model_promises_what_all_its_workers_do(each: list[tuple[str, ...]], told: Sequence[str]) -> None:
+    """ListModels tells what each worker can, and the word for resumption that promises least."""
+    assert list(common_capabilities(each)) == list(told)
 
 
 async def test_those_that_go_on_come_before_those_that_begin(

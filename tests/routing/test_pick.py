@@ -124,6 +124,23 @@ def test_calls_spread_by_size() -> None:
     assert taken == {"s": 5, "m": 10, "l": 35}
 
 
+@pytest.mark.parametrize(
+    ("begun", "there", "goes"),
+    [
+        ("float32-tp1-pp1-v2", "float32-tp1-pp1-v2", True),
+        ("float32-tp1-pp1-v2", "float32-tp1-pp1", False),
+        ("float32-tp1-pp1", "float32-tp1-pp1-v2", True),
+        ("float32-tp1-pp1", "bfloat16-tp1-pp1-v2", False),
+        ("bfloat16-fp8-tp2-pp1", "bfloat16-fp8-tp2-pp1", True),
+    ],
+)
+def test_noise_binds_seeded_calls_alone(begun: str, there: str, goes: bool) -> None:
+    """A call that has begun with a seed stays with engines that draw alike; one without may go to any like its own."""
+    one = worker("a", likeness=Likeness("w", "b", there), max_replaying=250)
+    assert (pick(RouteCall("m", 100, likeness=Likeness("w", "b", begun)), [one]).worker_id == "a") is goes
+    assert Likeness("w", "b", "float32-tp1-pp1-v2").unseeded == Likeness("w", "b", "float32-tp1-pp1")
+
+
 def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
     """With continued calls in it a step takes no more of anything; without, those that begin are not counted."""
     like = Likeness("w", "b", "c")

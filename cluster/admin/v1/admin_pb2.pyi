@@ -278,6 +278,7 @@ class Worker(_message.Message):
     POD_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     GPU_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     incarnation: _builtins.str
     model: _builtins.str
@@ -302,6 +303,10 @@ class Worker(_message.Message):
     """Kubernetes' name of the pod's node, outside Kubernetes the host's name. `node` is Ray's id."""
     gpu: _builtins.str
     """The accelerators' type; empty without any."""
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What its engine can: among others resume:exact, resume:state or resume:plain (docs/failures.md)."""
+
     def __init__(
         self,
         *,
@@ -325,10 +330,11 @@ class Worker(_message.Message):
         pod: _builtins.str = ...,
         host: _builtins.str = ...,
         gpu: _builtins.str = ...,
+        capabilities: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "free_sequences", b"free_sequences", "gpu", b"gpu", "host", b"host", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "kv_usage", b"kv_usage", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "pod", b"pod", "ray_cluster", b"ray_cluster", "running", b"running", "state", b"state", "step_ms", b"step_ms", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "engine_class", b"engine_class", "engine_path", b"engine_path", "engine_path_reason", b"engine_path_reason", "engine_version", b"engine_version", "free_sequences", b"free_sequences", "gpu", b"gpu", "host", b"host", "incarnation", b"incarnation", "kv_tokens", b"kv_tokens", "kv_usage", b"kv_usage", "max_num_seqs", b"max_num_seqs", "model", b"model", "node", b"node", "pod", b"pod", "ray_cluster", b"ray_cluster", "running", b"running", "state", b"state", "step_ms", b"step_ms", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

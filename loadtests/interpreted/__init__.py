@@ -1,0 +1,23 @@
+"""The environment of processes in which vLLM's V2 model runner runs on CPUs, interpreted. See v2stub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TRITON = ROOT / ".triton"
+"""Where `make triton` puts Triton, which is kept out of the engine's environment: with it there, vLLM would try it."""
+
+
+def environment(*, asynchronous: bool = True) -> Mapping[str, str]:
+    """Variables for a process and all that it starts."""
+    path = [str(TRITON), str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "HEADRACE_TEST_ASYNC": "1" if asynchronous else "0",
+    }

