@@ -1,7 +1,7 @@
 # The few verbs of the project; `make` alone lists them. Everything runs from .venv, which `make setup` makes.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-failover test test-fast chart-test fuzz check format protos requirements doctor bench bench-peers gpu-report triton contract-v2 gpu-contract window clean clean-all
+.PHONY: help setup demo demo-failover test test-fast chart-test fuzz check format protos requirements doctor bench bench-peers gpu-report triton contract-v2 killers gpu-contract window clean clean-all
 
 VENV := .venv/bin
 # An environment that exists keeps its Python; PYTHON=... names another one.
@@ -46,6 +46,10 @@ contract-v2: triton ## the engine contract on vLLM's V2 model runner, interprete
 		pytest tests/engine/v2_contract.py tests/engine/async_contract.py tests/engine/test_vllm_resume.py tests/engine/test_vllm_killers.py $(ARGS)
 	PYTHONPATH=loadtests/interpreted:. HEADRACE_TEST_ASYNC=1 $(VENV)/python -m \
 		pytest tests/engine/async_contract.py tests/engine/test_vllm_contract.py tests/engine/test_vllm_resume.py $(ARGS)
+
+killers: triton ## SEEDS=200 times 16 crowds of random requests against the V2 runner, interpreted: an hour
+	PYTHONPATH=.triton:loadtests/interpreted:. TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 HEADRACE_TEST_ASYNC=1 \
+		KILLERS_SEEDS=$(or $(SEEDS),200) $(VENV)/python -m pytest tests/engine/test_vllm_killers.py $(ARGS)
 
 gpu-contract: setup ## the engine contract on this machine's GPU: batch-invariant numerics, where it must pass, then the default
 	VLLM_BATCH_INVARIANT=1 $(VENV)/python -m pytest tests/engine/v2_contract.py tests/engine/async_contract.py $(ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -302,7 +303,10 @@ class Chance:
         return (*self.subject.prompt(self.random.randrange(10**6), tokens=self.random.choice([1, 2, 5, 11])), *odd)
 
 
-@pytest.mark.parametrize("seed", range(4))
+SEEDS = int(os.environ.get("KILLERS_SEEDS", "4"))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
 async def test_random_requests_in_crowds(fast_subject: Subject, seed: int) -> None:
     """Crowds of random requests, some aborted in flight, end or are refused; then the reference tokens come again."""
     driver, plain, chance = Driver(fast_subject), fast_subject.prompt(95), Chance(seed, fast_subject)
