@@ -15,7 +15,6 @@ are compared, within what such numbers are worth. An answer that this cannot dec
 
 from __future__ import annotations
 
-import contextlib
 import math
 import uuid
 from collections.abc import Sequence
@@ -56,6 +55,7 @@ class Answer:
 
     positions: list[PositionLogprobs] = field(default_factory=list)
     error: str = ""
+    refused: bool = False
 
     def add(self, output: TokenOutput) -> None:
         """The next output."""
@@ -162,58 +162,79 @@ class Examined:
     async def start(self) -> EngineInfo:
         """Start and record the reference. Raises EngineSick when there is none, or when its rest is not its rest."""
         self._info = info = await self._engine.start()
-        self._reference = await self._asked_alone()
+        continues = not {RESUME_EXACT, RESUME_STATE}.isdisjoint(info.capabilities)
+        seeds = [SEED] if RESUME_EXACT in info.capabilities else []
+        self._reference, *seeded = await self._asked_together([((), seed) for seed in (None, *seeds)])
         self._judge(self._reference, self._reference)
-        if {RESUME_EXACT, RESUME_STATE}.isdisjoint(info.capabilities):
-            return info
-        apart = await self._apart_when_cut(self._reference)
-        if RESUME_EXACT in info.capabilities:
-            self.withdrawn = apart or await self._apart_when_seeded()
-        if self.withdrawn:
-            words = tuple(RESUME_STATE if word == RESUME_EXACT else word for word in info.capabilities)
-            self._info = info = replace(info, capabilities=words)
+        if continues:
+            apart = await self._apart_when_cut([(self._reference, None), *zip(seeded, seeds, strict=True)])
+            if apart and RESUME_EXACT in info.capabilities:
+                self.withdrawn = apart
+                words = tuple(RESUME_STATE if word == RESUME_EXACT else word for word in info.capabilities)
+                self._info = info = replace(info, capabilities=words)
         return info
 
-    async def _apart_when_cut(self, whole: Answer, seed: int | None = None) -> str:
-        """Return where the rest of an answer, asked for behind a cut, has other tokens; empty where it has the same.
-        Raises EngineSick for a greedy rest that is wrong."""
-        apart = ""
-        for cut in sorted({int(part * len(whole.positions)) for part in CUTS} - {0}):
-            rest = await self._asked_alone(whole.token_ids[:cut], seed)
+    async def _apart_when_cut(self, wholes: Sequence[tuple[Answer, int | None]]) -> str:
+        """Return where the rest of an answer (with its seed), asked for behind a cut, has other tokens; empty where all
+        have the same, or are refused. Raises EngineSick for a greedy rest that is wrong."""
+        cuts = [
+            (whole, seed, cut)
+            for whole, seed in wholes
+            for cut in sorted({int(part * len(whole.positions)) for part in CUTS} - {0})
+        ]
+        rests = await self._asked_together([(whole.token_ids[:cut], seed) for whole, seed, cut in cuts])
+        apart = []
+        for (whole, seed, cut), rest in zip(cuts, rests, strict=True):
             if seed is None:
                 self._judge(whole.tail(cut), rest, "continued, ")
-            if not apart and rest.token_ids != whole.token_ids[cut:]:
+            if not rest.refused and rest.token_ids != whole.token_ids[cut:]:
                 which = "greedy" if seed is None else "seeded"
-                apart = f"a {which} call that was cut after {cut} tokens went on with others"
-        return apart
+                apart.append(f"a {which} call that was cut after {cut} tokens went on with others")
+        return next(iter(apart), "")
 
-    async def _apart_when_seeded(self) -> str:
-        """As `_apart_when_cut`; an engine that refuses seeds, or to go on with them, shows nothing."""
-        with contextlib.suppress(EngineRefused):
-            return await self._apart_when_cut(await self._asked_alone((), SEED), SEED)
-        return ""
+    async def _asked_together(self, questions: Sequence[tuple[Sequence[int], int | None]]) -> list[Answer]:
+        """Return what comes for the golden prompt with these emitted tokens, drawn with these seeds."""
+        answers, waiting = [], dict[str, Answer]()
+        for emitted, seed in questions:
+            answers.append(answer := Answer())
+            request_id = await self._submitted(emitted, seed)
+            answer.refused = not request_id
+            if request_id:
+                waiting[request_id] = answer
+        while waiting:
+            for output in await self._engine.step():
+                if output.request_id in waiting:
+                    waiting[output.request_id].add(output)
+                    if output.finish is not None:
+                        del waiting[output.request_id]
+        return answers
 
-    async def _asked_alone(self, emitted: Sequence[int] = (), seed: int | None = None) -> Answer:
-        await self._ask(emitted, seed)
-        while self._asked:
-            self._take(await self._engine.step())
-        return self._answer
-
-    async def _ask(self, emitted: Sequence[int] = (), seed: int | None = None) -> None:
+    async def _submitted(self, emitted: Sequence[int], seed: int | None) -> str:
+        """Hand a question over, with as many log probabilities as the engine gives. Its id; empty where the engine
+        refuses a seeded one: it may take no seeds, or not go on with them. Raises EngineSick."""
         assert self._info is not None
         question = golden_request(self._info, uuid.uuid4().hex, emitted, self._tops[0], seed)
+        try:
+            await self._engine.submit(question)
+        except EngineRefused as refused:
+            if refused.field == "logprobs" and len(self._tops) > 1:
+                self._tops = self._tops[1:]
+                return await self._submitted(emitted, seed)
+            if seed is not None:
+                return ""
+            raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
+        return question.request_id
+
+    async def _ask(self) -> None:
+        """Ask the greedy question again, beside calls."""
+        assert self._info is not None
+        question = golden_request(self._info, uuid.uuid4().hex, (), self._tops[0])
         self._answer, self._ask_again = Answer(), False
         self._asked = question.request_id  # before submit: outputs may come while that returns
         try:
             await self._engine.submit(question)
         except EngineRefused as refused:
-            self._asked = ""
-            if seed is not None:
-                raise
-            if refused.field != "logprobs" or len(self._tops) == 1:
-                raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
-            self._tops = self._tops[1:]
-            await self._ask(emitted)
+            raise self._sick(f"it refuses the golden prompt: {refused.message}") from refused
 
     async def step(self) -> Sequence[TokenOutput]:
         """The next step with outputs for callers. Raises EngineDead, EngineSick among them."""

