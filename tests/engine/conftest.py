@@ -21,6 +21,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+DEADLINE_S = 280.0 if os.environ.get("TRITON_INTERPRET") == "1" else 60.0
+"""For the requests of one test: interpreted kernels take twenty times as long."""
 TOKEN_LO, TOKEN_HI = 300, 700
 """Ordinary ids of the tiny tokenizer: above its bytes and special tokens."""
 
@@ -61,7 +63,7 @@ async def _started(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[tupl
     (core,) = [child for child in engine_children(me) if child not in before]
     family = [core, *core.children(recursive=True)]
     try:
-        yield Subject(engine, info, TOKEN_LO, TOKEN_HI), core
+        yield Subject(engine, info, TOKEN_LO, TOKEN_HI, DEADLINE_S), core
         folder = Path(os.environ[sockets.ENV])
         assert any(one.is_socket() for one in folder.iterdir()), "vLLM's sockets lie in this process's own folder"
         assert any(one.name.startswith("meeting-") for one in folder.iterdir()), "so does the file by which ranks meet"
