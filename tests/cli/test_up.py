@@ -134,14 +134,18 @@ def test_a_killed_part_comes_back(up: Up, part: str) -> None:
     assert up.ask()
 
 
+def _state_reason() -> str:
+    (model,) = json.loads(headrace("status", "--json").stdout)["models"]
+    return str(model["state_reason"])
+
+
 def test_the_end_of_an_engine_is_said(up: Up) -> None:
     """By `up`, by `status` and in the catalog, with the reason; the call goes on with the replica that replaces it."""
     with Client(up.run.endpoints()["grpc"], timeout_s=60) as client:
         client.chat("default", "Hello", max_tokens=DIES_AFTER, temperature=0.0, ignore_eos=True)
     why = "sim is .*: a replica's engine ended at .* UTC: .*die@step"
     until(lambda: re.search(why, up.run.log_file("up").read_text()), "`up` says it")
-    (model,) = json.loads(headrace("status", "--json").stdout)["models"]
-    assert "die@step" in model["state_reason"]
+    until(lambda: "die@step" in _state_reason(), "so does the catalog, which the gateway gets a moment later")
     assert "a replica's engine" in headrace("status").stdout
 
 
