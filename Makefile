@@ -102,4 +102,4 @@ clean: ## remove caches and what was built
 	find cluster tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean ## remove the environment too
-	rm -rf .venv *.egg-info
+	rm -rf .venv .triton .window *.egg-info

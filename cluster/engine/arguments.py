@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.types import ModelSpec
-from cluster.engine import repairs
+from cluster.engine import repairs, resume
 
 CPU_KV_CACHE_BYTES = 1 << 30
 """Room for the KV cache on machines without GPUs, unless `engine.kv_cache_memory_bytes` says otherwise."""
 
 EXECUTORS = ("ray", "mp")
-OLDEST_NOISE = "cpu32"
-"""See `engine_class`."""
 
 
 def on_cpu() -> bool:
@@ -125,7 +123,7 @@ def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: s
     how seeds draw (resume.noise), but for the scheme that engines of older releases have, whose class had no such part.
     """
     quantized = f"-{quantization}" if quantization else ""
-    drawn = "" if noise in ("", OLDEST_NOISE) else f"-{noise}"
+    drawn = "" if noise in ("", resume.CPU_32) else f"-{noise}"
     return f"{dtype}{quantized}-tp{spec.tensor_parallel_size}-pp{spec.pipeline_parallel_size}{drawn}"
 
 

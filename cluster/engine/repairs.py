@@ -236,8 +236,6 @@ def _on_cpu() -> bool:
 def _install_resume() -> None:
     from cluster.engine import resume
 
-    if _version() not in resume.VERSIONS:
-        raise NotImplementedError(f"vLLM {_version()} is not known")
     if lacking := missing(resume.CORE_SYMBOLS):
         raise NotImplementedError(f"this vLLM lacks {', '.join(lacking)}")
     resume.install(v1_ranks=_on_cpu() and not missing(resume.V1_SYMBOLS))
@@ -279,7 +277,7 @@ def why_resume_is_plain(config: Any) -> str:
     """Why engines of this VllmConfig continue a call as a new prompt; empty where they install what it has emitted."""
     from cluster.engine import resume
 
-    if _version() not in resume.VERSIONS:
+    if _version() not in VERSIONS:
         return f"vLLM {_version()} is not known"
     if not loaded_in_ranks():
         return f"the plugin {PLUGIN} is not loaded in vLLM's processes"

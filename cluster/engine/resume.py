@@ -25,7 +25,6 @@ from typing import Any
 from cluster.engine.symbols import digest, missing
 
 EXTRA_ARG = "headrace_emitted"
-VERSIONS = ("0.31.0", "0.32.0", "0.33.0")
 
 CORE_SYMBOLS: dict[str, tuple[str, ...]] = {
     "vllm.SamplingParams": ("extra_args",),

@@ -145,17 +145,16 @@ def test_the_end_of_an_engine_is_said(up: Up) -> None:
         client.chat("default", "Hello", max_tokens=DIES_AFTER, temperature=0.0, ignore_eos=True)
     why = "sim is .*: a replica's engine ended at .* UTC: .*die@step"
     until(lambda: re.search(why, up.run.log_file("up").read_text()), "`up` says it")
-    until(lambda: "die@step" in _state_reason(), "so does the catalog, which the gateway gets a moment later")
+    until(lambda: "die@step" in _state_reason(), "`status` says it, once the catalog knows of the new replica")
     assert "a replica's engine" in headrace("status").stdout
 
 
 def _workers() -> Any:
     """What `status` tells of workers; nothing where a busy gateway has not answered it in time."""
     told = headrace("status", "--json")
-    if told.returncode:
-        print(told.stderr)
-        return []
-    return json.loads(told.stdout)["workers"]
+    late = "DEADLINE_EXCEEDED" in told.stderr
+    assert late or told.returncode == 0, told.stderr
+    return [] if late else json.loads(told.stdout)["workers"]
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -43,6 +44,12 @@ def tiny_spec(**changes: object) -> ModelSpec:
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint."""
     return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+def schedules_asynchronously(subject: Subject) -> bool:
+    """Whether an engine that serves by the fast path does so: on CPUs only where the tests' plugin asks for it."""
+    engine: Any = subject.engine
+    return bool(engine._path._core.vllm_config.scheduler_config.async_scheduling)
 
 
 def engine_children(process: psutil.Process) -> list[psutil.Process]:

@@ -26,7 +26,7 @@ from cluster.api.types import (
 from cluster.engine import resume
 from cluster.engine.symbols import digest, missing, resolve
 from cluster.engine.vllm_engine import VllmEngine
-from tests.engine.conftest import TOKEN_HI, TOKEN_LO, tiny_spec
+from tests.engine.conftest import TOKEN_HI, TOKEN_LO, schedules_asynchronously, tiny_spec
 from tests.engine.contract import Driver, Subject, cut_everywhere, request
 
 pytestmark = pytest.mark.engine
@@ -151,8 +151,8 @@ async def test_emitted_tokens_come_from_the_cache(fast_subject: Subject) -> None
     (answer,) = await driver.run(rest)
     assert answer.token_ids == uncut.token_ids[-1:]
     assert answer.outputs[0].cached_tokens == size
-    # One may be the uncut call's last, and asynchronous scheduling makes one too many; 415 tokens are 4 chunks.
-    assert fast_subject.engine.load().steps - before <= 3
+    # One may be the uncut call's last, and asynchronous scheduling makes one in vain; 415 tokens are 4 chunks.
+    assert fast_subject.engine.load().steps - before <= 2 + schedules_asynchronously(fast_subject)
 
 
 async def test_abort_in_the_middle_of_a_replay(fast_subject: Subject) -> None:
