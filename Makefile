@@ -41,15 +41,14 @@ chart-test: setup ## the chart, presets, images, rules and dashboards by their o
 triton: setup ## Triton for tests of vLLM's V2 model runner, in .triton beside the environment
 	@[ -d .triton/triton ] || $(VENV)/uv pip install --quiet --no-deps --require-hashes --target .triton -r requirements/triton.txt
 
-contract-v2: triton ## the engine contract on vLLM's V2 model runner, interpreted, and on both runners with asynchronous scheduling: ten minutes
-	PYTHONPATH=.triton:loadtests/interpreted:. TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 HEADRACE_TEST_ASYNC=1 $(VENV)/python -m \
-		pytest tests/engine/v2_contract.py tests/engine/async_contract.py tests/engine/test_vllm_resume.py tests/engine/test_vllm_killers.py $(ARGS)
-	PYTHONPATH=loadtests/interpreted:. HEADRACE_TEST_ASYNC=1 $(VENV)/python -m \
-		pytest tests/engine/async_contract.py tests/engine/test_vllm_contract.py tests/engine/test_vllm_resume.py $(ARGS)
+contract-v2: triton ## the engine contract on vLLM's V2 model runner, interpreted, and on both with asynchronous scheduling: half an hour
+	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted tests/engine/v2_contract.py tests/engine/async_contract.py \
+		tests/engine/test_vllm_resume.py tests/engine/test_vllm_killers.py $(ARGS)
+	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted --v1 tests/engine/async_contract.py \
+		tests/engine/test_vllm_contract.py tests/engine/test_vllm_resume.py $(ARGS)
 
-killers: triton ## SEEDS=200 times 16 crowds of random requests against the V2 runner, interpreted: an hour
-	PYTHONPATH=.triton:loadtests/interpreted:. TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 HEADRACE_TEST_ASYNC=1 \
-		KILLERS_SEEDS=$(or $(SEEDS),200) $(VENV)/python -m pytest tests/engine/test_vllm_killers.py $(ARGS)
+killers: triton ## SEEDS=200 times 16 crowds of random requests against the V2 runner, interpreted
+	PYTHONPATH=. KILLERS_SEEDS=$(or $(SEEDS),200) $(VENV)/python -m loadtests.interpreted tests/engine/test_vllm_killers.py $(ARGS)
 
 gpu-contract: setup ## the engine contract on this machine's GPU: batch-invariant numerics, where it must pass, then the default
 	VLLM_BATCH_INVARIANT=1 $(VENV)/python -m pytest tests/engine/v2_contract.py tests/engine/async_contract.py $(ARGS)

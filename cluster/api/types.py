@@ -1,4 +1,4 @@
-"""What travels between the packages. Token ids are ints in [0, vocab_size); times are seconds, monotonic."""
+"""Types that travel between the packages. Token ids are ints in [0, vocab_size); times are seconds, monotonic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 class FinishReason(enum.IntEnum):
-    """Why the engine ended a request; the numbers are those of link.v1 Finish.Reason."""
+    """Reason for which the engine ended a request; the numbers are those of link.v1 Finish.Reason."""
 
     STOP = 1
     LENGTH = 2
@@ -55,13 +55,13 @@ class Sampling:
 
     @property
     def is_seeded(self) -> bool:
-        """Whether tokens are drawn with the caller's seed: a greedy call draws nothing."""
+        """Return whether tokens are drawn with the caller's seed: a greedy call draws nothing."""
         return self.seed is not None and self.temperature > 0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence for an engine. `request_id` is unique for the life of the engine (a duplicate is refused)."""
+    """Request for one sequence. `request_id` is unique for the life of the engine (a duplicate is refused)."""
 
     request_id: str
     prompt_token_ids: Sequence[int]
@@ -83,7 +83,7 @@ class PositionLogprobs:
 
 @dataclass(slots=True)
 class TokenOutput:
-    """What one engine step gave one request. Not frozen: one is made for each token, and freezing costs."""
+    """Output of one engine step for one request. Not frozen: one is made for each token, and freezing costs."""
 
     request_id: str
     token_ids: Sequence[int]
@@ -125,7 +125,7 @@ def resume_word(capabilities: Iterable[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is, fixed once it has started."""
+    """Properties of an engine, fixed once it has started."""
 
     engine_class: str
     """dtype, quantization and parallelism in one word, e.g. `float32-tp2-pp1`: equal classes compute alike."""
@@ -151,7 +151,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What an engine is doing now. `steps` only grows; `kv_usage` in [0, 1]; `step_s` the last step's length.
+    """Load of an engine now. `steps` only grows; `kv_usage` in [0, 1]; `step_s` the last step's length.
 
     A step that stands (`running` above 0, `steps` the same, `step_age_s` far beyond `step_p99_s`) is a hang unless
     `busy` says what the engine is at: `start`, `prefill`, `grammar`, `adapter`, or `cpu` where it gets no core. It says
@@ -175,7 +175,7 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class WorkerIdentity:
-    """Who a worker is, beside what its engine is."""
+    """Identity of a worker; EngineInfo has the properties of its engine."""
 
     worker_id: str
     incarnation: str
@@ -205,8 +205,9 @@ def without_noise(engine_class: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Likeness:
-    """What two workers must have in common for one to go on with what the other has begun: weights, tokenizer, and the
-    engine's arithmetic (dtype, quantization, parallelism). What a seed draws is part of it for seeded calls alone."""
+    """Properties that two workers must share for one to go on with what the other has begun: weights, tokenizer, and
+    the engine's arithmetic (dtype, quantization, parallelism). What a seed draws is part of it for seeded calls
+    alone."""
 
     weight_digest: str
     bundle_digest: str
@@ -218,7 +219,7 @@ class Likeness:
         return Likeness(self.weight_digest, self.bundle_digest, without_noise(self.engine_class))
 
     def can_continue(self, begun: Likeness) -> bool:
-        """Whether a worker like this may go on with what `begun` asks for."""
+        """Return whether a worker like this may go on with a call that needs the likeness `begun`."""
         return begun in (self, self.unseeded)
 
 
@@ -274,7 +275,7 @@ class ModelSpec:
 
 
 class Standing(enum.StrEnum):
-    """Whether a worker takes new work; the names are those of link.v1 Standing.State."""
+    """Attitude of a worker to new work; the names are those of link.v1 Standing.State."""
 
     SERVING = "SERVING"
     CORDONED = "CORDONED"
@@ -283,7 +284,7 @@ class Standing(enum.StrEnum):
 
 
 class ModelState(enum.StrEnum):
-    """Where a model is in its life; the names of inference.proto's Model.State without prefix."""
+    """Stage of a model's life; the names of inference.proto's Model.State without prefix."""
 
     DECLARED = "DECLARED"
     PLACING = "PLACING"
@@ -297,7 +298,7 @@ class ModelState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VersionShare:
-    """One of a model's versions as the gateways are told it. `weight` in [0, 1]: its part of the calls."""
+    """Version of a model as the gateways are told it. `weight` in [0, 1]: its part of the calls."""
 
     version: str
     weight: float = 1.0
@@ -317,7 +318,7 @@ class VersionShare:
 
 @dataclass(frozen=True, slots=True)
 class VersionTally:
-    """What a gateway has counted of one version since its own start. `errors`: calls that failed by the worker's fault.
+    """Counts of one version by one gateway since its own start. `errors`: calls that failed by the worker's fault.
 
     `pairs`: calls whose first token was compared with the last one's of the version that stays; in `slower` of them it
     took more than the version's ttft_ratio times as long.

@@ -154,7 +154,7 @@ class Examined:
         self._ask_again = False
         self._tops = TOPS
         self.withdrawn = ""
-        """Why the engine's word `resume:exact` is not passed on, if so."""
+        """Reason for which the engine's word `resume:exact` became `resume:state`; empty where it did not."""
 
     def __repr__(self) -> str:
         return f"Examined({self._engine!r})"

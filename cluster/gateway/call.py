@@ -38,7 +38,7 @@ class CallUsage:
     resumed: int = 0
     """How often one of its sequences went on at another worker."""
     resume: str = ""
-    """What those workers promise of it: the one of RESUME_WORDS that promises least."""
+    """Word by which those workers resume (RESUME_WORDS), the one that promises least; empty where nothing went on."""
 
 
 @dataclass(eq=False, slots=True)  # with more than 30 attributes a dictionary would make each access slower

@@ -525,7 +525,7 @@ def _tokens_left(call: Call) -> int:
 def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_token_ids") -> array[int]:
     if 0 < len(ids) <= FEW_IDS and min(ids) >= 0 and max(ids) < vocab_size:
         return array("I", ids)
-    import numpy as np  # later.py
+    import numpy as np  # not at the start: later.py
 
     found = np.asarray(ids)
     if found.dtype.kind not in "iu":  # numbers beyond 64 bits are objects

@@ -19,7 +19,6 @@ import pytest
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import (
-    RESUME_EXACT,
     RESUME_PLAIN,
     EngineInfo,
     EngineRequest,
@@ -394,7 +393,7 @@ class EngineContract:
 
     async def test_a_continued_call_tells_its_true_prompt(self, engine: Subject) -> None:
         """prompt_tokens leaves the emitted tokens out, and cached_tokens never exceeds it."""
-        if RESUME_EXACT not in engine.info.capabilities:
+        if RESUME_PLAIN in engine.info.capabilities:
             pytest.skip("this engine continues a call as a new prompt")
         size = engine.info.block_size
         prompt, emitted = engine.prompt(44, tokens=2 * size), engine.prompt(45, tokens=2 * size)

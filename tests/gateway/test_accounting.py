@@ -310,13 +310,6 @@ def test_a_gateway_without_a_ledger_imports_none() -> None:
     assert not {"cluster.gateway.accounting", "cluster.ledger.store", "sqlalchemy"} & set(told)
 
 
-def test_a_gateway_starts_without_what_large_requests_need() -> None:
-    """It imports that later, and reads with it then."""
-    program = "import sys; import cluster.gateway.server; print(*sys.modules)"
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"numpy", "msgspec"} & set(told)
-
-
 async def test_without_accounts_nothing_is_kept(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
     """A gateway that keeps no accounts seals nothing, and its workers keep nothing."""
     async with running_cluster(tmp_path) as cluster:

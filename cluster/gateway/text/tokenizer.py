@@ -269,7 +269,7 @@ class TextModel:
         if len(text) <= SURELY_FEW * most:
             return
         if isinstance(self._reach, _Unknown):
-            from cluster.gateway.text.reach import Reach  # later.py
+            from cluster.gateway.text.reach import Reach  # not at the start: later.py
 
             self._reach = Reach.of(self._tokenizer, self._layout)
         if self._reach is not None and (fewest := self._reach.fewest(text)) > most:
