@@ -36,7 +36,7 @@ from cluster.config_tenants import (
     url_parts,
 )
 from cluster.config_yaml import Document, Duplicate, NotYaml, read
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"
 

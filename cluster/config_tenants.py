@@ -19,7 +19,7 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 
 from cluster.config_gateway import Section
 from cluster.config_problems import Problem, raise_all
-from cluster.tenancy.policy import GuardRule, PolicyError, TenantLimits, TenantPolicy
+from cluster.policy.tenants.policy import GuardRule, PolicyError, TenantLimits, TenantPolicy
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 _CURRENCY = re.compile(r"[A-Z]{3}")

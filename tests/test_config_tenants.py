@@ -20,8 +20,8 @@ from cluster.config_tenants import (
     TenantDefaults,
     check_together,
 )
-from cluster.tenancy.patterns import Patterns
-from cluster.tenancy.policy import MAX_LIMIT, PolicyError, TenantLimits
+from cluster.policy.tenants.patterns import Patterns
+from cluster.policy.tenants.policy import MAX_LIMIT, PolicyError, TenantLimits
 
 AUTH = Auth.model_validate({"cluster_secret_file": "/s", "api_keys": {"pepper_file": "/p"}})
 

@@ -73,7 +73,7 @@ def _token(config: Config) -> str:
     if file is None:
         return ""
     from cluster.ledger.files import read_secrets
-    from cluster.tenancy.identity import admin_token
+    from cluster.policy.tenants.identity import admin_token
 
     try:
         return admin_token(read_secrets(file, "auth.cluster_secret_file")[0])

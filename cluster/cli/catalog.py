@@ -31,7 +31,7 @@ from cluster.cli.common import (
 from cluster.cli.look import Admin, plain
 from cluster.cli.scaling import ModelArgument, ReasonOption
 from cluster.config_yaml import NotYaml, load_documents
-from cluster.control.layers import lay
+from cluster.policy.catalog.layers import lay
 
 DIFFERS = 2
 

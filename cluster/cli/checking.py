@@ -207,7 +207,7 @@ def _files(config: Config) -> Iterator[Problem]:
     from cluster.cli.pods import controller_lacks, gateway_lacks, unreadable_file
     from cluster.gateway.guards.files import read_patterns
     from cluster.ledger.files import read_secrets
-    from cluster.tenancy.patterns import PatternError
+    from cluster.policy.tenants.patterns import PatternError
 
     told = [*gateway_lacks(config, pod=False), *controller_lacks(config, pod=False)]
     if config.weights.hugging_face.token_file is not None:

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from cluster.tenancy.revoked import Revocation
+from cluster.policy.tenants.revocation_list import Revocation
 
 ISSUED = "issued"
 """The file of an authority's folder that lists what it has issued, in lines of a list of revoked certificates."""

@@ -24,7 +24,7 @@ from cluster.config import cache_dir
 from cluster.config_tenants import Auth, Cost, Store, TenantDefaults
 from cluster.config_yaml import NotYaml, load
 from cluster.ledger.rows import Rates
-from cluster.tenancy.policy import PolicyError
+from cluster.policy.tenants.policy import PolicyError
 
 if TYPE_CHECKING:
     from cluster.ledger.store import Ledger

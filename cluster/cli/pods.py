@@ -134,8 +134,8 @@ async def control(
     if not lease:
         await act(stop)
         return
-    from cluster.control.lease import Terms
     from cluster.kube.leading import Leader, StoodStill
+    from cluster.kube.lease import Terms
 
     terms = Terms()
     try:

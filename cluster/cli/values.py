@@ -135,7 +135,7 @@ def groups_of(config: Config, values: Mapping[str, Any]) -> Iterator[Problem]:
 
 def why_no_group(spec: ModelSpec, groups: Sequence[Mapping[str, Any]]) -> str:
     """Why these worker groups cannot hold an entry's least replicas; "" when they can."""
-    from cluster.rayserve.placement import may_spread, world_size
+    from cluster.policy.catalog.placement import may_spread, world_size
 
     mine = [one for one in groups if not spec.gpu or one.get("gpuType") == spec.gpu]
     if not mine:

@@ -20,7 +20,7 @@ from cluster.admin.v1 import tenants_pb2 as pb
 from cluster.api.outcomes import invalid
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import StoredKey, StoredTenant, key_state
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 
 OUTPUT_ONLY = frozenset({"suspended", "origin", "model_aliases", "create_time", "update_time"})
 _NESTED = {

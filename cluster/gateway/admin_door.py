@@ -26,8 +26,8 @@ from google.protobuf.message_factory import GetMessageClass
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.door import Shown, alternative_names
 from cluster.gateway.status import grpc_code, trailers
-from cluster.tenancy.identity import Principal, admin_token, may
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.identity import Principal, admin_token, may
+from cluster.policy.tenants.policy import TenantPolicy
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import FileDescriptor
@@ -45,7 +45,7 @@ _SECRET_HOLDER = Principal(TenantPolicy("default"), role="operator", by="secret"
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """What a method needs: the grant of tenancy/identity.py, and the field that names the tenant.
+    """What a method needs: the grant of policy/tenants/identity.py, and the field that names the tenant.
 
     `whole`: it is about the cluster and not about tenants. `any_tenant`: the field may be empty;
     `of_key`: it names a key. `object`: of one that the controller answers, the field that the audit names.

@@ -23,7 +23,7 @@ from cluster.ledger.desk import ROTATION_S, By, LedgerDesk
 from cluster.ledger.errors import LedgerError, StoreUnavailable
 from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import Rates, UsageQuery
-from cluster.tenancy.identity import may_grant
+from cluster.policy.tenants.identity import may_grant
 
 if TYPE_CHECKING:
     from cluster.config import Config

@@ -19,9 +19,9 @@ from cluster.gateway.call import Call
 from cluster.gateway.limits_local import Limits
 from cluster.link import ticks
 from cluster.observe.metrics import Metrics
-from cluster.tenancy.limits import QUANTUM_TOKENS, Ask, Granted, LimitRefusal, Standing
-from cluster.tenancy.outputs import LearntOutputs
-from cluster.tenancy.policy import TenantLimits, TenantPolicy
+from cluster.policy.fairness.output_lengths import LearntOutputs
+from cluster.policy.limits.limits import QUANTUM_TOKENS, Ask, Granted, LimitRefusal, Standing
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 
 T = TypeVar("T")
 

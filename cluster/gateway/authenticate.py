@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.tokens import TokenRefused, looks_like_jwt
-from cluster.tenancy.identity import (
+from cluster.policy.tenants.identity import (
     CertificateRule,
     Principal,
     Snapshot,

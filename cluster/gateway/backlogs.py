@@ -16,8 +16,8 @@ from cluster.gateway.turns import Turns
 from cluster.link import ticks
 from cluster.link.codec_turns import FlowBacklog, Weighed, backlog_to_pb
 from cluster.link.worker_link import WorkerLink
-from cluster.tenancy.elsewhere import Backlog
-from cluster.tenancy.flows import FlowKey
+from cluster.policy.fairness.peer_backlog import Backlog
+from cluster.policy.fairness.service_counters import FlowKey
 
 REPORT_S = 0.1
 REPEAT_S = 0.5

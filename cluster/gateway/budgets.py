@@ -21,8 +21,8 @@ from cluster.ledger.errors import LedgerError
 from cluster.ledger.notices import Taken
 from cluster.ledger.store import Ledger
 from cluster.observe.metrics import Metrics, Sample
-from cluster.tenancy.budgets import BudgetUse, budgets, crossed, day_name
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.limits.budgets import BudgetUse, budgets, crossed, day_name
+from cluster.policy.tenants.policy import TenantPolicy
 
 log = structlog.get_logger("budgets")
 

@@ -17,8 +17,8 @@ from cluster.gateway.output import Output, Piece
 from cluster.link.isolation import is_call_failure
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
-from cluster.routing.versions import Versions
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.routing.version_split import Versions
+from cluster.policy.tenants.policy import TenantPolicy
 
 if TYPE_CHECKING:
     from cluster.gateway.resumes import Tickets

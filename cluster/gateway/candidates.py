@@ -9,7 +9,7 @@ from cluster.gateway.directory import KnownModel
 from cluster.gateway.losses import SETTLE_S
 from cluster.gateway.output import Output
 from cluster.link.worker_link import WorkerLink
-from cluster.routing.pick import Candidate, RouteCall, is_like
+from cluster.policy.routing.router import Candidate, RouteCall, is_like
 
 
 def onward_call(

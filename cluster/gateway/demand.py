@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.api.demand import ClassCounts
-from cluster.tenancy.order import Waiting
+from cluster.policy.fairness.order import Waiting
 
 GROWTH_TOKENS = 64
 """What outgrows what was foreseen is counted in steps of as many."""

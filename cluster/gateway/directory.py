@@ -25,8 +25,8 @@ from cluster.link import codec
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.worker_link import WorkerLink
 from cluster.observe import garbage
-from cluster.routing.versions import Versions, choose
-from cluster.tenancy.identity import Principal
+from cluster.policy.routing.version_split import Versions, choose
+from cluster.policy.tenants.identity import Principal
 
 log = structlog.get_logger("directory")
 _T = TypeVar("_T")

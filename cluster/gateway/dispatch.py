@@ -31,11 +31,11 @@ from cluster.gateway.turns import Turns
 from cluster.link.codec_turns import Weighed
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
-from cluster.routing.breaker import Breakers
-from cluster.routing.pick import Candidate, Decision, RouteCall, fresh_at, pick, takes_onward
-from cluster.routing.versions import Versions
-from cluster.tenancy.elsewhere import ServedTotal
-from cluster.tenancy.queue import Waiting, WaitingRoom
+from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
+from cluster.policy.routing.breaker import Breakers
+from cluster.policy.routing.router import Candidate, Decision, RouteCall, fresh_at, pick, takes_onward
+from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting

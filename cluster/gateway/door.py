@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.api.outcomes import CallError
-from cluster.tenancy.identity import Principal
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.identity import Principal
+from cluster.policy.tenants.policy import TenantPolicy
 
 ANYBODY = Principal(TenantPolicy("default"), by="nothing")
 """Whoever calls a gateway without `auth`."""

@@ -22,7 +22,7 @@ from cluster.gateway.session_face import Session
 from cluster.gateway.status import grpc_code, trailers
 from cluster.gateway.voices import CHAT, COMPLETE, Kind, voice_of
 from cluster.gateway.wishes import Wish
-from cluster.tenancy.identity import Principal
+from cluster.policy.tenants.identity import Principal
 from cluster.v1 import inference_pb2 as pb
 
 log = structlog.get_logger("grpc")

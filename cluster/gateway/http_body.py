@@ -1,8 +1,8 @@
 """Reads a request's body within the budget of request bytes that all ports of the process share.
 
 The credential is checked before. A body that is here after one read is taken as it is. For more its whole size is
-reserved first (tenancy/request_bytes.py), and reading is paused until the reservation is granted: so unfinished bodies
-hold what the budget allows, and one read each beyond that.
+reserved first (policy/limits/request_bytes.py), and reading is paused until the reservation is granted: so unfinished
+bodies hold what the budget allows, and one read each beyond that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, 
 from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol
 
-from cluster.tenancy.request_bytes import RequestBytes, Reservation
+from cluster.policy.limits.request_bytes import RequestBytes, Reservation
 
 GRANT_S: Final = 30.0
 """A body waits so long for other bodies of its tenant or of the process."""

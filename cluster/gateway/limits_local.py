@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from cluster.tenancy.limits import Ask, Granted, Limiter, LimitRefusal
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.limits.limits import Ask, Granted, Limiter, LimitRefusal
+from cluster.policy.tenants.policy import TenantPolicy
 
 
 class Limits(Protocol):

@@ -24,7 +24,7 @@ from redis.exceptions import NoScriptError, RedisError
 from cluster.api.outcomes import Outcome
 from cluster.gateway.limits_script import SCRIPT, SCRIPT_SHA
 from cluster.gateway.together import Together
-from cluster.tenancy.limits import (
+from cluster.policy.limits.limits import (
     QUANTUM_TOKENS,
     Ask,
     Granted,
@@ -34,8 +34,8 @@ from cluster.tenancy.limits import (
     Standing,
     TokenWeights,
 )
-from cluster.tenancy.policy import TenantLimits, TenantPolicy
-from cluster.tenancy.windows import day_ends_in_s, day_of, month_ends_in_s, month_of
+from cluster.policy.limits.windows import day_ends_in_s, day_of, month_ends_in_s, month_of
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 
 log = structlog.get_logger("limits")
 

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.straight import open_straight
 from cluster.gateway.tokens import TokenRefused
-from cluster.tenancy.identity import is_subject
+from cluster.policy.tenants.identity import is_subject
 
 log = structlog.get_logger("oidc")
 

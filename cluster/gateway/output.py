@@ -16,7 +16,7 @@ from cluster.api.types import EngineRequest, FinishReason, Likeness, TokenOutput
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.logprobs import LogprobSource, TokenLogprob
 from cluster.link.worker_link import WorkerLink
-from cluster.tenancy.order import Waiting
+from cluster.policy.fairness.order import Waiting
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Account

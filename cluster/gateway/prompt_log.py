@@ -27,8 +27,8 @@ from cluster.gateway.call import Call
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.ledger.audit import hide_secrets
 from cluster.observe.metrics import Metrics
-from cluster.tenancy.budgets import day_name
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.limits.budgets import day_name
+from cluster.policy.tenants.policy import TenantPolicy
 
 log = structlog.get_logger("prompts")
 

@@ -36,7 +36,7 @@ from cluster.gateway.segments import (
 from cluster.gateway.takers import Takers
 from cluster.gateway.wishes import Wish
 from cluster.link.worker_link import Stream
-from cluster.tenancy.identity import Principal
+from cluster.policy.tenants.identity import Principal
 
 if TYPE_CHECKING:
     from cluster.gateway.service import CallMeta

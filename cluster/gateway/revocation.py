@@ -14,7 +14,7 @@ from typing import Protocol
 
 import structlog
 
-from cluster.tenancy.revoked import Revoked
+from cluster.policy.tenants.revocation_list import Revoked
 
 log = structlog.get_logger("tls")
 

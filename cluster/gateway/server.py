@@ -50,9 +50,9 @@ from cluster.observe import garbage, interpreter
 from cluster.observe.descriptors import raise_descriptor_limit
 from cluster.observe.metrics import Metrics, Sample
 from cluster.observe.place import pod_name
-from cluster.tenancy.limits import Limiter
-from cluster.tenancy.queue import WaitingRoom
-from cluster.tenancy.request_bytes import Bounds, RequestBytes
+from cluster.policy.fairness.waiting_room import WaitingRoom
+from cluster.policy.limits.limits import Limiter
+from cluster.policy.limits.request_bytes import Bounds, RequestBytes
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting

@@ -32,8 +32,8 @@ from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
 from cluster.link import ticks
 from cluster.link.isolation import is_call_failure
 from cluster.observe.metrics import Metrics
-from cluster.routing.versions import Versions
-from cluster.tenancy.identity import Principal
+from cluster.policy.routing.version_split import Versions
+from cluster.policy.tenants.identity import Principal
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards

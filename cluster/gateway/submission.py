@@ -17,8 +17,8 @@ from cluster.gateway.output import CALLER_FIELDS, Output
 from cluster.link.codec import most_submit_bytes, submit_bytes
 from cluster.link.codec_turns import Weighed
 from cluster.link.worker_link import WorkerLink
-from cluster.routing.versions import Versions
-from cluster.tenancy.order import Waiting
+from cluster.policy.fairness.order import Waiting
+from cluster.policy.routing.version_split import Versions
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting

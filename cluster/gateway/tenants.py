@@ -35,7 +35,7 @@ from cluster.ledger.watch import Watcher
 from cluster.observe import garbage
 from cluster.observe.background import put_behind, put_last
 from cluster.observe.metrics import Metrics
-from cluster.tenancy.identity import (
+from cluster.policy.tenants.identity import (
     BAD_KEY,
     SUSPENDED,
     CertificateRule,
@@ -44,7 +44,7 @@ from cluster.tenancy.identity import (
     cache_salt,
     tenant_handle,
 )
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import Decided

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.tenancy.identity import BAD_KEY
+from cluster.policy.tenants.identity import BAD_KEY
 
 
 class TokenRefused(CallError):

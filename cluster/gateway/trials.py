@@ -1,4 +1,5 @@
-"""What this gateway counts of versions that run beside each other, for the controller's judgement (control/canary.py).
+"""What this gateway counts of versions that run beside each other, for the controller's judgement
+(policy/catalog/canary.py).
 
 Counts begin with the trial: when a model's versions change, they begin anew.
 """

@@ -1,8 +1,8 @@
 """What fair turns are fed with in a gateway: what a call is likely to cost, and what it has come to.
 
-The accounts are tenancy's (fair.py); here they meet the gateway's calls. The token path tells them nothing: a charge is
-made when a call is sent, corrected by its first output, a few times a second where the output outgrows what was
-predicted, and at its end.
+The accounts are tenancy's (fair_queue.py); here they meet the gateway's calls. The token path tells them nothing: a
+charge is made when a call is sent, corrected by its first output, a few times a second where the output outgrows what
+was predicted, and at its end.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from cluster.gateway.call import Call
 from cluster.gateway.output import Output
 from cluster.link.codec_turns import FlowBacklog, Weighed
 from cluster.observe.metrics import Metrics
-from cluster.tenancy.charge import ServiceWeights
-from cluster.tenancy.elsewhere import ServedTotal
-from cluster.tenancy.fair import FairOrder, FairTurns
-from cluster.tenancy.order import Waiting
-from cluster.tenancy.outputs import LearntOutputs
+from cluster.policy.fairness.fair_queue import FairOrder, FairTurns
+from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.output_lengths import LearntOutputs
+from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.policy.fairness.token_cost import ServiceWeights
 
 GROWTH_TOKENS = 64
 """A charge follows an output beyond its prediction in steps of as many."""

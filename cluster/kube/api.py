@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.control.lease import Record
+from cluster.kube.lease import Record
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CALL_S = 3.0

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from cluster.control.lease import Candidate, Terms
 from cluster.kube.api import ApiAway, Conflict, LeaseStore
+from cluster.kube.lease import Candidate, Terms
 
 log = structlog.get_logger("lease")
 

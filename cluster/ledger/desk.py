@@ -14,7 +14,7 @@ from cluster.ledger.audit import AuditEvent
 from cluster.ledger.errors import AlreadyExists, LedgerError, NotPermitted
 from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import NewKey, Rates, StoredKey, StoredTenant, UsageQuery
-from cluster.tenancy.policy import PolicyError, TenantPolicy
+from cluster.policy.tenants.policy import PolicyError, TenantPolicy
 
 if TYPE_CHECKING:
     from cluster.ledger.store import Ledger

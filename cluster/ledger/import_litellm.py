@@ -24,7 +24,7 @@ from sqlalchemy import MetaData, Table, inspect, select
 from cluster.ledger.connect import make_engine, reading
 from cluster.ledger.errors import AlreadyExists, NotFound
 from cluster.ledger.store import Ledger
-from cluster.tenancy.policy import PolicyError, TenantLimits, TenantPolicy
+from cluster.policy.tenants.policy import PolicyError, TenantLimits, TenantPolicy
 
 TABLES = {
     "teams": "LiteLLM_TeamTable",

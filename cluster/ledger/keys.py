@@ -13,7 +13,7 @@ from cluster.ledger.connect import reading, writing
 from cluster.ledger.errors import AlreadyExists, LedgerError, NotFound
 from cluster.ledger.rows import NewKey, StoredKey
 from cluster.ledger.tables import keys, tenants
-from cluster.tenancy.identity import ROLES, SECRET_BYTES, derive, digest_of, make_key, sha256_of
+from cluster.policy.tenants.identity import ROLES, SECRET_BYTES, derive, digest_of, make_key, sha256_of
 
 MAX_NAME = 255
 _ID_BYTES = 6

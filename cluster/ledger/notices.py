@@ -14,7 +14,7 @@ from sqlalchemy import Engine, delete, select, update
 from cluster.ledger.changes import insert_or
 from cluster.ledger.connect import reading, writing
 from cluster.ledger.tables import budget_notices as table
-from cluster.tenancy.budgets import BudgetNotice, BudgetUse
+from cluster.policy.limits.budgets import BudgetNotice, BudgetUse
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 3600.0
 KEPT_S = 62 * 86_400.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.ledger.store import Ledger
-from cluster.tenancy.policy import Retention
+from cluster.policy.tenants.policy import Retention
 
 DAY_S = 86400.0
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.ledger.errors import LedgerError
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "generated_tokens", "gpu_seconds")
 DIMENSIONS = ("tenant", "model", "day", "month", "key_id", "version", "adapter", "outcome", "gpu")

@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from cluster.ledger.records import OpenRecord, RecordError
-from cluster.tenancy.identity import derive, key_number
+from cluster.policy.tenants.identity import derive, key_number
 
 VERSION = 1
 SALT_BYTES, NONCE_BYTES, TAG_BYTES = 16, 12, 16

@@ -11,8 +11,8 @@ from sqlalchemy import Connection, Engine, Row, select
 
 from cluster.ledger.connect import reading
 from cluster.ledger.tables import change_sequence, keys, tenants
-from cluster.tenancy.identity import KeyEntry, Snapshot, TenantEntry
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.identity import KeyEntry, Snapshot, TenantEntry
+from cluster.policy.tenants.policy import TenantPolicy
 
 
 class Snapshots:

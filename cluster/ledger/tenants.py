@@ -18,7 +18,7 @@ from cluster.ledger.connect import reading, writing
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound
 from cluster.ledger.rows import StoredTenant
 from cluster.ledger.tables import audit, budget_notices, erased, keys, tenants, usage
-from cluster.tenancy.policy import PolicyError, TenantPolicy
+from cluster.policy.tenants.policy import PolicyError, TenantPolicy
 
 
 def digest_of_name(tenant: str) -> str:

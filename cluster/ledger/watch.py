@@ -21,8 +21,8 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import write_whole
-from cluster.tenancy.identity import Snapshot
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.identity import Snapshot
+from cluster.policy.tenants.policy import TenantPolicy
 
 log = structlog.get_logger("ledger")
 

@@ -8,9 +8,9 @@ from math import isfinite
 from typing import Generic, NamedTuple, TypeVar
 
 from cluster.link.v1 import link_pb2 as pb
-from cluster.tenancy.elsewhere import Backlog, ServedTotal
-from cluster.tenancy.flows import FlowKey
-from cluster.tenancy.order import Waiting
+from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
+from cluster.policy.fairness.service_counters import FlowKey
 
 T = TypeVar("T")
 

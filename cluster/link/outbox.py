@@ -14,8 +14,8 @@ from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_to_pb, serv
 from cluster.link.credit import Grant
 from cluster.link.usage_keeper import MOST_A_MESSAGE, EndedUsage
 from cluster.link.v1 import link_pb2 as pb
-from cluster.tenancy.elsewhere import ServedTotal
-from cluster.tenancy.flows import FlowKey
+from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.policy.fairness.service_counters import FlowKey
 
 MESSAGE_BYTES = 4 << 20
 """Of Submits that one message to a worker holds; far below what the worker accepts."""

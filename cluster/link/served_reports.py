@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from cluster.link.codec_turns import Weighed, flows_from_pb
 from cluster.link.outbox import Outbox
 from cluster.link.v1 import link_pb2 as pb
-from cluster.tenancy.charge import Charge, ServiceWeights
-from cluster.tenancy.elsewhere import ServedTotal
-from cluster.tenancy.flows import FlowKey
-from cluster.tenancy.served import ServedMeter
+from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.policy.fairness.served_tokens import ServedMeter
+from cluster.policy.fairness.service_counters import FlowKey
+from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 
 
 class ServedReports:

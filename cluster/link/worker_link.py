@@ -27,8 +27,8 @@ from cluster.link.outbox import CommandBox
 from cluster.link.replays import Replays
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
-from cluster.tenancy.elsewhere import ServedTotal
-from cluster.tenancy.order import Waiting
+from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.peer_backlog import ServedTotal
 
 log = structlog.get_logger("link")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.control.reconcile import Observed
+from cluster.policy.catalog.reconcile import Observed
 from cluster.rayserve.observing import observed
 from cluster.rayserve.settings import ReplicaSettings
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.bundle import Bundle, sampling_defaults
-from cluster.control.catalog import Known
+from cluster.policy.catalog.lifecycle import Known
 from cluster.rayserve import settings as replica_settings
 from cluster.rayserve.settings import ReplicaSettings
 

@@ -23,26 +23,26 @@ from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare,
 from cluster.config import Config
 from cluster.config_gateway import Tls
 from cluster.config_lenient import Lenient
-from cluster.control import catalog, reconcile
-from cluster.control.canary import Tally, judge
-from cluster.control.catalog import Known, Reported
-from cluster.control.reconcile import Observed
-from cluster.control.scaler import Scaler
-from cluster.control.scaling_desk import Desk
-from cluster.control.versions import Mark, Share, replicas_of, shares, total_of
 from cluster.link.catalog_verbs import catalog_verbs
 from cluster.link.controller import ControllerEnd, FleetWorker
 from cluster.link.lost_engines import LostEngine
 from cluster.link.scaling_verbs import scaling_verbs
 from cluster.link.tls import TlsFiles
 from cluster.observe.metrics import Metrics
+from cluster.policy.catalog import lifecycle, reconcile
+from cluster.policy.catalog.canary import Tally, judge
+from cluster.policy.catalog.held import held_entry
+from cluster.policy.catalog.lifecycle import Known, Reported
+from cluster.policy.catalog.placement import capacity, why_unplaceable
+from cluster.policy.catalog.reconcile import Observed
+from cluster.policy.catalog.versions import Mark, Share, replicas_of, shares, total_of
+from cluster.policy.scaling.operator_requests import Desk
+from cluster.policy.scaling.scaler import Scaler
 from cluster.rayserve import bundling, scaling
 from cluster.rayserve import desk as catalog_desk
 from cluster.rayserve.backend import Backend, ChildBackend, RayAway, Snapshot
-from cluster.rayserve.held import held_entry
 from cluster.rayserve.jobs import JobBackend
 from cluster.rayserve.last_good import held_names, with_last_good
-from cluster.rayserve.placement import capacity, why_unplaceable
 from cluster.rayserve.settings import ReplicaSettings
 from cluster.rayserve.several import SeveralRays
 
@@ -320,7 +320,7 @@ class Controller:
         """A model as it will be told: what was told last, with the shares of now. Raises KeyError."""
         them = self._wanted[model]
         parts = {part.version: part for part in self._shares(them)}
-        last = self._entries.get(model) or catalog.entry(them[0].spec, ModelState.DECLARED, None)
+        last = self._entries.get(model) or lifecycle.entry(them[0].spec, ModelState.DECLARED, None)
         before = {share.version: share for share in last.versions}
         told = tuple(
             replace(
@@ -383,7 +383,7 @@ class Controller:
             now[model] = held_entry(spec, apps, [_reported(one) for one in fleet if one.model == model])
         told = {(name, share.version) for name, entry in now.items() for share in entry.versions}
         self._states = {key: state for key, state in self._states.items() if key in told}
-        self._entries = {name: catalog.remember(self._entries.get(name), entry) for name, entry in now.items()}
+        self._entries = {name: lifecycle.remember(self._entries.get(name), entry) for name, entry in now.items()}
         self._entries = {
             name: replace(self.scaler.told(entry), replicas_desired=entry.replicas_desired)  # of all its versions
             for name, entry in self._entries.items()
@@ -419,7 +419,7 @@ class Controller:
                 for seen in snapshot.apps.values()
                 if seen.model == model and (seen.version in (part.version, "") or leaving) and seen not in (*now, *gone)
             ]
-            seen = catalog.combined(now, before if leaving is None else [*before, *gone])
+            seen = lifecycle.combined(now, before if leaving is None else [*before, *gone])
             versions.append(
                 self._version(
                     part,
@@ -435,7 +435,7 @@ class Controller:
                 )
             )
         first = versions[0]
-        return catalog.entry_of(
+        return lifecycle.entry_of(
             versions,
             retired=[one.digest for one in gone if leaving is None],  # of what leaves, calls that wait get their turn
             cold_start_s=self._cold_starts_s.get(first.spec.name, 0.0),
@@ -454,20 +454,20 @@ class Controller:
         lost: str,
         wanted: bool,
         changing: bool,
-    ) -> catalog.Version:
-        sight = catalog.sight(wanted, seen, unplaceable)
-        if sight is catalog.Sight.SERVING and not workers and self.gateways.linked:
-            sight = catalog.Sight.STARTING  # it runs, but no gateway has its link yet
+    ) -> lifecycle.Version:
+        sight = lifecycle.sight(wanted, seen, unplaceable)
+        if sight is lifecycle.Sight.SERVING and not workers and self.gateways.linked:
+            sight = lifecycle.Sight.STARTING  # it runs, but no gateway has its link yet
         key = (spec.name, part.version)
         before = self._states.get(key, ModelState.DECLARED)
-        state = catalog.move(ModelState.DECLARED if before is ModelState.GONE else before, sight)
+        state = lifecycle.move(ModelState.DECLARED if before is ModelState.GONE else before, sight)
         self._states[key] = state
         if state is not before:
             why = part.gone or (seen.trouble if seen else "")
             log.info("model.state", model=spec.name, version=part.version, state=state.value, why=why)
             if state is ModelState.READY and before is ModelState.LOADING and seen is not None:
                 self._cold_starts_s.setdefault(spec.name, round(self.wall_s() - seen.deployed_at_s, 1))
-        return catalog.Version(
+        return lifecycle.Version(
             spec,
             part,
             state,
@@ -482,7 +482,7 @@ class Controller:
 
     def _ends(self, model: str, version: str, generations: Sequence[str]) -> str:
         """What the version's workers said lately of the ends of their engines."""
-        return catalog.ends_of(
+        return lifecycle.ends_of(
             [
                 (one.at_s, one.reason)
                 for one in self.gateways.lost()
@@ -496,7 +496,7 @@ class Controller:
         self._away = reason
         if not self._entries:
             for name, them in self._wanted.items():
-                self._entries[name] = catalog.entry(
+                self._entries[name] = lifecycle.entry(
                     them[0].spec, ModelState.DECLARED, None, known=Known(trouble=reason)
                 )
             self.gateways.publish(self.entries())

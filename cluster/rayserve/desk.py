@@ -21,8 +21,8 @@ from cluster.api.catalog import Change
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import CatalogEntry
 from cluster.config import Config, Model, entry_of, with_models
-from cluster.control import layers
-from cluster.control.versions import Mark
+from cluster.policy.catalog import layers
+from cluster.policy.catalog.versions import Mark
 from cluster.rayserve.settings import ReplicaSettings
 
 log = structlog.get_logger("catalog")

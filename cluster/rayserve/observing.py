@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.control.reconcile import Observed, app_parts
+from cluster.policy.catalog.reconcile import Observed, app_parts
 from cluster.rayserve.settings import refusal_in
 
 _MODULE_PATH = re.compile(r"^(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_]\w*: )")

@@ -8,7 +8,7 @@ from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine
 from cluster.config_engine import code_arguments
 from cluster.engine.cards import Card, read_card
-from cluster.rayserve.placement import is_simulated
+from cluster.policy.catalog.placement import is_simulated
 from cluster.rayserve.replica import Opened
 from cluster.rayserve.settings import ReplicaSettings
 

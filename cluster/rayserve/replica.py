@@ -31,7 +31,7 @@ from cluster.observe import garbage
 from cluster.observe.cores import leave_no_core_dumps
 from cluster.observe.descriptors import raise_descriptor_limit
 from cluster.observe.interpreter import hand_over_soon
-from cluster.rayserve.placement import why_split
+from cluster.policy.catalog.placement import why_split
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
 
 log = structlog.get_logger("replica")

@@ -11,12 +11,12 @@ import structlog
 
 from cluster.api.scaling import ScalingDecision
 from cluster.config import Config
-from cluster.control.rates import Limits
-from cluster.control.reconcile import Observed
-from cluster.control.scaler import Asked, Kind, OnRay, Scaler, ScalingSettings, WorkerSeen
-from cluster.control.scaling_desk import asked_from_json, asked_to_json
 from cluster.link.controller import FleetWorker
 from cluster.observe.metrics import Metrics
+from cluster.policy.catalog.reconcile import Observed
+from cluster.policy.scaling.operator_requests import asked_from_json, asked_to_json
+from cluster.policy.scaling.replica_rates import Limits
+from cluster.policy.scaling.scaler import Asked, Kind, OnRay, Scaler, ScalingSettings, WorkerSeen
 
 log = structlog.get_logger("scaling")
 

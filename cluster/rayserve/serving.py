@@ -14,11 +14,11 @@ from ray import serve
 
 from cluster.observe import log
 from cluster.observe.place import node_name, pod_name
+from cluster.policy.catalog.placement import is_simulated, placement, world_size
 from cluster.rayserve import draining
 from cluster.rayserve import settings as replica_settings
 from cluster.rayserve.drain_time import usable_s
 from cluster.rayserve.opening import open_model
-from cluster.rayserve.placement import is_simulated, placement, world_size
 from cluster.rayserve.replica import Place, Replica
 from cluster.rayserve.settings import ReplicaSettings
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from cluster.control.reconcile import Observed
+from cluster.policy.catalog.reconcile import Observed
 from cluster.rayserve.backend import Backend, RayAway, Snapshot
 from cluster.rayserve.settings import ReplicaSettings
 

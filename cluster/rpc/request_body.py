@@ -1,8 +1,8 @@
 """The messages of one call's request on their way in: assembled, reserved in the budget, and waiting to be read.
 
 Flow control follows the budget. A call may send `window_bytes` of a message; for the rest of it the message's whole
-size is reserved first (tenancy/request_bytes.py), and then the window is opened for exactly that. So a message that has
-its reservation can always be completed, and bytes without one are at most a window each.
+size is reserved first (policy/limits/request_bytes.py), and then the window is opened for exactly that. So a message
+that has its reservation can always be completed, and bytes without one are at most a window each.
 """
 
 from __future__ import annotations

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from cluster.api.types import EngineRequest, TokenOutput
 from cluster.link.credit import Grant, Purse
-from cluster.routing.pick import Candidate, Decision, RouteCall, pick
+from cluster.policy.fairness.fair_queue import FairTurns
+from cluster.policy.fairness.order import Waiting
+from cluster.policy.fairness.output_lengths import LearntOutputs
+from cluster.policy.fairness.service_counters import FlowKey
+from cluster.policy.fairness.token_cost import Charge, ServiceWeights
+from cluster.policy.fairness.waiting_room import WaitingRoom
+from cluster.policy.routing.router import Candidate, Decision, RouteCall, pick
 from cluster.sim.worker import SimSubmit, SimWorker
-from cluster.tenancy.charge import Charge, ServiceWeights
-from cluster.tenancy.fair import FairTurns
-from cluster.tenancy.flows import FlowKey
-from cluster.tenancy.order import Waiting
-from cluster.tenancy.outputs import LearntOutputs
-from cluster.tenancy.queue import WaitingRoom
 
 MODEL = "m"
 

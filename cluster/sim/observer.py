@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.api.types import TokenOutput
+from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.sim.events import Agenda
 from cluster.sim.gateway import MODEL, SimCall, SimGateway
 from cluster.sim.worker import SimWorker
-from cluster.tenancy.charge import ServiceWeights
 
 SAMPLE_S = 0.1
 

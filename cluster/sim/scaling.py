@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.control.scaling import (
+from cluster.policy.fairness.output_lengths import KEPT, LearntOutputs
+from cluster.policy.scaling.portfolio import (
     ClassDemand,
     Decision,
     Memory,
@@ -26,7 +27,6 @@ from cluster.control.scaling import (
 )
 from cluster.sim.fleet import Arrival, Fleet
 from cluster.sim.plant import SMALL, ReplicaModel
-from cluster.tenancy.outputs import KEPT, LearntOutputs
 
 Floats = NDArray[np.float64]
 UNBOUNDED = 1 << 20

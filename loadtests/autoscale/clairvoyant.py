@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from cluster.control.scaling import ModelSettings, Observation
+from cluster.policy.scaling.portfolio import ModelSettings, Observation
 from cluster.sim.plant import ReplicaModel
 from cluster.sim.scaling import Demand, Floats, SimModelSpec, Track, simulate
 from loadtests.autoscale.optimum import Plan, Rules, Slots, cost_of, optimum

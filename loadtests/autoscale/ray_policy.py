@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from cluster.control.scaling import ModelSeen, Observation
+from cluster.policy.scaling.portfolio import ModelSeen, Observation
 
 TARGETS = (2, 3, 4, 6, 8, 12, 16)
 UPSCALE_S = (0.0, 10.0, 30.0)

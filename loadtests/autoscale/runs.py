@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cluster.control.scaling import ModelSettings
+from cluster.policy.scaling.portfolio import ModelSettings
 from cluster.sim.plant import LARGE, SMALL, ReplicaModel
 from cluster.sim.scaling import Demand, OurPolicy, Scaler, SimModelSpec, Track, needed, simulate
 from loadtests.autoscale import demand as demands

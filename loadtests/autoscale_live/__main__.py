@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from cluster.api.types import ModelSpec
-from cluster.control.scaler import DECIDE_S
-from cluster.control.scaling import ModelSettings, Slo
+from cluster.policy.scaling.portfolio import ModelSettings, Slo
+from cluster.policy.scaling.scaler import DECIDE_S
 from cluster.sim.plant import ReplicaModel
 from cluster.sim.scaling import Demand, OurPolicy, SimModelSpec, simulate
 from loadtests import machine

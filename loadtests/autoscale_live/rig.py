@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.api.types import ModelSpec
-from cluster.control.reconcile import Observed
-from cluster.control.scaler import OnRay, Scaler, ScalingSettings
-from cluster.control.scaling_desk import Desk
 from cluster.link.controller import ControllerEnd
+from cluster.policy.catalog.reconcile import Observed
+from cluster.policy.scaling.operator_requests import Desk
+from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings
 from cluster.rayserve import scaling
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.bundling import describe

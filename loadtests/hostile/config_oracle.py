@@ -26,9 +26,9 @@ from cluster.api.types import ModelSpec
 from cluster.cli.pod_secrets import manifests
 from cluster.cli.pods import controller_lacks, gateway_lacks
 from cluster.config import Config
-from cluster.control import specs
 from cluster.ledger.files import make_secret
-from cluster.rayserve.placement import capacity, is_simulated, why_unplaceable
+from cluster.policy.catalog import specs
+from cluster.policy.catalog.placement import capacity, is_simulated, why_unplaceable
 from cluster.rayserve.settings import ReplicaSettings
 
 MOUNTS = {"/tls/": "tls", "/revoked/": "revoked", "/link/": "link-gateway", "/secrets/": "secrets"}

@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
 from cluster.ledger.files import read_secrets
 from cluster.observe.exposition import samples
-from cluster.tenancy.identity import admin_token
+from cluster.policy.tenants.identity import admin_token
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.children import Child

@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.client import Client
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 from loadtests.children import ROOT, Child, Children, free_port
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage

@@ -18,10 +18,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cluster.policy.fairness.fair_queue import FairTurns
+from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
 from cluster.sim.traffic import Lengths, SimTenant, clipped, made_up
 from cluster.sim.world import World, WorldConfig
-from cluster.tenancy.fair import FairTurns
-from cluster.tenancy.queue import Waiting, WaitingRoom
 from loadtests import traces
 from loadtests.figures import Bound, mean, missing, plain_figure, ratio_figure
 from loadtests.scenarios.common import Stage, rounds_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.ledger.files import make_secret, read_secrets
 from cluster.ledger.store import Ledger
-from cluster.tenancy.policy import TenantLimits, TenantPolicy
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 
 TENANT = "loadtest"
 LIMITS = TenantLimits(requests_per_minute=10**7, tokens_per_minute=10**10, concurrent_requests=10**6)

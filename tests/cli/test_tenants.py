@@ -15,8 +15,8 @@ from cluster.cli.commands import app
 from cluster.cli.runs import ProcessId, RunFolder
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
-from cluster.tenancy.identity import authenticate
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.identity import authenticate
+from cluster.policy.tenants.policy import TenantPolicy
 from tests.ledger import litellm_schema
 from tests.ledger.samples import record
 from tests.support import postgres

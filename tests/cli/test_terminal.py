@@ -21,7 +21,7 @@ from cluster.cli.common import SafeConsole, print_json
 from cluster.cli.look import worker_table
 from cluster.ledger.audit import AuditEvent
 from cluster.ledger.store import Ledger
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 from tests.ledger.samples import record
 
 Run = Callable[..., Result]

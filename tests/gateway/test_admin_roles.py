@@ -14,8 +14,8 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from cluster.admin.v1 import admin_pb2, catalog_pb2, scaling_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.admin_door import VERBS
-from cluster.tenancy.identity import admin_token
-from cluster.tenancy.policy import GuardRule, Retention, TenantLimits, TenantPolicy
+from cluster.policy.tenants.identity import admin_token
+from cluster.policy.tenants.policy import GuardRule, Retention, TenantLimits, TenantPolicy
 from tests.ledger.samples import record
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.keyed import SECRET, Keyed, eventually, keyed_cluster

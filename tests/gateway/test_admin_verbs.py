@@ -17,7 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
-from cluster.tenancy.identity import authenticate
+from cluster.policy.tenants.identity import authenticate
 from tests.ledger.samples import record
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.keyed import PEPPER, Keyed, keyed_cluster

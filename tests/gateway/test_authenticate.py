@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.authenticate import Authenticator
 from cluster.gateway.oidc import Issuer, OidcVerifier
-from cluster.tenancy.identity import (
+from cluster.policy.tenants.identity import (
     BAD_KEY,
     CertificateRule,
     KeyEntry,
@@ -24,7 +24,7 @@ from cluster.tenancy.identity import (
     make_key,
     sha256_of,
 )
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 
 NOW = 1_800_000_000.0
 PEPPER = b"p" * 32

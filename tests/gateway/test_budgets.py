@@ -21,8 +21,8 @@ from cluster.gateway.budgets import BudgetWatch
 from cluster.ledger.notices import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_s
 from cluster.ledger.store import Ledger
 from cluster.observe.metrics import Metrics
-from cluster.tenancy.budgets import BudgetUse, crossed, day_name
-from cluster.tenancy.policy import TenantLimits, TenantPolicy
+from cluster.policy.limits.budgets import BudgetUse, crossed, day_name
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 from tests.ledger.samples import record
 from tests.support import postgres
 from tests.support.calls import Answer, complete

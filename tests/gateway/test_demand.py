@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.gateway.demand import GROWTH_TOKENS, Tally, within_slo
-from cluster.tenancy.order import Waiting
+from cluster.policy.fairness.order import Waiting
 
 CLASSES = {"interactive": 0, "batch": 2}
 

@@ -13,8 +13,8 @@ from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.directory import Directory
-from cluster.tenancy.identity import Principal
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.identity import Principal
+from cluster.policy.tenants.policy import TenantPolicy
 
 
 async def no_bundle(digest: str) -> Bundle:

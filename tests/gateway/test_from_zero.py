@@ -15,12 +15,12 @@ import pytest
 
 from cluster.api.bundle import Bundle
 from cluster.api.types import ModelSpec, ModelState
-from cluster.control.catalog import Known
-from cluster.control.scaler import DECIDE_S, Scaler, ScalingSettings
 from cluster.gateway.http_answers import KEEP_ALIVE, keep_alive
 from cluster.gateway.service import Progress
 from cluster.link.controller import ControllerEnd
 from cluster.link.dial import read
+from cluster.policy.catalog.lifecycle import Known
+from cluster.policy.scaling.scaler import DECIDE_S, Scaler, ScalingSettings
 from cluster.rayserve import scaling
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.settings import ReplicaSettings

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.gateway.http_body import Refused, RequestBodies
 from cluster.gateway.http_protocol import CONNECTION
 from cluster.gateway.http_server import HttpServer
-from cluster.tenancy.request_bytes import Bounds, RequestBytes
+from cluster.policy.limits.request_bytes import Bounds, RequestBytes
 from tests.support.cluster import until
 
 MIB = 1 << 20

@@ -24,7 +24,7 @@ from cluster.gateway.text.tokenizer import TextModel
 from cluster.ledger.records import OpenRecord, UsageRecord
 from cluster.ledger.sealed import Sealer
 from cluster.link.worker_link import WorkerLink
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 from tests.link.test_replays import Silent, linked
 from tests.support.calls import complete
 from tests.support.cluster import TestCluster, sim_engine, until

@@ -17,8 +17,8 @@ from cluster.api.outcomes import Outcome
 from cluster.cli import doctor
 from cluster.gateway.limits_local import Limits, LocalLimits
 from cluster.gateway.limits_valkey import PREFIX, TIMEOUT_S, ValkeyLimits
-from cluster.tenancy.limits import Ask, Granted, Limit, Limiter, LimitRefusal
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.limits.limits import Ask, Granted, Limit, Limiter, LimitRefusal
+from cluster.policy.tenants.policy import TenantPolicy
 from tests.support.keyed import eventually
 
 SERVER = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")

@@ -25,7 +25,7 @@ from cluster.gateway import oidc, tokens
 from cluster.gateway.oidc import Claims, Issuer, OidcVerifier
 from cluster.gateway.straight import open_straight
 from cluster.gateway.tokens import TokenRefused
-from cluster.tenancy.identity import BAD_KEY
+from cluster.policy.tenants.identity import BAD_KEY
 
 NOW = 1_800_000_000.0
 ISSUER = "https://sso.example.com/"

@@ -20,7 +20,7 @@ from cluster.gateway.server import Gateway
 from cluster.gateway.sibling_aborts import SERVICE, TAG, SiblingAborts
 from cluster.link.dial import read
 from cluster.link.tls import TlsFiles
-from cluster.tenancy.identity import admin_token
+from cluster.policy.tenants.identity import admin_token
 from tests.support.admin import AdminClient
 from tests.support.calls import chat as chat_request
 from tests.support.calls import refused, rest_of

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.admin.v1 import tenants_pb2
 from cluster.api.bundle import Bundle
-from cluster.tenancy.identity import BAD_KEY
+from cluster.policy.tenants.identity import BAD_KEY
 from tests.support.admin import AdminClient
 from tests.support.calls import chat, refused
 from tests.support.cluster import sim_engine

@@ -15,7 +15,7 @@ import pytest
 from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, ModelState, VersionShare, VersionTally
 from cluster.link.dial import read
-from cluster.routing.versions import choose
+from cluster.policy.routing.version_split import choose
 from tests.support.calls import chat, refused, rest_of
 from tests.support.cluster import TestCluster, Worker, sim_engine, until
 

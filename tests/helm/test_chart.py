@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.tenancy.revoked import Revoked
+from cluster.policy.tenants.revocation_list import Revoked
 from tests.support import helm
 from tests.support import kubernetes_schemas as schemas
 from tests.support.helm import Rendered

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from cluster.cli.commands import app
 from cluster.cli.pod_secrets import manifests
 from cluster.config import Config, parse
-from cluster.rayserve.placement import is_simulated, why_unplaceable, world_size
+from cluster.policy.catalog.placement import is_simulated, why_unplaceable, world_size
 from tests.support import helm
 from tests.support.helm import NAMESPACE, ROOT, Rendered
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.control.lease import Record, Terms
 from cluster.kube.api import ApiAway, Conflict, KubeLease
 from cluster.kube.leading import Leader, StoodStill
+from cluster.kube.lease import Record, Terms
 from tests.support.kube_api import FakeApi, kube_api
 
 pytestmark = pytest.mark.slow

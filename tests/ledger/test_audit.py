@@ -12,7 +12,7 @@ import pytest
 from cluster.ledger.audit import HIDDEN, AuditEvent, AuditLog, scrub
 from cluster.ledger.files import make_secret, read_secrets
 from cluster.ledger.store import Ledger
-from cluster.tenancy.identity import make_key
+from cluster.policy.tenants.identity import make_key
 
 KEY = make_key("k123", hashlib.sha256(b"x").digest())
 SECRETS = [

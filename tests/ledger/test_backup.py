@@ -21,9 +21,9 @@ from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import UsageQuery
 from cluster.ledger.store import Ledger
 from cluster.ledger.tables import usage
-from cluster.tenancy.budgets import BudgetUse, crossed
-from cluster.tenancy.identity import authenticate
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.limits.budgets import BudgetUse, crossed
+from cluster.policy.tenants.identity import authenticate
+from cluster.policy.tenants.policy import TenantPolicy
 from tests.ledger.conftest import PEPPER
 from tests.ledger.samples import record
 

@@ -12,8 +12,8 @@ import pytest
 from cluster.ledger import import_litellm
 from cluster.ledger.import_litellm import Plan, PlannedTenant, apply, plan, read
 from cluster.ledger.store import Ledger
-from cluster.tenancy.identity import authenticate
-from cluster.tenancy.policy import TenantLimits, TenantPolicy
+from cluster.policy.tenants.identity import authenticate
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 from tests.ledger import litellm_schema
 from tests.ledger.conftest import PEPPER
 from tests.support.postgres import PostgresServer

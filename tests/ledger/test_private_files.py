@@ -14,7 +14,7 @@ from cluster.api.private_files import make_private_folder, narrow
 from cluster.cli.runs import RunFolder
 from cluster.gateway.takers import FileTakers
 from cluster.ledger.store import Ledger
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 from tests.support.gateway_process import gateway_process
 
 pytestmark = pytest.mark.slow

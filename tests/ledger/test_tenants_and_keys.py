@@ -12,8 +12,8 @@ from cluster.ledger.audit import AuditEvent
 from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import UsageQuery
 from cluster.ledger.store import Ledger
-from cluster.tenancy.identity import Snapshot, authenticate
-from cluster.tenancy.policy import TenantLimits, TenantPolicy
+from cluster.policy.tenants.identity import Snapshot, authenticate
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 from tests.ledger.conftest import PEPPER
 
 pytestmark = pytest.mark.slow

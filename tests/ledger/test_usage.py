@@ -22,7 +22,7 @@ from cluster.ledger.retention import Expired, expire
 from cluster.ledger.rows import Rates, UsageQuery
 from cluster.ledger.store import Ledger
 from cluster.ledger.usage import IDLE_TENANT
-from cluster.tenancy.policy import Retention, TenantPolicy
+from cluster.policy.tenants.policy import Retention, TenantPolicy
 from tests.ledger.samples import DAY_S, record
 
 

@@ -15,8 +15,8 @@ from cluster.ledger import watch
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.store import Ledger
 from cluster.ledger.watch import Watcher
-from cluster.tenancy.identity import KeyEntry, Snapshot, TenantEntry
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.identity import KeyEntry, Snapshot, TenantEntry
+from cluster.policy.tenants.policy import TenantPolicy
 from tests.ledger.conftest import PEPPER
 from tests.support import postgres
 

@@ -13,9 +13,9 @@ import pytest
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.config import parse
-from cluster.control.scaler import Asked
 from cluster.link.controller import FleetWorker
 from cluster.link.lost_engines import LostEngine
+from cluster.policy.scaling.scaler import Asked
 from cluster.rayserve.backend import Backend, RayAway
 from cluster.rayserve.controller import QUIET_S, Controller, settings_of
 from cluster.rayserve.settings import ReplicaSettings

@@ -9,8 +9,8 @@ from cluster.api.types import ModelSpec, ModelState
 from cluster.config import parse
 from cluster.config_lenient import for_controller
 from cluster.link.controller import FleetWorker
+from cluster.policy.catalog.held import WHY
 from cluster.rayserve.controller import settings_of
-from cluster.rayserve.held import WHY
 from cluster.rayserve.last_good import with_last_good
 from tests.rayserve.test_controller import FakeGateways, controller, settings
 from tests.support.fake_ray import FakeRay

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.control.reconcile import Observed
+from cluster.policy.catalog.reconcile import Observed
 from cluster.rayserve.observing import application_name, observed
 from cluster.rayserve.settings import ModelRefused
 

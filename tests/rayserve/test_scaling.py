@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import ModelSpec, ModelState
-from cluster.control.catalog import Known
-from cluster.control.scaler import OnRay, Scaler, ScalingSettings
-from cluster.control.scaling_desk import Desk
 from cluster.link.controller import ControllerEnd
 from cluster.link.dial import read
+from cluster.policy.catalog.lifecycle import Known
+from cluster.policy.scaling.operator_requests import Desk
+from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings
 from cluster.rayserve import scaling
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from cluster.api.types import ModelSpec, Standing
 from cluster.config import parse
-from cluster.control.reconcile import Observed
-from cluster.control.scaler import Asked, OnRay, Scaler
 from cluster.link.controller import FleetWorker
 from cluster.observe.metrics import Metrics
+from cluster.policy.catalog.reconcile import Observed
+from cluster.policy.scaling.scaler import Asked, OnRay, Scaler
 from cluster.rayserve import scaling
 
 

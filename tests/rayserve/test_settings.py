@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import ModelSpec
-from cluster.control import specs
 from cluster.link.tls import TlsFiles
+from cluster.policy.catalog import specs
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings, from_json, refusal_in
 
 SETTINGS = ReplicaSettings(

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import rpc
-from cluster.tenancy.request_bytes import Bounds, RequestBytes
+from cluster.policy.limits.request_bytes import Bounds, RequestBytes
 from tests.rpc.conftest import SERVICE, Echo, _serve
 from tests.rpc.raw import Raw, raw_client
 

@@ -10,7 +10,7 @@ import grpc
 
 from cluster.admin.v1 import admin_pb2_grpc, tenants_pb2_grpc, usage_pb2_grpc
 from cluster.ledger.store import Ledger
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 from tests.support.calls import Answer
 from tests.support.keyed import bearer, eventually
 

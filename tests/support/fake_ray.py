@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.control.reconcile import Observed, app_parts
+from cluster.policy.catalog.reconcile import Observed, app_parts
 from cluster.rayserve.backend import RayAway, Snapshot
 from cluster.rayserve.settings import ReplicaSettings
 

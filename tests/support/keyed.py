@@ -17,7 +17,7 @@ from cluster.gateway.server import Gateway
 from cluster.gateway.tenants import TenantDoor
 from cluster.ledger.store import Ledger
 from cluster.link.dial import Timing, read
-from cluster.tenancy.policy import TenantPolicy
+from cluster.policy.tenants.policy import TenantPolicy
 from cluster.v1 import inference_pb2 as pb
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster
 from tests.support.http import Reply, Wire

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from cluster.control.reconcile import Observed
+from cluster.policy.catalog.reconcile import Observed
 from cluster.rayserve.backend import Snapshot
 from cluster.rayserve.opening import open_model
 from cluster.rayserve.replica import Place, Replica

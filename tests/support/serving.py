@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, WorkerIdentity
-from cluster.control.reconcile import Observed
 from cluster.link.hub import Hub, hub_server
 from cluster.link.worker_link import WorkerLink
+from cluster.policy.catalog.reconcile import Observed
 from cluster.rayserve.backend import Backend, Snapshot
 
 T = TypeVar("T")

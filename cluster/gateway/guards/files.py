@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from cluster.config_yaml import NotYaml, read
-from cluster.tenancy.patterns import PatternError, Patterns
+from cluster.policy.tenants.patterns import PatternError, Patterns
 
 log = structlog.get_logger("guards")
 

@@ -28,8 +28,8 @@ from cluster.gateway.text.logprobs import LogprobSource, LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.gateway.wishes import ChatPrompt, IdsPrompt, PackedPrompt, Prompt
 from cluster.observe.metrics import Metrics
-from cluster.tenancy.patterns import PatternError, Patterns, patterns_of
-from cluster.tenancy.policy import GuardRule, TenantPolicy
+from cluster.policy.tenants.patterns import PatternError, Patterns, patterns_of
+from cluster.policy.tenants.policy import GuardRule, TenantPolicy
 
 log = structlog.get_logger("guards")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import grpc
 
 from cluster.guard.v1 import guard_pb2, guard_pb2_grpc
-from cluster.tenancy.patterns import NAME
-from cluster.tenancy.policy import GuardRule
+from cluster.policy.tenants.patterns import NAME
+from cluster.policy.tenants.policy import GuardRule
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 _DONE = {

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-from cluster.tenancy.patterns import Patterns
+from cluster.policy.tenants.patterns import Patterns
 
 Action = Literal["refuse", "redact", "flag"]
 Told = Callable[[str, str], None]

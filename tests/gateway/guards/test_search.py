@@ -13,7 +13,7 @@ from cluster.gateway.guards.guards import CallGuards, Decided, Guards
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.gateway.wishes import TextPrompt
 from cluster.observe.metrics import Metrics
-from cluster.tenancy.policy import GuardRule, TenantPolicy
+from cluster.policy.tenants.policy import GuardRule, TenantPolicy
 
 MATCHES = 200_000
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.gateway.guards.stream import Action, Chain, Mark, PatternStage, SizeStage, Stage, replacement
-from cluster.tenancy.patterns import Patterns
-from tests.tenancy.test_patterns import accepted
+from cluster.policy.tenants.patterns import Patterns
+from tests.policy.tenants.test_patterns import accepted
 
 
 def whole(sources: dict[str, str], action: Action, text: str) -> str:

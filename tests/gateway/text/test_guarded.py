@@ -14,7 +14,7 @@ from cluster.api.types import PositionLogprobs
 from cluster.gateway.guards.stream import Action, Chain, PatternStage
 from cluster.gateway.guards.text import GuardedLogprobs, GuardedText
 from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
-from cluster.tenancy.patterns import Patterns
+from cluster.policy.tenants.patterns import Patterns
 from tests.gateway.guards.test_stream import ignore
 from tests.gateway.text.kinds import Kind, token_ids
 

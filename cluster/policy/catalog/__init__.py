@@ -1,0 +1,1 @@
+"""The models that should run, compared with those that do, and the steps between."""

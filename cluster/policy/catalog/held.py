@@ -1,0 +1,43 @@
+"""Catalog entries of models whose entry in the file is wrong: told from what runs, which stays as it is. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cluster.api.types import CatalogEntry, ModelSpec, ModelState
+from cluster.policy.catalog import lifecycle
+from cluster.policy.catalog.lifecycle import Known, Reported
+from cluster.policy.catalog.reconcile import Observed
+from cluster.policy.catalog.versions import Share
+
+WHY = "its entry in the controller's file is wrong, so what runs of it is kept as it is"
+
+
+def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Reported]) -> CatalogEntry:
+    """What the gateways are told of a held model. `spec` has its name, aliases and fallbacks; all calls go to the
+    version that runs most replicas."""
+    by_version: dict[str, list[Observed]] = {}
+    for seen in apps:
+        by_version.setdefault(seen.version, []).append(seen)
+    order = sorted(by_version, key=lambda version: -sum(one.running for one in by_version[version]))
+    if not order:
+        return lifecycle.entry(spec, ModelState.FAILED, None, known=Known(trouble=WHY))
+    versions = []
+    for at, version in enumerate(order):
+        whole = lifecycle.combined(by_version[version], ())
+        sight = lifecycle.sight(True, whole)
+        if sight is lifecycle.Sight.SERVING and not reported:
+            sight = lifecycle.Sight.STARTING  # it runs, and no gateway has its link yet
+        versions.append(
+            lifecycle.Version(
+                replace(spec, version=version),
+                Share(version, 0.0 if at else 1.0),
+                lifecycle.move(ModelState.DECLARED, sight),
+                whole,
+                reported,
+                desired=whole.target if whole is not None else 0,
+            )
+        )
+    told = lifecycle.entry_of(versions)
+    return replace(told, state_reason="; ".join(filter(None, (told.state_reason, WHY))))

@@ -1,0 +1,293 @@
+"""The life of a model as a table, and the catalog entries that the gateways are told. Pure.
+
+A controller holds no state that it could lose: each pass folds what it sees now into the last state, and a controller
+that has just started begins at DECLARED and is right after one pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare
+from cluster.policy.catalog.reconcile import Observed
+from cluster.policy.catalog.versions import Share
+
+
+class Sight(enum.StrEnum):
+    """What one pass can see of a model."""
+
+    ABSENT = "wanted, and Ray has no application for it"
+    RESTING = "wanted with zero replicas, and none is left"
+    UNPLACED = "replicas are wanted and none has a process"
+    STARTING = "a replica has a process and none serves"
+    SERVING = "a replica serves"
+    BROKEN = "nothing serves, and Ray or the replicas say why"
+    WITHDRAWN = "no longer wanted, and Ray still has its application"
+    ENDED = "no longer wanted, and Ray has nothing left of it"
+
+
+class IllegalMove(Exception):
+    """A sight that cannot follow a state."""
+
+
+_FROM_ANY: dict[Sight, ModelState] = {
+    Sight.ABSENT: ModelState.DECLARED,
+    Sight.RESTING: ModelState.IDLE,
+    Sight.UNPLACED: ModelState.PLACING,
+    Sight.STARTING: ModelState.LOADING,
+    Sight.SERVING: ModelState.READY,
+    Sight.BROKEN: ModelState.FAILED,
+    Sight.WITHDRAWN: ModelState.DRAINING,
+    Sight.ENDED: ModelState.GONE,
+}
+
+# Every state may be followed by every sight, since Ray and the file change while nobody looks; except that what is
+# gone must be declared again before anything of it is seen.
+MOVES: dict[tuple[ModelState, Sight], ModelState] = {
+    (state, sight): after
+    for state in ModelState
+    for sight, after in _FROM_ANY.items()
+    if state is not ModelState.GONE or sight in (Sight.ABSENT, Sight.ENDED)
+}
+
+
+def move(state: ModelState, sight: Sight) -> ModelState:
+    """The next state. Raises IllegalMove."""
+    try:
+        return MOVES[state, sight]
+    except KeyError:
+        raise IllegalMove(f"{state.name}: {sight.name} ({sight.value}) cannot follow") from None
+
+
+def sight(wanted: bool, seen: Observed | None, unplaceable: str = "") -> Sight:
+    """What this pass sees of one model. `unplaceable` says why no node could hold it, if so."""
+    if not wanted:
+        return Sight.ENDED if seen is None else Sight.WITHDRAWN
+    if seen is None or seen.deleting:
+        return Sight.ABSENT
+    if seen.running:
+        return Sight.SERVING
+    if seen.target == 0 and seen.digest:
+        return Sight.RESTING
+    if seen.refused or seen.gave_up or (seen.trouble and not seen.placed):
+        return Sight.BROKEN
+    if seen.placed:
+        return Sight.STARTING
+    return Sight.BROKEN if unplaceable else Sight.UNPLACED
+
+
+def combined(wanted: Sequence[Observed], before: Sequence[Observed]) -> Observed | None:
+    """A version's applications as one: those that are wanted, and those that still serve in their place. None: there is
+    none. What fails of the wanted ones is told, also while others serve."""
+    there = [one for one in wanted if not one.deleting]
+    others = [one for one in before if not one.deleting]
+    if not there and not others:
+        return wanted[0] if wanted else None
+    first = (there or others)[0]
+    return dataclasses.replace(
+        first,
+        target=sum(one.target for one in there or others),
+        running=sum(one.running for one in (*there, *others)),
+        placed=sum(one.placed for one in (*there, *others)),
+        leaving=sum(one.leaving for one in (*there, *others)),
+        gave_up=bool(there) and all(one.gave_up for one in there),
+        refused=bool(there) and all(one.refused for one in there),
+        trouble=next((one.trouble for one in there if one.trouble), ""),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What one worker of a model told the gateways about itself."""
+
+    weight_digest: str = ""
+    bundle_digest: str = ""
+    max_model_len: int = 0
+    engine_class: str = ""
+    default_sampling: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a model without any worker, from its source."""
+
+    bundle_digest: str = ""
+    max_model_len: int = 0
+    family: str = ""
+    default_sampling: Mapping[str, object] = field(default_factory=dict)
+    trouble: str = ""
+    license: str = ""
+    card: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a model as the controller sees it now. `trial`: it is not the one that stays."""
+
+    spec: ModelSpec
+    share: Share
+    state: ModelState
+    seen: Observed | None = None
+    reported: Sequence[Reported] = ()
+    known: Known | None = None
+    unplaceable: str = ""
+    desired: int = 0
+    changing: bool = False
+    """Another application of it is to take the place of the one that serves."""
+    lost: str = ""
+    """How its replicas' engines have ended in the last minutes."""
+
+
+def entry_of(versions: Sequence[Version], *, retired: Sequence[str] = (), cold_start_s: float = 0.0) -> CatalogEntry:
+    """A model with all its versions as the gateways are told it, the one that stays first."""
+    stays = versions[0]
+    told = entry(
+        stays.spec,
+        stays.state,
+        stays.seen,
+        reported=stays.reported,
+        known=stays.known,
+        unplaceable=stays.unplaceable,
+        lost=stays.lost,
+        cold_start_s=cold_start_s,
+    )
+    parts = tuple(_share(version) for version in versions)
+    state, reasons = stays.state, [] if not told.state_reason else [told.state_reason]
+    if state is not ModelState.READY and any(one.state is ModelState.READY and one.weight for one in parts):
+        state, reasons = ModelState.READY, [f"{stays.spec.version} is {stays.state.lower()}: {told.state_reason}"]
+    reasons += [f"{one.version}: {one.state_reason}" for one in parts[1:] if one.state_reason]
+    if stays.changing and state is ModelState.READY:
+        reasons.append("being replaced" + (f", which fails: {trouble}" if (trouble := _trouble(stays)) else ""))
+    return dataclasses.replace(
+        told,
+        state=state,
+        state_reason="; ".join(reasons),
+        replicas=sum(one.replicas for one in parts),
+        replicas_desired=sum(one.replicas_desired for one in parts),
+        versions=parts,
+        retired=tuple(sorted(retired)),
+    )
+
+
+def _trouble(version: Version) -> str:
+    return (version.seen.trouble if version.seen else "") or version.unplaceable
+
+
+def _share(version: Version) -> VersionShare:
+    about = version.known or Known()
+    spec, reported = version.spec, version.reported
+    reason = version.share.gone or _reason(version.state, version.seen, about, version.unplaceable, version.lost)
+    if version.share.quarantined:
+        reason = "; ".join(("quarantined", reason) if reason else ("quarantined",))
+    return VersionShare(
+        version=spec.version,
+        weight=version.share.weight,
+        revision=spec.revision,
+        state=version.state,
+        state_reason=reason,
+        bundle_digest=next((r.bundle_digest for r in reported if r.bundle_digest), "") or about.bundle_digest,
+        weight_digests=(spec.digest,)
+        if spec.digest
+        else tuple(sorted({r.weight_digest for r in reported if r.weight_digest})),
+        weights_pinned=bool(spec.digest),
+        replicas=version.seen.running if version.seen else 0,
+        replicas_desired=version.desired,
+        quarantined=version.share.quarantined,
+        ttft_ratio=spec.ttft_ratio,
+    )
+
+
+def entry(
+    spec: ModelSpec,
+    state: ModelState,
+    seen: Observed | None,
+    *,
+    reported: Sequence[Reported] = (),
+    known: Known | None = None,
+    unplaceable: str = "",
+    lost: str = "",
+    cold_start_s: float = 0.0,
+) -> CatalogEntry:
+    """One model as the gateways are told it. Workers' own words win over what the source says."""
+    about = known or Known()
+    first = reported[0] if reported else None
+    return CatalogEntry(
+        name=spec.name,
+        aliases=spec.aliases,
+        version=spec.version,
+        revision=spec.revision,
+        state=state,
+        state_reason=_reason(state, seen, about, unplaceable, lost),
+        bundle_digest=(first.bundle_digest if first else "") or about.bundle_digest,
+        weight_digests=(spec.digest,)
+        if spec.digest
+        else tuple(sorted({r.weight_digest for r in reported if r.weight_digest})),
+        weights_pinned=bool(spec.digest),
+        max_model_len=(first.max_model_len if first else 0) or spec.max_model_len or about.max_model_len,
+        default_sampling=first.default_sampling if first else about.default_sampling,
+        cold_start_s=cold_start_s,
+        replicas=seen.running if seen else 0,
+        replicas_desired=spec.replicas,
+        family=about.family,
+        license=spec.license or about.license,
+        engine_class=first.engine_class if first else "",
+        fallback=spec.fallback,
+        card=about.card,
+    )
+
+
+def ends_of(ends: Sequence[tuple[float, str]]) -> str:
+    """The last of some engines' ends, by when (since the epoch) and why, and how many there were."""
+    if not ends:
+        return ""
+    at_s, why = max(ends)
+    when = datetime.datetime.fromtimestamp(at_s, datetime.UTC).strftime("%H:%M:%S UTC")
+    count = "a replica's engine" if len(ends) == 1 else f"{len(ends)} replicas' engines ended lately, the last"
+    return f"{count} ended at {when}: {why}"
+
+
+def _reason(state: ModelState, seen: Observed | None, known: Known, unplaceable: str, lost: str = "") -> str:
+    if state is ModelState.READY:
+        short = seen is not None and seen.running < seen.target
+        serving = f"{seen.running} of {seen.target} replicas serve" if seen and short else ""
+        return "; ".join(filter(None, (serving, lost)))
+    trouble = (seen.trouble if seen else "") or unplaceable
+    if state in (ModelState.PLACING, ModelState.LOADING) and not trouble and lost:
+        return lost
+    if state is ModelState.PLACING and not trouble:
+        return "waiting for Ray to place it"
+    return trouble or known.trouble
+
+
+def remember(entry_before: CatalogEntry | None, now: CatalogEntry) -> CatalogEntry:
+    """The entry with what an earlier one knew and no worker says now, so that a model at rest stays tokenizable."""
+    if entry_before is None:
+        return now
+    return dataclasses.replace(
+        now,
+        bundle_digest=now.bundle_digest or entry_before.bundle_digest,
+        weight_digests=now.weight_digests or entry_before.weight_digests,
+        max_model_len=now.max_model_len or entry_before.max_model_len,
+        default_sampling=now.default_sampling or entry_before.default_sampling,
+        engine_class=now.engine_class or entry_before.engine_class,
+        family=now.family or entry_before.family,
+        license=now.license or entry_before.license,
+        card=now.card or entry_before.card,
+        versions=tuple(_remember_share(entry_before.versions, share) for share in now.versions),
+    )
+
+
+def _remember_share(before: Sequence[VersionShare], now: VersionShare) -> VersionShare:
+    """What its workers have once said, as long as it is the same revision of the version."""
+    old = next((one for one in before if (one.version, one.revision) == (now.version, now.revision)), None)
+    if old is None:
+        return now
+    return dataclasses.replace(
+        now,
+        bundle_digest=now.bundle_digest or old.bundle_digest,
+        weight_digests=now.weight_digests or old.weight_digests,
+    )

@@ -1,0 +1,121 @@
+"""What a gateway knows of the others: what waits there, and what they have been served.
+
+Problem: tenants' accounts must be the cluster's, without another store. Workers see all that is served, so they tell
+it: for each tenant a total over their own life, and the part of it that came by the link on which they tell it. A
+gateway knows its own part better and sooner, and adds only the difference of the rest.
+Invariants: a repeated report changes nothing; a lost one is made up for by the next; what was served before a gateway
+first heard of a worker is not added (it cannot know from when it counts).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cluster.policy.fairness.service_counters import Flow, FlowKey
+
+
+class Backlog(NamedTuple):
+    """Requests that wait, and the weighted tokens that they are expected to cost."""
+
+    requests: int
+    service: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServedTotal:
+    """One tenant at one worker: weighted tokens charged since the worker began; less where some were given back."""
+
+    rank: int
+    tenant: str
+    total: float
+    by_this_link: float
+
+
+class ServedBooks:
+    """The last totals of every worker."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, tuple[str, dict[FlowKey, tuple[float, float]]]] = {}
+
+    def differences(
+        self, worker: str, incarnation: str, totals: Iterable[ServedTotal]
+    ) -> Iterator[tuple[FlowKey, float]]:
+        """What others have been served since the last report, by flow. A worker's first report is where it begins."""
+        known = self._workers.get(worker)
+        first = known is None
+        if known is None or known[0] != incarnation:
+            known = self._workers[worker] = (incarnation, {})
+        book = known[1]
+        for one in totals:
+            key = FlowKey(one.rank, one.tenant)
+            total, by_link = book.get(key, (0.0, 0.0))
+            if one.by_this_link < by_link and one.by_this_link == 0.0:
+                by_link = 0.0  # a new link, whose end nobody told
+            book[key] = (one.total, one.by_this_link)
+            difference = (one.total - total) - (one.by_this_link - by_link)
+            if difference and not first:
+                yield key, difference
+
+    def link_ended(self, worker: str) -> None:
+        """This gateway's part is counted from zero again by the next link."""
+        known = self._workers.get(worker)
+        if known is not None:
+            for key, (total, _) in known[1].items():
+                known[1][key] = (total, 0.0)
+
+    def forget(self, worker: str) -> None:
+        """It will not come back."""
+        self._workers.pop(worker, None)
+
+
+class Elsewhere:
+    """The last word of every other gateway on what waits there."""
+
+    def __init__(self) -> None:
+        self._reports: dict[str, tuple[float, Mapping[FlowKey, Backlog]]] = {}
+
+    def replace(self, gateway: str, waiting: Mapping[FlowKey, Backlog], now: float) -> dict[FlowKey, Backlog]:
+        """How the sums change."""
+        _, before = self._reports.get(gateway, (now, {}))
+        self._reports[gateway] = (now, dict(waiting))
+        none = Backlog(0, 0.0)
+        changes = {}
+        for key in {**before, **waiting}:
+            old, new = before.get(key, none), waiting.get(key, none)
+            if old != new:
+                changes[key] = Backlog(new.requests - old.requests, new.service - old.service)
+        return changes
+
+    def silent_since(self, when: float) -> dict[FlowKey, Backlog]:
+        """Drop the gateways that have said nothing since; how the sums change."""
+        sums: dict[FlowKey, Backlog] = {}
+        for gateway, (said, waiting) in list(self._reports.items()):
+            if said < when:
+                del self._reports[gateway]
+                for key, backlog in waiting.items():
+                    requests, service = sums.get(key, (0, 0.0))
+                    sums[key] = Backlog(requests - backlog.requests, service - backlog.service)
+        return sums
+
+    @staticmethod
+    def share_of_turns(flows: Sequence[Flow], turns: int) -> tuple[float, int]:
+        """Of the next `turns` among these flows, the least counter first: the part that falls here, and how many."""
+        heap = [(f.counter, at, f, f.here + f.elsewhere) for at, f in enumerate(flows)]
+        if len(heap) > turns:
+            heap = heapq.nsmallest(turns, heap)
+        heapq.heapify(heap)
+        mine, taken = 0.0, 0
+        while heap and taken < turns:
+            counter, at, flow, left = heap[0]
+            waiting = flow.here + flow.elsewhere
+            mine += flow.here / waiting
+            taken += 1
+            if left > 1:
+                step = (flow.here_service + flow.elsewhere_service) / waiting / flow.weight
+                heapq.heapreplace(heap, (counter + step, at, flow, left - 1))
+            else:
+                heapq.heappop(heap)
+        return mine, taken

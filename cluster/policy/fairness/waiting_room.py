@@ -1,0 +1,255 @@
+"""The waiting room: what has been admitted and waits for a worker's room, one order a model.
+
+Problem: calls must wait in the gateway rather than in an engine, so that who is next is decided at the last moment;
+and the wait must be bounded in number, tokens and time, or an overload ends in a collapse.
+Invariants: what enters leaves exactly once (bound by `next`, cancelled by `leave`, `expired`, or shed for another);
+the room's counts are those of its entries; only the head of an order may be bound, so that a long prompt is not
+overtaken for ever; nobody is shed for a call of a lower class, nor for a tenant that has more waiting in its class.
+Source: late binding as in Pegasus/Sparrow (Ousterhout et al., SOSP 2013); shedding from the longest line as in
+longest queue drop (McKenney, Stochastic Fairness Queueing, 1990).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from cluster.api.outcomes import Outcome
+from cluster.policy.fairness.order import FifoOrder, Order, Waiting
+from cluster.policy.fairness.tenant_queues import Lines
+
+__all__ = ["Admission", "FifoOrder", "Order", "RoomStatistics", "Waiting", "WaitingRoom"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoomStatistics:
+    """What waits now, and what has become of those that came. `models`: (requests, tokens) of each that has any."""
+
+    requests: int
+    tokens: int
+    models: Mapping[str, tuple[int, int]]
+    entered: int
+    refused: int
+    put_back: int
+    bound: int
+    left: int
+    expired: int
+    shed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What came of asking to enter: in (`outcome` None), or why not; and whom the room has shed to make place.
+
+    QUEUE_FULL: the room is full; RATE_LIMITED: the tenant's own line is; DEADLINE_UNREACHABLE: it could not be in time.
+    """
+
+    outcome: Outcome | None = None
+    shed: tuple[Waiting, ...] = ()
+
+
+_ADMITTED = Admission()
+
+
+@dataclass(slots=True)
+class _ModelQueue:
+    order: Order
+    requests: int = 0
+    tokens: int = 0
+
+
+class WaitingRoom:
+    """All that wait in one gateway. Bounds are over all models together; a tenant's own are in its class's line."""
+
+    def __init__(
+        self,
+        *,
+        max_requests: int,
+        max_tokens: int,
+        max_wait_s: float,
+        order: Callable[[], Order] = FifoOrder,
+        order_of: Callable[[str], Order] | None = None,
+        tenant_max_requests: int | None = None,
+        tenant_max_tokens: int | None = None,
+        weight_of: Callable[[str], float] = lambda tenant: 1.0,
+        longer_s: Callable[[str], float] = lambda model: 0.0,
+    ) -> None:
+        """`order_of` gives a model's order, where orders outlive an empty line; else each line gets a new `order`.
+        `longer_s`: how much longer than `max_wait_s` those may wait that come for a model now."""
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._max_wait_s = max_wait_s
+        self._longer_s = longer_s
+        self._order_of = order_of if order_of is not None else lambda model: order()
+        self._tenant_bounds: tuple[float, float] | None = None
+        if tenant_max_requests is not None or tenant_max_tokens is not None:
+            self._tenant_bounds = (
+                math.inf if tenant_max_requests is None else tenant_max_requests,
+                math.inf if tenant_max_tokens is None else tenant_max_tokens,
+            )
+        self._lines = Lines(weight_of, self._is_in)
+        self._entries: dict[str, tuple[Waiting, int]] = {}  # with the number of its stay
+        self._queues: dict[str, _ModelQueue] = {}
+        self._tokens = 0
+        self._expiries: list[tuple[float, int, str]] = []  # (when, stay, call id); stays that ended are skipped
+        self._stays = 0
+        self._now = -math.inf
+        self._entered = self._refused = self._put_back = self._bound = self._left = self._expired = self._shed = 0
+
+    def admit(self, waiting: Waiting, now: float, starts_in_s: float = 0.0) -> Admission:
+        """Take one in, or say why not. A full room sheds what may rather be spared than this one; who is shed no
+        longer waits. ValueError for a call id that waits already.
+
+        `starts_in_s`: no turn comes sooner than that; who must be done before it is refused at once.
+        """
+        outcome = self._own_bounds(waiting)
+        if outcome is None and waiting.deadline is not None and now + starts_in_s >= waiting.deadline:
+            outcome = Outcome.DEADLINE_UNREACHABLE
+        if outcome is None and self._has_place(waiting):
+            self._take_in(waiting, now)
+            return _ADMITTED
+        shed: list[Waiting] = []
+        while outcome is None and not self._has_place(waiting):
+            victim = self._lines.last_of_longest(below=waiting) if waiting.tokens <= self._max_tokens else None
+            if victim is None:
+                outcome = Outcome.QUEUE_FULL
+                break
+            self._remove(victim)
+            shed.append(victim)
+        self._shed += len(shed)
+        if outcome is not None:
+            self._refused += 1
+        else:
+            self._take_in(waiting, now)
+        return Admission(outcome, tuple(shed))
+
+    def put_back(self, waiting: Waiting, now: float) -> None:
+        """One whose worker was lost waits again, at the head and with a new max_wait_s. It was admitted: no bound."""
+        self._add(waiting, now).put_back(waiting)
+        self._put_back += 1
+
+    def head(self, model: str) -> Waiting | None:
+        """Who would be next."""
+        queue = self._queues.get(model)
+        return queue.order.head() if queue is not None else None
+
+    def next(self, model: str, fits: Callable[[Waiting], bool], now: float | None = None) -> Waiting | None:
+        """Take out whose turn it is, if it fits; None when nobody waits or the head does not fit.
+
+        O(log n) amortised. `now` None: the latest time that the room has heard.
+        """
+        queue = self._queues.get(model)
+        head = queue.order.head() if queue is not None else None
+        if head is None or not fits(head):
+            return None
+        self._now = self._now if now is None else max(self._now, now)
+        self._remove(head, taken=True)
+        self._bound += 1
+        return head
+
+    def leave(self, call_id: str) -> bool:
+        """Cancel; False for one that does not wait."""
+        entry = self._entries.get(call_id)
+        if entry is None:
+            return False
+        self._remove(entry[0])
+        self._left += 1
+        return True
+
+    def expired(self, now: float) -> list[Waiting]:
+        """Take out all whose deadline has passed or who have waited max_wait_s, the longest overdue first."""
+        gone: list[Waiting] = []
+        while self._expiries and self._expiries[0][0] <= now:
+            _, stay, call_id = heapq.heappop(self._expiries)
+            entry = self._entries.get(call_id)
+            if entry is not None and entry[1] == stay:
+                self._remove(entry[0])
+                gone.append(entry[0])
+        self._expired += len(gone)
+        return gone
+
+    def position(self, call_id: str) -> int | None:
+        """How many of its model are before it, as its order tells; None for one that does not wait."""
+        entry = self._entries.get(call_id)
+        return None if entry is None else self._queues[entry[0].model].order.position(call_id)
+
+    def waiting(self, model: str) -> tuple[int, int]:
+        """Requests and prompt tokens that wait for a model."""
+        queue = self._queues.get(model)
+        return (0, 0) if queue is None else (queue.requests, queue.tokens)
+
+    def statistics(self) -> RoomStatistics:
+        """Frozen counts."""
+        return RoomStatistics(
+            requests=len(self._entries),
+            tokens=self._tokens,
+            models={model: (queue.requests, queue.tokens) for model, queue in self._queues.items()},
+            entered=self._entered,
+            refused=self._refused,
+            put_back=self._put_back,
+            bound=self._bound,
+            left=self._left,
+            expired=self._expired,
+            shed=self._shed,
+        )
+
+    def __repr__(self) -> str:
+        return f"WaitingRoom({len(self._entries)} requests, {self._tokens} tokens, {len(self._queues)} models)"
+
+    def _has_place(self, waiting: Waiting) -> bool:
+        return len(self._entries) < self._max_requests and self._tokens + waiting.tokens <= self._max_tokens
+
+    def _own_bounds(self, waiting: Waiting) -> Outcome | None:
+        if waiting.call_id in self._entries:
+            raise ValueError(f"call_id {waiting.call_id!r} waits already")
+        if self._tenant_bounds is None:
+            return None
+        requests, tokens = self._lines.tenant(waiting.tenant)
+        full = requests >= self._tenant_bounds[0] or tokens + waiting.tokens > self._tenant_bounds[1]
+        return Outcome.RATE_LIMITED if full else None
+
+    def _is_in(self, waiting: Waiting) -> bool:
+        entry = self._entries.get(waiting.call_id)
+        return entry is not None and entry[0] is waiting
+
+    def _take_in(self, waiting: Waiting, now: float) -> None:
+        self._add(waiting, now).push(waiting, now)
+        self._entered += 1
+
+    def _add(self, waiting: Waiting, now: float) -> Order:
+        if waiting.call_id in self._entries:
+            raise ValueError(f"call_id {waiting.call_id!r} waits already")
+        self._now = max(self._now, now)
+        self._stays += 1
+        self._entries[waiting.call_id] = (waiting, self._stays)
+        most_s = self._max_wait_s + self._longer_s(waiting.model)
+        expires = min(now + most_s, math.inf if waiting.deadline is None else waiting.deadline)
+        heapq.heappush(self._expiries, (expires, self._stays, waiting.call_id))
+        queue = self._queues.get(waiting.model)
+        if queue is None:
+            queue = self._queues[waiting.model] = _ModelQueue(self._order_of(waiting.model))
+        queue.requests += 1
+        queue.tokens += waiting.tokens
+        self._tokens += waiting.tokens
+        self._lines.add(waiting)
+        return queue.order
+
+    def _remove(self, waiting: Waiting, *, taken: bool = False) -> None:
+        del self._entries[waiting.call_id]
+        self._lines.remove(waiting)
+        queue = self._queues[waiting.model]
+        if taken:
+            queue.order.taken(waiting.call_id, self._now)
+        else:
+            queue.order.remove(waiting.call_id)
+        queue.requests -= 1
+        queue.tokens -= waiting.tokens
+        self._tokens -= waiting.tokens
+        if not queue.requests:
+            del self._queues[waiting.model]  # models come and go; what an order must keep, its maker keeps
+        if len(self._expiries) > 64 and len(self._expiries) > 2 * len(self._entries):
+            live = {(stay, call_id) for call_id, (_, stay) in self._entries.items()}
+            self._expiries = [item for item in self._expiries if item[1:] in live]
+            heapq.heapify(self._expiries)

@@ -1,0 +1,1 @@
+"""Limits on requests, tokens, budgets and bytes of request bodies."""

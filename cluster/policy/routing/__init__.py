@@ -1,0 +1,1 @@
+"""The choice of a version and of a worker for one sequence."""

@@ -1,0 +1,83 @@
+"""Where operators ask for scaling: what they want is checked, kept, and done in the next pass. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.api.scaling import ModelScaling, ScalingStory
+from cluster.api.types import ModelSpec
+from cluster.policy.scaling.scaler import Asked, Scaler
+
+
+class Desk:
+    """api.scaling.ScalingDesk over a Scaler."""
+
+    def __init__(self, scaler: Scaler, changed: Callable[[], None]) -> None:
+        """`changed`: told when what is asked has changed; it keeps it, and lets a pass begin."""
+        self._scaler = scaler
+        self._changed = changed
+
+    def scale(self, name: str, replicas: int | None) -> ModelScaling:
+        """See ScalingDesk. A number is within the entry's `max`; it may be below its `min`."""
+        spec, asked = self._named(name), self._scaler.asked
+        manual = {model: count for model, count in asked.manual.items() if model != spec.name}
+        if replicas is not None:
+            most = max(spec.max_replicas, spec.min_replicas)
+            if not 0 <= replicas <= most:
+                raise invalid("replicas", f"must be in 0 to {most}, the most that {spec.name} may have; got {replicas}")
+            manual[spec.name] = replicas
+        self._ask(dataclasses.replace(asked, manual=manual))
+        standing = self._scaler.standing(spec.name)
+        if standing.by == "frozen":
+            return standing
+        return dataclasses.replace(
+            standing,
+            desired=standing.desired if replicas is None else replicas,
+            by="demand" if replicas is None else "manual",
+        )
+
+    def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
+        """See ScalingDesk."""
+        asked = self._scaler.asked
+        if name:
+            spec = self._named(name)
+            models = asked.frozen | {spec.name} if frozen else asked.frozen - {spec.name}
+            self._ask(dataclasses.replace(asked, frozen=models))
+            names = [spec.name]
+        else:
+            self._ask(dataclasses.replace(asked, all_frozen=frozen))
+            names = list(self._scaler.names)
+        return [self._scaler.standing(one) for one in names]
+
+    def explain(self, name: str, limit: int) -> ScalingStory:
+        """See ScalingDesk."""
+        return self._scaler.story(self._named(name).name, limit)
+
+    def _named(self, name: str) -> ModelSpec:
+        spec = self._scaler.find(name)
+        if spec is None:
+            raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name[:128]!r} is not one that is to run")
+        return spec
+
+    def _ask(self, asked: Asked) -> None:
+        if asked != self._scaler.asked:
+            self._scaler.asked = asked
+            self._scaler.hurry()
+            self._changed()
+
+
+def asked_to_json(asked: Asked) -> dict[str, object]:
+    """As plain JSON values; `asked_from_json` is the inverse."""
+    return {"manual": dict(asked.manual), "frozen": sorted(asked.frozen), "all_frozen": asked.all_frozen}
+
+
+def asked_from_json(values: Mapping[str, object]) -> Asked:
+    """What `asked_to_json` wrote. Raises ValueError for anything else."""
+    manual, frozen, everything = values.get("manual"), values.get("frozen"), values.get("all_frozen")
+    if not isinstance(manual, dict) or not all(isinstance(count, int) for count in manual.values()):
+        raise ValueError("manual must be numbers by model")
+    if not isinstance(frozen, list) or not isinstance(everything, bool):
+        raise ValueError("frozen must be a list, all_frozen a boolean")
+    return Asked({str(model): int(count) for model, count in manual.items()}, frozenset(map(str, frozen)), everything)

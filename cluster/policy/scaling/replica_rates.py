@@ -1,0 +1,152 @@
+"""What one replica can compute a second, learnt from what its steps have taken. Pure.
+
+Model: a step takes `fixed` seconds, `decode` for each sequence that it gives a token, and `prefill` for each prompt
+token. Over any span, then, time in steps = fixed * steps + decode * tokens + prefill * prompt tokens; the three are
+found by least squares over the spans of all replicas alike, older spans fading out. They cannot be negative, so the
+best of the seven sets of them that come out so is taken. A batch is trusted no further than a few times beyond what was
+seen: one stream alone does not tell how many a replica can hold.
+Source: Lawson & Hanson, Solving Least Squares Problems (1974), ch. 23, for so few unknowns by trying all.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.api.demand import Work
+from cluster.policy.scaling.portfolio import Rates
+
+LEAST_BUSY_S = 0.05
+"""A shorter time in steps is added to the next span."""
+FADE_S = 600.0
+"""Time in steps after which an older span weighs 1/e."""
+TRUSTED_S = 2.0
+"""Time in steps before anything is said."""
+BEYOND_SEEN = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds: of a step by itself, for each generated token, for each prompt token."""
+
+    fixed_s: float
+    decode_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a replica's batch."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_tokens: int
+
+
+@dataclass(slots=True)
+class LearntCosts:
+    """Of one model on one GPU type. `seen` at each look with what each engine has told."""
+
+    _before: dict[str, Work] = field(default_factory=dict)
+    _a: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(3)])
+    _b: list[float] = field(default_factory=lambda: [0.0] * 3)
+    _y: float = 0.0
+    _busy_s: float = 0.0
+    _prefilled: bool = False
+    _batch: float = 0.0
+
+    def seen(self, told: Mapping[str, Work]) -> None:
+        """By incarnation: one that is not among them any longer is forgotten, one that is new begins at nothing only
+        if it has just started, so its first word is where it begins."""
+        for engine, work in told.items():
+            before = self._before.get(engine)
+            if before is None or work.busy_s < before.busy_s:
+                self._before[engine] = work
+            elif work.busy_s - before.busy_s >= LEAST_BUSY_S:
+                self._before[engine] = work
+                self._add(before, work)
+        self._before = {engine: work for engine, work in self._before.items() if engine in told}
+
+    def _add(self, before: Work, work: Work) -> None:
+        busy_s = work.busy_s - before.busy_s
+        x = (
+            float(work.steps - before.steps),
+            float(work.decode_tokens - before.decode_tokens),
+            float(work.prefill_tokens - before.prefill_tokens),
+        )
+        if x[0] <= 0:
+            return
+        keep, weight = max(1 - busy_s / FADE_S, 0.0), 1 / busy_s  # errors grow with the span, so long ones weigh less
+        for i, j in itertools.product(range(3), repeat=2):
+            self._a[i][j] = self._a[i][j] * keep + weight * x[i] * x[j]
+        for i in range(3):
+            self._b[i] = self._b[i] * keep + weight * x[i] * busy_s
+        self._y = self._y * keep + weight * busy_s * busy_s
+        self._busy_s += busy_s
+        self._prefilled |= x[2] > 0
+        self._batch = max(self._batch * keep, x[1] / x[0])
+
+    def costs(self) -> Costs | None:
+        """None before there is enough to tell."""
+        if self._busy_s < TRUSTED_S:
+            return None
+        best, least = None, float("inf")
+        for size in (1, 2, 3):
+            for which in itertools.combinations(range(3), size):
+                found = _solved([[self._a[i][j] for j in which] for i in which], [self._b[i] for i in which])
+                if found is None or min(found) < 0:
+                    continue
+                left = self._y - sum(v * self._b[i] for v, i in zip(found, which, strict=True))
+                if left < least - 1e-9 * self._y:
+                    whole = dict(zip(which, found, strict=True))
+                    best, least = Costs(*(whole.get(i, 0.0) for i in range(3))), left
+        return best
+
+    def rates(self, limits: Limits, itl_s: float, gpus: int = 1) -> Rates:
+        """Prefill in full batches; decode in the largest batch that keeps `itl_s`."""
+        costs = self.costs()
+        if costs is None:
+            return Rates(kv_tokens=limits.kv_tokens or None, gpus=gpus)
+        prefill = costs.prefill_s + costs.fixed_s / max(limits.max_num_batched_tokens, 1)
+        places = _places(costs, limits, itl_s)
+        return Rates(
+            prefill_tokens_per_s=1 / prefill if self._prefilled and prefill > 0 else None,
+            decode_tokens_per_s=self._decode(costs, places),
+            kv_tokens=limits.kv_tokens or None,
+            sequences=places if limits.max_num_seqs else None,
+            gpus=gpus,
+        )
+
+    def _decode(self, costs: Costs, places: float) -> float | None:
+        if self._batch <= 0:
+            return None
+        batch = min(places, max(BEYOND_SEEN * self._batch, 1.0))
+        step_s = costs.fixed_s + costs.decode_s * batch
+        return batch / step_s if step_s > 0 else None
+
+
+def _places(costs: Costs, limits: Limits, itl_s: float) -> float:
+    """The largest batch that keeps `itl_s`."""
+    most = float(max(limits.max_num_seqs, 1))
+    if not itl_s or costs.decode_s <= 0:
+        return most
+    return min(most, max((itl_s - costs.fixed_s) / costs.decode_s, 1.0))
+
+
+def _solved(a: list[list[float]], b: list[float]) -> list[float] | None:
+    """x of a x = b, by Gaussian elimination; None where they do not tell it."""
+    n = len(b)
+    rows = [[*a[i], b[i]] for i in range(n)]
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda r: abs(rows[r][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        if abs(rows[i][i]) <= 1e-9 * max(a[i][i], 1e-300):
+            return None
+        for r in range(i + 1, n):
+            factor = rows[r][i] / rows[i][i]
+            rows[r] = [x - factor * y for x, y in zip(rows[r], rows[i], strict=True)]
+    x = [0.0] * n
+    for i in reversed(range(n)):
+        x[i] = (rows[i][n] - sum(rows[i][j] * x[j] for j in range(i + 1, n))) / rows[i][i]
+    return x

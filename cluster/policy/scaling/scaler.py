@@ -1,0 +1,480 @@
+"""From what is seen of the fleet to the number of replicas that each model is to have. Pure.
+
+The policy (control/scaling) decides; this puts together what it is to see, and keeps what explains it. Nothing that it
+keeps has to outlive it but what operators have asked (`Asked`): a new one takes Ray's own targets for what was decided
+last, learns rates and cold starts again, and counts demand from where the gateways' counters stand.
+
+While no gateway is linked the demand is not known, and every number stays as it is.
+
+A model may have several types of GPU, each with a spec of its own; rates are learnt and numbers decided for each type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cluster.api.demand import Work
+from cluster.api.scaling import ModelScaling, ScalingDecision, ScalingStory
+from cluster.api.types import CatalogEntry, ModelSpec
+from cluster.policy.catalog.versions import over_types
+from cluster.policy.scaling.demand import Demands
+from cluster.policy.scaling.portfolio import (
+    Decision,
+    Memory,
+    ModelSeen,
+    ModelSettings,
+    Observation,
+    Rates,
+    ReplicaSeen,
+    Slo,
+    decide,
+)
+from cluster.policy.scaling.portfolio.types import ReplicaState
+from cluster.policy.scaling.replica_rates import LearntCosts, Limits
+
+Kind = tuple[str, str]
+"""A model and a type of GPU."""
+PLENTY = 1_000_000
+"""Replicas of a type, where nobody says how many find a place."""
+KEPT = 200
+"""Decisions of each model that are kept to be explained."""
+DECIDE_S = 5.0
+"""How often the policy decides, unless something cannot wait: a held call, an operator's word, another entry."""
+NEWEST = 0.3
+"""What a newer cold start weighs against what is learnt."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingSettings:
+    """The configuration's `scaling` section."""
+
+    gpu_budget: Mapping[str, int] = field(default_factory=dict)
+    cold_start_s: float = 60.0
+    frozen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What operators have asked, by model. `all_frozen`: every model, those that come too."""
+
+    manual: Mapping[str, int] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
+    all_frozen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OnRay:
+    """What Ray has of a model on a type of GPU: the number it is told, and replicas that serve, come up, and leave."""
+
+    target: int = 0
+    running: int = 0
+    placed: int = 0
+    leaving: int = 0
+
+    def __add__(self, other: OnRay) -> OnRay:
+        return OnRay(
+            self.target + other.target,
+            self.running + other.running,
+            self.placed + other.placed,
+            self.leaving + other.leaving,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeen:
+    """A worker that some gateway has a link to. `gpu`: the type that it was made for; one that the model does not have
+    counts as its first."""
+
+    worker_id: str
+    incarnation: str
+    model: str
+    serves: bool = True
+    running: int = 0
+    kv_use: float = 0.0
+    work: Work = field(default_factory=Work)
+    limits: Limits | None = None
+    gpu: str = ""
+
+
+@dataclass(slots=True)
+class _Learnt:
+    """Of one type of GPU."""
+
+    costs: LearntCosts = field(default_factory=LearntCosts)
+    limits: Limits = field(default_factory=lambda: Limits(0, 0, 0))
+
+
+@dataclass(slots=True)
+class _Model:
+    desired: dict[str, int] | None = None
+    """By type."""
+    since: dict[str, tuple[ReplicaState, float]] = field(default_factory=dict)
+    ordered_at: list[float] = field(default_factory=list)
+    starting_since_s: float = 0.0
+    cold_start_s: float = 0.0
+    learnt: dict[str, _Learnt] = field(default_factory=dict)
+    decisions: deque[ScalingDecision] = field(default_factory=lambda: deque(maxlen=KEPT))
+    counts: dict[str, int] = field(default_factory=dict)
+    gpu_seconds: float = 0.0
+    standing: ModelScaling | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+class Scaler:
+    """`look` once a pass, which decides now and then; `replicas` then says how many, and `told` adds to a catalog entry
+    what gateways are to know.
+
+    Times are of one monotonic clock, `wall_s` since the epoch; every `decide_s` it decides although nothing hurries it.
+    """
+
+    def __init__(
+        self,
+        settings: ScalingSettings | None = None,
+        now: float = 0.0,
+        asked: Asked | None = None,
+        decide_s: float = DECIDE_S,
+    ) -> None:
+        self.settings = settings or ScalingSettings()
+        self.asked = asked or Asked()
+        self.demands = Demands(now)
+        self._memory = Memory()
+        self._models: dict[str, _Model] = {}
+        self._specs: dict[str, tuple[ModelSpec, ...]] = {}
+        self._room: Mapping[Kind, int] = {}
+        self._looked_at: float | None = None
+        self._decide_s = decide_s
+        self._decide_at = now
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{name} {_total(one.desired or {})}" for name, one in self._models.items())
+        return f"Scaler({counts or 'nothing seen'})"
+
+    # ---- a pass
+
+    def look(
+        self,
+        specs: Sequence[ModelSpec],
+        on_ray: Mapping[Kind, OnRay],
+        workers: Sequence[WorkerSeen],
+        now: float,
+        wall_s: float,
+        *,
+        blind: bool = False,
+        room: Mapping[Kind, int] | None = None,
+    ) -> Sequence[tuple[str, ScalingDecision]]:
+        """What has been decided anew, by model. Several `specs` of one name are its types of GPU, the first choice
+        first. `blind`: no gateway is linked. `room`: how many replicas of a model have a place on a type of GPU, where
+        that counts."""
+        passed_s = 0.0 if self._looked_at is None else now - self._looked_at
+        self._looked_at = now
+        wanted: dict[str, tuple[ModelSpec, ...]] = {}
+        for spec in specs:
+            wanted[spec.name] = (*wanted.get(spec.name, ()), spec)
+        if wanted != self._specs:
+            self.hurry()
+        self._specs, self._room = wanted, room or {}
+        self._models = {name: self._models.get(name) or _Model() for name in self._specs}
+        mine: dict[str, dict[str, list[WorkerSeen]]] = {
+            name: {spec.gpu: [] for spec in types} for name, types in self._specs.items()
+        }
+        for worker in workers:
+            if worker.model in mine:
+                of_model = mine[worker.model]
+                of_model.get(worker.gpu, next(iter(of_model.values()))).append(worker)
+        seen: dict[str, ModelSeen] = {}
+        decides = not blind and now >= self._decide_at
+        demand = self.demands.take(now) if decides else {}
+        for name, types in self._specs.items():
+            rays = _by_type(types, on_ray)
+            model = self._models[name]
+            model.desired = self._begun(model, types, rays)
+            self._learn(model, mine[name])
+            replicas = self._replicas(types, model, rays, mine[name], now, wall_s)
+            for spec in types:
+                ray = rays.get(spec.gpu, OnRay())
+                held = max(ray.running + ray.placed + ray.leaving, len(mine[name][spec.gpu]))
+                model.gpu_seconds += passed_s * held * world_size(spec)
+            model.standing = self._standing(types[0], model, sum(ray.target for ray in rays.values()), replicas)
+            seen[name] = ModelSeen(
+                settings=self._settings_of(types, model),
+                demand=demand.get(name, {}),
+                replicas=replicas,
+                rates={spec.gpu: _rates(model, spec) for spec in types},
+                room={spec.gpu: self._room[name, spec.gpu] for spec in types if (name, spec.gpu) in self._room},
+            )
+        if blind:
+            self.hurry()  # as soon as somebody tells
+            return self._hold(wall_s)
+        if not decides:
+            return ()
+        self._decide_at = now + self._decide_s
+        observation = Observation(
+            models=seen,
+            gpu_budget=self.settings.gpu_budget,
+            ranks=dict(self.demands.ranks),
+            frozen=self.settings.frozen or self.asked.all_frozen,
+        )
+        decisions, self._memory = decide(observation, self._memory, now)
+        return [made for one in decisions if (made := self._keep(one, now, wall_s)) is not None]
+
+    def hurry(self) -> None:
+        """Decide at the next look."""
+        self._decide_at = float("-inf")
+
+    def replicas(self, spec: ModelSpec) -> int:
+        """How many the model is to have on the spec's type of GPU; as many as it begins with before the first look."""
+        model = self._models.get(spec.name)
+        return spec.replicas if model is None or model.desired is None else model.desired.get(spec.gpu, 0)
+
+    def told(self, entry: CatalogEntry) -> CatalogEntry:
+        """What gateways need in order to judge calls, and to tell those that wait how long it takes."""
+        model, types = self._models.get(entry.name), self._specs.get(entry.name)
+        if model is None or types is None:
+            return entry
+        spec = types[0]
+        return dataclasses.replace(
+            entry,
+            replicas_desired=sum(self.replicas(one) for one in types),
+            cold_start_s=round(model.cold_start_s, 1) or entry.cold_start_s or self.settings.cold_start_s,
+            slo_ttft_s=spec.slo_ttft_s,
+            slo_itl_s=spec.slo_itl_s,
+            starting_since_s=model.starting_since_s,
+        )
+
+    # ---- what it is made of
+
+    def _begun(self, model: _Model, types: Sequence[ModelSpec], rays: Mapping[str, OnRay]) -> dict[str, int]:
+        """What was decided last, by whomever, for the types that there are now; a model that is new begins."""
+        last = model.desired
+        if last is None and rays:
+            last = {gpu: ray.target for gpu, ray in rays.items()}
+        gpus = [spec.gpu for spec in types]
+        if last is not None and set(last) <= set(gpus):
+            return {gpu: last.get(gpu, 0) for gpu in gpus}
+        return self._spread(types, types[0].replicas if last is None else _total(last), last or {})
+
+    def _spread(self, types: Sequence[ModelSpec], replicas: int, there: Mapping[str, int]) -> dict[str, int]:
+        """So many over the types; what is there stays where it can."""
+        room = [self._room.get((spec.name, spec.gpu), PLENTY) for spec in types]
+        counts = over_types(replicas, room, [there.get(spec.gpu, 0) for spec in types])
+        return {spec.gpu: count for spec, count in zip(types, counts, strict=True)}
+
+    def _settings_of(self, types: Sequence[ModelSpec], model: _Model) -> ModelSettings:
+        spec = types[0]
+        return ModelSettings(
+            min_replicas=spec.min_replicas,
+            max_replicas=max(spec.max_replicas, spec.min_replicas),
+            idle_s=spec.idle_s,
+            slo=Slo(spec.slo_ttft_s, spec.slo_itl_s, spec.slo_target),
+            gpus=tuple(one.gpu for one in types),
+            cold_start_s=model.cold_start_s or self.settings.cold_start_s,
+            manual=self.asked.manual.get(spec.name),
+            frozen=spec.name in self.asked.frozen,
+        )
+
+    def _learn(self, model: _Model, workers: Mapping[str, Sequence[WorkerSeen]]) -> None:
+        model.learnt = {gpu: model.learnt.get(gpu) or _Learnt() for gpu in workers}
+        for gpu, learnt in model.learnt.items():
+            learnt.costs.seen({worker.incarnation: worker.work for worker in workers[gpu]})
+            for worker in workers[gpu]:
+                if worker.limits is not None:
+                    learnt.limits = worker.limits
+
+    def _replicas(
+        self,
+        types: Sequence[ModelSpec],
+        model: _Model,
+        rays: Mapping[str, OnRay],
+        workers: Mapping[str, Sequence[WorkerSeen]],
+        now: float,
+        wall_s: float,
+    ) -> list[ReplicaSeen]:
+        """Linked ones are ready, those that Ray is to have beside them are starting, those beyond its target leave."""
+        states: dict[str, ReplicaState] = {}
+        gpus: dict[str, str] = {}
+        for spec in types:
+            mine = self._states(spec, model, rays.get(spec.gpu, OnRay()), workers[spec.gpu], now)
+            states |= mine
+            gpus |= dict.fromkeys(mine, spec.gpu)
+        started = [name for name, state in states.items() if state == "ready" and name not in model.since]
+        self._started(model, started, now)
+        model.since = {
+            name: before if (before := model.since.get(name)) is not None and before[0] == state else (state, now)
+            for name, state in states.items()
+        }
+        serving = any(worker.serves for them in workers.values() for worker in them)
+        if serving or "starting" not in states.values():
+            model.starting_since_s = 0.0
+        elif not model.starting_since_s:
+            model.starting_since_s = wall_s - (now - min(model.ordered_at, default=now))
+        told = {worker.worker_id: worker for them in workers.values() for worker in them}
+        return [
+            ReplicaSeen(
+                replica_id=name,
+                state=state,
+                since_s=model.since[name][1],
+                gpu=gpus[name],
+                running=told[name].running if name in told else 0,
+                kv_use=told[name].kv_use if name in told else 0.0,
+            )
+            for name, state in states.items()
+        ]
+
+    def _states(
+        self, spec: ModelSpec, model: _Model, ray: OnRay, workers: Sequence[WorkerSeen], now: float
+    ) -> dict[str, ReplicaState]:
+        """Those on one type of GPU, by name."""
+        target = (model.desired or {}).get(spec.gpu, 0)
+        serving = sorted((w for w in workers if w.serves), key=lambda w: model.since.get(w.worker_id, ("", now))[1])
+        states: dict[str, ReplicaState] = {w.worker_id: "ready" for w in serving[:target]}
+        states |= {w.worker_id: "draining" for w in workers if w.worker_id not in states}
+        kind = f"{spec.name}-{spec.gpu}" if spec.gpu else spec.name
+        states |= {f"{kind}-starting-{number}": "starting" for number in range(target - len(serving[:target]))}
+        unlinked = max(ray.leaving - sum(state == "draining" for state in states.values()), 0)
+        return states | {f"{kind}-leaving-{number}": "draining" for number in range(unlinked)}
+
+    def _started(self, model: _Model, names: Sequence[str], now: float) -> None:
+        """Replicas that serve for the first time: how long after the decision, where it was made here."""
+        for _ in names:
+            if not model.ordered_at:
+                return
+            took_s = now - model.ordered_at.pop(0)
+            model.cold_start_s += (took_s - model.cold_start_s) * (NEWEST if model.cold_start_s else 1.0)
+
+    def _standing(self, spec: ModelSpec, model: _Model, target: int, replicas: Sequence[ReplicaSeen]) -> ModelScaling:
+        frozen = self.settings.frozen or self.asked.all_frozen or spec.name in self.asked.frozen
+        return ModelScaling(
+            name=spec.name,
+            target=target,
+            running=sum(one.state == "ready" for one in replicas),
+            starting=sum(one.state == "starting" for one in replicas),
+            desired=_total(model.desired or {}),
+            min_replicas=spec.min_replicas,
+            max_replicas=max(spec.max_replicas, spec.min_replicas),
+            idle_s=spec.idle_s,
+            by="frozen" if frozen else "manual" if spec.name in self.asked.manual else "demand",
+            why=model.decisions[-1].why if model.decisions else "",
+            cold_start_s=model.cold_start_s,
+        )
+
+    def _keep(self, decision: Decision, now: float, wall_s: float) -> tuple[str, ScalingDecision] | None:
+        """Take a decision over; the decision if it differs from the last."""
+        name, model = decision.model, self._models[decision.model]
+        assert model.standing is not None, "it has been looked at"
+        assert model.desired is not None, "it has been looked at"
+        last_time = model.desired
+        if not self._frozen(name):
+            model.desired = {gpu: decision.replicas.get(gpu, 0) for gpu in last_time}
+        more = {gpu: count - last_time[gpu] for gpu, count in model.desired.items()}
+        fewer = -sum(min(count, 0) for count in more.values())
+        del model.ordered_at[max(len(model.ordered_at) - fewer, 0) :]
+        model.ordered_at += [now] * sum(max(count, 0) for count in more.values())
+        model.numbers = dict(decision.numbers)
+        before, wanted = model.standing.desired, _total(model.desired)
+        action = _action(before, wanted) if wanted != before or not any(more.values()) else "move"
+        made = ScalingDecision(wall_s, before, wanted, action, decision.why, dict(decision.numbers))
+        model.standing = dataclasses.replace(model.standing, desired=wanted, why=decision.why)
+        model.counts[action] = model.counts.get(action, 0) + 1
+        last = model.decisions[-1] if model.decisions else None
+        if action == "hold" and last is not None and (last.action, last.why) == ("hold", decision.why):
+            model.decisions[-1] = dataclasses.replace(last, numbers=made.numbers, passes=last.passes + 1)
+            return None
+        model.decisions.append(made)
+        return None if action == "hold" else (name, made)
+
+    def _hold(self, wall_s: float) -> Sequence[tuple[str, ScalingDecision]]:
+        """Nobody tells what the demand is; but bounds hold, what an operator asks is done, and a new model begins."""
+        made = []
+        for name, model in self._models.items():
+            assert model.standing is not None, "it has been looked at"
+            types, before = self._specs[name], model.standing.desired
+            spec = types[0]
+            within = min(max(before, spec.min_replicas), max(spec.max_replicas, spec.min_replicas))
+            wanted = before if self._frozen(name) else self.asked.manual.get(name, within)
+            if wanted != before:
+                model.desired = self._spread(types, wanted, model.desired or {})
+                why = "manual" if name in self.asked.manual else "bounds"
+                decision = ScalingDecision(wall_s, before, wanted, _action(before, wanted), why)
+                model.decisions.append(decision)
+                made.append((name, decision))
+            model.standing = dataclasses.replace(model.standing, desired=wanted, why="no gateway is linked")
+        return made
+
+    def _frozen(self, name: str) -> bool:
+        return self.settings.frozen or self.asked.all_frozen or name in self.asked.frozen
+
+    # ---- what others ask
+
+    def standing(self, name: str) -> ModelScaling:
+        """How a model stands. KeyError for one that is not wanted."""
+        standing = self._models[name].standing
+        return standing if standing is not None else ModelScaling(name)
+
+    def story(self, name: str, limit: int = 0) -> ScalingStory:
+        """Why it stands so. KeyError for one that is not wanted."""
+        model = self._models[name]
+        return ScalingStory(self.standing(name), list(model.decisions)[-limit if limit else 0 :], self._numbers(model))
+
+    def _numbers(self, model: _Model) -> Mapping[str, float]:
+        numbers = dict(model.numbers)
+        for gpu, learnt in model.learnt.items():
+            costs = learnt.costs.costs()
+            if costs is not None:
+                of = f"[{gpu}]" if len(model.learnt) > 1 else ""
+                numbers |= {
+                    f"learnt_step_s{of}": costs.fixed_s,
+                    f"learnt_decode_s_a_token{of}": costs.decode_s,
+                    f"learnt_prefill_s_a_token{of}": costs.prefill_s,
+                }
+        return numbers
+
+    def counters(self) -> Mapping[str, tuple[Mapping[str, int], float]]:
+        """By model: decisions by action, and GPU-seconds held, since this began."""
+        return {name: (dict(one.counts), one.gpu_seconds) for name, one in self._models.items()}
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the models that are wanted."""
+        return list(self._models)
+
+    def find(self, name: str) -> ModelSpec | None:
+        """By name or alias, on its first type of GPU."""
+        if name in self._specs:
+            return self._specs[name][0]
+        return next((types[0] for types in self._specs.values() if name in types[0].aliases), None)
+
+
+def world_size(spec: ModelSpec) -> int:
+    """GPUs that one replica takes."""
+    return spec.tensor_parallel_size * spec.pipeline_parallel_size
+
+
+def _total(counts: Mapping[str, int]) -> int:
+    return sum(counts.values())
+
+
+def _by_type(types: Sequence[ModelSpec], on_ray: Mapping[Kind, OnRay]) -> dict[str, OnRay]:
+    """What Ray has of a model; what is on none of its types counts as on the first. Empty: nothing at all."""
+    gpus = [spec.gpu for spec in types]
+    found: dict[str, OnRay] = {}
+    for (name, gpu), ray in on_ray.items():
+        if name == types[0].name:
+            gpu = gpu if gpu in gpus else gpus[0]
+            found[gpu] = found.get(gpu, OnRay()) + ray
+    return found
+
+
+def _rates(model: _Model, spec: ModelSpec) -> Rates:
+    learnt = model.learnt[spec.gpu]
+    return learnt.costs.rates(learnt.limits, spec.slo_itl_s, world_size(spec))
+
+
+def _action(before: int, wanted: int) -> str:
+    if wanted == before:
+        return "hold"
+    if wanted > before:
+        return "up" if before else "from_zero"
+    return "down" if wanted else "to_zero"

@@ -1,0 +1,295 @@
+"""What an operator has said about one tenant: frozen, checked when built, and plain enough to rest as JSON.
+
+Invariant: a policy that exists is whole. Limits are absent (None: none) or at least 1, so that neither a zero nor a
+negative number in a file or a call can come to mean "no limit"; a tenant that shall do nothing is suspended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self, TypeVar
+
+T = TypeVar("T")
+
+MAX_LIMIT = 10**15
+"""Above it a limit is a typing error: at a million tokens a second it is reached after thirty years."""
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e6
+MAX_LABELS = 32
+NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
+
+
+class PolicyError(ValueError):
+    """A field that cannot be. `field` is its path in the policy (`limits.tokens_per_minute`)."""
+
+    def __init__(self, field_path: str, remedy: str) -> None:
+        super().__init__(f"{field_path}: {remedy}")
+        self.field = field_path
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class TenantLimits:
+    """How much a tenant may use; None is no limit. Minutes slide; days and months are UTC's."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    daily_tokens: int | None = None
+    monthly_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if value is None:
+                continue
+            if not _is_int(value):
+                raise PolicyError(one.name, f"must be a whole number, not {value!r}")
+            if value < 1:
+                raise PolicyError(one.name, "must be 1 or more; leave it out for no limit, suspend a tenant to stop it")
+            if value > MAX_LIMIT:
+                raise PolicyError(one.name, f"must not exceed {MAX_LIMIT}; leave it out for no limit")
+
+
+@dataclass(frozen=True, slots=True)
+class GuardRule:
+    """One guard, in the order in which they stand. Exactly one of `builtin` and `address` names it.
+
+    `builtin` is patterns or sizes; `address` that of a server of cluster.guard.v1, `unix:/path` or host:port (over
+    TLS but on this host, with `ca_file` where its authority is no public one). `timeout_s` bounds each call of it.
+    `patterns` are regular expressions by name, `patterns_file` a file of such.
+    """
+
+    builtin: str = ""
+    address: str = ""
+    ca_file: str = ""
+    on: Literal["input", "output"] = "input"
+    action: Literal["refuse", "redact", "flag"] = "refuse"
+    patterns_file: str = ""
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    max_characters: int | None = None
+    max_messages: int | None = None
+    fail: Literal["closed", "open"] = "closed"
+    timeout_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if bool(self.builtin) == bool(self.address):
+            raise PolicyError("builtin", "exactly one of builtin and address must be given")
+        if self.builtin not in ("", "patterns", "sizes"):
+            raise PolicyError("builtin", f"must be patterns or sizes, not {self.builtin!r}")
+        _one_of(self, "on", ("input", "output"))
+        _one_of(self, "action", ("refuse", "redact", "flag"))
+        _one_of(self, "fail", ("closed", "open"))
+        if self.builtin == "patterns":
+            self._check_patterns()
+        elif self.patterns or self.patterns_file:
+            raise PolicyError("patterns", "belongs to the patterns guard alone; take it out")
+        if self.builtin == "sizes":
+            self._check_sizes()
+        elif self.max_characters is not None or self.max_messages is not None:
+            raise PolicyError("max_characters", "belongs to the sizes guard alone, as max_messages does; take it out")
+        if self.address:
+            self._check_address()
+        elif self.ca_file:
+            raise PolicyError("ca_file", "belongs to address; take it out")
+        if not 0 < self.timeout_s <= 60:
+            raise PolicyError("timeout_s", "must be above 0 and at most 60")
+
+    def _check_patterns(self) -> None:
+        if bool(self.patterns) == bool(self.patterns_file):
+            raise PolicyError("patterns", "the patterns guard needs either patterns or patterns_file")
+        if not self.patterns:
+            return
+        from cluster.policy.tenants.patterns import PatternError, patterns_of  # needs what most have no use for
+
+        try:
+            patterns_of(tuple(self.patterns.items()))
+        except PatternError as error:
+            raise PolicyError(f"patterns.{error.name}".rstrip("."), error.remedy) from None
+
+    def _check_sizes(self) -> None:
+        for name in ("max_characters", "max_messages"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or not 1 <= value <= MAX_LIMIT):
+                raise PolicyError(name, "must be 1 or more; leave it out for no bound")
+        if self.on == "output" and self.max_messages is not None:
+            raise PolicyError("max_messages", "an output is no message list; set it on input")
+        if self.max_characters is None and self.max_messages is None:
+            raise PolicyError("max_characters", "the sizes guard needs max_characters or, on input, max_messages")
+        if self.action == "redact":
+            raise PolicyError("action", "the sizes guard can refuse or flag, not redact")
+
+    def _check_address(self) -> None:
+        if self.on == "output":
+            raise PolicyError("on", "a guard server sees input only; use builtin: patterns or sizes on output")
+        if self.action != "refuse":
+            raise PolicyError("action", "a guard server says itself what is to be done; take action out")
+        host, _, port = self.address.rpartition(":")
+        if not self.address.startswith("unix:/") and not (host and port.isdecimal() and 0 < int(port) < 65536):
+            raise PolicyError("address", f"must be host:port or unix:/path, not {self.address!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """For how long what a tenant leaves behind is kept, in days; None as the cluster keeps it, 0 not at all."""
+
+    usage_days: int | None = None
+    audit_days: int | None = None
+    prompts_days: int | None = None
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if value is not None and (not _is_int(value) or not 0 <= value <= 36_500):
+                raise PolicyError(one.name, "must be a whole number of days from 0 to 36500")
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPolicy:
+    """One tenant, as tenancy, gateway and ledger know it.
+
+    `handle` is the keyed hash that workers see, "" until the gateway has derived it. `models` are names, aliases,
+    adapters (`model:adapter`) or globs of them. `max_context_tokens` and `max_output_tokens` None: the model's own.
+    `cache_group` "": alone. `on_budget` says what a running call does when its budget is spent: finish or stop.
+    """
+
+    name: str
+    handle: str = ""
+    priority_class: str = "standard"
+    weight: float = 1.0
+    models: tuple[str, ...] = ("*",)
+    limits: TenantLimits = field(default_factory=TenantLimits)
+    max_context_tokens: int | None = None
+    max_output_tokens: int | None = None
+    on_budget: Literal["finish", "stop"] = "finish"
+    cache_group: str = ""
+    guards: tuple[GuardRule, ...] = ()
+    log_prompts: bool = False
+    labels: Mapping[str, str] = field(default_factory=dict)
+    retention: Retention = field(default_factory=Retention)
+    suspended: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.name) <= 63 or not set(self.name) <= NAME_CHARACTERS or not self.name[0].isalnum():
+            raise PolicyError("name", "must be 1 to 63 of a-z, 0-9, '-', '_' and '.', beginning with a letter or digit")
+        if not self.priority_class:
+            raise PolicyError("class", "must name one of the configuration's classes")
+        if not _is_number(self.weight) or not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
+            raise PolicyError("weight", f"must lie between {MIN_WEIGHT:g} and {MAX_WEIGHT:g}")
+        for name in ("max_context_tokens", "max_output_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or not 1 <= value <= MAX_LIMIT):
+                raise PolicyError(name, "must be 1 or more; leave it out for the model's own")
+        if not self.models or not all(self.models):
+            raise PolicyError("models", "must name at least one model, alias or glob; '*' for all")
+        _one_of(self, "on_budget", ("finish", "stop"))
+        if len(self.labels) > MAX_LABELS:
+            raise PolicyError("labels", f"must be at most {MAX_LABELS}")
+        if not all(isinstance(x, str) for pair in self.labels.items() for x in pair):
+            raise PolicyError("labels", "must be strings")
+
+    def allows(self, model: str) -> bool:
+        """Whether the tenant may use a model of this name. Case counts."""
+        return any(fnmatchcase(model, pattern) for pattern in self.models)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values under the configuration's names (`class`); `from_json` is the inverse."""
+        out = _plain(dataclasses.asdict(self))
+        out["class"] = out.pop("priority_class")
+        return typing.cast(dict[str, Any], out)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """From plain values. Raises PolicyError with the path of a field that is unknown, mistyped or cannot be."""
+        return _build(cls, value)
+
+
+_RENAMED = {"class": "priority_class"}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _one_of(owner: object, name: str, words: tuple[str, ...]) -> None:
+    if getattr(owner, name) not in words:
+        raise PolicyError(name, f"must be one of {', '.join(words)}, not {getattr(owner, name)!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Resolved once: a snapshot holds thousands of policies."""
+    return typing.get_type_hints(kind)
+
+
+def _build(kind: type[T], value: object) -> T:
+    if not isinstance(value, Mapping):
+        raise PolicyError("", f"must be an object, not {value!r}")
+    hints = _hints(kind)  # type: ignore[arg-type]  # classes are hashable
+    given: dict[str, Any] = {}
+    for key, item in value.items():
+        name = _RENAMED.get(key, key) if kind is TenantPolicy else key
+        if name not in hints or (key == "priority_class" and kind is TenantPolicy):
+            raise PolicyError(str(key), f"is unknown; there are {', '.join(sorted(hints))}")
+        given[name] = _parse(hints[name], item, str(key))
+    if kind is TenantPolicy and "name" not in given:
+        raise PolicyError("name", "must be given")
+    return kind(**given)
+
+
+def _parse(hint: Any, value: object, path: str) -> Any:
+    """`value` as `hint` says: a dataclass, a tuple of something, a mapping of strings, or a plain value."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    try:
+        if dataclasses.is_dataclass(hint):
+            return _build(typing.cast(type, hint), value)
+        if origin is tuple:
+            if not isinstance(value, list | tuple):
+                raise PolicyError("", "must be a list")
+            return tuple(_parse(arguments[0], item, f"[{at}]") for at, item in enumerate(value))
+        if isinstance(origin, type) and issubclass(origin, Mapping):
+            if not isinstance(value, Mapping):
+                raise PolicyError("", "must be an object")
+            return dict(value)
+    except PolicyError as error:
+        raise PolicyError(f"{path}.{error.field}".rstrip(".").replace(".[", "["), error.remedy) from None
+    if not _fits(hint, value):
+        raise PolicyError(path, f"must be {_name(hint)}, not {value!r}")
+    return value
+
+
+def _fits(hint: Any, value: object) -> bool:
+    if hint is int:
+        return _is_int(value)
+    if hint is float:
+        return _is_number(value)
+    if hint is type(None):
+        return value is None
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return any(_fits(one, value) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str)  # which words there are is the class's own to say
+    return isinstance(value, hint)
+
+
+def _name(hint: Any) -> str:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_name(one) for one in typing.get_args(hint))
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(hint, str(hint))

@@ -1,0 +1,94 @@
+"""Trials: one that is no worse stays however long it is watched, one that is worse goes before many have suffered."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.policy.catalog.canary import ALPHA, Tally, judge, log_evidence
+
+RATIOS = {"error_ratio": 1.5, "ttft_ratio": 1.2}
+
+
+def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[float, float], slower: float) -> int:
+    """After how many calls a trial was taken back, looked at after each call; 0: never within `calls`."""
+    stays, tried = Tally(), Tally()
+    for number in range(1, calls + 1):
+        on_trial = chance.random() < weight
+        failed = chance.random() < fails[on_trial]
+        if on_trial:
+            lost = not failed and chance.random() < slower
+            tried += Tally(1, int(failed), int(not failed), int(lost))
+        else:
+            stays += Tally(1, int(failed))
+        if (failed or on_trial) and judge(stays, tried, **RATIOS).goes:
+            return number
+    return 0
+
+
+def test_nothing_is_judged_by_nothing() -> None:
+    """No calls, no verdict; and a ratio of 0 is never looked at."""
+    assert not judge(Tally(), Tally(), **RATIOS).goes
+    bad = Tally(calls=100, errors=100, pairs=100, slower=100)
+    assert not judge(Tally(calls=1000), bad, error_ratio=0, ttft_ratio=0).goes
+
+
+def test_a_broken_version_goes_after_a_few_calls() -> None:
+    """All of its calls fail: three are enough beside a hundred that went well."""
+    verdict = judge(Tally(calls=100), Tally(calls=3, errors=3), **RATIOS)
+    assert verdict.goes
+    assert verdict.why == "3 of its 3 calls failed, 0 of 100 of the other: more than 1.5 times as often"
+    assert not judge(Tally(calls=100), Tally(calls=2, errors=2), **RATIOS).goes
+
+
+def test_a_slow_version_goes() -> None:
+    """Twenty pairs lost in a row are no chance; ten of twenty are."""
+    assert not judge(Tally(calls=20), Tally(calls=20, pairs=20, slower=10), **RATIOS).goes
+    verdict = judge(Tally(calls=20), Tally(calls=20, pairs=20, slower=20), **RATIOS)
+    assert verdict.goes
+    assert "20 of 20 pairs" in verdict.why
+
+
+@pytest.mark.slow
+def test_a_version_that_is_just_as_allowed_is_hardly_ever_taken_back() -> None:
+    """At the very edge of what is allowed, looked at after every call: at most ALPHA for each of the two tests."""
+    chance = random.Random(7)
+    runs = 300
+    wrong = sum(trial(chance, 1500, weight=0.2, fails=(0.04, 0.06), slower=0.5) > 0 for _ in range(runs))
+    sure = 3 * math.sqrt(2 * ALPHA * (1 - 2 * ALPHA) / runs)
+    assert wrong / runs <= 2 * ALPHA + sure
+
+
+@pytest.mark.slow
+def test_a_worse_version_is_found() -> None:
+    """Four times the errors, or three of four first tokens late: it goes in every run."""
+    chance = random.Random(11)
+    failing = [trial(chance, 20_000, weight=0.05, fails=(0.02, 0.16), slower=0.5) for _ in range(40)]
+    late = [trial(chance, 20_000, weight=0.05, fails=(0.0, 0.0), slower=0.75) for _ in range(40)]
+    assert all(failing)
+    assert all(late)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 200), st.integers(0, 200), st.floats(0.01, 0.99))
+def test_evidence_grows_with_losses_and_falls_with_wins(losses: int, wins: int, chance: float) -> None:
+    """It begins at none, each loss adds and each win takes away."""
+    assert log_evidence(0, 0, chance) == pytest.approx(0.0)
+    here = log_evidence(losses, wins, chance)
+    assert log_evidence(losses + 1, wins, chance) > here
+    assert log_evidence(losses, wins + 1, chance) < here
+
+
+@settings(deadline=None)
+@given(st.integers(0, 60), st.integers(0, 60), st.floats(0.05, 0.95))
+def test_the_bet_is_fair(losses: int, wins: int, chance: float) -> None:
+    """At exactly the chance it bets against, the next call leaves its worth as it was, on average."""
+    here = math.exp(log_evidence(losses, wins, chance))
+    after = chance * math.exp(log_evidence(losses + 1, wins, chance)) + (1 - chance) * math.exp(
+        log_evidence(losses, wins + 1, chance)
+    )
+    assert after == pytest.approx(here, rel=1e-6)

@@ -1,0 +1,106 @@
+"""A model's life as a table, and what the gateways are told of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from cluster.api.types import ModelSpec, ModelState
+from cluster.policy.catalog.lifecycle import MOVES, IllegalMove, Known, Reported, Sight, entry, move, remember, sight
+from cluster.policy.catalog.reconcile import Observed
+
+SPEC = ModelSpec(name="m", source="/m", aliases=("a",), version="v3")
+SERVING = Observed("m", "d", target=2, running=1)
+
+AFTER = {
+    Sight.ABSENT: ModelState.DECLARED,
+    Sight.RESTING: ModelState.IDLE,
+    Sight.UNPLACED: ModelState.PLACING,
+    Sight.STARTING: ModelState.LOADING,
+    Sight.SERVING: ModelState.READY,
+    Sight.BROKEN: ModelState.FAILED,
+    Sight.WITHDRAWN: ModelState.DRAINING,
+    Sight.ENDED: ModelState.GONE,
+}
+
+
+@pytest.mark.parametrize(("state", "seen"), list(itertools.product(ModelState, Sight)))
+def test_every_pair(state: ModelState, seen: Sight) -> None:
+    """Each sight leads to its own state from anywhere, but nothing is seen of what is gone before it is declared."""
+    if state is ModelState.GONE and seen not in (Sight.ABSENT, Sight.ENDED):
+        assert (state, seen) not in MOVES
+        with pytest.raises(IllegalMove, match=f"GONE: {seen.name}"):
+            move(state, seen)
+    else:
+        assert move(state, seen) is AFTER[seen]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "seen", "unplaceable", "expected"),
+    [
+        (True, None, "", Sight.ABSENT),
+        (True, Observed("m", "", 0, deleting=True), "", Sight.ABSENT),
+        (True, Observed("m", "", 0), "", Sight.UNPLACED),
+        (True, Observed("m", "d", 0), "", Sight.RESTING),
+        (True, Observed("m", "d", 1), "", Sight.UNPLACED),
+        (True, Observed("m", "d", 1), "no node", Sight.BROKEN),
+        (True, Observed("m", "d", 1, placed=1), "", Sight.STARTING),
+        (True, Observed("m", "d", 1, placed=1, trouble="died before"), "", Sight.STARTING),
+        (True, Observed("m", "d", 1, trouble="died"), "", Sight.BROKEN),
+        (True, Observed("m", "d", 1, placed=1, refused=True, trouble="no"), "", Sight.BROKEN),
+        (True, Observed("m", "d", 1, gave_up=True), "", Sight.BROKEN),
+        (True, Observed("m", "d", 2, running=1, placed=1), "no node", Sight.SERVING),
+        (False, SERVING, "", Sight.WITHDRAWN),
+        (False, None, "", Sight.ENDED),
+    ],
+)
+def test_what_is_seen(wanted: bool, seen: Observed | None, unplaceable: str, expected: Sight) -> None:
+    """What serves counts first, then why nothing does, then how far it has come."""
+    assert sight(wanted, seen, unplaceable) is expected
+
+
+def test_workers_words_win_over_the_source() -> None:
+    """A running worker knows its limits and digests better than a look at the files."""
+    known = Known(bundle_digest="sha256:k", max_model_len=4096, family="llama")
+    workers = [Reported("sha256:b", "sha256:t", 512, "float32-tp1-pp1", {"top_k": 3}), Reported("sha256:a")]
+    told = entry(SPEC, ModelState.READY, SERVING, reported=workers, known=known)
+    assert (told.bundle_digest, told.max_model_len, told.engine_class) == ("sha256:t", 512, "float32-tp1-pp1")
+    assert told.weight_digests == ("sha256:a", "sha256:b")
+    assert not told.weights_pinned
+    assert (told.replicas, told.replicas_desired, told.family, told.aliases) == (1, 1, "llama", ("a",))
+    assert told.state_reason == "1 of 2 replicas serve"
+    resting = entry(SPEC, ModelState.DECLARED, None, known=known)
+    assert (resting.bundle_digest, resting.max_model_len) == ("sha256:k", 4096)
+
+
+def test_pinned_weights_are_the_entrys_own() -> None:
+    """What a worker says of itself does not widen what the file pins."""
+    pinned = dataclasses.replace(SPEC, digest="sha256:right")
+    told = entry(pinned, ModelState.READY, SERVING, reported=[Reported("sha256:wrong")])
+    assert (told.weight_digests, told.weights_pinned) == (("sha256:right",), True)
+
+
+@pytest.mark.parametrize(
+    ("state", "seen", "unplaceable", "reason"),
+    [
+        (ModelState.FAILED, Observed("m", "d", 1, trouble="no folder"), "", "no folder"),
+        (ModelState.FAILED, Observed("m", "d", 1), "needs 2 GPUs", "needs 2 GPUs"),
+        (ModelState.PLACING, Observed("m", "d", 1), "", "waiting for Ray to place it"),
+        (ModelState.DECLARED, None, "", "no tokenizer"),
+        (ModelState.READY, Observed("m", "d", 1, running=1, trouble="old"), "", ""),
+    ],
+)
+def test_reasons(state: ModelState, seen: Observed | None, unplaceable: str, reason: str) -> None:
+    """A state that is not READY says why, and READY says nothing unless replicas lack."""
+    told = entry(SPEC, state, seen, unplaceable=unplaceable, known=Known(trouble="no tokenizer"))
+    assert told.state_reason == reason
+
+
+def test_model_at_rest_stays_tokenizable() -> None:
+    """What a worker once said is kept when no worker is left to say it."""
+    up = entry(SPEC, ModelState.READY, SERVING, reported=[Reported("sha256:w", "sha256:t", 512, "c", {"top_p": 0.9})])
+    down = remember(up, entry(SPEC, ModelState.LOADING, Observed("m", "d", 1, placed=1)))
+    assert dataclasses.replace(down, state=up.state, replicas=1, state_reason=up.state_reason) == up
+    assert remember(None, up) is up

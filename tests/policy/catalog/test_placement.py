@@ -1,0 +1,104 @@
+"""Placement groups, and the reasons why one cannot be had or must not be used."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.types import ModelSpec
+from cluster.policy.catalog.placement import placement, why_split, why_unplaceable
+
+ONE_GPU = {"CPU": 8.0, "GPU": 1.0}
+TWO_GPUS = {"CPU": 8.0, "GPU": 2.0, "accelerator_type:H100": 1.0}
+
+
+def spec(tensor: int = 1, pipeline: int = 1, *, gpu: str = "", spread: bool = False) -> ModelSpec:
+    """A model of this shape."""
+    return ModelSpec(
+        name="m",
+        source="/m",
+        tensor_parallel_size=tensor,
+        pipeline_parallel_size=pipeline,
+        gpu=gpu,
+        allow_cross_node_tensor_parallel=spread,
+    )
+
+
+def test_one_gpu_shares_its_bundle_with_the_replica() -> None:
+    """The engine of a single GPU runs in the replica's own processes, which must see the GPU."""
+    where = placement(spec())
+    assert where.bundles == ({"CPU": 1.0, "GPU": 1.0},)
+    assert (where.strategy, where.replica_cpus, where.replica_gpus) == ("STRICT_PACK", 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "spread", "strategy"),
+    [(2, 1, False, "STRICT_PACK"), (2, 1, True, "PACK"), (1, 2, False, "PACK"), (4, 2, False, "PACK")],
+)
+def test_larger_worlds(tensor: int, pipeline: int, spread: bool, strategy: str) -> None:
+    """A CPU bundle first, then one bundle a GPU; only pipelines and the key may spread."""
+    where = placement(spec(tensor, pipeline, spread=spread))
+    assert where.bundles == ({"CPU": 1.0}, *[{"GPU": 1.0}] * (tensor * pipeline))
+    assert (where.strategy, where.replica_gpus) == (strategy, 0.0)
+
+
+def test_gpu_type_is_asked_for_on_every_gpu_bundle() -> None:
+    """`gpu: H100` becomes a sliver of Ray's marker for that type."""
+    assert placement(spec(2, gpu="H100")).bundles[1:] == ({"GPU": 1.0, "accelerator_type:H100": 0.001},) * 2
+
+
+def test_simulated_engine_needs_no_gpu() -> None:
+    """Any number of simulated replicas fits on a laptop."""
+    assert placement(ModelSpec(name="s", source="sim:///m", tensor_parallel_size=8)).bundles == ({"CPU": 0.05},)
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes", "part"),
+    [
+        (spec(2), [ONE_GPU, ONE_GPU], "needs 2 GPUs and 1 CPU on one node, and the largest has 1 GPU and 8 CPUs"),
+        (spec(2), [ONE_GPU, ONE_GPU], "set allow_cross_node_tensor_parallel: true"),
+        (spec(4, spread=True), [ONE_GPU, TWO_GPUS], "needs 4 GPUs and 1 CPU over all nodes, and they have 3 GPUs"),
+        (spec(1, gpu="A100"), [TWO_GPUS], "needs 1 GPU of type A100 and 1 CPU on one node, and the largest has 2 GPUs"),
+        (spec(1), [], "Ray has no node"),
+    ],
+)
+def test_what_cannot_be_placed_says_what_it_needs(model: ModelSpec, nodes: list[dict[str, float]], part: str) -> None:
+    """The reason names need and supply, and a remedy where there is one."""
+    assert part in why_unplaceable(model, nodes)
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes"),
+    [
+        (spec(), [ONE_GPU]),
+        (spec(2), [ONE_GPU, TWO_GPUS]),
+        (spec(2, spread=True), [ONE_GPU, ONE_GPU]),
+        (spec(2, gpu="H100"), [TWO_GPUS]),
+    ],
+)
+def test_what_can_be_placed(model: ModelSpec, nodes: list[dict[str, float]]) -> None:
+    """No reason against it."""
+    assert why_unplaceable(model, nodes) == ""
+
+
+def test_split_tensor_parallel_group_is_refused() -> None:
+    """A pipeline over two nodes is fine as long as each tensor-parallel group stays on one."""
+    assert why_split(spec(2, 2), ["b", "a", "b", "a"], "b") == ""
+    assert "ranks 0 to 1, a tensor-parallel group, lie on 2 nodes" in why_split(spec(2, 2), ["b", "a", "a", "a"], "b")
+    assert why_split(spec(2, 2, spread=True), ["b", "a", "a", "a"], "b") == ""
+    assert why_split(spec(1, 2), ["a", "b"], "a") == ""
+
+
+@given(
+    st.lists(st.sampled_from("abc"), min_size=1, max_size=6),
+    st.sampled_from("abc"),
+    st.integers(1, 3),
+)
+def test_split_agrees_with_counting(nodes: list[str], driver: str, tensor: int) -> None:
+    """A placement is accepted exactly when every node holds whole tensor-parallel groups."""
+    nodes = nodes * tensor  # as many ranks as whole groups need
+    counts = {node: nodes.count(node) for node in nodes}
+    # all counts but those of nodes in order add up to group borders only when each is a multiple of the group
+    whole = all(count % tensor == 0 for count in counts.values())
+    assert (why_split(spec(tensor, len(nodes) // tensor), nodes, driver) == "") == whole

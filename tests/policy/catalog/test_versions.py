@@ -1,0 +1,86 @@
+"""Versions beside each other: their parts of the calls, of the replicas, and over types of GPUs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policy.catalog.versions import Mark, Share, over_types, replicas_of, shares, total_of
+
+STAYS, TRIAL = ("v1", "d1"), ("v2", "d2", 0.05)
+
+
+@pytest.mark.parametrize(
+    ("trial", "marks", "expected"),
+    [
+        (None, {}, (Share("v1", 1.0),)),
+        (TRIAL, {}, (Share("v1", 0.95), Share("v2", 0.05))),
+        (TRIAL, {"v2": Mark("d2", weight=0.5)}, (Share("v1", 0.5), Share("v2", 0.5))),
+        (TRIAL, {"v2": Mark("d2", gone="slow")}, (Share("v1", 1.0), Share("v2", 0.0, "slow"))),
+        (TRIAL, {"v2": Mark("other", gone="slow")}, (Share("v1", 0.95), Share("v2", 0.05))),
+        (TRIAL, {"v2": Mark("d2", quarantined=True)}, (Share("v1", 0.95), Share("v2", 0.05, quarantined=True))),
+        (TRIAL, {"v1": Mark("d1", quarantined=True)}, (Share("v1", 0.95, quarantined=True), Share("v2", 0.05))),
+        (None, {"v1": Mark("d1", quarantined=True), "v2": Mark("d2")}, (Share("v1", 1.0, quarantined=True),)),
+    ],
+)
+def test_shares(trial: tuple[str, str, float] | None, marks: dict[str, Mark], expected: tuple[Share, ...]) -> None:
+    """The file's weight, unless a mark for exactly this digest says otherwise."""
+    assert shares(STAYS, trial, marks) == expected
+
+
+def test_marks_survive_json() -> None:
+    """They are kept on disk; what nobody wrote is refused."""
+    mark = Mark("d", 0.25, "slow", True)
+    assert Mark.from_json(json.loads(json.dumps(mark.as_json()))) == mark
+    with pytest.raises(ValueError, match="weight"):
+        Mark.from_json({"digest": "d", "weight": "half"})
+
+
+@given(st.integers(0, 200), st.floats(0, 1))
+def test_every_version_has_room_for_its_part(total: int, weight: float) -> None:
+    """Each has replicas for its share of the calls, at least one, and at most two more than there were."""
+    parts = (Share("v1", 1 - weight), Share("v2", weight))
+    counts = replicas_of(total, parts)
+    if not total:
+        assert counts == {"v1": 0, "v2": 0}
+        return
+    for part in parts:
+        assert counts[part.version] >= max(1, part.weight * total - 1e-3)
+    assert total <= sum(counts.values()) <= total + 2
+    assert sum(replicas_of(total_of(sum(counts.values()), parts), parts).values()) == sum(counts.values())
+    assert total_of(sum(counts.values()), parts) <= total
+    assert replicas_of(total, (parts[0], Share("v2", 0.0, "bad"))) == {"v1": total, "v2": 0}
+
+
+@given(st.integers(0, 50), st.lists(st.integers(-3, 20), min_size=1, max_size=4))
+def test_types_are_filled_in_their_order(replicas: int, capacities: list[int]) -> None:
+    """None is lost, a later type is used only when those before it are full, and none beyond what it holds but the
+    first, which is waited for."""
+    counts = over_types(replicas, capacities)
+    room = [max(capacity, 0) for capacity in capacities]
+    assert sum(counts) == replicas
+    assert all(count <= capacity for count, capacity in zip(counts[1:], room[1:], strict=True))
+    for i, count in enumerate(counts[1:], start=1):
+        if count:
+            assert all(counts[j] >= room[j] for j in range(i))
+    if replicas <= sum(room):
+        assert counts[0] <= room[0]
+
+
+@given(st.integers(0, 50), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4))
+def test_what_is_on_a_type_stays_there(replicas: int, types: list[tuple[int, int]]) -> None:
+    """A better type that has room by now takes nothing away from one that serves; only fewer replicas do, from the
+    last type first."""
+    room, there = [most for most, _ in types], [min(have, most) for most, have in types]
+    counts = over_types(replicas, room, there)
+    assert sum(counts) == replicas
+    if replicas >= sum(there):
+        assert all(count >= have for count, have in zip(counts, there, strict=True))
+    else:
+        assert all(count <= have for count, have in zip(counts, there, strict=True))
+        first_short = next(i for i, (count, have) in enumerate(zip(counts, there, strict=True)) if count < have)
+        assert not any(counts[first_short + 1 :])
+    assert over_types(replicas, room, counts) == counts

@@ -1,0 +1,512 @@
+"""Fair turns: work conservation, bounded gaps, no starvation, accounts that agree, and whom a full room sheds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from cluster.api.outcomes import Outcome
+from cluster.policy.fairness.fair_queue import DEFICIT_TOKENS, FairOrder, FairTurns
+from cluster.policy.fairness.output_lengths import KEPT, LearntOutputs
+from cluster.policy.fairness.peer_backlog import Backlog, ServedTotal
+from cluster.policy.fairness.served_tokens import ServedMeter
+from cluster.policy.fairness.service_counters import QUANTUM, FlowKey, Line
+from cluster.policy.fairness.token_cost import Charge, ServiceWeights
+from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
+
+SERVICE = ServiceWeights()
+
+
+def call(
+    call_id: str, tenant: str = "a", *, tokens: int = 100, output: int = 0, rank: int = 0, arrived: float = 0.0
+) -> Waiting:
+    """One that waits."""
+    return Waiting(call_id, "m", tenant, tokens, None, "standard", arrived, rank, 0, output)
+
+
+def order_of(*calls: Waiting, weights: dict[str, float] | None = None) -> FairOrder:
+    """An order in which these wait."""
+    given = weights or {}
+    order = FairOrder(weight_of=lambda tenant: given.get(tenant, 1.0))
+    for one in calls:
+        order.push(one, 0.0)
+    return order
+
+
+def turns(order: FairOrder, count: int, now: float = 0.0) -> list[str]:
+    """Who has the next turns."""
+    out = []
+    for _ in range(count):
+        head = order.head()
+        assert head is not None
+        order.taken(head.call_id, now)
+        out.append(head.call_id)
+    return out
+
+
+def test_turns_go_by_weighted_service() -> None:
+    """A weight of 2 has two turns for each of one with 1, whatever the number that waits."""
+    calls = [call(f"a{i}", "a") for i in range(20)] + [call(f"b{i}", "b") for i in range(20)]
+    taken = turns(order_of(*calls, weights={"a": 2.0}), 15)
+    assert sum(1 for one in taken if one[0] == "a") == 10
+
+
+def test_long_outputs_have_fewer_turns() -> None:
+    """Tokens are shared, not calls: eight times the cost, an eighth of the turns."""
+    calls = [call(f"l{i}", "l", tokens=100, output=350) for i in range(40)] + [call(f"s{i}", "s") for i in range(80)]
+    taken = turns(order_of(*calls), 90)
+    assert sum(1 for one in taken if one[0] == "l") == 10
+
+
+def test_a_higher_class_goes_first_whatever_it_had() -> None:
+    """Rank 0 before rank 1, always."""
+    order = order_of(call("b", "b", rank=1), *[call(f"a{i}", "a", tokens=5000) for i in range(5)])
+    assert turns(order, 6)[-1] == "b"
+
+
+def test_coming_back_from_idle_saves_nothing_up() -> None:
+    """Who was away is lifted to the least that is backlogged, and does not take all turns until it has caught up."""
+    order = order_of(*[call(f"a{i}", "a") for i in range(200)])
+    turns(order, 100)
+    for i in range(20):
+        order.push(call(f"b{i}", "b"), 100.0)
+    assert order.counter("b") == order.counter("a")
+    taken = turns(order, 20, 100.0)
+    assert 9 <= sum(1 for one in taken if one[0] == "b") <= 11
+
+
+def test_a_short_pause_is_no_way_to_save_up_either() -> None:
+    """Who pauses for less than two seconds keeps its place, but no more than the deficit allowed."""
+    order = order_of(call("b", "b"), *[call(f"a{i}", "a", tokens=1000) for i in range(200)])
+    turns(order, 100, 0.0)
+    order.push(call("again", "b"), 1.0)
+    assert order.counter("a") - order.counter("b") == pytest.approx(DEFICIT_TOKENS)
+
+
+def test_waiting_elsewhere_is_not_idle_and_lifts_here_too() -> None:
+    """What waits at another gateway keeps its counter, and begins it there at the least backlogged."""
+    order = order_of(*[call(f"a{i}", "a") for i in range(50)])
+    turns(order, 10)
+    there = {FlowKey(0, "b"): Backlog(3, 300.0)}
+    order.waiting_elsewhere("g2", there, 10.0)
+    begun = order.counter("b")
+    assert begun == order.counter("a")
+    turns(order, 30, 11.0)
+    order.waiting_elsewhere("g2", there, 12.0)
+    order.push(call("b", "b"), 12.5)
+    assert order.counter("b") == begun
+    assert turns(order, 1) == ["b"]
+
+
+def test_a_silent_gateways_tenants_count_no_longer() -> None:
+    """A gateway that says nothing for two seconds has nobody waiting."""
+    order = order_of(call("a", "a"))
+    order.waiting_elsewhere("g2", {FlowKey(0, "b"): Backlog(3, 300.0)}, 1.0)
+    assert order.statistics().backlogged == 2
+    order.sweep(2.9)
+    assert order.statistics().backlogged == 2
+    order.sweep(3.1)
+    assert order.statistics().backlogged == 1
+
+
+def test_one_put_back_goes_first_and_is_charged_once() -> None:
+    """A lost worker costs the tenant no turn and no token."""
+    order = order_of(*[call(f"a{i}", "a", output=10) for i in range(3)], call("b", "b"))
+    first = turns(order, 1)[0]
+    before = order.counter("a")
+    order.put_back(call(first, "a", output=10))
+    assert order.position(first) == 0
+    assert turns(order, 1) == [first]
+    assert order.counter("a") == before
+    order.generated(first, 4)
+    order.ended(first)
+    assert order.counter("a") == before - 6 * SERVICE.output
+
+
+def test_corrections_end_at_the_truth() -> None:
+    """Predicted 100, cached nothing; generated 130, cached 60; then one revoked whole."""
+    order = order_of(call("x", "a", tokens=100, output=100), call("y", "a", tokens=10))
+    turns(order, 1)
+    assert order.charge_of("x") == 300.0
+    order.cached("x", 60)
+    for tokens in range(131):
+        order.generated("x", tokens)
+    order.ended("x")
+    order.ended("x")
+    assert order.counter("a") == pytest.approx(40 + 6 + 260)
+    turns(order, 1)
+    order.revoked("y")
+    assert order.counter("a") == pytest.approx(306)
+    assert order.statistics().open_charges == 0
+
+
+def test_only_what_others_served_is_added_and_only_once() -> None:
+    """Repeated and late reports, a new link and a restarted worker change nothing that they should not."""
+    order = order_of(call("x", "a"))
+    report = [ServedTotal(0, "a", 1000.0, 400.0)]
+    order.served("w", "i1", report, 0.0)
+    assert order.counter("a") == 0.0  # from when it counts, nobody knows
+    for _ in range(2):
+        order.served("w", "i1", [ServedTotal(0, "a", 1500.0, 600.0)], 1.0)
+    assert order.counter("a") == 300.0
+    order.link_ended("w")
+    order.served("w", "i1", [ServedTotal(0, "a", 1600.0, 50.0)], 2.0)
+    assert order.counter("a") == 350.0
+    order.served("w", "i2", [ServedTotal(0, "a", 80.0, 30.0)], 3.0)
+    assert order.counter("a") == 400.0
+
+
+def test_claims_are_parts_of_the_next_turns() -> None:
+    """A gateway with ten that are ahead claims little beside one where somebody is behind."""
+    here, there = order_of(*[call(f"a{i}", "a") for i in range(10)]), order_of(call("b", "b"))
+    turns(here, 5)
+    here.waiting_elsewhere("g2", there.waiting_here(), 0.0)
+    turns(here, 2)
+    there.served("w", "1", [], 0.0)
+    there.waiting_elsewhere("g1", here.waiting_here(), 0.0)
+    there.served("w", "1", [ServedTotal(0, "a", 500.0, 0.0)], 0.0)
+    assert here.claim(picks=1) == 1
+    assert there.claim(picks=1) == 16
+    assert order_of().claim() == 0
+
+
+def test_tenants_at_their_floor_are_forgotten() -> None:
+    """A hundred that came once do not stay; whoever comes then begins where the last was."""
+    order = order_of(*[call(f"{i}", f"t{i}") for i in range(100)], call("debtor", "d", tokens=100_000))
+    turns(order, 101)
+    for call_id in [*(str(i) for i in range(100)), "debtor"]:
+        order.ended(call_id)
+    for i in range(4):
+        order.push(call(f"x{i}", "x", rank=1), 10.0)
+    order.sweep(10.0)
+    assert order.statistics().flows == 1
+    order.push(call("new", "n"), 11.0)
+    order.push(call("again", "d"), 11.0)
+    assert order.counter("n") == order.counter("d") == 100_000
+
+
+def test_orders_outlive_an_empty_room() -> None:
+    """A tenant's account is there when its model's queue was empty in between; unknown models are forgotten."""
+    fair = FairTurns()
+    room = WaitingRoom(max_requests=9, max_tokens=10**6, max_wait_s=60.0, order_of=fair.order)
+    room.admit(call("x"), 0.0)
+    assert room.next("m", lambda _: True, 0.0) is not None
+    assert fair.order("m").counter("a") == 100.0
+    fair.keep([])
+    assert "1 models" in repr(fair)
+    fair.order("m").ended("x")
+    fair.keep([])
+    assert "0 models" in repr(fair)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 50), st.integers(0, 50)), max_size=30),
+    st.data(),
+)
+@settings(max_examples=100, deadline=None)
+def test_gateways_and_workers_agree(calls: list[tuple[str, int, int]], data: st.DataObject) -> None:
+    """Two gateways that send to two workers have equal counters when all reports have come, in whatever order."""
+    gateways = [FairOrder(), FairOrder()]
+    meters = [ServedMeter(), ServedMeter()]
+    for meter in meters:
+        meter.attach(0)
+        meter.attach(1)
+    for gateway in gateways:
+        for name in "01":
+            gateway.served(name, "i", [], 0.0)
+        for tenant in "ab":
+            gateway.push(call(f"always-{tenant}", tenant), 0.0)  # nobody is lifted
+    for number, (tenant, predicted, actual) in enumerate(calls):
+        at, worker = data.draw(st.sampled_from([0, 1])), data.draw(st.sampled_from([0, 1]))
+        gateway, call_id = gateways[at], str(number)
+        gateway.push(call(call_id, tenant, output=predicted), 0.0)
+        gateway.taken(call_id, 0.0)
+        meters[worker].accepted(call_id, at, FlowKey(0, tenant), Charge(SERVICE, 100, 0, predicted))
+        account: FairOrder | ServedMeter
+        for account in (gateway, meters[worker]):
+            account.cached(call_id, 20)
+            account.generated(call_id, actual)
+            account.ended(call_id)
+        if data.draw(st.booleans()):
+            gateways[0].served(str(worker), "i", meters[worker].report(0), 0.0)
+    for worker in (0, 1):
+        for at in (0, 1):
+            gateways[at].served(str(worker), "i", meters[worker].report(at), 0.0)
+    for tenant in "ab":
+        assert gateways[0].counter(tenant) == pytest.approx(gateways[1].counter(tenant))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.integers(0, 100)), min_size=2, max_size=5),
+    st.integers(10, 120),
+    st.lists(st.sampled_from([1.0, 2.0, 0.5]), min_size=5, max_size=5),
+)
+@settings(max_examples=100, deadline=None)
+def test_the_gap_of_backlogged_tenants_is_bounded(
+    costs: list[tuple[int, int]], picks: int, weights: list[float]
+) -> None:
+    """At every moment counters differ by no more than the largest charge by weight, and a bucket."""
+    names = [f"t{i}" for i in range(len(costs))]
+    by_name = dict(zip(names, weights, strict=False))
+    calls = [
+        call(f"{name}-{i}", name, tokens=tokens, output=output)
+        for name, (tokens, output) in zip(names, costs, strict=True)
+        for i in range(picks + 1)
+    ]
+    order = order_of(*calls, weights=by_name)
+    largest = max((t + 2 * o) / by_name[n] for n, (t, o) in zip(names, costs, strict=True))
+    for _ in range(picks):
+        turns(order, 1)
+        counters = [order.counter(name) for name in names]
+        assert max(counters) - min(counters) <= largest + QUANTUM
+
+
+class FairMachine(RuleBasedStateMachine):
+    """Calls come, have their turn, are put back, leave, end, in two classes; against plain lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = FairOrder()
+        self.now = 0.0
+        self.serial = 0
+        self.lines: dict[tuple[int, str], list[Waiting]] = {}
+        self.returned: list[Waiting] = []
+        self.running: list[Waiting] = []
+
+    @rule(
+        tenant=st.sampled_from("abc"),
+        rank=st.sampled_from([0, 1]),
+        tokens=st.integers(0, 300),
+        output=st.integers(0, 90),
+    )
+    def push(self, tenant: str, rank: int, tokens: int, output: int) -> None:
+        """One comes."""
+        self.serial += 1
+        one = call(str(self.serial), tenant, tokens=tokens, output=output, rank=rank, arrived=self.now)
+        self.order.push(one, self.now)
+        self.lines.setdefault((rank, tenant), []).append(one)
+
+    @rule()
+    def turn(self) -> None:
+        """The head goes: one put back, or the first of who has the least counter in the highest class."""
+        head = self.order.head()
+        waiting = {key: line for key, line in self.lines.items() if line}
+        if self.returned:
+            assert head == min(self.returned, key=lambda w: (w.rank, w.arrived))
+            self.returned.remove(head)
+        elif waiting:
+            rank = min(key[0] for key in waiting)
+            assert head is not None
+            assert head == self.lines[head.rank, head.tenant][0]
+            least = min(self.order.counter(tenant, r) for r, tenant in waiting if r == rank)
+            assert head.rank == rank
+            assert self.order.counter(head.tenant, rank) <= least + QUANTUM
+            self.lines[head.rank, head.tenant].pop(0)
+        else:
+            assert head is None
+            return
+        before = self.order.counter(head.tenant, head.rank)
+        self.order.taken(head.call_id, self.now)
+        assert self.order.counter(head.tenant, head.rank) >= before
+        self.running.append(head)
+
+    @rule(data=st.data(), what=st.sampled_from(["back", "end", "revoke"]), tokens=st.integers(0, 150))
+    def running_one(self, data: st.DataObject, what: str, tokens: int) -> None:
+        """One that runs loses its worker, or ends."""
+        if not self.running:
+            return
+        one = data.draw(st.sampled_from(self.running))
+        self.running.remove(one)
+        self.order.generated(one.call_id, tokens)
+        if what == "back" and one.arrived not in [w.arrived for w in self.returned]:
+            self.order.put_back(one)
+            self.returned.append(one)
+        elif what == "revoke":
+            self.order.revoked(one.call_id)
+        else:
+            self.order.ended(one.call_id)
+
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        """One that waits is cancelled."""
+        there = self.returned + [w for line in self.lines.values() for w in line]
+        if there:
+            one = data.draw(st.sampled_from(there))
+            self.order.remove(one.call_id)
+            (self.returned if one in self.returned else self.lines[one.rank, one.tenant]).remove(one)
+
+    @rule(seconds=st.sampled_from([0.1, 1.5, 3.0]))
+    def pass_time(self, seconds: float) -> None:
+        """Time passes."""
+        self.now += seconds
+        self.order.sweep(self.now)
+
+    @invariant()
+    def counts_and_positions(self) -> None:
+        """Somebody is next exactly when somebody waits; everyone stands where its tenant's own line says."""
+        waiting = len(self.returned) + sum(len(line) for line in self.lines.values())
+        assert self.order.statistics().waiting == waiting
+        assert (self.order.head() is not None) == (waiting > 0)
+        assert self.order.statistics().open_charges == len(self.running) + len(self.returned)
+        assert sum(b.requests for b in self.order.waiting_here().values()) == waiting
+        for (rank, tenant), line in self.lines.items():
+            own = sum(1 for w in self.returned if (w.rank, w.tenant) == (rank, tenant))
+            assert [self.order.position(w.call_id) for w in line] == [own + i for i in range(len(line))]
+
+
+FairMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestFair = FairMachine.TestCase
+
+
+@given(st.lists(st.integers(0, 3), max_size=60))
+def test_nobody_starves(arrivals: list[int]) -> None:
+    """Whatever a flood keeps sending, one call of another tenant has its turn after at most as much as it costs."""
+    order = order_of(call("small", "s", tokens=100))
+    order.push(call("flood", "f", tokens=100), 0.0)
+    served = 0
+    for at, more in enumerate(arrivals):
+        for i in range(more + 1):
+            order.push(call(f"{at}-{i}", "f", tokens=100), 0.0)
+        if turns(order, 1) == ["small"]:
+            break
+        served += 1
+    assert served <= 2
+
+
+def test_a_line_forgets_those_who_left() -> None:
+    """Positions and length after leaving from the middle; the gaps go with the head."""
+    line = Line()
+    serials = [line.push(call(str(i))) for i in range(6)]
+    for gone in (1, 3, 2):
+        line.remove(serials[gone])
+    assert [line.position(serials[i]) for i in (0, 4, 5)] == [0, 1, 2]
+    line.remove(serials[0])
+    head = line.head()
+    assert head is not None
+    assert (head.call_id, len(line), line.position(serials[5])) == ("4", 2, 1)
+
+
+def test_learnt_outputs() -> None:
+    """The mean and the p95 of the last ones, within what may be asked; bounded pairs."""
+    learnt = LearntOutputs(default_tokens=50, max_pairs=2)
+    assert (learnt.mean("a", "m", 1000), learnt.p95("a", "m", 20)) == (50, 20)
+    for tokens in [1000] * 10 + [10] * (KEPT - 4) + [100] * 4:
+        learnt.observe("a", "m", tokens)
+    assert learnt.mean("a", "m", 1000) == round((10 * (KEPT - 4) + 400) / KEPT)
+    assert learnt.p95("a", "m", 1000) == 100
+    for tenant in "bc":
+        learnt.observe(tenant, "m", 7)
+    assert learnt.mean("a", "m", 1000) == 50
+
+
+def test_outputs_that_all_run_to_their_most_are_expected_to_do_so() -> None:
+    """However mixed their max_tokens are; beyond the longest that was seen no more is known than of any tenant."""
+    learnt = LearntOutputs(default_tokens=50)
+    for most in (10, 1000, 200, 3000) * 8:
+        learnt.observe("a", "m", most, cut=True)
+    assert [learnt.expected("a", "m", most) for most in (5, 10, 150, 3000, 3020, 9000)] == [
+        5,
+        10,
+        150,
+        3000,
+        3020,
+        3050,
+    ]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=KEPT), st.integers(1, 400))
+def test_what_ends_by_itself_is_expected_as_long_as_it_was(lengths: list[int], most: int) -> None:
+    """The mean of what each would have had of `most`."""
+    learnt = LearntOutputs()
+    for tokens in lengths:
+        learnt.observe("a", "m", tokens)
+    learnt._pairs["a", "m"]._curve()
+    expected = sum(min(tokens, most) for tokens in lengths) / len(lengths)
+    assert abs(learnt.expected("a", "m", most) - max(expected, 1.0)) <= 0.5 + 1e-6
+
+
+def test_of_whom_nothing_was_seen_others_tell() -> None:
+    """A tenant's first output of a model is expected as others' of that model, of a new model as anybody's; only where
+    nothing was seen at all the default holds. Limits do not build upon others."""
+    learnt = LearntOutputs(default_tokens=50)
+    assert learnt.expected("a", "m", 1000) == 50
+    for _ in range(KEPT):
+        learnt.observe("a", "m", 10)
+    assert (learnt.expected("b", "m", 1000), learnt.expected("b", "n", 1000)) == (10, 10)
+    for _ in range(KEPT // 2):
+        learnt.observe("b", "n", 30)
+    assert (learnt.expected("c", "m", 1000), learnt.expected("c", "n", 1000), learnt.expected("c", "o", 1000)) == (
+        10,
+        30,
+        20,
+    )
+    assert (learnt.p95("c", "m", 1000), learnt.mean("c", "m", 1000)) == (50, 50)
+
+
+def test_what_was_cut_short_says_no_more_than_it_had() -> None:
+    """Half were cut at 10, the others ended at 40: of one that may have 40 tokens, 40 are expected, not 25; the mean
+    of what was seen is what it says for others' sake."""
+    learnt = LearntOutputs()
+    for _ in range(KEPT // 2):
+        learnt.observe("a", "m", 10, cut=True)
+        learnt.observe("a", "m", 40)
+    assert (learnt.expected("a", "m", 500), learnt.expected("a", "m", 10), learnt.mean("a", "m", 500)) == (40, 10, 25)
+
+
+def shedding(max_requests: int = 4) -> WaitingRoom:
+    """A small room."""
+    return WaitingRoom(max_requests=max_requests, max_tokens=10_000, max_wait_s=60.0, order_of=FairTurns().order)
+
+
+def test_a_full_room_sheds_the_lowest_class_first() -> None:
+    """The newest of the lowest class goes for one of a higher; nobody goes for one of the lowest."""
+    room = shedding()
+    for i, rank in enumerate((2, 0, 2, 1)):
+        room.admit(call(str(i), f"t{i}", rank=rank), 0.0)
+    got = room.admit(call("new", "n", rank=1), 0.0)
+    assert got.outcome is None
+    assert [w.call_id for w in got.shed] in (["0"], ["2"])
+    assert room.admit(call("low", "l", rank=2), 0.0).outcome is Outcome.QUEUE_FULL
+    s = room.statistics()
+    assert (s.requests, s.shed, s.refused) == (4, 1, 1)
+
+
+def test_a_flood_makes_room_for_others_of_its_class() -> None:
+    """Within a class the longest line gives its last; the flood itself is refused."""
+    room = shedding()
+    for i in range(4):
+        assert room.admit(call(f"f{i}", "flood"), 0.0).outcome is None
+    assert room.admit(call("f4", "flood"), 0.0).outcome is Outcome.QUEUE_FULL
+    got = room.admit(call("b", "b"), 0.0)
+    assert [w.call_id for w in got.shed] == ["f3"]
+    assert room.position("f3") is None
+    assert room.admit(call("c", "c"), 0.0).shed[0].call_id == "f2"
+    assert room.admit(call("d", "d"), 0.0).outcome is None or room.statistics().requests == 4
+
+
+def test_what_cannot_be_in_time_is_refused_at_once() -> None:
+    """The estimate is the caller's; without a deadline there is none to miss."""
+    room = shedding()
+    late = Waiting("x", "m", "a", 1, 5.0, "standard", 0.0)
+    assert room.admit(late, 0.0, starts_in_s=5.0).outcome is Outcome.DEADLINE_UNREACHABLE
+    assert room.admit(late, 0.0, starts_in_s=4.9).outcome is None
+    assert room.admit(call("y"), 0.0, starts_in_s=1e9).outcome is None
+
+
+def test_a_tenants_own_bounds() -> None:
+    """Its own line full, a tenant is told that it is over, and nobody is shed for it."""
+    room = WaitingRoom(max_requests=9, max_tokens=900, max_wait_s=9.0, tenant_max_requests=2, tenant_max_tokens=150)
+    assert room.admit(call("a"), 0.0).outcome is None
+    assert room.admit(call("b"), 0.0).outcome is Outcome.RATE_LIMITED
+    assert room.admit(call("c", tokens=50), 0.0).outcome is None
+    assert room.admit(call("d", tokens=0), 0.0).outcome is Outcome.RATE_LIMITED
+    assert room.admit(call("e", "other"), 0.0).outcome is None
+
+
+def test_what_goes_before_in_any_case() -> None:
+    """Of the higher classes all, of one's own line all, of one's own class nothing certain."""
+    order = order_of(call("h", "h", tokens=7), call("x", "x", tokens=50, rank=1), call("y", "y", tokens=80, rank=1))
+    assert order.certain_ahead("x", 1) == 57.0
+    assert order.certain_ahead("new", 1) == 7.0

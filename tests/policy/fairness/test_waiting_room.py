@@ -1,0 +1,265 @@
+"""The waiting room: bounds, order, deadlines, and counts that are right."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from cluster.api.outcomes import Outcome
+from cluster.policy.fairness.waiting_room import FifoOrder, Waiting, WaitingRoom
+
+pytestmark = pytest.mark.slow
+
+
+def waiting(
+    call_id: str, *, model: str = "m", tokens: int = 10, deadline: float | None = None, arrived: float = 0.0
+) -> Waiting:
+    """One that waits."""
+    return Waiting(call_id, model, "tenant", tokens, deadline, "standard", arrived)
+
+
+def room(max_requests: int = 1000, max_tokens: int = 100_000, max_wait_s: float = 60.0) -> WaitingRoom:
+    """A room with space, unless told otherwise."""
+    return WaitingRoom(max_requests=max_requests, max_tokens=max_tokens, max_wait_s=max_wait_s)
+
+
+def fits(_: Waiting) -> bool:
+    """Everyone fits."""
+    return True
+
+
+def test_first_come_first_served_by_model() -> None:
+    """Each model's line is its own, in the order of arrival."""
+    r = room()
+    for call_id, model in (("a", "x"), ("b", "y"), ("c", "x")):
+        assert r.admit(waiting(call_id, model=model), 0.0).outcome is None
+    taken = [r.next(model, fits) for model in ("x", "x", "x", "y", "none")]
+    assert [w.call_id if w else None for w in taken] == ["a", "c", None, "b", None]
+
+
+def test_only_the_head_is_offered() -> None:
+    """A head that does not fit is not overtaken by a shorter one behind it."""
+    r = room()
+    r.admit(waiting("long", tokens=900), 0.0)
+    r.admit(waiting("short", tokens=1), 0.0)
+    offered: list[str] = []
+
+    def small(w: Waiting) -> bool:
+        offered.append(w.call_id)
+        return w.tokens < 100
+
+    assert r.next("m", small) is None
+    assert offered == ["long"]
+    assert r.waiting("m") == (2, 901)
+
+
+def test_full_by_requests_and_by_tokens() -> None:
+    """What would exceed either bound is refused and leaves no trace; what just reaches it enters."""
+    r = room(max_requests=2, max_tokens=100)
+    assert r.admit(waiting("a", tokens=60), 0.0).outcome is None
+    assert r.admit(waiting("b", tokens=41), 0.0).outcome is Outcome.QUEUE_FULL
+    assert r.admit(waiting("c", tokens=40, model="other"), 0.0).outcome is None
+    assert r.admit(waiting("d", tokens=0), 0.0).outcome is Outcome.QUEUE_FULL
+    assert r.position("b") is None
+    assert r.waiting("m") == (1, 60)
+    s = r.statistics()
+    assert (s.requests, s.tokens, s.entered, s.refused) == (2, 100, 2, 2)
+
+
+def test_put_back_goes_to_the_head_in_order_of_arrival() -> None:
+    """Calls of a lost worker come before all others, the earliest first, even into a full room."""
+    r = room(max_requests=3)
+    for number, call_id in enumerate("abc"):
+        r.admit(waiting(call_id, arrived=float(number)), 0.0)
+    lost = [w for w in (r.next("m", fits), r.next("m", fits)) if w is not None]
+    r.admit(waiting("d", arrived=5.0), 5.0)
+    r.admit(waiting("e", arrived=6.0), 6.0)
+    for w in reversed(lost):
+        r.put_back(w, 7.0)
+    assert [r.position(call_id) for call_id in "abcde"] == [0, 1, 2, 3, 4]
+    taken = [r.next("m", fits) for _ in range(5)]
+    assert [w.call_id for w in taken if w is not None] == list("abcde")
+
+
+def test_expiry_by_deadline_and_by_wait() -> None:
+    """Whoever is past the deadline or has waited too long is given out once, the longest overdue first."""
+    r = room(max_wait_s=10.0)
+    r.admit(waiting("patient"), 1.0)
+    r.admit(waiting("late", deadline=5.0), 1.0)
+    r.admit(waiting("far", deadline=500.0), 4.0)
+    assert r.expired(4.9) == []
+    assert [w.call_id for w in r.expired(11.0)] == ["late", "patient"]
+    assert [w.call_id for w in r.expired(14.0)] == ["far"]
+    assert r.expired(100.0) == []
+    assert r.statistics().expired == 3
+
+
+def test_a_second_stay_has_its_own_time() -> None:
+    """The first stay's time-out does not end the second."""
+    r = room(max_wait_s=10.0)
+    r.admit(waiting("a"), 0.0)
+    w = r.next("m", fits)
+    assert w is not None
+    r.put_back(w, 9.0)
+    assert r.expired(18.9) == []
+    assert [x.call_id for x in r.expired(19.0)] == ["a"]
+
+
+def test_entering_twice_is_an_error() -> None:
+    """A call id that waits already is the caller's mistake, and changes nothing."""
+    r = room()
+    r.admit(waiting("a"), 0.0)
+    with pytest.raises(ValueError, match="waits already"):
+        r.admit(waiting("a"), 0.0)
+    with pytest.raises(ValueError, match="waits already"):
+        r.put_back(waiting("a"), 0.0)
+    assert r.waiting("m") == (1, 10)
+
+
+def test_leave_of_a_stranger_is_false() -> None:
+    """Cancelling what does not wait says so."""
+    r = room()
+    assert not r.leave("nobody")
+    r.admit(waiting("a"), 0.0)
+    assert r.leave("a")
+    assert not r.leave("a")
+
+
+def test_a_hundred_thousand_cost_microseconds_each() -> None:
+    """Enter, position, cancel and bind of 100,000 take some µs each (bounded loosely: 40 µs for the four)."""
+    r = WaitingRoom(max_requests=100_000, max_tokens=10**9, max_wait_s=60.0)
+    ids = [str(i) for i in range(100_000)]
+    before = time.process_time()
+    for call_id in ids:
+        r.admit(waiting(call_id), 0.0)
+    for call_id in ids:
+        r.position(call_id)
+    for call_id in ids[1::2]:
+        r.leave(call_id)
+    while r.next("m", fits) is not None:
+        pass
+    assert time.process_time() - before < 100_000 * 40e-6
+    assert r.statistics().models == {}
+
+
+class RoomMachine(RuleBasedStateMachine):
+    """The room against a list that is searched from end to end."""
+
+    bound = Bundle("bound")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = WaitingRoom(max_requests=90, max_tokens=600, max_wait_s=10.0)
+        self.lines: dict[str, list[Waiting]] = {"x": [], "y": []}
+        self.returned: set[str] = set()
+        self.expires: dict[str, float] = {}
+        self.now = 0.0
+        self.serial = 0
+
+    def _all(self) -> list[Waiting]:
+        return [w for line in self.lines.values() for w in line]
+
+    def _drop(self, w: Waiting) -> None:
+        self.lines[w.model].remove(w)
+        self.returned.discard(w.call_id)
+
+    @rule(
+        model=st.sampled_from("xy"),
+        count=st.sampled_from([1, 3, 70]),
+        tokens=st.integers(0, 9),
+        patience=st.none() | st.integers(0, 20),
+    )
+    def enter(self, model: str, count: int, tokens: int, patience: int | None) -> None:
+        """Some arrive."""
+        for _ in range(count):
+            deadline = None if patience is None else self.now + patience
+            w = waiting(str(self.serial), model=model, tokens=tokens, deadline=deadline, arrived=self.now)
+            self.serial += 1
+            there = self._all()
+            full = len(there) >= 90 or sum(x.tokens for x in there) + tokens > 600
+            refused = Outcome.DEADLINE_UNREACHABLE if patience == 0 else Outcome.QUEUE_FULL if full else None
+            admission = self.room.admit(w, self.now)
+            assert admission.outcome is refused
+            assert not admission.shed, "of one tenant and class nobody is thrown out for another"
+            if refused is None:
+                self.lines[model].append(w)
+                self.expires[w.call_id] = min(self.now + 10.0, self.now + 10.0 if deadline is None else deadline)
+
+    @rule(target=bound, model=st.sampled_from("xy"), limit=st.integers(0, 9))
+    def next(self, model: str, limit: int) -> Waiting | None:
+        """The head goes, if it fits."""
+        line = self.lines[model]
+        expected = line[0] if line and line[0].tokens <= limit else None
+        got = self.room.next(model, lambda w: w.tokens <= limit)
+        assert got == expected
+        if got is not None:
+            self._drop(got)
+        return got
+
+    @rule(w=consumes(bound))
+    def put_back(self, w: Waiting | None) -> None:
+        """A bound one loses its worker."""
+        if w is None:
+            return
+        self.room.put_back(w, self.now)
+        line = self.lines[w.model]
+        at = sum(1 for x in line if x.call_id in self.returned and x.arrived <= w.arrived)
+        line.insert(at, w)
+        self.returned.add(w.call_id)
+        self.expires[w.call_id] = min(self.now + 10.0, self.now + 10.0 if w.deadline is None else w.deadline)
+
+    @rule(data=st.data(), share=st.sampled_from([1, 30]))
+    def leave(self, data: st.DataObject, share: int) -> None:
+        """Some cancel, wherever they stand."""
+        for _ in range(share):
+            there = self._all()
+            if there:
+                w = there[data.draw(st.integers(0, len(there) - 1))]
+                assert self.room.leave(w.call_id)
+                self._drop(w)
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 5.0]))
+    def pass_time(self, seconds: float) -> None:
+        """Time passes, and some are too late."""
+        self.now += seconds
+        gone = self.room.expired(self.now)
+        overdue = [w for w in self._all() if self.expires[w.call_id] <= self.now]
+        assert sorted(w.call_id for w in gone) == sorted(w.call_id for w in overdue)
+        assert [self.expires[w.call_id] for w in gone] == sorted(self.expires[w.call_id] for w in gone)
+        for w in gone:
+            self._drop(w)
+
+    @invariant()
+    def counts_and_positions_equal_a_recount(self) -> None:
+        """Nothing lost, nothing doubled, everyone where they should be."""
+        s = self.room.statistics()
+        there = self._all()
+        assert (s.requests, s.tokens) == (len(there), sum(w.tokens for w in there))
+        assert s.entered + s.put_back == s.requests + s.bound + s.left + s.expired
+        assert set(s.models) == {model for model, line in self.lines.items() if line}
+        for model, line in self.lines.items():
+            assert self.room.waiting(model) == (len(line), sum(w.tokens for w in line))
+            assert [self.room.position(w.call_id) for w in line] == list(range(len(line)))
+
+
+RoomMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestRoom = RoomMachine.TestCase
+
+
+def test_order_forgets_those_who_left() -> None:
+    """A line that people keep leaving does not grow: its slots are compacted, and the order stays."""
+    order = FifoOrder()
+    order.push(waiting("first"))
+    for number in range(10_000):
+        order.push(waiting(str(number)))
+        if number:
+            order.remove(str(number - 1))
+    assert order.position("9999") == 1
+    head = order.head()
+    assert head is not None
+    assert head.call_id == "first"
+    assert order.slots < 200

@@ -1,0 +1,51 @@
+"""Budgets: what is used of them by the ledger, and which thresholds that has crossed."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policy.limits.budgets import BudgetUse, budgets, crossed
+from cluster.policy.limits.limits import Ask, Granted, Limiter, LimitRefusal
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
+
+NOON = 1_795_608_000.0  # 2026-11-25
+
+
+def tenant(name: str, daily: int | None = None, monthly: int | None = None) -> TenantPolicy:
+    """With these budgets."""
+    return TenantPolicy(name, limits=TenantLimits(daily_tokens=daily, monthly_tokens=monthly))
+
+
+def test_each_budget_in_its_period() -> None:
+    """A day's and a month's stand apart, a tenant that has none is not there, one that never called is at 0."""
+    some = [tenant("a", 100, 1000), tenant("b", monthly=50), tenant("none")]
+    found = {(use.tenant, use.budget): use for use in budgets(some, {"a": 80}, {"a": 900, "none": 5}, NOON)}
+    assert {key: (use.period, use.ratio) for key, use in found.items()} == {
+        ("a", "daily_tokens"): ("2026-11-25", 0.8),
+        ("a", "monthly_tokens"): ("2026-11", 0.9),
+        ("b", "monthly_tokens"): ("2026-11", 0.0),
+    }
+
+
+@given(st.integers(0, 300), st.integers(1, 200), st.lists(st.floats(0.1, 2.0), min_size=1, max_size=4, unique=True))
+def test_a_notice_is_one_however_often_it_is_found(used: int, limit: int, thresholds: list[float]) -> None:
+    """Every threshold reached has its notice; later looks, with more used, give it the same id; others another."""
+    first = crossed([BudgetUse("a", "daily_tokens", "2026-11-25", used, limit)], thresholds)
+    later = crossed([BudgetUse("a", "daily_tokens", "2026-11-25", used + 50, limit)], thresholds)
+    next_day = crossed([BudgetUse("a", "daily_tokens", "2026-11-26", used, limit)], thresholds)
+    assert [one.threshold for one in first] == [part for part in thresholds if used / limit >= part]
+    assert {one.id for one in first} <= {one.id for one in later}
+    assert not {one.id for one in first} & {one.id for one in next_day}
+
+
+def test_a_new_gateway_goes_on_where_the_last_was() -> None:
+    """What the ledger has of a budget is used there too; less than what is known already changes nothing."""
+    limiter, policy = Limiter(), tenant("a", daily=1000)
+    limiter.spent({"a": 950}, {"a": 950}, NOON)
+    refused = limiter.reserve(policy, Ask("1", 60, 0), 0.0, NOON)
+    assert isinstance(refused, LimitRefusal)
+    assert refused.remaining == 50
+    limiter.spent({"a": 10}, {"a": 10}, NOON)
+    assert isinstance(limiter.reserve(policy, Ask("2", 60, 0), 0.0, NOON), LimitRefusal)
+    assert isinstance(limiter.reserve(policy, Ask("3", 60, 0), 0.0, NOON + 86_400), Granted)

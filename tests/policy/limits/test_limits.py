@@ -1,0 +1,299 @@
+"""Limits: no window over its limit, whatever happens to calls and clocks, and nothing left over at the end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from cluster.api.outcomes import Outcome
+from cluster.policy.limits.limits import Ask, Granted, Limit, Limiter, LimitRefusal, TokenWeights, shared
+from cluster.policy.limits.windows import (
+    STEP_BACK_S,
+    WINDOW_S,
+    SlidingSum,
+    Steady,
+    day_ends_in_s,
+    month_ends_in_s,
+    month_of,
+)
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
+
+NOON = 1_790_000_000.0
+
+
+def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
+    """A tenant with these limits."""
+    return TenantPolicy.from_json({"name": "acme", "limits": limits, "on_budget": on_budget})
+
+
+def reserve(
+    limiter: Limiter, policy: TenantPolicy, call_id: str, now: float, prompt: int = 10, output: int = 10
+) -> Granted | LimitRefusal:
+    """A call asks."""
+    return limiter.reserve(policy, Ask(call_id, prompt, output), now, NOON + now)
+
+
+def refused(got: Granted | LimitRefusal) -> LimitRefusal:
+    """It was not admitted."""
+    assert isinstance(got, LimitRefusal)
+    return got
+
+
+@pytest.mark.parametrize(
+    ("limits", "limit", "outcome", "retry_s"),
+    [
+        ({"requests_per_minute": 1}, Limit.REQUESTS, Outcome.RATE_LIMITED, 61.0),
+        ({"tokens_per_minute": 25}, Limit.TOKENS, Outcome.RATE_LIMITED, 61.0),
+        ({"concurrent_requests": 1}, Limit.CONCURRENT, Outcome.RATE_LIMITED, 1.0),
+        ({"daily_tokens": 25}, Limit.DAILY, Outcome.BUDGET_EXHAUSTED, day_ends_in_s(NOON)),
+        ({"monthly_tokens": 25}, Limit.MONTHLY, Outcome.BUDGET_EXHAUSTED, month_ends_in_s(NOON)),
+    ],
+)
+def test_each_limit_refuses_by_its_name(limits: dict[str, int], limit: Limit, outcome: Outcome, retry_s: float) -> None:
+    """The second call is over; the refusal says over what, how much is left, and when to come back."""
+    limiter = Limiter()
+    policy = tenant("finish", **limits)
+    assert isinstance(reserve(limiter, policy, "a", 0.0), Granted)
+    refusal = refused(reserve(limiter, policy, "b", 0.0))
+    assert (refusal.limit_name, refusal.outcome) == (limit, outcome)
+    assert refusal.retry_after_s == pytest.approx(retry_s)
+    assert refusal.limit == next(iter(limits.values()))
+    assert limit.replace("_", " ") in refusal.message
+    assert not limiter.holds("b")
+
+
+def test_a_call_that_can_never_fit_is_told_so() -> None:
+    """No pause is named for a call larger than the limit: a client that waits would wait for ever."""
+    refusal = refused(reserve(Limiter(), tenant(tokens_per_minute=5), "a", 0.0))
+    assert refusal.retry_after_s is None
+    assert "alone exceeds" in refusal.message
+
+
+def test_retrying_after_the_pause_succeeds_and_before_it_does_not() -> None:
+    """The pause is the one that helps, not a guess."""
+    policy = tenant(requests_per_minute=2)
+    limiter = Limiter()
+    reserve(limiter, policy, "a", 0.25)
+    reserve(limiter, policy, "b", 5.5)
+    wait = refused(reserve(limiter, policy, "c", 9.0)).retry_after_s
+    assert wait is not None
+    assert isinstance(reserve(limiter, policy, "d", 9.0 + wait - 0.01), LimitRefusal)
+    assert isinstance(reserve(limiter, policy, "e", 9.0 + wait), Granted)
+
+
+def test_standing_is_told_with_the_grant() -> None:
+    """What x-ratelimit headers need."""
+    got = reserve(Limiter(), tenant(requests_per_minute=5, tokens_per_minute=100), "a", 3.5)
+    assert isinstance(got, Granted)
+    assert got.requests is not None
+    assert got.tokens is not None
+    assert (got.requests.limit, got.requests.remaining, got.requests.reset_s) == (5, 4, 60.5)
+    assert (got.tokens.limit, got.tokens.remaining) == (100, 80)
+
+
+def test_settling_gives_back_what_was_taken_in_vain() -> None:
+    """A failed call costs its request and no token; a longer one costs what it had."""
+    limiter, policy = Limiter(), tenant(tokens_per_minute=100, daily_tokens=1000)
+    reserve(limiter, policy, "failed", 0.0, 40, 40)
+    limiter.settle("failed", 0, 0, 1.0, NOON)
+    reserve(limiter, policy, "long", 2.0, 10, 10)
+    limiter.settle("long", 10, 70, 3.0, NOON)
+    limiter.settle("long", 10, 70, 3.0, NOON)
+    use = limiter.use("acme")
+    assert (use.tokens.total, use.day.used, use.running, use.requests.total) == (80, 80, 0, 2)
+
+
+def test_a_reservation_twice_is_the_callers_mistake() -> None:
+    """One call, one reservation."""
+    limiter, policy = Limiter(), tenant()
+    reserve(limiter, policy, "a", 0.0)
+    with pytest.raises(ValueError, match="already"):
+        reserve(limiter, policy, "a", 0.0)
+
+
+@pytest.mark.parametrize(("on_budget", "ends"), [("stop", True), ("finish", False)])
+def test_an_empty_budget_ends_the_call_or_not_as_configured(on_budget: str, ends: bool) -> None:
+    """With stop it goes over by less than one quantum; with finish it runs on, and the next is refused."""
+    limiter, policy = Limiter(quantum_tokens=16), tenant(on_budget, daily_tokens=100)
+    reserve(limiter, policy, "a", 0.0, 10, 10)
+    tokens = 0
+    while tokens < 400 and limiter.top_up(policy, "a", tokens, tokens * 0.01, NOON):
+        tokens += 1
+    assert (tokens < 400) is ends
+    if ends:
+        assert 10 + tokens <= 100 + 16
+    limiter.settle("a", 10, tokens, 5.0, NOON)
+    assert limiter.use("acme").day.used == 10 + tokens
+    assert refused(reserve(limiter, policy, "b", 6.0)).outcome is Outcome.BUDGET_EXHAUSTED
+
+
+def test_a_minutes_limit_ends_no_running_call_but_keeps_others_out() -> None:
+    """What runs on is counted: nobody is admitted beside it until it is over."""
+    limiter, policy = Limiter(quantum_tokens=10), tenant("stop", tokens_per_minute=50)
+    reserve(limiter, policy, "a", 0.0, 10, 10)
+    for tokens in range(100):
+        assert limiter.top_up(policy, "a", tokens, 1.0, NOON)
+    assert isinstance(reserve(limiter, policy, "b", 2.0), LimitRefusal)
+    limiter.settle("a", 10, 99, 3.0, NOON)
+    assert isinstance(reserve(limiter, policy, "c", 64.0), Granted)
+
+
+def test_budgets_begin_anew_and_do_not_come_back_with_the_clock() -> None:
+    """A new day frees the day's; a clock that steps back a day frees nothing."""
+    limiter, policy = Limiter(), tenant(daily_tokens=25)
+    assert isinstance(limiter.reserve(policy, Ask("a", 10, 10), 0.0, NOON), Granted)
+    assert isinstance(limiter.reserve(policy, Ask("b", 10, 10), 1.0, NOON), LimitRefusal)
+    assert isinstance(limiter.reserve(policy, Ask("c", 10, 10), 2.0, NOON + 86_400), Granted)
+    assert isinstance(limiter.reserve(policy, Ask("d", 10, 10), 3.0, NOON), LimitRefusal)
+
+
+def test_months_are_the_calendars() -> None:
+    """The end of a month is where its number changes."""
+    end = NOON + month_ends_in_s(NOON)
+    assert month_of(end) == month_of(NOON) + 1
+    assert month_of(end - 0.001) == month_of(NOON)
+
+
+def test_a_share_is_never_nothing() -> None:
+    """Eight gateways without their store: an eighth each, at least one."""
+    part = shared(TenantLimits(requests_per_minute=100, concurrent_requests=2), 8)
+    assert (part.requests_per_minute, part.concurrent_requests, part.daily_tokens) == (12, 1, None)
+
+
+def test_output_may_count_more() -> None:
+    """Weights count in the minute's tokens, budgets count plainly; absurd weights are refused."""
+    limiter = Limiter(weights=TokenWeights(input=1, output=2.5))
+    policy = tenant(tokens_per_minute=100)
+    reserve(limiter, policy, "a", 0.0, 10, 3)
+    assert (limiter.use("acme").tokens.total, limiter.use("acme").day.used) == (18, 13)
+    with pytest.raises(ValueError, match="weights"):
+        TokenWeights(input=0)
+    with pytest.raises(ValueError, match="finite"):
+        Steady().read(float("nan"))
+
+
+def test_sweeping_forgets_the_idle_only() -> None:
+    """A tenant is forgotten when no sum of it holds anything."""
+    limiter = Limiter()
+    reserve(limiter, tenant(), "a", 0.0)
+    limiter.sweep(1000.0)
+    assert limiter.use("acme").running == 1
+    limiter.settle("a", 0, 0, 1001.0, NOON)
+    limiter.sweep(1002.0)
+    assert "0 tenants" in repr(limiter)
+
+
+@given(st.lists(st.tuples(st.floats(-200, 200), st.integers(1, 5)), max_size=60), st.integers(1, 12))
+@settings(max_examples=200, deadline=None)
+def test_no_window_holds_more_than_the_limit(steps: list[tuple[float, int]], limit: int) -> None:
+    """In time that really passed (a clock that jumps back has not undone it) no 60 s hold more than the limit."""
+    window, clock = SlidingSum(), Steady()
+    now = elapsed = 0.0
+    admitted: list[tuple[float, int]] = []
+    for step, amount in steps:
+        now += step
+        elapsed += max(step, 0.0)
+        steady = clock.read(now)
+        window.advance(steady)
+        if window.total + amount <= limit:
+            window.add(amount, steady)
+            admitted.append((elapsed, amount))
+    for at, _ in admitted:
+        assert sum(a for t, a in admitted if at - WINDOW_S < t <= at) <= limit
+
+
+class LimitsMachine(RuleBasedStateMachine):
+    """Calls that are admitted, run, fail, are cancelled; a clock that stutters; against sums made from a full log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limiter = Limiter(quantum_tokens=8)
+        self.policy = tenant("stop", requests_per_minute=6, tokens_per_minute=200, concurrent_requests=4)
+        self.now = self.high = self.told = 1000.0
+        self.limiter.sweep(self.now)
+        self.serial = 0
+        self.running: dict[str, tuple[float, int, int]] = {}
+        self.admitted: list[float] = []
+        self.used: list[tuple[float, int]] = []
+
+    @rule(prompt=st.integers(0, 60), output=st.integers(1, 30), n=st.integers(1, 4))
+    def ask(self, prompt: int, output: int, n: int) -> None:
+        """A call with n outputs asks; when admitted, it and all that the log has of the last minute are within."""
+        self.serial += 1
+        got = self.limiter.reserve(self.policy, Ask(str(self.serial), prompt, n * output), self.now, NOON)
+        if isinstance(got, LimitRefusal):
+            return
+        self.admitted.append(self.high)
+        self.running[str(self.serial)] = (self.high, prompt, 0)
+        assert sum(1 for t in self.admitted if self.high - WINDOW_S < t) <= 6
+        assert len(self.running) <= 4
+        settled = sum(tokens for t, tokens in self.used if self.high - WINDOW_S < t)
+        alive = sum(p + o for t, p, o in self.running.values() if self.high - WINDOW_S < t)
+        assert settled + alive + n * output <= 200
+
+    @rule(data=st.data(), more=st.integers(1, 20))
+    def generate(self, data: st.DataObject, more: int) -> None:
+        """One gets some tokens."""
+        if self.running:
+            call_id = data.draw(st.sampled_from(sorted(self.running)))
+            at, prompt, output = self.running[call_id]
+            assert self.limiter.top_up(self.policy, call_id, output + more, self.now, NOON)
+            self.running[call_id] = (at, prompt, output + more)
+
+    @rule(data=st.data(), failed=st.booleans())
+    def end(self, data: st.DataObject, failed: bool) -> None:
+        """One ends: whole, or having cost nothing."""
+        if self.running:
+            call_id = data.draw(st.sampled_from(sorted(self.running)))
+            at, prompt, output = self.running.pop(call_id)
+            prompt, output = (0, 0) if failed else (prompt, output)
+            self.limiter.settle(call_id, prompt, output, self.now, NOON)
+            self.used.append((at, prompt + output))
+
+    @rule(seconds=st.sampled_from([0.3, 5.0, 31.0, 70.0, -0.5, -20.0]))
+    def pass_time(self, seconds: float) -> None:
+        """Time passes, or the clock steps back: by a minute and more in all, it goes on from where it was."""
+        self.now += seconds
+        self.told += seconds
+        if self.high - self.told > STEP_BACK_S:
+            self.told = self.high
+        self.high = max(self.high, self.told)
+        self.limiter.sweep(self.now)
+
+    @invariant()
+    def counts_are_those_of_what_runs(self) -> None:
+        """Nothing leaks."""
+        use = self.limiter.use("acme")
+        assert use.running == len(self.running)
+        assert use.requests.total >= 0
+        assert use.tokens.total >= 0
+
+    def teardown(self) -> None:
+        """At the end, with all settled and a minute gone, every sum of a minute is zero."""
+        for call_id, (_, prompt, output) in self.running.items():
+            self.limiter.settle(call_id, prompt, output, self.now, NOON)
+        self.limiter.sweep(self.now + 4 * WINDOW_S)
+        use = self.limiter.use("acme")
+        assert (use.running, use.requests.total, use.tokens.total) == (0, 0, 0)
+
+
+LimitsMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestLimits = LimitsMachine.TestCase
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=30))
+def test_tries_and_tokens_without_a_call_keep_to_the_limits(steps: list[tuple[bool, int]]) -> None:
+    """Whatever is charged, no window is over its limit, nothing runs for it, and what is refused is not counted."""
+    limiter, policy = Limiter(), tenant("finish", requests_per_minute=10, tokens_per_minute=100, daily_tokens=200)
+    for is_try, tokens in steps:
+        before = limiter.use("acme")
+        counts = before.requests.total, before.tokens.total, before.day.used
+        got = limiter.charge(policy, int(is_try), tokens, 0.0, NOON)
+        use = limiter.use("acme")
+        added = (int(is_try), tokens, tokens) if got is None else (0, 0, 0)
+        assert (use.requests.total, use.tokens.total, use.day.used) == tuple(map(sum, zip(counts, added, strict=True)))
+        assert use.requests.total <= 10
+        assert use.tokens.total <= 100
+        assert use.running == 0

@@ -1,0 +1,100 @@
+"""Circuit breakers: who fails is spared, the last is kept, and one answer is enough to be let in again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policy.routing.breaker import FAILURES, LONGEST_PAUSE_S, PAUSE_S, SHOWN_STEPS, TRIAL_S, Breakers
+
+WORKERS = ("a", "b", "c")
+events = st.lists(st.tuples(st.sampled_from(WORKERS), st.booleans(), st.floats(0.0, 3.0)), max_size=80)
+
+
+@given(events)
+def test_failures_never_close_every_door(story: list[tuple[str, bool, float]]) -> None:
+    """Whatever fails in whatever order, one worker's breaker is closed: a cluster that fails calls must still try."""
+    breakers, now = Breakers(), 0.0
+    for worker, well, pause_s in story:
+        now += pause_s
+        if not breakers.lets(worker, now):
+            continue
+        breakers.sent(worker, now)
+        if well:
+            breakers.answered(worker)
+        else:
+            breakers.failed(worker, [other for other in WORKERS if other != worker], now)
+        assert breakers.open < len(WORKERS)
+        assert any(breakers.lets(one, now) for one in WORKERS)
+
+
+def test_a_trial_is_one_call_and_its_answer_closes() -> None:
+    """Open, then one call after the pause, not two; failing doubles the pause up to a bound, an answer ends it all."""
+    breakers, now = Breakers(), 0.0
+    for _ in range(FAILURES):
+        assert breakers.lets("a", now)
+        breakers.failed("a", ["b"], now)
+    pause_s = PAUSE_S
+    for _ in range(8):
+        assert not breakers.lets("a", now + pause_s * 0.99)
+        now += pause_s
+        assert breakers.lets("a", now)
+        breakers.sent("a", now)
+        assert not breakers.lets("a", now)
+        assert breakers.lets("a", now + TRIAL_S), "a trial whose caller has gone does not block for ever"
+        breakers.failed("a", ["b"], now)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+    now += pause_s
+    breakers.sent("a", now)
+    breakers.answered("a")
+    assert breakers.lets("a", now)
+    breakers.failed("a", ["b"], now)
+    assert breakers.lets("a", now), "its failures count anew"
+
+
+def test_who_stands_still_is_spared_though_nobody_else_is_there() -> None:
+    """A worker that was found standing still answers nobody: waiting for another is better than to try it at once."""
+    breakers = Breakers()
+    breakers.stood_still("a", 0.0)
+    assert not breakers.lets("a", PAUSE_S * 0.9)
+    assert breakers.lets("a", PAUSE_S)
+    breakers.forget([])
+    assert not breakers.lets("a", 0.5), "not forgotten while its link is away"
+
+
+def test_who_was_only_out_of_sight_needs_no_trial() -> None:
+    """Where a network was cut the engine has gone on for others: steps that it makes before a new link's eyes tell it,
+    once the pause is over. Those of before tell nothing, nor do few; until it has answered a call the next pause is
+    as long as if nothing had been seen."""
+    breakers, now = Breakers(), PAUSE_S
+    breakers.stood_still("a", 0.0, unseen=True)
+    for steps in (0, 100, 100 + SHOWN_STEPS - 1):
+        breakers.stepped("a", now, steps)
+        breakers.sent("a", now)
+        assert not breakers.lets("a", now), "its trial is not answered"
+    breakers.stepped("a", PAUSE_S * 0.9, 1000)
+    assert not breakers.lets("a", PAUSE_S * 0.9)
+    breakers.stepped("a", now, 100 + SHOWN_STEPS)
+    breakers.sent("a", now)
+    assert breakers.lets("a", now)
+    assert not breakers.open
+    breakers.stood_still("a", now, unseen=True)
+    breakers.stepped("a", now, 2000)
+    breakers.stepped("a", now + 1.9 * PAUSE_S, 3000)
+    assert not breakers.lets("a", now + 1.9 * PAUSE_S), "twice as long as before"
+    breakers.stepped("a", now + 2 * PAUSE_S, 3000)
+    assert breakers.lets("a", now + 2 * PAUSE_S)
+
+
+@pytest.mark.parametrize("unseen", [True, False])
+def test_steps_say_nothing_of_calls_that_fail(unseen: bool) -> None:
+    """Nor of what a link carries."""
+    breakers, now = Breakers(), 3 * PAUSE_S
+    breakers.stood_still("a", 0.0, unseen=unseen)
+    if unseen:
+        breakers.failed("a", ["b"], PAUSE_S)
+    for steps in (100, 1000):
+        breakers.stepped("a", now, steps)
+        breakers.sent("a", now)
+        assert not breakers.lets("a", now)

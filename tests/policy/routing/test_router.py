@@ -1,0 +1,256 @@
+"""Routing: who may, who is best, and that the decision says why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.types import Likeness
+from cluster.policy.routing.router import FILTERS, SCORERS, Candidate, RouteCall, Router, Scorer, pick, takes_onward
+
+CALL = RouteCall("m", 100)
+FREE = Candidate("w", "m", "v1", 4, 1000, 0, 0, 0.0, healthy=True, draining=False)
+
+
+def worker(worker_id: str, **changes: object) -> Candidate:
+    """An idle worker with room, but for the changes."""
+    return dataclasses.replace(FREE, worker_id=worker_id, **changes)  # type: ignore[arg-type]
+
+
+candidates = st.lists(
+    st.builds(
+        Candidate,
+        worker_id=st.sampled_from("abcdefgh"),
+        model=st.sampled_from(["m", "m", "n"]),
+        version=st.just("v1"),
+        free_sequences=st.integers(0, 3),
+        free_tokens=st.sampled_from([0, 99, 100, 500]),
+        running=st.integers(0, 5),
+        waiting=st.integers(0, 3),
+        kv_usage=st.sampled_from([0.0, 0.5, 1.0]),
+        healthy=st.sampled_from([True, True, False]),
+        draining=st.sampled_from([False, False, True]),
+    ),
+    max_size=8,
+    unique_by=lambda c: c.worker_id,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model": "n"}, "other_model"),
+        ({"healthy": False}, "unhealthy"),
+        ({"draining": True}, "draining"),
+        ({"free_sequences": 0}, "no_free_sequence"),
+        ({"free_tokens": 99}, "too_few_free_tokens"),
+    ],
+)
+def test_each_filter_drops_and_is_named(change: dict[str, object], reason: str) -> None:
+    """Whoever may not take the call is passed over, however idle, and the decision says why."""
+    decision = pick(CALL, [worker("a", **change), worker("b", running=50, kv_usage=0.9, waiting=9)])
+    assert (decision.worker_id, decision.reason) == ("b", "only_choice")
+    assert {score.worker_id: score.dropped for score in decision.scores} == {"a": reason, "b": ""}
+
+
+@pytest.mark.parametrize(
+    ("load", "scorer"),
+    [
+        ({"running": 4}, "free_places"),
+        ({"kv_usage": 0.4}, "free_memory"),
+        ({"waiting": 1}, "short_queue"),
+        ({"prefill_tokens": 2048}, "short_prefill"),
+    ],
+)
+def test_each_kind_of_load_counts(load: dict[str, object], scorer: str) -> None:
+    """Of two workers that differ in one kind of load, the freer one is chosen, for that score alone."""
+    decision = pick(CALL, [worker("a", **load), worker("b")])
+    assert (decision.worker_id, decision.reason) == ("b", "least_loaded")
+    best, other = (dict(score.parts) for score in decision.scores)
+    assert {name for name in best if best[name] != other[name]} == {scorer}
+    assert best[scorer] > other[scorer]
+
+
+def test_exactly_enough_room_is_enough() -> None:
+    """A worker with one place and just the call's tokens takes it."""
+    assert pick(CALL, [worker("a", free_sequences=1, free_tokens=100)]).worker_id == "a"
+
+
+@pytest.mark.parametrize(
+    ("them", "reason"),
+    [
+        ([], "no_worker"),
+        ([worker("a", model="n")], "no_worker"),
+        ([worker("a", healthy=False), worker("b", free_sequences=0)], "no_free_sequence"),
+        ([worker("a", free_tokens=1), worker("b", draining=True)], "too_few_free_tokens"),
+    ],
+)
+def test_nobody_is_said_with_the_nearest_reason(them: list[Candidate], reason: str) -> None:
+    """Without a worker the reason is what kept the one that came furthest."""
+    decision = pick(CALL, them)
+    assert (decision.worker_id, decision.reason) == (None, reason)
+
+
+def test_what_is_kept_free_stays_free() -> None:
+    """A call that must leave three places free goes where there are four in all, and nowhere where there are three."""
+    call = dataclasses.replace(CALL, keep_free=3)
+    others = [worker("c", free_sequences=9, model="n"), worker("d", free_sequences=9, draining=True)]
+    assert pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=2), *others]).worker_id == "a"
+    decision = pick(call, [worker("a", free_sequences=2), worker("b", free_sequences=1), *others])
+    assert (decision.worker_id, decision.reason) == (None, "kept_free")
+
+
+def test_ties_go_to_more_room_then_to_the_name() -> None:
+    """Of equally loaded workers the one with more places, of equal ones the first by name."""
+    assert pick(CALL, [worker("a"), worker("b", free_sequences=8)]).worker_id == "b"
+    assert pick(CALL, [worker("b"), worker("a")]).worker_id == "a"
+
+
+def test_calls_spread_by_size() -> None:
+    """Fifty calls over workers of 10, 20 and 70 places end as those sizes say."""
+    fleet = {i: worker(i, free_sequences=n, free_tokens=10**6) for i, n in (("s", 10), ("m", 20), ("l", 70))}
+    taken: Counter[str] = Counter()
+    for _ in range(50):
+        chosen = pick(CALL, fleet.values()).worker_id
+        assert chosen is not None
+        taken[chosen] += 1
+        c = fleet[chosen]
+        fleet[chosen] = dataclasses.replace(c, free_sequences=c.free_sequences - 1, running=c.running + 1)
+    assert taken == {"s": 5, "m": 10, "l": 35}
+
+
+@pytest.mark.parametrize(
+    ("begun", "there", "goes"),
+    [
+        ("float32-tp1-pp1-v2", "float32-tp1-pp1-v2", True),
+        ("float32-tp1-pp1-v2", "float32-tp1-pp1", False),
+        ("float32-tp1-pp1", "float32-tp1-pp1-v2", True),
+        ("float32-tp1-pp1", "bfloat16-tp1-pp1-v2", False),
+        ("bfloat16-fp8-tp2-pp1", "bfloat16-fp8-tp2-pp1", True),
+    ],
+)
+def test_noise_binds_seeded_calls_alone(begun: str, there: str, goes: bool) -> None:
+    """A call that has begun with a seed stays with engines that draw alike; one without may go to any like its own."""
+    one = worker("a", likeness=Likeness("w", "b", there), max_replaying=250)
+    assert (pick(RouteCall("m", 100, likeness=Likeness("w", "b", begun)), [one]).worker_id == "a") is goes
+    assert Likeness("w", "b", "float32-tp1-pp1-v2").unseeded == Likeness("w", "b", "float32-tp1-pp1")
+
+
+def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
+    """With continued calls in it a step takes no more of anything; without, those that begin are not counted."""
+    like = Likeness("w", "b", "c")
+    one, goes_on = worker("a", likeness=like, max_replaying=250), RouteCall("m", 100, likeness=like)
+    cases = [
+        (0, 0, True, True),
+        (0, 400, False, True),
+        (100, 0, True, True),
+        (100, 100, False, False),
+        (200, 0, False, False),
+    ]
+    for replaying, beginning, continued, begins in cases:
+        full = dataclasses.replace(one, replaying=replaying, beginning=beginning)
+        assert (pick(goes_on, [full]).worker_id is not None) == continued
+        assert (pick(CALL, [full]).worker_id is not None) == begins
+    assert pick(RouteCall("m", 900, likeness=like), [one]).worker_id == "a", "a long one goes alone"
+    some = dataclasses.replace(one, replaying=200)
+    assert pick(RouteCall("m", 900, likeness=like, fresh=50), [some]).worker_id == "a", "what is computed counts"
+    assert pick(RouteCall("m", 900, likeness=like, fresh=51), [some]).worker_id is None
+
+
+def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
+    """However much runs there, if it may; and only what is computed anew counts in the step that takes it."""
+    like = Likeness("w", "b", "c")
+    home = worker("a", likeness=like, max_replaying=250, incarnation="i", running=60, free_sequences=1, waiting=3)
+    other = worker("b", likeness=like, max_replaying=250, incarnation="j")
+    call = RouteCall("m", 100, likeness=like, home="i", fresh_home=10)
+    assert pick(call, [home, other]).worker_id == "a"
+    assert pick(dataclasses.replace(call, home="gone"), [home, other]).worker_id == "b"
+    for replaying, goes in ((240, "a"), (241, "b")):
+        assert pick(call, [dataclasses.replace(home, replaying=replaying), other]).worker_id == goes
+    assert pick(call, [dataclasses.replace(home, free_sequences=0), other]).worker_id == "b"
+    assert pick(dataclasses.replace(call, shuns=frozenset("i")), [home, other]).worker_id == "b"
+    assert pick(call, [dataclasses.replace(home, likeness=Likeness("x", "b", "c")), other]).worker_id == "b"
+
+
+@given(
+    st.integers(0, 3), st.integers(0, 300), st.integers(0, 300), st.integers(0, 300), st.integers(1, 400), st.booleans()
+)
+def test_who_takes_no_continued_call_at_all_takes_none(
+    free: int, replaying: int, beginning: int, budget: int, tokens: int, known: bool
+) -> None:
+    """The quick look at a worker keeps nobody back who may go there."""
+    like = Likeness("w", "b", "c")
+    one = worker(
+        "a", likeness=like, free_sequences=free, replaying=replaying, beginning=beginning, max_replaying=budget
+    )
+    goes = pick(RouteCall("m", tokens, likeness=like if known else None), [one]).worker_id is not None
+    assert takes_onward(one) or not goes
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(6, 10)), min_size=2, max_size=5), st.integers(2, 8))
+def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int, int]], calls: int) -> None:
+    """One that stood in an engine's queue at its last beat, or a call more that runs, sends none of them elsewhere."""
+    like = Likeness("w", "b", "c")
+    fleet = {
+        str(number): worker(
+            str(number), free_sequences=64 - running, running=running, waiting=waiting, free_tokens=10**6,
+            likeness=like, max_replaying=1600,
+        )
+        for number, (waiting, running) in enumerate(loads)
+    }  # fmt: skip
+    taken: Counter[str] = Counter()
+    for _ in range(calls):
+        chosen = pick(RouteCall("m", 400, likeness=like), fleet.values()).worker_id
+        assert chosen is not None
+        taken[chosen] += 1
+        c = fleet[chosen]
+        fleet[chosen] = dataclasses.replace(
+            c, free_sequences=c.free_sequences - 1, running=c.running + 1, replaying=c.replaying + 400,
+            prefill_tokens=c.prefill_tokens + 400,
+        )  # fmt: skip
+    counts = [taken[worker_id] for worker_id in fleet]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_explain_names_every_candidate() -> None:
+    """The one line tells the choice, the reason, the scores and who was dropped for what."""
+    text = pick(CALL, [worker("busy", running=4), worker("idle"), worker("leaving", draining=True)]).explain()
+    assert text == (
+        "to idle, least_loaded: idle 1.000 (free_places 1.000, free_memory 1.000, short_queue 1.000, "
+        "short_prefill 1.000); busy 0.875 (free_places 0.500, free_memory 1.000, short_queue 1.000, "
+        "short_prefill 1.000); leaving draining"
+    )
+    assert pick(CALL, []).explain() == "nowhere, no_worker: no candidates"
+
+
+@given(candidates, st.randoms(use_true_random=False))
+def test_the_choice_is_the_best_of_those_who_may(them: list[Candidate], chance: Random) -> None:
+    """Chosen are only those who pass; nobody who passes scores higher; everyone is told; order does not matter."""
+    decision = pick(CALL, them)
+    may = {c.worker_id for c in them if all(f.passes(CALL, c) for f in FILTERS)}
+    scores = {score.worker_id: score for score in decision.scores}
+    assert sorted(scores) == sorted(c.worker_id for c in them)
+    assert {i for i, score in scores.items() if not score.dropped} == may
+    assert (decision.worker_id in may) if may else decision.worker_id is None
+    for worker_id in may:
+        assert decision.worker_id is not None
+        assert scores[worker_id].total <= scores[decision.worker_id].total
+        assert all(0.0 <= value <= 1.0 for _, value in scores[worker_id].parts)
+        assert 0.0 <= scores[worker_id].total <= 1.0
+    shuffled = [*them]
+    chance.shuffle(shuffled)
+    assert pick(CALL, shuffled) == decision
+
+
+def test_weights_decide_between_scorers() -> None:
+    """A scorer of its own with enough weight outvotes the others; one without weight is refused."""
+    likes_b = Scorer("likes_b", lambda _, c: float(c.worker_id == "b"), weight=10.0)
+    router = Router(scorers=(*SCORERS, likes_b))
+    assert router.pick(CALL, [worker("a"), worker("b", kv_usage=0.9, running=9)]).worker_id == "b"
+    with pytest.raises(ValueError, match="weight above 0"):
+        Router(scorers=(dataclasses.replace(likes_b, weight=0.0),))

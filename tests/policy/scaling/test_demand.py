@@ -1,0 +1,106 @@
+"""Demand summed over gateways that come, go and start anew: each arrival counts once, whoever restarts."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.demand import ClassCounts, ModelDemand
+from cluster.policy.scaling.demand import FORGET_S, Demands
+
+
+def counts(arrived: int, **more: object) -> ClassCounts:
+    """Of class `c`; each call brings ten tokens."""
+    return ClassCounts("c", 1, arrived, 10 * arrived, 20 * arrived, **more)  # type: ignore[arg-type]
+
+
+def report(*classes: ClassCounts, model: str = "m") -> list[ModelDemand]:
+    """A gateway's."""
+    return [ModelDemand(model, 0, 0, 0, 0, 0, classes)]
+
+
+class Gateway:
+    """Counts in a process that may start anew."""
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self.restart(0.0)
+
+    def restart(self, now: float) -> None:
+        """Begin at nothing under another name."""
+        self.starts, self.arrived, self.since = self.starts + 1, 0, now
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["come", "tell", "take", "restart", "leave", "return"]), st.integers(0, 2)), max_size=60
+)
+
+
+@given(STEPS)
+def test_every_arrival_counts_once(steps: list[tuple[str, int]]) -> None:
+    """Whatever is told twice, lost and told again, or begun anew: what takes give is what has been told."""
+    gateways = [Gateway() for _ in range(3)]
+    demands, now = Demands(0.0), 0.0
+    told: Counter[tuple[int, int]] = Counter()
+    taken = 0
+    for what, which in steps:
+        now += 1.0
+        gateway = gateways[which]
+        name = f"{which}-{gateway.starts}"
+        if what == "come":
+            gateway.arrived += 1
+        elif what in ("tell", "return"):
+            demands.told(name, report(counts(gateway.arrived)), now - gateway.since, now)
+            told[which, gateway.starts] = gateway.arrived
+        elif what == "leave":
+            demands.left(name)
+        elif what == "restart":
+            demands.left(name)
+            gateway.restart(now)
+        else:
+            sums = demands.take(now)
+            assert all(value >= 0 for m in sums.values() for c in m.values() for value in (c.arrived_requests,))
+            taken += sum(c.arrived_requests for m in sums.values() for c in m.values())
+    taken += sum(c.arrived_requests for m in demands.take(now + 1).values() for c in m.values())
+    assert taken == sum(told.values())
+
+
+def test_a_controller_that_comes_back_counts_from_what_it_hears_first() -> None:
+    """A gateway's thousands of calls of last week are no surge; one that starts after it counts from zero."""
+    demands = Demands(now=1000.0)
+    demands.told("old", report(counts(5000)), counting_s=900.0, now=1000.5)
+    assert demands.take(1001.0)["m"]["c"].arrived_requests == 0
+    demands.told("old", report(counts(5003, within_slo=2)), counting_s=901.5, now=1001.5)
+    demands.told("new", report(counts(4)), counting_s=0.3, now=1001.6)
+    sums = demands.take(1002.0)["m"]["c"]
+    assert (sums.arrived_requests, sums.arrived_prompt_tokens, sums.expected_output_tokens) == (7, 70, 140)
+    assert sums.within_slo == 2
+
+
+def test_what_waits_is_summed_and_goes_with_its_gateway() -> None:
+    """The longest wait, the nearest deadline, all that are held; one that has left holds nobody."""
+    demands = Demands(0.0)
+    waits = {"queued_requests": 2, "queued_tokens": 30, "oldest_wait_s": 4.0, "held_requests": 2}
+    assert demands.told("a", report(counts(2, **waits)), 1.0, 1.0), "somebody is held now"
+    assert not demands.told("a", report(counts(2, **waits)), 1.5, 1.5), "they were before"
+    demands.told("b", report(counts(1, queued_requests=1, nearest_deadline_s=0.5, oldest_wait_s=1.0)), 1.0, 1.0)
+    both = demands.take(2.0)["m"]["c"]
+    assert (both.queued_requests, both.queued_tokens, both.held_requests) == (3, 30, 2)
+    assert (both.oldest_wait_s, both.nearest_deadline_s) == (4.0, 0.5)
+    demands.left("a")
+    alone = demands.take(3.0)["m"]["c"]
+    assert (alone.queued_requests, alone.held_requests, alone.arrived_requests) == (1, 0, 0)
+    demands.take(2.0 + FORGET_S)
+    assert repr(demands) == "Demands(1 gateways)"
+
+
+def test_a_model_that_a_gateway_has_forgotten_waits_no_more() -> None:
+    """Its counters stay, since it may be told again."""
+    demands = Demands(0.0)
+    demands.told("a", report(counts(3, queued_requests=3)), 1.0, 1.0)
+    demands.told("a", [], 2.0, 2.0)
+    assert demands.take(2.5)["m"]["c"].queued_requests == 0
+    demands.told("a", report(counts(4)), 3.0, 3.0)
+    assert demands.take(3.5)["m"]["c"].arrived_requests == 1

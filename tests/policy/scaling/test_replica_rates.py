@@ -1,0 +1,90 @@
+"""What a replica can do, from what its steps took: found again from steps that were made by known costs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.api.demand import Work
+from cluster.policy.scaling.replica_rates import BEYOND_SEEN, Costs, LearntCosts, Limits
+
+LIMITS = Limits(max_num_seqs=64, max_num_batched_tokens=2048, kv_tokens=100_000)
+
+
+def spans(
+    costs: Costs, seed: int, count: int, *, batch: int = 32, prompts: bool = True, noise: float = 0.0
+) -> list[Work]:
+    """Counters after each of so many spans of 50 steps with batches and prompts of all sizes."""
+    chance, at, out = random.Random(seed), Work(), []
+    for _ in range(count):
+        sequences = chance.randint(1, batch)
+        prefill = chance.choice([0, 0, 500, 4000]) if prompts else 0
+        busy_s = 50 * costs.fixed_s + 50 * sequences * costs.decode_s + prefill * costs.prefill_s
+        busy_s *= 1 + noise * chance.uniform(-1, 1)
+        at = Work(at.steps + 50, at.busy_s + busy_s, at.prefill_tokens + prefill, at.decode_tokens + 50 * sequences)
+        out.append(at)
+    return out
+
+
+def learnt(works: list[Work]) -> LearntCosts:
+    """From one engine's words, in their order."""
+    made = LearntCosts()
+    for work in (Work(), *works):
+        made.seen({"engine": work})
+    return made
+
+
+COSTS = st.builds(Costs, st.floats(1e-3, 3e-2), st.floats(1e-5, 1e-3), st.floats(1e-6, 1e-3))
+
+
+@given(COSTS, st.integers(0, 99))
+@settings(deadline=None, max_examples=50)
+def test_known_costs_are_found(costs: Costs, seed: int) -> None:
+    """Exact steps give exact costs, and the rates follow from them."""
+    made = learnt(spans(costs, seed, 80))
+    found = made.costs()
+    assert found is not None
+    assert found.fixed_s == pytest.approx(costs.fixed_s, rel=1e-3)
+    assert found.decode_s == pytest.approx(costs.decode_s, rel=1e-3)
+    assert found.prefill_s == pytest.approx(costs.prefill_s, rel=1e-3, abs=1e-8)
+    rates = made.rates(LIMITS, itl_s=0.0)
+    assert rates.prefill_tokens_per_s == pytest.approx(1 / (costs.prefill_s + costs.fixed_s / 2048), rel=1e-2)
+    assert rates.decode_tokens_per_s == pytest.approx(64 / (costs.fixed_s + 64 * costs.decode_s), rel=1e-2)
+
+
+@given(st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_noise_of_a_fifth_costs_no_more_than_that(seed: int) -> None:
+    """No negative cost, and rates near the true ones."""
+    costs = Costs(0.01, 0.0005, 0.0001)
+    rates = learnt(spans(costs, seed, 400, noise=0.2)).rates(LIMITS, itl_s=0.0)
+    assert rates.decode_tokens_per_s == pytest.approx(64 / (0.01 + 64 * 0.0005), rel=0.2)
+    assert rates.prefill_tokens_per_s == pytest.approx(1 / (0.0001 + 0.01 / 2048), rel=0.2)
+
+
+def test_a_batch_is_trusted_no_further_than_seen() -> None:
+    """One stream does not tell that sixty-four would fit, and no prompt does not tell what prompts cost."""
+    rates = learnt(spans(Costs(0.01, 0.0, 0.0), 1, 40, batch=1, prompts=False)).rates(LIMITS, itl_s=0.05)
+    assert rates.prefill_tokens_per_s is None
+    assert rates.decode_tokens_per_s is not None
+    assert rates.decode_tokens_per_s <= BEYOND_SEEN / 0.01 + 1e-6
+
+
+def test_the_pace_that_is_asked_bounds_the_batch() -> None:
+    """30 ms a step of 10 + 1 a sequence leave twenty sequences."""
+    rates = learnt(spans(Costs(0.01, 0.001, 0.0001), 1, 80)).rates(LIMITS, itl_s=0.03)
+    assert rates.decode_tokens_per_s == pytest.approx(20 / 0.03, rel=0.01)
+
+
+def test_an_engine_that_starts_anew_and_one_that_is_new() -> None:
+    """A counter that has gone back, and a first word, are where counting begins; nothing is learnt from them."""
+    made = LearntCosts()
+    made.seen({"a": Work(1000, 500.0, 0, 1000)})
+    made.seen({"a": Work(10, 1.0, 0, 10)})
+    assert made.costs() is None
+    made.seen({})
+    made.seen({"a": Work(1000, 500.0, 0, 1000)})
+    assert made.costs() is None

@@ -1,0 +1,338 @@
+"""What the scaler shows the policy, what it keeps, and what it does when operators, Ray or the gateways are away."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from cluster.api.demand import ClassCounts, ModelDemand, Work
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.scaling import ScalingDecision
+from cluster.api.types import CatalogEntry, ModelSpec
+from cluster.policy.scaling.operator_requests import Desk, asked_from_json, asked_to_json
+from cluster.policy.scaling.replica_rates import Limits
+from cluster.policy.scaling.scaler import KEPT, Asked, Kind, OnRay, Scaler, ScalingSettings, WorkerSeen
+
+LIMITS = Limits(8, 512, 10_000)
+
+
+def spec(name: str = "m", **fields: object) -> ModelSpec:
+    """Zero to four replicas, none after a minute."""
+    given: dict[str, object] = {"min_replicas": 0, "max_replicas": 4, "idle_s": 60.0, **fields}
+    return ModelSpec(name, f"/{name}", **given)  # type: ignore[arg-type]
+
+
+class World:
+    """A scaler, and a Ray that does at once, or after `cold_s`, what it is told."""
+
+    def __init__(
+        self, *specs: ModelSpec, asked: Asked | None = None, cold_s: float = 20.0, now: float = 1000.0
+    ) -> None:
+        self.now, self.cold_s, self.specs = now, cold_s, specs
+        self.scaler = Scaler(ScalingSettings(), now, asked)
+        self.ray: dict[Kind, OnRay] = {}
+        self.workers: dict[str, WorkerSeen] = {}
+        self.coming: list[tuple[float, str]] = []
+        self.counts = ClassCounts("standard", 1)
+        self.blind = False
+        self.started = now
+
+    def call(self, requests: int = 1, *, waits: bool = True) -> None:
+        """Calls come to the first model, and wait while nobody serves."""
+        c = self.counts
+        self.counts = dataclasses.replace(
+            c,
+            arrived_requests=c.arrived_requests + requests,
+            queued_requests=requests if waits and not self.workers else 0,
+            held_requests=requests if waits and not self.workers else 0,
+        )
+
+    def tell(self) -> bool:
+        """The gateway reports."""
+        demand = ModelDemand(self.specs[0].name, 0, 0, 0, 0, 0, (self.counts,))
+        held = self.scaler.demands.told("g", [demand], self.now - self.started, self.now)
+        if held:
+            self.scaler.hurry()
+        return held
+
+    def step(self, seconds: float = 1.0) -> Sequence[tuple[str, ScalingDecision]]:
+        """A pass of the controller, so much later."""
+        self.now += seconds
+        for due, name in [one for one in self.coming if one[0] <= self.now]:
+            self.coming.remove((due, name))
+            worker = f"{name}-{due}-{len(self.workers)}"
+            self.workers[worker] = WorkerSeen(worker, worker, name, limits=LIMITS)
+            self.counts = dataclasses.replace(self.counts, queued_requests=0, held_requests=0)
+        if not self.blind:
+            self.tell()
+        made = self.scaler.look(
+            self.specs, self.ray, list(self.workers.values()), self.now, self.now + 1e9, blind=self.blind
+        )
+        for one in self.specs:
+            self._apply(one)
+        return made
+
+    def _apply(self, one: ModelSpec) -> None:
+        wanted = self.scaler.replicas(one)
+        there = [w for w in self.workers.values() if w.model == one.name]
+        due = [c for c in self.coming if c[1] == one.name]
+        for _ in range(wanted - len(there) - len(due)):
+            self.coming.append((self.now + self.cold_s, one.name))
+        for worker in there[wanted:]:
+            del self.workers[worker.worker_id]
+        self.ray[one.name, one.gpu] = OnRay(wanted, len(there), len(due))
+
+    def until(self, replicas: int, limit_s: float = 200.0) -> float:
+        """Pass by pass until so many serve; how long that took."""
+        began = self.now
+        while len(self.workers) != replicas:
+            assert self.now - began < limit_s, f"still {len(self.workers)} of {replicas}"
+            self.step()
+        return self.now - began
+
+
+def entry(world: World) -> CatalogEntry:
+    """The first model as gateways are told it."""
+    return world.scaler.told(CatalogEntry(world.specs[0].name))
+
+
+def test_to_zero_and_back() -> None:
+    """A new model begins, idles out, waits at zero, comes back for a held call, and has learnt how long that takes."""
+    world = World(spec())
+    world.until(1)
+    assert world.until(0, 70.0) > 30.0
+    for _ in range(100):
+        world.step()
+    assert (world.scaler.replicas(world.specs[0]), entry(world).starting_since_s) == (0, 0.0)
+    world.call()
+    assert world.tell(), "somebody should look now"
+    (made,) = world.step(0.0)
+    assert (made[0], made[1].action, made[1].replicas) == ("m", "from_zero", 1)
+    world.step()
+    assert entry(world).starting_since_s == pytest.approx(world.now - 1 + 1e9)
+    assert world.until(1) <= 20.0
+    world.step()
+    told = entry(world)
+    assert told.cold_start_s == pytest.approx(20.0, abs=1.5)
+    assert (told.starting_since_s, told.replicas_desired, told.slo_ttft_s, told.slo_itl_s) == (0.0, 1, 2.0, 0.1)
+
+
+def test_a_new_controller_keeps_what_it_finds() -> None:
+    """Ray's own target stands for the last decision: nothing is scaled because a controller has come back."""
+    old = World(spec(idle_s=0.0, min_replicas=3))
+    old.until(3)
+    new = World(*old.specs, now=old.now)
+    new.ray, new.workers = dict(old.ray), dict(old.workers)
+    for _ in range(5):
+        assert not new.step()
+    assert len(new.workers) == 3
+    rested = World(spec())
+    rested.ray = {("m", ""): OnRay(0)}
+    rested.step()
+    assert rested.scaler.replicas(rested.specs[0]) == 0, "it was at zero, and stays there"
+
+
+def test_while_no_gateway_tells_nothing_changes() -> None:
+    """No demand is not no calls; but an operator's word counts."""
+    world = World(spec())
+    world.until(1)
+    world.blind = True
+    for _ in range(200):
+        assert not world.step()
+    desk = Desk(world.scaler, lambda: None)
+    desk.scale("m", 2)
+    (made,) = world.step()
+    assert (made[1].why, made[1].replicas, world.scaler.standing("m").why) == ("manual", 2, "no gateway is linked")
+
+
+def test_bounds_hold_while_no_gateway_tells() -> None:
+    """An entry with another max is done, whoever is away."""
+    world = World(spec(min_replicas=3, idle_s=0.0))
+    world.until(3)
+    world.blind, world.specs = True, (spec(min_replicas=1, max_replicas=2, idle_s=0.0),)
+    (made,) = world.step()
+    assert (made[1].action, made[1].replicas, made[1].why) == ("down", 2, "bounds")
+
+
+def test_by_hand_and_frozen() -> None:
+    """A number stands until it is taken back, also against idleness; frozen, nothing moves it, whoever asked."""
+    kept: list[Asked] = []
+    world = World(spec(aliases=("default",)))
+    world.until(1)
+    desk = Desk(world.scaler, lambda: kept.append(world.scaler.asked))
+    assert desk.scale("default", 3).by == "manual"
+    world.until(3)
+    for _ in range(100):
+        world.step()
+    assert len(world.workers) == 3
+    assert [one.by for one in desk.freeze("m", True)] == ["manual"], "as it was before the next pass"
+    assert desk.scale("m", 1).by in ("manual", "frozen")
+    for _ in range(3):
+        assert not world.step()
+    assert (len(world.workers), world.scaler.standing("m").by) == (3, "frozen")
+    desk.freeze("", True)
+    desk.freeze("m", False)
+    world.step()
+    assert len(world.workers) == 3, "all are frozen"
+    desk.freeze("", False)
+    world.until(1)
+    desk.scale("m", None)
+    world.until(0)
+    assert asked_from_json(asked_to_json(kept[2])) == kept[2]
+    assert len(kept) == 7
+    again = World(*world.specs, asked=kept[0])
+    again.step()
+    assert again.scaler.replicas(again.specs[0]) == 3, "what was asked outlives the controller"
+
+
+def test_what_cannot_be_asked() -> None:
+    """Beyond the entry's max, or of a model that is not there."""
+    world = World(spec())
+    world.step()
+    desk = Desk(world.scaler, lambda: pytest.fail("nothing was asked"))
+    for replicas in (-1, 5):
+        with pytest.raises(CallError, match="0 to 4"):
+            desk.scale("m", replicas)
+    for ask in (lambda: desk.scale("n", 1), lambda: desk.freeze("n", True), lambda: desk.explain("n", 0)):
+        with pytest.raises(CallError) as caught:
+            ask()
+        assert caught.value.outcome is Outcome.MODEL_NOT_FOUND
+    wrong: Mapping[str, object]
+    for wrong in ({}, {"manual": {"m": "x"}, "frozen": [], "all_frozen": False}, {"manual": {}, "frozen": 1}):
+        with pytest.raises(ValueError, match="must be"):
+            asked_from_json(wrong)
+
+
+def test_the_story_is_bounded_and_says_how_often() -> None:
+    """Passes that hold for the same reason are one entry; the oldest are dropped; the newest come last."""
+    world = World(spec())
+    world.until(1)
+    world.step()
+    story = world.scaler.story("m")
+    assert sum(one.passes for one in story.decisions) > len(story.decisions)
+    desk = Desk(world.scaler, lambda: None)
+    for number in range(2 * KEPT):
+        desk.scale("m", number % 4)
+        world.step()
+    story = desk.explain("m", 0)
+    assert len(story.decisions) == KEPT
+    assert desk.explain("m", 2).decisions == story.decisions[-2:]
+    assert story.decisions[-1].replicas == (2 * KEPT - 1) % 4
+    actions, gpu_seconds = world.scaler.counters()["m"]
+    assert actions["to_zero"] >= KEPT / 4 - 1
+    assert gpu_seconds > 0
+
+
+def test_gpu_seconds_are_those_of_what_is_there() -> None:
+    """Two GPUs a replica, ten seconds, starting and leaving ones too."""
+    world = World(spec(min_replicas=2, tensor_parallel_size=2, idle_s=0.0))
+    world.step()
+    world.ray["m", ""] = OnRay(2, 1, 1, leaving=1)
+    before = world.scaler.counters()["m"][1]
+    world.scaler.look(world.specs, world.ray, [], world.now + 10.0, 1e9)
+    assert world.scaler.counters()["m"][1] - before == pytest.approx(10.0 * 3 * 2)
+
+
+def test_rates_come_from_the_workers_words() -> None:
+    """What engines tell of their steps is among the numbers that explain."""
+    world = World(spec(min_replicas=1, idle_s=0.0))
+    world.until(1)
+    (name,) = world.workers
+    for number in range(1, 60):
+        batch = 1 + number % 8
+        work = world.workers[name].work
+        work = Work(work.steps + 50, work.busy_s + 50 * (0.01 + 0.001 * batch), 0, work.decode_tokens + 50 * batch)
+        world.workers[name] = dataclasses.replace(world.workers[name], work=work)
+        world.step()
+    now = world.scaler.story("m").now
+    assert now["learnt_step_s"] == pytest.approx(0.01, rel=0.01)
+    assert now["learnt_decode_s_a_token"] == pytest.approx(0.001, rel=0.01)
+
+
+# ---- several types of GPU
+
+TYPES: dict[str, object] = {"min_replicas": 3, "max_replicas": 6, "idle_s": 0.0}
+FAST, SLOW = spec("m", gpu="H100", **TYPES), spec("m", gpu="L4", tensor_parallel_size=2, **TYPES)
+
+
+def typed_worker(number: int, gpu: str, work: Work | None = None) -> WorkerSeen:
+    """One that serves."""
+    return WorkerSeen(f"w{number}", f"i{number}", "m", work=work or Work(), limits=LIMITS, gpu=gpu)
+
+
+def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
+    """And stays there when the first has room again; an entry that loses a type keeps its number."""
+    scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 2, ("m", "L4"): 5}
+    scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
+    ray = {("m", "H100"): OnRay(2, 2), ("m", "L4"): OnRay(1, 1)}
+    workers = [typed_worker(0, "H100"), typed_worker(1, "H100"), typed_worker(2, "L4")]
+    room["m", "H100"] = 6
+    for now in range(2, 40):
+        assert not scaler.look([FAST, SLOW], ray, workers, float(now), 1e9 + now, room=room)
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
+    standing = scaler.standing("m")
+    assert (standing.target, standing.running, standing.desired) == (3, 3, 3)
+    assert scaler.told(CatalogEntry("m")).replicas_desired == 3
+    back = Scaler(ScalingSettings(), 0.0)
+    back.look([FAST, SLOW], ray, workers, 1.0, 1e9, room=room)
+    assert (back.replicas(FAST), back.replicas(SLOW)) == (2, 1), "a controller that comes back leaves them there"
+    scaler.look([FAST], ray, workers, 50.0, 1e9)
+    assert scaler.replicas(FAST) == 3
+    other = dataclasses.replace(FAST, gpu="")
+    scaler.look([other], {("m", "H100"): OnRay(3, 3)}, [], 51.0, 1e9)
+    assert (scaler.replicas(other), scaler.standing("m").target) == (3, 3)
+
+
+def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
+    """What waits for a place that another model has taken moves on, and that is told."""
+    scaler, room = Scaler(ScalingSettings(), 0.0), {("m", "H100"): 3, ("m", "L4"): 5}
+    scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, room=room)
+    assert scaler.replicas(FAST) == 3
+    room["m", "H100"] = 2
+    workers = [typed_worker(0, "H100"), typed_worker(1, "H100")]
+    made = list(scaler.look([FAST, SLOW], {("m", "H100"): OnRay(3, 2)}, workers, 10.0, 1e9, room=room))
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 1)
+    assert [(name, one.action, one.replicas) for name, one in made] == [("m", "move", 3)]
+    for now, place in ((11.0, 1), (30.0, 2)):
+        workers.append(typed_worker(place + 1, "L4"))
+        scaler.look(
+            [FAST, SLOW], {("m", "H100"): OnRay(2, 2), ("m", "L4"): OnRay(1, 1)}, workers[:3], now, 1e9, room=room
+        )
+    assert scaler.standing("m").cold_start_s == pytest.approx(1.0, abs=0.5)
+
+
+def test_by_hand_over_types_while_no_gateway_tells() -> None:
+    """A number goes over the types as any other, and fewer leave the last type first."""
+    room = {("m", "H100"): 2, ("m", "L4"): 5}
+    scaler = Scaler(ScalingSettings(), 0.0, Asked(manual={"m": 5}))
+    scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 3)
+    scaler.asked = Asked(manual={"m": 1})
+    scaler.look([FAST, SLOW], {}, [], 2.0, 1e9, blind=True, room=room)
+    assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (1, 0)
+
+
+def test_rates_are_learnt_and_gpus_counted_by_type() -> None:
+    """Each type from its own workers; a worker of a type that the model does not have counts as the first's."""
+    scaler = Scaler(ScalingSettings(), 0.0)
+    ray = {("m", "H100"): OnRay(1, 1), ("m", "L4"): OnRay(2, 1, 1)}
+    for number in range(60):
+        steps = 50 * number
+        told = {"H100": (0.01, 0.001), "L4": (0.02, 0.004)}
+        tokens = 50 * sum(1 + n % 8 for n in range(number))
+        workers = [
+            typed_worker(n, gpu, Work(steps, steps * fixed + each * tokens, 0, tokens))
+            for n, (gpu, (fixed, each)) in enumerate(told.items())
+        ]
+        scaler.look([FAST, SLOW], ray, workers, 1.0 + number, 1e9)
+    now = scaler.story("m").now
+    for gpu, (fixed, each) in told.items():
+        assert now[f"learnt_step_s[{gpu}]"] == pytest.approx(fixed, rel=0.01)
+        assert now[f"learnt_decode_s_a_token[{gpu}]"] == pytest.approx(each, rel=0.01)
+    assert scaler.counters()["m"][1] == pytest.approx(59.0 * (1 * 1 + 2 * 2))
+    stranger = [dataclasses.replace(one, gpu="A100") for one in workers[:1]]
+    scaler.look([FAST, SLOW], ray, stranger, 100.0, 1e9)
+    assert scaler.standing("m").running == 1

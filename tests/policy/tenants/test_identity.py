@@ -1,0 +1,317 @@
+"""Keys, certificates, handles and salts: who is let in, and that nobody learns anything from being kept out."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.policy.tenants import identity
+from cluster.policy.tenants.identity import CertificateRule, KeyEntry, Snapshot, TenantEntry
+from cluster.policy.tenants.policy import TenantPolicy
+
+NOW = 1_000_000.0
+PEPPER, OLD_PEPPER = b"p" * 32, b"o" * 32
+SECRETS = (b"1" * 32, b"2" * 32)
+
+
+def key_of(number: int) -> str:
+    """A key that is the same at every run."""
+    return identity.make_key(f"k{number}", hashlib.sha256(str(number).encode()).digest())
+
+
+def entry(token: str, tenant: str = "acme", pepper: bytes = PEPPER, **changes: object) -> KeyEntry:
+    """What is stored of a key."""
+    digest = identity.digest_of(identity.sha256_of(token), pepper)
+    return KeyEntry(identity.key_id_of(token) or "other", tenant, digest, **changes)  # type: ignore[arg-type]
+
+
+def world(*keys: KeyEntry) -> Snapshot:
+    """One active and one suspended tenant."""
+    tenants = [TenantEntry(TenantPolicy("acme")), TenantEntry(TenantPolicy("gone", suspended=True), "file")]
+    return Snapshot.of(tenants, keys, 7, NOW)
+
+
+def reason(snapshot: Snapshot, token: str) -> str:
+    """The word for the audit."""
+    return identity.authenticate(snapshot, token, (PEPPER, OLD_PEPPER), NOW).reason
+
+
+def test_a_key_names_its_tenant() -> None:
+    """A stored key lets in as its tenant, with its id and role."""
+    snapshot = world(entry(key_of(1), role="viewer"))
+    principal = identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW).require()
+    assert (principal.tenant.name, principal.role, principal.subject, principal.by) == ("acme", "viewer", "k1", "key")
+
+
+def test_every_way_of_being_refused() -> None:
+    """Unknown, expired, revoked, suspended, another pepper and a tenant that is gone: each has its word."""
+    snapshot = world(
+        entry(key_of(1), expires_at_s=NOW),
+        entry(key_of(2), revoked=True),
+        entry(key_of(3), tenant="gone"),
+        entry(key_of(4), pepper=b"x" * 32),
+        entry(key_of(5), tenant="nobody-knows"),
+        entry(key_of(6), expires_at_s=NOW + 1),
+    )
+    found = [reason(snapshot, key_of(n)) for n in range(1, 8)]
+    assert found == ["expired", "revoked", "suspended", "unknown", "unknown", "ok", "unknown"]
+
+
+def test_callers_cannot_tell_unknown_from_expired_from_revoked() -> None:
+    """The error of a bad key is the same to the letter, whatever is wrong with it."""
+    snapshot = world(entry(key_of(1), expires_at_s=NOW), entry(key_of(2), revoked=True), entry(key_of(3)))
+    errors = []
+    for token in (key_of(1), key_of(2), key_of(9), key_of(3)[:-1], "", "x" * 2_000_000):
+        with pytest.raises(CallError) as caught:
+            identity.authenticate(snapshot, token, (PEPPER,), NOW).require()
+        errors.append((caught.value.outcome, caught.value.message, caught.value.retry_after_s))
+    assert set(errors) == {(Outcome.UNAUTHENTICATED_KEY, identity.BAD_KEY, None)}
+
+
+def test_a_suspended_tenant_is_told_so() -> None:
+    """Who shows a good key of a suspended tenant is told that it is suspended."""
+    with pytest.raises(CallError) as caught:
+        identity.authenticate(world(entry(key_of(1), tenant="gone")), key_of(1), (PEPPER,), NOW).require()
+    assert caught.value.outcome is Outcome.TENANT_SUSPENDED
+
+
+def test_a_pepper_is_replaced_without_downtime() -> None:
+    """Keys stored under the second pepper still verify, and a pepper that left the list does not."""
+    snapshot = world(entry(key_of(1), pepper=OLD_PEPPER))
+    assert identity.authenticate(snapshot, key_of(1), (PEPPER, OLD_PEPPER), NOW).reason == "ok"
+    assert identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW).reason == "unknown"
+
+
+def test_a_hash_of_another_system_comes_over() -> None:
+    """A key of which only the SHA-256 was known works, whatever it looks like."""
+    foreign = "sk-1234abcd"
+    digest = identity.digest_of(hashlib.sha256(foreign.encode()).digest(), PEPPER)
+    assert reason(world(KeyEntry("i1", "acme", digest)), foreign) == "ok"
+
+
+def test_keys_hold_256_bits_and_their_id() -> None:
+    """All bits of the secret are in the key; two secrets never give one key; the id reads back."""
+    low, high = identity.make_key("abc", b"\0" * 32), identity.make_key("abc", b"\xff" * 32)
+    assert low != high
+    assert len(low) == len(high) == len("hr_abc_") + 43
+    assert identity.key_id_of(high) == "abc"
+    assert [identity.key_id_of(t) for t in (high[:-1], "hr_abc", "sk-1", "hr_", high + "x", "hr__" + "a" * 43)] == [
+        ""
+    ] * 6
+
+
+@pytest.mark.parametrize("bad", [b"", b"x" * 31, b"x" * 33])
+def test_a_short_secret_is_refused(bad: bytes) -> None:
+    """A key is never made from less than 256 bits."""
+    with pytest.raises(ValueError, match="32 bytes"):
+        identity.make_key("abc", bad)
+
+
+@given(st.text(max_size=2000))
+def test_any_text_is_refused_without_an_exception(token: str) -> None:
+    """Whatever comes as a token has a verdict."""
+    assert identity.authenticate(world(), token, (PEPPER,), NOW).principal is None
+
+
+def test_a_lone_surrogate_is_refused() -> None:
+    """Text that cannot be UTF-8 is an unknown key like any other."""
+    assert reason(world(), "hr_\ud800") == "unknown"
+
+
+def test_clock_steps_back_make_a_key_valid_no_longer_than_its_expiry_says() -> None:
+    """Only `now` against the expiry counts: a step of the clock moves the verdict with it and keeps no state."""
+    snapshot = world(entry(key_of(1), expires_at_s=NOW))
+    verdicts = [
+        identity.authenticate(snapshot, key_of(1), (PEPPER,), t).reason for t in (NOW - 1, NOW + 1, NOW - 1, NOW)
+    ]
+    assert verdicts == ["ok", "expired", "ok", "expired"]
+
+
+def _elapsed_ns(work: Callable[[], object]) -> int:
+    start = time.perf_counter_ns()
+    work()
+    return time.perf_counter_ns() - start
+
+
+def _gap(samples: dict[str, list[int]]) -> float:
+    """The largest difference of two kinds' trimmed medians, as a share of the smallest one."""
+    medians = [statistics.median(sorted(times)[: len(times) * 3 // 4]) for times in samples.values()]
+    return (max(medians) - min(medians)) / min(medians)
+
+
+def test_refusals_take_the_same_time() -> None:
+    """Over 10,000 interleaved tries unknown, expired, revoked and suspended keys cannot be told apart by time.
+
+    Held by the medians of the lower three quarters, which scheduling does not reach; one of five rounds must hold,
+    since a busy machine can only widen the gap, never hide a different code path.
+    """
+    keys = [entry(key_of(n)) for n in range(1000)]
+    keys += [entry(key_of(5000), expires_at_s=NOW), entry(key_of(5001), revoked=True)]
+    snapshot = world(*keys, entry(key_of(5002), tenant="gone"))
+    tokens = {"expired": key_of(5000), "revoked": key_of(5001), "suspended": key_of(5002), "unknown": key_of(5003)}
+    assert {kind: reason(snapshot, token) for kind, token in tokens.items()} == {kind: kind for kind in tokens}
+    order = random.Random(1)
+    gaps = []
+    for _ in range(5):
+        samples: dict[str, list[int]] = {kind: [] for kind in tokens}
+        plan = [kind for kind in tokens for _ in range(2500)]
+        order.shuffle(plan)
+        gc.disable()
+        try:
+            for kind in plan:
+                token = tokens[kind]
+                samples[kind].append(_elapsed_ns(lambda t=token: identity.authenticate(snapshot, t, (PEPPER,), NOW)))  # type: ignore[misc]
+        finally:
+            gc.enable()
+        gaps.append(_gap(samples))
+        if gaps[-1] < 0.05:
+            return
+    pytest.fail(f"gaps between medians {[f'{gap:.1%}' for gap in gaps]}")
+
+
+def test_the_timing_test_would_see_an_early_return() -> None:
+    """A code path that skips the hash for unknown keys is seen by the same measure."""
+    samples: dict[str, list[int]] = {"hashed": [], "skipped": []}
+    snapshot = world()
+    for _ in range(2500):
+        samples["hashed"].append(_elapsed_ns(lambda: identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW)))
+        samples["skipped"].append(_elapsed_ns(lambda: snapshot.keys.get(b"")))
+    assert _gap(samples) > 0.2
+
+
+def test_a_megabyte_token_costs_no_more_than_a_key() -> None:
+    """Length is looked at before content: a token of 64 MB is refused faster than an ordinary one is looked up."""
+    snapshot, huge = world(), "x" * 64_000_000
+    long = min(_elapsed_ns(lambda: identity.authenticate(snapshot, huge, (PEPPER,), NOW)) for _ in range(50))
+    short = min(_elapsed_ns(lambda: identity.authenticate(snapshot, key_of(1), (PEPPER,), NOW)) for _ in range(50))
+    assert long < short
+    assert identity.authenticate(snapshot, huge, (PEPPER,), NOW).reason == "too_long"
+
+
+def test_a_snapshot_survives_json() -> None:
+    """Written and read back it is equal, endless keys included."""
+    snapshot = world(entry(key_of(1), name="ci", role="operator"), entry(key_of(2), expires_at_s=5.5, revoked=True))
+    assert Snapshot.from_json(json.loads(json.dumps(snapshot.as_json()))) == snapshot
+
+
+def test_declared_tenants_stand_over_stored_ones() -> None:
+    """A file's tenant replaces the stored one of its name, keeps its aliases, and leaves the others."""
+    stored = Snapshot.of([TenantEntry(TenantPolicy("acme"), "api", {"gpt": "tiny"})], [])
+    declared = stored.declaring([TenantPolicy("acme", weight=4.0), TenantPolicy("new")])
+    assert declared.tenants["acme"] == TenantEntry(TenantPolicy("acme", weight=4.0), "file", {"gpt": "tiny"})
+    assert set(declared.tenants) == {"acme", "new"}
+    assert stored.tenants["acme"].policy.weight == 1.0
+
+
+def test_claims_name_tenants_that_exist() -> None:
+    """A signed claim for an unknown or suspended tenant lets nobody in; an unknown role is a caller's."""
+    assert identity.identify(world(), "nope", "jwt", "s").outcome is Outcome.UNAUTHENTICATED_KEY
+    assert identity.identify(world(), "gone", "jwt", "s").outcome is Outcome.TENANT_SUSPENDED
+    assert identity.identify(world(), "acme", "jwt", "s", "root").require().role == "caller"
+    assert identity.identify(world(), "acme", "jwt", "s", "operator").require().role == "operator"
+
+
+def test_certificates_map_by_their_alternative_names() -> None:
+    """URIs to the letter, DNS names without case, no wildcards, and two owners are none."""
+    rules = [
+        CertificateRule("spiffe://example.com/ns/billing", "billing"),
+        CertificateRule("api.acme.example", "acme"),
+    ]
+
+    def find(names: list[str], rules: list[CertificateRule]) -> str | None:
+        owner = identity.owner_of_certificate(names, rules)
+        return owner.tenant if owner else None
+
+    assert find(["URI:spiffe://example.com/ns/billing", "DNS:x"], rules) == "billing"
+    assert find(["DNS:API.acme.example."], rules) == "acme"
+    assert find(["URI:spiffe://example.com/ns/Billing"], rules) is None
+    assert find(["URI:spiffe://example.com/ns/billing/more"], rules) is None
+    assert find(["DNS:*.acme.example"], rules) is None
+    assert find(["URI:spiffe://example.com/ns/billing", "DNS:api.acme.example"], rules) is None
+    assert find([], rules) is None
+    ops = CertificateRule("ops.example", "acme", "operator")
+    owner = identity.owner_of_certificate(["DNS:x", "DNS:Ops.example"], [*rules, ops])
+    assert owner == identity.CertificateOwner("acme", "operator", "DNS:ops.example"), (
+        "the name that fits, not the first"
+    )
+    assert identity.owner_of_certificate(["DNS:ops.example", "DNS:api.acme.example"], [*rules, ops]) is None
+
+
+KINDS = st.sampled_from(["URI:", "DNS:", "email:", "IP Address:", "dns:", "uri:", ""])
+
+
+@given(KINDS, st.sampled_from(["", "DNS:", "URI:", "dns:"]), st.sampled_from(["api.acme.example", "spiffe://x/alpha"]))
+def test_a_name_of_another_kind_is_nobodys(kind: str, more: str, name: str) -> None:
+    """Else a holder who may choose URIs becomes the tenant of a DNS name, or the other way round."""
+    rules = [CertificateRule("api.acme.example", "acme"), CertificateRule("spiffe://x/alpha", "alpha")]
+    owner = identity.owner_of_certificate([kind + more + name], rules)
+    own = "URI:" if "://" in name else "DNS:"
+    assert (owner is not None) == (kind + more == own)
+
+
+def test_what_each_role_may_do() -> None:
+    """Operators rule the cluster, viewers see it, administrators keep their own tenant's keys, callers do nothing."""
+
+    def allowed(role: str) -> set[tuple[str, str]]:
+        principal = identity.identify(world(), "acme", "jwt", "s", role).require()
+        pairs = [(what, tenant) for what in ("read", "keys", "tenants", "fleet") for tenant in ("acme", "gone", "")]
+        return {pair for pair in pairs if identity.may(principal, *pair)}
+
+    assert allowed("caller") == set()
+    assert allowed("viewer") == {("read", "acme"), ("read", "gone"), ("read", "")}
+    assert allowed("tenant_admin") == {("read", "acme"), ("keys", "acme")}
+    assert len(allowed("operator")) == 12
+
+
+def test_salts_part_tenants_and_join_groups() -> None:
+    """A tenant is alone, a group is shared, and neither a group of its name nor a client's salt reaches a tenant."""
+    a, b = TenantPolicy("a"), TenantPolicy("b")
+    grouped = [TenantPolicy(n, cache_group="g") for n in ("c", "d")]
+    salts = [identity.cache_salt(SECRETS, p) for p in (a, b, *grouped, TenantPolicy("e", cache_group="a"))]
+    assert salts[2] == salts[3]
+    assert len(set(salts)) == 4
+    own = identity.cache_salt(SECRETS, a, client_salt="x")
+    assert own not in {*salts, identity.cache_salt(SECRETS, b, client_salt="x")}
+    assert identity.cache_salt((b"9" * 32,), a) != salts[0]
+
+
+@given(st.text(), st.text(), st.text(), st.text())
+def test_no_client_salt_reaches_another_tenants_cache(a: str, b: str, c: str, d: str) -> None:
+    """Whatever two tenants send as salts, their caches stay apart; parts cannot run into each other."""
+    one, two = TenantPolicy("acme"), TenantPolicy("acme2")
+    assert identity.cache_salt(SECRETS, one, a) != identity.cache_salt(SECRETS, two, b)
+    if (a, b) != (c, d):
+        assert identity.derive(b"k", "p", a, b) != identity.derive(b"k", "p", c, d)
+
+
+def test_handles_say_nothing_and_tell_tenants_apart() -> None:
+    """A handle does not hold the name, is the same everywhere under one secret, and changes with the secret."""
+    one, two = (identity.tenant_handle(SECRETS, name) for name in ("acme", "acme2"))
+    assert one != two
+    assert "acme" not in one
+    assert one == identity.tenant_handle(SECRETS[:1], "acme") != identity.tenant_handle(SECRETS[1:], "acme")
+
+
+def test_image_identifiers_carry_the_salt() -> None:
+    """One image has two identifiers under two tenants' salts."""
+    a, b = (identity.cache_salt(SECRETS, TenantPolicy(n)) for n in "ab")
+    assert identity.salted_identifier(a, "img") != identity.salted_identifier(b, "img")
+
+
+def test_the_first_secret_signs_and_all_verify() -> None:
+    """A tag of either secret verifies; of a third, of other parts or of another purpose it does not."""
+    tag = identity.derive(SECRETS[1], "resume", "call-1")
+    assert identity.verify_any(SECRETS, "resume", tag, "call-1")
+    assert not identity.verify_any(SECRETS[:1], "resume", tag, "call-1")
+    assert not identity.verify_any(SECRETS, "resume", tag, "call-2")
+    assert not identity.verify_any(SECRETS, "other", tag, "call-1")

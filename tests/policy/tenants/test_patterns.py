@@ -1,0 +1,125 @@
+"""Which patterns a guard takes: those that say how long they can get, and cannot be made slow."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from cluster.policy.tenants.patterns import MAX_MATCH_CHARS, PatternError, Patterns, longest_match
+
+ATOMS = st.sampled_from(["a", "b", "é", "1", " ", "[ab]", "[^a]", r"\d", r"\w", r"\b", r"\B", ".", "^", "$", r"[1é]"])
+COUNTS = st.sampled_from(["", "", "?", "??", "{2}", "{1,3}", "{1,3}?", "{0,2}"])
+
+
+def _grown(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    joined = st.lists(inner, min_size=1, max_size=3).map("".join)
+    return joined | st.tuples(inner, inner).map(lambda two: f"(?:{two[0]}|{two[1]})")
+
+
+def _counted(pair: tuple[str, str]) -> str:
+    atom, count = pair
+    return atom if atom in ("^", "$", r"\b", r"\B") else atom + count
+
+
+EXPRESSIONS = st.recursive(st.tuples(ATOMS, COUNTS).map(_counted), _grown, max_leaves=8)
+"""Expressions that mean the same to Python (with re.ASCII, and texts without a newline) and to RE2."""
+
+
+@st.composite
+def accepted(draw: st.DrawFn) -> str:
+    """An expression that may be a pattern."""
+    source = draw(EXPRESSIONS)
+    try:
+        longest_match(source)
+    except PatternError:
+        assume(False)
+    return source
+
+
+TEXTS = st.text("ab1é x", max_size=40)
+
+
+@given(st.dictionaries(st.sampled_from("pqr"), accepted(), min_size=1), TEXTS)
+def test_matches_are_those_of_python(sources: dict[str, str], text: str) -> None:
+    """A search would find something else than the expressions say, or a match longer than was promised."""
+    patterns = Patterns(sources)
+    together = "|".join(f"(?P<{name}>{source})" for name, source in sorted(sources.items()))
+    wanted = [(*found.span(), found.lastgroup) for found in re.finditer(together, text, re.ASCII)]
+    found = [(start, end, patterns.name_at(text, start)) for start, end in patterns.find(text)]
+    assert found == wanted
+    assert all(0 < end - start <= patterns.longest for start, end, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("source", "longest"),
+    [
+        (r"\d{3}-\d{2}-\d{4}", 11),
+        ("(?i)secret|hidden", 6),
+        (r"\p{L}{1,10}\pN", 11),
+        (r"[[:alpha:]_]{2}", 2),
+        (r"\x{1F600}", 1),
+        (r"a\z", 1),
+        (r"\{,5}", 4),
+        ("é{1,4}", 4),
+        ("(?P<x>a)(?P<y>b)", 2),
+    ],
+)
+def test_the_longest_match_is_known(source: str, longest: int) -> None:
+    """Spellings that Python has not would be measured wrongly, and then a stream delivers part of a match."""
+    assert longest_match(source) == longest
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("a+", "without bound"),
+        ("(?s).*x", "without bound"),
+        ("a{1,}", "without bound"),
+        (f"a{{1,{MAX_MATCH_CHARS + 1}}}", f"{MAX_MATCH_CHARS + 1} characters"),
+        ("a{0,3}", "empty text"),
+        (r"\b", "empty text"),
+        ("a{,5}", "{0,n}"),
+        ("(a", "RE2"),
+        (r"(?=a)b", "RE2"),
+        (r"(a)\1", "RE2"),
+        ("(a{0,50}){0,50}b", "RE2"),
+        ("", "1 to"),
+        ("a" * 2001, "1 to"),
+        (r"\C", "cannot be known"),
+    ],
+)
+def test_what_cannot_be_a_pattern(source: str, told: str) -> None:
+    """It would hold a stream back for ever, or be made slow by a caller; the message says what to write instead."""
+    with pytest.raises(PatternError, match=re.escape(told)):
+        longest_match(source)
+
+
+@pytest.mark.parametrize(
+    ("sources", "name"),
+    [
+        ({}, ""),
+        ({"Upper": "a"}, "Upper"),
+        ({"": "a"}, ""),
+        ({"x": 5}, "x"),
+        ({"ok": "a", "bad": "a*b"}, "bad"),
+        ({f"p{i}": "a" for i in range(101)}, ""),
+        ({f"p{i}": r"\pL{1,50}\d{1,50}[^x]{1,100}" for i in range(100)}, ""),
+    ],
+)
+def test_the_wrong_one_is_named(sources: dict[str, str], name: str) -> None:
+    """An operator with a hundred patterns would have to guess which is meant."""
+    with pytest.raises(PatternError) as caught:
+        Patterns(sources)
+    assert caught.value.name == name
+
+
+def test_a_text_made_to_be_slow_is_not() -> None:
+    """What takes a backtracking matcher ages holds up everybody's tokens; a second is a hundred times what it takes."""
+    patterns = Patterns({"slow": "(?:a|aa|a?a){1,30}!", "card": r"\b(?:\d[ -]?){13,19}\b"})
+    began = time.perf_counter()
+    assert list(patterns.find("a" * 100_000)) == []
+    assert time.perf_counter() - began < 1.0

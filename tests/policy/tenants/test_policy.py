@@ -1,0 +1,107 @@
+"""Policies: what cannot be is refused by the field's path, and JSON gives back what was said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.policy.tenants.policy import MAX_LIMIT, GuardRule, PolicyError, Retention, TenantLimits, TenantPolicy
+
+FULL = TenantPolicy(
+    name="acme",
+    handle="h1",
+    priority_class="interactive",
+    weight=4.0,
+    models=("llama-*", "support-de"),
+    limits=TenantLimits(tokens_per_minute=4_000_000, monthly_tokens=20_000_000_000),
+    max_context_tokens=8192,
+    max_output_tokens=1024,
+    on_budget="stop",
+    cache_group="acme",
+    guards=(
+        GuardRule(builtin="patterns", on="output", action="redact", patterns={"as": "a{1,9}"}),
+        GuardRule(address="g:1"),
+    ),
+    log_prompts=True,
+    labels={"cost_center": "4711"},
+    retention=Retention(usage_days=30),
+    suspended=True,
+)
+
+
+def test_json_and_back() -> None:
+    """Everything survives, under the configuration's names."""
+    text = json.dumps(FULL.as_json())
+    assert TenantPolicy.from_json(json.loads(text)) == FULL
+    assert '"class": "interactive"' in text
+
+
+@given(
+    st.builds(
+        TenantLimits,
+        *[st.none() | st.integers(1, MAX_LIMIT)] * 5,
+    ),
+    st.floats(0.001, 1e6),
+)
+def test_any_limits_survive(limits: TenantLimits, weight: float) -> None:
+    """Whatever numbers may be."""
+    policy = TenantPolicy("a", limits=limits, weight=weight)
+    assert TenantPolicy.from_json(json.loads(json.dumps(policy.as_json()))) == policy
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ({}, "name"),
+        ({"name": "Acme"}, "name"),
+        ({"name": ""}, "name"),
+        ({"name": "a" * 64}, "name"),
+        ({"name": "a/b"}, "name"),
+        ({"name": "a", "limits": {"daily_tokens": 0}}, "limits.daily_tokens"),
+        ({"name": "a", "limits": {"daily_tokens": -1}}, "limits.daily_tokens"),
+        ({"name": "a", "limits": {"daily_tokens": 10**30}}, "limits.daily_tokens"),
+        ({"name": "a", "limits": {"daily_tokens": True}}, "limits.daily_tokens"),
+        ({"name": "a", "limits": {"daily_tokens": 1.5}}, "limits.daily_tokens"),
+        ({"name": "a", "limits": {"tokens_per_day": 1}}, "limits.tokens_per_day"),
+        ({"name": "a", "limits": 3}, "limits"),
+        ({"name": "a", "weight": 0}, "weight"),
+        ({"name": "a", "weight": float("nan")}, "weight"),
+        ({"name": "a", "weight": float("inf")}, "weight"),
+        ({"name": "a", "models": "x"}, "models"),
+        ({"name": "a", "models": []}, "models"),
+        ({"name": "a", "models": [1]}, "models[0]"),
+        ({"name": "a", "on_budget": "explode"}, "on_budget"),
+        ({"name": "a", "class": ""}, "class"),
+        ({"name": "a", "priority_class": "x"}, "priority_class"),
+        ({"name": "a", "max_output_tokens": 0}, "max_output_tokens"),
+        ({"name": "a", "labels": {"x": 1}}, "labels"),
+        ({"name": "a", "labels": {str(i): "" for i in range(33)}}, "labels"),
+        ({"name": "a", "retention": {"usage_days": -1}}, "retention.usage_days"),
+        ({"name": "a", "guards": [{"builtin": "x"}]}, "guards[0].builtin"),
+        ({"name": "a", "guards": [{}]}, "guards[0].builtin"),
+        ({"name": "a", "guards": [{"builtin": "patterns"}]}, "guards[0].patterns"),
+        ({"name": "a", "guards": [{"builtin": "sizes"}]}, "guards[0].max_characters"),
+        ({"name": "a", "guards": [{"address": "g:1", "timeout_s": 0}]}, "guards[0].timeout_s"),
+        ({"name": "a", "guards": [{"address": "g:1", "on": "both"}]}, "guards[0].on"),
+        ({"name": "a", "wieght": 1}, "wieght"),
+    ],
+)
+def test_what_cannot_be_is_named(value: dict[str, Any], path: str) -> None:
+    """The error's field is the path, and its text begins with it."""
+    with pytest.raises(PolicyError) as caught:
+        TenantPolicy.from_json(value)
+    assert caught.value.field == path
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_models_by_glob() -> None:
+    """Names, and globs of names; case counts; nothing else is allowed."""
+    assert FULL.allows("llama-3.1-70b")
+    assert FULL.allows("support-de")
+    assert not FULL.allows("Llama-3.1-70b")
+    assert not FULL.allows("support-de-2")
+    assert TenantPolicy("a").allows("anything")
