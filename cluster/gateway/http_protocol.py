@@ -18,8 +18,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from cluster.gateway.http_pace import Late, Pace, PaceLimits
-from cluster.rpc import Held, Stage
-from cluster.rpc.charges import Bucket
+from cluster.http2 import Held, Stage
+from cluster.http2.frame_costs import Bucket
 
 CONNECTION: Final = "headrace.connection"
 """The scope's key of a request's protocol object."""

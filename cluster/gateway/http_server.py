@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.server import ServerState
 
-from cluster import rpc
+from cluster import http2
 from cluster.gateway.http_pace import PaceLimits
 from cluster.gateway.http_protocol import HttpProtocol
 
@@ -21,9 +21,9 @@ from cluster.gateway.http_protocol import HttpProtocol
 class HttpServer:
     """An ASGI application behind one address."""
 
-    def __init__(self, app: Any, admission: rpc.Admission | None = None, pace: PaceLimits | None = None) -> None:
+    def __init__(self, app: Any, admission: http2.Admission | None = None, pace: PaceLimits | None = None) -> None:
         """`admission`: the caps of the port, for a process that has several."""
-        self._admission = admission or rpc.Admission()
+        self._admission = admission or http2.Admission()
         self._pace = pace or PaceLimits()
         self._config = uvicorn.Config(
             app,
@@ -37,17 +37,17 @@ class HttpServer:
             proxy_headers=False,  # a caller's address is its connection's, whatever x-forwarded-for claims
         )
         self._state = ServerState()
-        self._listener: rpc.Listener | None = None
+        self._listener: http2.Listener | None = None
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
         """Bind and serve; returns the port. `shared`: other processes may bind it too. Raises OSError."""
         self._config.load()
-        listener = rpc.listening(host, port, shared=shared)
-        self._listener = rpc.Listener(listener, self._connection, self._admission, tls)
+        listener = http2.listening(host, port, shared=shared)
+        self._listener = http2.Listener(listener, self._connection, self._admission, tls)
         self._listener.start()
         return int(listener.getsockname()[1])
 
-    def _connection(self, held: rpc.Held) -> HttpProtocol:
+    def _connection(self, held: http2.Held) -> HttpProtocol:
         return HttpProtocol(self._config, self._state, held, self._pace)
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 
-from cluster import rpc
+from cluster import http2
 from cluster.config import Config
 
 
@@ -17,7 +17,7 @@ def bind_link(config: Config, process: int = 0) -> socket.socket:
     address = config.gateway.listen.of(process).link
     host, port = address.rsplit(":", 1)
     try:
-        return rpc.listening(host.strip("[]"), int(port))
+        return http2.listening(host.strip("[]"), int(port))
     except OSError as error:
         raise RuntimeError(told_unbound("link", address, error)) from None
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from cluster import rpc
+from cluster import http2
 from cluster.gateway.http_server import HttpServer
 from cluster.observe.descriptors import raise_descriptor_limit
 from cluster.observe.metrics import Metrics
@@ -56,8 +56,8 @@ class MetricsPage:
 @asynccontextmanager
 async def metrics_served(metrics: Metrics, host: str, port: int) -> AsyncIterator[int]:
     """The page on a port of its own, for a process that serves nothing else; the bound port. Raises OSError."""
-    table = rpc.ConnectionTable.for_descriptors(raise_descriptor_limit())
-    server = HttpServer(MetricsPage(metrics), rpc.Admission(table.pools[rpc.Port.METRICS]))
+    table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
+    server = HttpServer(MetricsPage(metrics), http2.Admission(table.pools[http2.Port.METRICS]))
     bound = await server.start(host, port)
     try:
         yield bound

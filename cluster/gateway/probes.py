@@ -7,15 +7,15 @@ from contextlib import asynccontextmanager
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from cluster import rpc
+from cluster import http2
 from cluster.observe.descriptors import raise_descriptor_limit
 
-LIMITS = rpc.Limits(max_message_bytes=1 << 16, max_calls=16)
+LIMITS = http2.Limits(max_message_bytes=1 << 16, max_calls=16)
 
 
-def probe_server(servicer: health.aio.HealthServicer, admission: rpc.Admission) -> rpc.Server:
+def probe_server(servicer: health.aio.HealthServicer, admission: http2.Admission) -> http2.Server:
     """A server of this health, for its owner to start."""
-    server = rpc.Server(LIMITS, admission)
+    server = http2.Server(LIMITS, admission)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)  # type: ignore[arg-type]
     return server
 
@@ -23,10 +23,10 @@ def probe_server(servicer: health.aio.HealthServicer, admission: rpc.Admission) 
 @asynccontextmanager
 async def health_served(host: str, port: int) -> AsyncIterator[None]:
     """SERVING for as long as this event loop turns, of a process that serves nothing else. Raises OSError."""
-    table = rpc.ConnectionTable.for_descriptors(raise_descriptor_limit())
+    table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
     servicer = health.aio.HealthServicer()
     await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-    server = probe_server(servicer, rpc.Admission(table.pools[rpc.Port.HEALTH]))
+    server = probe_server(servicer, http2.Admission(table.pools[http2.Port.HEALTH]))
     await server.start(host, port)
     try:
         yield

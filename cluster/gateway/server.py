@@ -17,7 +17,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from cluster import __version__, rpc
+from cluster import __version__, http2
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.api.private_files import make_private_folder
 from cluster.api.types import ModelState, WorkerIdentity
@@ -90,7 +90,7 @@ class Gateway:
         self.config = config
         self.config_state = ConfigState()
         self._probes = probes
-        self._probe_server: rpc.Server | None = None
+        self._probe_server: http2.Server | None = None
         self._process = process
         queue = config.gateway.queue
         self.metrics = Metrics(config.name, config.observe.max_tenant_series)
@@ -145,18 +145,18 @@ class Gateway:
             max_silent_losses=resume.max_silent_losses,
         )
         self.service.resumes = self._resumes()
-        self.connections = rpc.ConnectionTable.for_descriptors(raise_descriptor_limit())
-        self._notices = rpc.Notices()
+        self.connections = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
+        self._notices = http2.Notices()
         face = HttpFace(self.service, RequestBodies(config.gateway.max_message_bytes, self.request_bytes))
-        self.http = HttpServer(face.app(), self._admission(rpc.Port.CLIENT))
-        self._metrics_server = HttpServer(MetricsPage(self.metrics), self._admission(rpc.Port.METRICS))
+        self.http = HttpServer(face.app(), self._admission(http2.Port.CLIENT))
+        self._metrics_server = HttpServer(MetricsPage(self.metrics), self._admission(http2.Port.METRICS))
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
         self._healthy: dict[str, int] = {}
         self._admin_door = AdminDoor(self.tenants)
-        self._admin: rpc.Server | None = None
-        self._clients: rpc.Server | None = None
-        self._links = hub_server(self.hub, self._admission(rpc.Port.LINK))
+        self._admin: http2.Server | None = None
+        self._clients: http2.Server | None = None
+        self._links = hub_server(self.hub, self._admission(http2.Port.LINK))
         self._siblings = self._sibling_aborts()
         self.accounting: Accounting | None = None
         self._folder = folder
@@ -164,8 +164,8 @@ class Gateway:
         self._lag = self.metrics.histogram("event_loop_lag_seconds")
         self._states: set[asyncio.Task[None]] = set()
 
-    def _admission(self, port: rpc.Port) -> rpc.Admission:
-        return rpc.Admission(self.connections.pools[port], self._notices)
+    def _admission(self, port: http2.Port) -> http2.Admission:
+        return http2.Admission(self.connections.pools[port], self._notices)
 
     def _resumes(self) -> Resumes:
         """Streams that go on after a gateway's end. Without `auth` the secret and what is taken rest in the cache
@@ -267,9 +267,9 @@ class Gateway:
         return await self._links.start(host, port, tls)
 
     async def _serve_admin(self, host: str, port: int) -> int:
-        server = rpc.Server(
-            rpc.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS),
-            self._admission(rpc.Port.ADMIN),
+        server = http2.Server(
+            http2.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS),
+            self._admission(http2.Port.ADMIN),
             self._admin_door,
             RequestBytes(ADMIN_BOUNDS, time.monotonic),
         )
@@ -310,13 +310,13 @@ class Gateway:
 
     async def _serve_clients(self, host: str, port: int) -> int:
         gateway = self.config.gateway
-        limits = rpc.Limits(
+        limits = http2.Limits(
             max_message_bytes=gateway.max_message_bytes,
             age_s=gateway.max_connection_age_s,
             age_grace_s=max(gateway.drain_timeout_s, 1.0),
         )
         face = GrpcFace(self.service, gateway.max_connection_age_s * 0.9)
-        server = rpc.Server(limits, self._admission(rpc.Port.CLIENT), face, self.request_bytes)
+        server = http2.Server(limits, self._admission(http2.Port.CLIENT), face, self.request_bytes)
         server.add_generic_rpc_handlers((face.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # type: ignore[arg-type]
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -327,7 +327,7 @@ class Gateway:
         return bound
 
     async def _serve_probes(self, host: str, port: int) -> int:
-        self._probe_server = probe_server(self._health, self._admission(rpc.Port.HEALTH))
+        self._probe_server = probe_server(self._health, self._admission(http2.Port.HEALTH))
         return await self._probe_server.start(host, port)
 
     async def _serve_http(self, host: str, port: int) -> int:

@@ -15,10 +15,10 @@ import grpc
 import grpc.aio
 import structlog
 
+from cluster.http2.client import CallEnded, Client, connect
 from cluster.link.tls import TlsFiles
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
-from cluster.rpc.client import CallEnded, Client, connect
 
 log = structlog.get_logger("link")
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import grpc
 import structlog
 
-from cluster import rpc
+from cluster import http2
 from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
 from cluster.api.demand import ModelDemand
 from cluster.api.outcomes import CallError, Outcome
@@ -503,15 +503,15 @@ def _entries(catalog: pb.Catalog) -> list[CatalogEntry]:
     return entries
 
 
-def hub_server(hub: Hub, admission: rpc.Admission | None = None) -> rpc.Server:
+def hub_server(hub: Hub, admission: http2.Admission | None = None) -> http2.Server:
     """A server of the hub, for the gateway to start. `admission`: the caps of its port."""
-    server = rpc.Server(LIMITS, admission)
+    server = http2.Server(LIMITS, admission)
     pb_grpc.add_LinkServicer_to_server(hub, server)  # type: ignore[arg-type]
     return server
 
 
 # Those who dial in are ours: what bounds them is the link's own accounting.
-LIMITS = rpc.Limits(
+LIMITS = http2.Limits(
     max_message_bytes=MAX_MESSAGE_BYTES,
     max_calls=256,
     window_bytes=8 << 20,

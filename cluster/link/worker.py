@@ -23,6 +23,7 @@ from cluster.api.demand import Work
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineDead, EngineRefused
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, WorkerIdentity
+from cluster.http2.client import ClientCall
 from cluster.link import codec
 from cluster.link.bulk import send_bundle, serve_bulk
 from cluster.link.credit import Granter
@@ -41,7 +42,6 @@ from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.link.worker_calls import WorkerCalls, spent_by
 from cluster.link.worker_state import Link, WorkerStatistics
 from cluster.link.worker_usage import WorkerUsage
-from cluster.rpc.client import ClientCall
 
 log = structlog.get_logger("worker")
 

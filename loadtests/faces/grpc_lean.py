@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.rpc.client import CallEnded, Client, connect
+from cluster.http2.client import CallEnded, Client, connect
 from cluster.v1 import inference_pb2 as pb
 from loadtests.faces.base import Answer, CallFailed, OnText, Request
 from loadtests.faces.grpc_stream import CHAT, COMPLETE, answer, failed, message_of

@@ -8,7 +8,7 @@ import socket
 import pytest
 import yaml
 
-from cluster import rpc
+from cluster import http2
 from cluster.config import parse
 from cluster.gateway.link_port import bind_link
 from cluster.link.hub import LIMITS
@@ -29,7 +29,7 @@ async def test_who_dials_early_is_heard_later() -> None:
     listener = bind_link(parse(config_of("127.0.0.1:0")))
     reader, writer = await asyncio.open_connection(*listener.getsockname())
     writer.write(PREFACE)
-    server = rpc.Server(LIMITS)
+    server = http2.Server(LIMITS)
     assert await server.serve(listener) == listener.getsockname()[1]
     async with asyncio.timeout(ANSWER_S):
         head = await reader.readexactly(9)

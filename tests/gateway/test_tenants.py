@@ -19,7 +19,7 @@ from cluster.cli.siblings import scrape
 from cluster.link.dial import read
 from cluster.observe.metrics import Metrics
 from cluster.v1 import inference_pb2 as pb
-from tests.rpc.raw import raw_client
+from tests.http2.raw import raw_client
 from tests.support.calls import chat, complete, refused, rest_of
 from tests.support.cluster import sim_engine, until
 from tests.support.http import Wire, chat_body, completion_body

@@ -17,7 +17,7 @@ from h2.exceptions import ProtocolError
 from h2.stream import H2Stream, StreamInputs, StreamState
 from hyperframe.frame import Frame
 
-from cluster.rpc.ended import EndedStreams
+from cluster.http2.reset_streams import EndedStreams
 
 # Of a request's headers only those are looked at that a call needs; nothing is handed on to another server.
 _CONFIGURATION = H2Configuration(

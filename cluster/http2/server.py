@@ -15,14 +15,14 @@ import grpc
 import grpc.aio
 import structlog
 
-from cluster.rpc.connection import Connection
-from cluster.rpc.connection_table import Held
-from cluster.rpc.limits import Limits
-from cluster.rpc.listener import Admission, Listener, listening
-from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata
-from cluster.rpc.read_turns import ReadTurns
-from cluster.rpc.request_body import Budget
-from cluster.rpc.rpc import Rpc
+from cluster.http2.call import Rpc
+from cluster.http2.connection import Connection
+from cluster.http2.connection_table import Held
+from cluster.http2.limits import Limits
+from cluster.http2.listener import Admission, Listener, listening
+from cluster.http2.messages import ENCODINGS, BadMessage, Metadata
+from cluster.http2.read_slices import ReadTurns
+from cluster.http2.request_body import Budget
 
 log = structlog.get_logger("rpc")
 

@@ -11,8 +11,8 @@ import grpc.aio
 import pytest
 from hyperframe.frame import DataFrame
 
-from cluster.rpc.client import CallEnded, Client, ClientCall, connect
-from tests.rpc.conftest import SERVICE, Serve
+from cluster.http2.client import CallEnded, Client, ClientCall, connect
+from tests.http2.conftest import SERVICE, Serve
 
 CODE = grpc.StatusCode
 

@@ -11,8 +11,8 @@ from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.rpc.frames import NO_TABLE, block, header_frames
-from cluster.rpc.messages import (
+from cluster.http2.frames import NO_TABLE, block, header_frames
+from cluster.http2.messages import (
     INFLATE_BYTES,
     Assembler,
     BadMessage,

@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
-from cluster.rpc.connection_table import MAX_CONNECTIONS, Held, Pool, Stage
-from cluster.rpc.notices import Notices
+from cluster.http2.connection_table import MAX_CONNECTIONS, Held, Pool, Stage
+from cluster.http2.limited_log import Notices
 
 ACCEPTS_A_PASS: Final = 8
 """Connections accepted before the event loop turns to others; so many descriptors may be in use beyond the cap, since

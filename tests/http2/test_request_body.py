@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import rpc
+from cluster import http2
 from cluster.policy.limits.request_bytes import Bounds, RequestBytes
-from tests.rpc.conftest import SERVICE, Echo, _serve
-from tests.rpc.raw import Raw, raw_client
+from tests.http2.conftest import SERVICE, Echo, _serve
+from tests.http2.raw import Raw, raw_client
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ class KeyGate:
 
 @asynccontextmanager
 async def serving(
-    bounds: Bounds, limits: rpc.Limits | None = None
+    bounds: Bounds, limits: http2.Limits | None = None
 ) -> AsyncIterator[tuple[Echo, KeyGate, RequestBytes]]:
     """A server with a gate and a budget, which is empty again in the end."""
     gate, budget = KeyGate(), RequestBytes(bounds, asyncio.get_running_loop().time)
@@ -141,7 +141,7 @@ async def test_a_message_without_a_credential_is_short() -> None:
 
 async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
     """Thousands of calls at once would be opened before the first credential is checked."""
-    limits = rpc.Limits(stranger_calls=10)
+    limits = http2.Limits(stranger_calls=10)
     async with serving(Bounds(MIB, MIB, MIB), limits) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()
         ids = [await raw.call("One", b"x", key="a") for _ in range(12)]
@@ -158,7 +158,7 @@ async def test_a_decompressed_message_counts() -> None:
     bounds = Bounds(4 * MIB, 4 * MIB, 4 * MIB)
     packed = gzip.compress(bytes(3 * MIB))
     async with (
-        serving(bounds, rpc.Limits(max_message_bytes=3 * MIB)) as (echo, _, budget),
+        serving(bounds, http2.Limits(max_message_bytes=3 * MIB)) as (echo, _, budget),
         grpc.aio.insecure_channel(echo.address, compression=grpc.Compression.Gzip) as channel,
     ):
         assert len(packed) < WINDOW

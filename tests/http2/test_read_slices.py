@@ -9,7 +9,7 @@ from itertools import groupby
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.rpc.read_turns import PASS_S, SLICE_S, WINDOW_S, ReadTurns
+from cluster.http2.read_slices import PASS_S, SLICE_S, WINDOW_S, ReadTurns
 
 COSTS = st.lists(st.lists(st.floats(0.0, 2 * SLICE_S), min_size=1, max_size=12), min_size=1, max_size=12)
 

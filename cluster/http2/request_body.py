@@ -13,10 +13,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.rpc.messages import PREFIX_BYTES, Assembler, BadMessage
+from cluster.http2.messages import PREFIX_BYTES, Assembler, BadMessage
 
 if TYPE_CHECKING:
-    from cluster.rpc.connection import Connection
+    from cluster.http2.connection import Connection
 
 
 class Reservation(Protocol):

@@ -13,9 +13,9 @@ import grpc
 import grpc.aio
 import pytest
 
-from cluster import rpc
-from cluster.rpc.request_body import Budget
-from cluster.rpc.server import Gate
+from cluster import http2
+from cluster.http2.request_body import Budget
+from cluster.http2.server import Gate
 
 SERVICE = "test.Echo"
 
@@ -35,7 +35,7 @@ class Seen:
 class Echo:
     """A running server."""
 
-    server: rpc.Server
+    server: http2.Server
     port: int
     seen: Seen
 
@@ -90,13 +90,13 @@ class _Methods:
 
 @asynccontextmanager
 async def _serve(
-    limits: rpc.Limits | None = None,
+    limits: http2.Limits | None = None,
     tls: ssl.SSLContext | None = None,
-    admission: rpc.Admission | None = None,
+    admission: http2.Admission | None = None,
     gate: Gate | None = None,
     budget: Budget | None = None,
 ) -> AsyncIterator[Echo]:
-    server, seen = rpc.Server(limits, admission, gate, budget), Seen()
+    server, seen = http2.Server(limits, admission, gate, budget), Seen()
     methods = _Methods(seen)
     handlers: dict[str, Any] = {
         "One": grpc.unary_unary_rpc_method_handler(methods.one),

@@ -7,9 +7,9 @@ from hyperframe.frame import DataFrame, RstStreamFrame
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.rpc.ended import EndedStreams
-from tests.rpc.conftest import Serve
-from tests.rpc.raw import raw_client
+from cluster.http2.reset_streams import EndedStreams
+from tests.http2.conftest import Serve
+from tests.http2.raw import raw_client
 
 RESETS = (StreamClosedBy.SEND_RST_STREAM, StreamClosedBy.RECV_RST_STREAM)
 

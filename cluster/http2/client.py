@@ -26,8 +26,8 @@ from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes
 
-from cluster.rpc import frames
-from cluster.rpc.messages import Assembler, BadMessage, headers_of
+from cluster.http2 import frames
+from cluster.http2.messages import Assembler, BadMessage, headers_of
 
 _CONFIGURATION = H2Configuration(
     client_side=True, header_encoding=None, validate_inbound_headers=False, normalize_inbound_headers=False

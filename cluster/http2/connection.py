@@ -15,22 +15,22 @@ from h2.exceptions import H2Error
 from h2.settings import SettingCodes
 from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
 
-from cluster.rpc import frames
-from cluster.rpc.charges import WRONG, Charges
-from cluster.rpc.connection_table import Stage
-from cluster.rpc.ended import EndedStreams
-from cluster.rpc.frame_intake import FrameIntake
-from cluster.rpc.frame_reader import FrameReader
-from cluster.rpc.http2_state import Http2State
-from cluster.rpc.limits import FIRST_WINDOW_BYTES, Limits
-from cluster.rpc.liveness import Liveness
-from cluster.rpc.messages import ENCODINGS, BadMessage, Metadata, metadata_of, timeout_s
-from cluster.rpc.request_body import Budget
-from cluster.rpc.rpc import Rpc
+from cluster.http2 import frames
+from cluster.http2.call import Rpc
+from cluster.http2.connection_table import Stage
+from cluster.http2.frame_costs import WRONG, Charges
+from cluster.http2.frame_intake import FrameIntake
+from cluster.http2.frame_reader import FrameReader
+from cluster.http2.h2_state import Http2State
+from cluster.http2.limits import FIRST_WINDOW_BYTES, Limits
+from cluster.http2.messages import ENCODINGS, BadMessage, Metadata, metadata_of, timeout_s
+from cluster.http2.request_body import Budget
+from cluster.http2.reset_streams import EndedStreams
+from cluster.http2.timeouts import Liveness
 
 if TYPE_CHECKING:
-    from cluster.rpc.connection_table import Held
-    from cluster.rpc.server import Server
+    from cluster.http2.connection_table import Held
+    from cluster.http2.server import Server
 
 log = structlog.get_logger("rpc")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cluster.rpc.limits import Limits
+from cluster.http2.limits import Limits
 
 LIGHT: Final = 0.2
 """Cost of a frame that carries nothing."""

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Final
 from h2.exceptions import H2Error, ProtocolError
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, SettingsFrame
 
-from cluster.rpc.charges import STREAMS_PER_UNIT, Charges
-from cluster.rpc.frame_reader import DATA, WINDOW_UPDATE, FrameReader
-from cluster.rpc.read_turns import ReadTurns
+from cluster.http2.frame_costs import STREAMS_PER_UNIT, Charges
+from cluster.http2.frame_reader import DATA, WINDOW_UPDATE, FrameReader
+from cluster.http2.read_slices import ReadTurns
 
 if TYPE_CHECKING:
-    from cluster.rpc.connection import Connection
+    from cluster.http2.connection import Connection
 
 LARGE_BYTES: Final = 16_384
-"""So many at once wait their turn (read_turns.py)."""
+"""So many at once wait their turn (read_slices.py)."""
 MOST_WAITING_BYTES: Final = 16_384
 """With more than this in turn, no more is read."""
 SMALL_DATA_BYTES: Final = 64

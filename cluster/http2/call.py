@@ -12,15 +12,15 @@ import grpc.aio
 from h2.exceptions import H2Error
 from h2.stream import StreamInputs
 
-from cluster.rpc import frames
-from cluster.rpc.frames import DATA_HEAD, MESSAGE_HEAD
-from cluster.rpc.messages import BadMessage, Inflater, Metadata, headers_of, status_message
-from cluster.rpc.request_body import Received, RequestBody, Reservation
+from cluster.http2 import frames
+from cluster.http2.frames import DATA_HEAD, MESSAGE_HEAD
+from cluster.http2.messages import BadMessage, Inflater, Metadata, headers_of, status_message
+from cluster.http2.request_body import Received, RequestBody, Reservation
 
 if TYPE_CHECKING:
     from h2.stream import H2Stream
 
-    from cluster.rpc.connection import Connection
+    from cluster.http2.connection import Connection
 
 _OK_HEAD = b"\x88" + frames.literal(b"content-type", b"application/grpc")  # \x88: `:status: 200` in the static table
 _OK_END = frames.literal(b"grpc-status", b"0")

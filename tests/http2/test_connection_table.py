@@ -8,7 +8,7 @@ from itertools import count
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.rpc.connection_table import (
+from cluster.http2.connection_table import (
     BURST_PART,
     LEAST,
     OWN_DESCRIPTORS,

@@ -7,11 +7,11 @@ are grpc's own: generated servicers and GrpcFace run on either server.
 
 from hyperframe.frame import Frame
 
-from cluster.rpc.connection_table import ConnectionTable, Held, Port, Stage
-from cluster.rpc.limits import Limits
-from cluster.rpc.listener import Admission, Listener, listening
-from cluster.rpc.notices import Notices
-from cluster.rpc.server import Server
+from cluster.http2.connection_table import ConnectionTable, Held, Port, Stage
+from cluster.http2.limited_log import Notices
+from cluster.http2.limits import Limits
+from cluster.http2.listener import Admission, Listener, listening
+from cluster.http2.server import Server
 
 # h2 writes out every frame that it receives, its whole body serialized once more, for a trace that is off.
 Frame.__repr__ = object.__repr__  # type: ignore[method-assign]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Final
 
 from h2.exceptions import H2Error
 
-from cluster.rpc.messages import BadMessage
+from cluster.http2.messages import BadMessage
 
 if TYPE_CHECKING:
-    from cluster.rpc.connection import Connection
+    from cluster.http2.connection import Connection
 
 LOOKS: Final = 4
 """A connection is looked at so many times within its shortest time-out."""
