@@ -18,13 +18,13 @@ from pydantic import BaseModel, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.api.private_files import make_private_folder
 from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, local_run, out
 from cluster.config import cache_dir
 from cluster.config_tenants import Auth, Cost, Store, TenantDefaults
 from cluster.config_yaml import NotYaml, load
 from cluster.ledger.rows import Rates
 from cluster.policy.tenants.policy import PolicyError
+from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
     from cluster.ledger.store import Ledger

@@ -16,7 +16,6 @@ from typing import Annotated
 
 import typer
 
-from cluster.api.private_files import make_private_folder
 from cluster.cli import pod_secrets, terminal
 from cluster.cli.basics import USAGE, FileOption, fail, read_config, read_leniently
 from cluster.cli.processes import FolderOption, bound_link, run, stop_on_signal
@@ -24,9 +23,11 @@ from cluster.config import Config, secret_files
 from cluster.config_gateway import ClientTls, Tls, is_loopback
 from cluster.config_lenient import Lenient, load_for_controller, load_for_gateway
 from cluster.kube.api import ACCOUNT, KubeLease
-from cluster.observe import garbage, log
-from cluster.observe.cores import leave_no_core_dumps
-from cluster.observe.descriptors import raise_descriptor_limit
+from cluster.observe import log
+from cluster.process import memory
+from cluster.process.core_dumps import leave_no_core_dumps
+from cluster.process.descriptors import raise_descriptor_limit
+from cluster.process.private_files import make_private_folder
 from cluster.rayserve.drain_time import TIMEOUT_ENV
 
 app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.")
@@ -51,7 +52,7 @@ def gateway(file: FileOption, folder: FolderOption, health: HealthOption = "", c
     from cluster.gateway.server import run_gateway
 
     def ready(_: dict[str, str]) -> None:
-        garbage.settle()
+        memory.settle()
 
     async def serve() -> None:
         state = ConfigState(file, found.problems)

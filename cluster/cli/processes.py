@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.api.private_files import make_private_folder
 from cluster.cli.basics import USAGE, FileOption, fail, read_config, read_leniently, write_whole
 from cluster.config import Config, cache_dir
 from cluster.config_lenient import load_for_controller, load_for_gateway
-from cluster.observe import garbage, log
-from cluster.observe.cores import leave_no_core_dumps
-from cluster.observe.descriptors import raise_descriptor_limit
+from cluster.observe import log
+from cluster.process import memory
+from cluster.process.core_dumps import leave_no_core_dumps
+from cluster.process.descriptors import raise_descriptor_limit
+from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
     from cluster.engine.sources import SourceRules
@@ -56,7 +57,7 @@ def gateway(
     from cluster.gateway.server import run_gateway
 
     def ready(endpoints: dict[str, str]) -> None:
-        garbage.settle()
+        memory.settle()
         if ready_file is not None:
             write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
 

@@ -11,9 +11,9 @@ from typing import IO, Any
 
 import psutil
 
-from cluster.api.private_files import make_private_folder
 from cluster.cli.basics import write_whole
 from cluster.config import cache_dir
+from cluster.process.private_files import make_private_folder
 
 
 class AlreadyUp(Exception):

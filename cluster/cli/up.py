@@ -20,7 +20,6 @@ import psutil
 import typer
 
 from cluster.admin.v1 import admin_pb2
-from cluster.api.private_files import make_private_folder
 from cluster.cli import terminal
 from cluster.cli.basics import write_whole
 from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
@@ -32,6 +31,7 @@ from cluster.cli.steps import Step, duration, say
 from cluster.client import AsyncClient, HeadraceError
 from cluster.config import Config, secret_files
 from cluster.ledger.files import make_secret
+from cluster.process.private_files import make_private_folder
 from cluster.rayserve import reaper
 
 DOWN_S = 30.0

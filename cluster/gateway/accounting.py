@@ -39,9 +39,9 @@ from cluster.ledger.records import MAX_ID, RESUMED, OpenRecord, RecordError, Usa
 from cluster.ledger.sealed import Sealer, SealError
 from cluster.ledger.spool import Replayer, Spool, SpoolStatistics
 from cluster.ledger.usage import IDLE_TENANT
-from cluster.link import ticks
 from cluster.link.usage_keeper import EndedUsage
 from cluster.link.worker_link import WorkerLink
+from cluster.process import ticks
 
 log = structlog.get_logger("ledger")
 

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from cluster.api.outcomes import CallError, Violation
 from cluster.gateway.call import Call
 from cluster.gateway.limits_local import Limits
-from cluster.link import ticks
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.limits.limits import QUANTUM_TOKENS, Ask, Granted, LimitRefusal, Standing
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
+from cluster.process import ticks
 
 T = TypeVar("T")
 

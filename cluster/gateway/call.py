@@ -14,11 +14,11 @@ from cluster.api.types import TokenOutput, WorkerIdentity, resume_word
 from cluster.gateway.claims import Terms
 from cluster.gateway.losses import MOST_SILENT
 from cluster.gateway.output import Output, Piece
-from cluster.link.isolation import is_call_failure
 from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy
+from cluster.process.call_errors import is_call_failure
 
 if TYPE_CHECKING:
     from cluster.gateway.resumes import Tickets

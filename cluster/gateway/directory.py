@@ -17,16 +17,16 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome, quoted
-from cluster.api.private_files import make_missing_folders
 from cluster.api.types import CatalogEntry, EngineInfo, Likeness, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.door import ANYBODY
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.link import codec
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.worker_link import WorkerLink
-from cluster.observe import garbage
 from cluster.policy.routing.version_split import Versions, choose
 from cluster.policy.tenants.identity import Principal
+from cluster.process import memory
+from cluster.process.private_files import make_missing_folders
 
 log = structlog.get_logger("directory")
 _T = TypeVar("_T")
@@ -409,5 +409,5 @@ class Directory:
 
 async def _made(bundle: Bundle) -> TextModel:
     text = await asyncio.to_thread(TextModel.from_bundle, bundle)
-    garbage.settle()
+    memory.settle()
     return text

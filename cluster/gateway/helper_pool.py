@@ -35,7 +35,7 @@ import structlog
 from cluster.api.outcomes import CallError
 from cluster.gateway import helper_wire
 from cluster.gateway.helper_wire import HEAD, OK, OUT_OF_TIME, PIECE_BYTES, REFUSED, SIZE
-from cluster.observe.background import put_behind, put_last
+from cluster.process.background import put_behind, put_last
 
 log = structlog.get_logger("text")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster import http2
 from cluster.gateway.http_server import HttpServer
-from cluster.observe.descriptors import raise_descriptor_limit
 from cluster.observe.metrics import Metrics
+from cluster.process.descriptors import raise_descriptor_limit
 
 Scope = MutableMapping[str, Any]
 OPEN_METRICS = "application/openmetrics-text"

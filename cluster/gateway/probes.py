@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from cluster import http2
-from cluster.observe.descriptors import raise_descriptor_limit
+from cluster.process.descriptors import raise_descriptor_limit
 
 LIMITS = http2.Limits(max_message_bytes=1 << 16, max_calls=16)
 

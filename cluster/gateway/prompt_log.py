@@ -21,7 +21,6 @@ from typing import Any
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.private_files import make_private_folder
 from cluster.gateway import wishes
 from cluster.gateway.call import Call
 from cluster.gateway.text.tokenizer import TextModel
@@ -29,6 +28,7 @@ from cluster.ledger.audit import hide_secrets
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.budgets import day_name
 from cluster.policy.tenants.policy import TenantPolicy
+from cluster.process.private_files import make_private_folder
 
 log = structlog.get_logger("prompts")
 

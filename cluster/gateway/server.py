@@ -19,7 +19,6 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from cluster import __version__, http2
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
-from cluster.api.private_files import make_private_folder
 from cluster.api.types import ModelState, WorkerIdentity
 from cluster.config import Config, cache_dir
 from cluster.gateway.admin import CatalogAdmin, FleetAdmin, NoLedger
@@ -43,16 +42,16 @@ from cluster.gateway.revocation import Port, RevokedFile, cut_revoked
 from cluster.gateway.service import CallService
 from cluster.gateway.tls import NewestContext, revoked_file
 from cluster.gateway.turns import Turns
-from cluster.link import ticks
 from cluster.link.dial import Timing
 from cluster.link.hub import Hub, hub_server
-from cluster.observe import garbage, interpreter
-from cluster.observe.descriptors import raise_descriptor_limit
 from cluster.observe.metrics import Metrics, Sample
-from cluster.observe.place import pod_name
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.limits.limits import Limiter
 from cluster.policy.limits.request_bytes import Bounds, RequestBytes
+from cluster.process import interpreter, memory, ticks
+from cluster.process.descriptors import raise_descriptor_limit
+from cluster.process.place import pod_name
+from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting
@@ -219,7 +218,7 @@ class Gateway:
             asyncio.create_task(self._measure_lag()),
             asyncio.create_task(self._end_slow_bodies()),
             asyncio.create_task(import_later(lambda: not self.service.busy)),
-            asyncio.create_task(garbage.give_back_now_and_then(lambda: not self.service.busy)),
+            asyncio.create_task(memory.give_back_now_and_then(lambda: not self.service.busy)),
         ]
         if lists := self._revoked_files():
             self._tasks.append(asyncio.create_task(cut_revoked(lists, self._tls_ports)))

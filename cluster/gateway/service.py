@@ -29,11 +29,11 @@ from cluster.gateway.request_ids import random_id
 from cluster.gateway.submission import check_size
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
-from cluster.link import ticks
-from cluster.link.isolation import is_call_failure
 from cluster.observe.metrics import Metrics
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.identity import Principal
+from cluster.process import ticks
+from cluster.process.call_errors import is_call_failure
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards

@@ -19,9 +19,9 @@ from typing import Protocol
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.private_files import make_missing_folders, make_private_database
 from cluster.gateway.together import Together
 from cluster.ledger.errors import StoreUnavailable
+from cluster.process.private_files import make_missing_folders, make_private_database
 
 log = structlog.get_logger("resume")
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.api.private_files import make_private_folder
 from cluster.config import Config, cache_dir, database_url, secret_files
 from cluster.config_tenants import Auth
 from cluster.gateway.authenticate import Authenticator
@@ -32,8 +31,6 @@ from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.ledger.watch import Watcher
-from cluster.observe import garbage
-from cluster.observe.background import put_behind, put_last
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.identity import (
     BAD_KEY,
@@ -45,6 +42,9 @@ from cluster.policy.tenants.identity import (
     tenant_handle,
 )
 from cluster.policy.tenants.policy import TenantPolicy
+from cluster.process import memory
+from cluster.process.background import put_behind, put_last
+from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import Decided
@@ -173,7 +173,7 @@ class TenantDoor:
                         await bring_up_elsewhere(url, put_behind)
                 else:
                     await asyncio.to_thread(bring_up, url)
-                    garbage.settle()  # that has imported what migrates
+                    memory.settle()  # that has imported what migrates
                 await asyncio.to_thread(self.ledger.tenants.declare, self._policies)
                 break
             except LedgerError as error:

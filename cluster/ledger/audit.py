@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.api.private_files import make_missing_folders
+from cluster.process.private_files import make_missing_folders
 
 Kind = Literal["admin", "auth_failure", "policy"]
 MAX_TEXT = 1000

@@ -15,8 +15,8 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from cluster.api.private_files import make_private_database
 from cluster.ledger.errors import StoreUnavailable
+from cluster.process.private_files import make_private_database
 
 DRIVERS = ("sqlite", "postgresql+psycopg")
 CONNECT_TIMEOUT_S = 3

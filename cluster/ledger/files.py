@@ -7,7 +7,7 @@ import secrets
 import tempfile
 from pathlib import Path
 
-from cluster.api.private_files import make_missing_folders
+from cluster.process.private_files import make_missing_folders
 
 MIN_SECRET_CHARACTERS = 32
 

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import structlog
 
-from cluster.api.private_files import make_private_folder
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.files import sync_folder
 from cluster.ledger.records import RecordError, UsageRecord
+from cluster.process.private_files import make_private_folder
 
 log = structlog.get_logger("ledger")
 

@@ -19,7 +19,7 @@ from cluster.api.bundle import MAX_BUNDLE_BYTES, Bundle
 from cluster.api.demand import ModelDemand
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
-from cluster.link import codec, ticks
+from cluster.link import codec
 from cluster.link.admin_relay import ANSWER_S, AWAY, Questions
 from cluster.link.admission import CONTROLLER, Admission, of_model
 from cluster.link.codec_demand import demand_to_pb, work_to_pb
@@ -30,6 +30,7 @@ from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.link.worker_link import WorkerLink
+from cluster.process import ticks
 
 log = structlog.get_logger("hub")
 

@@ -29,7 +29,6 @@ from cluster.link.bulk import send_bundle, serve_bulk
 from cluster.link.credit import Granter
 from cluster.link.dial import Beater, LinkEnded, Timing, open_channel, open_client, read, until_first
 from cluster.link.gpu_meter import GpuMeter
-from cluster.link.isolation import is_call_failure
 from cluster.link.outbox import Outbox
 from cluster.link.served_reports import ServedReports
 from cluster.link.siblings import Gateways
@@ -42,6 +41,7 @@ from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.link.worker_calls import WorkerCalls, spent_by
 from cluster.link.worker_state import Link, WorkerStatistics
 from cluster.link.worker_usage import WorkerUsage
+from cluster.process.call_errors import is_call_failure
 
 log = structlog.get_logger("worker")
 

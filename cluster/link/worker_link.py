@@ -21,7 +21,6 @@ from cluster.link.codec_demand import work_from_pb
 from cluster.link.codec_turns import FlowBacklog, Weighed, elsewhere_from_pb, put_turn, served_from_pb
 from cluster.link.credit import Purse, Room
 from cluster.link.dial import CHUNK_BYTES
-from cluster.link.isolation import is_call_failure
 from cluster.link.liveness import Liveness
 from cluster.link.outbox import CommandBox
 from cluster.link.replays import Replays
@@ -29,6 +28,7 @@ from cluster.link.usage_keeper import EndedUsage
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import Waiting
 from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.process.call_errors import is_call_failure
 
 log = structlog.get_logger("link")
 

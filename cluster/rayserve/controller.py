@@ -18,7 +18,6 @@ import structlog
 
 from cluster.api.bundle import Bundle
 from cluster.api.demand import ModelDemand
-from cluster.api.private_files import make_private_folder
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare, VersionTally
 from cluster.config import Config
 from cluster.config_gateway import Tls
@@ -38,6 +37,7 @@ from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.catalog.versions import Mark, Share, replicas_of, shares, total_of
 from cluster.policy.scaling.operator_requests import Desk
 from cluster.policy.scaling.scaler import Scaler
+from cluster.process.private_files import make_private_folder
 from cluster.rayserve import bundling, scaling
 from cluster.rayserve import desk as catalog_desk
 from cluster.rayserve.backend import Backend, ChildBackend, RayAway, Snapshot

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.api.private_files import make_private_folder
 from cluster.engine import causes, sockets
+from cluster.process.private_files import make_private_folder
 from cluster.rayserve import reaper
 from cluster.rayserve.drain_time import TIMEOUT_ENV, ray_timeout_s
 

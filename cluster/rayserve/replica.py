@@ -27,11 +27,11 @@ from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.engine import repairs
 from cluster.engine.golden import Examined
 from cluster.link.worker import WorkerEnd
-from cluster.observe import garbage
-from cluster.observe.cores import leave_no_core_dumps
-from cluster.observe.descriptors import raise_descriptor_limit
-from cluster.observe.interpreter import hand_over_soon
 from cluster.policy.catalog.placement import why_split
+from cluster.process import memory
+from cluster.process.core_dumps import leave_no_core_dumps
+from cluster.process.descriptors import raise_descriptor_limit
+from cluster.process.interpreter import hand_over_soon
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
 
 log = structlog.get_logger("replica")
@@ -166,7 +166,7 @@ class Replica:
             gpu=identity.gpu,
         )
         self._serving = asyncio.create_task(self._until_dead(self.end, engine))
-        garbage.settle()
+        memory.settle()
         log.info(
             "worker.up",
             worker=self.worker_id,

@@ -13,8 +13,8 @@ import ray
 from ray import serve
 
 from cluster.observe import log
-from cluster.observe.place import node_name, pod_name
 from cluster.policy.catalog.placement import is_simulated, placement, world_size
+from cluster.process.place import node_name, pod_name
 from cluster.rayserve import draining
 from cluster.rayserve import settings as replica_settings
 from cluster.rayserve.drain_time import usable_s

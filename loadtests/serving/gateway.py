@@ -72,13 +72,14 @@ async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: St
     from cluster.cli.common import read_config
     from cluster.cli.processes import stop_on_signal
     from cluster.gateway.server import run_gateway
-    from cluster.observe import garbage, log
+    from cluster.observe import log
+    from cluster.process import memory
 
     config = read_config(file)
     log.configure(config.observe.log_level, cluster=config.name, part="gateway")
 
     def ready(endpoints: dict[str, str]) -> None:
-        garbage.settle()  # as `headrace gateway` does
+        memory.settle()  # as `headrace gateway` does
         ready_file.write_text(json.dumps({"endpoints": endpoints}))
 
     watch = asyncio.create_task(stalls.watch())

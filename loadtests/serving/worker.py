@@ -23,7 +23,7 @@ from cluster.api.types import ModelSpec, WorkerIdentity
 from cluster.engine.sim import SCHEME, SimConfig, SimEngine
 from cluster.link.dial import Timing
 from cluster.link.worker import WorkerEnd
-from cluster.observe import garbage
+from cluster.process import memory
 
 
 def engine_of(arguments: argparse.Namespace) -> Engine:
@@ -68,7 +68,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             timing=Timing(redial_max_s=arguments.redial_max_s),
         )
         Path(arguments.ready).write_text(json.dumps({"pid": os.getpid(), "engine": info.engine_version}))
-        garbage.settle()
+        memory.settle()
         running = asyncio.create_task(end.run())
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)

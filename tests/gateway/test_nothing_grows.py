@@ -66,7 +66,7 @@ class Held:
     @classmethod
     def now(cls) -> Held:
         """Counted after garbage has gone."""
-        gc.unfreeze()  # what was settled at a start (observe/garbage.py) would not be seen
+        gc.unfreeze()  # what was settled at a start (process/memory.py) would not be seen
         gc.collect()
         loop: Any = asyncio.get_running_loop()
         kinds = Counter(f"{type(one).__module__}.{type(one).__qualname__}" for one in gc.get_objects())

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.private_files import make_private_folder, narrow
 from cluster.cli.runs import RunFolder
 from cluster.gateway.takers import FileTakers
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
+from cluster.process.private_files import make_private_folder, narrow
 from tests.support.gateway_process import gateway_process
 
 pytestmark = pytest.mark.slow

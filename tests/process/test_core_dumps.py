@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import resource, subprocess, sys
-from cluster.observe.cores import leave_no_core_dumps
+from cluster.process.core_dumps import leave_no_core_dumps
 before = resource.getrlimit(resource.RLIMIT_CORE)
 leave_no_core_dumps()
 child = "import resource; print(resource.getrlimit(resource.RLIMIT_CORE)[0])"

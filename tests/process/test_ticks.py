@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.link import ticks
-from cluster.link.ticks import TICK_S, rest_s
+from cluster.process import ticks
+from cluster.process.ticks import TICK_S, rest_s
 
 NOW = st.floats(0, 1e7)
 PERIOD = st.floats(TICK_S, 30)

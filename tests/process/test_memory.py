@@ -6,7 +6,7 @@ import asyncio
 import os
 from pathlib import Path
 
-from cluster.observe import garbage
+from cluster.process import memory
 from tests.support.cluster import until
 
 PIECE, PIECES = 4_000, 20_000
@@ -24,7 +24,7 @@ def test_holes_in_the_heap_go_back() -> None:
     before = resident_bytes()
     del pieces
     held = resident_bytes()
-    assert garbage.give_back()
+    assert memory.give_back()
     assert resident_bytes() < held - PIECE * PIECES / 2 or held < before - PIECE * PIECES / 2
     assert len(kept) == PIECES // 100
 
@@ -42,7 +42,7 @@ async def test_it_is_done_when_nobody_calls() -> None:
         given.append(busy[0])
         return True
 
-    task = asyncio.create_task(garbage.give_back_now_and_then(idle, every_s=0.02, look_s=0.002, give=give))
+    task = asyncio.create_task(memory.give_back_now_and_then(idle, every_s=0.02, look_s=0.002, give=give))
     await until(lambda: looks[0] >= 20, "it has looked often")
     assert not given
     busy[0] = False

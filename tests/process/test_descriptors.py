@@ -10,7 +10,7 @@ import resource
 _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 wanted = min(hard, 4096)
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, wanted))
-from cluster.observe.descriptors import raise_descriptor_limit
+from cluster.process.descriptors import raise_descriptor_limit
 assert raise_descriptor_limit() == wanted
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, wanted)
 assert raise_descriptor_limit() == wanted

@@ -1,0 +1,1 @@
+"""What every process needs: limits, memory, core dumps, niceness, private files, periodic work."""
