@@ -12,7 +12,7 @@ import typer
 
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.ledger import show_table
-from cluster.link.admission import CONTROLLER, of_model
+from cluster.gateway.links.peer_identity import CONTROLLER, of_model
 from cluster.policy.tenants.revocation_list import Revocation, Revoked, serial_of
 
 AUTHORITY_DAYS = 3650

@@ -25,7 +25,7 @@ import yaml
 
 from cluster.cli import terminal
 from cluster.cli.basics import USAGE, fail
-from cluster.link.admission import ANY_MODEL, CONTROLLER
+from cluster.gateway.links.peer_identity import ANY_MODEL, CONTROLLER
 
 DAYS = 365
 AUTHORITY_DAYS = 3650

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.api.bundle import Bundle
 from cluster.engine.vocabulary import check_vocabulary, load_tokenizer, read_json
+from cluster.wire.bundle import Bundle
 
 CONFIG_FIELDS = ("model_type", "architectures", "vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")
 TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -23,7 +23,7 @@ LOOK_AFTER_S = 0.15
 """A younger step is of no interest: nothing is read."""
 LEAST_WINDOW_S = 0.04
 LEAST_S, STEPS = 0.5, 5
-"""A gateway suspects an engine after so long, or so many of its longest steps; see link/liveness.py."""
+"""A gateway suspects an engine after so long, or so many of its longest steps; see gateway/links/liveness.py."""
 SHARE = 0.3
 """So much of a step's age must be lost before that explains it."""
 IDLE_SHARE = 0.2

@@ -33,15 +33,15 @@ from cluster.api.outcomes import Outcome
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.call import Call
 from cluster.gateway.claims import Terms
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.output import Output
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.records import MAX_ID, RESUMED, OpenRecord, RecordError, UsageRecord
 from cluster.ledger.sealed import Sealer, SealError
 from cluster.ledger.spool import Replayer, Spool, SpoolStatistics
 from cluster.ledger.usage import IDLE_TENANT
-from cluster.link.usage_keeper import EndedUsage
-from cluster.link.worker_link import WorkerLink
 from cluster.process import ticks
+from cluster.wire.ended_requests import EndedUsage
 
 log = structlog.get_logger("ledger")
 

@@ -13,15 +13,15 @@ from cluster.admin.v1 import admin_pb2 as pb
 from cluster.admin.v1 import catalog_pb2
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import Standing, VersionShare
+from cluster.controller.catalog_verbs import version_status
 from cluster.gateway.admin_door import AdminDoor, Asker
 from cluster.gateway.directory import Directory, KnownModel
 from cluster.gateway.dispatch import Dispatcher
 from cluster.gateway.grpc_face import paginate
+from cluster.gateway.links.hub import Hub
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.service import CallService
-from cluster.link.catalog_verbs import version_status
-from cluster.link.hub import Hub
 from cluster.link.v1 import link_pb2 as link_pb
-from cluster.link.worker_link import WorkerLink
 
 if TYPE_CHECKING:
     from cluster.gateway.sibling_aborts import SiblingAborts

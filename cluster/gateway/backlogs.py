@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.returning import Returning
 from cluster.gateway.turns import Turns
-from cluster.link.codec_turns import FlowBacklog, Weighed, backlog_to_pb
-from cluster.link.worker_link import WorkerLink
 from cluster.policy.fairness.peer_backlog import Backlog
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.process import ticks
+from cluster.wire.fairness_codec import FlowBacklog, Weighed, backlog_to_pb
 
 REPORT_S = 0.1
 REPEAT_S = 0.5

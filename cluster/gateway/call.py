@@ -12,9 +12,9 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, resume_word
 from cluster.gateway.claims import Terms
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.losses import MOST_SILENT
 from cluster.gateway.output import Output, Piece
-from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Histogram
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy

@@ -6,9 +6,9 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from cluster.gateway.directory import KnownModel
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.losses import SETTLE_S
 from cluster.gateway.output import Output
-from cluster.link.worker_link import WorkerLink
 from cluster.policy.routing.router import Candidate, RouteCall, is_like
 
 

@@ -15,18 +15,18 @@ from typing import TypeVar
 
 import structlog
 
-from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome, quoted
 from cluster.api.types import CatalogEntry, EngineInfo, Likeness, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.door import ANYBODY
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.tokenizer import TextModel
-from cluster.link import codec
 from cluster.link.v1 import link_pb2 as pb
-from cluster.link.worker_link import WorkerLink
 from cluster.policy.routing.version_split import Versions, choose
 from cluster.policy.tenants.identity import Principal
 from cluster.process import memory
 from cluster.process.private_files import make_missing_folders
+from cluster.wire import codec
+from cluster.wire.bundle import Bundle
 
 log = structlog.get_logger("directory")
 _T = TypeVar("_T")

@@ -22,20 +22,20 @@ from cluster.gateway.call import Call
 from cluster.gateway.candidates import candidate, onward_call
 from cluster.gateway.demand import Tally
 from cluster.gateway.directory import Directory, KnownModel
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.losses import MOST_SILENT, Losses, Verdict
 from cluster.gateway.output import Output
 from cluster.gateway.returning import Returning
 from cluster.gateway.submission import submit
 from cluster.gateway.trials import Trials
 from cluster.gateway.turns import Turns
-from cluster.link.codec_turns import Weighed
-from cluster.link.worker_link import WorkerLink
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
 from cluster.policy.routing.breaker import Breakers
 from cluster.policy.routing.router import Candidate, Decision, RouteCall, fresh_at, pick, takes_onward
 from cluster.policy.routing.version_split import Versions
+from cluster.wire.fairness_codec import Weighed
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting

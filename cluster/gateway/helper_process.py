@@ -31,8 +31,8 @@ def serve(connection: socket.socket) -> None:
 
 def _worker(kind: str, setup: bytes | bytearray) -> object:
     if kind == "text":
-        from cluster.api.bundle import Bundle
         from cluster.gateway.text.tokenizer import TextModel
+        from cluster.wire.bundle import Bundle
 
         return TextModel.from_bundle(Bundle.unpack(bytes(setup)), in_helper=True)
     from cluster.gateway.body_reader import BodyReader

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import EngineRequest, FinishReason, Likeness, TokenOutput
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.logprobs import LogprobSource, TokenLogprob
-from cluster.link.worker_link import WorkerLink
 from cluster.policy.fairness.order import Waiting
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.admin_door import AdminDoor, Asker, Method, Verb
-from cluster.link.hub import Hub
+from cluster.gateway.links.hub import Hub
 
 MAX_DETAIL = 256
 

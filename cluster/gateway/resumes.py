@@ -19,6 +19,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.call import Call
 from cluster.gateway.claims import TAKEN, Claims
+from cluster.gateway.links.worker_link import Stream
 from cluster.gateway.losses import CARRIED
 from cluster.gateway.output import Piece
 from cluster.gateway.segments import (
@@ -35,7 +36,6 @@ from cluster.gateway.segments import (
 )
 from cluster.gateway.takers import Takers
 from cluster.gateway.wishes import Wish
-from cluster.link.worker_link import Stream
 from cluster.policy.tenants.identity import Principal
 
 if TYPE_CHECKING:

@@ -35,6 +35,7 @@ from cluster.gateway.http_server import HttpServer
 from cluster.gateway.later import import_later
 from cluster.gateway.limits_local import LocalLimits
 from cluster.gateway.link_port import told_unbound
+from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.metrics_page import MetricsPage
 from cluster.gateway.probes import probe_server
 from cluster.gateway.relayed import Relayed
@@ -42,8 +43,6 @@ from cluster.gateway.revocation import Port, RevokedFile, cut_revoked
 from cluster.gateway.service import CallService
 from cluster.gateway.tls import NewestContext, revoked_file
 from cluster.gateway.turns import Turns
-from cluster.link.dial import Timing
-from cluster.link.hub import Hub, hub_server
 from cluster.observe.metrics import Metrics, Sample
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.limits.limits import Limiter
@@ -52,6 +51,7 @@ from cluster.process import interpreter, memory, ticks
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.place import pod_name
 from cluster.process.private_files import make_private_folder
+from cluster.wire.dial import Timing
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting

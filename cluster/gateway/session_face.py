@@ -25,8 +25,8 @@ from cluster.gateway.service import CallMeta, CallService
 from cluster.gateway.status import details, grpc_code, trailers
 from cluster.gateway.voices import CHAT, COMPLETE, Voice, voice_of
 from cluster.gateway.wishes import Wish
-from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.dial import read
 
 log = structlog.get_logger("session")
 

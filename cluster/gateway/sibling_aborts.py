@@ -19,8 +19,8 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.config_gateway import Gateway, Tls
 from cluster.gateway.status import grpc_code, trailers
 from cluster.gateway.tls import name_in
-from cluster.link.tls import TlsFiles
 from cluster.policy.tenants.identity import derive, verify_any
+from cluster.wire.tls import TlsFiles
 
 TIMEOUT_S = 2.0
 WINDOW_S = 60.0

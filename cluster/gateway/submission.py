@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import invalid
 from cluster.api.types import EngineRequest
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.output import CALLER_FIELDS, Output
-from cluster.link.codec import most_submit_bytes, submit_bytes
-from cluster.link.codec_turns import Weighed
-from cluster.link.worker_link import WorkerLink
 from cluster.policy.fairness.order import Waiting
 from cluster.policy.routing.version_split import Versions
+from cluster.wire.codec import most_submit_bytes, submit_bytes
+from cluster.wire.fairness_codec import Weighed
 
 if TYPE_CHECKING:
     from cluster.gateway.accounting import Accounting

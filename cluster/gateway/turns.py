@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.call import Call
 from cluster.gateway.output import Output
-from cluster.link.codec_turns import FlowBacklog, Weighed
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.fair_queue import FairOrder, FairTurns
 from cluster.policy.fairness.order import Waiting
 from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.token_cost import ServiceWeights
+from cluster.wire.fairness_codec import FlowBacklog, Weighed
 
 GROWTH_TOKENS = 64
 """A charge follows an output beyond its prediction in steps of as many."""

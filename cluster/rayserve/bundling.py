@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.api.bundle import Bundle, sampling_defaults
 from cluster.policy.catalog.lifecycle import Known
 from cluster.rayserve import settings as replica_settings
 from cluster.rayserve.settings import ReplicaSettings
+from cluster.wire.bundle import Bundle, sampling_defaults
 
 _NICENESS = 10  # an engine that loads at the same time goes first
 

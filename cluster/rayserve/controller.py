@@ -16,17 +16,14 @@ from typing import Any, Protocol
 
 import structlog
 
-from cluster.api.bundle import Bundle
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare, VersionTally
 from cluster.config import Config
 from cluster.config_gateway import Tls
 from cluster.config_lenient import Lenient
-from cluster.link.catalog_verbs import catalog_verbs
-from cluster.link.controller import ControllerEnd, FleetWorker
-from cluster.link.lost_engines import LostEngine
-from cluster.link.scaling_verbs import scaling_verbs
-from cluster.link.tls import TlsFiles
+from cluster.controller.catalog_verbs import catalog_verbs
+from cluster.controller.links import ControllerEnd, FleetWorker
+from cluster.controller.scaling_verbs import scaling_verbs
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog import lifecycle, reconcile
 from cluster.policy.catalog.canary import Tally, judge
@@ -45,6 +42,9 @@ from cluster.rayserve.jobs import JobBackend
 from cluster.rayserve.last_good import held_names, with_last_good
 from cluster.rayserve.settings import ReplicaSettings
 from cluster.rayserve.several import SeveralRays
+from cluster.wire.bundle import Bundle
+from cluster.wire.lost_engines import LostEngine
+from cluster.wire.tls import TlsFiles
 
 log = structlog.get_logger("controller")
 

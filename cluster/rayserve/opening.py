@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine
 from cluster.config_engine import code_arguments
 from cluster.engine.cards import Card, read_card
 from cluster.policy.catalog.placement import is_simulated
 from cluster.rayserve.replica import Opened
 from cluster.rayserve.settings import ReplicaSettings
+from cluster.wire.bundle import Bundle
 
 
 def open_model(settings: ReplicaSettings) -> Opened:

@@ -21,18 +21,18 @@ from typing import Protocol
 
 import structlog
 
-from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine, EngineDead, EngineSick
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.engine import repairs
 from cluster.engine.golden import Examined
-from cluster.link.worker import WorkerEnd
 from cluster.policy.catalog.placement import why_split
 from cluster.process import memory
 from cluster.process.core_dumps import leave_no_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.interpreter import hand_over_soon
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
+from cluster.wire.bundle import Bundle
+from cluster.worker.session import WorkerEnd
 
 log = structlog.get_logger("replica")
 

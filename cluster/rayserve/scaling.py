@@ -11,7 +11,7 @@ import structlog
 
 from cluster.api.scaling import ScalingDecision
 from cluster.config import Config
-from cluster.link.controller import FleetWorker
+from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.scaling.operator_requests import asked_from_json, asked_to_json

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.api.types import ModelSpec
-from cluster.link.tls import TlsFiles
 from cluster.policy.catalog import specs
 from cluster.policy.catalog.reconcile import app_name
+from cluster.wire.tls import TlsFiles
 
 _REFUSED = "headrace-refused"
 _REFUSAL = re.compile(_REFUSED + r'("(?:[^"\\]|\\.)*")')

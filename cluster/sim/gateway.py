@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cluster.api.types import EngineRequest, TokenOutput
-from cluster.link.credit import Grant, Purse
 from cluster.policy.fairness.fair_queue import FairTurns
 from cluster.policy.fairness.order import Waiting
 from cluster.policy.fairness.output_lengths import LearntOutputs
@@ -15,6 +14,7 @@ from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.router import Candidate, Decision, RouteCall, pick
 from cluster.sim.worker import SimSubmit, SimWorker
+from cluster.wire.credit import Grant, Purse
 
 MODEL = "m"
 

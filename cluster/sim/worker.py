@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from cluster.api.types import EngineRequest, TokenOutput
 from cluster.engine.simulated.config import SimConfig
 from cluster.engine.simulated.model import SimModel
-from cluster.link.credit import Grant, Granter, Room
-from cluster.link.lookahead import Lookahead
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge
 from cluster.sim.events import Agenda
+from cluster.wire.credit import Grant, Granter, Room
+from cluster.worker.admission_window import Lookahead
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.api.types import ModelSpec
-from cluster.link.controller import ControllerEnd
+from cluster.controller.links import ControllerEnd
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.scaling.operator_requests import Desk
 from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings

@@ -20,7 +20,7 @@ import grpc
 import yaml
 
 from cluster.api.types import ModelSpec
-from cluster.link.controller import ControllerEnd
+from cluster.controller.links import ControllerEnd
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.settings import ReplicaSettings

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.api.bundle import Bundle
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput
 from cluster.engine.sim import SimConfig, SimEngine
 from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.tokenizer import ENCODE_OFFLOAD_CHARS, TextModel
+from cluster.wire.bundle import Bundle
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 _numbers = itertools.count(1)

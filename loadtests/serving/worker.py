@@ -17,13 +17,13 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine
 from cluster.api.types import ModelSpec, WorkerIdentity
 from cluster.engine.sim import SCHEME, SimConfig, SimEngine
-from cluster.link.dial import Timing
-from cluster.link.worker import WorkerEnd
 from cluster.process import memory
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import Timing
+from cluster.worker.session import WorkerEnd
 
 
 def engine_of(arguments: argparse.Namespace) -> Engine:

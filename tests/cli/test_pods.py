@@ -23,8 +23,8 @@ from cluster.cli import issuing, pods
 from cluster.cli.pod_secrets import manifests
 from cluster.client import Client
 from cluster.config import Config, parse
+from cluster.gateway.links.peer_identity import ANY_MODEL, CONTROLLER
 from cluster.kube.api import KubeLease
-from cluster.link.admission import ANY_MODEL, CONTROLLER
 from tests.support.kube_api import kube_api
 from tests.support.postgres import free_port
 

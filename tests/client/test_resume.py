@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.client import AsyncClient, Client, HeadraceError
 from cluster.client.aio import AsyncStream
 from cluster.client.resume import MAX_FAILURES, Resumption
 from cluster.gateway.server import Gateway
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
 from tests.gateway.conftest import bundle, checkpoint
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
 from tests.support.cuttable import cuttable

@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.client import AsyncClient, HeadraceError
 from cluster.client.session import TOGETHER_BYTES
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc
+from cluster.wire.bundle import Bundle
 from tests.gateway.conftest import bundle, checkpoint, cluster
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 from tests.support.scripted_gateway import WORDS, ScriptedGateway

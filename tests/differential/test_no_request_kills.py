@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from cluster.api.outcomes import Outcome
-from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.dial import read
 from tests.differential.cases import END_IDS, GRAMMARS, MODEL, VOCAB_SIZE, format_pb
 from tests.engine.test_vllm_killers import odd_grammars
 from tests.support.calls import Answer, chat, refused

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import ModelSpec
 from cluster.engine.bundles import build_bundle
 from cluster.engine.sources import SourceError, SourceRules, resolve
+from cluster.wire.bundle import Bundle
 from tests.support.checkpoints import VOCAB_SIZES, build_tokenizer
 from tests.support.corpus import SENTENCES
 

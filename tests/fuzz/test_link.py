@@ -12,11 +12,11 @@ import grpc
 import pytest
 from hypothesis import strategies as st
 
-from cluster.api.bundle import Bundle
-from cluster.link.dial import Timing, read
-from cluster.link.hub import Hub, hub_server
+from cluster.gateway.links.hub import Hub, hub_server
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import Timing, read
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
 from tests.support.fuzz import batches, messages, nothing_unexpected

@@ -14,8 +14,8 @@ import pytest
 from google.protobuf.message import Message
 from hypothesis import strategies as st
 
-from cluster.api.bundle import Bundle
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, running_cluster, sim_engine
 from tests.support.fuzz import batches, each, messages, nothing_unexpected

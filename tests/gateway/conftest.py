@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.bundle import Bundle
+from cluster.wire.bundle import Bundle
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import TestCluster, bundle_of, running_cluster
 

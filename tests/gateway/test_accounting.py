@@ -12,10 +12,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.ledger.sealed import Sealer
 from cluster.ledger.store import Ledger
-from cluster.link.dial import read
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.support.accounts import (
     SECRET,
     AccountedWorker,

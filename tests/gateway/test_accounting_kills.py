@@ -18,12 +18,12 @@ import grpc
 import pytest
 import yaml
 
-from cluster.api.bundle import Bundle
 from cluster.ledger.sealed import Sealer
 from cluster.ledger.store import Ledger
-from cluster.link.dial import Timing
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import Timing
 from loadtests.children import Child, Children, free_port
 from loadtests.serving.ours import LISTENERS, exec_gateway
 from tests.support import postgres

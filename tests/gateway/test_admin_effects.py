@@ -14,10 +14,10 @@ import grpc
 import pytest
 
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
-from cluster.api.bundle import Bundle
-from cluster.link.dial import read
 from cluster.policy.tenants.identity import admin_token
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.calls import chat, refused, rest_of
 from tests.support.certificates import Authority

@@ -15,7 +15,6 @@ import grpc
 import pytest
 from prometheus_client import generate_latest
 
-from cluster.api.bundle import Bundle
 from cluster.config_tenants import BudgetWebhook
 from cluster.gateway.budgets import BudgetWatch
 from cluster.ledger.notices import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_s
@@ -23,6 +22,7 @@ from cluster.ledger.store import Ledger
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.budgets import BudgetUse, crossed, day_name
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
+from cluster.wire.bundle import Bundle
 from tests.ledger.samples import record
 from tests.support import postgres
 from tests.support.calls import Answer, complete

@@ -11,11 +11,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
-from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.text.tokenizer import TextModel
-from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 

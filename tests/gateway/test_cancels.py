@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput
 from cluster.engine.sim import SimEngine
-from cluster.link.dial import read
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.cluster import TestCluster, sim_engine, until
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.directory import Directory
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
+from cluster.wire.bundle import Bundle
 
 
 async def no_bundle(digest: str) -> Bundle:

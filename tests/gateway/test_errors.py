@@ -10,12 +10,12 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.grpc_face import paginate
 from cluster.gateway.output import refusal_of
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, complete, refused, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 

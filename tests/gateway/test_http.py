@@ -12,10 +12,10 @@ from typing import Any
 import openai
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, complete
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 from tests.support.http import Wire, chat_body, client, completion_body, fetch

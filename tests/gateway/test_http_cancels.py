@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, ModelState
+from cluster.wire.bundle import Bundle
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
 from tests.support.http import Wire, chat_body, client, completion_body, fetch
 

@@ -11,10 +11,10 @@ from typing import Any
 import openai
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.gateway.http_codec import chat_asked, completion_asked
 from cluster.gateway.http_fields import Fields
 from cluster.gateway.json_values import MAX_DEPTH
+from cluster.wire.bundle import Bundle
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
 from tests.support.http import Wire, chat_body, client, completion_body, fetch
 

@@ -11,21 +11,21 @@ from typing import Any, cast
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.engine.sim import SimEngine
 from cluster.gateway.accounting import Accounting
 from cluster.gateway.call import Call
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.output import Output
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.ledger.records import OpenRecord, UsageRecord
 from cluster.ledger.sealed import Sealer
-from cluster.link.worker_link import WorkerLink
 from cluster.policy.tenants.policy import TenantPolicy
-from tests.link.test_replays import Silent, linked
+from cluster.wire.bundle import Bundle
+from tests.gateway.links.test_prefill_pacing import Silent, linked
 from tests.support.calls import complete
 from tests.support.cluster import TestCluster, sim_engine, until
 

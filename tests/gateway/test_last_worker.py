@@ -6,9 +6,9 @@ import asyncio
 import time
 from pathlib import Path
 
-from cluster.api.bundle import Bundle
 from cluster.api.demand import ClassCounts
-from cluster.link.dial import Timing
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import Timing
 from tests.support.calls import chat, refused
 from tests.support.cluster import TestCluster, sim_engine, until
 

@@ -11,7 +11,7 @@ import yaml
 from cluster import http2
 from cluster.config import parse
 from cluster.gateway.link_port import bind_link
-from cluster.link.hub import LIMITS
+from cluster.gateway.links.hub import LIMITS
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 ANSWER_S = 10.0

@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import EngineRequest
 from cluster.gateway.call import Call
 from cluster.gateway.output import Output
-from cluster.link.dial import Timing
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import Timing
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, sim_engine, until
 

@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.gateway.http_codec import CHAT_FIELDS, COMPLETION_FIELDS
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
 from tests.support.cluster import TestCluster, running_cluster, sim_engine
 from tests.support.fuzz import nothing_unexpected
 from tests.support.http import Wire, chat_body, completion_body

@@ -14,10 +14,10 @@ import grpc
 import psutil
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.cli import siblings
 from cluster.cli.runs import ProcessId, RunFolder
 from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.wire.bundle import Bundle
 from loadtests.children import Children
 from loadtests.serving import ours as serving
 from loadtests.serving import tenants

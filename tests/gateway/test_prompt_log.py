@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.gateway.prompt_log import PromptLog
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.policy import Retention, TenantPolicy
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, complete
 from tests.support.cluster import sim_engine
 from tests.support.http import chat_body

@@ -13,9 +13,9 @@ from cluster.admin.v1 import admin_pb2, scaling_pb2
 from cluster.admin.v1.scaling_pb2 import ScaleRequest as Scale
 from cluster.admin.v1.scaling_pb2 import ScaleResponse as Scaled
 from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.controller.links import ControllerEnd
 from cluster.gateway.relayed import MAX_DETAIL, details
-from cluster.link.admin_relay import verb
-from cluster.link.controller import ControllerEnd
+from cluster.wire.admin_forwarding import verb
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.cluster import until
 from tests.support.keyed import Keyed, keyed_cluster

@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, RESUME_STATE
 from cluster.gateway.grpc_codec import common_capabilities
-from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.cuttable import cuttable

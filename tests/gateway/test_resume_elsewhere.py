@@ -14,11 +14,11 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
+from cluster.controller.links import ControllerEnd
 from cluster.ledger.rows import UsageQuery
-from cluster.link.controller import ControllerEnd
-from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.support.calls import Answer, chat, complete, refused, rest_of, resume, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.keyed import bearer, eventually, keyed_cluster

@@ -14,14 +14,14 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.admin.v1 import admin_pb2
-from cluster.api.bundle import Bundle
 from cluster.cli.commands import app
 from cluster.config_gateway import LinkTls
 from cluster.gateway.revocation import RevokedFile
 from cluster.gateway.tls import NewestContext
-from cluster.link.tls import TlsFiles
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.wire.bundle import Bundle
+from cluster.wire.tls import TlsFiles
 from tests.support.admin import AdminClient
 from tests.support.calls import chat
 from tests.support.certificates import Authority

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import WorkerIdentity
 from cluster.engine.sim import SimEngine
-from cluster.link.worker import WorkerEnd
+from cluster.wire.bundle import Bundle
+from cluster.worker.session import WorkerEnd
 from tests.support.calls import complete
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.api.bundle import Bundle
 from cluster.observe.metrics import DEFINITIONS, TTFT_BUCKETS
+from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, refused
 from tests.support.cluster import TestCluster, sim_engine
 

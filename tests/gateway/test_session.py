@@ -13,9 +13,9 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from cluster.api.bundle import Bundle
-from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.http2.raw import raw_client
 from tests.support.calls import chat, complete, rest_of, text_of
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until

@@ -13,14 +13,14 @@ import pytest
 
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.admin.v1 import admin_pb2_grpc
-from cluster.api.bundle import Bundle
 from cluster.cli.ports import decide
 from cluster.config import parse
 from cluster.gateway.server import Gateway
 from cluster.gateway.sibling_aborts import SERVICE, TAG, SiblingAborts
-from cluster.link.dial import read
-from cluster.link.tls import TlsFiles
 from cluster.policy.tenants.identity import admin_token
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
+from cluster.wire.tls import TlsFiles
 from tests.support.admin import AdminClient
 from tests.support.calls import chat as chat_request
 from tests.support.calls import refused, rest_of

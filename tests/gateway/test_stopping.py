@@ -11,10 +11,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import WorkerIdentity
-from cluster.link.worker import WorkerEnd
 from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.wire.bundle import Bundle
+from cluster.worker.session import WorkerEnd
 from tests.support.calls import chat, refused, rest_of
 from tests.support.cluster import LOOPBACK, sim_engine, until
 

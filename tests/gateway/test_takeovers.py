@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.bundle import Bundle
 from cluster.gateway.claims import MOST_RESUMPTIONS, Claim, Claims, Terms
 from cluster.gateway.segments import CallHead, Chain, Maker
 from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import UsageQuery
-from cluster.link.dial import read
-from cluster.link.takeovers import Takeovers
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
+from cluster.worker.resume_generations import Takeovers
 from tests.support.calls import Answer, chat, refused, rest_of, resume, text_of
 from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.cuttable import Cuttable, cuttable

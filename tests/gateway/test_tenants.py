@@ -13,12 +13,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.cli.siblings import scrape
-from cluster.link.dial import read
 from cluster.observe.metrics import Metrics
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.http2.raw import raw_client
 from tests.support.calls import chat, complete, refused, rest_of
 from tests.support.cluster import sim_engine, until

@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, ModelState
-from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.support.calls import chat, complete, refused
 from tests.support.cluster import sim_engine, until
 from tests.support.http import chat_body

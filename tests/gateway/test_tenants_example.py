@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.cli.local import LocalCluster
 from cluster.cli.runs import RunFolder
 from cluster.cli.up import make_secrets
 from cluster.config import load, parse
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, refused
 from tests.support.cluster import running_cluster, sim_engine
 from tests.support.keyed import bearer, eventually

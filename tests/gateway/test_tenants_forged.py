@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.admin.v1 import tenants_pb2
-from cluster.api.bundle import Bundle
 from cluster.policy.tenants.identity import BAD_KEY
+from cluster.wire.bundle import Bundle
 from tests.support.admin import AdminClient
 from tests.support.calls import chat, refused
 from tests.support.cluster import sim_engine

@@ -12,13 +12,13 @@ import grpc
 import httpx
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.client import AsyncClient
 from cluster.config_gateway import ClientTls
 from cluster.gateway.tls import NewestContext
-from cluster.link.tls import TlsFiles
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.wire.bundle import Bundle
+from cluster.wire.tls import TlsFiles
 from tests.support.calls import chat, refused
 from tests.support.certificates import Authority
 from tests.support.cluster import sim_engine

@@ -11,10 +11,10 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import WorkerIdentity
-from cluster.link.worker import WorkerEnd
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.worker.session import WorkerEnd
 from tests.support.calls import Answer, chat, complete, refused, rest_of
 from tests.support.cluster import running_cluster, sim_engine, until
 from tests.support.http import chat_body, fetch

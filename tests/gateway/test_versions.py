@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import CatalogEntry, ModelState, VersionShare, VersionTally
-from cluster.link.dial import read
 from cluster.policy.routing.version_split import choose
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.support.calls import chat, refused, rest_of
 from tests.support.cluster import TestCluster, Worker, sim_engine, until
 

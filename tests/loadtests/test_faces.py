@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.api.bundle import Bundle
+from cluster.wire.bundle import Bundle
 from loadtests.children import free_port
 from loadtests.datasets import fixed
 from loadtests.driver import Limits, drive

@@ -20,8 +20,8 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.types import CatalogEntry
 from cluster.config import parse
-from cluster.link.catalog_verbs import catalog_verbs
-from cluster.link.controller import ControllerEnd
+from cluster.controller.catalog_verbs import catalog_verbs
+from cluster.controller.links import ControllerEnd
 from cluster.rayserve.backend import Backend, ChildBackend
 from cluster.rayserve.controller import Controller, settings_of
 from cluster.rayserve.desk import Desk, KeptFile

@@ -13,13 +13,13 @@ import pytest
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.config import parse
-from cluster.link.controller import FleetWorker
-from cluster.link.lost_engines import LostEngine
+from cluster.controller.links import FleetWorker
 from cluster.policy.scaling.scaler import Asked
 from cluster.rayserve.backend import Backend, RayAway
 from cluster.rayserve.controller import QUIET_S, Controller, settings_of
 from cluster.rayserve.settings import ReplicaSettings
 from cluster.rayserve.several import SeveralRays
+from cluster.wire.lost_engines import LostEngine
 from tests.support.fake_ray import FakeRay
 from tests.support.serving import eventually
 

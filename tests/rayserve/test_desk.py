@@ -11,7 +11,7 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.outcomes import CallError, Outcome
 from cluster.config import parse
-from cluster.link.catalog_verbs import catalog_verbs
+from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.rayserve.controller import Controller, settings_of
 from cluster.rayserve.desk import Desk, KeptFile
 from tests.rayserve.test_controller import FakeGateways

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import ModelSpec
-from cluster.link.controller import ControllerEnd
+from cluster.controller.links import ControllerEnd
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.settings import ReplicaSettings

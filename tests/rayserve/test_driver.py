@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.types import ModelSpec
 from cluster.rayserve import bundling
 from cluster.rayserve.backend import ChildBackend, RayAway
@@ -17,6 +16,7 @@ from cluster.rayserve.driver import answer_all
 from cluster.rayserve.jobs import JobBackend
 from cluster.rayserve.local import free_ports
 from cluster.rayserve.settings import ReplicaSettings
+from cluster.wire.bundle import Bundle
 from tests.support.checkpoints import build_tokenizer
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import pytest
 
 from cluster.api.types import ModelSpec
 from cluster.engine import watchdog
-from cluster.link.worker_link import WorkerLink
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.rayserve import reaper
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.local import LocalRay

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import ModelSpec, ModelState
-from cluster.link.controller import ControllerEnd
+from cluster.controller.links import ControllerEnd
 from cluster.rayserve.backend import Snapshot
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.jobs import JobBackend

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.api.types import ModelSpec, ModelState
 from cluster.config import parse
 from cluster.config_lenient import for_controller
-from cluster.link.controller import FleetWorker
+from cluster.controller.links import FleetWorker
 from cluster.policy.catalog.held import WHY
 from cluster.rayserve.controller import settings_of
 from cluster.rayserve.last_good import with_last_good

@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from cluster.api.types import ModelSpec, Standing
+from cluster.controller.links import ControllerEnd
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.server import Gateway
-from cluster.link.controller import ControllerEnd
 from cluster.link.v1 import link_pb2 as link_pb
-from cluster.link.worker_link import WorkerLink
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.drain_time import TIMEOUT_ENV

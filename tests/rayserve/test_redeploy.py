@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.link.controller import ControllerEnd
+from cluster.controller.links import ControllerEnd
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
 from tests.rayserve.test_downscale import sim

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.ports import EngineDead, EngineSick
 from cluster.api.types import ModelSpec, Standing
 from cluster.engine.sim import SimConfig, SimEngine
@@ -16,6 +15,7 @@ from cluster.link.v1 import link_pb2 as link_pb
 from cluster.rayserve.opening import open_model
 from cluster.rayserve.replica import Opened, Place, Replica
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings
+from cluster.wire.bundle import Bundle
 from tests.support.serving import Door, eventually, greedy
 
 SOURCE = "sim://?vocab=1000&decode_ms=1"

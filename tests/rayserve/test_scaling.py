@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import ModelSpec, ModelState
-from cluster.link.controller import ControllerEnd
-from cluster.link.dial import read
+from cluster.controller.links import ControllerEnd
 from cluster.policy.catalog.lifecycle import Known
 from cluster.policy.scaling.operator_requests import Desk
 from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings
@@ -18,6 +17,7 @@ from cluster.rayserve import scaling
 from cluster.rayserve.backend import ChildBackend
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.settings import ReplicaSettings
+from cluster.wire.dial import read
 from tests.support.calls import chat, rest_of, text_of
 from tests.support.checkpoints import build_checkpoint
 from tests.support.cluster import bundle_of, running_cluster, until

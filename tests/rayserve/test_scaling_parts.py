@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cluster.api.types import ModelSpec, Standing
 from cluster.config import parse
-from cluster.link.controller import FleetWorker
+from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.scaling.scaler import Asked, OnRay, Scaler

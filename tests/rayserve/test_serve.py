@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState
-from cluster.link.controller import ControllerEnd
+from cluster.controller.links import ControllerEnd
 from cluster.rayserve.backend import Backend, ChildBackend
 from cluster.rayserve.controller import Controller
 from cluster.rayserve.local import LocalRay

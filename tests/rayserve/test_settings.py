@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import ModelSpec
-from cluster.link.tls import TlsFiles
 from cluster.policy.catalog import specs
 from cluster.rayserve.settings import ModelRefused, ReplicaSettings, from_json, refusal_in
+from cluster.wire.tls import TlsFiles
 
 SETTINGS = ReplicaSettings(
     ModelSpec(name="m", source="hf://a/b", aliases=("x", "y"), engine={"max_num_seqs": 8}, min_replicas=2),

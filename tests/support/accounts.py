@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine
 from cluster.api.types import WorkerIdentity
 from cluster.config import parse
@@ -19,9 +18,10 @@ from cluster.ledger.records import OpenRecord, UsageRecord
 from cluster.ledger.rows import UsageQuery
 from cluster.ledger.sealed import Sealer
 from cluster.ledger.store import Ledger
-from cluster.link.dial import Timing
-from cluster.link.usage_keeper import EndedUsage, UsageKeeper
-from cluster.link.worker import WorkerEnd
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import Timing
+from cluster.wire.ended_requests import EndedUsage, UsageKeeper
+from cluster.worker.session import WorkerEnd
 from tests.support.cluster import LOOPBACK, TestCluster
 
 SECRET = b"s" * 32

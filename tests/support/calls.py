@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.dial import read
 
 
 def chat(text: str = "Hello, who are you?", *, model: str = "sim", **fields: Any) -> pb.ChatRequest:

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from cluster.link.admission import ANY_MODEL, CONTROLLER
-from cluster.link.tls import TlsFiles
+from cluster.gateway.links.peer_identity import ANY_MODEL, CONTROLLER
+from cluster.wire.tls import TlsFiles
 
 
 class Authority:

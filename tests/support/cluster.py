@@ -12,17 +12,17 @@ from pathlib import Path
 
 import grpc
 
-from cluster.api.bundle import Bundle
 from cluster.api.ports import Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.config import Config, parse
 from cluster.engine.bundles import build_bundle
 from cluster.engine.sim import SimConfig, SimEngine
 from cluster.gateway.server import Gateway
-from cluster.link.dial import Timing
-from cluster.link.tls import TlsFiles
-from cluster.link.worker import WorkerEnd
 from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import Timing
+from cluster.wire.tls import TlsFiles
+from cluster.worker.session import WorkerEnd
 
 _numbers = itertools.count(1)
 

@@ -16,9 +16,9 @@ from google.rpc import error_details_pb2, status_pb2
 from cluster.gateway.server import Gateway
 from cluster.gateway.tenants import TenantDoor
 from cluster.ledger.store import Ledger
-from cluster.link.dial import Timing, read
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.dial import Timing, read
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster
 from tests.support.http import Reply, Wire
 from tests.support.shell import headrace

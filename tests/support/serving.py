@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput, WorkerIdentity
-from cluster.link.hub import Hub, hub_server
-from cluster.link.worker_link import WorkerLink
+from cluster.gateway.links.hub import Hub, hub_server
+from cluster.gateway.links.worker_link import WorkerLink
 from cluster.policy.catalog.reconcile import Observed
 from cluster.rayserve.backend import Backend, Snapshot
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from cluster.api.bundle import sampling_defaults
 from cluster.engine.simulated.faults import Fault, SimFaults
+from cluster.wire.bundle import sampling_defaults
 
 SCHEME = "sim://"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cluster.api.bundle import Bundle
 from cluster.gateway.helper_pool import PATIENCE_S, HelperPool
+from cluster.wire.bundle import Bundle
 
 
 class EncodingPool(HelperPool):

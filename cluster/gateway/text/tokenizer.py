@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from tokenizers import Tokenizer
 
-from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.helper_pool import Job, Lost, TooMuchCpu
 from cluster.gateway.text.detokenizer import Detokenizer, UnseenTokens, priming_ids, whole_texts
@@ -29,6 +28,7 @@ from cluster.gateway.text.template import ChatTemplate
 from cluster.gateway.text.tokenizer_json import read_tokenizer
 from cluster.gateway.text.word_encoder import WordEncoder
 from cluster.gateway.wishes import PackedPrompt, TextPrompt, too_long
+from cluster.wire.bundle import Bundle
 
 if TYPE_CHECKING:
     from cluster.gateway.text.reach import Reach

@@ -11,13 +11,13 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.config import parse
 from cluster.gateway.guards.remote import on_this_host
 from cluster.gateway.server import Gateway
 from cluster.guard.v1 import guard_pb2, guard_pb2_grpc
-from cluster.link.dial import read
 from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
 from tests.gateway.test_session import Told, start
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.certificates import Authority

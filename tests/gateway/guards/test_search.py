@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError
 from cluster.gateway.guards.guards import CallGuards, Decided, Guards
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.gateway.wishes import TextPrompt
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.policy import GuardRule, TenantPolicy
+from cluster.wire.bundle import Bundle
 
 MATCHES = 200_000
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from cluster.api.bundle import Bundle
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.text.tokenizer import ENCODE_OFFLOAD_CHARS, TextModel
+from cluster.wire.bundle import Bundle
 from tests.gateway.text.kinds import TEXTS, Kind
 from tests.support.checkpoints import VOCAB_SIZES, big_tokenizer
 

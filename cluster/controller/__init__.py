@@ -1,0 +1,1 @@
+"""The controller process: makes Ray run what the catalog says, scales it, and informs the gateways."""

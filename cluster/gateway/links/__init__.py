@@ -1,0 +1,1 @@
+"""The gateway's side of its links: workers and controllers that dialled in."""

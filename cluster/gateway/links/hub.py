@@ -1,0 +1,526 @@
+"""The gateway's end of the links: whoever dials in is welcomed, and what they send reaches their WorkerLink."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+import structlog
+
+from cluster import http2
+from cluster.api.demand import ModelDemand
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
+from cluster.gateway.links.liveness import Liveness, Waking
+from cluster.gateway.links.peer_identity import CONTROLLER, Admission, of_model
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.link.v1 import link_pb2 as pb
+from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from cluster.process import ticks
+from cluster.wire import codec
+from cluster.wire.admin_forwarding import ANSWER_S, AWAY, Questions
+from cluster.wire.bundle import MAX_BUNDLE_BYTES, Bundle
+from cluster.wire.demand_codec import demand_to_pb, work_to_pb
+from cluster.wire.dial import MAX_MESSAGE_BYTES, Timing, read
+from cluster.wire.ended_requests import EndedUsage
+from cluster.wire.lost_engines import LostEngine, LostEngines
+
+log = structlog.get_logger("hub")
+
+TICKS = 10
+"""How often workers are looked at, at least, in the time after which they are suspected; and when one would be."""
+LEAST_REST_S = 0.002
+CALM = 0.6
+"""Such a part of that time must be left for all workers, that they are looked at less often."""
+REPORT_S = 0.5
+"""How often the controller is told of demand and fleet."""
+NOTICING_S = 0.02
+"""Of the time in which a worker that stands still is to be found: what the finding itself may take."""
+
+
+class HubListener(Protocol):
+    """The gateway's side of the hub; called from the event loop, never awaiting."""
+
+    def joined(self, link: WorkerLink) -> None:
+        """A worker's link is up."""
+
+    def left(self, link: WorkerLink, why: str) -> None:
+        """A worker's link has ended; its sinks have been told."""
+
+    def changed(self, link: WorkerLink) -> None:
+        """Its credit or standing has changed."""
+
+    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+        """The controller has sent a new catalog."""
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """What the controller should know."""
+
+    def refuses(self, identity: WorkerIdentity) -> str:
+        """Why a worker may not serve its model; empty when it may."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubStatistics:
+    """Links by state."""
+
+    workers: int
+    running: int
+    controllers: int
+
+
+class _Controller:
+    def __init__(self, hello: pb.ControllerHello) -> None:
+        self.controller_id = hello.controller_id
+        self.frames: asyncio.Queue[pb.GatewayControlFrame] = asyncio.Queue()
+        """What is to be sent to it beside the reports."""
+        self.questions = Questions(self.frames.put_nowait, frozenset(hello.verbs))
+
+
+class Hub(pb_grpc.LinkServicer):
+    """Serves cluster.link.v1.Link, in grpc.aio's read/write style (the stubs know only the generator style)."""
+
+    def __init__(
+        self,
+        gateway_id: str,
+        listener: HubListener,
+        timing: Timing | None = None,
+        siblings: Sequence[str] = (),
+        by_certificate: bool = False,
+    ) -> None:
+        """`siblings`: link addresses of the other processes on these client ports; see link.siblings.
+        `by_certificate`: the port has TLS, and a certificate must name what its holder speaks for."""
+        self.gateway_id = gateway_id
+        self._siblings = tuple(siblings)
+        self.incarnation = uuid.uuid4().hex[:12]
+        self._since = time.monotonic()
+        self._listener = listener
+        self._admission = Admission(by_certificate)
+        self._timing = timing or Timing()
+        self._links: dict[str, WorkerLink] = {}
+        self._controller: _Controller | None = None
+        self._bundles: dict[str, asyncio.Future[Bundle]] = {}
+        self._asked: dict[str, WorkerLink | None] = {}
+        """Who was asked for a bundle that has not come, None for the controller."""
+        self._waking = Waking(time.monotonic(), self._timing.hang_s / TICKS)
+        self._lost = LostEngines()
+        self.catalog_at: float | None = None
+        self.gateways = 0
+        """How many the controller has links to, this one among them; 0 before it has said."""
+        self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] | None = None
+        """Set before the first link comes, where accounts are kept: told what ended requests have come to."""
+        self.tallies: Callable[[], Sequence[VersionTally]] = tuple
+        """What the controller should know of versions that run beside each other."""
+
+    def statistics(self) -> HubStatistics:
+        """A snapshot."""
+        return HubStatistics(
+            len(self._links), sum(link.running for link in self._links.values()), int(self._controller is not None)
+        )
+
+    def lost_engines(self) -> Sequence[LostEngine]:
+        """Engines whose workers have said in the last minutes why they ended."""
+        return self._lost.recent(time.time())
+
+    @property
+    def links(self) -> Sequence[WorkerLink]:
+        """Links that are up, by worker id."""
+        return [self._links[key] for key in sorted(self._links)]
+
+    # ---- workers
+
+    async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """One epoch of one worker, from its Hello to its end."""
+        first = await self._first(context)
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must hold hello")
+        hello = first.hello
+        protocol = min(hello.protocol_max, codec.PROTOCOL_MAX)
+        if protocol < max(hello.protocol_min, codec.PROTOCOL_MIN):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"link protocol {hello.protocol_min}-{hello.protocol_max} offered, "
+                f"{codec.PROTOCOL_MIN}-{codec.PROTOCOL_MAX} spoken here: upgrade the older side",
+            )
+        try:
+            identity, info = codec.hello_from_pb(hello)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
+        await self._admit(context, identity, info, hello.epoch)
+        link = WorkerLink(identity, info, hello.epoch)
+        link.liveness = Liveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
+        if self.on_usage is not None:
+            link.on_usage = self.on_usage
+        self._attach(link)  # before the welcome, whose reader may open Bulk at once
+        parts = [
+            asyncio.create_task(self._write(link, context, protocol)),
+            asyncio.create_task(self._read(link, context)),
+            asyncio.create_task(link.closed.wait()),
+        ]
+        try:
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            link.why = link.why or "the connection broke"
+            raise
+        finally:
+            for part in parts:
+                part.cancel()
+            self._detach(link)
+            await asyncio.gather(*parts, return_exceptions=True)
+        if link.closed.is_set():  # a cancelled handler would leave the worker without an answer
+            await context.abort(grpc.StatusCode.UNAVAILABLE, link.why)
+
+    async def _first(self, context: Any) -> Any:
+        """The first message of a stream, for which nobody waits long."""
+        try:
+            async with asyncio.timeout(self._timing.welcome_s):
+                return await read(context)
+        except TimeoutError:
+            return None
+
+    async def _admit(self, context: Any, identity: WorkerIdentity, info: EngineInfo, epoch: int) -> None:
+        """End the call of one who may not be this worker. Only who shows the right certificate learns more."""
+        certificate = context.peer_certificate()
+        older = self._links.get(identity.worker_id)
+        for model in {identity.model, older.identity.model if older is not None else identity.model}:
+            if not self._admission.speaks_for(certificate, model):
+                await self._stranger(context, of_model(identity.model))
+        if self._admission.repeated(identity, epoch):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, "hello: this epoch, or a later one, has been here already"
+            )
+        if why := self._listener.refuses(identity):
+            log.warning("worker_refused", worker=identity.worker_id, model=identity.model, reason=why)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"hello: {why}")
+
+    @staticmethod
+    async def _stranger(context: Any, name: str) -> None:
+        log.warning("stranger_refused", peer=context.peer(), lacks=name)
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED,
+            f"the certificate shown does not name {name} (see `headrace certs worker --help`)",
+        )
+
+    async def _read(self, link: WorkerLink, context: Any) -> None:
+        while (message := await read(context)) is not None:
+            try:
+                changed = link.apply(message)
+            except ValueError as error:  # its fault, and only its link's end
+                link.close(f"the worker sent what cannot be applied: {error}", "mad")
+                return
+            if link.liveness is not None:
+                now = self._now()
+                link.liveness.received(message.seq, message.acked_seq, now)
+                if message.HasField("load"):
+                    link.liveness.told(link.load, now)
+            if changed:
+                self._listener.changed(link)
+
+    def _welcome(self, protocol: int) -> pb.Welcome:
+        return pb.Welcome(
+            protocol=protocol,
+            gateway_id=self.gateway_id,
+            incarnation=self.incarnation,
+            siblings=self._siblings,
+            accounts=self.on_usage is not None,
+        )
+
+    def _attach(self, link: WorkerLink) -> None:
+        older = self._links.get(link.identity.worker_id)
+        if older is not None:
+            older.close("the worker has dialed anew")
+            self._detach(older)
+        self._links[link.identity.worker_id] = link
+        log.info("worker_up", worker=link.identity.worker_id, model=link.identity.model, epoch=link.epoch)
+        self._listener.joined(link)
+        self._ask_anew()
+
+    def _detach(self, link: WorkerLink) -> None:
+        if self._links.get(link.identity.worker_id) is not link:
+            return
+        del self._links[link.identity.worker_id]
+        why = link.why or "the worker closed the link"
+        engine = {"engine": link.engine_ended} if link.engine_ended else {}
+        log.info("worker_down", worker=link.identity.worker_id, model=link.identity.model, reason=why, **engine)
+        if link.engine_ended:
+            self._lost.add(link.identity, link.engine_ended, time.time())
+        link.end(why)
+        self._listener.left(link, why)
+        self._ask_anew()
+
+    async def _write(self, link: WorkerLink, context: Any, protocol: int) -> None:
+        await context.write(pb.GatewayTurn(welcome=self._welcome(protocol)))
+        while True:
+            message = await link.box.take()
+            if link.liveness is not None:
+                link.liveness.commanded(message.seq, self._now())
+            await context.write(message)
+
+    async def Beat(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """Beats of one worker, answered one by one."""
+        certificate = context.peer_certificate()
+        while (beat := await read(context)) is not None:
+            link = self._links.get(beat.worker_id)
+            if link is not None and not self._admission.speaks_for(certificate, link.identity.model):
+                await self._stranger(context, of_model(link.identity.model))
+            if link is not None and link.identity.incarnation == beat.incarnation and link.epoch == beat.epoch:
+                link.last_heard = time.monotonic()
+                link.load = codec.load_from_pb(beat.load)
+                if link.liveness is not None:
+                    link.liveness.beat(link.load, beat.acked_seq, beat.sent_seq, self._now())
+            await context.write(pb.GatewayBeat(seq=beat.seq))
+
+    def _now(self) -> float:
+        """Waking time: this process's own pauses are nobody else's silence."""
+        return self._waking.at(time.monotonic())
+
+    async def watch(self) -> None:
+        """Close the links of workers that are taken for lost; runs until cancelled."""
+        while True:
+            now = self._now()
+            due = math.inf
+            for link in list(self._links.values()):
+                if link.liveness is None:
+                    continue
+                found = link.liveness.suspicion(now)
+                if found is not None:
+                    link.close(found.why, found.reason)
+                    self._detach(link)
+                else:
+                    due = min(due, link.liveness.due)
+            rest_s = max(self._rest_s(due - now), LEAST_REST_S)
+            self._waking.rest(time.monotonic(), rest_s)
+            await asyncio.sleep(rest_s)
+
+    def _rest_s(self, left_s: float) -> float:
+        """Until the next look, where a worker would be suspected in `left_s`: together with all else that looks around
+        while all have just been heard, and more often as soon as one owes a sign."""
+        if left_s > max(CALM * self._timing.hang_s, 2 * ticks.TICK_S):
+            return ticks.rest_s(asyncio.get_running_loop().time(), ticks.TICK_S)
+        return min(self._timing.hang_s / TICKS, left_s)
+
+    # ---- bulk
+
+    async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """What is large, of one worker or controller."""
+        hello = await self._first(context)
+        if hello is None or not hello.worker_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first blob must name its worker")
+        blobs: asyncio.Queue[pb.Blob] = asyncio.Queue()
+        link = self._links.get(hello.worker_id)
+        certificate = context.peer_certificate()
+        if link is not None and (link.identity.incarnation, link.epoch) == (hello.incarnation, hello.epoch):
+            if not self._admission.speaks_for(certificate, link.identity.model):
+                await self._stranger(context, "its worker's model")
+            link.blobs = blobs
+        elif not self._admission.controls(certificate):
+            await self._stranger(context, "a worker that is linked, or the controller")
+        writer = asyncio.create_task(self._write_blobs(blobs, context))
+        parts: dict[str, bytearray] = {}
+        try:
+            while (blob := await read(context)) is not None:
+                self._receive(parts, blob)
+        finally:
+            writer.cancel()
+
+    async def _write_blobs(self, blobs: asyncio.Queue[pb.Blob], context: Any) -> None:
+        while True:
+            await context.write(await blobs.get())
+
+    def _receive(self, parts: dict[str, bytearray], blob: pb.Blob) -> None:
+        digest = blob.key.removeprefix("bundle:")
+        waiting = self._bundles.get(digest)
+        if waiting is None or waiting.done():
+            parts.pop(blob.key, None)
+            return
+        if blob.error:
+            waiting.set_exception(LookupError(blob.error))
+            return
+        buffer = parts.setdefault(blob.key, bytearray())
+        buffer.extend(blob.data)
+        if len(buffer) > MAX_BUNDLE_BYTES:
+            waiting.set_exception(LookupError(f"bundle is over {MAX_BUNDLE_BYTES} bytes"))
+        elif blob.last:
+            try:
+                bundle = Bundle.unpack(bytes(parts.pop(blob.key)))
+            except ValueError as error:
+                waiting.set_exception(LookupError(str(error)))
+                return
+            if bundle.digest != digest:
+                waiting.set_exception(LookupError("the bundle does not have the digest it was asked by"))
+            else:
+                waiting.set_result(bundle)
+
+    async def fetch_bundle(self, digest: str, timeout_s: float = 30.0) -> Bundle:
+        """Fetch from a worker that has it, or the controller. Raises LookupError."""
+        waiting = self._bundles.get(digest)
+        if waiting is None or waiting.done():
+            waiting = self._bundles[digest] = asyncio.get_running_loop().create_future()
+            if not self._ask(digest):
+                del self._bundles[digest]
+                raise LookupError("no worker and no controller is linked to fetch it from")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(waiting)
+        except TimeoutError:
+            raise LookupError(f"no answer within {timeout_s:g} s") from None
+        finally:
+            if self._bundles.get(digest) is waiting:
+                del self._bundles[digest]
+                self._asked.pop(digest, None)
+
+    def _ask(self, digest: str) -> bool:
+        """Ask somebody who has it; False when nobody is there."""
+        holder = next((link for link in self.links if link.identity.bundle_digest == digest), None)
+        if holder is not None:
+            holder.box.fetch(digest)
+        elif self._controller is not None:
+            frame = pb.GatewayControlFrame(fetch_bundle=pb.FetchBundle(digest=digest))
+            self._controller.frames.put_nowait(frame)
+        else:
+            return False
+        self._asked[digest] = holder
+        return True
+
+    def _ask_anew(self) -> None:
+        """A worker has come or gone: what was asked of one that is gone is asked of another."""
+        for digest, asked in list(self._asked.items()):
+            if asked is not None and self._links.get(asked.identity.worker_id) is not asked:
+                self._ask(digest)
+
+    # ---- controller
+
+    async def ask_controller(self, verb: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
+        """Have the controller answer an admin verb. Raises CallError."""
+        if self._controller is None:
+            raise CallError(Outcome.NO_WORKER, AWAY, retry_after_s=2.0)
+        return await self._controller.questions.ask(verb, body, actor, timeout_s)
+
+    async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        """The controller: catalog up, demand and fleet down."""
+        first = await self._first(context)
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first frame must hold hello")
+        if not self._admission.controls(context.peer_certificate()):
+            await self._stranger(context, CONTROLLER)
+        controller = _Controller(first.hello)
+        await context.write(pb.GatewayControlFrame(welcome=self._welcome(codec.PROTOCOL_MAX)))
+        self._controller = controller
+        log.info("controller_up", controller=controller.controller_id)
+        writer = asyncio.create_task(self._report(controller, context))
+        try:
+            while (frame := await read(context)) is not None:
+                if frame.HasField("catalog"):
+                    self.catalog_at, self.gateways = time.monotonic(), frame.catalog.gateways
+                    self._listener.catalog(_entries(frame.catalog))
+                if frame.HasField("admin_reply"):
+                    controller.questions.answered(frame.admin_reply)
+        finally:
+            writer.cancel()
+            controller.questions.ended()
+            if self._controller is controller:
+                self._controller = None
+                log.info("controller_down", controller=controller.controller_id)
+
+    async def _report(self, controller: _Controller, context: Any) -> None:
+        while True:
+            await context.write(self._frame())
+            due = time.monotonic() + REPORT_S
+            while (rest_s := due - time.monotonic()) > 0:
+                try:
+                    async with asyncio.timeout(rest_s):
+                        frame = await controller.frames.get()
+                except TimeoutError:
+                    break
+                await context.write(frame)
+
+    def tell_now(self) -> None:
+        """Let the controller hear at once how demand stands, not with the next report."""
+        if self._controller is not None:
+            self._controller.frames.put_nowait(self._frame())
+
+    def _frame(self) -> pb.GatewayControlFrame:
+        demand = demand_to_pb(self._listener.demand(), time.monotonic() - self._since)
+        return pb.GatewayControlFrame(demand=demand, fleet=self._fleet(), tallies=self._tallies())
+
+    def _tallies(self) -> pb.VersionTallies:
+        return pb.VersionTallies(
+            tallies=[
+                pb.VersionTally(
+                    model=one.model,
+                    version=one.version,
+                    generation=one.generation,
+                    calls=one.calls,
+                    errors=one.errors,
+                    pairs=one.pairs,
+                    slower=one.slower,
+                )
+                for one in self.tallies()
+            ]
+        )
+
+    def _fleet(self) -> pb.FleetState:
+        return pb.FleetState(
+            lost=self._lost.to_pb(time.time()),
+            workers=[
+                pb.FleetWorker(
+                    worker_id=link.identity.worker_id,
+                    incarnation=link.identity.incarnation,
+                    model=link.identity.model,
+                    ray_cluster=link.identity.ray_cluster,
+                    load=codec.load_to_pb(link.load),
+                    weight_digest=link.identity.weight_digest,
+                    bundle_digest=link.identity.bundle_digest,
+                    max_model_len=link.info.max_model_len,
+                    engine_class=link.info.engine_class,
+                    default_sampling_json=json.dumps(dict(link.info.default_sampling)),
+                    version=link.identity.version,
+                    generation=link.identity.generation,
+                    standing=codec.standing_to_pb(link.standing),
+                    work=work_to_pb(link.work),
+                    max_num_seqs=link.info.max_num_seqs,
+                    max_num_batched_tokens=link.info.max_num_batched_tokens,
+                    kv_tokens=link.info.kv_tokens,
+                )
+                for link in self.links
+            ],
+        )
+
+
+def _entries(catalog: pb.Catalog) -> list[CatalogEntry]:
+    entries = []
+    for model in catalog.models:
+        try:
+            entries.append(codec.entry_from_pb(model))
+        except ValueError as error:
+            log.warning("catalog_entry_refused", model=model.name, reason=str(error))
+    return entries
+
+
+def hub_server(hub: Hub, admission: http2.Admission | None = None) -> http2.Server:
+    """A server of the hub, for the gateway to start. `admission`: the caps of its port."""
+    server = http2.Server(LIMITS, admission)
+    pb_grpc.add_LinkServicer_to_server(hub, server)  # type: ignore[arg-type]
+    return server
+
+
+# Those who dial in are ours: what bounds them is the link's own accounting.
+LIMITS = http2.Limits(
+    max_message_bytes=MAX_MESSAGE_BYTES,
+    max_calls=256,
+    window_bytes=8 << 20,
+    connection_window_bytes=32 << 20,
+    frame_bytes=1 << 20,
+    resets_per_s=1e6,
+    resets_burst=1e6,
+    max_unsent_bytes=1 << 30,
+    ping_s=10.0,
+    ping_answer_s=5.0,
+)

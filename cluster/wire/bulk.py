@@ -1,0 +1,77 @@
+"""What is large, in chunks: bundles go up, prompts come down, each under a key on the link's bulk stream."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+
+from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import CHUNK_BYTES, LinkEnded, read, until_first
+
+BlobCall = grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]
+
+
+class Prompts:
+    """Prompts that come on Bulk, each awaited by its Submit, which may be earlier or later."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, bytearray] = {}
+        self._whole: dict[str, asyncio.Future[bytes]] = {}
+
+    def _future(self, key: str) -> asyncio.Future[bytes]:
+        return self._whole.setdefault(key, asyncio.get_running_loop().create_future())
+
+    def add(self, blob: pb.Blob) -> None:
+        """One chunk."""
+        self._parts.setdefault(blob.key, bytearray()).extend(blob.data)
+        if blob.last:
+            whole = self._future(blob.key)
+            if not whole.done():
+                whole.set_result(bytes(self._parts.pop(blob.key)))
+
+    async def take(self, key: str) -> bytes:
+        """The whole prompt, once; waits for its last chunk."""
+        try:
+            return await self._future(key)
+        finally:
+            self._whole.pop(key, None)
+
+
+async def serve_bulk(call: BlobCall, hello: pb.Blob, prompts: Prompts, blobs: asyncio.Queue[pb.Blob]) -> None:
+    """One bulk stream: send `blobs`, gather `prompts`. Raises LinkEnded when the gateway closes it."""
+    await call.write(hello)
+    parts = [asyncio.create_task(_read(call, prompts)), asyncio.create_task(_write(call, blobs))]
+    try:
+        await until_first(parts)
+    finally:
+        for part in parts:
+            part.cancel()
+        await asyncio.gather(*parts, return_exceptions=True)
+        parts.clear()
+        del part
+        call.cancel()
+
+
+async def _read(call: BlobCall, prompts: Prompts) -> None:
+    while (blob := await read(call)) is not None:
+        prompts.add(blob)
+    raise LinkEnded("the gateway closed the bulk stream")
+
+
+async def _write(call: BlobCall, blobs: asyncio.Queue[pb.Blob]) -> None:
+    while True:
+        await call.write(await blobs.get())
+
+
+async def send_bundle(blobs: asyncio.Queue[pb.Blob], digest: str, bundle: Bundle | None) -> None:
+    """Queue a bundle's chunks, or word that it is not here."""
+    key = f"bundle:{digest}"
+    if bundle is None:
+        await blobs.put(pb.Blob(key=key, error="no such bundle here", last=True))
+        return
+    data = bundle.pack()
+    for at in range(0, max(len(data), 1), CHUNK_BYTES):
+        chunk = data[at : at + CHUNK_BYTES]
+        await blobs.put(pb.Blob(key=key, data=chunk, last=at + CHUNK_BYTES >= len(data)))

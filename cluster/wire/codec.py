@@ -1,0 +1,541 @@
+"""Between the types of cluster.api and the frames of link.v1: the only place of the link that knows protobuf fields."""
+
+from __future__ import annotations
+
+import json
+import sys
+from array import array
+from collections.abc import Container, Iterator, Mapping, Sequence
+
+from cluster.api.types import (
+    CatalogEntry,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    FinishReason,
+    Grammar,
+    ModelState,
+    PositionLogprobs,
+    Sampling,
+    Standing,
+    TokenOutput,
+    VersionShare,
+    WorkerIdentity,
+)
+from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.ended_requests import EndedUsage
+
+PROTOCOL_MIN = 1
+PROTOCOL_MAX = 1
+MAX_TEXT = 4096
+"""Characters of an engine's words about one request."""
+MAX_VARINT_BYTES = 10
+"""Of one number in a message."""
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian uint32."""
+    words = array("I", ids)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words.tobytes()
+
+
+def unpack_ids(data: bytes) -> array[int]:
+    """The inverse of pack_ids. Raises ValueError for a length that is no multiple of four."""
+    words = array("I")
+    words.frombytes(data)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words
+
+
+def sampling_to_pb(s: Sampling) -> pb.Sampling:
+    """Sampling as it travels."""
+    out = pb.Sampling(
+        max_tokens=s.max_tokens,
+        min_tokens=s.min_tokens,
+        temperature=s.temperature,
+        top_p=s.top_p,
+        top_k=s.top_k,
+        min_p=s.min_p,
+        seed=s.seed,
+        stop_token_ids=s.stop_token_ids,
+        frequency_penalty=s.frequency_penalty,
+        presence_penalty=s.presence_penalty,
+        repetition_penalty=s.repetition_penalty,
+        logit_bias=s.logit_bias,
+        logprobs=s.logprobs,
+        ignore_eos=s.ignore_eos,
+    )
+    if s.grammar is not None:
+        _grammar_to_pb(s.grammar, out.grammar)
+    return out
+
+
+def _grammar_to_pb(grammar: Grammar, out: pb.Grammar) -> None:
+    if grammar.kind == "choice":
+        out.choice.values.extend(grammar.value)
+    elif grammar.kind == "json_object":
+        out.json_object = True
+    else:
+        setattr(out, grammar.kind, grammar.value)
+
+
+def sampling_from_pb(m: pb.Sampling) -> Sampling:
+    """The inverse of sampling_to_pb."""
+    return Sampling(
+        max_tokens=m.max_tokens,
+        min_tokens=m.min_tokens,
+        temperature=m.temperature,
+        top_p=m.top_p,
+        top_k=m.top_k,
+        min_p=m.min_p,
+        seed=m.seed if m.HasField("seed") else None,
+        stop_token_ids=tuple(m.stop_token_ids),
+        frequency_penalty=m.frequency_penalty,
+        presence_penalty=m.presence_penalty,
+        repetition_penalty=m.repetition_penalty,
+        logit_bias=dict(m.logit_bias),
+        logprobs=m.logprobs if m.HasField("logprobs") else None,
+        ignore_eos=m.ignore_eos,
+        grammar=_grammar_from_pb(m.grammar) if m.HasField("grammar") else None,
+    )
+
+
+def _grammar_from_pb(m: pb.Grammar) -> Grammar | None:
+    kind = m.WhichOneof("kind")
+    if kind is None:
+        return None
+    if kind == "choice":
+        return Grammar(kind, tuple(m.choice.values))
+    if kind == "json_object":
+        return Grammar(kind, "")
+    return Grammar(kind, getattr(m, kind))
+
+
+def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
+    """A request as it travels; prompt ids are in it."""
+    return pb.Submit(
+        slot=slot,
+        attempt=attempt,
+        prompt_ids=pack_ids(request.prompt_token_ids),
+        emitted_ids=pack_ids(request.emitted_token_ids),
+        sampling=sampling_to_pb(request.sampling),
+        cache_salt=request.cache_salt,
+        priority=request.priority,
+        adapter=request.adapter,
+        traceparent=request.traceparent,
+    )
+
+
+def most_submit_bytes(request: EngineRequest) -> int:
+    """A bound of the sum of `submit_bytes` that needs no message: nearly every request is far below any limit."""
+    sampling = request.sampling
+    characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
+    if sampling.grammar is not None:
+        value = sampling.grammar.value
+        characters += len(value) if isinstance(value, str) else sum(map(len, value)) + 2 * len(value)
+    numbers = len(sampling.stop_token_ids) + 2 * len(sampling.logit_bias)
+    return 4 * characters + MAX_VARINT_BYTES * numbers + 64
+
+
+def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
+    """The size of a Submit without its token ids, by the fields of the request that can be large."""
+    sampling = sampling_to_pb(request.sampling)
+    return {
+        "stop_token_ids": pb.Sampling(stop_token_ids=sampling.stop_token_ids).ByteSize(),
+        "logit_bias": pb.Sampling(logit_bias=sampling.logit_bias).ByteSize(),
+        "grammar": sampling.grammar.ByteSize(),
+        "cache_salt": pb.Submit(cache_salt=request.cache_salt).ByteSize(),
+        "traceparent": pb.Submit(traceparent=request.traceparent).ByteSize(),
+        "adapter": pb.Submit(adapter=request.adapter).ByteSize(),
+    }
+
+
+def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRequest:
+    """The inverse of submit_to_pb, under the engine's own request id. Raises ValueError for what no gateway sends."""
+    if m.priority < 0:
+        raise ValueError(f"priority {m.priority} is no rank")
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=unpack_ids(prompt_ids),
+        sampling=sampling_from_pb(m.sampling),
+        emitted_token_ids=unpack_ids(m.emitted_ids).tolist(),
+        cache_salt=m.cache_salt,
+        priority=m.priority,
+        adapter=m.adapter,
+        traceparent=m.traceparent,
+    )
+
+
+def wire_text(text: str) -> str:
+    """An engine's words as a message can carry them: short, and without lone surrogates."""
+    return text[:MAX_TEXT].encode("utf-8", "replace").decode()
+
+
+class StepColumns:
+    """One StepOutputs under construction: outputs of one or several steps for one link, column by column."""
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+        self.counts: list[int] = []
+        self.token_ids: list[int] = []
+        self._plain = True
+        self._firsts: list[pb.First] = []
+        self._finishes: list[pb.Finish] = []
+        self._logprobs: list[pb.SlotLogprobs] = []
+
+    def add(self, slot: int, output: TokenOutput) -> None:
+        """Append one request's output of one step."""
+        ids = output.token_ids
+        count = len(ids)
+        self.slots.append(slot)
+        self.counts.append(count)
+        self.token_ids.extend(ids)
+        if count != 1:
+            self._plain = False
+        if output.prompt_tokens is not None:
+            self._firsts.append(
+                pb.First(
+                    slot=slot,
+                    prompt_tokens=output.prompt_tokens,
+                    cached_tokens=output.cached_tokens or 0,
+                    origin_lost=output.origin_lost,
+                )
+            )
+        if output.finish is not None:
+            self._finishes.append(
+                pb.Finish(
+                    slot=slot,
+                    reason=pb.Finish.Reason.ValueType(int(output.finish)),
+                    stop_token_id=output.stop_token_id,
+                    message=wire_text(output.message),
+                )
+            )
+        if output.logprobs:
+            self._logprobs.extend(_logprobs_to_pb(slot, output.logprobs))
+
+    def to_pb(self) -> pb.StepOutputs:
+        """The message."""
+        return pb.StepOutputs(
+            slots=self.slots,
+            counts=() if self._plain else self.counts,
+            token_ids=self.token_ids,
+            firsts=self._firsts,
+            finishes=self._finishes,
+            logprobs=self._logprobs,
+        )
+
+
+def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterator[pb.SlotLogprobs]:
+    """Consecutive positions of one width share a message."""
+    start = 0
+    while start < len(positions):
+        width = len(positions[start].token_ids)
+        end = start
+        message = pb.SlotLogprobs(slot=slot, width=width)
+        while end < len(positions) and len(positions[end].token_ids) == width:
+            message.token_ids.extend(positions[end].token_ids)
+            message.logprobs.extend(positions[end].logprobs)
+            end += 1
+        yield message
+        start = end
+
+
+def told_more(step: pb.StepOutputs) -> set[int] | None:
+    """Slots of which a step tells more than one token each; None when its counts say that any slot may be such."""
+    if step.counts:
+        return None
+    more = {first.slot for first in step.firsts}
+    more.update(finish.slot for finish in step.finishes)
+    more.update(block.slot for block in step.logprobs)
+    return more
+
+
+def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) -> Iterator[tuple[int, TokenOutput]]:
+    """(slot, output) in order, of all slots or of those in `only`. A slot's First, Finish and logprobs come with its
+    last entry of the message."""
+    slots = list(step.slots)
+    ids = list(step.token_ids)
+    counts = list(step.counts) or [1] * len(slots)
+    firsts = {f.slot: f for f in step.firsts}
+    finishes = {f.slot: f for f in step.finishes}
+    logprobs: dict[int, list[PositionLogprobs]] = {}
+    for block in step.logprobs:
+        logprobs.setdefault(block.slot, []).extend(_positions(block))
+    last = {slot: i for i, slot in enumerate(slots)}
+    at = 0
+    held: dict[int, list[int]] = {}
+    for i, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        piece = ids[at : at + count]
+        at += count
+        if only is not None and slot not in only:
+            continue
+        if last[slot] != i:
+            held.setdefault(slot, []).extend(piece)
+            continue
+        output = TokenOutput("", held.pop(slot, []) + piece)
+        if (first := firsts.get(slot)) is not None:
+            output.prompt_tokens, output.cached_tokens = first.prompt_tokens, first.cached_tokens
+            output.origin_lost = first.origin_lost
+        if (finish := finishes.get(slot)) is not None:
+            output.finish = FinishReason(finish.reason)
+            output.stop_token_id = finish.stop_token_id if finish.HasField("stop_token_id") else None
+            output.message = finish.message
+        output.logprobs = logprobs.get(slot)
+        yield slot, output
+
+
+def _positions(block: pb.SlotLogprobs) -> Iterator[PositionLogprobs]:
+    ids, values, width = list(block.token_ids), list(block.logprobs), block.width
+    for at in range(0, len(ids), width):
+        yield PositionLogprobs(ids[at : at + width], values[at : at + width])
+
+
+def usage_to_pb(u: EndedUsage) -> pb.Usage:
+    """An ended request's counts as they travel."""
+    return pb.Usage(
+        key=u.key,
+        sealed_record=u.sealed,
+        prompt_tokens=u.prompt_tokens,
+        cached_tokens=u.cached_tokens,
+        generated_tokens=u.generated_tokens,
+        written_tokens=u.written_tokens,
+        earlier_tokens=u.earlier_tokens,
+        gpu_seconds=u.gpu_seconds,
+        gpu=u.gpu,
+        outcome=u.outcome,
+        duration_ms=round(u.duration_s * 1000),
+        idle_id=u.idle_id,
+        idle_since_s=u.idle_since_s,
+    )
+
+
+def usage_from_pb(m: pb.Usage) -> EndedUsage:
+    """The inverse of usage_to_pb."""
+    return EndedUsage(
+        sealed=m.sealed_record,
+        prompt_tokens=m.prompt_tokens,
+        cached_tokens=m.cached_tokens,
+        generated_tokens=m.generated_tokens,
+        written_tokens=m.written_tokens,
+        earlier_tokens=m.earlier_tokens,
+        gpu_seconds=m.gpu_seconds,
+        gpu=m.gpu,
+        outcome=m.outcome,
+        duration_s=m.duration_ms / 1000,
+        idle_id=m.idle_id,
+        idle_since_s=m.idle_since_s,
+        key=m.key,
+    )
+
+
+def load_to_pb(load: EngineLoad) -> pb.Load:
+    """Load as it travels."""
+    return pb.Load(
+        running=load.running,
+        waiting=load.waiting,
+        kv_usage=load.kv_usage,
+        steps=load.steps,
+        step_ms=load.step_s * 1000,
+        busy=load.busy,
+        step_age_ms=load.step_age_s * 1000,
+        step_p99_ms=load.step_p99_s * 1000,
+        prefill_tokens=load.prefill_tokens,
+    )
+
+
+def load_from_pb(m: pb.Load) -> EngineLoad:
+    """The inverse of load_to_pb."""
+    return EngineLoad(
+        running=m.running,
+        waiting=m.waiting,
+        kv_usage=m.kv_usage,
+        steps=m.steps,
+        step_s=m.step_ms / 1000,
+        busy=m.busy,
+        step_age_s=m.step_age_ms / 1000,
+        step_p99_s=m.step_p99_ms / 1000,
+        prefill_tokens=m.prefill_tokens,
+    )
+
+
+def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.Hello:
+    """A worker's introduction."""
+    return pb.Hello(
+        protocol_min=PROTOCOL_MIN,
+        protocol_max=PROTOCOL_MAX,
+        worker_id=identity.worker_id,
+        incarnation=identity.incarnation,
+        ray_cluster=identity.ray_cluster,
+        role="worker",
+        model=identity.model,
+        version=identity.version,
+        weight_digest=identity.weight_digest,
+        bundle_digest=identity.bundle_digest,
+        node=identity.node,
+        generation=identity.generation,
+        pod=identity.pod,
+        host=identity.host,
+        gpu=identity.gpu,
+        engine_class=info.engine_class,
+        engine_path=info.engine_path,
+        engine_path_reason=info.engine_path_reason,
+        engine_version=info.engine_version,
+        block_size=info.block_size,
+        kv_blocks=info.kv_blocks,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        default_sampling_json=json.dumps(dict(info.default_sampling)),
+        capabilities=info.capabilities,
+        epoch=epoch,
+    )
+
+
+def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
+    """The inverse of hello_to_pb. Raises ValueError for defaults that are no JSON object."""
+    identity = WorkerIdentity(
+        worker_id=m.worker_id,
+        incarnation=m.incarnation,
+        model=m.model,
+        version=m.version,
+        weight_digest=m.weight_digest,
+        bundle_digest=m.bundle_digest,
+        ray_cluster=m.ray_cluster,
+        node=m.node,
+        generation=m.generation,
+        pod=m.pod,
+        host=m.host,
+        gpu=m.gpu,
+    )
+    info = EngineInfo(
+        engine_class=m.engine_class,
+        engine_path=m.engine_path,
+        engine_path_reason=m.engine_path_reason,
+        engine_version=m.engine_version,
+        block_size=m.block_size,
+        kv_blocks=m.kv_blocks,
+        max_num_seqs=m.max_num_seqs,
+        max_num_batched_tokens=m.max_num_batched_tokens,
+        max_model_len=m.max_model_len,
+        vocab_size=m.vocab_size,
+        default_sampling=_json_object(m.default_sampling_json),
+        capabilities=tuple(m.capabilities),
+    )
+    return identity, info
+
+
+def _json_object(text: str) -> Mapping[str, object]:
+    value = json.loads(text) if text else {}
+    if not isinstance(value, dict):
+        raise ValueError("default_sampling_json must be a JSON object")
+    return value
+
+
+def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
+    """A catalog entry as it travels."""
+    return pb.CatalogModel(
+        name=e.name,
+        aliases=e.aliases,
+        version=e.version,
+        revision=e.revision,
+        state=e.state.value,
+        state_reason=e.state_reason,
+        bundle_digest=e.bundle_digest,
+        weight_digests=e.weight_digests,
+        max_model_len=e.max_model_len,
+        default_sampling_json=json.dumps(dict(e.default_sampling)),
+        cold_start_s=e.cold_start_s,
+        replicas=e.replicas,
+        replicas_desired=e.replicas_desired,
+        family=e.family,
+        license=e.license,
+        engine_class=e.engine_class,
+        weights_pinned=e.weights_pinned,
+        slo_ttft_s=e.slo_ttft_s,
+        slo_itl_s=e.slo_itl_s,
+        starting_since_s=e.starting_since_s,
+        fallback=e.fallback,
+        versions=[_share_to_pb(share) for share in e.versions],
+        retired=e.retired,
+        card=e.card,
+    )
+
+
+def _share_to_pb(s: VersionShare) -> pb.VersionShare:
+    return pb.VersionShare(
+        version=s.version,
+        weight=s.weight,
+        revision=s.revision,
+        state=s.state.value,
+        state_reason=s.state_reason,
+        bundle_digest=s.bundle_digest,
+        weight_digests=s.weight_digests,
+        weights_pinned=s.weights_pinned,
+        replicas=s.replicas,
+        replicas_desired=s.replicas_desired,
+        quarantined=s.quarantined,
+        ttft_ratio=s.ttft_ratio,
+    )
+
+
+def _share_from_pb(m: pb.VersionShare) -> VersionShare:
+    return VersionShare(
+        version=m.version,
+        weight=round(m.weight, 6),
+        revision=m.revision,
+        state=ModelState(m.state),
+        state_reason=m.state_reason,
+        bundle_digest=m.bundle_digest,
+        weight_digests=tuple(m.weight_digests),
+        weights_pinned=m.weights_pinned,
+        replicas=m.replicas,
+        replicas_desired=m.replicas_desired,
+        quarantined=m.quarantined,
+        ttft_ratio=round(m.ttft_ratio, 6),
+    )
+
+
+def standing_to_pb(standing: Standing) -> pb.Standing.State.ValueType:
+    """A standing by the name that travels."""
+    return pb.Standing.State.Value(f"STATE_{standing.value}")
+
+
+def standing_from_pb(standing: pb.Standing) -> Standing:
+    """Whether a worker takes new work. One that this gateway does not know is taken for draining."""
+    known = pb.Standing.State.items()
+    name = next((name for name, value in known if value == standing.state), "").removeprefix("STATE_")
+    return Standing[name] if name in Standing.__members__ else Standing.DRAINING
+
+
+def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:
+    """The inverse of entry_to_pb. Raises ValueError for an unknown state."""
+    return CatalogEntry(
+        name=m.name,
+        aliases=tuple(m.aliases),
+        version=m.version,
+        revision=m.revision,
+        state=ModelState(m.state),
+        state_reason=m.state_reason,
+        bundle_digest=m.bundle_digest,
+        weight_digests=tuple(m.weight_digests),
+        max_model_len=m.max_model_len,
+        default_sampling=_json_object(m.default_sampling_json),
+        cold_start_s=m.cold_start_s,
+        replicas=m.replicas,
+        replicas_desired=m.replicas_desired,
+        family=m.family,
+        license=m.license,
+        engine_class=m.engine_class,
+        weights_pinned=m.weights_pinned,
+        fallback=tuple(m.fallback),
+        versions=tuple(_share_from_pb(share) for share in m.versions),
+        retired=tuple(m.retired),
+        card=dict(m.card),
+        slo_ttft_s=m.slo_ttft_s,
+        slo_itl_s=m.slo_itl_s,
+        starting_since_s=m.starting_since_s,
+    )

@@ -1,0 +1,188 @@
+"""Dialing: one address is tried again until it is closed for good, with growing pauses; beats run in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+
+from cluster.http2.client import CallEnded, Client, connect
+from cluster.link.v1 import link_pb2 as pb
+from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from cluster.wire.tls import TlsFiles
+
+log = structlog.get_logger("link")
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
+DIAL_S = 20.0
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),  # each stream kind has a TCP connection of its own
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Intervals of a link, seconds."""
+
+    beat_s: float = 0.1
+    silence_s: float = 5.0
+    """Without a beat or message for this long a worker takes its gateway for lost, and a gateway a worker that has
+    not beaten yet."""
+    hang_s: float = 0.5
+    """A gateway takes a worker for lost that stands still for this long, or for five of its steps where they are
+    longer; see liveness.py."""
+    redial_min_s: float = 0.1
+    redial_max_s: float = 2.0
+    welcome_s: float = 5.0
+
+
+class LinkEnded(Exception):
+    """A session with the other side is over; the message says why."""
+
+
+def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
+    """A channel of its own TCP connection to `host:port`. Raises LinkEnded for files that cannot be read now."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, _credentials(tls), options=CHANNEL_OPTIONS)
+
+
+def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
+    """Of the files as they are now: whoever dials anew shows a renewed certificate."""
+    try:
+        return tls.channel_credentials()
+    except ValueError as error:  # being renewed, perhaps: the next try reads them again
+        raise LinkEnded(str(error)) from None
+
+
+@asynccontextmanager
+async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[Client]:
+    """A connection to `host:port` for what must be there at once. Raises LinkEnded."""
+    try:
+        async with asyncio.timeout(DIAL_S):
+            context = None if tls is None else tls.context()
+            client = await connect(address, context, max_message_bytes=MAX_MESSAGE_BYTES)
+    except TimeoutError:
+        raise LinkEnded(f"UNAVAILABLE: no connection within {DIAL_S:g} s") from None
+    except (OSError, ValueError) as error:
+        raise LinkEnded(f"UNAVAILABLE: {error}") from None
+    async with client:
+        yield client
+
+
+async def read(call: Any) -> Any:
+    """The next message of a stream, or None at its end (the stubs type grpc.aio.EOF as plain object)."""
+    message = await call.read()
+    return None if message is grpc.aio.EOF else message
+
+
+async def until_first(parts: list[asyncio.Task[None]]) -> None:
+    """Wait until one of the parts ends; raises what it has raised.
+
+    An error refers to the frames that it passes, and a frame that still knew the task would make that a cycle, which
+    holds the session's connections open until the garbage collector comes by. So this frame forgets its tasks, and
+    whoever calls it clears `parts` in the end.
+    """
+    done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        for part in done:
+            part.result()
+    finally:
+        del done, part, parts
+
+
+async def keep_dialing(
+    address: str,
+    session: Callable[[str], Awaitable[None]],
+    timing: Timing,
+    wanted: Callable[[], bool] = lambda: True,
+) -> None:
+    """Run `session(address)` again and again while `wanted()`; the pause grows while nobody answers."""
+    pause_s = timing.redial_min_s
+    told = ""
+    while wanted():
+        started = time.monotonic()
+        try:
+            await session(address)
+            why = "closed by the gateway"
+        except LinkEnded as ended:
+            why = str(ended)
+        except grpc.aio.AioRpcError as error:
+            why = f"{error.code().name}: {error.details()}"
+        except CallEnded as error:
+            why = str(error)
+        except (asyncio.InvalidStateError, TimeoutError):  # a write after the call's end; no answer to hello
+            why = "the gateway went away"
+        if time.monotonic() - started > 5 * timing.redial_max_s:
+            pause_s = timing.redial_min_s
+        if why != told:
+            log.warning("link_down", gateway=address, reason=why)
+            told = why
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads redials, no secret
+        pause_s = min(pause_s * 1.5, timing.redial_max_s)
+
+
+class Beater:
+    """Beats for one link from threads of its own, so that a blocked event loop or engine step does not stop them.
+
+    `beat(seq)` makes a beat from what the engine loop has left in plain attributes; it must not wait.
+    """
+
+    def __init__(
+        self, address: str, tls: TlsFiles | None, beat: Callable[[int], pb.WorkerBeat], interval_s: float
+    ) -> None:
+        self._beat = beat
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self.last_heard = time.monotonic()
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, _credentials(tls), options=CHANNEL_OPTIONS)
+        self._thread = threading.Thread(target=self._run, name=f"beat-{address}", daemon=True)
+        self._thread.start()
+
+    def _beats(self) -> Iterator[pb.WorkerBeat]:
+        seq = 0
+        while not self._stop.is_set():
+            seq += 1
+            yield self._beat(seq)
+            self._stop.wait(self._interval_s)
+
+    def _run(self) -> None:
+        stub = pb_grpc.LinkStub(self._channel)
+        try:
+            for _ in stub.Beat(self._beats()):
+                self.last_heard = time.monotonic()
+        except grpc.RpcError:
+            pass  # the turn stream decides about the link; silence here is what it looks at
+        except ValueError:
+            pass  # the channel was closed before the first beat
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the gateway's last beat."""
+        return time.monotonic() - self.last_heard
+
+    def stop(self) -> None:
+        """End both threads and the connection."""
+        self._stop.set()
+        self._channel.close()

@@ -1,0 +1,251 @@
+"""What one link still has to send. Frames merge until the link's own writer takes them, so nobody waits for a link:
+a stopped gateway fills its outbox, which is bounded, and only that link is closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from cluster.api.demand import Work
+from cluster.api.types import EngineLoad, TokenOutput
+from cluster.link.v1 import link_pb2 as pb
+from cluster.policy.fairness.peer_backlog import ServedTotal
+from cluster.policy.fairness.service_counters import FlowKey
+from cluster.wire.codec import StepColumns, load_to_pb, usage_to_pb, wire_text
+from cluster.wire.credit import Grant
+from cluster.wire.demand_codec import work_to_pb
+from cluster.wire.ended_requests import MOST_A_MESSAGE, EndedUsage
+from cluster.wire.fairness_codec import FlowBacklog, Weighed, elsewhere_to_pb, served_to_pb
+
+MESSAGE_BYTES = 4 << 20
+"""Of Submits that one message to a worker holds; far below what the worker accepts."""
+
+
+class Outbox:
+    """A worker's frames for one gateway. Full when more than `max_tokens` token ids wait."""
+
+    def __init__(self, max_tokens: int = 65_536) -> None:
+        self._max_tokens = max_tokens
+        self._wake = asyncio.Event()
+        self._columns: StepColumns | None = None
+        self._accepted: list[pb.Accepted] = []
+        self._refused: list[pb.Refused] = []
+        self._grant: Grant | None = None
+        self._load: EngineLoad | None = None
+        self._work: Work | None = None
+        self._standing: pb.Standing | None = None
+        self._served: dict[FlowKey, Weighed[ServedTotal]] | None = None
+        self._elsewhere: dict[str, Sequence[Weighed[FlowBacklog]]] = {}
+        self._engine_ended = ""
+        self.acked_seq = 0
+        self.sent_seq = 0
+        """Messages taken so far."""
+        self.usage: Callable[[], Sequence[EndedUsage]] = tuple
+        """Asked for ended requests' counts with each message; when it gives many, another message follows."""
+
+    def output(self, slot: int, output: TokenOutput) -> None:
+        """Tokens of one step; the writer is woken by `flush` once the step is in."""
+        if self._columns is None:
+            self._columns = StepColumns()
+        self._columns.add(slot, output)
+
+    def accepted(self, slot: int) -> None:
+        """The engine took a Submit. Not urgent: it rides with the first tokens or the next beat."""
+        self._accepted.append(pb.Accepted(slot=slot))
+
+    def refused(self, slot: int, reason: str, message: str, field: str) -> None:
+        """The engine did not take a Submit."""
+        self._refused.append(pb.Refused(slot=slot, reason=reason, message=wire_text(message), field=wire_text(field)))
+        self.flush()
+
+    def grant(self, grant: Grant) -> None:
+        """New limits; only the last before the writer's turn matters."""
+        self._grant = grant
+        self.flush()
+
+    def load(self, load: EngineLoad) -> None:
+        """The worker's load; only the last matters."""
+        self._load = load
+
+    def work(self, work: Work) -> None:
+        """What the engine has computed; only the last matters, and nobody waits for it."""
+        self._work = work
+
+    def standing(self, standing: pb.Standing) -> None:
+        """Whether the worker takes new work; only the last matters."""
+        self._standing = standing
+        self.flush()
+
+    def served(self, totals: Sequence[Weighed[ServedTotal]]) -> None:
+        """Whom the worker has served; of each flow only the last total matters. The first, empty or not, begins."""
+        if self._served is None:
+            self._served = {}
+        for one in totals:
+            self._served[FlowKey(one.what.rank, one.what.tenant)] = one
+        self.flush()
+
+    def elsewhere(self, gateway: str, waiting: Sequence[Weighed[FlowBacklog]]) -> None:
+        """What another gateway has told of those that wait there; only the last matters."""
+        self._elsewhere[gateway] = waiting
+        self.flush()
+
+    def engine_ended(self, why: str) -> None:
+        """The last message of this link: why the worker's engine has ended."""
+        self._engine_ended = why
+        self.flush()
+
+    def flush(self) -> None:
+        """Wake the writer."""
+        self._wake.set()
+
+    @property
+    def full(self) -> bool:
+        """Whether the other side has stopped reading for too long."""
+        return self._columns is not None and len(self._columns.token_ids) > self._max_tokens
+
+    async def take(self) -> pb.WorkerTurn:
+        """Wait to be woken, then everything that has gathered, as one message."""
+        await self._wake.wait()
+        self._wake.clear()
+        self.sent_seq += 1
+        message = pb.WorkerTurn(
+            seq=self.sent_seq, acked_seq=self.acked_seq, accepted=self._accepted, refused=self._refused
+        )
+        if self._engine_ended:
+            message.engine_ended = wire_text(self._engine_ended)
+        self._accepted, self._refused = [], []
+        if self._columns is not None:
+            message.step.CopyFrom(self._columns.to_pb())
+            self._columns = None
+        if self._grant is not None:
+            message.credit.CopyFrom(
+                pb.Credit(grant_id=self._grant.grant_id, sequences=self._grant.sequences, tokens=self._grant.tokens)
+            )
+            self._grant = None
+        if self._load is not None:
+            message.load.CopyFrom(load_to_pb(self._load))
+            self._load = None
+        if self._work is not None:
+            message.work.CopyFrom(work_to_pb(self._work))
+            self._work = None
+        if self._standing is not None:
+            message.standing.CopyFrom(self._standing)
+            self._standing = None
+        if self._served is not None:
+            message.served.CopyFrom(served_to_pb(self._served.values()))
+            self._served = None
+        if self._elsewhere:
+            message.elsewhere.extend(elsewhere_to_pb(self._elsewhere))
+            self._elsewhere = {}
+        if usage := self.usage():
+            message.usage.extend(map(usage_to_pb, usage))
+            if len(usage) >= MOST_A_MESSAGE:
+                self._wake.set()
+        return message
+
+    def unwritten(self) -> dict[int, int]:
+        """Tokens by slot that wait here still."""
+        counts: dict[int, int] = {}
+        if self._columns is not None:
+            for slot, count in zip(self._columns.slots, self._columns.counts, strict=True):
+                counts[slot] = counts.get(slot, 0) + count
+        return counts
+
+
+class CommandBox:
+    """A gateway's frames for one worker, merged likewise."""
+
+    def __init__(self) -> None:
+        self._wake = asyncio.Event()
+        self._submits: list[pb.Submit] = []
+        self._aborts: list[int] = []
+        self._backlog: pb.Backlog | None = None
+        self._fetch: list[str] = []
+        self._grant_ack = 0
+        self._usage_acks: list[int] = []
+        self._commands: list[pb.Command] = []
+        self._takeovers: list[pb.Takeover] = []
+        self._seq = 0
+
+    def submit(self, submit: pb.Submit) -> None:
+        """Work for the engine."""
+        self._submits.append(submit)
+        self._wake.set()
+
+    def aborts(self, slots: Sequence[int]) -> None:
+        """Requests to drop."""
+        self._aborts.extend(slots)
+        self._wake.set()
+
+    def backlog(self, backlog: pb.Backlog) -> None:
+        """What waits here for this worker's model; what was told of whom and has not left is not lost with it."""
+        if self._backlog is not None and self._backlog.tells_flows and not backlog.tells_flows:
+            told = self._backlog
+            told.waiting, told.waiting_tokens = backlog.waiting, backlog.waiting_tokens
+            told.claim, told.kept = backlog.claim, backlog.kept
+        else:
+            self._backlog = backlog
+        self._wake.set()
+
+    def fetch(self, digest: str) -> None:
+        """Ask for a tokenizer bundle."""
+        self._fetch.append(digest)
+        self._wake.set()
+
+    def grant_ack(self, grant_id: int) -> None:
+        """A Credit has been applied."""
+        self._grant_ack = grant_id
+        self._wake.set()
+
+    def usage_acks(self, keys: Sequence[int]) -> None:
+        """These counts are in the ledger's database."""
+        self._usage_acks.extend(keys)
+        self._wake.set()
+
+    def takeover(self, call: str, generation: int) -> None:
+        """A call was resumed: what runs of it for readers before is to end."""
+        self._takeovers.append(pb.Takeover(call=call, generation=generation))
+        self._wake.set()
+
+    def command(self, command: pb.Command) -> None:
+        """What an operator asks."""
+        self._commands.append(command)
+        self._wake.set()
+
+    async def take(self) -> pb.GatewayTurn:
+        """Wait to be woken, then everything that has gathered, as one message."""
+        await self._wake.wait()
+        self._seq += 1
+        submits = self._next_submits()
+        message = pb.GatewayTurn(
+            seq=self._seq,
+            submits=submits,
+            aborts=() if self._submits else self._aborts,
+            grant_ack=self._grant_ack,
+            backlog=self._backlog,
+            usage_acks=self._usage_acks,
+            commands=self._commands,
+            takeovers=self._takeovers,
+        )
+        if self._fetch:
+            message.fetch_bundle.digest = self._fetch.pop(0)
+        if not self._fetch and not self._submits:
+            self._wake.clear()
+        if not self._submits:  # an abort must not overtake its Submit
+            self._aborts = []
+        self._backlog, self._usage_acks, self._commands, self._takeovers = None, [], [], []
+        return message
+
+    def _next_submits(self) -> Sequence[pb.Submit]:
+        """Submits for one message, at least one; the rest wait for the next, so that no message is too large."""
+        if len(self._submits) == 1:
+            submits, self._submits = self._submits, []
+            return submits
+        count = total = 0
+        for submit in self._submits:
+            total += submit.ByteSize()
+            if count and total > MESSAGE_BYTES:
+                break
+            count += 1
+        submits, self._submits = self._submits[:count], self._submits[count:]
+        return submits

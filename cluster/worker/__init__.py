@@ -1,0 +1,1 @@
+"""The worker process: one engine replica that serves gateways over its links."""

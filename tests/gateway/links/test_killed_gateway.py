@@ -1,0 +1,186 @@
+"""A gateway is killed under its streams: at its workers they run on for a moment, and whoever resumes finds them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
+from cluster.worker.detached_requests import KEEP_S
+from tests.support.calls import chat, rest_of, resume, text_of
+from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
+from tests.support.gateway_process import gateway_process
+
+pytestmark = pytest.mark.slow
+
+PLACES = 6
+
+
+@dataclass
+class Doomed:
+    """A gateway of its own process beside the test's, and a worker of both."""
+
+    pid: int
+    stub: Any
+    survivor: TestCluster
+    worker: Worker
+
+    def kill(self) -> None:
+        """At once, with its connections."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    def count(self, kind: str) -> int:
+        """Of the worker's engine."""
+        found: int = getattr(self.worker.engine.statistics(), kind)  # type: ignore[attr-defined]
+        return found
+
+
+@pytest.fixture
+async def doomed(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Doomed]:
+    """Both read the secret in one cache folder."""
+    monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
+    async with running_cluster(tmp_path / "survivor") as survivor, gateway_process(tmp_path / "doomed") as other:
+        links = [survivor.gateway.endpoints["link"], other.link]
+        engine = sim_engine(checkpoint, decode_ms=4, max_num_seqs=PLACES, kv_blocks=4096)
+        worker = await survivor.add_worker(engine, bundle, gateways=links)
+        await until(lambda: worker.end.statistics().links == 2, "the worker has dialled both")
+        yield Doomed(other.pid, other.stub, survivor, worker)
+
+
+async def begun(doomed: Doomed, requests: Sequence[Any]) -> list[list[Any]]:
+    """Some chunks of each, then the gateway is killed; all that had come by then."""
+    calls = [doomed.stub.StreamChat(request, wait_for_ready=True) for request in requests]
+    chunks = [[await asyncio.wait_for(read(call), 10) for _ in range(4)] for call in calls]
+    doomed.kill()
+    await asyncio.gather(*map(_to_its_break, calls, chunks))
+    return chunks
+
+
+async def _to_its_break(call: Any, chunks: list[Any]) -> None:
+    try:
+        while (chunk := await asyncio.wait_for(read(call), 10)) is not None:
+            chunks.append(chunk)
+    except grpc.aio.AioRpcError:
+        return
+    raise AssertionError("the stream came to its end")
+
+
+async def go_on(doomed: Doomed, requests: Sequence[Any], chunks: Sequence[list[Any]]) -> list[list[Any]]:
+    """All chunks of all, those of the other gateway's and those of the survivor's."""
+    calls = [doomed.survivor.stub.Resume(resume(*one)) for one in zip(requests, chunks, strict=True)]
+    rests = await asyncio.gather(*(asyncio.wait_for(rest_of(call), 20) for call in calls))
+    return [[*first, *(one.chat for one in rest)] for first, rest in zip(chunks, rests, strict=True)]
+
+
+def of_any_kind(tokens: int) -> list[Any]:
+    """Requests whose tokens depend on more than the prompt."""
+    return [
+        chat("One", max_tokens=tokens, ignore_eos=True, resumable=True),
+        chat("Two", max_tokens=tokens, ignore_eos=True, resumable=True, temperature=0.8, seed=5),
+        chat("Three", max_tokens=tokens, ignore_eos=True, resumable=True, stop=["qqqqqqqqq"]),
+        chat("Four", max_tokens=tokens, ignore_eos=True, resumable=True, n=2, temperature=0.5, seed=7),
+    ]
+
+
+@pytest.mark.parametrize("tokens", [60, 500], ids=["end-meanwhile", "go-on"])
+async def test_they_are_found_running(doomed: Doomed, tokens: int) -> None:
+    """Nothing is given to the engine again and nothing computed again, whether they still run when their clients come
+    back or have ended meanwhile; their callers read what they would have read."""
+    requests = of_any_kind(tokens)
+    whole = await asyncio.gather(*(rest_of(doomed.survivor.stub.StreamChat(request)) for request in requests))
+    submitted = doomed.count("submitted")
+    chunks = await begun(doomed, requests)
+    first, computed = doomed.count("submitted"), doomed.count("prefill_tokens")
+    assert first == submitted + 5
+    if tokens == 60:
+        await until(lambda: not doomed.count("running"), "they have ended, and nobody was told")
+    ended = await go_on(doomed, requests, chunks)
+    for mine, undisturbed in zip(ended, whole, strict=True):
+        for index in {choice.index for chunk in undisturbed for choice in chunk.choices}:
+            assert text_of(mine, index) == text_of(undisturbed, index) != ""
+        assert mine[-1].usage.completion_tokens == undisturbed[-1].usage.completion_tokens
+        assert mine[-1].usage.prompt_tokens == undisturbed[-1].usage.prompt_tokens
+        assert mine[-1].usage.resumed >= 1
+        assert [chunk.offset for chunk in mine] == list(range(1, len(mine) + 1))
+    assert doomed.count("submitted") == first
+    assert doomed.count("prefill_tokens") == computed
+    await doomed.survivor.until_idle()
+    assert doomed.worker.end.statistics().tokens == doomed.worker.end.statistics().orphans == 0
+
+
+async def test_an_end_that_was_lost_is_found(doomed: Doomed) -> None:
+    """A stream whose last chunks were on their way when its gateway was lost gets them without an engine."""
+    request = chat(max_tokens=40, ignore_eos=True, resumable=True)
+    chunks = await rest_of(doomed.stub.StreamChat(request, wait_for_ready=True))
+    submitted = doomed.count("submitted")
+    doomed.kill()
+    (ended,) = await go_on(doomed, [request], [chunks[:30]])
+    assert text_of(ended) == text_of(chunks)
+    assert ended[-1].usage.completion_tokens == 40
+    assert doomed.count("submitted") == submitted
+
+
+async def test_one_that_has_come_back_before_is_not_kept_twice(doomed: Doomed) -> None:
+    """A gateway that has stopped loses its streams to another while its links last: its requests end at once, and when
+    its links end none of them is kept."""
+    request = chat(max_tokens=2000, ignore_eos=True, resumable=True)
+    call = doomed.stub.StreamChat(request, wait_for_ready=True)
+    chunks = [await asyncio.wait_for(read(call), 10) for _ in range(4)]
+    os.kill(doomed.pid, signal.SIGSTOP)
+    onward = doomed.survivor.stub.Resume(resume(request, chunks))
+    await asyncio.wait_for(read(onward), 10)
+    await until(lambda: doomed.count("running") == 1, "the one that was taken over has ended", 0.8 * KEEP_S)
+    doomed.kill()
+    await until(lambda: doomed.worker.end.statistics().links == 1, "the worker has seen it")
+    assert doomed.count("running") == 1
+    assert doomed.worker.end.statistics().orphans == 0
+    onward.cancel()
+    await until(lambda: doomed.count("running") == 0, "and the other with its caller")
+
+
+async def test_they_end_when_nobody_comes(doomed: Doomed) -> None:
+    """A moment later their places are free, and what cannot come back is gone at once."""
+    lasting = [chat(max_tokens=3000, ignore_eos=True, resumable=resumable) for resumable in (True, False)]
+    kinds = [*lasting, chat(max_tokens=3000, ignore_eos=True, resumable=True, logprobs=True)]
+    await begun(doomed, kinds)
+    await until(lambda: doomed.worker.end.statistics().links == 1, "the worker has seen it")
+    await until(lambda: doomed.count("running") == 1, "only one can come back")
+    assert doomed.worker.end.statistics().orphans == 1
+    await until(lambda: not doomed.count("running"), "nobody came", KEEP_S + 2)
+    assert doomed.worker.end.statistics().orphans == 0
+    answer = await doomed.survivor.stub.Chat(chat(max_tokens=5, ignore_eos=True))
+    assert answer.usage.completion_tokens == 5
+
+
+async def test_they_keep_their_places(doomed: Doomed) -> None:
+    """With all places theirs, calls that begin wait until they have come back and ended; they come back at once."""
+    requests = [chat(str(number), max_tokens=700, ignore_eos=True, resumable=True) for number in range(PLACES)]
+    chunks = await begun(doomed, requests)
+    await until(lambda: doomed.worker.end.statistics().orphans == PLACES, "all are without a gateway")
+    submitted = doomed.count("submitted")
+    later = [asyncio.create_task(_one(doomed.survivor)) for _ in range(3)]
+    await until(lambda: doomed.survivor.gateway.dispatcher.waiting("sim")[0] == 3, "the others wait")
+    calls = [doomed.survivor.stub.Resume(resume(*one)) for one in zip(requests, chunks, strict=True)]
+    await asyncio.gather(*(asyncio.wait_for(read(call), 10) for call in calls))
+    assert doomed.count("submitted") == submitted
+    for call in calls:
+        call.cancel()
+    assert await asyncio.gather(*later) == [5] * 3
+    await doomed.survivor.until_idle()
+
+
+async def _one(cluster: TestCluster) -> int:
+    answer = await cluster.stub.Chat(chat(max_tokens=5, ignore_eos=True))
+    tokens: int = answer.usage.completion_tokens
+    return tokens

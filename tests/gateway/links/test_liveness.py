@@ -1,0 +1,133 @@
+"""What a gateway makes of a worker's beats, steps and acknowledgements: the dead are found, the busy let be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.types import EngineLoad
+from cluster.gateway.links.liveness import LATE_S, Liveness, Waking
+
+BUSY = EngineLoad(running=3, steps=1, step_s=0.02, step_p99_s=0.03)
+
+
+def alive(load: EngineLoad = BUSY) -> Liveness:
+    """One that has beaten at 0."""
+    one = Liveness(0.0, hang_s=0.5, silence_s=5.0)
+    one.beat(load, 0, 0, 0.0)
+    return one
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0.0, 0.4),
+            st.sampled_from(["step", "prefill", "rest"]),
+            st.integers(0, 3),
+        ),
+        max_size=60,
+    )
+)
+def test_who_beats_and_steps_or_says_why_not_is_not_suspected(story: list[tuple[float, str, int]]) -> None:
+    """A false alarm costs prefills; none may come of any mixture of steps, stated work, rest, and messages each way."""
+    one, now, load, sent = alive(), 0.0, BUSY, 0
+    for pause_s, what, messages in story:
+        now += pause_s
+        if what == "step":
+            load = replace(load, running=3, steps=load.steps + 1, busy="")
+        elif what == "prefill":
+            load = replace(load, running=3, busy="prefill")
+        else:
+            load = replace(load, running=0, busy="")
+        for _ in range(messages):
+            sent += 1
+            one.commanded(sent, now)
+        one.received(sent, sent, now)
+        one.beat(load, sent, sent, now)
+        assert one.suspicion(now) is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "at"),
+    [("silent", 0.5), ("hung", 0.5), ("deaf", 1.0), ("mute", 1.0)],
+)
+def test_each_way_of_standing_still_is_found_by_its_bound(reason: str, at: float) -> None:
+    """Not a tenth of a second late, not early, and named, since a breaker and a metric go by the word."""
+    one = alive()
+    if reason == "deaf":
+        one.commanded(1, 0.0)
+    for tick in range(1, 20):
+        now = tick * 0.1
+        if reason != "silent":
+            steps = 1 if reason == "hung" else 1 + tick
+            one.beat(replace(BUSY, steps=steps), 0, 1 if reason == "mute" else 0, now)
+        due, found = one.due, one.suspicion(now)
+        assert (found is None) is (now <= due), "whoever waits until it is due would be too early or too late"
+        if now <= at:
+            assert found is None
+        elif found is not None:
+            assert found.reason == reason
+            assert now <= at + 0.21
+            return
+    raise AssertionError("never found")
+
+
+def test_long_steps_get_longer() -> None:
+    """An engine whose steps take a second is not stuck after half a second."""
+    slow = EngineLoad(running=1, steps=1, step_s=0.9, step_p99_s=1.0)
+    one = alive(slow)
+    for tick in range(1, 50):
+        one.beat(slow, 0, 0, tick * 0.1)
+        assert one.suspicion(tick * 0.1) is None
+    one.beat(slow, 0, 0, 5.1)
+    found = one.suspicion(5.1)
+    assert found is not None
+    assert found.reason == "hung"
+
+
+def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
+    """Beats have a connection of their own, which may take longer than a hang."""
+    one = Liveness(0.0, hang_s=0.5, silence_s=5.0)
+    assert one.suspicion(4.9) is None
+    assert one.suspicion(5.1) is not None
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 10.0)), max_size=30), st.floats(0.0, 1.0))
+def test_what_one_oversleeps_is_nobodys_silence(rests: list[tuple[float, float]], part: float) -> None:
+    """However late a gateway looks, and however often: of each rest no more counts than was meant, all of it does, and
+    the clock never goes back or ahead of the other."""
+    clock, now, waked = Waking(0.0, 0.0), 0.0, 0.0
+    for rest_s, late_s in rests:
+        clock.rest(now, rest_s)
+        began, now = now, now + rest_s + late_s
+        within = clock.at(began + part * (now - began))  # somebody asks while its owner rests, or should not any longer
+        waked, before = clock.at(now), waked
+        assert before <= within <= waked
+        assert before + rest_s - 1e-9 <= waked <= before + rest_s + min(late_s, LATE_S) + 1e-9
+    assert waked <= now + 1e-6
+
+
+@given(st.integers(1, 40), st.floats(0.0, 3.0))
+def test_on_a_busy_machine_nobody_is_silent_before_its_time(looks: int, late_s: float) -> None:
+    """Beats that come as much later as the gateway looks later raise no alarm; a dead worker is found after as many
+    looks as ever."""
+    rest_s, bound_s = 0.05, 0.5
+    clock, now = Waking(0.0, rest_s), 0.0
+    one = alive()
+    for _ in range(looks):
+        clock.rest(now, rest_s)
+        now += rest_s + late_s
+        one.beat(replace(BUSY, steps=int(now * 1000)), 0, 0, clock.at(now))
+        assert one.suspicion(clock.at(now)) is None
+    died = clock.at(now)
+    for look in range(1, 12):
+        assert one.suspicion(clock.at(now)) is None or look > bound_s / (rest_s + LATE_S)
+        clock.rest(now, rest_s)
+        now += rest_s + late_s
+    found = one.suspicion(clock.at(now))
+    assert found is not None
+    assert found.reason == "silent"
+    assert clock.at(now) - died <= 11 * (rest_s + LATE_S) + 1e-9

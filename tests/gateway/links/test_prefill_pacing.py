@@ -1,0 +1,135 @@
+"""A link knows how much of continued calls its engine has still to begin with: what paces those that follow."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.types import EngineInfo, EngineRequest, Sampling, TokenOutput, WorkerIdentity
+from cluster.gateway.links.prefill_pacing import LEAST, STRETCH, UNKNOWN, Replays
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.link.v1 import link_pb2 as pb
+
+STEP_TOKENS = 64
+INFO = EngineInfo("sim", "sim", "1", 16, 1024, 32, STEP_TOKENS, 4096, 1000)
+
+
+class Silent:
+    """A sink that wants to know nothing."""
+
+    heard_at = 0.0
+
+    def accepted(self) -> None:
+        """As all of them: nothing."""
+
+    def refused(self, reason: str, message: str, field: str) -> None: ...
+
+    def token(self, token_id: int) -> None: ...
+
+    def output(self, output: TokenOutput) -> None: ...
+
+    def lost(self, why: str) -> None: ...
+
+    def failed(self, error: BaseException) -> None: ...
+
+
+def linked() -> WorkerLink:
+    """A link whose worker has granted plenty."""
+    link = WorkerLink(WorkerIdentity("w", "i", "m"), INFO, 1)
+    link.apply(pb.WorkerTurn(seq=1, credit=pb.Credit(grant_id=1, sequences=1000, tokens=1_000_000)))
+    return link
+
+
+def submit(link: WorkerLink, prompt: int, emitted: int) -> int:
+    """A request of so many tokens; its slot."""
+    return link.submit(EngineRequest("", [5] * prompt, Sampling(max_tokens=99), [6] * emitted), Silent())
+
+
+def turn(*accepted: int, step: bool = False) -> pb.WorkerTurn:
+    """A worker's message, of a step that gave nobody's first token."""
+    message = pb.WorkerTurn(accepted=[pb.Accepted(slot=slot) for slot in accepted])
+    if step:
+        message.step.SetInParent()
+    return message
+
+
+def test_room_is_there_again_when_a_step_has_begun_with_them() -> None:
+    """Waiting for their tokens would leave out every other step; going by time alone would overfill one."""
+    link, told = linked(), []
+    link.on_begun = lambda continued: told.append(link.replays.tokens)
+    submit(link, 10, 0)
+    assert (link.replays.tokens, link.replays.prompts) == (0, 10), "one that begins is counted apart"
+    first, second = submit(link, 10, 5), submit(link, 20, 5)
+    assert link.replays.tokens == 40
+    link.apply(turn(step=True))
+    assert (link.replays.tokens, told) == (40, []), "this step may have begun before they came"
+    link.apply(turn(first))
+    assert (link.replays.tokens, told) == (40, []), "taken, but no step has begun since"
+    link.apply(turn(step=True))
+    assert (link.replays.tokens, told) == (25, [25])
+    link.apply(turn(second, step=True))
+    assert (link.replays.tokens, told) == (0, [25, 0])
+
+
+def test_a_long_one_takes_as_many_steps_as_it_needs() -> None:
+    """What a step cannot hold stands before whoever follows."""
+    link = linked()
+    slot = submit(link, 2 * STEP_TOKENS, 8)
+    link.apply(turn(slot, step=True))
+    assert link.replays.tokens == STEP_TOKENS + 8
+    link.apply(turn(step=True))
+    link.apply(turn(step=True))
+    assert link.replays.tokens == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from(["submit", "accept", "step", "abort", "refuse"]), st.integers(0, 200))))
+def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
+    """However calls come and go, none of them paces others once it has left."""
+    link = linked()
+    waiting: list[int] = []
+    slots: list[int] = []
+    for act, number in acts:
+        if act == "submit":
+            slots.append(submit(link, 1 + number, number % 2))
+            waiting.append(slots[-1])
+        elif act == "accept" and waiting:
+            link.apply(turn(waiting.pop(0)))
+        elif act == "step":
+            link.apply(turn(step=True))
+        elif act == "abort" and slots:
+            link.abort(slots[number % len(slots)])
+        elif act == "refuse" and slots:
+            link.apply(pb.WorkerTurn(refused=[pb.Refused(slot=slots[number % len(slots)], reason="NO_ROOM")]))
+        assert min(link.replays.tokens, link.replays.prompts) >= 0
+    for slot in slots:
+        link.abort(slot)
+    assert link.replays.tokens == link.replays.prompts == 0
+
+
+@given(st.floats(0.001, 0.2), st.floats(1e-6, 1e-3), st.lists(st.integers(16, 2048), min_size=1, max_size=9))
+def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_s: float, prompts: list[int]) -> None:
+    """Learned from an engine whose prompts have a price: a step with the whole budget is STRETCH times a long one."""
+    most = 2048
+    replays = Replays(most)
+    assert replays.budget() == int(UNKNOWN * most)
+    for tokens in prompts:
+        for _ in range(63):  # all steps but for a few take as long as usual, and so do the longest of twenty
+            replays.took(usual_s, 0)
+        replays.took(usual_s + tokens * per_token_s, tokens)
+    budget = replays.budget()
+    assert int(LEAST * most) <= budget <= most
+    if int(LEAST * most) < budget < most:
+        whole_s = usual_s + budget * per_token_s
+        assert whole_s == pytest.approx(STRETCH * usual_s, rel=1e-6, abs=1.01 * per_token_s)
+
+
+@given(st.floats(0.001, 0.05), st.floats(0.06, 0.2))
+def test_the_budget_follows_the_longest_of_twenty_steps(usual_s: float, long_s: float) -> None:
+    """Where one step of ten is long anyway a step with continued calls may be longer than that."""
+    replays = Replays(2048)
+    tokens = 100
+    for number in range(3000):
+        replays.took(*((long_s, tokens) if number % 10 == 9 else (usual_s, 0)))
+    wanted = (STRETCH * long_s - usual_s) / ((long_s - usual_s) / tokens)
+    assert replays.budget() == pytest.approx(max(int(LEAST * 2048), wanted), rel=0.01)

@@ -1,0 +1,159 @@
+"""Whom workers and controllers dial: what was configured, and what those name, as long as it is reached."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+
+from cluster.api.types import WorkerIdentity
+from cluster.cli.ports import decide
+from cluster.config import Config, parse
+from cluster.controller.links import ControllerEnd
+from cluster.gateway.server import Gateway
+from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.wire.addresses import Gateways
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import LinkEnded, Timing
+from cluster.worker.session import WorkerEnd
+from tests.support.calls import chat
+from tests.support.cluster import LOOPBACK, TestCluster, sim_engine, until
+
+OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
+QUICK = Timing(redial_min_s=0.001, redial_max_s=0.01)
+
+
+def test_siblings_are_dialled_on_the_host_that_was_dialled() -> None:
+    """A name without a host means the same host; whole addresses are taken as they are."""
+    gateways = Gateways(["[::1]:50052", "b.example:1"])
+    gateways.welcomed("[::1]:50052", "i0", [":50061", "c.example:2"])
+    assert gateways.addresses == ("[::1]:50052", "b.example:1", "[::1]:50061", "c.example:2")
+
+
+def test_only_what_is_reached_counts() -> None:
+    """Siblings of siblings are dialled; once the configured one names nobody, two that name each other are let go."""
+    gateways = Gateways(["a:1"])
+
+    def now() -> list[str]:
+        return list(gateways.addresses)
+
+    gateways.welcomed("a:1", "i1", [":2"])
+    gateways.welcomed("a:2", "i2", [":1", ":3"])
+    gateways.welcomed("a:3", "i3", [":1", ":2"])
+    assert now() == ["a:1", "a:2", "a:3"]
+    gateways.welcomed("a:1", "i1-later", [])
+    assert now() == ["a:1"]
+
+
+def test_one_process_under_two_names_is_dialled_once() -> None:
+    """Two links of one worker to one gateway would end each other for ever: the configured name stays."""
+    gateways = Gateways(["host:1", "10.0.0.1:2"])
+    gateways.welcomed("host:1", "i1", [":2"])
+    assert "host:2" in gateways.addresses, "nobody has answered at either name yet"
+    gateways.welcomed("10.0.0.1:2", "i2", [])
+    gateways.welcomed("host:2", "i2", [":1"])
+    assert gateways.addresses == ("host:1", "10.0.0.1:2")
+
+
+class Answering:
+    """Sessions that end when told, by address."""
+
+    def __init__(self) -> None:
+        self.open: dict[str, asyncio.Event] = {}
+        self.opened: list[str] = []
+
+    async def session(self, address: str) -> None:
+        """One that lasts until its event is set."""
+        self.opened.append(address)
+        end = self.open[address] = asyncio.Event()
+        await end.wait()
+        raise LinkEnded("told to")
+
+    async def until_open(self, address: str, times: int) -> None:
+        """Wait for the n-th session with an address."""
+        await until(lambda: self.opened.count(address) == times, f"session {times} with {address}")
+
+
+async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
+    """A sibling that is named no more keeps its link until it ends; then it is not dialled, unless named again."""
+    peers = Answering()
+    gateways = Gateways(["a:1"])
+    dialling = asyncio.create_task(gateways.dial(peers.session, QUICK))
+    await peers.until_open("a:1", 1)
+    gateways.welcomed("a:1", "i1", [":2"])
+    await peers.until_open("a:2", 1)
+    gateways.welcomed("a:1", "i1", [])
+    peers.open["a:1"].set()
+    await peers.until_open("a:1", 2)
+    assert not peers.open["a:2"].is_set(), "the link of the other goes on"
+    peers.open["a:2"].set()
+    for times in range(3, 6):  # each redial of one is time for the other to be redialled too
+        peers.open["a:1"].set()
+        await peers.until_open("a:1", times)
+    assert peers.opened.count("a:2") == 1
+    gateways.welcomed("a:1", "i1", [":2"])
+    await peers.until_open("a:2", 2)
+    dialling.cancel()
+    await asyncio.gather(dialling, return_exceptions=True)
+
+
+def two_processes() -> Config:
+    """A configuration of two with its ports decided."""
+    return decide(parse(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
+
+
+async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A worker that was told of one dials both; both get work, and never is more promised than there is room for;
+    a controller dials both too, and both know its catalog; without the second, all the room is the first's."""
+    config, sequences = two_processes(), 6
+    gateways = [Gateway(config, tmp_path / str(i), process=i) for i in range(2)]
+    engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=sequences)
+    for gateway in gateways:
+        await gateway.start()
+    assert gateways[0].endpoints["grpc"] == gateways[1].endpoints["grpc"]
+    assert "admin" not in gateways[1].endpoints
+    address = gateways[0].endpoints["link"]
+    end = WorkerEnd(
+        identity=WorkerIdentity("w", "i", "sim", bundle_digest=bundle.digest),
+        engine=engine,
+        info=await engine.start(),
+        bundle=bundle,
+        gateways=[address],
+    )
+    controller = ControllerEnd(controller_id="c", gateways=[address], tls=None, bundles=lambda _: None)
+    controller.publish([])
+    tasks = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+    clusters = [TestCluster(gateway) for gateway in gateways]
+    # Whose a connection is the kernel says: all of these at one gateway would be a chance of 1 in 32768.
+    channels = [grpc.aio.insecure_channel(gateways[0].endpoints["grpc"], options=OWN_CONNECTION) for _ in range(16)]
+    stubs = [pb_grpc.InferenceStub(channel) for channel in channels]
+    try:
+        await until(lambda: all(c.linked("w") for c in clusters), "both have a link with room")
+        await until(lambda: controller.linked == 2, "the controller has dialled both")
+        await until(lambda: [one.hub.gateways for one in gateways] == [2, 2], "both know of another")
+        calls = [
+            asyncio.ensure_future(stub.Chat(chat(f"{i}", max_tokens=20, ignore_eos=True)))
+            for i in range(3)
+            for stub in stubs
+        ]
+        busy: set[int] = set()
+        while not all(call.done() for call in calls):
+            now = end.statistics()
+            assert now.running + now.promised.sequences <= sequences + 2
+            busy |= {i for i, gateway in enumerate(gateways) if gateway.hub.statistics().running}
+            await asyncio.sleep(0.001)
+        assert busy == {0, 1}
+        assert all(call.result().usage.completion_tokens == 20 for call in calls)
+        await gateways[1].stop(0)
+        await until(lambda: end.statistics().links == 1, "the link of the second is gone")
+        await until(lambda: gateways[0].hub.links[0].free.sequences == sequences, "its room is the first's")
+        await until(lambda: gateways[0].hub.gateways == 1, "it knows that it is alone")
+    finally:
+        await end.close()
+        for channel in (*channels, *(cluster.channel for cluster in clusters)):
+            await channel.close()
+        tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for gateway in gateways:
+            await gateway.stop(0)

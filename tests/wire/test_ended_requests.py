@@ -1,0 +1,121 @@
+"""The worker's memory of ended requests, held to its laws over any order of events."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.wire.ended_requests import EndedUsage, UsageKeeper
+
+EVENTS = st.one_of(
+    st.tuples(st.just("attach"), st.just(0)),
+    st.tuples(st.just("detach"), st.integers(0, 3)),
+    st.tuples(st.just("keep"), st.integers(0, 6)),
+    st.tuples(st.just("take"), st.integers(0, 3)),
+    st.tuples(st.just("ack"), st.integers(0, 5)),
+    st.tuples(st.just("wait"), st.integers(1, 40)),
+    st.tuples(st.just("hurry"), st.just(0)),
+)
+
+
+def ended(generated: int = 0) -> EndedUsage:
+    """Some request's counts, all written."""
+    return EndedUsage(b"sealed", generated_tokens=generated, written_tokens=generated)
+
+
+@given(st.lists(EVENTS, max_size=120))
+def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[str, int]]) -> None:
+    """Whatever happens, each record is offered on some link that is up until it is acknowledged, and never after."""
+    keeper = UsageKeeper(max_records=1000, patience_s=30)
+    links: list[int] = []
+    waiting: set[int] = set()
+    sent: dict[int, set[int]] = {}
+    acked: set[int] = set()
+    now, number = 0.0, 0
+    for name, value in events:
+        if name == "attach":
+            number += 1
+            keeper.attach(number)
+            links.append(number)
+            sent[number] = set()
+        elif name == "detach" and value < len(links):
+            gone = links.pop(value)
+            keeper.detach(gone, {})
+            del sent[gone]
+        elif name == "keep":
+            waiting.add(keeper.keep(ended(), home=value))
+        elif name == "take" and value < len(links):
+            taken = {one.key for one in keeper.take(links[value], now, most=3)}
+            assert taken <= waiting
+            assert not taken & acked
+            sent[links[value]] |= taken
+        elif name == "ack" and links:
+            keys = sorted(sent[links[value % len(links)]])[:2]
+            keeper.acked(keys)
+            acked.update(keys)
+            waiting.difference_update(keys)
+        elif name == "wait":
+            now += value
+        elif name == "hurry":
+            assert set(keeper.hurry(now)) <= set(links)
+        assert keeper.statistics().kept == len(waiting)
+    keeper.attach(number := number + 1)
+    for link in links:
+        keeper.detach(link, {})
+    offered: set[int] = set()
+    while some := keeper.take(number, now):
+        offered |= {one.key for one in some}
+    assert offered == waiting
+
+
+def test_the_gateway_that_sent_it_hears_it_first() -> None:
+    """Counts go to the request's own link while that is up; then once to another, from whom they do not come back."""
+    keeper = UsageKeeper()
+    keeper.attach(1)
+    keeper.attach(2)
+    keys = [keeper.keep(ended(), home=2) for _ in range(4)]
+    assert not keeper.due(1)
+    assert [one.key for one in keeper.take(2, 0.0)] == keys
+    assert keeper.take(2, 1.0) == []
+    keeper.acked(keys[:1])
+    keeper.detach(2, {})
+    assert [one.key for one in keeper.take(1, 2.0)] == keys[1:]
+    keeper.attach(3)
+    assert keeper.take(3, 3.0) == []
+
+
+def test_who_never_acknowledges_is_passed_over() -> None:
+    """Counts that were sent and not acknowledged within the patience go to another link."""
+    keeper = UsageKeeper(patience_s=60)
+    keeper.attach(1)
+    key = keeper.keep(ended(), home=1)
+    assert [one.key for one in keeper.take(1, 0.0)] == [key]
+    assert keeper.hurry(100.0) == [], "there is nobody else"
+    keeper.attach(2)
+    assert keeper.hurry(59.0) == []
+    assert keeper.hurry(61.0) == [2]
+    assert [one.key for one in keeper.take(2, 61.0)] == [key]
+    keeper.acked([key])
+    assert keeper.statistics().kept == 0
+
+
+def test_tokens_that_never_left_were_not_delivered() -> None:
+    """When a link ends, what still waited in its outbox is taken off the tokens written, of its own requests alone."""
+    keeper = UsageKeeper()
+    keeper.attach(1)
+    keeper.keep(ended(10), home=1, slot=7)
+    keeper.keep(ended(10), home=1, slot=8)
+    keeper.keep(ended(10), home=2, slot=7)
+    keeper.detach(1, {7: 4, 8: 99})
+    keeper.attach(3)
+    assert [one.written_tokens for one in keeper.take(3, 0.0)] == [6, 0, 10]
+
+
+def test_full_it_drops_the_oldest_and_counts() -> None:
+    """Beyond its bound the oldest go, and it says how many."""
+    keeper = UsageKeeper(max_records=3)
+    keys = [keeper.keep(ended(), home=0) for _ in range(5)]
+    keeper.attach(1)
+    assert [one.key for one in keeper.take(1, 0.0)] == keys[2:]
+    statistics = keeper.statistics()
+    assert (statistics.kept, statistics.dropped) == (3, 2)

@@ -1,0 +1,103 @@
+"""A gateway that stops reading slows nobody, and loses its link once its outbox is full."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.api.types import EngineRequest, Sampling, TokenOutput, WorkerIdentity
+from cluster.link.v1 import link_pb2 as pb
+from cluster.link.v1 import link_pb2_grpc as pb_grpc
+from cluster.wire import codec
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import Timing, read
+from cluster.wire.outbox import Outbox
+from cluster.worker.session import WorkerEnd
+from tests.support.calls import chat
+from tests.support.cluster import TestCluster, sim_engine, until
+
+
+class DeafGateway(pb_grpc.LinkServicer):
+    """Welcomes a worker, gives it work, and never reads again."""
+
+    def __init__(self) -> None:
+        self.hellos = 0
+        self.open = asyncio.Event()
+
+    async def Turn(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        await context.read()
+        self.hellos += 1
+        await self.open.wait()
+        await context.write(pb.GatewayTurn(welcome=pb.Welcome(protocol=1, gateway_id="deaf", incarnation="d")))
+        sampling = Sampling(max_tokens=100_000, temperature=0.0, ignore_eos=True)
+        submits = [codec.submit_to_pb(slot, 1, EngineRequest("", [50 + slot], sampling)) for slot in range(1, 33)]
+        await context.write(pb.GatewayTurn(seq=1, submits=submits))
+        await asyncio.Event().wait()
+
+    async def Beat(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
+        while await read(context) is not None:
+            await context.write(pb.GatewayBeat())
+
+    async def Control(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        raise AssertionError("no controller dials here")
+
+    async def Bulk(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]
+        await asyncio.Event().wait()
+
+
+@pytest.mark.slow
+async def test_a_deaf_gateway_slows_nobody(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """While one gateway does not read, streams through another keep the engine's pace; the deaf one's link closes
+    and its requests leave the engine."""
+    engine = sim_engine(checkpoint, decode_ms=2, max_model_len=200_000, kv_blocks=60_000)
+    info = await engine.start()
+    deaf = DeafGateway()
+    server = grpc.aio.server()
+    pb_grpc.add_LinkServicer_to_server(deaf, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    end = WorkerEnd(
+        identity=WorkerIdentity("w", "i", "sim", bundle_digest=bundle.digest),
+        engine=engine,
+        info=info,
+        bundle=bundle,
+        gateways=[cluster.gateway.endpoints["link"], f"127.0.0.1:{port}"],
+        timing=Timing(welcome_s=20, silence_s=2, redial_min_s=30, redial_max_s=30),
+        outbox_tokens=2_000,
+    )
+    task = asyncio.create_task(end.run())
+    await until(lambda: cluster.linked("w"), "the good gateway's link is up")
+    deaf.open.set()
+    await until(lambda: end.statistics().running == 32, "the deaf one's work runs")
+    before = engine.load().steps
+    answer = await cluster.stub.Chat(chat(max_tokens=200, ignore_eos=True))
+    steps = engine.load().steps - before
+    assert answer.usage.completion_tokens == 200
+    assert steps <= 230, "a step gives a token: nothing waited for the deaf gateway"
+    await until(lambda: end.statistics().running == 0, "the deaf gateway's requests have left the engine", 60)
+    assert end.statistics().links == 1
+    assert deaf.hellos == 1
+    await end.close()
+    await task
+    await server.stop(0)
+
+
+async def test_frames_merge_until_they_are_taken() -> None:
+    """Whatever gathers while a write is under way goes out as one message; fullness is by tokens."""
+    outbox = Outbox(max_tokens=3)
+    for token in (5, 6):
+        outbox.output(1, TokenOutput("r", [token]))
+    outbox.accepted(1)
+    outbox.flush()
+    full = [outbox.full]
+    outbox.output(2, TokenOutput("s", [7, 8]))
+    full.append(outbox.full)
+    message = await outbox.take()
+    full.append(outbox.full)
+    assert full == [False, True, False]
+    assert [(slot, list(o.token_ids)) for slot, o in codec.outputs_from_pb(message.step)] == [(1, [5, 6]), (2, [7, 8])]
+    assert [a.slot for a in message.accepted] == [1]

@@ -1,0 +1,156 @@
+"""Room follows what an engine can begin: never idle beside who waits, never many in the engine's own queue."""
+
+from __future__ import annotations
+
+import dataclasses
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cluster.api.types import EngineRequest, Sampling
+from cluster.engine.simulated.config import SimConfig
+from cluster.engine.simulated.model import SimModel
+from cluster.worker.admission_window import LOOKAHEAD_SEQUENCES, UNKNOWN_PROMPTS, Lookahead
+
+pytestmark = pytest.mark.slow
+
+
+def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
+    """What one step can begin is let in: a hundred prompts of 20 tokens, of those that fill two only three."""
+    short, long = Lookahead(256, 2048), Lookahead(256, 2048)
+    for number in range(200):
+        for one, tokens in ((short, 20), (long, 4096)):
+            one.submitted(str(number), tokens)
+            one.began(str(number))
+            one.ended(str(number))
+            one.stepped()
+    assert short.sequences > 100
+    assert long.sequences == 1 + LOOKAHEAD_SEQUENCES
+
+
+def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
+    """A hundred that find all but a block of theirs in the cache let no more long prompts in than before."""
+    ahead = Lookahead(256, 2048)
+    for number in range(200):
+        ahead.submitted(str(number), 1000 if number < 100 else 8, begins=number < 100)
+        ahead.began(str(number))
+        ahead.ended(str(number))
+        ahead.stepped()
+    assert ahead.sequences == 3
+
+
+def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
+    """Two prompts of several steps are before a third: it waits in its gateway until they have begun to emit."""
+    ahead = Lookahead(8, 1000)
+    ahead.submitted("a", 5000)
+    ahead.submitted("b", 5000)
+    assert ahead.sequences == 0
+    ahead.began("a")
+    ahead.stepped()
+    assert ahead.sequences == 1
+
+
+def test_an_idle_engine_has_room_for_three() -> None:
+    """One begins at once and two may wait, so that several gateways have credit; the places bound it all the same."""
+    assert Lookahead(32, 2048).sequences == 1 + LOOKAHEAD_SEQUENCES
+    assert Lookahead(2, 2048).sequences == 2
+
+
+def test_more_than_places_only_where_calls_end_in_each_step() -> None:
+    """Two calls that end in each step: two more may come before; where one ends in a hundred steps none may."""
+    fast, slow = Lookahead(4, 2048), Lookahead(4, 2048)
+    for number in range(400):
+        for name in (f"{number}-a", f"{number}-b"):
+            fast.submitted(name, 10)
+            fast.ended(name)
+        fast.stepped()
+        slow.stepped()
+    assert (fast.places, slow.places) == (4 + LOOKAHEAD_SEQUENCES, 4)
+
+
+class LookaheadMachine(RuleBasedStateMachine):
+    """Any order of calls, first outputs, ends and steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ahead = Lookahead(6, 500)
+        self.live: list[str] = []
+        self.pending: set[str] = set()
+        self.count = 0
+
+    @precondition(lambda self: self.ahead.sequences > 0)
+    @rule(tokens=st.integers(1, 3000))
+    def submit(self, tokens: int) -> None:
+        self.count += 1
+        self.live.append(str(self.count))
+        self.pending.add(str(self.count))
+        self.ahead.submitted(str(self.count), tokens)
+
+    @precondition(lambda self: self.pending)
+    @rule()
+    def begin(self) -> None:
+        first = next(one for one in self.live if one in self.pending)
+        self.pending.discard(first)
+        self.ahead.began(first)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        one = data.draw(st.sampled_from(self.live))
+        self.live.remove(one)
+        self.pending.discard(one)
+        self.ahead.ended(one)
+
+    @rule()
+    def step(self) -> None:
+        self.ahead.stepped()
+
+    @invariant()
+    def bounded_by_places(self) -> None:
+        assert len(self.live) + self.ahead.sequences <= 6 + LOOKAHEAD_SEQUENCES
+
+    @invariant()
+    def never_idle(self) -> None:
+        """With a place free and no prompt to begin, somebody may come."""
+        if not self.pending and len(self.live) < 6:
+            assert self.ahead.sequences > 0
+
+
+TestLookahead = LookaheadMachine.TestCase
+
+
+@pytest.mark.parametrize("median", [30, 300, 1500])
+@given(st.integers(0, 1 << 30))
+@settings(max_examples=5, deadline=None)
+def test_the_engines_own_queue_stays_short(median: int, seed: int) -> None:
+    """Whoever always sends what it may, prompts of any length: at most a few wait in the engine, and while calls wait
+    outside every place is filled, as far as prompts can be computed."""
+    chance = Random(seed)
+    config = SimConfig.from_source("sim:///nowhere?max_num_seqs=32&kv_blocks=60000")
+    model = SimModel(dataclasses.replace(config, vocab=1000, token_lo=1, token_hi=900, max_model_len=9000))
+    ahead, most, full = Lookahead(32, config.max_num_batched_tokens), 0, 0
+    for step in range(300):
+        for number in range(ahead.sequences):
+            tokens = min(max(round(median * chance.lognormvariate(0, 0.7)), 1), 8000)
+            sampling = Sampling(max_tokens=chance.randrange(20, 120), temperature=0.0, ignore_eos=True)
+            request_id = f"{step}-{number}"
+            model.submit(EngineRequest(request_id, [chance.randrange(900) for _ in range(tokens)], sampling))
+            ahead.submitted(request_id, tokens)
+        plan = model.schedule()
+        load = model.load()
+        if step > UNKNOWN_PROMPTS:
+            most = max(most, load.waiting)
+            full += load.running >= 31 or plan.prefill_tokens >= config.max_num_batched_tokens // 2
+        outputs = model.complete(plan)
+        for output in outputs:
+            if output.prompt_tokens is not None:
+                ahead.began(output.request_id)
+            if output.finish is not None:
+                ahead.ended(output.request_id)
+        if outputs:
+            ahead.stepped()
+    assert most <= LOOKAHEAD_SEQUENCES + 1 + 512 // median
+    assert full > 250

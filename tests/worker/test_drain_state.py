@@ -1,0 +1,206 @@
+"""drain, cordon and uncordon, by the command line over real gateways and links."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.api.types import Standing
+from cluster.link.v1 import link_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.outbox import Outbox
+from cluster.worker.drain_state import Duty
+from tests.support.calls import chat, rest_of, text_of
+from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
+
+LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command's end."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+async def ask(cluster: TestCluster, *arguments: str) -> Done:
+    """The command line, in a process of its own, against a gateway's admin port."""
+    told = ("-m", "cluster.cli.main", *arguments, "--admin", cluster.gateway.endpoints["admin"])
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(sys.executable, *told, stdout=pipe, stderr=pipe)
+    stdout, stderr = await process.communicate()
+    return Done(process.returncode or 0, stdout.decode(), stderr.decode())
+
+
+def standing(cluster: TestCluster, worker: Worker) -> Standing:
+    """How a gateway sees a worker."""
+    return next(x.standing for x in cluster.gateway.hub.links if x.identity.worker_id == worker.identity.worker_id)
+
+
+@pytest.fixture
+async def two(tmp_path: Path) -> AsyncIterator[tuple[TestCluster, TestCluster]]:
+    """Two gateways that know nothing of each other."""
+    async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
+        yield a, b
+
+
+async def add(two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle, decode_ms: float = 4) -> Worker:
+    """A worker of both gateways."""
+    links = [one.gateway.endpoints["link"] for one in two]
+    worker = await two[0].add_worker(sim_engine(checkpoint, decode_ms=decode_ms), bundle, gateways=links)
+    await until(lambda: two[1].linked(worker.identity.worker_id), "the second gateway has room there")
+    return worker
+
+
+@pytest.mark.slow
+async def test_a_cordon_through_one_gateway_holds_at_both(
+    two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle
+) -> None:
+    """New calls of either gateway go elsewhere, the running one stays to its end; uncordoned, all is as before."""
+    a, b = two
+    worker = await add(two, checkpoint, bundle, decode_ms=20)
+    name = worker.identity.worker_id
+    running = asyncio.ensure_future(b.stub.Chat(chat(**LONG)))
+    await until(lambda: worker.end.statistics().running == 1, "the call runs")
+    done = await ask(a, "cordon", name)
+    assert done.exit_code == 0, done
+    assert "has no other worker that takes calls" in done.stderr
+    await until(lambda: standing(b, worker) is Standing.CORDONED, "the other gateway knows")
+    other = await add(two, checkpoint, bundle)
+    for gateway in two:
+        for _ in range(4):
+            await gateway.stub.Chat(chat(max_tokens=2))
+    assert worker.end.statistics().running == 1, "nothing new has come, and what ran runs"
+    assert other.engine.load().steps > 0
+    assert "CORDONED" in (await ask(b, "workers")).stdout
+    assert (await running).usage.completion_tokens == 400
+    assert (await ask(b, "uncordon", name)).exit_code == 0
+    await until(lambda: standing(a, worker) is Standing.SERVING, "the other gateway knows")
+    await other.stop()
+    assert (await a.stub.Chat(chat(max_tokens=2))).choices
+
+
+@pytest.mark.slow
+async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
+    two: tuple[TestCluster, TestCluster], checkpoint: Path, bundle: Bundle
+) -> None:
+    """Streams of both gateways leave a drained worker within the time, with the text of an undisturbed one; a gateway
+    that comes later hears of it; uncordoned it serves again."""
+    a, b = two
+    worker = await add(two, checkpoint, bundle, decode_ms=30)  # so slow that no stream ends before the command is heard
+    name = worker.identity.worker_id
+    streams = [gateway.stub.StreamChat(chat(max_tokens=800, ignore_eos=True)) for gateway in two]
+    begun = [await stream.read() for stream in streams]
+    await until(lambda: worker.end.statistics().running == 2, "both run there")
+    await add(two, checkpoint, bundle, decode_ms=1)
+    done = await ask(a, "drain", name, "--timeout-s", "4", "--json")
+    (row,) = json.loads(done.stdout)
+    assert (done.exit_code, row["state"], row["running"]) == (0, "DRAINED", 0), done
+    ended = [[first, *await rest_of(stream)] for first, stream in zip(begun, streams, strict=True)]
+    whole = [chunk async for chunk in a.stub.StreamChat(chat(max_tokens=800, ignore_eos=True))]
+    for chunks in ended:
+        assert text_of(chunks) == text_of(whole)
+        assert chunks[-1].usage.resumed == 1
+    await until(lambda: standing(b, worker) is Standing.DRAINED, "the other gateway knows")
+    assert (await ask(b, "uncordon", name)).exit_code == 0
+    await until(lambda: a.linked(name) and standing(a, worker) is Standing.SERVING, "it serves again")
+
+
+@pytest.mark.slow
+async def test_a_drain_without_another_worker_cuts_nothing(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """At the end of the time the stream goes on, and the command says that it still runs: exit code 1."""
+    worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
+    stream = cluster.stub.StreamChat(chat(max_tokens=600, ignore_eos=True))
+    first = await stream.read()
+    done = await ask(cluster, "drain", worker.identity.worker_id, "--timeout-s", "0.2")
+    assert done.exit_code == 1
+    assert "DRAINING" in done.stdout
+    assert (await ask(cluster, "uncordon", worker.identity.worker_id)).exit_code == 0
+    assert [first, *await rest_of(stream)][-1].usage.completion_tokens == 600
+
+
+@pytest.mark.slow
+async def test_a_node_names_all_its_workers(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Every worker of the node, and no other, hears a command that names the node."""
+    here = [await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-1") for _ in range(2)]
+    there = await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-2")
+    assert (await ask(cluster, "drain", "rack-1", "--timeout-s", "5")).exit_code == 0
+    assert [standing(cluster, one) for one in here] == [Standing.DRAINED] * 2
+    assert standing(cluster, there) is Standing.SERVING
+
+
+@pytest.mark.slow
+async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A Kubernetes node's name drains its workers, a pod's name that pod's alone; both stand in `workers`, in the table
+    too, and a worker of an older release has none."""
+    where = [("4506fed2511a", "ip-10-0-3-7", "gpu-a"), ("4506fed2511a", "ip-10-0-3-7", "gpu-b"), ("7e1", "", "")]
+    first, second, old = [
+        await cluster.add_worker(sim_engine(checkpoint), bundle, node=node, host=host, pod=pod)
+        for node, host, pod in where
+    ]
+    rows = {row["worker_id"]: row for row in json.loads((await ask(cluster, "workers", "--json")).stdout)}
+    told = [[rows[one.identity.worker_id][key] for key in ("node", "host", "pod")] for one in (first, second, old)]
+    assert told == [list(one) for one in where]
+    assert (await ask(cluster, "drain", "gpu-b", "--timeout-s", "5")).exit_code == 0
+    assert [standing(cluster, one) for one in (first, second)] == [Standing.SERVING, Standing.DRAINED]
+    assert (await ask(cluster, "drain", "ip-10-0-3-7", "--timeout-s", "5")).exit_code == 0
+    assert standing(cluster, first) is Standing.DRAINED
+    assert standing(cluster, old) is Standing.SERVING
+    table = (await ask(cluster, "workers")).stdout
+    assert all(word in table for word in ("ip-10-0-3-7", "gpu-a", "gpu-b", "7e1"))
+
+
+@pytest.mark.slow
+async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A gateway that is linked after the cordon sends no call there; before, it would take the worker to serve."""
+    async with running_cluster(tmp_path / "a") as a:
+        worker = await a.add_worker(sim_engine(checkpoint), bundle)
+        assert (await ask(a, "cordon", worker.identity.worker_id)).exit_code == 0
+        (link,) = a.gateway.hub.links
+        link.close("cut by the test")
+        await until(lambda: [x for x in a.gateway.hub.links if x is not link] != [], "it has dialed anew")
+        await until(lambda: standing(a, worker) is Standing.CORDONED, "the new link knows")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("drain", "nobody"), "no worker and no node"),
+        (("cordon", ""), "name a worker or a node"),
+        (("uncordon", "nobody"), "no worker and no node"),
+    ],
+)
+@pytest.mark.slow
+async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[str, ...], says: str) -> None:
+    """A target that nobody has is an error that says where the names are, with exit code 2."""
+    done = await ask(cluster, *arguments)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert "INVALID_FIELD" in done.stderr
+
+
+def test_a_worker_that_leaves_takes_no_work_again() -> None:
+    """Uncordon does not stop the end of a process, nor does a cordon turn a drain into less; a new link is told."""
+    outbox = Outbox()
+    duty = Duty(lambda: [outbox])
+    duty.cordon(1.0)
+    assert not duty.serves
+    duty.drain(2.0, 10.0, leaving=True)
+    duty.cordon(3.0)
+    assert not duty.uncordon(3.0)
+    duty.attach(outbox, 4.0)
+    told = asyncio.run(outbox.take()).standing
+    assert (told.state, told.stay_ms) == (pb.Standing.STATE_DRAINING, 3000)
+    duty.drained(9.0)
+    assert duty.state is Standing.DRAINED
