@@ -19,7 +19,7 @@ import psutil
 
 from cluster.cli.runs import RunFolder
 from cluster.client import Client
-from cluster.rayserve import reaper
+from cluster.ray import reaper
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "deploy" / "failover.yaml"

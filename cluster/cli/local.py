@@ -32,8 +32,8 @@ from cluster.cli.processes import part_name
 from cluster.cli.runs import ProcessId, RunFolder
 from cluster.cli.steps import Step, duration
 from cluster.config import Config
-from cluster.rayserve import reaper
-from cluster.rayserve.local import LocalRay, LocalRaySettings, RayDidNotStart
+from cluster.ray import reaper
+from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart
 
 GATEWAY_START_S = 30.0
 DRAIN_S = 2.0

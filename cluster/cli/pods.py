@@ -28,7 +28,7 @@ from cluster.process import memory
 from cluster.process.core_dumps import leave_no_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.private_files import make_private_folder
-from cluster.rayserve.drain_time import TIMEOUT_ENV
+from cluster.ray.drain_time import TIMEOUT_ENV
 
 app = typer.Typer(no_args_is_help=True, help="The processes of a Kubernetes pod.")
 app.command("secrets")(pod_secrets.pod_secrets)
@@ -96,7 +96,7 @@ def drain(
 ) -> None:
     """Drain the Ray node of this pod, and wait until it has ended: the preStop hook of Ray's worker pods. Replicas take
     no new work; what runs ends or goes on at others."""
-    from cluster.rayserve.draining import drain_here
+    from cluster.ray.node_drain import drain_here
 
     try:
         ended = drain_here(timeout_s)
@@ -117,7 +117,7 @@ async def control(
 ) -> None:
     """Be the controller until `stop`; with the name of a Lease only while this pod holds it. `account` is where the
     pod's service account lies, `found` what was wrong in the file. Raises ValueError outside a pod."""
-    from cluster.rayserve.controller import run_controller
+    from cluster.controller.controller import run_controller
 
     me = socket.gethostname()  # the pod's name
 

@@ -103,8 +103,8 @@ def controller(
     metrics: Annotated[str, typer.Option("--metrics", help="Serve its metrics at HOST:PORT (9401 by custom).")] = "",
 ) -> None:
     """Run the controller in the foreground. On a Ray of this cluster's own, Serve ends with it."""
+    from cluster.controller.controller import run_controller
     from cluster.observe.metrics import Metrics
-    from cluster.rayserve.controller import run_controller
 
     found = read_leniently(file, load_for_controller)
     config = found.config

@@ -32,7 +32,7 @@ from cluster.client import AsyncClient, HeadraceError
 from cluster.config import Config, secret_files
 from cluster.ledger.files import make_secret
 from cluster.process.private_files import make_private_folder
-from cluster.rayserve import reaper
+from cluster.ray import reaper
 
 DOWN_S = 30.0
 FIRST_QUESTION = "What is the capital of France?"

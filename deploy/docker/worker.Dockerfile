@@ -57,7 +57,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY cluster ./cluster
 RUN pip install --no-deps . \
     && ln -sf "$(command -v python3)" /usr/local/bin/python \
-    && python -c "import cluster.cli.commands, cluster.rayserve.driver, ray, vllm"
+    && python -c "import cluster.cli.commands, cluster.ray.driver, ray, vllm"
 LABEL org.opencontainers.image.title="headrace-worker-cuda" org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /models
 USER 10001:10001

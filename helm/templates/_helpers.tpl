@@ -130,7 +130,7 @@ configMap: {name: {{ include "headrace.name" . }}-config}
 {{- end }}
 
 {{- /* (list root extra drain): the environment of a Ray container. `drain`: how long `ray start` waits after SIGTERM.
-Replicas get those that rayserve/serving.py passes on, and what their node has. */ -}}
+Replicas get those that ray/replica_actor.py passes on, and what their node has. */ -}}
 {{- define "headrace.rayEnv" -}}
 - {name: HOME, value: /tmp}
 - {name: HEADRACE_CACHE_DIR, value: /tmp/headrace}

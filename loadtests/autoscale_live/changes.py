@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from cluster.rayserve.controller import Controller
-from cluster.rayserve.settings import ReplicaSettings
+from cluster.controller.controller import Controller
+from cluster.worker.settings import ReplicaSettings
 
 STREAM_S = (5.0, 300.0)
 TRIAL_WEIGHT = 0.3

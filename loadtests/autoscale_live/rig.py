@@ -15,16 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.api.types import ModelSpec
+from cluster.controller import scaling
+from cluster.controller.bundling import describe
+from cluster.controller.controller import Controller
 from cluster.controller.links import ControllerEnd
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.scaling.operator_requests import Desk
 from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings
-from cluster.rayserve import scaling
-from cluster.rayserve.backend import ChildBackend
-from cluster.rayserve.bundling import describe
-from cluster.rayserve.controller import Controller
-from cluster.rayserve.local import LocalRay, LocalRaySettings
-from cluster.rayserve.settings import ReplicaSettings
+from cluster.ray.backend import ChildBackend
+from cluster.ray.local_cluster import LocalRay, LocalRaySettings
+from cluster.worker.settings import ReplicaSettings
 from loadtests.autoscale_live.calls import MODEL, Callers, Told
 from loadtests.autoscale_live.traffic import PlannedCall
 from tests.support.cluster import bundle_of, running_cluster, until

@@ -29,7 +29,7 @@ from cluster.config import Config
 from cluster.ledger.files import make_secret
 from cluster.policy.catalog import specs
 from cluster.policy.catalog.placement import capacity, is_simulated, why_unplaceable
-from cluster.rayserve.settings import ReplicaSettings
+from cluster.worker.settings import ReplicaSettings
 
 MOUNTS = {"/tls/": "tls", "/revoked/": "revoked", "/link/": "link-gateway", "/secrets/": "secrets"}
 HOST = "127.97.31.5"
@@ -129,7 +129,7 @@ class Oracle:
                             yield f"gateway {process}: listen.{name} {address}: {error}"
 
     def _controller(self, config: Config, pod: bool) -> Iterator[str]:
-        from cluster.rayserve.jobs import JobBackend
+        from cluster.ray.jobs import JobBackend
 
         if pod:
             yield from (f"controller: {one}" for one in controller_lacks(config))
@@ -141,7 +141,7 @@ class Oracle:
             yield f"controller: {error}"
 
     def _settings(self, config: Config) -> list[ReplicaSettings]:
-        from cluster.rayserve.controller import settings_of
+        from cluster.controller.controller import settings_of
 
         return settings_of(config, gateways=["g:1"], local=not config.ray)
 

@@ -20,12 +20,12 @@ import grpc
 import yaml
 
 from cluster.api.types import ModelSpec
+from cluster.controller.controller import Controller
 from cluster.controller.links import ControllerEnd
-from cluster.rayserve.backend import ChildBackend
-from cluster.rayserve.controller import Controller
-from cluster.rayserve.settings import ReplicaSettings
+from cluster.ray.backend import ChildBackend
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
+from cluster.worker.settings import ReplicaSettings
 from loadtests.children import ROOT, Children, free_port
 from loadtests.figures import Bound, Figure
 from loadtests.scenarios.common import Stage

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import grpc
 
-from cluster.rayserve.local import LocalRay, LocalRaySettings, RayDidNotStart
+from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart
 from loadtests.children import Child, Children, DidNotStart, free_port
 
 READY_S = 240.0

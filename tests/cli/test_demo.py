@@ -17,7 +17,7 @@ import pytest
 from cluster.cli.runs import RunFolder
 from cluster.client import Client
 from cluster.config import cache_dir
-from cluster.rayserve import reaper
+from cluster.ray import reaper
 from tests.support.shell import headrace, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine]

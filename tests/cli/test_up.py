@@ -21,7 +21,7 @@ import pytest
 
 from cluster.cli.runs import RunFolder
 from cluster.client import Client
-from cluster.rayserve import reaper
+from cluster.ray import reaper
 from tests.support.checkpoints import build_checkpoint
 from tests.support.shell import headrace, until
 

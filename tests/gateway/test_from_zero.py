@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import ModelSpec, ModelState
+from cluster.controller import scaling
+from cluster.controller.controller import Controller
 from cluster.controller.links import ControllerEnd
 from cluster.gateway.http_answers import KEEP_ALIVE, keep_alive
 from cluster.gateway.service import Progress
 from cluster.policy.catalog.lifecycle import Known
 from cluster.policy.scaling.scaler import DECIDE_S, Scaler, ScalingSettings
-from cluster.rayserve import scaling
-from cluster.rayserve.controller import Controller
-from cluster.rayserve.settings import ReplicaSettings
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
+from cluster.worker.settings import ReplicaSettings
 from tests.support.calls import chat, refused, rest_of, text_of
 from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.fake_ray import FakeRay

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.policy.catalog.reconcile import Observed, app_parts
-from cluster.rayserve.backend import RayAway, Snapshot
-from cluster.rayserve.settings import ReplicaSettings
+from cluster.ray.backend import RayAway, Snapshot
+from cluster.worker.settings import ReplicaSettings
 
 
 @dataclass

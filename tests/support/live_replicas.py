@@ -10,10 +10,10 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from cluster.policy.catalog.reconcile import Observed
-from cluster.rayserve.backend import Snapshot
-from cluster.rayserve.opening import open_model
-from cluster.rayserve.replica import Place, Replica
-from cluster.rayserve.settings import ModelRefused, ReplicaSettings
+from cluster.ray.backend import Snapshot
+from cluster.worker.open_model import open_model
+from cluster.worker.replica import Place, Replica
+from cluster.worker.settings import ModelRefused, ReplicaSettings
 
 
 @dataclasses.dataclass(eq=False)

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import doctor
-from cluster.rayserve.local import free_ports
+from cluster.ray.local_cluster import free_ports
 from tests.support.netns import Host, Network, network
 
 GCS_PORT, DASHBOARD_PORT = 6379, 8265  # the namespaces are the test's own

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.rayserve.drain_time import TIMEOUT_ENV, ray_timeout_s
-from cluster.rayserve.local import LocalRay, LocalRaySettings
+from cluster.ray.drain_time import TIMEOUT_ENV, ray_timeout_s
+from cluster.ray.local_cluster import LocalRay, LocalRaySettings
 
 
 @dataclass

@@ -14,7 +14,7 @@ from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput
 from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.policy.catalog.reconcile import Observed
-from cluster.rayserve.backend import Backend, Snapshot
+from cluster.ray.backend import Backend, Snapshot
 
 T = TypeVar("T")
 

@@ -1,0 +1,87 @@
+"""Builds a model's tokenizer bundle in a process of its own: `python -m cluster.controller.bundling SETTINGS FOLDER`.
+
+Loading a tokenizer the engine's way imports transformers, which costs seconds and hundreds of megabytes; the
+controller keeps neither. The process writes the bundle to FOLDER/<digest> and prints
+`{"digest": ..., "license": ..., "card": {...}}` or `{"error": ...}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster.policy.catalog.lifecycle import Known
+from cluster.wire.bundle import Bundle, sampling_defaults
+from cluster.worker import settings as replica_settings
+from cluster.worker.settings import ReplicaSettings
+
+_NICENESS = 10  # an engine that loads at the same time goes first
+
+
+async def build(settings: ReplicaSettings, folder: Path) -> tuple[Bundle | None, Known]:
+    """The bundle, and what it says of the model; without one, `trouble` says why."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "cluster.controller.bundling",
+        json.dumps(settings.to_json()),
+        str(folder),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        out, _ = await process.communicate()
+    except asyncio.CancelledError:
+        process.kill()
+        await process.wait()
+        raise
+    lines = out.decode().splitlines()
+    answer: dict[str, Any] = (
+        json.loads(lines[-1]) if lines else {"error": f"the tokenizer's process ended with {process.returncode}"}
+    )
+    if "error" in answer:
+        return None, Known(trouble=str(answer["error"]))
+    bundle = Bundle.load(folder / _plain(answer["digest"]))
+    about = describe(bundle)
+    return bundle, replace(about, license=str(answer.get("license", "")), card=dict(answer.get("card", {})))
+
+
+def describe(bundle: Bundle) -> Known:
+    """What a bundle says of its model."""
+    config = json.loads(bundle.files.get("config.json", b"{}"))
+    return Known(
+        bundle_digest=bundle.digest,
+        max_model_len=int(config.get("max_position_embeddings") or 0),
+        family=str(config.get("model_type") or ""),
+        default_sampling=sampling_defaults(json.loads(bundle.files.get("generation_config.json", b"{}"))),
+    )
+
+
+def _plain(digest: str) -> str:
+    return digest.replace(":", "-")
+
+
+def main(arguments: list[str]) -> int:
+    """Build, save, print the digest."""
+    from cluster.worker.open_model import open_bundle
+
+    os.nice(_NICENESS)
+    settings, folder = replica_settings.from_json(json.loads(arguments[0])), Path(arguments[1])
+    try:
+        bundle, card = open_bundle(settings)
+        bundle.save(folder / _plain(bundle.digest))
+    except (ValueError, OSError) as error:
+        print(json.dumps({"error": str(error)}))
+        return 1
+    print(json.dumps({"digest": bundle.digest, "license": card.license, "card": dict(card.fields)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

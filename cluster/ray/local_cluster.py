@@ -1,0 +1,243 @@
+"""A Ray of our own for `cluster up`: started as a child, on free ports, in its own folder; it ends with all it started.
+
+Another Ray on the machine is neither used nor disturbed: no default port is taken, addresses are always passed on
+explicitly, and the stop ends processes by this cluster's tag alone, never by name. Ray's token authentication is on,
+since its ports cannot be kept on loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.engine import causes, sockets
+from cluster.process.private_files import make_private_folder
+from cluster.ray import reaper
+from cluster.ray.drain_time import TIMEOUT_ENV, ray_timeout_s
+
+OBJECT_STORE_BYTES = 128 * 1024 * 1024
+LOGICAL_GPUS = 64
+LOGICAL_CPUS = 64
+_START_S = 60.0
+_DRAINING = "received SIGTERM. Draining for up to"
+_POLL_S = 0.05
+
+
+class RayDidNotStart(RuntimeError):
+    """The local Ray did not come up; the message holds the end of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRaySettings:
+    """`gpus` None: this machine's own, or LOGICAL_GPUS logical ones where it has none."""
+
+    instance: str
+    run_folder: Path
+    cpus: int = LOGICAL_CPUS
+    gpus: int | None = None
+    dashboard: bool = False
+    object_store_bytes: int = OBJECT_STORE_BYTES
+    drain_timeout_s: float = 300.0
+    """How long calls have to end or move when SIGTERM reaches Ray; `LocalRay.stop` does not wait so long."""
+
+
+class LocalRay:
+    """One `ray start --head --block` child. `start`, then `address` and `environment` are what others need."""
+
+    def __init__(self, settings: LocalRaySettings) -> None:
+        self._settings = settings
+        self._token = secrets.token_hex(32)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.address = ""
+        self.dashboard_url = ""
+        # A unix socket's path must stay below 108 bytes and Ray's own part takes about 75.
+        self._folder = _short_folder(settings)
+
+    def __repr__(self) -> str:
+        return f"LocalRay({self._settings.instance}, {self.address or 'not started'})"
+
+    @property
+    def log_file(self) -> Path:
+        """Ray's own start-up output."""
+        return self._settings.run_folder / "ray.log"
+
+    @property
+    def folder(self) -> Path:
+        """Ray's session folder: the logs of every replica are below it."""
+        return self._folder
+
+    @property
+    def pid(self) -> int | None:
+        """The child, or None when it does not run."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment, before it imports ray, to join this Ray."""
+        return {
+            reaper.INSTANCE_ENV: self._settings.instance,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self._token,
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **({"RAY_ADDRESS": self.address} if self.address else {}),
+        }
+
+    def start(self) -> None:
+        """Start and wait until Ray takes connections. Raises RayDidNotStart."""
+        make_private_folder(self._settings.run_folder)
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self._folder.stat().st_uid != os.getuid():
+            raise RayDidNotStart(f"{self._folder} belongs to another user: remove it, or choose another instance name")
+        (self._folder / "ray_current_cluster").unlink(missing_ok=True)
+        port, client_port, dashboard_port, autoscaler_metrics, dashboard_metrics = free_ports(5)
+        self.dashboard_url = f"http://127.0.0.1:{dashboard_port}" if self._settings.dashboard else ""
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command(port, client_port, dashboard_port),
+                env={
+                    **_clean(os.environ),
+                    **self.environment(),
+                    "PYTHONUNBUFFERED": "1",
+                    TIMEOUT_ENV: str(ray_timeout_s(self._settings.drain_timeout_s)),
+                    "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
+                    "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._wait_until_up(self._process, port)
+
+    def _command(self, port: int, client_port: int, dashboard_port: int) -> list[str]:
+        settings = self._settings
+        gpus = settings.gpus if settings.gpus is not None else (None if has_gpus() else LOGICAL_GPUS)
+        return [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            f"--port={port}",
+            f"--ray-client-server-port={client_port}",
+            f"--dashboard-port={dashboard_port}",
+            "--dashboard-host=127.0.0.1",
+            f"--include-dashboard={'true' if settings.dashboard else 'false'}",
+            "--dashboard-agent-listen-port=0",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            f"--temp-dir={self._folder}",
+            f"--num-cpus={settings.cpus}",
+            f"--object-store-memory={settings.object_store_bytes}",
+            "--disable-usage-stats",
+            "--log-color=false",
+            *([f"--num-gpus={gpus}"] if gpus is not None else []),
+        ]
+
+    def _wait_until_up(self, process: subprocess.Popen[bytes], port: int) -> None:
+        address_file = self._folder / "ray_current_cluster"
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            # Written last, into this session's own folder; the one place that names the address Ray chose.
+            address = address_file.read_text().strip() if address_file.exists() else ""
+            if address.endswith(f":{port}"):
+                self.address = address
+                return
+            if process.poll() is not None:
+                log = self.log_file.read_text(errors="replace")
+                self.stop()
+                raise RayDidNotStart(f"Ray ended with {process.returncode} while starting:\n{_tail(log)}")
+            time.sleep(_POLL_S)
+        log = self.log_file.read_text(errors="replace")
+        self.stop()
+        raise RayDidNotStart(f"Ray did not start within {_START_S:g} s:\n{_tail(log)}")
+
+    def stop(self, grace_s: float = 1.0) -> int:
+        """End Ray and every process of this cluster but the caller; returns how many processes there were. Idempotent.
+
+        Shut Serve down first (apps.shutdown), so that replicas drain.
+        """
+        self._signal(signal.SIGTERM)
+        ended = reaper.end(self._settings.instance, self._folder, grace_s=grace_s)
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=2.0)
+            self._process = None
+        _bring_home(self._folder, self._settings.run_folder)
+        return ended
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether SIGTERM has reached it and it waits for its replicas: only its own output says so."""
+        try:
+            return _DRAINING in self.log_file.read_text(errors="replace")
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """End its own process alone, without waiting."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+
+def end_remains(instance: str, run_folder: Path) -> int:
+    """End what is left of a cluster whose own process is gone; returns how many processes there were."""
+    folder = _short_folder(LocalRaySettings(instance, run_folder))
+    ended = reaper.end(instance, folder)
+    _bring_home(folder, run_folder)
+    return ended
+
+
+def has_gpus() -> bool:
+    """Whether this machine has GPUs that Ray will find by itself."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on now, all different."""
+    with contextlib.ExitStack() as stack:
+        bound = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in bound:
+            one.bind(("0.0.0.0", 0))  # noqa: S104 - Ray's own listeners are on all interfaces
+        return [int(one.getsockname()[1]) for one in bound]
+
+
+def _clean(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the caller's environment without what it says of some other Ray, or of an engine of its own: ranks take
+    the names of an engine that they find on their node before those of their engine's core."""
+    other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID", causes.ENGINE, sockets.ENV)
+    return {key: value for key, value in environment.items() if key not in other}
+
+
+def _short_folder(settings: LocalRaySettings) -> Path:
+    folder = settings.run_folder / "ray"
+    if len(str(folder)) <= 30:
+        return folder
+    return Path("/tmp") / f"headrace-{os.getuid()}-{settings.instance}"  # noqa: S108 - made with mode 0700, named by us
+
+
+def _bring_home(folder: Path, run_folder: Path) -> None:
+    """Once Ray has ended: its logs go to `run_folder`/ray-logs, and a folder that stood in for a long name goes."""
+    logs = folder / "session_latest" / "logs"
+    if folder.parent == run_folder or not logs.exists():
+        return
+    shutil.rmtree(run_folder / "ray-logs", ignore_errors=True)
+    shutil.copytree(logs, run_folder / "ray-logs", symlinks=True, ignore_dangling_symlinks=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tail(log: str, lines: int = 20) -> str:
+    return "\n".join(log.splitlines()[-lines:])

@@ -1,0 +1,141 @@
+"""The edge between Replica and Ray Serve: the class that Serve makes in an actor, and the deployment around it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.observe import log
+from cluster.policy.catalog.placement import is_simulated, placement, world_size
+from cluster.process.place import node_name, pod_name
+from cluster.ray import node_drain
+from cluster.ray.drain_time import usable_s
+from cluster.worker import settings as replica_settings
+from cluster.worker.open_model import open_model
+from cluster.worker.replica import Place, Replica
+from cluster.worker.settings import ReplicaSettings
+
+DEPLOYMENT = "worker"
+_SERVE_LOGGER = "ray.serve"
+_LOGICAL_GPUS = "HEADRACE_LOGICAL_GPUS"
+HEALTH_CHECK_PERIOD_S = 2.0
+HEALTH_CHECK_TIMEOUT_S = 10.0
+START_TRIES = 2
+"""Serve's own tries in a row before it gives up; the second is for what is not the entry's fault: a node lost, say."""
+_SHUTDOWN_MARGIN_S = 3.0
+
+
+class ServedReplica:
+    """What runs in the actor. Serve calls, in this order: __init__, reconfigure, check_health..., __del__."""
+
+    def __init__(self, settings: Mapping[str, object]) -> None:
+        given = replica_settings.from_json(settings)
+        log.keep_open(logging.getLogger(_SERVE_LOGGER))
+        if not is_simulated(given.spec):
+            from cluster.engine import forks, repairs
+
+            forks.begin()  # first of all: it imports while this process does
+            os.environ[repairs.NODE] = str(ray.util.get_node_ip_address())
+        self._replica = Replica(given, _place(), open_model)
+        place = self._replica.place
+        self._nodes = node_drain.Nodes({place.node, *place.gpu_nodes}, ray.get_runtime_context().gcs_address)
+        self._watch: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, _digest: object) -> None:
+        """Start, at Serve's first call; a changed entry makes a new deployment version and so new replicas."""
+        if self._replica.engine is None:
+            await self._replica.start()
+            self._watch = asyncio.create_task(node_drain.watch(self._nodes, self._replica.leave))
+
+    async def check_health(self) -> None:
+        """Raise when this replica no longer serves; Serve then replaces it."""
+        await self._replica.check()
+
+    async def __del__(self) -> None:
+        """Serve awaits this in graceful shutdown: drain and close. On a node that drains Serve may come before the
+        watch has seen it, and with less time than the settings give."""
+        left_s = await node_drain.look(self._nodes, within_s=node_drain.LAST_LOOK_S)
+        await self._replica.stop(math.inf if left_s is None else usable_s(left_s))
+        if self._watch is not None:
+            self._watch.cancel()
+
+
+def _place() -> Place:
+    context = ray.get_runtime_context()
+    group = ray.util.get_current_placement_group()
+    gpu_nodes: list[str] = []
+    if group is not None:
+        node_of = ray.util.placement_group_table(group)["bundles_to_node_id"]
+        gpu_nodes = [node_of[i] for i, bundle in enumerate(group.bundle_specs) if bundle.get("GPU")]
+    gpus = 0 if os.environ.get(_LOGICAL_GPUS) == "1" else len(gpu_nodes)
+    return Place(
+        serve.get_replica_context().replica_id.unique_id,
+        context.get_node_id(),
+        tuple(gpu_nodes),
+        gpus,
+        pod_name(),
+        node_name(),
+    )
+
+
+def application(settings: ReplicaSettings, *, logical_gpus: bool, served: type = ServedReplica) -> Any:
+    """The Serve application of one model. `logical_gpus`: this Ray's GPUs are only names, so vLLM runs on CPUs."""
+    where = placement(settings.spec)
+    replicas = settings.spec.replicas if settings.replicas is None else settings.replicas
+    deployment = serve.deployment(
+        served,
+        name=DEPLOYMENT,
+        num_replicas=max(replicas, 1),
+        user_config={"digest": settings.digest, "gpu": settings.spec.gpu},
+        placement_group_bundles=list(where.bundles),
+        placement_group_strategy=where.strategy,
+        max_ongoing_requests=1_000,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=settings.drain_timeout_s + _SHUTDOWN_MARGIN_S,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        max_constructor_retry_count=START_TRIES,
+        ray_actor_options={
+            "num_cpus": where.replica_cpus,
+            "num_gpus": where.replica_gpus,
+            "runtime_env": {"env_vars": environment(settings, logical_gpus=logical_gpus)},
+        },
+    )
+    deployment._deployment_config.num_replicas = replicas  # none: only the decorator minds, Serve scales from zero
+    return deployment.bind(settings.to_json())
+
+
+def environment(settings: ReplicaSettings, *, logical_gpus: bool) -> dict[str, str]:
+    """What a replica and the processes it starts find in their environment."""
+    values = {"VLLM_NO_USAGE_STATS": "1"}
+    if not is_simulated(settings.spec):
+        # The engine core joins this Ray; without an address it would start one of its own.
+        values["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        if world_size(settings.spec) > 1:
+            values["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] = "1"
+        if logical_gpus:
+            values |= {_LOGICAL_GPUS: "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return {**passed_on, **values, **settings.environment}
+
+
+PASSED_ON = (
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "HEADRACE_INSTANCE",
+    "HEADRACE_CACHE_DIR",
+    "HEADRACE_LOG_LEVEL",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_COMPUTE_NANS_IN_LOGITS",
+    "RAY_AUTH_MODE",
+)
+"""Variables of whoever deploys that its replicas get too; never a secret, since Ray shows them in its dashboard."""

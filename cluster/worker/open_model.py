@@ -1,0 +1,82 @@
+"""From a model's entry to a folder on this disk, its bundle and its engine. Used by replicas and by the controller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.api.ports import Engine
+from cluster.config_engine import code_arguments
+from cluster.engine.cards import Card, read_card
+from cluster.policy.catalog.placement import is_simulated
+from cluster.wire.bundle import Bundle
+from cluster.worker.replica import Opened
+from cluster.worker.settings import ReplicaSettings
+
+
+def open_model(settings: ReplicaSettings) -> Opened:
+    """Fetch or find the model, build its bundle, make its engine (not started). Blocks. Raises ValueError."""
+    if is_simulated(settings.spec):
+        return _open_simulated(settings)
+    _refuse_code(settings)
+    from cluster.engine.checkpoint import check_weights
+    from cluster.engine.digests import weight_digest
+    from cluster.engine.vllm_engine import VllmEngine
+
+    folder = _resolve(settings)
+    check_weights(settings.spec, folder)
+    bundle = _bundle_of(folder, settings)
+    engine = VllmEngine(settings.spec, folder)
+    return Opened(engine, bundle, weight_digest(folder, _cache_dir(settings)))
+
+
+def _refuse_code(settings: ReplicaSettings) -> None:
+    """Raise ValueError for engine arguments that name code, where the settings allow none."""
+    if settings.allow_remote_code:
+        return
+    for path, text in code_arguments(settings.spec.engine):
+        raise ValueError(f"models[{settings.spec.name}].engine.{path}: {text}")
+
+
+def open_bundle(settings: ReplicaSettings) -> tuple[Bundle, Card]:
+    """The model's tokenizer bundle alone, from its source, and its card. Blocks. Raises ValueError."""
+    if is_simulated(settings.spec):
+        return _open_simulated(settings).bundle, Card()
+    folder = _resolve(settings)
+    return _bundle_of(folder, settings), read_card(folder)
+
+
+def _open_simulated(settings: ReplicaSettings) -> Opened:
+    from cluster.engine.sim import SimConfig, SimEngine
+
+    config = SimConfig.from_source(settings.spec.source, settings.spec.engine)
+    bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
+    engine: Engine = SimEngine(config)
+    return Opened(engine, bundle, config.weight_digest)
+
+
+def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
+    from cluster.engine.bundles import build_bundle
+
+    return build_bundle(folder, trust_remote_code=settings.spec.trust_remote_code)
+
+
+def _resolve(settings: ReplicaSettings) -> Path:
+    from cluster.engine.sources import SourceRules, resolve
+
+    rules = SourceRules(
+        cache_dir=_cache_dir(settings),
+        hub_endpoint=settings.hugging_face_endpoint,
+        hub_token_file=Path(settings.hugging_face_token_file) if settings.hugging_face_token_file else None,
+        allowed_sources=settings.allowed_sources,
+        allowed_formats=settings.allowed_formats,
+        allow_remote_code=settings.allow_remote_code,
+        allowed_licenses=settings.allowed_licenses,
+    )
+    return resolve(settings.spec, rules)
+
+
+def _cache_dir(settings: ReplicaSettings) -> Path:
+    """The configured folder; a relative one or none at all is below the user's own cache on that node."""
+    from cluster.config import cache_dir
+
+    return Path(settings.cache_dir) if settings.cache_dir else cache_dir()

@@ -1,0 +1,242 @@
+"""One engine replica: opens the model, starts the engine, serves it over the link. A plain class; Ray is
+replica_actor.py's.
+
+Its end comes in four ways. Asked to stop, it drains and closes. When its node is about to end, it drains within the
+time that is left, and then lets Serve replace it. Asked to come up with what cannot work, it raises ModelRefused and no
+other try follows. When its engine dies, or is found sick (engine/golden.py), it closes its links and ends its own
+process at once, so that the gateways and Ray both see it within milliseconds; Ray and the engine's watchdog then end
+what the engine left behind, and Serve makes a new replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from cluster.api.ports import Engine, EngineDead, EngineSick
+from cluster.api.types import EngineInfo, WorkerIdentity
+from cluster.engine import repairs
+from cluster.engine.golden import Examined
+from cluster.policy.catalog.placement import why_split
+from cluster.process import memory
+from cluster.process.core_dumps import leave_no_core_dumps
+from cluster.process.descriptors import raise_descriptor_limit
+from cluster.process.interpreter import hand_over_soon
+from cluster.wire.bundle import Bundle
+from cluster.worker.session import WorkerEnd
+from cluster.worker.settings import ModelRefused, ReplicaSettings
+
+log = structlog.get_logger("replica")
+
+CHECK_S = 0.25
+"""How often the engine is asked whether it is dead while no step tells."""
+_CLOSE_LINKS_S = 0.2
+_EXIT_ENGINE_DEAD = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where Ray put the replica: its node, and the nodes of its GPU bundles in their order. `gpus` of them are real.
+    `pod` and `host` are Kubernetes' names of both, outside Kubernetes "" and the host's name."""
+
+    replica_id: str
+    node: str
+    gpu_nodes: tuple[str, ...] = ()
+    gpus: int = 0
+    pod: str = ""
+    host: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model on this node's disk with the engine that is to run it."""
+
+    engine: Engine
+    bundle: Bundle
+    weight_digest: str
+
+
+class Opener(Protocol):
+    """Brings a model to this node. Raises ValueError for a source that cannot work, OSError for one out of reach."""
+
+    def __call__(self, settings: ReplicaSettings) -> Opened: ...
+
+
+def end_process(code: int) -> None:
+    """End this process now, without waiting for threads or exit handlers that a dead engine could hold."""
+    os._exit(code)
+
+
+@dataclass(eq=False, slots=True)
+class Replica:
+    """`start` once; then `check` until `stop`. `gateways` are dialled from the start of serving."""
+
+    settings: ReplicaSettings
+    place: Place
+    opener: Opener
+    on_engine_death: Callable[[int], None] = end_process
+    incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    engine: Engine | None = None
+    info: EngineInfo | None = None
+    end: WorkerEnd | None = None
+    _serving: asyncio.Task[None] | None = None
+    _leave_by: float = math.inf
+    _left: bool = False
+
+    def __repr__(self) -> str:
+        return f"Replica({self.worker_id}, {self.info.engine_class if self.info else 'not started'})"
+
+    @property
+    def worker_id(self) -> str:
+        """Stable for the life of the replica."""
+        return f"{self.settings.spec.name}-{self.place.replica_id}"
+
+    async def start(self) -> None:
+        """Come up. Raises ModelRefused for what cannot work, anything else for what may work the next time."""
+        spec = self.settings.spec
+        if reason := why_split(spec, self.place.gpu_nodes, self.place.node):
+            raise ModelRefused(f"models[{spec.name}]: {reason}")
+        leave_no_core_dumps()
+        raise_descriptor_limit()
+        hand_over_soon()
+        began = time.time()
+        try:
+            opened = await asyncio.to_thread(self.opener, self.settings)
+            if spec.digest not in ("", opened.weight_digest):
+                raise ValueError(
+                    f"models[{spec.name}].digest: the weights here have {opened.weight_digest}, "
+                    f"the entry wants {spec.digest}: mend the files, or pin what they are"
+                )
+            found = time.time()
+            self.engine = engine = Examined(opened.engine, node=self.place.node)
+            self.info = await engine.start()
+        except ValueError as error:
+            await self.stop()
+            raise ModelRefused(str(error)) from error
+        except EngineSick as error:
+            log.error("worker.engine_sick", worker=self.worker_id, node=self.place.node, reason=str(error))
+            await self.stop()
+            raise
+        except BaseException:  # a cancelled start too leaves no engine behind
+            await self.stop()
+            raise
+        log.info(
+            "worker.started",
+            began=round(began, 3),
+            opened_s=round(found - began, 3),
+            engine_s=round(time.time() - found, 3),
+        )
+        if engine.withdrawn:
+            log.warning("worker.resume_word_withdrawn", worker=self.worker_id, reason=engine.withdrawn)
+        for name, reason in repairs.not_applied.items():
+            log.warning("worker.repair_not_applied", worker=self.worker_id, repair=name, reason=reason)
+        self._serve(opened, engine, self.info)
+
+    def _serve(self, opened: Opened, engine: Engine, info: EngineInfo) -> None:
+        identity = WorkerIdentity(
+            worker_id=self.worker_id,
+            incarnation=self.incarnation,
+            model=self.settings.spec.name,
+            version=self.settings.spec.version,
+            weight_digest=opened.weight_digest,
+            bundle_digest=opened.bundle.digest,
+            ray_cluster=self.settings.ray_cluster,
+            node=self.place.node,
+            generation=self.settings.digest,
+            pod=self.place.pod,
+            host=self.place.host,
+            gpu=self.settings.spec.gpu if self.place.gpus else "",
+        )
+        self.end = WorkerEnd(
+            identity=identity,
+            engine=engine,
+            info=info,
+            bundle=opened.bundle,
+            gateways=self.settings.gateways,
+            tls=self.settings.tls,
+            gpus=self.place.gpus,
+            gpu=identity.gpu,
+        )
+        self._serving = asyncio.create_task(self._until_dead(self.end, engine))
+        memory.settle()
+        log.info(
+            "worker.up",
+            worker=self.worker_id,
+            engine=info.engine_class,
+            path=info.engine_path,
+            capabilities=" ".join(info.capabilities),
+        )
+
+    async def _until_dead(self, end: WorkerEnd, engine: Engine) -> None:
+        parts = [asyncio.create_task(end.run()), asyncio.create_task(_watch(engine))]
+        try:
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            failure = _first_failure(parts)
+            if failure is not None:
+                event = "worker.engine_sick" if isinstance(failure, EngineSick) else "worker.engine_dead"
+                log.error(event, worker=self.worker_id, node=self.place.node, reason=str(failure))
+                await end.close(str(failure))
+                await asyncio.wait(parts[:1], timeout=_CLOSE_LINKS_S)
+        finally:
+            for part in parts:
+                part.cancel()
+        if failure is None:
+            return
+        await asyncio.wait(parts, timeout=_CLOSE_LINKS_S)
+        self.on_engine_death(_EXIT_ENGINE_DEAD)
+        raise failure
+
+    async def check(self) -> None:
+        """Raise when this replica no longer serves."""
+        if self.engine is None or self._serving is None:
+            raise EngineDead("the replica has not started")
+        if self._serving.done():
+            failure = None if self._serving.cancelled() else self._serving.exception()
+            raise EngineDead(f"the worker has ended: {failure or 'it was closed'}")
+        if self._left:
+            raise EngineDead("the worker has drained, since its node is about to end")
+        await self.engine.check()
+
+    async def leave(self, timeout_s: float) -> None:
+        """Drain within this time, since the node is about to end; then `check` raises, so that Serve makes another
+        replica elsewhere."""
+        self._leave_by = min(self._leave_by, time.monotonic() + timeout_s)
+        if self.end is not None:
+            log.info("worker.leaving", worker=self.worker_id, node=self.place.node, within_s=round(timeout_s, 1))
+            drained = await self.end.drain(timeout_s)
+            log.info("worker.left", worker=self.worker_id, node=self.place.node, drained=drained)
+        self._left = True
+
+    async def stop(self, within_s: float = math.inf) -> None:
+        """Drain within the shortest of this time, the settings' and that of `leave`; close the links, end the engine.
+        Idempotent."""
+        end, self.end = self.end, None
+        serving, self._serving = self._serving, None
+        engine, self.engine = self.engine, None
+        if end is not None and serving is not None and not serving.done():
+            left_s = max(self._leave_by - time.monotonic(), 0.0)
+            await end.drain(min(self.settings.drain_timeout_s, left_s, within_s))
+            await end.close()
+            with contextlib.suppress(Exception):
+                await serving
+        if engine is not None:
+            await engine.close()
+
+
+async def _watch(engine: Engine) -> None:
+    while True:
+        await engine.check()
+        await asyncio.sleep(CHECK_S)
+
+
+def _first_failure(parts: Sequence[asyncio.Task[None]]) -> BaseException | None:
+    return next((e for p in parts if p.done() and not p.cancelled() and (e := p.exception())), None)

@@ -1,0 +1,524 @@
+"""The controller's loop over a fake Ray and fake gateways: what it does, what it tells, what it survives."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from cluster.api.demand import ModelDemand
+from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
+from cluster.config import parse
+from cluster.controller.controller import QUIET_S, Controller, settings_of
+from cluster.controller.links import FleetWorker
+from cluster.policy.scaling.scaler import Asked
+from cluster.ray.backend import Backend, RayAway
+from cluster.ray.several_clusters import SeveralRays
+from cluster.wire.lost_engines import LostEngine
+from cluster.worker.settings import ReplicaSettings
+from tests.support.fake_ray import FakeRay
+from tests.support.serving import eventually
+
+
+@dataclass
+class FakeGateways:
+    """Keeps what was published."""
+
+    workers: list[FleetWorker] = field(default_factory=list)
+    linked: int = 1
+    published: dict[str, CatalogEntry] = field(default_factory=dict)
+    waiting: list[ModelDemand] = field(default_factory=list)
+    counted: list[VersionTally] = field(default_factory=list)
+    ends: list[LostEngine] = field(default_factory=list)
+
+    def publish(self, entries: Sequence[CatalogEntry]) -> None:
+        """Keep."""
+        self.published = {entry.name: entry for entry in entries}
+
+    def lost(self) -> Sequence[LostEngine]:
+        """Engines that have ended."""
+        return self.ends
+
+    def fleet(self) -> Sequence[FleetWorker]:
+        """As set."""
+        return self.workers
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """As set."""
+        return self.waiting
+
+    def tallies(self) -> Sequence[VersionTally]:
+        """As set."""
+        return self.counted
+
+    def state(self, model: str) -> ModelState:
+        """As last published."""
+        return self.published[model].state
+
+
+def settings(name: str, **more: object) -> ReplicaSettings:
+    """A model's settings."""
+    return ReplicaSettings(ModelSpec(name=name, source=f"/{name}", **more), "test")  # type: ignore[arg-type]
+
+
+@dataclass
+class Clock:
+    """Wall-clock time as a test has it."""
+
+    now_s: float = 100.0
+
+    def __call__(self) -> float:
+        """Now."""
+        return self.now_s
+
+
+def controller(
+    ray: Backend, gateways: FakeGateways, *wanted: ReplicaSettings, now_s: float = 100.0, clock: Clock | None = None
+) -> Controller:
+    """A controller that wants these."""
+    made = Controller(ray, gateways, wall_s=clock or Clock(now_s))
+    made.want(wanted)
+    return made
+
+
+async def test_states_follow_what_is_seen() -> None:
+    """DECLARED, PLACING, LOADING, READY only when a gateway has the link, and how long the start took."""
+    ray, gateways = FakeRay(), FakeGateways()
+    loop = controller(ray, gateways, settings("m"), now_s=130.0)
+
+    async def state() -> ModelState:
+        await loop.step()
+        return gateways.state("m")
+
+    assert await state() is ModelState.DECLARED
+    assert await state() is ModelState.PLACING
+    ray.change("m", placed=1, deployed_at_s=100.0)
+    assert await state() is ModelState.LOADING
+    ray.change("m", placed=0, running=1)
+    assert await state() is ModelState.LOADING, "no gateway can reach it yet"
+    gateways.workers.append(FleetWorker("w", "i", "m", bundle_digest="sha256:b", max_model_len=77))
+    assert await state() is ModelState.READY
+    told = gateways.published["m"]
+    assert (told.bundle_digest, told.max_model_len, told.cold_start_s) == ("sha256:b", 77, 30.0)
+    ray.change("m", running=0)
+    gateways.workers.clear()
+    assert await state() is ModelState.PLACING
+    assert gateways.published["m"].bundle_digest == "sha256:b"
+    assert ray.journal == ["deploy m"]
+
+
+async def test_the_end_of_an_engine_is_in_the_catalog() -> None:
+    """The newest that its workers said of this version as it is now, while it comes up again and after."""
+    ray, gateways = FakeRay(), FakeGateways()
+    wanted = settings("m")
+    loop = controller(ray, gateways, wanted)
+    await loop.step()
+
+    def end(at_s: float, reason: str, model: str = "m", generation: str = wanted.digest) -> LostEngine:
+        return LostEngine("m-r1", str(at_s), model, "v1", generation, "n", reason, at_s)
+
+    gateways.ends = [end(60.0, "first"), end(120.0, "rank 1 was killed"), end(180.0, "x", "other")]
+    gateways.ends.append(end(180.0, "x", "m", "an older entry"))
+    ray.change("m", placed=1)
+    await loop.step()
+    assert gateways.state("m") is ModelState.LOADING
+    reason = "2 replicas' engines ended lately, the last ended at 00:02:00 UTC: rank 1 was killed"
+    assert gateways.published["m"].state_reason == reason
+    ray.change("m", placed=0, running=1)
+    gateways.workers.append(FleetWorker("m-r1", "i", "m"))
+    await loop.step()
+    assert (gateways.state("m"), gateways.published["m"].state_reason) == (ModelState.READY, reason)
+    gateways.ends = []
+    await loop.step()
+    assert gateways.published["m"].state_reason == ""
+
+
+async def test_a_new_controller_leaves_all_as_it_is() -> None:
+    """What an earlier controller made is recognised by its digest alone."""
+    ray, gateways = FakeRay(), FakeGateways(linked=0)
+    await controller(ray, gateways, settings("a"), settings("b")).step()
+    ray.change("a", running=1)
+    ray.journal.clear()
+    renamed = settings("a", aliases=("x",))
+    await controller(ray, gateways, renamed, settings("b")).step()
+    assert ray.journal == []
+    assert gateways.state("a") is ModelState.READY
+    assert gateways.published["a"].aliases == ("x",)
+
+
+async def test_removed_model_drains_and_leaves_the_catalog() -> None:
+    """DRAINING while calls run there, then no entry at all; back again it begins anew."""
+    ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
+    loop = controller(ray, gateways, settings("m"), clock=clock)
+    await loop.step()
+    gateways.workers.append(FleetWorker("w", "i", "m", running=1, generation=settings("m").digest))
+    loop.want([])
+    await loop.step()
+    clock.now_s += QUIET_S
+    await loop.step()
+    assert gateways.state("m") is ModelState.DRAINING
+    assert ray.journal == ["deploy m"], "a call still runs there"
+    gateways.workers.clear()
+    gateways.waiting.append(ModelDemand("m", 1, 9, 0, 1, 9))
+    await loop.step()
+    assert ray.journal == ["deploy m"], "a call that has come still waits"
+    gateways.waiting.clear()
+    await loop.step()
+    assert ray.journal == ["deploy m", "delete m"]
+    await loop.step()
+    assert gateways.published == {}
+    loop.want([settings("m")])
+    await loop.step()
+    assert gateways.state("m") is ModelState.DECLARED
+
+
+async def test_unplaceable_model_fails_and_recovers() -> None:
+    """FAILED with the need, until a node that is large enough has joined."""
+    ray, gateways = FakeRay(nodes=({"CPU": 8.0, "GPU": 1.0},)), FakeGateways()
+    loop = controller(ray, gateways, settings("m", tensor_parallel_size=2))
+    await loop.step()
+    await loop.step()
+    assert gateways.state("m") is ModelState.FAILED
+    assert "needs 2 GPUs" in gateways.published["m"].state_reason
+    ray.nodes = ({"CPU": 8.0, "GPU": 2.0},)
+    await loop.step()
+    assert gateways.state("m") is ModelState.PLACING
+
+
+@pytest.mark.slow
+async def test_ray_away_keeps_the_catalog_and_is_taken_up_again() -> None:
+    """While Ray is away what was told stays told; when it is back, empty, everything is made again."""
+    ray, gateways = FakeRay(away="gone fishing"), FakeGateways(linked=0)
+    loop = controller(ray, gateways, settings("m"))
+    with pytest.raises(RayAway):
+        await loop.step()
+    running = asyncio.create_task(loop.run())
+    try:
+        await eventually(lambda: gateways.published.get("m"), "the model is told although Ray is away")
+        assert gateways.state("m") is ModelState.DECLARED
+        assert gateways.published["m"].state_reason == "gone fishing"
+        ray.away = ""
+        await eventually(lambda: ray.apps, "it is deployed")
+        ray.change("m", running=1)
+        await eventually(lambda: gateways.state("m") is ModelState.READY, "it is ready")
+        ray.away = "gone again"
+        loop.want([settings("m"), settings("n")])
+        await eventually(lambda: "gone again" in repr(loop), "the loss is noticed")
+        assert gateways.state("m") is ModelState.READY
+        ray.apps.clear()
+        ray.away = ""
+        await eventually(lambda: len(ray.apps) == 2, "both are deployed")
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert ray.journal == ["deploy m", "deploy m", "deploy n"]
+
+
+CONFIG = """
+api_version: headrace/v1
+name: prod
+gateway: {drain_timeout_s: 9}
+link: {gateways: ["10.0.0.1:50052"], tls: {cert_file: /c, key_file: /k, ca_file: /a}}
+ray: [{name: blue, dashboard_url: "http://ray:8265"}]
+weights: {cache_dir: /models, hugging_face: {endpoint: "https://mirror.example"}, allow: {sources: ["/m/*"]}}
+models: [{name: m, source: /m/x, replicas: {min: 2}}]
+"""
+
+
+def test_settings_come_from_the_configuration() -> None:
+    """Every key that a replica needs reaches it."""
+    (made,) = settings_of(parse(CONFIG), gateways=["10.0.0.1:50052"], local=False)
+    assert (made.cluster, made.ray_cluster, made.gateways) == ("prod", "blue", ("10.0.0.1:50052",))
+    assert (made.cache_dir, made.hugging_face_endpoint) == ("/models", "https://mirror.example")
+    assert (made.allowed_sources, made.drain_timeout_s, made.spec.replicas) == (("/m/*",), 9.0, 2)
+    assert made.tls is not None
+    assert made.tls.cert_file == Path("/c")
+    (local,) = settings_of(parse(CONFIG), gateways=[], local=True)
+    assert dataclasses.replace(local, gateways=made.gateways, ray_cluster="blue", drain_timeout_s=9.0) == made
+
+
+def test_versions_and_types_come_from_the_configuration() -> None:
+    """One for each version on each type of GPU, each on its Ray, with what is its own."""
+    config = parse(
+        CONFIG.replace("ray: [", 'ray: [{name: green, dashboard_url: "http://green:8265"}, ')
+        .replace("source: /m/x", "source: /m/x, revision: r1, digest: 'sha256:" + "a" * 64 + "', " + VERSIONS)
+        .replace("replicas: {min: 2}", "replicas: {min: 2}, fallback: [n]}, {name: n, source: /m/n")
+    )
+    made = settings_of(config, gateways=[], local=False)
+    told = [(s.spec.name, s.spec.version, s.spec.gpu, s.spec.tensor_parallel_size, s.ray_cluster) for s in made]
+    assert told == [
+        ("m", "v1", "H100", 1, "green"),
+        ("m", "v1", "L4", 4, "green"),
+        ("m", "v2", "H100", 1, "blue"),
+        ("m", "v2", "L4", 4, "blue"),
+        ("n", "v1", "", 1, "green"),
+    ]
+    assert [(s.spec.revision, s.spec.weight, s.spec.error_ratio) for s in made[1:3]] == [
+        ("r1", 0.75, 0.0),
+        ("r2", 0.25, 2.0),
+    ]
+    assert made[1].spec.engine == {"max_num_seqs": 8, "kv_cache_dtype": "fp8"}
+    assert made[2].spec.digest == "", "the pin is of the other's weights"
+    assert made[0].spec.fallback == ("n",)
+
+
+VERSIONS = """engine: {max_num_seqs: 8},
+  gpu: [{type: H100}, {type: L4, tensor_parallel_size: 4, engine: {kv_cache_dtype: fp8}}],
+  canary: {version: v2, revision: r2, ray: blue, weight: 0.25, rollback: {error_ratio: 2}}"""
+
+
+# ---- versions
+
+
+def two_versions(weight: float = 0.25, **trial: object) -> tuple[ReplicaSettings, ReplicaSettings]:
+    """A model with a trial beside it."""
+    plain: dict[str, object] = {"version": "v2", "weight": weight, "error_ratio": 1.5, "ttft_ratio": 1.2}
+    return settings("m", weight=1 - weight), settings("m", **(plain | trial))
+
+
+def worker(of: ReplicaSettings, running: int = 0, weight_digest: str = "") -> FleetWorker:
+    """One that some gateway has a link to."""
+    return FleetWorker(
+        f"w-{of.digest}",
+        "i",
+        of.spec.name,
+        running=running,
+        version=of.spec.version,
+        generation=of.digest,
+        weight_digest=weight_digest,
+    )
+
+
+async def test_a_trial_comes_beside_and_the_other_is_not_touched() -> None:
+    """Its replicas, its part of the calls, its own state; the model is READY all the while."""
+    ray, gateways = FakeRay(), FakeGateways()
+    stays, trial = two_versions()
+    loop = controller(ray, gateways, stays)
+    await loop.step()
+    ray.change("m", running=1)
+    gateways.workers.append(worker(stays))
+    loop.want([stays, trial])
+    await loop.step()
+    await loop.step()
+    assert ray.journal == ["deploy m", "deploy m@v2"]
+    told = gateways.published["m"]
+    assert (told.state, [(v.version, v.weight, v.state) for v in told.versions]) == (
+        ModelState.READY,
+        [("v1", 0.75, ModelState.READY), ("v2", 0.25, ModelState.PLACING)],
+    )
+    assert told.replicas_desired == 2
+    assert told.state_reason == "v2: waiting for Ray to place it"
+
+
+async def test_a_trial_that_does_badly_goes_and_stays_away() -> None:
+    """Its calls stop at once, its replicas go when they are empty, and only another trial is tried."""
+    ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
+    stays, trial = two_versions()
+    marked: list[str] = []
+    loop = controller(ray, gateways, stays, trial, clock=clock)
+    loop.on_mark = lambda: marked.append("changed")
+    await loop.step()
+    for one in (stays, trial):
+        ray.change(one.app, running=1)
+        gateways.workers.append(worker(one))
+    gateways.counted = [
+        VersionTally("m", "v1", stays.digest, calls=300, errors=1),
+        VersionTally("m", "v2", trial.digest, calls=100, errors=12),
+    ]
+    await loop.step()
+    assert marked == ["changed"]
+    told = gateways.published["m"]
+    assert [(v.version, v.weight) for v in told.versions] == [("v1", 1.0), ("v2", 0.0)]
+    assert told.versions[1].state_reason.startswith("rolled back by itself: 12 of its 100 calls failed, 1 of 300")
+    assert told.retired == (trial.digest,)
+    clock.now_s += QUIET_S
+    await loop.step()
+    assert ray.journal[-1] == "delete m@v2"
+    loop.want([stays, trial])
+    await loop.step()
+    assert len(ray.apps) == 1
+    mended = dataclasses.replace(trial, spec=dataclasses.replace(trial.spec, revision="mended"))
+    loop.want([stays, mended])
+    await loop.step()
+    assert ray.journal[-1] == "deploy m@v2"
+
+
+async def test_promoted_version_grows_in_place_and_the_other_leaves() -> None:
+    """What was on trial is the model's own now: none of it restarts, and the other goes when as many serve."""
+    ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
+    two = {"min_replicas": 2, "max_replicas": 2}
+    stays, trial = settings("m", weight=0.75, **two), settings("m", version="v2", weight=0.25, **two)
+    loop = controller(ray, gateways, stays, trial, clock=clock)
+    await loop.step()
+    ray.change(stays.app, running=2)
+    ray.change(trial.app, running=1)
+    gateways.workers += [worker(stays, running=3), worker(trial)]
+    own = dataclasses.replace(trial, spec=dataclasses.replace(trial.spec, weight=1.0))
+    assert own.app == trial.app
+    loop.want([own])
+    await loop.step()
+    assert ray.journal[2:] == ["scale m@v2 2"]
+    assert not gateways.published["m"].retired
+    ray.change(trial.app, running=2)
+    await loop.step()
+    assert gateways.published["m"].retired == (stays.digest,)
+    clock.now_s += loop.drain_timeout_s - 1
+    await loop.step()
+    assert len(ray.apps) == 2, "calls run there, and their time is not over"
+    clock.now_s += 1
+    await loop.step()
+    assert ray.journal[3:] == ["delete m"]
+
+
+async def test_a_changed_entry_is_told_while_it_is_replaced_and_when_that_fails() -> None:
+    """The old one serves on; a new one that is refused displaces nothing and says why."""
+    ray, gateways = FakeRay(now_s=100.0), FakeGateways()
+    old, new = settings("m", revision="a"), settings("m", revision="b")
+    loop = controller(ray, gateways, old)
+    await loop.step()
+    ray.change("m", running=1)
+    gateways.workers.append(worker(old))
+    loop.want([new])
+    await loop.step()
+    await loop.step()
+    assert (gateways.state("m"), gateways.published["m"].state_reason) == (ModelState.READY, "being replaced")
+    ray.change(new.app, gave_up=True, refused=True, trouble="no such revision")
+    await loop.step()
+    assert gateways.published["m"].state_reason == "being replaced, which fails: no such revision"
+    assert ray.journal == ["deploy m", "deploy m"]
+    assert gateways.published["m"].retired == ()
+
+
+async def test_pinning_the_right_weights_restarts_nothing() -> None:
+    """A pin is compared with what workers have; only other weights start anew."""
+    ray, gateways, clock = FakeRay(), FakeGateways(), Clock()
+    loop = controller(ray, gateways, settings("m"), clock=clock)
+    await loop.step()
+    ray.change("m", running=1, deployed_at_s=100.0)
+    gateways.workers.append(worker(settings("m"), weight_digest="sha256:right"))
+    clock.now_s += 100.0
+    loop.want([settings("m", digest="sha256:right")])
+    await loop.step()
+    assert ray.journal == ["deploy m"]
+    assert gateways.published["m"].weights_pinned
+    loop.want([settings("m", digest="sha256:other")])
+    await loop.step()
+    assert ray.journal == ["deploy m", "deploy m"]
+
+
+async def test_frozen_models_stay_as_they_are() -> None:
+    """No rollout until it is lifted."""
+    ray, gateways = FakeRay(), FakeGateways()
+    loop = controller(ray, gateways, settings("m"))
+    await loop.step()
+    loop.scaler.asked = Asked(frozen=frozenset({"m"}))
+    loop.want([settings("m", revision="b")])
+    await loop.step()
+    assert ray.journal == ["deploy m"]
+    loop.scaler.asked = Asked()
+    await loop.step()
+    assert ray.journal == ["deploy m", "deploy m"]
+
+
+async def test_types_of_gpu_are_filled_in_their_order() -> None:
+    """What the first type does not hold beside other models goes onto the second."""
+    nodes = (
+        {"CPU": 64.0, "GPU": 3.0, "accelerator_type:H100": 1.0},
+        {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0},
+    )
+    ray, gateways = FakeRay(nodes=nodes), FakeGateways(linked=0)
+    other = settings("other", gpu="H100")
+    fast = settings("m", gpu="H100", min_replicas=3, max_replicas=3)
+    slow = settings("m", gpu="L4", tensor_parallel_size=2, min_replicas=3, max_replicas=3)
+    loop = controller(ray, gateways, other)
+    await loop.step()
+    ray.change("other", running=1)
+    loop.want([other, fast, slow])
+    await loop.step()
+    assert {app: seen.target for app, seen in ray.apps.items()} == {other.app: 1, fast.app: 2, slow.app: 1}
+    ray.change(fast.app, running=2)
+    ray.change(slow.app, running=1)
+    await loop.step()
+    assert gateways.published["m"].replicas == 3
+    assert ray.journal == ["deploy other", "deploy m", "deploy m"]
+
+
+async def test_versions_have_their_parts_on_every_type_in_use() -> None:
+    """A trial is measured on the GPUs that the other runs on; and what serves on a later type stays when the first has
+    room again."""
+    few, many = ({"CPU": 64.0, "GPU": gpus, "accelerator_type:H100": 1.0} for gpus in (2.0, 6.0))
+    slow_node = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:L4": 1.0}
+    ray, gateways = FakeRay(nodes=(few, slow_node)), FakeGateways()
+    more = {"min_replicas": 3, "max_replicas": 3}
+    fast, slow = settings("m", gpu="H100", weight=0.75, **more), settings("m", gpu="L4", weight=0.75, **more)
+    loop = controller(ray, gateways, fast, slow)
+    await loop.step()
+    assert {app: seen.target for app, seen in ray.apps.items()} == {fast.app: 2, slow.app: 1}
+    gateways.workers += [worker(fast), worker(slow)]
+    ray.change(fast.app, running=2)
+    ray.change(slow.app, running=1)
+    ray.nodes = (many, slow_node)
+    await loop.step()
+    assert {app: seen.target for app, seen in ray.apps.items()} == {fast.app: 2, slow.app: 1}
+    trials = [
+        dataclasses.replace(one, spec=dataclasses.replace(one.spec, version="v2", weight=0.25)) for one in (fast, slow)
+    ]
+    loop.want([fast, slow, *trials])
+    await loop.step()
+    targets = {app: seen.target for app, seen in ray.apps.items()}
+    assert targets == {fast.app: 2, slow.app: 1, trials[0].app: 1, trials[1].app: 1}
+    for _ in range(3):
+        await loop.step()
+    assert {app: seen.target for app, seen in ray.apps.items()} == targets, "what a trial has beside is asked for once"
+
+
+async def test_two_ray_clusters_are_driven_side_by_side() -> None:
+    """Each model on its own; moving one to the other Ray brings it up there before it ends here; one that is away
+    stops nothing on the other."""
+    blue, green, gateways, clock = FakeRay(), FakeRay(), FakeGateways(), Clock()
+    on_blue, on_green = settings("m"), settings("m")
+    on_blue, on_green = (dataclasses.replace(on_blue, ray_cluster=name) for name in ("blue", "green"))
+    loop = controller(SeveralRays({"blue": blue, "green": green}), gateways, on_blue, clock=clock)
+    await loop.step()
+    blue.change("m", running=1)
+    loop.want([on_green])
+    await loop.step()
+    assert (blue.journal, green.journal) == (["deploy m"], ["deploy m"])
+    green.change("m", running=1)
+    await loop.step()
+    assert gateways.published["m"].retired == (on_blue.digest,)
+    blue.away = "gone fishing"
+    clock.now_s += QUIET_S
+    with pytest.raises(RayAway, match="gone fishing"):
+        await loop.step()
+    green.apps.clear()
+    await loop.step()
+    assert green.journal == ["deploy m", "deploy m"], "the other goes on being driven"
+    green.change("m", running=1)
+    blue.away = ""
+    await loop.step()
+    clock.now_s += QUIET_S
+    await loop.step()
+    assert blue.journal == ["deploy m", "delete m"]
+    green.away = blue.away = "both"
+    with pytest.raises(RayAway, match="blue: both; green: both"):
+        await loop.step()
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_it_ends_when_it_is_cancelled_with_news(turns: int) -> None:
+    """However many turns of the loop lie between news and its end: neither makes it miss the other."""
+    one = controller(FakeRay(), FakeGateways(), settings("m"))
+    running = asyncio.create_task(one.run())
+    await eventually(lambda: bool(one.entries()), "it has looked")
+    await asyncio.sleep(0)
+    one.wake()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=2.0)
+    assert done, "it goes on"

@@ -1,0 +1,72 @@
+"""What the controller's process adds to the scaler: what it sees of Ray, what it keeps, what it counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cluster.api.types import ModelSpec, Standing
+from cluster.config import parse
+from cluster.controller import scaling
+from cluster.controller.links import FleetWorker
+from cluster.observe.metrics import Metrics
+from cluster.policy.catalog.reconcile import Observed
+from cluster.policy.scaling.scaler import Asked, OnRay, Scaler
+
+
+def test_what_ray_has_is_summed_by_model() -> None:
+    """Several applications of one model are one; what is being deleted counts no more."""
+    apps = [
+        Observed("m", "d1", 2, running=1, placed=1),
+        Observed("m", "d2", 1, running=1, leaving=1),
+        Observed("m", "d3", 5, running=5, deleting=True),
+        Observed("n", "d4", 0),
+    ]
+    assert scaling.on_ray(apps) == {("m", ""): OnRay(3, 2, 1, 1), ("n", ""): OnRay()}
+
+
+def test_workers_that_drain_do_not_serve() -> None:
+    """And one whose engine's limits nobody has told has none."""
+    drains = FleetWorker(
+        "w", "i", "m", standing=Standing.DRAINING, max_num_seqs=4, max_num_batched_tokens=8, kv_tokens=9
+    )
+    told, plain = scaling.workers_of([drains, FleetWorker("v", "j", "m")])
+    assert (told.serves, told.limits is not None and told.limits.kv_tokens) == (False, 9)
+    assert (plain.serves, plain.limits) == (True, None)
+
+
+def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
+    """Nothing where nothing is; and a file that cannot be read stops no controller."""
+    file = scaling.AskedFile(tmp_path / "scaling.json")
+    assert file.read() == Asked()
+    asked = Asked({"m": 3}, frozenset({"n"}), True)
+    file.keep(asked)
+    assert file.read() == asked
+    for damaged in ("", "[]", '{"manual": 1}'):
+        (tmp_path / "scaling.json").write_text(damaged)
+        assert file.read() == Asked()
+
+
+def test_counters_grow_by_what_has_come() -> None:
+    """However often they are looked at."""
+    metrics, scaler = Metrics("c"), Scaler()
+    counters = scaling.Counters(metrics)
+    spec = ModelSpec("m", "/m", min_replicas=2, max_replicas=2)
+    for now in (0.0, 10.0, 20.0):
+        scaler.look([spec], {("m", ""): OnRay(2, 2)}, [], now, now)
+        counters.count(scaler)
+        counters.count(scaler)
+    told = {s.name: s.value for metric in metrics.collect() for s in metric.samples if s.labels.get("model") == "m"}
+    assert told["headrace_gpu_seconds_total"] == 40.0
+    assert told["headrace_scaling_decisions_total"] == 3
+
+
+def test_the_section_of_the_file() -> None:
+    """As it is written, and what holds without it."""
+    head = "api_version: headrace/v1\nname: c\n"
+    head += "models: [{name: m, source: s, slo: {ttft_s: 1, itl_s: 0.05, target: 0.9}}]\n"
+    config = parse(head + "scaling: {gpu_budget: {H100: 8}, cold_start_s: 90, frozen: true}\n")
+    made = scaling.settings_of(config)
+    assert (dict(made.gpu_budget), made.cold_start_s, made.frozen) == ({"H100": 8}, 90.0, True)
+    spec = config.models[0].spec()
+    assert (spec.slo_ttft_s, spec.slo_itl_s, spec.slo_target) == (1.0, 0.05, 0.9)
+    assert not scaling.settings_of(parse(head)).frozen

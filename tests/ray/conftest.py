@@ -1,0 +1,73 @@
+"""One local Ray for the whole run, a driver on it, and a gateway's end of the links."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.engine import causes
+from cluster.ray.backend import ChildBackend
+from cluster.ray.local_cluster import LocalRay, LocalRaySettings
+from tests.support.serving import Door, open_door
+
+ENGINE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    # Where it is by default: what the first engine of a run has compiled is there for all, whatever folder they get.
+    "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",
+}
+
+
+def new_local_ray(name: str) -> LocalRay:
+    """A local Ray that is not started, in a folder short enough for its sockets."""
+    instance = f"{name}-{uuid.uuid4().hex[:8]}"
+    return LocalRay(LocalRaySettings(instance, Path(tempfile.mkdtemp(prefix="hr-"))))
+
+
+def end_local_ray(ray: LocalRay) -> None:
+    """Stop it and forget its files."""
+    ray.stop()
+    shutil.rmtree(ray.log_file.parent, ignore_errors=True)
+    shutil.rmtree(ray.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[LocalRay]:
+    """The Ray that the tests share; its processes carry what engines need in their environment."""
+    ray = new_local_ray("shared")
+    # As if an engine were starting in this process: its name must not reach the ranks that this Ray starts.
+    environment = {**ENGINE_ENVIRONMENT, causes.ENGINE: "another"}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        ray.start()
+        yield ray
+    finally:
+        end_local_ray(ray)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="session")
+async def backend(local_ray: LocalRay) -> AsyncIterator[ChildBackend]:
+    """A driver on the shared Ray for the cluster named `test`."""
+    driver = ChildBackend("test", local_ray.address, local_ray.environment(), local_ray.log_file.parent / "driver.log")
+    try:
+        yield driver
+    finally:
+        await driver.shutdown()
+        await driver.close()
+
+
+@pytest.fixture
+async def door() -> AsyncIterator[Door]:
+    """A gateway's end of the links, on loopback."""
+    async with open_door() as opened:
+        yield opened

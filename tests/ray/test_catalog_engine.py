@@ -1,0 +1,88 @@
+"""A model's whole life under load on the real engine: added, tried, taken back, replaced, removed, on a real Ray.
+
+Each version has weights of its own, so that every answer tells which version wrote it: greedy, it is the beginning of
+what that version always says. No answer is of two versions, none is cut, none fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.admin.v1 import catalog_pb2 as pb
+from cluster.ray.backend import ChildBackend
+from tests.ray.test_catalog_live import CALLERS, START_S, Load, operating
+from tests.support.calls import chat, text_of
+from tests.support.checkpoints import build_checkpoint
+from tests.support.cluster import running_cluster, until
+from tests.support.serving import removed
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+def told_apart(texts: Sequence[str]) -> dict[str, int]:
+    """The longest of those that begin alike, and how many begin so."""
+    kinds: dict[str, int] = {}
+    for text in sorted((text.rstrip("\ufffd") for text in texts), key=len, reverse=True):
+        kind = next((kind for kind in kinds if kind.startswith(text)), text)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return kinds
+
+
+async def test_a_model_changes_under_load_on_the_real_engine(backend: ChildBackend, tmp_path: Path) -> None:
+    """Each step is done while callers stream, and what a step does not name keeps its worker."""
+    sources = [build_checkpoint("llama", tmp_path / f"seed{seed}", seed) for seed in range(3)]
+    async with running_cluster(tmp_path / "gateway") as cluster, operating(cluster, backend, tmp_path) as operator:
+        load = Load(cluster)
+
+        async def says() -> str:
+            request = chat(model="m", max_tokens=40, ignore_eos=True)
+            return text_of([chunk async for chunk in cluster.stub.StreamChat(request)]).rstrip("\ufffd")
+
+        entry: dict[str, Any] = {
+            "name": "m",
+            "source": str(sources[0]),
+            "dtype": "float32",
+            "max_model_len": 512,
+            "engine": {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16},
+        }
+        await operator.apply(entry)
+        first = await operator.serve("v1")
+        of_first = await says()
+        load.begin()
+        await load.more(CALLERS)
+        assert len(told_apart([*load.texts, of_first])) == 1
+
+        # a version on trial gets calls, and is taken back by hand
+        trial = {
+            "version": "v2",
+            "weight": 0.5,
+            "source": str(sources[1]),
+            "rollback": {"error_ratio": 0, "ttft_ratio": 0},
+        }
+        await operator.apply({**entry, "canary": trial})
+        assert first.items() <= (await operator.serve("v1", "v2")).items()
+        await load.more(4 * CALLERS)
+        assert len(told_apart(load.texts)) == 2
+        await operator.ask("Catalog.Rollback", pb.RollbackRequest(name="m", reason="by hand"))
+        assert await operator.serve("v1") == first
+        assert await says() == of_first
+
+        # the next version takes the place of the first
+        await operator.apply({**entry, "version": "v3", "source": str(sources[2])})
+        await until(lambda: set(operator.workers().values()) == {"v3"}, "it is replaced", START_S)
+        of_last = await says()
+        await load.more(2 * CALLERS)
+
+        # it is removed: its streams end, and callers are told
+        await operator.apply(prune=True)
+        await load.over()
+        await until(lambda: operator.entry() is None, "nobody knows it any more", START_S)
+        kinds = told_apart([*load.texts, of_first, of_last])
+        assert len(kinds) == 3, "of each version its own, and none of two"
+        assert not any(kind.startswith(of_first) and kind.startswith(of_last) for kind in kinds)
+        print(f"{load.ended} calls, none failed, of versions {sorted(kinds.values())}")
+    await removed(backend, "m")

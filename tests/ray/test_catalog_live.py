@@ -1,0 +1,226 @@
+"""A model's whole life under load, on a real Ray and with replicas in this process.
+
+It is added beside others, tried, taken back, replaced, promoted and removed; no call fails and no stream is cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.admin.v1 import catalog_pb2 as pb
+from cluster.api.types import CatalogEntry
+from cluster.config import parse
+from cluster.controller.catalog_service import Desk, KeptFile
+from cluster.controller.catalog_verbs import catalog_verbs
+from cluster.controller.controller import Controller, settings_of
+from cluster.controller.links import ControllerEnd
+from cluster.ray.backend import Backend, ChildBackend
+from tests.support.calls import Answer, chat, text_of
+from tests.support.checkpoints import build_checkpoint
+from tests.support.cluster import TestCluster, running_cluster, until
+from tests.support.live_replicas import LiveReplicas
+from tests.support.serving import removed
+
+CALLERS = 6
+START_S = 90.0
+FILE = "{api_version: headrace/v1, name: test, models: []}"
+
+
+@dataclass
+class Load:
+    """Callers that begin a call as soon as their last has ended, until the model is not there any more."""
+
+    cluster: TestCluster
+    ended: int = 0
+    failed: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """From now on."""
+        self._tasks = [asyncio.create_task(self._caller(number)) for number in range(CALLERS)]
+
+    async def _caller(self, number: int) -> None:
+        for turn in itertools.count():
+            tokens = 20 + 60 * ((number + turn) % 4)
+            came, finish, text = 0, "", ""
+            try:
+                async for chunk in self.cluster.stub.StreamChat(chat(model="m", max_tokens=tokens, ignore_eos=True)):
+                    came = chunk.usage.completion_tokens or came
+                    text += text_of([chunk])
+                    finish = next((one.finish_reason for one in chunk.choices if one.finish_reason), finish)
+            except grpc.aio.AioRpcError as error:
+                answer = Answer(error)
+                if answer.reason != "MODEL_NOT_FOUND":
+                    self.failed.append(repr(answer))
+                return
+            if (came, finish) != (tokens, "length"):
+                self.failed.append(f"{came} of {tokens} tokens, then {finish!r}")
+            self.texts.append(text)
+            self.ended += 1
+
+    async def more(self, calls: int) -> None:
+        """Wait for so many calls to end from now on."""
+        goal = self.ended + calls
+        await until(lambda: self.ended >= goal or bool(self.failed), f"{calls} more calls end", START_S)
+        assert not self.failed
+
+    async def over(self) -> None:
+        """Every caller has been told that the model is gone."""
+        await asyncio.wait_for(asyncio.gather(*self._tasks), START_S)
+        assert not self.failed
+
+
+class Operator:
+    """Applies entries, and waits until the gateway shows what comes of it."""
+
+    def __init__(self, cluster: TestCluster, desk: Desk, folder: Path) -> None:
+        self._cluster = cluster
+        self._verbs = catalog_verbs(desk)
+        self._folder = folder
+
+    def source(self, **parameters: object) -> str:
+        """Of a simulated engine."""
+        return f"sim://{self._folder}?" + "&".join(f"{name}={value}" for name, value in parameters.items())
+
+    async def apply(self, *entries: dict[str, Any], prune: bool = False) -> None:
+        """Over the wire's messages."""
+        request = pb.ApplyRequest(document=json.dumps({"models": entries}).encode(), prune=prune)
+        await self._verbs["Catalog.Apply"](request.SerializeToString(), "test")
+
+    async def ask(self, verb: str, request: Any) -> None:
+        """Another verb."""
+        await self._verbs[verb](request.SerializeToString(), "test")
+
+    def entry(self, model: str = "m") -> CatalogEntry | None:
+        """As the gateway knows it."""
+        known = self._cluster.gateway.directory.find(model)
+        return None if known is None else known.entry
+
+    def workers(self, model: str = "m") -> dict[str, str]:
+        """Incarnations that take calls, with their versions."""
+        known = self._cluster.gateway.directory.find(model)
+        links = [] if known is None else [link for link in known.links.values() if known.takes(link)]
+        return {link.identity.incarnation: link.identity.version for link in links if link.free.sequences}
+
+    async def serve(self, *versions: str, model: str = "m") -> dict[str, str]:
+        """Wait until workers of exactly these versions are linked, and take calls."""
+
+        def there() -> bool:
+            known = self._cluster.gateway.directory.find(model)
+            linked = [] if known is None else sorted(link.identity.version for link in known.links.values())
+            return linked == sorted(versions) and len(self.workers(model)) == len(versions)
+
+        await until(there, f"{model} has workers of {versions}", START_S)
+        return self.workers(model)
+
+
+@asynccontextmanager
+async def operating(cluster: TestCluster, backend: Backend, folder: Path) -> AsyncIterator[Operator]:
+    """A controller at work over the link, and its desk."""
+    address = cluster.gateway.endpoints["link"]
+    end = ControllerEnd(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
+    controller = Controller(backend, end, drain_timeout_s=60.0)
+    desk = Desk(
+        parse(FILE),
+        controller,
+        KeptFile(folder / "catalog.json", "one"),
+        lambda config: settings_of(config, gateways=[address], local=True),
+        by_file=False,
+    )
+    controller.on_mark = desk.keep
+    parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+    try:
+        yield Operator(cluster, desk, build_checkpoint("llama", folder / "llama"))
+    finally:
+        for part in parts:
+            part.cancel()
+        await asyncio.gather(*parts, return_exceptions=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+async def test_a_model_changes_under_load_on_ray(backend: ChildBackend, tmp_path: Path) -> None:
+    """All of it where Ray places and ends the replicas."""
+    await changes_under_load(backend, tmp_path)
+    await removed(backend, "m", "n")
+
+
+@pytest.mark.slow
+async def test_a_model_changes_under_load(tmp_path: Path) -> None:
+    """All of it with replicas in this process."""
+    replicas = LiveReplicas()
+    try:
+        await changes_under_load(replicas, tmp_path)
+    finally:
+        await replicas.shutdown()
+        await replicas.close()
+
+
+async def changes_under_load(backend: Backend, tmp_path: Path) -> None:
+    """Each step is done while callers stream; what a step does not name keeps its worker."""
+    async with running_cluster(tmp_path / "gateway") as cluster, operating(cluster, backend, tmp_path) as operator:
+        load = Load(cluster)
+        m: dict[str, Any] = {"name": "m", "source": operator.source(decode_ms=3)}
+        await operator.apply(m)
+        first = await operator.serve("v1")
+        load.begin()
+        await load.more(CALLERS)
+
+        # another model comes beside
+        await operator.apply({"name": "n", "source": operator.source(decode_ms=3)})
+        beside = await operator.serve("v1", model="n")
+        assert operator.workers() == first
+
+        # a version on trial gets calls, and is taken back by hand
+        trial = {"version": "v2", "weight": 0.5, "source": operator.source(decode_ms=4), "rollback": {"ttft_ratio": 0}}
+        await operator.apply({**m, "canary": trial})
+        assert first.items() <= (await operator.serve("v1", "v2")).items()
+        await load.more(4 * CALLERS)
+        counted = {one.version: one.calls for one in cluster.gateway.dispatcher.trials.tallies()}
+        assert min(counted["v1"], counted["v2"]) > 0
+        await operator.ask("Catalog.Rollback", pb.RollbackRequest(name="m", reason="by hand"))
+        assert await operator.serve("v1") == first
+
+        # one whose first tokens are late takes itself back
+        slow = {"version": "v3", "weight": 0.5, "source": operator.source(decode_ms=3, prefill_tokens_per_s=100)}
+        await operator.apply({**m, "canary": slow})
+        await operator.serve("v1", "v3")
+        assert await operator.serve("v1") == first
+        shown = operator.entry()
+        assert shown is not None
+        assert "rolled back by itself" in shown.versions[1].state_reason
+
+        # a changed entry replaces what runs
+        changed = {"name": "m", "source": operator.source(decode_ms=2)}
+        await operator.apply(changed)
+        await until(
+            lambda: not operator.workers().keys() & first.keys() and bool(operator.workers()), "it is replaced", START_S
+        )
+        second = await operator.serve("v1")
+        await load.more(CALLERS)
+
+        # a trial is promoted and keeps its worker
+        await operator.apply({**changed, "canary": trial})
+        both = await operator.serve("v1", "v2")
+        await operator.ask("Catalog.Promote", pb.PromoteRequest(name="m"))
+        assert (await operator.serve("v2")).items() <= both.items()
+        assert second.items() <= both.items()
+        await load.more(CALLERS)
+
+        # it is removed: its streams end, and callers are told
+        await operator.apply({"name": "n", "source": operator.source(decode_ms=3)}, prune=True)
+        await load.over()
+        await until(lambda: operator.entry() is None, "nobody knows it any more", START_S)
+        assert operator.workers("n") == beside
+        print(f"{load.ended} calls, none failed")

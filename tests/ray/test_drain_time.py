@@ -1,0 +1,21 @@
+"""How a node's time to drain is divided."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.ray.drain_time import ray_timeout_s, usable_s
+
+
+@given(st.floats(0, 10_000))
+def test_calls_have_the_time_that_is_configured(drain_timeout_s: float) -> None:
+    """Ray's own time is longer than calls' by what the end of a replica takes."""
+    assert usable_s(ray_timeout_s(drain_timeout_s)) >= drain_timeout_s - 1e-6
+
+
+@given(st.floats(0, 10_000))
+def test_something_is_left_for_the_end(left_s: float) -> None:
+    """However near the deadline, calls get a part of the time and the end of the replica the larger one."""
+    assert left_s / 4 <= usable_s(left_s) <= left_s
+    assert left_s == 0 or usable_s(left_s) < left_s

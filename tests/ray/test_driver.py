@@ -1,0 +1,109 @@
+"""The driver's requests and answers, and the backend that lives by them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.controller import bundling
+from cluster.ray.backend import ChildBackend, RayAway
+from cluster.ray.driver import answer_all
+from cluster.ray.jobs import JobBackend
+from cluster.ray.local_cluster import free_ports
+from cluster.wire.bundle import Bundle
+from cluster.worker.settings import ReplicaSettings
+from tests.support.checkpoints import build_tokenizer
+
+if TYPE_CHECKING:
+    from cluster.ray.applications import ServeApps
+
+SETTINGS = ReplicaSettings(ModelSpec(name="m", source="sim://?vocab=9"), "test")
+
+
+class JournalApps:
+    """Writes down what it is asked; `delete` fails."""
+
+    def __init__(self) -> None:
+        self.journal: list[object] = []
+
+    def observe(self) -> dict[str, Any]:
+        """Nothing there."""
+        return {"details": {}, "nodes": []}
+
+    def deploy(self, settings: ReplicaSettings) -> None:
+        """Write down."""
+        self.journal.append(settings)
+
+    def scale(self, model: str, replicas: int) -> None:
+        """Write down."""
+        self.journal.append((model, replicas))
+
+    def delete(self, model: str) -> None:
+        """Fail."""
+        raise RuntimeError(f"no {model}")
+
+    def shutdown(self) -> None:
+        """Write down."""
+        self.journal.append("shutdown")
+
+
+def test_requests_are_answered_in_order() -> None:
+    """One answer a request, also for those that fail or make no sense."""
+    apps, out = JournalApps(), io.StringIO()
+    requests = [
+        {"do": "observe"},
+        {"do": "deploy", "settings": SETTINGS.to_json()},
+        {"do": "scale", "app": "m", "replicas": 3},
+        {"do": "delete", "app": "m"},
+        {"do": "dance"},
+        {"do": "shutdown"},
+    ]
+    failed = answer_all(cast("ServeApps", apps), [*map(json.dumps, requests), "{"], out, "MARK ")
+    answers = [json.loads(line.removeprefix("MARK ")) for line in out.getvalue().splitlines()]
+    assert [next(iter(answer)) for answer in answers] == ["ok", "ok", "ok", "error", "error", "ok", "error"]
+    assert answers[3] == {"error": "RuntimeError: no m"}
+    assert "do must be one of observe, deploy, scale, delete, shutdown, not 'dance'" in answers[4]["error"]
+    assert failed == 3
+    assert apps.journal == [SETTINGS, ("m", 3), "shutdown"]
+
+
+async def test_no_dashboard_is_ray_away() -> None:
+    """An external cluster that does not answer is told as such, with its address."""
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with pytest.raises(RayAway, match=url):
+        await JobBackend("test", url).observe()
+
+
+@pytest.mark.ray
+async def test_a_lost_driver_is_replaced(backend: ChildBackend) -> None:
+    """The call that loses its driver fails, the next one has a new driver and an answer."""
+    await backend.observe()
+    await backend.close()
+    assert (await backend.observe()).nodes
+    with pytest.raises(RayAway):
+        await backend.scale("nobody", 1)
+    assert (await backend.observe()).nodes, "a failed request must not cost the driver"
+
+
+@pytest.mark.slow
+async def test_bundle_is_built_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """The bundle comes back by its digest with what it says of the model; a bad source says why."""
+    folder = build_tokenizer("llama", tmp_path / "model")
+    (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 99}')
+    generation = {"temperature": 0.6, "top_p": 1.0, "top_k": 20, "max_new_tokens": 77, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    settings = ReplicaSettings(ModelSpec(name="m", source=f"sim://{folder}"), "test")
+    bundle, known = await bundling.build(settings, tmp_path / "bundles")
+    assert bundle is not None
+    assert "tokenizer.json" in bundle.files
+    assert (known.bundle_digest, known.max_model_len, known.family) == (bundle.digest, 99, "llama")
+    assert known.default_sampling == {"temperature": 0.6, "top_k": 20, "max_tokens": 77}
+    assert Bundle.load(tmp_path / "bundles" / bundle.digest.replace(":", "-")) == bundle
+    nothing, about = await bundling.build(ReplicaSettings(ModelSpec(name="m", source="/nowhere"), "test"), tmp_path)
+    assert nothing is None
+    assert "there is no folder /nowhere" in about.trouble

@@ -1,0 +1,170 @@
+"""Real engines on Ray's placement groups: tensor parallelism of the three families, and deaths that leave nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import re
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.engine import watchdog
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.ray import reaper
+from cluster.ray.backend import ChildBackend
+from cluster.ray.local_cluster import LocalRay
+from cluster.worker.settings import ReplicaSettings
+from tests.support.checkpoints import build_checkpoint
+from tests.support.serving import Door, eventually, greedy, removed
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.timeout(400)]
+
+PROMPTS = ([5, 17, 230, 41, 99, 300], [11, 12, 13, 14], [7] * 40)
+TOKENS = 16
+ORPHANS_GONE_S = 10.0
+HOW_IT_ENDED = {
+    "core": "the engine core was killed by SIGKILL",
+    "rank": r"rank [01] \(process \d+\) was killed by SIGKILL",
+}
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""How vLLM names a socket in its default place."""
+
+
+def two_ranks(name: str, folder: Path, gateway: str, **more: object) -> ReplicaSettings:
+    """A checkpoint at tensor_parallel_size 2, in float32 and with a small cache."""
+    spec = ModelSpec(
+        name=name,
+        source=str(folder),
+        dtype="float32",
+        tensor_parallel_size=2,
+        max_model_len=512,
+        engine={"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 16},
+        **more,  # type: ignore[arg-type]
+    )
+    return ReplicaSettings(spec, "test", gateways=(gateway,))
+
+
+@functools.cache
+def expected(folder: Path) -> list[list[int]]:
+    """transformers' own greedy continuations of the prompts in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return [continued(model, torch.tensor([prompt])) for prompt in PROMPTS]
+
+
+def continued(model: Any, ids: Any) -> list[int]:
+    """One of them."""
+    import torch
+
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
+            repetition_penalty=1.0,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return [int(token) for token in out[0, ids.shape[1] :]]
+
+
+async def same_tokens(link: WorkerLink, folder: Path) -> None:
+    """The worker's greedy tokens, asked for at once, are transformers'."""
+    answers = await asyncio.gather(*(greedy(link, prompt, TOKENS) for prompt in PROMPTS))
+    assert answers == await asyncio.to_thread(expected, folder)  # beside the loop, which the link's pings need
+
+
+@pytest.mark.parametrize("family", ["mistral", "falcon"])
+async def test_family_at_tensor_parallel_two(family: str, backend: ChildBackend, door: Door, tmp_path: Path) -> None:
+    """Greedy tokens at TP 2 on a placement group equal transformers' in float32."""
+    folder = build_checkpoint(family, tmp_path / family)
+    await backend.deploy(two_ranks(family, folder, door.address))
+    link = await door.worker(family, 180.0)
+    assert link.info.engine_class == "float32-tp2-pp1"
+    await same_tokens(link, folder)
+    await removed(backend, family)
+
+
+def tree(ray: LocalRay, folder: Path) -> dict[str, set[psutil.Process]]:
+    """The processes of the one engine on `ray`: its replica, its engine core, its ranks."""
+    found: dict[str, set[psutil.Process]] = {"replica": set(), "core": set(), "rank": set()}
+    for pid in reaper.find(ray.environment()[reaper.INSTANCE_ENV], ray.folder):
+        try:
+            process = psutil.Process(pid)
+            title = " ".join(process.cmdline())
+        except psutil.NoSuchProcess:
+            continue
+        for part, mark in (("replica", "ray::ServeReplica"), ("core", "EngineCore"), ("rank", "RayWorker")):
+            if mark in title:
+                found[part].add(process)
+    return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it is there and not a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def maps(process: psutil.Process) -> str:
+    """What a process has mapped."""
+    return Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def names() -> set[str]:
+    """Names of the shared memory and of the sockets on this machine that may be an engine's."""
+    blocks = {name for name in os.listdir("/dev/shm") if watchdog.SHARED_MEMORY.fullmatch(name)}
+    return blocks | {name for name in os.listdir(tempfile.gettempdir()) if UUID.fullmatch(name)}
+
+
+def _reported(door: Door, known: int) -> str | None:
+    """Why the last engine ended, once the gateway knows of more ends than `known`."""
+    ends = door.hub.lost_engines()
+    return ends[-1].reason if len(ends) > known else None
+
+
+async def test_llama_and_its_deaths(backend: ChildBackend, door: Door, local_ray: LocalRay, tmp_path: Path) -> None:
+    """LLaMA at TP 2 as above; then a SIGKILL of replica, core and rank each leaves neither processes nor shared
+    memory, it serves again, and the gateway knows which rank or core ended how, and in which file to read more."""
+    folder, others = build_checkpoint("llama", tmp_path / "llama"), names()
+    await backend.deploy(two_ranks("llama", folder, door.address))
+    link = await door.worker("llama", 180.0)
+    await same_tokens(link, folder)
+    for victim in ("replica", "core", "rank"):
+        before = tree(local_ray, folder)
+        assert {part: len(found) for part, found in before.items()} == {"replica": 1, "core": 1, "rank": 2}
+        everyone = set().union(*before.values())
+        for mapped in map(maps, before["rank"]):
+            assert "cpushm" in mapped, "ranks of one host share memory"
+            assert "/dev/shm/psm_" in mapped
+        assert not names() - others, "no name is left of it"
+        known = len(door.hub.lost_engines())
+        next(iter(before[victim])).send_signal(signal.SIGKILL)
+        await eventually(
+            lambda e=everyone: not any(map(is_alive, e)) or None,  # type: ignore[misc]
+            f"nothing is left after the {victim}'s death",
+            ORPHANS_GONE_S,
+        )
+        assert not names() - others, f"names after the {victim}'s death"
+        if victim in HOW_IT_ENDED:
+            reason = await eventually(lambda k=known: _reported(door, k), f"the gateway knows of the {victim}'s death")  # type: ignore[misc]
+            told = re.fullmatch(rf"{HOW_IT_ENDED[victim]}; log: (?P<log>/\S+)", reason)
+            assert told is not None, door.hub.lost_engines()
+            assert Path(told["log"]).is_file()  # noqa: ASYNC240
+        link = await door.worker("llama", 180.0, but=link.identity.incarnation)
+        await same_tokens(link, folder)
+    await removed(backend, "llama")
+    assert os.getpid() not in reaper.find(local_ray.environment()[reaper.INSTANCE_ENV])

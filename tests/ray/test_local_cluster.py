@@ -1,0 +1,155 @@
+"""The local Ray's start and end, beside a foreign Ray on the same machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.engine import sockets
+from cluster.ray import reaper
+from cluster.ray.backend import ChildBackend, RayAway
+from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart, end_remains, free_ports
+from cluster.worker.settings import ReplicaSettings
+from tests.ray.conftest import end_local_ray, new_local_ray
+from tests.support.serving import settled
+
+SLEEPER = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(600)"]
+
+
+def sleeper(**environment: str) -> subprocess.Popen[bytes]:
+    """A process that waits to be ended; it has started when this returns."""
+    process = subprocess.Popen(SLEEPER, env={**os.environ, **environment}, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    return process
+
+
+def test_reaper_ends_the_tagged_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of this instance ends; one of another instance with the same beginning does not. Folders that engines
+    who were killed have left go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for prefix in (sockets.PREFIX, sockets.FORKS):
+        (tmp_path / f"{prefix}left").mkdir()
+    ours, theirs = sleeper(HEADRACE_INSTANCE="abc"), sleeper(HEADRACE_INSTANCE="abcd")
+    try:
+        assert reaper.find("abc") == {ours.pid}
+        assert reaper.end("abc", grace_s=5.0) == 1
+        assert ours.wait(5.0) == -15
+        assert theirs.poll() is None
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        theirs.kill()
+        theirs.wait()
+        ours.kill()
+
+
+def test_reaper_takes_shared_memory_along() -> None:
+    """A killed engine cannot take its blocks away; those of another cluster's stay."""
+    hold = (
+        "import sys; from multiprocessing import resource_tracker as t, shared_memory as m; t.register = lambda *a: 0; "
+    )
+    hold += "b = m.SharedMemory(create=True, size=64); print(b.name, flush=True); import time; time.sleep(600)"
+    held = []
+    for instance in ("abc", "abcd"):
+        environment = {**os.environ, "HEADRACE_INSTANCE": instance}
+        held.append(subprocess.Popen([sys.executable, "-c", hold], env=environment, stdout=subprocess.PIPE))
+    ours, theirs = held
+    try:
+        names = [one.stdout.readline().decode().strip() for one in held if one.stdout is not None]
+        assert set(names) <= set(os.listdir("/dev/shm"))
+        reaper.end("abc", grace_s=0.0)
+        assert ours.wait(5.0) < 0
+        assert set(names) & set(os.listdir("/dev/shm")) == {names[1]}
+    finally:
+        reaper.end("abcd", grace_s=0.0)
+        ours.kill()
+        theirs.wait()
+    assert not set(names) & set(os.listdir("/dev/shm"))
+
+
+def test_reaper_finds_by_open_files(tmp_path: Path) -> None:
+    """A process without the tag belongs to the cluster when it writes below its folder."""
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdout=log)
+    try:
+        assert reaper.find("no-such-instance", tmp_path) == {process.pid}
+        assert reaper.find("no-such-instance", tmp_path / "other") == frozenset()
+        reaper.end("no-such-instance", tmp_path, grace_s=5.0)
+        assert process.wait(5.0) == -15
+    finally:
+        process.kill()
+
+
+def test_free_ports_differ() -> None:
+    """Ports asked for together are all different."""
+    assert len(set(free_ports(20))) == 20
+
+
+@pytest.mark.ray
+def test_a_ray_that_cannot_start_says_why(tmp_path: Path) -> None:
+    """Ray's own words reach the caller, and nothing is left."""
+    ray = LocalRay(LocalRaySettings("cannot", tmp_path, object_store_bytes=1))
+    with pytest.raises(RayDidNotStart, match="object"):
+        ray.start()
+    assert reaper.find("cannot", ray.folder) == frozenset()
+
+
+@pytest.mark.ray
+def test_logs_come_home(tmp_path: Path) -> None:
+    """A run folder too long for Ray's sockets has Ray's logs after the stop, and nothing else is left behind."""
+    ray = LocalRay(LocalRaySettings("home", tmp_path / ("x" * 40)))
+    try:
+        ray.start()
+        assert ray.folder.parent != ray.log_file.parent
+    finally:
+        ray.stop()
+    assert (ray.log_file.parent / "ray-logs" / "gcs_server.out").exists()
+    assert not ray.folder.exists()
+
+
+@pytest.mark.ray
+async def test_stop_leaves_nothing_and_spares_a_foreign_ray() -> None:
+    """After a stop no process of the cluster is left, whatever became of its driver; another Ray still answers."""
+    foreign, ours = new_local_ray("foreign"), new_local_ray("ours")
+    try:
+        foreign.start()
+        ours.start()
+        backend = ChildBackend("test", ours.address, ours.environment())
+        await backend.deploy(ReplicaSettings(ModelSpec(name="m", source="sim://?vocab=100"), "test"))
+        await settled(backend, lambda s: [seen.running for seen in s.apps.values()] == [1], "the replica runs")
+        instance, folder = ours.environment()[reaper.INSTANCE_ENV], ours.folder
+        assert len(reaper.find(instance, folder)) >= 6
+        started = time.monotonic()
+        await backend.shutdown()
+        ours.stop()
+        assert time.monotonic() - started < 10.0
+        assert reaper.find(instance, folder) == frozenset()
+        with pytest.raises(RayAway):
+            await backend.observe()
+        await backend.close()
+        theirs = ChildBackend("theirs", foreign.address, foreign.environment())
+        assert len((await theirs.observe()).nodes) == 1
+        await theirs.close()
+    finally:
+        end_local_ray(ours)
+        end_local_ray(foreign)
+
+
+@pytest.mark.ray
+def test_remains_of_a_lost_cluster_are_found() -> None:
+    """Whoever knows instance and run folder can end what a killed `cluster up` left."""
+    ray = new_local_ray("lost")
+    ray.start()
+    try:
+        instance = ray.environment()[reaper.INSTANCE_ENV]
+        assert end_remains(instance, ray.log_file.parent) >= 5
+        assert reaper.find(instance, ray.folder) == frozenset()
+    finally:
+        end_local_ray(ray)

@@ -1,0 +1,82 @@
+"""To and from zero on a real Ray and Serve: a real gateway, the controller's own loop, simulated engines."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import ModelSpec, ModelState
+from cluster.controller import scaling
+from cluster.controller.controller import Controller
+from cluster.controller.links import ControllerEnd
+from cluster.policy.catalog.lifecycle import Known
+from cluster.policy.scaling.operator_requests import Desk
+from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings
+from cluster.ray.backend import ChildBackend
+from cluster.wire.dial import read
+from cluster.worker.settings import ReplicaSettings
+from tests.support.calls import chat, rest_of, text_of
+from tests.support.checkpoints import build_checkpoint
+from tests.support.cluster import bundle_of, running_cluster, until
+from tests.support.serving import apps_of, removed
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) -> None:
+    """Deployed at zero without a process, started by a held call, scaled up by hand under a stream that is not cut, and
+    back to zero when idle; a controller that comes back finds it there and starts nothing."""
+    checkpoint = build_checkpoint("llama", tmp_path / "llama")
+    bundle = bundle_of(checkpoint)
+    async with running_cluster(tmp_path / "gateway") as cluster:
+        address = cluster.gateway.endpoints["link"]
+        end = ControllerEnd(controller_id="test", gateways=[address], tls=None, bundles=lambda _: bundle)
+        scaler = Scaler(ScalingSettings(cold_start_s=5.0), time.monotonic())
+        controller = Controller(backend, end, scaler=scaler)
+        scaling.listen(end, scaler, controller.now, controller.wake)
+        desk = Desk(scaler, controller.wake)
+        spec = ModelSpec(
+            "sim", f"sim://{checkpoint}?decode_ms=8", min_replicas=0, max_replicas=2, idle_s=1.0, slo_itl_s=1.0
+        )
+        settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=4.0)
+        controller.known[settings.app] = Known(bundle_digest=bundle.digest, max_model_len=2048)
+        scaler.look([spec], {("sim", ""): OnRay(0)}, [], time.monotonic(), time.time(), blind=True)  # as if it rested
+        controller.want([settings])
+        parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+
+        def state() -> ModelState | None:
+            model = cluster.gateway.directory.find("sim")
+            return None if model is None else model.state
+
+        def links() -> int:
+            return len(cluster.gateway.hub.links)
+
+        try:
+            await until(lambda: state() is ModelState.IDLE, "it is deployed at zero", 60)
+            assert links() == 0
+            stream = cluster.stub.StreamChat(chat(max_tokens=800, ignore_eos=True), timeout=120)
+            first = await read(stream)
+            assert first.HasField("progress")
+            await until(lambda: links() == 1, "the held call has started it", 60)
+            desk.scale("sim", 2)
+            await until(lambda: links() == 2, "there are two", 60)
+            desk.scale("sim", None)
+            chunks = [first, *await rest_of(stream)]
+            assert chunks[-1].usage.completion_tokens == 800
+            assert text_of(chunks)
+            assert 0.0 < desk.explain("sim", 0).model.cold_start_s < 60.0
+            await until(lambda: state() is ModelState.IDLE and links() == 0, "idle, it rests", 60)
+            later = Controller(backend, end, scaler=Scaler(ScalingSettings(), time.monotonic()))
+            later.want([settings])
+            parts.pop().cancel()
+            for _ in range(3):
+                await later.step()
+            assert apps_of(await backend.observe(), "sim")[0].target == 0
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+    await removed(backend, "sim")

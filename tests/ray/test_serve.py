@@ -1,0 +1,167 @@
+"""Applications on a real Ray, with simulated engines: what is touched, what is left alone, and what is told."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from cluster.api.types import CatalogEntry, ModelSpec, ModelState
+from cluster.controller.controller import Controller
+from cluster.controller.links import ControllerEnd
+from cluster.ray.backend import Backend, ChildBackend
+from cluster.ray.local_cluster import LocalRay
+from cluster.worker.settings import ReplicaSettings
+from tests.support.serving import Door, apps_of, eventually, greedy, removed, settled
+
+pytestmark = pytest.mark.ray
+
+
+def sim(name: str, door: Door, **more: object) -> ReplicaSettings:
+    """A simulated model that dials `door`."""
+    spec = ModelSpec(name=name, source="sim://?vocab=1000&decode_ms=1&token_hi=900", **more)  # type: ignore[arg-type]
+    return ReplicaSettings(spec, "test", gateways=(door.address,))
+
+
+@asynccontextmanager
+async def controlling(backend: Backend, door: Door, *settings: ReplicaSettings) -> AsyncIterator[Controller]:
+    """A controller at work, linked to the door."""
+    end = ControllerEnd(controller_id="test", gateways=[door.address], tls=None, bundles=lambda _: None)
+    controller = Controller(backend, end)
+    controller.want(settings)
+    parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
+    try:
+        yield controller
+    finally:
+        for part in parts:
+            part.cancel()
+        await asyncio.gather(*parts, return_exceptions=True)
+
+
+async def in_state(door: Door, model: str, state: ModelState) -> CatalogEntry:
+    """Wait until the gateway is told of this state."""
+    return await eventually(
+        lambda: (e := door.entries.get(model)) and (e if e.state is state else None), f"{model} is {state.value}", 40.0
+    )
+
+
+async def test_a_models_whole_life(backend: ChildBackend, door: Door) -> None:
+    """Deployed, served over the link, left alone by a second model and by a new controller, removed by name."""
+    first, second = sim("first", door, aliases=("one",)), sim("second", door)
+    async with controlling(backend, door, first) as controller:
+        entry = await in_state(door, "first", ModelState.READY)
+        assert (entry.replicas, entry.replicas_desired, entry.aliases) == (1, 1, ("one",))
+        link = await door.worker("first")
+        assert len(await greedy(link, [1, 2, 3], 5)) == 5
+        incarnation = link.identity.incarnation
+        controller.want([first, second])
+        await in_state(door, "second", ModelState.READY)
+        assert (await door.worker("first")).identity.incarnation == incarnation
+    renamed = dataclasses.replace(first, spec=dataclasses.replace(first.spec, aliases=("uno",)))
+    async with controlling(backend, door, renamed, second) as successor:
+        await eventually(lambda: "first" in door.entries and door.entries["first"].aliases == ("uno",), "it is renamed")
+        await in_state(door, "first", ModelState.READY)
+        await successor.step()
+        assert (await door.worker("first")).identity.incarnation == incarnation, "an unchanged replica was restarted"
+        successor.want([renamed])
+        await eventually(lambda: "second" not in door.entries, "the removed model is gone from the catalog")
+        assert (await door.worker("first")).identity.incarnation == incarnation
+        changed = dataclasses.replace(first, spec=dataclasses.replace(first.spec, version="v2"))
+        successor.want([changed])
+        made_anew = await door.worker("first", but=incarnation)
+        assert made_anew.identity.version == "v2"
+    await removed(backend, "first")
+
+
+async def test_scaling_touches_no_other_replica(backend: ChildBackend, door: Door) -> None:
+    """A changed count adds a replica beside the one that serves."""
+    async with controlling(backend, door, sim("scaled", door)) as controller:
+        incarnation = (await door.worker("scaled")).identity.incarnation
+        controller.want([sim("scaled", door, min_replicas=2, max_replicas=2)])
+        await eventually(lambda: len(door.hub.links) == 2, "two workers have dialled in")
+        assert incarnation in {link.identity.incarnation for link in door.hub.links}
+    await removed(backend, "scaled")
+
+
+async def test_refused_model_says_why(backend: ChildBackend, door: Door) -> None:
+    """A source that cannot work ends in FAILED with the reason, and a mended entry brings it up."""
+    bad = dataclasses.replace(sim("broken", door), spec=ModelSpec(name="broken", source="sim://?vocab=10&speed=9"))
+    async with controlling(backend, door, bad) as controller:
+        entry = await in_state(door, "broken", ModelState.FAILED)
+        assert "'speed' is no parameter of a simulated engine" in entry.state_reason
+        snapshot = await settled(backend, lambda s: apps_of(s, "broken")[0].gave_up, "Serve stops trying")
+        assert apps_of(snapshot, "broken")[0].refused
+        controller.want([sim("broken", door)])
+        await in_state(door, "broken", ModelState.READY)
+    await removed(backend, "broken")
+
+
+async def test_unplaceable_model_says_why(backend: ChildBackend, door: Door) -> None:
+    """A group larger than any node is FAILED with what it needs, instead of waiting in silence."""
+    big = ReplicaSettings(ModelSpec(name="big", source="/models/big", tensor_parallel_size=65), "test")
+    async with controlling(backend, door, big):
+        entry = await in_state(door, "big", ModelState.FAILED)
+        assert "cannot be placed: needs 65 GPUs and 1 CPU on one node" in entry.state_reason
+    await removed(backend, "big")
+
+
+async def test_dead_engine_ends_its_replica_and_a_new_one_serves(backend: ChildBackend, door: Door) -> None:
+    """An engine that dies takes its process along, so that a new replica serves within seconds."""
+    dying = ReplicaSettings(
+        ModelSpec(name="dying", source="sim://?vocab=1000&decode_ms=1&fault=die@step:24"), "test", (door.address,)
+    )
+    async with controlling(backend, door, dying):
+        link = await door.worker("dying")
+        with pytest.raises(AssertionError, match="lost"):
+            await greedy(link, [1, 2, 3], 50)
+        successor = await door.worker("dying", but=link.identity.incarnation, timeout_s=30.0)
+        assert len(await greedy(successor, [1, 2, 3], 2)) == 2
+    await removed(backend, "dying")
+
+
+FOREIGN = """
+import json, sys
+import ray
+from ray import serve
+ray.init(address=sys.argv[1], log_to_driver=False)
+@serve.deployment
+class Theirs:
+    def pid(self):
+        import os
+        return os.getpid()
+if sys.argv[2] == "run":
+    handle = serve.run(Theirs.bind(), name="theirs", route_prefix=None)
+else:
+    handle = serve.get_app_handle("theirs")
+print(json.dumps(handle.pid.remote().result()))
+if sys.argv[2] == "end":
+    serve.delete("theirs")
+"""
+
+
+async def test_foreign_application_is_left_alone(backend: ChildBackend, door: Door, local_ray: LocalRay) -> None:
+    """Somebody else's application on the same Ray keeps its replica through our whole life."""
+    await backend.observe()
+
+    async def theirs(what: str) -> int:
+        out = await asyncio.to_thread(
+            subprocess.check_output,
+            [sys.executable, "-c", FOREIGN, local_ray.address, what],
+            env={**local_ray.environment(), "PATH": "/usr/bin:/bin"},
+            stderr=subprocess.DEVNULL,
+        )
+        return int(json.loads(out.splitlines()[-1]))
+
+    async with controlling(backend, door, sim("ours", door)) as controller:
+        await in_state(door, "ours", ModelState.READY)
+        pid = await theirs("run")
+        assert [seen.model for seen in (await backend.observe()).apps.values()] == ["ours"]
+        controller.want([])
+        await settled(backend, lambda s: not s.apps, "ours is gone")
+        assert await theirs("end") == pid

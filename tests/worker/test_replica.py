@@ -1,0 +1,167 @@
+"""A replica as a plain class: it comes up and links, says why it cannot, and ends its process with its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import replace
+
+import pytest
+
+from cluster.api.ports import EngineDead, EngineSick
+from cluster.api.types import ModelSpec, Standing
+from cluster.engine.sim import SimConfig, SimEngine
+from cluster.link.v1 import link_pb2 as link_pb
+from cluster.wire.bundle import Bundle
+from cluster.worker.open_model import open_model
+from cluster.worker.replica import Opened, Place, Replica
+from cluster.worker.settings import ModelRefused, ReplicaSettings
+from tests.support.serving import Door, eventually, greedy
+
+SOURCE = "sim://?vocab=1000&decode_ms=1"
+
+
+def settings(door: Door, source: str = SOURCE, **more: object) -> ReplicaSettings:
+    """A simulated model that dials the door."""
+    spec = ModelSpec(name="m", source=source, **more)  # type: ignore[arg-type]
+    return ReplicaSettings(spec, "test", gateways=(door.address,))
+
+
+async def test_serves_until_stopped(door: Door) -> None:
+    """It dials in under a name of its own, serves, is healthy, and after a stop neither."""
+    replica = Replica(settings(door), Place("r1", "node1"), open_model)
+    with pytest.raises(EngineDead, match="not started"):
+        await replica.check()
+    await replica.start()
+    link = await door.worker("m")
+    assert (link.identity.worker_id, link.identity.node) == ("m-r1", "node1")
+    assert link.identity.incarnation == replica.incarnation
+    assert len(await greedy(link, [1, 2], 3)) == 3
+    await replica.check()
+    await replica.stop()
+    await eventually(lambda: not door.hub.links, "its link has ended")
+    with pytest.raises(EngineDead):
+        await replica.check()
+    await replica.stop()
+
+
+async def test_stop_drains_what_runs(door: Door) -> None:
+    """A request in flight is finished within the drain time."""
+    replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), Place("r1", "n"), open_model)
+    await replica.start()
+    running = asyncio.create_task(greedy(await door.worker("m"), [1, 2], 60))
+    await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
+    await replica.stop()
+    assert len(await running) == 60
+
+
+async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
+    """Nothing new is granted, what runs is finished, health then has Serve replace it; no operator takes it back."""
+    replica = Replica(settings(door, SOURCE + "&max_num_seqs=4"), Place("r1", "n"), open_model)
+    await replica.start()
+    link = await door.worker("m")
+    running = asyncio.create_task(greedy(link, [1, 2], 600))
+    await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
+    leaving = asyncio.create_task(replica.leave(20.0))
+    await eventually(lambda: not link.serves, "the gateway is told")
+    link.command(link_pb.Command(uncordon=link_pb.Uncordon()))
+    assert len(await running) == 600
+    await leaving
+    await eventually(lambda: link.standing is Standing.DRAINED, "it has drained, and takes nothing")
+    with pytest.raises(EngineDead, match="its node is about to end"):
+        await replica.check()
+    await replica.stop()
+
+
+async def test_a_stop_takes_no_longer_than_its_node(door: Door) -> None:
+    """Serve gives the settings' time; a node that ends earlier would cut what has not been handed over by then."""
+    replica = Replica(replace(settings(door, SOURCE), drain_timeout_s=300.0), Place("r1", "n"), open_model)
+    await replica.start()
+    link = await door.worker("m")
+    endless = asyncio.create_task(greedy(link, [1, 2], 100_000))
+    await eventually(lambda: replica.end is not None and replica.end.statistics().running, "it runs")
+    async with asyncio.timeout(10):
+        await replica.stop(within_s=0.4)
+    with pytest.raises(AssertionError, match="lost"):
+        await endless
+
+
+async def test_dead_engine_ends_the_process(door: Door) -> None:
+    """The links are closed first, then the process; health tells the reason meanwhile."""
+    engine = SimEngine(SimConfig.from_source(SOURCE))
+    exits: list[int] = []
+    opened = Opened(engine, Bundle({}), "")
+    replica = Replica(settings(door), Place("r1", "n"), lambda _: opened, on_engine_death=exits.append)
+    await replica.start()
+    await door.worker("m")
+    engine.kill("power cut")
+    await eventually(lambda: exits, "the process is ended")
+    assert exits == [70]
+    await eventually(lambda: not door.hub.links, "its link has ended")
+    (lost,) = door.hub.lost_engines()
+    assert (lost.model, lost.worker_id, lost.node) == ("m", "m-r1", "n")
+    assert "power cut" in lost.reason
+    with pytest.raises(EngineDead, match="power cut"):
+        await replica.check()
+    await replica.stop()
+
+
+async def test_a_sick_engine_goes_the_way_of_a_dead_one(door: Door) -> None:
+    """After an error the golden prompt is asked; a wrong answer closes the link, ends the process, names the node."""
+    engine = SimEngine(SimConfig.from_source(SOURCE))
+    exits: list[int] = []
+    opened = Opened(engine, Bundle({}), "")
+    replica = Replica(settings(door), Place("r1", "node-7"), lambda _: opened, on_engine_death=exits.append)
+    await replica.start()
+    link = await door.worker("m")
+    assert len(await greedy(link, [1, 2], 3)) == 3
+    engine.fail("step", "wrong")
+    engine.fail("step", "nan", at=2)
+    assert len(await greedy(link, [1, 2], 3)) == 1
+    await eventually(lambda: exits, "the process is ended")
+    await eventually(lambda: not door.hub.links, "its link has ended")
+    assert "engine on node node-7 is sick" in door.hub.lost_engines()[0].reason
+    with pytest.raises(EngineDead, match="engine on node node-7 is sick: its answer to the golden prompt"):
+        await replica.check()
+    await replica.stop()
+
+
+async def test_an_engine_that_is_sick_from_the_start_never_links(door: Door) -> None:
+    """NaN in the first golden answer keeps the replica from coming up, and may be another node's luck: no refusal."""
+    replica = Replica(settings(door, SOURCE + "&fault=nan@step:3"), Place("r1", "node-7"), open_model)
+    with pytest.raises(EngineSick, match=r"node-7 is sick.*NaN in the logits"):
+        await replica.start()
+    assert not door.hub.links
+
+
+@pytest.mark.parametrize(
+    ("source", "place", "more", "reason"),
+    [
+        ("sim://?vocab=9&speed=1", Place("r", "n"), {}, "'speed' is no parameter"),
+        ("/no/such/folder", Place("r", "n"), {}, r"models\[m\].source: there is no folder /no/such/folder"),
+        ("sim://", Place("r", "n"), {}, "vocab is not given"),
+        ("/m", Place("r", "n"), {"engine": {"worker_cls": "a.B"}}, r"models\[m\].engine.worker_cls: names code"),
+        (SOURCE, Place("r", "n"), {"digest": "sha256:0"}, r"models\[m\].digest: the weights here have sha256:.* wants"),
+        (SOURCE, Place("r", "a", ("a", "b")), {"tensor_parallel_size": 2}, r"models\[m\]: ranks 0 to 1, .* 2 nodes"),
+    ],
+)
+async def test_what_cannot_work_is_refused(
+    door: Door, source: str, place: Place, more: dict[str, object], reason: str
+) -> None:
+    """The reason names what is wrong; nothing was linked."""
+    replica = Replica(settings(door, source, **more), place, open_model)
+    with pytest.raises(ModelRefused) as caught:
+        await replica.start()
+    assert re.search(reason, caught.value.reason)
+    assert not door.hub.links
+
+
+async def test_bad_luck_is_not_a_refusal(door: Door) -> None:
+    """An error that another try may not meet stays what it is."""
+
+    def unlucky(settings: ReplicaSettings) -> Opened:
+        raise OSError("the disk is away")
+
+    model = settings(door)
+    with pytest.raises(OSError, match="disk"):
+        await Replica(model, Place("r", "n"), unlucky).start()

@@ -1,0 +1,70 @@
+"""Settings travel as JSON, digests tell what restarts a replica, refusals are found in whatever wraps them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.types import ModelSpec
+from cluster.policy.catalog import specs
+from cluster.wire.tls import TlsFiles
+from cluster.worker.settings import ModelRefused, ReplicaSettings, from_json, refusal_in
+
+SETTINGS = ReplicaSettings(
+    ModelSpec(name="m", source="hf://a/b", aliases=("x", "y"), engine={"max_num_seqs": 8}, min_replicas=2),
+    cluster="prod",
+    gateways=("10.0.0.1:50052",),
+    tls=TlsFiles(Path("/c"), Path("/k"), Path("/a")),
+    environment={"A": "b"},
+)
+
+
+def test_settings_survive_json() -> None:
+    """What a driver is sent is what a replica gets."""
+    assert from_json(json.loads(json.dumps(SETTINGS.to_json()))) == SETTINGS
+    plain = dataclasses.replace(SETTINGS, tls=None)
+    assert from_json(plain.to_json()) == plain
+
+
+def test_unknown_keys_are_refused() -> None:
+    """A driver of another release fails loudly instead of dropping what it does not know."""
+    with pytest.raises(ValueError, match="unknown key 'colour'"):
+        specs.from_json({**specs.to_json(SETTINGS.spec), "colour": "red"})
+    with pytest.raises(TypeError, match="colour"):
+        from_json({**SETTINGS.to_json(), "colour": "red"})
+
+
+@pytest.mark.parametrize("change", [{"aliases": ()}, {"min_replicas": 1}, {"max_replicas": 9}, {"idle_s": 5.0}])
+def test_what_replicas_never_see_restarts_none(change: dict[str, Any]) -> None:
+    """Names and counts are not in the digest."""
+    assert dataclasses.replace(SETTINGS, spec=dataclasses.replace(SETTINGS.spec, **change)).digest == SETTINGS.digest
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dataclasses.replace(SETTINGS, gateways=("10.0.0.2:50052",)),
+        dataclasses.replace(SETTINGS, tls=None),
+        dataclasses.replace(SETTINGS, spec=dataclasses.replace(SETTINGS.spec, dtype="float32")),
+        dataclasses.replace(SETTINGS, spec=dataclasses.replace(SETTINGS.spec, engine={"max_num_seqs": 9})),
+    ],
+)
+def test_what_replicas_are_started_with_makes_them_anew(changed: ReplicaSettings) -> None:
+    """Anything a replica was started with is in the digest."""
+    assert changed.digest != SETTINGS.digest
+
+
+@given(st.text())
+def test_refusal_is_found_again(reason: str) -> None:
+    """Whatever the reason holds and whatever Ray writes around it."""
+    wrapped = f"Traceback (most recent call last):\n  ...\nray.X: {ModelRefused(reason)}\nand 1 more time(s)"
+    assert refusal_in(wrapped) == reason
+    assert refusal_in("Traceback: ValueError") == ""
+    assert pickle.loads(pickle.dumps(ModelRefused(reason))).reason == reason  # noqa: S301 - our own
