@@ -42,17 +42,17 @@ triton: setup ## Triton for tests of vLLM's V2 model runner, in .triton beside t
 	@[ -d .triton/triton ] || $(VENV)/uv pip install --quiet --no-deps --require-hashes --target .triton -r requirements/triton.txt
 
 contract-v2: triton ## the engine contract on vLLM's V2 model runner, interpreted, and on both with asynchronous scheduling: half an hour
-	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted tests/engine/v2_contract.py tests/engine/async_contract.py \
-		tests/engine/test_vllm_resume.py tests/engine/test_vllm_killers.py $(ARGS)
-	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted --v1 tests/engine/async_contract.py \
-		tests/engine/test_vllm_contract.py tests/engine/test_vllm_resume.py $(ARGS)
+	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted tests/worker/engine/v2_contract.py tests/worker/engine/async_contract.py \
+		tests/worker/engine/vllm/test_resume.py tests/worker/engine/vllm/test_killers.py $(ARGS)
+	PYTHONPATH=. $(VENV)/python -m loadtests.interpreted --v1 tests/worker/engine/async_contract.py \
+		tests/worker/engine/vllm/test_contract.py tests/worker/engine/vllm/test_resume.py $(ARGS)
 
 killers: triton ## SEEDS=200 times 16 crowds of random requests against the V2 runner, interpreted
-	PYTHONPATH=. KILLERS_SEEDS=$(or $(SEEDS),200) $(VENV)/python -m loadtests.interpreted tests/engine/test_vllm_killers.py $(ARGS)
+	PYTHONPATH=. KILLERS_SEEDS=$(or $(SEEDS),200) $(VENV)/python -m loadtests.interpreted tests/worker/engine/vllm/test_killers.py $(ARGS)
 
 gpu-contract: setup ## the engine contract on this machine's GPU: batch-invariant numerics, where it must pass, then the default
-	VLLM_BATCH_INVARIANT=1 $(VENV)/python -m pytest tests/engine/v2_contract.py tests/engine/async_contract.py $(ARGS)
-	-VLLM_BATCH_INVARIANT=0 $(VENV)/python -m pytest tests/engine/v2_contract.py tests/engine/async_contract.py $(ARGS)
+	VLLM_BATCH_INVARIANT=1 $(VENV)/python -m pytest tests/worker/engine/v2_contract.py tests/worker/engine/async_contract.py $(ARGS)
+	-VLLM_BATCH_INVARIANT=0 $(VENV)/python -m pytest tests/worker/engine/v2_contract.py tests/worker/engine/async_contract.py $(ARGS)
 
 window: triton ## the engine contract on the other vLLM releases of docs/support.md: downloads, then some minutes each
 	PYTHONPATH=. $(VENV)/python scripts/window.py $(ARGS)

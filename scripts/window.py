@@ -21,11 +21,11 @@ from loadtests.interpreted import ROOT, environment
 
 FOLDER = ROOT / ".window"
 V1 = (
-    "tests/engine/test_vllm_contract.py::TestFastPath",
-    "tests/engine/test_vllm_resume.py",
-    "tests/engine/test_repairs.py",
+    "tests/worker/engine/vllm/test_contract.py::TestFastPath",
+    "tests/worker/engine/vllm/test_resume.py",
+    "tests/worker/engine/vllm/test_repairs.py",
 )
-V2 = ("tests/engine/v2_contract.py",)
+V2 = ("tests/worker/engine/v2_contract.py",)
 
 
 @dataclass(frozen=True, slots=True)

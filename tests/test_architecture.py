@@ -29,7 +29,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config_tenants",
         "config_yaml",
         "controller",
-        "engine",
         "gateway",
         "kube",
         "ledger",
@@ -38,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "policy",
         "process",
         "ray",
+        "worker",
     },
     "client": {"api", "pb"},
     "config": {
@@ -72,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "wire",
         "worker",
     },
-    "engine": {"api", "wire"},
+    "engine": set(),
     "gateway": {
         "api",
         "config",
@@ -96,10 +96,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pb": set(),
     "policy": {"api"},
     "process": set(),
-    "ray": {"engine", "observe", "policy", "process", "worker"},
-    "sim": {"api", "engine", "policy", "wire", "worker"},
+    "ray": {"observe", "policy", "process", "worker"},
+    "sim": {"api", "policy", "wire", "worker"},
     "wire": {"api", "http2", "pb", "policy"},
-    "worker": {"api", "config", "config_engine", "engine", "http2", "pb", "policy", "process", "wire"},
+    "worker": {"api", "config", "config_engine", "http2", "pb", "policy", "process", "wire"},
 }
 PURE = ("policy", "api")
 NOT_IN_PURE = {"time", "random", "asyncio", "os", "logging", "grpc", "ray", "vllm", "prometheus_client"}
@@ -281,9 +281,9 @@ def test_the_base_install_needs_no_engine(module: str) -> None:
         ("cluster.policy.routing.router", "from cluster.gateway import call", True),
         ("cluster.policy.routing.router", "from ...gateway.call import Call", True),
         ("cluster.policy.routing.router", "from cluster.api.types import Call", False),
-        ("cluster.engine.sim", "def f():\n    from cluster.v1 import inference_pb2", True),
+        ("cluster.worker.engine.simulated.engine", "def f():\n    from cluster.v1 import inference_pb2", True),
         ("cluster.gateway.call", "from cluster.link.v1 import link_pb2", False),
-        ("cluster.engine.sim", "if TYPE_CHECKING:\n    from cluster.gateway import call", False),
+        ("cluster.worker.engine.simulated.engine", "if TYPE_CHECKING:\n    from cluster.gateway import call", False),
         ("cluster.gateway.server", "from cluster import __version__", False),
     ],
 )

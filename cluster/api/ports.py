@@ -29,8 +29,8 @@ class EngineRefused(Exception):
 class Engine(Protocol):
     """Runs requests to their end, step by step. One reader calls `step`; submit and abort may interleave with it.
 
-    Laws (tests/engine/contract.py holds every implementation to them): outputs of a request come in order and end
-    with exactly one `finish`, or with nothing more after `abort`; after `abort` its place is free within two steps;
+    Laws (tests/worker/engine/contract.py holds every implementation to them): outputs of a request come in order and
+    end with exactly one `finish`, or with nothing more after `abort`; after `abort` its place is free within two steps;
     a refused request has no outputs; equal requests with temperature 0 give equal tokens, alone or in a batch.
     """
 

@@ -199,7 +199,8 @@ _NOISE = re.compile(r"(-pp\d+)-[a-z0-9]+$")
 
 
 def without_noise(engine_class: str) -> str:
-    """Return an engine class without what a seed draws, its part behind the ranks (engine/resume.py), if it has one."""
+    """Return an engine class without what a seed draws, its part behind the ranks (worker/engine/vllm/resume.py), if it
+    has one."""
     return _NOISE.sub(r"\1", engine_class)
 
 

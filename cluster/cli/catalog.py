@@ -191,8 +191,8 @@ def pin(
     what is missing. From then on a replica with other weights is refused. All else of the file stays as it is."""
     from cluster.cli.pinning import set_keys
     from cluster.cli.processes import source_rules
-    from cluster.engine.digests import weight_digest
-    from cluster.engine.sources import SourceError, resolve, revision_of
+    from cluster.worker.weights.digests import weight_digest
+    from cluster.worker.weights.sources import SourceError, resolve, revision_of
 
     config = read_config(file)
     rules = source_rules(config)

@@ -120,7 +120,7 @@ def _around(config: Config) -> Iterator[Problem]:
 
 
 def _simulated(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
-    from cluster.engine.simulated.config import SimConfig
+    from cluster.worker.engine.simulated.config import SimConfig
 
     for spec in model.specs():
         try:
@@ -133,7 +133,7 @@ def _simulated(path: tuple[str | int, ...], model: Model) -> Iterator[Problem]:
 
 
 def _folder(path: tuple[str | int, ...], model: Model, config: Config) -> Iterator[Problem]:
-    from cluster.engine.sources import SourceError, check_folder
+    from cluster.worker.weights.sources import SourceError, check_folder
 
     if "://" in model.source:
         return

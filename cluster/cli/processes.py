@@ -25,7 +25,7 @@ from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
-    from cluster.engine.sources import SourceRules
+    from cluster.worker.weights.sources import SourceRules
 
 FolderOption = Annotated[Path, typer.Option("--folder", help="Where it keeps what must outlive it.")]
 ReadyOption = Annotated[
@@ -142,7 +142,7 @@ def controller(
 
 def prepare(file: FileOption) -> None:
     """Check every model's source and fetch or make what is missing; progress as JSON lines on standard output."""
-    from cluster.engine.sources import SourceError, resolve
+    from cluster.worker.weights.sources import SourceError, resolve
 
     config = read_config(file)
     rules = source_rules(config)
@@ -162,7 +162,7 @@ def prepare(file: FileOption) -> None:
 
 def source_rules(config: Config) -> SourceRules:
     """Where weights come from on this machine, and what is let in."""
-    from cluster.engine.sources import SourceRules
+    from cluster.worker.weights.sources import SourceRules
 
     weights = config.weights
     return SourceRules(

@@ -20,10 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.engine import causes, sockets
 from cluster.process.private_files import make_private_folder
 from cluster.ray import reaper
 from cluster.ray.drain_time import TIMEOUT_ENV, ray_timeout_s
+from cluster.worker.engine.processes import end_causes, sockets
 
 OBJECT_STORE_BYTES = 128 * 1024 * 1024
 LOGICAL_GPUS = 64
@@ -218,7 +218,7 @@ def free_ports(count: int) -> list[int]:
 def _clean(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the caller's environment without what it says of some other Ray, or of an engine of its own: ranks take
     the names of an engine that they find on their node before those of their engine's core."""
-    other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID", causes.ENGINE, sockets.ENV)
+    other = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "RAY_JOB_ID", end_causes.ENGINE, sockets.ENV)
     return {key: value for key, value in environment.items() if key not in other}
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from cluster.engine import sockets, watchdog
+from cluster.worker.engine.processes import sockets, watchdog
 
 INSTANCE_ENV = "HEADRACE_INSTANCE"
 _POLL_S = 0.05

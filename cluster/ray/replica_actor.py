@@ -39,9 +39,10 @@ class ServedReplica:
         given = replica_settings.from_json(settings)
         log.keep_open(logging.getLogger(_SERVE_LOGGER))
         if not is_simulated(given.spec):
-            from cluster.engine import forks, repairs
+            from cluster.worker.engine.processes import fork_server
+            from cluster.worker.engine.vllm import repairs
 
-            forks.begin()  # first of all: it imports while this process does
+            fork_server.begin()  # first of all: it imports while this process does
             os.environ[repairs.NODE] = str(ray.util.get_node_ip_address())
         self._replica = Replica(given, _place(), open_model)
         place = self._replica.place

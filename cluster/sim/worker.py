@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.api.types import EngineRequest, TokenOutput
-from cluster.engine.simulated.config import SimConfig
-from cluster.engine.simulated.model import SimModel
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
 from cluster.policy.fairness.service_counters import FlowKey
@@ -15,6 +13,8 @@ from cluster.policy.fairness.token_cost import Charge
 from cluster.sim.events import Agenda
 from cluster.wire.credit import Grant, Granter, Room
 from cluster.worker.admission_window import Lookahead
+from cluster.worker.engine.simulated.config import SimConfig
+from cluster.worker.engine.simulated.model import SimModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from random import Random
 
 from cluster.api.types import EngineRequest, Sampling, TokenOutput
-from cluster.engine.simulated.config import SimConfig
 from cluster.policy.fairness.fair_queue import FairOrder, FairTurns
 from cluster.policy.fairness.order import Waiting
 from cluster.policy.fairness.token_cost import ServiceWeights
@@ -22,6 +21,7 @@ from cluster.sim.observer import Observer
 from cluster.sim.traffic import Prompts, SimTenant
 from cluster.sim.worker import Heard, SimSubmit, SimWorker
 from cluster.wire.credit import Grant
+from cluster.worker.engine.simulated.config import SimConfig
 
 VOCAB = 32_000
 

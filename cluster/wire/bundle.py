@@ -1,7 +1,7 @@
 """A tokenizer bundle: the few files a gateway needs to speak a model's tokens, named by their digest.
 
-A bundle is what a worker or the controller makes from a model's folder (engine/bundles.py) and what a gateway
-fetches once by digest and keeps on disk. It holds text files only: tokenizer.json (the fast tokenizer as
+A bundle is what a worker or the controller makes from a model's folder (worker/weights/tokenizer_bundle.py) and what a
+gateway fetches once by digest and keeps on disk. It holds text files only: tokenizer.json (the fast tokenizer as
 transformers loads it), tokenizer_config.json, chat templates and generation_config.json; never weights or code.
 """
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from cluster.api.ports import Engine
 from cluster.config_engine import code_arguments
-from cluster.engine.cards import Card, read_card
 from cluster.policy.catalog.placement import is_simulated
 from cluster.wire.bundle import Bundle
 from cluster.worker.replica import Opened
 from cluster.worker.settings import ReplicaSettings
+from cluster.worker.weights.model_card import Card, read_card
 
 
 def open_model(settings: ReplicaSettings) -> Opened:
@@ -18,9 +18,9 @@ def open_model(settings: ReplicaSettings) -> Opened:
     if is_simulated(settings.spec):
         return _open_simulated(settings)
     _refuse_code(settings)
-    from cluster.engine.checkpoint import check_weights
-    from cluster.engine.digests import weight_digest
-    from cluster.engine.vllm_engine import VllmEngine
+    from cluster.worker.engine.vllm.engine import VllmEngine
+    from cluster.worker.weights.checkpoint import check_weights
+    from cluster.worker.weights.digests import weight_digest
 
     folder = _resolve(settings)
     check_weights(settings.spec, folder)
@@ -46,7 +46,7 @@ def open_bundle(settings: ReplicaSettings) -> tuple[Bundle, Card]:
 
 
 def _open_simulated(settings: ReplicaSettings) -> Opened:
-    from cluster.engine.sim import SimConfig, SimEngine
+    from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 
     config = SimConfig.from_source(settings.spec.source, settings.spec.engine)
     bundle = _bundle_of(Path(config.folder), settings) if config.folder else Bundle({})
@@ -55,13 +55,13 @@ def _open_simulated(settings: ReplicaSettings) -> Opened:
 
 
 def _bundle_of(folder: Path, settings: ReplicaSettings) -> Bundle:
-    from cluster.engine.bundles import build_bundle
+    from cluster.worker.weights.tokenizer_bundle import build_bundle
 
     return build_bundle(folder, trust_remote_code=settings.spec.trust_remote_code)
 
 
 def _resolve(settings: ReplicaSettings) -> Path:
-    from cluster.engine.sources import SourceRules, resolve
+    from cluster.worker.weights.sources import SourceRules, resolve
 
     rules = SourceRules(
         cache_dir=_cache_dir(settings),

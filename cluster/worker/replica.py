@@ -3,9 +3,9 @@ replica_actor.py's.
 
 Its end comes in four ways. Asked to stop, it drains and closes. When its node is about to end, it drains within the
 time that is left, and then lets Serve replace it. Asked to come up with what cannot work, it raises ModelRefused and no
-other try follows. When its engine dies, or is found sick (engine/golden.py), it closes its links and ends its own
-process at once, so that the gateways and Ray both see it within milliseconds; Ray and the engine's watchdog then end
-what the engine left behind, and Serve makes a new replica.
+other try follows. When its engine dies, or is found sick (worker/engine/golden_check.py), it closes its links and ends
+its own process at once, so that the gateways and Ray both see it within milliseconds; Ray and the engine's watchdog
+then end what the engine left behind, and Serve makes a new replica.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import structlog
 
 from cluster.api.ports import Engine, EngineDead, EngineSick
 from cluster.api.types import EngineInfo, WorkerIdentity
-from cluster.engine import repairs
-from cluster.engine.golden import Examined
 from cluster.policy.catalog.placement import why_split
 from cluster.process import memory
 from cluster.process.core_dumps import leave_no_core_dumps
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.interpreter import hand_over_soon
 from cluster.wire.bundle import Bundle
+from cluster.worker.engine.golden_check import Examined
+from cluster.worker.engine.vllm import repairs
 from cluster.worker.session import WorkerEnd
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 

@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 
 from cluster.api.types import ModelSpec
-from cluster.engine.arguments import CPU_KV_CACHE_BYTES
+from cluster.worker.engine.vllm.arguments import CPU_KV_CACHE_BYTES
 from loadtests import machine
 from loadtests.autoscale_live.calls import MODEL, prompt
 from loadtests.autoscale_live.rig import Live, begun

@@ -146,8 +146,8 @@ class Oracle:
         return settings_of(config, gateways=["g:1"], local=not config.ray)
 
     def _replica(self, settings: ReplicaSettings, nodes: Sequence[Mapping[str, float]] | None) -> Iterator[str]:
-        from cluster.engine.simulated.config import SimConfig
-        from cluster.engine.sources import SourceError, SourceRules, resolve
+        from cluster.worker.engine.simulated.config import SimConfig
+        from cluster.worker.weights.sources import SourceError, SourceRules, resolve
 
         spec = settings.spec
         try:
@@ -199,7 +199,7 @@ def _may_be_fetched(source: str) -> bool:
 
 def main() -> None:
     """The engine's process: specs as JSON on standard input, a reason for each on standard output."""
-    from cluster.engine.arguments import engine_arguments
+    from cluster.worker.engine.vllm.arguments import engine_arguments
 
     answers = []
     with tempfile.TemporaryDirectory() as scratch:

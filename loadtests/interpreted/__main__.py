@@ -1,7 +1,7 @@
 """Run tests on vLLM's V2 model runner, interpreted, with asynchronous scheduling.
 
-    python -m loadtests.interpreted tests/engine/v2_contract.py
-    python -m loadtests.interpreted --v1 tests/engine/async_contract.py
+    python -m loadtests.interpreted tests/worker/engine/v2_contract.py
+    python -m loadtests.interpreted --v1 tests/worker/engine/async_contract.py
 
 `--v1`: the V1 model runner with asynchronous scheduling. All else goes to pytest.
 """

@@ -38,7 +38,7 @@ RAY_PROXY, RAY_DIRECT = "Ray Serve proxy", "Ray Serve direct ingress"
 LEAN = "ours StreamChat, lean client"
 """At one stream alone: the peers' HTTP client runs on the driver's loop, grpcio's through threads of its own."""
 SERVER_LONE = "vLLM server, its rank in its core"
-"""At one stream alone: as ours has a single rank on CPUs (cluster/engine/lone_rank.py)."""
+"""At one stream alone: as ours has a single rank on CPUs (cluster/worker/engine/vllm/cpu/lone_rank.py)."""
 STREAMS, CALLS, TOKENS, PROMPT_WORDS = 64, 128, 96, 24
 ONE, ONE_CALLS, ONE_TOKENS = "one stream: ", 20, 4
 LIMITS = Limits(call_s=120.0, run_s=300.0)

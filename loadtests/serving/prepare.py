@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from cluster.engine.bundles import build_bundle
+from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.support import checkpoints
 
 MAX_POSITION_TOKENS = 262_144

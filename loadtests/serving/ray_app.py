@@ -72,9 +72,9 @@ class Simulated:
     """The simulated engine in its place. An answer's id begins with the pid of its replica."""
 
     def __init__(self, source: str, bundle: str) -> None:
-        from cluster.engine.sim import SimConfig, SimEngine
         from cluster.gateway.text.tokenizer import TextModel
         from cluster.wire.bundle import Bundle
+        from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 
         self._engine = SimEngine(SimConfig.from_source(source))
         self._text = TextModel.from_bundle(Bundle.load(Path(bundle)))

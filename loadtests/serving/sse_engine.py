@@ -21,10 +21,10 @@ from typing import Any
 
 from cluster.api.ports import EngineRefused
 from cluster.api.types import EngineRequest, FinishReason, Sampling, TokenOutput
-from cluster.engine.sim import SimConfig, SimEngine
 from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.tokenizer import ENCODE_OFFLOAD_CHARS, TextModel
 from cluster.wire.bundle import Bundle
+from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 _numbers = itertools.count(1)

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from cluster.api.ports import Engine
 from cluster.api.types import ModelSpec, WorkerIdentity
-from cluster.engine.sim import SCHEME, SimConfig, SimEngine
 from cluster.process import memory
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
+from cluster.worker.engine.simulated.engine import SCHEME, SimConfig, SimEngine
 from cluster.worker.session import WorkerEnd
 
 
@@ -30,7 +30,7 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
     """The engine that the source names. vLLM is imported only for a model of its own."""
     if arguments.source.startswith(SCHEME):
         return SimEngine(SimConfig.from_source(arguments.source))
-    from cluster.engine.vllm_engine import VllmEngine
+    from cluster.worker.engine.vllm.engine import VllmEngine
 
     given = json.loads(arguments.engine)
     spec = ModelSpec(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import EngineInfo, ModelSpec
-from cluster.engine.vllm_engine import VllmEngine
+from cluster.worker.engine.vllm.engine import VllmEngine
 from tests.differential.cases import END_IDS, MODEL, VOCAB_SIZE
 from tests.differential.peer import Peer, running_peer
 from tests.support.checkpoints import build_checkpoint

@@ -1,7 +1,8 @@
 """No request may kill the engine, as a caller sees it: odd, extreme, cut off and random calls over the public API.
 
-tests/engine/test_vllm_killers.py searches at the engine's port; here everything between lies in the way as well, and
-callers leave at random points. What is answered is not judged, except for plain calls beside and after the odd ones.
+tests/worker/engine/vllm/test_killers.py searches at the engine's port; here everything between lies in the way as well,
+and callers leave at random points. What is answered is not judged, except for plain calls beside and after the odd
+ones.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from cluster.api.outcomes import Outcome
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.dial import read
 from tests.differential.cases import END_IDS, GRAMMARS, MODEL, VOCAB_SIZE, format_pb
-from tests.engine.test_vllm_killers import odd_grammars
 from tests.support.calls import Answer, chat, refused
 from tests.support.cluster import TestCluster
 from tests.support.corpus import SAMPLES
+from tests.worker.engine.vllm.test_killers import odd_grammars
 
 pytestmark = pytest.mark.engine
 

@@ -11,9 +11,9 @@ import grpc
 import pytest
 
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, TokenOutput
-from cluster.engine.sim import SimEngine
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
+from cluster.worker.engine.simulated.engine import SimEngine
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.cluster import TestCluster, sim_engine, until
 

@@ -14,7 +14,6 @@ import pytest
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
-from cluster.engine.sim import SimEngine
 from cluster.gateway.accounting import Accounting
 from cluster.gateway.call import Call
 from cluster.gateway.links.worker_link import WorkerLink
@@ -25,6 +24,7 @@ from cluster.ledger.records import OpenRecord, UsageRecord
 from cluster.ledger.sealed import Sealer
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
+from cluster.worker.engine.simulated.engine import SimEngine
 from tests.gateway.links.test_prefill_pacing import Silent, linked
 from tests.support.calls import complete
 from tests.support.cluster import TestCluster, sim_engine, until

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.ports import Engine, EngineDead
 from cluster.api.types import EngineRequest, Grammar, Sampling
-from cluster.engine.sim import SimEngine
 from cluster.gateway.losses import MOST_SILENT, SETTLE_S, WINDOW_S, Losses, Verdict
 from cluster.gateway.submission import MAX_SUBMIT_BYTES, check_size
 from cluster.wire.bundle import Bundle
 from cluster.wire.codec import submit_to_pb
 from cluster.wire.dial import read
+from cluster.worker.engine.simulated.engine import SimEngine
 from tests.support.calls import complete, refused, rest_of, resume
 from tests.support.cluster import TestCluster, sim_engine, until
 

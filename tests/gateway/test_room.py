@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import WorkerIdentity
-from cluster.engine.sim import SimEngine
 from cluster.wire.bundle import Bundle
+from cluster.worker.engine.simulated.engine import SimEngine
 from cluster.worker.session import WorkerEnd
 from tests.support.calls import complete
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cluster.engine.bundles import build_bundle
-from cluster.engine.sim import SimConfig, SimEngine
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.wire.bundle import Bundle
+from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
+from cluster.worker.weights.tokenizer_bundle import build_bundle
 from loadtests.faces import Answer, OnText, Request
 from loadtests.serving.ours import plain_tokens
 from loadtests.serving.sse_engine import Connection, Server

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.engine import causes
 from cluster.ray.backend import ChildBackend
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings
+from cluster.worker.engine.processes import end_causes
 from tests.support.serving import Door, open_door
 
 ENGINE_ENVIRONMENT = {
@@ -43,7 +43,7 @@ def local_ray() -> Iterator[LocalRay]:
     """The Ray that the tests share; its processes carry what engines need in their environment."""
     ray = new_local_ray("shared")
     # As if an engine were starting in this process: its name must not reach the ranks that this Ray starts.
-    environment = {**ENGINE_ENVIRONMENT, causes.ENGINE: "another"}
+    environment = {**ENGINE_ENVIRONMENT, end_causes.ENGINE: "another"}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:

@@ -15,11 +15,11 @@ import psutil
 import pytest
 
 from cluster.api.types import ModelSpec
-from cluster.engine import watchdog
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.ray import reaper
 from cluster.ray.backend import ChildBackend
 from cluster.ray.local_cluster import LocalRay
+from cluster.worker.engine.processes import watchdog
 from cluster.worker.settings import ReplicaSettings
 from tests.support.checkpoints import build_checkpoint
 from tests.support.serving import Door, eventually, greedy, removed

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import ModelSpec
-from cluster.engine import sockets
 from cluster.ray import reaper
 from cluster.ray.backend import ChildBackend, RayAway
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart, end_remains, free_ports
+from cluster.worker.engine.processes import sockets
 from cluster.worker.settings import ReplicaSettings
 from tests.ray.conftest import end_local_ray, new_local_ray
 from tests.support.serving import settled

@@ -15,14 +15,14 @@ import grpc
 from cluster.api.ports import Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
 from cluster.config import Config, parse
-from cluster.engine.bundles import build_bundle
-from cluster.engine.sim import SimConfig, SimEngine
 from cluster.gateway.server import Gateway
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.wire.tls import TlsFiles
+from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.session import WorkerEnd
+from cluster.worker.weights.tokenizer_bundle import build_bundle
 
 _numbers = itertools.count(1)
 

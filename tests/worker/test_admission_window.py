@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cluster.api.types import EngineRequest, Sampling
-from cluster.engine.simulated.config import SimConfig
-from cluster.engine.simulated.model import SimModel
 from cluster.worker.admission_window import LOOKAHEAD_SEQUENCES, UNKNOWN_PROMPTS, Lookahead
+from cluster.worker.engine.simulated.config import SimConfig
+from cluster.worker.engine.simulated.model import SimModel
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import EngineRequest, Sampling
-from cluster.engine.simulated.config import SimConfig
-from cluster.engine.simulated.model import SimModel
+from cluster.worker.engine.simulated.config import SimConfig
+from cluster.worker.engine.simulated.model import SimModel
 from cluster.worker.gpu_meter import GpuMeter, Share
 
 GPUS = 2.0

@@ -10,9 +10,9 @@ import pytest
 
 from cluster.api.ports import EngineDead, EngineSick
 from cluster.api.types import ModelSpec, Standing
-from cluster.engine.sim import SimConfig, SimEngine
 from cluster.link.v1 import link_pb2 as link_pb
 from cluster.wire.bundle import Bundle
+from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
 from cluster.worker.open_model import open_model
 from cluster.worker.replica import Opened, Place, Replica
 from cluster.worker.settings import ModelRefused, ReplicaSettings

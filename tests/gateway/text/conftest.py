@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from cluster.engine.bundles import build_bundle
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.gateway.text.kinds import Kind, kind_of
 from tests.support.checkpoints import FAMILIES, build_checkpoint
 

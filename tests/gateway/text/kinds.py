@@ -63,8 +63,8 @@ TEXTS = st.one_of(
 
 def with_template(kind: Kind, templates: Mapping[str, str]) -> TextModel:
     """The kind's TextModel with other chat templates (name -> source) than its own."""
-    from cluster.engine.bundles import build_bundle
     from cluster.wire.bundle import Bundle
+    from cluster.worker.weights.tokenizer_bundle import build_bundle
 
     files = {n: c for n, c in build_bundle(kind.folder).files.items() if not n.startswith("chat_template")}
     for name, source in templates.items():

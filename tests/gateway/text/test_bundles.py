@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.engine.bundles import build_bundle
 from cluster.wire.bundle import Bundle
+from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.gateway.text.kinds import Kind
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\x00"), min_size=1, max_size=20).filter(

@@ -15,11 +15,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import pytest
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.engine.bundles import build_bundle
 from cluster.gateway.helper_pool import Lost, TooMuchCpu
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.tokenizer import ENCODE_HELPER_CHARS, TextModel
 from cluster.wire.bundle import Bundle
+from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.gateway.text.kinds import Kind
 from tests.support.keyed import eventually
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.engine.bundles import build_bundle
 from cluster.gateway.text.template import ChatTemplate
 from cluster.gateway.text.template_guard import MAX_RENDER_S
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.gateway.text.kinds import Kind, with_template
 
 pytestmark = pytest.mark.slow

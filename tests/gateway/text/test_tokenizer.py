@@ -105,7 +105,7 @@ def test_needs_no_engine_library() -> None:
 @pytest.mark.slow
 def test_a_big_vocabulary_loads_without_training(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The generated tokenizer of 128k tokens is whole: it encodes, decodes, and has the family's special tokens."""
-    from cluster.engine.bundles import build_bundle
+    from cluster.worker.weights.tokenizer_bundle import build_bundle
 
     folder = big_tokenizer(tmp_path_factory.mktemp("big"))
     model = TextModel.from_bundle(build_bundle(folder))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from cluster.engine.bundles import build_bundle
 from cluster.gateway.text.tokenizer_json import from_parts, read_tokenizer
+from cluster.worker.weights.tokenizer_bundle import build_bundle
 from tests.gateway.text.kinds import Kind
 
 pytestmark = pytest.mark.slow

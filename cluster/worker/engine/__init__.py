@@ -1,0 +1,1 @@
+"""Engines behind the port `Engine`: vLLM and a simulation."""

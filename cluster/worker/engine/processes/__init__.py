@@ -1,0 +1,1 @@
+"""The operating-system processes of an engine: how they start, end, and end together."""

@@ -1,0 +1,223 @@
+"""The simulated engine: SimModel's steps in real or virtual time, behind the port that vLLM's engine has.
+
+It stands in for nothing in production. It lets tests and a laptop have any number of workers, and makes them fail
+on command (`fail`, `kill`, or `fault=` in the source).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Sequence
+
+from cluster.api.ports import EngineDead, EngineRefused
+from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
+from cluster.worker.engine.simulated.clock import Clock, VirtualClock, WallClock
+from cluster.worker.engine.simulated.config import SCHEME, SimConfig
+from cluster.worker.engine.simulated.faults import Armed, Fault, SimFaults
+from cluster.worker.engine.simulated.model import Plan, SimModel, SimStatistics
+from cluster.worker.engine.step_times import LEAST_S, PATIENCE, Pace
+
+__all__ = [
+    "SCHEME",
+    "Fault",
+    "SimConfig",
+    "SimEngine",
+    "SimFaults",
+    "SimStatistics",
+    "VirtualClock",
+]
+
+ENGINE_VERSION = "sim-1"
+
+
+class SimEngine:
+    """An Engine (cluster.api.ports) that computes nothing. `start` comes first."""
+
+    def __init__(self, config: SimConfig, clock: Clock | None = None) -> None:
+        self._config = config
+        self._clock: Clock = clock or WallClock()
+        self._armed = Armed(config.faults)
+        self._model: SimModel | None = None
+        self._plan: Plan | None = None
+        self._nan = False
+        self._rested = True  # since the last step there was nothing to do
+        self._ends_at = 0.0
+        self._stated_until = 0.0
+        self._pace = Pace()
+        self._dead = ""
+        self._frozen: EngineLoad | None = None
+        self._wake = asyncio.Event()
+
+    # -- the port -------------------------------------------------------------------------------------------------
+
+    async def start(self) -> EngineInfo:
+        """Read the folder and take `load_s`. Raises ValueError for a source that does not fit."""
+        config = await asyncio.to_thread(self._config.resolved)
+        if config.load_s:
+            await self._clock.sleep_until(self._clock.now() + config.load_s)
+        self._config = config
+        self._model = SimModel(config)
+        return EngineInfo(
+            engine_class="sim",
+            engine_path="sim",
+            engine_version=ENGINE_VERSION,
+            block_size=config.block_size,
+            kv_blocks=config.kv_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            vocab_size=config.vocab,
+            default_sampling=config.default_sampling,
+            capabilities=(RESUME_EXACT,),
+        )
+
+    async def submit(self, request: EngineRequest) -> None:
+        """Queue a request for the next step."""
+        model = self._started()
+        for fault in self._armed.visit("submit"):
+            if fault.action == "refuse":
+                raise EngineRefused("INVALID_FIELD", f"injected fault {fault}", "prompt_token_ids")
+            self._end_by(fault)
+        self._raise_if_dead()
+        idle = not model.has_work()
+        model.submit(request)
+        if idle:
+            self._pace.began(self._clock.now())
+        self._wake.set()
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Free their places at once."""
+        model = self._started()
+        for request_id in request_ids:
+            model.abort(request_id)
+        if not model.has_work():
+            self._pace.rested()
+
+    async def step(self) -> Sequence[TokenOutput]:
+        """Wait for the next step that emits. A cancelled wait loses nothing: the next call goes on with that step."""
+        model = self._started()
+        while True:
+            self._raise_if_dead()
+            plan = self._plan or await self._begin(model)
+            await self._while_hung()
+            await self._clock.sleep_until(self._ends_at)
+            self._raise_if_dead()
+            self._plan = None
+            outputs = model.complete(plan, self._nan)
+            self._rested = not model.has_work()
+            self._pace.step(self._clock.now(), goes_on=not self._rested)
+            if outputs:
+                return outputs
+
+    def load(self) -> EngineLoad:
+        """What the engine does now; while it hangs, what it did when that began, and for how long. For any thread."""
+        if self._model is None:
+            return EngineLoad(busy="start")
+        now, plan = self._clock.now(), self._plan
+        busy = "prefill" if plan is not None and plan.prefill_tokens and now <= self._stated_until else ""
+        age_s, p99_s = self._pace.age_s(now), self._pace.times.value_s
+        if self._frozen is not None:
+            return dataclasses.replace(self._frozen, busy=busy, step_age_s=age_s)
+        return self._model.load(busy, age_s, p99_s)
+
+    async def check(self) -> None:
+        """Raise EngineDead if it is. A hang is not seen here, as it is not in a real engine."""
+        self._raise_if_dead()
+
+    async def close(self) -> None:
+        """End it; whoever waits in `step` gets EngineDead."""
+        self.kill("closed")
+
+    # -- faults ---------------------------------------------------------------------------------------------------
+
+    def fail(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
+        """Arm a fault (see simulated.faults). Raises ValueError for a pair that cannot be."""
+        self._armed.arm(Fault(action, point, at, seconds))
+
+    def heal(self) -> None:
+        """Disarm all faults, end a hang and give right tokens again; the dead stay dead."""
+        self._armed.clear()
+        self._frozen = None
+        if self._model is not None:
+            self._model.corrupt = False
+        self._wake.set()
+
+    def kill(self, reason: str = "killed") -> None:
+        """Die now, in the middle of a step or a hang."""
+        self._dead = self._dead or reason
+        self._wake.set()
+
+    def statistics(self) -> SimStatistics:
+        """Counts since the start, and what is held now."""
+        return self._started().statistics()
+
+    def __repr__(self) -> str:
+        return f"SimEngine({self._model}{', dead: ' + self._dead if self._dead else ''})"
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _started(self) -> SimModel:
+        if self._model is None:
+            raise RuntimeError("start() must come first")
+        return self._model
+
+    def _raise_if_dead(self) -> None:
+        if self._dead:
+            raise EngineDead(self._dead)
+
+    async def _begin(self, model: SimModel) -> Plan:
+        """The next step, scheduled, with its faults applied and its end set."""
+        while not model.has_work():
+            self._rested = True
+            self._wake.clear()
+            await self._wake.wait()
+            self._raise_if_dead()
+        self._plan = plan = model.schedule()
+        self._nan = False
+        slowed = self._visit_points(model, plan) if self._armed else []
+        self._raise_if_dead()
+        now = self._clock.now()
+        # A step begins where the last one ended, unless the reader came more than a step late: then it is lost time.
+        late = self._rested or now - self._ends_at > plan.step_s
+        begins_at = now if late else self._ends_at
+        self._ends_at = begins_at + plan.step_s + sum(fault.seconds for fault in slowed)
+        stated_s = plan.step_s + sum(fault.seconds for fault in slowed if fault.point == "prefill")
+        self._stated_until = begins_at + max(LEAST_S, PATIENCE * stated_s)
+        self._pace.began(begins_at)
+        return plan
+
+    def _visit_points(self, model: SimModel, plan: Plan) -> list[Fault]:
+        """Let the faults of this step happen; those that make it take longer."""
+        points = ["step"]
+        if plan.prefill_tokens:
+            points.append("prefill")
+        if model.reaches_max_tokens(plan):
+            points.append("last_token")
+        firing = [fault for point in points for fault in self._armed.visit(point)]
+        for fault in firing:
+            if fault.action in ("die", "kill"):
+                self._end_by(fault)
+            elif fault.action == "hang":
+                self._frozen = model.load(p99_s=self._pace.times.value_s)
+            elif fault.action == "nan":
+                self._nan = True
+            elif fault.action == "wrong":
+                model.corrupt = True
+            elif fault.action == "block":
+                time.sleep(fault.seconds)
+        return [fault for fault in firing if fault.action == "slow"]
+
+    def _end_by(self, fault: Fault) -> None:
+        if fault.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.kill(f"injected fault {fault}")
+
+    async def _while_hung(self) -> None:
+        while self._frozen is not None:
+            self._wake.clear()
+            await self._wake.wait()
+            self._raise_if_dead()

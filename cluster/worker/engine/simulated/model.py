@@ -1,0 +1,405 @@
+"""A continuous-batching scheduler over counted KV blocks: the engine without its clock.
+
+Problem: everything around an engine (queues, credits, routing, resume) must be tried against one that fills up,
+chunks its prefills, shares prefixes and preempts as the real one does, in microseconds and without chance.
+Invariants: running <= max_num_seqs; a step's tokens <= max_num_batched_tokens; every block is held by a running
+request or free; what a request emits depends on nothing but itself (tokens.py).
+Source: vLLM's V1 scheduler (running first, then the waiting head while it fits; recompute after preemption) and
+Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill. Unlike vLLM the running requests are served in order
+of (priority, arrival), so that the victim of a preemption never has been scheduled in the same step.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.api.ports import EngineRefused
+from cluster.api.types import EngineLoad, EngineRequest, FinishReason, TokenOutput
+from cluster.worker.engine.simulated.config import SimConfig
+from cluster.worker.engine.simulated.kv import KvCache, chain
+from cluster.worker.engine.simulated.tokens import TokenSource, content_key, digest64, extend, fold
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SimStatistics:
+    """Counts since the start, and what is held now."""
+
+    steps: int
+    submitted: int
+    finished: int
+    aborted: int
+    preemptions: int
+    prefill_tokens: int
+    decode_tokens: int
+    cached_tokens: int
+    running: int
+    waiting: int
+    kv_used_blocks: int
+    kv_idle_blocks: int
+    most_waiting: int = 0
+    """The longest its own queue has been when a step had just been scheduled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step to come: who computes how many tokens, and how long that takes."""
+
+    work: Sequence[tuple[SimSequence, int]]
+    prefill_tokens: int
+    decode_tokens: int
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One step done at once: its outputs are there at `ends_at`."""
+
+    ends_at: float
+    outputs: Sequence[TokenOutput]
+
+
+class SimSequence:
+    """A request in the engine: its tokens so far and the blocks it holds."""
+
+    __slots__ = (
+        "alive", "blocks", "cached_tokens", "computed", "content", "first", "held", "key", "logprobs", "output_from",
+        "private", "request", "root", "state", "stops", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: EngineRequest, arrival: int, config: SimConfig) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.key = (request.priority, arrival)
+        self.tokens = [*request.prompt_token_ids, *request.emitted_token_ids]
+        self.output_from = len(request.prompt_token_ids)
+        self.content = content_key(config.seed, request, bool(config.salted))
+        self.state = fold(self.content, self.tokens)
+        self.root = digest64(request.cache_salt, request.adapter)
+        self.blocks: list[int] = []  # hashes of all full blocks known so far
+        self.held = 0  # the first `held` of them are held in the cache
+        self.private = 0
+        self.computed = 0
+        self.cached_tokens = -1  # until first scheduled
+        self.first = True
+        self.alive = True
+        self.logprobs = sampling.logprobs
+        self.stops = _stops(request, config)
+
+    @property
+    def outputs(self) -> int:
+        """Tokens emitted so far, those of earlier attempts included."""
+        return len(self.tokens) - self.output_from
+
+    def __repr__(self) -> str:
+        return f"SimSequence({self.request.request_id}: {self.computed}/{len(self.tokens)})"
+
+
+class SimModel:
+    """The engine's decisions. `schedule` then `complete` make one step; `step` does both."""
+
+    def __init__(self, config: SimConfig) -> None:
+        """`config` must be resolved: vocabulary, token range and max_model_len known."""
+        self.config = config
+        self.kv = KvCache(config.kv_blocks)
+        self._source = TokenSource(
+            config.token_lo, config.token_hi, config.eos if config.eos >= 0 else None, config.eos_ratio
+        )
+        self._live: dict[str, SimSequence] = {}
+        self._running: list[SimSequence] = []
+        self._queue: list[tuple[tuple[int, int], SimSequence]] = []
+        self._arrivals = 0
+        self._steps = self._finished = self._aborted = self._preemptions = 0
+        self._prefill_tokens = self._decode_tokens = self._cached_tokens = 0
+        self._most_waiting = 0
+        self._step_s = 0.0
+        self._prompt_tokens_left = 0
+        self.corrupt = False
+
+    # -- requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, request: EngineRequest) -> None:
+        """Put a request into the queue. Raises EngineRefused."""
+        self._refuse_bad(request)
+        sequence = SimSequence(request, self._arrivals, self.config)
+        self._arrivals += 1
+        self._live[request.request_id] = sequence
+        self._prompt_tokens_left += len(sequence.tokens)
+        heapq.heappush(self._queue, (sequence.key, sequence))
+
+    def _refuse_bad(self, request: EngineRequest) -> None:
+        c, s = self.config, request.sampling
+        length = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        if length >= c.max_model_len:
+            raise EngineRefused(
+                "CONTEXT_LENGTH_EXCEEDED",
+                f"the prompt has {length} tokens, but the model's context holds {c.max_model_len}, one of them output",
+                "prompt_token_ids",
+            )
+        wrong = (
+            (request.request_id in self._live, "request_id", "is already running"),
+            (not request.prompt_token_ids, "prompt_token_ids", "must not be empty"),
+            (s.max_tokens < 1, "max_tokens", "must be 1 or more"),
+            (s.min_tokens > s.max_tokens, "min_tokens", "must not exceed max_tokens"),
+            (len(request.emitted_token_ids) >= s.max_tokens, "emitted_token_ids", "reach max_tokens: nothing is left"),
+            (not _stops(request, c).isdisjoint(request.emitted_token_ids), "emitted_token_ids", "hold a stop token"),
+            (s.logprobs is not None and not 0 <= s.logprobs <= MAX_LOGPROBS, "logprobs", f"are 0 to {MAX_LOGPROBS}"),
+        )
+        for is_wrong, name, what in wrong:
+            if is_wrong:
+                raise EngineRefused("INVALID_FIELD", f"{name} {what}", name)
+        for name, ids in (
+            ("prompt_token_ids", request.prompt_token_ids),
+            ("emitted_token_ids", request.emitted_token_ids),
+        ):
+            if ids and (max(ids) >= c.vocab or min(ids) < 0):
+                raise EngineRefused(
+                    "INVALID_FIELD", f"{name} has ids outside the vocabulary (0 to {c.vocab - 1})", name
+                )
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request and what it holds; False for an unknown id. A step in flight gives it nothing."""
+        sequence = self._live.get(request_id)
+        if sequence is None:
+            return False
+        self._aborted += 1
+        self._end(sequence)
+        return True
+
+    def is_live(self, request_id: str) -> bool:
+        """Whether the request is still running or waiting."""
+        return request_id in self._live
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._live)
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def step(self, now: float) -> StepResult:
+        """One whole step that begins at `now`, for worlds in which nothing happens within a step."""
+        plan = self.schedule()
+        return StepResult(now + plan.step_s, self.complete(plan))
+
+    def schedule(self) -> Plan:
+        """Decide the next step and take its blocks. `complete` must follow before the next `schedule`."""
+        work: list[tuple[SimSequence, int]] = []
+        budget = self.config.max_num_batched_tokens
+        preemptions = self._preemptions
+        at = 0
+        while at < len(self._running) and budget:
+            sequence = self._running[at]
+            tokens = min(len(sequence.tokens) - sequence.computed, budget)
+            if not self._grow_or_preempt(sequence, tokens):
+                break
+            work.append((sequence, tokens))
+            budget -= tokens
+            at += 1
+        if self._preemptions == preemptions:
+            self._admit(work, budget)
+        self._most_waiting = max(self._most_waiting, self._waiting)
+        return self._plan(work)
+
+    def _admit(self, work: list[tuple[SimSequence, int]], budget: int) -> None:
+        while budget and len(self._running) < self.config.max_num_seqs and self._queue:
+            sequence = self._queue[0][1]
+            if not sequence.alive:
+                heapq.heappop(self._queue)
+                continue
+            cached = self._take_prefix(sequence)
+            tokens = min(len(sequence.tokens) - cached, budget)
+            if not self._grow(sequence, tokens):
+                self._drop_blocks(sequence)
+                break
+            heapq.heappop(self._queue)
+            insort(self._running, sequence, key=_key)
+            if sequence.cached_tokens < 0:
+                sequence.cached_tokens = min(cached, sequence.output_from)
+                self._cached_tokens += sequence.cached_tokens
+            work.append((sequence, tokens))
+            budget -= tokens
+
+    def _plan(self, work: list[tuple[SimSequence, int]]) -> Plan:
+        decode = sum(1 for sequence, tokens in work if tokens == 1 and sequence.computed + 1 == len(sequence.tokens))
+        prefill = sum(tokens for _, tokens in work) - decode
+        step_s = self.config.decode_ms / 1000 + prefill / self.config.prefill_tokens_per_s if work else 0.0
+        return Plan(work, prefill, decode, step_s)
+
+    def complete(self, plan: Plan, nan: bool = False) -> list[TokenOutput]:
+        """The planned step is done: its outputs. With `nan` the first request that would emit ends in ERROR."""
+        self._steps += 1
+        self._step_s = plan.step_s
+        self._prefill_tokens += plan.prefill_tokens
+        self._decode_tokens += plan.decode_tokens
+        outputs: list[TokenOutput] = []
+        for sequence, tokens in plan.work:
+            if not sequence.alive:
+                continue
+            sequence.computed += tokens
+            if sequence.computed < len(sequence.tokens):
+                continue
+            if nan:
+                nan = False
+                output = TokenOutput(sequence.request.request_id, (), FinishReason.ERROR, message="NaN in the logits")
+            else:
+                output = self._emit(sequence)
+            if output.finish is not None:
+                self._finished += 1
+                self._end(sequence)
+            outputs.append(output)
+        return outputs
+
+    def reaches_max_tokens(self, plan: Plan) -> bool:
+        """Whether the planned step gives some request its last allowed token."""
+        return any(
+            s.alive and s.computed + n == len(s.tokens) and s.outputs + 1 == s.request.sampling.max_tokens
+            for s, n in plan.work
+        )
+
+    def _emit(self, sequence: SimSequence) -> TokenOutput:
+        sampling = sequence.request.sampling
+        token = self._source.draw(
+            sequence.state,
+            may_end=sequence.outputs >= sampling.min_tokens,
+            ignore_eos=sampling.ignore_eos,
+            forbidden=sequence.stops,
+        )
+        if self.corrupt:
+            token = self._source.another(token)
+        output = TokenOutput(sequence.request.request_id, (token,))
+        if sequence.logprobs is not None:
+            greedy = sampling.temperature == 0
+            output.logprobs = [self._source.logprobs(sequence.state, token, sequence.logprobs, greedy)]
+        if sequence.first:
+            self._has_first(sequence)
+            output.prompt_tokens, output.cached_tokens = sequence.output_from, sequence.cached_tokens
+        sequence.tokens.append(token)
+        sequence.state = extend(sequence.state, token)
+        if token in sequence.stops:
+            output.finish = FinishReason.STOP
+            if sampling.ignore_eos or token != self.config.eos:
+                output.stop_token_id = token
+        elif sequence.outputs >= sampling.max_tokens or len(sequence.tokens) >= self.config.max_model_len:
+            output.finish = FinishReason.LENGTH
+        return output
+
+    def _has_first(self, sequence: SimSequence) -> None:
+        """Its prompt is no work that is still to come."""
+        if sequence.first:
+            sequence.first = False
+            self._prompt_tokens_left -= sequence.output_from + len(sequence.request.emitted_token_ids)
+
+    # -- blocks ---------------------------------------------------------------------------------------------------
+
+    def _take_prefix(self, sequence: SimSequence) -> int:
+        """Hold the cached blocks at the head; the tokens in them. The last token is always computed (its logits)."""
+        size = self.config.block_size
+        self._know_blocks(sequence, len(sequence.tokens))
+        found = self.kv.match(sequence.blocks[: (len(sequence.tokens) - 1) // size])
+        self.kv.acquire(sequence.blocks[:found])
+        sequence.held = found
+        sequence.computed = found * size
+        return sequence.computed
+
+    def _know_blocks(self, sequence: SimSequence, tokens: int) -> None:
+        size, blocks = self.config.block_size, sequence.blocks
+        for at in range(len(blocks), tokens // size):
+            parent = blocks[-1] if blocks else sequence.root
+            blocks.append(chain(parent, sequence.tokens[at * size : (at + 1) * size]))
+
+    def _grow(self, sequence: SimSequence, tokens: int) -> bool:
+        """Room for `tokens` more; what they fill is shared from now on. False and nothing done without room."""
+        size = self.config.block_size
+        end = sequence.computed + tokens
+        missing = -(-end // size) - sequence.held - sequence.private
+        if missing > 0:
+            if not self.kv.allocate(missing):
+                return False
+            sequence.private += missing
+        full = end // size
+        if full > sequence.held:
+            self._know_blocks(sequence, end)
+            for block in sequence.blocks[sequence.held : full]:
+                self.kv.commit(block)
+            sequence.private -= full - sequence.held
+            sequence.held = full
+        return True
+
+    def _grow_or_preempt(self, sequence: SimSequence, tokens: int) -> bool:
+        while not self._grow(sequence, tokens):
+            victim = self._running.pop()
+            self._preemptions += 1
+            self._drop_blocks(victim)
+            heapq.heappush(self._queue, (victim.key, victim))
+            if victim is sequence:
+                return False
+        return True
+
+    def _drop_blocks(self, sequence: SimSequence) -> None:
+        self.kv.release(sequence.blocks[: sequence.held], sequence.private)
+        sequence.held = sequence.private = sequence.computed = 0
+
+    def _end(self, sequence: SimSequence) -> None:
+        sequence.alive = False
+        self._has_first(sequence)
+        del self._live[sequence.request.request_id]
+        self._drop_blocks(sequence)
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif len(self._queue) > 64 and len(self._queue) > 2 * self._waiting:
+            self._queue = [entry for entry in self._queue if entry[1].alive]
+            heapq.heapify(self._queue)
+
+    # -- what it tells --------------------------------------------------------------------------------------------
+
+    @property
+    def _waiting(self) -> int:
+        return len(self._live) - len(self._running)
+
+    def load(self, busy: str = "", age_s: float = 0.0, p99_s: float = 0.0) -> EngineLoad:
+        """What is held now, with what the shell knows of the step under way."""
+        return EngineLoad(
+            running=len(self._running),
+            waiting=self._waiting,
+            kv_usage=self.kv.used / self.kv.blocks,
+            steps=self._steps,
+            step_s=self._step_s,
+            busy=busy,
+            step_age_s=age_s,
+            step_p99_s=p99_s,
+            prefill_tokens=self._prompt_tokens_left,
+        )
+
+    def statistics(self) -> SimStatistics:
+        """Counts since the start, and what is held now."""
+        return SimStatistics(
+            steps=self._steps,
+            submitted=self._arrivals,
+            finished=self._finished,
+            aborted=self._aborted,
+            preemptions=self._preemptions,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            cached_tokens=self._cached_tokens,
+            running=len(self._running),
+            waiting=self._waiting,
+            kv_used_blocks=self.kv.used,
+            kv_idle_blocks=self.kv.idle,
+            most_waiting=self._most_waiting,
+        )
+
+    def __repr__(self) -> str:
+        return f"SimModel({len(self._running)} running, {self._waiting} waiting, {self.kv})"
+
+
+def _stops(request: EngineRequest, config: SimConfig) -> frozenset[int]:
+    eos = () if request.sampling.ignore_eos or config.eos < 0 else (config.eos,)
+    return frozenset((*request.sampling.stop_token_ids, *eos))
+
+
+def _key(sequence: SimSequence) -> tuple[int, int]:
+    return sequence.key

@@ -1,0 +1,137 @@
+"""From a model's entry to vLLM's engine arguments, and the environment that vLLM's processes need."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.api.types import ModelSpec
+from cluster.worker.engine.vllm import repairs, resume
+
+CPU_KV_CACHE_BYTES = 1 << 30
+"""Room for the KV cache on machines without GPUs, unless `engine.kv_cache_memory_bytes` says otherwise."""
+
+EXECUTORS = ("ray", "mp")
+
+
+def on_cpu() -> bool:
+    """Whether vLLM runs on its CPU platform here."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def engine_arguments(spec: ModelSpec, folder: Path, executor: str) -> Any:
+    """vLLM's AsyncEngineArgs for the entry. Raises ValueError naming `engine.<name>` for an unknown name."""
+    from vllm import AsyncEngineArgs
+
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor {executor!r} is unknown: use one of {', '.join(EXECUTORS)}")
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for name in spec.engine:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean `engine.{near[0]}`?" if near else ""
+            raise ValueError(f"engine.{name}: vLLM has no such engine argument{hint}")
+    chosen: dict[str, Any] = {
+        "model": str(folder),
+        "served_model_name": [spec.name],
+        "dtype": spec.dtype,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "pipeline_parallel_size": spec.pipeline_parallel_size,
+        "max_model_len": spec.max_model_len,
+        "trust_remote_code": spec.trust_remote_code,
+        "load_format": spec.load_format,
+        "scheduling_policy": "priority",
+        "disable_log_stats": False,
+        **_platform_defaults(spec),
+        **spec.engine,
+    }
+    if world_size(spec) > 1:
+        chosen["distributed_executor_backend"] = executor
+    if why := _why_not_on_cpu(spec) if on_cpu() else "":
+        raise ValueError(f"models[{spec.name}].engine.{why}")
+    try:
+        return AsyncEngineArgs(**chosen)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"models[{spec.name}].engine: {error}") from error
+
+
+def _why_not_on_cpu(spec: ModelSpec) -> str:
+    """Return why vLLM's CPU kernels cannot run the entry; empty when nothing is known against it."""
+    ranks = spec.tensor_parallel_size * int(spec.engine.get("data_parallel_size") or 1)  # type: ignore[call-overload]
+    if spec.engine.get("enable_expert_parallel") and ranks > 1:
+        return (
+            f"enable_expert_parallel: vLLM's CPU kernels crash with experts on {ranks} ranks; leave it out (the ranks "
+            "then share each expert), or set tensor_parallel_size to 1"
+        )
+    return ""
+
+
+def world_size(spec: ModelSpec) -> int:
+    """Rank processes of one replica."""
+    return spec.tensor_parallel_size * spec.pipeline_parallel_size
+
+
+def _platform_defaults(spec: ModelSpec) -> dict[str, Any]:
+    if not on_cpu():
+        return {}
+    defaults: dict[str, Any] = {"enforce_eager": True}
+    if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        defaults["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+    return defaults
+
+
+def prepare_environment(spec: ModelSpec, executor: str) -> None:
+    """Set what vLLM's children read from the environment; values that are set already stay.
+
+    Spawned, not forked: a fork would take the link's sockets and threads' locks into the engine core.
+    """
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # A new process title would else be written over the environment, by which an instance's processes are found.
+    os.environ.setdefault("SPT_NOENV", "1")
+    os.environ[repairs.ACTIVE] = "1"
+    _carry_to_ray_ranks("HEADRACE_")
+    if world_size(spec) > 1 and executor == "ray":
+        os.environ.setdefault("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "1")
+    if not on_cpu():
+        # On a GPU the count rides along with the tokens; on CPUs it would cost a tenth of a step with many streams.
+        os.environ.setdefault("VLLM_COMPUTE_NANS_IN_LOGITS", "1")
+        return
+    if "kv_cache_memory_bytes" in spec.engine or not os.environ.get("VLLM_CPU_KVCACHE_SPACE", "unset"):
+        # Set, it would win over kv_cache_memory_bytes; empty, it kills the worker.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    if world_size(spec) > 1:
+        # The automatic binding refuses several ranks on one NUMA node.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def _carry_to_ray_ranks(prefix: str) -> None:
+    """vLLM copies the environment names with these prefixes to the ranks that Ray places, on other nodes too."""
+    prefixes = os.environ.get("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "")
+    if prefix not in prefixes.split(","):
+        os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] = ",".join(filter(None, (prefixes, prefix)))
+
+
+def engine_class(dtype: str, quantization: str | None, spec: ModelSpec, noise: str = "") -> str:
+    """One word for engines that compute alike, e.g. `float32-tp2-pp1` or `bfloat16-fp8-tp8-pp1-v2`: numbers, ranks, and
+    how seeds draw (resume.noise), but for the scheme that engines of older releases have, whose class had no such part.
+    """
+    quantized = f"-{quantization}" if quantization else ""
+    drawn = "" if noise in ("", resume.CPU_32) else f"-{noise}"
+    return f"{dtype}{quantized}-tp{spec.tensor_parallel_size}-pp{spec.pipeline_parallel_size}{drawn}"
+
+
+def is_batch_invariant(dtype: str) -> bool:
+    """Whether an engine's numbers do not depend on how tokens are batched: float32 on CPUs, or as vLLM is asked to."""
+    return (dtype == "float32" and on_cpu()) or os.environ.get("VLLM_BATCH_INVARIANT") == "1"
+
+
+def plain_defaults(values: Mapping[str, Any]) -> dict[str, object]:
+    """Sampling defaults as plain numbers, fit to travel."""
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}

@@ -1,0 +1,1 @@
+"""vLLM on CPUs: a platform whose devices are Ray's logical GPUs."""

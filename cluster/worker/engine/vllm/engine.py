@@ -1,0 +1,371 @@
+"""The real engine behind the port: vLLM, by the fast path where this vLLM has its names, else by public AsyncLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.api.ports import EngineDead
+from cluster.api.types import (
+    RESUME_EXACT,
+    RESUME_PLAIN,
+    RESUME_STATE,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    ModelSpec,
+    TokenOutput,
+)
+from cluster.worker.engine.processes import end_causes, exit_status, fork_server, sockets, watchdog
+from cluster.worker.engine.processes.starvation import BUSY, Starvation, read_tasks
+from cluster.worker.engine.vllm import arguments, fast_path, repairs, resume
+from cluster.worker.engine.vllm.cpu import lone_rank
+from cluster.worker.engine.vllm.fast_path import FastPath
+from cluster.worker.engine.vllm.paths import EnginePath, Live, StepStats
+from cluster.worker.engine.vllm.private_names import missing
+from cluster.worker.engine.vllm.public_path import PublicPath
+from cluster.worker.engine.vllm.requests import Limits, check, is_heavy, prompt_of, refusal, refused, sampling_params
+
+REMEMBERED_IDS = 65_536
+"""Ended request ids that are still refused as duplicates; live ones always are."""
+
+GRAMMAR_BESIDE_S, GRAMMAR_ALONE_S = 10.0, 90.0
+"""What the compilation of a grammar (grammar_size.py bounds it) may explain: on a thread of the engine core it slows
+the steps of others, and holds back those of its own request."""
+
+
+class VllmEngine:
+    """One vLLM engine: its engine core and rank processes, owned by this object until `close`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model_folder: Path,
+        *,
+        prefer_fastpath: bool = True,
+        executor: str = "ray",
+        exact_resume: bool = True,
+    ) -> None:
+        """`executor` places the ranks of a world larger than one: "ray" on the placement group of the Ray actor that
+        this runs in, "mp" as processes of this host. `exact_resume` off: calls are continued as on an engine that
+        cannot do it exactly."""
+        self._spec = spec
+        self._folder = model_folder
+        self._prefer_fastpath = prefer_fastpath
+        self._executor = executor
+        self._exact_resume = exact_resume
+        self._path: EnginePath | None = None
+        self._limits = Limits(0, 0, 0)
+        self._live: dict[str, Live] = {}
+        self._ended: dict[str, None] = {}
+        self._awaiting_grammar = 0
+        self._validating = 0
+        self._closed = False
+        self._has_sockets = False
+        self._starvation: Starvation | None = None
+        self._notes = ""
+        self._why_dead = ""
+
+    def __repr__(self) -> str:
+        name = type(self._path).__name__ if self._path else "not started"
+        return f"VllmEngine({self._spec.name}, {name}, {len(self._live)} live)"
+
+    async def start(self) -> EngineInfo:
+        """Load the model. Raises ValueError for what cannot work, EngineDead when the core does not come up."""
+        try:
+            return await self._start()
+        except BaseException:  # a start that is cancelled leaves no folder either
+            self._leave_sockets()
+            raise
+
+    async def _start(self) -> EngineInfo:
+        watchdog.arm()
+        reason = self._why_not_fast()
+        others = await asyncio.to_thread(watchdog.children) - fork_server.server()
+        try:
+            config, path = await asyncio.to_thread(self._build, not reason)
+        except asyncio.CancelledError:
+            self._closed = True  # the thread goes on, and ends what it has started
+            raise
+        self._path = path
+        try:
+            await path.ready()
+        except EngineDead as dead:
+            raise self._dead(dead) from dead
+        await asyncio.to_thread(watchdog.forget_names, others)
+        processes = await asyncio.to_thread(watchdog.own_processes, others)
+        self._starvation = Starvation(lambda: read_tasks(processes))
+        return self._describe(config, reason)
+
+    def _why_not_fast(self) -> str:
+        if not self._prefer_fastpath:
+            return "switched off"
+        lacking = missing(fast_path.SYMBOLS)
+        return f"this vLLM lacks {', '.join(lacking)}" if lacking else ""
+
+    def _build(self, fast: bool) -> tuple[Any, EnginePath]:
+        arguments.prepare_environment(self._spec, self._executor)
+        self._has_sockets = sockets.OURS.acquire()
+        args = arguments.engine_arguments(self._spec, self._folder, self._executor)
+        try:
+            config = args.create_engine_config()
+        except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+            raise ValueError(f"models[{self._spec.name}]: vLLM does not take this entry: {error}") from error
+        repairs.apply()
+        in_core = lone_rank.settle(config)
+        fork_server.install(rank_in_core=in_core)
+        try:
+            with (
+                end_causes.named() as self._notes,
+                lone_rank.environment(config) if in_core else contextlib.nullcontext(),
+            ):
+                path: EnginePath = FastPath(config) if fast else PublicPath(config)
+        except Exception as error:
+            why = end_causes.found(self._notes) or end_causes.with_log(
+                _processes_said(str(error)), end_causes.log_of("stdout")
+            )
+            raise EngineDead(f"models[{self._spec.name}]: the engine did not come up: {why}") from error
+        if self._closed:
+            path.close()
+            self._leave_sockets()  # whoever was cancelled may have been so before they were there
+            raise EngineDead("the engine was closed while it started")
+        return config, path
+
+    def _describe(self, config: Any, reason: str) -> EngineInfo:
+        from vllm import __version__ as version
+
+        model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
+        path = self._started()
+        path.stats.pace.limit(scheduler.max_num_batched_tokens)
+        dtype = str(model.dtype).removeprefix("torch.")
+        installs = self._exact_resume and not repairs.why_resume_is_plain(config)
+        self._limits = Limits(
+            max_model_len=model.max_model_len,
+            vocab_size=model.get_vocab_size(),
+            max_logprobs=model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size(),
+            seeds=not arguments.on_cpu() or repairs.seeds_are_safe(),
+            eos_token_ids=_eos_token_ids(config, path),
+            installs=installs,
+            resumes_seeds=resume.resumes_seeds(config, installs),
+        )
+        return EngineInfo(
+            engine_class=arguments.engine_class(dtype, model.quantization, self._spec, resume.noise(config)),
+            engine_path="public" if reason else "fastpath",
+            engine_path_reason=reason,
+            engine_version=f"vllm {version}",
+            block_size=cache.block_size,
+            kv_blocks=cache.num_gpu_blocks or 0,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_model_len=self._limits.max_model_len,
+            vocab_size=self._limits.vocab_size,
+            default_sampling=arguments.plain_defaults(model.get_diff_sampling_param()),
+            capabilities=(
+                *("chat", "complete", "logprobs", "response_format"),
+                _resume_word(installs, arguments.is_batch_invariant(dtype)),
+            ),
+        )
+
+    async def submit(self, request: EngineRequest) -> None:
+        """Take a request. Raises EngineRefused or EngineDead."""
+        path = self._started()
+        check(request, self._limits)
+        key = request.request_id
+        if key in self._live or key in self._ended:
+            raise refused("request_id", f"{key!r} was used before; every request needs its own")
+        self._begin(key, request)
+        try:
+            prepared = await self._prepare(path, request)
+            if key in self._live:  # else aborted while it was validated in a thread
+                try:
+                    await path.add(prepared)
+                except EngineDead as dead:
+                    raise self._dead(dead) from dead
+        except BaseException:  # a cancel too: the place goes with the one who took it
+            self._end(key, remember=False)
+            raise
+
+    def _begin(self, key: str, request: EngineRequest) -> None:
+        sampling = request.sampling
+        record = Live(
+            prompt_tokens=len(request.prompt_token_ids),
+            logprobs=sampling.logprobs,
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+            grammar=sampling.grammar is not None,
+            emitted_tokens=len(request.emitted_token_ids),
+        )
+        stats = self._started().stats
+        if not self._live:
+            stats.pace.began(time.monotonic())
+        self._live[key] = record
+        stats.live += 1
+        stats.prefill_tokens += record.prompt_tokens + record.emitted_tokens
+        self._awaiting_grammar += record.grammar
+
+    async def _prepare(self, path: EnginePath, request: EngineRequest) -> Any:
+        from vllm.exceptions import VLLMError
+
+        def prepare() -> Any:
+            params = sampling_params(request, self._limits)
+            prompt = prompt_of(request, self._limits)
+            return path.prepare(request.request_id, prompt, params, request.priority)
+
+        self._validating += 1
+        try:
+            return await asyncio.to_thread(prepare) if is_heavy(request) else prepare()
+        except (VLLMError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise refusal(error, "response_format" if request.sampling.grammar else "") from error
+        finally:
+            self._validating -= 1
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; unknown ids are ignored."""
+        path = self._started()
+        known = [key for key in request_ids if key in self._live]
+        for key in known:
+            self._end(key)
+        if known:
+            try:
+                await path.abort(known)
+            except EngineDead as dead:
+                raise self._dead(dead) from dead
+
+    async def step(self) -> Sequence[TokenOutput]:
+        """The next step that has outputs. Raises EngineDead."""
+        path = self._started()
+        while True:
+            try:
+                outputs = await path.collect(self._live)
+            except EngineDead as dead:
+                raise self._dead(dead) from dead
+            computed = 0
+            for output in outputs:
+                if output.prompt_tokens is not None:
+                    record = self._live[output.request_id]
+                    self._first(record)
+                    computed += record.prompt_tokens + record.emitted_tokens - (output.cached_tokens or 0)
+                if output.finish is not None:
+                    self._end(output.request_id)
+            if computed:
+                path.stats.pace.prefilled(computed)
+            if outputs:
+                return outputs
+
+    def _first(self, record: Live) -> None:
+        if not record.waits:
+            return
+        record.waits = False
+        self._awaiting_grammar -= record.grammar
+        if self._path is not None:
+            self._path.stats.prefill_tokens -= record.prompt_tokens + record.emitted_tokens
+
+    def _end(self, key: str, *, remember: bool = True) -> None:
+        record = self._live.pop(key, None)
+        if record is None:
+            return
+        self._first(record)
+        if self._path is not None:
+            self._path.stats.live -= 1
+            if not self._live:
+                self._path.stats.pace.rested()
+        if not remember:
+            return
+        self._ended[key] = None
+        if len(self._ended) > REMEMBERED_IDS:
+            del self._ended[next(iter(self._ended))]
+
+    def load(self) -> EngineLoad:
+        """The scheduler's counts of the last step; what it does not know of yet counts as waiting. For any thread."""
+        path = self._path
+        if path is None:
+            return EngineLoad(busy="start")
+        stats, now = path.stats, time.monotonic()
+        return EngineLoad(
+            running=stats.running,
+            waiting=max(stats.waiting, stats.live - stats.running, 0),
+            kv_usage=stats.kv_usage,
+            steps=stats.steps,
+            step_s=stats.pace.last_s,
+            busy=self._stated_work(stats, now),
+            step_age_s=stats.pace.age_s(now),
+            step_p99_s=stats.pace.times.value_s,
+            prefill_tokens=stats.prefill_tokens,
+        )
+
+    def _stated_work(self, stats: StepStats, now: float) -> str:
+        if self._awaiting_grammar or self._validating:
+            bound_s = GRAMMAR_BESIDE_S if stats.running else GRAMMAR_ALONE_S
+            if stats.pace.age_s(now) <= bound_s:
+                return "grammar"
+        if stats.pace.explains(now, stats.prefill_tokens):
+            return "prefill"
+        age_s, p99_s = stats.pace.age_s(now), stats.pace.times.value_s
+        starved = self._starvation is not None and self._starvation.explains(age_s, p99_s, now)
+        return BUSY if starved else ""
+
+    async def check(self) -> None:
+        """Raise EngineDead if the core is known to be dead."""
+        if self._started().dead():
+            raise self._dead(EngineDead("the engine core is dead"))
+
+    def _dead(self, dead: EngineDead) -> EngineDead:
+        """Return the error with the reason why the engine ended, the same one for every caller."""
+        self._why_dead = self._why_dead or self._why(dead)
+        return EngineDead(self._why_dead)
+
+    def _why(self, dead: EngineDead) -> str:
+        if why := end_causes.found(self._notes, recent=True):
+            return why
+        code = None if self._path is None else self._path.core_exit()
+        said = (
+            f"{end_causes.CORE} {exit_status.said(code)}"
+            if code is not None
+            else str(dead).partition(". See stack trace")[0]
+        )
+        return end_causes.with_log(said, end_causes.log_of("stdout"))
+
+    def _started(self) -> EnginePath:
+        if self._closed:
+            raise EngineDead("the engine is closed")
+        if self._path is None:
+            raise EngineDead("the engine has not started")
+        return self._path
+
+    async def close(self) -> None:
+        """End the engine core and its ranks. Idempotent."""
+        self._closed = True
+        path, self._path = self._path, None
+        if path is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.to_thread(path.close)
+        self._leave_sockets()
+
+    def _leave_sockets(self) -> None:
+        has_sockets, self._has_sockets = self._has_sockets, False
+        if has_sockets:
+            sockets.OURS.release()
+
+
+def _processes_said(error: str) -> str:
+    """vLLM's error at start; where it names processes by their exit codes, how they ended."""
+    failed = re.findall(r"'(\w+)': (-?\d+)", error.partition("Failed core proc(s):")[2])
+    return " and ".join(f"{end_causes.CORE} {exit_status.said(int(code))}" for _, code in failed) or error
+
+
+def _eos_token_ids(config: Any, path: EnginePath) -> frozenset[int]:
+    """What ends a request that does not ignore EOS, as vLLM gathers it."""
+    found = (config.model_config.try_get_generation_config() or {}).get("eos_token_id")
+    ids = {found} if isinstance(found, int) else set(found or ())
+    own = path.eos_token_id()
+    return frozenset(ids if own is None else ids | {own})
+
+
+def _resume_word(installs: bool, batch_invariant: bool) -> str:
+    if not installs:
+        return RESUME_PLAIN
+    return RESUME_EXACT if batch_invariant else RESUME_STATE

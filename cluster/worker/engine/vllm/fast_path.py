@@ -1,0 +1,187 @@
+"""vLLM's engine core without AsyncLLM: one call a step for all requests. The only user of vLLM's inside.
+
+AsyncLLM gives every request a generator, an output processor and a task switch a token. Here the engine core's own
+message of a step is read as it is (at 64 streams about a fifth of the CPU time a token). The price is private
+names, which move between releases: all of them stand in SYMBOLS, which is checked at start, and where one is
+missing the engine goes through public AsyncLLM instead (public_path.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.api.ports import EngineDead
+from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
+from cluster.worker.engine.vllm.paths import Live, StepStats, core_exit, end
+
+NAN_MESSAGE = "NaN in the logits"
+NOT_ITS_GRAMMAR = "the emitted tokens do not follow response_format, or it could not be compiled"
+
+SYMBOLS: dict[str, tuple[str, ...]] = {
+    "vllm.renderers.renderer_from_config": ("config",),
+    "vllm.renderers.BaseRenderer.shutdown": (),
+    "vllm.renderers.BaseRenderer.get_eos_token_id": (),
+    "vllm.transformers_utils.config.maybe_register_config_serialize_by_value": (),
+    "vllm.v1.engine.input_processor.InputProcessor": ("vllm_config", "renderer"),
+    "vllm.v1.engine.input_processor.InputProcessor.process_inputs": (
+        "request_id",
+        "prompt",
+        "params",
+        "supported_tasks",
+        "priority",
+    ),
+    "vllm.v1.engine.core_client.EngineCoreClient.make_async_mp_client": (
+        "vllm_config",
+        "executor_class",
+        "log_stats",
+        "renderer",
+    ),
+    "vllm.v1.engine.core_client.AsyncMPClient.add_request_async": ("request",),
+    "vllm.v1.engine.core_client.AsyncMPClient.abort_requests_async": ("request_ids",),
+    "vllm.v1.engine.core_client.AsyncMPClient.get_output_async": (),
+    "vllm.v1.engine.core_client.AsyncMPClient.get_supported_tasks_async": (),
+    "vllm.v1.engine.core_client.AsyncMPClient.shutdown": ("timeout",),
+    "vllm.v1.engine.core_client.BackgroundResources": ("engine_dead",),
+    "vllm.v1.engine.EngineCoreRequest": ("external_req_id", "request_id"),
+    "vllm.v1.engine.EngineCoreOutputs": ("outputs", "scheduler_stats"),
+    "vllm.v1.engine.EngineCoreOutput": (
+        "request_id",
+        "new_token_ids",
+        "new_logprobs",
+        "finish_reason",
+        "stop_reason",
+        "prefill_stats",
+        "num_nans_in_logits",
+    ),
+    "vllm.v1.engine.FinishReason": ("STOP", "LENGTH", "ABORT", "ERROR", "REPETITION"),
+    "vllm.v1.engine.exceptions.EngineDeadError": (),
+    "vllm.v1.executor.Executor.get_class": ("vllm_config",),
+    "vllm.v1.metrics.stats.PrefillStats": ("num_cached_tokens",),
+    "vllm.v1.metrics.stats.SchedulerStats": (
+        "num_running_reqs",
+        "num_waiting_reqs",
+        "num_skipped_waiting_reqs",
+        "kv_cache_usage",
+    ),
+    "vllm.v1.outputs.LogprobsLists": ("logprob_token_ids", "logprobs"),
+}
+
+
+class FastPath:
+    """Engine core client and input processor, built as AsyncLLM's constructor builds them."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        """Start the engine core; blocks until the model is loaded. Call it in a thread: the client's sockets and
+        tasks then bind to the event loop that reads them."""
+        from vllm.renderers import renderer_from_config
+        from vllm.transformers_utils.config import maybe_register_config_serialize_by_value
+        from vllm.v1.engine.core_client import EngineCoreClient
+        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.v1.engine.input_processor import InputProcessor
+        from vllm.v1.executor import Executor
+
+        maybe_register_config_serialize_by_value()
+        self.stats = StepStats()
+        self._dead_error: type[Exception] = EngineDeadError
+        self._renderer = renderer_from_config(vllm_config)
+        self._processor = InputProcessor(vllm_config, self._renderer)
+        self._tasks: Any = ()
+        self._core: Any = EngineCoreClient.make_async_mp_client(
+            vllm_config=vllm_config,
+            executor_class=Executor.get_class(vllm_config),
+            log_stats=True,
+            renderer=self._renderer,
+        )
+
+    async def ready(self) -> None:
+        """Ask the core what it can do; that also starts the task which reads its outputs."""
+        try:
+            self._tasks = await self._core.get_supported_tasks_async()
+        except self._dead_error as error:
+            raise EngineDead(str(error)) from error
+
+    def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
+        """Validate and build the engine core's request. Raises vLLM's validation errors."""
+        request = self._processor.process_inputs(
+            request_id, prompt, params, supported_tasks=self._tasks, priority=priority
+        )
+        request.external_req_id = request_id
+        return request
+
+    async def add(self, prepared: Any) -> None:
+        """Send it to the engine core. Raises EngineDead."""
+        try:
+            await self._core.add_request_async(prepared)
+        except self._dead_error as error:
+            raise EngineDead(str(error)) from error
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Tell the engine core to drop requests."""
+        try:
+            await self._core.abort_requests_async(list(request_ids))
+        except self._dead_error as error:
+            raise EngineDead(str(error)) from error
+
+    async def collect(self, live: Mapping[str, Live]) -> list[TokenOutput]:
+        """One message of the engine core. Raises EngineDead."""
+        try:
+            step = await self._core.get_output_async()
+        except self._dead_error as error:
+            raise EngineDead(str(error)) from error
+        self.stats.stepped(time.monotonic(), step.scheduler_stats)
+        poisoned = [o.request_id for o in step.outputs if o.num_nans_in_logits and o.request_id in live]
+        if poisoned:  # first: others may be aborted meanwhile
+            await self.abort(poisoned)
+        outputs = []
+        for given in step.outputs:
+            record = live.get(given.request_id)
+            if record is None:  # aborted, while the step was under way
+                continue
+            if given.num_nans_in_logits:
+                outputs.append(TokenOutput(given.request_id, (), FinishReason.ERROR, message=NAN_MESSAGE))
+                continue
+            output = TokenOutput(given.request_id, given.new_token_ids)
+            if record.first or given.finish_reason is not None or given.new_logprobs is not None:
+                _complete(output, given, record)
+            outputs.append(output)
+        return outputs
+
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's."""
+        found = self._renderer.get_eos_token_id()
+        return None if found is None else int(found)
+
+    def dead(self) -> bool:
+        """What the client's monitor thread knows."""
+        return bool(self._core.resources.engine_dead)
+
+    def core_exit(self) -> int | None:
+        """That of the core's process."""
+        return core_exit(self._core)
+
+    def close(self) -> None:
+        """End the engine core and its ranks."""
+        self._renderer.shutdown()
+        end(self._core, self._core.shutdown)
+
+
+def _complete(output: TokenOutput, given: Any, record: Live) -> None:
+    """The parts that most outputs do not have: first, last, with log probabilities."""
+    first, record.first = record.first, False
+    if first:
+        output.prompt_tokens = record.prompt_tokens
+        if given.prefill_stats is not None:
+            output.cached_tokens = min(given.prefill_stats.num_cached_tokens, record.prompt_tokens)
+    if given.finish_reason is not None:
+        output.finish = FinishReason(int(given.finish_reason) + 1)
+        if given.stop_reason in record.stop_token_ids:
+            output.stop_token_id = given.stop_reason
+        if output.finish is FinishReason.ERROR:
+            refused = record.grammar and record.emitted_tokens and first
+            output.message = NOT_ITS_GRAMMAR if refused else "the engine could not go on with this request"
+    if given.new_logprobs is not None and record.logprobs is not None:
+        width = record.logprobs + 1
+        rows = zip(given.new_logprobs.logprob_token_ids, given.new_logprobs.logprobs, strict=True)
+        output.logprobs = [PositionLogprobs(ids[:width].tolist(), values[:width].tolist()) for ids, values in rows]

@@ -1,0 +1,165 @@
+"""vLLM through its public AsyncLLM: for releases that the fast path does not know. One task a request, one queue."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cluster.api.ports import EngineDead
+from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
+from cluster.worker.engine.vllm.paths import Live, StepStats, core_exit, end
+
+_FINISH = {
+    "stop": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "abort": FinishReason.ABORT,
+    "error": FinishReason.ERROR,
+    "repetition": FinishReason.REPETITION,
+}
+
+
+def _stat_logger(stats: StepStats) -> Any:
+    """A factory of vLLM stat loggers that keep `stats` fresh."""
+    from vllm.v1.metrics.loggers import StatLoggerBase
+
+    class Watch(StatLoggerBase):  # type: ignore[misc]
+        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+            pass
+
+        def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+            stats.stepped(time.monotonic(), scheduler_stats)
+
+        def log_engine_initialized(self) -> None:
+            pass
+
+    return Watch
+
+
+class PublicPath:
+    """AsyncLLM, a task for each request, and one queue that all of them fill."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        """Start the engine; blocks until the model is loaded."""
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.v1.executor import Executor
+
+        self.stats = StepStats()
+        self._dead_error: type[Exception] = EngineDeadError
+        self._llm: Any = AsyncLLM(
+            vllm_config=vllm_config,
+            executor_class=Executor.get_class(vllm_config),
+            log_stats=False,  # our own logger is one; it turns the statistics on
+            log_requests=False,
+            stat_loggers=[_stat_logger(self.stats)],
+        )
+        self._queue: asyncio.Queue[tuple[str, Any] | EngineDead] = asyncio.Queue()
+        self._readers: dict[str, asyncio.Task[None]] = {}
+
+    async def ready(self) -> None:
+        """Ask the core what it can do."""
+        await self._llm.get_supported_tasks()
+
+    def prepare(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> Any:
+        """Validate as AsyncLLM will: a refusal must come from submit, not from a task later."""
+        params.verify(
+            self._llm.vllm_config.model_config,
+            self._llm.vllm_config.speculative_config,
+            self._llm.vllm_config.structured_outputs_config,
+            self._llm.renderer.tokenizer,
+        )
+        return request_id, prompt, params, priority
+
+    async def add(self, prepared: Any) -> None:
+        """Begin to generate."""
+        if self.dead():
+            raise EngineDead("the engine core is dead")
+        self._readers[prepared[0]] = asyncio.create_task(self._read(*prepared))
+
+    async def _read(self, request_id: str, prompt: dict[str, Any], params: Any, priority: int) -> None:
+        try:
+            async for output in self._llm.generate(prompt, params, request_id, priority=priority):
+                self._queue.put_nowait((request_id, output))
+        except self._dead_error as error:
+            self._queue.put_nowait(EngineDead(str(error)))
+        except Exception as error:  # one request's failure must not look like silence
+            self._queue.put_nowait((request_id, error))
+        finally:
+            self._readers.pop(request_id, None)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End the requests' tasks; AsyncLLM aborts what is cancelled."""
+        readers = [reader for key in request_ids if (reader := self._readers.get(key)) is not None]
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+    async def collect(self, live: Mapping[str, Live]) -> list[TokenOutput]:
+        """Wait for one output and take all that are there. Raises EngineDead."""
+        items = [await self._queue.get()]
+        while not self._queue.empty():
+            items.append(self._queue.get_nowait())
+        outputs = []
+        for item in items:
+            if isinstance(item, EngineDead):
+                raise item
+            request_id, given = item
+            record = live.get(request_id)
+            if record is not None:
+                outputs.append(_output(request_id, given, record))
+        return outputs
+
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's."""
+        tokenizer = self._llm.renderer.tokenizer
+        return None if tokenizer is None else tokenizer.eos_token_id
+
+    def dead(self) -> bool:
+        """What AsyncLLM knows."""
+        return bool(self._llm.errored)
+
+    def core_exit(self) -> int | None:
+        """That of the core's process."""
+        return core_exit(self._llm.engine_core)
+
+    def close(self) -> None:
+        """End the engine core and its ranks."""
+        end(self._llm.engine_core, self._llm.shutdown)
+
+
+def _output(request_id: str, given: Any, record: Live) -> TokenOutput:
+    if isinstance(given, Exception):
+        return TokenOutput(request_id, [], FinishReason.ERROR, message=f"{type(given).__name__}: {given}")
+    completion = given.outputs[0]
+    output = TokenOutput(request_id, list(completion.token_ids))
+    if record.first:
+        record.first = False
+        output.prompt_tokens = record.prompt_tokens
+        if given.num_cached_tokens is not None:
+            output.cached_tokens = min(given.num_cached_tokens, record.prompt_tokens)
+    if completion.finish_reason is not None:
+        output.finish = _FINISH[completion.finish_reason]
+        if completion.stop_reason in record.stop_token_ids:
+            output.stop_token_id = completion.stop_reason
+    if completion.logprobs is not None and record.logprobs is not None:
+        output.logprobs = _flat(completion.logprobs, record.logprobs + 1)
+    return output
+
+
+def _flat(given: Any, width: int) -> list[PositionLogprobs]:
+    """vLLM's FlatLogprobs, cut into positions of `width` entries: the sampled token, then the most likely ones."""
+    return [
+        _position(given.token_ids[start:end], given.logprobs[start:end], given.ranks[start], width)
+        for start, end in zip(given.start_indices, given.end_indices, strict=True)
+    ]
+
+
+def _position(token_ids: list[int], logprobs: list[float], rank: int, width: int) -> PositionLogprobs:
+    """One position. AsyncLLM merges outputs that nobody has read yet, and loses what stands in a position twice: the
+    sampled token among the most likely, whose place there is its `rank`, from 1."""
+    if len(token_ids) == width - 1:
+        token_ids = [*token_ids[:rank], token_ids[0], *token_ids[rank:]]
+        logprobs = [*logprobs[:rank], logprobs[0], *logprobs[rank:]]
+    return PositionLogprobs(token_ids[:width], logprobs[:width])

@@ -1,0 +1,228 @@
+"""From an EngineRequest to vLLM's SamplingParams: everything that could harm the engine is refused here.
+
+vLLM checks much of this too, but not all, and what reaches its engine core unchecked ends the core and with it
+every stream of the replica. So the bounds that protect the process are ours; vLLM's own checks come after.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.api.outcomes import Outcome
+from cluster.api.ports import EngineRefused
+from cluster.api.types import EngineRequest, Sampling
+from cluster.worker.engine.vllm.grammars import check_grammar, structured_outputs
+from cluster.worker.engine.vllm.resume import extra_args
+
+MAX_STOP_TOKEN_IDS = 1024
+MAX_STOP_TOKEN_IDS_AFTER_MIN = 128
+"""With min_tokens, EOS ids among them: vLLM's V2 runner ends its engine core for one more."""
+MAX_LOGIT_BIAS = 1024
+"""Likewise for entries of logit_bias."""
+REPETITION_PENALTY_RANGE = (0.01, 100.0)
+LOGIT_BIAS_LIMIT = 100.0
+MAX_MESSAGE_CHARACTERS = 500
+"""Of vLLM's own words, which can repeat the whole grammar."""
+MAX_TEXT_CHARACTERS = 1024
+_INT64 = 1 << 63
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the started engine can take."""
+
+    max_model_len: int
+    vocab_size: int
+    max_logprobs: int
+    seeds: bool = True
+    eos_token_ids: frozenset[int] = frozenset()
+    installs: bool = True
+    """Whether emitted tokens are installed as output (resume.py)."""
+    resumes_seeds: bool = True
+    """Whether a seeded random call goes on with the noise that it would have had."""
+
+
+def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIELD) -> EngineRefused:
+    """The refusal for one wrong field."""
+    return EngineRefused(outcome.name, f"{field}: {description}", field)
+
+
+def check(request: EngineRequest, limits: Limits) -> None:
+    """Raise EngineRefused for whatever vLLM would choke on or silently take for something else."""
+    if not request.request_id:
+        raise refused("request_id", "must not be empty")
+    for field, text in (("request_id", request.request_id), ("cache_salt", request.cache_salt)):
+        if len(text) > MAX_TEXT_CHARACTERS or not text.isascii():
+            raise refused(field, f"must be ASCII of at most {MAX_TEXT_CHARACTERS} characters")
+    if request.adapter:
+        raise refused("adapter", f"{request.adapter!r} is not loaded", Outcome.ADAPTER_INVALID)
+    if not -_INT64 <= request.priority < _INT64:
+        raise refused("priority", "must fit into 64 bits")
+    _check_tokens(request, limits)
+    _check_numbers(request.sampling, limits)
+    _check_ids(request.sampling, limits)
+    if request.sampling.grammar is not None:
+        check_grammar(request.sampling.grammar)
+    if request.emitted_token_ids:
+        _check_resume(request, limits)
+
+
+def _check_tokens(request: EngineRequest, limits: Limits) -> None:
+    length = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+    if not request.prompt_token_ids:
+        raise refused("prompt_token_ids", "the prompt has no tokens; send at least one")
+    if length >= limits.max_model_len:
+        raise refused(
+            "prompt_token_ids",
+            f"the prompt has {length} tokens and the model's context is {limits.max_model_len}, "
+            "of which at least one must be left for the answer: shorten the prompt",
+            Outcome.CONTEXT_LENGTH_EXCEEDED,
+        )
+    for field, ids in (
+        ("prompt_token_ids", request.prompt_token_ids),
+        ("emitted_token_ids", request.emitted_token_ids),
+    ):
+        if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
+            raise refused(field, f"token ids must be in [0, {limits.vocab_size})")
+
+
+def _check_numbers(sampling: Sampling, limits: Limits) -> None:
+    bounds: tuple[tuple[str, float, float, float], ...] = (
+        ("temperature", sampling.temperature, 0.0, 2.0),
+        ("top_p", sampling.top_p, 0.0, 1.0),
+        ("min_p", sampling.min_p, 0.0, 1.0),
+        ("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0),
+        ("presence_penalty", sampling.presence_penalty, -2.0, 2.0),
+        ("repetition_penalty", sampling.repetition_penalty, *REPETITION_PENALTY_RANGE),
+    )
+    for field, value, low, high in bounds:
+        if not low <= value <= high:  # NaN fails too
+            raise refused(field, f"must be in [{low:g}, {high:g}], got {value:g}")
+    if sampling.top_p < 1e-6:
+        raise refused("top_p", f"must be above 0, got {sampling.top_p:g}; for greedy decoding set temperature 0")
+    if sampling.top_k < -1:
+        raise refused("top_k", f"must be 0 (off) or at least 1, got {sampling.top_k}")
+    if sampling.max_tokens < 1:
+        raise refused("max_tokens", f"must be at least 1, got {sampling.max_tokens}")
+    if not 0 <= sampling.min_tokens <= sampling.max_tokens:
+        raise refused("min_tokens", f"must be in [0, max_tokens = {sampling.max_tokens}], got {sampling.min_tokens}")
+    if sampling.seed is not None:
+        if not -_INT64 <= sampling.seed < _INT64:
+            raise refused("seed", "must fit into 64 bits")
+        if not limits.seeds:
+            raise refused("seed", "this engine cannot take seeds", Outcome.UNSUPPORTED_FEATURE)
+    most = min(limits.max_logprobs, limits.vocab_size)
+    if sampling.logprobs is not None and not 0 <= sampling.logprobs <= most:
+        raise refused("logprobs", f"must be in [0, {most}], got {sampling.logprobs}")
+
+
+def _check_ids(sampling: Sampling, limits: Limits) -> None:
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise refused("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}, got {len(sampling.stop_token_ids)}")
+    if sampling.min_tokens:
+        _check_ends(sampling, limits)
+    if len(sampling.logit_bias) > MAX_LOGIT_BIAS:
+        raise refused("logit_bias", f"at most {MAX_LOGIT_BIAS} entries, got {len(sampling.logit_bias)}")
+    if any(not 0 <= token < limits.vocab_size for token in sampling.stop_token_ids):
+        raise refused("stop_token_ids", f"token ids must be in [0, {limits.vocab_size})")
+    if any(not 0 <= token < limits.vocab_size for token in sampling.logit_bias):
+        raise refused("logit_bias", f"token ids must be in [0, {limits.vocab_size})")
+    if not all(math.isfinite(bias) for bias in sampling.logit_bias.values()):
+        raise refused("logit_bias", "biases must be finite numbers")
+
+
+def _check_ends(sampling: Sampling, limits: Limits) -> None:
+    """The runner's table holds the EOS ids too, also those that `ignore_eos` leaves without effect."""
+    ends = limits.eos_token_ids.union(sampling.stop_token_ids)
+    if len(ends) > MAX_STOP_TOKEN_IDS_AFTER_MIN:
+        raise refused(
+            "stop_token_ids",
+            f"at most {MAX_STOP_TOKEN_IDS_AFTER_MIN} with the {len(limits.eos_token_ids)} EOS ids of the model "
+            f"where min_tokens is 1 or more, got {len(sampling.stop_token_ids)}",
+        )
+
+
+def _check_resume(request: EngineRequest, limits: Limits) -> None:
+    """Refuse a call that had ended, and one that this engine would continue differently."""
+    sampling = request.sampling
+    if len(request.emitted_token_ids) >= sampling.max_tokens:
+        raise refused("emitted_token_ids", "max_tokens are emitted already; the call is at its end")
+    ends = set(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else limits.eos_token_ids)
+    if not ends.isdisjoint(request.emitted_token_ids):
+        raise refused("emitted_token_ids", "a token that ends the call is among them; the call is at its end")
+    plain = not limits.installs
+    restarts = (
+        ("frequency_penalty", plain and sampling.frequency_penalty != 0),
+        ("presence_penalty", plain and sampling.presence_penalty != 0),
+        ("seed", not limits.resumes_seeds and sampling.is_seeded),
+        ("response_format", plain and sampling.grammar is not None),
+    )
+    for field, differs in restarts:
+        if differs:
+            raise refused(
+                field, "a call with it cannot be continued exactly on this engine", Outcome.RESUME_UNSUPPORTED
+            )
+
+
+def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
+    """Whether validation takes longer than an event loop may stand still (about a millisecond)."""
+    return request.sampling.grammar is not None or (
+        len(request.prompt_token_ids) + len(request.emitted_token_ids) > inline_tokens
+    )
+
+
+def prompt_of(request: EngineRequest, limits: Limits) -> dict[str, Any]:
+    """vLLM's token input, with the salt of the prefix cache. Emitted ids are part of it where they cannot be output."""
+    emitted = () if limits.installs else request.emitted_token_ids
+    prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*request.prompt_token_ids, *emitted]}
+    if request.cache_salt:
+        prompt["cache_salt"] = request.cache_salt
+    return prompt
+
+
+def sampling_params(request: EngineRequest, limits: Limits) -> Any:
+    """vLLM's SamplingParams. `max_tokens` and `min_tokens` count the emitted tokens of a continued call too."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling, emitted = request.sampling, request.emitted_token_ids
+    as_prompt = 0 if limits.installs else len(emitted)
+    room = limits.max_model_len - len(request.prompt_token_ids) - as_prompt
+    max_tokens = min(sampling.max_tokens - as_prompt, room)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=max(0, min(sampling.min_tokens - as_prompt, max_tokens)),
+        extra_args=extra_args(emitted) if emitted and limits.installs else None,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k if 0 < sampling.top_k < limits.vocab_size else 0,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        stop_token_ids=list(sampling.stop_token_ids),
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=_clamped(sampling),
+        logprobs=sampling.logprobs,
+        flat_logprobs=sampling.logprobs is not None,
+        ignore_eos=sampling.ignore_eos,
+        structured_outputs=structured_outputs(sampling.grammar) if sampling.grammar is not None else None,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        skip_clone=True,  # made for this request alone
+    )
+
+
+def _clamped(sampling: Sampling) -> dict[int, float] | None:
+    """Biases as vLLM's own server clamps them; None when there are none."""
+    limit = LOGIT_BIAS_LIMIT
+    return {token: min(limit, max(-limit, bias)) for token, bias in sampling.logit_bias.items()} or None
+
+
+def refusal(error: Exception, default_field: str = "") -> EngineRefused:
+    """The refusal for an error of vLLM's own validation: its parameter is the field."""
+    field = getattr(error, "parameter", None) or default_field
+    message = str(error.args[0] if error.args else error)[:MAX_MESSAGE_CHARACTERS]
+    return EngineRefused(Outcome.INVALID_FIELD.name, f"{field}: {message}" if field else message, field)

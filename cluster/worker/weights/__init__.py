@@ -1,0 +1,1 @@
+"""Weights and tokenizer of a model: sources, downloads, digests, checks."""

@@ -1,0 +1,227 @@
+"""Checks of a checkpoint's weight files before an engine is built: from their headers, without reading the weights.
+
+Problem: vLLM finds some damage only after minutes, in a rank whose reason is hard to read, and some not at all: a model
+without one of its tensors is served with whatever the memory held. Each check here compares files with what they or
+config.json say; whatever it does not know (another format, an architecture of its own code) it lets pass, and vLLM
+decides. Errors name the file and the remedy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.api.types import ModelSpec
+from cluster.worker.weights.expected_tensors import differences
+from cluster.worker.weights.vocabulary import read_json, text_config
+
+INDEX = "model.safetensors.index.json"
+READS_SAFETENSORS = ("safetensors", "auto", "fastsafetensors", "instanttensor", "runai_streamer")
+"""Load formats that read safetensors files."""
+LONGEST_HEADER = 100 << 20
+"""Bytes; safetensors' own bound."""
+MOST_NAMED = 3
+"""Tensors that an error names."""
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(.+)")
+_QUANTIZED = ("quantization_config", "compression_config")
+_QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+FLOATS = ("F16", "BF16", "F32", "F64")
+AGAIN = "fetch or copy the checkpoint again"
+
+MOST_LAYERS = 1000
+"""Layers that a model is built with, to compare it with its files: more than any has, so that it takes no long time."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint's files are damaged or incomplete; the message names the file, the fault and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """What the headers of a checkpoint's safetensors files say. `files` maps a tensor to the file that holds it."""
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_weights(spec: ModelSpec, folder: Path) -> None:
+    """Raise CheckpointError for weight files that are damaged, incomplete or of other shapes than config.json says."""
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if spec.load_format not in READS_SAFETENSORS or not names:
+        return
+    where = f"models[{spec.name}].source: {folder}"
+    weight_map = _weight_map(where, folder)
+    if weight_map is not None:
+        names = _named_by_index(where, weight_map, names)
+    else:
+        _check_shards(where, names)
+    headers = _read_headers(where, folder, names)
+    if lacking := [name for name in weight_map or () if name not in headers.shapes]:
+        raise CheckpointError(
+            f"{where}: {INDEX} names tensors that no file holds: "
+            f"{_listed([f'{name} (in {(weight_map or {})[name]})' for name in lacking])}; {AGAIN}"
+        )
+    if not _is_quantized(folder) and not _is_told_otherwise(spec):
+        _check_experts(where, headers)
+        _check_tensors(where, folder, headers)
+
+
+def _weight_map(where: str, folder: Path) -> Mapping[str, str] | None:
+    """Return the index's file for each tensor; None where there is no index."""
+    try:
+        content = (folder / INDEX).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{where}/{INDEX} cannot be read: {error}; {AGAIN}") from None
+    try:
+        found = json.loads(content)["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{where}/{INDEX} {_what(content.encode(), 'has no JSON object weight_map')}") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(f"{where}/{INDEX}: weight_map must map tensors to file names; {AGAIN}")
+    return found
+
+
+def _named_by_index(where: str, weight_map: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    wanted = sorted(set(weight_map.values()))
+    if lacking := [name for name in wanted if name not in names]:
+        raise CheckpointError(
+            f"{where} lacks {_listed(lacking)}, which {INDEX} names: {len(lacking)} of {len(wanted)} weight files "
+            f"are not there; {AGAIN}"
+        )
+    return wanted
+
+
+def _check_shards(where: str, names: Sequence[str]) -> None:
+    """Without an index the files' own names say how many there are."""
+    for name in names:
+        if found := _SHARD.fullmatch(name):
+            stem, _, total = found.groups()
+            all_of = [f"{stem}-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1)]
+            if lacking := [one for one in all_of if one not in names]:
+                raise CheckpointError(
+                    f"{where} lacks {_listed(lacking)}: {len(lacking)} of {int(total)} weight files are not there, "
+                    f"and neither is {INDEX}; {AGAIN}"
+                )
+
+
+def _read_headers(where: str, folder: Path, names: Sequence[str]) -> Headers:
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    files: dict[str, str] = {}
+    for name in names:
+        try:
+            with safe_open(str(folder / name), framework="np") as file:
+                for tensor in file.keys():  # noqa: SIM118 - not a mapping
+                    part = file.get_slice(tensor)
+                    shapes[tensor], dtypes[tensor] = tuple(part.get_shape()), str(part.get_dtype())
+                    files[tensor] = name
+        except OSError as error:
+            raise CheckpointError(f"{where}/{name} cannot be read: {error}; {AGAIN}") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{where}/{name} {_damage(folder / name, str(error))}") from None
+    return Headers(shapes, dtypes, files)
+
+
+def _damage(file: Path, error: str) -> str:
+    """Return what is wrong with a file that safetensors does not read: cut off, mostly."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(200)
+        stream.seek(8)
+        length = int.from_bytes(head[:8], "little")
+        header = stream.read(length) if length <= min(size, LONGEST_HEADER) else b""
+    try:
+        tensors: dict[str, Any] = json.loads(header)
+        end = max(part["data_offsets"][1] for name, part in tensors.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return _what(head, f"is damaged ({error})")
+    if 8 + length + end > size:
+        return f"is cut off: it has {size} bytes, and its header describes {8 + length + end}; {AGAIN}"
+    return f"is damaged ({error}); {AGAIN}"
+
+
+def _what(content: bytes, otherwise: str) -> str:
+    """Return what is wrong with a file's content, with the remedy."""
+    if not content.strip():
+        return f"is empty; {AGAIN}"
+    if b"git-lfs" in content[:200]:
+        return "is a pointer of Git LFS, not the file itself; run `git lfs pull` in the folder"
+    return f"{otherwise}; {AGAIN}"
+
+
+def _is_quantized(folder: Path) -> bool:
+    """Whether tensors can have other names, types and shapes than the architecture's."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return any(part.get(name) for part in parts for name in _QUANTIZED) or any(
+        (folder / name).exists() for name in _QUANTIZED_FILES
+    )
+
+
+def _is_told_otherwise(spec: ModelSpec) -> bool:
+    """Whether the entry changes what config.json says, or lets vLLM start with tensors that are missing."""
+    loader = spec.engine.get("model_loader_extra_config")
+    return "hf_overrides" in spec.engine or (isinstance(loader, dict) and loader.get("enable_weights_track") is False)
+
+
+def _check_experts(where: str, headers: Headers) -> None:
+    """Each expert of a layer has the same tensors, in the same shapes."""
+    layers: dict[str, dict[str, dict[int, tuple[int, ...]]]] = {}
+    for name, shape in headers.shapes.items():
+        if found := _EXPERT.fullmatch(name):
+            layers.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = shape
+    for layer, tensors in layers.items():
+        everyone = sorted(set().union(*tensors.values()))
+        lacking = [f"{layer}.{one}.{name}" for name, have in tensors.items() for one in everyone if one not in have]
+        if lacking:
+            raise CheckpointError(f"{where}: no file holds the tensors {_listed(lacking)}; {AGAIN}")
+        for name, have in tensors.items():
+            usual = Counter(have.values()).most_common(1)[0][0]
+            if odd := [one for one in everyone if have[one] != usual]:
+                tensor = f"{layer}.{odd[0]}.{name}"
+                raise CheckpointError(
+                    f"{where}: {tensor} in {headers.files[tensor]} has the shape {list(have[odd[0]])} where other "
+                    f"experts have {list(usual)}; {AGAIN}"
+                )
+
+
+def _check_tensors(where: str, folder: Path, headers: Headers) -> None:
+    floats = {name: shape for name, shape in headers.shapes.items() if headers.dtypes[name] in FLOATS}
+    if len(floats) < len(headers.shapes) / 2:
+        return  # packed in some way that config.json does not tell
+    layers = text_config(read_json(folder / "config.json")).get("num_hidden_layers")
+    if isinstance(layers, int) and layers > max(MOST_LAYERS, len(headers.shapes)):
+        raise CheckpointError(
+            f"{where}: num_hidden_layers of config.json is {layers}, and the files hold {len(headers.shapes)} tensors; "
+            "mend config.json, or fetch it again"
+        )
+    found = differences(folder, headers.shapes)
+    if found.missing:
+        raise CheckpointError(
+            f"{where}: no file holds the tensors {_listed(found.missing)}, which the model of config.json has "
+            f"({len(found.missing)} of {found.expected}); {AGAIN}, or mend config.json. A model that needs "
+            "none of them is served with engine.model_loader_extra_config: {enable_weights_track: false}"
+        )
+    if found.misshapen:
+        told = [
+            f"{name}{f' in {headers.files[name]}' if name in headers.files else ''} has the shape {list(has)} where "
+            f"config.json asks for {list(wanted)}"
+            for name, has, wanted in found.misshapen
+        ]
+        raise CheckpointError(f"{where}: {_listed(told)}; {AGAIN}, or mend config.json")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,116 @@
+"""A digest of a model's weights: what two replicas compare to know that they hold the same model.
+
+The weights are read whole for it, once a node, and looked at for NaN on the way (finite.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+from cluster.worker.weights import finite
+
+_HASHED = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json", "generation_config.json")
+PIECE_BYTES = 4 << 20
+"""Read at a time; a multiple of the bytes of any number."""
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted({file for pattern in _HASHED for file in folder.glob(pattern)}, key=lambda file: file.name)
+
+
+def _file_digest(file: Path, spoilt: list[str], piece_bytes: int) -> str:
+    """Return the SHA-256 of a file; add to `spoilt` what is not finite in its tensors."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(piece_bytes))
+    with file.open("rb", buffering=0) as stream:
+        at = 0
+        for span in finite.spans(file):
+            if span.start < at:
+                continue  # it shares its bytes with the one before
+            for piece in _pieces(stream, span.start - at, buffer):
+                digest.update(piece)
+            found = ""
+            for piece in _pieces(stream, span.end - span.start, buffer):
+                digest.update(piece)
+                found = found or finite.not_finite(piece, span)
+            if found:
+                spoilt.append(f"{file.name}: {found} in {span.name}")
+            at = span.end
+        for piece in _pieces(stream, file.stat().st_size - at, buffer):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(stream: FileIO, length: int, buffer: memoryview) -> Iterator[memoryview]:
+    """Read so many bytes, a buffer at a time, into the same memory. Raises OSError where the file has fewer."""
+    while length > 0:
+        piece = buffer[: min(length, len(buffer))]
+        have = 0
+        while have < len(piece):
+            count = stream.readinto(piece[have:])
+            if not count:
+                raise OSError("a weight file became shorter while it was read")
+            have += count
+        yield piece
+        length -= len(piece)
+
+
+def weight_digest(folder: Path, cache_dir: Path, *, piece_bytes: int = PIECE_BYTES) -> str:
+    """`sha256:<hex>` over names and contents of weights and configuration.
+
+    Reads every byte once; later calls compare sizes and modification times with the record kept in `cache_dir`.
+    Raises ValueError when there is nothing to hash and for NaN in a tensor, OSError when a file cannot be read.
+    """
+    files = _files(folder)
+    if not files:
+        raise ValueError(f"{folder} holds no model files")
+    stamps = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    record = cache_dir / "digests" / f"{key}.json"
+    known = _known(record, stamps)
+    if known:
+        return known
+    total, spoilt = hashlib.sha256(), list[str]()
+    for file in files:
+        total.update(f"{file.name}\0{_file_digest(file, spoilt, piece_bytes)}\n".encode())
+    if spoilt:
+        more = f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else ""
+        raise ValueError(
+            f"the weights in {folder} are damaged: {'; '.join(spoilt[:3])}{more}: every answer would be NaN. Fetch or "
+            "copy the checkpoint again; one that was trained to NaN cannot be served"
+        )
+    digest = f"sha256:{total.hexdigest()}"
+    _keep(record, {"stamps": stamps, "digest": digest, "finite": True})
+    return digest
+
+
+def _known(record: Path, stamps: dict[str, list[int]]) -> str:
+    try:
+        kept = json.loads(record.read_text())
+    except (OSError, ValueError):
+        return ""
+    if (
+        isinstance(kept, dict)
+        and kept.get("finite")
+        and kept.get("stamps") == stamps
+        and str(kept.get("digest")).startswith("sha256:")
+    ):
+        return str(kept["digest"])
+    return ""
+
+
+def _keep(record: Path, content: dict[str, object]) -> None:
+    """Whole or not at all; a cache that cannot be written costs only time."""
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=record.parent, delete=False) as file:
+            json.dump(content, file)
+        os.replace(file.name, record)
+    except OSError:
+        return

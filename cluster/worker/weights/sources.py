@@ -1,0 +1,172 @@
+"""Where weights come from: a folder, the Hugging Face hub, object stores, the web, the default model; what is let in.
+
+Only safetensors and no code, unless both the model's entry and `weights.allow` say otherwise: other formats can run
+code when they are read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.api.types import ModelSpec
+from cluster.worker.weights import demo_model
+from cluster.worker.weights.fetching import SCHEMES, FetchError, fetch
+from cluster.worker.weights.model_card import read_card, why_refused
+
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md")
+"""What is fetched from the hub: weights, configuration, tokenizer, templates, the model's card; never code."""
+
+WEIGHT_PATTERNS = {
+    "safetensors": ("*.safetensors",),
+    "auto": ("*.safetensors", "*.bin", "*.pt"),
+    "pt": ("*.bin", "*.pt"),
+    "npcache": ("*.bin", "*.pt"),
+    "dummy": (),
+}
+"""Files of which a load format needs at least one; formats not named here need none that we know of."""
+
+NO_GGUF = "gguf files are not served yet; use the model's safetensors form"
+_UNSAFE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class SourceError(ValueError):
+    """The model's source cannot be used; the message names the entry, the reason and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRules:
+    """The part of the configuration's `weights` that decides here."""
+
+    cache_dir: Path
+    hub_endpoint: str = ""
+    hub_token_file: Path | None = None
+    allowed_sources: Sequence[str] = ("*",)
+    allowed_formats: Sequence[str] = ("safetensors",)
+    allow_remote_code: bool = False
+    allowed_licenses: Sequence[str] = ()
+
+
+def resolve(spec: ModelSpec, rules: SourceRules, progress: demo_model.Progress | None = None) -> Path:
+    """The local folder of a model, fetched or made first where needed. Blocks. Raises SourceError."""
+    where = f"models[{spec.name}].source"
+    if not any(fnmatch.fnmatchcase(spec.source, pattern) for pattern in rules.allowed_sources):
+        raise SourceError(f"{where}: {spec.source!r} is not among weights.allow.sources")
+    if spec.load_format not in rules.allowed_formats:
+        raise SourceError(
+            f"models[{spec.name}].load_format: {spec.load_format!r} is not among weights.allow.formats; "
+            "formats other than safetensors can run code when they are read"
+        )
+    if spec.load_format == "gguf":
+        raise SourceError(f"models[{spec.name}].load_format: {NO_GGUF}")
+    scheme, separator, rest = spec.source.partition("://")
+    if not separator:
+        folder = Path(spec.source).expanduser()
+        if not folder.is_dir():
+            raise SourceError(f"{where}: there is no folder {folder}; use a folder, hf://org/name or demo://smollm2")
+    elif scheme == "hf":
+        folder = _from_hub(where, rest, spec, rules)
+    elif spec.source == demo_model.SOURCE:
+        try:
+            folder = demo_model.ensure_demo_model(rules.cache_dir, progress)
+        except demo_model.DemoModelError as error:
+            raise SourceError(f"{where}: {error}") from error
+    elif scheme in SCHEMES:
+        try:
+            wanted = [*HUB_FILES, *WEIGHT_PATTERNS.get(spec.load_format, ())]
+            folder = fetch(spec.source, rules.cache_dir / "fetched", wanted, progress)
+        except FetchError as error:
+            raise SourceError(f"{where}: {spec.source}: {error}") from error
+    else:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise SourceError(
+            f"{where}: {spec.source!r} is unknown; use a folder, hf://org/name, {known} or demo://smollm2"
+        )
+    check_folder(spec, folder, allow_remote_code=rules.allow_remote_code)
+    if why := why_refused(spec.license, read_card(folder), tuple(rules.allowed_licenses)):
+        raise SourceError(f"models[{spec.name}].license: {why}")
+    return folder
+
+
+def _from_hub(where: str, name: str, spec: ModelSpec, rules: SourceRules) -> Path:
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise SourceError(f"{where}: expected hf://organisation/name, got {spec.source!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    token = rules.hub_token_file.read_text().strip() if rules.hub_token_file else None
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    try:
+        found = snapshot_download(
+            name,
+            revision=spec.revision or None,
+            allow_patterns=[*HUB_FILES, *WEIGHT_PATTERNS.get(spec.load_format, ())],
+            endpoint=rules.hub_endpoint or None,
+            token=token,
+            cache_dir=rules.cache_dir / "hub",
+            local_files_only=offline,
+        )
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        raise SourceError(
+            f"{where}: {name} is not in {rules.cache_dir / 'hub'} and {why}; "
+            "fetch it on a connected machine, or set weights.hugging_face.endpoint to a mirror"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceError(
+            f"{where}: {name} cannot be fetched: {first}; a gated model needs weights.hugging_face.token_file"
+        ) from error
+    return Path(found)
+
+
+def revision_of(spec: ModelSpec, folder: Path) -> str:
+    """The commit that a folder of the hub's cache holds; "" for what has none."""
+    if not spec.source.startswith("hf://") or folder.parent.name != "snapshots":
+        return ""
+    return folder.name
+
+
+def check_folder(spec: ModelSpec, folder: Path, *, allow_remote_code: bool = False) -> None:
+    """Raise SourceError unless the folder is a checkpoint that the entry may load."""
+    where = f"models[{spec.name}].source"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise SourceError(f"{where}: {folder} {_why_no_model(folder)}") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{where}: {folder / 'config.json'} cannot be read: {error}") from None
+    patterns = WEIGHT_PATTERNS.get(spec.load_format, ())
+    if patterns and not any(any(folder.glob(pattern)) for pattern in patterns):
+        unsafe = sorted(file.name for pattern in _UNSAFE for file in folder.glob(pattern))
+        if unsafe:
+            raise SourceError(
+                f"{where}: {folder} holds {unsafe[0]} but no {spec.load_format} files; pickled weights can run code. "
+                "Convert them to safetensors, or set load_format and weights.allow.formats"
+            )
+        if any(folder.glob("*.gguf")):
+            raise SourceError(f"{where}: {folder} holds only gguf weights; {NO_GGUF}")
+        raise SourceError(f"{where}: {folder} holds no weights ({', '.join(patterns)})")
+    if not isinstance(config, dict):
+        raise SourceError(f"{where}: {folder / 'config.json'} must hold a JSON object")
+    if config.get("auto_map") and not (spec.trust_remote_code and allow_remote_code):
+        raise SourceError(
+            f"{where}: {folder / 'config.json'} asks for code of its own (auto_map), which is refused; "
+            f"if you trust it, set models[{spec.name}].trust_remote_code and weights.allow.remote_code"
+        )
+
+
+def _why_no_model(folder: Path) -> str:
+    """Return what a folder without config.json is."""
+    if any(folder.glob("*.gguf")):
+        return f"is a folder of gguf files; {NO_GGUF}"
+    if (folder / "params.json").exists():
+        return (
+            "has params.json and no config.json: it is in Mistral's own format, which is not served yet; use the "
+            "model's Hugging Face form"
+        )
+    return "has no config.json; it is not a model folder"

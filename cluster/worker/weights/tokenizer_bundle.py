@@ -1,0 +1,92 @@
+"""Makes a tokenizer bundle from a model's folder: what the gateway needs to speak the model's tokens.
+
+The tokenizer is loaded as the engine loads it (transformers' AutoTokenizer) and its Rust backend is written out, so
+that whatever a tokenizer class changes after reading tokenizer.json (BOS post-processor, prefix space, special
+tokens) is in the bundle. The gateway then needs neither transformers nor the folder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.wire.bundle import Bundle
+from cluster.worker.weights.vocabulary import check_vocabulary, load_tokenizer, read_json
+
+CONFIG_FIELDS = ("model_type", "architectures", "vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")
+TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def build_bundle(folder: Path, *, trust_remote_code: bool = False) -> Bundle:
+    """The bundle of the model in `folder`. Equal folders give equal digests.
+
+    Raises ValueError when the folder has no tokenizer, one without a fast (tokenizer.json) form, one with ids that the
+    model does not have, or a chat template with a name that cannot be a file's.
+    """
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    beyond = check_vocabulary(folder, tokenizer)
+    files = {
+        "tokenizer.json": _backend_json(tokenizer, beyond).encode(),
+        "tokenizer_config.json": _dump(_tokenizer_config(tokenizer, beyond)),
+        "generation_config.json": _dump(read_json(folder / "generation_config.json")),
+        "config.json": _dump(_model_config(folder)),
+    }
+    for name, source in _templates(tokenizer).items():
+        files["chat_template.jinja" if name == "default" else f"chat_template.{name}.jinja"] = source.encode()
+    return Bundle(files)
+
+
+def _backend_json(tokenizer: Any, beyond: frozenset[int]) -> str:
+    """The Rust tokenizer's JSON, without the truncation and padding that only batch inference wants, and without the
+    added tokens of these ids."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    written = str(backend.to_str())
+    if not beyond:
+        return written
+    content = json.loads(written)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] not in beyond]
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _tokenizer_config(tokenizer: Any, beyond: frozenset[int]) -> dict[str, Any]:
+    """transformers' own names; special tokens as plain strings, as a template sees them."""
+    left_out = set(tokenizer.convert_ids_to_tokens(sorted(beyond)))
+    roles = {role: token for role, token in tokenizer.special_tokens_map.items() if str(token) not in left_out}
+    extra = [str(token) for token in tokenizer.extra_special_tokens if str(token) not in left_out]
+    return {
+        **roles,
+        "extra_special_tokens": extra,
+        "add_bos_token": bool(getattr(tokenizer, "add_bos_token", False)),
+        "add_eos_token": bool(getattr(tokenizer, "add_eos_token", False)),
+        "split_special_tokens": bool(tokenizer.split_special_tokens),
+    }
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    """The few fields of config.json that concern tokens; a multimodal model's lie in its text_config."""
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    merged = {**(text if isinstance(text, dict) else {}), **config}
+    return {name: merged[name] for name in CONFIG_FIELDS if merged.get(name) is not None}
+
+
+def _templates(tokenizer: Any) -> Mapping[str, str]:
+    """Name -> source; a single template is called `default`."""
+    template = tokenizer.chat_template
+    if template is None:
+        return {}
+    templates = dict(template) if isinstance(template, dict) else {"default": template}
+    for name in templates:
+        if not TEMPLATE_NAME.fullmatch(name):
+            raise ValueError(f"chat template name {name!r} must be letters, digits, '_' and '-' only: rename its file")
+    return templates
+
+
+def _dump(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()

@@ -1,1 +1,0 @@
-"""Engines: one contract, held by the simulated and the real one."""

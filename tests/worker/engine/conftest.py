@@ -1,0 +1,107 @@
+"""Real engines on a tiny checkpoint, started once a session and shared: a start takes tens of seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.worker.engine.processes import sockets
+from cluster.worker.engine.vllm.engine import VllmEngine
+from tests.support.checkpoints import build_checkpoint
+from tests.worker.engine.contract import Subject
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+DEADLINE_S = 280.0 if os.environ.get("TRITON_INTERPRET") == "1" else 60.0
+"""For the requests of one test: interpreted kernels take twenty times as long."""
+TOKEN_LO, TOKEN_HI = 300, 700
+"""Ordinary ids of the tiny tokenizer: above its bytes and special tokens."""
+
+
+def tiny_spec(**changes: object) -> ModelSpec:
+    """An entry for the tiny checkpoint: few places, chunks of 128 tokens, small blocks."""
+    engine = {
+        "kv_cache_memory_bytes": 64 << 20,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 128,
+        "block_size": 32,
+    }
+    base: dict[str, object] = {"dtype": "float32", "max_model_len": 1024, "engine": engine}
+    return ModelSpec("tiny", "unused", **(base | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint."""
+    return build_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+def schedules_asynchronously(subject: Subject) -> bool:
+    """Whether an engine that serves by the fast path does so: on CPUs only where the tests' plugin asks for it."""
+    engine: Any = subject.engine
+    return bool(engine._path._core.vllm_config.scheduler_config.async_scheduling)
+
+
+def engine_children(process: psutil.Process) -> list[psutil.Process]:
+    """The engine cores of a process, or the ranks of a core."""
+    return [child for child in process.children() if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+def left_by_vllm() -> set[Path]:
+    """Files by which its ranks meet, where it makes them itself."""
+    return set(Path(tempfile.gettempdir()).glob("vllm_dist_*"))
+
+
+async def _started(folder: Path, *, prefer_fastpath: bool) -> AsyncIterator[tuple[Subject, psutil.Process]]:
+    me = psutil.Process()
+    before, temporary = me.children(), left_by_vllm()
+    engine = VllmEngine(tiny_spec(), folder, prefer_fastpath=prefer_fastpath)
+    info = await engine.start()
+    (core,) = [child for child in engine_children(me) if child not in before]
+    family = [core, *core.children(recursive=True)]
+    try:
+        yield Subject(engine, info, TOKEN_LO, TOKEN_HI, DEADLINE_S), core
+        folder = Path(os.environ[sockets.ENV])
+        assert any(one.is_socket() for one in folder.iterdir()), "vLLM's sockets lie in this process's own folder"
+        assert any(one.name.startswith("meeting-") for one in folder.iterdir()), "so does the file by which ranks meet"
+    finally:
+        await engine.close()
+    _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
+    assert not alive, "close left processes of the engine"
+    assert left_by_vllm() <= temporary, "nor does it leave a file"
+
+
+@pytest.fixture(scope="session")
+async def fast_engine(llama_folder: Path) -> AsyncIterator[tuple[Subject, psutil.Process]]:
+    """An engine that serves by the fast path, and the process of its core."""
+    async for started in _started(llama_folder, prefer_fastpath=True):
+        yield started
+
+
+@pytest.fixture(scope="session")
+def fast_subject(fast_engine: tuple[Subject, psutil.Process]) -> Subject:
+    """An engine that serves by the fast path."""
+    return fast_engine[0]
+
+
+@pytest.fixture(scope="session")
+def fast_core(fast_engine: tuple[Subject, psutil.Process]) -> psutil.Process:
+    """The process of its core."""
+    return fast_engine[1]
+
+
+@pytest.fixture(scope="session")
+async def public_subject(llama_folder: Path) -> AsyncIterator[Subject]:
+    """An engine that serves through AsyncLLM."""
+    async for subject, _ in _started(llama_folder, prefer_fastpath=False):
+        yield subject

@@ -1,0 +1,275 @@
+"""An engine that does not come up says why, in the words of whichever of its processes failed first."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.api.ports import EngineDead
+from cluster.worker.engine.processes import end_causes, exit_status, sockets
+from cluster.worker.engine.vllm.cpu import lone_rank
+from cluster.worker.engine.vllm.engine import VllmEngine
+from tests.worker.engine.conftest import tiny_spec
+
+
+@pytest.fixture(autouse=True)
+def no_keepers() -> Iterator[None]:
+    """This process's loggers are as they were."""
+    yield
+    for name in end_causes.LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers = [one for one in logger.handlers if not isinstance(one, end_causes._Keeper)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The sockets' folder of an engine."""
+    folder = tmp_path / f"{sockets.PREFIX}1"
+    folder.mkdir()
+    monkeypatch.setenv(sockets.ENV, str(folder))
+    monkeypatch.setenv(end_causes.ENGINE, "e1")
+    return folder
+
+
+def fail(name: str, error: Exception) -> None:
+    """Log an error as vLLM's processes do when they fail."""
+    try:
+        raise error
+    except Exception:
+        logging.getLogger(name).exception("EngineCore encountered a fatal error.")
+
+
+def test_the_first_error_counts(folder: Path) -> None:
+    """A rank's own error, not the core's about the rank; another engine of the same owner has notes of its own."""
+    end_causes.keep()
+    end_causes.keep()
+    fail("vllm.v1.executor.multiproc_executor", MemoryError("a rank\nhas no room"))
+    fail("vllm.v1.engine.core", RuntimeError("see above"))
+    assert end_causes.found("e1") == "MemoryError: a rank has no room"
+    with end_causes.named() as other:
+        assert end_causes.found(other) == ""
+    assert os.environ[end_causes.ENGINE] == "e1", "the next Ray must not inherit the name"
+    assert end_causes.found("e1")
+
+
+def write(folder: Path, *notes: end_causes.Note) -> None:
+    """Notes as an engine's processes leave them."""
+    lines = [json.dumps(dataclasses.asdict(note)) for note in notes]
+    (folder / f"{end_causes.NOTES}-e1").write_text("\n".join([*lines, "{", "[]", '{"at": 1}', ""]))
+
+
+kinds = st.sampled_from(["error", "killed", "ended"])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(kinds, st.floats(0, 100)), max_size=6))
+def test_a_rank_that_was_killed_comes_before_the_errors_that_follow(
+    folder: Path, notes: list[tuple[str, float]]
+) -> None:
+    """The others fail as soon as it is away, and may say so before it is noticed; a rank that is killed long after an
+    error was killed because of it; an exit code says least."""
+    notes.sort(key=lambda note: note[1])
+    write(folder, *(end_causes.Note(at, kind, f"{kind} {number}", "/log") for number, (kind, at) in enumerate(notes)))
+    first = {kind: number for number, (kind, _) in reversed(list(enumerate(notes)))}
+    expected = "error" if "error" in first else "killed" if "killed" in first else "ended"
+    if {"error", "killed"} <= first.keys() and notes[first["killed"]][1] <= notes[first["error"]][1] + 1:
+        expected = "killed"
+    if expected == "ended" and notes:
+        assert end_causes.found("e1").startswith("ended 0")
+    else:
+        assert end_causes.found("e1") == (f"{expected} {first[expected]}; log: /log" if notes else "")
+
+
+def test_old_errors_do_not_explain_a_new_end(folder: Path) -> None:
+    """What one request made go wrong an hour ago is not why an engine ends now."""
+    write(folder, end_causes.Note(time.time() - 3600, "error", "old"), end_causes.Note(time.time(), "ended", "new"))
+    assert end_causes.found("e1", recent=True) == "new"
+    assert end_causes.found("e1") == "old"
+
+
+def test_executors_words_for_ended_ranks_are_kept(folder: Path) -> None:
+    """Of a process its signal or exit code, of Ray's actors their ranks: where the kernel tells nothing more."""
+    end_causes.keep()
+    logger = logging.getLogger("vllm.v1.executor.multiproc_executor")
+    logger.error("Worker proc %s died unexpectedly (exit code: %s), shutting down.", "VllmWorker-1", -11)
+    assert end_causes.found("e1") == "rank 1 was killed by SIGSEGV"
+    with end_causes.named() as other:
+        logger.error("RayWorkerProc rank=%s died unexpectedly, shutting down executor.", [3])
+    assert end_causes.found(other) == "rank 3 ended without a word"
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("VllmWorker-3", "rank 3"),
+        ("vllm_Worker_a1_TP1", "rank 1"),
+        ("vllm_Worker_a1_TP0_PP1", "rank TP0 PP1"),
+        ("", ""),
+    ],
+)
+def test_ranks_have_their_numbers(name: str, rank: str) -> None:
+    """As the processes and the actors of vLLM are named."""
+    assert end_causes._rank(name) == rank
+
+
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [
+        (signal.SIGKILL, "was killed by SIGKILL"),
+        (signal.SIGSEGV, "was killed by SIGSEGV"),
+        (0, "ended with exit code 3"),
+    ],
+)
+def test_a_core_notes_how_other_processes_end(folder: Path, number: int, how: str) -> None:
+    """By what the kernel says of a process that is not its child, with that process's log."""
+    command = "read line; exit 3"
+    with subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE) as process:
+        member = end_causes.Member("rank 1", "/var/log/rank-1.out")
+        (folder / f"{end_causes.MEMBER}-e1-{process.pid}").write_text(json.dumps(dataclasses.asdict(member)))
+        (folder / f"{end_causes.MEMBER}-e1-1x").write_text("{")
+        members = end_causes.Members()
+        members.wait(0.01)
+        assert end_causes.found("e1") == ""
+        if number:
+            process.send_signal(number)
+        else:
+            process.communicate(b"\n")
+        members.wait(5.0)
+        assert end_causes.found("e1") == f"rank 1 (process {process.pid}) {how}; log: /var/log/rank-1.out"
+
+
+@pytest.mark.parametrize(
+    ("logger", "message"),
+    [
+        ("vllm.v1.engine.core", "EngineCore encountered a fatal error."),
+        ("vllm.v1.executor.ray_executor_v2", "RayWorkerProc rank=[1] died unexpectedly, shutting down executor."),
+    ],
+)
+def test_a_core_waits_with_its_own_error_for_a_ranks_end(folder: Path, logger: str, message: str) -> None:
+    """The owner reads the notes as soon as the core has failed, and blamed the core for a rank's death."""
+    members = end_causes.Members()
+    end_causes.keep(members)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        member = end_causes.Member("rank 1")
+        (folder / f"{end_causes.MEMBER}-e1-{process.pid}").write_text(json.dumps(dataclasses.asdict(member)))
+        members.wait(0.01)
+        logs = threading.Thread(
+            target=logging.getLogger(logger).error,
+            args=(message,),
+            kwargs={"exc_info": RuntimeError("Executor failed.")},
+        )
+        logs.start()
+        process.kill()
+        members.wait(5.0)
+        logs.join()
+        first = (folder / f"{end_causes.NOTES}-e1").read_text().splitlines()[0]
+        assert json.loads(first)["text"] == f"rank 1 (process {process.pid}) was killed by SIGKILL"
+
+
+def test_a_core_waits_longer_for_a_rank_that_is_seen_to_end(folder: Path) -> None:
+    """On a busy machine the note comes late; one that merely runs on is not waited for."""
+    members = end_causes.Members()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        (folder / f"{end_causes.MEMBER}-e1-{process.pid}").write_text(
+            json.dumps(dataclasses.asdict(end_causes.Member("rank 1")))
+        )
+        members.wait(0.01)
+        began = time.monotonic()
+        members.settle(0.01)
+        assert time.monotonic() - began < end_causes.ENDING_S / 2
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and nobody has noted it
+        waiting = threading.Thread(target=members.settle, args=(0.01,))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        members.wait(5.0)
+        waiting.join(5.0)
+        assert not waiting.is_alive()
+        assert "was killed by SIGKILL" in end_causes.found("e1")
+
+
+def test_a_core_without_ranks_does_not_wait(folder: Path) -> None:
+    """Its error is noted although nothing ever ends beside it."""
+    end_causes.keep(end_causes.Members())
+    fail("vllm.v1.engine.core", RuntimeError("alone"))
+    assert end_causes.found("e1") == "RuntimeError: alone"
+
+
+def test_a_crash_is_read_from_the_log_where_the_kernel_tells_nothing(tmp_path: Path) -> None:
+    """The last of what crash handlers have written there."""
+    log = tmp_path / "rank.err"
+    log.write_text("x" * 100_000 + "\n*** SIGSEGV received at time=1 on cpu 0 ***\nFatal Python error: Aborted\n\n")
+    assert end_causes._last_words(end_causes.Member("rank 1", "", str(log))) == "crashed: Aborted"
+    log.write_text("*** SIGBUS received at time=1 on cpu 0 ***\n")
+    assert end_causes._last_words(end_causes.Member("rank 1", str(log), "/no/such")) == "was killed by SIGBUS"
+    log.write_text("nothing")
+    assert end_causes._last_words(end_causes.Member("rank 1", str(log), str(log))) == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (-9, "was killed by SIGKILL"),
+        (-99, "was killed by signal 99"),
+        (7, "ended with exit code 7"),
+        (None, exit_status.UNKNOWN),
+    ],
+)
+def test_exit_codes_are_said_in_words(code: int | None, words: str) -> None:
+    """Python's, where a signal is negative."""
+    assert exit_status.said(code) == words
+
+
+def test_nothing_is_written_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place that is not ours gets no file, and neither does a folder that is not there."""
+    end_causes.keep()
+    for place in (tmp_path, tmp_path / f"{sockets.PREFIX}2"):
+        monkeypatch.setenv(sockets.ENV, str(place))
+        fail("vllm.v1.engine.core", RuntimeError("no"))
+        assert end_causes.found("e1") == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_from_another_process_is_told_without_its_traceback() -> None:
+    """Ray sends the whole traceback along, vLLM's ranks add it as a note; all lines of the message are told."""
+    why = "ValueError: no route\nto the other rank"
+    sent = f"ray::RayWorkerProc.initialize_worker()\nTraceback (most recent call last):\n  File x\n    call()\n{why}"
+    assert end_causes.text(RuntimeError(sent)) == "ValueError: no route to the other rank"
+    noted = ValueError("no route\nto the other rank")
+    noted.add_note("Traceback (most recent call last):\n  File y\nValueError: no route")
+    assert end_causes.text(noted) == "ValueError: no route to the other rank"
+    assert len(end_causes.text(ValueError("long " * 1000))) == end_causes.LONGEST
+    died = "The actor died unexpectedly before finishing this task.\n\tclass_name: A\n\tpid: 7867\n\tip: 1.2.3.4\nThe"
+    assert end_causes.text(RuntimeError(died)) == "a rank (process 7867) died while it started"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("rank", "cache_bytes", "why"),
+    [("core", 1 << 12, "No available memory for the cache blocks"), ("process", 1 << 60, "Available memory on node")],
+)
+async def test_a_real_engine_says_why(
+    llama_folder: Path, rank: str, cache_bytes: int, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache too small for the longest request ends the core, one larger than the machine its rank: the reason is in
+    the error, with the entry's name."""
+    monkeypatch.setenv(lone_rank.RANK, rank)
+    spec = tiny_spec()
+    spec = dataclasses.replace(spec, engine={**spec.engine, "kv_cache_memory_bytes": cache_bytes})
+    with pytest.raises(
+        EngineDead, match=rf"models\[{spec.name}\]: the engine did not come up: (rank 0: )?ValueError: {why}"
+    ):
+        await VllmEngine(spec, llama_folder).start()

@@ -1,0 +1,138 @@
+"""Engine processes as forks: who gets them, and what they find in themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.worker.engine.processes import fork_server, sockets
+
+SCRIPT = """
+import json, os, sys
+from cluster.engine import forks
+
+def told(queue, deeper):
+    context = forks._Context()
+    found = {
+        "parent": os.getppid(),
+        "marked": os.environ.get("MARK"),
+        "begun with": os.environ.get("BEFORE"),
+        "main again": hasattr(sys.modules["__main__"], "told"),
+        "preloaded": "wave" in sys.modules,
+    }
+    if deeper:
+        os.environ["MARK"] = "inner"
+        inner = context.Process(target=told, args=(queue, False))
+        inner.start()
+        inner.join()
+        found["inner code"] = inner.exitcode
+    queue.put(found)
+
+if __name__ == "__main__":
+    os.environ["BEFORE"] = "yes"
+    forks.PRELOAD = "wave"
+    forks.begin()
+    forks.begin()
+    del os.environ["BEFORE"]
+    os.environ["MARK"] = "outer"
+    import told_by_fork
+    context = forks._Context()
+    queue = context.SimpleQueue()
+    process = context.Process(target=told_by_fork.told, args=(queue, True))
+    process.start()
+    both = [queue.get(), queue.get()]
+    process.join()
+    print(json.dumps({"both": both, "code": process.exitcode, "own main": __file__}))
+"""
+
+
+def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> None:
+    """A fork and a fork of it: the same server, what was loaded there, their starters' variables, no main program."""
+    for name in ("told_by_fork.py", "program.py"):
+        with open(os.path.join(tmp_path, name), "w") as file:
+            file.write(SCRIPT)
+    ran = subprocess.run(
+        [sys.executable, os.path.join(tmp_path, "program.py")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, fork_server.START: "fork-server", "PYTHONPATH": f"{tmp_path}:{os.getcwd()}"},
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    inner, outer = found["both"]
+    assert (outer["marked"], inner["marked"]) == ("outer", "inner")
+    assert outer["parent"] == inner["parent"]
+    assert found["code"] == outer["inner code"] == 0
+    for one in (outer, inner):
+        assert one["begun with"] is None
+        assert one["preloaded"]
+        assert not one["main again"]
+    assert found["own main"].endswith("program.py")
+
+
+HOLDS = """
+import sys
+from multiprocessing import util
+from cluster.engine import forks
+
+forks.PRELOAD = "wave"
+forks.begin()
+print(util.get_temp_dir(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder for temporary files whose path is short: a socket's may have 107 bytes, which pytest's own folders
+    exceed where tests run in parallel processes."""
+    with tempfile.TemporaryDirectory(prefix="hr-") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_servers_folder_goes(temporary: Path, killed: bool) -> None:
+    """With its owner, or with the next engine's start where that was killed."""
+    environment = {**os.environ, fork_server.START: "fork-server", "PYTHONPATH": os.getcwd(), "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", HOLDS]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        assert folder.parent == temporary
+        assert list(folder.iterdir()), "the server's socket"
+        if killed:
+            process.kill()
+    if killed:
+        assert sockets.sweep(temporary) == 1
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize(("word", "wanted"), [("spawn", False), ("fork-server", True)])
+def test_a_word_decides(monkeypatch: pytest.MonkeyPatch, word: str, wanted: bool) -> None:
+    """Whatever the build."""
+    monkeypatch.setenv(fork_server.START, word)
+    assert fork_server.wanted() is wanted
+
+
+def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the two that there are."""
+    monkeypatch.setenv(fork_server.START, "thread")
+    with pytest.raises(ValueError, match="use fork-server or spawn"):
+        fork_server.wanted()
+
+
+def test_where_no_server_was_begun_nothing_changes() -> None:
+    """An engine outside a replica starts its processes as vLLM does."""
+    assert not fork_server.begun()
+    fork_server.install()

@@ -1,0 +1,92 @@
+"""The sockets of vLLM's processes lie in a folder that goes with their engines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.worker.engine.processes import sockets
+from cluster.worker.engine.vllm.engine import VllmEngine
+from tests.support.ray_head import OWN_PROCESSES
+
+
+def test_the_folder_goes_with_the_last_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines of a process share it; the end of the second removes it with what is in it."""
+    monkeypatch.delenv(sockets.ENV, raising=False)
+    ours = sockets.SocketFolder(tmp_path)
+    assert ours.acquire()
+    assert ours.acquire()
+    folder = Path(os.environ[sockets.ENV])
+    (folder / "socket").touch()
+    ours.release()
+    assert folder.exists()
+    ours.release()
+    assert not folder.exists()
+    assert sockets.ENV not in os.environ
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    """Folders without a lock are removed, whatever their number; those of the living and of others' making are not."""
+    ours = [sockets.OwnFolder(prefix, tmp_path) for prefix in (sockets.PREFIX, sockets.FORKS)]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"{sockets.PREFIX}file").touch()
+    (tmp_path / f"{sockets.PREFIX}link").symlink_to(tmp_path / "elsewhere")
+    kept = set(tmp_path.iterdir())
+    for prefix in (sockets.PREFIX, sockets.FORKS):
+        (tmp_path / f"{prefix}left" / "socket").mkdir(parents=True)
+    assert sockets.sweep(tmp_path) == 2
+    assert set(tmp_path.iterdir()) == kept
+    for own in ours:
+        own.remove()
+        assert own.path not in tmp_path.iterdir()
+
+
+@pytest.mark.root
+def test_a_living_process_keeps_its_folder_from_other_namespaces(tmp_path: Path) -> None:
+    """Where containers share a folder of temporary files, another's processes are not to be seen by their numbers."""
+    sweep = f"from cluster.engine import sockets; from pathlib import Path; sockets.sweep(Path({str(tmp_path)!r}))"
+    ours = sockets.OwnFolder(sockets.PREFIX, tmp_path)
+    subprocess.run([*OWN_PROCESSES, sys.executable, "-c", sweep], check=True, timeout=60)
+    assert list(tmp_path.iterdir()) == [ours.path]
+    ours.remove()
+
+
+@pytest.mark.engine
+async def test_a_start_that_fails_leaves_no_folder(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody closes an engine that has not come up."""
+    monkeypatch.delenv(sockets.ENV, raising=False)
+    monkeypatch.setattr(sockets, "OURS", sockets.SocketFolder(tmp_path))
+    spec = ModelSpec("tiny", "unused", dtype="float32", max_model_len=10**9)
+    with pytest.raises(ValueError, match=r"models\[tiny\]"):
+        await VllmEngine(spec, llama_folder).start()
+    assert os.listdir(tmp_path) == []
+    assert sockets.ENV not in os.environ
+
+
+def test_a_rank_elsewhere_keeps_vllms_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the folder of the environment is not; an operator's own place is kept, whatever it is."""
+    ours = tmp_path / f"{sockets.PREFIX}1"
+    for folder, there, kept in ((ours, True, True), (ours, False, False), (tmp_path / "elsewhere", False, True)):
+        if there:
+            folder.mkdir()
+        elif folder.exists():
+            folder.rmdir()
+        monkeypatch.setenv(sockets.ENV, str(folder))
+        sockets.only_where_it_is()
+        assert (sockets.ENV in os.environ) == kept
+    monkeypatch.delenv(sockets.ENV)
+    sockets.only_where_it_is()
+
+
+def test_an_operators_own_place_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that the environment names already is vLLM's to use."""
+    monkeypatch.setenv(sockets.ENV, str(tmp_path / "elsewhere"))
+    assert not sockets.SocketFolder(tmp_path).acquire()
+    assert os.environ[sockets.ENV] == str(tmp_path / "elsewhere")

@@ -1,0 +1,197 @@
+"""No orphans: the engine's processes end soon after the one that owns them is killed, or one of them is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+import uuid
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.worker.engine.processes import watchdog
+from tests.worker.engine.contract import Driver, Subject, request
+
+TAG = "HEADRACE_INSTANCE"
+GONE_WITHIN_S = 10.0
+
+
+def tagged(tag: str) -> list[psutil.Process]:
+    """Every living process that carries the tag in its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(TAG) == tag and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+async def until(holds: Callable[[], bool], within_s: float) -> float:
+    """Poll until it holds; the seconds that took. Fails after `within_s`."""
+    begin = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begin < within_s, "did not come about in time"
+        await asyncio.sleep(0.05)
+    return time.monotonic() - begin
+
+
+async def held_engine(folder: Path, tensor_parallel_size: int, tag: str) -> tuple[Process, str]:
+    """A program that holds a real engine, once it has answered; and the line it prints."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.worker.engine.hold_engine",
+        str(folder),
+        str(tensor_parallel_size),
+        stdout=PIPE,
+        env={**os.environ, TAG: tag},
+    )
+    assert process.stdout is not None
+    while line := (await process.stdout.readline()).decode():
+        if line.startswith("ready"):
+            return process, line
+    raise AssertionError("the engine did not come up")
+
+
+def shared_memory() -> set[str]:
+    """Names of the blocks on this machine that may be an engine's."""
+    return {path.name for path in Path("/dev/shm").iterdir() if watchdog.SHARED_MEMORY.fullmatch(path.name)}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+async def test_nothing_is_left_when_the_owner_is_killed(
+    llama_folder: Path, fast_subject: Subject, tensor_parallel_size: int
+) -> None:
+    """SIGKILL of the owner in mid-stream leaves neither processes nor shared memory; TP 2 answered as TP 1 does."""
+    (expected,) = await Driver(fast_subject).run(request(fast_subject.prompt(1), max_tokens=8))
+    tag, before = uuid.uuid4().hex, shared_memory()
+    owner, line = await held_engine(llama_folder, tensor_parallel_size, tag)
+    try:
+        assert line.split()[1] == f"float32-tp{tensor_parallel_size}-pp1"
+        assert tuple(map(int, line.split()[2:])) == expected.token_ids
+        shared = [_shared(process.pid) for process in tagged(tag)]
+        ranks = 0 if tensor_parallel_size == 1 else tensor_parallel_size  # a lone one is in the core
+        if ranks:
+            assert sum(map(bool, shared)) >= 1 + ranks, "core and ranks have shared memory mapped"
+        else:
+            assert not any(shared), "a core that computes by itself shares nothing"
+        assert not shared_memory() - before, "of which no name is left once the engine is up"
+        assert len(tagged(tag)) >= 2 + ranks
+        owner.send_signal(signal.SIGKILL)
+        await owner.wait()
+        await until(lambda: not tagged(tag), GONE_WITHIN_S)
+        assert not shared_memory() - before
+    finally:
+        for process in tagged(tag):
+            process.kill()
+
+
+def _shared(pid: int) -> int:
+    """How many blocks a process has mapped whose names are gone."""
+    return sum("/dev/shm/psm_" in line and line.endswith(" (deleted)") for line in _maps(pid))
+
+
+def _maps(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/maps").read_text().splitlines()
+
+
+async def test_only_the_engines_names_are_forgotten() -> None:
+    """What a child has mapped that was there before the engine keeps its name, however late it came."""
+    code = (
+        "from multiprocessing.shared_memory import SharedMemory as S; input(); block = S(create=True, size=8)"
+        "; print(block.name, flush=True); input(); block.close(); block.unlink()"
+    )
+
+    async def child() -> Process:
+        return await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+
+    async def block(process: Process) -> str:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"\n")
+        return (await process.stdout.readline()).decode().strip()
+
+    stranger = await child()
+    before = watchdog.children()
+    ours = await child()
+    theirs, own = await block(stranger), await block(ours)
+    assert {theirs, own} <= shared_memory()
+    watchdog.forget_names(before)
+    assert theirs in shared_memory()
+    assert own not in shared_memory()
+    await stranger.communicate(b"\n")
+    await ours.communicate(b"\n")
+    assert theirs not in shared_memory()
+
+
+def test_a_mark_names_one_process_for_ever() -> None:
+    """A mark is alive while its process is, dead for another start time, and says nothing in another place."""
+    own = watchdog.mark(os.getpid())
+    assert watchdog.alive(own) is True
+    pid, start, here = own.split("@")
+    assert watchdog.alive(f"{pid}@{int(start) - 1}@{here}") is False
+    assert watchdog.alive(f"{pid}@{start}@another-boot/{here}") is None
+    assert watchdog.alive("") is None
+    assert watchdog.alive("nonsense") is None
+
+
+async def test_a_zombie_counts_as_gone() -> None:
+    """A killed process that its parent has not reaped does not keep the children alive."""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
+    mark = watchdog.mark(process.pid)
+    assert watchdog.alive(mark) is True
+    process.kill()
+    await until(lambda: watchdog.alive(mark) is False, 5.0)
+    await process.wait()
+    assert watchdog.alive(mark) is False
+
+
+async def test_a_process_that_watches_ends_with_its_owner() -> None:
+    """A process with the owner's mark ends itself when the owner is gone; one without a mark goes on."""
+    owner = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
+    code = "from cluster.engine import watchdog; watchdog.watch(); print('up', flush=True); input()"
+    marks = {"watcher": watchdog.mark(owner.pid), "free": ""}
+    children = {
+        name: await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, stdin=PIPE, stdout=PIPE, env={**os.environ, watchdog.MARK: mark}
+        )
+        for name, mark in marks.items()
+    }
+    for child in children.values():
+        assert child.stdout is not None
+        assert await child.stdout.readline() == b"up\n"
+    owner.kill()
+    await owner.wait()
+    async with asyncio.timeout(5):
+        assert await children["watcher"].wait() == -signal.SIGKILL
+    assert children["free"].returncode is None
+    await children["free"].communicate(b"\n")
+
+
+def test_only_multiprocessing_blocks_are_swept() -> None:
+    """Other shared memory, nested and already unlinked files are not in the list."""
+    maps = """
+7f1-7f2 rw-s 0 00:1a 5 /dev/shm/psm_abc123
+7f2-7f3 rw-s 0 00:1a 5 /dev/shm/plasmaXYZ
+7f3-7f4 rw-s 0 00:1a 5 /dev/shm/psm_gone (deleted)
+7f4-7f5 r-xp 0 00:1a 5 /usr/lib/libc.so.6
+7f5-7f6 rw-s 0 00:1a 5 /dev/shm/vllm_dist_1f-tp:0-[0-1]-cpushm_0
+7f6-7f7 rw-s 0 00:1a 5 /dev/shm/33275-tp:0-[0-1]-cpushm_1
+7f7-7f8 rw-s 0 00:1a 5 /dev/shm/33275-tp:0-[0-1]-cpushm_2 (deleted)
+7f8-7f9 rw-s 0 00:1a 5 /dev/shm/34429-tp:0-[0-1]-cpushm-f6e59799-e621-4fe4-a9f8-1df8dcbb7a11-27_0
+"""
+    assert watchdog.shared_memory_files(maps) == {
+        "psm_abc123",
+        "vllm_dist_1f-tp:0-[0-1]-cpushm_0",
+        "33275-tp:0-[0-1]-cpushm_1",
+        "34429-tp:0-[0-1]-cpushm-f6e59799-e621-4fe4-a9f8-1df8dcbb7a11-27_0",
+    }

@@ -1,0 +1,304 @@
+"""The golden prompt: what makes an engine sick, what does not, and that callers see nothing of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.ports import EngineRefused, EngineSick
+from cluster.api.types import (
+    RESUME_EXACT,
+    RESUME_PLAIN,
+    RESUME_STATE,
+    EngineInfo,
+    EngineRequest,
+    FinishReason,
+    PositionLogprobs,
+    TokenOutput,
+)
+from cluster.worker.engine.golden_check import (
+    ANSWER_TOKENS,
+    PREFIX,
+    PROMPT_TOKENS,
+    Answer,
+    Examined,
+    golden_request,
+    why_wrong,
+)
+from cluster.worker.engine.simulated.engine import SimConfig, SimEngine, VirtualClock
+from tests.worker.engine.contract import Driver, EngineContract, Subject, request
+
+SMALL = SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, max_model_len=256, max_num_seqs=4, kv_blocks=64)
+
+
+async def subject() -> tuple[SimEngine, Driver]:
+    """A simulated engine that is well, and the driver of the examined one around it."""
+    engine = SimEngine(SMALL, VirtualClock())
+    examined = Examined(engine, node="n1")
+    return engine, Driver(Subject(examined, await examined.start(), 100, 900, deadline_s=5.0))
+
+
+class TestContract(EngineContract):
+    """An examined engine is an engine."""
+
+    @pytest.fixture
+    async def engine(self) -> AsyncIterator[Subject]:
+        """A simulated one within."""
+        engine, driver = await subject()
+        yield driver.subject
+        assert engine.statistics().kv_used_blocks == 0
+
+
+async def test_an_error_of_a_well_engine_changes_nothing() -> None:
+    """A request that ends in an error makes the golden prompt be asked, and all others go on with their tokens."""
+    engine, driver = await subject()
+    (undisturbed,) = await driver.run(request(driver.subject.prompt(2), 40))
+    asked = engine.statistics().submitted
+    engine.fail("step", "nan", at=2)
+    broken, whole = await driver.run(request(driver.subject.prompt(1), 40), request(driver.subject.prompt(2), 40))
+    assert broken.finish is FinishReason.ERROR
+    assert whole.token_ids == undisturbed.token_ids
+    assert engine.statistics().submitted == asked + 3
+    await driver.empty()
+
+
+async def test_errors_are_answered_by_one_question_at_a_time() -> None:
+    """However many requests end in errors meanwhile, one golden prompt is under way, and one more follows."""
+    engine, driver = await subject()
+    asked = engine.statistics().submitted
+    for at in (1, 2, 3, 4):
+        engine.fail("step", "nan", at=at)
+    await driver.run(*(request(driver.subject.prompt(i), 30, priority=-(1 << 40)) for i in range(4)))
+    await driver.run(request(driver.subject.prompt(9), 30))
+    assert engine.statistics().submitted == asked + 5 + 2
+
+
+@pytest.mark.parametrize("fault", ["wrong", "nan"])
+async def test_a_wrong_answer_is_sickness(fault: str) -> None:
+    """An engine whose golden answer is wrong, or has NaN, after an error raises EngineSick with its node."""
+    engine, driver = await subject()
+    engine.fail("step", fault, at=0)
+    engine.fail("step", "nan", at=3)
+    requests = [request(driver.subject.prompt(number), 30, priority=number) for number in range(3)]
+    with pytest.raises(EngineSick, match="on node n1 is sick"):
+        await driver.run(*requests)
+
+
+async def test_an_engine_that_loses_emitted_tokens_does_not_start() -> None:
+    """One that says it continues exactly, and starts anew instead, is found out before it takes a call."""
+
+    class Forgetful(SimEngine):
+        async def submit(self, request: EngineRequest) -> None:
+            plain = [*request.prompt_token_ids, *request.emitted_token_ids[1:]]
+            await super().submit(EngineRequest(request.request_id, plain, request.sampling))
+
+    with pytest.raises(EngineSick, match="continued, its answer"):
+        await Examined(Forgetful(SMALL, VirtualClock())).start()
+
+
+class Apart(SimEngine):
+    """An engine whose seeded calls go on with other tokens behind a cut."""
+
+    def __init__(self) -> None:
+        super().__init__(SMALL, VirtualClock())
+        self._apart: set[str] = set()
+
+    async def start(self) -> EngineInfo:
+        return dataclasses.replace(await super().start(), capabilities=("chat", RESUME_EXACT))
+
+    async def submit(self, request: EngineRequest) -> None:
+        await super().submit(request)
+        if request.emitted_token_ids and request.sampling.is_seeded:
+            self._apart.add(request.request_id)
+
+    async def step(self) -> Sequence[TokenOutput]:
+        outputs = await super().step()
+        for position in (
+            one for output in outputs if output.request_id in self._apart for one in output.logprobs or ()
+        ):
+            position.token_ids[0] += 1  # type: ignore[index]
+        return outputs
+
+
+@pytest.mark.parametrize("word", [RESUME_STATE, RESUME_PLAIN])
+async def test_no_check_makes_a_word_better(word: str) -> None:
+    """An engine that says less than it does is taken at its word."""
+
+    class Modest(SimEngine):
+        async def start(self) -> EngineInfo:
+            return dataclasses.replace(await super().start(), capabilities=(word,))
+
+    examined = Examined(Modest(SMALL, VirtualClock()))
+    assert (await examined.start()).capabilities == (word,)
+    assert not examined.withdrawn
+
+
+async def test_an_engine_whose_seeded_calls_part_is_not_exact() -> None:
+    """It is well, and its word becomes the lesser one; the other words stay."""
+    examined = Examined(Apart())
+    assert (await examined.start()).capabilities == ("chat", RESUME_STATE)
+    assert examined.withdrawn == "a seeded call that was cut after 2 tokens went on with others"
+
+
+async def test_an_engine_that_goes_on_with_no_seed_shows_nothing_by_them() -> None:
+    """Where continued seeded calls are refused, the greedy ones decide."""
+
+    class Refusing(SimEngine):
+        async def submit(self, request: EngineRequest) -> None:
+            if request.emitted_token_ids and request.sampling.is_seeded:
+                raise EngineRefused("RESUME_UNSUPPORTED", "seed: cannot go on", "seed")
+            await super().submit(request)
+
+    examined = Examined(Refusing(SMALL, VirtualClock()))
+    assert RESUME_EXACT in (await examined.start()).capabilities
+    assert not examined.withdrawn
+
+
+@pytest.mark.parametrize("most", [0, 2, 7])
+async def test_an_engine_that_gives_few_logprobs_is_examined_too(most: int) -> None:
+    """Whatever max_logprobs allows is asked for, and values that have changed are found with it."""
+
+    class Terse(SimEngine):
+        shift = 0.0
+
+        async def submit(self, request: EngineRequest) -> None:
+            if (request.sampling.logprobs or 0) > most:
+                raise EngineRefused("INVALID_FIELD", f"logprobs: must be in [0, {most}]", "logprobs")
+            await super().submit(request)
+
+        async def step(self) -> Sequence[TokenOutput]:
+            outputs = await super().step()
+            for position in (one for output in outputs for one in output.logprobs or ()):
+                position.logprobs[:] = [value - self.shift for value in position.logprobs]  # type: ignore[index]
+            return outputs
+
+    engine = Terse(SMALL, VirtualClock())
+    driver = Driver(Subject(examined := Examined(engine), await examined.start(), 100, 900, deadline_s=5.0))
+    engine.fail("step", "nan")
+    await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2)))
+    engine.shift = 0.1
+    engine.fail("step", "nan", at=2)
+    with pytest.raises(EngineSick):
+        await driver.run(*(request(driver.subject.prompt(number), 30) for number in range(2, 4)))
+
+
+@pytest.mark.parametrize("length", [2, 8, 20, 4096])
+async def test_the_question_fits_every_engine(length: int) -> None:
+    """Whatever the context, prompt and answer fit into it and stay within the vocabulary."""
+    info = EngineInfo("sim", "sim", "1", 16, 64, 4, 64, length, 9)
+    question = golden_request(info, "1")
+    assert question.request_id.startswith(PREFIX)
+    assert 2 <= len(question.prompt_token_ids) + question.sampling.max_tokens <= min(length, 20)
+    assert all(0 <= token < 9 for token in question.prompt_token_ids)
+    assert PROMPT_TOKENS + ANSWER_TOKENS == 20
+
+
+def softmax(logits: list[float]) -> list[float]:
+    """Log probabilities."""
+    top = max(logits)
+    total = math.log(sum(math.exp(one - top) for one in logits)) + top
+    return [one - total for one in logits]
+
+
+def greedy(logprobs: list[float], top: int) -> PositionLogprobs:
+    """What an engine that has computed these gives for a greedy token: its own value, then those of the likeliest."""
+    order = sorted(range(len(logprobs)), key=lambda token: (-logprobs[token], token))
+    ids = [order[0], *order[:top]]
+    return PositionLogprobs(ids, [logprobs[token] for token in ids])
+
+
+logits = st.lists(st.floats(-8, 8), min_size=12, max_size=12)
+noise = st.lists(st.floats(-1, 1), min_size=12, max_size=12)
+tops = st.sampled_from([0, 1, 3, 5, 12])
+tolerances = st.sampled_from([0.02, 0.5])
+
+
+@given(st.lists(st.tuples(logits, noise), min_size=1, max_size=4), tops, tolerances)
+def test_a_healthy_engine_is_never_called_sick(
+    given_values: list[tuple[list[float], list[float]]], top: int, tolerance: float
+) -> None:
+    """Whatever moves log probabilities by less than the tolerance proves nothing, whichever token becomes the greedy
+    one and wherever it stood among the reference's; after it the text is another."""
+    reference, answer, same = Answer(), Answer(), True
+    for values, moves in given_values:
+        right = softmax(values)
+        if same:
+            found = [value + 0.999 * tolerance * move for value, move in zip(right, moves, strict=True)]
+        else:
+            found = softmax(moves)
+        reference.positions.append(greedy(right, top))
+        answer.positions.append(greedy(found, top))
+        same = same and reference.token_ids == answer.token_ids
+    assert not why_wrong(reference, answer, tolerance)
+    assert not why_wrong(answer, answer, tolerance)
+
+
+@given(logits, noise, st.integers(0, 11), tolerances)
+def test_an_engine_beyond_the_tolerance_is_called_sick(
+    values: list[float], moves: list[float], token: int, tolerance: float
+) -> None:
+    """With all values at hand one that moved by more than the tolerance is found, whichever token is the greedy one."""
+    right = softmax(values)
+    found = [value + 0.999 * tolerance * move for value, move in zip(right, moves, strict=True)]
+    found[token] = right[token] + 1.01 * tolerance
+    reference, answer = Answer([greedy(right, 12)]), Answer([greedy(found, 12)])
+    assert why_wrong(reference, answer, tolerance)
+    assert why_wrong(answer, reference, tolerance)
+
+
+@given(logits, st.integers(1, 4), tolerances)
+def test_another_model_is_called_sick(values: list[float], top: int, tolerance: float) -> None:
+    """One whose greedy token was clearly less likely than those listed is found, though it is in no list."""
+    right = sorted(softmax(values), reverse=True)
+    right[0] += 2.1 * tolerance
+    reference = Answer([greedy(right, top + 1)])
+    wrong = Answer([PositionLogprobs([11], [right[0]])])
+    assert why_wrong(reference, wrong, tolerance) == "token 0 is 11 instead of 0"
+
+
+@given(logits, logits, st.integers(0, 11), st.integers(0, 11), tolerances)
+def test_more_values_never_hide_what_fewer_prove(
+    values: list[float], others: list[float], fewer: int, more: int, tolerance: float
+) -> None:
+    """What a short list proves a longer one proves too."""
+    fewer, more = sorted((fewer, more))
+
+    def verdict(top: int) -> str:
+        return why_wrong(Answer([greedy(softmax(values), top)]), Answer([greedy(softmax(others), top)]), tolerance)
+
+    assert verdict(more) or not verdict(fewer)
+
+
+def test_a_token_outside_the_list_is_undecided() -> None:
+    """One that may have been as likely as the last of the list proves nothing; beyond what that allows it does."""
+    reference = Answer([PositionLogprobs([1, 1, 2, 3], [-2.0, -2.0, -2.2, -2.4])])
+
+    def answer(*values: float) -> Answer:
+        return Answer([PositionLogprobs([9, 9, 8, 7], [values[0], *values])])
+
+    assert not why_wrong(reference, answer(-2.1, -2.2, -2.3), 0.5)
+    assert why_wrong(reference, answer(-1.8, -2.2, -2.6), 0.5) == "token 0 is 9 instead of 1", "above what 9 can have"
+    assert why_wrong(reference, answer(-2.6, -2.7, -2.8), 0.5) == "token 0 is 9 instead of 1", "below what 1 has"
+
+
+def test_a_tie_may_end_either_way() -> None:
+    """A token that was as likely is right, whatever follows it; a clearly less likely one is wrong, and so is one that
+    is not the likeliest of its own list."""
+    reference = Answer([PositionLogprobs([1, 1, 2, 3], [-0.70, -0.70, -0.72, -3.0])] * 2)
+
+    def answer(token: int, value: float) -> Answer:
+        return Answer([PositionLogprobs([token], [value]), PositionLogprobs([99], [-1.0])])
+
+    assert not why_wrong(reference, answer(2, -0.71), 0.02)
+    assert why_wrong(reference, answer(3, -0.7), 0.02) == "token 0 is 3 instead of 1"
+    assert why_wrong(reference, answer(7, -0.7), 0.02) == "token 0 is 7 instead of 1"
+    assert why_wrong(reference, answer(1, math.nan), 0.02) == "token 0 has the log probability nan"
+    assert why_wrong(reference, answer(1, -0.8), 0.02) == "token 0 has the log probability -0.800 instead of -0.700"
+    assert "1 tokens instead of 2" in why_wrong(reference, Answer(reference.positions[:1]), 0.02)
+    sampled_badly = Answer([PositionLogprobs([3, 1, 2, 3], [-3.0, -0.70, -0.72, -3.0])] * 2)
+    assert why_wrong(reference, sampled_badly, 0.02) == "token 0 is 3, which is not the likeliest"

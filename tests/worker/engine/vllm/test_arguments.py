@@ -1,0 +1,109 @@
+"""From a model's entry to vLLM's arguments and environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cluster.api.ports import EngineDead
+from cluster.api.types import ModelSpec
+from cluster.worker.engine.vllm import arguments
+from cluster.worker.engine.vllm.engine import VllmEngine
+from tests.worker.engine.contract import request
+
+pytestmark = pytest.mark.engine
+
+
+def spec(**changes: object) -> ModelSpec:
+    """An entry with changes."""
+    return ModelSpec("m", "unused", **changes)  # type: ignore[arg-type]
+
+
+def test_an_entry_becomes_arguments(llama_folder: Path) -> None:
+    """The entry's own words and those under `engine` reach vLLM by their names; Headrace's defaults stand below."""
+    entry = spec(dtype="float32", max_model_len=99, engine={"max_num_seqs": 3, "enforce_eager": False})
+    args = arguments.engine_arguments(entry, llama_folder, "ray")
+    assert (args.model, args.dtype, args.max_model_len, args.max_num_seqs) == (
+        str(llama_folder),
+        "float32",
+        99,
+        3,
+    )
+    assert (args.scheduling_policy, args.disable_log_stats, args.load_format) == ("priority", False, "safetensors")
+    assert args.enforce_eager is False
+    assert args.kv_cache_memory_bytes == arguments.CPU_KV_CACHE_BYTES
+    assert args.distributed_executor_backend is None
+
+
+@pytest.mark.parametrize("executor", ["ray", "mp"])
+def test_a_world_larger_than_one_takes_the_executor(llama_folder: Path, executor: str) -> None:
+    """Tensor and pipeline parallel ranks go to Ray, or to this host's processes in tests."""
+    for entry in (spec(tensor_parallel_size=2), spec(pipeline_parallel_size=2)):
+        assert arguments.engine_arguments(entry, llama_folder, executor).distributed_executor_backend == executor
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"),
+    [
+        ({"max_num_seq": 3}, r"engine\.max_num_seq: .* did you mean `engine\.max_num_seqs`"),
+        ({"qqqqq": 3}, r"engine\.qqqqq: vLLM has no such engine argument$"),
+    ],
+)
+async def test_an_unknown_argument_is_named(engine: dict[str, object], says: str, tmp_path: Path) -> None:
+    """start() refuses it with the nearest known name, before anything is loaded."""
+    with pytest.raises(ValueError, match=says):
+        await VllmEngine(spec(engine=engine), tmp_path).start()
+
+
+def test_experts_on_several_ranks_are_refused_on_cpus(llama_folder: Path) -> None:
+    """vLLM's CPU kernels crash with them at the first step; on one rank the word changes nothing."""
+    parallel = {"enable_expert_parallel": True}
+    for entry in (
+        spec(tensor_parallel_size=2, engine=parallel),
+        spec(engine=parallel | {"data_parallel_size": 2}),
+    ):
+        with pytest.raises(ValueError, match=r"models\[m\]\.engine\.enable_expert_parallel: .* leave it out"):
+            arguments.engine_arguments(entry, llama_folder, "mp")
+    arguments.engine_arguments(spec(engine=parallel), llama_folder, "mp")
+    arguments.engine_arguments(spec(tensor_parallel_size=2), llama_folder, "mp")
+
+
+async def test_values_that_vllm_refuses_name_the_model(llama_folder: Path) -> None:
+    """What vLLM's configuration does not take comes as ValueError with the entry's name."""
+    for changes in ({"max_model_len": 10**9}, {"engine": {"max_num_seqs": "many"}}, {"tensor_parallel_size": 3}):
+        with pytest.raises(ValueError, match=r"models\[m\]"):
+            await VllmEngine(spec(**changes), llama_folder, executor="mp").start()
+
+
+def test_the_environment_is_made_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What vLLM's children read is set; an empty cache size, which kills the worker, is taken away."""
+    for name in ("VLLM_WORKER_MULTIPROC_METHOD", "VLLM_CPU_OMP_THREADS_BIND", "SPT_NOENV"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "")
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "FIRST_")
+    arguments.prepare_environment(spec(tensor_parallel_size=2), "mp")
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] == "FIRST_,HEADRACE_"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in os.environ
+
+
+def test_engine_class_is_one_word() -> None:
+    """dtype, quantization and parallelism."""
+    assert arguments.engine_class("float32", None, spec()) == "float32-tp1-pp1"
+    assert arguments.engine_class("bfloat16", "fp8", spec(tensor_parallel_size=8)) == "bfloat16-fp8-tp8-pp1"
+
+
+async def test_an_engine_that_has_not_started_or_is_closed_is_dead(llama_folder: Path) -> None:
+    """Calls before start and after close raise EngineDead; close twice is fine."""
+    engine = VllmEngine(spec(), llama_folder)
+    for closed in (False, True):
+        with pytest.raises(EngineDead):
+            await engine.submit(request((1,)))
+        with pytest.raises(EngineDead):
+            await engine.check()
+        if not closed:
+            await engine.close()
+            await engine.close()

@@ -1,0 +1,44 @@
+"""On the real engine, through a real gateway: a prefix is found by its own cache group and by nobody else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import bundle_of
+from tests.support.keyed import keyed_cluster
+from tests.worker.engine.contract import Subject
+
+pytestmark = pytest.mark.engine
+
+
+async def test_no_hit_crosses_cache_groups(tmp_path: Path, llama_folder: Path, fast_subject: Subject) -> None:
+    """Two tenants of one group share a prefix; one that is alone has its own; a third that sends the same prompt, also
+    with the others' names and keys as its salt, finds nothing."""
+    async with keyed_cluster(tmp_path) as keyed:
+        await keyed.cluster.add_worker(fast_subject.engine, bundle_of(llama_folder), info=fast_subject.info)
+        keys = {
+            "alone": await keyed.key("alone"),
+            "one": await keyed.key("one", cache_group="both"),
+            "two": await keyed.key("two", cache_group="both"),
+            "stranger": await keyed.key("stranger"),
+        }
+        prompt = fast_subject.prompt(77, tokens=200)
+
+        async def cached(tenant: str, salt: str = "") -> int:
+            body = {"model": "sim", "prompt": list(prompt), "max_tokens": 1, "temperature": 0}
+            salted = {"cache_salt": salt} if salt else {}
+            reply = await keyed.fetch("/v1/completions", body | salted, key=keys[tenant])
+            assert reply.status == 200
+            details = reply.json["usage"].get("prompt_tokens_details") or {}
+            return int(details.get("cached_tokens") or 0)
+
+        block = fast_subject.info.block_size
+        whole = (len(prompt) - 1) // block * block
+        assert [await cached("alone"), await cached("alone")] == [0, whole]
+        assert [await cached("one"), await cached("two")] == [0, whole]
+        assert await cached("stranger") == 0
+        for salt in ("alone", "one", "both", keys["alone"], keys["one"]):
+            assert await cached("stranger", salt) == 0
+        assert await cached("alone") == whole

@@ -1,0 +1,65 @@
+"""The laws of an engine over the real one, by all of its paths."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import without_noise
+from cluster.worker.engine.vllm.requests import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS_AFTER_MIN
+from tests.worker.engine.contract import EngineContract, Subject
+
+
+@pytest.mark.engine
+def test_bounds_of_lists_are_those_of_vllms_tables() -> None:
+    """A request beyond one of them ends the engine core of vLLM's V2 runner: ours may not be larger."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "v1/worker/gpu/sample/logit_bias.py").read_text()
+    tables = {
+        node.targets[0].id: node.value.value
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
+    assert tables["MAX_NUM_STOP_TOKEN_IDS"] == MAX_STOP_TOKEN_IDS_AFTER_MIN
+    assert tables["MAX_NUM_LOGIT_BIAS_TOKENS"] == MAX_LOGIT_BIAS
+
+
+@pytest.mark.engine
+class TestFastPath(EngineContract):
+    """The engine core read directly."""
+
+    @pytest.fixture
+    def engine(self, fast_subject: Subject) -> Subject:
+        """The shared engine."""
+        return fast_subject
+
+    def test_says_its_path(self, engine: Subject) -> None:
+        """EngineInfo tells which way the engine serves and what it is."""
+        assert (engine.info.engine_path, engine.info.engine_path_reason) == ("fastpath", "")
+        assert without_noise(engine.info.engine_class) == "float32-tp1-pp1"
+        assert engine.info.vocab_size == 768
+        assert engine.info.max_num_seqs == 8
+        assert engine.info.block_size == 32
+        assert engine.info.kv_tokens == 64 * 1024
+        assert engine.info.default_sampling == {"temperature": 0.6, "top_p": 0.9}
+
+
+@pytest.mark.engine
+class TestPublic(EngineContract):
+    """AsyncLLM, as where the fast path's names are missing."""
+
+    @pytest.fixture
+    def engine(self, public_subject: Subject) -> Subject:
+        """The shared engine."""
+        return public_subject
+
+    def test_says_its_path(self, engine: Subject) -> None:
+        """EngineInfo tells which way the engine serves, and why not the fast one."""
+        assert (engine.info.engine_path, engine.info.engine_path_reason) == ("public", "switched off")

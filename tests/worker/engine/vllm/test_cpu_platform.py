@@ -1,0 +1,33 @@
+"""The platform plugin: silent unless asked for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cluster.worker.engine.vllm.cpu import platform
+
+
+def test_says_nothing_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vLLM that merely has this package beside it chooses its platform by itself."""
+    monkeypatch.delenv(platform.LOGICAL_GPUS, raising=False)
+    assert platform.plugin() is None
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("asked", "expected"), [("1", "LogicalGpuCpuPlatform GPU"), ("", "CpuPlatform ")])
+def test_vllm_takes_the_platform(asked: str, expected: str) -> None:
+    """In a fresh process vLLM resolves our platform when asked, with GPU as its Ray device, else its own."""
+    code = "from vllm.platforms import current_platform as p; print(type(p).__name__, p.ray_device_key, p.is_cpu())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, platform.LOGICAL_GPUS: asked},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines()[-1] == f"{expected} True"

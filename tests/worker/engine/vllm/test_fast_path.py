@@ -1,0 +1,60 @@
+"""The fast path's table of vLLM's inside, and what happens where a name is missing."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from cluster.worker.engine.vllm import fast_path
+from cluster.worker.engine.vllm.cpu import lone_rank
+from cluster.worker.engine.vllm.fast_path import SYMBOLS
+from cluster.worker.engine.vllm.private_names import missing, resolve
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("path", SYMBOLS | lone_rank.SYMBOLS)
+def test_this_vllm_has_every_name(path: str) -> None:
+    """Each symbol of the tables is there with its parameters and fields."""
+    assert missing({path: (SYMBOLS | lone_rank.SYMBOLS)[path]}) == []
+
+
+@pytest.mark.engine
+def test_what_is_missing_is_named() -> None:
+    """A symbol, a field or a whole module that is not there is reported by its path."""
+    table = {
+        "vllm.v1.engine.EngineCoreOutput": ("request_id", "no_such_field"),
+        "vllm.v1.engine.NoSuchThing": (),
+        "vllm.no_such_module.Thing": ("field",),
+    }
+    assert missing(table) == [
+        "vllm.v1.engine.EngineCoreOutput: no_such_field",
+        "vllm.v1.engine.NoSuchThing",
+        "vllm.no_such_module.Thing",
+    ]
+
+
+@pytest.mark.engine
+def test_finish_reasons_keep_their_order() -> None:
+    """vLLM's numbers are ours less one, which the fast path counts on."""
+    from cluster.api.types import FinishReason
+
+    theirs = resolve("vllm.v1.engine.FinishReason")
+    assert {reason.name: int(reason) + 1 for reason in theirs} == {reason.name: int(reason) for reason in FinishReason}
+
+
+@pytest.mark.parametrize("module", [fast_path, lone_rank])
+def test_every_import_stands_in_the_table(module: ModuleType) -> None:
+    """What the fast path imports from vLLM is in its table."""
+    tree = ast.parse(Path(str(module.__file__)).read_text())
+    imported = {
+        f"{node.module}.{name.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm")
+        for name in node.names
+    }
+    assert imported
+    for name in imported:
+        assert any(path == name or path.startswith(f"{name}.") for path in SYMBOLS | lone_rank.SYMBOLS), name

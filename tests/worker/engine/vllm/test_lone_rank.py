@@ -1,0 +1,66 @@
+"""Where a single rank computes: in its core's process on CPUs, with threads bound as vLLM binds them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from cluster.worker.engine.vllm.cpu import lone_rank
+from cluster.worker.engine.vllm.engine import VllmEngine
+from cluster.worker.engine.vllm.private_names import missing
+from tests.worker.engine.conftest import engine_children, tiny_spec
+
+
+def config(ranks: int, device: str = "cpu") -> SimpleNamespace:
+    """As much of vLLM's configuration as is looked at."""
+    parallel = SimpleNamespace(world_size_across_dp=ranks, distributed_executor_backend="mp")
+    return SimpleNamespace(parallel_config=parallel, device_config=SimpleNamespace(device_type=device))
+
+
+@pytest.mark.parametrize(("ranks", "word", "device", "there"), [
+    (1, "", "cpu", True), (1, "core", "cpu", True), (1, "process", "cpu", False),
+    (2, "core", "cpu", False), (1, "core", "cuda", False),
+])  # fmt: skip
+def test_which_engines(ranks: int, word: str, device: str, there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank on CPUs, unless told otherwise."""
+    monkeypatch.setenv(lone_rank.RANK, word)
+    found = config(ranks, device)
+    assert lone_rank.settle(found) is there
+    assert found.parallel_config.distributed_executor_backend == ("uni" if there else "mp")
+
+
+def test_another_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the two that there are."""
+    monkeypatch.setenv(lone_rank.RANK, "thread")
+    with pytest.raises(ValueError, match="HEADRACE_ENGINE_RANK='thread': use core or process"):
+        lone_rank.settle(config(1))
+
+
+def test_this_vllm_has_what_it_needs() -> None:
+    """Else it would leave the rank where it was, in silence."""
+    assert not missing(lone_rank.SYMBOLS)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("bind", ["nobind", "0"])
+async def test_an_engine_is_one_process(llama_folder: Path, bind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its threads bound where that is asked for; this process's own environment is as it was."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    me = psutil.Process()
+    before, variables = me.children(), {name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    engine = VllmEngine(tiny_spec(), llama_folder)
+    await engine.start()
+    try:
+        (core,) = [child for child in engine_children(me) if child not in before]
+        assert not core.children()
+        told = {name: value for name, value in core.environ().items() if name.startswith(("OMP_", "GOMP_"))}
+        assert (told.get("OMP_NUM_THREADS"), told.get("OMP_PLACES") or told.get("GOMP_CPU_AFFINITY")) in (
+            [(None, None)] if bind == "nobind" else [("1", "{0}"), ("1", "0")]
+        )
+    finally:
+        await engine.close()
+    assert {name for name in os.environ if name.startswith(("OMP_", "GOMP_", "KMP_"))} == variables

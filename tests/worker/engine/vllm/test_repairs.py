@@ -1,0 +1,144 @@
+"""The repairs of vLLM: each is for a known release, and the fault is still there to be repaired."""
+
+from __future__ import annotations
+
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import pytest
+
+from cluster.worker.engine.processes import watchdog
+from cluster.worker.engine.vllm import repairs
+
+pytestmark = pytest.mark.engine
+
+
+def test_this_vllm_is_one_that_the_seed_repair_knows() -> None:
+    """A new vLLM must be looked at before seeds are let through on CPU: see cluster/worker/engine/vllm/repairs.py."""
+    assert repairs.seeds_are_safe()
+
+
+def test_seeds_are_not_safe_where_the_repair_is_kept_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With VLLM_PLUGINS naming others only, vLLM's processes stay as they are and the engine refuses seeds."""
+    monkeypatch.setenv("VLLM_PLUGINS", "something_else")
+    assert not repairs.seeds_are_safe()
+    monkeypatch.setenv("VLLM_PLUGINS", f"something_else,{repairs.PLUGIN}")
+    assert repairs.seeds_are_safe()
+
+
+def test_stock_generators_still_lack_an_offset() -> None:
+    """The fault: a CPU generator refuses what vLLM's runner asks of it. When this fails the repair can go."""
+    import torch
+
+    with pytest.raises(RuntimeError, match="offset"):
+        torch.Generator(device="cpu").get_offset()
+
+
+def test_the_runner_takes_draws_back_as_the_repair_expects() -> None:
+    """vLLM's runner subtracts one draw for each discarded sample, in one place."""
+    import inspect
+
+    from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    assert source.count("set_offset") == 1
+    assert "gen.set_offset(gen.get_offset() - 4)" in source
+    signature = inspect.signature(inspect.unwrap(TopKTopPSampler.forward_cpu))
+    assert list(signature.parameters) == ["self", "logits", "generators", "k", "p"]
+    assert "generator" in CachedRequestState.__dataclass_fields__
+
+
+def test_a_draw_that_is_taken_back_is_drawn_again() -> None:
+    """After set_offset the generator gives the same number as before; without a remembered draw it stays as it is."""
+    import torch
+
+    generator = repairs.rewindable_generator()(device="cpu")
+    generator.manual_seed(5)
+    generator.set_offset(generator.get_offset() - 4)
+    generator.remember()
+    first = torch.rand(1, generator=generator)
+    generator.set_offset(generator.get_offset() - 4)
+    assert torch.equal(torch.rand(1, generator=generator), first)
+    assert not torch.equal(torch.rand(1, generator=generator), first)
+
+
+def test_shared_memory_is_named_as_the_repair_expects() -> None:
+    """The fault: the name that ranks compare tells nothing of where they are. In one place it is the same for all."""
+    import inspect
+    from types import SimpleNamespace
+
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator, _CPUSHMDistributed
+
+    assert "make_group_name(self)" in inspect.getsource(CpuCommunicator._all_group_ranks_share_shm_group_name)
+    assert list(inspect.signature(_CPUSHMDistributed.make_group_name).parameters) == ["communicator"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_DIST_IDENT", "2345")
+        patch.setattr(_CPUSHMDistributed, "make_group_name", _CPUSHMDistributed.__dict__["make_group_name"])
+        one = SimpleNamespace(unique_name="tp:0", ranks=[0, 1])
+        stock = _CPUSHMDistributed.make_group_name(one)
+        assert stock.startswith("2345-tp:0-[0-1]-cpushm")
+        repairs._repair_shared_memory()  # an engine of this process may have repaired it already: then twice
+        assert _CPUSHMDistributed.make_group_name(one) == f"{stock}-{repairs.shared_memory()}"
+        patch.setattr(repairs, "shared_memory", lambda: "elsewhere")
+        assert _CPUSHMDistributed.make_group_name(one).endswith("-elsewhere")
+
+
+@pytest.mark.parametrize("part", ["ring", "arena"])
+def test_a_queue_is_freed_quietly_when_its_block_is_gone(part: str) -> None:
+    """The fault: it raises where nobody can catch it. What it took care of is as if it had been first."""
+    modules = {"ring": ("shm_broadcast", "ShmRingBuffer"), "arena": ("shm_tensor_arena", "ShmTensorArena")}
+    name, what = modules[part]
+    module = pytest.importorskip(f"vllm.distributed.device_communicators.{name}", reason="new in vLLM 0.32")
+    kind, arguments = getattr(module, what), (1, 1024, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        stock = getattr(kind.__del__, "__wrapped__", kind.__del__)
+        patch.setattr(kind, "__del__", stock)
+        repairs._free_quietly(kind)
+        unregistered: list[tuple[str, str]] = []
+        swept, kept = kind(*arguments), kind(*arguments)
+        watchdog.unlink([swept.shared_memory.name])
+        with pytest.raises(FileNotFoundError):
+            stock(swept)
+        with pytest.MonkeyPatch.context() as told:
+            told.setattr(resource_tracker, "unregister", lambda *what: unregistered.append(what))
+            swept.__del__()
+        assert unregistered == [(f"/{swept.shared_memory.name}", "shared_memory")]
+        block = Path("/dev/shm", kept.shared_memory.name)
+        assert block.exists()
+        del swept, kept
+        assert not block.exists(), "what is there is taken away"
+
+
+def test_a_repair_that_finds_no_place_is_named_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault: vLLM takes an exception of a plugin for a model that it does not know, and no engine starts."""
+    made: list[str] = []
+
+    def moved() -> None:
+        raise ImportError("no module named vllm.elsewhere")
+
+    monkeypatch.setenv(repairs.ACTIVE, "1")
+    monkeypatch.setattr(repairs, "_applied", set())
+    monkeypatch.setattr(repairs, "not_applied", {})
+    table = (
+        repairs.Repair("moved", moved, lambda: True),
+        repairs.Repair("other platform", moved, lambda: False),
+        repairs.Repair("there", lambda: made.append("there"), lambda: True),
+    )
+    monkeypatch.setattr(repairs, "REPAIRS", table)
+    repairs.apply()
+    repairs.apply()
+    assert made == ["there"], "once"
+    assert repairs.not_applied == {"moved": "ImportError: no module named vllm.elsewhere"}
+
+
+def test_a_vllm_outside_the_window_stays_as_it_is_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows whether its faults are the same."""
+    monkeypatch.setenv(repairs.ACTIVE, "1")
+    monkeypatch.setattr(repairs, "_applied", set())
+    monkeypatch.setattr(repairs, "not_applied", {})
+    monkeypatch.setattr(repairs, "_version", lambda: "0.99.0")
+    monkeypatch.setattr(repairs, "REPAIRS", (repairs.Repair("never", lambda: pytest.fail("applied"), lambda: True),))
+    repairs.apply()
+    assert repairs.not_applied["all"].startswith("vLLM 0.99.0 is not known; known are 0.31.0")

@@ -1,0 +1,29 @@
+"""vLLM's V2 model runner and asynchronous scheduling, as GPUs have them, with its kernels interpreted: calls are cut
+and continued there in a process of its own, since Triton is read once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from loadtests.interpreted import ROOT, TRITON, environment
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+KINDS = ("greedy", "seed", "all penalties and a seed", "regex", "json grammar, seed", "everything")
+"""Of contract.RESUMED; `make contract-v2` runs all of them, and the rest of the contract."""
+
+
+@pytest.mark.skipif(not TRITON.is_dir(), reason="needs Triton beside the environment: make triton")
+def test_six_kinds_of_calls_are_continued_on_the_v2_runner() -> None:
+    """Each cut everywhere, on an engine that has that runner and schedules asynchronously."""
+    file = "tests/worker/engine/v2_contract.py"
+    tests = [f"{file}::TestV2::test_cut_anywhere_equals_uncut[{kind}]" for kind in KINDS]
+    first = [f"{file}::test_the_runner_is_v2", "tests/worker/engine/async_contract.py"]
+    command = [sys.executable, "-m", "pytest", "-q", *first, *tests]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | environment(), capture_output=True, text=True, timeout=280)
+    assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
+    assert f"{len(first) + len(KINDS)} passed" in ran.stdout

@@ -1,0 +1,177 @@
+"""Weights over HTTP: once a node, to the byte where it broke off, and never again once they are here."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.worker.weights import fetching
+from cluster.worker.weights.fetching import FetchError, fetch
+from cluster.worker.weights.sources import SourceError, SourceRules, resolve
+
+pytestmark = pytest.mark.slow
+
+PATTERNS = ("*.json", "*.safetensors", "README.md")
+SHARD = bytes(range(256)) * 40
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    ).encode(),
+    "one.safetensors": SHARD,
+    "two.safetensors": SHARD[::-1],
+}
+
+
+@dataclass
+class Server:
+    """A web server with ranges. `breaks`: so many answers of weights break off; `lies`: sizes are told wrong."""
+
+    files: dict[str, bytes]
+    breaks: int = 0
+    asked: list[str] = field(default_factory=list)
+    sent: int = 0
+    address: str = ""
+
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        """For http.server."""
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self._answer(body=False)
+
+            def do_GET(self) -> None:
+                self._answer(body=True)
+
+            def _answer(self, *, body: bool) -> None:
+                name = self.path.rsplit("/", 1)[-1]
+                content = server.files.get(name)
+                if content is None:
+                    self.send_error(404)
+                    return
+                found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                start, end = (int(found[1]), int(found[2]) + 1) if found else (0, len(content))
+                part = content[start:end]
+                self.send_response(206 if found else 200)
+                self.send_header("Content-Length", str(len(part)))
+                self.send_header("Accept-Ranges", "bytes")
+                if found:
+                    self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(content)}")
+                self.end_headers()
+                if not body:
+                    return
+                server.asked.append(name)
+                if name.endswith(".safetensors") and server.breaks:
+                    server.breaks -= 1
+                    part = part[: len(part) // 2]
+                    self.close_connection = True
+                self.wfile.write(part)
+                server.sent += len(part)
+
+            def log_message(self, *_: object) -> None:
+                """Nothing."""
+
+        return Handler
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """On a port of loopback."""
+    made = Server(dict(FILES))
+    http = ThreadingHTTPServer(("127.0.0.1", 0), made.handler())
+    made.address = f"http://127.0.0.1:{http.server_address[1]}/models/m"
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield made
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+def test_all_of_it_once(server: Server, tmp_path: Path) -> None:
+    """Every file with its bytes, progress to the last byte; then nothing is asked of the network."""
+    seen: list[tuple[int, int]] = []
+    folder = fetch(server.address, tmp_path, PATTERNS, lambda done, total, name: seen.append((done, total)))
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if not file.name.startswith(".")} == FILES
+    total = sum(map(len, FILES.values()))
+    assert seen[-1] == (total, total)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    server.files.clear()
+    assert fetch(server.address, tmp_path, PATTERNS) == folder
+
+
+def test_what_has_come_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
+    """A shard that has come stays, one that is half here goes on from its half."""
+    server.files["two.safetensors"] = b""
+    folder = fetch(server.address, tmp_path, PATTERNS)
+    (folder / fetching.COMPLETE).unlink()
+    server.files = dict(FILES)
+    (folder / "two.safetensors").unlink()
+    (folder / "two.safetensors.part").write_bytes(FILES["two.safetensors"][:7000])
+    server.asked.clear()
+    server.sent = 0
+    fetch(server.address, tmp_path, PATTERNS, chunk_bytes=1024)
+    assert (folder / "two.safetensors").read_bytes() == FILES["two.safetensors"]
+    assert "one.safetensors" not in server.asked
+    assert server.sent <= len(SHARD) - 7000 + len(FILES["model.safetensors.index.json"])
+
+
+def test_a_connection_that_breaks_is_taken_up(server: Server, tmp_path: Path) -> None:
+    """A few times; then it says so and keeps what has come, and the next start goes on."""
+    server.breaks = 2
+    assert (fetch(server.address, tmp_path / "a", PATTERNS) / "one.safetensors").read_bytes() == SHARD
+    server.breaks = 100
+    with pytest.raises(FetchError, match=r"one.safetensors broke off 3 times"):
+        fetch(server.address, tmp_path / "b", PATTERNS)
+    server.breaks = 0
+    assert (fetch(server.address, tmp_path / "b", PATTERNS) / "two.safetensors").read_bytes() == SHARD[::-1]
+
+
+def test_one_process_fetches_and_the_others_wait(server: Server, tmp_path: Path) -> None:
+    """Four at once ask for each file once."""
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: fetch(server.address, tmp_path, PATTERNS), range(4)))
+    assert len(set(folders)) == 1
+    assert server.asked.count("one.safetensors") == 1
+
+
+def test_a_damaged_folder_is_mended(server: Server, tmp_path: Path) -> None:
+    """A file that has lost bytes since does not count."""
+    folder = fetch(server.address, tmp_path, PATTERNS)
+    (folder / "one.safetensors").write_bytes(b"x")
+    assert (fetch(server.address, tmp_path, PATTERNS) / "one.safetensors").read_bytes() == SHARD
+
+
+def test_what_cannot_be_fetched_says_why(server: Server, tmp_path: Path) -> None:
+    """Nothing there, no room, a package that lacks."""
+    with pytest.raises(FetchError, match=r"no config.json"):
+        fetch(server.address, tmp_path / "p", ("*.safetensors",))
+    with pytest.raises(FetchError, match=r"the disk is full: .* set weights.cache_dir"):
+        fetch(server.address, tmp_path / "q", PATTERNS, free=lambda _: 100)
+    server.files.clear()
+    with pytest.raises(FetchError, match=r"no config.json"):
+        fetch(server.address, tmp_path / "r", PATTERNS)
+
+
+def test_as_a_models_source(server: Server, tmp_path: Path) -> None:
+    """With the rules of every source: what is allowed, and which formats."""
+    spec = ModelSpec("m", server.address)
+    folder = resolve(spec, SourceRules(tmp_path))
+    assert (folder / "two.safetensors").read_bytes() == SHARD[::-1]
+    with pytest.raises(SourceError, match=r"not among weights.allow.sources"):
+        resolve(spec, SourceRules(tmp_path, allowed_sources=("s3://*",)))
+    server.files.clear()
+    with pytest.raises(SourceError, match=r"models\[n\].source: .*no config.json"):
+        resolve(ModelSpec("n", server.address + "/other"), SourceRules(tmp_path))

@@ -1,0 +1,71 @@
+"""Model cards, and which licences are let in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.worker.weights.model_card import Card, read_card, why_refused
+from cluster.worker.weights.sources import SourceError, SourceRules, resolve
+
+CARD = """---
+license: Apache-2.0
+language: [en, de]
+base_model: org/base
+tags: [x]
+---
+# A model
+---
+"""
+
+
+def test_a_card(tmp_path: Path) -> None:
+    """Its head, in a few short texts."""
+    (tmp_path / "README.md").write_text(CARD)
+    assert read_card(tmp_path) == Card("apache-2.0", {"language": "en, de", "base_model": "org/base"})
+
+
+@pytest.mark.parametrize("text", [None, "# only text", "---\nlicense: [", "---\n- a\n---\n", "---\nlicense: mit\n"])
+def test_no_card(tmp_path: Path, text: str | None) -> None:
+    """One that cannot be read says nothing."""
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert read_card(tmp_path) == Card()
+
+
+def test_a_licence_of_its_own(tmp_path: Path) -> None:
+    """`other` is no name; the one beside it is."""
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: Llama3.1\n---\n")
+    assert read_card(tmp_path).license == "llama3.1"
+
+
+@pytest.mark.parametrize(
+    ("named", "card", "allowed", "told"),
+    [
+        ("", "", (), ""),
+        ("", "mit", (), ""),
+        ("", "mit", ("MIT",), ""),
+        ("mit", "", ("mit",), ""),
+        ("", "gpl", ("mit",), "'gpl' is not among"),
+        ("", "", ("mit",), "neither"),
+        ("mit", "gpl", ("mit", "gpl"), "the entry says 'mit' and the model's card says 'gpl'"),
+    ],
+)
+def test_what_is_let_in(named: str, card: str, allowed: tuple[str, ...], told: str) -> None:
+    """Nothing by default asks for a licence; with a list, one that is not named or not listed is kept out."""
+    found = why_refused(named, Card(card), allowed)
+    assert told in found
+    assert bool(found) == bool(told)
+
+
+def test_a_folder_of_another_licence_is_refused(tmp_path: Path) -> None:
+    """With the entry's name, before anything is loaded."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "README.md").write_text(CARD)
+    spec = ModelSpec("m", str(tmp_path))
+    with pytest.raises(SourceError, match=r"models\[m\].license: 'apache-2.0' is not among"):
+        resolve(spec, SourceRules(tmp_path, allowed_licenses=("mit",)))
+    assert resolve(spec, SourceRules(tmp_path, allowed_licenses=("mit", "apache-2.0"))) == tmp_path

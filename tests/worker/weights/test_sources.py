@@ -1,0 +1,160 @@
+"""Where weights come from and what is let in; their digests; the default model."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cluster.api.types import ModelSpec
+from cluster.worker.weights import demo_model
+from cluster.worker.weights.digests import weight_digest
+from cluster.worker.weights.sources import SourceError, SourceRules, resolve
+
+
+def checkpoint(folder: Path, files: Sequence[str] = ("model.safetensors",), **config: object) -> Path:
+    """A folder that looks like a model's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    for name in files:
+        (folder / name).write_bytes(b"weights of " + name.encode())
+    return folder
+
+
+def test_a_folder_with_safetensors_is_taken(tmp_path: Path) -> None:
+    """A local folder resolves to itself."""
+    folder = checkpoint(tmp_path / "m")
+    assert resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path)) == folder
+
+
+@pytest.mark.parametrize(
+    ("spec", "rules", "says"),
+    [
+        ({"source": "nowhere"}, {}, "there is no folder"),
+        ({"source": "gopher://x"}, {}, "is unknown"),
+        ({"source": "hf://only-one-part"}, {}, "expected hf://organisation/name"),
+        ({"source": "hf://a/b"}, {"allowed_sources": ["hf://meta-llama/*"]}, "weights.allow.sources"),
+        ({"source": "x", "load_format": "pt"}, {}, "weights.allow.formats"),
+    ],
+)
+def test_a_wrong_source_is_refused_with_the_reason(
+    tmp_path: Path, spec: dict[str, str], rules: dict[str, object], says: str
+) -> None:
+    """The message names the entry and what is wrong with it."""
+    with pytest.raises(SourceError, match=says) as error:
+        resolve(ModelSpec("m", **spec), SourceRules(tmp_path, **rules))  # type: ignore[arg-type]
+    assert "models[m]" in str(error.value)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    """Weights alone are no model."""
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"no config\.json"):
+        resolve(ModelSpec("m", str(tmp_path)), SourceRules(tmp_path))
+
+
+def test_pickled_weights_are_refused_unless_asked_for_and_allowed(tmp_path: Path) -> None:
+    """A folder of .bin files needs load_format in the entry and in weights.allow."""
+    folder = checkpoint(tmp_path / "m", ["pytorch_model.bin"])
+    with pytest.raises(SourceError, match="pickled weights can run code"):
+        resolve(ModelSpec("m", str(folder)), SourceRules(tmp_path))
+    allowed = SourceRules(tmp_path, allowed_formats=["safetensors", "pt"])
+    assert resolve(ModelSpec("m", str(folder), load_format="pt"), allowed) == folder
+
+
+def test_an_empty_model_folder_is_refused(tmp_path: Path) -> None:
+    """A configuration without weights is refused before an engine starts on it."""
+    with pytest.raises(SourceError, match="holds no weights"):
+        resolve(ModelSpec("m", str(checkpoint(tmp_path / "m", []))), SourceRules(tmp_path))
+
+
+@pytest.mark.parametrize(("trust", "allow"), [(False, False), (True, False), (False, True)])
+def test_remote_code_needs_both_words(tmp_path: Path, trust: bool, allow: bool) -> None:
+    """auto_map is refused unless the entry trusts and the cluster allows."""
+    folder = checkpoint(tmp_path / "m", auto_map={"AutoModel": "modeling.Model"})
+    with pytest.raises(SourceError, match="auto_map"):
+        resolve(ModelSpec("m", str(folder), trust_remote_code=trust), SourceRules(tmp_path, allow_remote_code=allow))
+    both = SourceRules(tmp_path, allow_remote_code=True)
+    assert resolve(ModelSpec("m", str(folder), trust_remote_code=True), both) == folder
+
+
+def test_offline_hub_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the network a model that is not cached is an error that says so, at once."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SourceError, match="HF_HUB_OFFLINE is set"):
+        resolve(ModelSpec("m", "hf://example/absent"), SourceRules(tmp_path))
+
+
+def test_digest_is_by_content_and_kept(tmp_path: Path) -> None:
+    """Equal content has one digest wherever it lies; the record spares the reading until a file changes."""
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    cache = tmp_path / "cache"
+    digest = weight_digest(one, cache)
+    assert digest.startswith("sha256:")
+    assert weight_digest(two, cache) == digest
+    weights = one / "model.safetensors"
+    stamp = weights.stat()
+    weights.write_bytes(b"WEIGHTS of model.safetensors")
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert weight_digest(one, cache) == digest, "same size and time: the record is believed"
+    os.utime(weights, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    assert weight_digest(one, cache) != digest
+
+
+def test_digest_covers_the_configuration_and_the_names(tmp_path: Path) -> None:
+    """Another configuration or another file name is another model."""
+    cache = tmp_path / "cache"
+    digests = {
+        weight_digest(checkpoint(tmp_path / "a"), cache),
+        weight_digest(checkpoint(tmp_path / "b", rope=1), cache),
+        weight_digest(checkpoint(tmp_path / "c", ["other.safetensors"]), cache),
+    }
+    assert len(digests) == 3
+    with pytest.raises(ValueError, match="no model files"):
+        weight_digest(tmp_path / "cache", cache)
+
+
+def test_a_damaged_record_is_made_again(tmp_path: Path) -> None:
+    """A record that is not JSON costs a reading, no more."""
+    folder, cache = checkpoint(tmp_path / "a"), tmp_path / "cache"
+    digest = weight_digest(folder, cache)
+    for record in (cache / "digests").iterdir():
+        record.write_text("{")
+    assert weight_digest(folder, cache) == digest
+
+
+@pytest.mark.engine
+def test_the_default_model_is_made_once(tmp_path: Path) -> None:
+    """Two at once get one whole folder; what a dead process left is cleared; progress ends at its total."""
+    torn = tmp_path / "models" / f".{demo_model.FOLDER}.making-dead"
+    torn.mkdir(parents=True)
+    seen: list[tuple[int, int, str]] = []
+    found: list[Path] = []
+
+    def make() -> None:
+        found.append(
+            resolve(ModelSpec("m", "demo://smollm2"), SourceRules(tmp_path), lambda *report: seen.append(report))
+        )
+
+    threads = [threading.Thread(target=make) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [tmp_path / "models" / demo_model.FOLDER] * 2
+    assert not torn.exists()
+    assert sorted(path.name for path in found[0].iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert seen[-1][0] == seen[-1][1]
+    assert "quantization_config" not in json.loads((found[0] / "config.json").read_text())
+    assert [path.name for path in found[0].parent.iterdir() if "making" in path.name] == []
