@@ -61,7 +61,7 @@ def reach(endpoint: str | None, admin: str | None, api_key_file: Path | None, tl
 
 def local_access(address: str, config: Config) -> Access:
     """To a gateway of this host that runs this configuration; without what this user may not read."""
-    from cluster.gateway.tls import name_in
+    from cluster.gateway.auth.tls import name_in
 
     tls = config.gateway.tls
     roots = _read(tls.cert_file) if tls is not None else None

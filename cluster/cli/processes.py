@@ -77,7 +77,7 @@ def gateway(
 
 def bound_link(config: Config, process: int = 0) -> socket.socket:
     """The link's port, before the modules of a gateway are imported; one that cannot be had ends the command."""
-    from cluster.gateway.link_port import bind_link
+    from cluster.gateway.links.listener import bind_link
 
     try:
         return bind_link(config, process)

@@ -12,7 +12,7 @@ from cluster.admin.v1 import tenants_pb2 as pb
 from cluster.admin.v1 import tenants_pb2_grpc, usage_pb2, usage_pb2_grpc
 from cluster.cli.access import Access
 from cluster.client.errors import from_rpc
-from cluster.gateway import admin_codec as codec
+from cluster.gateway.apis.admin import codec
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound, StoreUnavailable
 from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import NewKey, Rates, StoredKey, StoredTenant, UsageQuery

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from cluster import http2
-from cluster.gateway.http_server import HttpServer
+from cluster.gateway.apis.http.server import HttpServer
 from cluster.observe.metrics import Metrics
 from cluster.process.descriptors import raise_descriptor_limit
 

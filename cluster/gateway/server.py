@@ -21,28 +21,28 @@ from cluster import __version__, http2
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import ModelState, WorkerIdentity
 from cluster.config import Config, cache_dir
-from cluster.gateway.admin import CatalogAdmin, FleetAdmin, NoLedger
-from cluster.gateway.admin_door import AdminDoor
-from cluster.gateway.allowance import Allowances
+from cluster.gateway.apis.admin.authorization import AdminDoor
+from cluster.gateway.apis.admin.fleet import CatalogAdmin, FleetAdmin, NoLedger
+from cluster.gateway.apis.admin.forwarding import Relayed
+from cluster.gateway.apis.grpc.inference import SERVICE, GrpcFace
+from cluster.gateway.apis.http.body import RequestBodies
+from cluster.gateway.apis.http.server import HttpServer
+from cluster.gateway.apis.openai.app import HttpFace
+from cluster.gateway.auth.authenticator import OpenDoor
+from cluster.gateway.auth.revocation import Port, RevokedFile, cut_revoked
+from cluster.gateway.auth.tls import NewestContext, revoked_file
 from cluster.gateway.config_state import ConfigState
-from cluster.gateway.directory import Directory, KnownModel
-from cluster.gateway.dispatch import Dispatcher
-from cluster.gateway.door import OpenDoor
-from cluster.gateway.grpc_face import SERVICE, GrpcFace
-from cluster.gateway.http_body import RequestBodies
-from cluster.gateway.http_face import HttpFace
-from cluster.gateway.http_server import HttpServer
-from cluster.gateway.later import import_later
-from cluster.gateway.limits_local import LocalLimits
-from cluster.gateway.link_port import told_unbound
+from cluster.gateway.deferred_imports import import_later
 from cluster.gateway.links.hub import Hub, hub_server
+from cluster.gateway.links.listener import told_unbound
 from cluster.gateway.metrics_page import MetricsPage
+from cluster.gateway.models import Directory, KnownModel
 from cluster.gateway.probes import probe_server
-from cluster.gateway.relayed import Relayed
-from cluster.gateway.revocation import Port, RevokedFile, cut_revoked
+from cluster.gateway.quotas.local_limits import LocalLimits
+from cluster.gateway.quotas.reservations import Allowances
+from cluster.gateway.scheduling.scheduler import Dispatcher
+from cluster.gateway.scheduling.service_charges import Turns
 from cluster.gateway.service import CallService
-from cluster.gateway.tls import NewestContext, revoked_file
-from cluster.gateway.turns import Turns
 from cluster.observe.metrics import Metrics, Sample
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.limits.limits import Limiter
@@ -54,12 +54,12 @@ from cluster.process.private_files import make_private_folder
 from cluster.wire.dial import Timing
 
 if TYPE_CHECKING:
-    from cluster.gateway.accounting import Accounting
+    from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts
+    from cluster.gateway.auth.tenants import TenantDoor
     from cluster.gateway.guards.guards import Guards
-    from cluster.gateway.limits_valkey import ValkeyLimits
-    from cluster.gateway.resumes import Resumes
-    from cluster.gateway.sibling_aborts import SiblingAborts
-    from cluster.gateway.tenants import TenantDoor
+    from cluster.gateway.quotas.valkey_limits import ValkeyLimits
+    from cluster.gateway.resume_tokens.resumption import Resumes
+    from cluster.gateway.usage.accounting import Accounting
     from cluster.ledger.records import UsageRecord
 
 log = structlog.get_logger("gateway")
@@ -169,8 +169,8 @@ class Gateway:
     def _resumes(self) -> Resumes:
         """Streams that go on after a gateway's end. Without `auth` the secret and what is taken rest in the cache
         folder, which the gateways of one host share."""
-        from cluster.gateway.resumes import Resumes
-        from cluster.gateway.takers import FileTakers, LedgerTakers, StoreTakers, Takers
+        from cluster.gateway.resume_tokens.first_claims import FileTakers, LedgerTakers, StoreTakers, Takers
+        from cluster.gateway.resume_tokens.resumption import Resumes
 
         tenants, shared = self.tenants, self._shared_limits
         takers: Takers
@@ -234,7 +234,7 @@ class Gateway:
 
     def account(self, secrets: Sequence[bytes], insert: Callable[[Sequence[UsageRecord]], None]) -> None:
         """Keep accounts from now on; before any worker or caller comes."""
-        from cluster.gateway.accounting import Accounting
+        from cluster.gateway.usage.accounting import Accounting
         from cluster.ledger.sealed import Sealer
 
         accounting = Accounting(
@@ -291,7 +291,7 @@ class Gateway:
         """How the processes of one host end each other's calls; only the first has an admin port."""
         if self.config.gateway.processes == 1:
             return None
-        from cluster.gateway.sibling_aborts import SiblingAborts
+        from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts
 
         secrets = self.tenants.secrets if self.tenants is not None else ()
         siblings = SiblingAborts(self.config.gateway, self._process, secrets, self.service.abort)
@@ -301,7 +301,7 @@ class Gateway:
     def _ledger_services(self) -> dict[str, object]:
         if self.tenants is None:
             return dict.fromkeys(("Tenants", "Keys", "Usage", "Audit"), NoLedger())
-        from cluster.gateway.admin_ledger import AuditAdmin, Desks, KeysAdmin, TenantsAdmin, UsageAdmin
+        from cluster.gateway.apis.admin.ledger import AuditAdmin, Desks, KeysAdmin, TenantsAdmin, UsageAdmin
 
         desks = Desks(self.config, self.tenants, self._admin_door)
         kinds = {"Tenants": TenantsAdmin, "Keys": KeysAdmin, "Usage": UsageAdmin, "Audit": AuditAdmin}
@@ -471,7 +471,7 @@ def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> Te
     """The door of a file with `auth`; only then databases and tokens are imported."""
     if config.auth is None:
         return None
-    from cluster.gateway.tenants import TenantDoor
+    from cluster.gateway.auth.tenants import TenantDoor
 
     return TenantDoor(config, folder, metrics, process)
 
@@ -491,7 +491,7 @@ def _shared_limits(config: Config, gateway: str) -> ValkeyLimits | None:
     """The limits of all gateways together, where the file names their store; only then its client is imported."""
     if not config.store.limits_url:
         return None
-    from cluster.gateway.limits_valkey import ValkeyLimits
+    from cluster.gateway.quotas.valkey_limits import ValkeyLimits
 
     return ValkeyLimits(config.store.limits_url, gateway)
 

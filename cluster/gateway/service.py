@@ -14,19 +14,19 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.api.types import EngineRequest
-from cluster.gateway import wishes
-from cluster.gateway.allowance import Allowances
-from cluster.gateway.bodies import Bodies
-from cluster.gateway.call import Call
+from cluster.gateway.apis.bodies import Bodies
+from cluster.gateway.apis.json_values import MAX_IDS
+from cluster.gateway.apis.request_ids import random_id
+from cluster.gateway.auth.authenticator import ANYBODY, Door, OpenDoor
+from cluster.gateway.calls import request as wishes
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.sequence import Output
 from cluster.gateway.demand import within_slo
-from cluster.gateway.directory import Directory, KnownModel
-from cluster.gateway.dispatch import Dispatcher
-from cluster.gateway.door import ANYBODY, Door, OpenDoor
-from cluster.gateway.json_values import MAX_IDS
-from cluster.gateway.losses import MOST_SILENT
-from cluster.gateway.output import Output
-from cluster.gateway.request_ids import random_id
-from cluster.gateway.submission import check_size
+from cluster.gateway.models import Directory, KnownModel
+from cluster.gateway.quotas.reservations import Allowances
+from cluster.gateway.scheduling.scheduler import Dispatcher
+from cluster.gateway.scheduling.submission import check_size
+from cluster.gateway.scheduling.worker_losses import MOST_SILENT
 from cluster.gateway.text.logprobs import LogprobTexts
 from cluster.gateway.text.tokenizer import ANY_LENGTH, TextModel
 from cluster.observe.metrics import Metrics
@@ -37,8 +37,8 @@ from cluster.process.call_errors import is_call_failure
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
-    from cluster.gateway.prompt_log import PromptLog
-    from cluster.gateway.resumes import Resumes
+    from cluster.gateway.resume_tokens.resumption import Resumes
+    from cluster.gateway.usage.prompt_log import PromptLog
 
 log = structlog.get_logger("calls")
 
@@ -525,7 +525,7 @@ def _tokens_left(call: Call) -> int:
 def _in_vocabulary(ids: Sequence[int], vocab_size: int, field: str = "prompt_token_ids") -> array[int]:
     if 0 < len(ids) <= FEW_IDS and min(ids) >= 0 and max(ids) < vocab_size:
         return array("I", ids)
-    import numpy as np  # not at the start: later.py
+    import numpy as np  # not at the start: deferred_imports.py
 
     found = np.asarray(ids)
     if found.dtype.kind not in "iu":  # numbers beyond 64 bits are objects

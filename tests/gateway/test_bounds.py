@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from cluster.api.outcomes import MAX_MESSAGE_CHARS, MAX_VIOLATIONS, CallError, Outcome, Violation, invalid
 from cluster.api.types import Grammar
-from cluster.gateway import grpc_requests, http_codec
-from cluster.gateway.http_codec import as_asked
-from cluster.gateway.http_fields import Fields
-from cluster.gateway.wishes import Options, TextPrompt, Wish, check_metadata, check_options, sampling
+from cluster.gateway.apis.grpc import requests as grpc_requests
+from cluster.gateway.apis.openai import requests as openai_requests
+from cluster.gateway.apis.openai.fields import Fields
+from cluster.gateway.apis.openai.requests import as_asked
+from cluster.gateway.calls.request import Options, TextPrompt, Wish, check_metadata, check_options, sampling
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat
 from tests.support.http import chat_body
@@ -85,7 +86,7 @@ BAD_CHATS: list[dict[str, Any]] = [
 def test_no_field_of_a_body_is_echoed_whole(fields: dict[str, Any]) -> None:
     """10 MB in were 10 MB out; a long list of wrong entries was looked through before it was counted."""
     with pytest.raises(CallError) as raised:
-        http_codec.chat_asked(Fields(chat_body(**fields)))
+        openai_requests.chat_asked(Fields(chat_body(**fields)))
     assert len(raised.value.message) < 1024
 
 

@@ -14,12 +14,12 @@ import pytest
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
-from cluster.gateway.accounting import Accounting
-from cluster.gateway.call import Call
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.sequence import Output
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.output import Output
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel
+from cluster.gateway.usage.accounting import Accounting
 from cluster.ledger.records import OpenRecord, UsageRecord
 from cluster.ledger.sealed import Sealer
 from cluster.policy.tenants.policy import TenantPolicy

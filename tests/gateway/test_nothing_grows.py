@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from cluster.api.types import EngineRequest
-from cluster.gateway.call import Call
-from cluster.gateway.output import Output
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.sequence import Output
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from tests.support.calls import chat

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.cli.pod_secrets import manifests
 from cluster.config import parse
-from cluster.gateway.grpc_face import SERVICE
+from cluster.gateway.apis.grpc.inference import SERVICE
 from tests.support import helm
 from tests.support.helm import NAMESPACE, Rendered
 from tests.support.network_policies import Network, Peer, selects

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli.runs import RunFolder
-from cluster.gateway.takers import FileTakers
+from cluster.gateway.resume_tokens.first_claims import FileTakers
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process.private_files import make_private_folder, narrow

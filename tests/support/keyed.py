@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from cluster.gateway.auth.tenants import TenantDoor
 from cluster.gateway.server import Gateway
-from cluster.gateway.tenants import TenantDoor
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.v1 import inference_pb2 as pb

@@ -18,6 +18,7 @@ from typing import TypeVar
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
+from cluster.gateway.calls.request import ChatPrompt, IdsPrompt, PackedPrompt, Prompt
 from cluster.gateway.guards.files import PatternFiles
 from cluster.gateway.guards.prompts import messages_of, texts_of, with_texts
 from cluster.gateway.guards.remote import GuardServers
@@ -26,7 +27,6 @@ from cluster.gateway.guards.text import GuardedLogprobs, GuardedText
 from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobSource, LogprobTexts
 from cluster.gateway.text.tokenizer import TextModel
-from cluster.gateway.wishes import ChatPrompt, IdsPrompt, PackedPrompt, Prompt
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.patterns import PatternError, Patterns, patterns_of
 from cluster.policy.tenants.policy import GuardRule, TenantPolicy

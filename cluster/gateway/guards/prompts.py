@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.api.outcomes import invalid
-from cluster.gateway.wishes import ChatPrompt, TextPrompt
+from cluster.gateway.calls.request import ChatPrompt, TextPrompt
 
 _OURS = frozenset({"role", "type"})
 """Of a message: words that are checked, and that templates compare."""

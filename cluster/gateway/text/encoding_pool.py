@@ -1,8 +1,8 @@
-"""The helpers of one model: long prompts become token ids in processes of their own (helper_pool.py)."""
+"""The helpers of one model: long prompts become token ids in processes of their own (pool.py)."""
 
 from __future__ import annotations
 
-from cluster.gateway.helper_pool import PATIENCE_S, HelperPool
+from cluster.gateway.helpers.pool import PATIENCE_S, HelperPool
 from cluster.wire.bundle import Bundle
 
 

@@ -20,14 +20,14 @@ import structlog
 from tokenizers import Tokenizer
 
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.gateway.helper_pool import Job, Lost, TooMuchCpu
+from cluster.gateway.calls.request import PackedPrompt, TextPrompt, too_long
+from cluster.gateway.helpers.pool import Job, Lost, TooMuchCpu
 from cluster.gateway.text.detokenizer import Detokenizer, UnseenTokens, priming_ids, whole_texts
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.expressions import expressions_of, may_explode
 from cluster.gateway.text.template import ChatTemplate
 from cluster.gateway.text.tokenizer_json import read_tokenizer
 from cluster.gateway.text.word_encoder import WordEncoder
-from cluster.gateway.wishes import PackedPrompt, TextPrompt, too_long
 from cluster.wire.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ class TextModel:
         if len(text) <= SURELY_FEW * most:
             return
         if isinstance(self._reach, _Unknown):
-            from cluster.gateway.text.reach import Reach  # not at the start: later.py
+            from cluster.gateway.text.reach import Reach  # not at the start: deferred_imports.py
 
             self._reach = Reach.of(self._tokenizer, self._layout)
         if self._reach is not None and (fewest := self._reach.fewest(text)) > most:

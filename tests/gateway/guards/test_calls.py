@@ -18,7 +18,7 @@ from cluster.guard.v1 import guard_pb2, guard_pb2_grpc
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
-from tests.gateway.test_session import Told, start
+from tests.gateway.apis.grpc.test_session import Told, start
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.certificates import Authority
 from tests.support.cluster import sim_engine, until

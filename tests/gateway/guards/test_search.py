@@ -8,9 +8,9 @@ import time
 import pytest
 
 from cluster.api.outcomes import CallError
+from cluster.gateway.calls.request import TextPrompt
 from cluster.gateway.guards.guards import CallGuards, Decided, Guards
 from cluster.gateway.text.tokenizer import TextModel
-from cluster.gateway.wishes import TextPrompt
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.policy import GuardRule, TenantPolicy
 from cluster.wire.bundle import Bundle

@@ -18,9 +18,9 @@ from cluster.api.types import CatalogEntry, WorkerIdentity
 from cluster.cli.commands import app
 from cluster.config_gateway import Tls
 from cluster.controller.links import ControllerEnd
+from cluster.gateway.auth.tls import NewestContext
 from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.links.peer_identity import MOST_REMEMBERED, Admission
-from cluster.gateway.tls import NewestContext
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.wire import codec

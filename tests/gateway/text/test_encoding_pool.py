@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 import pytest
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.helper_pool import Lost, TooMuchCpu
+from cluster.gateway.helpers.pool import Lost, TooMuchCpu
 from cluster.gateway.text.encoding_pool import EncodingPool
 from cluster.gateway.text.tokenizer import ENCODE_HELPER_CHARS, TextModel
 from cluster.wire.bundle import Bundle

@@ -1,0 +1,1 @@
+"""The APIs: bytes become requests, chunks become bytes, outcomes become statuses."""

@@ -1,0 +1,1 @@
+"""cluster.admin.v1."""

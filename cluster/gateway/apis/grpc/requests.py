@@ -1,0 +1,402 @@
+"""Requests of inference.proto become wishes: field by field, with the path of what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any
+
+from google.protobuf.message import DecodeError, Message
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
+from cluster.api.types import Grammar
+from cluster.gateway.apis.json_values import parse
+from cluster.gateway.apis.request_ids import request_id, traceparent
+from cluster.gateway.calls.request import (
+    DEFAULT_COMPLETE_TOKENS,
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_NAME_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    ChatPrompt,
+    IdsPrompt,
+    Options,
+    Prompt,
+    ResumeFrom,
+    TextPrompt,
+    Wish,
+)
+from cluster.v1 import inference_pb2 as pb
+
+MAX_TOGETHER = 1000
+"""Requests in `more` of one message of a session."""
+MAX_PAGE_TOKEN = 8192
+MAX_SMALL_BYTES = 65_536
+"""Of a request with an `only_field`; a longer one is refused unread."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def unsupported(field: str, what: str) -> CallError:
+    """A field that this release knows and does not serve."""
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"{field}: {what} not in this release; leave it out",
+        violations=[Violation(field, "not supported")],
+    )
+
+
+def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
+    """Return the message that `data` holds. Raises CallError."""
+    try:
+        return kind.FromString(data)  # type: ignore[arg-type] # any buffer will do
+    except DecodeError as error:
+        raise invalid("request", f"is not a message of this method: {error}") from None
+
+
+def chat_wish(request: pb.ChatRequest) -> Wish:
+    """Raises CallError."""
+    check_name(request.model)
+    given = _given(request)
+    if "tools" in given:
+        raise unsupported("tools", "tool calls are")
+    if "tool_choice" in given and request.tool_choice.mode not in ("", "none", "auto"):
+        raise unsupported("tool_choice", "tool calls are")
+    if "max_reasoning_tokens" in given:
+        raise unsupported("max_reasoning_tokens", "reasoning limits are")
+    options = _options(given)
+    _check_messages(request.messages)
+    kwargs = dict(_template_kwargs(request.chat_template_kwargs_json))
+    if request.reasoning_effort:
+        kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+    prompt = ChatPrompt(
+        messages=_messages(request.messages),
+        template_kwargs=kwargs,
+        continue_final_message=request.continue_final_message,
+    )
+    return Wish(request.model, prompt, options, metadata=dict(request.metadata), resumable=_request_digest(request))
+
+
+def complete_wish(request: pb.CompleteRequest) -> Wish:
+    """Raises CallError."""
+    check_name(request.model)
+    options = options_of(request)
+    prompt: Prompt
+    if request.prompt_token_ids:
+        if request.prompt:
+            raise invalid("prompt_token_ids", "give either prompt or prompt_token_ids, not both")
+        prompt = IdsPrompt(request.prompt_token_ids[:])
+    elif request.prompt:
+        prompt = TextPrompt(request.prompt)
+    else:
+        raise invalid("prompt", "must not be empty; give prompt or prompt_token_ids")
+    return Wish(
+        request.model,
+        prompt,
+        options,
+        DEFAULT_COMPLETE_TOKENS,
+        metadata=dict(request.metadata),
+        resumable=_request_digest(request),
+    )
+
+
+def resume_wish(request: pb.ResumeRequest) -> Wish:
+    """Raises CallError."""
+    kind = request.WhichOneof("call")
+    if kind is None:
+        raise invalid("call", "must be chat or complete: the request that began the stream")
+    wish = chat_wish(request.chat) if kind == "chat" else complete_wish(request.complete)
+    return replace(wish, resume=ResumeFrom(request.resume_tokens[:], request.offset))
+
+
+def _request_digest(request: pb.ChatRequest | pb.CompleteRequest) -> str:
+    """Of all that the caller asks for; "" where the stream is not to be resumed, which costs nothing then."""
+    if not request.resumable:
+        return ""
+    name = request.DESCRIPTOR.name.encode()
+    return hashlib.sha256(name + b"\0" + request.SerializeToString(deterministic=True)).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ResumedCall:
+    """A ResumeRequest."""
+
+    is_chat: bool
+    wish: Wish
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeCall:
+    """A TokenizeRequest."""
+
+    model: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class DetokenizeCall:
+    """A DetokenizeRequest."""
+
+    model: str
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionCall:
+    """A start of a session, with its wish or what is wrong with it."""
+
+    call_id: int
+    is_chat: bool
+    wish: Wish | CallError
+    deadline_ms: int
+    request_id: str
+    traceparent: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionCancel:
+    """A cancel of a session."""
+
+    call_id: int
+
+
+def resume_call(request: pb.ResumeRequest) -> ResumedCall:
+    """Raises CallError."""
+    return ResumedCall(request.HasField("chat"), resume_wish(request))
+
+
+def tokenize_call(request: pb.TokenizeRequest) -> TokenizeCall:
+    """Raises CallError."""
+    check_name(request.model)
+    if bool(request.text) == bool(request.messages):
+        raise invalid("text", "give either text or messages")
+    if request.text:
+        return TokenizeCall(request.model, TextPrompt(request.text))
+    _check_messages(request.messages)
+    return TokenizeCall(request.model, ChatPrompt(_messages(request.messages)))
+
+
+def detokenize_call(request: pb.DetokenizeRequest) -> DetokenizeCall:
+    """Raises CallError."""
+    check_name(request.model)
+    return DetokenizeCall(request.model, request.token_ids[:])
+
+
+_SESSION_WISHES: Mapping[str, Callable[[Any], Wish]] = {
+    "chat": chat_wish,
+    "complete": complete_wish,
+    "resume": resume_wish,
+}
+
+
+def session_items(request: pb.SessionRequest) -> Iterator[SessionCall | SessionCancel]:
+    """The requests of a session's message, in order. Raises CallError."""
+    if len(request.more) > MAX_TOGETHER:
+        raise invalid("more", f"holds {len(request.more)} requests; at most {MAX_TOGETHER} go in one message")
+    for one in (request, *request.more):
+        if one.HasField("start"):
+            yield _session_call(one.start)
+        elif one.HasField("cancel"):
+            yield SessionCancel(one.cancel.call_id)
+
+
+def _session_call(start: pb.SessionStart) -> SessionCall:
+    kind = start.WhichOneof("call")
+    wish: Wish | CallError
+    if kind is None:
+        wish = invalid("start", "must hold chat, complete or resume")
+    else:
+        try:
+            wish = _SESSION_WISHES[kind](getattr(start, kind))
+        except CallError as error:
+            wish = error
+    is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
+    return SessionCall(start.call_id, is_chat, wish, start.deadline_ms, *_ids(start))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a method's request is, and what is read from it."""
+
+    kind: type[Message]
+    read: Callable[[Any], Any]
+    only_field: str = ""
+    """Of a request that is small when it is right, the field that can make it large."""
+
+
+def _ids(start: pb.SessionStart) -> tuple[str, str]:
+    return request_id(start.request_id), traceparent(start.traceparent)
+
+
+def check_name(name: str) -> None:
+    """Raise CallError for a name that no model can have."""
+    if len(name) > MAX_NAME_CHARS:
+        raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist")
+
+
+def _list_models(request: pb.ListModelsRequest) -> pb.ListModelsRequest:
+    if len(request.page_token) > MAX_PAGE_TOKEN:
+        raise invalid("page_token", "is not one that this method has returned")
+    return request
+
+
+def _get_model(request: pb.GetModelRequest) -> pb.GetModelRequest:
+    check_name(request.name)
+    return request
+
+
+READ: Mapping[str, Reading] = {
+    "Chat": Reading(pb.ChatRequest, chat_wish),
+    "StreamChat": Reading(pb.ChatRequest, chat_wish),
+    "Complete": Reading(pb.CompleteRequest, complete_wish),
+    "StreamComplete": Reading(pb.CompleteRequest, complete_wish),
+    "Resume": Reading(pb.ResumeRequest, resume_call),
+    "Tokenize": Reading(pb.TokenizeRequest, tokenize_call),
+    "Detokenize": Reading(pb.DetokenizeRequest, detokenize_call),
+    "ListModels": Reading(pb.ListModelsRequest, _list_models, "page_token"),
+    "GetModel": Reading(pb.GetModelRequest, _get_model, "name"),
+}
+
+
+def _check_messages(messages: Sequence[pb.Message]) -> None:
+    if not messages:
+        raise invalid("messages", "must not be empty")
+    if len(messages) > MAX_MESSAGES:
+        raise invalid("messages", f"at most {MAX_MESSAGES} messages, got {len(messages)}")
+
+
+def _messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
+    return [_message(i, message) for i, message in enumerate(messages)]
+
+
+def options_of(request: pb.ChatRequest | pb.CompleteRequest) -> Options:
+    """Raises CallError."""
+    return _options(_given(request))
+
+
+def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
+    """The fields that a request holds, by name: a few of many, so that the others need not be asked for."""
+    return {field.name: value for field, value in request.ListFields()}
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    if given.get("priority"):
+        raise unsupported("priority", "priority classes are")
+    _check_counts(given)
+    get = given.get
+    logprobs, top = None, get("top_logprobs")
+    if get("logprobs"):
+        logprobs = top or 0
+    elif top is not None and top != 0:
+        raise invalid("top_logprobs", "needs logprobs to be true" if top > 0 else f"must be at least 0, got {top}")
+    return Options(
+        max_tokens=get("max_tokens"),
+        min_tokens=get("min_tokens"),
+        temperature=get("temperature"),
+        top_p=get("top_p"),
+        top_k=get("top_k"),
+        min_p=get("min_p"),
+        seed=get("seed"),
+        stop=tuple(get("stop", ())),
+        stop_token_ids=tuple(get("stop_token_ids", ())),
+        n=get("n", 1),
+        frequency_penalty=get("frequency_penalty"),
+        presence_penalty=get("presence_penalty"),
+        repetition_penalty=get("repetition_penalty"),
+        logit_bias=dict(get("logit_bias", ())),
+        logprobs=logprobs,
+        ignore_eos=get("ignore_eos", False),
+        grammar=_grammar(given["response_format"]) if "response_format" in given else None,
+    )
+
+
+_COUNTED = (
+    ("stop", MAX_STOP_STRINGS, "strings"),
+    ("stop_token_ids", MAX_STOP_TOKEN_IDS, "token ids"),
+    ("logit_bias", MAX_LOGIT_BIAS, "entries"),
+    ("metadata", MAX_METADATA, "entries"),
+)
+
+
+def _check_counts(given: Mapping[str, Any]) -> None:
+    """Before anything is made of what they hold."""
+    for name, most, what in _COUNTED:
+        if name in given:
+            _check_count(name, given[name], most, what)
+    if "response_format" in given:
+        _check_count("response_format.choice", given["response_format"].choice, MAX_CHOICES, "strings")
+
+
+def _check_count(name: str, values: Sized, most: int, what: str) -> None:
+    if len(values) > most:
+        raise invalid(name, f"at most {most} {what}, got {len(values)}")
+
+
+def _grammar(f: pb.ResponseFormat) -> Grammar | None:
+    match f.type:
+        case "" | "text":
+            return None
+        case "json_object":
+            return Grammar("json_object", "")
+        case "json_schema":
+            _json_object("response_format.json_schema", f.json_schema)
+            return Grammar("json_schema", f.json_schema)
+        case "regex":
+            return Grammar("regex", f.regex)
+        case "choice":
+            return Grammar("choice", tuple(f.choice))
+        case "grammar":
+            return Grammar("grammar", f.grammar)
+        case other:
+            known = "text, json_object, json_schema, regex, choice or grammar"
+            raise invalid("response_format.type", f"must be {known}, got {quoted(other)}")
+
+
+def _template_kwargs(text: str) -> Mapping[str, Any]:
+    return _json_object("chat_template_kwargs_json", text) if text else {}
+
+
+def _json_object(field: str, text: str) -> dict[str, Any]:
+    value = parse(field, text)
+    if not isinstance(value, dict):
+        raise invalid(field, "must be a JSON object")
+    return value
+
+
+def _message(index: int, message: pb.Message) -> dict[str, Any]:
+    role, content = message.role, message.content
+    if role not in ROLES:
+        raise invalid(f"messages[{index}].role", f"must be one of {', '.join(ROLES)}; got {quoted(role)}")
+    out: dict[str, Any] = {"role": role, "content": content}
+    if message.parts:
+        if content:
+            raise invalid(f"messages[{index}].parts", "give either content or parts, not both")
+        out["content"] = _joined(f"messages[{index}]", message.parts)
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if value := getattr(message, name):
+            out[name] = value
+    if message.tool_calls:
+        at = f"messages[{index}]"
+        out["tool_calls"] = [_tool_call(f"{at}.tool_calls[{i}]", c) for i, c in enumerate(message.tool_calls)]
+    return out
+
+
+def _joined(at: str, parts: Sequence[pb.ContentPart]) -> str:
+    """Text parts on lines of their own, as vLLM does for templates that take plain content."""
+    texts = []
+    for i, part in enumerate(parts):
+        kind = part.WhichOneof("part")
+        if kind == "image":
+            raise unsupported(f"{at}.parts[{i}].image", "images are")
+        if kind is None:
+            raise invalid(f"{at}.parts[{i}]", "is empty; give text")
+        texts.append(part.text)
+    return "\n".join(texts)
+
+
+def _tool_call(at: str, call: pb.ToolCall) -> dict[str, Any]:
+    arguments = _json_object(f"{at}.arguments", call.arguments) if call.arguments else {}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}

@@ -1,0 +1,1 @@
+"""The HTTP/1 server: bounds, timeouts and request bodies."""

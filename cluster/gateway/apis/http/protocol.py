@@ -1,0 +1,338 @@
+"""uvicorn's HTTP/1 protocol with bounds on everything a client may send before a handler reads it.
+
+httptools parses whatever it is given at once, and uvicorn starts a task a request. So received bytes are parsed in
+small pieces, and no further piece is parsed while a request waits for the response before it, or while its body waits
+to be read. What is not parsed stays here, reading is paused meanwhile.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import httptools
+from uvicorn import Config
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from cluster.gateway.apis.http.timeouts import Late, Pace, PaceLimits
+from cluster.http2 import Held, Stage
+from cluster.http2.frame_costs import Bucket
+
+CONNECTION: Final = "headrace.connection"
+"""The scope's key of a request's protocol object."""
+MAX_HEAD_BYTES: Final = 65_536
+MAX_HEADERS: Final = 256
+HEAD_PIECE_BYTES: Final = 4096
+"""Parsed at once outside of a body: about a hundred of the smallest requests, a millisecond."""
+BODY_PIECE_BYTES: Final = 16_384
+STRANGER_REFUSALS_PER_S: Final = 10.0
+STRANGER_REFUSALS: Final = 100.0
+"""Refused requests that a connection without an accepted credential may have at once, and in a second after these."""
+_HOST = re.compile(rb"[!-~]*")
+_VERSIONS: Final = ("1.0", "1.1")
+
+
+class _Refused(Exception):
+    """A head that is wrong as HTTP."""
+
+
+class _Flow(FlowControl):
+    """uvicorn's flow control, which parses what is here before it reads more."""
+
+    def __init__(self, protocol: HttpProtocol) -> None:
+        super().__init__(protocol.transport)
+        self._protocol = protocol
+
+    def pause_reading(self) -> None:
+        self._protocol.pace.paused()
+        super().pause_reading()
+
+    def resume_reading(self) -> None:
+        unparsed = self._protocol.unparsed_bytes
+        if unparsed:
+            self._protocol.parse_soon()
+        if unparsed <= HIGH_WATER_LIMIT:
+            super().resume_reading()
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection; in the scope of its requests it is the face's `Connection`."""
+
+    full = False
+    """Whether the client must read before more is written. Asked for each token, hence no property."""
+    pace: Pace
+    requests = 0
+    """That have begun."""
+    _gone = False
+    _watcher: Callable[[], None] | None = None
+    _unparsed = b""
+    _parsed_to = 0
+    _parsing = False
+    _deaf = False
+    """Whether everything that the client still sends is ignored."""
+    _head_bytes = 0
+    _in_head = True
+    _in_body = False
+    _progress = False
+    """Whether the last piece ended a head or a request, or brought a part of a body."""
+
+    def __init__(self, config: Config, state: ServerState, held: Held, limits: PaceLimits) -> None:
+        """`held`: the connection's place at its port."""
+        super().__init__(config, state, {})
+        self._held = held
+        self._limits = limits
+
+    # ---- its place at the port
+
+    @property
+    def stage(self) -> Stage:
+        """How far the connection has come."""
+        calling = self.cycle is not None and not self.cycle.response_complete
+        return Stage.CALLING if calling else Stage.GREETED if self.requests else Stage.SILENT
+
+    def prove(self) -> None:
+        """The client has shown a credential that was accepted."""
+        self._held.prove()
+
+    def charge_refusal(self) -> None:
+        """A request is about to be refused. A stranger with too many of them loses the connection with this answer."""
+        if not self._held.proven and self._refusals.take(1, self.loop.time()) < 0:
+            self.cycle.keep_alive = False
+            self._deaf = True
+
+    def shed(self) -> None:
+        """End the connection: its place is another's."""
+        if self._held.proven and not self.transport.get_write_buffer_size():
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    # ---- the face's Connection
+
+    def send(self, data: bytes) -> None:
+        """Send one chunk of a body whose head has announced chunks, as every head without a length does."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    async def drained(self) -> None:
+        """Wait until it is full no longer, or closed."""
+        await self.flow.drain()
+
+    def watch(self, lost: Callable[[], None]) -> None:
+        """Call this once the client is gone, or soon where it is gone already. Reads on, to see the client's end."""
+        self.watch_paused(lost)
+        self.flow.resume_reading()
+
+    def watch_paused(self, lost: Callable[[], None]) -> None:
+        """Call this once the connection is lost, without reading on."""
+        self._watcher = lost
+        if self._gone:
+            self.loop.call_soon(lost)
+
+    def unwatch(self, lost: Callable[[], None]) -> None:
+        """No longer."""
+        if self._watcher is lost:
+            self._watcher = None
+
+    def refuse_body(self) -> None:
+        """End the connection, whose request's body comes too slowly."""
+        self._refuse(408, f"The connection is closed: {Late.BODY.value}.")
+
+    # ---- asyncio.Protocol
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin."""
+        super().connection_made(transport)
+        self._held.connection = self
+        if self._held.released:
+            self.transport.abort()
+        self.pace = Pace(self._limits, self.loop.time())
+        self._refusals = Bucket(STRANGER_REFUSALS_PER_S, STRANGER_REFUSALS, self.loop.time())
+        self.flow = _Flow(self)
+        self._timer = self.loop.call_later(self._limits.check_s, self._check)
+
+    def pause_writing(self) -> None:
+        """The client does not read."""
+        super().pause_writing()
+        self.full = True
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self.full = False
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Its request has nobody to answer any more."""
+        self._held.release()
+        self._timer.cancel()
+        self.full = False
+        self._deaf = True
+        self._unparsed = b""
+        super().connection_lost(exc)
+        self._gone = True
+        if self._watcher is not None:
+            self._watcher()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the client."""
+        if self._deaf:
+            return
+        self.pace.began_head(self.loop.time())
+        self._unparsed = self._unparsed[self._parsed_to :] + data if self.unparsed_bytes else data
+        self._parsed_to = 0
+        if not self._parsing:
+            self._parse()
+
+    # ---- parsing in pieces
+
+    @property
+    def unparsed_bytes(self) -> int:
+        """Received and not parsed."""
+        return len(self._unparsed) - self._parsed_to
+
+    def parse_soon(self) -> None:
+        """Parse on in the next pass of the loop."""
+        if not self._parsing:
+            self._parsing = True
+            self.loop.call_soon(self._parse)
+
+    def _parse(self) -> None:
+        self._parsing = False
+        while self.unparsed_bytes and not self.transport.is_closing():
+            if self._must_wait():
+                self.flow.pause_reading()
+                return
+            size = BODY_PIECE_BYTES if self._in_body else HEAD_PIECE_BYTES
+            piece = self._unparsed[self._parsed_to : self._parsed_to + size]
+            self._parsed_to += len(piece)
+            self._feed(piece)
+        self._unparsed, self._parsed_to = b"", 0
+        if not self._must_wait():
+            self.flow.resume_reading()
+
+    def _must_wait(self) -> bool:
+        """Whether what has been parsed is to be handled before more is."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return False
+        return bool(self.pipeline) or len(cycle.body) > HIGH_WATER_LIMIT
+
+    def _feed(self, piece: bytes) -> None:
+        """Parse, and count the bytes that end no head and bring no body: the parser does not bound a head."""
+        self._in_head, self._progress = True, False
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade:  # not offered: the request is answered as if nothing had been asked
+            self._stop_reading()
+        except httptools.HttpParserError as error:
+            cause = error.__context__
+            self._refuse(400, str(cause) if isinstance(cause, _Refused) else "Invalid HTTP request received.")
+            return
+        before = 0 if self._progress else self._head_bytes
+        self._head_bytes = before + len(piece) if self._in_head else 0
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(400, f"The request's head is larger than {MAX_HEAD_BYTES} bytes.")
+
+    # ---- the parser's callbacks
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+        cast(dict[str, Any], self.scope)[CONNECTION] = self
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Trailers come here too: what follows a body has been seen by no proxy that checks heads, and is dropped."""
+        if self._in_body:
+            return
+        if len(self.headers) >= MAX_HEADERS:
+            raise _Refused(f"The request has more than {MAX_HEADERS} headers.")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._progress = False, True
+        self._check_head()
+        self.requests += 1
+        super().on_headers_complete()
+        self._in_body = True
+        self.pace.ended_head()
+
+    def _check_head(self) -> None:
+        if self.parser.get_http_version() not in _VERSIONS:
+            raise _Refused("This port speaks HTTP/1.1 and HTTP/1.0.")
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) != 1 or _HOST.fullmatch(hosts[0]) is None:
+            raise _Refused("A request has exactly one Host header.")
+
+    def on_body(self, body: bytes) -> None:
+        self._in_head, self._progress = False, True
+        self.pace.body(len(body))
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_head = self._in_body = False
+        self._progress = True
+        if self.cycle.response_complete:
+            self.pace.ended_leftover(self.loop.time())
+        else:
+            self.pace.ended_body()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The next request, or the wait for one."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            now = self.loop.time()
+            self.pace.answered(now, complete=not self._in_body)
+            if self._head_bytes:
+                self.pace.began_head(now)
+        self.flow.resume_reading()
+
+    # ---- ends
+
+    def _check(self) -> None:
+        self._timer = self.loop.call_later(self._limits.check_s, self._check)
+        if self.flow.read_paused or (self._in_body and self.cycle.waiting_for_100_continue):
+            self.pace.paused()
+        late = self.pace.overdue(self.loop.time(), self.transport.get_write_buffer_size())
+        if late is None or (self.transport.is_closing() and late is not Late.UNREAD):
+            return
+        if late in (Late.HEAD, Late.BODY):
+            self._refuse(408, f"The connection is closed: {late.value}.")
+        elif late is Late.IDLE:
+            self.transport.close()
+        else:
+            self.transport.abort()
+
+    def _stop_reading(self) -> None:
+        """Answer what has been asked, ignore the rest, and close."""
+        self._deaf = True
+        self._unparsed, self._parsed_to = b"", 0
+        last = self.pipeline[0][0] if self.pipeline else self.cycle
+        if last is None or last.response_complete:
+            self.transport.close()
+        else:
+            last.keep_alive = False
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what is wrong as HTTP and close: after the responses that come before it, without an answer then."""
+        cycle = self.cycle
+        if self._in_body and not cycle.response_complete:  # the last request is the one that is wrong
+            if self.pipeline or cycle.response_started:
+                self.transport.abort()
+                return
+            cycle.disconnected = True
+            cycle.message_event.set()
+        elif cycle is not None and not cycle.response_complete:
+            self._stop_reading()
+            return
+        self._deaf = True
+        content = message.encode()
+        head = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[status] + head % len(content) + content)
+        self.transport.close()

@@ -1,0 +1,315 @@
+"""Pieces, usage, models and errors as OpenAI's JSON, whole or as server-sent events.
+
+A stream's event is text that was rendered when the call began, around the escaped piece: one is made for each token,
+and a JSON encoder that walks a dictionary would cost more than sending it. All is ASCII: some clients split lines at
+U+2028 and U+0085, which JSON leaves unescaped otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from cluster.api.outcomes import FAULTS, CallError
+from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.sequence import Piece
+from cluster.gateway.models import KnownModel
+from cluster.gateway.service import Progress
+from cluster.gateway.text.logprobs import TokenLogprob
+
+DONE: Final = b"data: [DONE]\n\n"
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_escape = json.encoder.encode_basestring_ascii  # what the encoder calls for a string, in C
+
+_ERROR_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+
+
+def body(value: object) -> bytes:
+    """A value as compact JSON."""
+    return _encode(value).encode("ascii")
+
+
+# ---- errors
+
+
+def error_body(message: str, status: int, code: str, param: str | None = None) -> bytes:
+    """OpenAI's error object."""
+    kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return body({"error": {"message": message, "type": kind, "param": param, "code": code}})
+
+
+def call_error_body(error: CallError) -> bytes:
+    """A call's error; `code` is its reason in lower case, `param` the first wrong field."""
+    param = error.violations[0].field if error.violations else None
+    return error_body(error.message, FAULTS[error.outcome].http, error.outcome.name.lower(), param)
+
+
+def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
+    """How limits stand; the pause in whole seconds for everyone, and in milliseconds as OpenAI's clients prefer it."""
+    headers = as_headers(error.headers)
+    if error.retry_after_s is None:
+        return headers
+    return [
+        *headers,
+        (b"retry-after", b"%d" % math.ceil(error.retry_after_s)),
+        (b"retry-after-ms", b"%d" % (error.retry_after_s * 1000)),
+    ]
+
+
+def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    """As HTTP writes them."""
+    return [(name.encode("ascii"), value.encode("ascii")) for name, value in pairs]
+
+
+# ---- parts
+
+
+def usage_of(usages: Sequence[CallUsage]) -> dict[str, Any]:
+    """The counts of a request's calls together."""
+    prompt = sum(u.prompt_tokens for u in usages)
+    completion = sum(u.completion_tokens for u in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in usages)},
+    }
+
+
+def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """Log probabilities of a chat's tokens."""
+    return {"content": [{**_token(t), "top_logprobs": [_token(other) for other in t.top]} for t in logprobs]}
+
+
+def _token(t: TokenLogprob) -> dict[str, Any]:
+    return {"token": t.token, "logprob": t.logprob, "bytes": list(t.token_bytes)}
+
+
+class TextOffsets:
+    """Where each next token of a completion's choices begins, in characters of the tokens before it."""
+
+    def __init__(self) -> None:
+        self._next: defaultdict[int, int] = defaultdict(int)
+
+    def logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """Log probabilities of a choice's next tokens."""
+        offsets = []
+        for t in logprobs:
+            offsets.append(self._next[index])
+            self._next[index] += len(t.token)
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [t.logprob for t in logprobs],
+            "tokens": [t.token for t in logprobs],
+            "top_logprobs": [{other.token: other.logprob for other in t.top} for t in logprobs],
+        }
+
+
+# ---- streams
+
+
+class Stream(ABC):
+    """Renders the events of one answer. Subclasses say how a choice looks."""
+
+    kind = ""
+    before_text = ""
+    after_text = ""
+
+    def __init__(
+        self, answer_id: str, model: str, created: int, *, include_usage: bool = False, continuous_usage: bool = False
+    ) -> None:
+        shown = {"id": answer_id, "object": self.kind, "created": created, "model": model}
+        self._head = f"data: {_encode(shown)[:-1]}," + '"choices":['
+        self._end = '],"usage":null}\n\n' if include_usage else "]}\n\n"
+        self._include_usage = include_usage
+        self.continuous_usage = continuous_usage
+        self._plain_end = self.after_text + ',"logprobs":null,"finish_reason":null}' + self._end
+        self._starts: dict[int, str] = {}
+
+    def events(self, call: Call, pieces: Sequence[Piece], shift: int = 0) -> bytes:
+        """One event for each piece. `shift` is the index of the call's first choice in the answer."""
+        parts = []
+        for piece in pieces:
+            if piece.finish_reason or piece.first or piece.logprobs or self.continuous_usage:
+                parts.append(self._full(call, piece, shift).encode("ascii"))
+            else:
+                parts.append(self.text(piece.index + shift, piece.text))
+        return b"".join(parts)
+
+    def text(self, index: int, text: str) -> bytes:
+        """The event of a piece with text alone, for a choice that has begun; not with continuous usage."""
+        start = self._starts.get(index)
+        if start is None:
+            start = self._starts[index] = f'{self._head}{{"index":{index},{self.before_text}'
+        return (start + _escape(text) + self._plain_end).encode("ascii")
+
+    def _full(self, call: Call, piece: Piece, shift: int) -> str:
+        choice = {
+            "index": piece.index + shift,
+            **self._content(piece),
+            "logprobs": self._logprobs(piece.index + shift, piece.logprobs) if piece.logprobs else None,
+            "finish_reason": piece.finish_reason or None,
+        }
+        end = self._end
+        if self.continuous_usage:
+            so_far = CallUsage(call.usage.prompt_tokens, len(call.sequences[piece.index].emitted))
+            end = f'],"usage":{_encode(usage_of([so_far]))}}}\n\n'
+        return self._head + _encode(choice) + end
+
+    def end(self, usages: Sequence[CallUsage]) -> bytes:
+        """What follows the last piece."""
+        if not self._include_usage:
+            return DONE
+        return f'{self._head}],"usage":{_encode(usage_of(usages))}}}\n\n'.encode("ascii") + DONE
+
+    @abstractmethod
+    def _content(self, piece: Piece) -> dict[str, Any]:
+        """The piece's text under the name that this kind of answer has for it."""
+
+    @abstractmethod
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        """The piece's log probabilities in this kind's shape."""
+
+
+class ChatStream(Stream):
+    """Events of /v1/chat/completions."""
+
+    kind = "chat.completion.chunk"
+    before_text = '"delta":{"content":'
+    after_text = "}"
+
+    def _content(self, piece: Piece) -> dict[str, Any]:
+        role = {"role": "assistant"} if piece.first else {}
+        return {"delta": {**role, "content": piece.text}}
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return chat_logprobs(logprobs)
+
+
+class CompletionStream(Stream):
+    """Events of /v1/completions."""
+
+    kind = "text_completion"
+    before_text = '"text":'
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._offsets = TextOffsets()
+
+    def _content(self, piece: Piece) -> dict[str, Any]:
+        return {"text": piece.text}
+
+    def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return self._offsets.logprobs(index, logprobs)
+
+
+def keep_alive(progress: Progress) -> bytes:
+    """A comment, which event streams let their readers skip: nothing but a sign of life, or how far a start is."""
+    if not progress.eta_s:
+        return KEEP_ALIVE
+    told = f"{progress.state} {progress.fraction:.0%}, about {progress.eta_s:.0f} s to go"
+    return f": {told}\n\n".encode()
+
+
+class Voice:
+    """A call's pieces as events of a stream; see relay.Voice."""
+
+    __slots__ = ("_call", "_progress", "_shift", "_stream", "ended", "plain")
+
+    def __init__(self, call: Call, stream: Stream, shift: int, progress: Callable[[Call], Progress]) -> None:
+        """`progress`: where a silent call is."""
+        self._progress = progress
+        self.ended = False
+        self._call = call
+        self._stream = stream
+        self._shift = shift
+        self.plain = len(call.sequences) == 1 and not stream.continuous_usage
+
+    def text(self, text: str) -> bytes:
+        """See relay.Voice."""
+        return self._stream.text(self._shift, text)
+
+    def take(self) -> bytes:
+        """See relay.Voice."""
+        call = self._call
+        if self.plain and (text := call.take_text()) is not None:
+            return self.text(text) if text else b""
+        pieces = call.take()
+        if pieces:
+            self.ended = call.told
+            return self._stream.events(call, pieces, self._shift)
+        if call.silent:
+            call.silent = False
+            return keep_alive(self._progress(call))
+        return b""
+
+
+def error_event(error: CallError) -> bytes:
+    """An error in mid-stream. No [DONE] follows it: the answer is not whole."""
+    return b"data: " + call_error_body(error) + b"\n\n"
+
+
+# ---- whole answers
+
+
+def chat_answer(answer_id: str, model: str, created: int, calls: Sequence[Call], pieces: Sequence[Piece]) -> bytes:
+    """A whole chat answer; one piece for each choice."""
+    choices = [
+        {
+            "index": p.index,
+            "message": {"role": "assistant", "content": p.text, "refusal": None},
+            "logprobs": chat_logprobs(p.logprobs) if p.logprobs else None,
+            "finish_reason": p.finish_reason,
+        }
+        for p in pieces
+    ]
+    return _answer("chat.completion", answer_id, model, created, choices, calls)
+
+
+def completion_answer(
+    answer_id: str, model: str, created: int, calls: Sequence[Call], pieces: Sequence[Piece]
+) -> bytes:
+    """A whole completion; one piece for each choice, of all prompts."""
+    offsets = TextOffsets()
+    choices = [
+        {
+            "index": p.index,
+            "text": p.text,
+            "logprobs": offsets.logprobs(p.index, p.logprobs) if p.logprobs else None,
+            "finish_reason": p.finish_reason,
+        }
+        for p in pieces
+    ]
+    return _answer("text_completion", answer_id, model, created, choices, calls)
+
+
+def _answer(
+    kind: str, answer_id: str, model: str, created: int, choices: Sequence[Mapping[str, Any]], calls: Sequence[Call]
+) -> bytes:
+    usage = usage_of([call.usage for call in calls])
+    return body(
+        {"id": answer_id, "object": kind, "created": created, "model": model, "choices": choices, "usage": usage}
+    )
+
+
+def model_card(model: KnownModel, aliases: Sequence[str], created: int) -> dict[str, Any]:
+    """A model as /v1/models shows it; what OpenAI's shape does not have comes after it."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "headrace",
+        "max_model_len": model.max_model_len or None,
+        "aliases": list(aliases),
+        "state": model.state.value,
+    }

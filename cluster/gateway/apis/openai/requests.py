@@ -1,0 +1,437 @@
+"""From OpenAI's request bodies, with vLLM's extensions under the names of its server, to wishes.
+
+A field that changes the answer and is not served is refused by name; hints and unknown fields are ignored, as OpenAI's
+servers do. Names and shapes are those of vLLM 0.32's `entrypoints/openai/*/protocol.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from cluster.api.outcomes import CallError, Outcome, Violation, invalid, quoted
+from cluster.api.types import Grammar
+from cluster.gateway.apis.json_values import kind, parse
+from cluster.gateway.apis.openai.fields import INT64, Fields, real, whole_numbers
+from cluster.gateway.calls.request import (
+    DEFAULT_COMPLETE_TOKENS,
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    ChatPrompt,
+    IdsPrompt,
+    Options,
+    Prompt,
+    TextPrompt,
+    Wish,
+)
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_PROMPTS = 128
+MAX_SALT_CHARS = 512
+_TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
+
+# Fields that are known, would change the answer, and are not served: refused unless they say what happens anyway.
+_UNSERVED: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "ec_transfer_params": (),
+    "echo": (False,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "logprob_token_ids": ([],),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stream_interval": (1,),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+}
+_UNSERVED_CHAT: dict[str, tuple[Any, ...]] = _UNSERVED | {
+    "add_special_tokens": (False,),
+    "audio": (),
+    "chat_template": (),
+    "documents": ([],),
+    "function_call": ("none",),
+    "functions": ([],),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "return_prompt_text": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+_UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = _UNSERVED | {
+    "add_special_tokens": (True,),
+    "prompt_embeds": ([],),
+    "suffix": ("",),
+}
+_FIELDS = frozenset(
+    {
+        *("best_of", "cache_salt", "frequency_penalty", "ignore_eos", "logit_bias", "logprobs", "max_tokens"),
+        *("metadata", "min_p", "min_tokens", "model", "n", "presence_penalty", "prompt", "repetition_penalty"),
+        *("response_format", "seed", "stop", "stop_token_ids", "stream", "stream_options", "structured_outputs"),
+        *("temperature", "top_k", "top_p"),
+    }
+)
+COMPLETION_FIELDS = _FIELDS | _UNSERVED_COMPLETION.keys()
+"""All fields of a body that are read; others are ignored."""
+CHAT_FIELDS = (
+    (_FIELDS - {"best_of", "prompt"})
+    | _UNSERVED_CHAT.keys()
+    | {
+        *(
+            "add_generation_prompt",
+            "chat_template_kwargs",
+            "continue_final_message",
+            "max_completion_tokens",
+            "messages",
+        ),
+        *("reasoning_effort", "top_logprobs"),
+    }
+)
+_INSTEAD = {name: "use structured_outputs" for name in _UNSERVED if name.startswith("guided_")}
+
+
+def unsupported(path: str, remedy: str = "leave it out") -> CallError:
+    """A field that this release knows and does not serve."""
+    return CallError(
+        Outcome.UNSUPPORTED_FEATURE,
+        f"{path}: not supported in this release; {remedy}",
+        violations=[Violation(path, "not supported")],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request's body: one wish for each prompt, and how the answer is wanted.
+
+    `names` says under which names the caller knows a wish's fields.
+    """
+
+    wishes: Sequence[Wish]
+    stream: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+def as_asked(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
+    """The error with its fields under the caller's names; `prompt` says which of several prompts it is about."""
+    if not error.violations:
+        return error
+    renamed = [Violation(_renamed(v.field, names, prompt), v.description) for v in error.violations]
+    message = error.message
+    if error.outcome in (Outcome.INVALID_FIELD, Outcome.UNSUPPORTED_FEATURE):
+        for old, new in zip(error.violations, renamed, strict=True):
+            message = message.replace(f"{old.field}:", f"{new.field}:", 1)
+    return CallError(error.outcome, message, violations=renamed, retry_after_s=error.retry_after_s)
+
+
+def _renamed(field: str, names: Mapping[str, str], prompt: int | None) -> str:
+    name, bracket, rest = field.partition("[")
+    name = names.get(name, name)
+    if prompt is not None and name == "prompt":
+        name = f"prompt[{prompt}]"
+    return name + bracket + rest
+
+
+def chat_asked(body: Fields) -> Asked:
+    """/v1/chat/completions. Raises CallError."""
+    _refuse_unserved(body, _UNSERVED_CHAT)
+    messages = _messages(body)
+    kwargs = body.object("chat_template_kwargs")
+    template_kwargs = dict(kwargs.values) if kwargs is not None else {}
+    if effort := body.text("reasoning_effort"):
+        template_kwargs.setdefault("reasoning_effort", effort)
+    resumes = body.flag("continue_final_message")
+    generates = not resumes
+    if body.values.get("add_generation_prompt") is not None:
+        generates = body.flag("add_generation_prompt")
+    if resumes and generates:
+        raise invalid("add_generation_prompt", "must be false with continue_final_message")
+    prompt = ChatPrompt(
+        messages=messages,
+        template_kwargs=template_kwargs,
+        continue_final_message=resumes,
+        add_generation_prompt=generates,
+    )
+    length = "max_tokens" if body.values.get("max_completion_tokens") is None else "max_completion_tokens"
+    options = _options(body, length, *_chat_logprobs(body))
+    wish = Wish(body.text("model") or "", prompt, options, cache_salt=_salt(body), metadata=_metadata(body))
+    return _asked(body, [wish], {"max_tokens": length, "logprobs": "top_logprobs"})
+
+
+def completion_asked(body: Fields) -> Asked:
+    """/v1/completions. Raises CallError."""
+    _refuse_unserved(body, _UNSERVED_COMPLETION)
+    best_of = body.integer("best_of")
+    if best_of is not None and best_of != (body.integer("n") or 1):
+        raise unsupported("best_of", "ask for n choices and pick one")
+    logprobs = body.integer("logprobs")
+    # OpenAI's shape has the sampled token beside the k most likely ones: one more is told than is asked of the engine.
+    options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
+    model, salt, metadata = body.text("model") or "", _salt(body), _metadata(body)
+    wishes = [Wish(model, prompt, options, DEFAULT_COMPLETE_TOKENS, salt, metadata) for prompt in _prompts(body)]
+    return _asked(body, wishes, {"prompt_token_ids": "prompt"})
+
+
+def _asked(body: Fields, wishes: Sequence[Wish], names: Mapping[str, str]) -> Asked:
+    stream = body.flag("stream")
+    options = body.object("stream_options")
+    if options is not None and not stream:
+        raise invalid("stream_options", "needs stream to be true")
+    usage = options is not None and options.flag("include_usage")
+    continuous = options is not None and options.flag("continuous_usage_stats")
+    return Asked(wishes, stream, usage, usage and continuous, names)
+
+
+def _metadata(body: Fields) -> dict[str, str]:
+    entries = body.object("metadata")
+    if entries is None:
+        return {}
+    entries.at_most(MAX_METADATA, "entries")
+    return {name: entries.text(name) or "" for name in entries.values}
+
+
+def _salt(body: Fields) -> str:
+    salt = body.text("cache_salt")
+    if salt == "" or (salt is not None and len(salt) > MAX_SALT_CHARS):
+        raise invalid("cache_salt", f"must have 1 to {MAX_SALT_CHARS} characters")
+    return salt or ""
+
+
+def _refuse_unserved(body: Fields, unserved: Mapping[str, tuple[Any, ...]]) -> None:
+    for name in sorted(body.values.keys() & unserved.keys()):
+        value = body.values[name]
+        if value is not None and not any(value == other and type(value) is type(other) for other in unserved[name]):
+            raise unsupported(name, _INSTEAD.get(name, "leave it out"))
+
+
+# ---- prompts
+
+
+def _prompts(body: Fields) -> list[Prompt]:
+    """A string, an array of strings, an array of token ids, or an array of such arrays."""
+    value = body.values.get("prompt")
+    if hasattr(value, "dtype"):  # an array of a helper's: this module does without numpy, for the sake of the start
+        return [IdsPrompt(cast("Sequence[int]", value))]
+    if isinstance(value, str) and value:
+        return [TextPrompt(value)]
+    if value is None or value in ("", []):
+        raise invalid("prompt", "must not be empty: give a string, token ids, or an array of either")
+    if not isinstance(value, list):
+        raise body.wrong("prompt", "a string or an array")
+    if not isinstance(value[0], str | list):
+        return [IdsPrompt(whole_numbers("prompt", value))]
+    if len(value) > MAX_PROMPTS:
+        raise invalid("prompt", f"at most {MAX_PROMPTS} prompts in one request, got {len(value)}")
+    return [_one_prompt(f"prompt[{i}]", item) for i, item in enumerate(value)]
+
+
+def _one_prompt(path: str, value: object) -> Prompt:
+    match value:
+        case str() | list() if not value:
+            raise invalid(path, "must not be empty")
+        case str():
+            return TextPrompt(value)
+        case list():
+            return IdsPrompt(whole_numbers(path, value))
+        case _:
+            raise invalid(path, f"must be a string or an array of token ids, got {kind(value)}")
+
+
+def _messages(body: Fields) -> list[Mapping[str, Any]]:
+    body.at_most(MAX_MESSAGES, "messages", "messages")
+    values = body.array("messages")
+    if not values:
+        raise invalid("messages", "must not be empty")
+    return [value if _is_plain(value) else _message(body.member("messages", i)) for i, value in enumerate(values)]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a message is a role and a text, and needs no reading."""
+    if type(value) is not dict or len(value) != 2:
+        return False
+    return type(value.get("content")) is str and value.get("role") in ROLES
+
+
+def _message(message: Fields) -> dict[str, Any]:
+    role = message.text("role")
+    if role not in ROLES:
+        raise invalid(message.path("role"), f"must be one of {', '.join(ROLES)}; got {quoted(role)}")
+    out: dict[str, Any] = {"role": role, "content": _content(message)}
+    for name in ("name", "tool_call_id"):
+        if value := message.text(name):
+            out[name] = value
+    if reasoning := message.text("reasoning_content") or message.text("reasoning"):
+        out["reasoning_content"] = reasoning
+    message.at_most(MAX_MESSAGES, "tool calls", "tool_calls")
+    if calls := message.objects("tool_calls"):
+        out["tool_calls"] = [_tool_call(call) for call in calls]
+    for name in ("function_call", "audio"):
+        if message.values.get(name) is not None:
+            raise unsupported(message.path(name))
+    return out
+
+
+def _content(message: Fields) -> str:
+    """Text; text parts on lines of their own, as vLLM does for templates that take plain content."""
+    value = message.values.get("content")
+    if isinstance(value, str):
+        return value
+    if value is not None and not isinstance(value, list):
+        raise message.wrong("content", "a string or an array of parts")
+    message.at_most(MAX_MESSAGES, "parts", "content")
+    texts = []
+    for part in message.objects("content"):
+        type_ = part.text("type")
+        if type_ not in ("text", "refusal"):
+            if type_ is None:
+                raise invalid(part.path("type"), "is missing; give a part of type text")
+            raise unsupported(part.path("type"), f"{quoted(type_)} parts cannot be read, text parts can")
+        text = part.text(type_)
+        if text is None:
+            raise invalid(part.path(type_), "is missing")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _tool_call(call: Fields) -> dict[str, Any]:
+    function = call.object("function")
+    if function is None:
+        raise invalid(call.path("function"), "is missing")
+    path = function.path("arguments")
+    arguments = parse(path, function.text("arguments") or "{}")
+    if not isinstance(arguments, dict):
+        raise invalid(path, "must be a JSON object")
+    named = {"name": function.text("name") or "", "arguments": arguments}
+    return {"id": call.text("id") or "", "type": "function", "function": named}
+
+
+# ---- options
+
+
+def _options(body: Fields, length: str, logprobs: int | None, logprobs_told: int | None) -> Options:
+    n = body.integer("n")
+    return Options(
+        max_tokens=body.integer(length),
+        min_tokens=body.integer("min_tokens"),
+        temperature=body.number("temperature"),
+        top_p=body.number("top_p"),
+        top_k=body.integer("top_k"),
+        min_p=body.number("min_p"),
+        seed=body.integer("seed", INT64),
+        stop=body.strings("stop", MAX_STOP_STRINGS),
+        stop_token_ids=body.integers("stop_token_ids", MAX_STOP_TOKEN_IDS),
+        n=1 if n is None else n,
+        frequency_penalty=body.number("frequency_penalty"),
+        presence_penalty=body.number("presence_penalty"),
+        repetition_penalty=body.number("repetition_penalty"),
+        logit_bias=_logit_bias(body),
+        logprobs=logprobs,
+        logprobs_told=logprobs_told,
+        ignore_eos=body.flag("ignore_eos"),
+        grammar=_grammar(body),
+    )
+
+
+def _chat_logprobs(body: Fields) -> tuple[int | None, int | None]:
+    top = body.integer("top_logprobs")
+    if body.flag("logprobs"):
+        return top or 0, None
+    if top:
+        raise invalid("top_logprobs", "needs logprobs to be true")
+    return None, None
+
+
+def _logit_bias(body: Fields) -> dict[int, float]:
+    found = body.object("logit_bias")
+    if found is None:
+        return {}
+    found.at_most(MAX_LOGIT_BIAS, "entries")
+    biases = {}
+    for key, value in found.values.items():
+        path = f"logit_bias[{key}]"
+        if not _TOKEN_ID.fullmatch(key):
+            raise invalid(path, "token ids are whole numbers")
+        biases[int(key)] = real(path, value)
+    return biases
+
+
+def _grammar(body: Fields) -> Grammar | None:
+    form, outputs = body.object("response_format"), body.object("structured_outputs")
+    found = _response_format(form) if form is not None else None
+    if outputs is None:
+        return found
+    if found is not None:
+        raise invalid("structured_outputs", "give either response_format or structured_outputs, not both")
+    return _structured_outputs(outputs)
+
+
+def _response_format(form: Fields) -> Grammar | None:
+    match form.text("type"):
+        case "text":
+            return None
+        case "json_object":
+            return Grammar("json_object", "")
+        case "json_schema":
+            described = form.object("json_schema")
+            schema = described.object("schema") if described is not None else None
+            if described is None or schema is None:
+                raise invalid(form.path("json_schema.schema"), "is missing")
+            return Grammar("json_schema", _schema(schema.at, schema.values))
+        case "structural_tag":
+            raise unsupported(form.path("type"), "use json_schema or structured_outputs")
+        case other:
+            raise invalid(form.path("type"), f"must be text, json_object or json_schema, got {quoted(other)}")
+
+
+def _structured_outputs(outputs: Fields) -> Grammar | None:
+    for name in ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern", "structural_tag"):
+        if outputs.values.get(name) not in (None, False):
+            raise unsupported(outputs.path(name))
+    readers: dict[str, Callable[[], Grammar | None]] = {
+        "json": lambda: Grammar("json_schema", _schema(outputs.path("json"), outputs.values["json"])),
+        "regex": lambda: Grammar("regex", outputs.text("regex") or ""),
+        "choice": lambda: Grammar("choice", outputs.strings("choice", MAX_CHOICES)),
+        "grammar": lambda: Grammar("grammar", outputs.text("grammar") or ""),
+        "json_object": lambda: Grammar("json_object", "") if outputs.flag("json_object") else None,
+    }
+    given = [name for name in readers if outputs.values.get(name) is not None]
+    if len(given) != 1:
+        raise invalid(outputs.at, f"needs exactly one of {', '.join(readers)}; got {', '.join(given) or 'none'}")
+    return readers[given[0]]()
+
+
+def _schema(path: str, value: object) -> str:
+    """A schema as JSON text; vLLM's server takes one as an object or as text."""
+    if isinstance(value, str):
+        value = parse(path, value)
+    if not isinstance(value, dict):
+        raise invalid(path, f"must be a JSON object, got {kind(value)}")
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise invalid(path, f"is not a JSON schema: {error}") from None

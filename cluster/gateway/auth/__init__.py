@@ -1,0 +1,1 @@
+"""Callers: API keys, JWTs, certificates and the TLS of the ports."""

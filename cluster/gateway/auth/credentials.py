@@ -1,0 +1,100 @@
+"""Who a call is: a bearer token (an API key or an issuer's JWT) or a client certificate becomes a principal.
+
+A token that is there decides alone: a bad one is never saved by a good certificate, since a proxy's certificate would
+then let in whatever it forwards. Several tokens in one call are refused: smuggling lives on which of them counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.auth.bearer_tokens import TokenRefused, looks_like_jwt
+from cluster.policy.tenants.identity import (
+    CertificateRule,
+    Principal,
+    Snapshot,
+    Verdict,
+    authenticate,
+    identify,
+    owner_of_certificate,
+)
+
+if TYPE_CHECKING:
+    from cluster.gateway.auth.oidc import OidcVerifier
+
+NO_CREDENTIALS = "no credentials: send `authorization: Bearer <key>`"
+
+
+class Told(Protocol):
+    """Hears of each failure: the word for audit and metrics, the key id or subject claimed, and the peer."""
+
+    def __call__(self, reason: str, subject: str, peer: str) -> None:
+        """Must not block."""
+
+
+class Authenticator:
+    """Turns what a call shows into a principal. `current` is `Watcher.current`."""
+
+    def __init__(
+        self,
+        current: Callable[[], Snapshot],
+        *,
+        peppers: Sequence[bytes] = (),
+        oidc: OidcVerifier | None = None,
+        certificates: Sequence[CertificateRule] = (),
+        told: Told | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._current = current
+        self._peppers = tuple(peppers)
+        self._oidc = oidc
+        self._certificates = tuple(certificates)
+        self._told = told
+        self._clock = clock
+
+    async def principal(
+        self, authorization: Sequence[str], alternative_names: Sequence[str] = (), peer: str = ""
+    ) -> Principal:
+        """Who it is. `authorization` holds every value of that header or metadata key, `alternative_names` those of
+        a verified client certificate. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
+        try:
+            verdict = await self._verdict(authorization, alternative_names)
+        except TokenRefused as refused:
+            self._tell(refused.reason, "", peer)
+            raise
+        if verdict.principal is None:
+            self._tell(verdict.reason, verdict.key_id, peer)
+            if verdict.reason == "missing":
+                raise CallError(Outcome.UNAUTHENTICATED_KEY, NO_CREDENTIALS)
+        return verdict.require()
+
+    def _tell(self, reason: str, subject: str, peer: str) -> None:
+        if self._told is not None:
+            self._told(reason, subject, peer)
+
+    async def _verdict(self, authorization: Sequence[str], names: Sequence[str]) -> Verdict:
+        snapshot = self._current()
+        if len(authorization) > 1:
+            return _refused("several")
+        if authorization:
+            return await self._of_token(snapshot, authorization[0])
+        owner = owner_of_certificate(names, self._certificates) if names else None
+        if owner is not None:
+            return identify(snapshot, owner.tenant, "certificate", owner.name, owner.role)
+        return _refused("unknown_certificate" if names and self._certificates else "missing")
+
+    async def _of_token(self, snapshot: Snapshot, authorization: str) -> Verdict:
+        scheme, _, token = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not token:
+            return _refused("missing")
+        if self._oidc is not None and looks_like_jwt(token):
+            claims = await self._oidc.verify(token)
+            return identify(snapshot, claims.tenant, "jwt", claims.subject, claims.role)
+        return authenticate(snapshot, token, self._peppers, self._clock())
+
+
+def _refused(reason: str) -> Verdict:
+    return Verdict(None, Outcome.UNAUTHENTICATED_KEY, reason)

@@ -1,0 +1,334 @@
+"""JSON Web Tokens of the configured OpenID issuers become claims: a tenant, a role, a subject.
+
+What is trusted is short: the issuers' own keys, fetched over TLS from where their discovery document says, and the
+asymmetric algorithms of ALGORITHMS. So `none` and HS256 over a public key fail before any key is looked at, and a
+token that names an unknown key makes at most one fetch an issuer in MIN_REFETCH_S, whoever sends how many of them.
+Known keys go on while an issuer is away, for MAX_KEY_AGE_S. Length is looked at first: a megabyte costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import json
+import time
+import urllib.parse
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from typing import Any
+
+import jwt
+import structlog
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.auth.bearer_tokens import TokenRefused
+from cluster.gateway.auth.no_redirect import open_straight
+from cluster.policy.tenants.identity import is_subject
+
+log = structlog.get_logger("oidc")
+
+ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"})
+MAX_TOKEN_BYTES = 16 * 1024
+MAX_DOCUMENT_BYTES = 1024 * 1024
+MAX_KEYS = 100
+MIN_RSA_BITS = 2048
+LEEWAY_S = 30.0
+KEY_AGE_S = 300.0
+MAX_KEY_AGE_S = 86400.0
+MIN_REFETCH_S = 10.0
+FETCH_TIMEOUT_S = 5.0
+CACHE_S = 60.0
+MAX_CACHED = 4096
+
+Fetch = Callable[[str], Awaitable[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Issuer:
+    """One issuer, as configured. `issuer` is compared to the letter; claims may be paths (`realm_access.tenant`)."""
+
+    issuer: str
+    audience: str
+    tenant_claim: str
+    role_claim: str = ""
+    algorithms: frozenset[str] = ALGORITHMS
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a verified token says. `expires_at_s` is since the epoch."""
+
+    issuer: str
+    subject: str
+    tenant: str
+    role: str
+    expires_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A public key. `algorithm` is what its set says it is for, "" for any of its kind."""
+
+    id: str
+    kind: str
+    algorithm: str
+    public: Any
+
+    def fits(self, algorithm: str) -> bool:
+        """Whether tokens of this algorithm may be signed with it."""
+        return self.algorithm in ("", algorithm) and algorithm.startswith(_SIGNS[self.kind])
+
+
+_SIGNS: Mapping[str, tuple[str, ...]] = {"RSA": ("RS", "PS"), "EC": ("ES",), "OKP": ("EdDSA",)}
+
+
+@dataclass(slots=True)
+class _Keys:
+    """An issuer's keys. Points of the monotonic clock."""
+
+    known: tuple[_Key, ...] = ()
+    fetched_at: float = -float("inf")
+    tried_at: float = -float("inf")
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class OidcVerifier:
+    """Verifies tokens. One for each event loop; `wall` is seconds since the epoch."""
+
+    def __init__(
+        self,
+        issuers: Sequence[Issuer],
+        *,
+        fetch: Fetch | None = None,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._issuers = {one.issuer: one for one in issuers}
+        self._fetch = fetch or fetch_json
+        self._wall = wall
+        self._monotonic = monotonic
+        self._keys = {name: _Keys() for name in self._issuers}
+        self._cache: dict[bytes, tuple[float, Claims]] = {}
+        self._refreshing: set[asyncio.Task[None]] = set()
+
+    async def verify(self, token: str) -> Claims:
+        """The claims. Raises TokenRefused, or CallError STORE_UNAVAILABLE while an issuer's keys cannot be had."""
+        if len(token) > MAX_TOKEN_BYTES:
+            raise TokenRefused("too_long")
+        name = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+        known = self._cache.get(name)
+        if known is not None and self._monotonic() < known[0] and self._wall() < known[1].expires_at_s:
+            return known[1]
+        claims = await self._verify(token)
+        if len(self._cache) >= MAX_CACHED:
+            self._cache.clear()
+        self._cache[name] = (self._monotonic() + CACHE_S, claims)
+        return claims
+
+    async def _verify(self, token: str) -> Claims:
+        header, issuer = self._unverified(token)
+        algorithm = header["alg"]
+        candidates = await self._candidates(issuer, header.get("kid", ""))
+        for key in (one for one in candidates if one.fits(algorithm)):
+            try:
+                body = jwt.decode(
+                    token,
+                    key.public,
+                    algorithms=[algorithm],
+                    audience=issuer.audience,
+                    issuer=issuer.issuer,
+                    # times are checked below, by our own clock
+                    options={
+                        "require": ["exp", "iss", "aud"],
+                        "verify_exp": False,
+                        "verify_nbf": False,
+                        "verify_iat": False,
+                    },
+                )
+            except jwt.InvalidSignatureError:
+                continue
+            except jwt.InvalidTokenError as error:
+                raise TokenRefused(_word(error)) from None
+            return self._claims(issuer, body)
+        raise TokenRefused("bad_signature")
+
+    def _unverified(self, token: str) -> tuple[dict[str, Any], Issuer]:
+        """Header and issuer as the token claims them, refused unless both are ones we would verify."""
+        try:
+            header = jwt.get_unverified_header(token)
+            body = jwt.decode(token, options={"verify_signature": False, "verify_exp": False, "verify_aud": False})
+        except (jwt.InvalidTokenError, ValueError, RecursionError):
+            raise TokenRefused("malformed") from None
+        issuer = self._issuers.get(body.get("iss", "")) if isinstance(body.get("iss"), str) else None
+        if issuer is None:
+            raise TokenRefused("unknown_issuer")
+        algorithm = header.get("alg")
+        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS & issuer.algorithms:
+            raise TokenRefused("algorithm")
+        if "crit" in header or not isinstance(header.get("kid", ""), str):
+            raise TokenRefused("malformed")
+        return header, issuer
+
+    def _claims(self, issuer: Issuer, body: Mapping[str, Any]) -> Claims:
+        now = self._wall()
+        expires_at_s = _seconds(body, "exp")
+        if expires_at_s is None or now >= expires_at_s + LEEWAY_S:
+            raise TokenRefused("expired")
+        for name in ("nbf", "iat"):
+            if name in body and now < (_seconds(body, name) or 0.0) - LEEWAY_S:
+                raise TokenRefused("not_yet")
+        tenant = _claim(body, issuer.tenant_claim)
+        if not isinstance(tenant, str) or not tenant:
+            raise TokenRefused("no_tenant")
+        role = _claim(body, issuer.role_claim) if issuer.role_claim else ""
+        subject = body.get("sub", "")
+        if not isinstance(subject, str) or not is_subject(subject):
+            raise TokenRefused("malformed")
+        return Claims(
+            issuer.issuer,
+            subject,
+            tenant,
+            role if isinstance(role, str) else "",
+            expires_at_s,
+        )
+
+    async def _candidates(self, issuer: Issuer, key_id: str) -> Sequence[_Key]:
+        """The keys a token may be signed with: the one it names, or, if it names none, all."""
+        keys = self._keys[issuer.issuer]
+        age_s = self._monotonic() - keys.fetched_at
+        found = _pick(keys, key_id)
+        if found and age_s < MAX_KEY_AGE_S:
+            if age_s >= KEY_AGE_S:
+                self._refresh_soon(issuer)
+            return found
+        await self._refresh(issuer)
+        if self._monotonic() - keys.fetched_at >= MAX_KEY_AGE_S:
+            raise CallError(
+                Outcome.STORE_UNAVAILABLE, "the keys of this token's issuer cannot be fetched at the moment; retry"
+            )
+        found = _pick(keys, key_id)
+        if not found:
+            raise TokenRefused("unknown_key")
+        return found
+
+    def _refresh_soon(self, issuer: Issuer) -> None:
+        if not self._keys[issuer.issuer].lock.locked():
+            task = asyncio.get_running_loop().create_task(self._refresh(issuer))
+            self._refreshing.add(task)
+            task.add_done_callback(self._refreshing.discard)
+
+    async def _refresh(self, issuer: Issuer) -> None:
+        """Fetch the issuer's keys, unless that was tried a moment ago; a failure leaves the old ones."""
+        keys = self._keys[issuer.issuer]
+        async with keys.lock:
+            if self._monotonic() - keys.tried_at < MIN_REFETCH_S:
+                return
+            keys.tried_at = self._monotonic()
+            try:
+                async with asyncio.timeout(2 * FETCH_TIMEOUT_S):
+                    found = await self._fetch_keys(issuer)
+            except (OSError, ValueError, HTTPException, TimeoutError) as error:
+                log.warning("oidc_keys_not_fetched", issuer=issuer.issuer, error=str(error))
+                return
+            keys.known = tuple(found)
+            keys.fetched_at = self._monotonic()
+
+    async def _fetch_keys(self, issuer: Issuer) -> list[_Key]:
+        discovery = await self._fetch(issuer.issuer.rstrip("/") + "/.well-known/openid-configuration")
+        if discovery.get("issuer") != issuer.issuer:
+            raise ValueError(f"its discovery document says it is {discovery.get('issuer')!r}")
+        document = await self._fetch(check_url(str(discovery.get("jwks_uri", ""))))
+        entries = document.get("keys")
+        if not isinstance(entries, list) or len(entries) > MAX_KEYS:
+            raise ValueError(f"its key set is no list of at most {MAX_KEYS} keys")
+        found = [key for entry in entries if (key := _key(entry)) is not None]
+        if not found:
+            raise ValueError("its key set holds no key that may sign")
+        return found
+
+    async def close(self) -> None:
+        """End fetches under way."""
+        for task in list(self._refreshing):
+            task.cancel()
+        await asyncio.gather(*self._refreshing, return_exceptions=True)
+
+
+def _key(entry: object) -> _Key | None:
+    """A public signing key of a set; None for shared secrets, encryption keys, weak keys and kinds we do not know."""
+    if not isinstance(entry, Mapping) or entry.get("kty") not in _SIGNS or entry.get("use") == "enc":
+        return None
+    try:
+        key = jwt.PyJWK(dict(entry))
+    except (jwt.PyJWTError, ValueError, TypeError, KeyError):
+        return None
+    if isinstance(key.key, RSAPublicKey) and key.key.key_size < MIN_RSA_BITS:
+        return None
+    return _Key(str(entry.get("kid", "")), str(entry["kty"]), str(entry.get("alg", "")), key.key)
+
+
+def _pick(keys: _Keys, key_id: str) -> list[_Key]:
+    return [key for key in keys.known if not key_id or key.id == key_id]
+
+
+def _claim(body: Mapping[str, Any], path: str) -> Any:
+    """A claim by its name, else by its path."""
+    if path in body:
+        return body[path]
+    value: Any = body
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _seconds(body: Mapping[str, Any], name: str) -> float | None:
+    value = body.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TokenRefused("malformed")
+    return float(value) if abs(value) < 1e15 else None
+
+
+def _word(error: jwt.InvalidTokenError) -> str:
+    words: Mapping[type, str] = {
+        jwt.InvalidAudienceError: "audience",
+        jwt.InvalidIssuerError: "unknown_issuer",
+        jwt.MissingRequiredClaimError: "malformed",
+        jwt.InvalidAlgorithmError: "algorithm",
+    }
+    return words.get(type(error), "malformed")
+
+
+def check_url(url: str) -> str:
+    """The URL, if keys may come from there: https, or this host. Raises ValueError."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.hostname or ""
+    if parts.scheme == "https" and host:
+        return url
+    if parts.scheme == "http" and (host == "localhost" or _is_loopback(host)):
+        return url
+    raise ValueError(f"{url!r}: an issuer's documents come over https (or from this host)")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def fetch_json(url: str) -> Mapping[str, Any]:
+    """A JSON object over HTTP. Raises OSError, ValueError or HTTPException."""
+    return await asyncio.to_thread(_get, check_url(url))
+
+
+def _get(url: str) -> Mapping[str, Any]:
+    with open_straight(url, FETCH_TIMEOUT_S) as answer:
+        data = answer.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"{url} sends more than {MAX_DOCUMENT_BYTES} bytes")
+    value = json.loads(data)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{url} sends no JSON object")
+    return value

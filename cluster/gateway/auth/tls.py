@@ -1,0 +1,121 @@
+"""TLS of the ports that are dialled, with certificates that are read again when their files change.
+
+The context given to a listener stands for the newest one: each connection begins with a context made of the files as
+they are then. Files that do not fit together (one half of a renewal is written) leave the last good ones in force.
+"""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any, Self
+
+import structlog
+
+from cluster.config_gateway import ClientTls, LinkTls, Tls
+from cluster.gateway.auth.revocation import CheckedContext, RevokedFile
+
+log = structlog.get_logger("tls")
+
+HANDSHAKE_S = 20.0
+Stamp = tuple[tuple[int, int, int], ...]
+
+
+class NewestContext(ssl.SSLContext):
+    """What a listener is given. asyncio calls `wrap_bio` once for each connection."""
+
+    _files: tuple[Path, ...]
+    _tls: ClientTls
+    _protocols: list[str]
+    _setting: str
+    _client: ssl.VerifyMode
+    _stamp: Stamp
+    _revoked: RevokedFile | None
+    _now: ssl.SSLContext
+
+    @classmethod
+    def of(cls, tls: ClientTls, *protocols: str) -> Self:
+        """Of a client port; `protocols` are ALPN's. Raises ValueError that names the setting."""
+        return cls._of(tls, "gateway.tls", ssl.CERT_OPTIONAL, *protocols)  # who shows a key needs no certificate
+
+    @classmethod
+    def of_link(cls, tls: Tls) -> Self:
+        """Of the link port, where both sides show one. Raises ValueError that names the setting."""
+        revoked = tls.revoked_serials_file if isinstance(tls, LinkTls) else None
+        files = ClientTls(
+            cert_file=tls.cert_file, key_file=tls.key_file, client_ca_file=tls.ca_file, revoked_serials_file=revoked
+        )
+        return cls._of(files, "gateway.link_tls", ssl.CERT_REQUIRED, "h2")
+
+    @classmethod
+    def _of(cls, tls: ClientTls, setting: str, client: ssl.VerifyMode, *protocols: str) -> Self:
+        context = cls(ssl.PROTOCOL_TLS_SERVER)
+        context._setting = setting
+        context._client = client
+        context._tls = tls
+        context._files = tuple(path for path in (tls.cert_file, tls.key_file, tls.client_ca_file) if path is not None)
+        context._protocols = list(protocols)
+        context._revoked = revoked_file(tls, setting)
+        context._stamp = context._look()
+        context._now = context._read()
+        return context
+
+    def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
+        """Begin a connection."""
+        self._refresh()
+        return self._now.wrap_bio(*arguments, **named)
+
+    def _refresh(self) -> None:
+        stamp = self._look()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._now = self._read()
+            log.info("certificate_read", file=str(self._tls.cert_file))
+        except ValueError as error:
+            log.warning("certificate_not_read", error=str(error))
+
+    def _look(self) -> Stamp:
+        try:
+            found = [path.stat() for path in self._files]
+        except OSError:
+            return ()
+        return tuple((one.st_ino, one.st_mtime_ns, one.st_size) for one in found)
+
+    def _read(self) -> ssl.SSLContext:
+        tls = self._tls
+        context = CheckedContext(ssl.PROTOCOL_TLS_SERVER)
+        context.revoked = self._revoked
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(self._protocols)
+        try:
+            context.load_cert_chain(tls.cert_file, tls.key_file)
+        except OSError as error:  # ssl's own errors too
+            raise ValueError(f"{self._setting}: {tls.cert_file} or {tls.key_file} cannot be used: {error}") from None
+        if tls.client_ca_file is not None:
+            context.verify_mode = self._client
+            try:
+                context.load_verify_locations(tls.client_ca_file)
+            except OSError as error:
+                what = f"{self._setting}: the authorities of {tls.client_ca_file}"
+                raise ValueError(f"{what} cannot be used: {error}") from None
+        return context
+
+
+def revoked_file(tls: ClientTls | LinkTls | None, setting: str) -> RevokedFile | None:
+    """The list of revoked certificates that a section names. Raises ValueError that names the setting."""
+    path = None if tls is None else tls.revoked_serials_file
+    return None if path is None else RevokedFile(path, f"{setting}.revoked_serials_file")
+
+
+def name_in(certificate: bytes) -> str:
+    """The first DNS name of a PEM certificate, "" where there is none; who has the file knows what to be shown."""
+    from cryptography import x509
+
+    try:
+        loaded = x509.load_pem_x509_certificate(certificate)
+        found = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except (ValueError, x509.ExtensionNotFound):
+        return ""
+    return next(iter(found.value.get_values_for_type(x509.DNSName)), "")

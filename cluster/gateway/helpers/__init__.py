@@ -1,0 +1,1 @@
+"""Helper processes for work that would hold up the event loop."""

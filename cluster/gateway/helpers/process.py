@@ -1,0 +1,64 @@
+"""Program: one process of a HelperPool. Its standard input is a socket: what it serves first, then job after job.
+
+A job that takes more CPU than it may ends the process by a signal, whatever native code runs then; the pool starts
+another. Ends with the gateway, or after IDLE_S without a job.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from typing import Any, Final
+
+from cluster.api.outcomes import CallError
+from cluster.gateway.helpers.wire import FAILED, OK, OUT_OF_TIME, REFUSED, receive, send
+
+IDLE_S: Final = 600.0
+
+
+def serve(connection: socket.socket) -> None:
+    """Do jobs until the other end is closed, or silent for IDLE_S."""
+    worker = _worker(*receive(connection))
+    while True:
+        cpu_s, method, positional, named = receive(connection)
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        answer = _answer(worker, method, positional, named)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        send(connection, answer)
+        del positional, named, answer  # megabytes, until the next job otherwise
+
+
+def _worker(kind: str, setup: bytes | bytearray) -> object:
+    if kind == "text":
+        from cluster.gateway.text.tokenizer import TextModel
+        from cluster.wire.bundle import Bundle
+
+        return TextModel.from_bundle(Bundle.unpack(bytes(setup)), in_helper=True)
+    from cluster.gateway.apis.body_parser import BodyReader
+
+    return BodyReader()
+
+
+def _answer(worker: object, method: str, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[str, Any]:
+    try:
+        return OK, getattr(worker, method)(*positional, **named)
+    except CallError as error:
+        return REFUSED, error
+    except BaseException as error:  # a panic of Rust code is no Exception
+        return FAILED, f"{type(error).__name__}: {error}"[:500]
+
+
+def main() -> None:
+    """Serve the socket that is standard input."""
+    signal.signal(OUT_OF_TIME, signal.SIG_DFL)
+    connection = socket.socket(fileno=os.dup(0))
+    connection.settimeout(IDLE_S)
+    try:
+        serve(connection)
+    except (OSError, EOFError):  # idle for long, or the gateway is gone
+        return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Rate limits and budgets: reserved at admission, settled at the end, shared between gateways."""

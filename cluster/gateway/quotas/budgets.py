@@ -1,0 +1,142 @@
+"""Follows every tenant's budget in the ledger: the metric, the webhook, and budgets that outlive a gateway.
+
+Off the calls' path: a thread asks the database every LOOK_S, or more seldom where its answer takes long. While the
+database is away the last ratios stand and nothing is sent; what has been crossed meanwhile is found when it is back.
+Whether Valkey is there does not matter: budgets are told by what the ledger has, not by what is reserved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+
+import structlog
+
+from cluster.api.outcomes import CallError
+from cluster.config_tenants import BudgetWebhook
+from cluster.gateway.quotas.webhook import NotDelivered, post
+from cluster.ledger.errors import LedgerError
+from cluster.ledger.notices import Taken
+from cluster.ledger.store import Ledger
+from cluster.observe.metrics import Metrics, Sample
+from cluster.policy.limits.budgets import BudgetUse, budgets, crossed, day_name
+from cluster.policy.tenants.policy import TenantPolicy
+
+log = structlog.get_logger("budgets")
+
+LOOK_S = 10.0
+PART_OF_TIME = 20
+"""Of its time the database is asked for no more than one part in so many."""
+DAYS_ANEW_S = 3600.0
+"""Days that are over are summed again only so often, for records that come late."""
+Spent = Callable[[Mapping[str, int], Mapping[str, int], float], None]
+
+
+class BudgetWatch:
+    """One for each gateway process; `webhook` None: nobody is told."""
+
+    def __init__(
+        self,
+        cluster: str,
+        ledger: Ledger,
+        policies: Callable[[], Sequence[TenantPolicy]],
+        metrics: Metrics,
+        spent: Spent,
+        *,
+        webhook: BudgetWebhook | None = None,
+        secret: bytes = b"",
+        max_tenants: int = 500,
+        look_s: float = LOOK_S,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """`policies` may raise CallError. `spent` hears the sums of the day and the month by tenant. `max_tenants` are
+        told in the metric, those nearest to their budgets' ends."""
+        self._cluster = cluster
+        self._ledger = ledger
+        self._policies = policies
+        self._metrics = metrics
+        self._spent = spent
+        self._webhook = webhook
+        self._secret = secret
+        self._max_tenants = max_tenants
+        self._look_s = look_s
+        self._wall = wall
+        self._uses: list[BudgetUse] = []
+        self._before: dict[str, int] = {}
+        self._before_of: tuple[str, frozenset[str]] = ("", frozenset())
+        self._before_at = -float("inf")
+        self._error = ""
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            began = time.monotonic()
+            sums = await asyncio.to_thread(self.look)
+            if sums is not None:
+                self._spent(*sums)
+            took_s = time.monotonic() - began
+            await asyncio.sleep(max(self._look_s, PART_OF_TIME * took_s))
+
+    def look(self) -> tuple[Mapping[str, int], Mapping[str, int], float] | None:
+        """Sum, note what is crossed and send what is due, in the caller's thread; None while the database is away."""
+        try:
+            policies = [one for one in self._policies() if one.limits.daily_tokens or one.limits.monthly_tokens]
+            now_s = self._wall()
+            today, month = self._sums(frozenset(one.name for one in policies), now_s)
+            self._uses = sorted(budgets(policies, today, month, now_s), key=lambda use: -use.ratio)
+            if self._webhook is not None:
+                self._ledger.notices.enter(crossed(self._uses, self._webhook.thresholds), now_s)
+                for taken in self._ledger.notices.take(now_s):
+                    self._send(self._webhook, taken)
+        except (LedgerError, CallError) as error:
+            if str(error) != self._error:
+                log.warning("budgets_not_read", error=str(error))
+            self._error = str(error)
+            return None
+        self._error = ""
+        return today, month, now_s
+
+    def gauges(self) -> Iterator[Sample]:
+        """`budget_used_ratio`."""
+        for use in self._uses[: 2 * self._max_tenants]:
+            yield "budget_used_ratio", (use.tenant, use.budget), use.ratio
+
+    def _sums(self, names: frozenset[str], now_s: float) -> tuple[dict[str, int], dict[str, int]]:
+        if not names:
+            return {}, {}
+        day, usage = day_name(now_s), self._ledger.usage
+        if self._before_of != (day, names) or now_s - self._before_at >= DAYS_ANEW_S:
+            self._before = usage.tokens_since(f"{day[:7]}-01", names, before_day=day)
+            self._before_of, self._before_at = (day, names), now_s
+        today = usage.tokens_since(day, names)
+        return today, {name: self._before.get(name, 0) + today.get(name, 0) for name in {*self._before, *today}}
+
+    def _send(self, webhook: BudgetWebhook, taken: Taken) -> None:
+        notice, use = taken.notice, taken.notice.use
+        body = {
+            "id": notice.id,
+            "event": "budget.threshold",
+            "cluster": self._cluster,
+            "tenant": use.tenant,
+            "budget": use.budget,
+            "period": use.period,
+            "threshold": notice.threshold,
+            "used_tokens": use.used_tokens,
+            "limit_tokens": use.limit_tokens,
+            "noticed_at": datetime.fromtimestamp(taken.noticed_at_s, UTC).isoformat(timespec="seconds"),
+            "attempt": taken.attempts,
+        }
+        try:
+            post(webhook.url, self._secret, "budget.threshold", notice.id, body, self._wall())
+        except NotDelivered as error:
+            self._metrics.count("budget_webhook_total", "failed")
+            log.warning("budget_webhook_failed", id=notice.id, attempt=taken.attempts, error=str(error))
+            return
+        self._ledger.notices.delivered(notice.id, self._wall())
+        self._metrics.count("budget_webhook_total", "delivered")
+        log.info("budget_webhook_sent", id=notice.id, tenant=use.tenant, budget=use.budget, threshold=notice.threshold)
+
+    def __repr__(self) -> str:
+        return f"BudgetWatch({len(self._uses)} budgets)"

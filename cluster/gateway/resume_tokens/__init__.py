@@ -1,0 +1,1 @@
+"""Streams that outlive their gateway: tokens in chunks, and calls that resume from them."""

@@ -1,0 +1,1 @@
+"""Which waiting sequence goes to which worker, and when."""

@@ -1,0 +1,390 @@
+"""Exactly one usage record for each admitted sequence: opened with its Submit, written at its end, whatever dies.
+
+A call of n outputs has n records, segments 0 to n-1, since each runs and ends on its own, perhaps on another worker;
+its prompt is counted with segment 0 alone. Parts that a client resumed have segments from RESUMED on. A record's id is
+fixed before the first Submit and kept over retries.
+
+Where the counts come from. The gateway knows what was delivered, the engine what was generated and what it cost; a
+record is written once both are known. An engine that does not tell in time (its link is gone) is not waited for:
+then the gateway's own count stands. What a worker offers that this gateway did not open, or has forgotten, belongs
+to a call of a lost gateway: it is written as an estimate, which the exact record, should it exist, replaces.
+
+Durability. A record is appended to the local spool and moved from there into the database; a worker's copy is
+acknowledged only once the database has committed. So a record is lost only with the gateway's disk *and* the worker.
+
+Nothing here runs per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from cluster.api.outcomes import Outcome
+from cluster.api.types import WorkerIdentity
+from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.sequence import Output
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.resume_tokens.claim import Terms
+from cluster.ledger.errors import StoreUnavailable
+from cluster.ledger.records import MAX_ID, RESUMED, OpenRecord, RecordError, UsageRecord
+from cluster.ledger.sealed import Sealer, SealError
+from cluster.ledger.spool import Replayer, Spool, SpoolStatistics
+from cluster.ledger.usage import IDLE_TENANT
+from cluster.process import ticks
+from cluster.wire.ended_requests import EndedUsage
+
+log = structlog.get_logger("ledger")
+
+GRACE_S = 10.0
+"""How long an ended call waits for the engine's counts; a worker whose link broke has dialled anew by then."""
+SWEEP_S = 0.5
+LAST_COUNTS_S = 1.0
+LAST_MOVE_S = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class Account:
+    """One sequence that has been submitted; `awaited`: Submits whose counts have not come."""
+
+    record: OpenRecord
+    sealed: bytes
+    awaited: int = 0
+    told: set[tuple[str, int]] = field(default_factory=set)
+    continued: bool = False
+    """Whether another worker has begun it: then what the last one found in its cache is not the caller's."""
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    gpu: str = ""
+    gpu_seconds: float = 0.0
+    worker: WorkerIdentity | None = None
+    """Of the last Submit."""
+    end: dict[str, Any] | None = None
+    """What the gateway knows of its end."""
+    admitted: bool = False
+    written: bool = False
+
+
+class Accounting:
+    """All accounts of one gateway process."""
+
+    def __init__(
+        self,
+        *,
+        incarnation: str,
+        sealer: Sealer,
+        folder: Path,
+        insert: Callable[[Sequence[UsageRecord]], None],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        grace_s: float = GRACE_S,
+        gateway: str = "",
+    ) -> None:
+        """`incarnation` names this process's records, and `gateway` is written into them; `folder` is the spool's;
+        `insert` writes to the database and raises StoreUnavailable while that is away. Raises ValueError when another
+        process has the folder."""
+        self._incarnation = incarnation
+        self._sealer = sealer
+        self._insert = insert
+        self._clock = clock
+        self._wall = wall
+        self._grace_s = grace_s
+        self._gateway = _fit(gateway)
+        self._numbers = itertools.count(1)
+        self._calls: dict[bytes, Account] = {}
+        self._late: deque[tuple[float, Account]] = deque()
+        self._acks: dict[str, list[tuple[WorkerLink, int]]] = {}
+        self._news = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+        self._spool = Spool(folder)
+        self._replayer = Replayer(self._spool, self._move)
+
+    def __repr__(self) -> str:
+        return f"<Accounting open {len(self._calls)} pending {self._spool.statistics().pending}>"
+
+    def statistics(self) -> SpoolStatistics:
+        """What is on its way to the database."""
+        return self._spool.statistics()
+
+    @property
+    def open_accounts(self) -> int:
+        """Sequences submitted and not yet written."""
+        return len(self._calls)
+
+    # ---- life
+
+    def start(self) -> None:
+        """Begin to move records into the database."""
+        self._loop = asyncio.get_running_loop()
+        self._sweeper = asyncio.create_task(self._sweep())
+        self._replayer.start()
+
+    async def stop(self) -> None:
+        """Calls have ended: wait a moment for their counts, write, and move what can be moved."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_COUNTS_S):
+                await self._all_told()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+        while self._late:
+            self._give_up(self._late.popleft()[1])
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_MOVE_S):
+                await asyncio.to_thread(self._last_move)
+        await asyncio.sleep(0)  # the acknowledgements of that move
+        self._loop = None
+        await asyncio.to_thread(self._spool.close)
+
+    async def _all_told(self) -> None:
+        for _, account in list(self._late):
+            while not account.written:
+                self._news.clear()
+                await self._news.wait()
+
+    def _last_move(self) -> None:
+        self._replayer.stop()
+        with contextlib.suppress(StoreUnavailable, OSError):
+            self._spool.wait_durable(self._spool.statistics().written, 1.0)
+            self._replayer.move()
+
+    async def _sweep(self) -> None:
+        while True:
+            await ticks.rest(SWEEP_S)
+            now = self._clock()
+            while self._late and self._late[0][0] <= now:
+                self._give_up(self._late.popleft()[1])
+
+    # ---- one sequence
+
+    def open(self, output: Output, link: WorkerLink) -> bytes:
+        """A sequence is about to be submitted on this link: what its Submit carries. Called again for a retry."""
+        account = output.account
+        if account is None:
+            record = self._record(output, link)
+            account = output.account = Account(record, self._sealer.seal(record))
+            self._calls[account.sealed] = account
+        account.awaited += 1
+        account.worker = link.identity
+        account.continued = bool(output.emitted)
+        return account.sealed
+
+    def _record(self, output: Output, link: WorkerLink) -> OpenRecord:
+        try:
+            return self._opened(output, link, output.call.labels)
+        except RecordError as error:
+            record = self._opened(output, link, {})
+            log.warning("labels_dropped", record=record.record_id, reason=str(error))
+            return record
+
+    def _opened(self, output: Output, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
+        call, now = output.call, self._clock()
+        return OpenRecord(
+            record_id=f"{self._incarnation}.{next(self._numbers)}.{output.index}",
+            tenant=call.tenant,
+            key_id=_fit(call.key_id),
+            model=call.model,
+            version=link.identity.version,
+            request_id=_fit(call.request_id),
+            opened_at_s=self._wall() - (now - call.arrived),
+            adapter=output.request.adapter,
+            segment=output.index + (0 if call.tickets is None else call.tickets.generation * RESUMED),
+            prompt_tokens=_prompt_tokens(output) if call.terms is Terms.PAID or not call.continues else 0,
+            queue_s=max(now - call.arrived, 0.0),
+            labels=labels,
+            gateway=self._gateway,
+        )
+
+    def ended(self, call: Call, outcome: Outcome) -> None:
+        """A call has ended, however: each of its sequences that was submitted gets its record, once."""
+        now = self._clock()
+        again = call.continues
+        for output in call.sequences:
+            account = output.account
+            if account is None or account.end is not None:
+                continue
+            if again:  # what is paid for a prompt that was read again is known now
+                prompt_tokens = len(output.request.prompt_token_ids) if call.pays_prompt else 0
+                account.record, again = replace(account.record, prompt_tokens=prompt_tokens), False
+            elif call.continues:
+                account.record = replace(account.record, prompt_tokens=0)
+            account.admitted = account.admitted or output.admitted or len(output.emitted) > output.restored
+            if account.continued:
+                account.cached_tokens = output.cached_tokens
+            account.end = {
+                "outcome": outcome.value,
+                "completion_tokens": max(output.delivered - output.restored, 0),
+                "generated_tokens": len(output.emitted) - output.restored,
+                "ttft_s": None if call.first_token_at is None else max(call.first_token_at - call.arrived, 0.0),
+                "duration_s": max(now - call.arrived, 0.0),
+            }
+            if account.awaited > 0:
+                self._late.append((now + self._grace_s, account))
+            else:
+                self._close(account)
+
+    def refused(self, output: Output) -> None:
+        """A worker did not take the Submit: it has cost nothing."""
+        if output.account is not None:
+            output.account.awaited -= 1
+
+    def _give_up(self, account: Account) -> None:
+        """The engine's counts have not come in time, or the account is closed already."""
+        if not account.written:
+            self._close(account)
+
+    def _close(self, account: Account) -> None:
+        account.written = True
+        self._news.set()
+        self._calls.pop(account.sealed, None)
+        end = account.end
+        if end is None or not account.admitted:
+            return
+        end["generated_tokens"] = max(account.generated_tokens, end["generated_tokens"])
+        record = account.record.ended(
+            **end,
+            cached_tokens=0 if account.record.segment % RESUMED else account.cached_tokens,
+            gpu=account.gpu,
+            gpu_seconds=account.gpu_seconds,
+            **_place(account.worker),
+        )
+        self._write(record)
+
+    def _write(self, record: UsageRecord) -> None:
+        try:
+            self._spool.append(record)
+        except ValueError:  # closed: the worker was not acknowledged and offers it elsewhere
+            log.warning("usage_after_the_end", record=record.record_id)
+
+    # ---- what workers tell
+
+    def usage(self, link: WorkerLink, ended: Sequence[EndedUsage]) -> None:
+        """A worker tells what requests have come to: ours, or those of gateways that were lost."""
+        refused = []
+        for one in ended:
+            try:
+                self._take(link, one)
+            except SealError as error:  # perhaps another gateway has the secret
+                log.warning("usage_not_ours", worker=link.identity.worker_id, reason=str(error))
+            except RecordError as error:
+                log.error("usage_refused", worker=link.identity.worker_id, reason=str(error))
+                refused.append(one.key)
+            except Exception:  # of one record: the worker offers it again, and keeps its link
+                log.exception("usage_not_taken", worker=link.identity.worker_id)
+        if refused:
+            link.box.usage_acks(refused)
+
+    def _take(self, link: WorkerLink, one: EndedUsage) -> None:
+        account = self._calls.get(one.sealed) if one.sealed else None
+        if account is None:
+            self._offered(link, one)
+            return
+        self._acks.setdefault(account.record.record_id, []).append((link, one.key))
+        name = (link.identity.incarnation, one.key)
+        if name in account.told:
+            return
+        account.told.add(name)
+        account.admitted = True
+        account.awaited -= 1
+        if not account.continued:
+            account.cached_tokens = one.cached_tokens
+        account.generated_tokens += one.generated_tokens
+        account.gpu = one.gpu
+        account.gpu_seconds += one.gpu_seconds
+        if account.end is not None and account.awaited <= 0:
+            self._close(account)
+
+    def _offered(self, link: WorkerLink, one: EndedUsage) -> None:
+        record = self._idle(link, one) if one.idle_id else self._estimate(link, one)
+        self._acks.setdefault(record.record_id, []).append((link, one.key))
+        self._write(record)
+
+    def _idle(self, link: WorkerLink, one: EndedUsage) -> UsageRecord:
+        return UsageRecord(
+            record_id=_fit(one.idle_id),
+            tenant=IDLE_TENANT,
+            key_id="",
+            model=link.identity.model,
+            version=link.identity.version,
+            request_id="",
+            opened_at_s=one.idle_since_s,
+            outcome=Outcome.OK.value,
+            duration_s=one.duration_s,
+            gpu=one.gpu,
+            gpu_seconds=one.gpu_seconds,
+            **_place(link.identity),
+        )
+
+    def _estimate(self, link: WorkerLink, one: EndedUsage) -> UsageRecord:
+        """The record of a call whose gateway was lost: delivered is what was written to that gateway's link, by this
+        worker and by those before it."""
+        opened = self._sealer.open(one.sealed)
+        return opened.ended(
+            outcome=one.outcome,
+            cached_tokens=0 if opened.segment % RESUMED else one.cached_tokens,
+            completion_tokens=one.earlier_tokens + one.written_tokens,
+            generated_tokens=one.earlier_tokens + one.generated_tokens,
+            duration_s=opened.queue_s + one.duration_s,
+            gpu=one.gpu,
+            gpu_seconds=one.gpu_seconds,
+            delivered_unknown=True,
+            **_place(link.identity),
+        )
+
+    # ---- into the database
+
+    def _move(self, records: Sequence[UsageRecord]) -> None:
+        """In the replayer's thread."""
+        try:
+            self._insert(records)
+        except StoreUnavailable:
+            raise
+        except Exception:  # what a database says of a record that it cannot take
+            if len(records) == 1:  # it will never enter: the spool keeps it aside, nobody need offer it again
+                self._tell_moved(records)
+            raise
+        self._tell_moved(records)
+
+    def _tell_moved(self, records: Sequence[UsageRecord]) -> None:
+        loop = self._loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended this moment
+                loop.call_soon_threadsafe(self._moved, [record.record_id for record in records])
+
+    def _moved(self, record_ids: Sequence[str]) -> None:
+        """These are committed: their workers may forget them."""
+        keys: dict[WorkerLink, list[int]] = {}
+        for record_id in record_ids:
+            for link, key in self._acks.pop(record_id, ()):
+                keys.setdefault(link, []).append(key)
+        for link, some in keys.items():
+            link.box.usage_acks(some)
+
+
+def _place(worker: WorkerIdentity | None) -> dict[str, Any]:
+    """The fields of a record that say where its call ended."""
+    if worker is None:
+        return {}
+    return {"worker": _fit(worker.worker_id), "pod": _fit(worker.pod), "node": _fit(worker.host or worker.node)}
+
+
+def _prompt_tokens(output: Output) -> int:
+    """Counted with a call's first sequence alone."""
+    return 0 if output.index else len(output.request.prompt_token_ids)
+
+
+def _fit(text: str) -> str:
+    """A caller's or worker's own word, as short and plain as a record takes it."""
+    if text.isascii() and len(text) <= MAX_ID and "\0" not in text:
+        return text
+    return text[:MAX_ID].replace("\0", "").encode("utf-8", "replace").decode()

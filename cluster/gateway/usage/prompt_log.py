@@ -1,0 +1,170 @@
+"""Prompts and outputs of tenants whose policy says `log_prompts`, as JSON lines; of all others nothing is ever written.
+
+One folder a tenant and one file a day (UTC) under the gateway's folder, readable by their owner only: so what is too
+old, and a tenant that is erased, goes as whole files. A thread writes; calls hand over and never wait: where the thread
+does not follow, calls go unlogged and are counted. What looks like a key or token is hidden, as in the audit log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.calls import request
+from cluster.gateway.calls.call import Call
+from cluster.gateway.text.tokenizer import TextModel
+from cluster.ledger.audit import hide_secrets
+from cluster.observe.metrics import Metrics
+from cluster.policy.limits.budgets import day_name
+from cluster.policy.tenants.policy import TenantPolicy
+from cluster.process.private_files import make_private_folder
+
+log = structlog.get_logger("prompts")
+
+MAX_WAITING = 1000
+SWEEP_S = 3600.0
+DAY_S = 86_400.0
+Policies = Callable[[], Mapping[str, TenantPolicy]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    call: Call
+    prompt: request.Prompt
+    text: TextModel
+    outcome: Outcome
+    at_s: float
+
+
+class PromptLog:
+    """Of one gateway process. `start` and `close` frame its life."""
+
+    def __init__(
+        self, folder: Path, policies: Policies, days: int, metrics: Metrics, wall: Callable[[], float] = time.time
+    ) -> None:
+        """`policies` are those of every tenant that there is; may raise CallError. `days` are kept where a tenant's
+        own policy does not say."""
+        self._folder = folder
+        self._policies = policies
+        self._days = days
+        self._metrics = metrics
+        self._wall = wall
+        self._waiting: queue.Queue[_Ended | None] = queue.Queue(MAX_WAITING)
+        self._thread = threading.Thread(target=self._run, name="prompts", daemon=True)
+        self._error = ""
+
+    def start(self) -> None:
+        """Begin to write, and to remove what is too old."""
+        self._thread.start()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Write what is there and end."""
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join(timeout_s)
+
+    def ended(self, call: Call, prompt: request.Prompt, text: TextModel, outcome: Outcome) -> None:
+        """A call has ended, however; written if its tenant's policy says so."""
+        if not call.policy.log_prompts or call.policy.retention.prompts_days == 0:
+            return
+        try:
+            self._waiting.put_nowait(_Ended(call, prompt, text, outcome, self._wall()))
+        except queue.Full:
+            self._metrics.count("prompt_log_lost_total")
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while True:
+            if time.monotonic() >= due:
+                due = time.monotonic() + SWEEP_S
+                self._told(self.sweep)
+            try:
+                one = self._waiting.get(timeout=max(due - time.monotonic(), 0.0))
+            except queue.Empty:
+                continue
+            if one is None:
+                return
+            self._told(lambda one=one: self._write(one))  # type: ignore[misc]
+
+    def _told(self, work: Callable[[], None]) -> None:
+        error = ""
+        try:
+            work()
+        except Exception as problem:  # of whatever kind: the next call is written all the same
+            self._metrics.count("prompt_log_lost_total")
+            error = f"{type(problem).__name__}: {problem.strerror if isinstance(problem, OSError) else ''}"
+        if error and error != self._error:
+            log.error("prompts_not_written", error=error)
+        self._error = error
+
+    def _write(self, one: _Ended) -> None:
+        line = json.dumps(_line(one), ensure_ascii=False, separators=(",", ":")) + "\n"
+        folder = self._folder / one.call.tenant
+        make_private_folder(folder)
+        path = folder / f"{day_name(one.at_s)}.jsonl"
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "ab") as file:
+            file.write(line.encode("utf-8", "replace"))
+
+    def sweep(self) -> None:
+        """Remove files of days that are over for their tenant, and all of tenants that no longer exist."""
+        if not self._folder.is_dir():
+            return
+        try:
+            policies = self._policies()
+        except CallError:
+            return
+        now_s = self._wall()
+        for folder in self._folder.iterdir():
+            policy = policies.get(folder.name)
+            if policy is None:
+                shutil.rmtree(folder)
+                continue
+            own = policy.retention.prompts_days
+            oldest = day_name(now_s - (self._days if own is None else own) * DAY_S)
+            for file in folder.glob("*.jsonl"):
+                if file.stem < oldest:
+                    file.unlink()
+
+    def __repr__(self) -> str:
+        return f"PromptLog({self._waiting.qsize()} to write)"
+
+
+def _line(one: _Ended) -> dict[str, Any]:
+    call = one.call
+    outputs = [
+        {"index": o.index, "text": one.text.decode(list(o.emitted)), "finish_reason": o.finish_reason}
+        for o in call.sequences
+    ]
+    whole = {
+        "at_s": round(one.at_s, 3),
+        "tenant": call.tenant,
+        "key_id": call.key_id,
+        "request_id": call.request_id,
+        "call_id": call.id,
+        "model": call.model,
+        "outcome": one.outcome.value,
+        "prompt": _prompt(one),
+        "outputs": outputs,
+    }
+    return {name: hide_secrets(value) for name, value in whole.items()}
+
+
+def _prompt(one: _Ended) -> Any:
+    prompt = one.prompt.unpacked() if isinstance(one.prompt, request.PackedPrompt) else one.prompt
+    if isinstance(prompt, request.ChatPrompt):
+        return [dict(message) for message in prompt.messages]
+    if isinstance(prompt, request.TextPrompt):
+        return prompt.text
+    return one.text.decode(list(prompt.token_ids), skip_special_tokens=False)

@@ -1,0 +1,119 @@
+"""A verb from an operator's client to the controller and back: real doors, a real link, verbs of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.admin.v1 import admin_pb2, scaling_pb2
+from cluster.admin.v1.scaling_pb2 import ScaleRequest as Scale
+from cluster.admin.v1.scaling_pb2 import ScaleResponse as Scaled
+from cluster.api.outcomes import CallError, Outcome, invalid
+from cluster.controller.links import ControllerEnd
+from cluster.gateway.apis.admin.forwarding import MAX_DETAIL, details
+from cluster.wire.admin_forwarding import verb
+from tests.support.admin import AdminClient, role_key, until_known
+from tests.support.cluster import until
+from tests.support.keyed import Keyed, keyed_cluster
+
+pytestmark = pytest.mark.slow
+
+
+class Controlled:
+    """A gateway, its operator, and a controller that keeps what it was asked."""
+
+    def __init__(self, keyed: Keyed, operator: AdminClient, end: ControllerEnd) -> None:
+        self.keyed = keyed
+        self.operator = operator
+        self.end = end
+        self.asked: list[tuple[Any, str]] = []
+        self.held = asyncio.Event()
+        end.verbs["Catalog.Scale"] = verb(Scale, self._scale)
+
+    async def _scale(self, request: Scale, actor: str) -> Scaled:
+        self.asked.append((request, actor))
+        if request.name == "hold":
+            await self.held.wait()
+        if request.replicas > 5:
+            raise invalid("replicas", "is above the model's max, 5")
+        if request.name == "gone":
+            raise CallError(Outcome.MODEL_NOT_FOUND, "model 'gone' does not exist")
+        return Scaled(model=scaling_pb2.ModelScaling(name=request.name, desired=request.replicas))
+
+    async def events(self, count: int) -> list[dict[str, Any]]:
+        """The newest audit events of Scale, once there are so many."""
+        found: list[dict[str, Any]] = []
+
+        def there() -> bool:
+            found[:] = self.keyed.ledger.audit.list(equal={"action": "catalog.scale"}, limit=100)
+            return len(found) >= count
+
+        await until(there, "the audit has it", 10)
+        return found
+
+
+@pytest.fixture
+async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
+    """All three."""
+    async with keyed_cluster(tmp_path, "") as keyed:
+        key = await role_key(keyed.ledger, "ops", "operator")
+        gateways = [keyed.gateway.endpoints["link"]]
+        async with AdminClient(keyed.gateway.endpoints["admin"], key) as operator:
+            await until_known(operator, "Catalog.List", admin_pb2.ListRequest())
+            end = ControllerEnd(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
+            made = Controlled(keyed, operator, end)
+            assert (await operator.refused("Catalog.Scale", Scale(name="m"))).reason == "NO_WORKER"
+            running = asyncio.create_task(end.run())
+            await until(lambda: end.linked == 1, "the controller is linked")
+            yield made
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
+    """The controller sees who asks, the operator its answer and its errors, the audit all three."""
+    ask = controlled.operator.ask
+    answer = await ask("Catalog.Scale", Scale(name="m", replicas=3, reason="a fair"))
+    assert (answer.model.name, answer.model.desired) == ("m", 3)
+    refused = await controlled.operator.refused("Catalog.Scale", Scale(name="m", replicas=9))
+    assert (refused.code.name, refused.reason) == ("INVALID_ARGUMENT", "INVALID_FIELD")
+    assert "above the model's max" in refused.message
+    missing = await controlled.operator.refused("Catalog.Scale", Scale(name="gone"))
+    assert missing.reason == "MODEL_NOT_FOUND"
+    unknown = await controlled.operator.refused("Catalog.Freeze", scaling_pb2.FreezeRequest())
+    assert unknown.reason == "UNSUPPORTED_FEATURE"
+    assert [(r.name, actor.split(":")[0]) for r, actor in controlled.asked] == [
+        ("m", "key"),
+        ("m", "key"),
+        ("gone", "key"),
+    ]
+    events = await controlled.events(4)
+    told = [(e["object"], e["outcome"], e["details"].get("replicas")) for e in reversed(events)]
+    assert told == [
+        ("m", "no_worker", None),
+        ("m", "ok", 3),
+        ("m", "invalid_field", 9),
+        ("gone", "model_not_found", None),
+    ]
+    assert events[2]["reason"] == "a fair"
+
+
+async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
+    """Each has its own turn in the controller."""
+    slow = asyncio.create_task(controlled.operator.ask("Catalog.Scale", Scale(name="hold", replicas=1)))
+    await until(lambda: len(controlled.asked) == 1, "it is there")
+    assert (await controlled.operator.ask("Catalog.Scale", Scale(name="m", replicas=2))).model.desired == 2
+    assert not slow.done()
+    controlled.held.set()
+    assert (await slow).model.name == "hold"
+
+
+def test_the_audit_keeps_plain_fields() -> None:
+    """Long texts are cut; the object and the reason have places of their own."""
+    request = Scale(name="m", reason="r" * 9999, replicas=2)
+    assert details(request, "name") == {"replicas": 2}
+    assert details(scaling_pb2.FreezeRequest(name="x" * 999)) == {"name": "x" * MAX_DETAIL}

@@ -1,0 +1,126 @@
+"""A call that runs in another process of the host is ended too, and by nobody but this host's gateway."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.admin.v1 import admin_pb2 as pb
+from cluster.admin.v1 import admin_pb2_grpc
+from cluster.cli.ports import decide
+from cluster.config import parse
+from cluster.gateway.apis.admin.sibling_aborts import SERVICE, TAG, SiblingAborts
+from cluster.gateway.server import Gateway
+from cluster.policy.tenants.identity import admin_token
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
+from cluster.wire.tls import TlsFiles
+from tests.support.admin import AdminClient
+from tests.support.calls import chat as chat_request
+from tests.support.calls import refused, rest_of
+from tests.support.certificates import Authority
+from tests.support.cluster import LOOPBACK, TestCluster, sim_engine
+from tests.support.keyed import SECRET, keyed_text
+
+LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
+
+
+@asynccontextmanager
+async def two(folder: Path, text: str) -> AsyncIterator[list[TestCluster]]:
+    """Two processes of one gateway, both in this one."""
+    config = decide(parse(text.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
+    async with AsyncExitStack() as stack:
+        clusters = []
+        for process in range(2):
+            gateway = Gateway(config, folder / str(process), process=process)
+            await gateway.start()
+            stack.push_async_callback(gateway.stop, 0)
+            cluster = TestCluster(gateway)
+            stack.push_async_callback(cluster.channel.close)
+            clusters.append(cluster)
+        yield clusters
+
+
+def tls_text(folder: Path) -> tuple[str, TlsFiles]:
+    """Mutual TLS for links."""
+    files = Authority(folder).issue("link.example.com")
+    tls = f"{{cert_file: {files.cert_file}, key_file: {files.key_file}, ca_file: {files.ca_file}}}"
+    return f"gateway:\n  link_tls: {tls}\n", files
+
+
+@pytest.mark.parametrize("tls", [False, True])
+async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle: Bundle, tls: bool) -> None:
+    """The first process is asked and the call ends, in whichever it runs, over plain links and over mutual TLS; when
+    the other is gone the answer says that it was not asked."""
+    text, files = LOOPBACK, None
+    if tls:
+        head, files = tls_text(tmp_path / "tls")
+        text = text.replace("gateway:\n", head)
+    async with two(tmp_path, text) as clusters:
+        for cluster in clusters:
+            engine = sim_engine(checkpoint, decode_ms=2, max_model_len=200_000, kv_blocks=40_000)
+            await cluster.add_worker(engine, bundle, tls=files)
+        async with AdminClient(clusters[0].gateway.endpoints["admin"]) as admin:
+            ended: set[int] = set()
+            for number in range(64):
+                async with grpc.aio.insecure_channel(
+                    clusters[0].gateway.endpoints["grpc"], options=(("grpc.use_local_subchannel_pool", 1),)
+                ) as channel:
+                    stub = type(clusters[0].stub)(channel)
+                    stream = stub.StreamChat(chat_request(**LONG), metadata=(("x-request-id", f"r{number}"),))
+                    assert await read(stream) is not None
+                    (at,) = [i for i, one in enumerate(clusters) if one.gateway.service.statistics()]
+                    answer = await admin.ask(
+                        "Fleet.AbortRequest", pb.AbortRequestRequest(request_id=f"r{number}", reason="x")
+                    )
+                    assert (answer.aborted, list(answer.tenants)) == (1, ["default"])
+                    assert (await refused(rest_of(stream))).reason == "CANCELLED"
+                    ended.add(at)
+                if ended == {0, 1}:
+                    break
+            assert ended == {0, 1}, "all connections at one of two would be a chance of 1 in 2^63"
+            for cluster in clusters:
+                for worker in cluster.workers:
+                    await worker.stop()
+            none = pb.AbortRequestRequest(request_id="none", reason="x")
+            assert "did not answer" not in (await admin.refused("Fleet.AbortRequest", none)).message
+            await clusters[1].gateway.stop(0)
+            assert "1 of its processes did not answer" in (await admin.refused("Fleet.AbortRequest", none)).message
+
+
+async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """With `auth` a link port takes no abort without the tag: none, a wrong one, an operator's token, the tag of
+    another request or of an hour ago; and the tag that the first process makes is good."""
+    async with two(tmp_path, keyed_text(tmp_path)) as clusters:
+        gateway = clusters[1].gateway
+        request = pb.AbortRequestRequest(request_id="r")
+
+        def asker(secret: str = SECRET, late_s: float = 0.0) -> SiblingAborts:
+            config = gateway.config.gateway
+            return SiblingAborts(config, 0, [secret.encode()], lambda *_: [], lambda: time.time() - late_s)
+
+        other = pb.AbortRequestRequest(request_id="q")
+        tags: dict[str, Any] = {
+            "none": (),
+            "empty": ((TAG, b""),),
+            "a stranger's": ((TAG, asker("t" * 32)._tag(request)),),
+            "of another request": ((TAG, asker()._tag(other)),),
+            "of an hour ago": ((TAG, asker(late_s=3600)._tag(request)),),
+            "twice": ((TAG, asker()._tag(request)), (TAG, asker()._tag(request))),
+            "an operator's": (("authorization", f"Bearer {admin_token(SECRET.encode())}"),),
+        }
+        async with grpc.aio.insecure_channel(gateway.endpoints["link"]) as channel:
+            stub = admin_pb2_grpc.FleetStub(channel)
+            for what, metadata in tags.items():
+                answer = await refused(stub.AbortRequest(request, metadata=metadata))
+                assert answer.code.name == "PERMISSION_DENIED", what
+            assert (await stub.AbortRequest(request, metadata=((TAG, asker()._tag(request)),))).aborted == 0
+            listing = await refused(stub.ListWorkers(pb.ListWorkersRequest()))
+            assert listing.code.name == "UNIMPLEMENTED", f"of {SERVICE} a link port has one method"
+        assert await asker().abort("r", "") == ([], 0)

@@ -1,0 +1,242 @@
+"""What a client may send and how long it may take, over a real socket and an application that does next to nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from cluster.gateway.apis.http.protocol import CONNECTION, MAX_HEADERS, STRANGER_REFUSALS
+from cluster.gateway.apis.http.server import HttpServer
+from cluster.gateway.apis.http.timeouts import PaceLimits
+
+QUICK = PaceLimits(
+    check_s=0.05,
+    first_head_s=0.2,
+    head_s=0.2,
+    keep_alive_s=0.6,
+    min_body_bytes_per_s=4096,
+    leftover_s=0.2,
+    unread_s=0.3,
+)
+END_S = 5.0
+"""Within which a connection that is to be cut must be."""
+Handle = Callable[[dict[str, Any], Any, Any], Awaitable[None]]
+
+
+@dataclass
+class Echo:
+    """An application that answers with what it was sent: path, headers and the length of the body."""
+
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    port: int = 0
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """ASGI."""
+        self.seen.append(scope)
+        size, more = 0, scope["path"] != "/refuse"
+        if scope["path"] == "/charged":
+            scope[CONNECTION].charge_refusal()
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size += len(message["body"])
+            more = message["more_body"]
+        content = b"x" * 50_000_000 if scope["path"] == "/large" else str(size).encode()
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(content))]}
+        )
+        await send({"type": "http.response.body", "body": content, "more_body": False})
+
+
+@asynccontextmanager
+async def echo(pace: PaceLimits | None = None) -> AsyncIterator[Echo]:
+    """The application behind a server on loopback."""
+    app = Echo()
+    server = HttpServer(app, pace=pace)
+    app.port = await server.start("127.0.0.1", 0)
+    try:
+        yield app
+    finally:
+        await server.stop(0)
+
+
+async def exchange(app: Echo, data: bytes) -> bytes:
+    """Everything that comes for these bytes until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+    try:
+        writer.write(data)
+        return await asyncio.wait_for(reader.read(), END_S)
+    except ConnectionResetError:
+        return b""
+    finally:
+        writer.close()
+
+
+async def dribble(app: Echo, data: bytes, byte: bytes) -> bytes:
+    """Send `data`, then `byte` again and again while the server keeps the connection; what it answered."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+    reading = asyncio.create_task(reader.read())
+    try:
+        writer.write(data)
+        async with asyncio.timeout(END_S):
+            while not reading.done():
+                writer.write(byte)
+                await asyncio.wait((reading,), timeout=0.02)
+        return reading.result()
+    except ConnectionResetError:
+        return b""
+    finally:
+        reading.cancel()
+        writer.close()
+
+
+async def test_trailers_are_no_headers() -> None:
+    """A proxy that strips or checks headers would not see an `authorization` that comes after the body."""
+    body = b"POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n2\r\nab\r\n0\r\n"
+    async with echo() as app:
+        answer = await exchange(app, body + b"authorization: Bearer x\r\nhost: b\r\ncontent-type: a/b\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert [name for name, _ in app.seen[0]["headers"]] == [b"host", b"transfer-encoding", b"connection"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /a HTTP/1.1\r\n\r\n",
+        b"GET /a HTTP/1.0\r\n\r\n",
+        b"GET /a HTTP/1.1\r\nhost: a\r\nhost: a\r\n\r\n",
+        b"GET /a HTTP/1.1\r\nhost: a\r\nx: y\r\nHOST: b\r\n\r\n",
+        b"GET /a HTTP/1.1\r\nhost: a b\r\n\r\n",
+        b"GET /a HTTP/2.0\r\nhost: a\r\n\r\n",
+        b"GET /a HTTP/0.9\r\nhost: a\r\n\r\n",
+        b"GET /a HTTP/3.0\r\nhost: a\r\n\r\n",
+        b"GET /a HTTP/1.2\r\nhost: a\r\n\r\n",
+        b"GET /a\r\n\r\n",
+        b"GET /a HTTP/1.1\r\nhost: a\r\n" + b"x: y\r\n" * MAX_HEADERS + b"\r\n",
+    ],
+)
+async def test_a_head_that_is_wrong_reaches_no_handler(head: bytes) -> None:
+    """Two readers of one request would take it for two different ones."""
+    async with echo() as app:
+        answer = await exchange(app, head)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert app.seen == []
+
+
+async def test_the_callers_address_is_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit's source would be the caller's to write."""
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    async with echo() as app:
+        await exchange(
+            app, b"GET /a HTTP/1.0\r\nhost: a\r\nx-forwarded-for: 6.6.6.6\r\nx-forwarded-proto: https\r\n\r\n"
+        )
+    assert app.seen[0]["client"][0] == "127.0.0.1"
+    assert app.seen[0]["scheme"] == "http"
+
+
+async def test_a_refusal_waits_for_the_answers_before_it() -> None:
+    """A refusal would be read as a part of the answer before it."""
+    good = b"GET /large HTTP/1.1\r\nhost: a\r\n\r\n"
+    async with echo() as app:
+        answer = await exchange(app, good + b"GET /a HTTP/1.1\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert body == b"x" * 50_000_000
+
+
+async def test_thousands_of_pipelined_requests_are_answered_in_order_and_held_as_bytes() -> None:
+    """One read of small requests would become thousands of tasks at once."""
+    count = 3000
+    requests = b"".join(b"POST /%d HTTP/1.1\r\nhost: a\r\ncontent-length: 2\r\n\r\nab" % i for i in range(count - 1))
+    held = 0
+    async with echo() as app:
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+        writer.write(requests + b"GET /last HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        reading = asyncio.create_task(reader.read())
+        while not reading.done():
+            held = max(held, sum("RequestResponseCycle" in repr(task) for task in asyncio.all_tasks()))
+            await asyncio.wait((reading,), timeout=0.001)
+        writer.close()
+    assert reading.result().count(b"HTTP/1.1 200 ") == count
+    assert [scope["path"] for scope in app.seen] == [*(f"/{i}" for i in range(count - 1)), "/last"]
+    assert held <= 2
+
+
+async def test_a_stranger_with_many_refused_requests_loses_the_connection() -> None:
+    """Each costs a look at its credential: in one write, thousands of them would cost a second."""
+    async with echo() as app:
+        answer = await exchange(app, b"GET /charged HTTP/1.1\r\nhost: a\r\n\r\n" * 2000)
+    assert STRANGER_REFUSALS <= answer.count(b"HTTP/1.1 200 ") < 2 * STRANGER_REFUSALS
+    assert answer.count(b"connection: close") == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "byte"),
+    [(b"", b""), (b"GET / HT", b""), (b"", b"\r\n"), (b"GET / HTTP/1.1\r\nhost: a\r\nx: ", b"y"), (b"GET /", b"a")],
+    ids=["silent", "half a head", "empty lines", "dribbled header", "dribbled path"],
+)
+async def test_a_head_that_does_not_end_ends_its_connection(data: bytes, byte: bytes) -> None:
+    """A stranger would hold a descriptor for as long as it likes."""
+    async with echo(QUICK) as app:
+        await dribble(app, data, byte)
+        again = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n" + data
+        answer = await dribble(app, again, byte)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_a_dribbled_body_ends_its_connection(chunked: bool) -> None:
+    """A body of one byte now and then would hold its call for as long as its client likes."""
+    how = b"transfer-encoding: chunked" if chunked else b"content-length: 1000000"
+    async with echo(QUICK) as app:
+        answer = await dribble(
+            app, b"POST /a HTTP/1.1\r\nhost: a\r\n" + how + b"\r\n\r\n", b"1\r\nx\r\n" if chunked else b"x"
+        )
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+async def test_the_rest_of_a_refused_body_is_not_read_for_ever() -> None:
+    """An answered request's body would hold the connection for as long as it comes."""
+    async with echo(QUICK) as app:
+        answer = await dribble(
+            app, b"POST /refuse HTTP/1.1\r\nhost: a\r\ncontent-length: 99999999\r\n\r\n", b"x" * 1000
+        )
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_response_that_is_not_read_ends_its_connection() -> None:
+    """A response would be kept as long as its client likes."""
+    async with echo(QUICK) as app:
+        reader, writer = await asyncio.open_connection("127.0.0.1", app.port, limit=1024)
+        writer.write(b"GET /large HTTP/1.1\r\nhost: a\r\n\r\n")
+        await reader.readexactly(4)
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(write_on(writer), END_S)
+        writer.close()
+
+
+async def write_on(writer: asyncio.StreamWriter) -> None:
+    """Send, and read nothing, until a write fails."""
+    while True:
+        writer.write(b" ")
+        await writer.drain()
+        await asyncio.sleep(0.02)
+
+
+async def test_what_strangers_send_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A line in the log for each bad request would fill the disk."""
+    caplog.set_level(logging.DEBUG)
+    async with echo() as app:
+        for data in (
+            b"\x00\r\n\r\n",
+            b"GET / HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n",
+        ):
+            await exchange(app, data)
+    assert [record for record in caplog.records if record.name.startswith("uvicorn")] == []

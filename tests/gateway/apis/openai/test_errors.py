@@ -1,0 +1,328 @@
+"""What is wrong over HTTP is told in OpenAI's shape with its field, its reason and a remedy, and disturbs nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from cluster.gateway.apis.json_values import MAX_DEPTH
+from cluster.gateway.apis.openai.fields import Fields
+from cluster.gateway.apis.openai.requests import chat_asked, completion_asked
+from cluster.wire.bundle import Bundle
+from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
+from tests.support.http import Wire, chat_body, client, completion_body, fetch
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+NAN, INF = float("nan"), float("inf")
+
+# fields over a good chat request, the parameter that is told, and the code when it is not invalid_field
+BAD_CHATS: list[tuple[str, dict[str, Any], str]] = [
+    ("no messages", {"messages": []}, "messages"),
+    ("messages of a wrong type", {"messages": "hi"}, "messages"),
+    ("a message of a wrong type", {"messages": ["hi"]}, "messages[0]"),
+    ("unknown role", {"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
+    ("no role", {"messages": [{"content": "x"}]}, "messages[0].role"),
+    ("content of a wrong type", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ("part without a type", {"messages": [{"role": "user", "content": [{}]}]}, "messages[0].content[0].type"),
+    ("part without text", {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+     "messages[0].content[0].text"),
+    ("bad tool arguments", {"messages": [{"role": "assistant", "tool_calls": [
+        {"id": "1", "function": {"name": "f", "arguments": "{"}}]}]}, "messages[0].tool_calls[0].function.arguments"),
+    ("model of a wrong type", {"model": 5}, "model"),
+    ("temperature of a wrong type", {"temperature": "hot"}, "temperature"),
+    ("boolean temperature", {"temperature": True}, "temperature"),
+    ("negative temperature", {"temperature": -1}, "temperature"),
+    ("NaN temperature", {"temperature": NAN}, "temperature"),
+    ("huge temperature", {"temperature": 10**400}, "temperature"),
+    ("infinite top_p", {"top_p": INF}, "top_p"),
+    ("zero top_p", {"top_p": 0}, "top_p"),
+    ("top_k", {"top_k": -2}, "top_k"),
+    ("huge top_k", {"top_k": 2**31}, "top_k"),
+    ("top_k with a fraction", {"top_k": 1.5}, "top_k"),
+    ("NaN top_k", {"top_k": NAN}, "top_k"),
+    ("min_p", {"min_p": 2}, "min_p"),
+    ("zero max_tokens", {"max_tokens": 0}, "max_tokens"),
+    ("zero max_completion_tokens", {"max_completion_tokens": 0}, "max_completion_tokens"),
+    ("min above max", {"max_tokens": 3, "min_tokens": 4}, "min_tokens"),
+    ("n", {"n": 0}, "n"),
+    ("too large n", {"n": 1000}, "n"),
+    ("seed beyond 64 bits", {"seed": 2**63}, "seed"),
+    ("frequency_penalty", {"frequency_penalty": 3}, "frequency_penalty"),
+    ("presence_penalty", {"presence_penalty": -INF}, "presence_penalty"),
+    ("repetition_penalty", {"repetition_penalty": 0}, "repetition_penalty"),
+    ("top_logprobs alone", {"top_logprobs": 2}, "top_logprobs"),
+    ("too many top_logprobs", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ("logprobs of a wrong type", {"logprobs": 3}, "logprobs"),
+    ("empty stop", {"stop": ""}, "stop[0]"),
+    ("stop of a wrong type", {"stop": ["a", 1]}, "stop[1]"),
+    ("too many stops", {"stop": ["a"] * 17}, "stop"),
+    ("stop token", {"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ("stop token of a wrong type", {"stop_token_ids": [1, "a"]}, "stop_token_ids[1]"),
+    ("stop token out of vocabulary", {"stop_token_ids": [2**31 - 1]}, f"stop_token_ids[{2**31 - 1}]"),
+    ("logit bias id", {"logit_bias": {"x": 1}}, "logit_bias[x]"),
+    ("logit bias value", {"logit_bias": {"5": 101}}, "logit_bias[5]"),
+    ("logit bias of a wrong type", {"logit_bias": {"5": "a"}}, "logit_bias[5]"),
+    ("ignore_eos of a wrong type", {"ignore_eos": 1}, "ignore_eos"),
+    ("stream of a wrong type", {"stream": "yes"}, "stream"),
+    ("stream options without a stream", {"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
+    ("usage of a wrong type", {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ("format type", {"response_format": {"type": "xml"}}, "response_format.type"),
+    ("no schema", {"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    ("schema with NaN", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"minimum": NAN}}}},
+     "response_format.json_schema.schema"),
+    ("two constraints", {"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    ("no constraint", {"structured_outputs": {}}, "structured_outputs"),
+    ("choice of a wrong type", {"structured_outputs": {"choice": [1]}}, "structured_outputs.choice[0]"),
+    ("constraint that is not JSON", {"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+    ("constraints twice", {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+     "structured_outputs"),
+    ("template arguments", {"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+    ("two endings", {"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+    ("empty salt", {"cache_salt": ""}, "cache_salt"),
+    ("long salt", {"cache_salt": "x" * 513}, "cache_salt"),
+    ("salt of a wrong type", {"cache_salt": 1}, "cache_salt"),
+    ("lone surrogate in a message", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+    ("lone surrogate in a stop", {"stop": ["a", "\udc00"]}, "stop[1]"),
+]  # fmt: skip
+
+UNSERVED_CHATS: list[tuple[str, dict[str, Any], str]] = [
+    ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ("tool_choice", {"tool_choice": "required"}, "tool_choice"),
+    ("audio", {"modalities": ["text", "audio"]}, "modalities"),
+    ("image", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
+     "messages[0].content[0].type"),
+    ("functions", {"functions": [{"name": "f"}]}, "functions"),
+    ("beam search", {"use_beam_search": True}, "use_beam_search"),
+    ("priority", {"priority": 1}, "priority"),
+    ("a template of one's own", {"chat_template": "{{ x }}"}, "chat_template"),
+    ("special tokens", {"skip_special_tokens": False}, "skip_special_tokens"),
+    ("old guided decoding", {"guided_json": {}}, "guided_json"),
+    ("structural tag", {"response_format": {"type": "structural_tag"}}, "response_format.type"),
+]  # fmt: skip
+
+BAD_COMPLETIONS: list[tuple[str, dict[str, Any], str, str]] = [
+    ("no prompt", {"prompt": None}, "prompt", "invalid_field"),
+    ("empty prompt", {"prompt": ""}, "prompt", "invalid_field"),
+    ("no prompts", {"prompt": []}, "prompt", "invalid_field"),
+    ("prompt of a wrong type", {"prompt": {"a": 1}}, "prompt", "invalid_field"),
+    ("empty among prompts", {"prompt": ["a", ""]}, "prompt[1]", "invalid_field"),
+    ("no prompt among prompts", {"prompt": ["a", 5]}, "prompt[1]", "invalid_field"),
+    ("no token id", {"prompt": [1, "a"]}, "prompt[1]", "invalid_field"),
+    ("token out of vocabulary", {"prompt": [1, -1]}, "prompt[1]", "invalid_field"),
+    ("token out of vocabulary among prompts", {"prompt": [[1], [1, 2**30]]}, "prompt[1][1]", "invalid_field"),
+    ("too many prompts", {"prompt": ["a"] * 129}, "prompt", "invalid_field"),
+    ("boolean logprobs", {"logprobs": True}, "logprobs", "invalid_field"),
+    ("too many logprobs", {"logprobs": 21}, "logprobs", "invalid_field"),
+    ("too long", {"prompt": [9] * 256}, "prompt", "context_length_exceeded"),
+    ("one too long among prompts", {"prompt": [[9], [9] * 256]}, "prompt[1]", "context_length_exceeded"),
+    ("echo", {"echo": True}, "echo", "unsupported_feature"),
+    ("suffix", {"suffix": "x"}, "suffix", "unsupported_feature"),
+    ("best_of", {"best_of": 2}, "best_of", "unsupported_feature"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+async def busy(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle
+) -> AsyncIterator[TestCluster]:
+    """A gateway with a worker, for the whole module."""
+    async with running_cluster(tmp_path_factory.mktemp("http")) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=1, max_model_len=256, kv_blocks=600), bundle)
+        yield cluster
+        await cluster.until_idle()
+
+
+async def assert_refused(
+    cluster: TestCluster, path: str, body: dict[str, Any], param: str, code: str = "invalid_field"
+) -> None:
+    """The answer is 400 with this parameter and code, and names the field, whole and streamed alike."""
+    wanted = [body] if "stream" in body else [body, {**body, "stream": True}]
+    for one in wanted:
+        reply = await fetch(cluster, path, one)
+        error = reply.error
+        assert (reply.status, error["code"], error["param"]) == (400, code, param), error
+        assert error["type"] == "invalid_request_error"
+        assert code == "context_length_exceeded" or param in error["message"]
+        assert "Traceback" not in error["message"]
+
+
+@pytest.mark.parametrize(("fields", "param"), [case[1:] for case in BAD_CHATS], ids=[c[0] for c in BAD_CHATS])
+async def test_a_wrong_field_is_named(busy: TestCluster, fields: dict[str, Any], param: str) -> None:
+    """Each bad chat ends with the path of its field."""
+    await assert_refused(busy, CHAT, chat_body() | fields, param)
+
+
+@pytest.mark.parametrize(("fields", "param"), [case[1:] for case in UNSERVED_CHATS], ids=[c[0] for c in UNSERVED_CHATS])
+async def test_what_is_not_served_is_refused_by_name(busy: TestCluster, fields: dict[str, Any], param: str) -> None:
+    """A known field that would change the answer is never ignored."""
+    await assert_refused(busy, CHAT, chat_body() | fields, param, "unsupported_feature")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"), [case[1:] for case in BAD_COMPLETIONS], ids=[c[0] for c in BAD_COMPLETIONS]
+)
+async def test_a_wrong_completion_is_named(busy: TestCluster, fields: dict[str, Any], param: str, code: str) -> None:
+    """Each bad completion ends with the path of its field, under the name that the caller gave it."""
+    await assert_refused(busy, COMPLETIONS, completion_body() | fields, param, code)
+
+
+async def test_errors_disturb_nobody(busy: TestCluster) -> None:
+    """A good call beside bad ones gives what it gives alone; several faults are told in one answer."""
+    good = chat_body(max_tokens=100, ignore_eos=True)
+    expected = (await fetch(busy, CHAT, good)).json["choices"]
+    beside = asyncio.ensure_future(fetch(busy, CHAT, good))
+    message = (await fetch(busy, CHAT, chat_body(top_p=2, n=0))).error["message"]
+    assert "top_p:" in message
+    assert "n:" in message
+    assert (await beside).json["choices"] == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[1]", "must be a JSON object, got an array"),
+        (b'"x"', "must be a JSON object, got a string"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b'{"model": "\xc3\x28"}', "not JSON"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b"[" * 30_000, "nested too deeply"),
+        (b"[" * 100_000, "must be a JSON object, got an array"),
+        (b'{"chat_template_kwargs": ' + b'{"a": ' * MAX_DEPTH + b"1" + b"}" * MAX_DEPTH + b"}", "nested too deeply"),
+    ],
+    ids=["empty", "open", "array", "string", "bytes", "utf8", "digits", "very deep", "large and deep", "deep"],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_a_body_that_is_no_request(busy: TestCluster, path: str, body: bytes, says: str) -> None:
+    """Malformed JSON of any kind is the caller's fault, told in the same shape."""
+    reply = await fetch(busy, path, body, method="POST", content_length=str(len(body)))
+    assert (reply.status, reply.error["param"], reply.error["code"]) == (400, "body", "invalid_field")
+    assert says in reply.error["message"]
+
+
+async def test_a_body_over_the_limit(tmp_path: Path) -> None:
+    """Refused with 413 by its length, before it is read, and by its size where no length is given."""
+    config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  max_message_bytes: 65536")
+    async with running_cluster(tmp_path, config) as cluster:
+        wire = await Wire.open(cluster)
+        wire.ask(CHAT, b"{", content_length=str(1 << 40))
+        reply = await wire.reply()
+        assert (reply.status, reply.error["code"]) == (413, "request_too_large")
+        await wire.close()
+        chunked = b"".join(b"4000\r\n" + b" " * 0x4000 + b"\r\n" for _ in range(5)) + b"0\r\n\r\n"
+        wire = await Wire.open(cluster)
+        wire.ask(CHAT, chunked, transfer_encoding="chunked")
+        assert (await wire.reply()).status == 413
+        wire.ask("/health")
+        assert (await wire.reply()).status == 200, "the connection goes on"
+        fits = b"ffff\r\n" + b" " * 0xFFFF + b"\r\n0\r\n\r\n"
+        wire.ask(CHAT, fits, transfer_encoding="chunked")
+        assert (await wire.reply()).status == 400
+        await wire.close()
+
+
+async def test_wrong_paths_methods_and_media(busy: TestCluster) -> None:
+    """404, 405 and 415 have OpenAI's shape; what a web page could post unasked is refused."""
+    nowhere = await fetch(busy, "/v1/nope", {})
+    assert (nowhere.status, nowhere.error["code"]) == (404, "not_found")
+    get = await fetch(busy, CHAT)
+    assert (get.status, get.error["code"], get.headers["allow"]) == (405, "method_not_allowed", "POST")
+    assert (await fetch(busy, "/v1/models", {})).headers["allow"] == "GET, HEAD"
+    for media in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert (await fetch(busy, CHAT, chat_body(), content_type=media)).status == 415
+    assert (await fetch(busy, CHAT, chat_body(), content_type="Application/JSON; charset=utf-8")).status == 200
+
+
+async def test_garbage_and_endless_heads(busy: TestCluster) -> None:
+    """What is no HTTP, or never ends its headers, is answered with 400 and closed."""
+    endless = b"GET /health HTTP/1.1\r\n" + b"x-a: " + b"a" * 70_000
+    for data in (b"\x16\x03\x01garbage\r\n\r\n", endless, b"GET /" + b"a" * 70_000):
+        wire = await Wire.open(busy)
+        wire.writer.write(data)
+        answer = await wire.reader.read()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        await wire.close()
+    assert (await fetch(busy, "/health")).status == 200
+
+
+async def test_the_official_clients_exceptions(busy: TestCluster, cluster: TestCluster) -> None:
+    """Each error is the type that the client has for it, with code and parameter; a pause is told twice."""
+    async with client(busy) as ai:
+        with pytest.raises(openai.NotFoundError) as missing:
+            await ai.chat.completions.create(**chat_body(model="nope"))
+        assert (missing.value.code, missing.value.status_code) == ("model_not_found", 404)
+        with pytest.raises(openai.NotFoundError):
+            await ai.models.retrieve("nope")
+        with pytest.raises(openai.BadRequestError) as bad:
+            await ai.chat.completions.create(**chat_body(temperature=9))
+        assert (bad.value.code, bad.value.param) == ("invalid_field", "temperature")
+    async with client(cluster) as ai:
+        with pytest.raises(openai.InternalServerError) as loading:
+            await ai.chat.completions.create(**chat_body(), stream=True)
+        assert (loading.value.status_code, loading.value.code) == (503, "model_loading")
+        assert loading.value.type == "server_error"
+        assert loading.value.response.headers["retry-after"] == "2"
+        assert loading.value.response.headers["retry-after-ms"] == "2000"
+
+
+async def test_a_worker_lost_in_mid_stream(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """With resume off the stream ends with an error event after all its text, and without [DONE]; the client raises."""
+    config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
+    async with running_cluster(tmp_path, config) as cluster:
+        worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        body = chat_body(max_tokens=1000, extra_body={"ignore_eos": True})
+        wire = await Wire.open(cluster)
+        wire.ask(CHAT, chat_body(max_tokens=1000, ignore_eos=True, stream=True))
+        assert (await wire.head())[0] == 200
+        assert await wire.chunk()
+        async with client(cluster) as ai:
+            stream = await ai.chat.completions.create(**body, stream=True)
+            assert await anext(aiter(stream))
+            await worker.stop()
+            with pytest.raises(openai.APIError, match="the worker was lost"):
+                async for _ in stream:
+                    pass
+        chunks = []
+        while chunk := await wire.chunk():
+            chunks.append(chunk)
+        assert json.loads(chunks[-1].removeprefix(b"data: "))["error"]["code"] == "worker_lost"
+        await wire.close()
+        await cluster.until_idle()
+
+
+async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A full queue refuses with 503, a reason and a pause; so does what has waited too long."""
+    config = LOOPBACK.replace(
+        "drain_timeout_s: 0", "drain_timeout_s: 0\n  queue: {max_requests: 2, max_tokens: 100000, max_wait_s: 0.3}"
+    )
+    async with running_cluster(tmp_path, config) as cluster:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=30, max_num_seqs=1), bundle)
+        body = chat_body(max_tokens=200, ignore_eos=True)
+        calls = [asyncio.ensure_future(fetch(cluster, CHAT, body)) for _ in range(10)]
+        await until(lambda: sum(call.done() for call in calls) >= 9, "calls are refused and shed")
+        replies = [call.result() for call in calls if call.done()]
+        assert {(r.status, r.error["code"]) for r in replies} == {(503, "queue_full"), (503, "shed")}
+        assert all(int(r.headers["retry-after"]) >= 1 for r in replies)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await cluster.until_idle()
+
+
+def test_every_reader_takes_its_defaults() -> None:
+    """The smallest requests are good ones, and leave every option to the model."""
+    for asked in (
+        chat_asked(Fields({"model": "m", "messages": [{"role": "user", "content": "x"}]})),
+        completion_asked(Fields({"model": "m", "prompt": "x"})),
+    ):
+        options = asked.wishes[0].options
+        assert (options.max_tokens, options.temperature, options.n, options.logprobs) == (None, None, 1, None)
+        assert not asked.stream

@@ -1,0 +1,165 @@
+"""A call's credentials become one principal, or one refusal that tells nothing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.auth.credentials import Authenticator
+from cluster.gateway.auth.oidc import Issuer, OidcVerifier
+from cluster.policy.tenants.identity import (
+    BAD_KEY,
+    CertificateRule,
+    KeyEntry,
+    Principal,
+    Snapshot,
+    TenantEntry,
+    digest_of,
+    make_key,
+    sha256_of,
+)
+from cluster.policy.tenants.policy import TenantPolicy
+
+NOW = 1_800_000_000.0
+PEPPER = b"p" * 32
+KEY = make_key("k1", hashlib.sha256(b"1").digest())
+ISSUER = "https://sso.example.com/"
+SIGNING = ed25519.Ed25519PrivateKey.generate()
+SPIFFE = "URI:spiffe://example.com/ns/billing"
+
+
+async def documents(url: str) -> Mapping[str, Any]:
+    """The issuer's discovery document and keys."""
+    if url.endswith("openid-configuration"):
+        return {"issuer": ISSUER, "jwks_uri": "https://sso.example.com/keys"}
+    return {"keys": [jwt.algorithms.OKPAlgorithm.to_jwk(SIGNING.public_key(), as_dict=True)]}
+
+
+def token(tenant: str) -> str:
+    """A good token of a tenant's operator."""
+    body = {"iss": ISSUER, "aud": "headrace", "sub": "ada", "org": tenant, "role": "operator", "exp": NOW + 60}
+    return jwt.encode(body, SIGNING, "EdDSA")
+
+
+class World:
+    """An authenticator and what it has told."""
+
+    def __init__(self, *, oidc: bool = True) -> None:
+        self.told: list[tuple[str, str, str]] = []
+        tenants = [TenantEntry(TenantPolicy(n, suspended=n == "gone")) for n in ("acme", "billing", "gone")]
+        key = KeyEntry("k1", "acme", digest_of(sha256_of(KEY), PEPPER))
+        self.snapshot = Snapshot.of(tenants, [key])
+        issuer = Issuer(ISSUER, "headrace", "org", "role")
+        self.authenticator = Authenticator(
+            lambda: self.snapshot,
+            peppers=(PEPPER,),
+            oidc=OidcVerifier([issuer], fetch=documents, wall=lambda: NOW) if oidc else None,
+            certificates=[CertificateRule("spiffe://example.com/ns/billing", "billing")],
+            told=lambda reason, subject, peer: self.told.append((reason, subject, peer)),
+            clock=lambda: NOW,
+        )
+
+    async def who(self, *authorization: str, names: tuple[str, ...] = ()) -> Principal:
+        """Who shows these is."""
+        return await self.authenticator.principal(authorization, names, "10.0.0.9")
+
+    async def refused(self, *authorization: str, names: tuple[str, ...] = ()) -> CallError:
+        """The refusal of who shows these."""
+        with pytest.raises(CallError) as caught:
+            await self.who(*authorization, names=names)
+        return caught.value
+
+
+async def test_keys_tokens_and_certificates() -> None:
+    """Each names its tenant, role and subject; the scheme's case does not matter."""
+    world = World()
+    key = await world.who(f"Bearer {KEY}")
+    assert (key.tenant.name, key.by, key.subject, key.role) == ("acme", "key", "k1", "caller")
+    assert (await world.who(f"bearer {KEY}")).tenant.name == "acme"
+    claimed = await world.who(f"Bearer {token('billing')}")
+    assert (claimed.tenant.name, claimed.by, claimed.subject, claimed.role) == ("billing", "jwt", "ada", "operator")
+    shown = await world.who(names=("DNS:x", SPIFFE))
+    assert (shown.tenant.name, shown.by, shown.role) == ("billing", "certificate", "caller")
+    assert shown.subject == SPIFFE, "the audit names the alternative name that let it in"
+    assert world.told == []
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ((), "missing"),
+        (("",), "missing"),
+        (("Bearer",), "missing"),
+        (("Bearer ",), "missing"),
+        (("Basic eA==",), "missing"),
+        ((f"Bearer {KEY}x",), "unknown"),
+        ((f"Bearer {KEY[:-1]}",), "unknown"),
+        ((f"Bearer  {KEY}",), "unknown"),
+        ((f"Bearer {KEY}, Bearer {KEY}",), "unknown"),
+        ((f"Bearer {KEY}\r\nx: y",), "unknown"),
+        ((KEY,), "missing"),
+        ((f"Bearer {KEY}", f"Bearer {KEY}"), "several"),
+        ((f"Bearer {KEY}", "Bearer other"), "several"),
+        (("Bearer " + "x" * 5_000_000,), "too_long"),
+        (("Bearer eyJ.x.y",), "malformed"),
+        ((f"Bearer {token('nobody')}",), "unknown"),
+    ],
+)
+async def test_what_is_refused(values: tuple[str, ...], reason: str) -> None:
+    """Missing, mangled, doubled, smuggled and foreign credentials each have their word for the audit."""
+    world = World()
+    error = await world.refused(*values)
+    assert error.outcome is Outcome.UNAUTHENTICATED_KEY
+    assert [told[0] for told in world.told] == [reason]
+    assert world.told[0][2] == "10.0.0.9"
+    assert KEY not in error.message
+    if reason != "missing":
+        assert error.message == BAD_KEY
+
+
+async def test_a_bad_token_is_not_saved_by_a_good_certificate() -> None:
+    """The token decides alone."""
+    world = World()
+    await world.refused("Bearer nonsense", names=(SPIFFE,))
+    await world.refused("", names=(SPIFFE,))
+    assert [told[0] for told in world.told] == ["unknown", "missing"]
+
+
+async def test_a_certificate_of_nobody() -> None:
+    """One that no rule names is told apart in the audit only."""
+    world = World()
+    assert (await world.refused(names=("DNS:x",))).message == BAD_KEY
+    assert world.told[0][0] == "unknown_certificate"
+
+
+async def test_a_suspended_tenant() -> None:
+    """However it shows who it is, it is told that it is suspended."""
+    world = World()
+    assert (await world.refused(f"Bearer {token('gone')}")).outcome is Outcome.TENANT_SUSPENDED
+
+
+async def test_without_issuers_a_jwt_is_a_bad_key() -> None:
+    """No issuer configured: the same answer, by the path of keys."""
+    world = World(oidc=False)
+    assert (await world.refused(f"Bearer {token('acme')}")).message == BAD_KEY
+    assert world.told[0][0] == "unknown"
+
+
+async def test_a_stale_snapshot_is_no_bad_key() -> None:
+    """When the store is away too long the caller may retry, and nobody is blamed."""
+    world = World()
+
+    def stale() -> Snapshot:
+        raise CallError(Outcome.STORE_UNAVAILABLE, "away")
+
+    authenticator = Authenticator(stale, peppers=(PEPPER,), told=lambda *_: pytest.fail("blamed"))
+    with pytest.raises(CallError) as caught:
+        await authenticator.principal((f"Bearer {KEY}",))
+    assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
+    assert world.told == []

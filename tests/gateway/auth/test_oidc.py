@@ -1,0 +1,413 @@
+"""Tokens of a real issuer are let in; forged, foreign, expired and malformed ones are not, and cost little."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import json
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import jwt
+import oidc_provider_mock  # type: ignore[import-untyped]
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.auth import bearer_tokens, oidc
+from cluster.gateway.auth.bearer_tokens import TokenRefused
+from cluster.gateway.auth.no_redirect import open_straight
+from cluster.gateway.auth.oidc import Claims, Issuer, OidcVerifier
+from cluster.policy.tenants.identity import BAD_KEY
+
+NOW = 1_800_000_000.0
+ISSUER = "https://sso.example.com/"
+RSA_KEY = rsa.generate_private_key(65537, 2048)
+EC_KEY = ec.generate_private_key(ec.SECP256R1())
+WEAK_KEY = rsa.generate_private_key(65537, 1024)  # noqa: S505 - weak on purpose
+
+
+class RealIssuer:
+    """oidc-provider-mock, restarted at will: each start has new keys."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self.port = 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        """The issuer's name."""
+        return f"http://localhost:{self.port}"
+
+    def start(self) -> None:
+        """Start it, with users of two tenants."""
+        users = [
+            oidc_provider_mock.User(sub="ada", claims={"org": "acme", "headrace_role": "operator"}),
+            oidc_provider_mock.User(sub="bob", claims={"nested": {"org": "b"}}),
+        ]
+        server = oidc_provider_mock.run_server_in_thread(self.port, user_claims=users)
+        self.port = self._stack.enter_context(server).server_port
+
+    def stop(self) -> None:
+        """End it."""
+        self._stack.close()
+
+    def token(self, user: str, audience: str = "headrace") -> str:
+        """An ID token by the authorization code flow, as a browser and its application would get it."""
+        back = "http://localhost/back"
+        query = {"client_id": audience, "redirect_uri": back, "response_type": "code", "scope": "openid"}
+        code = urllib.parse.parse_qs(
+            urllib.parse.urlsplit(self._post(f"/oauth2/authorize?{urllib.parse.urlencode(query)}", {"sub": user})).query
+        )["code"][0]
+        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": back}
+        answer = self._post("/oauth2/token", {**form, "client_id": audience, "client_secret": "x"})
+        return str(json.loads(answer)["id_token"])
+
+    def _post(self, path: str, form: Mapping[str, str]) -> str:
+        """The body, or where a redirect leads."""
+        request = urllib.request.Request(self.url + path, urllib.parse.urlencode(form).encode())  # noqa: S310 - loopback
+        try:
+            with open_straight(request, 10) as answer:
+                return str(answer.read().decode())
+        except urllib.error.HTTPError as error:
+            with error:
+                return str(error.headers["location"])
+
+
+@pytest.fixture
+def real() -> Iterator[RealIssuer]:
+    """A real issuer on loopback."""
+    issuer = RealIssuer()
+    yield issuer
+    issuer.stop()
+
+
+class Clock:
+    """Both clocks of a verifier."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Scripted:
+    """An issuer whose documents the test writes."""
+
+    def __init__(self, *keys: dict[str, Any]) -> None:
+        self.keys = list(keys)
+        self.fetched = 0
+        self.away = False
+        self.discovery: dict[str, Any] = {"issuer": ISSUER, "jwks_uri": "https://sso.example.com/keys"}
+
+    async def fetch(self, url: str) -> Mapping[str, Any]:
+        """Discovery or keys."""
+        self.fetched += 1
+        await asyncio.sleep(0)
+        if self.away:
+            raise OSError("no route")
+        return self.discovery if url.endswith("openid-configuration") else {"keys": self.keys}
+
+
+def public(key: Any, key_id: str = "k1", **extra: Any) -> dict[str, Any]:
+    """A JWK."""
+    kinds: dict[type, Any] = {
+        rsa.RSAPrivateKey: jwt.algorithms.RSAAlgorithm,
+        ec.EllipticCurvePrivateKey: jwt.algorithms.ECAlgorithm,
+        ed25519.Ed25519PrivateKey: jwt.algorithms.OKPAlgorithm,
+    }
+    (algorithm,) = [value for kind, value in kinds.items() if isinstance(key, kind)]
+    named = {"kid": key_id} if key_id else {}
+    return {**json.loads(algorithm.to_jwk(key.public_key())), **named, **extra}
+
+
+def sign(key: Any = RSA_KEY, algorithm: str = "RS256", key_id: str | None = "k1", **changes: Any) -> str:
+    """A token; a claim that is None is left out."""
+    body = {"iss": ISSUER, "aud": "headrace", "sub": "ada", "org": "acme", "exp": NOW + 60, "iat": NOW, **changes}
+    headers = {} if key_id is None else {"kid": key_id}
+    return jwt.encode({k: v for k, v in body.items() if v is not None}, key, algorithm, headers=headers)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that the test moves."""
+    return Clock()
+
+
+@pytest.fixture
+def scripted() -> Scripted:
+    """An issuer with one RSA key."""
+    return Scripted(public(RSA_KEY))
+
+
+@pytest.fixture
+def verifier(scripted: Scripted, clock: Clock) -> OidcVerifier:
+    """A verifier of that issuer."""
+    issuer = Issuer(ISSUER, "headrace", "org", "headrace_role")
+    return OidcVerifier([issuer], fetch=scripted.fetch, wall=clock, monotonic=clock)
+
+
+async def reason(verifier: OidcVerifier, token: str) -> str:
+    """Why a token is refused; the caller is told what every bad key is told."""
+    with pytest.raises(TokenRefused) as caught:
+        await verifier.verify(token)
+    assert caught.value.outcome is Outcome.UNAUTHENTICATED_KEY
+    assert caught.value.message == BAD_KEY
+    return caught.value.reason
+
+
+async def test_tokens_of_a_real_issuer(real: RealIssuer) -> None:
+    """Its users are let in as their tenants, by name and by path; for another audience they are not."""
+    verifier = OidcVerifier([Issuer(real.url, "headrace", "org", "headrace_role")])
+    claims = await verifier.verify(real.token("ada"))
+    assert (claims.tenant, claims.role, claims.subject, claims.issuer) == ("acme", "operator", "ada", real.url)
+    assert claims.expires_at_s > time.time()
+    assert await reason(verifier, real.token("bob")) == "no_tenant"
+    assert await reason(verifier, real.token("ada", audience="other")) == "audience"
+    nested = OidcVerifier([Issuer(real.url, "headrace", "nested.org")])
+    assert (await nested.verify(real.token("bob"))).tenant == "b"
+    await verifier.close()
+
+
+async def test_a_real_issuer_renews_its_keys(real: RealIssuer) -> None:
+    """After a restart with new keys new tokens are let in, once the pause between fetches is over, and old ones not."""
+    clock = Clock()
+    verifier = OidcVerifier([Issuer(real.url, "headrace", "org")], monotonic=clock)
+    old = real.token("ada")
+    await verifier.verify(old)
+    real.stop()
+    real.start()
+    new = real.token("ada")
+    assert await reason(verifier, new) in ("unknown_key", "bad_signature")
+    clock.now += oidc.KEY_AGE_S + 1
+    for _ in range(50):  # without key ids the old key is tried while the new ones are being fetched
+        try:
+            assert (await verifier.verify(new)).tenant == "acme"
+            break
+        except TokenRefused:
+            clock.now += oidc.MIN_REFETCH_S
+            await asyncio.gather(*verifier._refreshing)
+    else:
+        pytest.fail("the new keys were never fetched")
+    assert await reason(verifier, old) in ("unknown_key", "bad_signature")
+    await verifier.close()
+
+
+@pytest.mark.parametrize(
+    ("key", "algorithm"),
+    [
+        (RSA_KEY, "RS256"),
+        (RSA_KEY, "PS512"),
+        (EC_KEY, "ES256"),
+        (ed25519.Ed25519PrivateKey.generate(), "EdDSA"),
+    ],
+)
+async def test_the_algorithms_that_are_allowed(
+    verifier: OidcVerifier, scripted: Scripted, key: Any, algorithm: str
+) -> None:
+    """RSA, elliptic curves and Ed25519 verify, with and without a key id."""
+    scripted.keys = [public(key)]
+    expected = Claims(ISSUER, "ada", "acme", "viewer", NOW + 60)
+    assert await verifier.verify(sign(key, algorithm, headrace_role="viewer")) == expected
+    assert await verifier.verify(sign(key, algorithm, None, headrace_role="viewer")) == expected
+
+
+async def test_no_signature_and_a_public_key_as_a_secret(verifier: OidcVerifier, scripted: Scripted) -> None:
+    """alg=none in any spelling, and HMAC under the issuer's public key in any form, are refused unfetched."""
+    good = sign()
+    _, body, signature = good.split(".")
+    for word in ("none", "None", "NONE", "", "nOnE"):
+        head = base64.urlsafe_b64encode(json.dumps({"alg": word, "typ": "JWT", "kid": "k1"}).encode()).rstrip(b"=")
+        for end in ("", signature):
+            assert await reason(verifier, f"{head.decode()}.{body}.{end}") in ("algorithm", "malformed")
+    pem = RSA_KEY.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    secrets = [pem, pem.strip(), json.dumps(public(RSA_KEY)).encode()]
+    for secret in secrets:
+        for algorithm, digest in (("HS256", "sha256"), ("HS512", "sha512")):
+            assert await reason(verifier, _hmac_token(algorithm, digest, secret, body)) == "algorithm"
+    assert scripted.fetched == 0
+
+
+def _hmac_token(algorithm: str, digest: str, secret: bytes, body: str) -> str:
+    """By hand: the library refuses to make one."""
+    head = base64.urlsafe_b64encode(json.dumps({"alg": algorithm, "kid": "k1"}).encode()).rstrip(b"=").decode()
+    tag = hmac.digest(secret, f"{head}.{body}".encode(), digest)
+    return f"{head}.{body}.{base64.urlsafe_b64encode(tag).rstrip(b'=').decode()}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"key": EC_KEY, "algorithm": "ES256"}, "bad_signature"),
+        ({"key": rsa.generate_private_key(65537, 2048)}, "bad_signature"),
+        ({"iss": "https://evil.example.com/"}, "unknown_issuer"),
+        ({"iss": ISSUER.rstrip("/")}, "unknown_issuer"),
+        ({"iss": None}, "unknown_issuer"),
+        ({"aud": "other"}, "audience"),
+        ({"aud": None}, "malformed"),
+        ({"exp": None}, "malformed"),
+        ({"sub": "ada\x1b]0;owned\x07"}, "malformed"),
+        ({"sub": "ada\nbob"}, "malformed"),
+        ({"sub": "ada\u009b2J"}, "malformed"),
+        ({"sub": "ada\u202egpj"}, "malformed"),
+        ({"sub": "a" * 513}, "malformed"),
+        ({"exp": NOW - 31}, "expired"),
+        ({"exp": 1e300}, "expired"),
+        ({"nbf": NOW + 31}, "not_yet"),
+        ({"iat": NOW + 31}, "not_yet"),
+        ({"org": None}, "no_tenant"),
+        ({"org": ""}, "no_tenant"),
+        ({"org": ["acme"]}, "no_tenant"),
+        ({"org": {"a": 1}}, "no_tenant"),
+        ({"key_id": "other"}, "unknown_key"),
+    ],
+)
+async def test_tokens_that_are_refused(verifier: OidcVerifier, changes: dict[str, Any], word: str) -> None:
+    """Another key, issuer, audience, time or shape: each has its word for the audit."""
+    assert await reason(verifier, sign(**changes)) == word
+
+
+async def test_garbage_is_refused(verifier: OidcVerifier, scripted: Scripted) -> None:
+    """Empty, truncated, megabytes, deep nesting, wrong types and surrogates: no exception but the refusal."""
+    good = sign()
+
+    def part(value: Any) -> str:
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).rstrip(b"=").decode()
+
+    deep = base64.urlsafe_b64encode(b"[" * 3000).decode()
+    for token in (
+        "",
+        "eyJ",
+        "a.b.c",
+        good[:20],
+        good.rsplit(".", 1)[0],
+        good + ".x",
+        f"{part({'alg': 'RS256', 'kid': 5})}.{part({'iss': ISSUER})}.AA",
+        f"{part({'alg': 'RS256', 'crit': ['x']})}.{part({'iss': ISSUER})}.AA",
+        f"{part({'alg': ['RS256']})}.{part({'iss': ISSUER})}.AA",
+        f"{part({'alg': 'RS256'})}.{part({'iss': [ISSUER]})}.AA",
+        f"{part({'alg': 'RS256'})}.{part([1])}.AA",
+        f"{part('x')}.{part({'iss': ISSUER})}.AA",
+        f"{part({'alg': 'RS256'})}.{deep}.AA",
+        "eyJ\ud800.\ud800.x",
+    ):
+        assert await reason(verifier, token)
+    huge = "eyJ" + "x" * 64_000_000
+    began = time.perf_counter()
+    assert await reason(verifier, huge) == "too_long"
+    assert time.perf_counter() - began < 0.5
+    assert scripted.fetched == 0
+
+
+async def test_a_truncated_signature(verifier: OidcVerifier) -> None:
+    """A token cut in its signature does not verify, and a good one still does."""
+    assert await reason(verifier, sign()[:-4]) in ("bad_signature", "malformed")
+    assert (await verifier.verify(sign())).tenant == "acme"
+
+
+async def test_keys_that_may_not_sign(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
+    """Weak keys, encryption keys, shared secrets and nonsense in a key set are passed over."""
+    secret = {"kty": "oct", "k": "AAAA", "kid": "k3"}
+    scripted.keys = [
+        public(WEAK_KEY, "k1"),
+        public(RSA_KEY, "k2", use="enc"),
+        secret,
+        {"kty": "RSA"},
+        {},
+        {"kty": "EC", "crv": "x", "kid": "k4"},
+        public(RSA_KEY, "good"),
+    ]
+    for key, key_id in ((WEAK_KEY, "k1"), (RSA_KEY, "k2"), (RSA_KEY, "k3"), (RSA_KEY, "k4")):
+        assert await reason(verifier, sign(key, key_id=key_id)) == "unknown_key"
+    assert (await verifier.verify(sign(key_id="good"))).tenant == "acme"
+
+
+async def test_rotation_and_the_pause_between_fetches(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
+    """A new key id makes one fetch; thousands of unknown ones make no more than one in MIN_REFETCH_S."""
+    await verifier.verify(sign())
+    before = scripted.fetched
+    assert before == 2
+    scripted.keys = [public(RSA_KEY, "k2")]
+    for at in range(1000):
+        assert await reason(verifier, sign(key_id=f"x{at}")) == "unknown_key"
+    assert scripted.fetched == before
+    clock.now += oidc.MIN_REFETCH_S
+    found = await asyncio.gather(*(verifier.verify(sign(key_id="k2", n=n)) for n in range(20)))
+    assert {one.tenant for one in found} == {"acme"}
+    assert scripted.fetched == before + 2
+    clock.now += oidc.CACHE_S
+    assert await reason(verifier, sign(key_id="k1", exp=NOW + 1000)) == "unknown_key"
+
+
+async def test_an_issuer_that_is_away(verifier: OidcVerifier, scripted: Scripted, clock: Clock) -> None:
+    """Never reached: unavailable, not refused. Known keys go on for a day, are renewed behind calls, then end."""
+    scripted.away = True
+    with pytest.raises(CallError) as caught:
+        await verifier.verify(sign())
+    assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
+    scripted.away = False
+    clock.now += oidc.MIN_REFETCH_S
+    await verifier.verify(sign(exp=NOW + 1e6))
+    scripted.away = True
+    clock.now += oidc.MAX_KEY_AGE_S - 1
+    assert (await verifier.verify(sign(exp=NOW + 1e6, n=1))).tenant == "acme"
+    await asyncio.gather(*verifier._refreshing)
+    clock.now += oidc.MIN_REFETCH_S
+    with pytest.raises(CallError) as caught:
+        await verifier.verify(sign(exp=NOW + 1e6, n=2))
+    assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"issuer": "https://evil.example.com/"},
+        {"jwks_uri": "http://sso.example.com/keys"},
+        {"jwks_uri": "file:///etc/passwd"},
+        {"jwks_uri": ""},
+    ],
+)
+async def test_a_discovery_document_that_leads_astray(
+    verifier: OidcVerifier, scripted: Scripted, change: dict[str, Any]
+) -> None:
+    """Another issuer's name, or keys from an unprotected place, are not taken."""
+    scripted.discovery |= change
+    with pytest.raises(CallError) as caught:
+        await verifier.verify(sign())
+    assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
+
+
+async def test_a_verified_token_is_remembered_no_longer_than_it_lives(
+    verifier: OidcVerifier, scripted: Scripted, clock: Clock
+) -> None:
+    """Repeats are not verified again within CACHE_S; its end counts all the same."""
+    token = sign(exp=NOW + 20)
+    await verifier.verify(token)
+    scripted.keys = []
+    assert (await verifier.verify(token)).tenant == "acme"
+    clock.now += 51
+    assert await reason(verifier, token) == "expired"
+
+
+def test_which_tokens_are_for_this_module() -> None:
+    """Keys are told from JWTs by their first characters."""
+    looks: Callable[[str], bool] = bearer_tokens.looks_like_jwt
+    assert [looks(sign()), looks("hr_k1_abc"), looks("sk-eyJ"), looks("")] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("url", ["http://example.com/", "ftp://localhost/", "https://", "", "//localhost"])
+def test_documents_come_over_tls(url: str) -> None:
+    """Plain http is for this host only."""
+    with pytest.raises(ValueError, match="https"):
+        oidc.check_url(url)
+    assert oidc.check_url("http://127.0.0.1:1/x")
+    assert oidc.check_url("http://[::1]:1/x")

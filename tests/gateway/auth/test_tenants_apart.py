@@ -1,0 +1,262 @@
+"""A tenant learns nothing of another: names, models, errors, places in line, usage, a shared prefix's cache."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.api.types import CatalogEntry, ModelState
+from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
+from tests.support.calls import chat, complete, refused
+from tests.support.cluster import sim_engine, until
+from tests.support.http import chat_body
+from tests.support.keyed import Keyed, bearer, keyed_cluster
+
+pytestmark = pytest.mark.slow
+
+PROMPT = [7] * 200
+DATED = ("date", "x-request-id")
+
+
+@pytest.fixture(scope="module")
+async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Keyed]:
+    """A gateway with keys and two models, `sim` and `secret`."""
+    async with keyed_cluster(tmp_path_factory.mktemp("apart"), gateway="  keepalive_s: 0.2\n") as keyed:
+        for model in ("sim", "secret"):
+            await keyed.cluster.add_worker(sim_engine(checkpoint, decode_ms=1, max_num_seqs=4), bundle, model=model)
+        yield keyed
+        await keyed.cluster.until_idle()
+
+
+def whole(error: grpc.aio.AioRpcError) -> tuple[Any, ...]:
+    """All that a client is told by an error, but for its request id."""
+    trailers = sorted((k, v) for k, v in error.trailing_metadata() or () if k != "x-request-id")
+    return error.code(), error.details(), trailers
+
+
+async def error_of(awaitable: Any) -> tuple[Any, ...]:
+    """What a call that must fail tells."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await awaitable
+    return whole(caught.value)
+
+
+def alike(told: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    """With a name of six letters in place of another."""
+    code, details, trailers = told
+    plain = [(k, v.replace(name.encode(), b"secret") if isinstance(v, bytes) else v) for k, v in trailers]
+    return code, details.replace(name, "secret"), plain
+
+
+@pytest.mark.parametrize("method", ["Chat", "Complete", "Tokenize", "Detokenize", "GetModel"])
+async def test_a_forbidden_model_is_an_unknown_one_over_grpc(keyed: Keyed, method: str) -> None:
+    """Code, message and every trailer are the same to the byte, whichever method asks."""
+    key = await keyed.key(f"grpc-{method.lower()}", models=["sim"])
+    requests: dict[str, Any] = {
+        "Chat": lambda name: chat(model=name),
+        "Complete": lambda name: complete(model=name),
+        "Tokenize": lambda name: pb.TokenizeRequest(model=name, text="x"),
+        "Detokenize": lambda name: pb.DetokenizeRequest(model=name, token_ids=[1]),
+        "GetModel": lambda name: pb.GetModelRequest(name=name),
+    }
+    call = getattr(keyed.cluster.stub, method)
+    forbidden = await error_of(call(requests[method]("secret"), metadata=bearer(key)))
+    unknown = await error_of(call(requests[method]("nosuch"), metadata=bearer(key)))
+    assert forbidden[0] is grpc.StatusCode.NOT_FOUND
+    assert forbidden == alike(unknown, "nosuch")
+
+
+async def test_a_forbidden_model_is_an_unknown_one_over_http(keyed: Keyed) -> None:
+    """Status, headers and body are the same to the byte."""
+    key = await keyed.key("http-forbidden", models=["sim"])
+    for path, body in (("/v1/chat/completions", True), ("/v1/models/{}", False)):
+        replies = [
+            await keyed.fetch(path.format(name), chat_body(model=name) if body else None, key=key)
+            for name in ("secret", "nosuch")
+        ]
+        heads = [{k: v for k, v in r.headers.items() if k not in DATED} for r in replies]
+        assert replies[0].status == replies[1].status == 404
+        assert heads[0] == heads[1]
+        assert replies[0].body == replies[1].body.replace(b"nosuch", b"secret")
+
+
+async def test_a_failed_model_tells_only_its_users(keyed: Keyed) -> None:
+    """Why a model does not run is for those who may use it; for others it is unknown, not failed."""
+    key = await keyed.key("not-of-failed", models=["sim"])
+    entry = CatalogEntry(name="broken", state=ModelState.FAILED, state_reason="acme's weights are gone")
+    keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
+    try:
+        answer = await refused(keyed.cluster.stub.Chat(chat(model="broken"), metadata=bearer(key)))
+        assert (answer.reason, "gone" in answer.message) == ("MODEL_NOT_FOUND", False)
+    finally:
+        keyed.gateway.directory.catalog([m.entry for m in keyed.gateway.directory.models if m.name != "broken"])
+
+
+async def test_only_ones_own_models_are_listed(keyed: Keyed) -> None:
+    """Over both faces, by page too: neither a name nor a page's token tells of another model."""
+    key = await keyed.key("lists", models=["sim"])
+    stub = keyed.cluster.stub
+    found = await stub.ListModels(pb.ListModelsRequest(page_size=1), metadata=bearer(key))
+    assert ([m.name for m in found.models], found.next_page_token) == (["sim"], "")
+    reply = await keyed.fetch("/v1/models", key=key)
+    assert [card["id"] for card in reply.json["data"]] == ["sim"]
+    assert b"secret" not in reply.body
+
+
+async def test_no_answer_names_another_tenant(keyed: Keyed) -> None:
+    """Of all that a caller is shown, errors too, nothing holds the name of another tenant."""
+    await keyed.key("the-neighbour")
+    key = await keyed.key("curious", models=["sim"])
+    shown = [
+        await keyed.fetch("/v1/models", key=key),
+        await keyed.fetch("/v1/models/the-neighbour", key=key),
+        await keyed.fetch("/v1/chat/completions", chat_body(model="sim"), key=key),
+        await keyed.fetch("/v1/chat/completions", chat_body(temperature=9), key=key),
+        await keyed.fetch("/v1/models", key="hr_k_the"),
+    ]
+    texts = [str(reply.headers).encode() + reply.body for reply in shown]
+    texts[1] = texts[1].replace(b"model 'the-neighbour' does", b"")  # its own word
+    assert not [text for text in texts if b"the-neighbour" in text]
+
+
+async def test_another_tenants_prefix_is_never_hit(keyed: Keyed) -> None:
+    """The same prompt is cached for the tenant that sent it, and for one of its cache group; for nobody else, not
+    even where a client sends the other's salt."""
+    keys = {
+        "warm": await keyed.key("warm"),
+        "cold": await keyed.key("cold"),
+        "warm-too": await keyed.key("warm-too", cache_group="both"),
+        "group": await keyed.key("group", cache_group="both"),
+    }
+    request = pb.CompleteRequest(model="sim", prompt_token_ids=PROMPT, max_tokens=1, temperature=0)
+
+    async def cached(tenant: str) -> int:
+        answer = await keyed.cluster.stub.Complete(request, metadata=bearer(keys[tenant]))
+        return answer.usage.cached_tokens
+
+    assert await cached("warm") == 0
+    assert await cached("warm") > 0
+    assert await cached("cold") == 0
+    assert await cached("warm-too") == 0
+    assert await cached("group") > 0
+
+    async def salted(tenant: str, salt: str) -> int:
+        body = {"model": "sim", "prompt": PROMPT, "max_tokens": 1, "cache_salt": salt}
+        reply = await keyed.fetch("/v1/completions", body, key=keys[tenant])
+        details = reply.json["usage"].get("prompt_tokens_details") or {}
+        return int(details.get("cached_tokens") or 0)
+
+    assert await salted("warm", "mine") == 0
+    assert await salted("warm", "mine") > 0
+    assert await salted("cold", "mine") == 0
+    assert await salted("cold", keyed.door.salt((await _principal(keyed, keys["warm"])), "")) == 0
+
+
+async def _principal(keyed: Keyed, key: str) -> Any:
+    from cluster.gateway.auth.authenticator import Shown
+
+    return await keyed.door.principal(Shown((f"Bearer {key}",)))
+
+
+async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:
+    """What goes to them is a salt and a handle of the cluster's secret, different for each tenant."""
+    who = [await _principal(keyed, await keyed.key(name)) for name in ("seen-one", "seen-two")]
+    handles = {one.tenant.handle for one in who}
+    salts = {keyed.door.salt(one, "") for one in who}
+    assert len(handles) == len(salts) == 2
+    assert all(len(handle) == 32 and int(handle, 16) >= 0 for handle in handles)
+    assert not [text for text in handles | salts if "seen" in text]
+
+
+async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -> None:
+    """Fifty of another tenant that wait before it do not move it; one of its own does."""
+    busy, key = await keyed.key("busy"), await keyed.key("patient")
+    entry = CatalogEntry(name="line", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=2048)
+    keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
+    stub = keyed.cluster.stub
+    others = [stub.StreamChat(chat(model="line"), metadata=bearer(busy)) for _ in range(50)]
+    await until(lambda: keyed.gateway.dispatcher.waiting("line")[0] == 50, "the others wait")
+    mine = []
+    for number in (1, 2):
+        mine.append(stub.StreamChat(chat(model="line"), metadata=bearer(key)))
+        await until(lambda n=number: keyed.gateway.dispatcher.waiting("line")[0] == 50 + n, "it waits")  # type: ignore[misc]
+    places = [(await asyncio.wait_for(read(call), 5)).progress.queue_position for call in mine]
+    assert places == [1, 2]
+    for call in (*others, *mine):
+        call.cancel()
+    await keyed.cluster.until_idle()
+    keyed.gateway.directory.catalog([m.entry for m in keyed.gateway.directory.models if m.name != "line"])
+
+
+async def test_anothers_use_moves_none_of_ones_limits(keyed: Keyed) -> None:
+    """What is left of requests, tokens and budgets is told of one's own calls alone, over both faces; the tenant whose
+    limit is used up by itself is refused, the other is not."""
+    limits = {"requests_per_minute": 6, "tokens_per_minute": 5_000, "daily_tokens": 5_000}
+    mine, other = await keyed.key("spares", limits=limits), await keyed.key("spends", limits=limits)
+
+    async def left(key: str) -> tuple[int, int, int]:
+        reply = await keyed.fetch("/v1/chat/completions", chat_body(model="sim", max_tokens=4), key=key)
+        told = reply.headers
+        return reply.status, int(told["x-ratelimit-remaining-requests"]), int(told["x-ratelimit-limit-tokens"])
+
+    assert await left(mine) == (200, 5, 5_000)
+    assert [(await left(other))[0] for _ in range(7)] == [200] * 6 + [429]
+    assert await left(mine) == (200, 4, 5_000)
+    answer = await refused(keyed.cluster.stub.Chat(chat(model="sim"), metadata=bearer(other)))
+    assert answer.reason == "RATE_LIMITED"
+    assert "spares" not in answer.message
+
+
+async def test_ones_usage_is_ones_own(keyed: Keyed) -> None:
+    """The counts that come with an answer do not change with what others send at the same time, and no path of the
+    client ports tells of usage, tenants or metrics at all."""
+    mine, other = await keyed.key("counts"), await keyed.key("counted")
+    request = pb.CompleteRequest(model="sim", prompt_token_ids=[9] * 50, max_tokens=5, temperature=0, ignore_eos=True)
+    alone = (await keyed.cluster.stub.Complete(request, metadata=bearer(mine))).usage
+    noise = [keyed.cluster.stub.Complete(request, metadata=bearer(other)) for _ in range(20)]
+    beside = (await keyed.cluster.stub.Complete(request, metadata=bearer(mine))).usage
+    await asyncio.gather(*noise)
+    for usage in (alone, beside):
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (50, 5, 55)
+    for path in ("/metrics", "/v1/usage", "/v1/organization/usage/completions", "/v1/tenants", "/admin", "/v1/audit"):
+        reply = await keyed.fetch(path, key=mine)
+        assert reply.status == 404
+        assert b"counted" not in reply.body
+
+
+async def test_the_metrics_port_is_another_one(keyed: Keyed) -> None:
+    """Metrics name tenants: they are on a port of their own, loopback unless an operator says otherwise, where nothing
+    else answers; the client ports know no such path."""
+    where = keyed.gateway.endpoints
+    assert len({where[name] for name in ("metrics", "grpc", "http", "link", "admin")}) == 5
+    defaults = keyed.gateway.config.gateway.listen.__class__()
+    assert defaults.metrics.startswith("127.0.0.1:")
+    key = await keyed.key("scrapes")
+    assert (await keyed.fetch("/metrics", key=key)).status == 404
+    assert (await keyed.fetch("/metrics")).status in (401, 404)
+
+
+async def test_no_time_tells_of_anothers_prefix(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A prompt that costs a fifth of a second to compute: its own tenant has it at once the second time, another that
+    sends the same waits as long as the first did."""
+    async with keyed_cluster(tmp_path) as slow:
+        engine = sim_engine(checkpoint, decode_ms=1, prefill_tokens_per_s=5000, max_num_seqs=4)
+        await slow.cluster.add_worker(engine, bundle)
+        owner, curious = await slow.key("owner"), await slow.key("curious")
+        prompt = [11 + number % 90 for number in range(1000)]
+        request = pb.CompleteRequest(model="sim", prompt_token_ids=prompt, max_tokens=1, temperature=0)
+
+        async def ttft_ms(key: str) -> int:
+            return (await slow.cluster.stub.Complete(request, metadata=bearer(key))).usage.ttft_ms
+
+        first, again, others = await ttft_ms(owner), await ttft_ms(owner), await ttft_ms(curious)
+        assert first >= 200
+        assert again < 150
+        assert others >= 200

@@ -1,0 +1,275 @@
+"""Shared limits over a real server: one contract with those in process, races of gateways, and the store's loss."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from cluster.api.outcomes import Outcome
+from cluster.cli import doctor
+from cluster.gateway.quotas.local_limits import Limits, LocalLimits
+from cluster.gateway.quotas.valkey_limits import PREFIX, TIMEOUT_S, ValkeyLimits
+from cluster.policy.limits.limits import Ask, Granted, Limit, Limiter, LimitRefusal
+from cluster.policy.tenants.policy import TenantPolicy
+from tests.support.keyed import eventually
+
+SERVER = doctor.find_tool("valkey-server") or doctor.find_tool("redis-server")
+
+
+class Server:
+    """A store of its own on a free port of loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self._folder = folder
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    async def start(self) -> None:
+        """Until it answers."""
+        if SERVER is None:
+            pytest.skip(doctor.lack("valkey-server"))
+        words = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
+        self._process = await asyncio.create_subprocess_exec(
+            SERVER, *words, cwd=self._folder, stdout=asyncio.subprocess.DEVNULL
+        )
+
+        async def answers() -> bool:
+            async with Redis.from_url(self.url) as client:
+                try:
+                    return bool(await client.ping())
+                except RedisError:
+                    return False
+
+        await eventually(answers, "the store answers")
+
+    async def stop(self) -> None:
+        """At once."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+    def freeze(self, on: bool) -> None:
+        """It holds its connections and answers nothing."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGSTOP if on else signal.SIGCONT)
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A running store."""
+    one = Server(tmp_path)
+    await one.start()
+    yield one
+    await one.stop()
+
+
+class Gateways:
+    """Limits of several gateways, closed at the end."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self.all: list[ValkeyLimits] = []
+        self.now = 1_790_000_000.0
+
+    async def add(
+        self, name: str, *, virtual: bool = True, quantum_tokens: int = 16, timeout_s: float = TIMEOUT_S
+    ) -> ValkeyLimits:
+        """One more, beating fast."""
+        clock = (lambda: self.now) if virtual else None
+        one = ValkeyLimits(
+            self._server.url, name, quantum_tokens=quantum_tokens, beat_s=0.05, store_clock=clock, timeout_s=timeout_s
+        )
+        await one.start()
+        self.all.append(one)
+        return one
+
+
+@pytest.fixture
+async def gateways(server: Server) -> AsyncIterator[Gateways]:
+    """None yet."""
+    them = Gateways(server)
+    yield them
+    for one in them.all:
+        await one.close()
+
+
+def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
+    """A tenant with these limits."""
+    return TenantPolicy.from_json({"name": "acme", "limits": limits, "on_budget": on_budget})
+
+
+async def contract(limits: Limits, pass_minute: Callable[[], None]) -> None:
+    """What both kinds of limits must do."""
+    policy = tenant("stop", requests_per_minute=4, tokens_per_minute=200, concurrent_requests=2, daily_tokens=150)
+    got = await limits.reserve(policy, Ask("a", 10, 20))
+    assert isinstance(got, Granted)
+    assert got.requests is not None
+    assert got.tokens is not None
+    assert (got.requests.limit, got.requests.remaining, got.tokens.remaining) == (4, 3, 170)
+    assert isinstance(await limits.reserve(policy, Ask("b", 10, 20)), Granted)
+    third = await limits.reserve(policy, Ask("c", 1, 1))
+    assert isinstance(third, LimitRefusal)
+    assert (third.limit_name, third.outcome, third.remaining) == (Limit.CONCURRENT, Outcome.RATE_LIMITED, 0)
+    with pytest.raises(ValueError, match="already"):
+        await limits.reserve(policy, Ask("a", 1, 1))
+    await limits.settle("b", 0, 0)
+    await limits.settle("b", 0, 0)
+    tokens = 0
+    while await limits.top_up(policy, "a", tokens):
+        tokens += 1
+    assert 140 <= tokens <= 140 + 16
+    await limits.settle("a", 10, tokens)
+    over = await limits.reserve(policy, Ask("d", 1, 1))
+    assert isinstance(over, LimitRefusal)
+    assert (over.limit_name, over.outcome) == (Limit.DAILY, Outcome.BUDGET_EXHAUSTED)
+    free = tenant(requests_per_minute=3)
+    assert isinstance(await limits.reserve(free, Ask("e", 1, 1)), Granted)
+    minute = await limits.reserve(free, Ask("f", 1, 1))
+    assert isinstance(minute, LimitRefusal)
+    assert minute.limit_name is Limit.REQUESTS
+    assert minute.retry_after_s == pytest.approx(61.0, abs=1.0)
+    large = await limits.reserve(tenant(tokens_per_minute=5), Ask("g", 10, 10))
+    assert isinstance(large, LimitRefusal)
+    assert large.retry_after_s is None
+    pass_minute()
+    assert isinstance(await limits.reserve(free, Ask("h", 1, 1)), Granted)
+    tries = tenant(requests_per_minute=3)
+    assert [await limits.charge(tries, 1, 0) for _ in range(2)] == [None, None]
+    refusal = await limits.charge(tries, 1, 0)
+    assert refusal is not None
+    assert (refusal.limit_name, refusal.outcome) == (Limit.REQUESTS, Outcome.RATE_LIMITED)
+    assert isinstance(await limits.reserve(tries, Ask("i", 1, 1, requests=0)), Granted)
+    budget = tenant(tokens_per_minute=100, concurrent_requests=1, requests_per_minute=1)
+    assert await limits.charge(budget, 0, 90) is None
+    over_tokens = await limits.charge(budget, 0, 11)
+    assert over_tokens is not None
+    assert over_tokens.limit_name is Limit.TOKENS
+
+
+async def test_contract_in_process() -> None:
+    """Reserve, top up, settle, refuse."""
+    now = [1000.0]
+
+    def pass_minute() -> None:
+        now[0] += 61.0
+
+    await contract(LocalLimits(Limiter(quantum_tokens=16), lambda: now[0]), pass_minute)
+
+
+async def test_contract_in_the_store(gateways: Gateways) -> None:
+    """The same, by the script."""
+
+    def pass_minute() -> None:
+        gateways.now += 61.0
+
+    await contract(await gateways.add("g1"), pass_minute)
+
+
+async def test_two_gateways_admit_one_limit_between_them(gateways: Gateways) -> None:
+    """A hundred at once over two gateways: as many as the limit get in, by the store's own clock."""
+    one = await gateways.add("g1", virtual=False, timeout_s=10.0)  # a busy machine is no store that is away
+    two = await gateways.add("g2", virtual=False, timeout_s=10.0)
+    policy = tenant(requests_per_minute=30)
+    asked = [(one, two)[i % 2].reserve(policy, Ask(str(i), 1, 1)) for i in range(100)]
+    got = await asyncio.gather(*asked)
+    assert sum(isinstance(x, Granted) for x in got) == 30
+    assert not one.degraded
+
+
+async def test_a_dead_gateways_calls_do_not_run_for_ever(gateways: Gateways, server: Server) -> None:
+    """Concurrency held by a gateway that beats no more is free after ten seconds."""
+    one = await gateways.add("g1")
+    policy = tenant(concurrent_requests=1)
+    async with Redis.from_url(server.url) as client:
+        await client.zadd(PREFIX + "gateways", {"dead": gateways.now})
+        await client.hset(f"{PREFIX}tenant:acme", "c:dead", "1")
+        assert isinstance(await one.reserve(policy, Ask("a", 1, 1)), LimitRefusal)
+        gateways.now += 11.0
+        assert isinstance(await one.reserve(policy, Ask("b", 1, 1)), Granted)
+        await eventually(lambda: _one_alive(client), "one gateway is alive")
+
+
+async def _one_alive(client: Redis) -> bool:
+    return int(await client.zcard(PREFIX + "gateways")) == 1
+
+
+async def test_store_clock_stepping_back_frees_nothing(gateways: Gateways) -> None:
+    """What was admitted counts its whole minute, though the store's clock jumps back an hour meanwhile."""
+    one = await gateways.add("g1")
+    policy = tenant(requests_per_minute=1)
+    assert isinstance(await one.reserve(policy, Ask("a", 1, 1)), Granted)
+    for step in (-30.0, -3600.0, 50.0):
+        gateways.now += step
+        assert isinstance(await one.reserve(policy, Ask(f"x{step}", 1, 1)), LimitRefusal)
+    gateways.now += 15.0
+    assert isinstance(await one.reserve(policy, Ask("b", 1, 1)), Granted)
+
+
+@pytest.mark.parametrize("how", ["killed", pytest.param("frozen", marks=pytest.mark.slow)])
+async def test_without_its_store_each_keeps_to_its_share(gateways: Gateways, server: Server, how: str) -> None:
+    """Killed or silent: no request fails, each admits its half of the limit, and the flag says so until it is back."""
+    one = await gateways.add("g1", virtual=False, timeout_s=10.0)  # a busy machine is no store that is away
+    two = await gateways.add("g2", virtual=False, timeout_s=10.0)
+
+    async def both_seen() -> bool:
+        return one.gateways_alive == two.gateways_alive == 2
+
+    await eventually(both_seen, "both are seen")
+    if how == "killed":
+        await server.stop()
+    else:
+        server.freeze(True)
+    policy = tenant(requests_per_minute=10, daily_tokens=1000)
+
+    async def asked(gateway: ValkeyLimits) -> int:
+        got = [await gateway.reserve(policy, Ask(f"{i}", 1, 1)) for i in range(8)]
+        assert gateway.degraded
+        return sum(isinstance(x, Granted) for x in got)
+
+    assert list(await asyncio.gather(asked(one), asked(two))) == [5, 5]
+    await one.settle("0", 1, 101)
+    if how == "killed":
+        await server.start()
+    else:
+        server.freeze(False)
+
+    async def back() -> bool:
+        return not one.degraded and not two.degraded
+
+    await eventually(back, "the store is back")
+    async with Redis.from_url(server.url) as client:
+        fields = await client.hgetall(f"{PREFIX}tenant:acme")
+        assert float(fields[b"du"]) == 102 + 9 * 2
+        assert (float(fields[b"c:g1"]), float(fields[b"c:g2"])) == (4, 5)
+    for gateway, first in ((one, 1), (two, 0)):
+        for i in range(first, 5):
+            await gateway.settle(str(i), 1, 0)
+    async with Redis.from_url(server.url) as client:
+        fields = await client.hgetall(f"{PREFIX}tenant:acme")
+        assert float(fields[b"du"]) == 102 + 9
+        assert (float(fields[b"c:g1"]), float(fields[b"c:g2"])) == (0, 0)
+
+
+async def test_a_store_that_never_was(tmp_path: Path) -> None:
+    """A gateway starts without it, degraded."""
+    limits = ValkeyLimits(Server(tmp_path).url, "g1", beat_s=0.05)
+    await limits.start()
+    assert limits.degraded
+    assert isinstance(await limits.reserve(tenant(requests_per_minute=1), Ask("a", 1, 1)), Granted)
+    assert isinstance(await limits.reserve(tenant(requests_per_minute=1), Ask("b", 1, 1)), LimitRefusal)
+    await limits.close()

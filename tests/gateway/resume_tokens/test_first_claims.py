@@ -1,0 +1,69 @@
+"""Who resumes what: in the limits store, else in the database, else in a file; without any nobody does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.gateway.quotas.valkey_limits import ValkeyLimits
+from cluster.gateway.resume_tokens.first_claims import FileTakers, LedgerTakers, StoreTakers, Takers
+from cluster.ledger.errors import StoreUnavailable
+from tests.gateway.quotas.test_valkey_limits import Server, server
+
+__all__ = ["server"]
+
+
+async def firsts(takers: list[Takers], name: str) -> int:
+    """How many of them, asked at once and four times each, are the first."""
+    return sum(await asyncio.gather(*(one.take(name, 60.0) for one in takers * 4)))
+
+
+async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
+    """Two gateways of a host agree, and one that starts anew knows what was taken; what has expired is forgotten."""
+    now = 100.0
+    file = tmp_path / "new" / "resumed.db"
+    assert await firsts([FileTakers(file, lambda: now), FileTakers(file, lambda: now)], "a.1") == 1
+    assert not await FileTakers(file, lambda: now).take("a.1", 60.0)
+    assert await FileTakers(file, lambda: now).take("a.2", 60.0)
+    now = 161.0
+    assert await FileTakers(file, lambda: now).take("a.1", 60.0)
+
+
+def unavailable(names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
+    """A database that does not answer."""
+    raise StoreUnavailable("it is away")
+
+
+async def test_without_a_store_nothing_is_resumed(tmp_path: Path) -> None:
+    """Where nobody can say who was the first the caller is told to come again."""
+    (tmp_path / "file").write_text("no folder")
+    for takers in (LedgerTakers(unavailable), FileTakers(tmp_path / "file" / "resumed.db")):
+        with pytest.raises(CallError) as raised:
+            await takers.take("a.1", 60.0)
+        assert raised.value.outcome is Outcome.STORE_UNAVAILABLE
+        assert raised.value.retry_after_s
+
+
+@pytest.mark.slow
+async def test_the_limits_store_decides_while_it_answers(server: Server, tmp_path: Path) -> None:
+    """Two gateways over one store agree; while it is away the next store decides, and with neither nobody does."""
+    limits = [ValkeyLimits(server.url, f"g{i}") for i in range(2)]
+    for one in limits:
+        await one.start()
+    try:
+        file = FileTakers(tmp_path / "resumed.db")
+        both: list[Takers] = [StoreTakers(one.first, file) for one in limits]
+        assert await firsts(both, "a.1") == 1
+        assert not (tmp_path / "resumed.db").exists(), "the store alone is asked"
+        await server.stop()
+        assert await firsts(both, "a.2") == 1
+        assert limits[0].degraded
+        with pytest.raises(CallError):
+            await StoreTakers(limits[0].first, LedgerTakers(unavailable)).take("a.3", 60.0)
+    finally:
+        for one in limits:
+            await one.close()

@@ -1,0 +1,247 @@
+"""A call outlives its worker: whatever worker is lost, hangs up or leaves, the caller reads what it would have read."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cluster.api.types import RESUME_EXACT, RESUME_PLAIN, RESUME_STATE
+from cluster.gateway.apis.grpc.answers import common_capabilities
+from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
+from tests.support.calls import chat, complete, refused, rest_of, text_of
+from tests.support.cluster import LOOPBACK, TestCluster, Worker, running_cluster, sim_engine, until
+from tests.support.cuttable import cuttable
+
+pytestmark = pytest.mark.slow
+
+IMPATIENT = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 3, max_wait_s: 0.3}")
+
+
+def with_calls(cluster: TestCluster) -> Worker:
+    """The worker that runs something."""
+    return next(worker for worker in cluster.workers if worker.end.statistics().running)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n": 3, "temperature": 0.8, "seed": 5},
+        {"stop": ["zz", "qqqq"]},
+        {"logprobs": True, "top_logprobs": 2},
+    ],
+    ids=["plain", "several seeded", "stop strings", "log probabilities"],
+)
+async def test_a_stream_goes_on_at_another_worker(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, fields: Mapping[str, Any]
+) -> None:
+    """A worker lost in mid-stream costs a pause: every token once, in order, with its log probability, and it is told
+    how often the call went on."""
+    for _ in range(3):
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
+    request = chat(max_tokens=120, ignore_eos=True, **fields)
+    undisturbed = [c async for c in cluster.stub.StreamChat(request)]
+    call = cluster.stub.StreamChat(request)
+    chunks: list[pb.ChatChunk] = []
+    for doomed in range(2):
+        while sum(len(c.choices) for c in chunks) < 20 * (doomed + 1):
+            chunks.append(await asyncio.wait_for(read(call), 10))
+        await with_calls(cluster).stop()
+    chunks += await rest_of(call)
+    n = fields.get("n", 1)
+    for index in range(n):
+        assert text_of(chunks, index) == text_of(undisturbed, index) != ""
+    told = [[t.token_id for c in some for d in c.choices for t in d.logprobs] for some in (chunks, undisturbed)]
+    assert told[0] == told[1]
+    usage, before = chunks[-1].usage, undisturbed[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (before.prompt_tokens, before.completion_tokens)
+    assert usage.resumed >= 2
+    assert [c.offset for c in chunks] == sorted({c.offset for c in chunks})
+    await cluster.until_idle()
+
+
+async def test_only_a_worker_like_the_first_goes_on(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """Other weights or another dtype never go on silently: the call ends UNAVAILABLE after all that had come, though
+    such a worker has room, and those that begin are not kept from it meanwhile."""
+    async with running_cluster(tmp_path, IMPATIENT) as cluster:
+        doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        call = cluster.stub.StreamChat(chat(max_tokens=1000, ignore_eos=True))
+        assert (await read(call)).choices
+        engine = sim_engine(checkpoint, decode_ms=1)
+        info = dataclasses.replace(await engine.start(), engine_class="bfloat16-tp2")
+        await cluster.add_worker(engine, bundle, info=info)
+        await doomed.stop()
+        other = await cluster.stub.Complete(complete(max_tokens=5, ignore_eos=True))
+        assert other.usage.completion_tokens == 5
+        answer = await refused(rest_of(call))
+        assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+        assert answer.retry_s is not None
+        await cluster.until_idle()
+
+
+async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """With nobody left the call waits, says that it resumes, and goes on when a worker like the first comes."""
+    doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
+    request = chat(max_tokens=60, ignore_eos=True)
+    whole = await cluster.stub.Chat(request)
+    call = cluster.stub.StreamChat(request)
+    chunks = [await read(call), await read(call)]
+    await doomed.stop()
+    (running,) = cluster.gateway.service._open.values()
+    await until(lambda: cluster.gateway.dispatcher.returning(running), "the call waits to go on")
+    assert cluster.gateway.dispatcher.waiting("sim")[0] == 1
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    chunks += await rest_of(call)
+    assert text_of(chunks) == whole.choices[0].message.content
+    assert (chunks[-1].usage.resumed, chunks[-1].usage.resume) == (1, "exact")
+    assert whole.usage.resume == "", "nothing went on"
+    await cluster.until_idle()
+
+
+@pytest.mark.parametrize(
+    ("each", "told"),
+    [
+        ([], ()),
+        ([("chat", RESUME_EXACT)], ["chat", RESUME_EXACT]),
+        ([("chat", "logprobs", RESUME_EXACT), (RESUME_STATE, "chat")], ["chat", RESUME_STATE]),
+        ([("chat", RESUME_STATE), ("chat", RESUME_PLAIN), ("chat", RESUME_EXACT)], ["chat", RESUME_PLAIN]),
+    ],
+)
+def test_a_model_promises_what_all_its_workers_do(each: list[tuple[str, ...]], told: Sequence[str]) -> None:
+    """ListModels tells what each worker can, and the word for resumption that promises least."""
+    assert list(common_capabilities(each)) == list(told)
+
+
+async def test_those_that_go_on_come_before_those_that_begin(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """A call that had its turn does not wait behind calls that have not had theirs."""
+    doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3, max_num_seqs=2), bundle)
+    begun = [cluster.stub.StreamChat(chat(str(i), max_tokens=80, ignore_eos=True)) for i in range(2)]
+    for call in begun:
+        assert (await read(call)).choices
+    late = [
+        asyncio.ensure_future(cluster.stub.Chat(chat(f"late {i}", max_tokens=80, ignore_eos=True))) for i in range(12)
+    ]
+    await until(lambda: cluster.gateway.dispatcher.waiting("sim")[0] >= 10, "the others wait")
+    await doomed.stop()
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=3, max_num_seqs=2), bundle, wait=False)
+    rests = await asyncio.gather(*(rest_of(call) for call in begun))
+    assert [rest[-1].usage.resumed for rest in rests] == [1, 1]
+    assert sum(one.done() for one in late) <= 4, "at the end of the line they would be the last"
+    await asyncio.gather(*late)
+    await cluster.until_idle()
+
+
+async def test_continued_calls_follow_one_another(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """Where only one may be computed anew at a time the next follows as soon as it is, not when some call ends."""
+    doomed = await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
+    calls = [cluster.stub.StreamChat(chat(str(i), max_tokens=1000, ignore_eos=True)) for i in range(3)]
+    for call in calls:
+        assert (await read(call)).choices
+    await doomed.stop()
+    survivor = await cluster.add_worker(
+        sim_engine(checkpoint, decode_ms=20, max_num_seqs=8, max_num_batched_tokens=8), bundle, wait=False
+    )
+    await until(lambda: survivor.end.statistics().running == 3, "all three go on", 10)
+    for call in calls:
+        call.cancel()
+    await cluster.until_idle()
+
+
+async def test_a_call_that_fails_everywhere_ends(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A call that every engine gives up is not handed on for ever, and other calls go on beside it."""
+    workers = [
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:0"), bundle) for _ in range(3)
+    ]
+    answer = await refused(cluster.stub.StreamChat(chat(max_tokens=100, ignore_eos=True)))
+    assert answer.reason == "INTERNAL"
+    assert sum(worker.engine.load().steps > 0 for worker in workers) == 3, "each of them has tried"
+    await cluster.until_idle()
+
+
+async def test_one_engines_nonsense_is_made_good_by_another(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle
+) -> None:
+    """An engine that gives a call up does not get it again while there is another."""
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=2, fault="nan@step:9"), bundle)
+    call = cluster.stub.StreamChat(chat(max_tokens=60, ignore_eos=True))
+    first = await read(call)
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
+    chunks = [first, *await rest_of(call)]
+    whole = await cluster.stub.Chat(chat(max_tokens=60, ignore_eos=True))
+    assert text_of(chunks) == whole.choices[0].message.content
+    assert chunks[-1].usage.resumed == 1
+
+
+@pytest.mark.slow
+async def test_a_stuck_engine_is_found_and_spared(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """An engine that stops stepping while its process beats loses its calls within the bound, gets no others at once,
+    and serves again by itself when it goes on."""
+    stuck = sim_engine(checkpoint, decode_ms=5)
+    await cluster.add_worker(stuck, bundle)
+    request = chat(max_tokens=150, ignore_eos=True)
+    call = cluster.stub.StreamChat(request)
+    chunks = [await read(call) for _ in range(5)]
+    other = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+    stuck.fail("step", "hang")
+    began = asyncio.get_running_loop().time()
+    chunks += await rest_of(call)
+    assert asyncio.get_running_loop().time() - began < 0.5 + 150 * 0.005 + 2.0
+    assert chunks[-1].usage.resumed == 1
+    assert text_of(chunks) == (await cluster.stub.Chat(request)).choices[0].message.content
+    before = stuck.load().steps
+    for _ in range(4):
+        await cluster.stub.Chat(chat(max_tokens=2, ignore_eos=True))
+    assert stuck.load().steps == before
+    stuck.heal()
+    await other.stop()
+    answer = await cluster.stub.Chat(request)
+    assert answer.usage.completion_tokens == 150
+    assert stuck.load().steps > before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["up", "down"])
+async def test_a_link_cut_one_way_is_found(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, cluster: TestCluster, way: str
+) -> None:
+    """A connection that carries nothing one way, while beats go both ways, does not hold its calls."""
+    async with cuttable(cluster.gateway.endpoints["link"]) as relay:
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle, gateways=[relay.address])
+        request = chat(max_tokens=300, ignore_eos=True)
+        call = cluster.stub.StreamChat(request)
+        chunks = [await read(call) for _ in range(5)]
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
+        turn = relay.ways[0]
+        turn[way == "down"].cut()
+        late = [asyncio.ensure_future(cluster.stub.Chat(chat(str(i), max_tokens=5, ignore_eos=True))) for i in range(8)]
+        chunks += await asyncio.wait_for(rest_of(call), 15)
+        assert chunks[-1].usage.completion_tokens == 300
+        assert text_of(chunks) == (await cluster.stub.Chat(request)).choices[0].message.content
+        assert [answer.usage.completion_tokens for answer in await asyncio.gather(*late)] == [5] * 8
+
+
+async def test_streams_move_when_their_worker_leaves(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """A drained worker is free long before its longest stream would have ended, and nothing of that is cut."""
+    leaving = await cluster.add_worker(sim_engine(checkpoint, decode_ms=10), bundle)
+    request = chat(max_tokens=400, ignore_eos=True)
+    calls = [cluster.stub.StreamChat(request) for _ in range(3)]
+    chunks = [[await read(call)] for call in calls]
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    assert await leaving.end.drain(3.0)
+    for some, call in zip(chunks, calls, strict=True):
+        some += await rest_of(call)
+        assert some[-1].usage.completion_tokens == 400
+        assert some[-1].usage.resumed == 1
+    whole = await cluster.stub.Chat(request)
+    assert {text_of(some) for some in chunks} == {whole.choices[0].message.content}
+    await cluster.until_idle()

@@ -1,0 +1,283 @@
+"""A call has one live generation: a resumption takes it over, ends the reader before it, and pays for its prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.gateway.resume_tokens.claim import MOST_RESUMPTIONS, Claim, Claims, Terms
+from cluster.gateway.resume_tokens.token_chain import CallHead, Chain, Maker
+from cluster.ledger.records import UsageRecord
+from cluster.ledger.rows import UsageQuery
+from cluster.v1 import inference_pb2 as pb
+from cluster.wire.bundle import Bundle
+from cluster.wire.dial import read
+from cluster.worker.resume_generations import Takeovers
+from tests.support.calls import Answer, chat, refused, rest_of, resume, text_of
+from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
+from tests.support.cuttable import Cuttable, cuttable
+from tests.support.keyed import Keyed, bearer, eventually, keyed_cluster, keyed_text
+
+NAMED = "the-call"
+
+
+@dataclass
+class Rig:
+    """Two gateways over one ledger and two workers that have dialled both."""
+
+    keyed: Keyed
+    gateways: list[TestCluster]
+    workers: list[Worker]
+    key: str
+    relay: Cuttable
+    """By it the first worker has dialled the first gateway."""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The caller's."""
+        return (*bearer(self.key), ("x-request-id", NAMED))
+
+    def running(self) -> int:
+        """Generations of calls that engines compute now."""
+        return sum(worker.engine.load().running for worker in self.workers)
+
+    def submitted(self) -> int:
+        """Requests that engines have begun."""
+        return sum(worker.engine.statistics().submitted for worker in self.workers)  # type: ignore[attr-defined]
+
+    async def begin(self, request: Any, chunks: int) -> tuple[Any, list[Any]]:
+        """A stream at the first gateway, and its first chunks."""
+        call = self.gateways[0].stub.StreamChat(request, metadata=self.metadata)
+        return call, [await asyncio.wait_for(read(call), 10) for _ in range(chunks)]
+
+    def resume(self, gateway: int, request: Any, chunks: Sequence[Any]) -> Any:
+        """A stream that goes on behind these chunks."""
+        return self.gateways[gateway].stub.Resume(resume(request, chunks), metadata=self.metadata)
+
+    async def records(self, count: int) -> list[UsageRecord]:
+        """The call's usage records, once so many are written."""
+        found: list[UsageRecord] = []
+
+        async def written() -> bool:
+            found[:] = [r for r in self.keyed.ledger.usage.records(UsageQuery()) if r.request_id == NAMED]
+            return len(found) >= count
+
+        await eventually(written, f"{count} records are written", 30)
+        return found
+
+
+@asynccontextmanager
+async def rig_of(folder: Path, checkpoint: Path, bundle: Bundle, workers: int = 2) -> AsyncIterator[Rig]:
+    """Two gateways, as a cluster with `auth` has them."""
+    async with keyed_cluster(folder) as keyed, running_cluster(folder / "other", keyed_text(folder)) as other:
+        first = keyed.cluster
+        async with cuttable(first.gateway.endpoints["link"]) as relay:
+            links = [relay.address, other.gateway.endpoints["link"]]
+            both = [await first.add_worker(sim_engine(checkpoint, decode_ms=3), bundle, gateways=links)]
+            links[0] = first.gateway.endpoints["link"]
+            for _ in range(workers - 1):
+                both.append(await first.add_worker(sim_engine(checkpoint, decode_ms=3), bundle, gateways=links))
+            for worker in both:
+                await until(lambda: other.linked(worker.identity.worker_id), "it has dialled both")  # noqa: B023
+            key = await keyed.key("acme", models=["*"])
+            await eventually(lambda: _knows(other, key), "the other gateway knows the key")
+            yield Rig(keyed, [first, other], both, key, relay)
+
+
+async def _knows(cluster: TestCluster, key: str) -> bool:
+    try:
+        await cluster.stub.ListModels(pb.ListModelsRequest(), metadata=bearer(key))
+    except grpc.aio.AioRpcError:
+        return False
+    return True
+
+
+def lasting(tokens: int = 600) -> Any:
+    """A request for many tokens."""
+    return chat("Tell me " + "a long story " * 8, max_tokens=tokens, ignore_eos=True, resumable=True)
+
+
+async def told(call: Any) -> Answer:
+    """The error that ends a stream."""
+    return await asyncio.wait_for(refused(rest_of(call)), 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gateway", [0, 1], ids=["the same gateway", "another"])
+async def test_a_resumption_ends_the_reader_before_it(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, gateway: int
+) -> None:
+    """Both readers were served to their ends, of which one was paid."""
+    async with rig_of(tmp_path, checkpoint, bundle) as rig:
+        request = lasting()
+        whole = await rest_of(rig.gateways[0].stub.StreamChat(request, metadata=bearer(rig.key)))
+        call, chunks = await rig.begin(request, 12)
+        onward = rig.resume(gateway, request, chunks[:5])
+        resumed = [(await asyncio.wait_for(read(onward), 10)).chat]
+        answer = await told(call)
+        assert (answer.code, "resumed elsewhere" in answer.message) == (grpc.StatusCode.CANCELLED, True)
+        await until(lambda: rig.running() == 1, "one generation runs", 5)
+        resumed += [one.chat for one in await rest_of(onward)]
+        assert text_of(chunks[:5]) + text_of(resumed) == text_of(whole)
+        assert resumed[-1].usage.completion_tokens == 600
+        records = await rig.records(2)
+        assert [r.prompt_tokens for r in records] == [resumed[-1].usage.prompt_tokens] * 2
+        if gateway == 0:  # what had been generated was told again, and is not paid again
+            assert sum(r.completion_tokens for r in records) <= 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+async def test_one_generation_and_every_prompt_is_paid(
+    tmp_path: Path, checkpoint: Path, bundle: Bundle, seed: int
+) -> None:
+    """Of one stream 22 generations were had by resuming at its prefixes, for the price of one prompt. Any interleaving
+    of cancels and resumptions at any prefix, at two gateways: one generation runs, and each prompt is paid."""
+    rng = random.Random(seed)
+    async with rig_of(tmp_path, checkpoint, bundle) as rig:
+        request = lasting(2000)
+        before = rig.submitted()
+        call, chunks = await rig.begin(request, 12)
+        calls = [call]
+        for _ in range(6):
+            if rng.random() < 0.5:
+                calls[-1].cancel()
+            call = rig.resume(rng.randrange(2), request, chunks[: rng.randint(1, len(chunks))])
+            try:
+                for _ in range(rng.randint(2, 6)):
+                    await asyncio.wait_for(read(call), 10)
+                calls.append(call)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:  # the prefix had been shown before
+                    raise
+            await until(lambda: rig.running() <= 1, "one generation runs", 5)
+        for call in calls:
+            call.cancel()
+        for cluster in rig.gateways:
+            await cluster.until_idle()
+        records = await rig.records(len(calls))
+        prompt = max(r.prompt_tokens for r in records)
+        assert sum(r.prompt_tokens for r in records) >= prompt * (rig.submitted() - before)
+
+
+@pytest.mark.slow
+async def test_a_lost_gateways_prompt_is_paid_once(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """Whoever resumes at another gateway what a lost one has begun pays no prompt; at a second prefix of it, one."""
+    async with rig_of(tmp_path, checkpoint, bundle, workers=1) as rig:
+        request = lasting(400)
+        call, chunks = await rig.begin(request, 12)
+        for way in [one for ways in rig.relay.ways for one in ways]:
+            way.cut()
+        rig.relay.sever()
+        worker = rig.workers[0].end
+        await until(lambda: worker.statistics().links == 1, "the first gateway is lost to the worker")
+        onward = rig.resume(1, request, chunks[:8])
+        assert (await asyncio.wait_for(read(onward), 10)).chat
+        assert (await asyncio.wait_for(read(onward), 10)).chat
+        onward.cancel()
+        await rig.gateways[1].until_idle()
+        call.cancel()
+        assert sorted(r.prompt_tokens > 0 for r in await rig.records(2)) == [False, True]
+        await asyncio.wait_for(rest_of(rig.resume(1, request, chunks[:4])), 20)
+        assert sorted(r.prompt_tokens > 0 for r in await rig.records(3)) == [False, True, True]
+
+
+@pytest.mark.slow
+async def test_what_a_gateway_gives_up_is_resumed_free(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
+    """A stream whose gateway stops goes on elsewhere without its prompt being paid again."""
+    async with rig_of(tmp_path, checkpoint, bundle) as rig:
+        request = lasting(400)
+        call, chunks = await rig.begin(request, 6)
+        rig.gateways[0].gateway.service.close("stopping")
+        rig.gateways[0].gateway.service.end_all()
+        assert (await told(call)).reason == "NO_WORKER"
+        await asyncio.wait_for(rest_of(rig.resume(1, request, chunks)), 20)
+        records = await rig.records(2)
+        assert sorted(r.prompt_tokens > 0 for r in records) == [False, True]
+
+
+class Kept:
+    """What was taken, for all gateways of a test."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    async def take(self, name: str, expires_s: float) -> bool:
+        """See Takers."""
+        await asyncio.sleep(0)
+        new = name not in self.names
+        self.names.add(name)
+        return new
+
+
+def chain(last: int, maker: Maker) -> Chain:
+    """Tokens of one call."""
+    head = CallHead("c", "r", "t", "s", "m", "d", "p")
+    return Chain(head=head, maker=maker, last=last.to_bytes(16, "big"), number=last)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=20))
+def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
+    """Whatever prefixes of whatever generations are shown at two gateways, at once: no two have one generation, each is
+    above that of its tokens, and one prompt at most of each generation is free."""
+
+    async def run() -> None:
+        kept = Kept()
+        gateways = [Claims(kept, name) for name in ("a", "b")]
+        asked = [gateways[at].claim(chain(last, Maker("lost", generation)), 60.0) for at, last, generation in shown]
+        claims = await asyncio.gather(*asked, return_exceptions=True)
+        won = [(g, claim) for (_, _, g), claim in zip(shown, claims, strict=True) if isinstance(claim, Claim)]
+        assert len({claim.generation for _, claim in won}) == len(won)
+        assert all(claim.generation > generation for generation, claim in won)
+        for generation in range(4):
+            assert sum(g == generation and claim.terms is not Terms.PAID for g, claim in won) <= 1
+
+    asyncio.run(run())
+
+
+async def test_who_pays() -> None:
+    """The client that leaves a gateway which serves; not the client of one that gave its call up, or is lost."""
+    kept = Kept()
+    mine = Claims(kept, "a")
+    assert (await mine.claim(chain(1, Maker("a")), 60.0)).terms is Terms.PAID
+    assert (await mine.claim(chain(2, Maker("b", 1)), 60.0)).terms is Terms.IF_ALIVE
+    await mine.give_up("c", 2, 60.0)
+    assert (await mine.claim(chain(3, Maker("a", 2)), 60.0)).terms is Terms.FREE
+    assert (await mine.claim(chain(4, Maker("")), 60.0)).terms is Terms.FREE, "an older release's"
+
+
+async def test_it_cannot_be_resumed_for_ever() -> None:
+    """A stream's prefixes are as many as its chunks; one that may have ended its workers is not resumed at all."""
+    claims = Claims(Kept(), "a")
+    for last in range(MOST_RESUMPTIONS):
+        await claims.claim(chain(last, Maker("a")), 60.0)
+    with pytest.raises(Exception, match="too often"):
+        await claims.claim(chain(99, Maker("a")), 60.0)
+    closed = Claims(Kept(), "a")
+    await closed.close("c", 3, 60.0)
+    with pytest.raises(Exception, match="too often"):
+        await closed.claim(chain(1, Maker("a", 3)), 60.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4))), st.sampled_from("abc"), st.integers(0, 4))
+def test_a_worker_runs_nothing_that_is_outdated(told: list[tuple[str, int]], call: str, generation: int) -> None:
+    """Whatever the order in which takeovers arrive, only what is as new as the newest may run."""
+    takeovers = Takeovers()
+    for name, number in told:
+        takeovers.took_over(name, number)
+    newest = max([number for name, number in told if name == call], default=0)
+    assert takeovers.outdated(f"{call}#0", generation) is (generation < newest)
+    small = Takeovers(most=2)
+    for number in range(9):
+        small.took_over(str(number), 1)
+    assert len(small) == 2

@@ -1,0 +1,162 @@
+"""Tokens of a call: the whole list in its order says what was delivered, and nothing else is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.api.types import Likeness
+from cluster.gateway.resume_tokens.token_chain import (
+    BadSegment,
+    CallHead,
+    Chain,
+    Choice,
+    encode,
+    encode_one,
+    head_json,
+    likeness_json,
+)
+from cluster.ledger.sealed import Envelopes, SealError
+
+SECRET = b"s" * 32
+HEAD = CallHead("chatcmpl-1", "r1", "acme", "key:k1", "sim", "d1", "p1", seed=7, deadline_s=5.5)
+LIKE = Likeness("w", "b", "float32")
+STEPS = st.lists(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 2**32 - 1), max_size=4)), max_size=3))
+
+
+def sealed(
+    steps: list[list[tuple[int, list[int]]]],
+    envelopes: Envelopes,
+    call_id: str = "chatcmpl-1",
+    wholes: Set[int] = frozenset(),
+) -> list[bytes]:
+    """Tokens of such steps; those with these numbers are whole."""
+    out: list[bytes] = []
+    before = Chain().last
+    chars = [0, 0, 0]
+    told: list[list[int]] = [[], [], []]
+    for number, step in enumerate([[], *steps], start=1):
+        choices = []
+        for index, ids in step:
+            chars[index] += len(ids)
+            told[index] += ids
+            choices.append(Choice(index, ids, chars[index]))
+        more: dict[str, Any] = {"likeness": {"0": likeness_json(LIKE)}}
+        if number == 1 or number in wholes:
+            more["call"] = {**head_json(HEAD), "call_id": call_id}
+        if number in wholes:
+            more["whole"] = True
+            choices = [Choice(index, list(told[index]), chars[index]) for index in range(3)]
+        out.append(envelopes.seal(encode(number, 100 + number, before, choices, more)))
+        chain = Chain()
+        chain.head, chain.number = HEAD, number - 1
+        chain.last = before
+        chain.add(out[-1], envelopes.open(out[-1]))
+        before = chain.last
+    return out
+
+
+def opened(tokens: list[bytes], envelopes: Envelopes) -> Chain:
+    """All of them."""
+    chain = Chain()
+    for token in tokens:
+        chain.add(token, envelopes.open(token))
+    return chain
+
+
+@settings(deadline=None)
+@given(STEPS)
+def test_a_chain_says_what_was_delivered(steps: list[list[tuple[int, list[int]]]]) -> None:
+    """Whoever has the secret reads from all tokens every choice's ids in order, and whose call it was."""
+    envelopes = Envelopes([SECRET], "resume-token", "resume token")
+    tokens = sealed(steps, Envelopes([SECRET], "resume-token", "resume token"))
+    chain = opened(tokens, envelopes)
+    assert (chain.head, chain.number, chain.expires_s) == (HEAD, len(tokens), 100 + len(tokens))
+    for index in range(3):
+        ids = [one for step in steps for i, some in step if i == index for one in some]
+        begun = chain.choices.get(index)
+        assert (begun.token_ids if begun else []) == ids
+        assert (begun.chars if begun else 0) == len(ids)
+    assert chain.choices[0].likeness == LIKE
+
+
+@settings(deadline=None)
+@given(STEPS, st.sets(st.integers(2, 12), min_size=1))
+def test_a_list_may_begin_with_a_whole_one(steps: list[list[tuple[int, list[int]]]], wholes: set[int]) -> None:
+    """From any whole token on the list says what all of it does, and nothing else may be its beginning."""
+    envelopes = Envelopes([SECRET], "resume-token", "resume token")
+    tokens = sealed(steps, envelopes, wholes=wholes)
+    chain = opened(tokens, envelopes)
+    for number in range(2, len(tokens) + 1):
+        if number not in wholes:
+            with pytest.raises(BadSegment):
+                opened(tokens[number - 1 :], envelopes)
+            continue
+        shorter = opened(tokens[number - 1 :], envelopes)
+        assert (shorter.head, shorter.number, shorter.last) == (chain.head, chain.number, chain.last)
+        begun = [{i: (b.token_ids, b.chars) for i, b in one.choices.items() if b.token_ids} for one in (chain, shorter)]
+        assert begun[0] == begun[1]
+        with pytest.raises(BadSegment):  # no other call's beginning goes with it
+            opened([*sealed(steps, envelopes, "chatcmpl-2")[: number - 1], *tokens[number - 1 :]], envelopes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_nothing_else_is_accepted(data: st.DataObject) -> None:
+    """A list with a token left out, twice, elsewhere, changed, cut, of another call or of another's secret is refused;
+    only a beginning of the list is a list."""
+    envelopes = Envelopes([SECRET], "resume-token", "resume token")
+    tokens = sealed([[(0, [1])]] * data.draw(st.integers(2, 6), label="length"), envelopes)
+    foreign = sealed([[(0, [1])]] * 8, envelopes, "chatcmpl-2")
+    others = sealed([[(0, [1])]] * 8, Envelopes([b"x" * 32], "resume-token", "resume token"))
+    at = data.draw(st.integers(0, len(tokens) - 1), label="at")
+    way = data.draw(st.sampled_from(["out", "twice", "moved", "changed", "cut", "foreign", "forged"]), label="way")
+    bad = list(tokens)
+    if way == "out":
+        at = min(at, len(tokens) - 2)
+        del bad[at]
+    elif way == "twice":
+        bad.insert(at, bad[at])
+    elif way == "moved":
+        to = data.draw(st.integers(0, len(tokens) - 1).filter(lambda i: i != at), label="to")
+        bad[at], bad[to] = bad[to], bad[at]
+    elif way == "changed":
+        spoilt = bytearray(bad[at])
+        spoilt[data.draw(st.integers(0, len(spoilt) - 1))] ^= data.draw(st.integers(1, 255))
+        bad[at] = bytes(spoilt)
+    elif way == "cut":
+        bad[at] = bad[at][: data.draw(st.integers(0, len(bad[at]) - 1))]
+    else:
+        at = max(at, 1) if way == "foreign" else at
+        bad[at] = (foreign if way == "foreign" else others)[at]
+    with pytest.raises((SealError, BadSegment)):
+        opened(bad, envelopes)
+    assert opened(tokens[: at + 1], envelopes).number == at + 1
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_any_sealed_bytes_are_refused(body: bytes) -> None:
+    """What another purpose or release has sealed is no segment, whatever is in it."""
+    with pytest.raises(BadSegment):
+        Chain().add(b"token", body)
+
+
+@given(st.integers(1, 2**40), st.integers(0, 2**31), st.integers(0, 2**40), st.integers(0, 2**32 - 1))
+def test_the_short_way_is_the_same(number: int, expires_s: int, chars: int, token_id: int) -> None:
+    """A further token of the only choice has the bytes that the general way gives it."""
+    before = b"b" * 16
+    assert encode_one(number, expires_s, before, chars, token_id) == encode(
+        number, expires_s, before, [Choice(0, [token_id], chars)]
+    )
+
+
+def test_one_purpose_does_not_open_anothers() -> None:
+    """A worker's sealed record cannot be passed off as a resume token."""
+    record = Envelopes([SECRET], "sealed-record", "sealed record").seal(b"x")
+    with pytest.raises(SealError):
+        Envelopes([SECRET], "resume-token", "resume token").open(record)

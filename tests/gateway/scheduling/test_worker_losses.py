@@ -1,0 +1,164 @@
+"""A request that ends the engines it reaches takes two workers at most, and is no larger than a worker should read."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.ports import Engine, EngineDead
+from cluster.api.types import EngineRequest, Grammar, Sampling
+from cluster.gateway.scheduling.submission import MAX_SUBMIT_BYTES, check_size
+from cluster.gateway.scheduling.worker_losses import MOST_SILENT, SETTLE_S, WINDOW_S, Losses, Verdict
+from cluster.wire.bundle import Bundle
+from cluster.wire.codec import submit_to_pb
+from cluster.wire.dial import read
+from cluster.worker.engine.simulated.engine import SimEngine
+from tests.support.calls import complete, refused, rest_of, resume
+from tests.support.cluster import TestCluster, sim_engine, until
+
+DEADLY = 13
+
+
+@dataclass
+class Mortal:
+    """A simulated engine that dies of a request with the seed DEADLY, when it has given it `tokens`."""
+
+    inner: SimEngine
+    tokens: int = 0
+    doomed: dict[str, int] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def submit(self, request: EngineRequest) -> None:
+        """See Engine."""
+        if request.sampling.seed == DEADLY:
+            if len(request.emitted_token_ids) >= self.tokens:
+                raise EngineDead("a query of death")
+            self.doomed[request.request_id] = len(request.emitted_token_ids)
+        await self.inner.submit(request)
+
+    async def step(self) -> Any:
+        """See Engine."""
+        outputs = await self.inner.step()
+        for one in outputs:
+            if one.request_id in self.doomed:
+                self.doomed[one.request_id] += len(one.token_ids)
+        if any(count >= self.tokens for count in self.doomed.values()):
+            raise EngineDead("a query of death")
+        return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [0, 5], ids=["at its prompt", "after some tokens"])
+async def test_a_query_of_death_takes_two_workers(
+    cluster: TestCluster, checkpoint: Path, bundle: Bundle, tokens: int
+) -> None:
+    """A request that kills its engine went from worker to worker until max_attempts, and all their streams with it."""
+    for _ in range(4):
+        await cluster.add_worker(cast(Engine, Mortal(sim_engine(checkpoint, decode_ms=2), tokens)), bundle)
+    request = complete(max_tokens=700, ignore_eos=True)
+    whole = (await cluster.stub.Complete(request)).choices[0].text
+    streams = [asyncio.ensure_future(cluster.stub.Complete(request)) for _ in range(6)]
+    await until(lambda: sum(w.engine.load().running for w in cluster.workers) == 6, "bystanders run")
+    deadly = complete(max_tokens=99, seed=DEADLY, temperature=1.0, resumable=True)
+    chunks: list[Any] = []
+    answer = await refused(_kept(cluster.stub.StreamComplete(deadly), chunks))
+    assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_LOST")
+    assert "2 workers were lost" in answer.message
+    assert sum(worker.task.done() for worker in cluster.workers) == MOST_SILENT
+    if tokens:  # its tokens take no third one, at whatever gateway
+        assert (await refused(cluster.stub.Resume(resume(deadly, chunks)))).reason == "RESUME_EXPIRED"
+    assert [(await stream).choices[0].text for stream in streams] == [whole] * 6
+    await cluster.until_idle()
+
+
+async def _kept(call: Any, chunks: list[Any]) -> None:
+    while (chunk := await read(call)) is not None:
+        chunks.append(chunk)
+
+
+@pytest.mark.slow
+async def test_general_losses_are_no_calls_fault(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
+    """When many workers are lost at once a stream that was on two of them, and on none between, still goes on."""
+    for _ in range(2):
+        await cluster.add_worker(sim_engine(checkpoint, decode_ms=400), bundle)
+    call = cluster.stub.StreamComplete(complete(max_tokens=12, ignore_eos=True))
+    first = await read(call)
+    others = [await cluster.add_worker(sim_engine(checkpoint), bundle, model="other") for _ in range(3)]
+    for _ in range(2):
+        (running,) = [w for w in cluster.workers if not w.task.done() and w.end.statistics().running]
+        await running.stop()
+        await until(
+            lambda: (
+                cluster.gateway.dispatcher.waiting("sim")[0] == 1
+                or any(w.end.statistics().running for w in cluster.workers if not w.task.done())
+            ),
+            "it waits or runs elsewhere",
+        )
+    for worker in others:
+        await worker.stop()
+    await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
+    chunks = [first, *await rest_of(call)]
+    assert chunks[-1].usage.completion_tokens == 12
+    assert chunks[-1].usage.resumed >= 1
+
+
+def test_a_broken_connection_is_no_lost_worker() -> None:
+    """A worker that is back with the same process within the settling time has outlived the call."""
+    for came_back, verdict in ((False, Verdict.END), (True, Verdict.RESUME)):
+        losses = Losses()
+        losses.lost("a", 0.0, "ia")
+        losses.lost("b", 1.0, "ib")
+        if came_back:
+            losses.returned("ib")
+        assert losses.verdict(["a", "b"], 1.0, 1.0 + SETTLE_S) is verdict
+
+
+@given(
+    own=st.sets(st.integers(0, 9), min_size=MOST_SILENT, max_size=5),
+    others=st.lists(st.tuples(st.integers(10, 99), st.floats(0, 2 * WINDOW_S)), max_size=12),
+)
+def test_a_sequence_is_blamed_for_what_others_do_not_share(own: set[int], others: list[tuple[int, float]]) -> None:
+    """It waits until losses of one event are known; then it goes on only where most of them were not its own."""
+    losses = Losses()
+    now = 2 * WINDOW_S
+    for link, at in sorted(others, key=lambda one: one[1]):
+        losses.lost(str(link), at)
+    for link in own:
+        losses.lost(str(link), now)
+    mine = [str(link) for link in own]
+    assert losses.verdict(mine, now, now + SETTLE_S / 2) is Verdict.WAIT
+    shared = sum(at + WINDOW_S >= now + SETTLE_S for _, at in others)
+    assert losses.verdict(mine, now, now + SETTLE_S) is (Verdict.RESUME if shared > len(own) else Verdict.END)
+
+
+REQUESTS = st.builds(
+    Sampling,
+    max_tokens=st.just(1),
+    stop_token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=50).map(lambda ids: tuple(ids * 900)),
+    logit_bias=st.dictionaries(st.integers(0, 2**31), st.floats(-100, 100), max_size=9),
+    grammar=st.none() | st.builds(Grammar, st.just("regex"), st.text(max_size=99).map(lambda text: text * 1500)),
+)
+
+
+@given(sampling=REQUESTS, ids=st.lists(st.integers(0, 9), max_size=9), salt=st.sampled_from(["", "s" * 150_000]))
+def test_no_large_request_is_queued(sampling: Sampling, ids: list[int], salt: str) -> None:
+    """Sixteen million valid stop token ids blocked five workers in turn; the bound is of what goes over the link."""
+    request = EngineRequest("", ids, sampling, cache_salt=salt)
+    size = submit_to_pb(1, 1, EngineRequest("", [], sampling, cache_salt=salt)).ByteSize()
+    if size <= MAX_SUBMIT_BYTES:
+        check_size(request)
+    if size > MAX_SUBMIT_BYTES + 100:
+        with pytest.raises(CallError) as refused_with:
+            check_size(request)
+        assert refused_with.value.outcome is Outcome.INVALID_FIELD
+        assert refused_with.value.violations[0].field in ("stop_token_ids", "response_format", "cache_salt")

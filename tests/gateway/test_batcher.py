@@ -1,0 +1,87 @@
+"""Whoever asks while others are under way is asked with all who do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from cluster.gateway.batcher import Together
+
+
+class Store:
+    """Answers when let, with what was asked; "bad" gets an error of its own."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+        self.go = asyncio.Event()
+        self.away = False
+
+    async def __call__(self, asks: Sequence[str]) -> Sequence[str | Exception]:
+        """One set."""
+        self.asked.append(list(asks))
+        await self.go.wait()
+        if self.away:
+            raise OSError("away")
+        return [ValueError(one) if one == "bad" else one.upper() for one in asks]
+
+
+async def test_what_comes_meanwhile_goes_together() -> None:
+    """The first at once, the others with the next, each with its own answer, no more than fit."""
+    store = Store()
+    ask = Together(store, most=3)
+    first = ask("a")
+    await asyncio.sleep(0)
+    others = [ask(one) for one in ("b", "bad", "c", "d")]
+    await asyncio.sleep(0)
+    assert store.asked == [["a"]]
+    store.go.set()
+    assert await first == "A"
+    got = await asyncio.gather(*others, return_exceptions=True)
+    assert [str(one) for one in got] == ["B", "bad", "C", "D"]
+    assert isinstance(got[1], ValueError)
+    assert store.asked == [["a"], ["b", "bad", "c"], ["d"]]
+    assert await ask("e") == "E"
+
+
+async def test_a_store_that_is_away_is_everyones_error() -> None:
+    """And is asked again by the next."""
+    store = Store()
+    store.go.set()
+    store.away = True
+    ask = Together(store)
+    got = await asyncio.gather(ask("a"), ask("b"), return_exceptions=True)
+    assert [type(one) for one in got] == [OSError, OSError]
+    store.away = False
+    assert await ask("c") == "C"
+
+
+async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
+    """A store's loss is waited out once, also by those that came meanwhile."""
+    store = Store()
+    store.away = True
+    ask = Together(store)
+    first = ask("a")
+    await asyncio.sleep(0)
+    second = ask("b")
+    store.go.set()
+    got = await asyncio.gather(first, second, return_exceptions=True)
+    assert [type(one) for one in got] == [OSError, OSError]
+    assert store.asked == [["a"]]
+
+
+async def test_who_no_longer_waits_is_not_asked() -> None:
+    """One that has gone before its turn is left out; one that goes during it changes nothing for the others."""
+    store = Store()
+    ask = Together(store)
+    first, gone = ask("a"), ask("b")
+    gone.cancel()
+    await asyncio.sleep(0)
+    first.cancel()
+    other = ask("c")
+    store.go.set()
+    assert await other == "C"
+    assert store.asked == [["a"], ["c"]]
+    with pytest.raises(asyncio.CancelledError):
+        await first

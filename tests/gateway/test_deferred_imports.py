@@ -1,0 +1,39 @@
+"""What a gateway imports after its start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.gateway import deferred_imports
+
+
+def test_a_gateway_starts_without_what_only_large_requests_need() -> None:
+    """Neither numpy nor what reads large bodies is imported with the gateway."""
+    program = "import sys; import cluster.gateway.server; print(*sys.modules)"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"numpy", "msgspec", "psutil"} & set(told)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_it_is_imported_when_nothing_runs_or_at_the_latest(
+    busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first idle moment, and once the time is over in a gateway that is never idle."""
+    name = f"imported_later_{busy}".lower()
+    (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(deferred_imports, "MODULES", (name,))
+    asked: list[bool] = []
+
+    def idle() -> bool:
+        asked.append(name in sys.modules)
+        return not busy or len(asked) > 50
+
+    await deferred_imports.import_later(idle, after_s=0.0, at_latest_s=0.25)
+    assert name in sys.modules
+    assert asked[0] is False, "not before it was asked for"
+    assert (len(asked) > 1) is busy

@@ -1,0 +1,78 @@
+"""What a gateway says of models: nothing, by words or by its time, of those that a caller may not use."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from cluster.api.outcomes import CallError, Outcome
+from cluster.api.types import CatalogEntry, ModelState
+from cluster.gateway.models import Directory
+from cluster.policy.tenants.identity import Principal
+from cluster.policy.tenants.policy import TenantPolicy
+from cluster.wire.bundle import Bundle
+
+
+async def no_bundle(digest: str) -> Bundle:
+    """Nobody has any."""
+    raise LookupError(digest)
+
+
+def caller(*models: str) -> Principal:
+    """One whose tenant may use these."""
+    return Principal(TenantPolicy("acme", models=models), by="key", subject="k")
+
+
+def work_of(directory: Directory, name: str, who: Principal) -> list[tuple[str, int]]:
+    """Every line that is run to refuse a name."""
+    lines: list[tuple[str, int]] = []
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        lines.append((frame.f_code.co_qualname, frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    with pytest.raises(CallError) as refused:  # noqa: PT012
+        sys.settrace(trace)
+        try:
+            directory.resolve(name, who)
+        finally:
+            sys.settrace(before)
+    assert refused.value.outcome is Outcome.MODEL_NOT_FOUND
+    return lines
+
+
+@pytest.mark.parametrize("mine", [("open",), ("open", "other-*"), ("nothing",)])
+def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ...]) -> None:
+    """A model of another tenant was refused 12 to 18 us later than none, since its names were looked through."""
+    directory = Directory(tmp_path, no_bundle)
+    aliases = tuple(f"alias-{number}" for number in range(20))
+    directory.catalog(
+        [
+            CatalogEntry("open", state=ModelState.READY),
+            CatalogEntry("secret", aliases, state=ModelState.READY),
+        ]
+    )
+    who = caller(*mine)
+    work_of(directory, "absent", who)  # what its policy opens is looked up once
+    warm = work_of(directory, "absent", who)
+    for name in ("secret", "alias-7", "none-of-that-name"):
+        assert work_of(directory, name, who) == warm
+
+
+def test_what_a_caller_may_use_follows_the_catalog(tmp_path: Path) -> None:
+    """What policies open is kept by their patterns: it holds for the names of the newest catalog only."""
+    directory = Directory(tmp_path, no_bundle)
+    directory.catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
+    one, other = caller("x"), caller("b*")
+    assert directory.resolve("a", one).name == directory.resolve("x", one).name == "a"
+    with pytest.raises(CallError):
+        directory.resolve("a", other)
+    directory.catalog([CatalogEntry("a", state=ModelState.READY), CatalogEntry("b", ("x",), state=ModelState.READY)])
+    assert directory.resolve("x", one).name == directory.resolve("b", other).name == "b"
+    with pytest.raises(CallError):
+        directory.resolve("a", one)
