@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from cluster.config import Config
+from cluster.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = ROOT / "helm" / "values.schema.json"
-VALUES, COPY = ROOT / "helm" / "values.yaml", ROOT / "cluster" / "chart_values.json"
+VALUES, COPY = ROOT / "helm" / "values.yaml", ROOT / "cluster" / "cli" / "chart_values.json"
 
 
 def with_config(chart: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +51,10 @@ def main(arguments: list[str]) -> int:
         if not equal:
             print(f"{COPY}: is not what {VALUES} says; run scripts/chart_schema.py", file=sys.stderr)
         if before != after:
-            print(f"{SCHEMA}: config is not what cluster/config.py says; run scripts/chart_schema.py", file=sys.stderr)
+            print(
+                f"{SCHEMA}: config is not what cluster/config/schema.py says; run scripts/chart_schema.py",
+                file=sys.stderr,
+            )
         return int(before != after or not equal)
     COPY.write_text(values)
     SCHEMA.write_text(after)

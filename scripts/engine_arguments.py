@@ -1,4 +1,4 @@
-"""Write cluster/vllm_arguments.json: the engine arguments of the installed vLLM with their plain types and ranges.
+"""Write cluster/config/vllm_arguments.json: the engine arguments of the installed vLLM with their plain types and ranges.
 
 `headrace config check` reads the table where vLLM is not installed. `--check` only says whether the committed table is
 the installed vLLM's. Needs vLLM.
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).resolve().parent.parent / "cluster" / "vllm_arguments.json"
+TABLE = Path(__file__).resolve().parent.parent / "cluster" / "config" / "vllm_arguments.json"
 BOUNDS = ("gt", "ge", "lt", "le")
 PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 DEPTH = 3

@@ -13,7 +13,7 @@ import grpc
 
 from cluster.cli.common import USAGE, admin_endpoint, api_key, fail, local_run
 from cluster.client.options import Options
-from cluster.config import Config, ConfigError, load, secret_files
+from cluster.config.schema import Config, ConfigError, load, secret_files
 
 
 @dataclass(frozen=True, slots=True)

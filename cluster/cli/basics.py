@@ -12,8 +12,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from cluster.cli.terminal import safe
-from cluster.config import Config, ConfigError, load
-from cluster.config_lenient import Lenient
+from cluster.config.lenient import Lenient
+from cluster.config.schema import Config, ConfigError, load
 
 OK, FAILED, USAGE, UNREACHABLE_CODE = 0, 1, 2, 3
 FileOption = Annotated[

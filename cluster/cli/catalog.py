@@ -30,7 +30,7 @@ from cluster.cli.common import (
 )
 from cluster.cli.look import Admin, plain
 from cluster.cli.scaling import ModelArgument, ReasonOption
-from cluster.config_yaml import NotYaml, load_documents
+from cluster.config.yaml_reader import NotYaml, load_documents
 from cluster.policy.catalog.layers import lay
 
 DIFFERS = 2

@@ -1,7 +1,7 @@
 """What `headrace config check` finds in a file: errors that a process would refuse, and warnings of likely mistakes.
 
-The rules that need only the file are those of cluster/config.py. Here are those that look around: at a model folder on
-this machine, at files that the configuration names, and at what only pods or a chart's values have.
+The rules that need only the file are those of cluster/config/schema.py. Here are those that look around: at a model
+folder on this machine, at files that the configuration names, and at what only pods or a chart's values have.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from cluster.api.types import ModelSpec
 from cluster.cli.values import Input, NoConfiguration, groups_of, read_input
-from cluster.config import Config, Model, remainder, secret_files
-from cluster.config_problems import Problem
+from cluster.config.problems import Problem
+from cluster.config.schema import Config, Model, remainder, secret_files
 
 DEMO_SHAPE = {
     "num_attention_heads": 9,

@@ -27,7 +27,7 @@ from cluster.cli.terminal import safe, write_json
 from cluster.client import UNREACHABLE, Client, HeadraceError
 from cluster.client.errors import from_rpc
 from cluster.client.options import DEFAULT_ENDPOINT
-from cluster.config_gateway import is_loopback
+from cluster.config.gateway import is_loopback
 
 ADMIN_PORT = 50053
 _CODES = {"INVALID_FIELD": USAGE, "STORE_UNAVAILABLE": UNREACHABLE_CODE}

@@ -11,7 +11,7 @@ import typer
 from cluster.cli import terminal
 from cluster.cli.common import USAGE as USAGE
 from cluster.cli.common import JsonOption, fail, print_json, warn
-from cluster.config import Config
+from cluster.config.schema import Config
 
 app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print what it may hold.")
 

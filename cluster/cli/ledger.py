@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, local_run, out
-from cluster.config import cache_dir
-from cluster.config_tenants import Auth, Cost, Store, TenantDefaults
-from cluster.config_yaml import NotYaml, load
+from cluster.config.schema import cache_dir
+from cluster.config.tenants import Auth, Cost, Store, TenantDefaults
+from cluster.config.yaml_reader import NotYaml, load
 from cluster.ledger.rows import Rates
 from cluster.policy.tenants.policy import PolicyError
 from cluster.process.private_files import make_private_folder

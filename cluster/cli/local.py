@@ -31,7 +31,7 @@ from cluster.cli.look import Admin
 from cluster.cli.processes import part_name
 from cluster.cli.runs import ProcessId, RunFolder
 from cluster.cli.steps import Step, duration
-from cluster.config import Config
+from cluster.config.schema import Config
 from cluster.ray import reaper
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart
 

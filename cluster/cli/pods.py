@@ -19,9 +19,9 @@ import typer
 from cluster.cli import pod_secrets, terminal
 from cluster.cli.basics import USAGE, FileOption, fail, read_config, read_leniently
 from cluster.cli.processes import FolderOption, bound_link, run, stop_on_signal
-from cluster.config import Config, secret_files
-from cluster.config_gateway import ClientTls, Tls, is_loopback
-from cluster.config_lenient import Lenient, load_for_controller, load_for_gateway
+from cluster.config.gateway import ClientTls, Tls, is_loopback
+from cluster.config.lenient import Lenient, load_for_controller, load_for_gateway
+from cluster.config.schema import Config, secret_files
 from cluster.kube.api import ACCOUNT, KubeLease
 from cluster.observe import log
 from cluster.process import memory

@@ -8,8 +8,8 @@ from typing import Any
 
 import psutil
 
-from cluster.config import Config
-from cluster.config_gateway import MAX_PORT, Listen
+from cluster.config.gateway import MAX_PORT, Listen
+from cluster.config.schema import Config
 
 TRIES = 50
 

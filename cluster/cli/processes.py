@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.cli.basics import USAGE, FileOption, fail, read_config, read_leniently, write_whole
-from cluster.config import Config, cache_dir
-from cluster.config_lenient import load_for_controller, load_for_gateway
+from cluster.config.lenient import load_for_controller, load_for_gateway
+from cluster.config.schema import Config, cache_dir
 from cluster.observe import log
 from cluster.process import memory
 from cluster.process.core_dumps import leave_no_core_dumps

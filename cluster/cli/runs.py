@@ -12,7 +12,7 @@ from typing import IO, Any
 import psutil
 
 from cluster.cli.basics import write_whole
-from cluster.config import cache_dir
+from cluster.config.schema import cache_dir
 from cluster.process.private_files import make_private_folder
 
 

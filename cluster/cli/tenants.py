@@ -13,7 +13,7 @@ from cluster.cli import terminal
 from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.desk import at_desk
 from cluster.cli.ledger import DAY_S, ReasonOption, RequiredReasonOption, pair, show_table, shown_time
-from cluster.config_tenants import on_is_a_word
+from cluster.config.tenants import on_is_a_word
 from cluster.ledger.desk import ROTATION_S, Desk
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, key_state
 

@@ -29,7 +29,7 @@ from cluster.cli.ports import PortTaken, decide
 from cluster.cli.runs import AlreadyUp, RunFolder
 from cluster.cli.steps import Step, duration, say
 from cluster.client import AsyncClient, HeadraceError
-from cluster.config import Config, secret_files
+from cluster.config.schema import Config, secret_files
 from cluster.ledger.files import make_secret
 from cluster.process.private_files import make_private_folder
 from cluster.ray import reaper

@@ -13,7 +13,7 @@ from cluster.cli import terminal
 from cluster.cli.common import USAGE, JsonOption, fail, print_json
 from cluster.cli.desk import at_desk
 from cluster.cli.ledger import DAY_S, pair, show_table, shown_time
-from cluster.config_tenants import Cost
+from cluster.config.tenants import Cost
 from cluster.ledger import export
 from cluster.ledger.desk import Desk
 from cluster.ledger.rows import Rates, UsageQuery

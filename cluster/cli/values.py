@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.api.types import ModelSpec
-from cluster.config import API_VERSION, Config
-from cluster.config_problems import Path as KeyPath
-from cluster.config_problems import Problem
-from cluster.config_yaml import Document, Duplicate, NotYaml, read_documents
+from cluster.config.problems import Path as KeyPath
+from cluster.config.problems import Problem
+from cluster.config.schema import API_VERSION, Config
+from cluster.config.yaml_reader import Document, Duplicate, NotYaml, read_documents
 
-CHART_VALUES = Path(__file__).parent.parent / "chart_values.json"
+CHART_VALUES = Path(__file__).parent / "chart_values.json"
 _OF_CLUSTER = frozenset({"api_version", "name", "models"})
 """Keys that every cluster.yaml has, of which the chart's values have none."""
 _HEADINGS = ("USER-SUPPLIED VALUES", "COMPUTED VALUES")

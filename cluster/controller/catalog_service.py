@@ -20,7 +20,7 @@ import structlog
 from cluster.api.catalog import Change
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import CatalogEntry
-from cluster.config import Config, Model, entry_of, with_models
+from cluster.config.schema import Config, Model, entry_of, with_models
 from cluster.policy.catalog import layers
 from cluster.policy.catalog.versions import Mark
 from cluster.worker.settings import ReplicaSettings

@@ -18,9 +18,9 @@ import structlog
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare, VersionTally
-from cluster.config import Config
-from cluster.config_gateway import Tls
-from cluster.config_lenient import Lenient
+from cluster.config.gateway import Tls
+from cluster.config.lenient import Lenient
+from cluster.config.schema import Config
 from cluster.controller import bundling, scaling
 from cluster.controller import catalog_service as catalog_desk
 from cluster.controller.catalog_verbs import catalog_verbs

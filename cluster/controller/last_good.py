@@ -11,8 +11,8 @@ from typing import Any
 import structlog
 
 from cluster.api.outcomes import CallError
-from cluster.config import Config, entry_of, with_models
-from cluster.config_lenient import HeldModel, Lenient
+from cluster.config.lenient import HeldModel, Lenient
+from cluster.config.schema import Config, entry_of, with_models
 
 log = structlog.get_logger("controller")
 FILE = "last-good-models.json"

@@ -10,7 +10,7 @@ from typing import Protocol
 import structlog
 
 from cluster.api.scaling import ScalingDecision
-from cluster.config import Config
+from cluster.config.schema import Config
 from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.reconcile import Observed

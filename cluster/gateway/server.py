@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from cluster import __version__, http2
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import ModelState, WorkerIdentity
-from cluster.config import Config, cache_dir
+from cluster.config.schema import Config, cache_dir
 from cluster.gateway.apis.admin.authorization import AdminDoor
 from cluster.gateway.apis.admin.fleet import CatalogAdmin, FleetAdmin, NoLedger
 from cluster.gateway.apis.admin.forwarding import Relayed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.api.ports import Engine
-from cluster.config_engine import code_arguments
+from cluster.config.engine import code_arguments
 from cluster.policy.catalog.placement import is_simulated
 from cluster.wire.bundle import Bundle
 from cluster.worker.replica import Opened
@@ -77,6 +77,6 @@ def _resolve(settings: ReplicaSettings) -> Path:
 
 def _cache_dir(settings: ReplicaSettings) -> Path:
     """The configured folder; a relative one or none at all is below the user's own cache on that node."""
-    from cluster.config import cache_dir
+    from cluster.config.schema import cache_dir
 
     return Path(settings.cache_dir) if settings.cache_dir else cache_dir()

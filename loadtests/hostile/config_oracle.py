@@ -25,7 +25,7 @@ import yaml
 from cluster.api.types import ModelSpec
 from cluster.cli.pod_secrets import manifests
 from cluster.cli.pods import controller_lacks, gateway_lacks
-from cluster.config import Config
+from cluster.config.schema import Config
 from cluster.ledger.files import make_secret
 from cluster.policy.catalog import specs
 from cluster.policy.catalog.placement import capacity, is_simulated, why_unplaceable

@@ -18,7 +18,7 @@ import yaml
 
 from cluster.cli.checking import check
 from cluster.cli.values import CHART_VALUES, laid_over
-from cluster.config_yaml import load
+from cluster.config.yaml_reader import load
 from loadtests.children import ROOT
 from loadtests.figures import Bound, Figure
 from loadtests.hostile.config_mutations import Mutant, mutant

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.config_gateway import Listen
+from cluster.config.gateway import Listen
 from loadtests import peers
 from loadtests.children import Child, DidNotStart, free_port
 from loadtests.datasets import fixed

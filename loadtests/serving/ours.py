@@ -16,7 +16,7 @@ import yaml
 
 from cluster.cli.ports import decide
 from cluster.cli.siblings import rows
-from cluster.config import parse
+from cluster.config.schema import parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from loadtests.children import ROOT, Child, Children

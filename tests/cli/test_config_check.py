@@ -15,8 +15,8 @@ from typer.testing import Result
 
 from cluster.cli.checking import check
 from cluster.cli.values import CHART_VALUES, laid_over
-from cluster.config import parse
-from cluster.config_checks import source_problem
+from cluster.config.checks import source_problem
+from cluster.config.schema import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., Result]

@@ -18,7 +18,7 @@ from cluster.admin.v1 import admin_pb2
 from cluster.cli.access import Access
 from cluster.cli.remote_desk import RemoteDesk
 from cluster.cli.runs import ProcessId, RunFolder
-from cluster.config import parse
+from cluster.config.schema import parse
 from cluster.ledger.desk import By, Desk, LedgerDesk
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, UsageQuery

@@ -15,7 +15,7 @@ from cluster import __version__
 from cluster.cli import doctor
 from cluster.cli.runs import RunFolder
 from cluster.cli.steps import duration
-from cluster.config import load
+from cluster.config.schema import load
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., Result]

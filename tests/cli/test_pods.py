@@ -22,7 +22,7 @@ from typer.testing import Result
 from cluster.cli import issuing, pods
 from cluster.cli.pod_secrets import manifests
 from cluster.client import Client
-from cluster.config import Config, parse
+from cluster.config.schema import Config, parse
 from cluster.gateway.links.peer_identity import ANY_MODEL, CONTROLLER
 from cluster.kube.api import KubeLease
 from tests.support.kube_api import kube_api

@@ -9,7 +9,7 @@ import socket
 import pytest
 
 from cluster.cli.ports import PortTaken, decide
-from cluster.config import Config, ConfigError, parse
+from cluster.config.schema import Config, ConfigError, parse
 
 
 def config(processes: int = 1, **listen: str) -> Config:

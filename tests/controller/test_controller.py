@@ -12,7 +12,7 @@ import pytest
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
-from cluster.config import parse
+from cluster.config.schema import parse
 from cluster.controller.controller import QUIET_S, Controller, settings_of
 from cluster.controller.links import FleetWorker
 from cluster.policy.scaling.scaler import Asked

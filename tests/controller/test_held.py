@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from cluster.api.types import ModelSpec, ModelState
-from cluster.config import parse
-from cluster.config_lenient import for_controller
+from cluster.config.lenient import for_controller
+from cluster.config.schema import parse
 from cluster.controller.controller import settings_of
 from cluster.controller.last_good import with_last_good
 from cluster.controller.links import FleetWorker

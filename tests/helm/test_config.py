@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from cluster.cli.commands import app
 from cluster.cli.pod_secrets import manifests
-from cluster.config import Config, parse
+from cluster.config.schema import Config, parse
 from cluster.policy.catalog.placement import is_simulated, why_unplaceable, world_size
 from tests.support import helm
 from tests.support.helm import NAMESPACE, ROOT, Rendered
@@ -128,7 +128,7 @@ def test_the_notes_command_lines_are_known() -> None:
 
 
 def test_the_schema_of_config_is_the_programs() -> None:
-    """Run scripts/chart_schema.py after a change of cluster/config.py."""
+    """Run scripts/chart_schema.py after a change of cluster/config/schema.py."""
     command = [sys.executable, "scripts/chart_schema.py", "--check"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}

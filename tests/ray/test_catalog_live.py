@@ -19,7 +19,7 @@ import pytest
 
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.types import CatalogEntry
-from cluster.config import parse
+from cluster.config.schema import parse
 from cluster.controller.catalog_service import Desk, KeptFile
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller, settings_of

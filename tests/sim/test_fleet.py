@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.config_gateway import Queue
+from cluster.config.gateway import Queue
 from cluster.sim.fleet import MAX_WAIT_S, Arrival, Fleet
 from cluster.sim.plant import ReplicaModel
 

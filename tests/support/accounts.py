@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cluster.api.ports import Engine
 from cluster.api.types import WorkerIdentity
-from cluster.config import parse
+from cluster.config.schema import parse
 from cluster.gateway.server import Gateway
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.records import OpenRecord, UsageRecord

@@ -14,7 +14,7 @@ import grpc
 
 from cluster.api.ports import Engine, EngineDead
 from cluster.api.types import EngineInfo, WorkerIdentity
-from cluster.config import Config, parse
+from cluster.config.schema import Config, parse
 from cluster.gateway.server import Gateway
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle

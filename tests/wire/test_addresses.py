@@ -9,7 +9,7 @@ import grpc
 
 from cluster.api.types import WorkerIdentity
 from cluster.cli.ports import decide
-from cluster.config import Config, parse
+from cluster.config.schema import Config, parse
 from cluster.controller.links import ControllerEnd
 from cluster.gateway.server import Gateway
 from cluster.v1 import inference_pb2_grpc as pb_grpc

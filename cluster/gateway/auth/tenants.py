@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.config import Config, cache_dir, database_url, secret_files
-from cluster.config_tenants import Auth
+from cluster.config.schema import Config, cache_dir, database_url, secret_files
+from cluster.config.tenants import Auth
 from cluster.gateway.auth.authenticator import Shown, Visitor
 from cluster.gateway.auth.credentials import Authenticator
 from cluster.gateway.quotas.budgets import BudgetWatch, Spent

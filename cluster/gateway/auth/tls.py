@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import structlog
 
-from cluster.config_gateway import ClientTls, LinkTls, Tls
+from cluster.config.gateway import ClientTls, LinkTls, Tls
 from cluster.gateway.auth.revocation import CheckedContext, RevokedFile
 
 log = structlog.get_logger("tls")

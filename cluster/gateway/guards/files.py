@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from cluster.config_yaml import NotYaml, read
+from cluster.config.yaml_reader import NotYaml, read
 from cluster.policy.tenants.patterns import PatternError, Patterns
 
 log = structlog.get_logger("guards")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 
 from cluster import http2
-from cluster.config import Config
+from cluster.config.schema import Config
 
 
 def bind_link(config: Config, process: int = 0) -> socket.socket:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 import structlog
 
 from cluster.api.outcomes import CallError
-from cluster.config_tenants import BudgetWebhook
+from cluster.config.tenants import BudgetWebhook
 from cluster.gateway.quotas.webhook import NotDelivered, post
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.notices import Taken

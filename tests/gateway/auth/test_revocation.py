@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cluster.admin.v1 import admin_pb2
 from cluster.cli.commands import app
-from cluster.config_gateway import LinkTls
+from cluster.config.gateway import LinkTls
 from cluster.gateway.auth.revocation import RevokedFile
 from cluster.gateway.auth.tls import NewestContext
 from cluster.v1 import inference_pb2 as pb

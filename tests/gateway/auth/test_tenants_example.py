@@ -11,7 +11,7 @@ from cluster.api.types import CatalogEntry, ModelState
 from cluster.cli.local import LocalCluster
 from cluster.cli.runs import RunFolder
 from cluster.cli.up import make_secrets
-from cluster.config import load, parse
+from cluster.config.schema import load, parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from tests.support.calls import chat, refused

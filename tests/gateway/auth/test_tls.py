@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from cluster.client import AsyncClient
-from cluster.config_gateway import ClientTls
+from cluster.config.gateway import ClientTls
 from cluster.gateway.auth.tls import NewestContext
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc

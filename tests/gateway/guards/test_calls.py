@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.config import parse
+from cluster.config.schema import parse
 from cluster.gateway.guards.remote import on_this_host
 from cluster.gateway.server import Gateway
 from cluster.guard.v1 import guard_pb2, guard_pb2_grpc

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cluster.api.types import CatalogEntry, WorkerIdentity
 from cluster.cli.commands import app
-from cluster.config_gateway import Tls
+from cluster.config.gateway import Tls
 from cluster.controller.links import ControllerEnd
 from cluster.gateway.auth.tls import NewestContext
 from cluster.gateway.links.hub import Hub, hub_server

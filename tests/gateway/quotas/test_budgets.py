@@ -15,7 +15,7 @@ import grpc
 import pytest
 from prometheus_client import generate_latest
 
-from cluster.config_tenants import BudgetWebhook
+from cluster.config.tenants import BudgetWebhook
 from cluster.gateway.quotas.budgets import BudgetWatch
 from cluster.ledger.notices import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_s
 from cluster.ledger.store import Ledger

@@ -26,7 +26,7 @@ from cluster.ledger.rows import Rates, UsageQuery
 from cluster.policy.tenants.identity import may_grant
 
 if TYPE_CHECKING:
-    from cluster.config import Config
+    from cluster.config.schema import Config
     from cluster.gateway.auth.tenants import TenantDoor
     from cluster.ledger.rows import StoredTenant
 

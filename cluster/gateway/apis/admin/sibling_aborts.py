@@ -16,7 +16,7 @@ import grpc.aio
 
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.api.outcomes import CallError, Outcome
-from cluster.config_gateway import Gateway, Tls
+from cluster.config.gateway import Gateway, Tls
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.auth.tls import name_in
 from cluster.policy.tenants.identity import derive, verify_any

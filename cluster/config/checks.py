@@ -10,8 +10,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from cluster.config_engine import code_arguments, engine_problems, together_problems
-from cluster.config_problems import Path, Problem
+from cluster.config.engine import code_arguments, engine_problems, together_problems
+from cluster.config.problems import Path, Problem
 
 SCHEMES = ("hf", "s3", "gs", "http", "https", "demo", "sim")
 """What may stand before :// of a source; without it a source is a folder."""

@@ -11,10 +11,17 @@ from typing import Any
 
 import pytest
 
-from cluster.config import ConfigError, parse
-from cluster.config_engine import CODE, OWNED_ENGINE_ARGS, arguments, code_arguments, engine_problems, together_problems
+from cluster.config.engine import (
+    CODE,
+    OWNED_ENGINE_ARGS,
+    arguments,
+    code_arguments,
+    engine_problems,
+    together_problems,
+)
+from cluster.config.schema import ConfigError, parse
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SUSPICIOUS = re.compile(r"(_cls|_class|class_overrides|plugin|processors|module_path|_path|_file|inductor_passes)$")
 HARMLESS = {
     "compilation_config.debug_dump_path",

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import config
 from cluster.api.types import ModelSpec
-from cluster.config_gateway import is_loopback
+from cluster.config import schema
+from cluster.config.gateway import is_loopback
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAD = "api_version: headrace/v1\nname: c\n"
 MODEL = "models: [{name: m, source: /models/m}]\n"
 KEYS = "auth: {api_keys: {}}\n"
@@ -20,7 +20,7 @@ TLS = "{cert_file: /a, key_file: /b, ca_file: /c}"
 @pytest.mark.parametrize("file", sorted((ROOT / "deploy").glob("*.yaml")), ids=lambda f: f.name)
 def test_shipped_files_load(file: Path) -> None:
     """Every configuration under deploy/ is one."""
-    assert config.load(file).models
+    assert schema.load(file).models
 
 
 @pytest.mark.parametrize(
@@ -79,24 +79,24 @@ def test_shipped_files_load(file: Path) -> None:
 )
 def test_wrong_files_are_refused_by_path(text: str, words: str) -> None:
     """The message names the file, the path and what to do."""
-    with pytest.raises(config.ConfigError) as caught:
-        config.parse(text, "f.yaml")
+    with pytest.raises(schema.ConfigError) as caught:
+        schema.parse(text, "f.yaml")
     assert words in str(caught.value)
     assert str(caught.value).startswith("f.yaml: ")
 
 
 def test_a_missing_file_is_one_line() -> None:
     """No traceback for a path that is not there."""
-    with pytest.raises(config.ConfigError, match="cannot be read"):
-        config.load(Path("/nowhere/cluster.yaml"))
+    with pytest.raises(schema.ConfigError, match="cannot be read"):
+        schema.load(Path("/nowhere/cluster.yaml"))
 
 
 @pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "gateway.example.com:1"])
 def test_client_ports_stay_on_loopback(listener: str, address: str) -> None:
     """Without authentication no client port opens beyond this host."""
-    with pytest.raises(config.ConfigError, match=rf"listen\.{listener}.*without auth"):
-        config.parse(HEAD + f"gateway: {{listen: {{{listener}: '{address}'}}}}\n" + MODEL)
+    with pytest.raises(schema.ConfigError, match=rf"listen\.{listener}.*without auth"):
+        schema.parse(HEAD + f"gateway: {{listen: {{{listener}: '{address}'}}}}\n" + MODEL)
 
 
 @pytest.mark.parametrize("listener", ["grpc", "http", "admin"])
@@ -104,28 +104,28 @@ def test_ports_open_with_auth_and_tls_together(listener: str) -> None:
     """Either alone is refused in words; both open the port, that of operators too."""
     wide = f"listen: {{{listener}: '0.0.0.0:1'}}"
     tls = "tls: {cert_file: /tls/tls.crt, key_file: /tls/tls.key}"
-    with pytest.raises(config.ConfigError, match=r"without auth:.*use every model"):
-        config.parse(HEAD + f"gateway: {{{wide}, {tls}}}\n" + MODEL)
-    with pytest.raises(config.ConfigError, match=r"without gateway\.tls: keys would travel"):
-        config.parse(HEAD + KEYS + f"gateway: {{{wide}}}\n" + MODEL)
-    assert config.parse(HEAD + KEYS + f"gateway: {{{wide}, {tls}}}\n" + MODEL).auth is not None
+    with pytest.raises(schema.ConfigError, match=r"without auth:.*use every model"):
+        schema.parse(HEAD + f"gateway: {{{wide}, {tls}}}\n" + MODEL)
+    with pytest.raises(schema.ConfigError, match=r"without gateway\.tls: keys would travel"):
+        schema.parse(HEAD + KEYS + f"gateway: {{{wide}}}\n" + MODEL)
+    assert schema.parse(HEAD + KEYS + f"gateway: {{{wide}, {tls}}}\n" + MODEL).auth is not None
 
 
 def test_tenants_stand_over_the_defaults() -> None:
     """A declared tenant's policy is the file's defaults with its own fields over them; secrets rest where it says."""
     text = "tenant_defaults: {class: batch, models: [m]}\ntenants: [{name: acme, weight: 4}]\n"
-    found = config.parse(HEAD + KEYS + text + MODEL)
+    found = schema.parse(HEAD + KEYS + text + MODEL)
     (policy,) = found.policies()
     assert (policy.name, policy.priority_class, policy.weight, policy.models) == ("acme", "batch", 4.0, ("m",))
-    assert config.secret_files(found)["auth.api_keys.pepper_file"] == config.cache_dir() / "key-pepper"
+    assert schema.secret_files(found)["auth.api_keys.pepper_file"] == schema.cache_dir() / "key-pepper"
 
 
 def test_the_link_port_opens_with_certificates_only() -> None:
     """Off loopback it needs link_tls; metrics may be scraped from anywhere."""
     wide = "gateway: {listen: {link: '0.0.0.0:1', metrics: '0.0.0.0:2'}"
-    with pytest.raises(config.ConfigError, match="link_tls"):
-        config.parse(HEAD + wide + "}\n" + MODEL)
-    assert config.parse(HEAD + wide + f", link_tls: {TLS}}}\n" + MODEL).gateway.link_tls is not None
+    with pytest.raises(schema.ConfigError, match="link_tls"):
+        schema.parse(HEAD + wide + "}\n" + MODEL)
+    assert schema.parse(HEAD + wide + f", link_tls: {TLS}}}\n" + MODEL).gateway.link_tls is not None
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,14 @@ def test_loopback(address: str, loopback: bool) -> None:
 
 def test_what_gateway_processes_share() -> None:
     """The clients' ports; link and metrics are each one's own, and every one names the others' link ports."""
-    gateway = config.parse(HEAD + "gateway: {processes: 3}\n" + MODEL).gateway
+    gateway = schema.parse(HEAD + "gateway: {processes: 3}\n" + MODEL).gateway
     first, second, third = (gateway.listen.of(process) for process in range(3))
     assert (second.link, third.link) == ("127.0.0.1:50061", "127.0.0.1:50062")
     assert (second.metrics, third.metrics) == ("127.0.0.1:9411", "127.0.0.1:9412")
     assert (first.grpc, first.http) == (third.grpc, third.http)
     assert gateway.siblings(0) == (":50061", ":50062")
     assert gateway.siblings(2) == (":50052", ":50061")
-    assert not config.parse(HEAD + MODEL).gateway.siblings(0)
+    assert not schema.parse(HEAD + MODEL).gateway.siblings(0)
 
 
 def test_an_entry_as_the_packages_see_it() -> None:
@@ -166,7 +166,7 @@ models:
     engine: {max_num_seqs: 7}
     allow_cross_node_tensor_parallel: true
 """
-    (model,) = config.parse(HEAD + text).models
+    (model,) = schema.parse(HEAD + text).models
     spec = model.spec()
     assert spec == ModelSpec(
         name="m",

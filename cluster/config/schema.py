@@ -16,14 +16,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from cluster import config_checks as checks
 from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import ModelSpec
-from cluster.config_gateway import Gateway, Section, Tls, check_address, is_loopback
-from cluster.config_problems import Path as KeyPath
-from cluster.config_problems import Problem, problems_of, raise_all, shown
-from cluster.config_remainder import without
-from cluster.config_tenants import (
+from cluster.config import checks
+from cluster.config.gateway import Gateway, Section, Tls, check_address, is_loopback
+from cluster.config.problems import Path as KeyPath
+from cluster.config.problems import Problem, problems_of, raise_all, shown
+from cluster.config.remainder import without
+from cluster.config.tenants import (
     CLASSES,
     Auth,
     BudgetWebhook,
@@ -35,7 +35,7 @@ from cluster.config_tenants import (
     problems_together,
     url_parts,
 )
-from cluster.config_yaml import Document, Duplicate, NotYaml, read
+from cluster.config.yaml_reader import Document, Duplicate, NotYaml, read
 from cluster.policy.tenants.policy import TenantPolicy
 
 API_VERSION = "headrace/v1"

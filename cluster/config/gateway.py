@@ -10,8 +10,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from cluster.config_checks import listeners
-from cluster.config_problems import Problem, raise_all
+from cluster.config.checks import listeners
+from cluster.config.problems import Problem, raise_all
 
 
 def is_loopback(address: str) -> bool:

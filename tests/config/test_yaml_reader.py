@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config_yaml import NotYaml, load, load_documents, read
+from cluster.config.yaml_reader import NotYaml, load, load_documents, read
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=6)
 VALUES = st.recursive(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.config_problems import shown
+from cluster.config.problems import shown
 
 TABLE = Path(__file__).with_name("vllm_arguments.json")
 Problem = tuple[str, str]

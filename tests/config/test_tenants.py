@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from cluster.config_tenants import (
+from cluster.config.tenants import (
     CLASSES,
     Auth,
     BudgetWebhook,
@@ -98,7 +98,7 @@ def test_guards_of_the_defaults_and_of_a_tenant() -> None:
 
 def test_the_documents_example() -> None:
     """docs/guards.md would show what a gateway refuses."""
-    text = (Path(__file__).parent.parent / "docs" / "guards.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "guards.md").read_text()
     tenants, patterns = (part.split("```")[0] for part in text.split("```yaml\n")[1:])
     (acme,) = yaml.safe_load(tenants)["tenants"]
     assert len(Tenant.model_validate(acme).policy(TenantDefaults()).guards) == 4

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.config import Config, ConfigError, examine, line, names_of, read_document, read_text
-from cluster.config_problems import Problem
-from cluster.config_yaml import Document
+from cluster.config.problems import Problem
+from cluster.config.schema import Config, ConfigError, examine, line, names_of, read_document, read_text
+from cluster.config.yaml_reader import Document
 
 GATEWAY_DOES_WITHOUT = ("models", "weights", "ray")
 """Sections that a gateway does not read: it learns of models from the controller and from workers."""

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from cluster.config_gateway import Section
-from cluster.config_problems import Problem, raise_all
+from cluster.config.gateway import Section
+from cluster.config.problems import Problem, raise_all
 from cluster.policy.tenants.policy import GuardRule, PolicyError, TenantLimits, TenantPolicy
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.config_problems import Path
+from cluster.config.problems import Path
 
 LEFT_OUT = "left-out"
 """The name, with its position, of an entry that stands for one that could not be mended."""

@@ -1,0 +1,1 @@
+"""cluster.yaml: its models, checks and errors."""
