@@ -1,4 +1,5 @@
-"""Write cluster/config/vllm_arguments.json: the engine arguments of the installed vLLM with their plain types and ranges.
+"""Write cluster/config/vllm_arguments.json: the engine arguments of the installed vLLM with their plain types and
+ranges.
 
 `headrace config check` reads the table where vLLM is not installed. `--check` only says whether the committed table is
 the installed vLLM's. Needs vLLM.

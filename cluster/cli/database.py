@@ -88,7 +88,7 @@ def import_litellm(
     as_json: JsonOption = False,
 ) -> None:
     """Take over teams, key hashes, limits, budgets and aliases of LiteLLM; no tenant changes a key."""
-    from cluster.ledger import import_litellm as litellm
+    from cluster.ledger.tenants import import_litellm as litellm
 
     with told():
         made = litellm.plan(litellm.read(database_url), time.time(), tokens_per_dollar=tokens_per_dollar)

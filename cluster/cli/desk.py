@@ -20,7 +20,7 @@ import typer
 from cluster.cli.access import reach
 from cluster.cli.common import USAGE, AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, fail, rpc_errors
 from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, opened, settings, told
-from cluster.ledger.desk import By, Desk, LedgerDesk
+from cluster.ledger.tenants.service import By, Desk, LedgerDesk
 
 HERE = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}
 THERE = {

@@ -122,7 +122,8 @@ def told() -> Iterator[None]:
 @contextlib.contextmanager
 def opened(chosen: Settings, *, keys: bool = False, check: bool = True) -> Iterator[Ledger]:
     """The ledger, made at its first use where it is `made_here`; others say what to run."""
-    from cluster.ledger import files, migrate
+    from cluster.ledger import files
+    from cluster.ledger.database import migrate
     from cluster.ledger.store import Ledger
 
     with told():

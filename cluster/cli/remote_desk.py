@@ -1,4 +1,4 @@
-"""The desk behind a gateway's admin API; see ledger/desk.py for the one on a database."""
+"""The desk behind a gateway's admin API; see ledger/tenants/service.py for the one on a database."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cluster.cli.access import Access
 from cluster.client.errors import from_rpc
 from cluster.gateway.apis.admin import codec
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound, StoreUnavailable
-from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import NewKey, Rates, StoredKey, StoredTenant, UsageQuery
+from cluster.ledger.usage.records import UsageRecord
 
 TIMEOUT_S = 60.0
 PAGE = 500

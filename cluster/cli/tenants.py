@@ -14,8 +14,8 @@ from cluster.cli.common import USAGE, JsonOption, fail, out, print_json
 from cluster.cli.desk import at_desk
 from cluster.cli.ledger import DAY_S, ReasonOption, RequiredReasonOption, pair, show_table, shown_time
 from cluster.config.tenants import on_is_a_word
-from cluster.ledger.desk import ROTATION_S, Desk
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, key_state
+from cluster.ledger.tenants.service import ROTATION_S, Desk
 
 tenants_app = typer.Typer(no_args_is_help=True, help="Tenants: who may use what, and how much of it.")
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of a tenant. A key is shown once, when it is made.")

@@ -14,9 +14,9 @@ from cluster.cli.common import USAGE, JsonOption, fail, print_json
 from cluster.cli.desk import at_desk
 from cluster.cli.ledger import DAY_S, pair, show_table, shown_time
 from cluster.config.tenants import Cost
-from cluster.ledger import export
-from cluster.ledger.desk import Desk
 from cluster.ledger.rows import Rates, UsageQuery
+from cluster.ledger.tenants.service import Desk
+from cluster.ledger.usage import export
 
 
 @at_desk()

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from cluster.gateway.quotas.valkey_limits import ValkeyLimits
     from cluster.gateway.resume_tokens.resumption import Resumes
     from cluster.gateway.usage.accounting import Accounting
-    from cluster.ledger.records import UsageRecord
+    from cluster.ledger.usage.records import UsageRecord
 
 log = structlog.get_logger("gateway")
 
@@ -235,7 +235,7 @@ class Gateway:
     def account(self, secrets: Sequence[bytes], insert: Callable[[Sequence[UsageRecord]], None]) -> None:
         """Keep accounts from now on; before any worker or caller comes."""
         from cluster.gateway.usage.accounting import Accounting
-        from cluster.ledger.sealed import Sealer
+        from cluster.ledger.usage.sealed_records import Sealer
 
         accounting = Accounting(
             incarnation=self.hub.incarnation,

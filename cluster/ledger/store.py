@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cluster.ledger import migrate
-from cluster.ledger.audit import AuditEvent, AuditLog
-from cluster.ledger.audits import Audits
-from cluster.ledger.backup import Counts, backup, restore
-from cluster.ledger.connect import make_engine, where
-from cluster.ledger.keys import Keys
-from cluster.ledger.notices import Notices
-from cluster.ledger.resumed import Resumed
-from cluster.ledger.snapshots import Snapshots
-from cluster.ledger.tenants import Tenants
-from cluster.ledger.usage import UsageTable
+from cluster.ledger.audit.audit import AuditEvent, AuditLog
+from cluster.ledger.audit.table import Audits
+from cluster.ledger.database import migrate
+from cluster.ledger.database.backup import Counts, backup, restore
+from cluster.ledger.database.connect import make_engine, where
+from cluster.ledger.tenants.keys import Keys
+from cluster.ledger.tenants.snapshots import Snapshots
+from cluster.ledger.tenants.tenants import Tenants
+from cluster.ledger.usage.budget_notices import Notices
+from cluster.ledger.usage.resumed_segments import Resumed
+from cluster.ledger.usage.usage import UsageTable
 
 
 class Ledger:

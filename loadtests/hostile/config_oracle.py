@@ -99,7 +99,7 @@ class Oracle:
 
     def _gateway(self, config: Config, pod: bool) -> Iterator[str]:
         from cluster.gateway.server import Gateway
-        from cluster.ledger.connect import make_engine
+        from cluster.ledger.database.connect import make_engine
 
         yield from (f"gateway: {one}" for one in gateway_lacks(config, pod=pod, files=pod))
         try:

@@ -19,9 +19,9 @@ from cluster.cli.access import Access
 from cluster.cli.remote_desk import RemoteDesk
 from cluster.cli.runs import ProcessId, RunFolder
 from cluster.config.schema import parse
-from cluster.ledger.desk import By, Desk, LedgerDesk
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, UsageQuery
+from cluster.ledger.tenants.service import By, Desk, LedgerDesk
 from tests.ledger.samples import record
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.certificates import Authority

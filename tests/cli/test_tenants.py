@@ -17,8 +17,8 @@ from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.identity import authenticate
 from cluster.policy.tenants.policy import TenantPolicy
-from tests.ledger import litellm_schema
 from tests.ledger.samples import record
+from tests.ledger.tenants import litellm_schema
 from tests.support import postgres
 
 pytestmark = pytest.mark.slow

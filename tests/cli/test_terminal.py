@@ -19,7 +19,7 @@ from cluster.cli import terminal
 from cluster.cli.basics import fail
 from cluster.cli.common import SafeConsole, print_json
 from cluster.cli.look import worker_table
-from cluster.ledger.audit import AuditEvent
+from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
 from tests.ledger.samples import record

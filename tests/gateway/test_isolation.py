@@ -20,8 +20,8 @@ from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.gateway.usage.accounting import Accounting
-from cluster.ledger.records import OpenRecord, UsageRecord
-from cluster.ledger.sealed import Sealer
+from cluster.ledger.usage.records import OpenRecord, UsageRecord
+from cluster.ledger.usage.sealed_records import Sealer
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.simulated.engine import SimEngine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.ledger.records import UsageRecord
+from cluster.ledger.usage.records import UsageRecord
 
 DAY_S = 86400.0
 

@@ -14,10 +14,10 @@ from cluster.api.types import WorkerIdentity
 from cluster.config.schema import parse
 from cluster.gateway.server import Gateway
 from cluster.ledger.errors import StoreUnavailable
-from cluster.ledger.records import OpenRecord, UsageRecord
 from cluster.ledger.rows import UsageQuery
-from cluster.ledger.sealed import Sealer
 from cluster.ledger.store import Ledger
+from cluster.ledger.usage.records import OpenRecord, UsageRecord
+from cluster.ledger.usage.sealed_records import Sealer
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.wire.ended_requests import EndedUsage, UsageKeeper

@@ -1,8 +1,8 @@
 """The door of a gateway with `auth`: the ledger's snapshot, keys, tokens, certificates, and what failures tell.
 
 The database is off the calls' path: it is asked from a thread, and while it is away the last snapshot serves
-(ledger/watch.py). A change reaches the calls within a pass of the watcher: running calls of a tenant that may no
-longer call are ended, and everybody who stays is asked again.
+(ledger/tenants/watch.py). A change reaches the calls within a pass of the watcher: running calls of a tenant that may
+no longer call are ended, and everybody who stays is asked again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from cluster.gateway.auth.authenticator import Shown, Visitor
 from cluster.gateway.auth.credentials import Authenticator
 from cluster.gateway.quotas.budgets import BudgetWatch, Spent
 from cluster.gateway.usage.prompt_log import PromptLog
-from cluster.ledger.audit import AuditEvent, AuditLog
-from cluster.ledger.audit_writer import AuditWriter
-from cluster.ledger.bring_up import bring_up, bring_up_elsewhere
+from cluster.ledger.audit.audit import AuditEvent, AuditLog
+from cluster.ledger.audit.writer import AuditWriter
+from cluster.ledger.database.bring_up import bring_up, bring_up_elsewhere
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import read_secrets
 from cluster.ledger.store import Ledger
-from cluster.ledger.watch import Watcher
+from cluster.ledger.tenants.watch import Watcher
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.identity import (
     BAD_KEY,
@@ -186,7 +186,7 @@ class TenantDoor:
         while self._first:
             await asyncio.sleep(wait_s)
             wait_s = EXPIRY_S
-            from cluster.ledger.retention import expire
+            from cluster.ledger.database.retention import expire
 
             days = self._config.store.retention_days
             try:

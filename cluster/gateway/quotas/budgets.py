@@ -18,8 +18,8 @@ from cluster.api.outcomes import CallError
 from cluster.config.tenants import BudgetWebhook
 from cluster.gateway.quotas.webhook import NotDelivered, post
 from cluster.ledger.errors import LedgerError
-from cluster.ledger.notices import Taken
 from cluster.ledger.store import Ledger
+from cluster.ledger.usage.budget_notices import Taken
 from cluster.observe.metrics import Metrics, Sample
 from cluster.policy.limits.budgets import BudgetUse, budgets, crossed, day_name
 from cluster.policy.tenants.policy import TenantPolicy

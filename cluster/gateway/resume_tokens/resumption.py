@@ -40,7 +40,7 @@ from cluster.policy.tenants.identity import Principal
 
 if TYPE_CHECKING:
     from cluster.gateway.service import CallMeta
-    from cluster.ledger.sealed import Envelopes
+    from cluster.ledger.usage.sealed_records import Envelopes
 
 log = structlog.get_logger("resume")
 
@@ -240,7 +240,7 @@ class Resumes:
     def _sealing(self) -> Envelopes | None:
         """None where there is no secret and none can be made: then streams are what they were without tokens."""
         if self._envelopes is None and not self._hopeless:
-            from cluster.ledger.sealed import Envelopes  # what seals is imported by whoever needs it
+            from cluster.ledger.usage.sealed_records import Envelopes  # what seals is imported by whoever needs it
 
             try:
                 self._envelopes = Envelopes(self._secrets(), PURPOSE, "resume token", MAX_TOKEN_BYTES)
@@ -298,7 +298,7 @@ class Resumes:
             raise invalid("resumable", "must be true, as in the request that began the stream")
         if not asked.tokens:
             raise invalid("resume_tokens", "must not be empty: without any, begin anew")
-        from cluster.ledger.sealed import SealError, UnknownSecret
+        from cluster.ledger.usage.sealed_records import SealError, UnknownSecret
 
         chain, now_s = Chain(), self._wall()
         envelopes = self._sealing()

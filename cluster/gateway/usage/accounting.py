@@ -36,10 +36,10 @@ from cluster.gateway.calls.sequence import Output
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.resume_tokens.claim import Terms
 from cluster.ledger.errors import StoreUnavailable
-from cluster.ledger.records import MAX_ID, RESUMED, OpenRecord, RecordError, UsageRecord
-from cluster.ledger.sealed import Sealer, SealError
-from cluster.ledger.spool import Replayer, Spool, SpoolStatistics
-from cluster.ledger.usage import IDLE_TENANT
+from cluster.ledger.usage.records import MAX_ID, RESUMED, OpenRecord, RecordError, UsageRecord
+from cluster.ledger.usage.sealed_records import Sealer, SealError
+from cluster.ledger.usage.spool import Replayer, Spool, SpoolStatistics
+from cluster.ledger.usage.usage import IDLE_TENANT
 from cluster.process import ticks
 from cluster.wire.ended_requests import EndedUsage
 

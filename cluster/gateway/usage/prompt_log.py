@@ -24,7 +24,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.calls import request
 from cluster.gateway.calls.call import Call
 from cluster.gateway.text.tokenizer import TextModel
-from cluster.ledger.audit import hide_secrets
+from cluster.ledger.audit.audit import hide_secrets
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.budgets import day_name
 from cluster.policy.tenants.policy import TenantPolicy

@@ -1,1 +1,1 @@
-"""The history of the tables, read by alembic; `cluster.ledger.migrate` runs it."""
+"""The history of the tables, read by alembic; `cluster.ledger.database.migrate` runs it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
-from cluster.ledger.tables import metadata
+from cluster.ledger.database.tables import metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -17,8 +17,8 @@ from prometheus_client import generate_latest
 
 from cluster.config.tenants import BudgetWebhook
 from cluster.gateway.quotas.budgets import BudgetWatch
-from cluster.ledger.notices import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_s
 from cluster.ledger.store import Ledger
+from cluster.ledger.usage.budget_notices import FIRST_PAUSE_S, LONGEST_PAUSE_S, pause_s
 from cluster.observe.metrics import Metrics
 from cluster.policy.limits.budgets import BudgetUse, crossed, day_name
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy

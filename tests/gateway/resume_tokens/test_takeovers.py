@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from cluster.gateway.resume_tokens.claim import MOST_RESUMPTIONS, Claim, Claims, Terms
 from cluster.gateway.resume_tokens.token_chain import CallHead, Chain, Maker
-from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import UsageQuery
+from cluster.ledger.usage.records import UsageRecord
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read

@@ -20,7 +20,7 @@ from cluster.gateway.resume_tokens.token_chain import (
     head_json,
     likeness_json,
 )
-from cluster.ledger.sealed import Envelopes, SealError
+from cluster.ledger.usage.sealed_records import Envelopes, SealError
 
 SECRET = b"s" * 32
 HEAD = CallHead("chatcmpl-1", "r1", "acme", "key:k1", "sim", "d1", "p1", seed=7, deadline_s=5.5)

@@ -12,8 +12,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from cluster.ledger.sealed import Sealer
 from cluster.ledger.store import Ledger
+from cluster.ledger.usage.sealed_records import Sealer
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
 from tests.support.accounts import (

@@ -18,8 +18,8 @@ import grpc
 import pytest
 import yaml
 
-from cluster.ledger.sealed import Sealer
 from cluster.ledger.store import Ledger
+from cluster.ledger.usage.sealed_records import Sealer
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle

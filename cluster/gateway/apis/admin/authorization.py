@@ -262,7 +262,7 @@ class AdminDoor:
         if self._tenants is None:
             log.info("audit", kind=kind, action=action, object=name, outcome=outcome, reason=reason)
             return
-        from cluster.ledger.audit import AuditEvent
+        from cluster.ledger.audit.audit import AuditEvent
 
         event = AuditEvent(
             time.time(),

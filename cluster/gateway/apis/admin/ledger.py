@@ -18,11 +18,11 @@ from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.gateway.apis.admin import codec
 from cluster.gateway.apis.admin.authorization import AdminDoor, Asker, details_of
 from cluster.gateway.apis.admin.pages import after_of, next_token, page_size, terms
-from cluster.ledger.audit import AuditEvent
-from cluster.ledger.desk import ROTATION_S, By, LedgerDesk
+from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.errors import LedgerError, StoreUnavailable
-from cluster.ledger.records import UsageRecord
 from cluster.ledger.rows import Rates, UsageQuery
+from cluster.ledger.tenants.service import ROTATION_S, By, LedgerDesk
+from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.tenants.identity import may_grant
 
 if TYPE_CHECKING:

@@ -1,0 +1,160 @@
+"""Audit events on their way from the hot path to the file and the table, without a flood filling either.
+
+Whoever guesses keys can make a failure per request. So events are handed over without waiting, kept in a bounded
+list, and of failures and decisions at most `per_second` are written one by one; the rest of that second is told as
+one event with their number. Admin actions are neither bounded nor counted together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from cluster.ledger.audit.audit import AuditEvent, AuditLog
+from cluster.ledger.errors import LedgerError
+
+log = structlog.get_logger("audit")
+
+PER_SECOND = 50
+MAX_WAITING = 10_000
+PERIOD_S = 0.5
+Insert = Callable[[Sequence[AuditEvent]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class AuditStatistics:
+    """`written` events are in the file, `suppressed` were counted together, `waiting` are not in the table yet,
+    `lost` found the list for the table full (they are in the file)."""
+
+    written: int
+    suppressed: int
+    waiting: int
+    lost: int
+    error: str
+
+
+class AuditWriter:
+    """Writes events in a thread of its own. `insert` is `Ledger.audit.insert`, None without a database."""
+
+    def __init__(
+        self,
+        file: AuditLog,
+        insert: Insert | None = None,
+        *,
+        per_second: int = PER_SECOND,
+        period_s: float = PERIOD_S,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._file = file
+        self._insert = insert
+        self._per_second = per_second
+        self._period_s = period_s
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        self._fresh: list[AuditEvent] = []
+        self._window = -1
+        self._in_window = 0
+        self._suppressed_now: dict[tuple[str, str, str], tuple[int, AuditEvent]] = {}
+        self._waiting: list[AuditEvent] = []
+        self._written = self._suppressed = self._lost = 0
+        self._error = ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def write(self, event: AuditEvent) -> None:
+        """Hand an event over. Never blocks on a disk or a database."""
+        with self._lock:
+            if event.kind == "admin" or self._admitted():
+                self._fresh.append(event)
+                return
+            self._suppressed += 1
+            name = (event.kind, event.action, event.outcome)
+            count, first = self._suppressed_now.get(name, (0, event))
+            self._suppressed_now[name] = (count + 1, first)
+
+    def _admitted(self) -> bool:
+        window = int(self._monotonic())
+        if window != self._window:
+            self._window, self._in_window = window, 0
+            self._fresh += self._summary()
+        self._in_window += 1
+        return self._in_window <= self._per_second
+
+    def _summary(self) -> list[AuditEvent]:
+        events = [
+            AuditEvent(
+                first.at_s, first.kind, first.action, outcome=first.outcome, reason=f"{count} more like it in a second"
+            )
+            for count, first in self._suppressed_now.values()
+        ]
+        self._suppressed_now = {}
+        return [dataclasses.replace(one, details={"suppressed": True}) for one in events]
+
+    def statistics(self) -> AuditStatistics:
+        """How much went where."""
+        with self._lock:
+            waiting = len(self._waiting) + len(self._fresh)
+            return AuditStatistics(self._written, self._suppressed, waiting, self._lost, self._error)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Write what is there and end the thread."""
+        self._stop.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._period_s):
+            self.flush()
+        with self._lock:
+            self._fresh += self._summary()
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is there, in the caller's thread; what the table does not take now is tried again."""
+        with self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._lock:
+            fresh, self._fresh = self._fresh, []
+        error = ""
+        for event in fresh:
+            try:
+                self._file.write(event)
+                self._written += 1
+            except OSError as problem:
+                error = f"the audit file cannot be written: {problem}"
+        if self._insert is not None:
+            error = self._enter(fresh) or error
+        if error and error != self._error:
+            log.error("audit_not_written", error=error)
+        self._error = error
+
+    def _enter(self, fresh: Sequence[AuditEvent]) -> str:
+        assert self._insert is not None
+        with self._lock:
+            self._waiting += fresh
+            self._lost += max(len(self._waiting) - MAX_WAITING, 0)
+            self._waiting = self._waiting[-MAX_WAITING:]
+            batch = list(self._waiting)
+        if not batch:
+            return ""
+        try:
+            self._insert(batch)
+        except LedgerError as error:
+            return str(error)
+        except Exception as error:  # a batch that the table refuses must not stand before all later ones
+            log.exception("audit_batch_refused")
+            with self._lock:
+                self._waiting = self._waiting[len(batch) :]
+                self._lost += len(batch)
+            return f"{type(error).__name__}: {error}"
+        with self._lock:
+            self._waiting = self._waiting[len(batch) :]
+        return ""

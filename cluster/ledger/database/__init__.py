@@ -1,0 +1,1 @@
+"""The ledger's database: connections, tables, migrations, backups, retention."""

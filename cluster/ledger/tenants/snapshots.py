@@ -1,0 +1,62 @@
+"""Reading who is known, as of one moment, and only what has changed since the last reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Row, select
+
+from cluster.ledger.database.connect import reading
+from cluster.ledger.database.tables import change_sequence, keys, tenants
+from cluster.policy.tenants.identity import KeyEntry, Snapshot, TenantEntry
+from cluster.policy.tenants.policy import TenantPolicy
+
+
+class Snapshots:
+    """Reads snapshots."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    def read(self, before: Snapshot | None = None) -> Snapshot:
+        """The newest snapshot. With `before` only rows that changed since are read; when none did, `before` with a
+        new `taken_at_s` is returned, its maps untouched. Raises StoreUnavailable."""
+        taken_at_s = self._clock()  # before the reading: what it says is at least this young
+        with reading(self._engine) as connection:
+            sequence, reload_from = connection.execute(
+                select(change_sequence.c.value, change_sequence.c.reload_from)
+            ).one()
+            if before is not None and before.sequence == sequence:
+                return replace(before, taken_at_s=taken_at_s)
+            anew = before is None or not reload_from <= before.sequence < sequence
+            known = Snapshot() if anew or before is None else before
+            after = -1 if anew else known.sequence
+            return Snapshot(
+                sequence, taken_at_s, _tenants(connection, dict(known.tenants), after), _keys(connection, known, after)
+            )
+
+
+def _tenants(connection: Connection, found: dict[str, TenantEntry], after: int) -> dict[str, TenantEntry]:
+    for row in connection.execute(select(tenants).where(tenants.c.changed > after)):
+        if row.removed_at is None:
+            found[row.name] = TenantEntry(TenantPolicy.from_json(row.policy), row.origin, dict(row.model_aliases))
+        else:
+            found.pop(row.name, None)
+    return found
+
+
+def _keys(connection: Connection, known: Snapshot, after: int) -> dict[bytes, KeyEntry]:
+    found = dict(known.keys)
+    for row in connection.execute(select(keys).where(keys.c.changed > after)):
+        found[bytes.fromhex(row.digest)] = _entry(row)
+    return found
+
+
+def _entry(row: Row[Any]) -> KeyEntry:
+    expires_at_s = math.inf if row.expires_at is None else row.expires_at
+    digest = bytes.fromhex(row.digest)
+    return KeyEntry(row.id, row.tenant, digest, row.name, row.role, expires_at_s, row.revoked_at is not None)

@@ -1,0 +1,1 @@
+"""Usage records, budget notices and resumed segments, from the gateway's spool to the database."""

@@ -1,0 +1,340 @@
+"""Usage on its way to the database: a local file first, then the database once, whatever dies in between.
+
+Argument. A record is *durable* once its line is fsynced; only then is anybody told so (a worker forgets its copy). A
+segment file is deleted only after the database has committed all of its records, so every durable record is in a
+segment or in the database at any moment: none is lost. A crash between commit and deletion replays the segment, and
+the database takes a record id once: none is doubled. Lines carry a checksum; a line without its end is the tail of a
+write that was never fsynced, hence never told durable, and is dropped. A segment is never appended to by a later
+process, so a torn tail spoils nothing. What the database refuses for good goes to `rejected.jsonl` and is counted,
+because one bad record must not hold up all that come after it.
+
+The hot path only puts a reference into a list; one thread encodes, writes and fsyncs whatever has gathered meanwhile.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from cluster.ledger.errors import StoreUnavailable
+from cluster.ledger.files import sync_folder
+from cluster.ledger.usage.records import RecordError, UsageRecord
+from cluster.process.private_files import make_private_folder
+
+log = structlog.get_logger("ledger")
+
+LINGER_S = 0.005
+MAX_SEGMENT_BYTES = 16 * 1024 * 1024
+REJECTED = "rejected.jsonl"
+_SEGMENT = "usage-{:012}.jsonl"
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
+def encode(record: UsageRecord) -> bytes:
+    """One line: checksum, space, JSON."""
+    body = _encode(record.as_json()).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def decode(line: bytes) -> UsageRecord:
+    """The inverse, without the newline. Raises ValueError."""
+    checksum, _, body = line.partition(b" ")
+    if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
+        raise ValueError("the checksum does not match")
+    return UsageRecord.from_json(json.loads(body))
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolStatistics:
+    """`pending` records are not in the database yet; `oldest_at_s` is when the first of them came (epoch), else None.
+
+    `written` counts records since the start, `durable` those of them that are fsynced; `error` is the last failure.
+    """
+
+    written: int
+    durable: int
+    pending: int
+    rejected: int
+    oldest_at_s: float | None
+    error: str
+
+
+class Spool:
+    """Takes records in, gives closed segments out. One process a folder, held by a lock."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        on_durable: Callable[[int], None] | None = None,
+        linger_s: float = LINGER_S,
+        max_segment_bytes: int = MAX_SEGMENT_BYTES,
+    ) -> None:
+        make_private_folder(folder)
+        self._folder = folder
+        self._lock_file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock_file)
+            raise ValueError(f"the spool {folder} is in use by another process: give each its own folder") from None
+        self._on_durable = on_durable
+        self._linger_s = linger_s
+        self._max_segment_bytes = max_segment_bytes
+        self._changed = threading.Condition()
+        self._waiting: list[UsageRecord] = []
+        self._segment: _Segment | None = None
+        self._next = 1 + max((int(path.stem[6:]) for path in self._segments()), default=0)
+        self._found = {path: _count(path) for path in self._segments()}
+        self._rejected = _count(folder / REJECTED)
+        self._written = self._durable = 0
+        self._error = ""
+        self._closing = False
+        self._writing = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="ledger-spool", daemon=True)
+        self._thread.start()
+
+    def append(self, record: UsageRecord) -> int:
+        """Take a record; returns its position, which `on_durable` and `wait_durable` speak of. Never blocks on disk.
+
+        Raises ValueError once closed.
+        """
+        with self._changed:
+            if self._closing:
+                raise ValueError("the spool is closed")
+            self._waiting.append(record)
+            self._written += 1
+            if len(self._waiting) == 1:
+                self._changed.notify_all()
+            return self._written
+
+    def wait_durable(self, position: int, timeout_s: float) -> bool:
+        """Whether a record is on disk within the time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._durable >= position, timeout_s)
+
+    def statistics(self) -> SpoolStatistics:
+        """How much waits where."""
+        with self._changed:
+            open_now = self._segment.records if self._segment else 0
+            pending = sum(self._found.values()) + open_now + len(self._waiting)
+            paths = [*self._found, *([self._segment.path] if self._segment else [])]
+            oldest = min((_made_at(path) for path in paths), default=None)
+            return SpoolStatistics(self._written, self._durable, pending, self._rejected, oldest, self._error)
+
+    def close(self) -> None:
+        """Write what waits, end the thread, let the folder go. What is not in the database stays for the next one."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self.roll()
+        os.close(self._lock_file)
+
+    def roll(self) -> list[Path]:
+        """Close the segment being written, if it holds anything; all closed segments, oldest first."""
+        with self._writing, self._changed:
+            segment, self._segment = self._segment, None
+            if segment is not None:
+                segment.close()
+                self._found[segment.path] = segment.records
+            return sorted(self._found)
+
+    def forget(self, path: Path) -> None:
+        """Delete a closed segment whose records are all committed."""
+        path.unlink()
+        sync_folder(self._folder)
+        with self._changed:
+            del self._found[path]
+
+    def reject(self, line: bytes, why: str) -> None:
+        """Keep aside what can never be entered, durably. Raises OSError."""
+        text = json.dumps({"why": why, "line": line.decode("utf-8", "replace")}) + "\n"
+        handle = os.open(self._folder / REJECTED, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(handle, text.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        with self._changed:
+            self._rejected += 1
+        log.error("usage_rejected", why=why)
+
+    def _segments(self) -> list[Path]:
+        return sorted(self._folder.glob("usage-*.jsonl"))
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return
+                # let a few more gather: one fsync then serves them all
+                self._changed.wait_for(lambda: self._closing, self._linger_s)
+                batch, self._waiting = self._waiting, []
+            if not self._write(batch):
+                with self._changed:
+                    self._waiting[:0] = batch
+                    if self._closing:
+                        return  # told by statistics; a worker that was not acknowledged offers it elsewhere
+                    self._changed.wait_for(lambda: self._closing, 1.0)
+
+    def _write(self, batch: Sequence[UsageRecord]) -> bool:
+        try:
+            with self._writing:
+                segment = self._open()
+                segment.write(b"".join(map(encode, batch)), len(batch))
+        except OSError as error:
+            self._abandon(str(error))
+            return False
+        with self._changed:
+            self._durable += len(batch)
+            self._error = ""
+            position = self._durable
+            self._changed.notify_all()
+        if self._on_durable is not None:
+            self._on_durable(position)
+        if segment.size >= self._max_segment_bytes:
+            self.roll()
+        return True
+
+    def _open(self) -> _Segment:
+        if self._segment is None:
+            self._segment = _Segment(self._folder / _SEGMENT.format(self._next))
+            self._next += 1
+            sync_folder(self._folder)
+        return self._segment
+
+    def _abandon(self, error: str) -> None:
+        """After a failed write nothing more goes into that segment: its tail may be torn."""
+        log.error("spool_write_failed", error=error)
+        with self._writing, self._changed:
+            self._error = error
+            segment, self._segment = self._segment, None
+            if segment is not None:
+                segment.close()
+                self._found[segment.path] = segment.records
+
+
+class _Segment:
+    """A file being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self.records = 0
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def write(self, data: bytes, records: int) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._handle, view) :]
+        os.fsync(self._handle)
+        self.size += len(data)
+        self.records += records
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+def _count(path: Path) -> int:
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def _made_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
+class Replayer:
+    """Moves closed segments into the database. `insert` writes records, all or none, each id once
+    (`Ledger.usage.insert`); it raises StoreUnavailable while the database is away."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        insert: Callable[[Sequence[UsageRecord]], None],
+        *,
+        period_s: float = 0.5,
+        max_pause_s: float = 10.0,
+        batch_records: int = 500,
+    ) -> None:
+        self._spool = spool
+        self._insert = insert
+        self._period_s = period_s
+        self._max_pause_s = max_pause_s
+        self._batch_records = batch_records
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to move."""
+        self._thread = threading.Thread(target=self._run, name="ledger-replay", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the thread; what is not moved stays in the spool."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        pause_s = self._period_s
+        while not self._stop.wait(pause_s):
+            try:
+                self.move()
+                pause_s = self._period_s
+            except (StoreUnavailable, OSError) as error:
+                pause_s = min(pause_s * 2, self._max_pause_s)
+                log.warning("usage_waits", error=str(error), pending=self._spool.statistics().pending)
+
+    def move(self) -> int:
+        """Move all that is spooled now; how many records. Raises StoreUnavailable, OSError."""
+        moved = 0
+        for path in self._spool.roll():
+            for batch in self._batches(path):
+                self._enter(batch)
+                moved += len(batch)
+            self._spool.forget(path)
+        return moved
+
+    def _batches(self, path: Path) -> Iterator[list[UsageRecord]]:
+        batch: list[UsageRecord] = []
+        *lines, _torn = path.read_bytes().split(b"\n")
+        for line in lines:
+            try:
+                batch.append(decode(line))
+            except (ValueError, RecordError) as error:
+                self._spool.reject(line, str(error))
+            if len(batch) >= self._batch_records:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _enter(self, batch: Sequence[UsageRecord]) -> None:
+        try:
+            self._insert(batch)
+        except StoreUnavailable:
+            raise
+        except Exception as error:  # the database refuses something in it: find out what, enter the rest
+            if len(batch) == 1:
+                self._spool.reject(encode(batch[0]), f"{type(error).__name__}: {error}")
+                return
+            middle = len(batch) // 2
+            self._enter(batch[:middle])
+            self._enter(batch[middle:])

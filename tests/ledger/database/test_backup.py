@@ -1,0 +1,150 @@
+"""Backups: one file of one moment that either database writes and either reads, whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from cluster.ledger.audit.audit import AuditEvent
+from cluster.ledger.database.backup import TABLES, verify
+from cluster.ledger.database.connect import make_engine
+from cluster.ledger.database.tables import usage
+from cluster.ledger.errors import LedgerError
+from cluster.ledger.rows import UsageQuery
+from cluster.ledger.store import Ledger
+from cluster.policy.limits.budgets import BudgetUse, crossed
+from cluster.policy.tenants.identity import authenticate
+from cluster.policy.tenants.policy import TenantPolicy
+from tests.ledger.conftest import PEPPER
+from tests.ledger.samples import record
+
+pytestmark = pytest.mark.slow
+
+
+def fill(ledger: Ledger) -> str:
+    """Something in every table; returns a key."""
+    ledger.tenants.create(TenantPolicy("acme", labels={"ü": "x"}), model_aliases={"a": "b"})
+    ledger.tenants.create(TenantPolicy("gone"))
+    ledger.erase("gone")
+    ledger.usage.insert([record(f"r{at}", ttft_s=None if at % 2 else 0.1) for at in range(7)])
+    ledger.audit.insert([AuditEvent(1.0, "admin", "x", reason="because\nof ü", details={"n": 1})])
+    ledger.notices.enter(crossed([BudgetUse("acme", "daily_tokens", "1970-01-02", 8, 10)], [0.8]), 1.0)
+    return ledger.keys.create("acme", "ci").secret
+
+
+def content(database_url: str) -> dict[str, list[Any]]:
+    """Every row of every table."""
+    engine = make_engine(database_url)
+    with engine.connect() as connection:
+        rows = {t.name: sorted(map(repr, connection.execute(select(t)))) for t in TABLES}
+    engine.dispose()
+    return rows
+
+
+@pytest.fixture
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
+    """Makes an empty database of a kind."""
+    numbers = itertools.count()
+
+    def make(kind: str) -> str:
+        if kind == "sqlite":
+            return f"sqlite:///{tmp_path / f'empty{next(numbers)}.db'}"
+        return str(request.getfixturevalue("server").new_database())
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_backup_moves_between_databases(
+    ledger: Ledger, database_url: str, tmp_path: Path, empty: Callable[[str], str], kind: str
+) -> None:
+    """Restored into either database every row is the same, keys work, and changes go on above the old numbers."""
+    key = fill(ledger)
+    counts = ledger.backup(tmp_path / "b.gz")
+    assert dict(counts) == {"tenants": 1, "keys": 1, "usage": 7, "audit": 1, "erased_tenants": 1, "budget_notices": 1}
+    assert (tmp_path / "b.gz").stat().st_mode & 0o077 == 0
+    url = empty(kind)
+    copy = Ledger(url, peppers=(PEPPER,))
+    assert copy.restore(tmp_path / "b.gz") == counts
+    assert content(url) == content(database_url)
+    restored = copy.snapshots.read(ledger.snapshots.read())
+    assert authenticate(restored, key, (PEPPER,), 0).reason == "ok"
+    copy.tenants.suspend("acme")
+    assert authenticate(copy.snapshots.read(restored), key, (PEPPER,), 0).reason == "suspended"
+    with pytest.raises(LedgerError, match="not empty"):
+        copy.restore(tmp_path / "b.gz")
+    copy.close()
+
+
+def test_a_damaged_backup_changes_nothing(tmp_path: Path, empty: Callable[[str], str]) -> None:
+    """Cut short, changed, foreign or of another format: refused before the first row."""
+    ledger = Ledger(empty("sqlite"), peppers=(PEPPER,))
+    ledger.upgrade()
+    fill(ledger)
+    good = tmp_path / "good.gz"
+    ledger.backup(good)
+    text = gzip.decompress(good.read_bytes())
+    tail = json.loads(text.splitlines()[-1])
+    cases = {
+        "cut": good.read_bytes()[:-20],
+        "lines": gzip.compress(b"".join(text.splitlines(keepends=True)[:-3])),
+        "changed": gzip.compress(text.replace(b'"acme"', b'"evil"')),
+        "foreign": b"hello",
+        "empty": b"",
+        "no tail": gzip.compress(json.dumps({**tail, "sha256": 1}).encode()),
+    }
+    for name, data in cases.items():
+        bad = tmp_path / "bad.gz"
+        bad.write_bytes(data)
+        copy = Ledger(empty("sqlite"))
+        copy.upgrade()
+        with pytest.raises(LedgerError, match=r"bad\.gz"):
+            copy.restore(bad)
+        assert copy.tenants.list() == [], name
+        copy.close()
+    ledger.close()
+    with pytest.raises(FileNotFoundError):
+        verify(tmp_path / "nothing.gz")
+
+
+def test_nothing_to_back_up(tmp_path: Path, empty: Callable[[str], str]) -> None:
+    """A database without tables is no empty backup but an error, and no file is left."""
+    with pytest.raises(LedgerError, match="nothing to back up"):
+        Ledger(empty("sqlite")).backup(tmp_path / "b.gz")
+    assert list(tmp_path.glob("*.gz*")) == []
+
+
+@pytest.mark.slow
+def test_a_million_records(tmp_path: Path) -> None:
+    """A million records are summed in seconds, backed up and restored, and the sums are the same."""
+    source = Ledger(f"sqlite:///{tmp_path / 'a.db'}")
+    source.upgrade()
+    source.usage.insert([record("r")])
+    columns = [column.name for column in usage.columns if column.name not in ("record_id", "tenant", "day")]
+    with sqlite3.connect(tmp_path / "a.db") as connection:
+        connection.execute(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 999999) "  # noqa: S608
+            f"INSERT INTO usage (record_id, tenant, day, {', '.join(columns)}) "
+            "SELECT 'r' || i, 't' || (i % 100), printf('2026-11-%02d', i % 28 + 1), "
+            f"{', '.join('usage.' + name for name in columns)} FROM n, usage"
+        )
+    connection.close()
+    began = time.perf_counter()
+    sums = source.usage.query(UsageQuery(("tenant", "day")))
+    assert time.perf_counter() - began < 30
+    assert sum(one["requests"] for one in sums) == 1_000_000
+    assert source.backup(tmp_path / "b.gz")["usage"] == 1_000_000
+    source.close()
+    copy = Ledger(f"sqlite:///{tmp_path / 'c.db'}")
+    copy.restore(tmp_path / "b.gz")
+    assert copy.usage.query(UsageQuery(("tenant", "day"))) == sums
+    copy.close()

@@ -1,0 +1,83 @@
+"""A database is brought up in a process of its own: done as by the ledger itself, told as by it, and ended with us."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.ledger.database.bring_up import bring_up, bring_up_elsewhere
+from cluster.ledger.errors import StoreUnavailable
+from cluster.ledger.store import Ledger
+from loadtests.children import ROOT
+from tests.support.keyed import eventually
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import asyncio, sys
+from cluster.ledger.database.bring_up import bring_up_elsewhere
+asyncio.run(bring_up_elsewhere({url!r}))
+print(*({{"alembic", "sqlalchemy"}} & set(sys.modules)))
+"""
+
+
+async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
+    """SQLite's tables are made; PostgreSQL's are somebody's to make, and that is said in the same words."""
+    if database_url.startswith("sqlite"):
+        await bring_up_elsewhere(database_url)
+    else:
+        with pytest.raises(StoreUnavailable) as here:
+            bring_up(database_url)
+        with pytest.raises(StoreUnavailable) as there:
+            await bring_up_elsewhere(database_url)
+        assert str(there.value) == str(here.value)
+        assert "db upgrade" in str(there.value)
+        ledger = Ledger(database_url)
+        ledger.upgrade()
+        ledger.close()
+        await bring_up_elsewhere(database_url)
+    ledger = Ledger(database_url)
+    ledger.require_usable()
+    ledger.close()
+
+
+async def test_a_database_that_does_not_answer_is_told_without_its_password() -> None:
+    """Nothing listens there."""
+    with pytest.raises(StoreUnavailable, match="does not answer") as error:
+        await bring_up_elsewhere("postgresql://headrace:hush@127.0.0.1:1/ledger")
+    assert "hush" not in str(error.value)
+
+
+async def test_what_is_no_address_is_told_too() -> None:
+    """Whatever ends the process, its last words are there."""
+    with pytest.raises(StoreUnavailable, match=r"cannot be checked: ValueError: store\.database_url: is no URL"):
+        await bring_up_elsewhere("nonsense")
+
+
+async def test_it_ends_when_nobody_waits(tmp_path: Path) -> None:
+    """A gateway that stops leaves no process behind."""
+    before = {child.pid for child in psutil.Process().children()}
+    task = asyncio.create_task(bring_up_elsewhere(f"sqlite:///{tmp_path / 'ledger.db'}"))
+    new: set[int] = set()
+
+    async def started() -> bool:
+        new.update({child.pid for child in psutil.Process().children()} - before)
+        return bool(new)
+
+    await eventually(started, "its process runs")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not any(psutil.pid_exists(pid) for pid in new)
+
+
+def test_whoever_asks_imports_nothing_of_it(tmp_path: Path) -> None:
+    """Neither alembic nor what else it takes."""
+    program = PROGRAM.format(url=f"sqlite:///{tmp_path / 'ledger.db'}")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,185 @@
+"""Migrations: what they make is what the tables say, and a release knows which databases it can work on."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+from alembic import command
+from sqlalchemy import inspect, text
+
+from cluster.ledger.database import migrate
+from cluster.ledger.database.connect import make_engine, parse_url
+from cluster.ledger.errors import StoreUnavailable
+from cluster.ledger.store import Ledger
+
+pytestmark = pytest.mark.slow
+
+EXPAND = """
+import sqlalchemy as sa
+from alembic import op
+revision, down_revision, branch_labels, depends_on, KIND = "r{n}", "r{before}", None, None, "expand"
+def upgrade():
+    op.add_column("tenants", sa.Column("extra", sa.Text))
+"""
+CONTRACT = """
+from alembic import op
+revision, down_revision, branch_labels, depends_on, KIND = "r{n}", "r{before}", None, None, "contract"
+def upgrade():
+    op.drop_column("tenants", "model_aliases")
+"""
+
+
+def newer(folder: Path, *kinds: str) -> migrate.Migrations:
+    """A release with further migrations of these kinds."""
+    last = migrate.number_of(migrate.Migrations().scripts()[-1].revision)
+    for at, kind in enumerate(kinds, start=last + 1):
+        source = (EXPAND if kind == "expand" else CONTRACT).format(n=f"{at:04}", before=f"{at - 1:04}")
+        (folder / f"r{at:04}_x.py").write_text(source)
+    return migrate.Migrations((migrate.FOLDER / "versions", folder))
+
+
+def test_migrations_make_what_the_tables_say(database_url: str) -> None:
+    """An empty database is said to be empty; upgraded it is current, without a difference; twice is once."""
+    engine = make_engine(database_url)
+    assert migrate.check(engine).state is migrate.State.EMPTY
+    with pytest.raises(StoreUnavailable, match="db upgrade"):
+        migrate.require_usable(engine)
+    assert migrate.upgrade(engine)
+    assert migrate.upgrade(engine) == ()
+    found = migrate.check(engine)
+    assert (found.state, found.differences) == (migrate.State.CURRENT, ())
+    migrate.require_usable(engine)
+    engine.dispose()
+
+
+def test_a_drifted_table_is_told(database_url: str) -> None:
+    """A column that somebody dropped by hand is named."""
+    engine = make_engine(database_url)
+    migrate.upgrade(engine)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE tenants DROP COLUMN updated_at"))
+    found = migrate.check(engine)
+    assert found.state is migrate.State.DRIFTED
+    assert "updated_at" in found.message()
+    engine.dispose()
+
+
+def test_expand_now_contract_when_asked(database_url: str, tmp_path: Path) -> None:
+    """Upgrade stops before what takes away; the release before goes on working until then, and knows when not."""
+    engine = make_engine(database_url)
+    migrate.upgrade(engine)
+    ahead = newer(tmp_path, "expand", "contract")
+    expand, contract = (script.revision for script in ahead.scripts()[-2:])
+    assert migrate.check(engine, ahead).state is migrate.State.BEHIND
+    assert migrate.upgrade(engine, migrations=ahead) == (expand,)
+    assert migrate.check(engine, ahead).state is migrate.State.TO_CONTRACT
+    old = migrate.check(engine)
+    assert (old.state, old.usable) == (migrate.State.AHEAD, True)
+    assert migrate.upgrade(engine, contract=True, migrations=ahead) == (contract,)
+    old = migrate.check(engine)
+    assert (old.state, old.usable) == (migrate.State.TOO_NEW, False)
+    assert "newer release" in old.message()
+    engine.dispose()
+
+
+def test_gateways_that_start_together_upgrade_once(database_url: str) -> None:
+    """Four at a time: one applies, the others find it done."""
+    applied: list[tuple[str, ...]] = []
+
+    def start() -> None:
+        ledger = Ledger(database_url)
+        applied.append(ledger.upgrade())
+        ledger.close()
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(len, applied)) == [0, 0, 0, len(migrate.Migrations().scripts())]
+
+
+def test_a_new_file_is_opened_while_another_writes(tmp_path: Path) -> None:
+    """SQLite answers the switch to a journal written ahead with "locked" at once while another holds the file."""
+    file = tmp_path / "ledger.db"
+    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE theirs (a)")
+    other.execute("BEGIN IMMEDIATE")
+    done = threading.Timer(0.2, lambda: other.execute("COMMIT"))
+    done.start()
+    engine = make_engine(f"sqlite:///{file}")
+    assert migrate.table_names(engine) == ["theirs"]
+    engine.dispose()
+    done.join()
+    other.close()
+
+
+def test_a_failed_migration_leaves_nothing(database_url: str, tmp_path: Path) -> None:
+    """When a later migration fails the whole upgrade is rolled back."""
+    ahead = newer(tmp_path, "expand")
+    last = migrate.number_of(migrate.Migrations().scripts()[-1].revision)
+    source = EXPAND.format(n=f"{last + 1:04}", before=f"{last:04}")
+    (tmp_path / f"r{last + 1:04}_x.py").write_text(source + "    raise ValueError('boom')\n")
+    engine = make_engine(database_url)
+    with pytest.raises(ValueError, match="boom"):
+        migrate.upgrade(engine, migrations=ahead)
+    assert migrate.check(engine).state is migrate.State.EMPTY
+    assert migrate.table_names(engine) == []
+    engine.dispose()
+
+
+def test_each_migration_does_what_its_kind_says(database_url: str) -> None:
+    """What expands takes no table and no column away and adds none that an older release would have to fill."""
+    engine = make_engine(database_url)
+    before: dict[str, set[str]] = {}
+    for script in migrate.Migrations().scripts():
+        kind = migrate.kind_of(script)
+        assert kind in ("expand", "contract"), f"{script.revision} says no KIND"
+        with engine.begin() as connection:
+            command.upgrade(migrate.Migrations().config(connection), script.revision)
+        view = inspect(engine)
+        columns = {table: {c["name"]: c for c in view.get_columns(table)} for table in view.get_table_names()}
+        for table, names in before.items():
+            if kind == "expand":
+                assert names <= columns.get(table, {}).keys(), f"{script.revision} expands, and takes away from {table}"
+                for name in columns[table].keys() - names:
+                    column = columns[table][name]
+                    assert column["nullable"] or column["default"] is not None, f"{script.revision}: {table}.{name}"
+        before = {table: set(names) for table, names in columns.items()}
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("nonsense", "is no URL"),
+        ("mysql://host/db", "mysql is not served"),
+        ("sqlite://", "in-memory"),
+        ("sqlite:///:memory:", "in-memory"),
+        ("sqlite:////no/such/folder/x.db", "does not exist"),
+    ],
+)
+def test_urls_are_checked(url: str, word: str) -> None:
+    """What cannot be a ledger is refused with the setting's name and the remedy."""
+    with pytest.raises(ValueError, match=word):
+        make_engine(url)
+
+
+def test_the_password_comes_from_elsewhere() -> None:
+    """A password is put into the URL and shown nowhere."""
+    url = parse_url("postgresql://headrace@db/x", "s3cret")
+    assert (url.drivername, url.password) == ("postgresql+psycopg", "s3cret")
+    assert "s3cret" not in repr(Ledger("postgresql://headrace@db/x", password="s3cret"))
+
+
+def test_a_database_that_is_not_there(tmp_path: Path) -> None:
+    """Nobody answering, and a file that is no database, are told as a store that is unavailable, without a secret."""
+    with pytest.raises(StoreUnavailable, match="does not answer") as caught:
+        Ledger("postgresql://u:s3cret@127.0.0.1:1/x").check()
+    assert "s3cret" not in str(caught.value)
+    (tmp_path / "x.db").write_bytes(b"not a database, and long enough to be looked at" * 50)
+    with pytest.raises(StoreUnavailable, match="not a database"):
+        Ledger(f"sqlite:///{tmp_path / 'x.db'}").check()

@@ -1,0 +1,249 @@
+"""LiteLLM's teams and keys come over: every key works as before, and gains nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.ledger.store import Ledger
+from cluster.ledger.tenants import import_litellm
+from cluster.ledger.tenants.import_litellm import Plan, PlannedTenant, apply, plan, read
+from cluster.policy.tenants.identity import authenticate
+from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
+from tests.ledger.conftest import PEPPER
+from tests.ledger.tenants import litellm_schema
+from tests.support.postgres import PostgresServer
+
+NOW = 1_795_000_000.0  # 2026-11-18
+
+
+def sha(key: str) -> str:
+    """What LiteLLM keeps of a key."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def team(team_id: str, **more: Any) -> dict[str, Any]:
+    """A row of the table of teams."""
+    return {"team_id": team_id, "team_alias": None, "models": [], **more}
+
+
+def key(secret: str, **more: Any) -> dict[str, Any]:
+    """A row of the table of keys."""
+    return {"token": sha(secret), "key_alias": secret, "models": [], "team_id": None, "user_id": None, **more}
+
+
+def tenant(made: Plan, name: str) -> PlannedTenant:
+    """The tenant of that name."""
+    (found,) = [one for one in made.tenants if one.policy.name == name]
+    return found
+
+
+def owner(made: Plan, secret: str) -> str:
+    """Whose a key becomes."""
+    (found,) = [one for one in made.keys if one.sha256_hex == sha(secret)]
+    return found.tenant
+
+
+def test_limits_models_and_aliases() -> None:
+    """A team's limits, models, aliases and standing are its tenant's."""
+    found = {
+        "teams": [
+            team(
+                "t1",
+                team_alias="Acme Corp.",
+                rpm_limit=60,
+                tpm_limit=1000,
+                tpd_limit=5000,
+                max_parallel_requests=4,
+                models=["gpt-4o", "openai/*"],
+                model_id=3,
+            ),
+            team("t2", team_alias="acme corp", models=["all-proxy-models"], blocked=True),
+        ],
+        "aliases": [{"id": 3, "aliases": {"fast": "gpt-4o"}}],
+        "keys": [],
+    }
+    made = plan(found, NOW)
+    acme = tenant(made, "acme-corp")
+    assert acme.policy.limits == TenantLimits(60, 1000, 4, daily_tokens=5000)
+    assert (acme.policy.models, acme.model_aliases) == (("gpt-4o", "openai/*"), {"fast": "gpt-4o"})
+    other = tenant(made, "acme-corp-2").policy
+    assert (other.models, other.suspended) == (("*",), True)
+    assert made.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("duration", "limits", "note"),
+    [
+        ("1d", {"daily_tokens": 20_000}, ""),
+        ("24h", {"daily_tokens": 20_000}, ""),
+        ("30d", {"monthly_tokens": 20_000}, ""),
+        ("1mo", {"monthly_tokens": 20_000}, ""),
+        ("7d", {}, "only days and months"),
+        (None, {}, "without a period"),
+    ],
+)
+def test_budgets_come_over_at_a_price(duration: str | None, limits: dict[str, int], note: str) -> None:
+    """Money becomes tokens of the nearest period; without a price, or a period, it is told and left out."""
+    found = {"teams": [team("t", max_budget=2.0, budget_duration=duration, spend=0.5)], "keys": []}
+    made = plan(found, NOW, tokens_per_dollar=10_000)
+    assert tenant(made, "t").policy.limits == TenantLimits(**limits)
+    assert note in "".join(made.notes)
+    assert ("starts anew" in "".join(made.notes)) == bool(limits)
+    (without,) = plan(found, NOW).notes
+    assert "--tokens-per-dollar" in without
+
+
+def test_a_key_that_is_narrower_gains_nothing() -> None:
+    """Own models, limits, budgets or aliases make a key its own tenant; its models are cut to its team's."""
+    found = {
+        "teams": [team("t", team_alias="acme", models=["a", "b"]), team("s", team_alias="stopped", blocked=True)],
+        "keys": [
+            key("plain", team_id="t"),
+            key("same", team_id="t", models=["all-team-models"]),
+            key("models", team_id="t", models=["a"]),
+            key("beyond", team_id="t", models=["c"]),
+            key("slow", team_id="t", rpm_limit=3),
+            key("budget", team_id="t", budget_id="b1"),
+            key("alias", team_id="t", aliases={"x": "a"}),
+            key("halted", team_id="s", rpm_limit=3),
+        ],
+        "budgets": [{"budget_id": "b1", "tpm_limit": 77, "max_budget": None}],
+    }
+    made = plan(found, NOW)
+    assert [owner(made, name) for name in ("plain", "same")] == ["acme", "acme"]
+    assert tenant(made, "acme-models").policy.models == ("a",)
+    assert tenant(made, "acme-beyond").policy.suspended
+    assert tenant(made, "acme-slow").policy.limits.requests_per_minute == 3
+    assert tenant(made, "acme-slow").policy.models == ("a", "b")
+    assert tenant(made, "acme-budget").policy.limits.tokens_per_minute == 77
+    assert tenant(made, "acme-alias").model_aliases == {"x": "a"}
+    assert tenant(made, "stopped-halted").policy.suspended
+    assert sum("a tenant beside acme" in note for note in made.notes) == 5
+
+
+def test_keys_without_a_team() -> None:
+    """They are their user's, with the user's limits; or stand alone."""
+    found = {
+        "teams": [],
+        "users": [{"user_id": "u1", "user_alias": "Ada", "rpm_limit": 9, "models": []}],
+        "keys": [
+            key("k1", user_id="u1"),
+            key("k2", user_id="u1"),
+            key("k3", user_id="nobody"),
+            key("k4"),
+            key("k5", team_id="lost"),
+        ],
+    }
+    made = plan(found, NOW)
+    assert [owner(made, f"k{n}") for n in (1, 2, 3, 4, 5)] == ["user-ada"] * 2 + ["user-nobody", "key-k4", "key-k5"]
+    assert tenant(made, "user-ada").policy.limits.requests_per_minute == 9
+    assert any("team lost does not exist" in note for note in made.notes)
+
+
+def test_what_does_not_map_is_told() -> None:
+    """Zero and negative limits, no models, expired and odd keys, and every feature without a counterpart."""
+    found = {
+        "teams": [
+            team("zero", rpm_limit=0),
+            team("minus", tpm_limit=-5),
+            team("huge", tpm_limit=10**18),
+            team("none", models=["no-default-models"]),
+            team("rich", soft_budget=1.0, model_max_budget={"a": 1}, policies=["p"], router_settings={"x": 1}),
+            team("people", members_with_roles=[{"user_id": "u", "role": "admin"}]),
+        ],
+        "keys": [
+            key("old", expires="2020-01-01T00:00:00"),
+            {**key("odd"), "token": "what?"},
+            key("blocked", team_id="rich", blocked=True),
+        ],
+        "organizations": [{"organization_alias": "org", "budget_id": "b"}],
+        "budgets": [{"budget_id": "b", "max_budget": 5.0}],
+        "memberships": [{"user_id": "u", "team_id": "t", "budget_id": "b"}],
+        "jwt_mappings": [{"id": 1}],
+    }
+    made = plan(found, NOW)
+    text = "\n".join(made.notes)
+    for words in (
+        "team zero: may use nothing",
+        "team minus: tpm_limit is -5",
+        "team huge: tokens_per_minute",
+        "team none: may use nothing",
+        "team rich: soft_budget",
+        "team rich: model_max_budget",
+        "team rich: policies",
+        "team rich: router_settings",
+        "team people: its members",
+        "key old: has expired",
+        "key odd: its stored token",
+        "key blocked: is blocked",
+        "organization org",
+        "team members: 1",
+        "auth.oidc",
+    ):
+        assert words in text, words
+    assert all(tenant(made, name).policy.suspended for name in ("zero", "huge", "none"))
+    assert [one.revoked for one in made.keys] == [True]
+
+
+def test_over_a_real_database(server: PostgresServer, tmp_path: Path) -> None:
+    """LiteLLM's own tables in PostgreSQL: afterwards every key works as it is, twice is once, names are not mixed."""
+    url = server.new_database()
+    with server.connect(url.rsplit("/", 1)[1]) as connection:
+        litellm_schema.make(connection)
+        connection.execute('INSERT INTO "LiteLLM_ModelTable" ("id", "aliases") VALUES (1, %s)', ['{"fast": "tiny"}'])
+        connection.execute(
+            'INSERT INTO "LiteLLM_TeamTable" ("team_id", "team_alias", "models", "tpm_limit", "model_id", '
+            '"members_with_roles") VALUES (%s, %s, %s, %s, 1, %s), (%s, %s, %s, NULL, NULL, DEFAULT)',
+            ["t1", "Acme", ["tiny"], 5000, json.dumps([{"role": "user"}]), "t2", "taken", []],
+        )
+        connection.execute(
+            'INSERT INTO "LiteLLM_VerificationToken" ("token", "key_alias", "team_id", "expires") VALUES '
+            "(%s, 'ci', 't1', '2030-01-01'), (%s, 'other', 't2', NULL)",
+            [sha("sk-live"), sha("sk-taken")],
+        )
+        connection.execute(
+            'INSERT INTO "LiteLLM_DeprecatedVerificationToken" ("id", "token", "active_token_id", "revoke_at") '
+            "VALUES ('1', %s, %s, '2027-01-01')",
+            [sha("sk-rotated"), sha("sk-live")],
+        )
+    made = plan(read(url), NOW)
+    assert [note.split(":")[0] for note in made.notes] == ["team Acme"]
+    ledger = Ledger(f"sqlite:///{tmp_path / 'l.db'}", peppers=(PEPPER,), clock=lambda: NOW)
+    ledger.upgrade()
+    ledger.tenants.create(TenantPolicy("taken"))
+    done = apply(made, ledger)
+    assert (done.tenants, done.keys) == (1, 2)
+    assert "another tenants/taken" in done.skipped[0]
+    snapshot = ledger.snapshots.read()
+
+    def verdict(secret: str, now_s: float = NOW) -> tuple[str, str]:
+        found = authenticate(snapshot, secret, (PEPPER,), now_s)
+        return found.reason, found.principal.tenant.name if found.principal else ""
+
+    assert verdict("sk-live") == ("ok", "acme")
+    assert verdict("sk-live", 1_893_456_000.0) == ("expired", "")
+    assert verdict("sk-rotated") == ("ok", "acme")
+    assert verdict("sk-rotated", 1_798_761_600.0) == ("expired", "")
+    assert verdict("sk-taken") == ("unknown", "")
+    assert snapshot.tenants["acme"].model_aliases == {"fast": "tiny"}
+    again = apply(made, ledger)
+    assert (again.tenants, again.keys, len(again.skipped)) == (0, 0, 4)
+    ledger.close()
+
+
+def test_another_database_is_refused(tmp_path: Path) -> None:
+    """One without LiteLLM's tables is named as such."""
+    with pytest.raises(ValueError, match="LiteLLM_TeamTable"):
+        read(f"sqlite:///{tmp_path / 'x.db'}")
+
+
+def test_the_tables_are_those_of_the_real_schema() -> None:
+    """The names an import reads are the ones the test's own tables have."""
+    assert all(
+        f'"{name}"' in litellm_schema.SCHEMA for at, name in import_litellm.TABLES.items() if at != "jwt_mappings"
+    )

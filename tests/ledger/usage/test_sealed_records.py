@@ -1,0 +1,85 @@
+"""Sealed records: a worker keeps them and can neither read, change nor make one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.ledger.usage.records import OpenRecord
+from cluster.ledger.usage.sealed_records import Sealer, SealError
+
+A, B = b"a" * 32, b"b" * 32
+OPENED = OpenRecord("r1", "tenant-acme", "key-of-acme", "model-tiny", "v1", "q1", 5.0, labels={"team": "geheim-secret"})
+SEALED = Sealer((A,)).seal(OPENED)
+
+
+def test_any_gateway_opens_what_one_has_sealed() -> None:
+    """Under one secret it opens elsewhere; it is small, shows nothing, and is never the same twice."""
+    assert Sealer((A,)).open(SEALED) == OPENED
+    assert len(SEALED) < 500
+    # Long names: two letters are in one of some hundred sealed records, by chance.
+    hidden = (OPENED.tenant, OPENED.key_id, OPENED.model, *OPENED.labels.values())
+    assert not any(name.encode() in SEALED for name in hidden)
+    sealer = Sealer((A,))
+    assert len({sealer.seal(OPENED) for _ in range(1000)}) == 1000
+
+
+def test_a_secret_is_replaced_without_loss() -> None:
+    """The first of a list seals, all open; one that left the list opens nothing."""
+    assert Sealer((B, A)).open(SEALED) == OPENED
+    assert Sealer((B,)).open(Sealer((B, A)).seal(OPENED)) == OPENED
+    with pytest.raises(SealError, match="does not have"):
+        Sealer((B,)).open(SEALED)
+
+
+@given(st.integers(0, len(SEALED) - 1), st.integers(1, 255))
+def test_no_byte_can_be_changed(at: int, flip: int) -> None:
+    """Every single changed byte is noticed."""
+    changed = bytearray(SEALED)
+    changed[at] ^= flip
+    with pytest.raises(SealError):
+        Sealer((A,)).open(bytes(changed))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(data: bytes) -> None:
+    """Whatever a worker sends, cut short too, is refused without another exception."""
+    with pytest.raises(SealError):
+        Sealer((A,)).open(data)
+    with pytest.raises(SealError):
+        Sealer((A,)).open(SEALED[: len(SEALED) - 1 - len(data)])
+
+
+def test_a_megabyte_is_refused_and_salts_are_bounded() -> None:
+    """Size is looked at first, and many processes' salts do not fill the memory."""
+    with pytest.raises(SealError, match="not a sealed record"):
+        Sealer((A,)).open(SEALED + b"x" * 1_000_000)
+    opener = Sealer((A,))
+    for _ in range(1100):
+        assert opener.open(Sealer((A,)).seal(OPENED)) == OPENED
+    assert len(opener._envelopes._keys) <= 1024
+
+
+def test_without_a_secret_nothing_is_sealed() -> None:
+    """The setting to make is named."""
+    with pytest.raises(ValueError, match="cluster_secret_file"):
+        Sealer(())
+
+
+@given(
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=60),
+    st.integers(0, 2**53 - 1),
+    st.floats(0, 1e9),
+)
+def test_a_records_text_is_its_json(text: str, count: int, seconds: float) -> None:
+    """Written by hand for speed, it holds what the general encoder would write."""
+    record = OpenRecord(
+        "r", text, text, text, "v", text, seconds, text, count, count, seconds, labels={text: text}, gateway=text
+    )
+    assert json.loads(record.json_text()) == record.as_json()
+    plain = dataclasses.replace(record, labels={})
+    assert json.loads(plain.json_text()) == plain.as_json()

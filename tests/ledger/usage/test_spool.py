@@ -1,0 +1,276 @@
+"""The spool: every record that was told durable is in the database once, wherever and however often things die."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.ledger.errors import StoreUnavailable
+from cluster.ledger.rows import UsageQuery
+from cluster.ledger.store import Ledger
+from cluster.ledger.usage.records import UsageRecord
+from cluster.ledger.usage.spool import REJECTED, Replayer, Spool, decode, encode
+from tests.ledger.samples import record
+
+pytestmark = pytest.mark.slow
+
+HOSTILE = HealthCheck.function_scoped_fixture
+
+
+class Database:
+    """Takes each id once, and dies as told: before or after its commit."""
+
+    def __init__(self, deaths: Sequence[str] = ()) -> None:
+        self.rows: dict[str, UsageRecord] = {}
+        self.deaths = list(deaths)
+        self.bad: set[str] = set()
+        self.calls = 0
+
+    def insert(self, records: Sequence[UsageRecord]) -> None:
+        """One transaction."""
+        self.calls += 1
+        death = self.deaths.pop(0) if self.deaths else ""
+        if death == "before":
+            raise StoreUnavailable("away")
+        if any(one.record_id in self.bad for one in records):
+            raise ValueError("value out of range")
+        for one in records:
+            self.rows.setdefault(one.record_id, one)
+        if death == "after":
+            raise StoreUnavailable("gone after commit")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., Spool]]:
+    """Makes spools over one folder, closed at the end."""
+    made: list[Spool] = []
+
+    def of(**options: object) -> Spool:
+        made.append(Spool(tmp_path / "spool", linger_s=0.0, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield of
+    for spool in made:
+        try:
+            spool.close()
+        except OSError:
+            continue  # closed by the test
+
+
+def fill(spool: Spool, *numbers: int) -> None:
+    """Append records and wait until they are on disk."""
+    for number in numbers:
+        position = spool.append(record(f"r{number}"))
+    assert spool.wait_durable(position, 10)
+
+
+def test_records_arrive_once_and_segments_go(make: Callable[..., Spool], tmp_path: Path) -> None:
+    """What was appended is in the database, nothing is pending, and no segment is left."""
+    spool, database = make(), Database()
+    fill(spool, 1, 2, 3)
+    assert (spool.statistics().pending, spool.statistics().durable) == (3, 3)
+    assert spool.statistics().oldest_at_s is not None
+    assert Replayer(spool, database.insert).move() == 3
+    assert database.rows == {f"r{n}": record(f"r{n}") for n in (1, 2, 3)}
+    assert (spool.statistics().pending, spool.statistics().oldest_at_s) == (0, None)
+    assert list((tmp_path / "spool").glob("usage-*")) == []
+    assert Replayer(spool, database.insert).move() == 0
+
+
+def test_durable_is_told_in_order(make: Callable[..., Spool]) -> None:
+    """Positions only grow, and the last one told covers everything."""
+    told: list[int] = []
+    done = threading.Event()
+
+    def on_durable(position: int) -> None:
+        told.append(position)
+        if position == 100:
+            done.set()
+
+    spool = make(on_durable=on_durable)
+    assert [spool.append(record(f"r{n}")) for n in range(100)] == list(range(1, 101))
+    assert done.wait(10)
+    assert told == sorted(told)
+
+
+def test_what_a_dead_process_left_is_moved_by_the_next(make: Callable[..., Spool]) -> None:
+    """Records spooled while the database was away outlive the process and keep their order by segment."""
+    first = make()
+    fill(first, 1, 2)
+    with pytest.raises(StoreUnavailable):
+        Replayer(first, Database(["before"]).insert).move()
+    fill(first, 3)
+    first.close()
+    second, database = make(), Database()
+    assert second.statistics().pending == 3
+    fill(second, 4)
+    assert Replayer(second, database.insert).move() == 4
+    assert list(database.rows) == ["r1", "r2", "r3", "r4"]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HOSTILE])
+@given(
+    steps=st.lists(st.sampled_from(["append", "move", "restart"]), max_size=25),
+    deaths=st.lists(st.sampled_from(["", "before", "after"]), max_size=12),
+)
+def test_no_crash_loses_or_doubles(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[str], deaths: list[str]
+) -> None:
+    """Any interleaving of calls, replays, restarts and databases that die before or after a commit."""
+    folder, database, number = tmp_path_factory.mktemp("spool"), Database(deaths), 0
+    spool = Spool(folder, linger_s=0.0, max_segment_bytes=600)
+    for step in steps:
+        if step == "append":
+            number += 1
+            fill(spool, number)
+        elif step == "move":
+            try:
+                Replayer(spool, database.insert, batch_records=2).move()
+            except StoreUnavailable:
+                continue
+        else:
+            spool.close()
+            spool = Spool(folder, linger_s=0.0, max_segment_bytes=600)
+    database.deaths.clear()
+    Replayer(spool, database.insert, batch_records=2).move()
+    assert sorted(database.rows) == sorted(f"r{n + 1}" for n in range(number))
+    assert spool.statistics().pending == 0
+    spool.close()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HOSTILE])
+@given(st.data())
+def test_a_torn_tail_costs_only_itself(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """A segment cut at any byte gives every line that is whole, and later records are unharmed."""
+    folder = tmp_path_factory.mktemp("spool")
+    lines = [encode(record(f"r{n}")) for n in range(4)]
+    whole = b"".join(lines)
+    cut = data.draw(st.integers(0, len(whole)))
+    (folder / "usage-000000000001.jsonl").write_bytes(whole[:cut])
+    expected = [f"r{n}" for n in range(4) if len(b"".join(lines[: n + 1])) <= cut]
+    spool, database = Spool(folder, linger_s=0.0), Database()
+    fill(spool, 9)
+    Replayer(spool, database.insert).move()
+    assert list(database.rows) == [*expected, "r9"]
+    assert not (folder / REJECTED).exists()
+    spool.close()
+
+
+def test_a_changed_line_is_kept_aside(make: Callable[..., Spool], tmp_path: Path) -> None:
+    """A line whose checksum does not match is rejected, counted and kept; the others arrive."""
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    bad = encode(record("r2")).replace(b'"prompt_tokens":10', b'"prompt_tokens":99')
+    (folder / "usage-000000000007.jsonl").write_bytes(encode(record("r1")) + bad + encode(record("r3")))
+    spool, database = make(), Database()
+    Replayer(spool, database.insert).move()
+    assert list(database.rows) == ["r1", "r3"]
+    assert spool.statistics().rejected == 1
+    assert "checksum" in (folder / REJECTED).read_text()
+    spool.close()
+    assert make().statistics().rejected == 1
+
+
+def test_one_bad_record_does_not_hold_up_the_rest(make: Callable[..., Spool], tmp_path: Path) -> None:
+    """What the database refuses for good is found among many and kept aside; everything else is entered."""
+    spool, database = make(), Database()
+    database.bad = {"r13", "r40"}
+    fill(spool, *range(64))
+    Replayer(spool, database.insert).move()
+    assert set(database.rows) == {f"r{n}" for n in range(64)} - database.bad
+    assert spool.statistics().rejected == 2
+    assert (tmp_path / "spool" / REJECTED).read_text().count("value out of range") == 2
+
+
+def test_a_disk_that_fails_is_told_and_tried_again(make: Callable[..., Spool], tmp_path: Path) -> None:
+    """While segments cannot be made nothing is durable and the reason is shown; afterwards nothing is missing."""
+    spool, database = make(), Database()
+    blocker = tmp_path / "spool" / "usage-000000000001.jsonl"
+    blocker.mkdir()  # no file can be made at this name
+    position = spool.append(record("r1"))
+    assert not spool.wait_durable(position, 0.3)
+    assert "exists" in spool.statistics().error
+    assert spool.statistics().pending == 1
+    blocker.rmdir()
+    assert spool.wait_durable(position, 10)
+    assert spool.statistics().error == ""
+    Replayer(spool, database.insert).move()
+    assert list(database.rows) == ["r1"]
+
+
+def test_a_folder_has_one_owner(make: Callable[..., Spool]) -> None:
+    """A second process over the same folder is refused, and a closed spool takes nothing more."""
+    spool = make()
+    with pytest.raises(ValueError, match="in use by another process"):
+        make()
+    spool.close()
+    with pytest.raises(ValueError, match="closed"):
+        spool.append(record())
+    make()
+
+
+def test_lines_read_back() -> None:
+    """Encoding is undone by decoding, odd labels included."""
+    odd = record("r1", labels={"ü\n": "🎈 '\""}, ttft_s=None)
+    assert decode(encode(odd)[:-1]) == odd
+    for bad in (b"", b"zzzzzzzz {}", b"00000000", encode(odd)[1:-1]):
+        with pytest.raises(ValueError, match=r".*"):
+            decode(bad)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from cluster.ledger.usage.spool import Replayer, Spool
+from cluster.ledger.store import Ledger
+from tests.ledger.samples import record
+folder, url, start = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+ledger = Ledger(url)
+told = 0
+def durable(position):
+    global told
+    sys.stdout.write("".join(f"r{start + n}\\n" for n in range(told, position)))
+    sys.stdout.flush()
+    told = position
+spool = Spool(folder, on_durable=durable, max_segment_bytes=2000)
+replayer = Replayer(spool, ledger.usage.insert, period_s=0.001, batch_records=7)
+replayer.start()
+for n in range(100_000):
+    spool.wait_durable(spool.append(record(f"r{start + n}")) - 20, 10)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_points(database_url: str, tmp_path: Path) -> None:
+    """Processes that spool and replay are killed again and again: what they told durable is in the database once."""
+    ledger = Ledger(database_url)
+    ledger.upgrade()
+    chance, told = random.Random(3), set[str]()
+    for life in range(5):
+        arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "spool"), database_url, str(life * 1_000_000)]
+        with subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
+        ) as one:
+            assert one.stdout is not None
+            for _ in range(chance.randrange(1, 400)):
+                told.add(one.stdout.readline().strip())
+            one.send_signal(signal.SIGKILL)
+            told |= {line.strip() for line in one.stdout if line.endswith("\n")}
+    spool = Spool(tmp_path / "spool")
+    Replayer(spool, ledger.usage.insert).move()
+    spool.close()
+    rows = [one.record_id for one in ledger.usage.records(UsageQuery(), limit=10**6)]
+    assert len(rows) == len(set(rows))
+    assert told - {""} <= set(rows)
+    assert not (tmp_path / "spool" / REJECTED).exists()
+    ledger.close()

@@ -1,0 +1,271 @@
+"""Usage: each call once, sums by group, money, retention, and files that programs and spreadsheets read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cluster.ledger.audit.audit import AuditEvent
+from cluster.ledger.database.retention import Expired, expire
+from cluster.ledger.errors import LedgerError
+from cluster.ledger.rows import Rates, UsageQuery
+from cluster.ledger.store import Ledger
+from cluster.ledger.usage import export
+from cluster.ledger.usage.records import RESUMED, OpenRecord, RecordError, UsageRecord
+from cluster.ledger.usage.usage import IDLE_TENANT
+from cluster.policy.tenants.policy import Retention, TenantPolicy
+from tests.ledger.samples import DAY_S, record
+
+
+def total(ledger: Ledger) -> dict[str, Any]:
+    """Sums over everything."""
+    (row,) = ledger.usage.query(UsageQuery(group_by=()))
+    return row
+
+
+def test_a_record_rests_whole(ledger: Ledger) -> None:
+    """What is written is what is read, extremes and odd labels included."""
+    records = [
+        record(),
+        record("r2", ttft_s=None, labels={}, opened_at_s=0.0, gpu="", completion_tokens=2**53 - 1),
+        record("r3", labels={"a b": "'\"%\\", "ü": "漢字🎈"}, delivered_unknown=True, opened_at_s=1.0),
+    ]
+    ledger.usage.insert(records)
+    assert ledger.usage.records(UsageQuery()) == [records[1], records[2], records[0]]
+    assert ledger.usage.records(UsageQuery(), after=(0.0, "r2"), limit=1) == [records[2]]
+
+
+def test_a_call_counts_once(ledger: Ledger) -> None:
+    """The same report again, in the same batch or another, changes nothing."""
+    ledger.usage.insert([record(), record()])
+    before = total(ledger)
+    ledger.usage.insert([record(), record("r2")])
+    assert before["requests"] == 1
+    assert total(ledger) == {name: 2 * value for name, value in before.items()}
+    ledger.usage.insert([])
+
+
+def test_requests_are_counted_and_not_their_parts(ledger: Ledger) -> None:
+    """504 calls were told as 679 requests: each output of a call, each part after a resumption and each report of idle
+    GPUs counted as one."""
+    outputs_and_resumptions = [(1, 0), (4, 0), (1, 3), (3, 2)]
+    parts = [
+        record(f"{call}.{resumed}.{output}", segment=resumed * RESUMED + output)
+        for call, (outputs, resumptions) in enumerate(outputs_and_resumptions)
+        for resumed in range(resumptions + 1)
+        for output in range(outputs)
+    ]
+    resting = [record(f"idle{at}", tenant=IDLE_TENANT) for at in range(5)]
+    ledger.usage.insert([*parts, *resting])
+    assert total(ledger)["requests"] == 4
+    assert total(ledger)["generated_tokens"] == sum(one.generated_tokens for one in (*parts, *resting))
+
+
+REPORTS = [(i, generated) for i in range(4) for generated in (None, 2, 5)]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(REPORTS), max_size=14), st.data())
+def test_order_and_repetition_do_not_matter(
+    tmp_path_factory: pytest.TempPathFactory, reports: list[tuple[int, int | None]], data: st.DataObject
+) -> None:
+    """Any reports, in any order and any batches, leave one row a call: the exact one if there was any, else of the
+    estimates that of the most tokens."""
+    ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('law') / 'l.db'}")
+    ledger.upgrade()
+    made = [
+        record(f"r{i}", generated_tokens=4) if estimate is None else
+        record(f"r{i}", generated_tokens=estimate, delivered_unknown=True)
+        for i, estimate in reports
+    ]  # fmt: skip
+    at = 0
+    while at < len(made):
+        size = data.draw(st.integers(1, 5))
+        ledger.usage.insert(made[at : at + size])
+        at += size
+    found = {one.record_id: one.generated_tokens for one in ledger.usage.records(UsageQuery())}
+    by_call = {i: [estimate for j, estimate in reports if j == i] for i, _ in reports}
+    assert found == {f"r{i}": 4 if None in all_ else max(filter(None, all_)) for i, all_ in by_call.items()}
+    ledger.close()
+
+
+def test_gateways_that_report_the_same_calls_at_once(ledger: Ledger) -> None:
+    """Four writers, the same records in different orders: each is there once and nobody is refused."""
+    records = [record(f"r{at}") for at in range(200)]
+    failures: list[Exception] = []
+
+    def report(seed: int) -> None:
+        mine = records[:]
+        random.Random(seed).shuffle(mine)
+        try:
+            for at in range(0, len(mine), 50):
+                ledger.usage.insert(mine[at : at + 50])
+        except Exception as error:  # told to the test's own thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=report, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert total(ledger)["requests"] == 200
+
+
+def test_sums_by_group(ledger: Ledger) -> None:
+    """By tenant, model, day, month, label and none, within days and of one tenant; a missing label reads empty."""
+    ledger.usage.insert(
+        [
+            record("a", model="m1"),
+            record("b", model="m2", opened_at_s=2 * DAY_S, labels={"team": "b"}),
+            record("c", tenant="other", opened_at_s=40 * DAY_S, labels={}),
+            record("d", model="m1", opened_at_s=2 * DAY_S - 0.001),
+        ]
+    )
+
+    def sums(*group_by: str, **where: str) -> dict[tuple[str, ...], int]:
+        rows = ledger.usage.query(UsageQuery(group_by, **where))
+        return {tuple(row[name] for name in group_by): row["completion_tokens"] for row in rows}
+
+    assert sums("tenant", "model") == {("acme", "m1"): 10, ("acme", "m2"): 5, ("other", "tiny"): 5}
+    assert sums("day") == {("1970-01-02",): 10, ("1970-01-03",): 5, ("1970-02-10",): 5}
+    assert sums("month") == {("1970-01",): 15, ("1970-02",): 5}
+    assert sums("label:team") == {("",): 5, ("a",): 10, ("b",): 5}
+    assert sums("tenant", "label:team", tenant="acme") == {("acme", "a"): 10, ("acme", "b"): 5}
+    assert sums(since_day="1970-01-03", until_day="1970-01-03") == {(): 5}
+    assert sums("outcome", "version", "key_id", "adapter", "gpu", model="m2") == {("ok", "v1", "k1", "", "H100"): 5}
+    assert sums("tenant", model="nothing") == {}
+    assert ledger.usage.tokens_since("1970-01-03") == {"acme": 15, "other": 15}
+    assert ledger.usage.tokens_since("1970-01-01", ["other"]) == {"other": 15}
+
+
+def test_money_is_gpu_seconds_times_their_rate(ledger: Ledger) -> None:
+    """Each accelerator by its own rate, joined into one row a group; no rate is no price, not a price of nothing."""
+    ledger.usage.insert(
+        [
+            record("a", gpu="H100", gpu_seconds=3600.0),
+            record("b", gpu="A10", gpu_seconds=1800.0),
+            record("c", tenant="other", gpu="TPU", gpu_seconds=10.0),
+            record("d", tenant="third", gpu="", gpu_seconds=0.0),
+        ]
+    )
+    rates = Rates("EUR", {"H100": 2.4, "A10": 1.0})
+    rows = {row["tenant"]: row for row in ledger.usage.query(UsageQuery(("tenant",)), rates)}
+    assert rows["acme"]["cost"] == pytest.approx(2.9)
+    assert (rows["acme"]["requests"], rows["acme"]["currency"]) == (2, "EUR")
+    assert rows["other"]["cost"] is None
+    assert rows["third"]["cost"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"group_by": ("tenant; DROP TABLE usage",)},
+        {"group_by": ("label:",)},
+        {"group_by": ("label:a'b",)},
+        {"group_by": ("tenant", "tenant")},
+        {"since_day": "yesterday"},
+        {"until_day": "2026-1-1"},
+    ],
+)
+def test_bad_queries_are_refused(bad: dict[str, Any]) -> None:
+    """A wrong dimension or day names its field."""
+    with pytest.raises(LedgerError, match=next(iter(bad))):
+        UsageQuery(**bad)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt_tokens", -1),
+        ("prompt_tokens", 2**53),
+        ("prompt_tokens", True),
+        ("completion_tokens", 1.5),
+        ("gpu_seconds", float("nan")),
+        ("duration_s", float("inf")),
+        ("queue_s", -0.1),
+        ("ttft_s", "1"),
+        ("model", "a\0b"),
+        ("model", "\ud800"),
+        ("model", "x" * 256),
+        ("request_id", "x" * 129),
+        ("record_id", ""),
+        ("tenant", ""),
+        ("opened_at_s", 1e13),
+        ("labels", {"a": 1}),
+        ("labels", {"a": "x" * 9000}),
+        ("labels", {f"k{i}": "x" * 1000 for i in range(9)}),
+    ],
+)
+def test_a_record_that_no_database_would_take_is_never_made(field: str, value: Any) -> None:
+    """Counts, times and texts are checked where they are made, by the field's name."""
+    with pytest.raises(RecordError, match=field):
+        record(**{field: value})
+
+
+def test_an_open_record_becomes_a_usage_record() -> None:
+    """What was known at the Submit is in the record of the end; unknown fields of a later release are dropped."""
+    opened = OpenRecord("r1", "acme", "k1", "tiny", "v1", "q1", 5.0, queue_s=0.5, labels={"a": "b"}, segment=2)
+    assert OpenRecord.from_json({**opened.as_json(), "later": 1}) == opened
+    ended = opened.ended(outcome="cancelled", prompt_tokens=3, completion_tokens=2)
+    assert (ended.record_id, ended.queue_s, ended.segment, ended.labels) == ("r1", 0.5, 2, {"a": "b"})
+    assert UsageRecord.from_json(json.loads(json.dumps(ended.as_json()))) == ended
+    with pytest.raises(RecordError, match="record_id"):
+        UsageRecord.from_json({"tenant": "x"})
+
+
+def test_what_is_old_goes(ledger: Ledger) -> None:
+    """The cluster's days hold, except for a tenant that has its own."""
+    for name, days in (("acme", None), ("short", 1), ("long", 1000)):
+        ledger.tenants.create(TenantPolicy(name, retention=Retention(usage_days=days, audit_days=days)))
+        for age in (0.5, 5, 50):
+            ledger.usage.insert([record(f"{name}{age}", tenant=name, opened_at_s=100 * DAY_S - age * DAY_S)])
+            ledger.audit.insert([AuditEvent((100 - age) * DAY_S, "admin", "x", tenant=name)])
+    assert expire(ledger, 100 * DAY_S, usage_days=10, audit_days=60) == Expired(usage=3, audit=2)
+    left = {one.record_id for one in ledger.usage.records(UsageQuery())}
+    assert left == {"acme0.5", "acme5", "short0.5", "long0.5", "long5", "long50"}
+
+
+def test_csv(ledger: Ledger) -> None:
+    """Every row is there; what a caller named cannot become a spreadsheet's formula."""
+    ledger.usage.insert([record("a", labels={"team": '=HYPERLINK("x")'}), record("b", labels={"team": 'x,"y"\n'})])
+    rows = ledger.usage.query(UsageQuery(("label:team",)))
+    parsed = list(csv.DictReader(io.StringIO(export.as_csv(rows), newline="")))
+    assert [row["label:team"] for row in parsed] == ['\'=HYPERLINK("x")', 'x,"y"\n']
+    assert [int(row["prompt_tokens"]) for row in parsed] == [10, 10]
+    assert export.as_csv([]) == ""
+    whole = [one.as_json() for one in ledger.usage.records(UsageQuery())]
+    assert '""team"": ""x,' in export.as_csv(whole)
+
+
+def test_audit_pages(ledger: Ledger) -> None:
+    """Newest first, by tenant and kind, page by page, each event once."""
+    events = [AuditEvent(float(at // 2), "admin" if at % 3 else "policy", f"a{at}", tenant="t") for at in range(10)]
+    ledger.audit.insert(events)
+    ledger.audit.insert(events[:3])
+    seen: list[str] = []
+    before = None
+    while page := ledger.audit.list(tenant="t", before=before, limit=3):
+        seen += [one["action"] for one in page]
+        before = (page[-1]["at_s"], page[-1]["event_id"])
+    assert sorted(seen) == sorted(one.action for one in events)
+    assert [one["at_s"] for one in ledger.audit.list(kind="policy")] == [4.0, 3.0, 1.0, 0.0]
+    assert ledger.audit.list(tenant="other") == []
+    assert len(ledger.audit.list(since_s=4.0)) == 2
+
+
+def test_a_missing_table_is_a_store_that_is_unavailable(tmp_path: Path) -> None:
+    """Reading a database without tables says what to run."""
+    ledger = Ledger(f"sqlite:///{tmp_path / 'x.db'}")
+    with pytest.raises(Exception, match="headrace db check"):
+        ledger.usage.query(UsageQuery())
+    ledger.close()
