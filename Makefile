@@ -82,7 +82,7 @@ requirements: setup ## recompile the pinned files of requirements/ (ARGS=--upgra
 doctor: ## what this machine lacks, with the line that installs it
 	@python="$$(command -v $(VENV)/python || command -v python3.11 || command -v python3)" && [ -n "$$python" ] \
 		|| { echo "doctor itself needs a Python: apt-get install python3 python3-venv"; exit 1; }; \
-		PYTHONPATH=. "$$python" -m cluster.cli.doctor
+		PYTHONPATH=. "$$python" -m cluster.cli.commands.doctor
 
 bench: setup ## load tests (SCENARIO=relay ARGS="--json out.json --plot plots"); without SCENARIO the list
 	$(VENV)/python -m loadtests $(or $(SCENARIO),--help) $(ARGS)

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from cluster.cli.runs import RunFolder
+from cluster.cli.local.run_folder import RunFolder
 from cluster.client import Client
 from cluster.ray import reaper
 

@@ -228,7 +228,7 @@ def setup(step: str) -> None:
         "The project's own pyproject.toml may be broken.",
     )
     run(
-        [str(python), "-c", "import cluster.cli.commands, vllm, ray"],
+        [str(python), "-c", "import cluster.cli.all_commands, vllm, ray"],
         "The packages do not work together: remove .venv (`make clean-all`) and run `make setup` again.",
     )
     STAMP.write_text(json.dumps({"fingerprint": fingerprint(), "root": str(ROOT), "installer": installer}) + "\n")

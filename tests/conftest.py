@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from cluster.cli import doctor
+from cluster.cli.commands import doctor
 
 if TYPE_CHECKING:
     from tests.support.parallel import Scheduler

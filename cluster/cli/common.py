@@ -14,15 +14,15 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from cluster.cli.basics import FAILED as FAILED
-from cluster.cli.basics import OK as OK
-from cluster.cli.basics import UNREACHABLE_CODE as UNREACHABLE_CODE
-from cluster.cli.basics import USAGE as USAGE
-from cluster.cli.basics import FileOption as FileOption
-from cluster.cli.basics import fail as fail
-from cluster.cli.basics import read_config as read_config
-from cluster.cli.basics import warn as warn
-from cluster.cli.runs import RunFolder
+from cluster.cli.base import FAILED as FAILED
+from cluster.cli.base import OK as OK
+from cluster.cli.base import UNREACHABLE_CODE as UNREACHABLE_CODE
+from cluster.cli.base import USAGE as USAGE
+from cluster.cli.base import FileOption as FileOption
+from cluster.cli.base import fail as fail
+from cluster.cli.base import read_config as read_config
+from cluster.cli.base import warn as warn
+from cluster.cli.local.run_folder import RunFolder
 from cluster.cli.terminal import safe, write_json
 from cluster.client import UNREACHABLE, Client, HeadraceError
 from cluster.client.errors import from_rpc

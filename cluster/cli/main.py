@@ -9,7 +9,8 @@ import gc
 import os
 import sys
 
-from cluster.cli import doctor, terminal
+from cluster.cli import terminal
+from cluster.cli.commands import doctor
 
 PROCESSES = ("gateway", "controller", "prepare", "pod")
 
@@ -28,11 +29,11 @@ def main() -> None:
             gc.disable()  # until it serves: what a start makes stays, and looking for garbage in it takes a tenth of it
             os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # to look for some reads a file a package
         _without_rich()
-        from cluster.cli.starts import app_of
+        from cluster.cli.process_commands import app_of
 
         app_of(sys.argv[1])()
     else:
-        from cluster.cli.commands import app
+        from cluster.cli.all_commands import app
 
         app()
 

@@ -28,7 +28,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY cluster ./cluster
 RUN /opt/headrace/bin/pip install --no-deps --no-build-isolation . \
     && /opt/headrace/bin/python -m compileall -q /opt/headrace/lib/python3.12/site-packages/cluster \
-    && /opt/headrace/bin/python -c "import cluster.cli.commands, ray, vllm"
+    && /opt/headrace/bin/python -c "import cluster.cli.all_commands, ray, vllm"
 LABEL org.opencontainers.image.title="headrace-worker-cpu" org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /models
 USER 10001:10001
@@ -57,7 +57,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY cluster ./cluster
 RUN pip install --no-deps . \
     && ln -sf "$(command -v python3)" /usr/local/bin/python \
-    && python -c "import cluster.cli.commands, cluster.ray.driver, ray, vllm"
+    && python -c "import cluster.cli.all_commands, cluster.ray.driver, ray, vllm"
 LABEL org.opencontainers.image.title="headrace-worker-cuda" org.opencontainers.image.licenses="Apache-2.0"
 WORKDIR /models
 USER 10001:10001

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.siblings import scrape
+from cluster.cli.local.gateway_metrics import scrape
 from cluster.v1 import inference_pb2 as pb
 from loadtests import interpreted
 from loadtests.children import Child, Children

@@ -23,8 +23,8 @@ from typing import Any
 import yaml
 
 from cluster.api.types import ModelSpec
-from cluster.cli.pod_secrets import manifests
-from cluster.cli.pods import controller_lacks, gateway_lacks
+from cluster.cli.commands.pod import controller_lacks, gateway_lacks
+from cluster.cli.commands.pod_secrets import manifests
 from cluster.config.schema import Config
 from cluster.ledger.files import make_secret
 from cluster.policy.catalog import specs

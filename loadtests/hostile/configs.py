@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from cluster.cli.checking import check
-from cluster.cli.values import CHART_VALUES, laid_over
+from cluster.cli.config_check import check
+from cluster.cli.config_inputs import CHART_VALUES, laid_over
 from cluster.config.yaml_reader import load
 from loadtests.children import ROOT
 from loadtests.figures import Bound, Figure

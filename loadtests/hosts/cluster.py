@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from cluster.cli import issuing
+from cluster.cli import certificates
 from loadtests.children import Children, DidNotStart
 from loadtests.hosts import rendered
 from loadtests.hosts.cgroup import cgroup
@@ -288,8 +288,8 @@ async def _site(cluster: Cluster, dns: Any) -> None:
     place = net.place("api", C)
     folder = cluster.home / "api"
     folder.mkdir()
-    issuing.make_authority(folder / "ca.crt", folder / "ca.key", 30)
-    cert, key = issuing.issue_server(folder, "tls", [place.address], 30)
+    certificates.make_authority(folder / "ca.crt", folder / "ca.key", 30)
+    cert, key = certificates.issue_server(folder, "tls", [place.address], 30)
     assert (cert.name, key.name) == ("tls.crt", "tls.key")
     account = cluster.home / "account"
     account.mkdir()

@@ -69,8 +69,8 @@ class Stalls:
 
 async def watched_gateway(file: Path, folder: Path, ready_file: Path, stalls: Stalls) -> None:
     """What `headrace gateway` runs, and the watch in the same loop."""
+    from cluster.cli.commands.processes import stop_on_signal
     from cluster.cli.common import read_config
-    from cluster.cli.processes import stop_on_signal
     from cluster.gateway.server import run_gateway
     from cluster.observe import log
     from cluster.process import memory

@@ -14,8 +14,8 @@ from typing import Any
 import grpc
 import yaml
 
-from cluster.cli.ports import decide
-from cluster.cli.siblings import rows
+from cluster.cli.local.gateway_metrics import rows
+from cluster.cli.local.ports import decide
 from cluster.config.schema import parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc

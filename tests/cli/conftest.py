@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from cluster.cli.commands import app
+from cluster.cli.all_commands import app
 from tests.support.scripted_gateway import Script, ScriptedGateway, serve
 
 

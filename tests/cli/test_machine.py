@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import doctor
+from cluster.cli.commands import doctor
 from tests.support import machine
 from tests.support.machine import Way
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import typer
 
-from cluster.cli import commands, starts
+from cluster.cli import all_commands, process_commands
 from cluster.cli.main import PROCESSES
 from loadtests.children import ROOT
 
@@ -20,7 +20,7 @@ try:
     main()
 except SystemExit:
     pass
-found = [name for name in ("rich", "pygments", "cluster.cli.commands") if name in sys.modules]
+found = [name for name in ("rich", "pygments", "cluster.cli.all_commands") if name in sys.modules]
 print("imports", *found)
 """
 
@@ -32,9 +32,11 @@ def _names(app: typer.Typer) -> set[str]:
 
 def test_what_starts_alone_is_what_there_is_to_start() -> None:
     """Each name is a process there, and a command of the whole line too, with what it takes."""
-    assert {name: _names(starts.app_of(name)) >= {name} for name in PROCESSES} == dict.fromkeys(PROCESSES, True)
-    assert _names(starts.app_of("gateway")) | {starts.POD} == set(PROCESSES)
-    assert set(PROCESSES) <= _names(commands.app)
+    assert {name: _names(process_commands.app_of(name)) >= {name} for name in PROCESSES} == dict.fromkeys(
+        PROCESSES, True
+    )
+    assert _names(process_commands.app_of("gateway")) | {process_commands.POD} == set(PROCESSES)
+    assert set(PROCESSES) <= _names(all_commands.app)
 
 
 @pytest.mark.parametrize("words", [["gateway"], ["controller"], ["pod", "gateway"], ["prepare"]])
@@ -52,4 +54,4 @@ def test_another_command_has_all() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(words=["chat"])], capture_output=True, text=True, check=False, cwd=ROOT
     )
-    assert done.stdout.splitlines()[-1].split()[1:] == ["rich", "pygments", "cluster.cli.commands"]
+    assert done.stdout.splitlines()[-1].split()[1:] == ["rich", "pygments", "cluster.cli.all_commands"]

@@ -16,9 +16,9 @@ from rich.table import Table
 from typer.testing import Result
 
 from cluster.cli import terminal
-from cluster.cli.basics import fail
+from cluster.cli.base import fail
+from cluster.cli.commands.status import worker_table
 from cluster.cli.common import SafeConsole, print_json
-from cluster.cli.look import worker_table
 from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy

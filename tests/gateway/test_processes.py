@@ -14,8 +14,8 @@ import grpc
 import psutil
 import pytest
 
-from cluster.cli import siblings
-from cluster.cli.runs import ProcessId, RunFolder
+from cluster.cli.local import gateway_metrics
+from cluster.cli.local.run_folder import ProcessId, RunFolder
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle
 from loadtests.children import Children
@@ -62,7 +62,7 @@ async def ask(ours: serving.Ours, connections: int) -> list[Any]:
 
 def answered(endpoints: Mapping[str, str]) -> int:
     """How many calls a process says it has answered."""
-    found = siblings.scrape(endpoints["metrics"])
+    found = gateway_metrics.scrape(endpoints["metrics"])
     assert found is not None
     return int(sum(value for name, _, value in found if name == "headrace_requests_total"))
 
@@ -111,7 +111,7 @@ async def test_both_serve_and_one_goes_on_alone(
     os.kill(own_process(second), signal.SIGKILL)
     await until(lambda: not second.alive, "the second is gone")
     assert len(await ask(ours, CONNECTIONS)) == 2 * CONNECTIONS
-    rows = siblings.rows([ours.endpoints, at_second])
+    rows = gateway_metrics.rows([ours.endpoints, at_second])
     assert [(row["up"], row["workers"]) for row in rows] == [(True, 1), (False, 0)]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.cli.commands import app
+from cluster.cli.all_commands import app
 from tests.support import helm
 from tests.support.helm import ROOT
 

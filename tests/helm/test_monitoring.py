@@ -14,7 +14,7 @@ import yaml
 
 from cluster.api.outcomes import Outcome
 from cluster.api.types import ModelState
-from cluster.cli import doctor
+from cluster.cli.commands import doctor
 from cluster.observe.metrics import DEFINITIONS
 from tests.support import helm
 from tests.support.helm import ROOT

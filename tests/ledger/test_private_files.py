@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli.runs import RunFolder
+from cluster.cli.local.run_folder import RunFolder
 from cluster.gateway.resume_tokens.first_claims import FileTakers
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from cluster.cli import doctor
+from cluster.cli.commands import doctor
 
 OTHER_PACKAGES = {"valkey-server": "redis-server"}
 """What older Debian releases have in place of a package."""

@@ -19,7 +19,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from cluster.cli import doctor
+from cluster.cli.commands import doctor
 
 PASSWORD = "only for this test"
 START_S = 60.0

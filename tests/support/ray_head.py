@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import doctor
+from cluster.cli.commands import doctor
 from cluster.ray.local_cluster import free_ports
 from tests.support.netns import Host, Network, network
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 
 from cluster.api.types import WorkerIdentity
-from cluster.cli.ports import decide
+from cluster.cli.local.ports import decide
 from cluster.config.schema import Config, parse
 from cluster.controller.links import ControllerEnd
 from cluster.gateway.server import Gateway

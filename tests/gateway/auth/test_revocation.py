@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.admin.v1 import admin_pb2
-from cluster.cli.commands import app
+from cluster.cli.all_commands import app
 from cluster.config.gateway import LinkTls
 from cluster.gateway.auth.revocation import RevokedFile
 from cluster.gateway.auth.tls import NewestContext

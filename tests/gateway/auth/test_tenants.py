@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.api.types import CatalogEntry, ModelState
-from cluster.cli.siblings import scrape
+from cluster.cli.local.gateway_metrics import scrape
 from cluster.observe.metrics import Metrics
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle

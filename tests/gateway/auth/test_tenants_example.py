@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster.api.types import CatalogEntry, ModelState
-from cluster.cli.local import LocalCluster
-from cluster.cli.runs import RunFolder
-from cluster.cli.up import make_secrets
+from cluster.cli.commands.up import make_secrets
+from cluster.cli.local.cluster import LocalCluster
+from cluster.cli.local.run_folder import RunFolder
 from cluster.config.schema import load, parse
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle

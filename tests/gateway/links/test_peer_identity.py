@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.api.types import CatalogEntry, WorkerIdentity
-from cluster.cli.commands import app
+from cluster.cli.all_commands import app
 from cluster.config.gateway import Tls
 from cluster.controller.links import ControllerEnd
 from cluster.gateway.auth.tls import NewestContext

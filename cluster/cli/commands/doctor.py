@@ -1,0 +1,256 @@
+"""What this machine lacks, each with the line that installs it.
+
+Standard library only: `make doctor` runs this before the environment exists, `.ci/run` installs what it names, and
+tests/conftest.py skips by it what cannot run here.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.cli import terminal
+
+ROOT = Path(__file__).resolve().parents[3]
+MIN_MEMORY_BYTES = 8 * 1000**3
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
+MIN_SHM_BYTES = 1 * 1000**3
+SETUP = "make setup"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `missing` is empty when it is there; `remedy` is one line; `apt` a Debian package."""
+
+    name: str
+    missing: str = ""
+    remedy: str = ""
+    needed_for: str = ""
+    apt: str = ""
+    found: str = ""
+
+
+def find_tool(name: str) -> str | None:
+    """The path of a program: beside this Python, in the checkout's environment, on PATH, or in the admin folders."""
+    folders = [Path(sys.executable).parent, ROOT / ".venv" / "bin"]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    return shutil.which(name, path=path)
+
+
+def _tool(name: str, needed_for: str, remedy: str, apt: str = "") -> Finding:
+    path = find_tool(name)
+    if path:
+        return Finding(name, needed_for=needed_for, found=path)
+    return Finding(name, "not found", remedy, needed_for, apt)
+
+
+def check_python() -> Finding:
+    """3.11 to 3.14."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info[:2] <= (3, 14):
+        return Finding("python", needed_for="everything", found=f"{version} ({sys.executable})")
+    return Finding(
+        "python",
+        f"{version} is not 3.11 to 3.14",
+        "apt-get install -y python3 python3-venv",
+        "everything",
+        "python3-venv",
+    )
+
+
+def check_environment() -> Finding:
+    """Whether `.venv` is made (a checkout) or the package is installed (elsewhere)."""
+    if not (ROOT / "Makefile").exists():
+        return Finding("environment", needed_for="everything", found="installed package")
+    if (ROOT / ".venv" / "bin" / "headrace").exists():
+        return Finding("environment", needed_for="everything", found=".venv")
+    return Finding("environment", "no .venv", SETUP, "everything")
+
+
+def check_ip() -> Finding:
+    """iproute2's `ip`, which makes network namespaces."""
+    return _tool("ip", "tests with two nodes", "apt-get install -y iproute2", "iproute2")
+
+
+def check_ping() -> Finding:
+    """iputils' `ping`, which tells whether a cut cable is cut."""
+    return _tool("ping", "tests with several hosts", "apt-get install -y iputils-ping", "iputils-ping")
+
+
+def check_namespaces() -> Finding:
+    """Whether this process may make network namespaces."""
+    purpose = "tests with two nodes"
+    if not sys.platform.startswith("linux"):
+        return Finding("namespaces", "only Linux has network namespaces", "run on Linux, as root", purpose)
+    if os.geteuid() != 0:
+        return Finding("namespaces", "not root", "run the tests as root (sudo make test)", purpose)
+    unshare = find_tool("unshare")
+    if unshare is None:
+        return Finding("namespaces", "no `unshare`", "apt-get install -y util-linux", purpose, "util-linux")
+    done = subprocess.run([unshare, "--net", "true"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return Finding(
+            "namespaces",
+            done.stderr.strip() or "refused",
+            "run in a container with CAP_SYS_ADMIN and CAP_NET_ADMIN",
+            purpose,
+        )
+    return Finding("namespaces", needed_for=purpose, found="allowed")
+
+
+def check_memory() -> Finding:
+    """Memory for one engine and its Ray."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return Finding("memory", needed_for="the engine", found="unknown")
+    text = f"{total / 1000**3:.1f} GB"
+    if total >= MIN_MEMORY_BYTES:
+        return Finding("memory", needed_for="the engine", found=text)
+    return Finding("memory", f"{text}, and a small model needs about 8", "use a larger machine", "the engine")
+
+
+def check_shared_memory() -> Finding:
+    """The memory file system through which the engine's processes speak."""
+    folder = Path(SHARED_MEMORY)
+    if not folder.exists():
+        return Finding("shared memory", needed_for="the engine", found="not used on this system")
+    free = shutil.disk_usage(folder).free
+    text = f"{free / 1000**3:.1f} GB free"
+    if free >= MIN_SHM_BYTES:
+        return Finding("shared memory", needed_for="the engine", found=text)
+    return Finding(
+        "shared memory", text, "mount -o remount,size=2G /dev/shm (in a container: --shm-size=2g)", "the engine"
+    )
+
+
+def check_processor() -> Finding:
+    """vLLM's CPU kernels need AVX2 on x86-64."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return Finding("processor", needed_for="the engine on CPU", found="unknown")
+    if "flags" not in info or " avx2" in info:
+        return Finding("processor", needed_for="the engine on CPU", found="fit")
+    return Finding(
+        "processor", "no AVX2", "use an x86-64 machine of 2013 or later, or an arm64 one", "the engine on CPU"
+    )
+
+
+def foreign_cluster_package() -> str | None:
+    """Name and version of PyPI's `cluster` distribution, if it lies in this Python: it imports as `cluster` too."""
+    try:
+        distribution = importlib.metadata.distribution("cluster")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return f"{distribution.metadata['Name']} {distribution.version}"
+
+
+def check_name_clash() -> Finding:
+    """PyPI has a package that imports as `cluster` too."""
+    other = foreign_cluster_package()
+    if other is None:
+        return Finding("import name", needed_for="everything", found="`cluster` is Headrace's")
+    return Finding(
+        "import name",
+        f"the package {other} imports as `cluster` too",
+        "pip uninstall cluster, then pip install --force-reinstall --no-deps headrace",
+        "everything",
+    )
+
+
+def check_valkey() -> Finding:
+    """A store of limits that gateways share; Redis will do."""
+    needed_for = "tests of limits that gateways share"
+    if (redis := find_tool("redis-server")) and not find_tool("valkey-server"):
+        return Finding("valkey-server", needed_for=needed_for, found=redis)
+    return _tool("valkey-server", needed_for, "apt-get install -y valkey-server", "valkey-server")
+
+
+def check_postgresql() -> Finding:
+    """PostgreSQL's programs, which Debian keeps out of PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if found or (initdb := find_tool("initdb")):
+        return Finding("postgresql", needed_for="tests of the ledger", found=str(found[-1] if found else initdb))
+    return Finding("postgresql", "not found", "apt-get install -y postgresql", "tests of the ledger", "postgresql")
+
+
+def check_promtool() -> Finding:
+    """Prometheus' own judge of rules and queries."""
+    return _tool("promtool", "tests of alert rules", "apt-get install -y prometheus", "prometheus")
+
+
+def check_amtool() -> Finding:
+    """Alertmanager's own judge of routes."""
+    return _tool(
+        "amtool", "tests of alert routes", "apt-get install -y prometheus-alertmanager", "prometheus-alertmanager"
+    )
+
+
+CHECKS: Sequence[Callable[[], Finding]] = (
+    check_python,
+    check_environment,
+    check_name_clash,
+    check_memory,
+    check_shared_memory,
+    check_processor,
+    lambda: _tool("git", "a clone", "apt-get install -y git", "git"),
+    lambda: _tool("make", "make demo, make test", "apt-get install -y make", "make"),
+    lambda: _tool("buf", "make check", f"{SETUP} (it brings buf)"),
+    check_ip,
+    check_ping,
+    check_namespaces,
+    check_valkey,
+    check_postgresql,
+    check_promtool,
+    check_amtool,
+)
+
+
+def lack(name: str) -> str:
+    """What is missing of one thing and the line that helps, in one sentence; empty when it is there."""
+    for check in CHECKS:
+        finding = check()
+        if finding.name == name:
+            return f"{name}: {finding.missing}; {finding.remedy}" if finding.missing else ""
+    raise KeyError(name)
+
+
+def examine() -> list[Finding]:
+    """Look at everything."""
+    return [check() for check in CHECKS]
+
+
+def report(findings: Sequence[Finding]) -> str:
+    """What a person reads: one line each, and at the end one line that installs what Debian can install."""
+    lines = []
+    for finding in findings:
+        mark = "lacks" if finding.missing else "ok"
+        what = f"{finding.missing} (for {finding.needed_for}): {finding.remedy}" if finding.missing else finding.found
+        lines.append(f"{mark:<6}{finding.name:<14}{what}")
+    apt = sorted({finding.apt for finding in findings if finding.missing and finding.apt})
+    if apt:
+        lines.append(f"install with: apt-get install -y {' '.join(apt)}")
+    elif not any(finding.missing for finding in findings):
+        lines.append("nothing is missing")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`--apt` prints Debian packages only. Exit code 0 when nothing is missing, else 1."""
+    findings = examine()
+    if "--apt" in arguments:
+        terminal.say(" ".join(sorted({finding.apt for finding in findings if finding.missing and finding.apt})))
+        return 0
+    terminal.say(report(findings))
+    return 1 if any(finding.missing for finding in findings) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,295 @@
+"""apply, diff and the verbs of `models` that change which versions get calls. The controller answers them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.admin.v1 import catalog_pb2 as pb
+from cluster.cli.access import reach
+from cluster.cli.commands.scale import ModelArgument, ReasonOption
+from cluster.cli.commands.status import Admin, plain
+from cluster.cli.common import (
+    USAGE,
+    AdminOption,
+    ApiKeyOption,
+    EndpointOption,
+    FileOption,
+    JsonOption,
+    TlsCaOption,
+    err,
+    fail,
+    out,
+    print_json,
+    read_config,
+    rpc_errors,
+)
+from cluster.config.yaml_reader import NotYaml, load_documents
+from cluster.policy.catalog.layers import lay
+
+DIFFERS = 2
+
+FilesOption = Annotated[
+    list[Path],
+    typer.Option(
+        "-f", "--file", help="A file, or a folder of .yaml files; repeat it to lay files over each other.",
+        exists=True, show_default=False,
+    ),
+]  # fmt: skip
+PruneOption = Annotated[bool, typer.Option("--prune", help="Remove the models that are not in the files.")]
+
+
+def read_layers(paths: Sequence[Path]) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
+    """The models of each file, folders in the order of their names; and what else the files hold. Ends the command with
+    2 for a file that is none."""
+    layers: list[list[Mapping[str, Any]]] = []
+    others: set[str] = set()
+    for path in [file for given in paths for file in _files(given)]:
+        try:
+            documents = load_documents(path.read_text())
+        except (OSError, UnicodeDecodeError, NotYaml) as error:
+            fail(f"{path}: cannot be read: {error}", USAGE)
+        for document in documents:
+            if document is None:
+                continue
+            models = document.get("models", []) if isinstance(document, dict) else None
+            if not isinstance(models, list):
+                fail(f"{path}: expected a mapping with `models`, a list", USAGE)
+            layers.append(models)
+            others |= set(document) - {"models", "api_version", "name"}
+    return layers, sorted(others)
+
+
+def _files(path: Path) -> Sequence[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for pattern in ("*.yaml", "*.yml") for file in path.glob(pattern))
+    return found or fail(f"{path}: holds no .yaml files", USAGE)
+
+
+def _document(files: Sequence[Path]) -> bytes:
+    layers, others = read_layers(files)
+    if others:
+        told = ", ".join(others)
+        err.print(f"[yellow]note:[/yellow] only models are applied; read when processes start: {escape(told)}")
+    try:
+        return json.dumps({"models": lay(layers)}).encode()
+    except (ValueError, TypeError) as error:
+        fail(str(error), USAGE)
+
+
+def apply(
+    files: FilesOption,
+    prune: PruneOption = False,
+    validate_only: Annotated[bool, typer.Option("--validate-only", help="Say what would change, and stop.")] = False,
+    reason: ReasonOption = "",
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Add and change models as the files say. All is checked before anything changes, and what is the same is not
+    touched. Models that the files do not name stay, unless --prune."""
+    request = pb.ApplyRequest(document=_document(files), prune=prune, validate_only=validate_only, reason=reason)
+    answer = _ask("Apply", request, endpoint, admin, api_key_file, tls_ca)
+    _show_changes(answer.changes, as_json, "would change" if validate_only else "applied")
+
+
+def diff(
+    files: FilesOption,
+    prune: PruneOption = False,
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Say what `apply` would change. Exit code 0: nothing; 2: something."""
+    request = pb.DiffRequest(document=_document(files), prune=prune)
+    answer = _ask("Diff", request, endpoint, admin, api_key_file, tls_ca)
+    _show_changes(answer.changes, as_json, "differs")
+    if answer.changes:
+        raise typer.Exit(DIFFERS)
+
+
+def promote(
+    model: ModelArgument,
+    reason: ReasonOption = "",
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Let the version on trial be the model's own. What serves of it stays; the other ends its calls and goes."""
+    request = pb.PromoteRequest(name=model, reason=reason)
+    _show_versions(_ask("Promote", request, endpoint, admin, api_key_file, tls_ca), as_json)
+
+
+def rollback(
+    model: ModelArgument,
+    reason: ReasonOption = "",
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Take the version on trial back: no new calls at once; it stays away until its entry is changed."""
+    request = pb.RollbackRequest(name=model, reason=reason)
+    _show_versions(_ask("Rollback", request, endpoint, admin, api_key_file, tls_ca), as_json)
+
+
+def weigh(
+    model: ModelArgument,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="The version on trial, or the other.")],
+    weight: Annotated[float, typer.Argument(metavar="WEIGHT", help="Its part of the calls.", min=0.0, max=1.0)],
+    reason: ReasonOption = "",
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Give a version another part of its model's calls; the other gets the rest. Ends a rollback of it."""
+    request = pb.SetWeightsRequest(name=model, version=version, weight=weight, reason=reason)
+    _show_versions(_ask("SetWeights", request, endpoint, admin, api_key_file, tls_ca), as_json)
+
+
+def quarantine(
+    model: ModelArgument,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="A version of it; for a worker see `drain`.")],
+    lift: Annotated[bool, typer.Option("--lift", help="Let it get calls again.")] = False,
+    reason: ReasonOption = "",
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Let a version get no new call and keep its replicas, to look at them. Its streams move where another has the same
+    weights, else they end there."""
+    request = pb.QuarantineRequest(name=model, version=version, lift=lift, reason=reason)
+    _show_versions(_ask("Quarantine", request, endpoint, admin, api_key_file, tls_ca), as_json)
+
+
+def pin(
+    file: FileOption,
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="Models of the file; all where none is named.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit code 2 where it would.")] = False,
+) -> None:
+    """Write what the models' weights are into the file: `revision` (of a source that has one) and `digest`. Fetches
+    what is missing. From then on a replica with other weights is refused. All else of the file stays as it is."""
+    from cluster.cli.commands.processes import source_rules
+    from cluster.cli.pinning import set_keys
+    from cluster.worker.weights.digests import weight_digest
+    from cluster.worker.weights.sources import SourceError, resolve, revision_of
+
+    config = read_config(file)
+    rules = source_rules(config)
+    known = {model.name: model for model in config.models}
+    for name in models or ():
+        if name not in known:
+            fail(f"{file}: models: there is no entry {name!r}", USAGE)
+    before = text = file.read_text()
+    for name in models or known:
+        spec = known[name].spec()
+        if spec.source.startswith("sim://"):
+            continue
+        try:
+            folder = resolve(spec, rules)
+            found = {"digest": weight_digest(folder, rules.cache_dir)}
+            if revision := revision_of(spec, folder):
+                found["revision"] = revision
+            text = set_keys(text, name, found)
+        except (SourceError, ValueError, OSError) as error:
+            fail(f"{file}: models[{name}]: {error}")
+        out.print(f"{name}: " + "  ".join(f"{key} {value}" for key, value in found.items()), markup=False)
+    if text == before:
+        return
+    if check:
+        raise typer.Exit(DIFFERS)
+    draft = file.with_name(file.name + ".new")
+    draft.write_text(text)
+    draft.replace(file)
+
+
+def get(
+    model: ModelArgument,
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Show one model with its versions."""
+    from cluster.admin.v1 import admin_pb2
+
+    entry = _ask("Get", admin_pb2.GetRequest(name=model), endpoint, admin, api_key_file, tls_ca)
+    if as_json:
+        print_json(plain(entry) | {"card": dict(entry.card)})
+        return
+    about = {
+        "name": entry.name, "aliases": ", ".join(entry.aliases), "state": entry.state, "why": entry.state_reason,
+        "license": entry.license, "family": entry.family, "fallback": ", ".join(entry.fallback), "note": entry.note,
+        **dict(entry.card),
+    }  # fmt: skip
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in about.items():
+        if value:
+            table.add_row(key, escape(str(value)))
+    out.print(table)
+    out.print(_version_table(entry.versions))
+
+
+def _ask(verb: str, request: Any, endpoint: Any, admin: Any, api_key_file: Any, tls_ca: Any) -> Any:
+    access = reach(endpoint, admin, api_key_file, tls_ca)
+    api = Admin(access)
+    try:
+        with rpc_errors(access.address):
+            return api.ask("catalog", verb, request)
+    finally:
+        api.close()
+
+
+def _show_changes(changes: Sequence[pb.Change], as_json: bool, word: str) -> None:
+    if as_json:
+        print_json([plain(change) for change in changes])
+        return
+    signs = {"add": "+", "remove": "-"}
+    for change in changes:
+        out.print(f"{signs.get(change.kind, '~')} {change.model}", markup=False)
+        for one in change.differences:
+            out.print(f"    {one.path}: {one.before_json or 'unset'} -> {one.after_json or 'unset'}", markup=False)
+        if change.restarts:
+            out.print(f"    {change.restarts}", markup=False)
+    count = len(changes)
+    out.print(f"{word}: {count} model{'' if count == 1 else 's'}" if count else "nothing differs", markup=False)
+
+
+def _show_versions(answer: pb.VersionsResponse, as_json: bool) -> None:
+    if as_json:
+        print_json(plain(answer))
+        return
+    out.print(_version_table(answer.versions))
+
+
+def _version_table(versions: Sequence[pb.VersionStatus]) -> Table | str:
+    if not versions:
+        return "no versions are known yet"
+    table = Table("version", "weight", "state", "replicas", "revision", "why", box=None, pad_edge=False)
+    for one in versions:
+        replicas = f"{one.replicas} of {one.replicas_desired}"
+        table.add_row(
+            *map(escape, (one.version, f"{one.weight:.0%}", one.state, replicas, one.revision, one.state_reason))
+        )
+    return table

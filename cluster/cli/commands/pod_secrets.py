@@ -1,0 +1,201 @@
+"""`headrace pod secrets` prints the Secrets of the chart for a first install, `headrace pod certificates` those that a
+renewal replaces.
+
+The key pepper, the cluster's secret, the database's password and Ray's token are printed by a first install alone, in
+a Secret that Kubernetes keeps from being changed (`immutable`). `--authority FOLDER` keeps what renewal needs:
+
+    FOLDER/ca.crt, ca.key            the link's authority, as `headrace certs ca` makes it
+    FOLDER/clients/ca.crt, ca.key    the authority of the client ports' certificate, which clients pin
+    FOLDER/clients/hosts             further names of the client ports, one a line
+    FOLDER/issued, clients/issued    serial numbers of what was issued, for `headrace certs revoke`
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from cluster.cli import terminal
+from cluster.cli.base import USAGE, fail
+from cluster.gateway.links.peer_identity import ANY_MODEL, CONTROLLER
+
+DAYS = 365
+AUTHORITY_DAYS = 3650
+CHARTS = "headrace"
+MADE_ONCE = ("cluster", "key-pepper", "database-password", "auth_token")
+"""Keys of the Secret that a first install makes and nothing replaces."""
+Manifest = dict[str, object]
+NamespaceOption = Annotated[str, typer.Option("--namespace", "-n", help="Where the chart is installed.")]
+NameOption = Annotated[str, typer.Option("--name", help="The chart's fullnameOverride.")]
+HostOption = Annotated[
+    list[str] | None, typer.Option("--host", help="A further name by which clients dial; repeat it. It is remembered.")
+]
+DaysOption = Annotated[int, typer.Option("--days", help="How long certificates are valid.", min=1, max=3650)]
+
+
+def pod_secrets(
+    namespace: NamespaceOption = CHARTS,
+    name: NameOption = CHARTS,
+    host: HostOption = None,
+    authority: Annotated[
+        Path | None,
+        typer.Option(
+            "--authority",
+            help="A new folder, which keeps the authorities for renewals. One that has authorities already is no "
+            "first install: certificates only are printed.",
+        ),
+    ] = None,
+    days: DaysOption = DAYS,
+    with_namespace: Annotated[
+        bool, typer.Option("--with-namespace", help="Begin with the namespace itself, under pod security `restricted`.")
+    ] = False,
+) -> None:
+    """Print the Secrets of a first install, once: `... --authority FOLDER | kubectl create -f -`. Certificates of the
+    link and of the client ports, the cluster's secret, the pepper of keys, the database's password, Ray's token.
+    `pod certificates` renews."""
+    _print(lambda: manifests(namespace, name, host or (), authority, days, with_namespace=with_namespace))
+
+
+def pod_certificates(
+    authority: Annotated[Path, typer.Option("--authority", help="The folder that the first install has made.")],
+    namespace: NamespaceOption = CHARTS,
+    name: NameOption = CHARTS,
+    host: HostOption = None,
+    days: DaysOption = DAYS,
+) -> None:
+    """Print new certificates of the link and of the client ports, and no other secret: `... | kubectl apply -f -`.
+    The authorities of the folder issue them, so that clients and workers trust them as they trust the old ones."""
+    _print(lambda: renewal(namespace, name, host or (), authority, days))
+
+
+def _print(make: Callable[[], Manifests]) -> None:
+    try:
+        made = make()
+    except (ValueError, OSError) as error:
+        fail(str(error), USAGE)
+    terminal.write(yaml.safe_dump_all(made.objects, sort_keys=False))
+    for note in made.notes:
+        terminal.say(note, error=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifests:
+    """Objects to apply, and what the operator should know about them."""
+
+    objects: Sequence[Manifest]
+    notes: Sequence[str] = ()
+
+
+def manifests(
+    namespace: str,
+    name: str,
+    hosts: Sequence[str],
+    authority: Path | None,
+    days: int,
+    *,
+    with_namespace: bool = False,
+) -> Manifests:
+    """The objects of a first install, or of a renewal where `authority` has an authority already. Raises ValueError
+    for files that are no authority, OSError."""
+    objects: list[Manifest] = []
+    if with_namespace:
+        labels = {f"pod-security.kubernetes.io/{mode}": "restricted" for mode in ("enforce", "warn", "audit")}
+        objects.append({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": labels}})
+    if authority is not None and _is_authority(authority):
+        renewed = renewal(namespace, name, hosts, authority, days)
+        return Manifests([*objects, *renewed.objects], renewed.notes)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = authority or Path(scratch) / "authority"
+        _make_missing_authorities(folder)
+        objects += _certificates(folder, namespace, name, hosts, days)
+    made = {key: secrets.token_hex(32) for key in MADE_ONCE}
+    objects.append({**_secret(namespace, f"{name}-secrets", made, "Opaque"), "immutable": True})
+    lost = "The authorities' keys are not kept, so nothing can be renewed by them: name a folder by --authority."
+    return Manifests(objects, [lost] if authority is None else [])
+
+
+def renewal(namespace: str, name: str, hosts: Sequence[str], authority: Path, days: int) -> Manifests:
+    """New certificates of a folder's authorities. Raises ValueError for a folder without one, OSError."""
+    if not _is_authority(authority):
+        raise ValueError(f"{authority}: has no authority (ca.crt, ca.key): name the folder of the first install")
+    notes = [f"Certificates only: the Secret {name}-secrets stays as it is."]
+    notes += [
+        f"{place} had no authority for the client ports and has one now: clients that pin a CA need "
+        f"{place / 'ca.crt'} before these Secrets are applied."
+        for place in _make_missing_authorities(authority)
+    ]
+    return Manifests(_certificates(authority, namespace, name, hosts, days), notes)
+
+
+def _certificates(folder: Path, namespace: str, name: str, hosts: Sequence[str], days: int) -> list[Manifest]:
+    issued = _issue(folder, namespace, name, _remember_hosts(folder, hosts), days)
+    return [_secret(namespace, f"{name}-{suffix}", data, "kubernetes.io/tls") for suffix, data in issued.items()]
+
+
+def _secret(namespace: str, name: str, data: Mapping[str, str], kind: str) -> Manifest:
+    metadata = {"name": name, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "Secret", "type": kind, "metadata": metadata, "stringData": data}
+
+
+def _is_authority(folder: Path) -> bool:
+    return (folder / "ca.crt").exists() or (folder / "ca.key").exists()
+
+
+def _make_missing_authorities(folder: Path) -> list[Path]:
+    """Make the authorities that a folder lacks; where they are now. Raises OSError."""
+    from cluster.cli import certificates
+
+    made = []
+    for place, subject in ((folder, "headrace link authority"), (folder / "clients", "headrace client authority")):
+        if not _is_authority(place):
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            certificates.make_authority(place / "ca.crt", place / "ca.key", AUTHORITY_DAYS, subject)
+            made.append(place)
+    return made
+
+
+def _remember_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
+    """Further names of the client ports: those of earlier calls and `hosts`, which join them. Raises OSError."""
+    file = folder / "clients" / "hosts"
+    kept = file.read_text().split() if file.exists() else []
+    every = list(dict.fromkeys([*kept, *hosts]))
+    if every != kept:
+        file.write_text("".join(f"{host}\n" for host in every))
+    return every
+
+
+def _issue(folder: Path, namespace: str, name: str, hosts: Sequence[str], days: int) -> dict[str, Mapping[str, str]]:
+    """Certificates by the suffix of their Secret. Raises ValueError for files that are no authority."""
+    from cluster.cli import certificates
+
+    domains = ("", f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local")
+    links = [f"{prefix}{name}-links{domain}" for domain in domains for prefix in ("", "*.") if domain or not prefix]
+    served = [f"{name}{domain}" for domain in domains]
+    with tempfile.TemporaryDirectory() as scratch:  # keys of certificates are printed and kept nowhere
+        link, clients = Path(scratch) / "link", Path(scratch) / "clients"
+        for source, place in ((folder, link), (folder / "clients", clients)):
+            place.mkdir()
+            for file in ("ca.crt", "ca.key"):
+                shutil.copyfile(source / file, place / file)
+        certificates.issue_server(link, "gateway", [*links, "localhost", "127.0.0.1"], days)
+        certificates.issue_client(link, "worker", [ANY_MODEL], days)
+        certificates.issue_client(link, "controller", [CONTROLLER], days)
+        certificates.issue_server(clients, "tls", [*served, "localhost", "127.0.0.1", *hosts], days)
+        for source, place in ((folder, link), (folder / "clients", clients)):
+            with (source / certificates.ISSUED).open("a") as issued:
+                issued.write((place / certificates.ISSUED).read_text())
+        found = {f"link-{role}": _pem(link, role) for role in ("gateway", "worker", "controller")}
+        return {**found, "tls": _pem(clients, "tls")}
+
+
+def _pem(folder: Path, name: str) -> dict[str, str]:
+    files = {"tls.crt": f"{name}.crt", "tls.key": f"{name}.key", "ca.crt": "ca.crt"}
+    return {key: (folder / file).read_text() for key, file in files.items()}

@@ -1,0 +1,198 @@
+"""Hidden commands: the processes that `up` starts. Each reads one configuration and ends on SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.cli.base import USAGE, FileOption, fail, read_config, read_leniently, write_whole
+from cluster.config.lenient import load_for_controller, load_for_gateway
+from cluster.config.schema import Config, cache_dir
+from cluster.observe import log
+from cluster.process import memory
+from cluster.process.core_dumps import leave_no_core_dumps
+from cluster.process.descriptors import raise_descriptor_limit
+from cluster.process.private_files import make_private_folder
+
+if TYPE_CHECKING:
+    from cluster.worker.weights.sources import SourceRules
+
+FolderOption = Annotated[Path, typer.Option("--folder", help="Where it keeps what must outlive it.")]
+ReadyOption = Annotated[
+    Path | None, typer.Option("--ready-file", help="Gets pid and endpoints as JSON once it serves.")
+]
+DrainOption = Annotated[float | None, typer.Option("--drain-s", help="In place of gateway.drain_timeout_s.", min=0)]
+
+
+def gateway(
+    file: FileOption,
+    folder: FolderOption,
+    ready_file: ReadyOption = None,
+    drain_s: DrainOption = None,
+    process: Annotated[
+        int, typer.Option("--process", help="Which of the file's gateway.processes to be, from 0.", min=0)
+    ] = 0,
+) -> None:
+    """Run one gateway process in the foreground."""
+    found = read_leniently(file, load_for_gateway)
+    config = found.config
+    if process >= config.gateway.processes:
+        fail(f"--process {process}: gateway.processes is {config.gateway.processes}, and they count from 0", USAGE)
+    if drain_s is not None:
+        config = config.model_copy(update={"gateway": config.gateway.model_copy(update={"drain_timeout_s": drain_s})})
+    log.configure(config.observe.log_level, cluster=config.name, part=part_name(process))
+    leave_no_core_dumps()
+    link = bound_link(config, process)
+    from cluster.gateway.config_state import ConfigState
+    from cluster.gateway.server import run_gateway
+
+    def ready(endpoints: dict[str, str]) -> None:
+        memory.settle()
+        if ready_file is not None:
+            write_whole(ready_file, json.dumps({"pid": os.getpid(), "endpoints": endpoints}))
+
+    async def serve() -> None:
+        await run_gateway(
+            config,
+            folder=folder,
+            stop=stop_on_signal(),
+            ready=ready,
+            process=process,
+            link=link,
+            config_state=ConfigState(file, found.problems),
+        )
+
+    run(serve())
+
+
+def bound_link(config: Config, process: int = 0) -> socket.socket:
+    """The link's port, before the modules of a gateway are imported; one that cannot be had ends the command."""
+    from cluster.gateway.links.listener import bind_link
+
+    try:
+        return bind_link(config, process)
+    except RuntimeError as error:
+        fail(str(error))
+
+
+def part_name(process: int) -> str:
+    """What a gateway process is called in logs, run folders and sentences."""
+    return f"gateway-{process}" if process else "gateway"
+
+
+def controller(
+    file: FileOption,
+    folder: FolderOption,
+    instance: Annotated[str, typer.Option("--instance", help="The tag of this cluster's processes.")] = "",
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="A Ray of this cluster's own; else the file's `ray`.")
+    ] = None,
+    gateways: Annotated[
+        list[str] | None, typer.Option("--gateway", help="A link address to dial, in place of link.gateways.")
+    ] = None,
+    metrics: Annotated[str, typer.Option("--metrics", help="Serve its metrics at HOST:PORT (9401 by custom).")] = "",
+) -> None:
+    """Run the controller in the foreground. On a Ray of this cluster's own, Serve ends with it."""
+    from cluster.controller.controller import run_controller
+    from cluster.observe.metrics import Metrics
+
+    found = read_leniently(file, load_for_controller)
+    config = found.config
+    dial = tuple(gateways or config.link.gateways)
+    if not dial:
+        fail("link.gateways: empty, and no --gateway was given: there is nobody to dial", USAGE)
+    log.configure(config.observe.log_level, cluster=config.name, part="controller")
+    raise_descriptor_limit()
+    exported = Metrics(config.name)
+    host, _, port = metrics.rpartition(":")
+    if metrics and not (host and port.isdecimal()):
+        fail(f"--metrics {metrics!r}: must be HOST:PORT", USAGE)
+
+    async def serve() -> None:
+        async with AsyncExitStack() as stack:
+            if metrics:
+                from cluster.gateway.metrics_page import metrics_served
+
+                await stack.enter_async_context(metrics_served(exported, host.strip("[]"), int(port)))
+            await run_controller(
+                config,
+                instance=instance or f"{os.getpid()}",
+                ray_address=ray_address,
+                gateways=dial,
+                run_folder=folder,
+                stop=stop_on_signal(),
+                end_serve=ray_address is not None,
+                metrics=exported,
+                found=found,
+            )
+
+    make_private_folder(folder)
+    run(serve())
+
+
+def prepare(file: FileOption) -> None:
+    """Check every model's source and fetch or make what is missing; progress as JSON lines on standard output."""
+    from cluster.worker.weights.sources import SourceError, resolve
+
+    config = read_config(file)
+    rules = source_rules(config)
+    for model in config.models:
+        if model.source.startswith("sim://"):
+            continue
+
+        def tell(done: int, total: int, what: str, name: str = model.name) -> None:
+            _line({"model": name, "done": done, "total": total, "what": what})
+
+        try:
+            resolve(model.spec(), rules, tell)
+        except SourceError as error:
+            fail(str(error))
+        _line({"model": model.name, "ready": True})
+
+
+def source_rules(config: Config) -> SourceRules:
+    """Where weights come from on this machine, and what is let in."""
+    from cluster.worker.weights.sources import SourceRules
+
+    weights = config.weights
+    return SourceRules(
+        cache_dir=weights.cache_dir or cache_dir(),
+        hub_endpoint=weights.hugging_face.endpoint,
+        hub_token_file=weights.hugging_face.token_file,
+        allowed_sources=weights.allow.sources,
+        allowed_formats=weights.allow.formats,
+        allow_remote_code=weights.allow.remote_code,
+        allowed_licenses=weights.allow.licenses,
+    )
+
+
+def _line(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def stop_on_signal() -> asyncio.Event:
+    """An event that SIGTERM, SIGINT and SIGHUP set."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run to the end; what the environment refuses (a port, a file) becomes one line."""
+    try:
+        asyncio.run(main)
+    except (RuntimeError, OSError, ValueError) as error:
+        fail(str(error))

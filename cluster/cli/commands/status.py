@@ -1,0 +1,244 @@
+"""Commands for operators: status, workers and abort, over the gateway's admin API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+from google.protobuf.json_format import MessageToDict
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.admin.v1 import admin_pb2, admin_pb2_grpc
+from cluster.api.types import resume_word
+from cluster.cli.access import Access, reach
+from cluster.cli.common import (
+    AdminOption,
+    ApiKeyOption,
+    EndpointOption,
+    JsonOption,
+    TlsCaOption,
+    fail,
+    local_run,
+    out,
+    print_json,
+    rpc_errors,
+)
+from cluster.cli.local import gateway_metrics
+from cluster.client.errors import from_rpc
+
+TIMEOUT_S = 10.0
+PAGE_SIZE = 500
+
+
+class Admin:
+    """A gateway's fleet and catalog, every page of them."""
+
+    def __init__(self, access: Access) -> None:
+        self._metadata = access.metadata
+        self._channel = access.channel()
+        self._fleet = admin_pb2_grpc.FleetStub(self._channel)
+        self._catalog = admin_pb2_grpc.CatalogStub(self._channel)
+
+    def close(self) -> None:
+        """End the connection."""
+        self._channel.close()
+
+    def workers(self) -> list[admin_pb2.Worker]:
+        """The workers linked to this gateway. Raises grpc.RpcError."""
+        found: list[admin_pb2.Worker] = []
+        page = ""
+        while True:
+            request = admin_pb2.ListWorkersRequest(page_size=PAGE_SIZE, page_token=page)
+            answer = self._fleet.ListWorkers(request, timeout=TIMEOUT_S, metadata=self._metadata)
+            found.extend(answer.workers)
+            page = answer.next_page_token
+            if not page:
+                return found
+
+    def fleet(self, verb: str, request: Any) -> Any:
+        """One of Fleet's verbs, with its request. Raises grpc.RpcError."""
+        return self.ask("fleet", verb, request)
+
+    def ask(self, service: str, verb: str, request: Any, timeout_s: float = TIMEOUT_S) -> Any:
+        """A verb of `fleet` or `catalog`. Raises grpc.RpcError."""
+        stub = {"fleet": self._fleet, "catalog": self._catalog}[service]
+        return getattr(stub, verb)(request, timeout=timeout_s, metadata=self._metadata)
+
+    def catalog(self) -> tuple[list[admin_pb2.CatalogEntry], float]:
+        """The models, and seconds since the controller last spoke (negative: never). Raises grpc.RpcError."""
+        found: list[admin_pb2.CatalogEntry] = []
+        page = ""
+        while True:
+            request = admin_pb2.ListRequest(page_size=PAGE_SIZE, page_token=page)
+            answer = self._catalog.List(request, timeout=TIMEOUT_S, metadata=self._metadata)
+            found.extend(answer.models)
+            page = answer.next_page_token
+            if not page:
+                return found, answer.age_s
+
+    def abort(self, request_id: str, tenant: str, reason: str) -> int:
+        """End the calls of a request id on this gateway; how many. Raises grpc.RpcError."""
+        parent = f"tenants/{tenant}" if tenant else ""
+        request = admin_pb2.AbortRequestRequest(request_id=request_id, parent=parent, reason=reason)
+        return int(self._fleet.AbortRequest(request, timeout=TIMEOUT_S, metadata=self._metadata).aborted)
+
+
+def plain(message: Any) -> dict[str, Any]:
+    """A message as a dictionary with every field, unset ones too, and 64-bit numbers as numbers."""
+    row: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    for field in message.DESCRIPTOR.fields:
+        if field.cpp_type == field.CPPTYPE_INT64 and not field.is_repeated:
+            row[field.name] = int(row[field.name])
+    return row
+
+
+def gather(
+    endpoint: str | None, admin_address: str | None, api_key_file: Path | None = None, tls_ca: Path | None = None
+) -> dict[str, Any]:
+    """What `status --json` prints. Ends the command when the gateway is unreachable."""
+    access = reach(endpoint, admin_address, api_key_file, tls_ca)
+    address, admin = access.address, Admin(access)
+    try:
+        with rpc_errors(address):
+            entries, age_s = admin.catalog()
+            workers = admin.workers()
+    finally:
+        admin.close()
+    run = local_run()
+    own = run is not None and run.endpoints().get("admin") == address
+    endpoints = (
+        run.endpoints() if run is not None and own else {"admin": address, **({"grpc": endpoint} if endpoint else {})}
+    )
+    models = [plain(entry) for entry in entries]
+    beside = run.siblings() if run is not None and own else []
+    gateways = gateway_metrics.rows([endpoints, *beside]) if beside else []
+    for model in models:  # the first process has told its own calls
+        model["waiting"] += sum(gateway["waiting_by_model"].get(model["name"], 0) for gateway in gateways[1:])
+    return {
+        "name": run.name if run is not None and own else "",
+        "endpoints": endpoints,
+        "gateways": gateways,
+        "catalog_age_s": age_s,
+        "models": models,
+        "workers": [plain(worker) for worker in workers],
+    }
+
+
+def status(
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """Show where the cluster answers, its models and its workers."""
+    found = gather(endpoint, admin, api_key_file, tls_ca)
+    if as_json:
+        print_json(found)
+        return
+    head = f"cluster {found['name']}   " if found["name"] else ""
+    places = "   ".join(f"{name} {address}" for name, address in found["endpoints"].items())
+    out.print(head + places, markup=False)
+    age_s = found["catalog_age_s"]
+    if age_s < 0:
+        out.print("[yellow]no controller has spoken to this gateway yet[/yellow]")
+    elif age_s > 30:
+        out.print(
+            f"[yellow]the controller has been silent for {age_s:.0f} s: nothing scales, everything serves[/yellow]"
+        )
+    if found["gateways"]:
+        out.print(_gateway_table(found["gateways"]))
+    out.print(_model_table(found["models"]))
+    out.print(worker_table(found["workers"]))
+
+
+def workers(
+    as_json: JsonOption = False,
+    endpoint: EndpointOption = None,
+    admin: AdminOption = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """List the workers that are linked to the gateway."""
+    rows = gather(endpoint, admin, api_key_file, tls_ca)["workers"]
+    if as_json:
+        print_json(rows)
+    else:
+        out.print(worker_table(rows))
+
+
+def abort(
+    request_id: Annotated[str, typer.Argument(help="The call's x-request-id, or its answer's id.", show_default=False)],
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the audit log.", show_default=False)],
+    tenant: Annotated[str, typer.Option("--tenant", help="Only this tenant's: callers choose request ids.")] = "",
+    endpoint: EndpointOption = None,
+    admin: Annotated[
+        list[str] | None, typer.Option("--admin", help="A gateway's admin address; repeats: each is asked.")
+    ] = None,
+    api_key_file: ApiKeyOption = None,
+    tls_ca: TlsCaOption = None,
+) -> None:
+    """End a running call. A gateway knows its own host's calls only: name each gateway that may have it."""
+    aborted, missing = 0, ""
+    for address in admin or [""]:
+        access = reach(endpoint, address or None, api_key_file, tls_ca)
+        asked = Admin(access)
+        try:
+            with rpc_errors(access.address):
+                try:
+                    aborted += asked.abort(request_id, tenant, reason)
+                except grpc.RpcError as error:
+                    found = from_rpc(error, endpoint=access.address)
+                    if found.reason != "NOT_FOUND":
+                        raise
+                    missing = found.message
+        finally:
+            asked.close()
+    if not aborted:
+        fail(missing)
+    out.print(f"aborted {aborted} {'call' if aborted == 1 else 'calls'}", markup=False)
+
+
+def _gateway_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("gateway", "state", "workers", "running", "waiting", "link", "metrics", box=None, pad_edge=False)
+    for row in rows:
+        load = [str(row[name]) for name in ("workers", "running", "waiting")]
+        cells = (str(row["process"]), "UP" if row["up"] else "DOWN", *load, row["link"], row["metrics"])
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def _model_table(rows: list[dict[str, Any]]) -> Table | str:
+    if not rows:
+        return "no models"
+    table = Table("model", "aliases", "state", "replicas", "waiting", "note", box=None, pad_edge=False)
+    for row in rows:
+        note = row["state_reason"] or row["note"]
+        replicas = f"{row['ready_workers']} of {row['replicas_desired']}"
+        cells = (row["name"], ", ".join(row["aliases"]), row["state"], replicas, str(row["waiting"]), note)
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def worker_table(rows: list[dict[str, Any]]) -> Table | str:
+    """Workers with their load."""
+    if not rows:
+        return "no workers are linked"
+    in_pods = any(row.get("pod", "") for row in rows)
+    places = ("node", "pod") if in_pods else ("node",)
+    load_names = ("running", "waiting", "KV used", "step")
+    table = Table("worker", "model", "state", *load_names, *places, "resume", "path", box=None, pad_edge=False)
+    for row in rows:
+        path = row["engine_path"] + (f" ({row['engine_path_reason']})" if row["engine_path_reason"] else "")
+        running = f"{row['running']} of {row['max_num_seqs']}"
+        load = (running, str(row["waiting"]), f"{row['kv_usage']:.0%}", f"{row['step_ms']:.1f} ms")
+        node = row.get("host") or row.get("node", "")[:12]
+        place = (node, row.get("pod", "")) if in_pods else (node,)
+        resume = resume_word(row.get("capabilities", ())).removeprefix("resume:")
+        table.add_row(*map(escape, (row["worker_id"], row["model"], row["state"], *load, *place, resume, path)))
+    return table

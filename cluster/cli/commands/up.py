@@ -1,0 +1,336 @@
+"""`up` and `down`: a local cluster in this terminal, or behind it with --detach."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import psutil
+import typer
+
+from cluster.admin.v1 import admin_pb2
+from cluster.cli import terminal
+from cluster.cli.base import write_whole
+from cluster.cli.commands.doctor import find_tool
+from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
+from cluster.cli.local.cluster import LocalCluster, StartFailed
+from cluster.cli.local.ports import PortTaken, decide
+from cluster.cli.local.run_folder import AlreadyUp, RunFolder
+from cluster.cli.local.step_lines import Step, duration, say
+from cluster.client import AsyncClient, HeadraceError
+from cluster.config.schema import Config, secret_files
+from cluster.ledger.files import make_secret
+from cluster.process.private_files import make_private_folder
+from cluster.ray import reaper
+
+DOWN_S = 30.0
+FIRST_QUESTION = "What is the capital of France?"
+
+
+def up(
+    file: FileOption,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it is ready; `down` ends it.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", hidden=True)] = False,
+    background: Annotated[bool, typer.Option("--background", hidden=True)] = False,
+) -> None:
+    """Start a local cluster: Ray, one or more gateway processes and a controller. Ctrl-C stops everything."""
+    config = read_config(file)
+    _check_installed(config)
+    if detach:
+        raise typer.Exit(_detach(file, config))
+    run = RunFolder(config.name)
+    try:
+        lock = run.lock()
+    except AlreadyUp as error:
+        fail(str(error))
+    with lock:
+        _clear_remains(run)
+        try:
+            config = decide(config)
+        except PortTaken as error:
+            fail(str(error), USAGE)
+        make_secrets(config)
+        raise typer.Exit(asyncio.run(_life(config, run, demo=demo, background=background)))
+
+
+def make_secrets(config: Config) -> None:
+    """A local cluster's secrets are made where they are missing; others are named files that all hosts have."""
+    if config.ray:
+        return
+    for setting, path in secret_files(config).items():
+        if path.exists():
+            continue
+        try:
+            make_secret(path)
+        except OSError as error:
+            fail(f"{setting}: {path} cannot be made: {error.strerror}")
+
+
+def _check_installed(config: Config) -> None:
+    """The base install has no engine, which is better said than found out from a log."""
+    needed = [] if config.ray else ["ray"]
+    if not config.ray and any(not model.source.startswith("sim://") for model in config.models):
+        needed.append("vllm")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        fail(
+            f"{' and '.join(missing)} not installed: `up` needs the extra `cpu` or `gpu` (in a checkout: `make setup`)"
+        )
+
+
+def down(
+    name: Annotated[str | None, typer.Argument(help="The cluster's name; may be left out when one is up.")] = None,
+) -> None:
+    """Stop a local cluster, and what is left of one that ended badly."""
+    run = _choose(name)
+    began = time.monotonic()
+    supervisor = run.supervisor()
+    if supervisor is not None:
+        say(f"stopping {run.name} (process {supervisor.pid})")
+        with suppress(ProcessLookupError):
+            os.kill(supervisor.pid, signal.SIGTERM)
+        while supervisor.alive() and time.monotonic() - began < DOWN_S:
+            time.sleep(0.05)
+        if supervisor.alive():
+            with suppress(ProcessLookupError):
+                os.kill(supervisor.pid, signal.SIGKILL)
+    _clear_remains(run)
+    say(f"stopped in {duration(time.monotonic() - began)}, logs in {run.path}")
+
+
+def _choose(name: str | None) -> RunFolder:
+    if name is not None:
+        run = RunFolder(name)
+        if not run.state():
+            known = ", ".join(other.name for other in RunFolder.known()) or "none"
+            fail(f"no local cluster is named {name!r}; up are: {known}")
+        return run
+    known_runs = RunFolder.known()
+    if not known_runs:
+        fail("no local cluster is up")
+    if len(known_runs) > 1:
+        fail(f"several local clusters are up, name one: {', '.join(run.name for run in known_runs)}", USAGE)
+    return known_runs[0]
+
+
+def _clear_remains(run: RunFolder) -> None:
+    """What a cluster left that could not end itself. Its tag and its Ray's folder say what belonged to it."""
+    state = run.state()
+    instance = run.instance()
+    if not instance:
+        return
+    folder = Path(state["ray_folder"]) if state.get("ray_folder") else None
+    ended = reaper.end(instance, folder)
+    if ended:
+        say(f"ended {ended} processes that were left of {run.name}")
+    run.clear()
+
+
+# ---- in the foreground
+
+
+async def _life(config: Config, run: RunFolder, *, demo: bool, background: bool) -> int:
+    """From start to end; returns the exit code."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    cluster = LocalCluster(config, run, say)
+    stopping = asyncio.create_task(stop.wait())
+    code = 0
+    try:
+        started = await _unless(stopping, _come_up(cluster, demo=demo, background=background))
+        if started:
+            cluster.write_state("ready")
+            await _unless(stopping, cluster.supervise())
+    except StartFailed as error:
+        terminal.say("")
+        terminal.say(f"error: {error}", error=True)
+        code = FAILED
+    finally:
+        stopping.cancel()
+        await _end(cluster)
+    return code
+
+
+async def _unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, Any]) -> bool:
+    """Do the work, but leave it when `stopping` is done; says whether it was done."""
+    task = asyncio.ensure_future(work)
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    with suppress(asyncio.CancelledError, StartFailed):
+        await task
+    return False
+
+
+async def _come_up(cluster: LocalCluster, *, demo: bool, background: bool) -> None:
+    numbers = ("[2/4]", "[3/4]", "[4/4]") if demo else ("[1/2]", "[2/2]", "")
+    step = Step(numbers[0], "model" if len(cluster.config.models) == 1 else "models")
+    step.done(f"{await _prepare(cluster, step):<34} {duration(step.elapsed_s):>7}")
+    step = Step(numbers[1], "cluster")
+    await cluster.start(step)
+    step.show("gateway and ray are up, models are loading")
+    entries = await cluster.wait_for_models(step)
+    up = "   ".join(_told(entry) for entry in entries)
+    count = cluster.config.gateway.processes
+    gateways = "gateway" if count == 1 else f"{count} gateways"
+    step.done(f"{f'ray · controller · {gateways}   ' + up:<34} {duration(step.elapsed_s):>7}")
+    if demo and cluster.config.auth is None:
+        await _first_answer(cluster, Step(numbers[2], "first answer"))
+    _say_ready(cluster, entries, background=background)
+
+
+def _told(entry: admin_pb2.CatalogEntry) -> str:
+    state = entry.state.lower() + (f" ({entry.state_reason})" if entry.state == "FAILED" else "")
+    return f"{entry.name} {state}"
+
+
+async def _prepare(cluster: LocalCluster, step: Step) -> str:
+    """Have every model's files on this disk. Raises StartFailed."""
+    write_whole(cluster.run.config_file, cluster.config_text())
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cluster.cli.main", "prepare", "-f", str(cluster.run.config_file),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, reaper.INSTANCE_ENV: cluster.instance}, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    errors = asyncio.ensure_future(process.stderr.read())
+    try:
+        async for line in process.stdout:
+            with suppress(ValueError, KeyError):
+                told = json.loads(line)
+                step.show(f"{told['model']} {told['what']}", told["done"] / max(told["total"], 1))
+        code = await process.wait()
+    except asyncio.CancelledError:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        raise
+    if code:
+        lines = (await errors).decode(errors="replace").strip().splitlines()
+        raise StartFailed("\n".join(lines[-12:]).removeprefix("error: "))
+    return ", ".join(model.name for model in cluster.config.models) or "none"
+
+
+async def _first_answer(cluster: LocalCluster, step: Step) -> None:
+    """Ask the default model its first question. Raises StartFailed."""
+    model = cluster.config.models[0].name
+    step.show(f"asking {model}")
+    async with AsyncClient(cluster.endpoints["grpc"], timeout_s=120) as client:
+        stream = client.stream_chat(model, FIRST_QUESTION, temperature=0.0, max_tokens=64)
+        began = time.monotonic()
+        first_s = 0.0
+        try:
+            async for _ in stream:
+                first_s = first_s or time.monotonic() - began
+        except HeadraceError as error:
+            raise StartFailed(f"the first question was not answered: {error}; logs: {cluster.run.path}") from None
+    tokens = stream.usage.completion_tokens if stream.usage else 0
+    rate = f"{(tokens - 1) / (time.monotonic() - began - first_s):.0f} tokens/s · " if tokens > 1 else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    answer = " ".join(stream.text.split())
+    step.done(f'"{answer}"   first token {first_s * 1000:.0f} ms · {rate}{cores} CPU cores')
+
+
+def _say_ready(cluster: LocalCluster, entries: list[admin_pb2.CatalogEntry], *, background: bool) -> None:
+    where = {name: address.replace("127.0.0.1", "localhost") for name, address in cluster.endpoints.items()}
+    command = _typed("cluster")
+    say("")
+    say(f"ready   gRPC {where['grpc']}   OpenAI http://{where['http']}/v1")
+    say(f"        admin {where['admin']}   metrics http://{where['metrics']}/metrics")
+    for entry in entries:
+        names = " = ".join([*entry.aliases, entry.name])
+        say(f"        model {names}" + ("" if entry.state == "READY" else f"   {_told(entry)}"))
+    if cluster.config.auth is None:
+        say("        loopback only, no keys needed")
+    elif cluster.config.auth.api_keys is not None:
+        say(f"keys    {command} keys create TENANT -f {cluster.run.config_file}")
+    ready = [entry for entry in entries if entry.state == "READY"]
+    if ready:
+        name = ready[0].aliases[0] if ready[0].aliases else ready[0].name
+        say(f'try     {command} chat {name} "Write a haiku about rivers"')
+        say(f"        {command} status")
+        if (Path.cwd() / "examples" / "hello.py").exists():
+            say(f"        {_typed('python')} examples/hello.py")
+        if find_tool("buf"):
+            body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hi"}]})
+            say(
+                f"        {_typed('buf')} curl --protocol grpc --http2-prior-knowledge -d '{body}' "
+                f"http://{where['grpc']}/cluster.v1.Inference/StreamChat"
+            )
+    end = f"{command} down {cluster.config.name}" if background else "Ctrl-C"
+    say(f"{end} stops everything. Logs: {cluster.run.path}")
+
+
+def _typed(tool: str) -> str:
+    """How a user types a program: by its name when PATH leads to the one beside this Python, else by its path."""
+    here = Path(sys.executable).parent / tool
+    found = shutil.which(tool)
+    if found is not None and (not here.exists() or Path(found).absolute() == here):
+        return tool
+    with suppress(ValueError):
+        return str(here.relative_to(Path.cwd()))
+    return str(here)
+
+
+async def _end(cluster: LocalCluster) -> None:
+    step = Step("", "stopping")
+    left = await cluster.stop(step)
+    remains = "no process left" if left == 0 else f"{left} processes are left: `{_typed('cluster')} down` tries again"
+    step.done(
+        f"gateway · controller · ray … stopped in {duration(step.elapsed_s)}, {remains}, logs in {cluster.run.path}"
+    )
+
+
+# ---- behind the terminal
+
+
+def _detach(file: Path, config: Config) -> int:
+    """Start `up` in a session of its own and follow what it says until it is ready; returns the exit code."""
+    run = RunFolder(config.name)
+    make_private_folder(run.path)
+    supervisor = run.supervisor()
+    if supervisor is not None:
+        fail(
+            f"a cluster named {run.name!r} is already up (process {supervisor.pid}): `headrace down {run.name}` ends it"
+        )
+    command = [sys.executable, "-m", "cluster.cli.main", "up", "-f", str(file.absolute()), "--background"]
+    with run.log_file("up").open("wb") as log, run.log_file("up").open("rb") as told:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return _follow(process, run, told)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            return 130
+
+
+def _follow(process: subprocess.Popen[bytes], run: RunFolder, told: IO[bytes]) -> int:
+    while True:
+        code = process.poll()
+        supervisor = run.supervisor()
+        ready = run.state().get("phase") == "ready" and supervisor is not None and supervisor.pid == process.pid
+        terminal.write(told.read().decode(errors="replace"))
+        if code is not None:
+            return code or FAILED
+        if ready:
+            return 0
+        with suppress(psutil.TimeoutExpired):
+            psutil.Process(process.pid).wait(0.1)

@@ -1,0 +1,1 @@
+"""A local cluster in this terminal: its processes, ports, run folder and output."""

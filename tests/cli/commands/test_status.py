@@ -1,0 +1,83 @@
+"""status and workers against a real admin API."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+
+from typer.testing import Result
+
+from cluster.admin.v1 import admin_pb2
+from cluster.cli.local.run_folder import ProcessId, RunFolder
+from tests.support.scripted_gateway import ScriptedGateway
+
+Run = Callable[..., Result]
+
+
+def fill(gateway: ScriptedGateway) -> None:
+    """One model, one worker."""
+    gateway.script.entries = [
+        admin_pb2.CatalogEntry(name="tiny", aliases=["default"], state="READY", replicas_desired=1, ready_workers=1)
+    ]
+    gateway.script.workers = [
+        admin_pb2.Worker(
+            worker_id="w1", model="tiny", state="READY", running=3, max_num_seqs=8, kv_usage=0.25, kv_tokens=9
+        )
+    ]
+
+
+def test_status_json_has_endpoints_models_and_workers(run: Run, gateway: ScriptedGateway) -> None:
+    """The keys that programs rely on are there, zeros included, and numbers are numbers."""
+    fill(gateway)
+    found = json.loads(run("status", "--json", "--admin", gateway.endpoint).stdout)
+    assert found["endpoints"]["admin"] == gateway.endpoint
+    assert [(m["name"], m["state"], m["waiting"]) for m in found["models"]] == [("tiny", "READY", 0)]
+    (worker,) = found["workers"]
+    assert (worker["worker_id"], worker["running"], worker["waiting"], worker["kv_usage"]) == ("w1", 3, 0, 0.25)
+    assert worker["kv_tokens"] == 9
+
+
+def test_status_for_people(run: Run, gateway: ScriptedGateway) -> None:
+    """A table of models and one of workers with their load."""
+    fill(gateway)
+    text = run("status", "--admin", gateway.endpoint).stdout
+    assert "1 of 1" in text
+    assert "3 of 8" in text
+    assert "25%" in text
+    assert "w1" in run("workers", "--admin", gateway.endpoint).stdout
+
+
+def test_an_empty_cluster_says_so(run: Run, gateway: ScriptedGateway) -> None:
+    """Nothing to show is told in words."""
+    text = run("status", "--admin", gateway.endpoint).stdout
+    assert "no models" in text
+    assert "no workers are linked" in text
+
+
+def test_the_local_cluster_is_found_by_itself(run: Run, gateway: ScriptedGateway) -> None:
+    """With one local cluster up no address is needed."""
+    fill(gateway)
+    folder = RunFolder("here")
+    folder.path.mkdir(parents=True)
+    own = ProcessId.of(os.getpid())
+    folder.write(
+        {
+            "supervisor": {"pid": own.pid, "created": own.created},
+            "endpoints": {"grpc": gateway.endpoint, "admin": gateway.endpoint},
+        }
+    )
+    found = json.loads(run("status", "--json").stdout)
+    assert (found["name"], found["endpoints"]["grpc"]) == ("here", gateway.endpoint)
+    assert run("chat", "tiny", "x").exit_code == 0
+    port = gateway.endpoint.rpartition(":")[2]
+    done = run("workers", "--endpoint", f"localhost:{port}")
+    assert done.exit_code == 0, "its address as `headrace up` prints it finds its admin port too"
+
+
+def test_unreachable_is_exit_code_three(run: Run) -> None:
+    """A silent admin port is told with its address."""
+    done = run("status", "--admin", "127.0.0.1:1")
+    assert done.exit_code == 3
+    assert "127.0.0.1:1" in done.stderr
+    assert "no local cluster is up (`headrace up -f FILE`); for a gateway elsewhere give --endpoint" in done.stderr

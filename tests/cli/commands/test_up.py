@@ -1,0 +1,214 @@
+"""A whole local cluster from the command line: real Ray, two gateway processes, controller, a simulated engine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.cli.local.run_folder import RunFolder
+from cluster.client import Client
+from cluster.ray import reaper
+from tests.support.checkpoints import build_checkpoint
+from tests.support.shell import headrace, until
+
+pytestmark = pytest.mark.ray
+
+CONFIG = """
+api_version: headrace/v1
+name: {name}
+gateway:
+  processes: 2
+  listen:
+    {{grpc: "127.0.0.1:0", http: "127.0.0.1:0", link: "127.0.0.1:0", admin: "127.0.0.1:0", metrics: "127.0.0.1:0"}}
+models: [{{name: sim, aliases: [default], source: "{source}"}}]
+"""
+DIES_AFTER = 200
+"""Steps of the simulated engine after which it dies: more than all other tests take of one."""
+
+
+@dataclass
+class Up:
+    """A running cluster."""
+
+    name: str
+    file: Path
+    said: str
+    run: RunFolder
+    instance: str
+
+    def process(self, part: str) -> int:
+        """A part's pid as last written."""
+        return int(self.run.state()["processes"][part]["pid"])
+
+    def ask(self) -> str:
+        """One answer, with the client's own retries."""
+        with Client(self.run.endpoints()["grpc"], timeout_s=30) as client:
+            return client.chat("default", "Hello", max_tokens=5, temperature=0.0).text
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Started with --detach, ended with down, whatever the tests did to it."""
+    folder = tmp_path_factory.mktemp("up")
+    before = os.environ.get("HEADRACE_CACHE_DIR")
+    os.environ["HEADRACE_CACHE_DIR"] = str(folder / "cache")
+    checkpoint = build_checkpoint("llama", folder / "model")
+    file = folder / "cluster.yaml"
+    file.write_text(CONFIG.format(name="uptest", source=f"sim://{checkpoint}?fault=die@step:{DIES_AFTER}"))
+    try:
+        done = headrace("up", "-f", str(file), "--detach")
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = RunFolder("uptest")
+        yield Up("uptest", file, done.stdout, run, run.instance())
+    finally:
+        headrace("down", "uptest")
+        for link in (folder / "cache" / "run").glob("*/ray-session"):
+            shutil.rmtree(link.readlink(), ignore_errors=True)
+        if before is None:
+            del os.environ["HEADRACE_CACHE_DIR"]
+        else:
+            os.environ["HEADRACE_CACHE_DIR"] = before
+
+
+@pytest.fixture(autouse=True)
+def cache() -> None:
+    """The module's own cache folder, not one for each test."""
+
+
+def test_it_says_ready_and_answers(up: Up) -> None:
+    """The last lines name the endpoints and how to end it, and the model answers."""
+    ready = next(line for line in up.said.splitlines() if line.startswith("ready"))
+    assert up.run.endpoints()["grpc"].replace("127.0.0.1", "localhost") in ready
+    assert "down uptest" in up.said.splitlines()[-1]
+    assert up.ask()
+
+
+def test_status_finds_it(up: Up) -> None:
+    """Without an address `status --json` shows endpoints, the ready model and its worker."""
+    found = json.loads(headrace("status", "--json").stdout)
+    assert found["endpoints"] == up.run.endpoints()
+    assert [(model["name"], model["state"]) for model in found["models"]] == [("sim", "READY")]
+    assert [worker["model"] for worker in found["workers"]] == ["sim"]
+
+
+def test_both_gateways_are_linked(up: Up) -> None:
+    """Worker and controller were told of the first process and have dialled the second too."""
+
+    def linked() -> list[tuple[int, int]]:
+        rows = json.loads(headrace("status", "--json").stdout)["gateways"]
+        return [(row["workers"], row["controllers"]) for row in rows]
+
+    until(lambda: linked() == [(1, 1), (1, 1)], "both have both links")
+
+
+def test_a_second_up_is_refused(up: Up) -> None:
+    """The first one goes on."""
+    done = headrace("up", "-f", str(up.file), "--detach")
+    assert done.returncode == 1
+    assert "already up" in done.stderr
+    assert up.ask()
+
+
+@pytest.mark.parametrize("part", ["gateway", "gateway-1", "controller"])
+def test_a_killed_part_comes_back(up: Up, part: str) -> None:
+    """The supervisor starts it again, says so, and callers are served."""
+    before = up.process(part)
+    os.kill(before, signal.SIGKILL)
+    until(lambda: up.process(part) not in (before, None) and psutil.pid_exists(up.process(part)), f"a new {part}")
+    said = up.run.log_file("up").read_text()
+    assert f"{part} ended (signal SIGKILL)" in said
+    assert up.ask()
+
+
+def _state_reason() -> str:
+    (model,) = json.loads(headrace("status", "--json").stdout)["models"]
+    return str(model["state_reason"])
+
+
+def test_the_end_of_an_engine_is_said(up: Up) -> None:
+    """By `up`, by `status` and in the catalog, with the reason; the call goes on with the replica that replaces it."""
+    with Client(up.run.endpoints()["grpc"], timeout_s=60) as client:
+        client.chat("default", "Hello", max_tokens=DIES_AFTER, temperature=0.0, ignore_eos=True)
+    why = "sim is .*: a replica's engine ended at .* UTC: .*die@step"
+    until(lambda: re.search(why, up.run.log_file("up").read_text()), "`up` says it")
+    until(lambda: "die@step" in _state_reason(), "`status` says it, once the catalog knows of the new replica")
+    assert "a replica's engine" in headrace("status").stdout
+
+
+def _workers() -> Any:
+    """What `status` tells of workers; nothing where a busy gateway has not answered it in time."""
+    told = headrace("status", "--json")
+    late = "DEADLINE_EXCEEDED" in told.stderr
+    assert late or told.returncode == 0, told.stderr
+    return [] if late else json.loads(told.stdout)["workers"]
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_lost_ray_starts_afresh(up: Up, end: signal.Signals) -> None:
+    """Without its head the engines go too; a new Ray comes, and the model is served again by the same gateway. After
+    SIGTERM Ray waits for its replicas, and not for the rest of drain_timeout_s once they have left."""
+    before, gateway = up.process("ray"), up.process("gateway")
+    lost = up.run.log_file("up").read_text().count("ray ended")
+    os.kill(before, end)
+    until(lambda: up.run.log_file("up").read_text().count("ray ended") > lost, "the loss is said")
+    until(lambda: up.process("ray") != before, "a new Ray")
+    until(_workers, "its worker")
+    assert up.ask()
+    assert up.process("gateway") == gateway
+
+
+def test_down_leaves_nothing(up: Up) -> None:
+    """Every process of the cluster is gone, the foreign one stays, and the name is free."""
+    admin = up.run.endpoints()["admin"]
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as foreign:
+        assert reaper.find(up.instance)
+        done = headrace("down")
+        assert done.returncode == 0, done.stderr
+        assert reaper.find(up.instance) == frozenset()
+        assert foreign.poll() is None
+        foreign.communicate()
+    assert RunFolder.known() == []
+    assert headrace("status", "--admin", admin).returncode == 3
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_a_foreground_cluster(up: Up, end: signal.Signals) -> None:
+    """Ctrl-C ends all within seconds; after a SIGKILL of `up` itself, `down` clears what is left."""
+    name = f"end-{end.name.lower()}"
+    file = up.file.with_name(f"{name}.yaml")
+    file.write_text(CONFIG.format(name=name, source="sim://").split("models:")[0] + "models: []\n")
+    command = [sys.executable, "-m", "cluster.cli.main", "up", "-f", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = list(itertools.takewhile(lambda line: "stops everything" not in line, process.stdout))
+        assert any(line.startswith("ready") for line in said), said
+        run = RunFolder(name)
+        instance = run.instance()
+        assert reaper.find(instance)
+        began = time.monotonic()
+        process.send_signal(end)
+        process.wait(30)
+        rest = process.stdout.read() if end is signal.SIGINT else ""
+    if end is signal.SIGINT:
+        assert process.returncode == 0, rest
+        assert "no process left" in rest
+    else:
+        assert reaper.find(instance)
+        assert headrace("down", name).returncode == 0
+    assert time.monotonic() - began < 15
+    assert reaper.find(instance) == frozenset()
+    assert run.state() == {}

@@ -1,0 +1,133 @@
+"""The demo as a newcomer meets it: the real model on the real engine, Ray placing it, the SDK and the shell asking."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.cli.local.run_folder import RunFolder
+from cluster.client import Client
+from cluster.config.schema import cache_dir
+from cluster.ray import reaper
+from tests.support.shell import headrace, until
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+DEMO = Path(__file__).parents[3] / "deploy" / "demo.yaml"
+QUESTION = "What is the capital of France?"
+
+
+@dataclass
+class Demo:
+    """`up --demo` in the foreground."""
+
+    process: subprocess.Popen[str]
+    lines: list[str]
+    run: RunFolder
+
+    @property
+    def grpc(self) -> str:
+        """Where clients call."""
+        return str(self.run.endpoints()["grpc"])
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """The demo's own model under ports and a run folder of the test; the converted weights are the user's, kept."""
+    folder = tmp_path_factory.mktemp("demo")
+    weights = cache_dir() / "models"
+    weights.mkdir(parents=True, exist_ok=True)
+    listen = "{grpc: '127.0.0.1:0', link: '127.0.0.1:0', admin: '127.0.0.1:0', metrics: '127.0.0.1:0'}"
+    text = DEMO.read_text().replace("name: demo\n", f"name: demotest\ngateway: {{listen: {listen}}}\n", 1)
+    file = folder / "demo.yaml"
+    file.write_text(text)
+    cache = folder / "cache"
+    cache.mkdir()
+    (cache / "models").symlink_to(weights)
+    before = os.environ.get("HEADRACE_CACHE_DIR")
+    os.environ["HEADRACE_CACHE_DIR"] = str(cache)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli.main", "up", "-f", str(file), "--demo"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if line.startswith("Ctrl-C"):
+                break
+        yield Demo(process, lines, RunFolder("demotest"))
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        if before is None:
+            del os.environ["HEADRACE_CACHE_DIR"]
+        else:
+            os.environ["HEADRACE_CACHE_DIR"] = before
+
+
+@pytest.fixture(autouse=True)
+def cache() -> None:
+    """The module's own cache folder, not one for each test."""
+
+
+def test_it_gets_ready_and_names_paris(demo: Demo) -> None:
+    """The first answer is shown, a line begins with `ready`, and at temperature 0 the capital is Paris."""
+    assert any(line.startswith("ready") for line in demo.lines), "\n".join(demo.lines)
+    assert any("Paris" in line for line in demo.lines), "\n".join(demo.lines)
+    with Client(demo.grpc) as client:
+        answer = client.chat("default", QUESTION, temperature=0.0, max_tokens=30)
+        streamed = "".join(client.stream_chat("default", QUESTION, temperature=0.0, max_tokens=30))
+    assert "Paris" in answer.text
+    assert streamed == answer.text
+    assert answer.model == "smollm2-135m-instruct"
+    assert answer.usage.completion_tokens > 0
+
+
+def test_status_and_chat(demo: Demo) -> None:
+    """`status --json` shows the model READY on the fast path of the real engine; `chat` answers from the shell."""
+    found = json.loads(headrace("status", "--json").stdout)
+    assert [(m["name"], m["state"]) for m in found["models"]] == [("smollm2-135m-instruct", "READY")]
+    assert found["workers"][0]["engine_path"] == "fastpath", found["workers"]
+    told = headrace("chat", "default", QUESTION, "--temperature", "0")
+    assert told.returncode == 0, told.stderr
+    assert "Paris" in told.stdout
+
+
+def test_a_cancel_reaches_the_real_engine(demo: Demo) -> None:
+    """A stream that is cancelled leaves the engine's running count at once."""
+
+    def running() -> int:
+        found = json.loads(headrace("status", "--json").stdout)
+        return int(found["workers"][0]["running"])
+
+    with Client(demo.grpc) as client:
+        stream = client.stream_chat("default", "Count to a million.", max_tokens=1900, ignore_eos=True)
+        next(stream.chunks())
+        until(lambda: running() == 1, "the engine runs the call")
+        stream.cancel()
+        until(lambda: running() == 0, "its place is free", 10)
+
+
+def test_interrupt_leaves_nothing(demo: Demo) -> None:
+    """Ctrl-C ends every process that the demo has started, and says so."""
+    instance = demo.run.instance()
+    assert len(reaper.find(instance)) >= 4
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(60) == 0
+    left = [psutil.Process(pid).cmdline() for pid in reaper.find(instance)]
+    assert not left

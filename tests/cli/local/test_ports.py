@@ -1,0 +1,92 @@
+"""Ports are decided and checked before anything starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+import pytest
+
+from cluster.cli.local.ports import PortTaken, decide
+from cluster.config.schema import Config, ConfigError, parse
+
+
+def config(processes: int = 1, **listen: str) -> Config:
+    """A configuration whose other ports are free ones."""
+    ports = dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), "127.0.0.1:0") | listen
+    lines = "".join(f'    {name}: "{address}"\n' for name, address in ports.items())
+    return parse(
+        f"api_version: headrace/v1\nname: t\nmodels: []\ngateway:\n  processes: {processes}\n  listen:\n{lines}"
+    )
+
+
+def test_open_ports_are_chosen_all_different() -> None:
+    """Port 0 becomes a number, once for each listener, and can be bound."""
+    addresses = decide(config()).gateway.listen.model_dump().values()
+    ports = {int(address.rsplit(":", 1)[1]) for address in addresses}
+    assert len(ports) == 5
+    assert 0 not in ports
+    for port in ports:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+
+
+def test_a_taken_port_names_key_and_owner() -> None:
+    """The message says which listener, and who is there."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(PortTaken) as caught:
+            decide(config(admin=address))
+    assert f"gateway.listen.admin: {address} cannot be had" in str(caught.value)
+    assert f"process {os.getpid()} " in str(caught.value)
+
+
+def test_one_port_for_two_listeners_is_told() -> None:
+    """Two listeners on one address fail before either starts."""
+    address = "127.0.0.1:50051"
+    with pytest.raises(ConfigError, match=r"gateway\.listen\.admin: .* listen\.grpc's too"):
+        config(grpc=address, admin=address)
+
+
+def test_a_foreign_address_is_told() -> None:
+    """An address of another machine cannot be listened on."""
+    with pytest.raises(PortTaken, match=r"gateway\.listen\.metrics: 192\.0\.2\.1:9400"):
+        decide(config(metrics="192.0.2.1:9400"))
+
+
+def test_open_ports_are_chosen_for_all_processes() -> None:
+    """Whatever any process listens on is free, and no two want the same."""
+    decided = decide(config(processes=5)).gateway
+    own = [address for i in range(5) for address in (decided.listen.of(i).link, decided.listen.of(i).metrics)]
+    addresses = [*own, decided.listen.grpc, decided.listen.http, decided.listen.admin]
+    assert len(set(addresses)) == len(addresses) == 13
+    for address in addresses:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+    assert not decided.open_port()
+
+
+def test_a_port_that_a_later_process_cannot_have_is_told() -> None:
+    """The address named is that process's, not the one in the file."""
+    with contextlib.ExitStack() as stack:
+        port = _taken_with_a_free_one_below(stack, 9)
+        with pytest.raises(PortTaken, match=rf"gateway\.listen\.link: 127\.0\.0\.1:{port} cannot be had"):
+            decide(config(processes=2, link=f"127.0.0.1:{port - 9}"))
+
+
+def _taken_with_a_free_one_below(stack: contextlib.ExitStack, distance: int) -> int:
+    """A port that is listened on, below those that systems hand out by themselves, and a free one `distance` below."""
+    for port in range(20000, 32000, distance + 1):
+        taken, below = (stack.enter_context(socket.socket()) for _ in range(2))
+        try:
+            below.bind(("127.0.0.1", port - distance))
+            taken.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        below.close()
+        taken.listen(1)
+        return port
+    pytest.fail("no two such ports")

@@ -1,0 +1,63 @@
+"""Run folders: who runs a cluster, and the lock on its name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cluster.cli.local.run_folder import AlreadyUp, ProcessId, RunFolder
+
+
+def test_a_name_is_held_by_one() -> None:
+    """A second holder is told what to do, and the name is free after the first has gone."""
+    with RunFolder("a").lock(), pytest.raises(AlreadyUp, match="headrace down a"):
+        RunFolder("a").lock()
+    RunFolder("a").lock().close()
+    with RunFolder("b").lock(), RunFolder("c").lock():
+        pass
+
+
+def test_a_lock_ends_with_its_process() -> None:
+    """A killed holder leaves no lock behind."""
+    program = (
+        "from cluster.cli.local.run_folder import RunFolder; "
+        "h = RunFolder('a').lock(); print('held', flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(AlreadyUp):
+            RunFolder("a").lock()
+        holder.kill()
+    RunFolder("a").lock().close()
+
+
+def test_a_pid_used_again_is_not_ours() -> None:
+    """The time of the start belongs to the identity."""
+    own = ProcessId.of(os.getpid())
+    assert own.alive()
+    assert not ProcessId(own.pid, own.created - 60).alive()
+
+
+def test_folders_of_dead_clusters_are_known_but_not_running() -> None:
+    """What ended badly can still be cleared by `down`."""
+    dead, alive = RunFolder("dead"), RunFolder("alive")
+    own = ProcessId.of(os.getpid())
+    for run, created in ((dead, own.created - 60), (alive, own.created)):
+        run.path.mkdir(parents=True)
+        run.write({"instance": "x", "supervisor": {"pid": own.pid, "created": created}})
+    assert [run.name for run in RunFolder.running()] == ["alive"]
+    assert [run.name for run in RunFolder.known()] == ["alive", "dead"]
+
+
+def test_unreadable_state_is_no_state() -> None:
+    """A damaged file does not stop the next start."""
+    run = RunFolder("a")
+    run.path.mkdir(parents=True)
+    run.state_file.write_text("{")
+    assert run.state() == {}
+    assert run.endpoints() == {}
+    assert run.supervisor() is None
