@@ -47,7 +47,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": {"api"},
     "process": set(),
     "ray": {"observe", "policy", "process", "worker"},
-    "sim": {"api", "policy", "wire", "worker"},
     "wire": {"api", "http2", "pb", "policy"},
     "worker": {"api", "config", "http2", "pb", "policy", "process", "wire"},
 }

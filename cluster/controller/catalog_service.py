@@ -73,7 +73,7 @@ class KeptFile:
 
 
 class Wants(Protocol):
-    """What the desk needs of the controller (rayserve.controller.Controller)."""
+    """What the desk needs of the controller (controller.controller.Controller)."""
 
     marks: dict[str, dict[str, Mark]]
 

@@ -17,9 +17,9 @@ from itertools import pairwise
 import numpy as np
 
 from cluster.policy.scaling.portfolio import ModelSettings, Observation
-from cluster.sim.plant import ReplicaModel
-from cluster.sim.scaling import Demand, Floats, SimModelSpec, Track, simulate
 from loadtests.autoscale.optimum import Plan, Rules, Slots, cost_of, optimum
+from loadtests.sim.plant import ReplicaModel
+from loadtests.sim.scaling import Demand, Floats, SimModelSpec, Track, simulate
 
 TRIED = ((0.8, 1.05, 0.03), (0.8, 1.12, 0.03), (0.5, 1.05, 0.03), (0.5, 1.02, 0.08), (0.2, 1.02, 0.08))
 CLASSES_S = (0.2, 0.5, 1.0, 1.5)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.sim.scaling import Demand, Floats
 from loadtests import traces
+from loadtests.sim.scaling import Demand, Floats
 
 TIMES = 8
 """How many clients like the trace's call: one hour of it is then worth about ten replicas."""

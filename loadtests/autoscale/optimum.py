@@ -1,6 +1,6 @@
 """The clairvoyant optimum of one model: how few GPU-seconds serve a demand that is known from its first second on.
 
-The plant here is the fluid of cluster/sim/fleet.py in slots: in slot t work w[t] (replica-seconds) and c[t] calls
+The plant here is the fluid of loadtests/sim/fleet.py in slots: in slot t work w[t] (replica-seconds) and c[t] calls
 come evenly, n[t] replicas serve at most n[t] x slot of it, first come first served, and what is left waits. A call is
 late when what waits before it takes n[t] replicas longer than its class of calls may wait (a long prompt may wait less
 than a short one: computing it takes of the same time to the first token). Who knows the future begins each start a

@@ -44,7 +44,7 @@ class _Model:
 
 
 class RayPolicy:
-    """A scaler for cluster/sim/scaling.py. Needs ray."""
+    """A scaler for loadtests/sim/scaling.py. Needs ray."""
 
     def __init__(self, settings: RaySettings) -> None:
         from ray.serve.config import AutoscalingConfig

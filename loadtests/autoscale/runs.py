@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cluster.policy.scaling.portfolio import ModelSettings
-from cluster.sim.plant import LARGE, SMALL, ReplicaModel
-from cluster.sim.scaling import Demand, OurPolicy, Scaler, SimModelSpec, Track, needed, simulate
 from loadtests.autoscale import demand as demands
 from loadtests.autoscale.clairvoyant import Clairvoyant, clairvoyant
 from loadtests.autoscale.ray_policy import RayPolicy, RaySettings, grid
 from loadtests.autoscale.static import best_placement
+from loadtests.sim.plant import LARGE, SMALL, ReplicaModel
+from loadtests.sim.scaling import Demand, OurPolicy, Scaler, SimModelSpec, Track, needed, simulate
 
 SETTINGS = ModelSettings(min_replicas=1, max_replicas=400)
 EQUAL = 0.7

@@ -27,13 +27,13 @@ import numpy as np
 from cluster.api.types import ModelSpec
 from cluster.policy.scaling.portfolio import ModelSettings, Slo
 from cluster.policy.scaling.scaler import DECIDE_S
-from cluster.sim.plant import ReplicaModel
-from cluster.sim.scaling import Demand, OurPolicy, SimModelSpec, simulate
 from loadtests import machine
 from loadtests.autoscale_live.calls import MODEL, Told, compare, play
 from loadtests.autoscale_live.changes import STREAM_S, Changes
 from loadtests.autoscale_live.rig import SAMPLE_S, Live, Watch, begun
 from loadtests.autoscale_live.traffic import Engine, PlannedCall, days, plan
+from loadtests.sim.plant import ReplicaModel
+from loadtests.sim.scaling import Demand, OurPolicy, SimModelSpec, simulate
 from tests.support.checkpoints import build_checkpoint
 
 SLO = Slo(ttft_s=2.0, itl_s=0.1, target=0.99)

@@ -1,7 +1,7 @@
 """Fair turns between tenants: gap, shares, a quiet tenant beside a loud one, and what fairness costs.
 
 Eight simulated workers and one, two or eight gateways in virtual time; waiting room, order of turns, credits, accounts
-and routing are those of production (cluster/sim). Reports come 100 ms late. Tenants' lengths are from public traces
+and routing are those of production (loadtests/sim). Reports come 100 ms late. Tenants' lengths are from public traces
 where those are there. Only the cost of a turn is measured on the clock.
 """
 
@@ -20,11 +20,11 @@ from typing import Any
 
 from cluster.policy.fairness.fair_queue import FairTurns
 from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
-from cluster.sim.traffic import Lengths, SimTenant, clipped, made_up
-from cluster.sim.world import World, WorldConfig
 from loadtests import traces
 from loadtests.figures import Bound, mean, missing, plain_figure, ratio_figure
 from loadtests.scenarios.common import Stage, rounds_of
+from loadtests.sim.traffic import Lengths, SimTenant, clipped, made_up
+from loadtests.sim.world import World, WorldConfig
 
 WORLD_S, QUIET_S, SETTLE_S = 60.0, 60.0, 5.0
 GATEWAYS = (1, 2, 8)

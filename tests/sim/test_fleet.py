@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config.gateway import Queue
-from cluster.sim.fleet import MAX_WAIT_S, Arrival, Fleet
-from cluster.sim.plant import ReplicaModel
+from loadtests.sim.fleet import MAX_WAIT_S, Arrival, Fleet
+from loadtests.sim.plant import ReplicaModel
 
 PLANT = ReplicaModel()
 ARRIVALS = st.lists(

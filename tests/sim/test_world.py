@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.sim.events import Agenda
-from cluster.sim.traffic import Lengths, Prompts, SimTenant, clipped, made_up
-from cluster.sim.world import VOCAB, World, WorldConfig
 from cluster.worker.engine.simulated.config import SimConfig
+from loadtests.sim.events import Agenda
+from loadtests.sim.traffic import Lengths, Prompts, SimTenant, clipped, made_up
+from loadtests.sim.world import VOCAB, World, WorldConfig
 
 pytestmark = pytest.mark.slow
 

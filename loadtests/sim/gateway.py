@@ -13,8 +13,8 @@ from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.routing.router import Candidate, Decision, RouteCall, pick
-from cluster.sim.worker import SimSubmit, SimWorker
 from cluster.wire.credit import Grant, Purse
+from loadtests.sim.worker import SimSubmit, SimWorker
 
 MODEL = "m"
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.sim.plant import ReplicaModel
+from loadtests.sim.plant import ReplicaModel
 
 MAX_WAIT_S = 120.0
 """`gateway.queue.max_wait_s` where nobody has set it."""

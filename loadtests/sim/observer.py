@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from cluster.api.types import TokenOutput
 from cluster.policy.fairness.token_cost import ServiceWeights
-from cluster.sim.events import Agenda
-from cluster.sim.gateway import MODEL, SimCall, SimGateway
-from cluster.sim.worker import SimWorker
+from loadtests.sim.events import Agenda
+from loadtests.sim.gateway import MODEL, SimCall, SimGateway
+from loadtests.sim.worker import SimWorker
 
 SAMPLE_S = 0.1
 

@@ -15,13 +15,13 @@ from cluster.api.types import EngineRequest, Sampling, TokenOutput
 from cluster.policy.fairness.fair_queue import FairOrder, FairTurns
 from cluster.policy.fairness.order import Waiting
 from cluster.policy.fairness.token_cost import ServiceWeights
-from cluster.sim.events import Agenda
-from cluster.sim.gateway import MODEL, SimCall, SimGateway, Told
-from cluster.sim.observer import Observer
-from cluster.sim.traffic import Prompts, SimTenant
-from cluster.sim.worker import Heard, SimSubmit, SimWorker
 from cluster.wire.credit import Grant
 from cluster.worker.engine.simulated.config import SimConfig
+from loadtests.sim.events import Agenda
+from loadtests.sim.gateway import MODEL, SimCall, SimGateway, Told
+from loadtests.sim.observer import Observer
+from loadtests.sim.traffic import Prompts, SimTenant
+from loadtests.sim.worker import Heard, SimSubmit, SimWorker
 
 VOCAB = 32_000
 
@@ -52,7 +52,7 @@ class World:
     def __init__(self, config: WorldConfig) -> None:
         self.config = config
         self.agenda = Agenda()
-        self._rng = Random(config.seed)  # noqa: S311 -- a world that can be repeated, no secret
+        self._rng = Random(config.seed)
         self._prompts = Prompts(self._rng, VOCAB)
         self._tenants = {tenant.name: tenant for tenant in config.tenants}
         self._serial = 0

@@ -25,8 +25,8 @@ from cluster.policy.scaling.portfolio import (
     ReplicaSeen,
     decide,
 )
-from cluster.sim.fleet import Arrival, Fleet
-from cluster.sim.plant import SMALL, ReplicaModel
+from loadtests.sim.fleet import Arrival, Fleet
+from loadtests.sim.plant import SMALL, ReplicaModel
 
 Floats = NDArray[np.float64]
 UNBOUNDED = 1 << 20

@@ -10,11 +10,11 @@ from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge
-from cluster.sim.events import Agenda
 from cluster.wire.credit import Grant, Granter, Room
 from cluster.worker.admission_window import Lookahead
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.model import SimModel
+from loadtests.sim.events import Agenda
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,0 @@
-"""A seeded world that drives tenancy, routing and control unchanged."""
