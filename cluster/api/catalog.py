@@ -28,7 +28,7 @@ class Change:
     restarts: str = ""
 
 
-class CatalogDesk(Protocol):
+class CatalogService(Protocol):
     """Where operators ask. Names are a model's or its aliases; every verb raises CallError, and then nothing has
     changed."""
 

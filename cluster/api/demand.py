@@ -43,7 +43,7 @@ class ModelDemand:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ComputedWork:
     """What one engine has computed since its start: steps, the time in them, prompt tokens, and generated tokens."""
 
     steps: int = 0

@@ -39,7 +39,7 @@ class ModelScaling:
 
 
 @dataclass(frozen=True, slots=True)
-class ScalingStory:
+class ScalingExplanation:
     """How a model came to stand so: kept decisions, the newest last, and the numbers of the newest pass."""
 
     model: ModelScaling
@@ -47,7 +47,7 @@ class ScalingStory:
     now: Mapping[str, float] = field(default_factory=dict)
 
 
-class ScalingDesk(Protocol):
+class ScalingService(Protocol):
     """Where operators ask. Names are a model's or its aliases; every verb raises CallError."""
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
@@ -56,5 +56,5 @@ class ScalingDesk(Protocol):
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
         """Keep the number as it is, or no longer; an empty name is all models, whatever each is by itself."""
 
-    def explain(self, name: str, limit: int) -> ScalingStory:
+    def explain(self, name: str, limit: int) -> ScalingExplanation:
         """Why it has so many; at most `limit` decisions, 0 for all that are kept."""

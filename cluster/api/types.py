@@ -205,7 +205,7 @@ def without_noise(engine_class: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Likeness:
+class CompatibilityKey:
     """Properties that two workers must share for one to go on with what the other has begun: weights, tokenizer, and
     the engine's arithmetic (dtype, quantization, parallelism). What a seed draws is part of it for seeded calls
     alone."""
@@ -215,11 +215,11 @@ class Likeness:
     engine_class: str
 
     @property
-    def unseeded(self) -> Likeness:
+    def unseeded(self) -> CompatibilityKey:
         """The likeness without what a seed draws: of a call that needs no noise in particular."""
-        return Likeness(self.weight_digest, self.bundle_digest, without_noise(self.engine_class))
+        return CompatibilityKey(self.weight_digest, self.bundle_digest, without_noise(self.engine_class))
 
-    def can_continue(self, begun: Likeness) -> bool:
+    def can_continue(self, begun: CompatibilityKey) -> bool:
         """Return whether a worker like this may go on with a call that needs the likeness `begun`."""
         return begun in (self, self.unseeded)
 
@@ -275,7 +275,7 @@ class ModelSpec:
         return max(self.min_replicas, 1)
 
 
-class Standing(enum.StrEnum):
+class DrainState(enum.StrEnum):
     """Attitude of a worker to new work; the names are those of link.v1 Standing.State."""
 
     SERVING = "SERVING"

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 
 from cluster.cli.common import USAGE, admin_endpoint, api_key, fail, local_run
-from cluster.client.options import Options
+from cluster.client.options import ChannelOptions
 from cluster.config.schema import Config, ConfigError, load, secret_files
 
 
@@ -32,7 +32,7 @@ class Access:
 
     def channel(self) -> grpc.Channel:
         """A connection."""
-        options = Options((self.address,)).channel_options()
+        options = ChannelOptions((self.address,)).channel_options()
         if self.roots is None:
             return grpc.insecure_channel(self.address, options=options)
         if self.name:

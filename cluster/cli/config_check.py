@@ -34,7 +34,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ConfigFinding:
     """An error or a warning: the key's path, what to do, and the line in the file (0: none)."""
 
     path: str
@@ -52,13 +52,13 @@ class Report:
 
     name: str
     config: Config | None = None
-    errors: tuple[Finding, ...] = ()
-    warnings: tuple[Finding, ...] = ()
+    errors: tuple[ConfigFinding, ...] = ()
+    warnings: tuple[ConfigFinding, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For programs; the same keys whether the file is right or wrong."""
 
-        def plain(findings: tuple[Finding, ...]) -> list[dict[str, Any]]:
+        def plain(findings: tuple[ConfigFinding, ...]) -> list[dict[str, Any]]:
             return [{"path": one.path, "message": one.message, "line": one.line} for one in findings]
 
         return {
@@ -76,7 +76,7 @@ def check(text: str, name: str, *, pod: bool = False, files: bool = False) -> Re
     try:
         given = read_input(text)
     except NoConfiguration as error:
-        return Report(name, errors=tuple(Finding("", one) for one in error.reasons))
+        return Report(name, errors=tuple(ConfigFinding("", one) for one in error.reasons))
     config, wrong = remainder(given.document)
     problems = [*given.problems, *wrong]
     warnings: list[Problem] = []
@@ -97,8 +97,8 @@ def _under(problem: Problem, wrong: list[Problem]) -> bool:
     return any(one.path[:2] == problem.path[:2] or one.path == ("models",) for one in wrong)
 
 
-def _found(problems: list[Problem], given: Input) -> tuple[Finding, ...]:
-    return tuple(Finding(given.prefix + one.where, one.text, given.line_of(one.path)) for one in problems)
+def _found(problems: list[Problem], given: Input) -> tuple[ConfigFinding, ...]:
+    return tuple(ConfigFinding(given.prefix + one.where, one.text, given.line_of(one.path)) for one in problems)
 
 
 # ---- what a replica would refuse

@@ -22,7 +22,7 @@ from cluster.cli.common import FAILED, UNREACHABLE_CODE, USAGE, fail, local_run,
 from cluster.config.schema import cache_dir
 from cluster.config.tenants import Auth, Cost, Store, TenantDefaults
 from cluster.config.yaml_reader import NotYaml, load
-from cluster.ledger.rows import Rates
+from cluster.ledger.rows import Prices
 from cluster.policy.tenants.policy import PolicyError
 from cluster.process.private_files import make_private_folder
 
@@ -60,9 +60,9 @@ class Settings:
     cost: Cost | None
 
     @property
-    def rates(self) -> Rates | None:
+    def rates(self) -> Prices | None:
         """Of the file's cost section."""
-        return Rates(self.cost.currency, dict(self.cost.gpu_hour)) if self.cost else None
+        return Prices(self.cost.currency, dict(self.cost.gpu_hour)) if self.cost else None
 
 
 def local_pepper() -> Path:

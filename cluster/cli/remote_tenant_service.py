@@ -14,7 +14,7 @@ from cluster.cli.access import Access
 from cluster.client.errors import from_rpc
 from cluster.gateway.apis.admin import codec
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound, StoreUnavailable
-from cluster.ledger.rows import NewKey, Rates, StoredKey, StoredTenant, UsageQuery
+from cluster.ledger.rows import NewKey, Prices, StoredKey, StoredTenant, UsageQuery
 from cluster.ledger.usage.records import UsageRecord
 
 TIMEOUT_S = 60.0
@@ -24,7 +24,7 @@ _KINDS: Mapping[str, type[LedgerError]] = {
 }
 
 
-class RemoteDesk:
+class RemoteTenantService:
     """Implements Desk. What a gateway refuses for other reasons (a key, a role) is a HeadraceError."""
 
     def __init__(self, access: Access) -> None:
@@ -126,7 +126,7 @@ class RemoteDesk:
         request = pb.RevokeKeyRequest(name=f"tenants/{tenant}/keys/{key_id}", reason=reason)
         return codec.stored_key(self._ask(self._keys.Revoke, request))
 
-    def usage(self, wanted: UsageQuery, rates: Rates | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
+    def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
         """See Desk."""
         if rates is not None:
             raise LedgerError("--gpu-hour: a gateway prices by its own cost section; leave it out, or use -f")

@@ -20,7 +20,7 @@ import typer
 from cluster.cli.access import reach
 from cluster.cli.common import USAGE, AdminOption, ApiKeyOption, EndpointOption, TlsCaOption, fail, rpc_errors
 from cluster.cli.ledger import ConfigOption, PepperOption, UrlOption, opened, settings, told
-from cluster.ledger.tenants.service import By, Desk, LedgerDesk
+from cluster.ledger.tenants.service import By, LedgerTenantService, TenantService
 
 HERE = {"file": "-f", "database_url": "--database-url", "pepper_file": "--pepper-file"}
 THERE = {
@@ -41,7 +41,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class TenantBackend:
     """A command's options of that kind; `typed` are those that the environment has not said."""
 
     typed: frozenset[str] = frozenset()
@@ -72,7 +72,7 @@ def at_desk(*, keys: bool = False) -> Callable[[Callable[..., None]], Callable[.
 
         def run(context: typer.Context, **given: Any) -> None:
             typed = frozenset(name for name in options if _is_typed(context, name))
-            where = Where(typed, **{name: given.pop(name) for name in options})
+            where = TenantBackend(typed, **{name: given.pop(name) for name in options})
             with open_desk(where, keys=keys) as desk:
                 command(desk=desk, **given)
 
@@ -85,13 +85,13 @@ def at_desk(*, keys: bool = False) -> Callable[[Callable[..., None]], Callable[.
 
 
 @contextlib.contextmanager
-def open_desk(where: Where, *, keys: bool = False) -> Iterator[Desk]:
+def open_desk(where: TenantBackend, *, keys: bool = False) -> Iterator[TenantService]:
     """The desk; what it refuses ends the command with its exit code."""
     if not _over_api(where):
         chosen = settings(where.file, where.database_url, where.pepper_file)
         with opened(chosen, keys=keys) as ledger:
             by = By(f"cli:{getpass.getuser()}")
-            yield LedgerDesk(
+            yield LedgerTenantService(
                 ledger,
                 by,
                 lambda event: ledger.audit.insert([event]),
@@ -100,10 +100,10 @@ def open_desk(where: Where, *, keys: bool = False) -> Iterator[Desk]:
                 rates=chosen.rates,
             )
         return
-    from cluster.cli.remote_tenant_service import RemoteDesk
+    from cluster.cli.remote_tenant_service import RemoteTenantService
 
     access = reach(where.endpoint, where.admin, where.api_key_file, where.tls_ca)
-    desk = RemoteDesk(access)
+    desk = RemoteTenantService(access)
     try:
         with rpc_errors(access.address), told():
             yield desk
@@ -116,7 +116,7 @@ def _is_typed(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _over_api(where: Where) -> bool:
+def _over_api(where: TenantBackend) -> bool:
     here = [option for name, option in HERE.items() if name in where.typed]
     there = [option for name, option in THERE.items() if name in where.typed]
     if here and there:

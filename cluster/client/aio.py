@@ -12,16 +12,16 @@ import grpc
 from grpc import aio
 
 from cluster.client.answers import (
-    Account,
     ChatAnswer,
     Chunk,
     CompleteAnswer,
+    StreamAccount,
     chat_answer,
     complete_answer,
 )
 from cluster.client.errors import UNREACHABLE, HeadraceError, from_rpc
-from cluster.client.gateways import Gateways
-from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, Options, new_request_id
+from cluster.client.gateways import GatewayList
+from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, ChannelOptions, new_request_id
 from cluster.client.requests import ChatParams, Messages, SamplingParams, chat_request, complete_request, to_messages
 from cluster.client.resume import Request, Resumption
 from cluster.client.session import SessionCall, Sessions
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Response = TypeVar("Response")
 
 
-class AsyncStream(Account, Generic[Chunk]):
+class AsyncStream(StreamAccount, Generic[Chunk]):
     """The text of an answer while it is made: iterate it, or `chunks()` for every message of all choices.
 
     `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` tell what has come so far; usage comes last.
@@ -47,7 +47,7 @@ class AsyncStream(Account, Generic[Chunk]):
         request_id: str,
         endpoint: str,
         chunk_of: Callable[[str], Chunk],
-        onward: _Onward,
+        onward: _AsyncResumption,
         on_end: Callable[[], None] | None = None,
     ) -> None:
         """`chunk_of` makes a chunk of a piece of text alone, as sessions send it; `onward` goes on with a call that has
@@ -139,12 +139,12 @@ class AsyncStream(Account, Generic[Chunk]):
         self.cancel()
 
 
-class _Onward:
+class _AsyncResumption:
     """One stream's calls: the first, and those that go on with it."""
 
     def __init__(
         self,
-        gateways: Gateways[aio.Channel, InferenceAsyncStub],
+        gateways: GatewayList[aio.Channel, InferenceAsyncStub],
         sessions: Sessions,
         method: Callable[[InferenceAsyncStub], Callable[..., Any]],
         resumption: Resumption,
@@ -212,7 +212,7 @@ class AsyncClient:
         resume: bool = True,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        self._options = Options.build(
+        self._options = ChannelOptions.build(
             endpoint,
             api_key,
             tls_ca_file,
@@ -235,7 +235,7 @@ class AsyncClient:
             return channel, InferenceStub(channel)
 
         self._watches: list[asyncio.Task[None]] = []
-        self._gateways = Gateways(self._options.endpoints, connect)
+        self._gateways = GatewayList(self._options.endpoints, connect)
         self._sessions = Sessions(self._gateways, self._options)
         self._streams = 0
 
@@ -388,7 +388,7 @@ class AsyncClient:
         metadata = self._options.metadata(request_id, headers)
         options = self._options
         resumption = Resumption(options.streamed(request), timeout_s, len(options.endpoints), wanted=options.resume)
-        onward = _Onward(self._gateways, self._sessions, method, resumption, request_id, metadata)
+        onward = _AsyncResumption(self._gateways, self._sessions, method, resumption, request_id, metadata)
         # headers belong to a call, and a session has one set for all
         call = onward.begin(shared=bool(self._streams) and not headers)
         self._streams += 1

@@ -43,7 +43,7 @@ def complete_answer(raw: pb.CompleteResponse, request_id: str) -> CompleteAnswer
     return Answer(first.text, first.finish_reason, raw.usage, raw.id, raw.model, request_id, raw)
 
 
-class Account:
+class StreamAccount:
     """Kept while a stream is read.
 
     `finish_reason` and `usage` come with the end; `progress` is set while the last chunk only told that the call

@@ -10,7 +10,7 @@ Channel = TypeVar("Channel")
 Stub = TypeVar("Stub")
 
 
-class Gateways(Generic[Channel, Stub]):
+class GatewayList(Generic[Channel, Stub]):
     """Channels are made when they are first needed. Safe to share between threads."""
 
     def __init__(self, endpoints: Sequence[str], make: Callable[[str], tuple[Channel, Stub]]) -> None:

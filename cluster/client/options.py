@@ -44,7 +44,7 @@ SERVICE_CONFIG = {
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ChannelOptions:
     """Where gateways are and how to speak to them. `timeout_s` is a call's deadline unless the call names its own."""
 
     endpoints: tuple[str, ...]
@@ -64,7 +64,7 @@ class Options:
     @classmethod
     def build(
         cls, endpoint: str | Sequence[str] | None, api_key: str | None, tls_ca_file: str | Path | None, **rest: Any
-    ) -> Options:
+    ) -> ChannelOptions:
         """With HEADRACE_ENDPOINT and HEADRACE_API_KEY where an argument is None. Raises ValueError."""
         endpoint = endpoint or os.environ.get("HEADRACE_ENDPOINT") or DEFAULT_ENDPOINT
         endpoints = tuple(endpoint.split(",") if isinstance(endpoint, str) else endpoint)

@@ -20,8 +20,8 @@ from google.rpc import status_pb2
 from grpc import aio
 
 from cluster.client.errors import HeadraceError, from_rpc, from_status
-from cluster.client.gateways import Gateways
-from cluster.client.options import Options
+from cluster.client.gateways import GatewayList
+from cluster.client.options import ChannelOptions
 from cluster.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class _Session:
     """One stream and the calls on it."""
 
     def __init__(
-        self, endpoint: str, stub: InferenceAsyncStub, options: Options, on_end: Callable[[_Session], None]
+        self, endpoint: str, stub: InferenceAsyncStub, options: ChannelOptions, on_end: Callable[[_Session], None]
     ) -> None:
         self.endpoint = endpoint
         self._options = options
@@ -235,7 +235,7 @@ class _Session:
 class Sessions:
     """The client's newest session, opened when it is first needed."""
 
-    def __init__(self, gateways: Gateways[aio.Channel, InferenceAsyncStub], options: Options) -> None:
+    def __init__(self, gateways: GatewayList[aio.Channel, InferenceAsyncStub], options: ChannelOptions) -> None:
         self._gateways = gateways
         self._options = options
         self._newest: _Session | None = None

@@ -11,16 +11,16 @@ from typing import Any, Generic, Self, TypeVar, Unpack
 import grpc
 
 from cluster.client.answers import (
-    Account,
     ChatAnswer,
     Chunk,
     CompleteAnswer,
+    StreamAccount,
     chat_answer,
     complete_answer,
 )
 from cluster.client.errors import UNREACHABLE, HeadraceError, from_rpc
-from cluster.client.gateways import Gateways
-from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, Options, new_request_id
+from cluster.client.gateways import GatewayList
+from cluster.client.options import DEFAULT_TIMEOUT_S, MAX_MESSAGE_BYTES, ChannelOptions, new_request_id
 from cluster.client.requests import ChatParams, Messages, SamplingParams, chat_request, complete_request, to_messages
 from cluster.client.resume import Request, Resumption
 from cluster.v1 import inference_pb2 as pb
@@ -29,14 +29,14 @@ from cluster.v1.inference_pb2_grpc import InferenceStub
 Response = TypeVar("Response")
 
 
-class Stream(Account, Generic[Chunk]):
+class Stream(StreamAccount, Generic[Chunk]):
     """The text of an answer while it is made: iterate it, or `chunks()` for every message of all choices.
 
     `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` tell what has come so far; usage comes last.
     Leaving a `with` block, `cancel()` or dropping the object ends the call at the gateway.
     """
 
-    def __init__(self, call: Any, request_id: str, endpoint: str, onward: _Onward) -> None:
+    def __init__(self, call: Any, request_id: str, endpoint: str, onward: _SyncResumption) -> None:
         """`onward` goes on with a call that has broken."""
         super().__init__(request_id)
         self._call = call
@@ -102,12 +102,12 @@ class Stream(Account, Generic[Chunk]):
         self.cancel()
 
 
-class _Onward:
+class _SyncResumption:
     """One stream's calls: the first, and those that go on with it."""
 
     def __init__(
         self,
-        gateways: Gateways[grpc.Channel, InferenceStub],
+        gateways: GatewayList[grpc.Channel, InferenceStub],
         method: Callable[[InferenceStub], Callable[..., Any]],
         resumption: Resumption,
         metadata: tuple[tuple[str, str], ...],
@@ -160,7 +160,7 @@ class Client:
         resume: bool = True,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        self._options = Options.build(
+        self._options = ChannelOptions.build(
             endpoint,
             api_key,
             tls_ca_file,
@@ -181,7 +181,7 @@ class Client:
             )
             return channel, InferenceStub(channel)
 
-        self._gateways = Gateways(self._options.endpoints, connect)
+        self._gateways = GatewayList(self._options.endpoints, connect)
 
     def __repr__(self) -> str:
         return f"Client({self._options.endpoint!r})"
@@ -323,5 +323,5 @@ class Client:
         timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
         options = self._options
         resumption = Resumption(options.streamed(request), timeout_s, len(options.endpoints), wanted=options.resume)
-        onward = _Onward(self._gateways, method, resumption, self._options.metadata(request_id, headers))
+        onward = _SyncResumption(self._gateways, method, resumption, self._options.metadata(request_id, headers))
         return Stream(onward.begin(), request_id, self._options.endpoint, onward)

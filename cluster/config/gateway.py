@@ -130,7 +130,7 @@ class Resume(Section):
     token_expires_s: Annotated[float, Field(ge=1, le=86_400)] = 900.0
 
 
-class Gateway(Section):
+class GatewaySettings(Section):
     """The door."""
 
     listen: Listen = Listen()
@@ -156,7 +156,7 @@ class Gateway(Section):
         return next((n for n in ("grpc", "http", "link") if getattr(self.listen, n).endswith(":0")), "")
 
     @model_validator(mode="after")
-    def _ports(self) -> Gateway:
+    def _ports(self) -> GatewaySettings:
         raise_all((*self._above(), *self._twice(), *self._open_link()))
         return self
 

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 from cluster.api.outcomes import CallError, Outcome, Violation
 from cluster.api.types import ModelSpec
 from cluster.config import checks
-from cluster.config.gateway import Gateway, Section, Tls, check_address, is_loopback
+from cluster.config.gateway import GatewaySettings, Section, Tls, check_address, is_loopback
 from cluster.config.problems import Path as KeyPath
 from cluster.config.problems import Problem, problems_of, raise_all, shown
 from cluster.config.remainder import without
@@ -70,7 +70,7 @@ def _web_server(value: str) -> str:
     return value
 
 
-class Link(Section):
+class LinkSettings(Section):
     """Read by those who dial: workers and the controller. Empty `gateways` means the local gateway's link port.
 
     An entry is `host:port`, or `srv://_link._tcp.NAME`: whoever the DNS names there, asked again every few seconds."""
@@ -199,7 +199,7 @@ def _checked_name(value: str) -> str:
     return value
 
 
-class Slo(Section):
+class SloSettings(Section):
     """What callers are to get: the first token within `ttft_s`, the others `itl_s` apart in the mean, for a share of
     `target` of the calls. Scaling aims at it."""
 
@@ -244,7 +244,7 @@ class Model(Section):
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     replicas: Replicas = Replicas()
     gpu: str | tuple[Gpu, ...] = ""
-    slo: Slo = Slo()
+    slo: SloSettings = SloSettings()
     engine: Mapping[str, Any] = Field(default_factory=dict)
     ray: str = ""
     license: str = ""
@@ -398,8 +398,8 @@ class Config(Section):
 
     api_version: Literal["headrace/v1"]
     name: Annotated[str, Field(pattern=_NAME.pattern)]
-    gateway: Gateway = Gateway()
-    link: Link = Link()
+    gateway: GatewaySettings = GatewaySettings()
+    link: LinkSettings = LinkSettings()
     ray: tuple[RayCluster, ...] = ()
     weights: Weights = Weights()
     observe: Observe = Observe()

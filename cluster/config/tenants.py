@@ -240,7 +240,7 @@ class Class(Section):
 CLASSES = (Class(name="interactive", rank=0), Class(name="standard", rank=1), Class(name="batch", rank=2))
 
 
-class Limits(Section):
+class LimitSettings(Section):
     """How much a tenant may use; a limit left out is the default's, null is none."""
 
     requests_per_minute: int | None = None
@@ -305,7 +305,7 @@ class _TenantFields(Section):
     class_: Annotated[str, Field(alias="class")] = "standard"
     weight: float = 1.0
     models: tuple[str, ...] = ("default",)
-    limits: Limits = Limits()
+    limits: LimitSettings = LimitSettings()
     max_context_tokens: int | None = None
     max_output_tokens: int | None = None
     on_budget: Literal["finish", "stop"] = "finish"

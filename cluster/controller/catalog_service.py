@@ -22,7 +22,7 @@ from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import CatalogEntry
 from cluster.config.schema import Config, Model, entry_of, with_models
 from cluster.policy.catalog import layers
-from cluster.policy.catalog.versions import Mark
+from cluster.policy.catalog.versions import VersionMark
 from cluster.worker.settings import ReplicaSettings
 
 log = structlog.get_logger("catalog")
@@ -33,7 +33,7 @@ class Kept:
     """What a controller's life has added to the file. `models` are entries; `marks` are by model and version."""
 
     models: Sequence[Mapping[str, Any]] = ()
-    marks: Mapping[str, Mapping[str, Mark]] = field(default_factory=dict)
+    marks: Mapping[str, Mapping[str, VersionMark]] = field(default_factory=dict)
 
 
 class KeptFile:
@@ -50,7 +50,7 @@ class KeptFile:
             if values["life"] != self._life:
                 return None
             marks = {
-                model: {version: Mark.from_json(mark) for version, mark in versions.items()}
+                model: {version: VersionMark.from_json(mark) for version, mark in versions.items()}
                 for model, versions in values["marks"].items()
             }
             return Kept(values["models"], marks)
@@ -72,10 +72,10 @@ class KeptFile:
         draft.replace(self._path)
 
 
-class Wants(Protocol):
+class CatalogOwner(Protocol):
     """What the desk needs of the controller (controller.controller.Controller)."""
 
-    marks: dict[str, dict[str, Mark]]
+    marks: dict[str, dict[str, VersionMark]]
 
     def want(self, settings: Sequence[ReplicaSettings]) -> None:
         """What is to run from now on."""
@@ -87,13 +87,13 @@ class Wants(Protocol):
         """The model as it will be told."""
 
 
-class Desk:
-    """api.catalog.CatalogDesk over a controller."""
+class StoredCatalogService:
+    """api.catalog.CatalogService over a controller."""
 
     def __init__(
         self,
         config: Config,
-        controller: Wants,
+        controller: CatalogOwner,
         file: KeptFile,
         settings_of: Callable[[Config], Sequence[ReplicaSettings]],
         *,
@@ -138,7 +138,7 @@ class Desk:
     # ---- verbs
 
     def apply(self, entries: Sequence[Mapping[str, Any]], *, prune: bool, validate_only: bool) -> Sequence[Change]:
-        """See CatalogDesk."""
+        """See CatalogService."""
         now = {model.name: entry_of(model) for model in self.config.models}
         made = with_models(self.config, layers.applied(list(now.values()), entries, prune=prune), self._held)
         then = {model.name: entry_of(model) for model in made.models}
@@ -172,7 +172,7 @@ class Desk:
         return {name: why for name, digest in new.items() if name in now and now[name] != digest}
 
     def weigh(self, name: str, version: str, weight: float) -> CatalogEntry:
-        """See CatalogDesk."""
+        """See CatalogService."""
         model, trial = self._on_trial(name)
         if version not in (model.version, trial):
             raise invalid("version", f"{version[:64]!r} is no version of {model.name}; it has {model.version}, {trial}")
@@ -181,7 +181,7 @@ class Desk:
         return self._controller.preview(model.name)
 
     def promote(self, name: str) -> CatalogEntry:
-        """See CatalogDesk."""
+        """See CatalogService."""
         model, trial = self._on_trial(name)
         if model.name in self._file_models:
             raise CallError(
@@ -196,13 +196,13 @@ class Desk:
         return self._controller.preview(model.name)
 
     def roll_back(self, name: str, reason: str) -> CatalogEntry:
-        """See CatalogDesk."""
+        """See CatalogService."""
         model, trial = self._on_trial(name)
         self._controller.mark(model.name, trial, gone=f"rolled back: {reason}")
         return self._controller.preview(model.name)
 
     def quarantine(self, name: str, version: str, reason: str, *, lift: bool) -> CatalogEntry:
-        """See CatalogDesk."""
+        """See CatalogService."""
         model = self._named(name)
         versions = [model.version, *([model.canary.version] if model.canary else [])]
         if version not in versions:

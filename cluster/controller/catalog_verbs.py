@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.admin.v1 import catalog_pb2 as pb
-from cluster.api.catalog import CatalogDesk, Change
+from cluster.api.catalog import CatalogService, Change
 from cluster.api.outcomes import invalid
 from cluster.api.types import CatalogEntry, VersionShare
 from cluster.wire.admin_forwarding import Verb, verb
 
 
-def catalog_verbs(desk: CatalogDesk) -> Mapping[str, Verb]:
+def catalog_verbs(desk: CatalogService) -> Mapping[str, Verb]:
     """By their names."""
 
     async def apply(request: pb.ApplyRequest, actor: str) -> pb.ApplyResponse:

@@ -25,20 +25,20 @@ from cluster.controller import bundling, scaling
 from cluster.controller import catalog_service as catalog_desk
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.last_good import held_names, with_last_good
-from cluster.controller.links import ControllerEnd, FleetWorker
+from cluster.controller.links import ControllerLinks, FleetWorker
 from cluster.controller.scaling_verbs import scaling_verbs
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog import lifecycle, reconcile
-from cluster.policy.catalog.canary import Tally, judge
+from cluster.policy.catalog.canary import CanaryTally, judge
 from cluster.policy.catalog.held import held_entry
 from cluster.policy.catalog.lifecycle import Known, Reported
 from cluster.policy.catalog.placement import capacity, why_unplaceable
 from cluster.policy.catalog.reconcile import Observed
-from cluster.policy.catalog.versions import Mark, Share, replicas_of, shares, total_of
-from cluster.policy.scaling.operator_requests import Desk
+from cluster.policy.catalog.versions import ReplicaShare, VersionMark, replicas_of, shares, total_of
+from cluster.policy.scaling.operator_requests import ScalingRequests
 from cluster.policy.scaling.scaler import Scaler
 from cluster.process.private_files import make_private_folder
-from cluster.ray.backend import Backend, ChildBackend, RayAway, Snapshot
+from cluster.ray.backend import Backend, ChildBackend, RayAway, RaySnapshot
 from cluster.ray.jobs import JobBackend
 from cluster.ray.several_clusters import SeveralRays
 from cluster.wire.bundle import Bundle
@@ -55,8 +55,8 @@ QUIET_S = 3.0
 LOCAL_DRAIN_S = 2.0
 
 
-class Gateways(Protocol):
-    """What the loop needs of the link (link.controller.ControllerEnd)."""
+class GatewayPort(Protocol):
+    """What the loop needs of the link (link.controller.ControllerLinks)."""
 
     def publish(self, entries: Sequence[CatalogEntry]) -> None:
         """Tell every gateway."""
@@ -83,13 +83,13 @@ class Controller:
     """`want` sets what is wanted, `step` is one pass, `run` is a pass every second or when `want` is called."""
 
     backend: Backend
-    gateways: Gateways
+    gateways: GatewayPort
     wall_s: Callable[[], float] = time.time
     known: dict[str, Known] = field(default_factory=dict)
     """What sources say of models, by application."""
     drain_timeout_s: float = 300.0
     """How long calls may stay at an application that gets no new ones; then it is ended, and they move or are cut."""
-    marks: dict[str, dict[str, Mark]] = field(default_factory=dict)
+    marks: dict[str, dict[str, VersionMark]] = field(default_factory=dict)
     """What operators and trials have set aside of the configuration, by model and version."""
     on_mark: Callable[[], None] = lambda: None
     """Called when `marks` have changed."""
@@ -199,7 +199,9 @@ class Controller:
             case reconcile.Delete(app):
                 await self.backend.delete(app)
 
-    def _look(self, snapshot: Snapshot, fleet: Sequence[FleetWorker], parts: Mapping[str, Sequence[Share]]) -> None:
+    def _look(
+        self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker], parts: Mapping[str, Sequence[ReplicaShare]]
+    ) -> None:
         """Let the scaler see, and decide. What is about to go counts no more, and what a trial has beyond its part of
         the calls, or a replacement that is not up yet, was not asked for by the scaler."""
         stay = [seen for app, seen in snapshot.apps.items() if app not in self._retired_since_s]
@@ -233,7 +235,7 @@ class Controller:
 
     # ---- versions
 
-    def _shares(self, them: Sequence[ReplicaSettings]) -> tuple[Share, ...]:
+    def _shares(self, them: Sequence[ReplicaSettings]) -> tuple[ReplicaShare, ...]:
         """Which of a model's versions get calls, and which part."""
         stays = them[0]
         trial = next((one for one in them if one.spec.version != stays.spec.version), None)
@@ -246,8 +248,8 @@ class Controller:
     def _counted(
         self,
         them: Sequence[ReplicaSettings],
-        parts: Sequence[Share],
-        snapshot: Snapshot,
+        parts: Sequence[ReplicaShare],
+        snapshot: RaySnapshot,
         fleet: Sequence[FleetWorker],
     ) -> Iterator[reconcile.Wanted]:
         """A model's applications with the number of their replicas; one of a version that is gone is not among them.
@@ -269,7 +271,7 @@ class Controller:
                         gpu=one.spec.gpu,
                     )
 
-    def _capacity(self, settings: ReplicaSettings, snapshot: Snapshot) -> int:
+    def _capacity(self, settings: ReplicaSettings, snapshot: RaySnapshot) -> int:
         """How many replicas its type of GPU holds, beside those of other models."""
         nodes = snapshot.nodes_of(settings.ray_cluster)
         others = [
@@ -283,10 +285,10 @@ class Controller:
 
     def _judge(self) -> None:
         """Take back trials that do too badly."""
-        tallies: dict[str, Tally] = {}
+        tallies: dict[str, CanaryTally] = {}
         for one in self.gateways.tallies():
-            tally = Tally(one.calls, one.errors, one.pairs, one.slower)
-            tallies[one.generation] = tallies.get(one.generation, Tally()) + tally
+            tally = CanaryTally(one.calls, one.errors, one.pairs, one.slower)
+            tallies[one.generation] = tallies.get(one.generation, CanaryTally()) + tally
         frozen = self._frozen()
         for model, them in self._wanted.items():
             parts = self._shares(them)
@@ -295,8 +297,8 @@ class Controller:
             stays = [one for one in them if one.spec.version == parts[0].version]
             trial = [one for one in them if one.spec.version == parts[1].version]
             verdict = judge(
-                sum((tallies.get(one.digest, Tally()) for one in stays), Tally()),
-                sum((tallies.get(one.digest, Tally()) for one in trial), Tally()),
+                sum((tallies.get(one.digest, CanaryTally()) for one in stays), CanaryTally()),
+                sum((tallies.get(one.digest, CanaryTally()) for one in trial), CanaryTally()),
                 error_ratio=trial[0].spec.error_ratio,
                 ttft_ratio=trial[0].spec.ttft_ratio,
             )
@@ -312,7 +314,7 @@ class Controller:
             raise KeyError(version)
         marks = self.marks.setdefault(model, {})
         old = marks.get(version)
-        marks[version] = replace(old if old is not None and old.digest == digest else Mark(digest), **fields)
+        marks[version] = replace(old if old is not None and old.digest == digest else VersionMark(digest), **fields)
         self.on_mark()
         self._changed.set()
 
@@ -340,7 +342,7 @@ class Controller:
         asked = self.scaler.asked
         return frozenset(self._wanted) if asked.all_frozen else asked.frozen
 
-    def _empty(self, snapshot: Snapshot, fleet: Sequence[FleetWorker]) -> frozenset[str]:
+    def _empty(self, snapshot: RaySnapshot, fleet: Sequence[FleetWorker]) -> frozenset[str]:
         """Applications that have had no new call for a while, and have none left or had their time."""
         now_s = self.wall_s()
         running: dict[str, int] = {}
@@ -362,10 +364,10 @@ class Controller:
 
     def _tell(
         self,
-        snapshot: Snapshot,
+        snapshot: RaySnapshot,
         fleet: Sequence[FleetWorker],
         wanted: Sequence[reconcile.Wanted],
-        parts: Mapping[str, Sequence[Share]],
+        parts: Mapping[str, Sequence[ReplicaShare]],
         plan: reconcile.Plan,
         held: Mapping[str, ModelSpec],
     ) -> None:
@@ -376,7 +378,7 @@ class Controller:
         for model, them in self._wanted.items():
             now[model] = self._entry(model, them, snapshot, fleet, wanted, parts[model], plan.retired)
         for model, spec in leaving.items():
-            share = (Share(spec.version, 0.0),)
+            share = (ReplicaShare(spec.version, 0.0),)
             now[model] = self._entry(model, (), snapshot, fleet, (), share, plan.retired, spec)
         for model, spec in held.items():
             apps = [seen for seen in snapshot.apps.values() if seen.model == model]
@@ -390,7 +392,7 @@ class Controller:
         }
         self.gateways.publish(self.entries())
 
-    def _held_now(self, snapshot: Snapshot) -> Mapping[str, ModelSpec]:
+    def _held_now(self, snapshot: RaySnapshot) -> Mapping[str, ModelSpec]:
         """The models that are to stay as they are, those included that run nowhere."""
         there = {seen.model for seen in snapshot.apps.values()} if self._hold_all else set()
         names = (self._held.keys() | there) - self._wanted.keys()
@@ -400,10 +402,10 @@ class Controller:
         self,
         model: str,
         them: Sequence[ReplicaSettings],
-        snapshot: Snapshot,
+        snapshot: RaySnapshot,
         fleet: Sequence[FleetWorker],
         wanted: Sequence[reconcile.Wanted],
-        parts: Sequence[Share],
+        parts: Sequence[ReplicaShare],
         retired: Collection[str],
         leaving: ModelSpec | None = None,
     ) -> CatalogEntry:
@@ -443,7 +445,7 @@ class Controller:
 
     def _version(
         self,
-        part: Share,
+        part: ReplicaShare,
         spec: ModelSpec,
         seen: Observed | None,
         workers: Sequence[FleetWorker],
@@ -513,7 +515,7 @@ def _stale(settings: ReplicaSettings, fleet: Sequence[FleetWorker]) -> bool:
     return bool(settings.spec.digest and have) and settings.spec.digest not in have
 
 
-def _unplaceable(choices: Sequence[ReplicaSettings], snapshot: Snapshot) -> str:
+def _unplaceable(choices: Sequence[ReplicaSettings], snapshot: RaySnapshot) -> str:
     """Why none of them could run, the first one's reason; "" when one could."""
     reasons = [why_unplaceable(one.spec, snapshot.nodes_of(one.ray_cluster)) for one in choices]
     return reasons[0] if reasons and all(reasons) else ""
@@ -593,7 +595,7 @@ async def run_controller(
     local = ray_address is not None
     backend = _backend(config, instance, ray_address, run_folder)
     bundles: dict[str, Bundle] = {}
-    end = ControllerEnd(
+    end = ControllerLinks(
         controller_id=f"{config.name}-{instance}",
         gateways=gateways,
         tls=link_tls(config, local=local),
@@ -612,9 +614,9 @@ async def run_controller(
         asked.keep(scaler.asked)
         controller.wake()
 
-    end.verbs |= scaling_verbs(Desk(scaler, changed))
+    end.verbs |= scaling_verbs(ScalingRequests(scaler, changed))
     builder = Builder(run_folder / "bundles", bundles, controller.known, local=local)
-    desk = catalog_desk.Desk(
+    desk = catalog_desk.StoredCatalogService(
         config,
         controller,
         catalog_desk.KeptFile(run_folder / "catalog.json", instance if local else ""),

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.api.demand import ModelDemand, Work
-from cluster.api.types import CatalogEntry, Standing, VersionTally
+from cluster.api.demand import ComputedWork, ModelDemand
+from cluster.api.types import CatalogEntry, DrainState, VersionTally
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.wire import admin_forwarding, codec, lost_engines
-from cluster.wire.addresses import Gateways
+from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bulk import Prompts, send_bundle, serve_bulk
 from cluster.wire.bundle import Bundle
 from cluster.wire.demand_codec import demand_from_pb, work_from_pb
@@ -40,14 +40,14 @@ class FleetWorker:
     version: str = ""
     generation: str = ""
     kv_usage: float = 0.0
-    standing: Standing = Standing.SERVING
-    work: Work = field(default_factory=Work)
+    standing: DrainState = DrainState.SERVING
+    work: ComputedWork = field(default_factory=ComputedWork)
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
     kv_tokens: int = 0
 
 
-class ControllerEnd:
+class ControllerLinks:
     """Dials every gateway in `gateways` and their siblings, and keeps each told of the newest catalog."""
 
     def __init__(
@@ -61,7 +61,7 @@ class ControllerEnd:
     ) -> None:
         self._controller_id = controller_id
         self._incarnation = uuid.uuid4().hex[:12]
-        self._gateways = Gateways(gateways)
+        self._gateways = GatewayAddresses(gateways)
         self._tls = tls
         self._bundles = bundles
         self._timing = timing or Timing()
@@ -253,7 +253,7 @@ def _worker(w: pb.FleetWorker) -> FleetWorker:
         engine_class=w.engine_class,
         running=w.load.running,
         kv_usage=w.load.kv_usage,
-        standing=Standing.SERVING if not w.standing else codec.standing_from_pb(pb.Standing(state=w.standing)),
+        standing=DrainState.SERVING if not w.standing else codec.standing_from_pb(pb.Standing(state=w.standing)),
         work=work_from_pb(w.work),
         max_num_seqs=w.max_num_seqs,
         max_num_batched_tokens=w.max_num_batched_tokens,

@@ -15,14 +15,14 @@ from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.reconcile import Observed
 from cluster.policy.scaling.operator_requests import asked_from_json, asked_to_json
-from cluster.policy.scaling.replica_rates import Limits
-from cluster.policy.scaling.scaler import Asked, Kind, OnRay, Scaler, ScalingSettings, WorkerSeen
+from cluster.policy.scaling.replica_rates import ReplicaLimits
+from cluster.policy.scaling.scaler import Kind, OnRay, OperatorRequest, Scaler, ScalingSettings, WorkerSeen
 
 log = structlog.get_logger("scaling")
 
 
 class DemandSource(Protocol):
-    """Where demand comes from (link.controller.ControllerEnd)."""
+    """Where demand comes from (link.controller.ControllerLinks)."""
 
     on_demand: Callable[..., None]
     on_left: Callable[[str], None]
@@ -57,7 +57,9 @@ def workers_of(fleet: Sequence[FleetWorker], gpus: Mapping[str, str] | None = No
             running=one.running,
             kv_use=one.kv_usage,
             work=one.work,
-            limits=Limits(one.max_num_seqs, one.max_num_batched_tokens, one.kv_tokens) if one.max_num_seqs else None,
+            limits=ReplicaLimits(one.max_num_seqs, one.max_num_batched_tokens, one.kv_tokens)
+            if one.max_num_seqs
+            else None,
         )
         for one in fleet
     ]
@@ -90,17 +92,17 @@ class AskedFile:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def read(self) -> Asked:
+    def read(self) -> OperatorRequest:
         """What was kept; nothing where there is nothing, or nothing that can be read."""
         try:
             return asked_from_json(json.loads(self._path.read_text()))
         except FileNotFoundError:
-            return Asked()
+            return OperatorRequest()
         except (OSError, ValueError, AttributeError) as error:
             log.warning("asked_unreadable", path=str(self._path), reason=str(error))
-            return Asked()
+            return OperatorRequest()
 
-    def keep(self, asked: Asked) -> None:
+    def keep(self, asked: OperatorRequest) -> None:
         """Write it whole."""
         draft = self._path.with_suffix(".new")
         draft.write_text(json.dumps(asked_to_json(asked)))

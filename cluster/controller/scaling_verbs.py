@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from cluster.admin.v1 import scaling_pb2 as pb
 from cluster.api.outcomes import invalid
-from cluster.api.scaling import ModelScaling, ScalingDecision, ScalingDesk
+from cluster.api.scaling import ModelScaling, ScalingDecision, ScalingService
 from cluster.wire.admin_forwarding import Verb, verb
 
 
-def scaling_verbs(desk: ScalingDesk) -> Mapping[str, Verb]:
+def scaling_verbs(desk: ScalingService) -> Mapping[str, Verb]:
     """By their names."""
 
     async def scale(request: pb.ScaleRequest, actor: str) -> pb.ScaleResponse:

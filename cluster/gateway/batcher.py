@@ -15,7 +15,7 @@ Ask = TypeVar("Ask")
 Answer = TypeVar("Answer")
 
 
-class Together(Generic[Ask, Answer]):
+class Batcher(Generic[Ask, Answer]):
     """One set of asks at a time. Belongs to the event loop that it is first used in."""
 
     def __init__(

@@ -35,7 +35,7 @@ class _Class:
     line: dict[str, Waiting] = field(default_factory=dict)
 
 
-class Tally:
+class DemandTally:
     """Of all models and classes of one gateway."""
 
     def __init__(self) -> None:

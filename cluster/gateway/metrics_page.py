@@ -57,7 +57,7 @@ class MetricsPage:
 async def metrics_served(metrics: Metrics, host: str, port: int) -> AsyncIterator[int]:
     """The page on a port of its own, for a process that serves nothing else; the bound port. Raises OSError."""
     table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
-    server = HttpServer(MetricsPage(metrics), http2.Admission(table.pools[http2.Port.METRICS]))
+    server = HttpServer(MetricsPage(metrics), http2.ConnectionAdmission(table.pools[http2.Port.METRICS]))
     bound = await server.start(host, port)
     try:
         yield bound

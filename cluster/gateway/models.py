@@ -16,7 +16,7 @@ from typing import TypeVar
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, quoted
-from cluster.api.types import CatalogEntry, EngineInfo, Likeness, ModelState, VersionShare, WorkerIdentity
+from cluster.api.types import CatalogEntry, CompatibilityKey, EngineInfo, ModelState, VersionShare, WorkerIdentity
 from cluster.gateway.auth.authenticator import ANYBODY
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.tokenizer import TextModel
@@ -54,7 +54,7 @@ class KnownModel:
         """What the last worker that left had told: it holds while none is linked and the catalog does not say."""
         self._replaced: dict[str, None] = {}
         """Generations that the catalog has called retired, the newest last."""
-        self._gone: dict[Likeness, None] = {}
+        self._gone: dict[CompatibilityKey, None] = {}
         """What workers of those were like that have left."""
 
     @property
@@ -124,7 +124,7 @@ class KnownModel:
         if link.identity.generation in self._replaced:
             _remember(self._gone, link.likeness)
 
-    def comes_no_more(self, likeness: Likeness | None) -> bool:
+    def comes_no_more(self, likeness: CompatibilityKey | None) -> bool:
         """Whether no worker like this is there or to come: such ones were replaced by others, which serve."""
         if likeness is None or not self.served or not any(gone.can_continue(likeness) for gone in self._gone):
             return False
@@ -212,7 +212,7 @@ def _remember(past: dict[_T, None], *news: _T) -> None:
         del past[oldest]
 
 
-class Directory:
+class ModelDirectory:
     """Models by name and alias, and their tokenizers by digest (memory, disk, then `fetch`)."""
 
     def __init__(self, folder: Path, fetch: Callable[[str], Awaitable[Bundle]]) -> None:

@@ -10,10 +10,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from cluster import http2
 from cluster.process.descriptors import raise_descriptor_limit
 
-LIMITS = http2.Limits(max_message_bytes=1 << 16, max_calls=16)
+LIMITS = http2.ServerLimits(max_message_bytes=1 << 16, max_calls=16)
 
 
-def probe_server(servicer: health.aio.HealthServicer, admission: http2.Admission) -> http2.Server:
+def probe_server(servicer: health.aio.HealthServicer, admission: http2.ConnectionAdmission) -> http2.Server:
     """A server of this health, for its owner to start."""
     server = http2.Server(LIMITS, admission)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)  # type: ignore[arg-type]
@@ -26,7 +26,7 @@ async def health_served(host: str, port: int) -> AsyncIterator[None]:
     table = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
     servicer = health.aio.HealthServicer()
     await servicer.set("", health_pb2.HealthCheckResponse.SERVING)
-    server = probe_server(servicer, http2.Admission(table.pools[http2.Port.HEALTH]))
+    server = probe_server(servicer, http2.ConnectionAdmission(table.pools[http2.Port.HEALTH]))
     await server.start(host, port)
     try:
         yield

@@ -21,32 +21,32 @@ from cluster import __version__, http2
 from cluster.admin.v1 import admin_pb2, tenants_pb2, usage_pb2
 from cluster.api.types import ModelState, WorkerIdentity
 from cluster.config.schema import Config, cache_dir
-from cluster.gateway.apis.admin.authorization import AdminDoor
+from cluster.gateway.apis.admin.authorization import AdminAuthorizer
 from cluster.gateway.apis.admin.fleet import CatalogAdmin, FleetAdmin, NoLedger
-from cluster.gateway.apis.admin.forwarding import Relayed
-from cluster.gateway.apis.grpc.inference import SERVICE, GrpcFace
+from cluster.gateway.apis.admin.forwarding import ForwardedVerbs
+from cluster.gateway.apis.grpc.inference import SERVICE, InferenceApi
 from cluster.gateway.apis.http.body import RequestBodies
 from cluster.gateway.apis.http.server import HttpServer
-from cluster.gateway.apis.openai.app import HttpFace
-from cluster.gateway.auth.authenticator import OpenDoor
-from cluster.gateway.auth.revocation import Port, RevokedFile, cut_revoked
+from cluster.gateway.apis.openai.app import OpenAiApi
+from cluster.gateway.auth.authenticator import NoAuthentication
+from cluster.gateway.auth.revocation import RevocablePort, RevokedFile, cut_revoked
 from cluster.gateway.auth.tls import NewestContext, revoked_file
 from cluster.gateway.config_state import ConfigState
 from cluster.gateway.deferred_imports import import_later
 from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.links.listener import told_unbound
 from cluster.gateway.metrics_page import MetricsPage
-from cluster.gateway.models import Directory, KnownModel
+from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.probes import probe_server
 from cluster.gateway.quotas.local_limits import LocalLimits
-from cluster.gateway.quotas.reservations import Allowances
-from cluster.gateway.scheduling.scheduler import Dispatcher
-from cluster.gateway.scheduling.service_charges import Turns
+from cluster.gateway.quotas.reservations import QuotaReservations
+from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.service import CallService
 from cluster.observe.metrics import Metrics, Sample
 from cluster.policy.fairness.waiting_room import WaitingRoom
 from cluster.policy.limits.limits import Limiter
-from cluster.policy.limits.request_bytes import Bounds, RequestBytes
+from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
 from cluster.process import interpreter, memory, ticks
 from cluster.process.descriptors import raise_descriptor_limit
 from cluster.process.place import pod_name
@@ -55,17 +55,17 @@ from cluster.wire.dial import Timing
 
 if TYPE_CHECKING:
     from cluster.gateway.apis.admin.sibling_aborts import SiblingAborts
-    from cluster.gateway.auth.tenants import TenantDoor
+    from cluster.gateway.auth.tenants import TenantAuthenticator
     from cluster.gateway.guards.guards import Guards
     from cluster.gateway.quotas.valkey_limits import ValkeyLimits
-    from cluster.gateway.resume_tokens.resumption import Resumes
+    from cluster.gateway.resume_tokens.resumption import ResumeService
     from cluster.gateway.usage.accounting import Accounting
     from cluster.ledger.usage.records import UsageRecord
 
 log = structlog.get_logger("gateway")
 
 ADMIN_MESSAGE_BYTES, ADMIN_CALLS = 1 << 20, 256
-ADMIN_BOUNDS = Bounds(connection=4 << 20, tenant=16 << 20, process=32 << 20)
+ADMIN_BOUNDS = ByteBounds(connection=4 << 20, tenant=16 << 20, process=32 << 20)
 LAG_S = 0.1
 """How often the event loop's lateness is measured."""
 SLOW_BODIES_S = 1.0
@@ -94,7 +94,7 @@ class Gateway:
         queue = config.gateway.queue
         self.metrics = Metrics(config.name, config.observe.max_tenant_series)
         self.tenants = _tenants(config, folder, self.metrics, process)
-        turns = Turns({one.name: one.rank for one in config.classes}, self.metrics)
+        turns = ServiceCharges({one.name: one.rank for one in config.classes}, self.metrics)
         room = WaitingRoom(
             max_requests=queue.max_requests,
             max_tokens=queue.max_tokens,
@@ -106,7 +106,7 @@ class Gateway:
             longer_s=lambda model: self.directory.starts_in_s(model),
         )
         resume = config.gateway.resume
-        self.dispatcher = Dispatcher(
+        self.dispatcher = Scheduler(
             room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s,
             max_silent_losses=resume.max_silent_losses,
         )  # fmt: skip
@@ -120,18 +120,18 @@ class Gateway:
         )
         self.dispatcher.on_held = self.hub.tell_now
         self.hub.tallies = self.dispatcher.trials.tallies
-        self.directory = Directory(folder, self.hub.fetch_bundle)
-        door = self.tenants if self.tenants is not None else OpenDoor()
+        self.directory = ModelDirectory(folder, self.hub.fetch_bundle)
+        door = self.tenants if self.tenants is not None else NoAuthentication()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)
         self._limits = self._shared_limits or LocalLimits(Limiter())
-        self.allowances = Allowances(
+        self.allowances = QuotaReservations(
             self._limits,
             turns.learnt,
             self.metrics,
             self.dispatcher.cut,
             max_tenants=config.observe.max_tenant_series,
         )
-        self.request_bytes = RequestBytes(Bounds.for_messages(config.gateway.max_message_bytes), time.monotonic)
+        self.request_bytes = RequestBytes(ByteBounds.for_messages(config.gateway.max_message_bytes), time.monotonic)
         self.guards = _guards(config, self.metrics, self.tenants)
         self.service = CallService(
             self.directory,
@@ -145,14 +145,14 @@ class Gateway:
         )
         self.service.resumes = self._resumes()
         self.connections = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
-        self._notices = http2.Notices()
-        face = HttpFace(self.service, RequestBodies(config.gateway.max_message_bytes, self.request_bytes))
+        self._notices = http2.LimitedLog()
+        face = OpenAiApi(self.service, RequestBodies(config.gateway.max_message_bytes, self.request_bytes))
         self.http = HttpServer(face.app(), self._admission(http2.Port.CLIENT))
         self._metrics_server = HttpServer(MetricsPage(self.metrics), self._admission(http2.Port.METRICS))
         self.endpoints: dict[str, str] = {}
         self._health = health.aio.HealthServicer()
         self._healthy: dict[str, int] = {}
-        self._admin_door = AdminDoor(self.tenants)
+        self._admin_door = AdminAuthorizer(self.tenants)
         self._admin: http2.Server | None = None
         self._clients: http2.Server | None = None
         self._links = hub_server(self.hub, self._admission(http2.Port.LINK))
@@ -163,25 +163,30 @@ class Gateway:
         self._lag = self.metrics.histogram("event_loop_lag_seconds")
         self._states: set[asyncio.Task[None]] = set()
 
-    def _admission(self, port: http2.Port) -> http2.Admission:
-        return http2.Admission(self.connections.pools[port], self._notices)
+    def _admission(self, port: http2.Port) -> http2.ConnectionAdmission:
+        return http2.ConnectionAdmission(self.connections.pools[port], self._notices)
 
-    def _resumes(self) -> Resumes:
+    def _resumes(self) -> ResumeService:
         """Streams that go on after a gateway's end. Without `auth` the secret and what is taken rest in the cache
         folder, which the gateways of one host share."""
-        from cluster.gateway.resume_tokens.first_claims import FileTakers, LedgerTakers, StoreTakers, Takers
-        from cluster.gateway.resume_tokens.resumption import Resumes
+        from cluster.gateway.resume_tokens.first_claims import (
+            FileFirstClaims,
+            FirstClaims,
+            LedgerFirstClaims,
+            StoreFirstClaims,
+        )
+        from cluster.gateway.resume_tokens.resumption import ResumeService
 
         tenants, shared = self.tenants, self._shared_limits
-        takers: Takers
+        takers: FirstClaims
         if tenants is not None:
-            takers = LedgerTakers(tenants.ledger.resumed.take)
+            takers = LedgerFirstClaims(tenants.ledger.resumed.take)
         else:
-            takers = FileTakers(cache_dir() / "resumed.db")
+            takers = FileFirstClaims(cache_dir() / "resumed.db")
         if shared is not None:
-            takers = StoreTakers(shared.first, takers)
+            takers = StoreFirstClaims(shared.first, takers)
         secrets = _own_secrets if tenants is None else lambda: tenants.secrets
-        resumes = Resumes(secrets, takers, self.config.gateway.resume.token_expires_s, self.hub.incarnation)
+        resumes = ResumeService(secrets, takers, self.config.gateway.resume.token_expires_s, self.hub.incarnation)
         resumes.on_taken_over = self.dispatcher.take_over
         self.dispatcher.taken_over = resumes.taken_over
         return resumes
@@ -267,7 +272,7 @@ class Gateway:
 
     async def _serve_admin(self, host: str, port: int) -> int:
         server = http2.Server(
-            http2.Limits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS),
+            http2.ServerLimits(max_message_bytes=ADMIN_MESSAGE_BYTES, max_calls=ADMIN_CALLS),
             self._admission(http2.Port.ADMIN),
             self._admin_door,
             RequestBytes(ADMIN_BOUNDS, time.monotonic),
@@ -277,7 +282,7 @@ class Gateway:
             "Catalog": CatalogAdmin(self.hub, self.directory, self.dispatcher),
             **self._ledger_services(),
         }
-        relayed = Relayed(self.hub, self._admin_door)
+        relayed = ForwardedVerbs(self.hub, self._admin_door)
         names = [reflection.SERVICE_NAME]
         for file in (admin_pb2.DESCRIPTOR, tenants_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR):
             server.add_generic_rpc_handlers(self._admin_door.handlers(file, services, relayed))
@@ -301,20 +306,20 @@ class Gateway:
     def _ledger_services(self) -> dict[str, object]:
         if self.tenants is None:
             return dict.fromkeys(("Tenants", "Keys", "Usage", "Audit"), NoLedger())
-        from cluster.gateway.apis.admin.ledger import AuditAdmin, Desks, KeysAdmin, TenantsAdmin, UsageAdmin
+        from cluster.gateway.apis.admin.ledger import AuditAdmin, KeysAdmin, TenantsAdmin, TenantServices, UsageAdmin
 
-        desks = Desks(self.config, self.tenants, self._admin_door)
+        desks = TenantServices(self.config, self.tenants, self._admin_door)
         kinds = {"Tenants": TenantsAdmin, "Keys": KeysAdmin, "Usage": UsageAdmin, "Audit": AuditAdmin}
         return {name: kind(desks) for name, kind in kinds.items()}
 
     async def _serve_clients(self, host: str, port: int) -> int:
         gateway = self.config.gateway
-        limits = http2.Limits(
+        limits = http2.ServerLimits(
             max_message_bytes=gateway.max_message_bytes,
             age_s=gateway.max_connection_age_s,
             age_grace_s=max(gateway.drain_timeout_s, 1.0),
         )
-        face = GrpcFace(self.service, gateway.max_connection_age_s * 0.9)
+        face = InferenceApi(self.service, gateway.max_connection_age_s * 0.9)
         server = http2.Server(limits, self._admission(http2.Port.CLIENT), face, self.request_bytes)
         server.add_generic_rpc_handlers((face.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)  # type: ignore[arg-type]
@@ -341,7 +346,7 @@ class Gateway:
         found = [revoked_file(gateway.tls, "gateway.tls"), revoked_file(gateway.link_tls, "gateway.link_tls")]
         return [one for one in found if one is not None]
 
-    def _tls_ports(self) -> list[Port]:
+    def _tls_ports(self) -> list[RevocablePort]:
         return [one for one in (self._links, self._clients, self._admin, self.http) if one is not None]
 
     @property
@@ -467,16 +472,16 @@ def _info_labels(identity: WorkerIdentity) -> tuple[str, ...]:
     return (identity.worker_id, identity.pod, identity.host or identity.node, identity.gpu)
 
 
-def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> TenantDoor | None:
+def _tenants(config: Config, folder: Path, metrics: Metrics, process: int) -> TenantAuthenticator | None:
     """The door of a file with `auth`; only then databases and tokens are imported."""
     if config.auth is None:
         return None
-    from cluster.gateway.auth.tenants import TenantDoor
+    from cluster.gateway.auth.tenants import TenantAuthenticator
 
-    return TenantDoor(config, folder, metrics, process)
+    return TenantAuthenticator(config, folder, metrics, process)
 
 
-def _guards(config: Config, metrics: Metrics, tenants: TenantDoor | None) -> Guards | None:
+def _guards(config: Config, metrics: Metrics, tenants: TenantAuthenticator | None) -> Guards | None:
     """The guards of tenants' policies, where there are tenants. Raises ValueError for a file of patterns."""
     if tenants is None:
         return None

@@ -17,14 +17,14 @@ from cluster.api.types import EngineRequest
 from cluster.gateway.apis.bodies import Bodies
 from cluster.gateway.apis.json_values import MAX_IDS
 from cluster.gateway.apis.request_ids import random_id
-from cluster.gateway.auth.authenticator import ANYBODY, Door, OpenDoor
+from cluster.gateway.auth.authenticator import ANYBODY, Authenticator, NoAuthentication
 from cluster.gateway.calls import request as wishes
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import Output
+from cluster.gateway.calls.sequence import CallSequence
 from cluster.gateway.demand import within_slo
-from cluster.gateway.models import Directory, KnownModel
-from cluster.gateway.quotas.reservations import Allowances
-from cluster.gateway.scheduling.scheduler import Dispatcher
+from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.quotas.reservations import QuotaReservations
+from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.submission import check_size
 from cluster.gateway.scheduling.worker_losses import MOST_SILENT
 from cluster.gateway.text.logprobs import LogprobTexts
@@ -37,7 +37,7 @@ from cluster.process.call_errors import is_call_failure
 
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
-    from cluster.gateway.resume_tokens.resumption import Resumes
+    from cluster.gateway.resume_tokens.resumption import ResumeService
     from cluster.gateway.usage.prompt_log import PromptLog
 
 log = structlog.get_logger("calls")
@@ -97,12 +97,12 @@ class CallService:
 
     def __init__(
         self,
-        directory: Directory,
-        dispatcher: Dispatcher,
-        allowances: Allowances,
+        directory: ModelDirectory,
+        dispatcher: Scheduler,
+        allowances: QuotaReservations,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
-        door: Door | None = None,
+        door: Authenticator | None = None,
         max_attempts: int = 3,
         guards: Guards | None = None,
         max_silent_losses: int = MOST_SILENT,
@@ -113,7 +113,7 @@ class CallService:
         self.max_silent_losses = max_silent_losses
         self._guards = guards
         self._allowances = allowances
-        self.door: Door = door if door is not None else OpenDoor()
+        self.door: Authenticator = door if door is not None else NoAuthentication()
         self.door.on_change.add(self._end_fallen)
         self.directory = directory
         self.bodies = Bodies()
@@ -121,7 +121,7 @@ class CallService:
         self.metrics = metrics
         self.clock = clock
         self.wall_s: Callable[[], float] = time.time
-        self.resumes: Resumes | None = None
+        self.resumes: ResumeService | None = None
         """Set before the first call, where streams can be resumed."""
         self.on_close: set[Callable[[], None]] = set()
         self._open: dict[str, Call] = {}
@@ -141,7 +141,7 @@ class CallService:
         """Whether a call is open."""
         return bool(self._open)
 
-    def _resuming(self) -> Resumes:
+    def _resuming(self) -> ResumeService:
         if self.resumes is None:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, "this gateway resumes no streams: begin anew")
         return self.resumes
@@ -217,7 +217,7 @@ class CallService:
         return await text.decode_async(meta.tenant, ids, "token_ids")
 
     @asynccontextmanager
-    async def open(self, wish: wishes.Wish, meta: CallMeta) -> AsyncIterator[Call]:
+    async def open(self, wish: wishes.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:
         """A running call. Raises CallError when it cannot run; errors raised inside end it with their outcome."""
         arrived = self.clock()
         outcome, model_name, call, guards, text = Outcome.OK, "", None, None, None
@@ -324,7 +324,7 @@ class CallService:
 
     def _call(
         self,
-        wish: wishes.Wish,
+        wish: wishes.GenerationRequest,
         meta: CallMeta,
         model: KnownModel,
         text: TextModel,
@@ -390,7 +390,7 @@ class CallService:
             told = options.logprobs if options.logprobs_told is None else options.logprobs_told
             numbers = None if told is None else LogprobTexts(text, told)
             detokenizer, logprobs = (plain, numbers) if guards is None else guards.output(plain, numbers)
-            call.sequences.append(Output(call, index, request, detokenizer, logprobs))
+            call.sequences.append(CallSequence(call, index, request, detokenizer, logprobs))
         return call
 
     def _stands_in(self, call: Call, asked: KnownModel) -> None:

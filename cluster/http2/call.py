@@ -15,7 +15,7 @@ from h2.stream import StreamInputs
 from cluster.http2 import frames
 from cluster.http2.frames import DATA_HEAD, MESSAGE_HEAD
 from cluster.http2.messages import BadMessage, Inflater, Metadata, headers_of, status_message
-from cluster.http2.request_body import Received, RequestBody, Reservation
+from cluster.http2.request_body import BodyReservation, Received, RequestBody
 
 if TYPE_CHECKING:
     from h2.stream import H2Stream
@@ -28,7 +28,7 @@ INFLATE_STEP_BYTES: Final = 65_536
 """Decompressed before the event loop turns to others."""
 
 
-class Rpc:
+class ServerCall:
     """A call. Handlers see the part of grpc.aio.ServicerContext that is named as there.
 
     `send` takes a serialized message at once, whatever the client's window says; `full` says that the client must
@@ -112,7 +112,7 @@ class Rpc:
         self._end: bytes | None = None
         self._pending = bytearray()
         self._writers: list[asyncio.Future[None]] = []
-        self._request: Reservation | None = None
+        self._request: BodyReservation | None = None
         self._reader: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
@@ -220,7 +220,7 @@ class Rpc:
             received.reservation.shrink(len(plain))
         return plain
 
-    async def _reserve(self, size: int) -> Reservation | None:
+    async def _reserve(self, size: int) -> BodyReservation | None:
         """Wait for bytes of the budget. Raises BadMessage where too many wait."""
         budget = self.connection.budget
         if budget is None or self.tenant is None:

@@ -53,14 +53,14 @@ async def connect(
     window_bytes: int = 8 << 20,
     ping_s: float = 10.0,
     ping_answer_s: float = 5.0,
-) -> Client:
+) -> GrpcClient:
     """A connection to `host:port`; close it. Raises OSError (ssl.SSLError among them).
 
     `ping_s`: a silent connection with calls is tried this often, and given up without an answer in `ping_answer_s`.
     """
     host, _, port = address.rpartition(":")
     _, client = await asyncio.get_running_loop().create_connection(
-        lambda: Client(address, max_message_bytes, window_bytes, ping_s, ping_answer_s),
+        lambda: GrpcClient(address, max_message_bytes, window_bytes, ping_s, ping_answer_s),
         host.strip("[]"),
         int(port),
         ssl=tls,
@@ -68,7 +68,7 @@ async def connect(
     return client
 
 
-class Client(asyncio.BufferedProtocol):
+class GrpcClient(asyncio.BufferedProtocol):
     """A connection to one server. Made by `connect`."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Client(asyncio.BufferedProtocol):
         self._why = ""
         self._goes_away = False
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> GrpcClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -287,7 +287,7 @@ class ClientCall:
     """One call, in grpc.aio's read/write style."""
 
     def __init__(
-        self, client: Client, stream_id: int, serialize: Callable[[Any], bytes], parse: Callable[[Any], Any]
+        self, client: GrpcClient, stream_id: int, serialize: Callable[[Any], bytes], parse: Callable[[Any], Any]
     ) -> None:
         self._client = client
         self._stream_id = stream_id
@@ -421,13 +421,13 @@ class ClientCall:
                     waiter.set_result(None)
 
 
-_EVENTS: dict[type[events.Event], Callable[[Client, Any], None]] = {
-    events.ResponseReceived: Client._head,
-    events.DataReceived: Client._data,
-    events.TrailersReceived: Client._trailers,
-    events.StreamEnded: Client._ended,
-    events.StreamReset: Client._reset,
-    events.WindowUpdated: Client._windows,
-    events.RemoteSettingsChanged: Client._windows,
-    events.ConnectionTerminated: Client._goaway,
+_EVENTS: dict[type[events.Event], Callable[[GrpcClient, Any], None]] = {
+    events.ResponseReceived: GrpcClient._head,
+    events.DataReceived: GrpcClient._data,
+    events.TrailersReceived: GrpcClient._trailers,
+    events.StreamEnded: GrpcClient._ended,
+    events.StreamReset: GrpcClient._reset,
+    events.WindowUpdated: GrpcClient._windows,
+    events.RemoteSettingsChanged: GrpcClient._windows,
+    events.ConnectionTerminated: GrpcClient._goaway,
 }

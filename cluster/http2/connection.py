@@ -16,17 +16,17 @@ from h2.settings import SettingCodes
 from hyperframe.frame import Frame, GoAwayFrame, SettingsFrame
 
 from cluster.http2 import frames
-from cluster.http2.call import Rpc
-from cluster.http2.connection_table import Stage
+from cluster.http2.call import ServerCall
+from cluster.http2.connection_table import ConnectionStage
 from cluster.http2.frame_costs import WRONG, Charges
 from cluster.http2.frame_intake import FrameIntake
 from cluster.http2.frame_reader import FrameReader
 from cluster.http2.h2_state import Http2State
-from cluster.http2.limits import FIRST_WINDOW_BYTES, Limits
+from cluster.http2.limits import FIRST_WINDOW_BYTES, ServerLimits
 from cluster.http2.messages import ENCODINGS, BadMessage, Metadata, metadata_of, timeout_s
 from cluster.http2.request_body import Budget
 from cluster.http2.reset_streams import EndedStreams
-from cluster.http2.timeouts import Liveness
+from cluster.http2.timeouts import ConnectionTimers
 
 if TYPE_CHECKING:
     from cluster.http2.connection_table import Held
@@ -95,7 +95,7 @@ class Connection(asyncio.BufferedProtocol):
         "transport",
     )  # with more than 30 attributes a dictionary would make each access slower
 
-    def __init__(self, server: Server, limits: Limits, age_s: float, held: Held) -> None:
+    def __init__(self, server: Server, limits: ServerLimits, age_s: float, held: Held) -> None:
         """`age_s`: this connection's own age limit, 0 for none. `held`: its place among the port's connections."""
         self._held = held
         self.loop = asyncio.get_running_loop()
@@ -106,14 +106,14 @@ class Connection(asyncio.BufferedProtocol):
         self.paused = False
         self.admitted = False
         """A call of this connection has shown a credential that was accepted, or the server asks for none."""
-        self.calls: dict[int, Rpc] = {}
+        self.calls: dict[int, ServerCall] = {}
         self.transport: asyncio.Transport
         self._server = server
         self._age_s = age_s
         self._charges = Charges(limits, self.loop.time())
         reader = FrameReader(STRANGER_FRAME_BYTES, limits.max_header_bytes)
         self.intake = FrameIntake(self, reader, self._charges, server.turns)
-        self._liveness = Liveness(self)
+        self._liveness = ConnectionTimers(self)
         self._unsent: list[bytes] = []
         self._flushing = False
         """Whether `_unsent` goes out in this pass of the event loop."""
@@ -124,9 +124,9 @@ class Connection(asyncio.BufferedProtocol):
         self._max_calls = limits.max_calls if server.gate is None else min(limits.stranger_calls, limits.max_calls)
         self._header_bytes = self._unnamed_calls = self._unnamed_bytes = 0
         self._table_is_news = True
-        self._blocked: dict[int, Rpc] = {}
+        self._blocked: dict[int, ServerCall] = {}
         """Calls that wait for the window of the connection, in turn."""
-        self._blocked_streams: dict[int, Rpc] = {}
+        self._blocked_streams: dict[int, ServerCall] = {}
         self.closing = False
         """Nothing more of the client is handled."""
         self._leaving = self._last = False
@@ -255,7 +255,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.transport.get_write_buffer_size() > most:
             self.abort("it does not read")
 
-    def wait_for_window(self, call: Rpc, *, of_stream: bool) -> None:
+    def wait_for_window(self, call: ServerCall, *, of_stream: bool) -> None:
         """Push this call when the client's window of its stream, or of the connection, opens."""
         (self._blocked_streams if of_stream else self._blocked)[call.stream_id] = call
 
@@ -286,7 +286,7 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse_stream(stream_id)
             return
         if fields.get(b":method") != b"POST" or not fields.get(b"content-type", b"").startswith(b"application/grpc"):
-            refused = Rpc(self, stream, "", ())
+            refused = ServerCall(self, stream, "", ())
             refused.half_closed = event.stream_ended is not None
             refused.refuse(b"415")
             self.h2.drop_closed(stream_id)
@@ -302,7 +302,7 @@ class Connection(asyncio.BufferedProtocol):
             problem = str(error)
         deadline = None if seconds is None else self.loop.time() + seconds
         encoding = fields.get(b"grpc-encoding", b"identity").decode("latin-1")
-        call = Rpc(self, stream, path, metadata, deadline=deadline, encoding=encoding)
+        call = ServerCall(self, stream, path, metadata, deadline=deadline, encoding=encoding)
         call.header_bytes = header_bytes
         self._header_bytes += header_bytes
         self.calls[stream_id] = call
@@ -327,7 +327,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self.data(call, event.data, size)
 
-    def data(self, call: Rpc, data: bytes, size: int) -> None:
+    def data(self, call: ServerCall, data: bytes, size: int) -> None:
         """Bytes of a call's request, `size` with padding."""
         try:
             call.received(data, size)
@@ -390,7 +390,7 @@ class Connection(asyncio.BufferedProtocol):
 
     # ---- bounds
 
-    def admit(self, call: Rpc, tenant: str | None) -> None:
+    def admit(self, call: ServerCall, tenant: str | None) -> None:
         """The server's gate has let a call in, as one of this tenant, or of nobody's. Raises BadMessage."""
         call.admitted, call.tenant = True, tenant
         if tenant is None:
@@ -429,7 +429,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._charges.heavy(units, self.loop.time()) and not self.closing:
             self.cut("too many resets or refused calls")
 
-    def end_early(self, call: Rpc, error: BadMessage) -> None:
+    def end_early(self, call: ServerCall, error: BadMessage) -> None:
         """What a client has sent is no message, too large or too slow."""
         self._server.bad_message(call, error)
         self.charge_refusal(WRONG)
@@ -456,9 +456,15 @@ class Connection(asyncio.BufferedProtocol):
     # ---- life
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> ConnectionStage:
         """How far the connection has come."""
-        return Stage.CALLING if self.calls else Stage.GREETED if self._liveness.greeted else Stage.SILENT
+        return (
+            ConnectionStage.CALLING
+            if self.calls
+            else ConnectionStage.GREETED
+            if self._liveness.greeted
+            else ConnectionStage.SILENT
+        )
 
     @property
     def requests(self) -> int:
@@ -482,7 +488,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self._held.proven or self.transport.get_write_buffer_size():
             self.transport.abort()
 
-    def done(self, call: Rpc) -> None:
+    def done(self, call: ServerCall) -> None:
         """A call's end has been sent."""
         if self._remove(call):
             if call.timer is not None:
@@ -493,7 +499,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._last and not self.calls:
             self.close()
 
-    def reset(self, call: Rpc) -> None:
+    def reset(self, call: ServerCall) -> None:
         """Cut a call whose client does not read."""
         with suppress(H2Error):
             self.h2.reset_stream(call.stream_id, ErrorCodes.CANCEL)
@@ -538,7 +544,7 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.close()
             self._liveness.closing()
 
-    def _remove(self, call: Rpc) -> bool:
+    def _remove(self, call: ServerCall) -> bool:
         if self.calls.pop(call.stream_id, None) is None:
             return False
         self._blocked.pop(call.stream_id, None)

@@ -57,7 +57,7 @@ SHARES: Final = {Port.CLIENT: 16, Port.LINK: 6, Port.ADMIN: 4, Port.METRICS: 3, 
 """Of the connections, in parts of their sum."""
 
 
-class Stage(IntEnum):
+class ConnectionStage(IntEnum):
     """How far a connection has come."""
 
     SILENT = 0
@@ -71,7 +71,7 @@ class Managed(Protocol):
     """A connection as the table sees it."""
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> ConnectionStage:
         """How far it has come."""
 
     @property
@@ -107,11 +107,11 @@ class Held:
         """The connection has ended. Idempotent."""
         self._pool.release(self)
 
-    def stage(self, now: float) -> Stage:
+    def stage(self, now: float) -> ConnectionStage:
         """How far the connection has come; a new one has yet to be read, and counts as one that has spoken."""
-        stage = Stage.SILENT if self.connection is None else self.connection.stage
+        stage = ConnectionStage.SILENT if self.connection is None else self.connection.stage
         old = now - self.since > UNREAD_S and self._pool.passes - self.since_pass > UNREAD_PASSES
-        return stage if old else max(stage, Stage.GREETED)
+        return stage if old else max(stage, ConnectionStage.GREETED)
 
     def used(self) -> bool:
         """Whether a call is under way or has begun since this was asked last."""
@@ -119,7 +119,7 @@ class Held:
         if connection is None:
             return False
         seen, self._seen = self._seen, connection.requests
-        return connection.stage is Stage.CALLING or connection.requests != seen
+        return connection.stage is ConnectionStage.CALLING or connection.requests != seen
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from cluster.http2.limits import Limits
+from cluster.http2.limits import ServerLimits
 
 LIGHT: Final = 0.2
 """Cost of a frame that carries nothing."""
@@ -50,7 +50,7 @@ class Charges:
 
     __slots__ = ("_fields", "_frames", "_limits", "delayed", "earned_bytes")
 
-    def __init__(self, limits: Limits, now: float) -> None:
+    def __init__(self, limits: ServerLimits, now: float) -> None:
         self._limits = limits
         self.earned_bytes = 0
         """Payload of calls that was sent to the client and has justified no frame yet."""

@@ -13,7 +13,7 @@ log = structlog.get_logger("connections")
 INTERVAL_S: Final = 1.0
 
 
-class Notices:
+class LimitedLog:
     """Counts of events by reason, logged together."""
 
     def __init__(self) -> None:

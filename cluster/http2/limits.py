@@ -10,7 +10,7 @@ FIRST_WINDOW_BYTES: Final = 65_535
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ServerLimits:
     """What one client may take. Seconds and bytes."""
 
     max_message_bytes: int = 16 << 20

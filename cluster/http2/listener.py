@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final, Protocol, cast
 
-from cluster.http2.connection_table import MAX_CONNECTIONS, Held, Pool, Stage
-from cluster.http2.limited_log import Notices
+from cluster.http2.connection_table import MAX_CONNECTIONS, ConnectionStage, Held, Pool
+from cluster.http2.limited_log import LimitedLog
 
 ACCEPTS_A_PASS: Final = 8
 """Connections accepted before the event loop turns to others; so many descriptors may be in use beyond the cap, since
@@ -60,11 +60,11 @@ def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
+class ConnectionAdmission:
     """Where a listener's connections are counted, and refusals are reported."""
 
     pool: Pool = field(default_factory=lambda: Pool(MAX_CONNECTIONS))
-    notices: Notices = field(default_factory=Notices)
+    notices: LimitedLog = field(default_factory=LimitedLog)
 
 
 class Listener:
@@ -78,7 +78,7 @@ class Listener:
         self,
         sock: socket.socket,
         factory: Factory,
-        admission: Admission,
+        admission: ConnectionAdmission,
         tls: ssl.SSLContext | None = None,
         shutdown_s: float | None = None,
     ) -> None:
@@ -176,7 +176,7 @@ class Listener:
 class _Beginning:
     """A connection before its protocol has it."""
 
-    stage = Stage.SILENT
+    stage = ConnectionStage.SILENT
     requests = 0
 
     def __init__(self, loop: asyncio.AbstractEventLoop, held: Held) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cluster.http2.connection import Connection
 
 
-class Reservation(Protocol):
+class BodyReservation(Protocol):
     """Bytes of one message in a budget."""
 
     @property
@@ -52,7 +52,7 @@ class Budget(Protocol):
         size: int,
         on_grant: Callable[[], None],
         too_slow: Callable[[], None],
-    ) -> Reservation:
+    ) -> BodyReservation:
         """Ask for so many bytes; `on_grant` is called if they are not granted at once."""
 
 
@@ -63,7 +63,7 @@ class Received:
     data: bytes | bytearray
     on_wire: int
     compressed: bool
-    reservation: Reservation | None
+    reservation: BodyReservation | None
 
 
 class RequestBody:
@@ -98,7 +98,7 @@ class RequestBody:
         self._tenant: str | None = None
         self._decided = self._whole = False
         self._too_slow = too_slow
-        self._reservation: Reservation | None = None
+        self._reservation: BodyReservation | None = None
         self._size = 0
         """Of the message under way with its prefix, once the rest of it was let in; else 0."""
         self._on_stream = 0

@@ -15,11 +15,11 @@ import grpc
 import grpc.aio
 import structlog
 
-from cluster.http2.call import Rpc
+from cluster.http2.call import ServerCall
 from cluster.http2.connection import Connection
 from cluster.http2.connection_table import Held
-from cluster.http2.limits import Limits
-from cluster.http2.listener import Admission, Listener, listening
+from cluster.http2.limits import ServerLimits
+from cluster.http2.listener import ConnectionAdmission, Listener, listening
 from cluster.http2.messages import ENCODINGS, BadMessage, Metadata
 from cluster.http2.read_slices import ReadTurns
 from cluster.http2.request_body import Budget
@@ -49,7 +49,7 @@ MAX_ECHO: Final = 256
 class Gate(Protocol):
     """Decides about calls when their heads have come, before any more of their requests is taken."""
 
-    async def admit(self, call: Rpc) -> str | None:
+    async def admit(self, call: ServerCall) -> str | None:
         """The tenant whose budget the request counts against; None for a method that asks for no credential. Refuses
         by `call.abort`. Is asked again when a request came later than its head."""
 
@@ -63,15 +63,15 @@ class Server:
 
     def __init__(
         self,
-        limits: Limits | None = None,
-        admission: Admission | None = None,
+        limits: ServerLimits | None = None,
+        admission: ConnectionAdmission | None = None,
         gate: Gate | None = None,
         budget: Budget | None = None,
     ) -> None:
         """`admission`: the caps of the port, for a process that has several. Without a gate, connections have all that
         `limits` allow from the start. `budget`: see request_body.py."""
-        self.limits = limits or Limits()
-        self._admission = admission or Admission()
+        self.limits = limits or ServerLimits()
+        self._admission = admission or ConnectionAdmission()
         self.gate = gate
         self.budget = budget
         self._noted: dict[str, tuple[float, int]] = {}
@@ -132,12 +132,12 @@ class Server:
             transport.abort()
         return len(cut)
 
-    def _calls(self) -> list[Rpc]:
+    def _calls(self) -> list[ServerCall]:
         return [call for connection in self.connections for call in connection.calls.values()]
 
     # ---- called by connections
 
-    def opened(self, call: Rpc, unknown_encoding: str, problem: str, seconds: float | None) -> None:
+    def opened(self, call: ServerCall, unknown_encoding: str, problem: str, seconds: float | None) -> None:
         """A call's head has come. `problem`: what is wrong with it."""
         if unknown_encoding:
             call.set_trailing_metadata((("grpc-accept-encoding", ",".join(ENCODINGS)),))
@@ -162,11 +162,11 @@ class Server:
             call.timer = loop.call_later(wait_s, self._out_of_time, call)
         call.task = loop.create_task(self._run(call, handler))
 
-    def _refuse(self, call: Rpc, code: grpc.StatusCode, details: str) -> None:
+    def _refuse(self, call: ServerCall, code: grpc.StatusCode, details: str) -> None:
         call.finish(code, details)
         call.connection.charge_refusal()
 
-    def bad_message(self, call: Rpc, error: BadMessage) -> None:
+    def bad_message(self, call: ServerCall, error: BadMessage) -> None:
         """What a client sent is no message, or too large."""
         call.finish(_CODE.RESOURCE_EXHAUSTED if error.too_large else _CODE.INTERNAL, str(error), at_once=True)
         if call.task is not None:
@@ -189,7 +189,7 @@ class Server:
 
     # ---- handlers
 
-    def _find(self, call: Rpc) -> Any:
+    def _find(self, call: ServerCall) -> Any:
         details = _Details(call.path, call.invocation_metadata())
         for candidate in self._handlers:
             handler = candidate.service(details)  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ class Server:
                 return handler
         return None
 
-    def _out_of_time(self, call: Rpc) -> None:
+    def _out_of_time(self, call: ServerCall) -> None:
         call.timed_out = True
         if call.task is None:
             return
@@ -206,7 +206,7 @@ class Server:
         else:
             call.task.cancel()
 
-    def _expect_end(self, call: Rpc) -> None:
+    def _expect_end(self, call: ServerCall) -> None:
         """The request has come in time: from now on only the caller's deadline counts."""
         if call.timer is None:
             return
@@ -217,13 +217,13 @@ class Server:
             call.timer.cancel()
             call.timer = loop.call_later(remaining_s, self._out_of_time, call)
 
-    async def _admit(self, call: Rpc) -> None:
+    async def _admit(self, call: ServerCall) -> None:
         """Raises AbortError and BadMessage."""
         tenant = "" if self.gate is None else await self.gate.admit(call)
         if not call.closed:
             call.connection.admit(call, tenant)
 
-    async def _request(self, call: Rpc, handler: Any) -> Any:
+    async def _request(self, call: ServerCall, handler: Any) -> Any:
         """What the handler gets, once the caller was let in. Raises AbortError, BadMessage."""
         await self._admit(call)
         if handler.request_streaming:
@@ -240,7 +240,7 @@ class Server:
         except Exception as error:  # whatever a deserializer of generated code raises
             raise BadMessage(f"the request does not deserialize: {error}") from None
 
-    async def _run(self, call: Rpc, handler: Any) -> None:
+    async def _run(self, call: ServerCall, handler: Any) -> None:
         try:
             request = await self._request(call, handler)
             if handler.response_streaming:

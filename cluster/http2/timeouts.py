@@ -21,7 +21,7 @@ CLOSE_S: Final = 5.0
 """A connection that is closed is cut off when its client has read nothing of the rest for so long."""
 
 
-class Liveness:
+class ConnectionTimers:
     """Timers of one connection. `served`: a call of it was admitted; till then it has less time without calls."""
 
     def __init__(self, connection: Connection) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.kube.lease import Record
+from cluster.kube.lease import LeaseRecord
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CALL_S = 3.0
@@ -31,10 +31,10 @@ class Conflict(Exception):
 class LeaseStore(Protocol):
     """Where the record lies. Both calls block; both raise ApiAway."""
 
-    def read(self) -> Record | None:
+    def read(self) -> LeaseRecord | None:
         """The record, None while there is none."""
 
-    def write(self, holder: str, over: Record | None) -> Record:
+    def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
         """Make `holder` its holder ("" for nobody), if it still is `over`. Raises Conflict."""
 
 
@@ -62,7 +62,7 @@ class KubeLease:
         host = f"[{host}]" if ":" in host else host
         return cls(f"https://{host}:{port}", namespace, name, lease_s, account / "token", account / "ca.crt")
 
-    def read(self) -> Record | None:
+    def read(self) -> LeaseRecord | None:
         """See LeaseStore."""
         status, found = self._call("GET", self._path())
         if status == http.client.NOT_FOUND:
@@ -71,7 +71,7 @@ class KubeLease:
             raise ApiAway(_said(status, found))
         return _record(found)
 
-    def write(self, holder: str, over: Record | None) -> Record:
+    def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
         """See LeaseStore."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         changed = over is None or over.holder != holder
@@ -124,10 +124,10 @@ class KubeLease:
         return http.client.HTTPSConnection(host, port, timeout=CALL_S, context=context)
 
 
-def _record(lease: Any) -> Record:
+def _record(lease: Any) -> LeaseRecord:
     try:
         spec = lease.get("spec") or {}
-        return Record(
+        return LeaseRecord(
             holder=str(spec.get("holderIdentity") or ""),
             version=str(lease["metadata"]["resourceVersion"]),
             transitions=int(spec.get("leaseTransitions") or 0),

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from cluster.kube.api import ApiAway, Conflict, LeaseStore
-from cluster.kube.lease import Candidate, Terms
+from cluster.kube.lease import LeaseCandidate, LeaseTerms
 
 log = structlog.get_logger("lease")
 
@@ -29,11 +29,11 @@ class Leader:
         self,
         store: LeaseStore,
         me: str,
-        terms: Terms | None = None,
+        terms: LeaseTerms | None = None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
-        self._candidate = Candidate(me, terms or Terms())
+        self._candidate = LeaseCandidate(me, terms or LeaseTerms())
         self._terms = self._candidate.terms
         self._clock_s = clock_s
         self._told = ""
@@ -113,7 +113,7 @@ class Leader:
         """Say that nobody holds it, so that the next need not wait; nothing is lost if that fails."""
         with contextlib.suppress(Conflict, ApiAway):
             await asyncio.to_thread(self._store.write, "", self._candidate.seen)
-        self._candidate = Candidate(self._candidate.me, self._terms)
+        self._candidate = LeaseCandidate(self._candidate.me, self._terms)
 
 
 async def _first(*waits: Awaitable[object]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class LeaseTerms:
     """Seconds. `lease_s`: how long an unchanged record keeps others away; `yield_s`: how long after its last write
     its holder still acts; `again_s`: between two looks."""
 
@@ -28,7 +28,7 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class LeaseRecord:
     """What the store holds. `version` changes with every write, whoever writes; `transitions` counts holders."""
 
     holder: str
@@ -37,35 +37,35 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Take:
+class LeaseTake:
     """Write the record with this process as its holder; `over` is the one that was read, None to make the first."""
 
-    over: Record | None
+    over: LeaseRecord | None
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class LeaseCandidate:
     """What one process remembers: the record as it last saw it and since when, and when it last wrote it."""
 
     me: str
-    terms: Terms = Terms()
-    seen: Record | None = None
+    terms: LeaseTerms = LeaseTerms()
+    seen: LeaseRecord | None = None
     seen_at_s: float = 0.0
     wrote_at_s: float | None = None
 
-    def look(self, found: Record | None, now_s: float) -> tuple[Candidate, Take | None]:
+    def look(self, found: LeaseRecord | None, now_s: float) -> tuple[LeaseCandidate, LeaseTake | None]:
         """After a read that ended at `now_s`: what is known now, and whether to write."""
         if found is None:
-            return replace(self, seen=None, wrote_at_s=None), Take(None)
+            return replace(self, seen=None, wrote_at_s=None), LeaseTake(None)
         known = self if found == self.seen else replace(self, seen=found, seen_at_s=now_s)
         if found.holder == self.me:
-            return known, Take(found)
+            return known, LeaseTake(found)
         known = replace(known, wrote_at_s=None)
         if not found.holder or now_s - known.seen_at_s >= self.terms.lease_s:
-            return known, Take(found)
+            return known, LeaseTake(found)
         return known, None
 
-    def written(self, record: Record, began_at_s: float) -> Candidate:
+    def written(self, record: LeaseRecord, began_at_s: float) -> LeaseCandidate:
         """After a write that the store took. It counts from before it was sent: nobody can have seen it earlier."""
         return replace(self, seen=record, seen_at_s=began_at_s, wrote_at_s=began_at_s)
 

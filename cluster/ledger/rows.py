@@ -37,7 +37,7 @@ class UsageQuery:
 
 
 @dataclass(frozen=True, slots=True)
-class Rates:
+class Prices:
     """Money for one GPU hour by accelerator type; `""` is the rate of calls that name no type."""
 
     currency: str

@@ -15,7 +15,7 @@ from cluster.ledger.database.connect import make_engine, where
 from cluster.ledger.tenants.keys import Keys
 from cluster.ledger.tenants.snapshots import Snapshots
 from cluster.ledger.tenants.tenants import Tenants
-from cluster.ledger.usage.budget_notices import Notices
+from cluster.ledger.usage.budget_notices import BudgetNotices
 from cluster.ledger.usage.resumed_segments import Resumed
 from cluster.ledger.usage.usage import UsageTable
 
@@ -40,7 +40,7 @@ class Ledger:
         self.tenants = Tenants(self._engine, clock)
         self.keys = Keys(self._engine, clock, tuple(peppers))
         self.usage = UsageTable(self._engine)
-        self.notices = Notices(self._engine)
+        self.notices = BudgetNotices(self._engine)
         self.resumed = Resumed(self._engine)
         self.snapshots = Snapshots(self._engine, clock)
         self._clock = clock

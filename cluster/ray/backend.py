@@ -27,7 +27,7 @@ class RayAway(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class RaySnapshot:
     """What Ray says now: this cluster's applications by `Observed.app`, and each node's total resources."""
 
     apps: Mapping[str, Observed]
@@ -43,7 +43,7 @@ class Snapshot:
 class Backend(Protocol):
     """One Ray cluster. Every call raises RayAway when Ray does not answer."""
 
-    async def observe(self) -> Snapshot:
+    async def observe(self) -> RaySnapshot:
         """Look."""
 
     async def deploy(self, settings: ReplicaSettings) -> None:
@@ -82,10 +82,10 @@ class ChildBackend:
     def __repr__(self) -> str:
         return f"ChildBackend({self._address}, {'up' if self._process else 'down'})"
 
-    async def observe(self) -> Snapshot:
+    async def observe(self) -> RaySnapshot:
         """Look."""
         answer = await self._ask({"do": "observe"})
-        return Snapshot(observed(answer["details"], self._cluster), tuple(answer["nodes"]))
+        return RaySnapshot(observed(answer["details"], self._cluster), tuple(answer["nodes"]))
 
     async def deploy(self, settings: ReplicaSettings) -> None:
         """Make an application, or make it anew."""

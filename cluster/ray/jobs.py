@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.ray.backend import RayAway, Snapshot
+from cluster.ray.backend import RayAway, RaySnapshot
 from cluster.ray.driver import ANSWER
 from cluster.ray.serve_status import observed
 from cluster.worker.settings import ReplicaSettings
@@ -37,13 +37,13 @@ class JobBackend:
     def __repr__(self) -> str:
         return f"JobBackend({self._url})"
 
-    async def observe(self) -> Snapshot:
+    async def observe(self) -> RaySnapshot:
         """Look."""
         details = await asyncio.to_thread(self._get, "/api/serve/applications/")
         nodes = await asyncio.to_thread(self._get, "/api/v0/nodes?limit=10000&detail=true")
         rows = nodes.get("data", {}).get("result", {}).get("result", [])
         totals = tuple(row.get("resources_total") or {} for row in rows if row.get("state") == "ALIVE")
-        return Snapshot(observed(details, self._cluster), totals)
+        return RaySnapshot(observed(details, self._cluster), totals)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
         """Make an application, or make it anew."""

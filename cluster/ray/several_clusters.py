@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import structlog
 
 from cluster.policy.catalog.reconcile import Observed
-from cluster.ray.backend import Backend, RayAway, Snapshot
+from cluster.ray.backend import Backend, RayAway, RaySnapshot
 from cluster.worker.settings import ReplicaSettings
 
 log = structlog.get_logger("controller")
@@ -25,7 +25,7 @@ class SeveralRays:
     def __init__(self, rays: Mapping[str, Backend]) -> None:
         """At least one."""
         self._rays = dict(rays)
-        self._last: dict[str, Snapshot] = {}
+        self._last: dict[str, RaySnapshot] = {}
         self._where: dict[str, str] = {}
         self._away: dict[str, str] = {}
 
@@ -33,7 +33,7 @@ class SeveralRays:
         away = f"; away: {', '.join(self._away)}" if self._away else ""
         return f"SeveralRays({', '.join(self._rays)}{away})"
 
-    async def observe(self) -> Snapshot:
+    async def observe(self) -> RaySnapshot:
         """Look at all of them at once. Raises RayAway when none answers."""
         names = list(self._rays)
         answers = await asyncio.gather(*(self._rays[name].observe() for name in names), return_exceptions=True)
@@ -55,13 +55,13 @@ class SeveralRays:
             log.warning("ray.away", ray=name, reason=str(error))
         self._away[name] = f"{name}: {error}"
 
-    def _together(self) -> Snapshot:
+    def _together(self) -> RaySnapshot:
         apps: dict[str, Observed] = {}
         for name, snapshot in self._last.items():
             apps |= {app: dataclasses.replace(seen, ray=name) for app, seen in snapshot.apps.items()}
         self._where = {app: seen.ray for app, seen in apps.items()}
         nodes = {name: snapshot.nodes for name, snapshot in self._last.items()}
-        return Snapshot(apps, tuple(node for them in nodes.values() for node in them), nodes)
+        return RaySnapshot(apps, tuple(node for them in nodes.values() for node in them), nodes)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
         """On the one that it names."""

@@ -29,7 +29,7 @@ class _Welcome:
     siblings: tuple[str, ...]
 
 
-class Gateways:
+class GatewayAddresses:
     """`dial` runs a session with each; sessions report their Welcome to `welcomed`."""
 
     def __init__(self, configured: Sequence[str], ask: dns.Resolve = dns.resolve) -> None:

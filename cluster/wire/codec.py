@@ -9,6 +9,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 
 from cluster.api.types import (
     CatalogEntry,
+    DrainState,
     EngineInfo,
     EngineLoad,
     EngineRequest,
@@ -17,7 +18,6 @@ from cluster.api.types import (
     ModelState,
     PositionLogprobs,
     Sampling,
-    Standing,
     TokenOutput,
     VersionShare,
     WorkerIdentity,
@@ -499,16 +499,16 @@ def _share_from_pb(m: pb.VersionShare) -> VersionShare:
     )
 
 
-def standing_to_pb(standing: Standing) -> pb.Standing.State.ValueType:
+def standing_to_pb(standing: DrainState) -> pb.Standing.State.ValueType:
     """A standing by the name that travels."""
     return pb.Standing.State.Value(f"STATE_{standing.value}")
 
 
-def standing_from_pb(standing: pb.Standing) -> Standing:
+def standing_from_pb(standing: pb.Standing) -> DrainState:
     """Whether a worker takes new work. One that this gateway does not know is taken for draining."""
     known = pb.Standing.State.items()
     name = next((name for name, value in known if value == standing.state), "").removeprefix("STATE_")
-    return Standing[name] if name in Standing.__members__ else Standing.DRAINING
+    return DrainState[name] if name in DrainState.__members__ else DrainState.DRAINING
 
 
 def entry_from_pb(m: pb.CatalogModel) -> CatalogEntry:

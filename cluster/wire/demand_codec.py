@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cluster.api.demand import ClassCounts, ModelDemand, Work
+from cluster.api.demand import ClassCounts, ComputedWork, ModelDemand
 from cluster.link.v1 import link_pb2 as pb
 
 
@@ -75,7 +75,7 @@ def _class_from_pb(c: pb.ClassDemand) -> ClassCounts:
     )
 
 
-def work_to_pb(work: Work) -> pb.Work:
+def work_to_pb(work: ComputedWork) -> pb.Work:
     """What an engine has computed."""
     return pb.Work(
         steps=work.steps,
@@ -85,6 +85,6 @@ def work_to_pb(work: Work) -> pb.Work:
     )
 
 
-def work_from_pb(work: pb.Work) -> Work:
+def work_from_pb(work: pb.Work) -> ComputedWork:
     """The inverse."""
-    return Work(work.steps, work.busy_s, work.prefill_tokens, work.decode_tokens)
+    return ComputedWork(work.steps, work.busy_s, work.prefill_tokens, work.decode_tokens)

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 import structlog
 
-from cluster.http2.client import CallEnded, Client, connect
+from cluster.http2.client import CallEnded, GrpcClient, connect
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.wire.tls import TlsFiles
@@ -74,7 +74,7 @@ def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
 
 
 @asynccontextmanager
-async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[Client]:
+async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[GrpcClient]:
     """A connection to `host:port` for what must be there at once. Raises LinkEnded."""
     try:
         async with asyncio.timeout(DIAL_S):

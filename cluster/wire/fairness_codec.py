@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed(Generic[T]):
+class WeightedValue(Generic[T]):
     """Something of one tenant, and the tenant's weight, which its reader may not know."""
 
     what: T
@@ -30,7 +30,7 @@ class FlowBacklog(NamedTuple):
     backlog: Backlog
 
 
-def put_turn(message: pb.Submit, turn: Weighed[Waiting]) -> None:
+def put_turn(message: pb.Submit, turn: WeightedValue[Waiting]) -> None:
     """Say whose turn it was, and what it was charged; the class's rank is the request's priority already."""
     waiting = turn.what
     message.tenant_handle, message.tenant_weight = waiting.tenant, turn.weight
@@ -38,7 +38,7 @@ def put_turn(message: pb.Submit, turn: Weighed[Waiting]) -> None:
 
 
 def backlog_to_pb(
-    waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[Weighed[FlowBacklog]] | None
+    waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[WeightedValue[FlowBacklog]] | None
 ) -> pb.Backlog:
     """What waits at a gateway, and of its claim what this worker has computed; `flows` None where another worker is
     told of them."""
@@ -52,7 +52,7 @@ def backlog_to_pb(
     )
 
 
-def _flows(flows: Iterable[Weighed[FlowBacklog]]) -> Iterator[pb.FlowBacklog]:
+def _flows(flows: Iterable[WeightedValue[FlowBacklog]]) -> Iterator[pb.FlowBacklog]:
     for one in flows:
         (rank, tenant), (requests, service) = one.what
         yield pb.FlowBacklog(
@@ -60,27 +60,27 @@ def _flows(flows: Iterable[Weighed[FlowBacklog]]) -> Iterator[pb.FlowBacklog]:
         )
 
 
-def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[Weighed[FlowBacklog]]:
+def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[WeightedValue[FlowBacklog]]:
     """Who waits."""
     return [
-        Weighed(
+        WeightedValue(
             FlowBacklog(FlowKey(m.rank, m.tenant_handle), Backlog(m.requests, _amount(m.service))), _weight(m.weight)
         )
         for m in flows
     ]
 
 
-def elsewhere_to_pb(waiting: Mapping[str, Sequence[Weighed[FlowBacklog]]]) -> Iterator[pb.Elsewhere]:
+def elsewhere_to_pb(waiting: Mapping[str, Sequence[WeightedValue[FlowBacklog]]]) -> Iterator[pb.Elsewhere]:
     """By gateway."""
     return (pb.Elsewhere(gateway=gateway, flows=_flows(flows)) for gateway, flows in waiting.items())
 
 
-def elsewhere_from_pb(messages: Iterable[pb.Elsewhere]) -> Iterator[tuple[str, list[Weighed[FlowBacklog]]]]:
+def elsewhere_from_pb(messages: Iterable[pb.Elsewhere]) -> Iterator[tuple[str, list[WeightedValue[FlowBacklog]]]]:
     """The inverse of elsewhere_to_pb."""
     return ((m.gateway, flows_from_pb(m.flows)) for m in messages)
 
 
-def served_to_pb(totals: Iterable[Weighed[ServedTotal]]) -> pb.Served:
+def served_to_pb(totals: Iterable[WeightedValue[ServedTotal]]) -> pb.Served:
     """A worker's report."""
     return pb.Served(
         flows=[
@@ -96,10 +96,12 @@ def served_to_pb(totals: Iterable[Weighed[ServedTotal]]) -> pb.Served:
     )
 
 
-def served_from_pb(m: pb.Served) -> list[Weighed[ServedTotal]]:
+def served_from_pb(m: pb.Served) -> list[WeightedValue[ServedTotal]]:
     """The inverse of served_to_pb."""
     return [
-        Weighed(ServedTotal(f.rank, f.tenant_handle, _amount(f.total), _amount(f.by_this_link)), _weight(f.weight))
+        WeightedValue(
+            ServedTotal(f.rank, f.tenant_handle, _amount(f.total), _amount(f.by_this_link)), _weight(f.weight)
+        )
         for f in m.flows
     ]
 

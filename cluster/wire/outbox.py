@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from cluster.api.demand import Work
+from cluster.api.demand import ComputedWork
 from cluster.api.types import EngineLoad, TokenOutput
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.peer_backlog import ServedTotal
@@ -15,7 +15,7 @@ from cluster.wire.codec import StepColumns, load_to_pb, usage_to_pb, wire_text
 from cluster.wire.credit import Grant
 from cluster.wire.demand_codec import work_to_pb
 from cluster.wire.ended_requests import MOST_A_MESSAGE, EndedUsage
-from cluster.wire.fairness_codec import FlowBacklog, Weighed, elsewhere_to_pb, served_to_pb
+from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, elsewhere_to_pb, served_to_pb
 
 MESSAGE_BYTES = 4 << 20
 """Of Submits that one message to a worker holds; far below what the worker accepts."""
@@ -32,10 +32,10 @@ class Outbox:
         self._refused: list[pb.Refused] = []
         self._grant: Grant | None = None
         self._load: EngineLoad | None = None
-        self._work: Work | None = None
+        self._work: ComputedWork | None = None
         self._standing: pb.Standing | None = None
-        self._served: dict[FlowKey, Weighed[ServedTotal]] | None = None
-        self._elsewhere: dict[str, Sequence[Weighed[FlowBacklog]]] = {}
+        self._served: dict[FlowKey, WeightedValue[ServedTotal]] | None = None
+        self._elsewhere: dict[str, Sequence[WeightedValue[FlowBacklog]]] = {}
         self._engine_ended = ""
         self.acked_seq = 0
         self.sent_seq = 0
@@ -67,7 +67,7 @@ class Outbox:
         """The worker's load; only the last matters."""
         self._load = load
 
-    def work(self, work: Work) -> None:
+    def work(self, work: ComputedWork) -> None:
         """What the engine has computed; only the last matters, and nobody waits for it."""
         self._work = work
 
@@ -76,7 +76,7 @@ class Outbox:
         self._standing = standing
         self.flush()
 
-    def served(self, totals: Sequence[Weighed[ServedTotal]]) -> None:
+    def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
         """Whom the worker has served; of each flow only the last total matters. The first, empty or not, begins."""
         if self._served is None:
             self._served = {}
@@ -84,7 +84,7 @@ class Outbox:
             self._served[FlowKey(one.what.rank, one.what.tenant)] = one
         self.flush()
 
-    def elsewhere(self, gateway: str, waiting: Sequence[Weighed[FlowBacklog]]) -> None:
+    def elsewhere(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
         """What another gateway has told of those that wait there; only the last matters."""
         self._elsewhere[gateway] = waiting
         self.flush()

@@ -20,7 +20,7 @@ UNKNOWN_PROMPTS = 8
 """Before any has come, prompts are taken to fill a step each, as if so many had been seen."""
 
 
-class Lookahead:
+class AdmissionWindow:
     """Of one engine; told of every call and step."""
 
     def __init__(self, max_num_seqs: int, step_tokens: int) -> None:

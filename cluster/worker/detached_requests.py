@@ -26,7 +26,7 @@ BROKEN = (FinishReason.ERROR, FinishReason.ABORT)
 
 
 @dataclass(slots=True)
-class Orphan:
+class DetachedRequest:
     """One request of the engine that nobody waits for, or that has ended."""
 
     stream: str
@@ -49,12 +49,12 @@ class Orphan:
 
 
 @dataclass(slots=True)
-class Orphans:
+class DetachedRequests:
     """Of one worker, the oldest first. Engine ids that these methods return are of such as still run there and are to
     be aborted."""
 
-    _named: dict[str, Orphan] = field(default_factory=dict)
-    _running: dict[str, Orphan] = field(default_factory=dict)
+    _named: dict[str, DetachedRequest] = field(default_factory=dict)
+    _running: dict[str, DetachedRequest] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """How many hold a place in the engine."""
@@ -65,7 +65,7 @@ class Orphans:
         """Of those in the KV cache."""
         return sum(orphan.tokens for orphan in self._running.values())
 
-    def leave(self, orphan: Orphan, now: float) -> list[str]:
+    def leave(self, orphan: DetachedRequest, now: float) -> list[str]:
         """Its gateway is gone, or it has ended. Another of its name is dropped."""
         older = self.drop(orphan.stream)
         orphan.until = now + KEEP_S
@@ -88,7 +88,7 @@ class Orphans:
                 del self._named[orphan.stream]
         return len(output.token_ids)
 
-    def claim(self, stream: str, asked: object, prompt_tokens: int, emitted: Sequence[int]) -> Orphan | None:
+    def claim(self, stream: str, asked: object, prompt_tokens: int, emitted: Sequence[int]) -> DetachedRequest | None:
         """What a Submit goes on with, if it is here and has come so far at least; it is an orphan no more."""
         orphan = self._named.get(stream)
         if orphan is None or (orphan.asked, orphan.prompt_tokens) != (asked, prompt_tokens):

@@ -25,7 +25,7 @@ REMEMBERED_STEPS = 256
 
 
 @dataclass(slots=True)
-class Share:
+class GpuShare:
     """What one request owes so far."""
 
     from_step: int
@@ -36,7 +36,7 @@ class Share:
 
 
 @dataclass(slots=True)
-class _Step:
+class _MeteredStep:
     gpu_s: float
     tokens: float
 
@@ -51,21 +51,21 @@ class GpuMeter:
         self._busy_since: float | None = None
         self._price = 0.0
         self._steps = 0
-        self._last: deque[_Step] = deque(maxlen=REMEMBERED_STEPS)
+        self._last: deque[_MeteredStep] = deque(maxlen=REMEMBERED_STEPS)
         self._charged = 0.0
         self._idle_told = 0.0
 
-    def entered(self, now: float) -> Share:
+    def entered(self, now: float) -> GpuShare:
         """A request has entered the engine."""
         if self._busy_since is None:
             self._busy_since = now
-        return Share(self._steps)
+        return GpuShare(self._steps)
 
     def rested(self) -> None:
         """The engine has nothing left to do; time is idle until something enters."""
         self._busy_since = None
 
-    def step(self, now: float, emitted: int, firsts: Sequence[tuple[Share, int, int]] = ()) -> None:
+    def step(self, now: float, emitted: int, firsts: Sequence[tuple[GpuShare, int, int]] = ()) -> None:
         """Outputs have come: `emitted` tokens in all. `firsts`: each request that got its first ones, the prompt
         tokens that were computed for it, and how many it got."""
         since = now if self._busy_since is None else self._busy_since
@@ -76,13 +76,13 @@ class GpuMeter:
             self._step_with(gpu_s, emitted, firsts)
             return
         tokens = emitted or 1
-        self._last.append(_Step(gpu_s, tokens))
+        self._last.append(_MeteredStep(gpu_s, tokens))
         self._price += gpu_s / tokens
 
-    def _step_with(self, gpu_s: float, emitted: int, firsts: Sequence[tuple[Share, int, int]]) -> None:
+    def _step_with(self, gpu_s: float, emitted: int, firsts: Sequence[tuple[GpuShare, int, int]]) -> None:
         spread = [(share, max(prompt, 1), self._spread(share, prompt)) for share, prompt, _ in firsts]
         tokens = emitted + sum(prompt / steps for _, prompt, steps in spread) - sum(got for _, _, got in firsts)
-        this = _Step(gpu_s, max(tokens, 1.0))
+        this = _MeteredStep(gpu_s, max(tokens, 1.0))
         price = this.gpu_s / this.tokens
         for share, prompt, steps in spread:
             share.prefill_s += price * prompt / steps
@@ -93,11 +93,11 @@ class GpuMeter:
         for share, _, got in firsts:
             share.first_step, share.first_price, share.first_tokens = self._steps, self._price, got
 
-    def _spread(self, share: Share, prompt: int) -> int:
+    def _spread(self, share: GpuShare, prompt: int) -> int:
         chunks = -(-prompt // self._max_step_tokens)
         return max(1, min(chunks, self._steps - share.from_step, len(self._last) + 1))
 
-    def _join(self, step: _Step, tokens: float) -> float:
+    def _join(self, step: _MeteredStep, tokens: float) -> float:
         """More tokens were computed in an earlier step than was known: what they owe."""
         before = step.gpu_s / step.tokens
         step.tokens += tokens
@@ -105,7 +105,7 @@ class GpuMeter:
         self._price -= before - after
         return after * tokens
 
-    def owed(self, share: Share, generated: int) -> float:
+    def owed(self, share: GpuShare, generated: int) -> float:
         """GPU-seconds of a request that has got `generated` tokens."""
         steps = self._steps - share.first_step
         if share.first_step < 0 or not steps:
@@ -113,13 +113,13 @@ class GpuMeter:
         each = (generated - share.first_tokens) / steps
         return share.prefill_s + max((self._price - share.first_price) * each, 0.0)
 
-    def charge(self, share: Share, generated: int) -> float:
+    def charge(self, share: GpuShare, generated: int) -> float:
         """A request has ended: what it owes, once."""
         owed = self.owed(share, generated)
         self._charged += owed
         return owed
 
-    def idle(self, now: float, running: Iterable[tuple[Share, int]] = ()) -> float:
+    def idle(self, now: float, running: Iterable[tuple[GpuShare, int]] = ()) -> float:
         """GPU-seconds that nobody owes since the last call; `running` requests and their tokens owe theirs later."""
         outstanding = sum(self.owed(share, generated) for share, generated in running)
         whole = (now - self._started) * self.gpus - self._charged - outstanding

@@ -32,7 +32,7 @@ from cluster.process.interpreter import hand_over_soon
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.golden_check import Examined
 from cluster.worker.engine.vllm import repairs
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 from cluster.worker.settings import ModelRefused, ReplicaSettings
 
 log = structlog.get_logger("replica")
@@ -87,7 +87,7 @@ class Replica:
     incarnation: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     engine: Engine | None = None
     info: EngineInfo | None = None
-    end: WorkerEnd | None = None
+    end: WorkerSession | None = None
     _serving: asyncio.Task[None] | None = None
     _leave_by: float = math.inf
     _left: bool = False
@@ -156,7 +156,7 @@ class Replica:
             host=self.place.host,
             gpu=self.settings.spec.gpu if self.place.gpus else "",
         )
-        self.end = WorkerEnd(
+        self.end = WorkerSession(
             identity=identity,
             engine=engine,
             info=info,
@@ -176,7 +176,7 @@ class Replica:
             capabilities=" ".join(info.capabilities),
         )
 
-    async def _until_dead(self, end: WorkerEnd, engine: Engine) -> None:
+    async def _until_dead(self, end: WorkerSession, engine: Engine) -> None:
         parts = [asyncio.create_task(end.run()), asyncio.create_task(_watch(engine))]
         try:
             await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)

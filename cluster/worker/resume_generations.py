@@ -17,7 +17,7 @@ def call_of(stream: str) -> str:
     return stream.rpartition("#")[0]
 
 
-class Takeovers:
+class ResumeGenerations:
     """Of one worker."""
 
     def __init__(self, most: int = MOST) -> None:

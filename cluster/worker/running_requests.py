@@ -17,14 +17,14 @@ import structlog
 from cluster.api.outcomes import Outcome
 from cluster.api.types import EngineInfo, EngineRequest, FinishReason, TokenOutput
 from cluster.link.v1 import link_pb2 as pb
-from cluster.wire.credit import Room
+from cluster.wire.credit import Capacity
 from cluster.wire.ended_requests import EndedUsage
-from cluster.worker.admission_window import Lookahead
-from cluster.worker.detached_requests import BROKEN, Orphan, Orphans
-from cluster.worker.gpu_meter import GpuMeter, Share
-from cluster.worker.resume_generations import Takeovers, call_of
+from cluster.worker.admission_window import AdmissionWindow
+from cluster.worker.detached_requests import BROKEN, DetachedRequest, DetachedRequests
+from cluster.worker.gpu_meter import GpuMeter, GpuShare
+from cluster.worker.resume_generations import ResumeGenerations, call_of
 from cluster.worker.served_reports import ServedReports
-from cluster.worker.session_state import Link, Running, Step
+from cluster.worker.session_state import LinkState, RunningRequest, StepState
 from cluster.worker.usage import WorkerUsage
 
 log = structlog.get_logger("worker")
@@ -38,7 +38,7 @@ def spent_by(submit: pb.Submit, prompt_ids: bytes) -> tuple[int, bool]:
     return tokens, 0 < submit.fresh_tokens < tokens
 
 
-class WorkerCalls:
+class RunningRequests:
     """Of one worker."""
 
     def __init__(
@@ -52,19 +52,19 @@ class WorkerCalls:
         """`is_lost`: whether there is no working link to the gateway of that incarnation."""
         self._info = info
         self._is_lost = is_lost
-        self.takeovers = Takeovers()
+        self.takeovers = ResumeGenerations()
         self._meter = meter
         self._served = served
         self._usage = usage
-        self._lookahead = Lookahead(info.max_num_seqs, info.max_num_batched_tokens)
-        self._running: dict[str, Running] = {}
-        self._joined: dict[str, Running] = {}
+        self._lookahead = AdmissionWindow(info.max_num_seqs, info.max_num_batched_tokens)
+        self._running: dict[str, RunningRequest] = {}
+        self._joined: dict[str, RunningRequest] = {}
         """Those that were orphans and have had no output since."""
-        self._told = Step()
+        self._told = StepState()
         """What was told between two steps."""
         self._keeps = True
         """Whether calls that come back have found their KV blocks here lately: not every engine caches."""
-        self.orphans = Orphans()
+        self.orphans = DetachedRequests()
         self.tokens = 0
         """Of all that run, prompts included."""
         self.prefilled_tokens = self.decoded_tokens = 0
@@ -80,14 +80,14 @@ class WorkerCalls:
         """Requests and the tokens that each has generated."""
         return ((request_id, running.output_tokens) for request_id, running in self._running.items())
 
-    def shares(self) -> Iterator[tuple[Share, int]]:
+    def shares(self) -> Iterator[tuple[GpuShare, int]]:
         """Of the GPUs' time, and the tokens that were generated for them here."""
         return ((running.share, running.generated) for running in self._running.values())
 
-    def room(self) -> tuple[Room, int]:
+    def room(self) -> tuple[Capacity, int]:
         """What is free for calls that begin, and places for such as go on."""
         begins = min(self._lookahead.sequences, self._lookahead.places - len(self.orphans))
-        return Room(begins, self._info.kv_tokens - self.tokens), self._lookahead.places
+        return Capacity(begins, self._info.kv_tokens - self.tokens), self._lookahead.places
 
     def kept(self, told: int) -> int:
         """Of so many calls that a gateway believes to be kept here, those that cost next to nothing to go on with."""
@@ -95,11 +95,11 @@ class WorkerCalls:
 
     # ---- a request comes
 
-    def entered(self, link: Link, submit: pb.Submit, request: EngineRequest) -> Running:
+    def entered(self, link: LinkState, submit: pb.Submit, request: EngineRequest) -> RunningRequest:
         """What is to be known of it; it is not counted yet."""
         prompt, emitted = len(request.prompt_token_ids), len(request.emitted_token_ids)
         tokens, now = prompt + emitted, time.monotonic()
-        running = Running(
+        running = RunningRequest(
             link,
             submit.slot,
             tokens,
@@ -120,7 +120,7 @@ class WorkerCalls:
             running.asked = (request.sampling, request.adapter, request.cache_salt, request.priority)
         return running
 
-    def join(self, running: Running, submit: pb.Submit) -> tuple[bool, list[str]]:
+    def join(self, running: RunningRequest, submit: pb.Submit) -> tuple[bool, list[str]]:
         """Whether it has come back to what still runs for it: then nothing is computed, and what was generated
         meanwhile is told."""
         if running.token_ids is None:
@@ -144,7 +144,7 @@ class WorkerCalls:
         link.outbox.flush()
         return True, doomed
 
-    def begin(self, running: Running, request_id: str, submit: pb.Submit) -> list[str]:
+    def begin(self, running: RunningRequest, request_id: str, submit: pb.Submit) -> list[str]:
         """It goes to the engine. Where the KV cache lacks room for it, or one that goes on a place, those leave for
         which nobody has come."""
         self._count(running, request_id, submit, running.fresh_tokens if self._keeps else running.tokens)
@@ -154,14 +154,14 @@ class WorkerCalls:
         sequences = len(self._running) + len(self.orphans) - self._info.max_num_seqs if goes_on else 0
         return self.orphans.make_room(sequences, self.tokens + self.orphans.tokens - self._info.kv_tokens)
 
-    def _count(self, running: Running, request_id: str, submit: pb.Submit, fresh_tokens: int) -> None:
+    def _count(self, running: RunningRequest, request_id: str, submit: pb.Submit, fresh_tokens: int) -> None:
         self._running[request_id] = running
         self._lookahead.submitted(request_id, fresh_tokens, begins=not running.emitted_tokens)
         self.tokens += running.tokens
         self._served.accepted(request_id, running.link.number, submit, running.prompt_tokens)
         self.idle.clear()
 
-    def take_over(self, call: str, generation: int) -> list[tuple[Link, int, str]]:
+    def take_over(self, call: str, generation: int) -> list[tuple[LinkState, int, str]]:
         """A call was resumed: (link, slot, engine id) of each request of an older generation, which is to end."""
         if not self.takeovers.took_over(call, generation):
             return []
@@ -173,9 +173,9 @@ class WorkerCalls:
 
     # ---- a step
 
-    def stepped(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[Link], list[str]]:
+    def stepped(self, outputs: Sequence[TokenOutput]) -> tuple[Collection[LinkState], list[str]]:
         """The engine's outputs; the links that have got some, still to be told to send."""
-        step, self._told = self._told, Step()
+        step, self._told = self._told, StepState()
         told = step.tokens
         self._hand_out(outputs, step)
         self.decoded_tokens += step.tokens - told + step.of_orphans
@@ -187,7 +187,7 @@ class WorkerCalls:
         self._lookahead.stepped()
         return step.touched.values(), doomed
 
-    def _hand_out(self, outputs: Sequence[TokenOutput], step: Step) -> None:
+    def _hand_out(self, outputs: Sequence[TokenOutput], step: StepState) -> None:
         """Give each link its tokens, and note what was given."""
         emitted = 0
         for output in outputs:
@@ -220,7 +220,7 @@ class WorkerCalls:
         self.tokens += emitted
         step.tokens += emitted
 
-    def _began(self, running: Running, output: TokenOutput) -> int:
+    def _began(self, running: RunningRequest, output: TokenOutput) -> int:
         """Its first output here has come, and is counted; so many tokens were computed for it."""
         running.accepted = True
         running.cached_tokens = output.cached_tokens or 0
@@ -238,7 +238,7 @@ class WorkerCalls:
 
     # ---- an end
 
-    def _end_finished(self, step: Step) -> list[str]:
+    def _end_finished(self, step: StepState) -> list[str]:
         """Forget those that have ended, once the step is accounted for; their ends can be asked for if a gateway is
         lost with what has just been sent."""
         doomed: list[str] = []
@@ -250,7 +250,7 @@ class WorkerCalls:
                 doomed += self.orphans.leave(self._orphan(running, output.request_id, output), time.monotonic())
         return doomed
 
-    def leave(self, link: Link, stays: bool) -> list[str]:
+    def leave(self, link: LinkState, stays: bool) -> list[str]:
         """A link has ended, and nobody waits for its requests any longer. `stays`: this worker goes on to serve."""
         elsewhere = {one.stream for one in self._running.values() if one.link is not link}  # has come back already
         doomed, left = [], 0
@@ -268,9 +268,9 @@ class WorkerCalls:
         return doomed
 
     @staticmethod
-    def _orphan(running: Running, request_id: str, last: TokenOutput | None = None) -> Orphan:
+    def _orphan(running: RunningRequest, request_id: str, last: TokenOutput | None = None) -> DetachedRequest:
         ids = running.token_ids or []
-        return Orphan(
+        return DetachedRequest(
             running.stream, request_id, running.asked, running.prompt_tokens, ids, running.cached_tokens, last
         )
 
@@ -292,7 +292,7 @@ class WorkerCalls:
             self._meter.rested()
             self.idle.set()
 
-    def _keep(self, running: Running, outcome: Outcome, gpu_seconds: float) -> None:
+    def _keep(self, running: RunningRequest, outcome: Outcome, gpu_seconds: float) -> None:
         usage = EndedUsage(
             running.sealed,
             prompt_tokens=running.prompt_tokens,

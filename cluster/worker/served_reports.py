@@ -13,7 +13,7 @@ from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
-from cluster.wire.fairness_codec import Weighed, flows_from_pb
+from cluster.wire.fairness_codec import WeightedValue, flows_from_pb
 from cluster.wire.outbox import Outbox
 
 
@@ -77,8 +77,8 @@ class ServedReports:
             if other != gateway:
                 outbox.elsewhere(gateway, flows)
 
-    def _report(self, number: int) -> Sequence[Weighed[ServedTotal]]:
-        return [Weighed(total, self._weights.get(total.tenant, 1.0)) for total in self._meter.report(number)]
+    def _report(self, number: int) -> Sequence[WeightedValue[ServedTotal]]:
+        return [WeightedValue(total, self._weights.get(total.tenant, 1.0)) for total in self._meter.report(number)]
 
     def __repr__(self) -> str:
         return f"ServedReports({self._meter})"

@@ -18,7 +18,7 @@ from collections.abc import Coroutine, Sequence
 
 import structlog
 
-from cluster.api.demand import Work
+from cluster.api.demand import ComputedWork
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineDead, EngineRefused
 from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, WorkerIdentity
@@ -27,20 +27,20 @@ from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.process.call_errors import is_call_failure
 from cluster.wire import codec
-from cluster.wire.addresses import Gateways
+from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bulk import send_bundle, serve_bulk
 from cluster.wire.bundle import Bundle
-from cluster.wire.credit import Granter
+from cluster.wire.credit import CreditGranter
 from cluster.wire.dial import Beater, LinkEnded, Timing, open_channel, open_client, read, until_first
 from cluster.wire.ended_requests import UsageKeeper
 from cluster.wire.outbox import Outbox
 from cluster.wire.tls import TlsFiles
-from cluster.worker.drain_state import Duty
+from cluster.worker.drain_state import DrainStates
 from cluster.worker.gpu_meter import GpuMeter
 from cluster.worker.resume_generations import call_of
-from cluster.worker.running_requests import WorkerCalls, spent_by
+from cluster.worker.running_requests import RunningRequests, spent_by
 from cluster.worker.served_reports import ServedReports
-from cluster.worker.session_state import Link, WorkerStatistics
+from cluster.worker.session_state import LinkState, WorkerStatistics
 from cluster.worker.usage import WorkerUsage
 
 log = structlog.get_logger("worker")
@@ -59,7 +59,7 @@ FAREWELL_S = 0.5
 does so at once, and a busy one after what it has to do first. Its own reset of the link would overtake the reason."""
 
 
-class WorkerEnd:
+class WorkerSession:
     """Serves one started engine to every gateway in `gateways` (`host:port`) and their siblings until closed."""
 
     def __init__(
@@ -84,12 +84,12 @@ class WorkerEnd:
         self._engine = engine
         self._info = info
         self._bundle = bundle
-        self._gateways = Gateways(gateways)
+        self._gateways = GatewayAddresses(gateways)
         self._tls = tls
         self._timing = timing or Timing()
         self._outbox_tokens = outbox_tokens
-        self._granter = Granter()
-        self._links: dict[int, Link] = {}
+        self._granter = CreditGranter()
+        self._links: dict[int, LinkState] = {}
         self._busy_s = 0.0
         self._epochs = itertools.count(1)
         self._steps = 0
@@ -98,8 +98,8 @@ class WorkerEnd:
             identity.incarnation, keeper or UsageKeeper(), meter, gpu, idle_report_s, lambda: self._calls.shares()
         )
         self._served = ServedReports()
-        self._calls = WorkerCalls(info, meter, self._served, self._usage, self._is_lost)
-        self._duty = Duty(lambda: (link.outbox for link in self._links.values()))
+        self._calls = RunningRequests(info, meter, self._served, self._usage, self._is_lost)
+        self._duty = DrainStates(lambda: (link.outbox for link in self._links.values()))
         self._drains: set[asyncio.Task[bool]] = set()
         self._drops: set[asyncio.Task[None]] = set()
         self._load = EngineLoad()
@@ -232,7 +232,7 @@ class WorkerEnd:
                 raise LinkEnded(f"no welcome within {self._timing.welcome_s} s") from None
             if first is None or not first.HasField("welcome"):
                 raise LinkEnded("the gateway did not welcome this worker")
-            link = Link(
+            link = LinkState(
                 epoch,
                 self._turn(epoch, first.welcome.incarnation),
                 first.welcome.gateway_id,
@@ -277,7 +277,7 @@ class WorkerEnd:
     def _blob_hello(self, epoch: int) -> pb.Blob:
         return pb.Blob(worker_id=self._identity.worker_id, incarnation=self._identity.incarnation, epoch=epoch)
 
-    def _beat(self, epoch: int, seq: int, link: Link) -> pb.WorkerBeat:
+    def _beat(self, epoch: int, seq: int, link: LinkState) -> pb.WorkerBeat:
         return pb.WorkerBeat(
             worker_id=self._identity.worker_id,
             incarnation=self._identity.incarnation,
@@ -288,7 +288,7 @@ class WorkerEnd:
             sent_seq=link.outbox.sent_seq,
         )
 
-    async def _end(self, link: Link, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
+    async def _end(self, link: LinkState, parts: Sequence[asyncio.Task[None]], beater: Beater) -> None:
         """Undo all that a session has taken: its requests leave the engine, its promises lapse."""
         self._links.pop(link.number, None)
         if not self._links:
@@ -306,7 +306,7 @@ class WorkerEnd:
                 await self._engine.abort(doomed)
         self._regrant()
 
-    async def _watch(self, link: Link, beater: Beater) -> None:
+    async def _watch(self, link: LinkState, beater: Beater) -> None:
         """Look after the link: silence of the gateway, a full outbox, and frames that were in no hurry."""
         sent = 0
         while True:
@@ -317,24 +317,26 @@ class WorkerEnd:
                 raise LinkEnded("the gateway does not read; its outbox is full")
             if link.unacked_since is not None and time.monotonic() - link.unacked_since > self._timing.silence_s:
                 raise LinkEnded("the gateway beats but acknowledges nothing")
-            link.outbox.work(Work(self._steps, self._busy_s, self._calls.prefilled_tokens, self._calls.decoded_tokens))
+            link.outbox.work(
+                ComputedWork(self._steps, self._busy_s, self._calls.prefilled_tokens, self._calls.decoded_tokens)
+            )
             if link.outbox.sent_seq == sent:  # steps tell the load, beats too
                 link.outbox.load(self._engine.load())
                 link.outbox.flush()
             sent = link.outbox.sent_seq
 
-    async def _write(self, link: Link, call: ClientCall) -> None:
+    async def _write(self, link: LinkState, call: ClientCall) -> None:
         while True:
             await call.write(await link.outbox.take())
 
-    async def _read(self, link: Link, call: ClientCall) -> None:
+    async def _read(self, link: LinkState, call: ClientCall) -> None:
         while (message := await read(call)) is not None:
             try:
                 await self._apply(link, message)
             except (ValueError, LookupError) as error:  # the gateway's fault, and only its link's end
                 raise LinkEnded(f"the gateway sent what cannot be applied: {error}") from error
 
-    async def _apply(self, link: Link, message: pb.GatewayTurn) -> None:
+    async def _apply(self, link: LinkState, message: pb.GatewayTurn) -> None:
         if message.grant_ack:
             self._granter.acked(link.turn, message.grant_ack)
             if message.grant_ack >= link.grant_id:
@@ -381,7 +383,7 @@ class WorkerEnd:
 
     # ---- commands
 
-    async def _take(self, link: Link, submit: pb.Submit) -> None:
+    async def _take(self, link: LinkState, submit: pb.Submit) -> None:
         """Small requests go straight in; long prompts and grammars take their time beside the reader."""
         if submit.slot in link.requests:
             raise LinkEnded(f"the gateway used slot {submit.slot} for two requests")
@@ -390,7 +392,7 @@ class WorkerEnd:
         else:
             await self._submit(link, submit)
 
-    async def _submit(self, link: Link, submit: pb.Submit) -> None:
+    async def _submit(self, link: LinkState, submit: pb.Submit) -> None:
         """Run a request, or refuse it: nothing that it makes go wrong reaches the link and its other requests."""
         slot = submit.slot
         request_id = f"{link.incarnation}-{link.number}-{slot}-{submit.attempt}"
@@ -422,7 +424,7 @@ class WorkerEnd:
             self._unacceptable(link, slot, f"the worker failed on this request: {type(error).__name__}")
         await self._overtaken(link, slot)
 
-    async def _run_request(self, link: Link, submit: pb.Submit, request: EngineRequest) -> None:
+    async def _run_request(self, link: LinkState, submit: pb.Submit, request: EngineRequest) -> None:
         """Join what still runs for it here, or give it to the engine. Raises EngineRefused and EngineDead."""
         if submit.generation:
             await self._take_over(call_of(submit.stream), submit.generation)
@@ -445,7 +447,7 @@ class WorkerEnd:
         self._calls.forget(request_id, outcome)
         self._regrant()
 
-    async def _overtaken(self, link: Link, slot: int) -> None:
+    async def _overtaken(self, link: LinkState, slot: int) -> None:
         """A Submit is through; an abort may have overtaken a slow one."""
         link.submitting.discard(slot)
         if slot in link.aborted:
@@ -460,14 +462,14 @@ class WorkerEnd:
             task.add_done_callback(self._drops.discard)
 
     @staticmethod
-    def _unacceptable(link: Link, slot: int, why: str) -> None:
+    def _unacceptable(link: LinkState, slot: int, why: str) -> None:
         """Refuse a Submit that cannot be read, or that the worker failed on; no other call notices."""
         link.requests.pop(slot, None)
         link.submitting.discard(slot)
         link.aborted.discard(slot)
         link.outbox.refused(slot, Outcome.INTERNAL.name, why, "")
 
-    async def _abort(self, link: Link, slots: Sequence[int]) -> None:
+    async def _abort(self, link: LinkState, slots: Sequence[int]) -> None:
         doomed = []
         for slot in slots:
             request_id = link.requests.get(slot)
@@ -513,10 +515,10 @@ class WorkerEnd:
         if self._failed is not None and not self._failed.done():
             self._failed.set_exception(error)
 
-    def _spawn(self, link: Link, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, link: LinkState, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
         link.tasks.add(task)
         task.add_done_callback(link.tasks.discard)
 
-    async def _send_bundle(self, link: Link, digest: str) -> None:
+    async def _send_bundle(self, link: LinkState, digest: str) -> None:
         await send_bundle(link.blobs, digest, self._bundle if digest == self._identity.bundle_digest else None)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from cluster.api.types import TokenOutput
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.bulk import Prompts
-from cluster.wire.credit import Room
+from cluster.wire.credit import Capacity
 from cluster.wire.outbox import Outbox
-from cluster.worker.gpu_meter import Share
+from cluster.worker.gpu_meter import GpuShare
 
 
 @dataclass(eq=False, slots=True)
-class Link:
+class LinkState:
     """One session with one gateway."""
 
     number: int
@@ -38,10 +38,10 @@ class Link:
 
 
 @dataclass(slots=True)
-class Running:
+class RunningRequest:
     """A request that the engine runs for a link."""
 
-    link: Link
+    link: LinkState
     slot: int
     tokens: int
     prompt_tokens: int
@@ -52,7 +52,7 @@ class Running:
     sealed: bytes
     earlier_tokens: int
     """Of the emitted ones, those under the same record."""
-    share: Share
+    share: GpuShare
     began: float
     came_home: bool = False
     """Its gateway expects its KV blocks here, those of its prompt at least."""
@@ -81,13 +81,13 @@ class Running:
 
 
 @dataclass(slots=True)
-class Step:
+class StepState:
     """What was given to calls, by a step or between two."""
 
-    touched: dict[int, Link] = field(default_factory=dict)
-    firsts: list[tuple[Share, int, int]] = field(default_factory=list)
+    touched: dict[int, LinkState] = field(default_factory=dict)
+    firsts: list[tuple[GpuShare, int, int]] = field(default_factory=list)
     """Of each request that has got its first tokens: its share, the tokens computed for it, and how many it got."""
-    finished: list[tuple[Running, TokenOutput]] = field(default_factory=list)
+    finished: list[tuple[RunningRequest, TokenOutput]] = field(default_factory=list)
     tokens: int = 0
     of_orphans: int = 0
     """Tokens that nobody has got."""
@@ -101,7 +101,7 @@ class WorkerStatistics:
     running: int
     tokens: int
     steps: int
-    promised: Room
+    promised: Capacity
     unacked_usage: int = 0
     dropped_usage: int = 0
     orphans: int = 0

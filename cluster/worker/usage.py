@@ -15,7 +15,7 @@ import structlog
 
 from cluster.wire.ended_requests import EndedUsage, KeeperStatistics, UsageKeeper
 from cluster.wire.outbox import Outbox
-from cluster.worker.gpu_meter import GpuMeter, Share
+from cluster.worker.gpu_meter import GpuMeter, GpuShare
 
 log = structlog.get_logger("worker")
 
@@ -30,7 +30,7 @@ class WorkerUsage:
         meter: GpuMeter,
         gpu: str,
         idle_report_s: float,
-        running: Callable[[], Iterable[tuple[Share, int]]],
+        running: Callable[[], Iterable[tuple[GpuShare, int]]],
     ) -> None:
         """`running` gives share and generated tokens of each request that runs; `gpu` is the type of the replica's
         GPUs, whose idle time is told every `idle_report_s`."""

@@ -18,9 +18,9 @@ from cluster.api.types import ModelSpec
 from cluster.controller import scaling
 from cluster.controller.bundling import describe
 from cluster.controller.controller import Controller
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.policy.catalog.reconcile import Observed
-from cluster.policy.scaling.operator_requests import Desk
+from cluster.policy.scaling.operator_requests import ScalingRequests
 from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings
 from cluster.ray.backend import ChildBackend
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings
@@ -60,7 +60,7 @@ class Live:
     def __init__(
         self,
         controller: Controller,
-        desk: Desk,
+        desk: ScalingRequests,
         callers: Callers,
         links: Callable[[], int],
         settings: ReplicaSettings,
@@ -122,7 +122,7 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         stack.push_async_callback(backend.close)
         cluster = await stack.enter_async_context(running_cluster(folder / "gateway"))
         ends = cluster.gateway.endpoints
-        end = ControllerEnd(controller_id="live", gateways=[ends["link"]], tls=None, bundles=lambda _: bundle)
+        end = ControllerLinks(controller_id="live", gateways=[ends["link"]], tls=None, bundles=lambda _: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=10.0), time.monotonic())
         controller = Controller(backend, end, scaler=scaler)
         scaling.listen(end, scaler, controller.now, controller.wake)
@@ -134,7 +134,7 @@ async def begun(folder: Path, checkpoint: Path, spec: ModelSpec) -> AsyncIterato
         parts = [asyncio.create_task(one) for one in (end.run(), controller.run(), watch.run())]
         callers = Callers(ends["grpc"], ends["http"])
         stack.push_async_callback(callers.close)
-        desk = Desk(scaler, controller.wake)
+        desk = ScalingRequests(scaler, controller.wake)
         live = Live(controller, desk, callers, lambda: len(cluster.gateway.hub.links), settings, watch, ray)
         try:
             await live.on_ray(lambda app: bool(app.digest))

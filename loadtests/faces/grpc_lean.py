@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.http2.client import CallEnded, Client, connect
+from cluster.http2.client import CallEnded, GrpcClient, connect
 from cluster.v1 import inference_pb2 as pb
 from loadtests.faces.base import Answer, CallFailed, OnText, Request
 from loadtests.faces.grpc_stream import CHAT, COMPLETE, answer, failed, message_of
@@ -23,7 +23,7 @@ class GrpcLean:
         self._address = address
         self._model = model
         self._metadata = tuple(metadata)
-        self._idle: list[Client] = []
+        self._idle: list[GrpcClient] = []
 
     async def run(self, request: Request, on_text: OnText) -> Answer:
         """See Face."""
@@ -56,7 +56,7 @@ class GrpcLean:
                 client.close()
         return answer(usage, finish)
 
-    async def _connection(self) -> Client:
+    async def _connection(self) -> GrpcClient:
         while self._idle:
             client = self._idle.pop()
             if client.usable:

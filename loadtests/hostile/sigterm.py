@@ -21,7 +21,7 @@ import yaml
 
 from cluster.api.types import ModelSpec
 from cluster.controller.controller import Controller
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.ray.backend import ChildBackend
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc as pb_grpc
@@ -106,7 +106,7 @@ async def one_replica(ray: RayNodes, checkpoint: Path, link: str) -> AsyncIterat
     """A controller that keeps one replica of the model up."""
     spec = ModelSpec(MODEL, f"sim://{checkpoint}?decode_ms={DECODE_MS}&max_num_seqs=64")
     backend = ChildBackend("sigterm", ray.head.address, ray.head.environment(), ray.folder / "driver.log")
-    end = ControllerEnd(controller_id="sigterm", gateways=[link], tls=None, bundles=lambda _: None)
+    end = ControllerLinks(controller_id="sigterm", gateways=[link], tls=None, bundles=lambda _: None)
     controller = Controller(backend, end)
     controller.want([ReplicaSettings(spec, "sigterm", gateways=(link,), drain_timeout_s=DRAIN_S)])
     parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]

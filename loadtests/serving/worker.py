@@ -23,7 +23,7 @@ from cluster.process import memory
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.worker.engine.simulated.engine import SCHEME, SimConfig, SimEngine
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 
 
 def engine_of(arguments: argparse.Namespace) -> Engine:
@@ -59,7 +59,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             model=arguments.name,
             bundle_digest=bundle.digest,
         )
-        end = WorkerEnd(
+        end = WorkerSession(
             identity=identity,
             engine=engine,
             info=info,

@@ -12,8 +12,8 @@ from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 from cluster.policy.fairness.waiting_room import WaitingRoom
-from cluster.policy.routing.router import Candidate, Decision, RouteCall, pick
-from cluster.wire.credit import Grant, Purse
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, pick
+from cluster.wire.credit import CreditBalance, Grant
 from loadtests.sim.worker import SimSubmit, SimWorker
 
 MODEL = "m"
@@ -64,7 +64,7 @@ class SimGateway:
         self.room = WaitingRoom(max_requests=10**6, max_tokens=10**12, max_wait_s=1e9, order_of=order_of)
         self._workers = workers
         self._service = service
-        self._purses = [Purse() for _ in workers]
+        self._purses = [CreditBalance() for _ in workers]
         self._running = [0] * len(workers)
         self._prefill_tokens = [0] * len(workers)
         self._told = told
@@ -118,7 +118,7 @@ class SimGateway:
     def pump(self, now: float) -> None:
         """Send who has his turn while somebody has room."""
         while True:
-            decision: Decision | None = None
+            decision: RoutingDecision | None = None
 
             def fits(waiting: Waiting) -> bool:
                 nonlocal decision

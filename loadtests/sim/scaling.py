@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from cluster.policy.fairness.output_lengths import KEPT, LearntOutputs
 from cluster.policy.scaling.portfolio import (
     ClassDemand,
-    Decision,
     Memory,
     ModelSeen,
     ModelSettings,
     Observation,
     Rates,
+    ReplicaDecision,
     ReplicaSeen,
     decide,
 )
@@ -72,7 +72,7 @@ class Track:
     starts: int = 0
     downs: int = 0
     reversed_downs: int = 0
-    decisions: list[Decision] = field(default_factory=list)
+    decisions: list[ReplicaDecision] = field(default_factory=list)
 
     @property
     def attainment(self) -> float:
@@ -89,7 +89,7 @@ class OurPolicy:
 
     def __init__(self, keep: bool = False) -> None:
         self.memory = Memory()
-        self.kept: list[Decision] | None = [] if keep else None
+        self.kept: list[ReplicaDecision] | None = [] if keep else None
 
     def __call__(self, observation: Observation, now_s: float) -> Mapping[str, int]:
         """Wanted replicas."""

@@ -10,8 +10,8 @@ from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.served_tokens import ServedMeter
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.policy.fairness.token_cost import Charge
-from cluster.wire.credit import Grant, Granter, Room
-from cluster.worker.admission_window import Lookahead
+from cluster.wire.credit import Capacity, CreditGranter, Grant
+from cluster.worker.admission_window import AdmissionWindow
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.model import SimModel
 from loadtests.sim.events import Agenda
@@ -54,12 +54,12 @@ class SimWorker:
         self.tokens = 0
         """Held by calls: prompts and outputs so far."""
         self._model = SimModel(config)
-        self._granter = Granter()
+        self._granter = CreditGranter()
         self._agenda = agenda
         self._heard = heard
         self._live: dict[str, _Live] = {}
         self._stepping = False
-        self._lookahead = Lookahead(config.max_num_seqs, config.max_num_batched_tokens)
+        self._lookahead = AdmissionWindow(config.max_num_seqs, config.max_num_batched_tokens)
         # Of equal claims the lower link gets what does not divide; were it the same gateway at every worker, the last
         # would have no credit at all while nobody waits.
         self._turned = {link: (link + int(name)) % gateways for link in range(gateways)}
@@ -80,9 +80,9 @@ class SimWorker:
         return self._lookahead.places
 
     @property
-    def room(self) -> Room:
+    def room(self) -> Capacity:
         """What it can take now."""
-        return Room(self._lookahead.sequences, self.kv_tokens - self.tokens)
+        return Capacity(self._lookahead.sequences, self.kv_tokens - self.tokens)
 
     @property
     def kv_tokens(self) -> int:
@@ -137,7 +137,7 @@ class SimWorker:
         for grant in self._granter.grants(self.room):
             self._heard.granted(self._gateway_of[grant.link], grant)
 
-    def promised(self) -> Room:
+    def promised(self) -> Capacity:
         """What gateways may still send."""
         return self._granter.promised()
 

@@ -17,11 +17,11 @@ import pytest
 from cluster.admin.v1 import admin_pb2
 from cluster.cli.access import Access
 from cluster.cli.local.run_folder import ProcessId, RunFolder
-from cluster.cli.remote_tenant_service import RemoteDesk
+from cluster.cli.remote_tenant_service import RemoteTenantService
 from cluster.config.schema import parse
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, UsageQuery
-from cluster.ledger.tenants.service import By, Desk, LedgerDesk
+from cluster.ledger.tenants.service import By, LedgerTenantService, TenantService
 from tests.ledger.samples import record
 from tests.support.admin import AdminClient, role_key, until_known
 from tests.support.certificates import Authority
@@ -74,7 +74,7 @@ async def good(*arguments: str) -> Any:
 # ---- one port, two desks
 
 
-def script(name: str) -> Iterator[tuple[str, Callable[[Desk, list[Any]], Any]]]:
+def script(name: str) -> Iterator[tuple[str, Callable[[TenantService, list[Any]], Any]]]:
     """What an operator may come to do, good and bad, with a tenant of this name."""
     usage = UsageQuery(("model", "label:team"), tenant=name)
     yield "create", lambda d, _: d.create_tenant(name, {"class": "batch", "limits": {"tokens_per_minute": 5}})
@@ -116,7 +116,7 @@ def script(name: str) -> Iterator[tuple[str, Callable[[Desk, list[Any]], Any]]]:
     yield "erase again", lambda d, _: d.delete_tenant(name, erase=True, reason="x")
 
 
-def transcript(desk: Desk, name: str) -> list[tuple[str, Any]]:
+def transcript(desk: TenantService, name: str) -> list[tuple[str, Any]]:
     """What became of each step, without names, ids and times."""
     said: list[tuple[str, Any]] = []
     made: list[Any] = []
@@ -163,7 +163,7 @@ async def test_both_desks_do_the_same(keyed: Keyed, key: str) -> None:
             ]
         )
     config = parse(keyed.file.read_text())
-    here = LedgerDesk(
+    here = LedgerTenantService(
         keyed.ledger,
         By("cli:me"),
         lambda event: keyed.ledger.audit.insert([event]),
@@ -172,7 +172,7 @@ async def test_both_desks_do_the_same(keyed: Keyed, key: str) -> None:
         classes=[one.name for one in config.classes],
         rates=None if config.cost is None else _rates(config.cost),
     )
-    over = RemoteDesk(Access(keyed.gateway.endpoints["admin"], key))
+    over = RemoteTenantService(Access(keyed.gateway.endpoints["admin"], key))
     try:
         told = [await asyncio.to_thread(transcript, desk, name) for desk, name in ((here, "t-here"), (over, "t-over"))]
     finally:
@@ -183,9 +183,9 @@ async def test_both_desks_do_the_same(keyed: Keyed, key: str) -> None:
 
 
 def _rates(cost: Any) -> Any:
-    from cluster.ledger.rows import Rates
+    from cluster.ledger.rows import Prices
 
-    return Rates(cost.currency, dict(cost.gpu_hour))
+    return Prices(cost.currency, dict(cost.gpu_hour))
 
 
 # ---- the commands

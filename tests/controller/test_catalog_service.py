@@ -11,7 +11,7 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.outcomes import CallError, Outcome
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import Desk, KeptFile
+from cluster.controller.catalog_service import KeptFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller, settings_of
 from tests.controller.test_controller import FakeGateways
@@ -35,7 +35,7 @@ class Shop:
         self.ray = ray or FakeRay()
         self.gateways = FakeGateways(linked=0)
         self.controller = Controller(self.ray, self.gateways, wall_s=lambda: 0.0)
-        self.desk = Desk(
+        self.desk = StoredCatalogService(
             parse(FILE),
             self.controller,
             KeptFile(folder / "catalog.json", life),

@@ -15,7 +15,7 @@ from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionTally
 from cluster.config.schema import parse
 from cluster.controller.controller import QUIET_S, Controller, settings_of
 from cluster.controller.links import FleetWorker
-from cluster.policy.scaling.scaler import Asked
+from cluster.policy.scaling.scaler import OperatorRequest
 from cluster.ray.backend import Backend, RayAway
 from cluster.ray.several_clusters import SeveralRays
 from cluster.wire.lost_engines import LostEngine
@@ -415,11 +415,11 @@ async def test_frozen_models_stay_as_they_are() -> None:
     ray, gateways = FakeRay(), FakeGateways()
     loop = controller(ray, gateways, settings("m"))
     await loop.step()
-    loop.scaler.asked = Asked(frozen=frozenset({"m"}))
+    loop.scaler.asked = OperatorRequest(frozen=frozenset({"m"}))
     loop.want([settings("m", revision="b")])
     await loop.step()
     assert ray.journal == ["deploy m"]
-    loop.scaler.asked = Asked()
+    loop.scaler.asked = OperatorRequest()
     await loop.step()
     assert ray.journal == ["deploy m", "deploy m"]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cluster.api.types import ModelSpec, Standing
+from cluster.api.types import DrainState, ModelSpec
 from cluster.config.schema import parse
 from cluster.controller import scaling
 from cluster.controller.links import FleetWorker
 from cluster.observe.metrics import Metrics
 from cluster.policy.catalog.reconcile import Observed
-from cluster.policy.scaling.scaler import Asked, OnRay, Scaler
+from cluster.policy.scaling.scaler import OnRay, OperatorRequest, Scaler
 
 
 def test_what_ray_has_is_summed_by_model() -> None:
@@ -27,7 +27,7 @@ def test_what_ray_has_is_summed_by_model() -> None:
 def test_workers_that_drain_do_not_serve() -> None:
     """And one whose engine's limits nobody has told has none."""
     drains = FleetWorker(
-        "w", "i", "m", standing=Standing.DRAINING, max_num_seqs=4, max_num_batched_tokens=8, kv_tokens=9
+        "w", "i", "m", standing=DrainState.DRAINING, max_num_seqs=4, max_num_batched_tokens=8, kv_tokens=9
     )
     told, plain = scaling.workers_of([drains, FleetWorker("v", "j", "m")])
     assert (told.serves, told.limits is not None and told.limits.kv_tokens) == (False, 9)
@@ -37,13 +37,13 @@ def test_workers_that_drain_do_not_serve() -> None:
 def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
     """Nothing where nothing is; and a file that cannot be read stops no controller."""
     file = scaling.AskedFile(tmp_path / "scaling.json")
-    assert file.read() == Asked()
-    asked = Asked({"m": 3}, frozenset({"n"}), True)
+    assert file.read() == OperatorRequest()
+    asked = OperatorRequest({"m": 3}, frozenset({"n"}), True)
     file.keep(asked)
     assert file.read() == asked
     for damaged in ("", "[]", '{"manual": 1}'):
         (tmp_path / "scaling.json").write_text(damaged)
-        assert file.read() == Asked()
+        assert file.read() == OperatorRequest()
 
 
 def test_counters_grow_by_what_has_come() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from cluster.gateway.batcher import Together
+from cluster.gateway.batcher import Batcher
 
 
 class Store:
@@ -30,7 +30,7 @@ class Store:
 async def test_what_comes_meanwhile_goes_together() -> None:
     """The first at once, the others with the next, each with its own answer, no more than fit."""
     store = Store()
-    ask = Together(store, most=3)
+    ask = Batcher(store, most=3)
     first = ask("a")
     await asyncio.sleep(0)
     others = [ask(one) for one in ("b", "bad", "c", "d")]
@@ -50,7 +50,7 @@ async def test_a_store_that_is_away_is_everyones_error() -> None:
     store = Store()
     store.go.set()
     store.away = True
-    ask = Together(store)
+    ask = Batcher(store)
     got = await asyncio.gather(ask("a"), ask("b"), return_exceptions=True)
     assert [type(one) for one in got] == [OSError, OSError]
     store.away = False
@@ -61,7 +61,7 @@ async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
     """A store's loss is waited out once, also by those that came meanwhile."""
     store = Store()
     store.away = True
-    ask = Together(store)
+    ask = Batcher(store)
     first = ask("a")
     await asyncio.sleep(0)
     second = ask("b")
@@ -74,7 +74,7 @@ async def test_who_waits_behind_a_failure_does_not_wait_for_another() -> None:
 async def test_who_no_longer_waits_is_not_asked() -> None:
     """One that has gone before its turn is left out; one that goes during it changes nothing for the others."""
     store = Store()
-    ask = Together(store)
+    ask = Batcher(store)
     first, gone = ask("a"), ask("b")
     gone.cancel()
     await asyncio.sleep(0)

@@ -15,7 +15,14 @@ from cluster.gateway.apis.grpc import requests as grpc_requests
 from cluster.gateway.apis.openai import requests as openai_requests
 from cluster.gateway.apis.openai.fields import Fields
 from cluster.gateway.apis.openai.requests import as_asked
-from cluster.gateway.calls.request import Options, TextPrompt, Wish, check_metadata, check_options, sampling
+from cluster.gateway.calls.request import (
+    GenerationRequest,
+    RequestOptions,
+    TextPrompt,
+    check_metadata,
+    check_options,
+    sampling,
+)
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat
 from tests.support.http import chat_body
@@ -24,7 +31,7 @@ MANY = 300_000
 LONG = "x" * 10_000_000
 
 
-def _error(options: Options) -> CallError:
+def _error(options: RequestOptions) -> CallError:
     with pytest.raises(CallError) as raised:
         check_options(options)
     return raised.value
@@ -42,7 +49,7 @@ def _error(options: Options) -> CallError:
 def test_what_is_too_long_is_refused_by_its_count_alone(field: str, value: Any) -> None:
     """A list of 300,000 wrong entries is one violation, found and renamed in well under a second (it took hours)."""
     began = time.process_time()
-    error = as_asked(_error(Options(**{field: value})), {"logprobs": "top_logprobs"})
+    error = as_asked(_error(RequestOptions(**{field: value})), {"logprobs": "top_logprobs"})
     assert time.process_time() - began < 1.0
     (only,) = error.violations
     assert only.field in (field, "response_format.choice")
@@ -51,7 +58,7 @@ def test_what_is_too_long_is_refused_by_its_count_alone(field: str, value: Any) 
 
 def test_an_answer_names_ten_wrong_fields_at_most() -> None:
     """More of them cost more to render than to find, and nobody mends them by hand."""
-    error = _error(Options(stop_token_ids=(-1,) * 1000, temperature=-1.0))
+    error = _error(RequestOptions(stop_token_ids=(-1,) * 1000, temperature=-1.0))
     assert len(error.violations) == MAX_VIOLATIONS
     assert error.violations[0].field == "temperature"
     assert error.message.count(";") == MAX_VIOLATIONS - 1
@@ -119,9 +126,9 @@ def test_metadata_is_refused_in_few_words(metadata: dict[str, str], times: int) 
 @pytest.mark.parametrize(("ids", "min_tokens", "fits"), [(126, 1, True), (127, 1, False), (1024, 0, True)])
 def test_ends_of_a_call_with_min_tokens_fit_into_the_engines_table(ids: int, min_tokens: int, fits: bool) -> None:
     """128 with the EOS ids: vLLM's V2 runner ends the engine core, and all streams with it, for one more."""
-    options = Options(stop_token_ids=tuple(range(ids)), min_tokens=min_tokens)
+    options = RequestOptions(stop_token_ids=tuple(range(ids)), min_tokens=min_tokens)
     check_options(options)
-    wish = Wish("m", TextPrompt("x"), options)
+    wish = GenerationRequest("m", TextPrompt("x"), options)
     if fits:
         assert sampling(wish, {}, 5, 100, 2000, eos_token_ids=(0, 1)).stop_token_ids
         return

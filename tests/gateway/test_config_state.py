@@ -11,7 +11,7 @@ import pytest
 
 from cluster.api.types import CatalogEntry, ModelState
 from cluster.gateway.config_state import ConfigState
-from cluster.gateway.models import Directory
+from cluster.gateway.models import ModelDirectory
 from cluster.v1 import inference_pb2 as pb
 from tests.support.cluster import LOOPBACK, until
 from tests.support.gateway_process import gateway_process
@@ -28,7 +28,7 @@ async def no_bundle(_: str) -> object:
 async def test_a_gateway_with_wrong_models_serves_its_last_catalog(tmp_path: Path) -> None:
     """Each gateway that restarted on such a file ended: the fleet was gone within days of the change."""
     folder = tmp_path / "gateway"
-    Directory(folder, no_bundle).catalog([CatalogEntry("m", ("default",), state=ModelState.READY)])  # type: ignore[arg-type]
+    ModelDirectory(folder, no_bundle).catalog([CatalogEntry("m", ("default",), state=ModelState.READY)])  # type: ignore[arg-type]
     async with gateway_process(folder, WRONG) as process:
         answer = await process.stub.ListModels(pb.ListModelsRequest(), timeout=10)
         assert [(one.name, list(one.aliases)) for one in answer.models] == [("m", ["default"])]

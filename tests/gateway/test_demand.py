@@ -8,7 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.demand import GROWTH_TOKENS, Tally, within_slo
+from cluster.gateway.demand import GROWTH_TOKENS, DemandTally, within_slo
 from cluster.policy.fairness.order import Waiting
 
 CLASSES = {"interactive": 0, "batch": 2}
@@ -23,7 +23,7 @@ def one(number: int, priority_class: str = "batch", arrived: float = 0.0, deadli
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.sampled_from(list(CLASSES))), max_size=80))
 def test_counts_are_those_of_the_line(steps: list[tuple[bool, int, str]]) -> None:
     """Whatever comes, goes, and goes twice."""
-    tally, line, arrived = Tally(), dict[int, str](), dict.fromkeys(CLASSES, 0)
+    tally, line, arrived = DemandTally(), dict[int, str](), dict.fromkeys(CLASSES, 0)
     for comes, number, name in steps:
         if comes and number not in line:
             tally.arrived(one(number, name))
@@ -55,7 +55,7 @@ LENGTHS = st.tuples(st.integers(1, 50), st.integers(0, 300), st.booleans())
 def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, bool]], chance: random.Random) -> None:
     """Whatever was foreseen: at every moment no less than before; in the end what ran counts as what it came to, and
     what did not as was foreseen, once more has come than was foreseen too much."""
-    tally, told = Tally(), 0
+    tally, told = DemandTally(), 0
 
     def look() -> int:
         nonlocal told
@@ -85,7 +85,7 @@ def test_in_the_end_demand_is_what_was_generated(lengths: list[tuple[int, int, b
 
 def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
     """In steps of some tokens, not at its end alone; what came to another gateway counts there."""
-    tally = Tally()
+    tally = DemandTally()
     tally.arrived(one(1))
     for tokens, counted in ((7 + GROWTH_TOKENS - 1, 7), (7 + GROWTH_TOKENS, 7 + GROWTH_TOKENS), (200, 200)):
         tally.grew(one(1), tokens)
@@ -99,7 +99,7 @@ def test_what_outgrows_its_guess_counts_while_it_runs() -> None:
 
 def test_waits_and_deadlines() -> None:
     """The oldest and the nearest; nobody is held where somebody serves; put back, it stands there once."""
-    tally = Tally()
+    tally = DemandTally()
     for waiting in (one(1, arrived=1.0), one(2, arrived=2.0, deadline=9.0), one(2, arrived=2.0, deadline=9.0)):
         tally.waits(waiting)
     (told,) = tally.classes("m", 5.0, served=True)

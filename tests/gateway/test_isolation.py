@@ -15,7 +15,7 @@ from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import Output
+from cluster.gateway.calls.sequence import CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel
@@ -164,7 +164,7 @@ class Rig:
         text: TextSource = self.text.detokenizer(list(ids), stop=(), min_tokens=0)
         if poison.text:
             text = FaultyText(text, poison.text, poison.error)
-        call.sequences.append(Output(call, 0, replace(request, **poison.request), text))
+        call.sequences.append(CallSequence(call, 0, replace(request, **poison.request), text))
         if poison.listener:
             call.listener = breaks
         return call

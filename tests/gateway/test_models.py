@@ -11,7 +11,7 @@ import pytest
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, ModelState
-from cluster.gateway.models import Directory
+from cluster.gateway.models import ModelDirectory
 from cluster.policy.tenants.identity import Principal
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.wire.bundle import Bundle
@@ -27,7 +27,7 @@ def caller(*models: str) -> Principal:
     return Principal(TenantPolicy("acme", models=models), by="key", subject="k")
 
 
-def work_of(directory: Directory, name: str, who: Principal) -> list[tuple[str, int]]:
+def work_of(directory: ModelDirectory, name: str, who: Principal) -> list[tuple[str, int]]:
     """Every line that is run to refuse a name."""
     lines: list[tuple[str, int]] = []
 
@@ -49,7 +49,7 @@ def work_of(directory: Directory, name: str, who: Principal) -> list[tuple[str, 
 @pytest.mark.parametrize("mine", [("open",), ("open", "other-*"), ("nothing",)])
 def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ...]) -> None:
     """A model of another tenant was refused 12 to 18 us later than none, since its names were looked through."""
-    directory = Directory(tmp_path, no_bundle)
+    directory = ModelDirectory(tmp_path, no_bundle)
     aliases = tuple(f"alias-{number}" for number in range(20))
     directory.catalog(
         [
@@ -66,7 +66,7 @@ def test_anothers_model_is_refused_like_none(tmp_path: Path, mine: tuple[str, ..
 
 def test_what_a_caller_may_use_follows_the_catalog(tmp_path: Path) -> None:
     """What policies open is kept by their patterns: it holds for the names of the newest catalog only."""
-    directory = Directory(tmp_path, no_bundle)
+    directory = ModelDirectory(tmp_path, no_bundle)
     directory.catalog([CatalogEntry("a", ("x",), state=ModelState.READY)])
     one, other = caller("x"), caller("b*")
     assert directory.resolve("a", one).name == directory.resolve("x", one).name == "a"

@@ -14,7 +14,7 @@ import pytest
 from cluster.api.types import WorkerIdentity
 from cluster.v1 import inference_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 from tests.support.calls import chat, refused, rest_of
 from tests.support.cluster import LOOPBACK, sim_engine, until
 
@@ -32,7 +32,7 @@ async def test_sigterm_ends_a_gateway_after_its_streams(tmp_path: Path, checkpoi
     await until(ready.exists, "the gateway is up")
     endpoints = json.loads(ready.read_text())["endpoints"]
     identity = WorkerIdentity("w", "i", "sim", bundle_digest=bundle.digest)
-    end = WorkerEnd(identity=identity, engine=engine, info=info, bundle=bundle, gateways=[endpoints["link"]])
+    end = WorkerSession(identity=identity, engine=engine, info=info, bundle=bundle, gateways=[endpoints["link"]])
     serving = asyncio.create_task(end.run())
     await until(lambda: end.statistics().promised.sequences > 0, "the gateway has room at the worker")
     try:

@@ -90,9 +90,9 @@ class _Methods:
 
 @asynccontextmanager
 async def _serve(
-    limits: http2.Limits | None = None,
+    limits: http2.ServerLimits | None = None,
     tls: ssl.SSLContext | None = None,
-    admission: http2.Admission | None = None,
+    admission: http2.ConnectionAdmission | None = None,
     gate: Gate | None = None,
     budget: Budget | None = None,
 ) -> AsyncIterator[Echo]:

@@ -11,18 +11,18 @@ import grpc.aio
 import pytest
 from hyperframe.frame import DataFrame
 
-from cluster.http2.client import CallEnded, Client, ClientCall, connect
+from cluster.http2.client import CallEnded, ClientCall, GrpcClient, connect
 from tests.http2.conftest import SERVICE, Serve
 
 CODE = grpc.StatusCode
 
 
-def opened(client: Client, method: str, *, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> ClientCall:
+def opened(client: GrpcClient, method: str, *, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> ClientCall:
     """A call of the echo server, in bytes."""
     return client.call(f"/{SERVICE}/{method}", bytes, bytes, metadata)
 
 
-async def one(client: Client, method: str, request: bytes) -> list[bytes]:
+async def one(client: GrpcClient, method: str, request: bytes) -> list[bytes]:
     """All answers to one request."""
     call = opened(client, method)
     call.send(request)

@@ -15,11 +15,11 @@ from cluster.http2.connection_table import (
     SHARES,
     UNREAD_PASSES,
     YOUNG_S,
+    ConnectionStage,
     ConnectionTable,
     Held,
     Pool,
     Port,
-    Stage,
     peer_of,
 )
 
@@ -37,7 +37,7 @@ NOW = count(step=10)
 class Fake:
     """A connection."""
 
-    stage: Stage = Stage.GREETED
+    stage: ConnectionStage = ConnectionStage.GREETED
     requests: int = 0
 
     def shed(self) -> None:
@@ -62,7 +62,7 @@ def come(pool: Pool, address: str) -> tuple[Held | None, Held | None]:
 def calls(held: Held) -> None:
     """A proven connection with a call under way."""
     held.prove()
-    connection_of(held).stage = Stage.CALLING
+    connection_of(held).stage = ConnectionStage.CALLING
 
 
 @given(cap=st.integers(1, 40), events=EVENTS)
@@ -74,7 +74,7 @@ def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tupl
             held, victim = come(pool, ADDRESSES[number % len(ADDRESSES)])
             if victim is not None:
                 kept.remove(victim)
-                assert not (victim.proven and connection_of(victim).stage is Stage.CALLING)
+                assert not (victim.proven and connection_of(victim).stage is ConnectionStage.CALLING)
             if held is None:
                 assert victim is None
             else:
@@ -87,7 +87,7 @@ def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tupl
                 one.release()
                 kept.remove(one)
             else:
-                connection_of(one).stage = Stage.CALLING if kind == "call" else Stage.GREETED
+                connection_of(one).stage = ConnectionStage.CALLING if kind == "call" else ConnectionStage.GREETED
                 connection_of(one).requests += kind == "call"
         assert len(pool) == len(kept) <= cap
         assert all(sum(h.peer == a for h in kept) <= pool.peer_cap for a in ADDRESSES)
@@ -178,8 +178,8 @@ def test_shares_of_all_ports_fit_the_descriptors(limit: int) -> None:
         assert sum(pool.cap for pool in table.pools.values()) <= limit - OWN_DESCRIPTORS + 2 * LEAST
 
 
-@given(stages=st.lists(st.sampled_from(Stage), min_size=16, max_size=16))
-def test_of_one_address_the_oldest_of_the_least_far_goes(stages: list[Stage]) -> None:
+@given(stages=st.lists(st.sampled_from(ConnectionStage), min_size=16, max_size=16))
+def test_of_one_address_the_oldest_of_the_least_far_goes(stages: list[ConnectionStage]) -> None:
     """A client would be cut between its connection and its credential, while strangers that say nothing stay."""
     pool = Pool(16)
     pool.peer_cap = 16
@@ -196,7 +196,7 @@ def test_a_connection_that_is_not_read_yet_has_not_been_silent() -> None:
     pool.peer_cap = 16
     held = [h for _ in range(16) if (h := pool.admit("10.0.0.1", 1.0)[0]) is not None]
     for one in held:
-        one.connection = Fake(Stage.GREETED)
+        one.connection = Fake(ConnectionStage.GREETED)
     newcomer, victim = pool.admit("10.0.0.1", 2.0)
     assert victim is held[0]
     _, victim = pool.admit("10.0.0.1", 2.01)

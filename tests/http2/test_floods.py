@@ -29,7 +29,7 @@ from tests.http2.raw import Raw, raw_client
 
 pytestmark = pytest.mark.slow
 
-LIMITS = http2.Limits(resets_burst=50, resets_per_s=1)
+LIMITS = http2.ServerLimits(resets_burst=50, resets_per_s=1)
 UNKNOWN = b"\x00\x00\x04\x77\x00\x00\x00\x00\x00abcd"
 
 
@@ -166,7 +166,7 @@ async def test_nothing_is_handled_after_the_cut(serve: Serve) -> None:
 
 async def test_a_client_that_reads_many_streams_may_say_so(serve: Serve) -> None:
     """Two window updates and a ping for each token of 64 streams: no frame of them is charged."""
-    limits = http2.Limits(resets_burst=20, resets_per_s=0.001)
+    limits = http2.ServerLimits(resets_burst=20, resets_per_s=0.001)
     streams, tokens = 64, 200
     async with serve(limits) as echo, raw_client(echo.port) as raw:
         ids = [await raw.call("Many", b"%dx12" % tokens) for _ in range(streams)]

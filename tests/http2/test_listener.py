@@ -61,7 +61,7 @@ async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, da
     """A stranger's idle connections would lock out every later client, and each would be a line of the log."""
     pool = Pool(CAP)
     with capture_logs() as lines:
-        async with serve(None, None, http2.Admission(pool)) as echo, channel_to(echo.port) as first:
+        async with serve(None, None, http2.ConnectionAdmission(pool)) as echo, channel_to(echo.port) as first:
             assert await call(first) == b"hello"
             async with strangers(echo.port, 100, data), channel_to(echo.port) as second:
                 assert await call(second) == b"hello"
@@ -83,7 +83,7 @@ async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_
     roots = grpc.ssl_channel_credentials(files.ca_file.read_bytes())
     pool = Pool(CAP)
     async with (
-        serve(None, tls, http2.Admission(pool)) as echo,
+        serve(None, tls, http2.ConnectionAdmission(pool)) as echo,
         strangers(echo.port, 100) as readers,
         channel_to(echo.port, roots) as channel,
     ):
@@ -97,7 +97,7 @@ async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_
 
 async def test_calls_under_way_keep_their_places(serve: Serve) -> None:
     """A newcomer would break a stream."""
-    async with serve(None, None, http2.Admission(Pool(2))) as echo:
+    async with serve(None, None, http2.ConnectionAdmission(Pool(2))) as echo:
         channels = [channel_to(echo.port) for _ in range(2)]
         streams: list[Any] = [one.stream_stream(f"/{SERVICE}/Back")() for one in channels]
         for stream in streams:

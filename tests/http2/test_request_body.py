@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import http2
-from cluster.policy.limits.request_bytes import Bounds, RequestBytes
+from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
 from tests.http2.conftest import SERVICE, Echo, _serve
 from tests.http2.raw import Raw, raw_client
 
@@ -48,7 +48,7 @@ class KeyGate:
 
 @asynccontextmanager
 async def serving(
-    bounds: Bounds, limits: http2.Limits | None = None
+    bounds: ByteBounds, limits: http2.ServerLimits | None = None
 ) -> AsyncIterator[tuple[Echo, KeyGate, RequestBytes]]:
     """A server with a gate and a budget, which is empty again in the end."""
     gate, budget = KeyGate(), RequestBytes(bounds, asyncio.get_running_loop().time)
@@ -89,14 +89,14 @@ def framed(message: bytes) -> bytearray:
 
 async def test_a_wrong_key_is_refused_at_the_head() -> None:
     """The body of a call that will be refused would be received whole before."""
-    async with serving(Bounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
+    async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
         stream_id = await raw.call("One", None)
         assert (await raw.until_ended(stream_id))["grpc-status"] == str(CODE.UNAUTHENTICATED.value[0])
 
 
 async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
     """Forty calls of a stranger would bring in forty times a window, and more as it was read."""
-    async with serving(Bounds(MIB, MIB, MIB)) as (echo, gate, _), raw_client(echo.port) as raw:
+    async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()
         await greeted(raw)
         uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB // 2)) for _ in range(40)}
@@ -116,7 +116,7 @@ async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
 
 async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
     """Twenty unfinished bodies would be held whole."""
-    async with serving(Bounds(2 * MIB, 2 * MIB, 8 * MIB)) as (echo, _, budget), raw_client(echo.port) as raw:
+    async with serving(ByteBounds(2 * MIB, 2 * MIB, 8 * MIB)) as (echo, _, budget), raw_client(echo.port) as raw:
         await greeted(raw)
         uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB)) for _ in range(20)}
         for data in uploads.values():
@@ -131,7 +131,7 @@ async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
 
 async def test_a_message_without_a_credential_is_short() -> None:
     """A method that anybody may call would take the largest message of anybody."""
-    async with serving(Bounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
+    async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
         stream_id = await raw.call("Many", None)
         raw.h2.send_data(stream_id, bytes(framed(bytes(100_000))[:1000]))
         await raw.flush()
@@ -141,8 +141,8 @@ async def test_a_message_without_a_credential_is_short() -> None:
 
 async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
     """Thousands of calls at once would be opened before the first credential is checked."""
-    limits = http2.Limits(stranger_calls=10)
-    async with serving(Bounds(MIB, MIB, MIB), limits) as (echo, gate, _), raw_client(echo.port) as raw:
+    limits = http2.ServerLimits(stranger_calls=10)
+    async with serving(ByteBounds(MIB, MIB, MIB), limits) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()
         ids = [await raw.call("One", b"x", key="a") for _ in range(12)]
         await raw.until_ended(ids[-1])
@@ -155,10 +155,10 @@ async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
 
 async def test_a_decompressed_message_counts() -> None:
     """Messages that decompress to a thousand times their size would be held beside the budget."""
-    bounds = Bounds(4 * MIB, 4 * MIB, 4 * MIB)
+    bounds = ByteBounds(4 * MIB, 4 * MIB, 4 * MIB)
     packed = gzip.compress(bytes(3 * MIB))
     async with (
-        serving(bounds, http2.Limits(max_message_bytes=3 * MIB)) as (echo, _, budget),
+        serving(bounds, http2.ServerLimits(max_message_bytes=3 * MIB)) as (echo, _, budget),
         grpc.aio.insecure_channel(echo.address, compression=grpc.Compression.Gzip) as channel,
     ):
         assert len(packed) < WINDOW
@@ -185,7 +185,7 @@ def test_law_all_complete_within_any_budget(calls: list[tuple[str, int]], stream
     """Whatever is sent at once over one connection, a budget of one message delays it and never stops it."""
 
     async def play() -> None:
-        async with serving(Bounds(300_000, 400_000, 500_000)) as (echo, _, budget):
+        async with serving(ByteBounds(300_000, 400_000, 500_000)) as (echo, _, budget):
             async with grpc.aio.insecure_channel(echo.address) as channel, asyncio.timeout(30):
                 one: Any = channel.unary_unary(f"/{SERVICE}/One")
                 back: Any = channel.stream_stream(f"/{SERVICE}/Back")

@@ -105,7 +105,7 @@ async def test_deadline_and_cancel_end_the_handler(serve: Serve) -> None:
 
 async def test_messages_over_the_limit(serve: Serve) -> None:
     """Refused, and the connection goes on."""
-    limits = http2.Limits(max_message_bytes=1000)
+    limits = http2.ServerLimits(max_message_bytes=1000)
     async with serve(limits) as echo, grpc.aio.insecure_channel(echo.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await unary_unary(channel, "One")(b"x" * 1001)
@@ -154,7 +154,7 @@ async def test_a_wider_window_is_confirmed_before_it_is_used(serve: Serve) -> No
 
 async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> None:
     """What has not been read is bounded by the stream's window."""
-    limits = http2.Limits(window_bytes=10_000)
+    limits = http2.ServerLimits(window_bytes=10_000)
     async with serve(limits) as echo, raw_client(echo.port) as raw:
         while not raw.events:  # the server's settings come first: they tell the window
             await raw.receive()
@@ -169,7 +169,7 @@ async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> No
 
 async def test_what_was_read_is_given_back_once(serve: Serve) -> None:
     """After any number of messages that a handler has read, the client may send as much as in the beginning."""
-    limits = http2.Limits(window_bytes=10_000, connection_window_bytes=65_535)
+    limits = http2.ServerLimits(window_bytes=10_000, connection_window_bytes=65_535)
     async with serve(limits) as echo, raw_client(echo.port, window=1 << 20) as raw:
         while not raw.events:
             await raw.receive()
@@ -199,7 +199,7 @@ async def test_a_client_that_says_goodbye_gets_its_running_calls(serve: Serve) -
 
 async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
     """Rapid reset: opening and resetting streams faster than any client would."""
-    limits = http2.Limits(resets_burst=50, resets_per_s=1)
+    limits = http2.ServerLimits(resets_burst=50, resets_per_s=1)
     async with serve(limits) as echo, raw_client(echo.port) as raw:
         for _ in range(60):
             stream_id = await raw.call("Forever", b"")
@@ -232,7 +232,7 @@ async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve:
 async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve) -> None:
     """At its age limit a client is asked to go elsewhere; running calls end, new ones find a new connection."""
     async with (
-        serve(http2.Limits(age_s=0.3, age_grace_s=30)) as echo,
+        serve(http2.ServerLimits(age_s=0.3, age_grace_s=30)) as echo,
         grpc.aio.insecure_channel(echo.address) as channel,
     ):
         one = unary_unary(channel, "One")
@@ -284,7 +284,7 @@ def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
 
 async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
     """HTTP/1.1 gets a word, noise and silence do not; a real client is served beside them."""
-    async with serve(http2.Limits(hello_s=0.3)) as echo:
+    async with serve(http2.ServerLimits(hello_s=0.3)) as echo:
         for name, begin in silent_clients(echo.port):
             reader, writer = await asyncio.open_connection("127.0.0.1", echo.port)
             writer.write(begin)
@@ -298,7 +298,7 @@ async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
 
 async def test_a_request_that_never_comes_whole(serve: Serve) -> None:
     """A call whose request dribbles in is ended."""
-    async with serve(http2.Limits(request_s=0.2)) as echo, raw_client(echo.port) as raw:
+    async with serve(http2.ServerLimits(request_s=0.2)) as echo, raw_client(echo.port) as raw:
         stream_id = await raw.call("One", b"half", end=False)
         trailers = await asyncio.wait_for(raw.until_ended(stream_id), 5)
         assert trailers["grpc-status"] == str(CODE.DEADLINE_EXCEEDED.value[0])

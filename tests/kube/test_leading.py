@@ -11,12 +11,12 @@ import pytest
 
 from cluster.kube.api import ApiAway, Conflict, KubeLease
 from cluster.kube.leading import Leader, StoodStill
-from cluster.kube.lease import Record, Terms
+from cluster.kube.lease import LeaseRecord, LeaseTerms
 from tests.support.kube_api import FakeApi, kube_api
 
 pytestmark = pytest.mark.slow
 
-QUICK = Terms(lease_s=1.2, yield_s=0.8, again_s=0.03)
+QUICK = LeaseTerms(lease_s=1.2, yield_s=0.8, again_s=0.03)
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def test_a_lease_is_made_kept_and_taken(api: FakeApi) -> None:
     assert store.read() is None
     made = store.write("a", None)
     assert store.read() == made
-    assert made == Record("a", made.version, 0)
+    assert made == LeaseRecord("a", made.version, 0)
     with pytest.raises(Conflict, match="already exists"):
         store.write("b", None)
     kept = store.write("a", made)
-    assert kept == Record("a", kept.version, 0)
+    assert kept == LeaseRecord("a", kept.version, 0)
     with pytest.raises(Conflict, match="has been modified"):
         store.write("b", made)
     assert store.write("b", kept).transitions == 1

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.kube.lease import Candidate, Record, Take, Terms
+from cluster.kube.lease import LeaseCandidate, LeaseRecord, LeaseTake, LeaseTerms
 
-TERMS = Terms(lease_s=15.0, yield_s=10.0, again_s=2.0)
+TERMS = LeaseTerms(lease_s=15.0, yield_s=10.0, again_s=2.0)
 
 
 @dataclass
@@ -20,15 +20,15 @@ class World:
 
     random: random.Random
     count: int
-    record: Record | None = None
+    record: LeaseRecord | None = None
     now_s: float = 0.0
     version: int = 0
-    candidates: list[Candidate] = field(default_factory=list)
+    candidates: list[LeaseCandidate] = field(default_factory=list)
     offsets_s: list[float] = field(default_factory=list)
     dead: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.candidates = [Candidate(f"c{i}", TERMS) for i in range(self.count)]
+        self.candidates = [LeaseCandidate(f"c{i}", TERMS) for i in range(self.count)]
         self.offsets_s = [self.random.uniform(0, 1e6) for _ in range(self.count)]
 
     def clock_s(self, who: int) -> float:
@@ -54,7 +54,7 @@ class World:
         if self.random.random() < failures or take.over != self.record:
             return
         self.version += 1
-        self.record = Record(self.candidates[who].me, str(self.version))
+        self.record = LeaseRecord(self.candidates[who].me, str(self.version))
         written = self.record
         self.wait(delay_s)
         if self.random.random() >= failures:
@@ -101,16 +101,16 @@ def test_the_next_acts_soon_after_the_last_has_died(seed: int, count: int) -> No
 
 def test_a_record_that_was_given_up_is_taken_at_once() -> None:
     """Nobody's record need not stand for the length of a lease."""
-    candidate = Candidate("b", TERMS)
-    given_up = Record("", "7")
-    assert candidate.look(given_up, 0.0)[1] == Take(given_up)
-    held, take = candidate.look(Record("a", "8"), 0.0)
+    candidate = LeaseCandidate("b", TERMS)
+    given_up = LeaseRecord("", "7")
+    assert candidate.look(given_up, 0.0)[1] == LeaseTake(given_up)
+    held, take = candidate.look(LeaseRecord("a", "8"), 0.0)
     assert take is None
-    assert held.look(Record("a", "8"), TERMS.lease_s - 0.01)[1] is None
-    assert held.look(Record("a", "8"), TERMS.lease_s)[1] == Take(Record("a", "8"))
+    assert held.look(LeaseRecord("a", "8"), TERMS.lease_s - 0.01)[1] is None
+    assert held.look(LeaseRecord("a", "8"), TERMS.lease_s)[1] == LeaseTake(LeaseRecord("a", "8"))
 
 
 def test_terms_that_overlap_are_refused() -> None:
     """A holder has to stop before another may begin."""
     with pytest.raises(ValueError, match="must hold"):
-        Terms(lease_s=10.0, yield_s=10.0)
+        LeaseTerms(lease_s=10.0, yield_s=10.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli.local.run_folder import RunFolder
-from cluster.gateway.resume_tokens.first_claims import FileTakers
+from cluster.gateway.resume_tokens.first_claims import FileFirstClaims
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process.private_files import make_private_folder, narrow
@@ -71,7 +71,7 @@ def test_what_an_earlier_release_made_is_narrowed(tmp_path: Path) -> None:
 async def test_the_record_of_resumptions_is_private(tmp_path: Path) -> None:
     """Else the second SQLite file of a gateway is readable."""
     with umask(0o000):
-        assert await FileTakers(tmp_path / "deep" / "state" / "taken.db").take("one", 9e9)
+        assert await FileFirstClaims(tmp_path / "deep" / "state" / "taken.db").take("one", 9e9)
         assert wide(tmp_path / "deep") == {}
 
 

@@ -20,10 +20,10 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.types import CatalogEntry
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import Desk, KeptFile
+from cluster.controller.catalog_service import KeptFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller, settings_of
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.ray.backend import Backend, ChildBackend
 from tests.support.calls import Answer, chat, text_of
 from tests.support.checkpoints import build_checkpoint
@@ -84,7 +84,7 @@ class Load:
 class Operator:
     """Applies entries, and waits until the gateway shows what comes of it."""
 
-    def __init__(self, cluster: TestCluster, desk: Desk, folder: Path) -> None:
+    def __init__(self, cluster: TestCluster, desk: StoredCatalogService, folder: Path) -> None:
         self._cluster = cluster
         self._verbs = catalog_verbs(desk)
         self._folder = folder
@@ -129,9 +129,9 @@ class Operator:
 async def operating(cluster: TestCluster, backend: Backend, folder: Path) -> AsyncIterator[Operator]:
     """A controller at work over the link, and its desk."""
     address = cluster.gateway.endpoints["link"]
-    end = ControllerEnd(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
+    end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
     controller = Controller(backend, end, drain_timeout_s=60.0)
-    desk = Desk(
+    desk = StoredCatalogService(
         parse(FILE),
         controller,
         KeptFile(folder / "catalog.json", "one"),

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.api.types import ModelSpec
 from cluster.controller.controller import Controller
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.ray.backend import ChildBackend
 from cluster.worker.settings import ReplicaSettings
 from tests.support.calls import chat, rest_of, text_of
@@ -35,7 +35,7 @@ async def test_a_downscale_cuts_no_stream(backend: ChildBackend, tmp_path: Path)
         def links() -> dict[str, int]:
             return {one.identity.incarnation: one.running for one in cluster.gateway.hub.links}
 
-        end = ControllerEnd(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
+        end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
         controller = Controller(backend, end)
         controller.want([sim(checkpoint, address, 2)])
         await controller.step()

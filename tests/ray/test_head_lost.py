@@ -15,8 +15,8 @@ import pytest
 
 from cluster.api.types import ModelSpec, ModelState
 from cluster.controller.controller import Controller
-from cluster.controller.links import ControllerEnd
-from cluster.ray.backend import Snapshot
+from cluster.controller.links import ControllerLinks
+from cluster.ray.backend import RaySnapshot
 from cluster.ray.jobs import JobBackend
 from cluster.v1 import inference_pb2 as pb
 from cluster.worker.settings import ReplicaSettings
@@ -50,7 +50,7 @@ class Journal(JobBackend):
     changes: list[str]
     looks: int = 0
 
-    async def observe(self) -> Snapshot:
+    async def observe(self) -> RaySnapshot:
         """Counted once it is answered."""
         snapshot = await super().observe()
         self.looks += 1
@@ -135,7 +135,7 @@ async def world(ray: HeadAndNode, folder: Path) -> AsyncIterator[World]:
         cuttable(cluster.gateway.endpoints["link"], ray.net.address) as door,  # links without TLS are for loopback
     ):
         links = [cluster.gateway.endpoints["link"]]
-        end = ControllerEnd(controller_id="test", gateways=links, tls=None, bundles=lambda _: None)
+        end = ControllerLinks(controller_id="test", gateways=links, tls=None, bundles=lambda _: None)
         controller = Controller(backend, end)
         parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
         try:

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.api.types import ModelSpec, Standing
+from cluster.api.types import DrainState, ModelSpec
 from cluster.controller.controller import Controller
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.server import Gateway
 from cluster.link.v1 import link_pb2 as link_pb
@@ -60,7 +60,7 @@ async def serving(cluster: TestCluster, ray: RayNodes, folder: Path) -> AsyncIte
     address = cluster.gateway.endpoints["link"]
     spec = ModelSpec("sim", f"sim://{folder}?decode_ms=8&max_num_seqs=64")
     settings = ReplicaSettings(spec, "test", gateways=(address,), drain_timeout_s=DRAIN_S)
-    end = ControllerEnd(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
+    end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
     backend = ChildBackend("test", ray.head.address, ray.head.environment(), ray.folder / "driver.log")
     controller = Controller(backend, end)
     parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
@@ -124,7 +124,7 @@ async def test_sigterm_to_a_node_breaks_no_stream(tmp_path: Path) -> None:
             assert leaving.running == 20
             other.command(link_pb.Command(uncordon=link_pb.Uncordon()))
             process, asked_at = ray.terminate("first"), time.monotonic()
-            await until(lambda: leaving.standing is Standing.DRAINING, "the replica has begun to drain", 5)
+            await until(lambda: leaving.standing is DrainState.DRAINING, "the replica has begun to drain", 5)
             ended = await asyncio.gather(*map(rest_of, streams))
             await asyncio.to_thread(process.wait, 30)
             took_s = time.monotonic() - asked_at

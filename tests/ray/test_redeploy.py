@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.controller.controller import Controller
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.ray.backend import ChildBackend
 from tests.ray.test_downscale import sim
 from tests.support.calls import chat, rest_of, text_of
@@ -27,7 +27,7 @@ async def test_a_changed_entry_cuts_no_stream(backend: ChildBackend, tmp_path: P
     checkpoint = build_checkpoint("llama", tmp_path / "llama")
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]
-        end = ControllerEnd(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
+        end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: None)
         controller = Controller(backend, end)
         first = sim(checkpoint, address, 2)
         controller.want([first])

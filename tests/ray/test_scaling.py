@@ -11,9 +11,9 @@ import pytest
 from cluster.api.types import ModelSpec, ModelState
 from cluster.controller import scaling
 from cluster.controller.controller import Controller
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.policy.catalog.lifecycle import Known
-from cluster.policy.scaling.operator_requests import Desk
+from cluster.policy.scaling.operator_requests import ScalingRequests
 from cluster.policy.scaling.scaler import OnRay, Scaler, ScalingSettings
 from cluster.ray.backend import ChildBackend
 from cluster.wire.dial import read
@@ -33,11 +33,11 @@ async def test_to_zero_and_back_on_serve(backend: ChildBackend, tmp_path: Path) 
     bundle = bundle_of(checkpoint)
     async with running_cluster(tmp_path / "gateway") as cluster:
         address = cluster.gateway.endpoints["link"]
-        end = ControllerEnd(controller_id="test", gateways=[address], tls=None, bundles=lambda _: bundle)
+        end = ControllerLinks(controller_id="test", gateways=[address], tls=None, bundles=lambda _: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=5.0), time.monotonic())
         controller = Controller(backend, end, scaler=scaler)
         scaling.listen(end, scaler, controller.now, controller.wake)
-        desk = Desk(scaler, controller.wake)
+        desk = ScalingRequests(scaler, controller.wake)
         spec = ModelSpec(
             "sim", f"sim://{checkpoint}?decode_ms=8", min_replicas=0, max_replicas=2, idle_s=1.0, slo_itl_s=1.0
         )

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState
 from cluster.controller.controller import Controller
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.ray.backend import Backend, ChildBackend
 from cluster.ray.local_cluster import LocalRay
 from cluster.worker.settings import ReplicaSettings
@@ -32,7 +32,7 @@ def sim(name: str, door: Door, **more: object) -> ReplicaSettings:
 @asynccontextmanager
 async def controlling(backend: Backend, door: Door, *settings: ReplicaSettings) -> AsyncIterator[Controller]:
     """A controller at work, linked to the door."""
-    end = ControllerEnd(controller_id="test", gateways=[door.address], tls=None, bundles=lambda _: None)
+    end = ControllerLinks(controller_id="test", gateways=[door.address], tls=None, bundles=lambda _: None)
     controller = Controller(backend, end)
     controller.want(settings)
     parts = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]

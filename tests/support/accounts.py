@@ -21,7 +21,7 @@ from cluster.ledger.usage.sealed_records import Sealer
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.wire.ended_requests import EndedUsage, UsageKeeper
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 from tests.support.cluster import LOOPBACK, TestCluster
 
 SECRET = b"s" * 32
@@ -49,7 +49,7 @@ class Witness(UsageKeeper):
 class AccountedWorker:
     """A worker in this process whose keeper is a witness."""
 
-    def __init__(self, end: WorkerEnd, identity: WorkerIdentity, witness: Witness) -> None:
+    def __init__(self, end: WorkerSession, identity: WorkerIdentity, witness: Witness) -> None:
         self.end = end
         self.identity = identity
         self.witness = witness
@@ -83,7 +83,7 @@ async def start_worker(
         pod=f"pod-{number}",
         host=f"host-{number}",
     )
-    end = WorkerEnd(
+    end = WorkerSession(
         identity=identity,
         engine=engine,
         info=info,

@@ -21,7 +21,7 @@ from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from cluster.wire.tls import TlsFiles
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 from cluster.worker.weights.tokenizer_bundle import build_bundle
 
 _numbers = itertools.count(1)
@@ -54,7 +54,7 @@ class Worker:
     identity: WorkerIdentity
     engine: Engine
     info: EngineInfo
-    end: WorkerEnd
+    end: WorkerSession
     task: asyncio.Task[None]
 
     async def stop(self) -> None:
@@ -108,7 +108,7 @@ class TestCluster:
             pod=pod,
             host=host,
         )
-        end = WorkerEnd(
+        end = WorkerSession(
             identity=identity,
             engine=engine,
             info=info,
@@ -143,7 +143,7 @@ class TestCluster:
         await until(lambda: self.idle, "nothing is left of any call", timeout_s)
 
 
-async def _run(end: WorkerEnd) -> None:
+async def _run(end: WorkerSession) -> None:
     try:
         await end.run()
     except EngineDead:

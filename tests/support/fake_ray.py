@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.policy.catalog.reconcile import Observed, app_parts
-from cluster.ray.backend import RayAway, Snapshot
+from cluster.ray.backend import RayAway, RaySnapshot
 from cluster.worker.settings import ReplicaSettings
 
 
@@ -32,10 +32,10 @@ class FakeRay:
         (app,) = [app for app, seen in self.apps.items() if (seen.model, seen.version) == (model, version)]
         return app
 
-    async def observe(self) -> Snapshot:
+    async def observe(self) -> RaySnapshot:
         """Look."""
         self._answer()
-        return Snapshot(dict(self.apps), self.nodes)
+        return RaySnapshot(dict(self.apps), self.nodes)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
         """Take an application; no replica has a process yet."""

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from cluster.gateway.auth.tenants import TenantDoor
+from cluster.gateway.auth.tenants import TenantAuthenticator
 from cluster.gateway.server import Gateway
 from cluster.ledger.store import Ledger
 from cluster.policy.tenants.policy import TenantPolicy
@@ -54,7 +54,7 @@ class Keyed:
         return self.cluster.gateway
 
     @property
-    def door(self) -> TenantDoor:
+    def door(self) -> TenantAuthenticator:
         """Its door."""
         assert self.gateway.tenants is not None
         return self.gateway.tenants

@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from cluster.policy.catalog.reconcile import Observed
-from cluster.ray.backend import Snapshot
+from cluster.ray.backend import RaySnapshot
 from cluster.worker.open_model import open_model
 from cluster.worker.replica import Place, Replica
 from cluster.worker.settings import ModelRefused, ReplicaSettings
@@ -36,7 +36,7 @@ class LiveReplicas:
         self._apps: dict[str, _App] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def observe(self) -> Snapshot:
+    async def observe(self) -> RaySnapshot:
         """Look."""
         apps = {
             name: Observed(
@@ -57,7 +57,7 @@ class LiveReplicas:
             for name, app in self._apps.items()
         }
         nodes: tuple[Mapping[str, float], ...] = ({"CPU": 64.0, "GPU": 64.0},)
-        return Snapshot(apps, nodes)
+        return RaySnapshot(apps, nodes)
 
     async def deploy(self, settings: ReplicaSettings) -> None:
         """Make an application."""

@@ -45,7 +45,7 @@ def way(*, root: bool, debian: bool, ci: bool, forbidden: bool, terminal: bool) 
     return Way.ASK if terminal else Way.NO_TERMINAL
 
 
-def packages(findings: Sequence[doctor.Finding]) -> list[str]:
+def packages(findings: Sequence[doctor.DoctorFinding]) -> list[str]:
     """Debian packages of what is missing."""
     return sorted({one.apt for one in findings if one.missing and one.apt})
 

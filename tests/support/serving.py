@@ -14,7 +14,7 @@ from cluster.api.types import CatalogEntry, EngineRequest, Sampling, TokenOutput
 from cluster.gateway.links.hub import Hub, hub_server
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.policy.catalog.reconcile import Observed
-from cluster.ray.backend import Backend, Snapshot
+from cluster.ray.backend import Backend, RaySnapshot
 
 T = TypeVar("T")
 
@@ -132,7 +132,9 @@ async def eventually(look: Callable[[], T | None], what: str, timeout_s: float =
         await asyncio.sleep(0.05)
 
 
-async def settled(backend: Backend, holds: Callable[[Snapshot], bool], what: str, timeout_s: float = 60.0) -> Snapshot:
+async def settled(
+    backend: Backend, holds: Callable[[RaySnapshot], bool], what: str, timeout_s: float = 60.0
+) -> RaySnapshot:
     """The first snapshot of Ray for which `holds`; fails with what was last seen."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -144,7 +146,7 @@ async def settled(backend: Backend, holds: Callable[[Snapshot], bool], what: str
         await asyncio.sleep(0.1)
 
 
-def apps_of(snapshot: Snapshot, model: str) -> list[Observed]:
+def apps_of(snapshot: RaySnapshot, model: str) -> list[Observed]:
     """A model's applications on Ray."""
     return [seen for seen in snapshot.apps.values() if seen.model == model]
 

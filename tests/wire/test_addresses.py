@@ -10,13 +10,13 @@ import grpc
 from cluster.api.types import WorkerIdentity
 from cluster.cli.local.ports import decide
 from cluster.config.schema import Config, parse
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.gateway.server import Gateway
 from cluster.v1 import inference_pb2_grpc as pb_grpc
-from cluster.wire.addresses import Gateways
+from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import LinkEnded, Timing
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 from tests.support.calls import chat
 from tests.support.cluster import LOOPBACK, TestCluster, sim_engine, until
 
@@ -26,14 +26,14 @@ QUICK = Timing(redial_min_s=0.001, redial_max_s=0.01)
 
 def test_siblings_are_dialled_on_the_host_that_was_dialled() -> None:
     """A name without a host means the same host; whole addresses are taken as they are."""
-    gateways = Gateways(["[::1]:50052", "b.example:1"])
+    gateways = GatewayAddresses(["[::1]:50052", "b.example:1"])
     gateways.welcomed("[::1]:50052", "i0", [":50061", "c.example:2"])
     assert gateways.addresses == ("[::1]:50052", "b.example:1", "[::1]:50061", "c.example:2")
 
 
 def test_only_what_is_reached_counts() -> None:
     """Siblings of siblings are dialled; once the configured one names nobody, two that name each other are let go."""
-    gateways = Gateways(["a:1"])
+    gateways = GatewayAddresses(["a:1"])
 
     def now() -> list[str]:
         return list(gateways.addresses)
@@ -48,7 +48,7 @@ def test_only_what_is_reached_counts() -> None:
 
 def test_one_process_under_two_names_is_dialled_once() -> None:
     """Two links of one worker to one gateway would end each other for ever: the configured name stays."""
-    gateways = Gateways(["host:1", "10.0.0.1:2"])
+    gateways = GatewayAddresses(["host:1", "10.0.0.1:2"])
     gateways.welcomed("host:1", "i1", [":2"])
     assert "host:2" in gateways.addresses, "nobody has answered at either name yet"
     gateways.welcomed("10.0.0.1:2", "i2", [])
@@ -78,7 +78,7 @@ class Answering:
 async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
     """A sibling that is named no more keeps its link until it ends; then it is not dialled, unless named again."""
     peers = Answering()
-    gateways = Gateways(["a:1"])
+    gateways = GatewayAddresses(["a:1"])
     dialling = asyncio.create_task(gateways.dial(peers.session, QUICK))
     await peers.until_open("a:1", 1)
     gateways.welcomed("a:1", "i1", [":2"])
@@ -114,14 +114,14 @@ async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: 
     assert gateways[0].endpoints["grpc"] == gateways[1].endpoints["grpc"]
     assert "admin" not in gateways[1].endpoints
     address = gateways[0].endpoints["link"]
-    end = WorkerEnd(
+    end = WorkerSession(
         identity=WorkerIdentity("w", "i", "sim", bundle_digest=bundle.digest),
         engine=engine,
         info=await engine.start(),
         bundle=bundle,
         gateways=[address],
     )
-    controller = ControllerEnd(controller_id="c", gateways=[address], tls=None, bundles=lambda _: None)
+    controller = ControllerLinks(controller_id="c", gateways=[address], tls=None, bundles=lambda _: None)
     controller.publish([])
     tasks = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
     clusters = [TestCluster(gateway) for gateway in gateways]

@@ -7,16 +7,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cluster.wire.credit import Granter, Purse, Room
+from cluster.wire.credit import Capacity, CreditBalance, CreditGranter
 
 pytestmark = pytest.mark.slow
 
-CAPACITY = Room(12, 4000)
+CAPACITY = Capacity(12, 4000)
 
 
 class _Gateway:
     def __init__(self) -> None:
-        self.purse = Purse()
+        self.purse = CreditBalance()
         self.inbox: list[tuple[int, int, int]] = []  # grants on their way
         self.acks: list[int] = []
         self.submits: list[int] = []  # submits on their way
@@ -27,19 +27,19 @@ class CreditMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.granter = Granter()
+        self.granter = CreditGranter()
         self.gateways: dict[int, _Gateway] = {}
         self.running: list[int] = []
         self.count = 0
         self.begins = CAPACITY.sequences  # as many as may begin in a step
 
-    def room(self) -> Room:
-        return Room(CAPACITY.sequences - len(self.running), CAPACITY.tokens - sum(self.running))
+    def room(self) -> Capacity:
+        return Capacity(CAPACITY.sequences - len(self.running), CAPACITY.tokens - sum(self.running))
 
     def regrant(self) -> None:
         room = self.room()
         begins = min(room.sequences, self.begins)
-        for grant in self.granter.grants(Room(begins, room.tokens), room.sequences):
+        for grant in self.granter.grants(Capacity(begins, room.tokens), room.sequences):
             self.gateways[grant.link].inbox.append((grant.grant_id, grant.sequences, grant.tokens))
 
     @precondition(lambda self: len(self.gateways) < 4)
@@ -122,73 +122,73 @@ TestCredit = CreditMachine.TestCase
 
 def test_all_room_goes_to_the_only_link() -> None:
     """With one gateway nothing is held back."""
-    granter = Granter()
+    granter = CreditGranter()
     granter.attach(1)
-    (grant,) = granter.grants(Room(10, 1000))
+    (grant,) = granter.grants(Capacity(10, 1000))
     assert (grant.sequences, grant.tokens) == (10, 1000)
 
 
 def test_room_follows_the_backlog_once_it_is_given_back() -> None:
     """Unused room moves to the gateway with calls waiting, after the other has acknowledged its lower limit."""
-    granter = Granter()
+    granter = CreditGranter()
     granter.attach(1)
-    granter.grants(Room(10, 1000))
+    granter.grants(Capacity(10, 1000))
     granter.attach(2)
     granter.backlog(2, 5)
-    grants = {g.link: g for g in granter.grants(Room(10, 1000))}
+    grants = {g.link: g for g in granter.grants(Capacity(10, 1000))}
     assert grants[1].sequences == 0
     assert 2 not in grants, "nothing to give before the first gateway has acknowledged"
     granter.acked(1, grants[1].grant_id)
-    (grant,) = granter.grants(Room(10, 1000))
+    (grant,) = granter.grants(Capacity(10, 1000))
     assert (grant.link, grant.sequences, grant.tokens) == (2, 10, 1000)
 
 
 def test_calls_whose_blocks_are_here_get_any_place() -> None:
     """Beyond what a step can begin, each of their gateways as many as wait there, as far as there are places."""
-    granter = Granter()
+    granter = CreditGranter()
     for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
         granter.attach(link)
         granter.backlog(link, waiting, kept)
-    grants = {g.link: g.sequences for g in granter.grants(Room(6, 10_000), places=40)}
+    grants = {g.link: g.sequences for g in granter.grants(Capacity(6, 10_000), places=40)}
     assert grants == {1: 5, 2: 1 + 6, 3: 9}, "those that begin share the six as if the others were not"
     granter.backlog(3, 0)
-    grants = {g.link: g.sequences for g in granter.grants(Room(6, 10_000), places=9)}
+    grants = {g.link: g.sequences for g in granter.grants(Capacity(6, 10_000), places=9)}
     assert grants == {1: 3, 2: 3 + 3, 3: 0}, "three places beyond the six; for the rest of them it claims as any other"
 
 
 def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_places() -> None:
     """A full worker's next place is theirs rather than an idle gateway's, and not only those that begin get any."""
     for waiting, room, expected in ((0, 1, {2: 1}), (5, 4, {1: 2, 2: 2})):
-        granter = Granter()
+        granter = CreditGranter()
         granter.attach(1)
         granter.attach(2)
         granter.backlog(1, waiting)
         granter.backlog(2, 5, 5)
-        assert {g.link: g.sequences for g in granter.grants(Room(room, 1000), places=room)} == expected
+        assert {g.link: g.sequences for g in granter.grants(Capacity(room, 1000), places=room)} == expected
 
 
 def test_each_that_has_come_back_waits_no_more() -> None:
     """Between a gateway's words of who waits the worker counts for itself."""
-    granter = Granter()
+    granter = CreditGranter()
     granter.attach(1)
     granter.backlog(1, 5, 5)
-    granter.grants(Room(1, 1000), places=1)
+    granter.grants(Capacity(1, 1000), places=1)
     granter.spent(1, 10, kept=True)
-    (grant,) = granter.grants(Room(0, 1000), places=40)
+    (grant,) = granter.grants(Capacity(0, 1000), places=40)
     assert grant.sequences == 1 + 4
 
 
 def test_a_limit_holds_until_a_later_one_is_acknowledged() -> None:
     """The word that a grant is applied, which crosses a lower one, frees nothing: that grant is in force still."""
-    granter = Granter()
+    granter = CreditGranter()
     granter.attach(1)
-    (first,) = granter.grants(Room(10, 1000))
+    (first,) = granter.grants(Capacity(10, 1000))
     granter.attach(2)
     granter.backlog(2, 5)
-    (lower,) = granter.grants(Room(10, 1000))
+    (lower,) = granter.grants(Capacity(10, 1000))
     assert (lower.link, lower.sequences) == (1, 0)
     granter.acked(1, first.grant_id)  # sent before the lower one arrived
     assert granter.promised().sequences == 10
-    assert granter.grants(Room(10, 1000)) == [], "the first gateway may still send ten"
+    assert granter.grants(Capacity(10, 1000)) == [], "the first gateway may still send ten"
     granter.acked(1, lower.grant_id)
-    assert [(g.link, g.sequences) for g in granter.grants(Room(10, 1000))] == [(2, 10)]
+    assert [(g.link, g.sequences) for g in granter.grants(Capacity(10, 1000))] == [(2, 10)]

@@ -16,7 +16,7 @@ import dns.rrset
 import pytest
 
 from cluster.wire import dns as lookup
-from cluster.wire.addresses import Gateways
+from cluster.wire.addresses import GatewayAddresses
 from cluster.wire.dial import Timing
 
 NAME = "_link._tcp.headrace-links"
@@ -128,7 +128,7 @@ async def test_who_is_named_is_dialled_and_who_is_named_no_more_is_kept_until_it
     async def ask(name: str) -> tuple[str, ...]:
         return await answers.get()
 
-    gateways = Gateways(["fixed:1", f"srv://{NAME}"], ask=ask)
+    gateways = GatewayAddresses(["fixed:1", f"srv://{NAME}"], ask=ask)
     dialling = asyncio.create_task(gateways.dial(session, Timing(redial_min_s=0.001, redial_max_s=0.01)))
     await until_up("fixed:1")
     gateways.looked_up(f"srv://{NAME}", ["a:1", "b:1"])

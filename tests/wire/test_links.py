@@ -13,13 +13,13 @@ import pytest
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import CatalogEntry, ModelState, WorkerIdentity
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing, read
 from cluster.wire.tls import TlsFiles
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 from tests.support.calls import chat, refused
 from tests.support.certificates import Authority
 from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_engine, until
@@ -35,7 +35,7 @@ async def test_worker_survives_a_gateways_restart(tmp_path: Path, checkpoint: Pa
     async with running_cluster(tmp_path / "probe") as probe:
         address = probe.gateway.endpoints["link"]
     config = LOOPBACK.replace('link: "127.0.0.1:0"', f'link: "{address}"')
-    end = WorkerEnd(
+    end = WorkerSession(
         identity=WorkerIdentity("w", "i", "sim", bundle_digest=bundle.digest),
         engine=engine,
         info=info,
@@ -60,7 +60,7 @@ async def test_two_gateways_share_one_worker(tmp_path: Path, checkpoint: Path, b
     engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=6)
     info = await engine.start()
     async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
-        end = WorkerEnd(
+        end = WorkerSession(
             identity=WorkerIdentity("w", "i", "sim", bundle_digest=bundle.digest),
             engine=engine,
             info=info,
@@ -238,7 +238,7 @@ async def test_controller_tells_catalog_and_hears_the_fleet(
 ) -> None:
     """The catalog reaches the gateway, a bundle comes from the controller while no worker is there, demand goes back;
     a gateway started later without a controller still knows the last catalog."""
-    end = ControllerEnd(
+    end = ControllerLinks(
         controller_id="c",
         gateways=[cluster.gateway.endpoints["link"]],
         tls=None,

@@ -16,7 +16,7 @@ from cluster.wire import codec
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing, read
 from cluster.wire.outbox import Outbox
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 from tests.support.calls import chat
 from tests.support.cluster import TestCluster, sim_engine, until
 
@@ -60,7 +60,7 @@ async def test_a_deaf_gateway_slows_nobody(cluster: TestCluster, checkpoint: Pat
     pb_grpc.add_LinkServicer_to_server(deaf, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    end = WorkerEnd(
+    end = WorkerSession(
         identity=WorkerIdentity("w", "i", "sim", bundle_digest=bundle.digest),
         engine=engine,
         info=info,

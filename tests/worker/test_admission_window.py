@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cluster.api.types import EngineRequest, Sampling
-from cluster.worker.admission_window import LOOKAHEAD_SEQUENCES, UNKNOWN_PROMPTS, Lookahead
+from cluster.worker.admission_window import LOOKAHEAD_SEQUENCES, UNKNOWN_PROMPTS, AdmissionWindow
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.model import SimModel
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
     """What one step can begin is let in: a hundred prompts of 20 tokens, of those that fill two only three."""
-    short, long = Lookahead(256, 2048), Lookahead(256, 2048)
+    short, long = AdmissionWindow(256, 2048), AdmissionWindow(256, 2048)
     for number in range(200):
         for one, tokens in ((short, 20), (long, 4096)):
             one.submitted(str(number), tokens)
@@ -33,7 +33,7 @@ def test_short_prompts_come_many_at_once_and_long_ones_do_not() -> None:
 
 def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
     """A hundred that find all but a block of theirs in the cache let no more long prompts in than before."""
-    ahead = Lookahead(256, 2048)
+    ahead = AdmissionWindow(256, 2048)
     for number in range(200):
         ahead.submitted(str(number), 1000 if number < 100 else 8, begins=number < 100)
         ahead.began(str(number))
@@ -44,7 +44,7 @@ def test_calls_that_go_on_say_nothing_of_the_next_prompt() -> None:
 
 def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
     """Two prompts of several steps are before a third: it waits in its gateway until they have begun to emit."""
-    ahead = Lookahead(8, 1000)
+    ahead = AdmissionWindow(8, 1000)
     ahead.submitted("a", 5000)
     ahead.submitted("b", 5000)
     assert ahead.sequences == 0
@@ -55,13 +55,13 @@ def test_nothing_more_while_a_long_prompt_is_before_it() -> None:
 
 def test_an_idle_engine_has_room_for_three() -> None:
     """One begins at once and two may wait, so that several gateways have credit; the places bound it all the same."""
-    assert Lookahead(32, 2048).sequences == 1 + LOOKAHEAD_SEQUENCES
-    assert Lookahead(2, 2048).sequences == 2
+    assert AdmissionWindow(32, 2048).sequences == 1 + LOOKAHEAD_SEQUENCES
+    assert AdmissionWindow(2, 2048).sequences == 2
 
 
 def test_more_than_places_only_where_calls_end_in_each_step() -> None:
     """Two calls that end in each step: two more may come before; where one ends in a hundred steps none may."""
-    fast, slow = Lookahead(4, 2048), Lookahead(4, 2048)
+    fast, slow = AdmissionWindow(4, 2048), AdmissionWindow(4, 2048)
     for number in range(400):
         for name in (f"{number}-a", f"{number}-b"):
             fast.submitted(name, 10)
@@ -76,7 +76,7 @@ class LookaheadMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ahead = Lookahead(6, 500)
+        self.ahead = AdmissionWindow(6, 500)
         self.live: list[str] = []
         self.pending: set[str] = set()
         self.count = 0
@@ -131,7 +131,7 @@ def test_the_engines_own_queue_stays_short(median: int, seed: int) -> None:
     chance = Random(seed)
     config = SimConfig.from_source("sim:///nowhere?max_num_seqs=32&kv_blocks=60000")
     model = SimModel(dataclasses.replace(config, vocab=1000, token_lo=1, token_hi=900, max_model_len=9000))
-    ahead, most, full = Lookahead(32, config.max_num_batched_tokens), 0, 0
+    ahead, most, full = AdmissionWindow(32, config.max_num_batched_tokens), 0, 0
     for step in range(300):
         for number in range(ahead.sequences):
             tokens = min(max(round(median * chance.lognormvariate(0, 0.7)), 1), 8000)

@@ -7,12 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import FinishReason, TokenOutput
-from cluster.worker.detached_requests import BROKEN, KEEP_S, Orphan, Orphans
+from cluster.worker.detached_requests import BROKEN, KEEP_S, DetachedRequest, DetachedRequests
 
 
-def orphan(stream: str, request_id: str, prompt: int, ids: list[int], last: TokenOutput | None = None) -> Orphan:
+def orphan(
+    stream: str, request_id: str, prompt: int, ids: list[int], last: TokenOutput | None = None
+) -> DetachedRequest:
     """One that asked for `it`."""
-    return Orphan(stream, request_id, "it", prompt, ids, last=last)
+    return DetachedRequest(stream, request_id, "it", prompt, ids, last=last)
 
 
 IDS = st.lists(st.integers(0, 3), max_size=6)
@@ -24,7 +26,7 @@ def test_a_claim_gets_all_that_follows_what_it_shows(
 ) -> None:
     """Exactly those whose first tokens are the ones shown, behind a prompt as long; then all tokens of it, in order,
     once."""
-    orphans = Orphans()
+    orphans = DetachedRequests()
     orphans.leave(orphan("s", "r", 1, list(before)), 0.0)
     for number, ids in enumerate(steps):
         finish = FinishReason.LENGTH if ends and number == len(steps) - 1 else None
@@ -50,7 +52,7 @@ def test_a_claim_gets_all_that_follows_what_it_shows(
 @given(st.lists(st.tuples(st.floats(0, 3), st.booleans()), max_size=6).map(sorted), st.floats(0, 6))
 def test_each_is_kept_for_a_moment(left: list[tuple[float, bool]], now: float) -> None:
     """Dropped once its time is over, and told to the engine if it still runs there."""
-    orphans = Orphans()
+    orphans = DetachedRequests()
     for number, (at, ended) in enumerate(left):
         assert orphans.leave(orphan(f"s{number}", f"r{number}", 5, [1]), at) == []
         if ended:
@@ -64,7 +66,7 @@ def test_each_is_kept_for_a_moment(left: list[tuple[float, bool]], now: float) -
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(-2, 8), st.integers(-5, 60))
 def test_room_is_made_by_the_oldest(prompts: list[int], sequences: int, tokens: int) -> None:
     """No more of them go than are needed, and all of them if need be."""
-    orphans = Orphans()
+    orphans = DetachedRequests()
     for number, prompt in enumerate(prompts):
         orphans.leave(orphan(f"s{number}", f"r{number}", prompt, [1]), float(number))
     orphans.leave(orphan("ended", "ended", 5, [1], last=TokenOutput("ended", [1], FinishReason.STOP)), 9.0)
@@ -80,7 +82,7 @@ def test_room_is_made_by_the_oldest(prompts: list[int], sequences: int, tokens: 
 
 def test_a_name_that_comes_again_is_the_newer_ones() -> None:
     """The older is told to the engine: nobody can ask for it any longer."""
-    orphans = Orphans()
+    orphans = DetachedRequests()
     orphans.leave(orphan("s", "old", 5, [1]), 0.0)
     assert orphans.leave(orphan("s", "new", 5, [1, 2]), 1.0) == ["old"]
     found = orphans.claim("s", "it", 5, [1])
@@ -91,7 +93,7 @@ def test_a_name_that_comes_again_is_the_newer_ones() -> None:
 @pytest.mark.parametrize("finish", BROKEN)
 def test_what_the_engine_could_not_go_on_with_is_nobodys(finish: FinishReason) -> None:
     """Whoever comes for it has it computed anew."""
-    orphans = Orphans()
+    orphans = DetachedRequests()
     orphans.leave(orphan("s", "r", 5, [1]), 0.0)
     assert orphans.output(TokenOutput("r", [], finish)) == 0
     assert len(orphans) == 0

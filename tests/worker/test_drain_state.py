@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from cluster.api.types import Standing
+from cluster.api.types import DrainState
 from cluster.link.v1 import link_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.outbox import Outbox
-from cluster.worker.drain_state import Duty
+from cluster.worker.drain_state import DrainStates
 from tests.support.calls import chat, rest_of, text_of
 from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
 
@@ -41,7 +41,7 @@ async def ask(cluster: TestCluster, *arguments: str) -> Done:
     return Done(process.returncode or 0, stdout.decode(), stderr.decode())
 
 
-def standing(cluster: TestCluster, worker: Worker) -> Standing:
+def standing(cluster: TestCluster, worker: Worker) -> DrainState:
     """How a gateway sees a worker."""
     return next(x.standing for x in cluster.gateway.hub.links if x.identity.worker_id == worker.identity.worker_id)
 
@@ -74,7 +74,7 @@ async def test_a_cordon_through_one_gateway_holds_at_both(
     done = await ask(a, "cordon", name)
     assert done.exit_code == 0, done
     assert "has no other worker that takes calls" in done.stderr
-    await until(lambda: standing(b, worker) is Standing.CORDONED, "the other gateway knows")
+    await until(lambda: standing(b, worker) is DrainState.CORDONED, "the other gateway knows")
     other = await add(two, checkpoint, bundle)
     for gateway in two:
         for _ in range(4):
@@ -84,7 +84,7 @@ async def test_a_cordon_through_one_gateway_holds_at_both(
     assert "CORDONED" in (await ask(b, "workers")).stdout
     assert (await running).usage.completion_tokens == 400
     assert (await ask(b, "uncordon", name)).exit_code == 0
-    await until(lambda: standing(a, worker) is Standing.SERVING, "the other gateway knows")
+    await until(lambda: standing(a, worker) is DrainState.SERVING, "the other gateway knows")
     await other.stop()
     assert (await a.stub.Chat(chat(max_tokens=2))).choices
 
@@ -110,9 +110,9 @@ async def test_a_drained_worker_ends_empty_and_nothing_is_cut(
     for chunks in ended:
         assert text_of(chunks) == text_of(whole)
         assert chunks[-1].usage.resumed == 1
-    await until(lambda: standing(b, worker) is Standing.DRAINED, "the other gateway knows")
+    await until(lambda: standing(b, worker) is DrainState.DRAINED, "the other gateway knows")
     assert (await ask(b, "uncordon", name)).exit_code == 0
-    await until(lambda: a.linked(name) and standing(a, worker) is Standing.SERVING, "it serves again")
+    await until(lambda: a.linked(name) and standing(a, worker) is DrainState.SERVING, "it serves again")
 
 
 @pytest.mark.slow
@@ -136,8 +136,8 @@ async def test_a_node_names_all_its_workers(cluster: TestCluster, checkpoint: Pa
     here = [await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-1") for _ in range(2)]
     there = await cluster.add_worker(sim_engine(checkpoint), bundle, node="rack-2")
     assert (await ask(cluster, "drain", "rack-1", "--timeout-s", "5")).exit_code == 0
-    assert [standing(cluster, one) for one in here] == [Standing.DRAINED] * 2
-    assert standing(cluster, there) is Standing.SERVING
+    assert [standing(cluster, one) for one in here] == [DrainState.DRAINED] * 2
+    assert standing(cluster, there) is DrainState.SERVING
 
 
 @pytest.mark.slow
@@ -153,10 +153,10 @@ async def test_kubernetes_names_are_known(cluster: TestCluster, checkpoint: Path
     told = [[rows[one.identity.worker_id][key] for key in ("node", "host", "pod")] for one in (first, second, old)]
     assert told == [list(one) for one in where]
     assert (await ask(cluster, "drain", "gpu-b", "--timeout-s", "5")).exit_code == 0
-    assert [standing(cluster, one) for one in (first, second)] == [Standing.SERVING, Standing.DRAINED]
+    assert [standing(cluster, one) for one in (first, second)] == [DrainState.SERVING, DrainState.DRAINED]
     assert (await ask(cluster, "drain", "ip-10-0-3-7", "--timeout-s", "5")).exit_code == 0
-    assert standing(cluster, first) is Standing.DRAINED
-    assert standing(cluster, old) is Standing.SERVING
+    assert standing(cluster, first) is DrainState.DRAINED
+    assert standing(cluster, old) is DrainState.SERVING
     table = (await ask(cluster, "workers")).stdout
     assert all(word in table for word in ("ip-10-0-3-7", "gpu-a", "gpu-b", "7e1"))
 
@@ -170,7 +170,7 @@ async def test_a_link_made_later_hears_it(tmp_path: Path, checkpoint: Path, bund
         (link,) = a.gateway.hub.links
         link.close("cut by the test")
         await until(lambda: [x for x in a.gateway.hub.links if x is not link] != [], "it has dialed anew")
-        await until(lambda: standing(a, worker) is Standing.CORDONED, "the new link knows")
+        await until(lambda: standing(a, worker) is DrainState.CORDONED, "the new link knows")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ async def test_who_is_unknown_is_named(cluster: TestCluster, arguments: tuple[st
 def test_a_worker_that_leaves_takes_no_work_again() -> None:
     """Uncordon does not stop the end of a process, nor does a cordon turn a drain into less; a new link is told."""
     outbox = Outbox()
-    duty = Duty(lambda: [outbox])
+    duty = DrainStates(lambda: [outbox])
     duty.cordon(1.0)
     assert not duty.serves
     duty.drain(2.0, 10.0, leaving=True)
@@ -203,4 +203,4 @@ def test_a_worker_that_leaves_takes_no_work_again() -> None:
     told = asyncio.run(outbox.take()).standing
     assert (told.state, told.stay_ms) == (pb.Standing.STATE_DRAINING, 3000)
     duty.drained(9.0)
-    assert duty.state is Standing.DRAINED
+    assert duty.state is DrainState.DRAINED

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cluster.api.types import EngineRequest, Sampling
 from cluster.worker.engine.simulated.config import SimConfig
 from cluster.worker.engine.simulated.model import SimModel
-from cluster.worker.gpu_meter import GpuMeter, Share
+from cluster.worker.gpu_meter import GpuMeter, GpuShare
 
 GPUS = 2.0
 
@@ -29,7 +29,7 @@ class Twin:
         self.model = SimModel(config)
         self.now = 0.0
         self.meter = GpuMeter(GPUS, config.max_num_batched_tokens, self.now)
-        self.shares: dict[str, Share] = {}
+        self.shares: dict[str, GpuShare] = {}
         self.got: dict[str, int] = defaultdict(int)
         self.charged: dict[str, float] = {}
         self.true: dict[str, float] = defaultdict(float)

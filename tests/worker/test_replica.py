@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.api.ports import EngineDead, EngineSick
-from cluster.api.types import ModelSpec, Standing
+from cluster.api.types import DrainState, ModelSpec
 from cluster.link.v1 import link_pb2 as link_pb
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.simulated.engine import SimConfig, SimEngine
@@ -67,7 +67,7 @@ async def test_a_node_that_ends_drains_its_replica(door: Door) -> None:
     link.command(link_pb.Command(uncordon=link_pb.Uncordon()))
     assert len(await running) == 600
     await leaving
-    await eventually(lambda: link.standing is Standing.DRAINED, "it has drained, and takes nothing")
+    await eventually(lambda: link.standing is DrainState.DRAINED, "it has drained, and takes nothing")
     with pytest.raises(EngineDead, match="its node is about to end"):
         await replica.check()
     await replica.stop()

@@ -33,7 +33,7 @@ def check(
 ) -> None:
     """Say whether every process of the cluster would accept a file. Exit code 2 and one line for each wrong key where
     one would not; 0 with warnings of likely mistakes."""
-    from cluster.cli.config_check import Finding, Report
+    from cluster.cli.config_check import ConfigFinding, Report
     from cluster.cli.config_check import check as examined
 
     name = "standard input" if file == "-" else file
@@ -41,9 +41,9 @@ def check(
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         report = examined(data.decode(), name, pod=pod, files=files)
     except OSError as error:
-        report = Report(name, errors=(Finding("", f"cannot be read: {error.strerror}"),))
+        report = Report(name, errors=(ConfigFinding("", f"cannot be read: {error.strerror}"),))
     except UnicodeDecodeError as error:
-        report = Report(name, errors=(Finding("", f"is not UTF-8: {error.reason} at byte {error.start}"),))
+        report = Report(name, errors=(ConfigFinding("", f"is not UTF-8: {error.reason} at byte {error.start}"),))
     if as_json:
         print_json(report.as_json())
         raise typer.Exit(USAGE if report.errors else 0)

@@ -25,7 +25,7 @@ SETUP = "make setup"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class DoctorFinding:
     """One thing looked at. `missing` is empty when it is there; `remedy` is one line; `apt` a Debian package."""
 
     name: str
@@ -43,19 +43,19 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=path)
 
 
-def _tool(name: str, needed_for: str, remedy: str, apt: str = "") -> Finding:
+def _tool(name: str, needed_for: str, remedy: str, apt: str = "") -> DoctorFinding:
     path = find_tool(name)
     if path:
-        return Finding(name, needed_for=needed_for, found=path)
-    return Finding(name, "not found", remedy, needed_for, apt)
+        return DoctorFinding(name, needed_for=needed_for, found=path)
+    return DoctorFinding(name, "not found", remedy, needed_for, apt)
 
 
-def check_python() -> Finding:
+def check_python() -> DoctorFinding:
     """3.11 to 3.14."""
     version = ".".join(map(str, sys.version_info[:3]))
     if (3, 11) <= sys.version_info[:2] <= (3, 14):
-        return Finding("python", needed_for="everything", found=f"{version} ({sys.executable})")
-    return Finding(
+        return DoctorFinding("python", needed_for="everything", found=f"{version} ({sys.executable})")
+    return DoctorFinding(
         "python",
         f"{version} is not 3.11 to 3.14",
         "apt-get install -y python3 python3-venv",
@@ -64,81 +64,81 @@ def check_python() -> Finding:
     )
 
 
-def check_environment() -> Finding:
+def check_environment() -> DoctorFinding:
     """Whether `.venv` is made (a checkout) or the package is installed (elsewhere)."""
     if not (ROOT / "Makefile").exists():
-        return Finding("environment", needed_for="everything", found="installed package")
+        return DoctorFinding("environment", needed_for="everything", found="installed package")
     if (ROOT / ".venv" / "bin" / "headrace").exists():
-        return Finding("environment", needed_for="everything", found=".venv")
-    return Finding("environment", "no .venv", SETUP, "everything")
+        return DoctorFinding("environment", needed_for="everything", found=".venv")
+    return DoctorFinding("environment", "no .venv", SETUP, "everything")
 
 
-def check_ip() -> Finding:
+def check_ip() -> DoctorFinding:
     """iproute2's `ip`, which makes network namespaces."""
     return _tool("ip", "tests with two nodes", "apt-get install -y iproute2", "iproute2")
 
 
-def check_ping() -> Finding:
+def check_ping() -> DoctorFinding:
     """iputils' `ping`, which tells whether a cut cable is cut."""
     return _tool("ping", "tests with several hosts", "apt-get install -y iputils-ping", "iputils-ping")
 
 
-def check_namespaces() -> Finding:
+def check_namespaces() -> DoctorFinding:
     """Whether this process may make network namespaces."""
     purpose = "tests with two nodes"
     if not sys.platform.startswith("linux"):
-        return Finding("namespaces", "only Linux has network namespaces", "run on Linux, as root", purpose)
+        return DoctorFinding("namespaces", "only Linux has network namespaces", "run on Linux, as root", purpose)
     if os.geteuid() != 0:
-        return Finding("namespaces", "not root", "run the tests as root (sudo make test)", purpose)
+        return DoctorFinding("namespaces", "not root", "run the tests as root (sudo make test)", purpose)
     unshare = find_tool("unshare")
     if unshare is None:
-        return Finding("namespaces", "no `unshare`", "apt-get install -y util-linux", purpose, "util-linux")
+        return DoctorFinding("namespaces", "no `unshare`", "apt-get install -y util-linux", purpose, "util-linux")
     done = subprocess.run([unshare, "--net", "true"], capture_output=True, text=True, check=False)
     if done.returncode:
-        return Finding(
+        return DoctorFinding(
             "namespaces",
             done.stderr.strip() or "refused",
             "run in a container with CAP_SYS_ADMIN and CAP_NET_ADMIN",
             purpose,
         )
-    return Finding("namespaces", needed_for=purpose, found="allowed")
+    return DoctorFinding("namespaces", needed_for=purpose, found="allowed")
 
 
-def check_memory() -> Finding:
+def check_memory() -> DoctorFinding:
     """Memory for one engine and its Ray."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
-        return Finding("memory", needed_for="the engine", found="unknown")
+        return DoctorFinding("memory", needed_for="the engine", found="unknown")
     text = f"{total / 1000**3:.1f} GB"
     if total >= MIN_MEMORY_BYTES:
-        return Finding("memory", needed_for="the engine", found=text)
-    return Finding("memory", f"{text}, and a small model needs about 8", "use a larger machine", "the engine")
+        return DoctorFinding("memory", needed_for="the engine", found=text)
+    return DoctorFinding("memory", f"{text}, and a small model needs about 8", "use a larger machine", "the engine")
 
 
-def check_shared_memory() -> Finding:
+def check_shared_memory() -> DoctorFinding:
     """The memory file system through which the engine's processes speak."""
     folder = Path(SHARED_MEMORY)
     if not folder.exists():
-        return Finding("shared memory", needed_for="the engine", found="not used on this system")
+        return DoctorFinding("shared memory", needed_for="the engine", found="not used on this system")
     free = shutil.disk_usage(folder).free
     text = f"{free / 1000**3:.1f} GB free"
     if free >= MIN_SHM_BYTES:
-        return Finding("shared memory", needed_for="the engine", found=text)
-    return Finding(
+        return DoctorFinding("shared memory", needed_for="the engine", found=text)
+    return DoctorFinding(
         "shared memory", text, "mount -o remount,size=2G /dev/shm (in a container: --shm-size=2g)", "the engine"
     )
 
 
-def check_processor() -> Finding:
+def check_processor() -> DoctorFinding:
     """vLLM's CPU kernels need AVX2 on x86-64."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return Finding("processor", needed_for="the engine on CPU", found="unknown")
+        return DoctorFinding("processor", needed_for="the engine on CPU", found="unknown")
     if "flags" not in info or " avx2" in info:
-        return Finding("processor", needed_for="the engine on CPU", found="fit")
-    return Finding(
+        return DoctorFinding("processor", needed_for="the engine on CPU", found="fit")
+    return DoctorFinding(
         "processor", "no AVX2", "use an x86-64 machine of 2013 or later, or an arm64 one", "the engine on CPU"
     )
 
@@ -152,12 +152,12 @@ def foreign_cluster_package() -> str | None:
     return f"{distribution.metadata['Name']} {distribution.version}"
 
 
-def check_name_clash() -> Finding:
+def check_name_clash() -> DoctorFinding:
     """PyPI has a package that imports as `cluster` too."""
     other = foreign_cluster_package()
     if other is None:
-        return Finding("import name", needed_for="everything", found="`cluster` is Headrace's")
-    return Finding(
+        return DoctorFinding("import name", needed_for="everything", found="`cluster` is Headrace's")
+    return DoctorFinding(
         "import name",
         f"the package {other} imports as `cluster` too",
         "pip uninstall cluster, then pip install --force-reinstall --no-deps headrace",
@@ -165,35 +165,37 @@ def check_name_clash() -> Finding:
     )
 
 
-def check_valkey() -> Finding:
+def check_valkey() -> DoctorFinding:
     """A store of limits that gateways share; Redis will do."""
     needed_for = "tests of limits that gateways share"
     if (redis := find_tool("redis-server")) and not find_tool("valkey-server"):
-        return Finding("valkey-server", needed_for=needed_for, found=redis)
+        return DoctorFinding("valkey-server", needed_for=needed_for, found=redis)
     return _tool("valkey-server", needed_for, "apt-get install -y valkey-server", "valkey-server")
 
 
-def check_postgresql() -> Finding:
+def check_postgresql() -> DoctorFinding:
     """PostgreSQL's programs, which Debian keeps out of PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if found or (initdb := find_tool("initdb")):
-        return Finding("postgresql", needed_for="tests of the ledger", found=str(found[-1] if found else initdb))
-    return Finding("postgresql", "not found", "apt-get install -y postgresql", "tests of the ledger", "postgresql")
+        return DoctorFinding("postgresql", needed_for="tests of the ledger", found=str(found[-1] if found else initdb))
+    return DoctorFinding(
+        "postgresql", "not found", "apt-get install -y postgresql", "tests of the ledger", "postgresql"
+    )
 
 
-def check_promtool() -> Finding:
+def check_promtool() -> DoctorFinding:
     """Prometheus' own judge of rules and queries."""
     return _tool("promtool", "tests of alert rules", "apt-get install -y prometheus", "prometheus")
 
 
-def check_amtool() -> Finding:
+def check_amtool() -> DoctorFinding:
     """Alertmanager's own judge of routes."""
     return _tool(
         "amtool", "tests of alert routes", "apt-get install -y prometheus-alertmanager", "prometheus-alertmanager"
     )
 
 
-CHECKS: Sequence[Callable[[], Finding]] = (
+CHECKS: Sequence[Callable[[], DoctorFinding]] = (
     check_python,
     check_environment,
     check_name_clash,
@@ -222,12 +224,12 @@ def lack(name: str) -> str:
     raise KeyError(name)
 
 
-def examine() -> list[Finding]:
+def examine() -> list[DoctorFinding]:
     """Look at everything."""
     return [check() for check in CHECKS]
 
 
-def report(findings: Sequence[Finding]) -> str:
+def report(findings: Sequence[DoctorFinding]) -> str:
     """What a person reads: one line each, and at the end one line that installs what Debian can install."""
     lines = []
     for finding in findings:

@@ -137,9 +137,9 @@ async def control(
         await act(stop)
         return
     from cluster.kube.leading import Leader, StoodStill
-    from cluster.kube.lease import Terms
+    from cluster.kube.lease import LeaseTerms
 
-    terms = Terms()
+    terms = LeaseTerms()
     try:
         await Leader(KubeLease.of_this_pod(lease, terms.lease_s, account), me, terms).run(act, stop)
     except StoodStill as error:

@@ -15,7 +15,7 @@ from cluster.cli.ledger import DAY_S, ReasonOption, RequiredReasonOption, pair, 
 from cluster.cli.tenant_service import at_desk
 from cluster.config.tenants import on_is_a_word
 from cluster.ledger.rows import NewKey, StoredKey, StoredTenant, key_state
-from cluster.ledger.tenants.service import ROTATION_S, Desk
+from cluster.ledger.tenants.service import ROTATION_S, TenantService
 
 tenants_app = typer.Typer(no_args_is_help=True, help="Tenants: who may use what, and how much of it.")
 keys_app = typer.Typer(no_args_is_help=True, help="API keys of a tenant. A key is shown once, when it is made.")
@@ -58,7 +58,7 @@ def _changes(
 @tenants_app.command("create")
 @at_desk()
 def create_tenant(
-    desk: Desk,
+    desk: TenantService,
     name: NameArgument,
     class_: ClassOption = None,
     weight: WeightOption = None,
@@ -75,14 +75,14 @@ def create_tenant(
 
 @tenants_app.command("get")
 @at_desk()
-def get_tenant(desk: Desk, name: NameArgument, as_json: JsonOption = False) -> None:
+def get_tenant(desk: TenantService, name: NameArgument, as_json: JsonOption = False) -> None:
     """Show one tenant."""
     _show_tenants([desk.get_tenant(name)], as_json, one=True)
 
 
 @tenants_app.command("list")
 @at_desk()
-def list_tenants(desk: Desk, as_json: JsonOption = False) -> None:
+def list_tenants(desk: TenantService, as_json: JsonOption = False) -> None:
     """List all tenants."""
     _show_tenants(list(desk.tenants()), as_json)
 
@@ -90,7 +90,7 @@ def list_tenants(desk: Desk, as_json: JsonOption = False) -> None:
 @tenants_app.command("update")
 @at_desk()
 def update_tenant(
-    desk: Desk,
+    desk: TenantService,
     name: NameArgument,
     class_: ClassOption = None,
     weight: WeightOption = None,
@@ -109,7 +109,7 @@ def update_tenant(
 
 @tenants_app.command("suspend")
 @at_desk()
-def suspend_tenant(desk: Desk, name: NameArgument, reason: RequiredReasonOption) -> None:
+def suspend_tenant(desk: TenantService, name: NameArgument, reason: RequiredReasonOption) -> None:
     """Stop a tenant's calls, everywhere within two seconds."""
     desk.suspend_tenant(name, True, reason=reason)
     out.print(f"suspended {name}", markup=False)
@@ -117,7 +117,7 @@ def suspend_tenant(desk: Desk, name: NameArgument, reason: RequiredReasonOption)
 
 @tenants_app.command("resume")
 @at_desk()
-def resume_tenant(desk: Desk, name: NameArgument, reason: ReasonOption = "") -> None:
+def resume_tenant(desk: TenantService, name: NameArgument, reason: ReasonOption = "") -> None:
     """Let a suspended tenant call again."""
     desk.suspend_tenant(name, False, reason=reason)
     out.print(f"resumed {name}", markup=False)
@@ -126,7 +126,7 @@ def resume_tenant(desk: Desk, name: NameArgument, reason: ReasonOption = "") -> 
 @tenants_app.command("delete")
 @at_desk()
 def delete_tenant(
-    desk: Desk,
+    desk: TenantService,
     name: NameArgument,
     reason: RequiredReasonOption,
     erase: Annotated[
@@ -144,7 +144,7 @@ def delete_tenant(
 @keys_app.command("create")
 @at_desk(keys=True)
 def create_key(
-    desk: Desk,
+    desk: TenantService,
     tenant: NameArgument,
     name: Annotated[str, typer.Option("--name", help="What it is for.")] = "",
     expires_days: Annotated[float | None, typer.Option("--expires-days", help="Days until it expires.")] = None,
@@ -159,7 +159,7 @@ def create_key(
 
 @keys_app.command("list")
 @at_desk()
-def list_keys(desk: Desk, tenant: NameArgument, as_json: JsonOption = False) -> None:
+def list_keys(desk: TenantService, tenant: NameArgument, as_json: JsonOption = False) -> None:
     """List a tenant's keys; the keys themselves nobody can read."""
     found = desk.keys(tenant)
     rows = [_plain_key(one) for one in found]
@@ -173,7 +173,7 @@ def list_keys(desk: Desk, tenant: NameArgument, as_json: JsonOption = False) -> 
 @keys_app.command("rotate")
 @at_desk(keys=True)
 def rotate_key(
-    desk: Desk,
+    desk: TenantService,
     tenant: NameArgument,
     key: KeyArgument,
     overlap_s: Annotated[
@@ -190,7 +190,7 @@ def rotate_key(
 
 @keys_app.command("revoke")
 @at_desk()
-def revoke_key(desk: Desk, tenant: NameArgument, key: KeyArgument, reason: RequiredReasonOption) -> None:
+def revoke_key(desk: TenantService, tenant: NameArgument, key: KeyArgument, reason: RequiredReasonOption) -> None:
     """End a key, everywhere within two seconds."""
     desk.revoke_key(tenant, key, reason=reason)
     out.print(f"revoked {key}", markup=False)

@@ -27,7 +27,7 @@ from cluster.cli.common import FAILED, USAGE, FileOption, fail, read_config
 from cluster.cli.local.cluster import LocalCluster, StartFailed
 from cluster.cli.local.ports import PortTaken, decide
 from cluster.cli.local.run_folder import AlreadyUp, RunFolder
-from cluster.cli.local.step_lines import Step, duration, say
+from cluster.cli.local.step_lines import StepLine, duration, say
 from cluster.client import AsyncClient, HeadraceError
 from cluster.config.schema import Config, secret_files
 from cluster.ledger.files import make_secret
@@ -179,9 +179,9 @@ async def _unless(stopping: asyncio.Task[bool], work: Coroutine[Any, Any, Any]) 
 
 async def _come_up(cluster: LocalCluster, *, demo: bool, background: bool) -> None:
     numbers = ("[2/4]", "[3/4]", "[4/4]") if demo else ("[1/2]", "[2/2]", "")
-    step = Step(numbers[0], "model" if len(cluster.config.models) == 1 else "models")
+    step = StepLine(numbers[0], "model" if len(cluster.config.models) == 1 else "models")
     step.done(f"{await _prepare(cluster, step):<34} {duration(step.elapsed_s):>7}")
-    step = Step(numbers[1], "cluster")
+    step = StepLine(numbers[1], "cluster")
     await cluster.start(step)
     step.show("gateway and ray are up, models are loading")
     entries = await cluster.wait_for_models(step)
@@ -190,7 +190,7 @@ async def _come_up(cluster: LocalCluster, *, demo: bool, background: bool) -> No
     gateways = "gateway" if count == 1 else f"{count} gateways"
     step.done(f"{f'ray · controller · {gateways}   ' + up:<34} {duration(step.elapsed_s):>7}")
     if demo and cluster.config.auth is None:
-        await _first_answer(cluster, Step(numbers[2], "first answer"))
+        await _first_answer(cluster, StepLine(numbers[2], "first answer"))
     _say_ready(cluster, entries, background=background)
 
 
@@ -199,7 +199,7 @@ def _told(entry: admin_pb2.CatalogEntry) -> str:
     return f"{entry.name} {state}"
 
 
-async def _prepare(cluster: LocalCluster, step: Step) -> str:
+async def _prepare(cluster: LocalCluster, step: StepLine) -> str:
     """Have every model's files on this disk. Raises StartFailed."""
     write_whole(cluster.run.config_file, cluster.config_text())
     process = await asyncio.create_subprocess_exec(
@@ -227,7 +227,7 @@ async def _prepare(cluster: LocalCluster, step: Step) -> str:
     return ", ".join(model.name for model in cluster.config.models) or "none"
 
 
-async def _first_answer(cluster: LocalCluster, step: Step) -> None:
+async def _first_answer(cluster: LocalCluster, step: StepLine) -> None:
     """Ask the default model its first question. Raises StartFailed."""
     model = cluster.config.models[0].name
     step.show(f"asking {model}")
@@ -289,7 +289,7 @@ def _typed(tool: str) -> str:
 
 
 async def _end(cluster: LocalCluster) -> None:
-    step = Step("", "stopping")
+    step = StepLine("", "stopping")
     left = await cluster.stop(step)
     remains = "no process left" if left == 0 else f"{left} processes are left: `{_typed('cluster')} down` tries again"
     step.done(

@@ -14,14 +14,14 @@ from cluster.cli.common import USAGE, JsonOption, fail, print_json
 from cluster.cli.ledger import DAY_S, pair, show_table, shown_time
 from cluster.cli.tenant_service import at_desk
 from cluster.config.tenants import Cost
-from cluster.ledger.rows import Rates, UsageQuery
-from cluster.ledger.tenants.service import Desk
+from cluster.ledger.rows import Prices, UsageQuery
+from cluster.ledger.tenants.service import TenantService
 from cluster.ledger.usage import export
 
 
 @at_desk()
 def usage(
-    desk: Desk,
+    desk: TenantService,
     group_by: Annotated[
         str, typer.Option("--group-by", help="tenant, model, day, month, key_id, label:x, …; commas between.")
     ] = "tenant,model",
@@ -52,18 +52,18 @@ def usage(
         show_table(rows, "no usage")
 
 
-def _rates(given: Sequence[str], currency: str) -> Rates:
+def _rates(given: Sequence[str], currency: str) -> Prices:
     try:
         hours = {gpu: float(rate) for gpu, rate in (pair(one, "--gpu-hour") for one in given)}
         checked = Cost(currency=currency, gpu_hour=hours)
     except ValueError as error:
         fail(f"--gpu-hour: {error}", USAGE)
-    return Rates(checked.currency, dict(checked.gpu_hour))
+    return Prices(checked.currency, dict(checked.gpu_hour))
 
 
 @at_desk()
 def audit(
-    desk: Desk,
+    desk: TenantService,
     tenant: Annotated[str, typer.Option("--tenant", help="Of one tenant only.")] = "",
     kind: Annotated[str, typer.Option("--kind", help="admin, auth_failure or policy.")] = "",
     since_days: Annotated[float, typer.Option("--since-days", help="Of the last days.", min=0)] = 30.0,

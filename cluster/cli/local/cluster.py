@@ -30,7 +30,7 @@ from cluster.cli.commands.processes import part_name
 from cluster.cli.commands.status import Admin
 from cluster.cli.local.children import Child, keep_alive
 from cluster.cli.local.run_folder import ProcessId, RunFolder
-from cluster.cli.local.step_lines import Step, duration
+from cluster.cli.local.step_lines import StepLine, duration
 from cluster.config.schema import Config
 from cluster.ray import reaper
 from cluster.ray.local_cluster import LocalRay, LocalRaySettings, RayDidNotStart
@@ -75,7 +75,7 @@ class LocalCluster:
 
     # ---- start
 
-    async def start(self, step: Step) -> None:
+    async def start(self, step: StepLine) -> None:
         """Bring Ray, the gateways and the controller up. Raises StartFailed."""
         write_whole(self.run.config_file, self.config_text())
         self.write_state("starting")
@@ -94,7 +94,7 @@ class LocalCluster:
         await self._start_controller()
         self.write_state("starting")
 
-    async def wait_for_models(self, step: Step) -> list[admin_pb2.CatalogEntry]:
+    async def wait_for_models(self, step: StepLine) -> list[admin_pb2.CatalogEntry]:
         """Until each model is READY or FAILED, by what the gateway says. Raises StartFailed if none became READY."""
         wanted = {model.name for model in self.config.models}
         admin = Admin(local_access(self.endpoints["admin"], self.config))
@@ -253,7 +253,7 @@ class LocalCluster:
 
     # ---- end
 
-    async def stop(self, step: Step) -> int:
+    async def stop(self, step: StepLine) -> int:
         """End everything; returns how many processes are left (0)."""
         self.write_state("stopping")
         step.show("gateway")

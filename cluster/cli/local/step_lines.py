@@ -20,7 +20,7 @@ def duration(seconds: float) -> str:
     return f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
 
 
-class Step:
+class StepLine:
     """One line: `[2/4] model         SmolLM2 ████  15 s`."""
 
     def __init__(self, number: str, name: str) -> None:

@@ -19,7 +19,7 @@ from cluster.gateway.apis.grpc import requests
 from cluster.gateway.apis.grpc.message_scan import scan
 from cluster.gateway.apis.json_values import MAX_IDS, NotText
 from cluster.gateway.apis.openai.fields import read_object
-from cluster.gateway.apis.openai.requests import Asked, chat_asked, completion_asked
+from cluster.gateway.apis.openai.requests import ParsedRequest, chat_asked, completion_asked
 from cluster.gateway.helpers.pool import HelperPool, Lost, TooMuchCpu
 from cluster.v1 import inference_pb2 as pb
 
@@ -48,13 +48,13 @@ class Bodies:
 
     async def http(
         self, name: str, body: bytes | bytearray, tenant: str = "", most_ids: Callable[[], int] = lambda: MAX_IDS
-    ) -> Asked:
+    ) -> ParsedRequest:
         """A body of the HTTP API: `chat` or `completion`. `most_ids` is asked for large bodies: a prompt with more
         token ids is refused before they are read. Raises CallError."""
         if _is_small_json(body):
             with suppress(NotText):  # a helper finds out in which field
                 return _ASKED[name](read_object(bytes(body)))
-        asked: Asked = await self._elsewhere("http", body, tenant, name, most_ids())
+        asked: ParsedRequest = await self._elsewhere("http", body, tenant, name, most_ids())
         return asked
 
     async def message(

@@ -40,11 +40,11 @@ from cluster.gateway.calls.request import (
     MAX_MESSAGES,
     MAX_STOP_TOKEN_IDS,
     ChatPrompt,
+    GenerationRequest,
     IdsPrompt,
     PackedPrompt,
     Prompt,
     TextPrompt,
-    Wish,
     check_metadata,
     check_options,
 )
@@ -95,7 +95,7 @@ class BodyReader:
             "completion": (_splitter(openai_requests.COMPLETION_FIELDS), openai_requests.completion_asked),
         }
 
-    def http(self, body: bytes | bytearray, name: str, most_ids: int = MAX_IDS) -> openai_requests.Asked:
+    def http(self, body: bytes | bytearray, name: str, most_ids: int = MAX_IDS) -> openai_requests.ParsedRequest:
         """A body of the HTTP API. A prompt of more than `most_ids` token ids is refused. Raises CallError."""
         splitter, asked = self._http[name]
         found = asked(Fields({name: _field(name, raw, most_ids) for name, raw in _split(splitter, body).items()}))
@@ -110,7 +110,7 @@ class BodyReader:
         if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # before prompts, which are large
             check_options(grpc_requests.options_of(request))
         found = _read_ids(request, data) or call.read(request)
-        if isinstance(found, Wish):
+        if isinstance(found, GenerationRequest):
             check_wish(found, {})
         return _packed_all(found)
 
@@ -119,7 +119,7 @@ class BodyReader:
         return [_packed_all(one) for one in grpc_requests.session_items(_message(pb.SessionRequest, data))]
 
 
-def check_wish(wish: Wish, names: Mapping[str, str]) -> None:
+def check_wish(wish: GenerationRequest, names: Mapping[str, str]) -> None:
     """Refuse here what the gateway would refuse, so that it does not come back whole. Raises CallError."""
     try:
         check_options(wish.options)
@@ -203,7 +203,7 @@ def _count_messages(raw: bytes) -> None:
             raise invalid("messages", f"at most {MAX_MESSAGES} messages, got {count}")
 
 
-def _read_ids(request: Any, data: bytes | bytearray) -> Wish | grpc_requests.DetokenizeCall | None:
+def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
     """What is asked by a message of many token ids, which are read from its bytes; None for any other."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
@@ -259,7 +259,7 @@ def _message(kind: type[Message], data: bytes | bytearray, most_ids: int = MAX_I
     return grpc_requests.decoded(kind, data)
 
 
-def _packed(wish: Wish) -> Wish:
+def _packed(wish: GenerationRequest) -> GenerationRequest:
     return replace(wish, prompt=_packed_prompt(wish.prompt))
 
 
@@ -273,10 +273,12 @@ def _packed_prompt(prompt: Prompt) -> Prompt:
 
 
 _PACK: Mapping[type, Callable[[Any], Any]] = {
-    Wish: _packed,
+    GenerationRequest: _packed,
     grpc_requests.ResumedCall: lambda one: replace(one, wish=_packed(one.wish)),
     grpc_requests.TokenizeCall: lambda one: replace(one, prompt=_packed_prompt(one.prompt)),
-    grpc_requests.SessionCall: lambda one: replace(one, wish=_packed(one.wish)) if isinstance(one.wish, Wish) else one,
+    grpc_requests.SessionStart: lambda one: (
+        replace(one, wish=_packed(one.wish)) if isinstance(one.wish, GenerationRequest) else one
+    ),
 }
 
 

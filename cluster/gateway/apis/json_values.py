@@ -30,7 +30,7 @@ _UTF8_MARK: Final = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class JsonBounds:
     """What one JSON text may hold: objects and arrays, strings with the names of members, and values in all."""
 
     containers: int
@@ -41,11 +41,11 @@ class Bounds:
 PIECE_BYTES: Final = 65_536
 """What is looked at together, so that it stays in the processor's cache."""
 MAX_IDS: Final = 2_097_152
-BODY: Final = Bounds(containers=40_000, strings=200_000, values=MAX_IDS)
+BODY: Final = JsonBounds(containers=40_000, strings=200_000, values=MAX_IDS)
 """Of a request's body: ten thousand messages of parts, or two million token ids."""
-MESSAGES: Final = Bounds(containers=32_000, strings=100_000, values=200_000)
-PROMPTS: Final = Bounds(containers=1000, strings=1000, values=MAX_IDS)
-ARGUMENTS: Final = Bounds(containers=10_000, strings=20_000, values=100_000)
+MESSAGES: Final = JsonBounds(containers=32_000, strings=100_000, values=200_000)
+PROMPTS: Final = JsonBounds(containers=1000, strings=1000, values=MAX_IDS)
+ARGUMENTS: Final = JsonBounds(containers=10_000, strings=20_000, values=100_000)
 """Of arguments of a template or tool call, of a JSON schema, and of any other field."""
 
 
@@ -57,7 +57,7 @@ class NotText(CallError):
         super().__init__(error.outcome, error.message, violations=error.violations)
 
 
-def parse(path: str, text: bytes | str, bounds: Bounds | None = ARGUMENTS, levels: int = MAX_DEPTH) -> Any:
+def parse(path: str, text: bytes | str, bounds: JsonBounds | None = ARGUMENTS, levels: int = MAX_DEPTH) -> Any:
     """The value of a JSON text that is the field `path`. Raises CallError, for a wrong text by the path inside it."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(_UTF8_MARK)
     if bounds is not None:  # else it has been counted
@@ -94,7 +94,7 @@ def _too_deep(path: str) -> CallError:
     return invalid(path or "body", f"is nested too deeply; at most {MAX_DEPTH} levels")
 
 
-def check_counts(path: str, data: bytes, bounds: Bounds) -> None:
+def check_counts(path: str, data: bytes, bounds: JsonBounds) -> None:
     """Refuse a text that holds more than it may, without parsing it; it need not be JSON. Linear."""
     if len(data) <= COUNTED_BYTES:
         return
@@ -138,7 +138,7 @@ def _holds_more(data: bytes, most: int) -> bool:
     return False
 
 
-def _within(bounds: Bounds, text: bytes, strings: int) -> bool:
+def _within(bounds: JsonBounds, text: bytes, strings: int) -> bool:
     containers = text.count(b"[") + text.count(b"{")
     commas = text.count(b",")
     return strings <= bounds.strings and containers <= bounds.containers and commas + containers <= bounds.values

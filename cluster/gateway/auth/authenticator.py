@@ -18,7 +18,7 @@ ANYBODY = Principal(TenantPolicy("default"), by="nothing")
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class Credentials:
     """What a caller shows: every value of `authorization`, the names of a verified certificate, and its address."""
 
     authorization: tuple[str, ...] = ()
@@ -26,12 +26,12 @@ class Shown:
     peer: str = ""
 
 
-class Visitor:
+class Caller:
     """Somebody who stays, as a session does: asked again whenever what is known of callers changes."""
 
     __slots__ = ("principal", "refused", "shown")
 
-    def __init__(self, principal: Principal, shown: Shown) -> None:
+    def __init__(self, principal: Principal, shown: Credentials) -> None:
         self.principal = principal
         self.shown = shown
         self.refused: CallError | None = None
@@ -45,23 +45,23 @@ class Visitor:
         return self.principal
 
 
-class Door(Protocol):
+class Authenticator(Protocol):
     """`by_certificate`: whether certificates count. `on_change` is called when some tenant's standing may differ."""
 
     by_certificate: bool
     on_change: set[Callable[[], None]]
 
-    async def principal(self, shown: Shown) -> Principal:
+    async def principal(self, shown: Credentials) -> Principal:
         """Who it is. Raises CallError: UNAUTHENTICATED_KEY, TENANT_SUSPENDED, STORE_UNAVAILABLE."""
 
     def knows(self) -> object:
         """The snapshot in which callers are looked up, another object after each change; compare it by identity. Raises
         CallError, STORE_UNAVAILABLE."""
 
-    async def visit(self, shown: Shown) -> Visitor:
+    async def visit(self, shown: Credentials) -> Caller:
         """As `principal`, for somebody who stays until `leave`."""
 
-    def leave(self, visitor: Visitor) -> None:
+    def leave(self, visitor: Caller) -> None:
         """A visitor has gone."""
 
     def standing(self, tenant: str) -> CallError | None:
@@ -71,7 +71,7 @@ class Door(Protocol):
         """The prefix-cache salt of a call; `own` is the caller's, which only divides its tenant's cache further."""
 
 
-class OpenDoor:
+class NoAuthentication:
     """Lets everybody in as the one tenant there is."""
 
     by_certificate = False
@@ -79,7 +79,7 @@ class OpenDoor:
     def __init__(self) -> None:
         self.on_change: set[Callable[[], None]] = set()
 
-    async def principal(self, shown: Shown) -> Principal:
+    async def principal(self, shown: Credentials) -> Principal:
         """See Door."""
         return ANYBODY
 
@@ -87,11 +87,11 @@ class OpenDoor:
         """See Door."""
         return ANYBODY
 
-    async def visit(self, shown: Shown) -> Visitor:
+    async def visit(self, shown: Credentials) -> Caller:
         """See Door."""
-        return Visitor(ANYBODY, shown)
+        return Caller(ANYBODY, shown)
 
-    def leave(self, visitor: Visitor) -> None:
+    def leave(self, visitor: Caller) -> None:
         """See Door."""
 
     def standing(self, tenant: str) -> CallError | None:

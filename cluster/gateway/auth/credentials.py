@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.auth.bearer_tokens import TokenRefused, looks_like_jwt
 from cluster.policy.tenants.identity import (
+    AccessSnapshot,
+    AuthVerdict,
     CertificateRule,
     Principal,
-    Snapshot,
-    Verdict,
     authenticate,
     identify,
     owner_of_certificate,
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 NO_CREDENTIALS = "no credentials: send `authorization: Bearer <key>`"
 
 
-class Told(Protocol):
+class CheckedCredentials(Protocol):
     """Hears of each failure: the word for audit and metrics, the key id or subject claimed, and the peer."""
 
     def __call__(self, reason: str, subject: str, peer: str) -> None:
         """Must not block."""
 
 
-class Authenticator:
+class CredentialChecker:
     """Turns what a call shows into a principal. `current` is `Watcher.current`."""
 
     def __init__(
         self,
-        current: Callable[[], Snapshot],
+        current: Callable[[], AccessSnapshot],
         *,
         peppers: Sequence[bytes] = (),
         oidc: OidcVerifier | None = None,
         certificates: Sequence[CertificateRule] = (),
-        told: Told | None = None,
+        told: CheckedCredentials | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._current = current
@@ -75,7 +75,7 @@ class Authenticator:
         if self._told is not None:
             self._told(reason, subject, peer)
 
-    async def _verdict(self, authorization: Sequence[str], names: Sequence[str]) -> Verdict:
+    async def _verdict(self, authorization: Sequence[str], names: Sequence[str]) -> AuthVerdict:
         snapshot = self._current()
         if len(authorization) > 1:
             return _refused("several")
@@ -86,7 +86,7 @@ class Authenticator:
             return identify(snapshot, owner.tenant, "certificate", owner.name, owner.role)
         return _refused("unknown_certificate" if names and self._certificates else "missing")
 
-    async def _of_token(self, snapshot: Snapshot, authorization: str) -> Verdict:
+    async def _of_token(self, snapshot: AccessSnapshot, authorization: str) -> AuthVerdict:
         scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token:
             return _refused("missing")
@@ -96,5 +96,5 @@ class Authenticator:
         return authenticate(snapshot, token, self._peppers, self._clock())
 
 
-def _refused(reason: str) -> Verdict:
-    return Verdict(None, Outcome.UNAUTHENTICATED_KEY, reason)
+def _refused(reason: str) -> AuthVerdict:
+    return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, reason)

@@ -58,7 +58,7 @@ class Issuer:
 
 
 @dataclass(frozen=True, slots=True)
-class Claims:
+class TokenClaims:
     """What a verified token says. `expires_at_s` is since the epoch."""
 
     issuer: str
@@ -111,10 +111,10 @@ class OidcVerifier:
         self._wall = wall
         self._monotonic = monotonic
         self._keys = {name: _Keys() for name in self._issuers}
-        self._cache: dict[bytes, tuple[float, Claims]] = {}
+        self._cache: dict[bytes, tuple[float, TokenClaims]] = {}
         self._refreshing: set[asyncio.Task[None]] = set()
 
-    async def verify(self, token: str) -> Claims:
+    async def verify(self, token: str) -> TokenClaims:
         """The claims. Raises TokenRefused, or CallError STORE_UNAVAILABLE while an issuer's keys cannot be had."""
         if len(token) > MAX_TOKEN_BYTES:
             raise TokenRefused("too_long")
@@ -128,7 +128,7 @@ class OidcVerifier:
         self._cache[name] = (self._monotonic() + CACHE_S, claims)
         return claims
 
-    async def _verify(self, token: str) -> Claims:
+    async def _verify(self, token: str) -> TokenClaims:
         header, issuer = self._unverified(token)
         algorithm = header["alg"]
         candidates = await self._candidates(issuer, header.get("kid", ""))
@@ -172,7 +172,7 @@ class OidcVerifier:
             raise TokenRefused("malformed")
         return header, issuer
 
-    def _claims(self, issuer: Issuer, body: Mapping[str, Any]) -> Claims:
+    def _claims(self, issuer: Issuer, body: Mapping[str, Any]) -> TokenClaims:
         now = self._wall()
         expires_at_s = _seconds(body, "exp")
         if expires_at_s is None or now >= expires_at_s + LEEWAY_S:
@@ -187,7 +187,7 @@ class OidcVerifier:
         subject = body.get("sub", "")
         if not isinstance(subject, str) or not is_subject(subject):
             raise TokenRefused("malformed")
-        return Claims(
+        return TokenClaims(
             issuer.issuer,
             subject,
             tenant,

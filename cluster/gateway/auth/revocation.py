@@ -103,14 +103,14 @@ def _described(tls: ssl.SSLObject) -> str:
     return f"{serial:X} of {issuer}"
 
 
-class Port(Protocol):
+class RevocablePort(Protocol):
     """A server whose connections can be cut."""
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
         """Cut the connections for which it holds; returns how many."""
 
 
-async def cut_revoked(files: Sequence[RevokedFile], ports: Callable[[], Sequence[Port]]) -> None:
+async def cut_revoked(files: Sequence[RevokedFile], ports: Callable[[], Sequence[RevocablePort]]) -> None:
     """Cut connections of certificates that a list names from some moment on, until cancelled."""
     seen = [file.current() for file in files]
     while True:

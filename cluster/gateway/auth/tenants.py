@@ -20,8 +20,8 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.config.schema import Config, cache_dir, database_url, secret_files
 from cluster.config.tenants import Auth
-from cluster.gateway.auth.authenticator import Shown, Visitor
-from cluster.gateway.auth.credentials import Authenticator
+from cluster.gateway.auth.authenticator import Caller, Credentials
+from cluster.gateway.auth.credentials import CredentialChecker
 from cluster.gateway.quotas.budgets import BudgetWatch, Spent
 from cluster.gateway.usage.prompt_log import PromptLog
 from cluster.ledger.audit.audit import AuditEvent, AuditLog
@@ -35,9 +35,9 @@ from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.identity import (
     BAD_KEY,
     SUSPENDED,
+    AccessSnapshot,
     CertificateRule,
     Principal,
-    Snapshot,
     cache_salt,
     tenant_handle,
 )
@@ -48,7 +48,7 @@ from cluster.process.private_files import make_private_folder
 
 if TYPE_CHECKING:
     from cluster.gateway.auth.oidc import OidcVerifier
-    from cluster.gateway.guards.guards import Decided
+    from cluster.gateway.guards.guards import GuardDecision
 
 log = structlog.get_logger("tenants")
 
@@ -64,7 +64,7 @@ ASK_AGAIN_S = 30.0
 FIRST_EXPIRY_S, EXPIRY_S = 600.0, 86400.0
 
 
-class TenantDoor:
+class TenantAuthenticator:
     """Implements Door. Only process 0 of a host prepares the database and removes what is too old."""
 
     def __init__(self, config: Config, folder: Path, metrics: Metrics, process: int = 0) -> None:
@@ -96,7 +96,7 @@ class TenantDoor:
             folder / "prompts", self._everybody, config.store.retention_days.prompts, self._metrics
         )
         self._oidc = _verifier(config.auth)
-        self._authenticator = Authenticator(
+        self._authenticator = CredentialChecker(
             self._watcher.current,
             peppers=peppers,
             oidc=self._oidc,
@@ -104,7 +104,7 @@ class TenantDoor:
             told=self._told,
         )
         self._dressed: dict[str, tuple[TenantPolicy, TenantPolicy, str]] = {}
-        self._visitors: set[Visitor] = set()
+        self._visitors: set[Caller] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -204,27 +204,27 @@ class TenantDoor:
 
     # ---- Door
 
-    async def principal(self, shown: Shown) -> Principal:
+    async def principal(self, shown: Credentials) -> Principal:
         """See Door."""
         found = await self._authenticator.principal(shown.authorization, shown.names, shown.peer)
         tenant = self._dress(found.tenant)[1]
         return Principal(tenant, found.role, found.by, found.subject, found.model_aliases)
 
-    def knows(self) -> Snapshot:
+    def knows(self) -> AccessSnapshot:
         """See Door."""
         return self.snapshot()
 
-    async def visit(self, shown: Shown) -> Visitor:
+    async def visit(self, shown: Credentials) -> Caller:
         """See Door."""
-        visitor = Visitor(await self.principal(shown), shown)
+        visitor = Caller(await self.principal(shown), shown)
         self._visitors.add(visitor)
         return visitor
 
-    def leave(self, visitor: Visitor) -> None:
+    def leave(self, visitor: Caller) -> None:
         """See Door."""
         self._visitors.discard(visitor)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> AccessSnapshot:
         """Everybody known now. Raises CallError STORE_UNAVAILABLE."""
         return self._watcher.current()
 
@@ -255,7 +255,7 @@ class TenantDoor:
             self._dressed[policy.name] = known
         return known
 
-    def decided(self, one: Decided) -> None:
+    def decided(self, one: GuardDecision) -> None:
         """What a guard has decided goes into the audit log."""
         details: dict[str, Any] = {
             "guard": one.guard,
@@ -279,7 +279,7 @@ class TenantDoor:
 
     # ---- news
 
-    def _changed(self, snapshot: Snapshot) -> None:
+    def _changed(self, snapshot: AccessSnapshot) -> None:
         """In the watcher's thread."""
         loop = self._loop
         if loop is not None:

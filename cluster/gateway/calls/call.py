@@ -11,9 +11,9 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, resume_word
-from cluster.gateway.calls.sequence import Output, Piece
+from cluster.gateway.calls.sequence import CallSequence, Piece
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.resume_tokens.claim import Terms
+from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.gateway.scheduling.worker_losses import MOST_SILENT
 from cluster.observe.metrics import Histogram
 from cluster.policy.routing.version_split import Versions
@@ -21,7 +21,7 @@ from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process.call_errors import is_call_failure
 
 if TYPE_CHECKING:
-    from cluster.gateway.resume_tokens.resumption import Tickets
+    from cluster.gateway.resume_tokens.resumption import ResumeTokens
 
 log = structlog.get_logger("calls")
 
@@ -55,8 +55,8 @@ class Call:
     rank: int
     arrived: float
     deadline: float | None
-    again: Callable[[Output], None]
-    began: Callable[[Output, int], None]
+    again: Callable[[CallSequence], None]
+    began: Callable[[CallSequence, int], None]
     clock: Callable[[], float]
     itl: Histogram | None = None
     request_id: str = ""
@@ -71,22 +71,22 @@ class Call:
     max_attempts: int = 3
     max_silent_losses: int = MOST_SILENT
     """So many workers may be lost in a row with it and no token between; see worker_losses.py."""
-    answered: Callable[[Output, WorkerLink, bool], None] = lambda output, link, well: None
+    answered: Callable[[CallSequence, WorkerLink, bool], None] = lambda output, link, well: None
     on_resumed: Callable[[str, str, float], None] = lambda model, reason, gap_s: None
     counted: bool = False
     """Whether it is counted as a request of its tenant already."""
-    on_refused: Callable[[Output], None] = lambda output: None
+    on_refused: Callable[[CallSequence], None] = lambda output: None
     """Told when a worker has not taken a sequence."""
-    sequences: list[Output] = field(default_factory=list)
+    sequences: list[CallSequence] = field(default_factory=list)
     usage: CallUsage = field(default_factory=CallUsage)
     error: CallError | None = None
     headers: Sequence[tuple[str, str]] = ()
     """How its tenant's limits stood when it was admitted, for its caller."""
-    tickets: Tickets | None = None
+    tickets: ResumeTokens | None = None
     """Where its chunks carry resume tokens, those."""
     continues: bool = False
     """It was begun at another gateway, which has counted its prompt and what it has delivered."""
-    terms: Terms = Terms.FREE
+    terms: ResumeTerms = ResumeTerms.FREE
     """Of one that `continues`: who pays when its prompt is read again."""
     blamed: bool = False
     """It may be what ended its workers: it is not to be resumed."""
@@ -128,16 +128,18 @@ class Call:
         have been read again."""
         if not self.continues or self._pays_again:
             return True
-        unknown = self._origin_lost is None and self.terms is not Terms.FREE
+        unknown = self._origin_lost is None and self.terms is not ResumeTerms.FREE
         return unknown and self.error is None and any(one.ran for one in self.sequences)
 
     def read_again(self, output: TokenOutput) -> None:
         """A worker has read the prompt of a sequence; of a resumed call its client may have to pay for that."""
         self._origin_lost = output.origin_lost
-        if self.continues and (self.terms is Terms.PAID or (self.terms is Terms.IF_ALIVE and not output.origin_lost)):
+        if self.continues and (
+            self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not output.origin_lost)
+        ):
             self._pays_again = True
 
-    def progressed(self, output: Output, tokens: int) -> None:
+    def progressed(self, output: CallSequence, tokens: int) -> None:
         """A sequence has got tokens, by a step that had more to tell of it than one token."""
         if tokens:
             now = self.clock()
@@ -149,7 +151,7 @@ class Call:
             output.heard_at = now
         self.wake()
 
-    def resumed(self, output: Output) -> None:
+    def resumed(self, output: CallSequence) -> None:
         """A sequence's first token at another worker has come."""
         self.usage.resumed += 1
         if output.link is not None:

@@ -33,7 +33,7 @@ DEFAULT_COMPLETE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RequestOptions:
     """Sampling as asked: None is "unset", so that the model's default applies."""
 
     max_tokens: int | None = None
@@ -133,12 +133,12 @@ class ResumeFrom:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class GenerationRequest:
     """One call as asked."""
 
     model: str
     prompt: Prompt
-    options: Options
+    options: RequestOptions
     default_max_tokens: int | None = None
     cache_salt: str = ""
     """The caller's own: its calls share a cached prefix only with those of the same salt."""
@@ -179,7 +179,7 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
             raise invalid(f"metadata.{name}", f"must be printable and not exceed {MAX_METADATA_BYTES} bytes")
 
 
-def check_options(options: Options) -> None:
+def check_options(options: RequestOptions) -> None:
     """Raise one CallError that names every wrong field."""
     wrong = [v for name in RANGES if (v := _range(name, getattr(options, name))) is not None]
     if options.min_tokens is not None and options.max_tokens is not None and options.min_tokens > options.max_tokens:
@@ -201,7 +201,7 @@ def _fits_in(text: str, most_bytes: int) -> bool:
     return len(text) <= most_bytes and len(text.encode("utf-8", "replace")) <= most_bytes
 
 
-def _stop_violations(options: Options) -> list[Violation]:
+def _stop_violations(options: RequestOptions) -> list[Violation]:
     """Counts before contents: what is too long is not looked through."""
     wrong: list[Violation] = []
     if len(options.stop) > MAX_STOP_STRINGS:
@@ -280,7 +280,7 @@ def too_long(prompt_tokens: int, max_model_len: int, chat: bool, *, surely: str 
 
 
 def sampling(
-    wish: Wish,
+    wish: GenerationRequest,
     defaults: Mapping[str, object],
     prompt_tokens: int,
     max_model_len: int,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
-from cluster.api.types import EngineRequest, FinishReason, Likeness, TokenOutput
+from cluster.api.types import CompatibilityKey, EngineRequest, FinishReason, TokenOutput
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.logprobs import LogprobSource, TokenLogprob
@@ -21,7 +21,7 @@ from cluster.policy.fairness.order import Waiting
 if TYPE_CHECKING:
     from cluster.gateway.calls.call import Call
     from cluster.gateway.resume_tokens.token_chain import Begun
-    from cluster.gateway.usage.accounting import Account
+    from cluster.gateway.usage.accounting import CallAccount
 
 _FINISH_WORDS = {
     FinishReason.STOP: "stop",
@@ -53,7 +53,7 @@ class Piece:
     first: bool = False
 
 
-class Output:
+class CallSequence:
     """One of a call's n outputs. A Sink of the link.
 
     `direct`, where a face has set it, takes the text of each further token that has nothing else to tell.
@@ -126,7 +126,7 @@ class Output:
         """The node of the worker that it last lost."""
         self.shuns: frozenset[str] = frozenset()
         """Incarnations of workers whose engine could not go on with it."""
-        self.likeness: Likeness | None = None
+        self.likeness: CompatibilityKey | None = None
         """What the worker was like that gave its first token; only such another can go on with it."""
         self.home = ""
         """Incarnation of the worker that it was given last: its KV blocks are there, if that lives and has had room."""
@@ -136,7 +136,7 @@ class Output:
         """How often it was to go on elsewhere after its first token."""
         self.resuming = ""
         """Why it has to, until its next token comes."""
-        self.account: Account | None = None
+        self.account: CallAccount | None = None
         """Where accounts are kept and it has been submitted."""
         self.admitted = False
         """Whether an engine has accepted it."""
@@ -189,7 +189,7 @@ class Output:
         elif ids and not self.finish_reason:
             self.resumes, self.resuming = 1, "gateway"
 
-    def adopt(self, older: Output) -> None:
+    def adopt(self, older: CallSequence) -> None:
         """Take over what this gateway has generated for the reader before, beyond where this one stands: it is told
         without being computed again. With log probabilities, which are not kept, nothing is."""
         more = older.emitted[len(self.emitted) :]

@@ -20,7 +20,7 @@ LANES_A_PASS = 128
 """About a millisecond of writes, before the event loop turns to others."""
 
 
-class Way(Protocol):
+class Transport(Protocol):
     """What a lane needs of the stream to its client."""
 
     @property
@@ -34,7 +34,7 @@ class Way(Protocol):
         """Wait until it is full no longer, or closed."""
 
 
-class Voice(Protocol):
+class ChunkEncoder(Protocol):
     """What a call has to say, in the bytes of its face."""
 
     ended: bool
@@ -51,10 +51,10 @@ class Voice(Protocol):
         """Whether further tokens can be told by `text`."""
 
 
-class Lane:
+class StreamWriter:
     """One call's way to its client. `run` returns when the call's end is told and raises the call's error."""
 
-    def __init__(self, call: Call, voice: Voice, way: Way, relay: Relay) -> None:
+    def __init__(self, call: Call, voice: ChunkEncoder, way: Transport, relay: ChunkDelivery) -> None:
         self._call = call
         self._take = voice.take
         self._tell = voice.text
@@ -135,14 +135,14 @@ class Lane:
             self._halted.set_result(ended)
 
 
-class Relay:
+class ChunkDelivery:
     """The marked lanes of a face."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self._marked: deque[Lane] = deque()
+        self._marked: deque[StreamWriter] = deque()
 
-    def add(self, lane: Lane) -> None:
+    def add(self, lane: StreamWriter) -> None:
         """Write this lane in the next pass."""
         if not self._marked:
             self.loop.call_soon(self._pass)

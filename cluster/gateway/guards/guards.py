@@ -22,7 +22,7 @@ from cluster.gateway.calls.request import ChatPrompt, IdsPrompt, PackedPrompt, P
 from cluster.gateway.guards.files import PatternFiles
 from cluster.gateway.guards.prompts import messages_of, texts_of, with_texts
 from cluster.gateway.guards.remote import GuardServers
-from cluster.gateway.guards.stream import Chain, PatternStage, SizeStage, Stage, filtered
+from cluster.gateway.guards.stream import GuardChain, GuardStage, PatternStage, SizeStage, filtered
 from cluster.gateway.guards.text import GuardedLogprobs, GuardedText
 from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobSource, LogprobTexts
@@ -41,11 +41,11 @@ MAX_SHOWN = 10
 """Texts of one audit event, where a policy lets them be kept."""
 _DONE = {"redact": "redacted", "refuse": "refused", "flag": "flagged"}
 
-Audit = Callable[["Decided"], None]
+Audit = Callable[["GuardDecision"], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
+class GuardDecision:
     """What one guard has done to one call. `found`: how often by name; `texts` only where the policy keeps them."""
 
     tenant: str
@@ -92,7 +92,7 @@ class Guards:
         """A rule's patterns, as they are now. Raises PatternError."""
         return self._files.get(rule.patterns_file) if rule.patterns_file else patterns_of(tuple(rule.patterns.items()))
 
-    def decided(self, decided: Decided) -> None:
+    def decided(self, decided: GuardDecision) -> None:
         """Count and audit."""
         by = sum(decided.found.values())
         self._metrics.count("guard_actions_total", decided.tenant, decided.guard, decided.outcome, by=by)
@@ -122,7 +122,7 @@ class CallGuards:
         for (guard, outcome), found in self._found.items():
             texts = tuple(self._texts.get((guard, outcome), ()))
             self._shared.decided(
-                Decided(
+                GuardDecision(
                     self._policy.name, self._model, self._request_id, self._actor, guard, outcome, dict(found), texts
                 )
             )
@@ -219,7 +219,7 @@ class CallGuards:
         self, detokenizer: Detokenizer, logprobs: LogprobTexts | None
     ) -> tuple[Detokenizer | GuardedText, LogprobSource | None]:
         """What stands in the place of an output's detokenizer and log probabilities. Raises CallError."""
-        stages: list[Stage] = []
+        stages: list[GuardStage] = []
         rules: list[GuardRule] = []
         for rule in self._outputs:
             try:
@@ -230,7 +230,7 @@ class CallGuards:
                     raise _refusal("", f"the guard {_name(rule)} cannot work; tell the operator") from None
         if not stages:
             return detokenizer, logprobs
-        chain = Chain(
+        chain = GuardChain(
             stages,
             [rule.timeout_s for rule in rules],
             lambda number, error: self._failed(rules[number], error),
@@ -239,7 +239,7 @@ class CallGuards:
         text = GuardedText(detokenizer, chain)
         return text, None if logprobs is None else GuardedLogprobs(logprobs, text)
 
-    def _stage(self, rule: GuardRule) -> Stage:
+    def _stage(self, rule: GuardRule) -> GuardStage:
         def told(name: str, match: str) -> None:
             self._note(rule, _DONE[rule.action], name, match)
 

@@ -23,7 +23,7 @@ _DONE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class GuardReply:
     """What a guard server has said: "", refused, redacted or flagged; the texts as they are now; and why."""
 
     outcome: str
@@ -37,7 +37,9 @@ class GuardServers:
     def __init__(self) -> None:
         self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
 
-    async def check(self, rule: GuardRule, tenant: str, model: str, request_id: str, texts: Sequence[str]) -> Answer:
+    async def check(
+        self, rule: GuardRule, tenant: str, model: str, request_id: str, texts: Sequence[str]
+    ) -> GuardReply:
         """Ask. Raises OSError where it cannot be reached or its ca_file be read, ValueError for a senseless answer."""
         request = guard_pb2.CheckRequest(tenant=tenant, model=model, request_id=request_id, texts=texts)
         stub = guard_pb2_grpc.GuardStub(self._channel(rule))
@@ -51,7 +53,7 @@ class GuardServers:
         replaced = list(answer.texts) if outcome == "redacted" else texts
         if len(replaced) != len(texts):
             raise ValueError(f"the guard server has replaced {len(texts)} texts by {len(replaced)}")
-        return Answer(outcome, replaced, answer.finding if NAME.fullmatch(answer.finding) else "unnamed")
+        return GuardReply(outcome, replaced, answer.finding if NAME.fullmatch(answer.finding) else "unnamed")
 
     def _channel(self, rule: GuardRule) -> grpc.aio.Channel:
         name = (rule.address, rule.ca_file)

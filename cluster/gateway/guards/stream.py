@@ -22,7 +22,7 @@ Told = Callable[[str, str], None]
 """Told of each decision: the pattern's or limit's name, and the text that it is about."""
 
 
-class Mark(NamedTuple):
+class GuardMark(NamedTuple):
     """A token, by its number, and the characters that it has brought."""
 
     start: int
@@ -31,7 +31,7 @@ class Mark(NamedTuple):
     hidden: bool = False
 
 
-class Stage(Protocol):
+class GuardStage(Protocol):
     """One guard's filter. `refused` names what has ended the text."""
 
     refused: str
@@ -40,10 +40,10 @@ class Stage(Protocol):
     def held(self) -> int:
         """Characters held back."""
 
-    def feed(self, text: str, marks: Sequence[Mark], last: bool) -> tuple[str, Sequence[Mark]]:
+    def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
         """Add text; what is decided comes out. After `last`, or once refused, all is decided."""
 
-    def give_up(self) -> tuple[str, Sequence[Mark]]:
+    def give_up(self) -> tuple[str, Sequence[GuardMark]]:
         """What is held back, unfiltered: the guard has failed and lets everything pass."""
 
 
@@ -60,7 +60,7 @@ class PatternStage:
         self._text = ""  # one decided character, which \b and ^ look back at, then what is held back
         self._at = 0  # where in it that begins
         self._base = 0  # where the text begins in all that was fed
-        self._marks: deque[Mark] = deque()
+        self._marks: deque[GuardMark] = deque()
         self._edits: deque[tuple[int, int, int]] = deque()  # (start, end, characters more) of redactions
         self._shift = 0
 
@@ -69,7 +69,7 @@ class PatternStage:
         """See Stage."""
         return len(self._text) - self._at
 
-    def feed(self, text: str, marks: Sequence[Mark], last: bool) -> tuple[str, Sequence[Mark]]:
+    def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
         """See Stage."""
         self._text += text
         self._marks += marks
@@ -102,7 +102,7 @@ class PatternStage:
         self._text, self._base, self._at = text[kept:], self._base + kept, done - kept
         return "".join(out)
 
-    def _passed(self, all_of_them: bool) -> Sequence[Mark]:
+    def _passed(self, all_of_them: bool) -> Sequence[GuardMark]:
         """The marks whose last character is decided, as they stand in what came out."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
@@ -112,12 +112,12 @@ class PatternStage:
                 self._shift += edits.popleft()[2]
             if hidden or (edits and edits[0][0] < end):
                 first = min(start, edits[0][0]) if edits else start
-                out.append(Mark(first + self._shift, first + self._shift, token, True))
+                out.append(GuardMark(first + self._shift, first + self._shift, token, True))
             else:
-                out.append(Mark(start + self._shift, end + self._shift, token))
+                out.append(GuardMark(start + self._shift, end + self._shift, token))
         return out
 
-    def give_up(self) -> tuple[str, Sequence[Mark]]:
+    def give_up(self) -> tuple[str, Sequence[GuardMark]]:
         """See Stage."""
         text, self._text = self._text[self._at :], ""
         self._base, self._at = self._base + self._at + len(text), 0
@@ -136,14 +136,14 @@ class SizeStage:
         self._told = told
         self._seen = 0
         self._flagged = False
-        self._marks: deque[Mark] = deque()
+        self._marks: deque[GuardMark] = deque()
 
     @property
     def held(self) -> int:
         """See Stage."""
         return 0
 
-    def feed(self, text: str, marks: Sequence[Mark], last: bool) -> tuple[str, Sequence[Mark]]:
+    def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
         """See Stage."""
         over = self._seen + len(text) > self._max
         if over and not self._flagged:
@@ -159,13 +159,13 @@ class SizeStage:
             out.append(self._marks.popleft())
         return text, out
 
-    def give_up(self) -> tuple[str, Sequence[Mark]]:
+    def give_up(self) -> tuple[str, Sequence[GuardMark]]:
         """See Stage."""
         marks, self._marks = list(self._marks), deque()
         return "", marks
 
 
-class Chain:
+class GuardChain:
     """Stages in order, each step of each within its time. A failure is a stage's exception, or a step that took
     longer; then the text ends, or that stage is left out from then on."""
 
@@ -173,7 +173,7 @@ class Chain:
 
     def __init__(
         self,
-        stages: Sequence[Stage],
+        stages: Sequence[GuardStage],
         timeouts_s: Sequence[float],
         on_failure: Callable[[int, Exception], bool],
         clock: Callable[[], float],
@@ -192,7 +192,7 @@ class Chain:
         """Characters held back."""
         return sum(stage.held for _, stage in self._stages)
 
-    def feed(self, text: str, marks: Sequence[Mark], last: bool = False) -> tuple[str, Sequence[Mark]]:
+    def feed(self, text: str, marks: Sequence[GuardMark], last: bool = False) -> tuple[str, Sequence[GuardMark]]:
         """As a stage's."""
         if self.done:
             return "", ()
@@ -203,11 +203,11 @@ class Chain:
         return text, marks
 
     def _step(
-        self, number: int, stage: Stage, text: str, marks: Sequence[Mark], last: bool
-    ) -> tuple[str, Sequence[Mark]]:
+        self, number: int, stage: GuardStage, text: str, marks: Sequence[GuardMark], last: bool
+    ) -> tuple[str, Sequence[GuardMark]]:
         began = self._clock()
         failure: Exception | None = None
-        out: tuple[str, Sequence[Mark]] = ("", ())
+        out: tuple[str, Sequence[GuardMark]] = ("", ())
         try:
             out = stage.feed(text, marks, last)
         except Exception as error:  # whatever a guard comes to must not reach the link, which is everybody's
@@ -231,6 +231,6 @@ def replacement(name: str) -> str:
     return f"[redacted: {name}]"
 
 
-def filtered(stage: Stage, text: str) -> str:
+def filtered(stage: GuardStage, text: str) -> str:
     """A whole text through one stage."""
     return stage.feed(text, (), True)[0]

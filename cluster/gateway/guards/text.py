@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from cluster.api.types import PositionLogprobs
-from cluster.gateway.guards.stream import Chain, Mark
+from cluster.gateway.guards.stream import GuardChain, GuardMark
 from cluster.gateway.text.detokenizer import Detokenizer
 from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
 
@@ -35,7 +35,7 @@ class GuardedText:
         "told",
     )
 
-    def __init__(self, inner: Detokenizer, chain: Chain) -> None:
+    def __init__(self, inner: Detokenizer, chain: GuardChain) -> None:
         self._inner = inner
         self._chain = chain
         self.token_ids = inner.token_ids
@@ -45,7 +45,7 @@ class GuardedText:
         self._seen = 0  # characters that tokens have brought
         self._fed = 0  # of these, characters given to the guards
         self._open: list[int] = []  # tokens that have brought no character yet
-        self._marks: list[Mark] = []  # of tokens whose characters the guards have not got
+        self._marks: list[GuardMark] = []  # of tokens whose characters the guards have not got
         self._out = 0  # tokens that have come out
         self._taken = 0  # of these, those whose text has been taken
 
@@ -95,7 +95,7 @@ class GuardedText:
     def take(self, finished: bool) -> str:
         """The text since the last take, as far as it is decided; all of it when `finished`."""
         if finished and not self._chain.done:
-            self._marks += [Mark(self._seen, self._seen, token, True) for token in self._open]
+            self._marks += [GuardMark(self._seen, self._seen, token, True) for token in self._open]
             self._open = []
             self._flow(self._inner.take(True), True)
         text, self._ready = self._ready, ""
@@ -113,8 +113,8 @@ class GuardedText:
         if seen > self._seen or ends:
             start = min(self._seen, seen)
             # Characters may be of all the tokens since the last text. Of those that never got any nothing is told.
-            self._marks += [Mark(start, seen, one, seen == start) for one in self._open]
-            self._marks.append(Mark(start, seen, token))
+            self._marks += [GuardMark(start, seen, one, seen == start) for one in self._open]
+            self._marks.append(GuardMark(start, seen, token))
             self._open, self._seen = [], seen
         else:
             self._open.append(token)

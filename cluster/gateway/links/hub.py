@@ -18,8 +18,8 @@ from cluster import http2
 from cluster.api.demand import ModelDemand
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import CatalogEntry, EngineInfo, VersionTally, WorkerIdentity
-from cluster.gateway.links.liveness import Liveness, Waking
-from cluster.gateway.links.peer_identity import CONTROLLER, Admission, of_model
+from cluster.gateway.links.liveness import LinkLiveness, Waking
+from cluster.gateway.links.peer_identity import CONTROLLER, PeerIdentity, of_model
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
@@ -102,7 +102,7 @@ class Hub(pb_grpc.LinkServicer):
         self.incarnation = uuid.uuid4().hex[:12]
         self._since = time.monotonic()
         self._listener = listener
-        self._admission = Admission(by_certificate)
+        self._admission = PeerIdentity(by_certificate)
         self._timing = timing or Timing()
         self._links: dict[str, WorkerLink] = {}
         self._controller: _Controller | None = None
@@ -155,7 +155,7 @@ class Hub(pb_grpc.LinkServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"hello: {error}")
         await self._admit(context, identity, info, hello.epoch)
         link = WorkerLink(identity, info, hello.epoch)
-        link.liveness = Liveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
+        link.liveness = LinkLiveness(self._now(), self._timing.hang_s - NOTICING_S, self._timing.silence_s)
         if self.on_usage is not None:
             link.on_usage = self.on_usage
         self._attach(link)  # before the welcome, whose reader may open Bulk at once
@@ -504,7 +504,7 @@ def _entries(catalog: pb.Catalog) -> list[CatalogEntry]:
     return entries
 
 
-def hub_server(hub: Hub, admission: http2.Admission | None = None) -> http2.Server:
+def hub_server(hub: Hub, admission: http2.ConnectionAdmission | None = None) -> http2.Server:
     """A server of the hub, for the gateway to start. `admission`: the caps of its port."""
     server = http2.Server(LIMITS, admission)
     pb_grpc.add_LinkServicer_to_server(hub, server)  # type: ignore[arg-type]
@@ -512,7 +512,7 @@ def hub_server(hub: Hub, admission: http2.Admission | None = None) -> http2.Serv
 
 
 # Those who dial in are ours: what bounds them is the link's own accounting.
-LIMITS = http2.Limits(
+LIMITS = http2.ServerLimits(
     max_message_bytes=MAX_MESSAGE_BYTES,
     max_calls=256,
     window_bytes=8 << 20,

@@ -61,7 +61,7 @@ class Waking:
         self._waked, self._since, self._counts_s = self.at(now), now, rest_s + LATE_S
 
 
-class Liveness:
+class LinkLiveness:
     """Of one epoch of one worker. `now` is always waking time."""
 
     def __init__(self, now: float, hang_s: float, silence_s: float) -> None:

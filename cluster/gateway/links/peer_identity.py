@@ -30,7 +30,7 @@ def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str]:
     return frozenset(value for kind, value in found if kind == "URI")
 
 
-class Admission:
+class PeerIdentity:
     """One gateway's rule, and what it remembers of those it has let in."""
 
     def __init__(self, by_certificate: bool) -> None:

@@ -25,7 +25,7 @@ SAMPLE_TOKENS = 16
 SMOOTH = 1 / 8
 
 
-class Replays:
+class PrefillPacing:
     """Of one gateway at one worker."""
 
     __slots__ = ("_most", "_per_token_s", "_steps_s", "_taken", "_waiting", "prompts", "tokens")

@@ -14,20 +14,28 @@ from typing import NamedTuple, Protocol
 
 import structlog
 
-from cluster.api.demand import Work
-from cluster.api.types import EngineInfo, EngineLoad, EngineRequest, Likeness, Standing, TokenOutput, WorkerIdentity
-from cluster.gateway.links.liveness import Liveness
-from cluster.gateway.links.prefill_pacing import Replays
+from cluster.api.demand import ComputedWork
+from cluster.api.types import (
+    CompatibilityKey,
+    DrainState,
+    EngineInfo,
+    EngineLoad,
+    EngineRequest,
+    TokenOutput,
+    WorkerIdentity,
+)
+from cluster.gateway.links.liveness import LinkLiveness
+from cluster.gateway.links.prefill_pacing import PrefillPacing
 from cluster.link.v1 import link_pb2 as pb
 from cluster.policy.fairness.order import Waiting
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.process.call_errors import is_call_failure
 from cluster.wire import codec
-from cluster.wire.credit import Purse, Room
+from cluster.wire.credit import Capacity, CreditBalance
 from cluster.wire.demand_codec import work_from_pb
 from cluster.wire.dial import CHUNK_BYTES
 from cluster.wire.ended_requests import EndedUsage
-from cluster.wire.fairness_codec import FlowBacklog, Weighed, elsewhere_from_pb, put_turn, served_from_pb
+from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, elsewhere_from_pb, put_turn, served_from_pb
 from cluster.wire.outbox import CommandBox
 
 log = structlog.get_logger("link")
@@ -64,7 +72,7 @@ class Sink(Protocol):
         """One of the other methods has raised; the request is aborted, and nothing more comes."""
 
 
-class Stream(NamedTuple):
+class LinkStream(NamedTuple):
     """A sequence that a client may resume. `generation`: how often it has; `begun_at`: the gateway that it was resumed
     from, "" where that does not matter."""
 
@@ -80,18 +88,18 @@ class WorkerLink:
         self.identity = identity
         self.info = info
         self.epoch = epoch
-        self.likeness = Likeness(identity.weight_digest, identity.bundle_digest, info.engine_class)
-        self.replays = Replays(info.max_num_batched_tokens)
+        self.likeness = CompatibilityKey(identity.weight_digest, identity.bundle_digest, info.engine_class)
+        self.replays = PrefillPacing(info.max_num_batched_tokens)
         """Requests that this gateway has sent and that no step has begun with, as far as is known."""
         self.on_begun: Callable[[bool], None] = lambda continued: None
         """Told that a step has begun with some of these, and whether continued calls were among them."""
         self.load = EngineLoad()
-        self.work = Work()
+        self.work = ComputedWork()
         """What its engine has computed since its start."""
-        self.standing = Standing.SERVING
+        self.standing = DrainState.SERVING
         self.leave_at = float("inf")
         """When those that still run there are to go on elsewhere, since it drains (monotonic)."""
-        self.liveness: Liveness | None = None
+        self.liveness: LinkLiveness | None = None
         """Kept by the hub."""
         self.last_heard = time.monotonic()
         self.box = CommandBox()
@@ -100,14 +108,14 @@ class WorkerLink:
         """Told the time between tokens, and of how many tokens it was so long."""
         self.on_usage: Callable[[WorkerLink, Sequence[EndedUsage]], None] = lambda link, usage: None
         """Told what ended requests have come to."""
-        self.on_served: Callable[[WorkerLink, Sequence[Weighed[ServedTotal]]], None] = lambda link, totals: None
+        self.on_served: Callable[[WorkerLink, Sequence[WeightedValue[ServedTotal]]], None] = lambda link, totals: None
         """Told whom the worker has served."""
-        self.on_elsewhere: Callable[[str, Sequence[Weighed[FlowBacklog]]], None] = lambda gateway, waiting: None
+        self.on_elsewhere: Callable[[str, Sequence[WeightedValue[FlowBacklog]]], None] = lambda gateway, waiting: None
         """Told who waits for the worker's model at another gateway."""
         self.on_standing: Callable[[], None] = lambda: None
         """Told that the worker takes new work no more, or again."""
         self._step_at = 0.0
-        self._purse = Purse()
+        self._purse = CreditBalance()
         self._sinks: dict[int, Sink] = {}
         self._prefilling: dict[int, int] = {}
         self.prefill_tokens = 0
@@ -135,12 +143,12 @@ class WorkerLink:
     @property
     def leaving(self) -> bool:
         """Whether its worker has said that it drains: its end is no loss."""
-        return self.standing in (Standing.DRAINING, Standing.DRAINED)
+        return self.standing in (DrainState.DRAINING, DrainState.DRAINED)
 
     @property
-    def free(self) -> Room:
+    def free(self) -> Capacity:
         """Room granted to this gateway and not used; none once the link has ended."""
-        return self._purse.free if not self._ended else Room(0, 0)
+        return self._purse.free if not self._ended else Capacity(0, 0)
 
     @property
     def running(self) -> int:
@@ -153,10 +161,10 @@ class WorkerLink:
         sink: Sink,
         attempt: int = 1,
         sealed_record: bytes = b"",
-        turn: Weighed[Waiting] | None = None,
+        turn: WeightedValue[Waiting] | None = None,
         earlier_tokens: int = 0,
         fresh_tokens: int = 0,
-        stream: Stream | None = None,
+        stream: LinkStream | None = None,
     ) -> int:
         """Send a request; its slot. The caller has seen room for it in `free`. `sealed_record` comes back with what
         the request has come to, and with `earlier_tokens`, which other workers have generated under that record;
@@ -205,7 +213,7 @@ class WorkerLink:
     @property
     def serves(self) -> bool:
         """Whether it takes new work."""
-        return self.standing is Standing.SERVING
+        return self.standing is DrainState.SERVING
 
     def command(self, command: pb.Command) -> None:
         """Pass on what an operator asks."""
@@ -287,7 +295,7 @@ class WorkerLink:
         if message.HasField("standing"):
             self.standing = codec.standing_from_pb(message.standing)
             stays_s = message.standing.stay_ms / 1000
-            self.leave_at = self.last_heard + stays_s if self.standing is Standing.DRAINING else float("inf")
+            self.leave_at = self.last_heard + stays_s if self.standing is DrainState.DRAINING else float("inf")
             self.on_standing()
             changed = True
         return changed

@@ -10,7 +10,7 @@ from cluster.policy.limits.limits import Ask, Granted, Limiter, LimitRefusal
 from cluster.policy.tenants.policy import TenantPolicy
 
 
-class Limits(Protocol):
+class LimitsPort(Protocol):
     """What the gateway asks, whatever keeps the limits."""
 
     degraded: bool

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 from cluster.api.outcomes import CallError, Violation
 from cluster.gateway.calls.call import Call
-from cluster.gateway.quotas.local_limits import Limits
+from cluster.gateway.quotas.local_limits import LimitsPort
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.output_lengths import LearntOutputs
-from cluster.policy.limits.limits import QUANTUM_TOKENS, Ask, Granted, LimitRefusal, Standing
+from cluster.policy.limits.limits import QUANTUM_TOKENS, Ask, Granted, LimitRefusal, LimitUse
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 from cluster.process import ticks
 
@@ -42,12 +42,12 @@ class _Held:
     seen: int = 0
 
 
-class Allowances:
+class QuotaReservations:
     """Every limited call's reservation. Tenants without limits cost nothing here."""
 
     def __init__(
         self,
-        limits: Limits,
+        limits: LimitsPort,
         learnt: LearntOutputs,
         metrics: Metrics,
         cut: Callable[[Call], None],
@@ -192,7 +192,7 @@ def headers(got: Granted | LimitRefusal) -> tuple[tuple[str, str], ...]:
     return tuple(out)
 
 
-def _standing(name: str, one: Standing) -> Sequence[tuple[str, str]]:
+def _standing(name: str, one: LimitUse) -> Sequence[tuple[str, str]]:
     return (
         (f"x-ratelimit-limit-{name}", str(one.limit)),
         (f"x-ratelimit-remaining-{name}", str(one.remaining)),

@@ -22,7 +22,7 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
 from cluster.api.outcomes import Outcome
-from cluster.gateway.batcher import Together
+from cluster.gateway.batcher import Batcher
 from cluster.gateway.quotas.valkey_script import SCRIPT, SCRIPT_SHA
 from cluster.policy.limits.limits import (
     QUANTUM_TOKENS,
@@ -31,7 +31,7 @@ from cluster.policy.limits.limits import (
     Limit,
     Limiter,
     LimitRefusal,
-    Standing,
+    LimitUse,
     TokenWeights,
 )
 from cluster.policy.limits.windows import day_ends_in_s, day_of, month_ends_in_s, month_of
@@ -48,7 +48,7 @@ _ORDER = (Limit.MONTHLY, Limit.DAILY, Limit.CONCURRENT, Limit.REQUESTS, Limit.TO
 
 
 @dataclass(slots=True)
-class _Held:
+class _HeldReservation:
     """A reservation; `taken`: (second, weighted tokens) in the store. `told` False: the store does not know of it."""
 
     tenant: str
@@ -82,8 +82,8 @@ class ValkeyLimits:
         self._mirror = Limiter(weights=self._weights, quantum_tokens=quantum_tokens)
         self._beat_s = beat_s
         self._store_clock = store_clock
-        self._command: Together[Sequence[Any], Any] = Together(self._commands)
-        self._held: dict[str, _Held] = {}
+        self._command: Batcher[Sequence[Any], Any] = Batcher(self._commands)
+        self._held: dict[str, _HeldReservation] = {}
         self._owed: dict[str, int] = {}  # tenant -> tokens of budgets that the store does not know of
         self._beating: asyncio.Task[None] | None = None
         self._closing = asyncio.Event()
@@ -122,7 +122,9 @@ class ValkeyLimits:
         if not reply[0]:
             return _refusal(policy.limits, reply[1:], plain, weighted, epoch_s)
         second, day, month = (int(x) for x in reply[1:4])
-        held = _Held(policy.name, ask.prompt_tokens, ask.output_tokens, [(second, weighted)], day, month, told=True)
+        held = _HeldReservation(
+            policy.name, ask.prompt_tokens, ask.output_tokens, [(second, weighted)], day, month, told=True
+        )
         self._held[ask.call_id] = held
         self._mirror.record(policy, ask, now, epoch_s)
         return Granted(*_standings(policy.limits, reply[4:8]))
@@ -215,7 +217,7 @@ class ValkeyLimits:
     def _reserve_here(self, policy: TenantPolicy, ask: Ask, now: float, epoch_s: float) -> Granted | LimitRefusal:
         got = self._mirror.reserve(policy, ask, now, epoch_s, sharers=self.gateways_alive)
         if isinstance(got, Granted):
-            self._held[ask.call_id] = _Held(policy.name, ask.prompt_tokens, ask.output_tokens)
+            self._held[ask.call_id] = _HeldReservation(policy.name, ask.prompt_tokens, ask.output_tokens)
             self._owe(policy.name, ask.prompt_tokens + ask.output_tokens)
         return got
 
@@ -300,11 +302,11 @@ def _in_order(limits: TenantLimits) -> list[int | None]:
     return [cast("int | None", getattr(limits, limit.value)) for limit in _ORDER]
 
 
-def _standings(limits: TenantLimits, sums: Sequence[float]) -> tuple[Standing | None, Standing | None]:
+def _standings(limits: TenantLimits, sums: Sequence[float]) -> tuple[LimitUse | None, LimitUse | None]:
     """From requests, until they are over, tokens, until they are over."""
 
-    def one(limit: int | None, used: float, reset_s: float) -> Standing | None:
-        return None if limit is None else Standing(limit, max(limit - int(used), 0), reset_s)
+    def one(limit: int | None, used: float, reset_s: float) -> LimitUse | None:
+        return None if limit is None else LimitUse(limit, max(limit - int(used), 0), reset_s)
 
     return one(limits.requests_per_minute, *sums[:2]), one(limits.tokens_per_minute, *sums[2:4])
 

@@ -14,8 +14,8 @@ import enum
 from dataclasses import dataclass
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.resume_tokens.first_claims import Takers
-from cluster.gateway.resume_tokens.token_chain import Chain, Maker
+from cluster.gateway.resume_tokens.first_claims import FirstClaims
+from cluster.gateway.resume_tokens.token_chain import Maker, TokenChain
 
 MOST_RESUMPTIONS = 32
 """Of one generation's tokens; each prefix that a client shows is one."""
@@ -23,7 +23,7 @@ TAKEN = "has been resumed from here already: go on reading there, or begin anew"
 TOO_OFTEN = "has been resumed too often from tokens of this age: begin anew"
 
 
-class Terms(enum.Enum):
+class ResumeTerms(enum.Enum):
     """Who pays for the prompt of a resumed call when an engine reads it again."""
 
     FREE = "free"
@@ -35,25 +35,25 @@ class Terms(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class ResumeClaim:
     """What a resumption has won."""
 
     generation: int
-    terms: Terms
+    terms: ResumeTerms
     silent: int
     """How often in a row the call was resumed without a new token between, this time included."""
     origin: str
     """The gateway whose tokens were shown, where `terms` depend on it."""
 
 
-class Claims:
+class ResumeClaims:
     """Of one gateway, over the store that all share."""
 
-    def __init__(self, takers: Takers, gateway: str) -> None:
+    def __init__(self, takers: FirstClaims, gateway: str) -> None:
         self._takers = takers
         self._gateway = gateway
 
-    async def claim(self, chain: Chain, lasts_s: float) -> Claim:
+    async def claim(self, chain: TokenChain, lasts_s: float) -> ResumeClaim:
         """Take the call over from here. Raises CallError when these tokens were shown before, or too many were."""
         call_id, maker = chain.whole.call_id, chain.maker
         if not await self._takers.take(f"{call_id}.{chain.last.hex()}", lasts_s):
@@ -62,7 +62,7 @@ class Claims:
         generation, not_given_up = await asyncio.gather(self._next(call_id, maker.generation, lasts_s), given_up)
         terms = self._terms(maker, generation == maker.generation + 1, not not_given_up)
         silent = maker.silent + 1 if maker.generation and not maker.progressed else 0
-        return Claim(generation, terms, silent, maker.gateway if terms is Terms.IF_ALIVE else "")
+        return ResumeClaim(generation, terms, silent, maker.gateway if terms is ResumeTerms.IF_ALIVE else "")
 
     async def _next(self, call_id: str, after: int, lasts_s: float) -> int:
         for generation in range(after + 1, after + 1 + MOST_RESUMPTIONS):
@@ -70,14 +70,14 @@ class Claims:
                 return generation
         raise CallError(Outcome.RESUME_EXPIRED, f"the call {TOO_OFTEN}")
 
-    def _terms(self, maker: Maker, first: bool, given_up: bool) -> Terms:
+    def _terms(self, maker: Maker, first: bool, given_up: bool) -> ResumeTerms:
         if not maker.gateway:
-            return Terms.FREE
+            return ResumeTerms.FREE
         if not first:
-            return Terms.PAID
+            return ResumeTerms.PAID
         if given_up:
-            return Terms.FREE
-        return Terms.PAID if maker.gateway == self._gateway else Terms.IF_ALIVE
+            return ResumeTerms.FREE
+        return ResumeTerms.PAID if maker.gateway == self._gateway else ResumeTerms.IF_ALIVE
 
     async def give_up(self, call_id: str, generation: int, lasts_s: float) -> None:
         """This gateway ends a call through no fault of its client: the next resumption is free. Raises CallError."""

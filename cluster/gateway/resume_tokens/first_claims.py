@@ -19,7 +19,7 @@ from typing import Protocol
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.batcher import Together
+from cluster.gateway.batcher import Batcher
 from cluster.ledger.errors import StoreUnavailable
 from cluster.process.private_files import make_missing_folders, make_private_database
 
@@ -30,7 +30,7 @@ Asked = tuple[str, float]
 """A name, and for how many seconds it is to be taken."""
 
 
-class Takers(Protocol):
+class FirstClaims(Protocol):
     """Where it is decided."""
 
     async def take(self, name: str, expires_s: float) -> bool:
@@ -44,13 +44,13 @@ def away() -> CallError:
     )
 
 
-class FileTakers:
+class FileFirstClaims:
     """In a file of SQLite's, for gateways of one host without a ledger: it outlives them, as their tokens do."""
 
     def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:
         self._path = path
         self._wall = wall
-        self._together = Together(self._take_all)
+        self._together = Batcher(self._take_all)
 
     async def take(self, name: str, expires_s: float) -> bool:
         """See Takers."""
@@ -73,7 +73,7 @@ class FileTakers:
             return [connection.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", row).rowcount == 1 for row in rows]
 
 
-class LedgerTakers:
+class LedgerFirstClaims:
     """In the ledger's database."""
 
     def __init__(
@@ -84,7 +84,7 @@ class LedgerTakers:
         """`take([(name, expires_at_s)], now_s)` writes and says who was the first; raises StoreUnavailable."""
         self._take = take
         self._wall = wall
-        self._together = Together(self._take_all)
+        self._together = Batcher(self._take_all)
 
     async def take(self, name: str, expires_s: float) -> bool:
         """See Takers."""
@@ -99,10 +99,10 @@ class LedgerTakers:
             raise away() from None
 
 
-class StoreTakers:
+class StoreFirstClaims:
     """In the limits store, and elsewhere while that is away."""
 
-    def __init__(self, first: Callable[[str, float], Awaitable[bool | None]], otherwise: Takers) -> None:
+    def __init__(self, first: Callable[[str, float], Awaitable[bool | None]], otherwise: FirstClaims) -> None:
         """`first(name, expires_s)` asks the store; None when it does not answer."""
         self._first = first
         self._otherwise = otherwise

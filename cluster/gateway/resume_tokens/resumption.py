@@ -18,17 +18,17 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.request import Wish
+from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.links.worker_link import Stream
-from cluster.gateway.resume_tokens.claim import TAKEN, Claims
-from cluster.gateway.resume_tokens.first_claims import Takers
+from cluster.gateway.links.worker_link import LinkStream
+from cluster.gateway.resume_tokens.claim import TAKEN, ResumeClaims
+from cluster.gateway.resume_tokens.first_claims import FirstClaims
 from cluster.gateway.resume_tokens.token_chain import (
     BadSegment,
     CallHead,
-    Chain,
     Choice,
     Maker,
+    TokenChain,
     digest_of,
     encode,
     encode_one,
@@ -68,7 +68,7 @@ GIVEN_UP = (
 """Ends of a call that its client has not brought about."""
 
 
-class Tickets:
+class ResumeTokens:
     """The tokens of one call: each chunk gets the next."""
 
     __slots__ = (
@@ -121,7 +121,7 @@ class Tickets:
         self._seal = seal
         self._wall = wall
         self._expires_s = expires_s
-        self._before = Chain().last
+        self._before = TokenChain().last
         self._choices = call.sequences
         self._told = [0] * len(call.sequences)
         self._chars = [0] * len(call.sequences)
@@ -129,7 +129,7 @@ class Tickets:
         self._finishes = [""] * len(call.sequences)
         self._due = WHOLE_TOKENS
 
-    def go_on(self, chain: Chain) -> None:
+    def go_on(self, chain: TokenChain) -> None:
         """Behind these."""
         self.number, self._before = chain.number, chain.last
         self._due = chain.number  # its reader need keep nothing of what it has shown
@@ -138,9 +138,9 @@ class Tickets:
             self._homes[index], self._finishes[index] = begun.home, begun.finish_reason
             self.old.add(index)
 
-    def stream(self, index: int) -> Stream:
+    def stream(self, index: int) -> LinkStream:
         """The choice's name at workers: the same at every gateway that goes on with it."""
-        return Stream(f"{self.head.call_id}#{index}", self.generation, self.begun_at)
+        return LinkStream(f"{self.head.call_id}#{index}", self.generation, self.begun_at)
 
     def _maker(self) -> Maker:
         progressed = any(told > one.restored for told, one in zip(self._told, self._choices, strict=True))
@@ -211,13 +211,13 @@ class Tickets:
         return sealed
 
 
-class Resumes:
+class ResumeService:
     """Of one gateway. The secret is looked for when it is first needed."""
 
     def __init__(
         self,
         secrets: Callable[[], Sequence[bytes]],
-        takers: Takers,
+        takers: FirstClaims,
         expires_s: float,
         gateway: str = "",
         clock: Callable[[], float] = time.monotonic,
@@ -227,7 +227,7 @@ class Resumes:
         `gateway`: this one's incarnation."""
         self._secrets = secrets
         self._gateway = gateway
-        self._claims = Claims(takers, gateway)
+        self._claims = ResumeClaims(takers, gateway)
         self._live: dict[str, Call] = {}
         self.on_taken_over: Callable[[Call, int], None] = lambda call, generation: None
         """Told when a call was resumed here, so that every worker ends what it runs for readers before."""
@@ -251,7 +251,9 @@ class Resumes:
 
     # ---- a call that begins
 
-    def begin(self, call: Call, wish: Wish, meta: CallMeta, bundle_digest: str, chain: Chain | None) -> None:
+    def begin(
+        self, call: Call, wish: GenerationRequest, meta: CallMeta, bundle_digest: str, chain: TokenChain | None
+    ) -> None:
         """Its chunks get tokens; where it was begun elsewhere, it stands from now on where it stood. `bundle_digest` is
         the tokenizer's. Raises CallError."""
         envelopes = self._sealing()
@@ -276,7 +278,7 @@ class Resumes:
             head = chain.whole
             if (head.prompt, head.seed) != (prompt, request.sampling.seed):
                 raise unsupported("its prompt reads otherwise here than where it began (does its template tell time?)")
-        call.tickets = Tickets(call, head, envelopes.seal, self._wall, self._expires_s, self._gateway)
+        call.tickets = ResumeTokens(call, head, envelopes.seal, self._wall, self._expires_s, self._gateway)
         if chain is None:
             self._live[call.id] = call
         else:
@@ -288,7 +290,7 @@ class Resumes:
 
     # ---- a call that goes on
 
-    async def read(self, wish: Wish, who: Principal) -> Chain:
+    async def read(self, wish: GenerationRequest, who: Principal) -> TokenChain:
         """What the tokens of a wish to resume say, if they are all of one call, of this caller and this request.
 
         Raises CallError."""
@@ -300,7 +302,7 @@ class Resumes:
             raise invalid("resume_tokens", "must not be empty: without any, begin anew")
         from cluster.ledger.usage.sealed_records import SealError, UnknownSecret
 
-        chain, now_s = Chain(), self._wall()
+        chain, now_s = TokenChain(), self._wall()
         envelopes = self._sealing()
         if envelopes is None:
             raise unsupported("this gateway has no secret")
@@ -323,7 +325,7 @@ class Resumes:
             raise CallError(Outcome.RESUME_EXPIRED, f"the tokens opened for {self._expires_s:g} s: begin anew")
         return chain
 
-    def deadline(self, chain: Chain, asked: float | None) -> float | None:
+    def deadline(self, chain: TokenChain, asked: float | None) -> float | None:
         """The call's own, or the one asked for now where that is earlier. Points of the service's clock."""
         until_s = chain.whole.deadline_s
         if not until_s:
@@ -331,7 +333,7 @@ class Resumes:
         own = self._clock() + until_s - self._wall()
         return own if asked is None else min(own, asked)
 
-    async def take_over(self, call: Call, chain: Chain) -> None:
+    async def take_over(self, call: Call, chain: TokenChain) -> None:
         """Let a resumed call be the one that is served: readers before it end. Raises CallError."""
         lasts_s = max(chain.expires_s - self._wall(), 0) + CLOCKS_S
         claim = await self._claims.claim(chain, lasts_s)
@@ -379,7 +381,7 @@ class Resumes:
             log.warning("resumption_not_noted", request_id=call.request_id, error=str(error))
 
 
-def _restore(call: Call, chain: Chain, bundle_digest: str) -> None:
+def _restore(call: Call, chain: TokenChain, bundle_digest: str) -> None:
     assert call.tickets is not None
     call.continues = True
     call.request_id = call.request_id and chain.whole.request_id

@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
-from cluster.api.types import Likeness
+from cluster.api.types import CompatibilityKey
 
 DIGEST_BYTES = 16
 _HEAD = struct.Struct(f"<QQ{DIGEST_BYTES}sH")
@@ -94,13 +94,13 @@ class Begun:
     token_ids: list[int] = field(default_factory=list)
     chars: int = 0
     finish_reason: str = ""
-    likeness: Likeness | None = None
+    likeness: CompatibilityKey | None = None
     home: str = ""
     """Incarnation of the worker that made the newest, and may have its KV blocks still."""
 
 
 @dataclass(slots=True)
-class Chain:
+class TokenChain:
     """Segments put together. `last` is the digest of the newest token, `number` its number."""
 
     head: CallHead | None = None
@@ -143,7 +143,7 @@ class Chain:
             self.head = _head(more)
         self.number, self.expires_s, self.last = number, expires_s, digest_of(sealed)
         for index, words in more.get("likeness", {}).items():
-            self._begun(int(index)).likeness = Likeness(*words)
+            self._begun(int(index)).likeness = CompatibilityKey(*words)
         for index, home in more.get("homes", {}).items():
             self._begun(int(index)).home = home
         for one in choices:
@@ -223,7 +223,7 @@ def head_json(head: CallHead) -> dict[str, Any]:
     return {name: getattr(head, name) for name in _HEAD_FIELDS}
 
 
-def likeness_json(likeness: Likeness) -> list[str]:
+def likeness_json(likeness: CompatibilityKey) -> list[str]:
     """As `more["likeness"]` has it."""
     return [likeness.weight_digest, likeness.bundle_digest, likeness.engine_class]
 

@@ -32,7 +32,7 @@ class _Trial:
     tallies: dict[tuple[str, str], VersionTally] = field(default_factory=dict)
 
 
-class Trials:
+class CanaryStatistics:
     """Of one gateway."""
 
     def __init__(self) -> None:

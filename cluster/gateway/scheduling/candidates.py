@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from cluster.gateway.calls.sequence import Output
+from cluster.gateway.calls.sequence import CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel
 from cluster.gateway.scheduling.worker_losses import SETTLE_S
@@ -13,7 +13,7 @@ from cluster.policy.routing.router import Candidate, RouteCall, is_like
 
 
 def onward_call(
-    output: Output, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int, now: float
+    output: CallSequence, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int, now: float
 ) -> RouteCall:
     """What a sequence needs to go on. `cached_tokens` of its prompt are expected in any worker's cache.
 
@@ -37,7 +37,7 @@ def onward_call(
     return replace(call, shuns=frozenset())
 
 
-def _beside_lost(output: Output, known: KnownModel, now: float) -> frozenset[str]:
+def _beside_lost(output: CallSequence, known: KnownModel, now: float) -> frozenset[str]:
     """Incarnations of the workers on the node where the sequence's worker was lost just now."""
     node = output.lost_node
     if not node or now - output.lost_at >= SETTLE_S:

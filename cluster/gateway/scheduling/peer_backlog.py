@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.scheduling.resume_queue import Returning
-from cluster.gateway.scheduling.service_charges import Turns
+from cluster.gateway.scheduling.resume_queue import ResumeQueue
+from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.policy.fairness.peer_backlog import Backlog
 from cluster.policy.fairness.service_counters import FlowKey
 from cluster.process import ticks
-from cluster.wire.fairness_codec import FlowBacklog, Weighed, backlog_to_pb
+from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, backlog_to_pb
 
 REPORT_S = 0.1
 REPEAT_S = 0.5
@@ -37,14 +37,14 @@ class _Told:
 _NOTHING = _Told()
 
 
-class Backlogs:
+class BacklogReports:
     """Of all models."""
 
     def __init__(
         self,
-        turns: Turns,
+        turns: ServiceCharges,
         waiting: Callable[[str], tuple[int, int]],
-        returning: Returning,
+        returning: ResumeQueue,
         links: Callable[[str], Sequence[WorkerLink]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -83,12 +83,14 @@ class Backlogs:
         order = self._turns.fair.order(model)
         claim = order.claim() + self._returning.waiting(model)[0] if count else 0
         kept = dict(self._returning.kept(model))
-        flows: list[Weighed[FlowBacklog]] | None = None
+        flows: list[WeightedValue[FlowBacklog]] | None = None
         if now - told.flows_at >= REPORT_S * len(told.flows) / FLOWS_A_REPORT or not count:
             mine = order.waiting_here() if count else {}
             if mine != told.flows or (mine and now - told.flows_at >= REPEAT_S):
                 told.flows, told.flows_at = mine, now
-                flows = [Weighed(FlowBacklog(*item), self._turns.weight_of(item[0].tenant)) for item in mine.items()]
+                flows = [
+                    WeightedValue(FlowBacklog(*item), self._turns.weight_of(item[0].tenant)) for item in mine.items()
+                ]
         if (claim, kept) == (told.claim, told.kept) and flows is None:
             if not count:
                 del self._told[model]

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.gateway.calls.sequence import Output
+from cluster.gateway.calls.sequence import CallSequence
 
 HOME_S = 0.1
 """So long a sequence waits for room where its KV blocks are before it is computed anew elsewhere: its places are free
@@ -24,7 +24,7 @@ there from the moment in which its gateway was lost, and told as soon as somebod
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    output: Output
+    output: CallSequence
     tokens: int
     home: str
     since: float
@@ -32,7 +32,7 @@ class _Place:
     deadline: float
 
 
-class Returning:
+class ResumeQueue:
     """Of all models of one gateway."""
 
     def __init__(self, max_wait_s: float) -> None:
@@ -41,7 +41,7 @@ class Returning:
         self._tokens: Counter[str] = Counter()
         self._kept: dict[str, Counter[str]] = {}
 
-    def add(self, output: Output, now: float, silent_since: float | None = None) -> None:
+    def add(self, output: CallSequence, now: float, silent_since: float | None = None) -> None:
         """It waits from now on. `silent_since`: since when it has had neither a worker nor a token, now if None."""
         since = now if silent_since is None else silent_since
         deadline = math.inf if output.call.deadline is None else output.call.deadline
@@ -54,7 +54,7 @@ class Returning:
         if output.kept_at:
             self._kept.setdefault(output.call.model, Counter())[output.kept_at] += 1
 
-    def take(self, output: Output) -> bool:
+    def take(self, output: CallSequence) -> bool:
         """It no longer waits; False when it did not."""
         model = output.call.model
         places = self._places.get(model, {})
@@ -71,14 +71,14 @@ class Returning:
                 del kept[place.home]
         return True
 
-    def of(self, model: str) -> Sequence[Output]:
+    def of(self, model: str) -> Sequence[CallSequence]:
         """Those of a model, whose turn it is first."""
         places = self._places.get(model)
         if not places:
             return ()
         return sorted((place.output for place in places.values()), key=lambda output: output.call.rank)
 
-    def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[Output]:
+    def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[CallSequence]:
         """Take out those that have waited too long. `longer_s`: by so much longer those of a model may wait, but in all
         not longer than twice as long as others."""
         longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
@@ -101,7 +101,7 @@ class Returning:
         """How many of a model's sequences each worker has computed, by its incarnation."""
         return self._kept.get(model, {})
 
-    def home(self, output: Output, now: float) -> str:
+    def home(self, output: CallSequence, now: float) -> str:
         """The incarnation at which it is to wait for room, "" when it has waited there for long enough."""
         place = self._places.get(output.call.model, {}).get(output.waiting_id)
         return place.home if place is not None and now < place.since + HOME_S else ""
@@ -111,7 +111,7 @@ class Returning:
         """Those of which some wait."""
         return list(self._places)
 
-    def __contains__(self, output: Output) -> bool:
+    def __contains__(self, output: CallSequence) -> bool:
         return output.waiting_id in self._places.get(output.call.model, ())
 
     def __repr__(self) -> str:

@@ -17,25 +17,25 @@ import structlog
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, WorkerIdentity
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import Output
-from cluster.gateway.demand import Tally
+from cluster.gateway.calls.sequence import CallSequence
+from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import Directory, KnownModel
+from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.scheduling import queue_errors
-from cluster.gateway.scheduling.canary_statistics import Trials
+from cluster.gateway.scheduling.canary_statistics import CanaryStatistics
 from cluster.gateway.scheduling.candidates import candidate, onward_call
-from cluster.gateway.scheduling.peer_backlog import Backlogs
-from cluster.gateway.scheduling.resume_queue import Returning
-from cluster.gateway.scheduling.service_charges import Turns
+from cluster.gateway.scheduling.peer_backlog import BacklogReports
+from cluster.gateway.scheduling.resume_queue import ResumeQueue
+from cluster.gateway.scheduling.service_charges import ServiceCharges
 from cluster.gateway.scheduling.submission import submit
-from cluster.gateway.scheduling.worker_losses import MOST_SILENT, Losses, Verdict
+from cluster.gateway.scheduling.worker_losses import MOST_SILENT, LossVerdict, WorkerLosses
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.waiting_room import Waiting, WaitingRoom
 from cluster.policy.routing.breaker import Breakers
-from cluster.policy.routing.router import Candidate, Decision, RouteCall, fresh_at, pick, takes_onward
+from cluster.policy.routing.router import Candidate, RouteCall, RoutingDecision, fresh_at, pick, takes_onward
 from cluster.policy.routing.version_split import Versions
-from cluster.wire.fairness_codec import Weighed
+from cluster.wire.fairness_codec import WeightedValue
 
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting
@@ -49,15 +49,15 @@ UNSEEN = ("silent", "hung")
 """Those of them in which its engine's steps can show it."""
 
 
-class Dispatcher:
+class Scheduler:
     """Implements the hub's listener."""
 
     def __init__(
         self,
         room: WaitingRoom,
-        turns: Turns,
+        turns: ServiceCharges,
         metrics: Metrics,
-        directory: Callable[[], Directory],
+        directory: Callable[[], ModelDirectory],
         clock: Callable[[], float] = time.monotonic,
         resume_wait_s: float = 30.0,
         max_silent_losses: int = MOST_SILENT,
@@ -69,18 +69,18 @@ class Dispatcher:
         self._metrics = metrics
         self._directory = directory
         self._clock = clock
-        self._outputs: dict[str, Output] = {}
+        self._outputs: dict[str, CallSequence] = {}
         self._arrived: Counter[str] = Counter()
         self._arrived_tokens: Counter[str] = Counter()
-        self.tally = Tally()
+        self.tally = DemandTally()
         self.on_held: Callable[[], None] = lambda: None
         """Told when a call waits for a model that nobody serves, the first of them: somebody may have to start it."""
         self._told_held: set[str] = set()
-        self._returning = Returning(resume_wait_s)
-        self._losses = Losses(max_silent_losses)
+        self._returning = ResumeQueue(resume_wait_s)
+        self._losses = WorkerLosses(max_silent_losses)
         self.breakers = Breakers()
-        self.trials = Trials()
-        self.backlogs = Backlogs(turns, self.waiting, self._returning, self._links, clock)
+        self.trials = CanaryStatistics()
+        self.backlogs = BacklogReports(turns, self.waiting, self._returning, self._links, clock)
         self._swept = clock()
         self.on_state: Callable[[], None] = lambda: None
         self.taken_over: Callable[[str], Sequence[tuple[str, int]]] = lambda model: ()
@@ -155,7 +155,7 @@ class Dispatcher:
         if waited:
             self.backlogs.changed(call.model)
 
-    def again(self, output: Output) -> None:
+    def again(self, output: CallSequence) -> None:
         """A sequence that has lost its place goes on before all others; one without a token at the head of its line."""
         known = self._directory().find(output.call.model)
         if output.emitted or output.shuns or output.suspect:
@@ -172,7 +172,7 @@ class Dispatcher:
         if known is not None:
             self._hold(known)
 
-    def _return(self, output: Output) -> None:
+    def _return(self, output: CallSequence) -> None:
         """It waits to go on, from now on and not since it came, and is demand like all that waits: a model that nobody
         serves is started for it, too."""
         now = self._clock()
@@ -190,7 +190,7 @@ class Dispatcher:
         if alike:
             call.versions = Versions(call.versions.first if call.versions.first in alike else "", alike)
 
-    def _take(self, waiting_id: str) -> Output | None:
+    def _take(self, waiting_id: str) -> CallSequence | None:
         """It waits no more; None when it did not."""
         self.tally.waits_no_more(waiting_id)
         return self._outputs.pop(waiting_id, None)
@@ -214,7 +214,7 @@ class Dispatcher:
                     self.tally.grew(output.place, len(output.emitted))
                 self.turns.grew(output)
 
-    def _over(self, output: Output) -> None:
+    def _over(self, output: CallSequence) -> None:
         if output.place is not None:
             self.tally.ended(output.place, len(output.emitted), output.ran)
         self.turns.over(output)
@@ -244,9 +244,9 @@ class Dispatcher:
                 self._bind(known.links[decision.worker_id], output, decision, waiting)
         self.backlogs.changed(model)
 
-    def _next(self, known: KnownModel, now: float) -> tuple[Waiting, Decision | Exception] | None:
+    def _next(self, known: KnownModel, now: float) -> tuple[Waiting, RoutingDecision | Exception] | None:
         """Take whose turn it is out of the room, if a worker has room for it, or if its routing has failed."""
-        decision: Decision | Exception | None = None
+        decision: RoutingDecision | Exception | None = None
 
         def fits(waiting: Waiting) -> bool:
             nonlocal decision
@@ -260,7 +260,7 @@ class Dispatcher:
         waiting = self._room.next(known.name, fits, now)
         return None if waiting is None or decision is None else (waiting, decision)
 
-    def _route(self, known: KnownModel, waiting: Waiting, now: float) -> Decision:
+    def _route(self, known: KnownModel, waiting: Waiting, now: float) -> RoutingDecision:
         """The worker for a sequence whose turn it is."""
         keep_free = self.turns.fair.order(known.name).keep_free(waiting)
         versions = self._outputs[waiting.call_id].call.versions
@@ -271,13 +271,13 @@ class Dispatcher:
             decision = pick(RouteCall(known.name, waiting.tokens, keep_free, versions=versions.all), candidates)
         return decision
 
-    def _go_on(self, known: KnownModel, outputs: Sequence[Output]) -> None:
+    def _go_on(self, known: KnownModel, outputs: Sequence[CallSequence]) -> None:
         """These have come to go on. Nothing else has changed, so that nobody else is to be looked at: where a gateway
         or a worker was lost they are many, and those before them were looked at when they came."""
         self._send_returning(known, outputs)
         self.backlogs.changed(known.name)
 
-    def _send_returning(self, known: KnownModel, outputs: Sequence[Output]) -> None:
+    def _send_returning(self, known: KnownModel, outputs: Sequence[CallSequence]) -> None:
         """Let those go on that have lost their worker, each at one like it."""
         if not outputs:
             return
@@ -303,7 +303,7 @@ class Dispatcher:
                 seen.pop(bound_to)
 
     def _send_onward(
-        self, known: KnownModel, output: Output, look: Callable[[WorkerLink], Candidate], now: float
+        self, known: KnownModel, output: CallSequence, look: Callable[[WorkerLink], Candidate], now: float
     ) -> str | None:
         """The worker that a resumed sequence was sent to; None where none has room for it."""
         home = self._returning.home(output, now)
@@ -328,19 +328,19 @@ class Dispatcher:
             output.call.fail(queue_errors.replaced(len(output.emitted)))
         return None
 
-    def _acquitted(self, output: Output, now: float) -> bool:
+    def _acquitted(self, output: CallSequence, now: float) -> bool:
         """Whether a sequence that lost worker after worker may go to another; ends its call if it may not."""
         verdict = self._losses.verdict(output.lost_links, output.lost_at, now)
-        if verdict is Verdict.RESUME:
+        if verdict is LossVerdict.RESUME:
             output.lost_links = ()
-        elif verdict is Verdict.END:
+        elif verdict is LossVerdict.END:
             log.warning("call_blamed", request_id=output.call.request_id, lost=output.lost_links)
             self._stop_waiting(output)
             output.call.blamed = True
             output.call.fail(queue_errors.blamed(len(output.emitted), len(output.lost_links)))
-        return verdict is Verdict.RESUME
+        return verdict is LossVerdict.RESUME
 
-    def _stop_waiting(self, output: Output) -> bool:
+    def _stop_waiting(self, output: CallSequence) -> bool:
         """Take a resumed sequence out of its line; False when it did not wait there."""
         waited = self._returning.take(output)
         if waited:
@@ -348,7 +348,7 @@ class Dispatcher:
         return waited
 
     def _bind(
-        self, link: WorkerLink, output: Output, decision: Decision, waiting: Waiting, fresh_tokens: int = 0
+        self, link: WorkerLink, output: CallSequence, decision: RoutingDecision, waiting: Waiting, fresh_tokens: int = 0
     ) -> None:
         now = self._clock()
         if submit(output, link, waiting, self.accounting, now, fresh_tokens):
@@ -363,7 +363,7 @@ class Dispatcher:
         healthy = self.breakers.lets(link.identity.incarnation, now)
         return candidate(link, healthy=healthy, onward=onward, retired=known.retired(link))
 
-    def answered(self, output: Output, link: WorkerLink, well: bool) -> None:
+    def answered(self, output: CallSequence, link: WorkerLink, well: bool) -> None:
         """A worker has given a sequence its first token, or has failed it."""
         incarnation = link.identity.incarnation
         if well:
@@ -429,7 +429,7 @@ class Dispatcher:
 
     def _move(self, link: WorkerLink, model: KnownModel) -> None:
         """A worker is about to leave: let go on elsewhere what can, a few at a time, the rest as places come free."""
-        for output in [one for one in link.sinks if isinstance(one, Output)]:
+        for output in [one for one in link.sinks if isinstance(one, CallSequence)]:
             candidates = [
                 one
                 for one in self._candidates(model, self._clock(), onward=True)
@@ -479,7 +479,7 @@ class Dispatcher:
         self._pump(link.identity.model)
         self.on_state()
 
-    def _served(self, link: WorkerLink, totals: Sequence[Weighed[ServedTotal]]) -> None:
+    def _served(self, link: WorkerLink, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
         self.turns.served(link.identity, totals, self._clock())
 
     def changed(self, link: WorkerLink) -> None:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import Output
+from cluster.gateway.calls.sequence import CallSequence
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.fair_queue import FairOrder, FairTurns
 from cluster.policy.fairness.order import Waiting
 from cluster.policy.fairness.output_lengths import LearntOutputs
 from cluster.policy.fairness.peer_backlog import ServedTotal
 from cluster.policy.fairness.token_cost import ServiceWeights
-from cluster.wire.fairness_codec import FlowBacklog, Weighed
+from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
 
 GROWTH_TOKENS = 64
 """A charge follows an output beyond its prediction in steps of as many."""
@@ -38,7 +38,7 @@ class _Speed:
     per_s: float = 0.0
 
 
-class Turns:
+class ServiceCharges:
     """The tenants' turns in one gateway, by the handles under which workers know them."""
 
     def __init__(self, ranks: Mapping[str, int], metrics: Metrics) -> None:
@@ -66,7 +66,7 @@ class Turns:
 
     # ---- one sequence's life
 
-    def waiting(self, output: Output) -> Waiting:
+    def waiting(self, output: CallSequence) -> Waiting:
         """How it stands in line; put back, as it did before: what it was charged stays."""
         if output.place is not None:
             return output.place
@@ -87,21 +87,21 @@ class Turns:
         )
         return output.place
 
-    def began(self, output: Output, cached_tokens: int) -> None:
+    def began(self, output: CallSequence, cached_tokens: int) -> None:
         """Its first output has come."""
         call = output.call
         self.fair.order(call.model).cached(output.waiting_id, cached_tokens)
         self._learnt_cached.observe(call.flow, call.model, cached_tokens)
         output.cached_tokens = cached_tokens
 
-    def grew(self, output: Output) -> None:
+    def grew(self, output: CallSequence) -> None:
         """A few times a second for each that runs: nothing to do until it has outgrown what it was charged."""
         tokens = len(output.emitted)
         if tokens >= output.charge_due:
             self.fair.order(output.call.model).generated(output.waiting_id, tokens)
             output.charge_due = tokens + GROWTH_TOKENS
 
-    def over(self, output: Output) -> None:
+    def over(self, output: CallSequence) -> None:
         """It has ended, however that was, and no longer waits. Once; further calls change nothing."""
         if output.over:
             return
@@ -130,13 +130,15 @@ class Turns:
         self.fair.order(worker.model).link_ended(worker.worker_id)
         self._gone[worker.model, worker.worker_id] = now
 
-    def served(self, worker: WorkerIdentity, totals: Sequence[Weighed[ServedTotal]], now: float) -> None:
+    def served(self, worker: WorkerIdentity, totals: Sequence[WeightedValue[ServedTotal]], now: float) -> None:
         """Whom it has served, by whatever gateway."""
         for one in totals:
             self._weights[one.what.tenant] = one.weight
         self.fair.order(worker.model).served(worker.worker_id, worker.incarnation, [one.what for one in totals], now)
 
-    def waiting_elsewhere(self, model: str, gateway: str, waiting: Sequence[Weighed[FlowBacklog]], now: float) -> None:
+    def waiting_elsewhere(
+        self, model: str, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]], now: float
+    ) -> None:
         """All that wait for a model at another gateway."""
         for one in waiting:
             self._weights[one.what.flow.tenant] = one.weight

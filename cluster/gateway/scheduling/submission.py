@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import invalid
 from cluster.api.types import EngineRequest
-from cluster.gateway.calls.sequence import CALLER_FIELDS, Output
+from cluster.gateway.calls.sequence import CALLER_FIELDS, CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.policy.fairness.order import Waiting
 from cluster.policy.routing.version_split import Versions
 from cluster.wire.codec import most_submit_bytes, submit_bytes
-from cluster.wire.fairness_codec import Weighed
+from cluster.wire.fairness_codec import WeightedValue
 
 if TYPE_CHECKING:
     from cluster.gateway.usage.accounting import Accounting
@@ -44,7 +44,12 @@ def check_size(request: EngineRequest) -> None:
 
 
 def submit(
-    output: Output, link: WorkerLink, waiting: Waiting, accounting: Accounting | None, now: float, fresh_tokens: int = 0
+    output: CallSequence,
+    link: WorkerLink,
+    waiting: Waiting,
+    accounting: Accounting | None,
+    now: float,
+    fresh_tokens: int = 0,
 ) -> bool:
     """Send a sequence that waits for nothing any longer to this worker; False when it could not be sent, after which
     its call has ended. Of one that goes on `fresh_tokens` are likely to be computed, 0 for all."""
@@ -69,12 +74,12 @@ def submit(
     return True
 
 
-def _send(output: Output, link: WorkerLink, waiting: Waiting, sealed: bytes, fresh_tokens: int) -> int:
+def _send(output: CallSequence, link: WorkerLink, waiting: Waiting, sealed: bytes, fresh_tokens: int) -> int:
     """The slot of the sent request."""
     call = output.call
     if output.resuming == "moved":  # its last worker has given back what it was not to generate
         waiting = replace(waiting, output_tokens=len(output.emitted))
-    turn = Weighed(waiting, call.policy.weight)
+    turn = WeightedValue(waiting, call.policy.weight)
     earlier = len(output.emitted) - output.restored
     stream = None if call.tickets is None else call.tickets.stream(output.index)
     return link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, fresh_tokens, stream)

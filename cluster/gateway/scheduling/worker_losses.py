@@ -24,7 +24,7 @@ WINDOW_S = 30.0
 """Losses this old say nothing about those of now."""
 
 
-class Verdict(enum.Enum):
+class LossVerdict(enum.Enum):
     """What becomes of a sequence that has lost as many workers in a row as it may."""
 
     WAIT = "wait"
@@ -32,7 +32,7 @@ class Verdict(enum.Enum):
     END = "end"
 
 
-class Losses:
+class WorkerLosses:
     """Workers that one gateway has lost unexpectedly of late."""
 
     def __init__(self, most: int = MOST_SILENT) -> None:
@@ -50,15 +50,15 @@ class Losses:
         if any(name == incarnation for *_, name in self._lost):
             self._lost = deque(one for one in self._lost if one[2] != incarnation)
 
-    def verdict(self, own: Collection[str], since: float, now: float) -> Verdict:
+    def verdict(self, own: Collection[str], since: float, now: float) -> LossVerdict:
         """For a sequence that was on the links `own` when they ended, the last of them at `since`."""
         if now - since < SETTLE_S:
-            return Verdict.WAIT
+            return LossVerdict.WAIT
         self._forget(now)
         mine = sum(link in own for _, link, _ in self._lost)
         others = len(self._lost) - mine
         mine += sum(link == CARRIED for link in own)
-        return Verdict.END if mine >= self._most and others <= mine else Verdict.RESUME
+        return LossVerdict.END if mine >= self._most and others <= mine else LossVerdict.RESUME
 
     def _forget(self, now: float) -> None:
         while self._lost and now - self._lost[0][0] > WINDOW_S:

@@ -32,9 +32,9 @@ import structlog
 from cluster.api.outcomes import Outcome
 from cluster.api.types import WorkerIdentity
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import Output
+from cluster.gateway.calls.sequence import CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.resume_tokens.claim import Terms
+from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.usage.records import MAX_ID, RESUMED, OpenRecord, RecordError, UsageRecord
 from cluster.ledger.usage.sealed_records import Sealer, SealError
@@ -53,7 +53,7 @@ LAST_MOVE_S = 5.0
 
 
 @dataclass(eq=False, slots=True)
-class Account:
+class CallAccount:
     """One sequence that has been submitted; `awaited`: Submits whose counts have not come."""
 
     record: OpenRecord
@@ -100,8 +100,8 @@ class Accounting:
         self._grace_s = grace_s
         self._gateway = _fit(gateway)
         self._numbers = itertools.count(1)
-        self._calls: dict[bytes, Account] = {}
-        self._late: deque[tuple[float, Account]] = deque()
+        self._calls: dict[bytes, CallAccount] = {}
+        self._late: deque[tuple[float, CallAccount]] = deque()
         self._acks: dict[str, list[tuple[WorkerLink, int]]] = {}
         self._news = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -167,19 +167,19 @@ class Accounting:
 
     # ---- one sequence
 
-    def open(self, output: Output, link: WorkerLink) -> bytes:
+    def open(self, output: CallSequence, link: WorkerLink) -> bytes:
         """A sequence is about to be submitted on this link: what its Submit carries. Called again for a retry."""
         account = output.account
         if account is None:
             record = self._record(output, link)
-            account = output.account = Account(record, self._sealer.seal(record))
+            account = output.account = CallAccount(record, self._sealer.seal(record))
             self._calls[account.sealed] = account
         account.awaited += 1
         account.worker = link.identity
         account.continued = bool(output.emitted)
         return account.sealed
 
-    def _record(self, output: Output, link: WorkerLink) -> OpenRecord:
+    def _record(self, output: CallSequence, link: WorkerLink) -> OpenRecord:
         try:
             return self._opened(output, link, output.call.labels)
         except RecordError as error:
@@ -187,7 +187,7 @@ class Accounting:
             log.warning("labels_dropped", record=record.record_id, reason=str(error))
             return record
 
-    def _opened(self, output: Output, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
+    def _opened(self, output: CallSequence, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
         call, now = output.call, self._clock()
         return OpenRecord(
             record_id=f"{self._incarnation}.{next(self._numbers)}.{output.index}",
@@ -199,7 +199,7 @@ class Accounting:
             opened_at_s=self._wall() - (now - call.arrived),
             adapter=output.request.adapter,
             segment=output.index + (0 if call.tickets is None else call.tickets.generation * RESUMED),
-            prompt_tokens=_prompt_tokens(output) if call.terms is Terms.PAID or not call.continues else 0,
+            prompt_tokens=_prompt_tokens(output) if call.terms is ResumeTerms.PAID or not call.continues else 0,
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
             gateway=self._gateway,
@@ -233,17 +233,17 @@ class Accounting:
             else:
                 self._close(account)
 
-    def refused(self, output: Output) -> None:
+    def refused(self, output: CallSequence) -> None:
         """A worker did not take the Submit: it has cost nothing."""
         if output.account is not None:
             output.account.awaited -= 1
 
-    def _give_up(self, account: Account) -> None:
+    def _give_up(self, account: CallAccount) -> None:
         """The engine's counts have not come in time, or the account is closed already."""
         if not account.written:
             self._close(account)
 
-    def _close(self, account: Account) -> None:
+    def _close(self, account: CallAccount) -> None:
         account.written = True
         self._news.set()
         self._calls.pop(account.sealed, None)
@@ -378,7 +378,7 @@ def _place(worker: WorkerIdentity | None) -> dict[str, Any]:
     return {"worker": _fit(worker.worker_id), "pod": _fit(worker.pod), "node": _fit(worker.host or worker.node)}
 
 
-def _prompt_tokens(output: Output) -> int:
+def _prompt_tokens(output: CallSequence) -> int:
     """Counted with a call's first sequence alone."""
     return 0 if output.index else len(output.request.prompt_token_ids)
 

@@ -84,7 +84,7 @@ class PlannedKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ImportPlan:
     """What an import would do. `notes` say what does not map, each with where it was."""
 
     tenants: tuple[PlannedTenant, ...]
@@ -120,12 +120,12 @@ def read(database_url: str, password: str | None = None) -> Found:
         engine.dispose()
 
 
-def plan(found: Found, now_s: float, *, tokens_per_dollar: float | None = None) -> Plan:
+def plan(found: Found, now_s: float, *, tokens_per_dollar: float | None = None) -> ImportPlan:
     """Decide what each row becomes."""
     return _Planner(found, now_s, tokens_per_dollar).plan()
 
 
-def apply(made: Plan, ledger: Ledger) -> Applied:
+def apply(made: ImportPlan, ledger: Ledger) -> Applied:
     """Write a plan; what an import has made before stays as it is, and nothing is given to a tenant that only happens
     to have the name. Raises LedgerError."""
     skipped, tenants, keys = [], 0, 0
@@ -178,7 +178,7 @@ class _Planner:
         self._keys: list[PlannedKey] = []
         self._notes: list[str] = []
 
-    def plan(self) -> Plan:
+    def plan(self) -> ImportPlan:
         for team in sorted(self._found.get("teams", ()), key=lambda row: str(row["team_id"])):
             self._team(team)
         for key in sorted(self._found.get("keys", ()), key=lambda row: str(row["token"])):
@@ -186,7 +186,7 @@ class _Planner:
         for old in self._found.get("old_keys", ()):
             self._old_key(old)
         self._rest()
-        return Plan(tuple(self._tenants.values()), tuple(self._keys), tuple(self._notes))
+        return ImportPlan(tuple(self._tenants.values()), tuple(self._keys), tuple(self._notes))
 
     def _note(self, where: str, what: str) -> None:
         self._notes.append(f"{where}: {what}")

@@ -1,7 +1,7 @@
 """The desk at which tenants and keys are kept: what the admin API and the command line do, each act audited.
 
-`Desk` is the port: `LedgerDesk` works on a database, and a client of the admin API can stand in its place. Acts that
-take something away want a reason. What was refused is in the audit too, with its outcome.
+`Desk` is the port: `LedgerTenantService` works on a database, and a client of the admin API can stand in its place.
+Acts that take something away want a reason. What was refused is in the audit too, with its outcome.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.errors import AlreadyExists, LedgerError, NotPermitted
-from cluster.ledger.rows import NewKey, Rates, StoredKey, StoredTenant, UsageQuery
+from cluster.ledger.rows import NewKey, Prices, StoredKey, StoredTenant, UsageQuery
 from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.tenants.policy import PolicyError, TenantPolicy
 
@@ -26,7 +26,7 @@ ROTATION_S = 86400.0
 PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 
 
-class Desk(Protocol):
+class TenantService(Protocol):
     """Raises LedgerError and its kinds. `changes` and `own` have the configuration's names, None takes away."""
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
@@ -63,7 +63,7 @@ class Desk(Protocol):
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
         """End a key."""
 
-    def usage(self, wanted: UsageQuery, rates: Rates | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
+    def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
         """Sums by group. `cost`: priced, by `rates` or by those that the desk has."""
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
@@ -84,7 +84,7 @@ class By:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-class LedgerDesk:
+class LedgerTenantService:
     """Implements Desk on a database, in the caller's thread. Cheap: one is made for each who asks.
 
     `policy_of` makes a whole policy of a name and what is given; `write` takes audit events; `classes` are the
@@ -101,7 +101,7 @@ class LedgerDesk:
         clock: Callable[[], float],
         classes: Collection[str] = (),
         may_grant: Callable[[str], bool] = lambda role: True,
-        rates: Rates | None = None,
+        rates: Prices | None = None,
     ) -> None:
         self.ledger = ledger
         self._by = by
@@ -264,7 +264,7 @@ class LedgerDesk:
 
     # ---- usage and audit
 
-    def usage(self, wanted: UsageQuery, rates: Rates | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
+    def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
         """See Desk."""
         rates = rates or self._rates
         if cost and rates is None:

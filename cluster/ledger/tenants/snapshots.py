@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Engine, Row, select
 
 from cluster.ledger.database.connect import reading
 from cluster.ledger.database.tables import change_sequence, keys, tenants
-from cluster.policy.tenants.identity import KeyEntry, Snapshot, TenantEntry
+from cluster.policy.tenants.identity import AccessSnapshot, KeyEntry, TenantEntry
 from cluster.policy.tenants.policy import TenantPolicy
 
 
@@ -22,7 +22,7 @@ class Snapshots:
         self._engine = engine
         self._clock = clock
 
-    def read(self, before: Snapshot | None = None) -> Snapshot:
+    def read(self, before: AccessSnapshot | None = None) -> AccessSnapshot:
         """The newest snapshot. With `before` only rows that changed since are read; when none did, `before` with a
         new `taken_at_s` is returned, its maps untouched. Raises StoreUnavailable."""
         taken_at_s = self._clock()  # before the reading: what it says is at least this young
@@ -33,9 +33,9 @@ class Snapshots:
             if before is not None and before.sequence == sequence:
                 return replace(before, taken_at_s=taken_at_s)
             anew = before is None or not reload_from <= before.sequence < sequence
-            known = Snapshot() if anew or before is None else before
+            known = AccessSnapshot() if anew or before is None else before
             after = -1 if anew else known.sequence
-            return Snapshot(
+            return AccessSnapshot(
                 sequence, taken_at_s, _tenants(connection, dict(known.tenants), after), _keys(connection, known, after)
             )
 
@@ -49,7 +49,7 @@ def _tenants(connection: Connection, found: dict[str, TenantEntry], after: int) 
     return found
 
 
-def _keys(connection: Connection, known: Snapshot, after: int) -> dict[bytes, KeyEntry]:
+def _keys(connection: Connection, known: AccessSnapshot, after: int) -> dict[bytes, KeyEntry]:
     found = dict(known.keys)
     for row in connection.execute(select(keys).where(keys.c.changed > after)):
         found[bytes.fromhex(row.digest)] = _entry(row)

@@ -21,7 +21,7 @@ import structlog
 from cluster.api.outcomes import CallError, Outcome
 from cluster.ledger.errors import LedgerError
 from cluster.ledger.files import write_whole
-from cluster.policy.tenants.identity import Snapshot
+from cluster.policy.tenants.identity import AccessSnapshot
 from cluster.policy.tenants.policy import TenantPolicy
 
 log = structlog.get_logger("ledger")
@@ -29,24 +29,24 @@ log = structlog.get_logger("ledger")
 FORMAT = "headrace-snapshot/1"
 PERIOD_S = 0.5
 MAX_REFRESH_S = 30.0
-Read = Callable[[Snapshot | None], Snapshot]
+Read = Callable[[AccessSnapshot | None], AccessSnapshot]
 
 
-def save(path: Path, snapshot: Snapshot) -> None:
+def save(path: Path, snapshot: AccessSnapshot) -> None:
     """Write a snapshot, whole or not at all, readable by its owner only. Raises OSError."""
     body = json.dumps(snapshot.as_json(), separators=(",", ":")).encode()
     head = json.dumps({"format": FORMAT, "sha256": hashlib.sha256(body).hexdigest()}).encode()
     write_whole(path, head + b"\n" + body)
 
 
-def load(path: Path) -> Snapshot | None:
+def load(path: Path) -> AccessSnapshot | None:
     """Read what `save` wrote; None when there is none, or it is damaged or of another release's format."""
     try:
         head, _, body = path.read_bytes().partition(b"\n")
         found = json.loads(head)
         if found["format"] != FORMAT or found["sha256"] != hashlib.sha256(body).hexdigest():
             raise ValueError("its checksum or format does not match")
-        return Snapshot.from_json(json.loads(body))
+        return AccessSnapshot.from_json(json.loads(body))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -76,7 +76,7 @@ class Watcher:
         *,
         stale_after_s: float,
         declared: Sequence[TenantPolicy] = (),
-        on_change: Callable[[Snapshot], None] | None = None,
+        on_change: Callable[[AccessSnapshot], None] | None = None,
         period_s: float = PERIOD_S,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -95,11 +95,11 @@ class Watcher:
         self._saved_at = -float("inf")
         found = load(file)
         self._stored = found
-        self._view = (found or Snapshot()).declaring(self._declared)
+        self._view = (found or AccessSnapshot()).declaring(self._declared)
         # the point of the monotonic clock at which the snapshot was the newest
         self._confirmed = monotonic() - max(wall() - found.taken_at_s, 0.0) if found else -float("inf")
 
-    def current(self) -> Snapshot:
+    def current(self) -> AccessSnapshot:
         """The snapshot to decide by. Raises CallError when the database has been away too long."""
         age_s = self._monotonic() - self._confirmed
         if age_s > self._stale_after_s:
@@ -160,7 +160,7 @@ class Watcher:
             log.warning("snapshot_failed", error=error)
         self._error = error
 
-    def _take(self, newest: Snapshot) -> None:
+    def _take(self, newest: AccessSnapshot) -> None:
         before, self._stored = self._stored, newest
         changed = before is None or before.tenants is not newest.tenants
         if changed:

@@ -35,7 +35,7 @@ def pause_s(attempts: int) -> float:
     return min(FIRST_PAUSE_S * 2.0 ** min(attempts - 1, 20), LONGEST_PAUSE_S)
 
 
-class Notices:
+class BudgetNotices:
     """The table of budget notices."""
 
     def __init__(self, engine: Engine) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Engine, and_, case, delete, func, not_, or
 from cluster.ledger.database.changes import insert_or
 from cluster.ledger.database.connect import reading, writing
 from cluster.ledger.database.tables import erased, usage
-from cluster.ledger.rows import COUNTS, LABEL, Rates, UsageQuery
+from cluster.ledger.rows import COUNTS, LABEL, Prices, UsageQuery
 from cluster.ledger.tenants.tenants import digest_of_name
 from cluster.ledger.usage.records import UsageRecord
 
@@ -47,7 +47,7 @@ class UsageTable:
                 statement.on_conflict_do_update(index_elements=["record_id"], set_=new, where=better), rows
             )
 
-    def query(self, wanted: UsageQuery, rates: Rates | None = None) -> list[dict[str, Any]]:
+    def query(self, wanted: UsageQuery, rates: Prices | None = None) -> list[dict[str, Any]]:
         """Sums by group, ordered by group; a label that a call lacks reads "". With `rates` also `cost`, which is
         None where an accelerator has no rate."""
         dimensions = [_dimension(name).label(f"d{at}") for at, name in enumerate(wanted.group_by)]
@@ -148,7 +148,7 @@ def _conditions(wanted: UsageQuery) -> list[ColumnElement[bool]]:
     return conditions
 
 
-def _fold(wanted: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Rates | None) -> list[dict[str, Any]]:
+def _fold(wanted: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Prices | None) -> list[dict[str, Any]]:
     """Rows by group; with rates there is one row a group and accelerator, joined here."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
@@ -164,7 +164,7 @@ def _fold(wanted: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Rates | 
     return [groups[key] for key in sorted(groups)]
 
 
-def _cost(gpu: str, gpu_seconds: float, rates: Rates) -> float | None:
+def _cost(gpu: str, gpu_seconds: float, rates: Prices) -> float | None:
     rate = rates.gpu_hour.get(gpu)
     if rate is None:
         return 0.0 if gpu_seconds == 0 else None

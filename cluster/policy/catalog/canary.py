@@ -25,7 +25,7 @@ MIN_ERRORS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class CanaryTally:
     """What gateways have counted of a version. `pairs` of first tokens, of which it was the slower in `slower`."""
 
     calls: int = 0
@@ -33,8 +33,8 @@ class Tally:
     pairs: int = 0
     slower: int = 0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
+    def __add__(self, other: CanaryTally) -> CanaryTally:
+        return CanaryTally(
             self.calls + other.calls,
             self.errors + other.errors,
             self.pairs + other.pairs,
@@ -43,7 +43,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class CanaryVerdict:
     """`goes` with `why` for humans: the numbers that it was decided by."""
 
     goes: bool = False
@@ -64,22 +64,22 @@ def log_evidence(losses: int, wins: int, chance: float) -> float:
     return most + math.log(sum(math.exp(term - most) for term in terms) / len(terms))
 
 
-def judge(stays: Tally, trial: Tally, *, error_ratio: float, ttft_ratio: float) -> Verdict:
+def judge(stays: CanaryTally, trial: CanaryTally, *, error_ratio: float, ttft_ratio: float) -> CanaryVerdict:
     """Whether the version on trial goes. A ratio of 0 is not looked at."""
     enough = -math.log(ALPHA)
     if error_ratio and trial.errors >= MIN_ERRORS and trial.calls and stays.calls:
         allowed = error_ratio * trial.calls
         chance = allowed / (allowed + stays.calls)
         if log_evidence(trial.errors, stays.errors, chance) > enough:
-            return Verdict(
+            return CanaryVerdict(
                 True,
                 f"{trial.errors} of its {trial.calls} calls failed, {stays.errors} of {stays.calls} of the other: "
                 f"more than {error_ratio:g} times as often",
             )
     if ttft_ratio and trial.pairs and log_evidence(trial.slower, trial.pairs - trial.slower, 0.5) > enough:
-        return Verdict(
+        return CanaryVerdict(
             True,
             f"in {trial.slower} of {trial.pairs} pairs of calls its first token took more than {ttft_ratio:g} times as "
             "long as the other's",
         )
-    return Verdict()
+    return CanaryVerdict()

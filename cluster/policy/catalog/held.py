@@ -9,7 +9,7 @@ from cluster.api.types import CatalogEntry, ModelSpec, ModelState
 from cluster.policy.catalog import lifecycle
 from cluster.policy.catalog.lifecycle import Known, Reported
 from cluster.policy.catalog.reconcile import Observed
-from cluster.policy.catalog.versions import Share
+from cluster.policy.catalog.versions import ReplicaShare
 
 WHY = "its entry in the controller's file is wrong, so what runs of it is kept as it is"
 
@@ -32,7 +32,7 @@ def held_entry(spec: ModelSpec, apps: Sequence[Observed], reported: Sequence[Rep
         versions.append(
             lifecycle.Version(
                 replace(spec, version=version),
-                Share(version, 0.0 if at else 1.0),
+                ReplicaShare(version, 0.0 if at else 1.0),
                 lifecycle.move(ModelState.DECLARED, sight),
                 whole,
                 reported,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from cluster.api.types import CatalogEntry, ModelSpec, ModelState, VersionShare
 from cluster.policy.catalog.reconcile import Observed
-from cluster.policy.catalog.versions import Share
+from cluster.policy.catalog.versions import ReplicaShare
 
 
 class Sight(enum.StrEnum):
@@ -129,7 +129,7 @@ class Version:
     """One version of a model as the controller sees it now. `trial`: it is not the one that stays."""
 
     spec: ModelSpec
-    share: Share
+    share: ReplicaShare
     state: ModelState
     seen: Observed | None = None
     reported: Sequence[Reported] = ()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class VersionMark:
     """What is different from the file for a version. `digest`: of the replicas that it is about.
 
     `weight` None: the file's. `gone`: why it is not to run at all. `quarantined`: it runs and gets no call.
@@ -29,12 +29,12 @@ class Mark:
         return {"digest": self.digest, "weight": self.weight, "gone": self.gone, "quarantined": self.quarantined}
 
     @staticmethod
-    def from_json(values: Mapping[str, object]) -> Mark:
+    def from_json(values: Mapping[str, object]) -> VersionMark:
         """Raises ValueError for what `as_json` does not write."""
         weight = values.get("weight")
         if not isinstance(weight, (int, float, type(None))):
             raise ValueError(f"weight: {weight!r}")
-        return Mark(
+        return VersionMark(
             digest=str(values.get("digest", "")),
             weight=None if weight is None else float(weight),
             gone=str(values.get("gone", "")),
@@ -43,7 +43,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class ReplicaShare:
     """One version's part of the calls, and how it stands. `gone`: why it is not to run."""
 
     version: str
@@ -53,27 +53,29 @@ class Share:
 
 
 def shares(
-    stays: tuple[str, str], trial: tuple[str, str, float] | None, marks: Mapping[str, Mark]
-) -> tuple[Share, ...]:
+    stays: tuple[str, str], trial: tuple[str, str, float] | None, marks: Mapping[str, VersionMark]
+) -> tuple[ReplicaShare, ...]:
     """The versions with their parts of the calls, the one that stays first. `stays` is a version and its digest,
     `trial` has the file's weight too; `marks` are by version. Weights of those that run add up to 1."""
     version, digest = stays
     own = marks.get(version)
     own = own if own is not None and own.digest == digest else None
-    first = Share(version, 1.0, quarantined=own is not None and own.quarantined)
+    first = ReplicaShare(version, 1.0, quarantined=own is not None and own.quarantined)
     if trial is None:
         return (first,)
     name, digest, weight = trial
     mark = marks.get(name)
     if mark is None or mark.digest != digest:
-        mark = Mark(digest)
+        mark = VersionMark(digest)
     if mark.gone:
-        return first, Share(name, 0.0, mark.gone)
+        return first, ReplicaShare(name, 0.0, mark.gone)
     weight = weight if mark.weight is None else mark.weight
-    return Share(version, 1.0 - weight, quarantined=first.quarantined), Share(name, weight, "", mark.quarantined)
+    return ReplicaShare(version, 1.0 - weight, quarantined=first.quarantined), ReplicaShare(
+        name, weight, "", mark.quarantined
+    )
 
 
-def replicas_of(total: int, parts: Sequence[Share]) -> dict[str, int]:
+def replicas_of(total: int, parts: Sequence[ReplicaShare]) -> dict[str, int]:
     """How many replicas of each version, for a model that is to have `total`: a trial has room for its part of the
     calls, at least one replica, and the one that stays keeps room for the rest."""
     if not total or len(parts) == 1:
@@ -86,7 +88,7 @@ def replicas_of(total: int, parts: Sequence[Share]) -> dict[str, int]:
     return {stays.version: kept, trial.version: tried}
 
 
-def total_of(replicas: int, parts: Sequence[Share]) -> int:
+def total_of(replicas: int, parts: Sequence[ReplicaShare]) -> int:
     """For how many in all there are so many replicas of all versions together: `replicas_of` the other way round."""
     return next((n for n in range(replicas + 1) if sum(replicas_of(n, parts).values()) >= replicas), replicas)
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.policy.fairness.order import Waiting
-from cluster.policy.fairness.peer_backlog import Backlog, Elsewhere, ServedBooks, ServedTotal
-from cluster.policy.fairness.reserved_slots import Guests
+from cluster.policy.fairness.peer_backlog import Backlog, PeerBacklogs, ServedBooks, ServedTotal
+from cluster.policy.fairness.reserved_slots import ReservedSlots
 from cluster.policy.fairness.service_counters import ClassTurns, Flow, FlowKey
 from cluster.policy.fairness.token_cost import Charge, ServiceWeights
 
@@ -69,8 +69,8 @@ class FairOrder:
         self._returned_keys: dict[str, tuple[int, float, int]] = {}
         self._returns = 0
         self._open: dict[str, tuple[Flow, Charge]] = {}
-        self._guests = Guests()
-        self._elsewhere = Elsewhere()
+        self._guests = ReservedSlots()
+        self._elsewhere = PeerBacklogs()
         self._books = ServedBooks()
         self._charged = 0.0
         self._now = float("-inf")

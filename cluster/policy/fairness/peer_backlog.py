@@ -71,7 +71,7 @@ class ServedBooks:
         self._workers.pop(worker, None)
 
 
-class Elsewhere:
+class PeerBacklogs:
     """The last word of every other gateway on what waits there."""
 
     def __init__(self) -> None:

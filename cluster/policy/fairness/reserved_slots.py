@@ -15,7 +15,7 @@ KEPT_MOST = 4
 GUEST_S = 30.0
 
 
-class Guests:
+class ReservedSlots:
     """Of one model. `seen` is told of guests once a second; `places` answers for each turn."""
 
     __slots__ = ("_until",)

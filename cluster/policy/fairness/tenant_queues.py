@@ -16,20 +16,20 @@ from cluster.policy.fairness.order import Waiting
 
 
 @dataclass(eq=False, slots=True)
-class _Line:
+class _TenantQueue:
     requests: int = 0
     tokens: int = 0
     entered: deque[Waiting] = field(default_factory=deque)  # in order, those who have left since among them
 
 
-class Lines:
+class TenantQueues:
     """One line for each tenant in each class, over all models."""
 
     def __init__(self, weight_of: Callable[[str], float], is_in: Callable[[Waiting], bool]) -> None:
         """`is_in` tells whether one that was added waits still."""
         self._weight_of = weight_of
         self._is_in = is_in
-        self._ranks: dict[int, dict[str, _Line]] = {}
+        self._ranks: dict[int, dict[str, _TenantQueue]] = {}
         # rank -> heap of (-length, tenant), lengths may be old. Kept only while somebody asks: a room with place has no
         # use for it, and making it costs less than the adds after which it is dropped.
         self._longest: dict[int, list[tuple[float, str]]] | None = None
@@ -47,7 +47,7 @@ class Lines:
             lines = self._ranks[waiting.rank] = {}
         line = lines.get(waiting.tenant)
         if line is None:
-            line = lines[waiting.tenant] = _Line()
+            line = lines[waiting.tenant] = _TenantQueue()
         line.requests += 1
         line.tokens += waiting.tokens
         line.entered.append(waiting)

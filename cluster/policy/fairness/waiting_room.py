@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from cluster.api.outcomes import Outcome
 from cluster.policy.fairness.order import FifoOrder, Order, Waiting
-from cluster.policy.fairness.tenant_queues import Lines
+from cluster.policy.fairness.tenant_queues import TenantQueues
 
-__all__ = ["Admission", "FifoOrder", "Order", "RoomStatistics", "Waiting", "WaitingRoom"]
+__all__ = ["FifoOrder", "Order", "RoomAdmission", "RoomStatistics", "Waiting", "WaitingRoom"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class RoomStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class Admission:
+class RoomAdmission:
     """What came of asking to enter: in (`outcome` None), or why not; and whom the room has shed to make place.
 
     QUEUE_FULL: the room is full; RATE_LIMITED: the tenant's own line is; DEADLINE_UNREACHABLE: it could not be in time.
@@ -50,7 +50,7 @@ class Admission:
     shed: tuple[Waiting, ...] = ()
 
 
-_ADMITTED = Admission()
+_ADMITTED = RoomAdmission()
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ class WaitingRoom:
                 math.inf if tenant_max_requests is None else tenant_max_requests,
                 math.inf if tenant_max_tokens is None else tenant_max_tokens,
             )
-        self._lines = Lines(weight_of, self._is_in)
+        self._lines = TenantQueues(weight_of, self._is_in)
         self._entries: dict[str, tuple[Waiting, int]] = {}  # with the number of its stay
         self._queues: dict[str, _ModelQueue] = {}
         self._tokens = 0
@@ -98,7 +98,7 @@ class WaitingRoom:
         self._now = -math.inf
         self._entered = self._refused = self._put_back = self._bound = self._left = self._expired = self._shed = 0
 
-    def admit(self, waiting: Waiting, now: float, starts_in_s: float = 0.0) -> Admission:
+    def admit(self, waiting: Waiting, now: float, starts_in_s: float = 0.0) -> RoomAdmission:
         """Take one in, or say why not. A full room sheds what may rather be spared than this one; who is shed no
         longer waits. ValueError for a call id that waits already.
 
@@ -123,7 +123,7 @@ class WaitingRoom:
             self._refused += 1
         else:
             self._take_in(waiting, now)
-        return Admission(outcome, tuple(shed))
+        return RoomAdmission(outcome, tuple(shed))
 
     def put_back(self, waiting: Waiting, now: float) -> None:
         """One whose worker was lost waits again, at the head and with a new max_wait_s. It was admitted: no bound."""

@@ -77,7 +77,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class LimitUse:
     """One limit as it stands, for x-ratelimit headers: `reset_s` until all of it is free again."""
 
     limit: int
@@ -89,8 +89,8 @@ class Standing:
 class Granted:
     """The call is in, and its reservation stands. None for a limit that the tenant has not."""
 
-    requests: Standing | None
-    tokens: Standing | None
+    requests: LimitUse | None
+    tokens: LimitUse | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,8 @@ class LimitRefusal:
     limit: int
     remaining: int
     reset_s: float
-    requests: Standing | None = None
-    tokens: Standing | None = None
+    requests: LimitUse | None = None
+    tokens: LimitUse | None = None
 
     @property
     def message(self) -> str:
@@ -120,7 +120,7 @@ class LimitRefusal:
 
 
 @dataclass(slots=True)
-class _Held:
+class _HeldAmounts:
     """A reservation. `taken`: (bucket, weighted tokens), the first when it was admitted, the others topped up."""
 
     tenant: str
@@ -168,7 +168,7 @@ class Limiter:
         self._weights = weights or TokenWeights()
         self._quantum_tokens = quantum_tokens
         self._tenants: dict[str, TenantUse] = {}
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _HeldAmounts] = {}
         self._clock = Steady()
 
     def reserve(
@@ -301,11 +301,11 @@ class Limiter:
         use.requests.add(ask.requests, now)
         use.running += 1
         taken = [(use.tokens.add(weighted, now), weighted)]
-        held = _Held(policy.name, ask.prompt_tokens, ask.output_tokens, taken, use.day.number, use.month.number)
+        held = _HeldAmounts(policy.name, ask.prompt_tokens, ask.output_tokens, taken, use.day.number, use.month.number)
         self._held[ask.call_id] = held
         self._spend(use, held, ask.prompt_tokens + ask.output_tokens)
 
-    def _take(self, use: TenantUse, held: _Held, tokens: int, now: float) -> None:
+    def _take(self, use: TenantUse, held: _HeldAmounts, tokens: int, now: float) -> None:
         """More output, counted when it is taken."""
         before = self._weights.sum(held.prompt_tokens, held.output_tokens)
         held.output_tokens += tokens
@@ -314,7 +314,7 @@ class Limiter:
         self._spend(use, held, tokens)
 
     @staticmethod
-    def _spend(use: TenantUse, held: _Held, tokens: int) -> None:
+    def _spend(use: TenantUse, held: _HeldAmounts, tokens: int) -> None:
         """Budgets are the days' and months' in which a call was admitted."""
         if use.day.number == held.day:
             use.day.used += tokens
@@ -385,10 +385,10 @@ def _budget_left(limits: TenantLimits, use: TenantUse) -> int:
     return min((limit - used for limit, used in pairs if limit is not None), default=2**62)
 
 
-def _standings(limits: TenantLimits, use: TenantUse, now: float) -> tuple[Standing | None, Standing | None]:
-    def one(limit: int | None, window: SlidingSum) -> Standing | None:
+def _standings(limits: TenantLimits, use: TenantUse, now: float) -> tuple[LimitUse | None, LimitUse | None]:
+    def one(limit: int | None, window: SlidingSum) -> LimitUse | None:
         if limit is None:
             return None
-        return Standing(limit, max(limit - window.total, 0), window.empties_in_s(now))
+        return LimitUse(limit, max(limit - window.total, 0), window.empties_in_s(now))
 
     return one(limits.requests_per_minute, use.requests), one(limits.tokens_per_minute, use.tokens)

@@ -30,7 +30,7 @@ MAX_WAITING = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ByteBounds:
     """The most bytes reserved at once."""
 
     connection: int
@@ -38,7 +38,7 @@ class Bounds:
     process: int
 
     @classmethod
-    def for_messages(cls, max_message_bytes: int) -> Bounds:
+    def for_messages(cls, max_message_bytes: int) -> ByteBounds:
         """Two of the largest bodies a tenant, sixteen a process; at least 32 MiB and 256 MiB."""
         tenant = max(2 * max_message_bytes, 32 << 20)
         return cls(connection=tenant, tenant=tenant, process=8 * tenant)
@@ -105,7 +105,7 @@ class Reservation:
 class RequestBytes:
     """The reservations of one process. Used from one thread; `clock` counts seconds and does not go back."""
 
-    def __init__(self, bounds: Bounds, clock: Callable[[], float]) -> None:
+    def __init__(self, bounds: ByteBounds, clock: Callable[[], float]) -> None:
         self.bounds = bounds
         self._clock = clock
         self._held: Counter[str] = Counter()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from cluster.api.types import Likeness
+from cluster.api.types import CompatibilityKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Candidate:
     prefill_tokens: int = 0
     """Prompt tokens of this gateway's calls there that have no output yet."""
     incarnation: str = ""
-    likeness: Likeness | None = None
+    likeness: CompatibilityKey | None = None
     replaying: int = 0
     beginning: int = 0
     max_replaying: int = 0
@@ -58,7 +58,7 @@ class RouteCall:
     model: str
     tokens: int
     keep_free: int = 0
-    likeness: Likeness | None = None
+    likeness: CompatibilityKey | None = None
     shuns: frozenset[str] = frozenset()
     versions: frozenset[str] = frozenset()
     fresh: int = 0
@@ -102,7 +102,7 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class RoutingDecision:
     """Where the call goes, or None, and why.
 
     `reason` is one of few words (a metric label): least_loaded, only_choice; without a worker no_worker, kept_free, or
@@ -216,13 +216,13 @@ class Router:
         self._weights = sum(scorer.weight for scorer in scorers)
         self._depth = {f.reason: depth for depth, f in enumerate(self._filters)}
 
-    def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> Decision:
+    def pick(self, call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
         """The best that may. Of equals the one with more free sequences, then the first by worker_id."""
         if call.keep_free:
             candidates = list(candidates)
             open_to_all = (c for c in candidates if c.model == call.model and not c.draining and not c.retired)
             if sum(c.free_sequences for c in open_to_all) <= call.keep_free:
-                return Decision(None, "kept_free", ())
+                return RoutingDecision(None, "kept_free", ())
         passed: list[tuple[float, int, str, Score]] = []
         dropped: list[Score] = []
         for candidate in candidates:
@@ -235,8 +235,8 @@ class Router:
         dropped.sort(key=lambda score: score.worker_id)
         scores = (*(entry[3] for entry in passed), *dropped)
         if passed:
-            return Decision(scores[0].worker_id, "least_loaded" if len(passed) > 1 else "only_choice", scores)
-        return Decision(None, self._why_nobody(dropped), scores)
+            return RoutingDecision(scores[0].worker_id, "least_loaded" if len(passed) > 1 else "only_choice", scores)
+        return RoutingDecision(None, self._why_nobody(dropped), scores)
 
     def _score(self, call: RouteCall, candidate: Candidate) -> Score:
         for f in self._filters:
@@ -254,6 +254,6 @@ class Router:
 _LEAST_LOADED, _ONWARD = Router(), Router(scorers=ONWARD_SCORERS)
 
 
-def pick(call: RouteCall, candidates: Iterable[Candidate]) -> Decision:
+def pick(call: RouteCall, candidates: Iterable[Candidate]) -> RoutingDecision:
     """The default pipelines: the least loaded of those with room, for continued calls by what of them waits there."""
     return (_LEAST_LOADED if call.likeness is None else _ONWARD).pick(call, candidates)

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.api.scaling import ModelScaling, ScalingStory
+from cluster.api.scaling import ModelScaling, ScalingExplanation
 from cluster.api.types import ModelSpec
-from cluster.policy.scaling.scaler import Asked, Scaler
+from cluster.policy.scaling.scaler import OperatorRequest, Scaler
 
 
-class Desk:
-    """api.scaling.ScalingDesk over a Scaler."""
+class ScalingRequests:
+    """api.scaling.ScalingService over a Scaler."""
 
     def __init__(self, scaler: Scaler, changed: Callable[[], None]) -> None:
         """`changed`: told when what is asked has changed; it keeps it, and lets a pass begin."""
@@ -20,7 +20,7 @@ class Desk:
         self._changed = changed
 
     def scale(self, name: str, replicas: int | None) -> ModelScaling:
-        """See ScalingDesk. A number is within the entry's `max`; it may be below its `min`."""
+        """See ScalingService. A number is within the entry's `max`; it may be below its `min`."""
         spec, asked = self._named(name), self._scaler.asked
         manual = {model: count for model, count in asked.manual.items() if model != spec.name}
         if replicas is not None:
@@ -39,7 +39,7 @@ class Desk:
         )
 
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
-        """See ScalingDesk."""
+        """See ScalingService."""
         asked = self._scaler.asked
         if name:
             spec = self._named(name)
@@ -51,8 +51,8 @@ class Desk:
             names = list(self._scaler.names)
         return [self._scaler.standing(one) for one in names]
 
-    def explain(self, name: str, limit: int) -> ScalingStory:
-        """See ScalingDesk."""
+    def explain(self, name: str, limit: int) -> ScalingExplanation:
+        """See ScalingService."""
         return self._scaler.story(self._named(name).name, limit)
 
     def _named(self, name: str) -> ModelSpec:
@@ -61,23 +61,25 @@ class Desk:
             raise CallError(Outcome.MODEL_NOT_FOUND, f"model {name[:128]!r} is not one that is to run")
         return spec
 
-    def _ask(self, asked: Asked) -> None:
+    def _ask(self, asked: OperatorRequest) -> None:
         if asked != self._scaler.asked:
             self._scaler.asked = asked
             self._scaler.hurry()
             self._changed()
 
 
-def asked_to_json(asked: Asked) -> dict[str, object]:
+def asked_to_json(asked: OperatorRequest) -> dict[str, object]:
     """As plain JSON values; `asked_from_json` is the inverse."""
     return {"manual": dict(asked.manual), "frozen": sorted(asked.frozen), "all_frozen": asked.all_frozen}
 
 
-def asked_from_json(values: Mapping[str, object]) -> Asked:
+def asked_from_json(values: Mapping[str, object]) -> OperatorRequest:
     """What `asked_to_json` wrote. Raises ValueError for anything else."""
     manual, frozen, everything = values.get("manual"), values.get("frozen"), values.get("all_frozen")
     if not isinstance(manual, dict) or not all(isinstance(count, int) for count in manual.values()):
         raise ValueError("manual must be numbers by model")
     if not isinstance(frozen, list) or not isinstance(everything, bool):
         raise ValueError("frozen must be a list, all_frozen a boolean")
-    return Asked({str(model): int(count) for model, count in manual.items()}, frozenset(map(str, frozen)), everything)
+    return OperatorRequest(
+        {str(model): int(count) for model, count in manual.items()}, frozenset(map(str, frozen)), everything
+    )

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.api.demand import Work
+from cluster.api.demand import ComputedWork
 from cluster.policy.scaling.portfolio import Rates
 
 LEAST_BUSY_S = 0.05
@@ -36,7 +36,7 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ReplicaLimits:
     """What bounds a replica's batch."""
 
     max_num_seqs: int
@@ -48,7 +48,7 @@ class Limits:
 class LearntCosts:
     """Of one model on one GPU type. `seen` at each look with what each engine has told."""
 
-    _before: dict[str, Work] = field(default_factory=dict)
+    _before: dict[str, ComputedWork] = field(default_factory=dict)
     _a: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(3)])
     _b: list[float] = field(default_factory=lambda: [0.0] * 3)
     _y: float = 0.0
@@ -56,7 +56,7 @@ class LearntCosts:
     _prefilled: bool = False
     _batch: float = 0.0
 
-    def seen(self, told: Mapping[str, Work]) -> None:
+    def seen(self, told: Mapping[str, ComputedWork]) -> None:
         """By incarnation: one that is not among them any longer is forgotten, one that is new begins at nothing only
         if it has just started, so its first word is where it begins."""
         for engine, work in told.items():
@@ -68,7 +68,7 @@ class LearntCosts:
                 self._add(before, work)
         self._before = {engine: work for engine, work in self._before.items() if engine in told}
 
-    def _add(self, before: Work, work: Work) -> None:
+    def _add(self, before: ComputedWork, work: ComputedWork) -> None:
         busy_s = work.busy_s - before.busy_s
         x = (
             float(work.steps - before.steps),
@@ -103,7 +103,7 @@ class LearntCosts:
                     best, least = Costs(*(whole.get(i, 0.0) for i in range(3))), left
         return best
 
-    def rates(self, limits: Limits, itl_s: float, gpus: int = 1) -> Rates:
+    def rates(self, limits: ReplicaLimits, itl_s: float, gpus: int = 1) -> Rates:
         """Prefill in full batches; decode in the largest batch that keeps `itl_s`."""
         costs = self.costs()
         if costs is None:
@@ -126,7 +126,7 @@ class LearntCosts:
         return batch / step_s if step_s > 0 else None
 
 
-def _places(costs: Costs, limits: Limits, itl_s: float) -> float:
+def _places(costs: Costs, limits: ReplicaLimits, itl_s: float) -> float:
     """The largest batch that keeps `itl_s`."""
     most = float(max(limits.max_num_seqs, 1))
     if not itl_s or costs.decode_s <= 0:

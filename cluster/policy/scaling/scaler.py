@@ -16,24 +16,24 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cluster.api.demand import Work
-from cluster.api.scaling import ModelScaling, ScalingDecision, ScalingStory
+from cluster.api.demand import ComputedWork
+from cluster.api.scaling import ModelScaling, ScalingDecision, ScalingExplanation
 from cluster.api.types import CatalogEntry, ModelSpec
 from cluster.policy.catalog.versions import over_types
 from cluster.policy.scaling.demand import Demands
 from cluster.policy.scaling.portfolio import (
-    Decision,
     Memory,
     ModelSeen,
     ModelSettings,
     Observation,
     Rates,
+    ReplicaDecision,
     ReplicaSeen,
     Slo,
     decide,
 )
 from cluster.policy.scaling.portfolio.types import ReplicaState
-from cluster.policy.scaling.replica_rates import LearntCosts, Limits
+from cluster.policy.scaling.replica_rates import LearntCosts, ReplicaLimits
 
 Kind = tuple[str, str]
 """A model and a type of GPU."""
@@ -57,7 +57,7 @@ class ScalingSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class OperatorRequest:
     """What operators have asked, by model. `all_frozen`: every model, those that come too."""
 
     manual: Mapping[str, int] = field(default_factory=dict)
@@ -94,8 +94,8 @@ class WorkerSeen:
     serves: bool = True
     running: int = 0
     kv_use: float = 0.0
-    work: Work = field(default_factory=Work)
-    limits: Limits | None = None
+    work: ComputedWork = field(default_factory=ComputedWork)
+    limits: ReplicaLimits | None = None
     gpu: str = ""
 
 
@@ -104,7 +104,7 @@ class _Learnt:
     """Of one type of GPU."""
 
     costs: LearntCosts = field(default_factory=LearntCosts)
-    limits: Limits = field(default_factory=lambda: Limits(0, 0, 0))
+    limits: ReplicaLimits = field(default_factory=lambda: ReplicaLimits(0, 0, 0))
 
 
 @dataclass(slots=True)
@@ -134,11 +134,11 @@ class Scaler:
         self,
         settings: ScalingSettings | None = None,
         now: float = 0.0,
-        asked: Asked | None = None,
+        asked: OperatorRequest | None = None,
         decide_s: float = DECIDE_S,
     ) -> None:
         self.settings = settings or ScalingSettings()
-        self.asked = asked or Asked()
+        self.asked = asked or OperatorRequest()
         self.demands = Demands(now)
         self._memory = Memory()
         self._models: dict[str, _Model] = {}
@@ -360,7 +360,7 @@ class Scaler:
             cold_start_s=model.cold_start_s,
         )
 
-    def _keep(self, decision: Decision, now: float, wall_s: float) -> tuple[str, ScalingDecision] | None:
+    def _keep(self, decision: ReplicaDecision, now: float, wall_s: float) -> tuple[str, ScalingDecision] | None:
         """Take a decision over; the decision if it differs from the last."""
         name, model = decision.model, self._models[decision.model]
         assert model.standing is not None, "it has been looked at"
@@ -413,10 +413,12 @@ class Scaler:
         standing = self._models[name].standing
         return standing if standing is not None else ModelScaling(name)
 
-    def story(self, name: str, limit: int = 0) -> ScalingStory:
+    def story(self, name: str, limit: int = 0) -> ScalingExplanation:
         """Why it stands so. KeyError for one that is not wanted."""
         model = self._models[name]
-        return ScalingStory(self.standing(name), list(model.decisions)[-limit if limit else 0 :], self._numbers(model))
+        return ScalingExplanation(
+            self.standing(name), list(model.decisions)[-limit if limit else 0 :], self._numbers(model)
+        )
 
     def _numbers(self, model: _Model) -> Mapping[str, float]:
         numbers = dict(model.numbers)

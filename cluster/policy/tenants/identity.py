@@ -97,7 +97,7 @@ _NO_TENANT = TenantEntry(TenantPolicy("nobody", suspended=True))
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class AccessSnapshot:
     """Everybody known at one point of the database's history. Built whole, never changed.
 
     `sequence` is the database's change number; `taken_at_s` when it was last confirmed to be the newest.
@@ -116,13 +116,13 @@ class Snapshot:
         by_name = {entry.policy.name: entry for entry in tenants}
         return cls(sequence, taken_at_s, by_name, {key.digest: key for key in keys})
 
-    def declaring(self, policies: Iterable[TenantPolicy]) -> Snapshot:
+    def declaring(self, policies: Iterable[TenantPolicy]) -> AccessSnapshot:
         """This one with the tenants that a file declares in place of those of the same name."""
         tenants = dict(self.tenants)
         for policy in policies:
             known = tenants.get(policy.name)
             tenants[policy.name] = TenantEntry(policy, "file", known.model_aliases if known else {})
-        return Snapshot(self.sequence, self.taken_at_s, tenants, self.keys)
+        return AccessSnapshot(self.sequence, self.taken_at_s, tenants, self.keys)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; `from_json` is the inverse."""
@@ -181,7 +181,7 @@ class Principal:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class AuthVerdict:
     """What became of a try. Exactly one of `principal` and `outcome` is set.
 
     `reason` is for audit and metrics only: ok, too_long, unknown, expired, revoked or suspended.
@@ -204,10 +204,10 @@ class Verdict:
 _REASONS = ("unknown", "unknown", "unknown", "unknown", "expired", "expired", "suspended", "ok")
 
 
-def authenticate(snapshot: Snapshot, token: str, peppers: Sequence[bytes], now_s: float) -> Verdict:
+def authenticate(snapshot: AccessSnapshot, token: str, peppers: Sequence[bytes], now_s: float) -> AuthVerdict:
     """Look a key up. The first pepper is the one new keys are stored with; all verify, all are always tried."""
     if len(token) > MAX_KEY_BYTES:
-        return Verdict(None, Outcome.UNAUTHENTICATED_KEY, "too_long")
+        return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "too_long")
     inner = sha256_of(token)
     entry = _NO_KEY
     for pepper in peppers:
@@ -221,18 +221,18 @@ def authenticate(snapshot: Snapshot, token: str, peppers: Sequence[bytes], now_s
     outcome = Outcome.TENANT_SUSPENDED if reason == "suspended" else Outcome.UNAUTHENTICATED_KEY
     detail = "revoked" if reason == "expired" and entry.revoked else reason
     passed = reason == "ok"
-    return Verdict(principal if passed else None, None if passed else outcome, detail, key_id_of(token) or entry.id)
+    return AuthVerdict(principal if passed else None, None if passed else outcome, detail, key_id_of(token) or entry.id)
 
 
-def identify(snapshot: Snapshot, tenant: str, by: str, subject: str, role: str = "caller") -> Verdict:
+def identify(snapshot: AccessSnapshot, tenant: str, by: str, subject: str, role: str = "caller") -> AuthVerdict:
     """The verdict for who has shown a signed claim or a certificate that names `tenant`."""
     entry = snapshot.tenants.get(tenant, _NO_TENANT)
     if entry is _NO_TENANT:
-        return Verdict(None, Outcome.UNAUTHENTICATED_KEY, "unknown", subject)
+        return AuthVerdict(None, Outcome.UNAUTHENTICATED_KEY, "unknown", subject)
     if entry.policy.suspended:
-        return Verdict(None, Outcome.TENANT_SUSPENDED, "suspended", subject)
+        return AuthVerdict(None, Outcome.TENANT_SUSPENDED, "suspended", subject)
     held = role if role in ROLES else "caller"
-    return Verdict(Principal(entry.policy, held, by, subject, entry.model_aliases), None, "ok", subject)
+    return AuthVerdict(Principal(entry.policy, held, by, subject, entry.model_aliases), None, "ok", subject)
 
 
 @dataclass(frozen=True, slots=True)

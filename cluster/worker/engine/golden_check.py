@@ -50,7 +50,7 @@ SEED = 7
 
 
 @dataclass(slots=True)
-class Answer:
+class GoldenAnswer:
     """What came for the golden prompt."""
 
     positions: list[PositionLogprobs] = field(default_factory=list)
@@ -63,9 +63,9 @@ class Answer:
         if output.finish is FinishReason.ERROR:
             self.error = output.message or "it ended in an error"
 
-    def tail(self, start: int) -> Answer:
+    def tail(self, start: int) -> GoldenAnswer:
         """The answer without its first tokens."""
-        return Answer(self.positions[start:])
+        return GoldenAnswer(self.positions[start:])
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ class Answer:
         return tuple(position.token_ids[0] for position in self.positions)
 
 
-def why_wrong(reference: Answer, answer: Answer, tolerance: float) -> str:
+def why_wrong(reference: GoldenAnswer, answer: GoldenAnswer, tolerance: float) -> str:
     """Return what proves an answer wrong; empty when nothing does.
 
     A healthy engine gives each token a log probability within `tolerance` of the reference. An answer is wrong when no
@@ -148,9 +148,9 @@ class Examined:
         self._engine = engine
         self._node = node
         self._info: EngineInfo | None = None
-        self._reference = Answer()
+        self._reference = GoldenAnswer()
         self._asked = ""  # the id of the question under way
-        self._answer = Answer()
+        self._answer = GoldenAnswer()
         self._ask_again = False
         self._tops = TOPS
         self.withdrawn = ""
@@ -174,7 +174,7 @@ class Examined:
                 self._info = info = replace(info, capabilities=words)
         return info
 
-    async def _apart_when_cut(self, wholes: Sequence[tuple[Answer, int | None]]) -> str:
+    async def _apart_when_cut(self, wholes: Sequence[tuple[GoldenAnswer, int | None]]) -> str:
         """Return where the rest of an answer (with its seed), asked for behind a cut, has other tokens; empty where all
         have the same, or are refused. Raises EngineSick for a greedy rest that is wrong."""
         cuts = [
@@ -192,11 +192,11 @@ class Examined:
                 apart.append(f"a {which} call that was cut after {cut} tokens went on with others")
         return next(iter(apart), "")
 
-    async def _asked_together(self, questions: Sequence[tuple[Sequence[int], int | None]]) -> list[Answer]:
+    async def _asked_together(self, questions: Sequence[tuple[Sequence[int], int | None]]) -> list[GoldenAnswer]:
         """Return what comes for the golden prompt with these emitted tokens, drawn with these seeds."""
-        answers, waiting = [], dict[str, Answer]()
+        answers, waiting = [], dict[str, GoldenAnswer]()
         for emitted, seed in questions:
-            answers.append(answer := Answer())
+            answers.append(answer := GoldenAnswer())
             request_id = await self._submitted(emitted, seed)
             answer.refused = not request_id
             if request_id:
@@ -229,7 +229,7 @@ class Examined:
         """Ask the greedy question again, beside calls."""
         assert self._info is not None
         question = golden_request(self._info, uuid.uuid4().hex, (), self._tops[0])
-        self._answer, self._ask_again = Answer(), False
+        self._answer, self._ask_again = GoldenAnswer(), False
         self._asked = question.request_id  # before submit: outputs may come while that returns
         try:
             await self._engine.submit(question)
@@ -263,7 +263,7 @@ class Examined:
             self._asked = ""
         return [output for output in outputs if output is not mine]
 
-    def _judge(self, reference: Answer, answer: Answer, how: str = "") -> None:
+    def _judge(self, reference: GoldenAnswer, answer: GoldenAnswer, how: str = "") -> None:
         assert self._info is not None
         tolerance = TOLERANCES.get(self._info.engine_class.split("-")[0], TOLERANCE_16_BIT)
         if reason := why_wrong(reference, answer, tolerance):

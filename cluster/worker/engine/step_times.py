@@ -67,7 +67,7 @@ class Quantile:
         return 0.0
 
 
-class Pace:
+class StepTimes:
     """The steps of one engine. `began`, `step` and `prefilled` as they happen; the rest may be read by any thread."""
 
     __slots__ = ("_most_tokens", "_per_token", "_since", "last_s", "times")

@@ -80,11 +80,11 @@ def test_prepare_refuses_a_source_that_is_not_there(run: Run, tmp_path: Path) ->
 
 def test_the_report_ends_with_the_line_that_installs() -> None:
     """What Debian has is one line, each package once."""
-    lack = doctor.Finding("ip", "not found", "apt-get install -y iproute2", "two nodes", "iproute2")
-    text = doctor.report([lack, doctor.Finding("git", found="/usr/bin/git"), lack])
+    lack = doctor.DoctorFinding("ip", "not found", "apt-get install -y iproute2", "two nodes", "iproute2")
+    text = doctor.report([lack, doctor.DoctorFinding("git", found="/usr/bin/git"), lack])
     assert text.splitlines()[-1] == "install with: apt-get install -y iproute2"
     assert "lacks ip" in text
-    assert doctor.report([doctor.Finding("git", found="x")]).endswith("nothing is missing")
+    assert doctor.report([doctor.DoctorFinding("git", found="x")]).endswith("nothing is missing")
 
 
 def test_doctor_runs_without_the_environment() -> None:

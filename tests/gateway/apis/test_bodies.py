@@ -23,8 +23,14 @@ from cluster.gateway.apis.grpc.message_scan import scan
 from cluster.gateway.apis.grpc.packed_ids import packed_ids
 from cluster.gateway.apis.grpc.requests import READ, options_of, session_items
 from cluster.gateway.apis.openai.fields import Fields, read_object
-from cluster.gateway.apis.openai.requests import CHAT_FIELDS, COMPLETION_FIELDS, Asked, chat_asked, completion_asked
-from cluster.gateway.calls.request import MAX_MESSAGES, IdsPrompt, PackedPrompt, Wish, check_options
+from cluster.gateway.apis.openai.requests import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    ParsedRequest,
+    chat_asked,
+    completion_asked,
+)
+from cluster.gateway.calls.request import MAX_MESSAGES, GenerationRequest, IdsPrompt, PackedPrompt, check_options
 from cluster.v1 import inference_pb2 as pb
 from tests.support.calls import chat, complete
 from tests.support.fuzz import messages
@@ -51,13 +57,13 @@ MESSAGES = st.lists(
 def _outcome(read: Any) -> Any:
     """What is read, with plain prompts, or what is wrong by its fields."""
     try:
-        asked: Asked = read()
+        asked: ParsedRequest = read()
     except CallError as error:
         return error.outcome, [v.field for v in error.violations]
     return replace(asked, wishes=[_plain(wish) for wish in asked.wishes])
 
 
-def _plain(wish: Wish) -> Wish:
+def _plain(wish: GenerationRequest) -> GenerationRequest:
     if isinstance(wish.prompt, PackedPrompt):
         return replace(wish, prompt=wish.prompt.unpacked())
     if isinstance(wish.prompt, IdsPrompt):
@@ -75,7 +81,7 @@ def test_large_bodies_are_read_as_small_ones(name: str, data: st.DataObject) -> 
     messages_ = st.tuples(st.just("messages"), MESSAGES)
     body = json.dumps(good | dict([data.draw(one | messages_)]), ensure_ascii=data.draw(st.booleans())).encode()
 
-    def at_once() -> Asked:
+    def at_once() -> ParsedRequest:
         asked = ASKED[name](read_object(body))
         check_wish(asked.wishes[0], asked.names)  # the service's own first step
         return asked
@@ -278,9 +284,9 @@ def test_large_messages_are_read_as_small_ones(request_: Any) -> None:
         except CallError as error:
             return error.message
 
-    def at_once() -> Wish:
+    def at_once() -> GenerationRequest:
         check_options(options_of(request_))
-        wish: Wish = call.read(request_)
+        wish: GenerationRequest = call.read(request_)
         check_wish(wish, {})
         return wish
 

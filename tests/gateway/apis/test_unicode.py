@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cluster.admin.v1 import tenants_pb2
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis.grpc import requests
-from cluster.gateway.apis.json_values import ARGUMENTS, BODY, Bounds, check_counts, parse
+from cluster.gateway.apis.json_values import ARGUMENTS, BODY, JsonBounds, check_counts, parse
 from cluster.gateway.apis.openai.fields import read_object
 from cluster.gateway.apis.openai.requests import chat_asked
 from cluster.gateway.apis.request_ids import request_id, traceparent
@@ -174,7 +174,7 @@ def test_counts_are_exact(value: Any, slack: int, escaped: bool) -> None:
     noise = '\\"[{,\\' * 4000
     text = json.dumps([noise, value], ensure_ascii=escaped).encode()
     containers, strings = 1 + _containers(value), 1 + _strings(value)
-    for bounds in (Bounds(containers + slack, 10**6, 10**6), Bounds(10**6, strings + slack, 10**6)):
+    for bounds in (JsonBounds(containers + slack, 10**6, 10**6), JsonBounds(10**6, strings + slack, 10**6)):
         if slack:
             with pytest.raises(CallError):
                 check_counts("x", text, bounds)

@@ -11,14 +11,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from cluster.api.outcomes import CallError, Outcome
-from cluster.gateway.auth.credentials import Authenticator
+from cluster.gateway.auth.credentials import CredentialChecker
 from cluster.gateway.auth.oidc import Issuer, OidcVerifier
 from cluster.policy.tenants.identity import (
     BAD_KEY,
+    AccessSnapshot,
     CertificateRule,
     KeyEntry,
     Principal,
-    Snapshot,
     TenantEntry,
     digest_of,
     make_key,
@@ -54,9 +54,9 @@ class World:
         self.told: list[tuple[str, str, str]] = []
         tenants = [TenantEntry(TenantPolicy(n, suspended=n == "gone")) for n in ("acme", "billing", "gone")]
         key = KeyEntry("k1", "acme", digest_of(sha256_of(KEY), PEPPER))
-        self.snapshot = Snapshot.of(tenants, [key])
+        self.snapshot = AccessSnapshot.of(tenants, [key])
         issuer = Issuer(ISSUER, "headrace", "org", "role")
-        self.authenticator = Authenticator(
+        self.authenticator = CredentialChecker(
             lambda: self.snapshot,
             peppers=(PEPPER,),
             oidc=OidcVerifier([issuer], fetch=documents, wall=lambda: NOW) if oidc else None,
@@ -155,10 +155,10 @@ async def test_a_stale_snapshot_is_no_bad_key() -> None:
     """When the store is away too long the caller may retry, and nobody is blamed."""
     world = World()
 
-    def stale() -> Snapshot:
+    def stale() -> AccessSnapshot:
         raise CallError(Outcome.STORE_UNAVAILABLE, "away")
 
-    authenticator = Authenticator(stale, peppers=(PEPPER,), told=lambda *_: pytest.fail("blamed"))
+    authenticator = CredentialChecker(stale, peppers=(PEPPER,), told=lambda *_: pytest.fail("blamed"))
     with pytest.raises(CallError) as caught:
         await authenticator.principal((f"Bearer {KEY}",))
     assert caught.value.outcome is Outcome.STORE_UNAVAILABLE

@@ -24,7 +24,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.auth import bearer_tokens, oidc
 from cluster.gateway.auth.bearer_tokens import TokenRefused
 from cluster.gateway.auth.no_redirect import open_straight
-from cluster.gateway.auth.oidc import Claims, Issuer, OidcVerifier
+from cluster.gateway.auth.oidc import Issuer, OidcVerifier, TokenClaims
 from cluster.policy.tenants.identity import BAD_KEY
 
 NOW = 1_800_000_000.0
@@ -216,7 +216,7 @@ async def test_the_algorithms_that_are_allowed(
 ) -> None:
     """RSA, elliptic curves and Ed25519 verify, with and without a key id."""
     scripted.keys = [public(key)]
-    expected = Claims(ISSUER, "ada", "acme", "viewer", NOW + 60)
+    expected = TokenClaims(ISSUER, "ada", "acme", "viewer", NOW + 60)
     assert await verifier.verify(sign(key, algorithm, headrace_role="viewer")) == expected
     assert await verifier.verify(sign(key, algorithm, None, headrace_role="viewer")) == expected
 

@@ -160,9 +160,9 @@ async def test_another_tenants_prefix_is_never_hit(keyed: Keyed) -> None:
 
 
 async def _principal(keyed: Keyed, key: str) -> Any:
-    from cluster.gateway.auth.authenticator import Shown
+    from cluster.gateway.auth.authenticator import Credentials
 
-    return await keyed.door.principal(Shown((f"Bearer {key}",)))
+    return await keyed.door.principal(Credentials((f"Bearer {key}",)))
 
 
 async def test_workers_see_no_tenants_name(keyed: Keyed) -> None:

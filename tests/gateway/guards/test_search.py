@@ -9,7 +9,7 @@ import pytest
 
 from cluster.api.outcomes import CallError
 from cluster.gateway.calls.request import TextPrompt
-from cluster.gateway.guards.guards import CallGuards, Decided, Guards
+from cluster.gateway.guards.guards import CallGuards, GuardDecision, Guards
 from cluster.gateway.text.tokenizer import TextModel
 from cluster.observe.metrics import Metrics
 from cluster.policy.tenants.policy import GuardRule, TenantPolicy
@@ -18,7 +18,7 @@ from cluster.wire.bundle import Bundle
 MATCHES = 200_000
 
 
-def _guards(timeout_s: float, decided: list[Decided]) -> CallGuards:
+def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
     rule = GuardRule(builtin="patterns", action="redact", patterns={"mail": "a@b"}, timeout_s=timeout_s)
     policy = TenantPolicy(name="t", guards=(rule,), log_prompts=True)
     return Guards(Metrics("test"), decided.append).of(policy, "m", "r", "a")
@@ -26,7 +26,7 @@ def _guards(timeout_s: float, decided: list[Decided]) -> CallGuards:
 
 async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
     """A prompt full of matches costs the event loop no time for each of them."""
-    decided: list[Decided] = []
+    decided: list[GuardDecision] = []
     guards, model = _guards(60.0, decided), TextModel.from_bundle(bundle)
     began = time.thread_time()
     kept = await guards.prompt(TextPrompt("a@b " * MATCHES), model)

@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.guards.stream import Action, Chain, Mark, PatternStage, SizeStage, Stage, replacement
+from cluster.gateway.guards.stream import (
+    Action,
+    GuardChain,
+    GuardMark,
+    GuardStage,
+    PatternStage,
+    SizeStage,
+    replacement,
+)
 from cluster.policy.tenants.patterns import Patterns
 from tests.policy.tenants.test_patterns import accepted
 
@@ -28,10 +36,10 @@ def ignore(name: str, text: str) -> None:
     """Nobody is told."""
 
 
-def chain(stages: Sequence[Stage], **options: Any) -> Chain:
+def chain(stages: Sequence[GuardStage], **options: Any) -> GuardChain:
     """Stages that have all the time there is, and fail closed."""
     options = {"on_failure": lambda number, error: False, "clock": lambda: 0.0, **options}
-    return Chain(stages, [1.0] * len(stages), options["on_failure"], options["clock"])
+    return GuardChain(stages, [1.0] * len(stages), options["on_failure"], options["clock"])
 
 
 GUARDS = st.lists(
@@ -46,7 +54,7 @@ GUARDS = st.lists(
 CHUNKS = st.lists(st.text("ab1é x", max_size=6), max_size=16)
 
 
-def stage_of(what: Any, action: Action) -> Stage:
+def stage_of(what: Any, action: Action) -> GuardStage:
     """One generated guard."""
     return SizeStage(what, action, ignore) if isinstance(what, int) else PatternStage(Patterns(what), action, ignore)
 
@@ -86,9 +94,9 @@ def test_marks_tell_which_tokens_a_redaction_has_touched(
     spans = list(Patterns(sources).find(text))
     filters = chain([PatternStage(Patterns(sources), "redact", ignore), SizeStage(10**6, "refuse", ignore)])
     at, out, wanted = 0, "", []
-    marks: list[Mark] = []
+    marks: list[GuardMark] = []
     for token, chunk in enumerate(chunks):
-        mark = Mark(at, at + len(chunk), token)
+        mark = GuardMark(at, at + len(chunk), token)
         text_out, decided = filters.feed(chunk, [mark])
         at += len(chunk)
         out += text_out
@@ -116,7 +124,7 @@ class Slow:
         self._error = error
         self._kept = ""
 
-    def feed(self, text: str, marks: Sequence[Mark], last: bool) -> tuple[str, Sequence[Mark]]:
+    def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
         """Keeps one character back."""
         self.steps += 1
         text, self._kept = self._kept + text, ""
@@ -128,7 +136,7 @@ class Slow:
         out, self._kept = (text, "") if last else (text[:-1], text[-1:])
         return out, marks
 
-    def give_up(self) -> tuple[str, Sequence[Mark]]:
+    def give_up(self) -> tuple[str, Sequence[GuardMark]]:
         """What it has kept."""
         text, self._kept = self._kept, ""
         return text, ()

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import EngineLoad
-from cluster.gateway.links.liveness import LATE_S, Liveness, Waking
+from cluster.gateway.links.liveness import LATE_S, LinkLiveness, Waking
 
 BUSY = EngineLoad(running=3, steps=1, step_s=0.02, step_p99_s=0.03)
 
 
-def alive(load: EngineLoad = BUSY) -> Liveness:
+def alive(load: EngineLoad = BUSY) -> LinkLiveness:
     """One that has beaten at 0."""
-    one = Liveness(0.0, hang_s=0.5, silence_s=5.0)
+    one = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
     one.beat(load, 0, 0, 0.0)
     return one
 
@@ -90,7 +90,7 @@ def test_long_steps_get_longer() -> None:
 
 def test_who_has_never_beaten_gets_the_time_to_connect() -> None:
     """Beats have a connection of their own, which may take longer than a hang."""
-    one = Liveness(0.0, hang_s=0.5, silence_s=5.0)
+    one = LinkLiveness(0.0, hang_s=0.5, silence_s=5.0)
     assert one.suspicion(4.9) is None
     assert one.suspicion(5.1) is not None
 

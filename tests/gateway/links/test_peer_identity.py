@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from cluster.api.types import CatalogEntry, WorkerIdentity
 from cluster.cli.all_commands import app
 from cluster.config.gateway import Tls
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.gateway.auth.tls import NewestContext
 from cluster.gateway.links.hub import Hub, hub_server
-from cluster.gateway.links.peer_identity import MOST_REMEMBERED, Admission
+from cluster.gateway.links.peer_identity import MOST_REMEMBERED, PeerIdentity
 from cluster.link.v1 import link_pb2 as pb
 from cluster.link.v1 import link_pb2_grpc as pb_grpc
 from cluster.wire import codec
@@ -193,7 +193,7 @@ async def test_noise_within_tls(secured: Secured) -> None:
 async def test_other_weights_than_pinned(secured: Secured, bundle: Bundle) -> None:
     """Once the catalog pins a model's weights, a worker that has others is not welcomed, and one that has them is; the
     catalog is taken from whoever's certificate says that it is the controller."""
-    end = ControllerEnd(
+    end = ControllerLinks(
         controller_id="c", gateways=[secured.address], tls=secured.files("controller"), bundles=lambda _: None
     )
     task = asyncio.create_task(end.run())
@@ -300,7 +300,7 @@ def test_an_authority_is_made_once_and_its_keys_are_private(tmp_path: Path) -> N
 
 def test_old_incarnations_are_forgotten() -> None:
     """What a gateway remembers of Hellos is bounded, and the newest are what it remembers."""
-    admission = Admission(by_certificate=False)
+    admission = PeerIdentity(by_certificate=False)
     identity: Callable[[int], WorkerIdentity] = lambda i: WorkerIdentity("w", str(i), "m")  # noqa: E731
     for number in range(MOST_REMEMBERED + 10):
         assert not admission.repeated(identity(number), 1)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.types import EngineInfo, EngineRequest, Sampling, TokenOutput, WorkerIdentity
-from cluster.gateway.links.prefill_pacing import LEAST, STRETCH, UNKNOWN, Replays
+from cluster.gateway.links.prefill_pacing import LEAST, STRETCH, UNKNOWN, PrefillPacing
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.link.v1 import link_pb2 as pb
 
@@ -111,7 +111,7 @@ def test_nothing_stays_behind(acts: list[tuple[str, int]]) -> None:
 def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_s: float, prompts: list[int]) -> None:
     """Learned from an engine whose prompts have a price: a step with the whole budget is STRETCH times a long one."""
     most = 2048
-    replays = Replays(most)
+    replays = PrefillPacing(most)
     assert replays.budget() == int(UNKNOWN * most)
     for tokens in prompts:
         for _ in range(63):  # all steps but for a few take as long as usual, and so do the longest of twenty
@@ -127,7 +127,7 @@ def test_the_budget_makes_a_step_as_long_as_it_may_be(usual_s: float, per_token_
 @given(st.floats(0.001, 0.05), st.floats(0.06, 0.2))
 def test_the_budget_follows_the_longest_of_twenty_steps(usual_s: float, long_s: float) -> None:
     """Where one step of ten is long anyway a step with continued calls may be longer than that."""
-    replays = Replays(2048)
+    replays = PrefillPacing(2048)
     tokens = 100
     for number in range(3000):
         replays.took(*((long_s, tokens) if number % 10 == 9 else (usual_s, 0)))

@@ -14,7 +14,7 @@ from google.rpc import error_details_pb2, status_pb2
 from cluster.api.types import WorkerIdentity
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 from tests.support.calls import Answer, chat, complete, refused, rest_of
 from tests.support.cluster import running_cluster, sim_engine, until
 from tests.support.http import chat_body, fetch
@@ -172,7 +172,7 @@ async def test_gateways_share_their_tenants_accounts(tmp_path: Path, checkpoint:
     """What one gateway's calls were served, and that calls wait there, another learns from the worker of both."""
     async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
         engine = sim_engine(checkpoint, decode_ms=5, max_num_seqs=2)
-        end = WorkerEnd(
+        end = WorkerSession(
             identity=WorkerIdentity("both", "1", "sim", bundle_digest=bundle.digest),
             engine=engine,
             info=await engine.start(),

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from cluster.api.outcomes import Outcome
 from cluster.cli.commands import doctor
-from cluster.gateway.quotas.local_limits import Limits, LocalLimits
+from cluster.gateway.quotas.local_limits import LimitsPort, LocalLimits
 from cluster.gateway.quotas.valkey_limits import PREFIX, TIMEOUT_S, ValkeyLimits
 from cluster.policy.limits.limits import Ask, Granted, Limit, Limiter, LimitRefusal
 from cluster.policy.tenants.policy import TenantPolicy
@@ -113,7 +113,7 @@ def tenant(on_budget: str = "finish", **limits: int) -> TenantPolicy:
     return TenantPolicy.from_json({"name": "acme", "limits": limits, "on_budget": on_budget})
 
 
-async def contract(limits: Limits, pass_minute: Callable[[], None]) -> None:
+async def contract(limits: LimitsPort, pass_minute: Callable[[], None]) -> None:
     """What both kinds of limits must do."""
     policy = tenant("stop", requests_per_minute=4, tokens_per_minute=200, concurrent_requests=2, daily_tokens=150)
     got = await limits.reserve(policy, Ask("a", 10, 20))

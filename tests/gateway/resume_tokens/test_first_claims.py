@@ -10,14 +10,14 @@ import pytest
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.quotas.valkey_limits import ValkeyLimits
-from cluster.gateway.resume_tokens.first_claims import FileTakers, LedgerTakers, StoreTakers, Takers
+from cluster.gateway.resume_tokens.first_claims import FileFirstClaims, FirstClaims, LedgerFirstClaims, StoreFirstClaims
 from cluster.ledger.errors import StoreUnavailable
 from tests.gateway.quotas.test_valkey_limits import Server, server
 
 __all__ = ["server"]
 
 
-async def firsts(takers: list[Takers], name: str) -> int:
+async def firsts(takers: list[FirstClaims], name: str) -> int:
     """How many of them, asked at once and four times each, are the first."""
     return sum(await asyncio.gather(*(one.take(name, 60.0) for one in takers * 4)))
 
@@ -26,11 +26,11 @@ async def test_a_file_outlives_its_gateways(tmp_path: Path) -> None:
     """Two gateways of a host agree, and one that starts anew knows what was taken; what has expired is forgotten."""
     now = 100.0
     file = tmp_path / "new" / "resumed.db"
-    assert await firsts([FileTakers(file, lambda: now), FileTakers(file, lambda: now)], "a.1") == 1
-    assert not await FileTakers(file, lambda: now).take("a.1", 60.0)
-    assert await FileTakers(file, lambda: now).take("a.2", 60.0)
+    assert await firsts([FileFirstClaims(file, lambda: now), FileFirstClaims(file, lambda: now)], "a.1") == 1
+    assert not await FileFirstClaims(file, lambda: now).take("a.1", 60.0)
+    assert await FileFirstClaims(file, lambda: now).take("a.2", 60.0)
     now = 161.0
-    assert await FileTakers(file, lambda: now).take("a.1", 60.0)
+    assert await FileFirstClaims(file, lambda: now).take("a.1", 60.0)
 
 
 def unavailable(names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bool]:
@@ -41,7 +41,7 @@ def unavailable(names: Sequence[tuple[str, float]], now_s: float) -> Sequence[bo
 async def test_without_a_store_nothing_is_resumed(tmp_path: Path) -> None:
     """Where nobody can say who was the first the caller is told to come again."""
     (tmp_path / "file").write_text("no folder")
-    for takers in (LedgerTakers(unavailable), FileTakers(tmp_path / "file" / "resumed.db")):
+    for takers in (LedgerFirstClaims(unavailable), FileFirstClaims(tmp_path / "file" / "resumed.db")):
         with pytest.raises(CallError) as raised:
             await takers.take("a.1", 60.0)
         assert raised.value.outcome is Outcome.STORE_UNAVAILABLE
@@ -55,15 +55,15 @@ async def test_the_limits_store_decides_while_it_answers(server: Server, tmp_pat
     for one in limits:
         await one.start()
     try:
-        file = FileTakers(tmp_path / "resumed.db")
-        both: list[Takers] = [StoreTakers(one.first, file) for one in limits]
+        file = FileFirstClaims(tmp_path / "resumed.db")
+        both: list[FirstClaims] = [StoreFirstClaims(one.first, file) for one in limits]
         assert await firsts(both, "a.1") == 1
         assert not (tmp_path / "resumed.db").exists(), "the store alone is asked"
         await server.stop()
         assert await firsts(both, "a.2") == 1
         assert limits[0].degraded
         with pytest.raises(CallError):
-            await StoreTakers(limits[0].first, LedgerTakers(unavailable)).take("a.3", 60.0)
+            await StoreFirstClaims(limits[0].first, LedgerFirstClaims(unavailable)).take("a.3", 60.0)
     finally:
         for one in limits:
             await one.close()

@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.ledger.rows import UsageQuery
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
@@ -313,7 +313,7 @@ async def test_streams_are_handed_on_one_by_one(pair: Pair) -> None:
     most left to make first; what is not resumable stays to the end."""
     drain_s = 2.0
     gateways = [one.gateway.endpoints["link"] for one in (pair.first, pair.second)]
-    end = ControllerEnd(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
+    end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
     end.publish([])
     controller = asyncio.create_task(end.run())
     try:

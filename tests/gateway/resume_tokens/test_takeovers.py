@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.resume_tokens.claim import MOST_RESUMPTIONS, Claim, Claims, Terms
-from cluster.gateway.resume_tokens.token_chain import CallHead, Chain, Maker
+from cluster.gateway.resume_tokens.claim import MOST_RESUMPTIONS, ResumeClaim, ResumeClaims, ResumeTerms
+from cluster.gateway.resume_tokens.token_chain import CallHead, Maker, TokenChain
 from cluster.ledger.rows import UsageQuery
 from cluster.ledger.usage.records import UsageRecord
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
-from cluster.worker.resume_generations import Takeovers
+from cluster.worker.resume_generations import ResumeGenerations
 from tests.support.calls import Answer, chat, refused, rest_of, resume, text_of
 from tests.support.cluster import TestCluster, Worker, running_cluster, sim_engine, until
 from tests.support.cuttable import Cuttable, cuttable
@@ -220,10 +220,10 @@ class Kept:
         return new
 
 
-def chain(last: int, maker: Maker) -> Chain:
+def chain(last: int, maker: Maker) -> TokenChain:
     """Tokens of one call."""
     head = CallHead("c", "r", "t", "s", "m", "d", "p")
-    return Chain(head=head, maker=maker, last=last.to_bytes(16, "big"), number=last)
+    return TokenChain(head=head, maker=maker, last=last.to_bytes(16, "big"), number=last)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=20))
@@ -233,14 +233,14 @@ def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
 
     async def run() -> None:
         kept = Kept()
-        gateways = [Claims(kept, name) for name in ("a", "b")]
+        gateways = [ResumeClaims(kept, name) for name in ("a", "b")]
         asked = [gateways[at].claim(chain(last, Maker("lost", generation)), 60.0) for at, last, generation in shown]
         claims = await asyncio.gather(*asked, return_exceptions=True)
-        won = [(g, claim) for (_, _, g), claim in zip(shown, claims, strict=True) if isinstance(claim, Claim)]
+        won = [(g, claim) for (_, _, g), claim in zip(shown, claims, strict=True) if isinstance(claim, ResumeClaim)]
         assert len({claim.generation for _, claim in won}) == len(won)
         assert all(claim.generation > generation for generation, claim in won)
         for generation in range(4):
-            assert sum(g == generation and claim.terms is not Terms.PAID for g, claim in won) <= 1
+            assert sum(g == generation and claim.terms is not ResumeTerms.PAID for g, claim in won) <= 1
 
     asyncio.run(run())
 
@@ -248,22 +248,22 @@ def test_generations_only_rise(shown: list[tuple[bool, int, int]]) -> None:
 async def test_who_pays() -> None:
     """The client that leaves a gateway which serves; not the client of one that gave its call up, or is lost."""
     kept = Kept()
-    mine = Claims(kept, "a")
-    assert (await mine.claim(chain(1, Maker("a")), 60.0)).terms is Terms.PAID
-    assert (await mine.claim(chain(2, Maker("b", 1)), 60.0)).terms is Terms.IF_ALIVE
+    mine = ResumeClaims(kept, "a")
+    assert (await mine.claim(chain(1, Maker("a")), 60.0)).terms is ResumeTerms.PAID
+    assert (await mine.claim(chain(2, Maker("b", 1)), 60.0)).terms is ResumeTerms.IF_ALIVE
     await mine.give_up("c", 2, 60.0)
-    assert (await mine.claim(chain(3, Maker("a", 2)), 60.0)).terms is Terms.FREE
-    assert (await mine.claim(chain(4, Maker("")), 60.0)).terms is Terms.FREE, "an older release's"
+    assert (await mine.claim(chain(3, Maker("a", 2)), 60.0)).terms is ResumeTerms.FREE
+    assert (await mine.claim(chain(4, Maker("")), 60.0)).terms is ResumeTerms.FREE, "an older release's"
 
 
 async def test_it_cannot_be_resumed_for_ever() -> None:
     """A stream's prefixes are as many as its chunks; one that may have ended its workers is not resumed at all."""
-    claims = Claims(Kept(), "a")
+    claims = ResumeClaims(Kept(), "a")
     for last in range(MOST_RESUMPTIONS):
         await claims.claim(chain(last, Maker("a")), 60.0)
     with pytest.raises(Exception, match="too often"):
         await claims.claim(chain(99, Maker("a")), 60.0)
-    closed = Claims(Kept(), "a")
+    closed = ResumeClaims(Kept(), "a")
     await closed.close("c", 3, 60.0)
     with pytest.raises(Exception, match="too often"):
         await closed.claim(chain(1, Maker("a", 3)), 60.0)
@@ -272,12 +272,12 @@ async def test_it_cannot_be_resumed_for_ever() -> None:
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4))), st.sampled_from("abc"), st.integers(0, 4))
 def test_a_worker_runs_nothing_that_is_outdated(told: list[tuple[str, int]], call: str, generation: int) -> None:
     """Whatever the order in which takeovers arrive, only what is as new as the newest may run."""
-    takeovers = Takeovers()
+    takeovers = ResumeGenerations()
     for name, number in told:
         takeovers.took_over(name, number)
     newest = max([number for name, number in told if name == call], default=0)
     assert takeovers.outdated(f"{call}#0", generation) is (generation < newest)
-    small = Takeovers(most=2)
+    small = ResumeGenerations(most=2)
     for number in range(9):
         small.took_over(str(number), 1)
     assert len(small) == 2

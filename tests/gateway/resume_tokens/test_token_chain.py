@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.api.types import Likeness
+from cluster.api.types import CompatibilityKey
 from cluster.gateway.resume_tokens.token_chain import (
     BadSegment,
     CallHead,
-    Chain,
     Choice,
+    TokenChain,
     encode,
     encode_one,
     head_json,
@@ -24,7 +24,7 @@ from cluster.ledger.usage.sealed_records import Envelopes, SealError
 
 SECRET = b"s" * 32
 HEAD = CallHead("chatcmpl-1", "r1", "acme", "key:k1", "sim", "d1", "p1", seed=7, deadline_s=5.5)
-LIKE = Likeness("w", "b", "float32")
+LIKE = CompatibilityKey("w", "b", "float32")
 STEPS = st.lists(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 2**32 - 1), max_size=4)), max_size=3))
 
 
@@ -36,7 +36,7 @@ def sealed(
 ) -> list[bytes]:
     """Tokens of such steps; those with these numbers are whole."""
     out: list[bytes] = []
-    before = Chain().last
+    before = TokenChain().last
     chars = [0, 0, 0]
     told: list[list[int]] = [[], [], []]
     for number, step in enumerate([[], *steps], start=1):
@@ -52,7 +52,7 @@ def sealed(
             more["whole"] = True
             choices = [Choice(index, list(told[index]), chars[index]) for index in range(3)]
         out.append(envelopes.seal(encode(number, 100 + number, before, choices, more)))
-        chain = Chain()
+        chain = TokenChain()
         chain.head, chain.number = HEAD, number - 1
         chain.last = before
         chain.add(out[-1], envelopes.open(out[-1]))
@@ -60,9 +60,9 @@ def sealed(
     return out
 
 
-def opened(tokens: list[bytes], envelopes: Envelopes) -> Chain:
+def opened(tokens: list[bytes], envelopes: Envelopes) -> TokenChain:
     """All of them."""
-    chain = Chain()
+    chain = TokenChain()
     for token in tokens:
         chain.add(token, envelopes.open(token))
     return chain
@@ -143,7 +143,7 @@ def test_nothing_else_is_accepted(data: st.DataObject) -> None:
 def test_any_sealed_bytes_are_refused(body: bytes) -> None:
     """What another purpose or release has sealed is no segment, whatever is in it."""
     with pytest.raises(BadSegment):
-        Chain().add(b"token", body)
+        TokenChain().add(b"token", body)
 
 
 @given(st.integers(1, 2**40), st.integers(0, 2**31), st.integers(0, 2**40), st.integers(0, 2**32 - 1))

@@ -16,7 +16,7 @@ import pytest
 from cluster.api.types import ModelSpec, ModelState
 from cluster.controller import scaling
 from cluster.controller.controller import Controller
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.gateway.apis.openai.answers import KEEP_ALIVE, keep_alive
 from cluster.gateway.service import Progress
 from cluster.policy.catalog.lifecycle import Known
@@ -74,7 +74,7 @@ class RayHere(FakeRay):
 class Scaled:
     """A gateway whose model `sim` scales to zero after half a second."""
 
-    def __init__(self, cluster: TestCluster, ray: RayHere, end: ControllerEnd, controller: Controller) -> None:
+    def __init__(self, cluster: TestCluster, ray: RayHere, end: ControllerLinks, controller: Controller) -> None:
         self.cluster, self.ray, self.end, self.controller = cluster, ray, end, controller
 
     def state(self) -> ModelState | None:
@@ -93,7 +93,7 @@ async def scaled(tmp_path: Path, checkpoint: Path, bundle: Bundle, decide_s: flo
     async with running_cluster(tmp_path) as cluster:
         ray = RayHere(cluster, checkpoint, bundle)
         gateways = [cluster.gateway.endpoints["link"]]
-        end = ControllerEnd(controller_id="c", gateways=gateways, tls=None, bundles=lambda digest: bundle)
+        end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda digest: bundle)
         scaler = Scaler(ScalingSettings(cold_start_s=30.0), time.monotonic(), decide_s=decide_s)
         controller = Controller(ray, end, scaler=scaler)
         scaling.listen(end, scaler, controller.now, controller.wake)

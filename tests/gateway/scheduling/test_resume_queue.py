@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.gateway.scheduling.resume_queue import HOME_S, Returning
+from cluster.gateway.scheduling.resume_queue import HOME_S, ResumeQueue
 
 
 @dataclass
@@ -25,9 +25,9 @@ class _Sequence:
     call: _Call = field(default_factory=_Call)
 
 
-def line(*sequences: Any, now: float = 0.0) -> Returning:
+def line(*sequences: Any, now: float = 0.0) -> ResumeQueue:
     """A line with these."""
-    returning = Returning(30.0)
+    returning = ResumeQueue(30.0)
     for one in sequences:
         returning.add(one, now)
     return returning
@@ -72,7 +72,7 @@ def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
 
 def test_no_wait_is_longer_than_twice_the_bound() -> None:
     """A stream waited 49 s where max_wait_s was 20: what a start takes was added, whatever that was."""
-    returning = Returning(20.0)
+    returning = ResumeQueue(20.0)
     waits: Any = _Sequence("a")
     returning.add(waits, 0.0)
     assert returning.expired(39.9, lambda _: 500.0) == []
@@ -83,7 +83,7 @@ def test_no_wait_is_longer_than_twice_the_bound() -> None:
 
 def test_a_worker_that_gave_no_token_is_no_new_beginning() -> None:
     """Each worker that was lost before it had given a token began the wait anew."""
-    returning = Returning(20.0)
+    returning = ResumeQueue(20.0)
     waits: Any = _Sequence("a")
     returning.add(waits, 0.0)
     assert returning.take(waits)  # to a worker that is lost at once

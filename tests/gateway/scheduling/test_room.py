@@ -11,7 +11,7 @@ import pytest
 from cluster.api.types import WorkerIdentity
 from cluster.wire.bundle import Bundle
 from cluster.worker.engine.simulated.engine import SimEngine
-from cluster.worker.session import WorkerEnd
+from cluster.worker.session import WorkerSession
 from tests.support.calls import complete
 from tests.support.cluster import TestCluster, running_cluster, sim_engine, until
 
@@ -22,7 +22,7 @@ class Watch:
     """For how many of the engine's steps a place stood empty while a call waited in some gateway. Steps, since they
     stand still with this process where a machine is busy with others."""
 
-    def __init__(self, clusters: list[TestCluster], end: WorkerEnd, engine: SimEngine) -> None:
+    def __init__(self, clusters: list[TestCluster], end: WorkerSession, engine: SimEngine) -> None:
         self._clusters = clusters
         self._end = end
         self._engine = engine
@@ -51,7 +51,7 @@ async def test_places_are_filled_and_the_engines_queue_is_short(
     async with AsyncExitStack() as stack:
         clusters = [await stack.enter_async_context(running_cluster(tmp_path / f"{i}")) for i in range(gateways)]
         engine = sim_engine(checkpoint, decode_ms=10, max_num_seqs=PLACES)
-        end = WorkerEnd(
+        end = WorkerSession(
             identity=WorkerIdentity("w", "1", "sim", bundle_digest=bundle.digest),
             engine=engine,
             info=await engine.start(),

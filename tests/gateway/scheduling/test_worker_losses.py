@@ -16,7 +16,7 @@ from cluster.api.outcomes import CallError, Outcome
 from cluster.api.ports import Engine, EngineDead
 from cluster.api.types import EngineRequest, Grammar, Sampling
 from cluster.gateway.scheduling.submission import MAX_SUBMIT_BYTES, check_size
-from cluster.gateway.scheduling.worker_losses import MOST_SILENT, SETTLE_S, WINDOW_S, Losses, Verdict
+from cluster.gateway.scheduling.worker_losses import MOST_SILENT, SETTLE_S, WINDOW_S, LossVerdict, WorkerLosses
 from cluster.wire.bundle import Bundle
 from cluster.wire.codec import submit_to_pb
 from cluster.wire.dial import read
@@ -114,8 +114,8 @@ async def test_general_losses_are_no_calls_fault(cluster: TestCluster, checkpoin
 
 def test_a_broken_connection_is_no_lost_worker() -> None:
     """A worker that is back with the same process within the settling time has outlived the call."""
-    for came_back, verdict in ((False, Verdict.END), (True, Verdict.RESUME)):
-        losses = Losses()
+    for came_back, verdict in ((False, LossVerdict.END), (True, LossVerdict.RESUME)):
+        losses = WorkerLosses()
         losses.lost("a", 0.0, "ia")
         losses.lost("b", 1.0, "ib")
         if came_back:
@@ -129,16 +129,16 @@ def test_a_broken_connection_is_no_lost_worker() -> None:
 )
 def test_a_sequence_is_blamed_for_what_others_do_not_share(own: set[int], others: list[tuple[int, float]]) -> None:
     """It waits until losses of one event are known; then it goes on only where most of them were not its own."""
-    losses = Losses()
+    losses = WorkerLosses()
     now = 2 * WINDOW_S
     for link, at in sorted(others, key=lambda one: one[1]):
         losses.lost(str(link), at)
     for link in own:
         losses.lost(str(link), now)
     mine = [str(link) for link in own]
-    assert losses.verdict(mine, now, now + SETTLE_S / 2) is Verdict.WAIT
+    assert losses.verdict(mine, now, now + SETTLE_S / 2) is LossVerdict.WAIT
     shared = sum(at + WINDOW_S >= now + SETTLE_S for _, at in others)
-    assert losses.verdict(mine, now, now + SETTLE_S) is (Verdict.RESUME if shared > len(own) else Verdict.END)
+    assert losses.verdict(mine, now, now + SETTLE_S) is (LossVerdict.RESUME if shared > len(own) else LossVerdict.END)
 
 
 REQUESTS = st.builds(

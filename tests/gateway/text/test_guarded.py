@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from cluster.api.types import PositionLogprobs
-from cluster.gateway.guards.stream import Action, Chain, PatternStage
+from cluster.gateway.guards.stream import Action, GuardChain, PatternStage
 from cluster.gateway.guards.text import GuardedLogprobs, GuardedText
 from cluster.gateway.text.logprobs import LogprobTexts, TokenLogprob
 from cluster.policy.tenants.patterns import Patterns
@@ -50,7 +50,7 @@ class Run:
 
 def guarded(kind: Kind, patterns: Patterns, action: Action, steps: Any, takes: Any, stop: Sequence[str]) -> Run:
     """A call with one guard."""
-    chain = Chain([PatternStage(patterns, action, ignore)], [1e9], lambda number, error: False, lambda: 0.0)
+    chain = GuardChain([PatternStage(patterns, action, ignore)], [1e9], lambda number, error: False, lambda: 0.0)
     text = GuardedText(kind.ours.detokenizer([], stop=stop), chain)
     return Run(text, GuardedLogprobs(LogprobTexts(kind.ours, 1), text), steps, takes)
 

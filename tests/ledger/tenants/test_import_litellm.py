@@ -11,7 +11,7 @@ import pytest
 
 from cluster.ledger.store import Ledger
 from cluster.ledger.tenants import import_litellm
-from cluster.ledger.tenants.import_litellm import Plan, PlannedTenant, apply, plan, read
+from cluster.ledger.tenants.import_litellm import ImportPlan, PlannedTenant, apply, plan, read
 from cluster.policy.tenants.identity import authenticate
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 from tests.ledger.conftest import PEPPER
@@ -36,13 +36,13 @@ def key(secret: str, **more: Any) -> dict[str, Any]:
     return {"token": sha(secret), "key_alias": secret, "models": [], "team_id": None, "user_id": None, **more}
 
 
-def tenant(made: Plan, name: str) -> PlannedTenant:
+def tenant(made: ImportPlan, name: str) -> PlannedTenant:
     """The tenant of that name."""
     (found,) = [one for one in made.tenants if one.policy.name == name]
     return found
 
 
-def owner(made: Plan, secret: str) -> str:
+def owner(made: ImportPlan, secret: str) -> str:
     """Whose a key becomes."""
     (found,) = [one for one in made.keys if one.sha256_hex == sha(secret)]
     return found.tenant

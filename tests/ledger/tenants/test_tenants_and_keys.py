@@ -12,7 +12,7 @@ from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.rows import UsageQuery
 from cluster.ledger.store import Ledger
 from cluster.ledger.usage.records import UsageRecord
-from cluster.policy.tenants.identity import Snapshot, authenticate
+from cluster.policy.tenants.identity import AccessSnapshot, authenticate
 from cluster.policy.tenants.policy import TenantLimits, TenantPolicy
 from tests.ledger.conftest import PEPPER
 
@@ -23,7 +23,7 @@ ACME = TenantPolicy(
 )
 
 
-def reason(snapshot: Snapshot, key: str, now_s: float = 0.0) -> str:
+def reason(snapshot: AccessSnapshot, key: str, now_s: float = 0.0) -> str:
     """What a gateway with this snapshot says to a key."""
     return authenticate(snapshot, key, (PEPPER,), now_s).reason
 

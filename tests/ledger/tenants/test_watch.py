@@ -15,7 +15,7 @@ from cluster.ledger.errors import StoreUnavailable
 from cluster.ledger.store import Ledger
 from cluster.ledger.tenants import watch
 from cluster.ledger.tenants.watch import Watcher
-from cluster.policy.tenants.identity import KeyEntry, Snapshot, TenantEntry
+from cluster.policy.tenants.identity import AccessSnapshot, KeyEntry, TenantEntry
 from cluster.policy.tenants.policy import TenantPolicy
 from tests.ledger.conftest import PEPPER
 from tests.support import postgres
@@ -46,13 +46,13 @@ class Source:
         self.sequence = 1
         self.tenants = {"acme": TenantEntry(TenantPolicy("acme"))}
 
-    def read(self, before: Snapshot | None) -> Snapshot:
+    def read(self, before: AccessSnapshot | None) -> AccessSnapshot:
         """The newest snapshot."""
         if self.away:
             raise StoreUnavailable("the database is away")
         if before is not None and before.sequence == self.sequence:
-            return Snapshot(before.sequence, self.clocks.wall, before.tenants, before.keys)
-        return Snapshot(self.sequence, self.clocks.wall, dict(self.tenants))
+            return AccessSnapshot(before.sequence, self.clocks.wall, before.tenants, before.keys)
+        return AccessSnapshot(self.sequence, self.clocks.wall, dict(self.tenants))
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_file_from_the_future_does_not_last_forever(
 
 def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher], source: Source) -> None:
     """The file's policy is served from the first answer on, and after each change."""
-    seen: list[Snapshot] = []
+    seen: list[AccessSnapshot] = []
     watcher = make(declared=[TenantPolicy("acme", weight=9.0)], on_change=seen.append)
     watcher.ask()
     watcher.ask()
@@ -190,7 +190,7 @@ def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher],
 def test_the_file_is_whole_and_private(tmp_path: Path) -> None:
     """It reads back equal and is its owner's; damaged, cut or foreign it is no snapshot."""
     path = tmp_path / "s"
-    snapshot = Snapshot.of([TenantEntry(TenantPolicy("a"))], [KeyEntry("k", "a", b"d" * 32)], 5, 6.0)
+    snapshot = AccessSnapshot.of([TenantEntry(TenantPolicy("a"))], [KeyEntry("k", "a", b"d" * 32)], 5, 6.0)
     watch.save(path, snapshot)
     assert watch.load(path) == snapshot
     assert path.stat().st_mode & 0o077 == 0
@@ -222,14 +222,14 @@ class Seen:
 
     def __init__(self) -> None:
         self._told = threading.Condition()
-        self._last = Snapshot()
+        self._last = AccessSnapshot()
 
-    def __call__(self, snapshot: Snapshot) -> None:
+    def __call__(self, snapshot: AccessSnapshot) -> None:
         with self._told:
             self._last = snapshot
             self._told.notify_all()
 
-    def wait(self, good: Callable[[Snapshot], bool], deadline_s: float = DEADLINE_S) -> float:
+    def wait(self, good: Callable[[AccessSnapshot], bool], deadline_s: float = DEADLINE_S) -> float:
         """Seconds until it was so."""
         began = time.monotonic()
         with self._told:
@@ -286,10 +286,10 @@ def test_a_stop_does_not_wait_for_a_silent_database(tmp_path: Path) -> None:
     """A gateway can end although its database has stopped answering in mid-question."""
     asked, answer = threading.Event(), threading.Event()
 
-    def read(_before: Snapshot | None) -> Snapshot:
+    def read(_before: AccessSnapshot | None) -> AccessSnapshot:
         asked.set()
         answer.wait(DEADLINE_S)
-        return Snapshot()
+        return AccessSnapshot()
 
     watcher = Watcher(read, tmp_path / "s", stale_after_s=60)
     watcher.start()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.database.retention import Expired, expire
 from cluster.ledger.errors import LedgerError
-from cluster.ledger.rows import Rates, UsageQuery
+from cluster.ledger.rows import Prices, UsageQuery
 from cluster.ledger.store import Ledger
 from cluster.ledger.usage import export
 from cluster.ledger.usage.records import RESUMED, OpenRecord, RecordError, UsageRecord
@@ -158,7 +158,7 @@ def test_money_is_gpu_seconds_times_their_rate(ledger: Ledger) -> None:
             record("d", tenant="third", gpu="", gpu_seconds=0.0),
         ]
     )
-    rates = Rates("EUR", {"H100": 2.4, "A10": 1.0})
+    rates = Prices("EUR", {"H100": 2.4, "A10": 1.0})
     rows = {row["tenant"]: row for row in ledger.usage.query(UsageQuery(("tenant",)), rates)}
     assert rows["acme"]["cost"] == pytest.approx(2.9)
     assert (rows["acme"]["requests"], rows["acme"]["currency"]) == (2, "EUR")

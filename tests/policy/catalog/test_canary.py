@@ -1,4 +1,5 @@
-"""Trials: one that is no worse stays however long it is watched, one that is worse goes before many have suffered."""
+"""CanaryStatistics: one that is no worse stays however long it is watched, one that is worse goes before many have
+suffered."""
 
 from __future__ import annotations
 
@@ -9,22 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.policy.catalog.canary import ALPHA, Tally, judge, log_evidence
+from cluster.policy.catalog.canary import ALPHA, CanaryTally, judge, log_evidence
 
 RATIOS = {"error_ratio": 1.5, "ttft_ratio": 1.2}
 
 
 def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[float, float], slower: float) -> int:
     """After how many calls a trial was taken back, looked at after each call; 0: never within `calls`."""
-    stays, tried = Tally(), Tally()
+    stays, tried = CanaryTally(), CanaryTally()
     for number in range(1, calls + 1):
         on_trial = chance.random() < weight
         failed = chance.random() < fails[on_trial]
         if on_trial:
             lost = not failed and chance.random() < slower
-            tried += Tally(1, int(failed), int(not failed), int(lost))
+            tried += CanaryTally(1, int(failed), int(not failed), int(lost))
         else:
-            stays += Tally(1, int(failed))
+            stays += CanaryTally(1, int(failed))
         if (failed or on_trial) and judge(stays, tried, **RATIOS).goes:
             return number
     return 0
@@ -32,23 +33,23 @@ def trial(chance: random.Random, calls: int, *, weight: float, fails: tuple[floa
 
 def test_nothing_is_judged_by_nothing() -> None:
     """No calls, no verdict; and a ratio of 0 is never looked at."""
-    assert not judge(Tally(), Tally(), **RATIOS).goes
-    bad = Tally(calls=100, errors=100, pairs=100, slower=100)
-    assert not judge(Tally(calls=1000), bad, error_ratio=0, ttft_ratio=0).goes
+    assert not judge(CanaryTally(), CanaryTally(), **RATIOS).goes
+    bad = CanaryTally(calls=100, errors=100, pairs=100, slower=100)
+    assert not judge(CanaryTally(calls=1000), bad, error_ratio=0, ttft_ratio=0).goes
 
 
 def test_a_broken_version_goes_after_a_few_calls() -> None:
     """All of its calls fail: three are enough beside a hundred that went well."""
-    verdict = judge(Tally(calls=100), Tally(calls=3, errors=3), **RATIOS)
+    verdict = judge(CanaryTally(calls=100), CanaryTally(calls=3, errors=3), **RATIOS)
     assert verdict.goes
     assert verdict.why == "3 of its 3 calls failed, 0 of 100 of the other: more than 1.5 times as often"
-    assert not judge(Tally(calls=100), Tally(calls=2, errors=2), **RATIOS).goes
+    assert not judge(CanaryTally(calls=100), CanaryTally(calls=2, errors=2), **RATIOS).goes
 
 
 def test_a_slow_version_goes() -> None:
     """Twenty pairs lost in a row are no chance; ten of twenty are."""
-    assert not judge(Tally(calls=20), Tally(calls=20, pairs=20, slower=10), **RATIOS).goes
-    verdict = judge(Tally(calls=20), Tally(calls=20, pairs=20, slower=20), **RATIOS)
+    assert not judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=10), **RATIOS).goes
+    verdict = judge(CanaryTally(calls=20), CanaryTally(calls=20, pairs=20, slower=20), **RATIOS)
     assert verdict.goes
     assert "20 of 20 pairs" in verdict.why
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policy.catalog.versions import Mark, Share, over_types, replicas_of, shares, total_of
+from cluster.policy.catalog.versions import ReplicaShare, VersionMark, over_types, replicas_of, shares, total_of
 
 STAYS, TRIAL = ("v1", "d1"), ("v2", "d2", 0.05)
 
@@ -16,33 +16,47 @@ STAYS, TRIAL = ("v1", "d1"), ("v2", "d2", 0.05)
 @pytest.mark.parametrize(
     ("trial", "marks", "expected"),
     [
-        (None, {}, (Share("v1", 1.0),)),
-        (TRIAL, {}, (Share("v1", 0.95), Share("v2", 0.05))),
-        (TRIAL, {"v2": Mark("d2", weight=0.5)}, (Share("v1", 0.5), Share("v2", 0.5))),
-        (TRIAL, {"v2": Mark("d2", gone="slow")}, (Share("v1", 1.0), Share("v2", 0.0, "slow"))),
-        (TRIAL, {"v2": Mark("other", gone="slow")}, (Share("v1", 0.95), Share("v2", 0.05))),
-        (TRIAL, {"v2": Mark("d2", quarantined=True)}, (Share("v1", 0.95), Share("v2", 0.05, quarantined=True))),
-        (TRIAL, {"v1": Mark("d1", quarantined=True)}, (Share("v1", 0.95, quarantined=True), Share("v2", 0.05))),
-        (None, {"v1": Mark("d1", quarantined=True), "v2": Mark("d2")}, (Share("v1", 1.0, quarantined=True),)),
+        (None, {}, (ReplicaShare("v1", 1.0),)),
+        (TRIAL, {}, (ReplicaShare("v1", 0.95), ReplicaShare("v2", 0.05))),
+        (TRIAL, {"v2": VersionMark("d2", weight=0.5)}, (ReplicaShare("v1", 0.5), ReplicaShare("v2", 0.5))),
+        (TRIAL, {"v2": VersionMark("d2", gone="slow")}, (ReplicaShare("v1", 1.0), ReplicaShare("v2", 0.0, "slow"))),
+        (TRIAL, {"v2": VersionMark("other", gone="slow")}, (ReplicaShare("v1", 0.95), ReplicaShare("v2", 0.05))),
+        (
+            TRIAL,
+            {"v2": VersionMark("d2", quarantined=True)},
+            (ReplicaShare("v1", 0.95), ReplicaShare("v2", 0.05, quarantined=True)),
+        ),
+        (
+            TRIAL,
+            {"v1": VersionMark("d1", quarantined=True)},
+            (ReplicaShare("v1", 0.95, quarantined=True), ReplicaShare("v2", 0.05)),
+        ),
+        (
+            None,
+            {"v1": VersionMark("d1", quarantined=True), "v2": VersionMark("d2")},
+            (ReplicaShare("v1", 1.0, quarantined=True),),
+        ),
     ],
 )
-def test_shares(trial: tuple[str, str, float] | None, marks: dict[str, Mark], expected: tuple[Share, ...]) -> None:
+def test_shares(
+    trial: tuple[str, str, float] | None, marks: dict[str, VersionMark], expected: tuple[ReplicaShare, ...]
+) -> None:
     """The file's weight, unless a mark for exactly this digest says otherwise."""
     assert shares(STAYS, trial, marks) == expected
 
 
 def test_marks_survive_json() -> None:
     """They are kept on disk; what nobody wrote is refused."""
-    mark = Mark("d", 0.25, "slow", True)
-    assert Mark.from_json(json.loads(json.dumps(mark.as_json()))) == mark
+    mark = VersionMark("d", 0.25, "slow", True)
+    assert VersionMark.from_json(json.loads(json.dumps(mark.as_json()))) == mark
     with pytest.raises(ValueError, match="weight"):
-        Mark.from_json({"digest": "d", "weight": "half"})
+        VersionMark.from_json({"digest": "d", "weight": "half"})
 
 
 @given(st.integers(0, 200), st.floats(0, 1))
 def test_every_version_has_room_for_its_part(total: int, weight: float) -> None:
     """Each has replicas for its share of the calls, at least one, and at most two more than there were."""
-    parts = (Share("v1", 1 - weight), Share("v2", weight))
+    parts = (ReplicaShare("v1", 1 - weight), ReplicaShare("v2", weight))
     counts = replicas_of(total, parts)
     if not total:
         assert counts == {"v1": 0, "v2": 0}
@@ -52,7 +66,7 @@ def test_every_version_has_room_for_its_part(total: int, weight: float) -> None:
     assert total <= sum(counts.values()) <= total + 2
     assert sum(replicas_of(total_of(sum(counts.values()), parts), parts).values()) == sum(counts.values())
     assert total_of(sum(counts.values()), parts) <= total
-    assert replicas_of(total, (parts[0], Share("v2", 0.0, "bad"))) == {"v1": total, "v2": 0}
+    assert replicas_of(total, (parts[0], ReplicaShare("v2", 0.0, "bad"))) == {"v1": total, "v2": 0}
 
 
 @given(st.integers(0, 50), st.lists(st.integers(-3, 20), min_size=1, max_size=4))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cluster.policy.fairness.fair_queue import IDLE_S, FairOrder
 from cluster.policy.fairness.order import Waiting
-from cluster.policy.fairness.reserved_slots import GUEST_S, KEPT_MOST, KEPT_OF, Guests
+from cluster.policy.fairness.reserved_slots import GUEST_S, KEPT_MOST, KEPT_OF, ReservedSlots
 
 RUNNING = KEPT_OF * 2
 
@@ -82,7 +82,7 @@ def test_two_who_flood_are_nobodys_guests() -> None:
 )
 def test_never_more_than_its_part(filled: int, seen: list[tuple[int, float]], now: float) -> None:
     """Whoever is about: at most one in KEPT_OF of what runs, and at most KEPT_MOST."""
-    guests = Guests()
+    guests = ReservedSlots()
     for rank, at in seen:
         guests.seen(rank, at)
     kept = guests.places(3, filled, now)

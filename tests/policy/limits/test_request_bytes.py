@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.policy.limits.request_bytes import GRACE_S, MIN_BYTES_PER_S, Bounds, RequestBytes, Reservation
+from cluster.policy.limits.request_bytes import GRACE_S, MIN_BYTES_PER_S, ByteBounds, RequestBytes, Reservation
 
-BOUNDS = Bounds(connection=100, tenant=150, process=300)
+BOUNDS = ByteBounds(connection=100, tenant=150, process=300)
 
 
 @dataclass
@@ -97,7 +97,7 @@ def test_tenants_and_connections_that_hold_less_go_first() -> None:
 def test_stalled_bodies_are_named_once_others_wait() -> None:
     """A body that stands still gives way after the grace period, not a complete one or one at the least rate."""
     bodies = Bodies()
-    bodies.budget = RequestBytes(Bounds(1 << 30, 3 << 30, 3 << 30), lambda: bodies.now)
+    bodies.budget = RequestBytes(ByteBounds(1 << 30, 3 << 30, 3 << 30), lambda: bodies.now)
     bodies.reserve("stalled", "a", "c1", 1 << 30)
     complete = bodies.reserve("complete", "a", "c2", 1 << 30)
     steady = bodies.reserve("steady", "a", "c3", 1 << 30)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.api.types import Likeness
+from cluster.api.types import CompatibilityKey
 from cluster.policy.routing.router import FILTERS, SCORERS, Candidate, RouteCall, Router, Scorer, pick, takes_onward
 
 CALL = RouteCall("m", 100)
@@ -136,14 +136,14 @@ def test_calls_spread_by_size() -> None:
 )
 def test_noise_binds_seeded_calls_alone(begun: str, there: str, goes: bool) -> None:
     """A call that has begun with a seed stays with engines that draw alike; one without may go to any like its own."""
-    one = worker("a", likeness=Likeness("w", "b", there), max_replaying=250)
-    assert (pick(RouteCall("m", 100, likeness=Likeness("w", "b", begun)), [one]).worker_id == "a") is goes
-    assert Likeness("w", "b", "float32-tp1-pp1-v2").unseeded == Likeness("w", "b", "float32-tp1-pp1")
+    one = worker("a", likeness=CompatibilityKey("w", "b", there), max_replaying=250)
+    assert (pick(RouteCall("m", 100, likeness=CompatibilityKey("w", "b", begun)), [one]).worker_id == "a") is goes
+    assert CompatibilityKey("w", "b", "float32-tp1-pp1-v2").unseeded == CompatibilityKey("w", "b", "float32-tp1-pp1")
 
 
 def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
     """With continued calls in it a step takes no more of anything; without, those that begin are not counted."""
-    like = Likeness("w", "b", "c")
+    like = CompatibilityKey("w", "b", "c")
     one, goes_on = worker("a", likeness=like, max_replaying=250), RouteCall("m", 100, likeness=like)
     cases = [
         (0, 0, True, True),
@@ -164,7 +164,7 @@ def test_a_step_takes_continued_calls_up_to_its_budget() -> None:
 
 def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
     """However much runs there, if it may; and only what is computed anew counts in the step that takes it."""
-    like = Likeness("w", "b", "c")
+    like = CompatibilityKey("w", "b", "c")
     home = worker("a", likeness=like, max_replaying=250, incarnation="i", running=60, free_sequences=1, waiting=3)
     other = worker("b", likeness=like, max_replaying=250, incarnation="j")
     call = RouteCall("m", 100, likeness=like, home="i", fresh_home=10)
@@ -174,7 +174,7 @@ def test_a_continued_call_goes_back_to_where_its_blocks_are() -> None:
         assert pick(call, [dataclasses.replace(home, replaying=replaying), other]).worker_id == goes
     assert pick(call, [dataclasses.replace(home, free_sequences=0), other]).worker_id == "b"
     assert pick(dataclasses.replace(call, shuns=frozenset("i")), [home, other]).worker_id == "b"
-    assert pick(call, [dataclasses.replace(home, likeness=Likeness("x", "b", "c")), other]).worker_id == "b"
+    assert pick(call, [dataclasses.replace(home, likeness=CompatibilityKey("x", "b", "c")), other]).worker_id == "b"
 
 
 @given(
@@ -184,7 +184,7 @@ def test_who_takes_no_continued_call_at_all_takes_none(
     free: int, replaying: int, beginning: int, budget: int, tokens: int, known: bool
 ) -> None:
     """The quick look at a worker keeps nobody back who may go there."""
-    like = Likeness("w", "b", "c")
+    like = CompatibilityKey("w", "b", "c")
     one = worker(
         "a", likeness=like, free_sequences=free, replaying=replaying, beginning=beginning, max_replaying=budget
     )
@@ -195,7 +195,7 @@ def test_who_takes_no_continued_call_at_all_takes_none(
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(6, 10)), min_size=2, max_size=5), st.integers(2, 8))
 def test_continued_calls_that_fall_together_spread_evenly(loads: list[tuple[int, int]], calls: int) -> None:
     """One that stood in an engine's queue at its last beat, or a call more that runs, sends none of them elsewhere."""
-    like = Likeness("w", "b", "c")
+    like = CompatibilityKey("w", "b", "c")
     fleet = {
         str(number): worker(
             str(number), free_sequences=64 - running, running=running, waiting=waiting, free_tokens=10**6,

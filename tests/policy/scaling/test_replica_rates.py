@@ -8,31 +8,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.api.demand import Work
-from cluster.policy.scaling.replica_rates import BEYOND_SEEN, Costs, LearntCosts, Limits
+from cluster.api.demand import ComputedWork
+from cluster.policy.scaling.replica_rates import BEYOND_SEEN, Costs, LearntCosts, ReplicaLimits
 
-LIMITS = Limits(max_num_seqs=64, max_num_batched_tokens=2048, kv_tokens=100_000)
+LIMITS = ReplicaLimits(max_num_seqs=64, max_num_batched_tokens=2048, kv_tokens=100_000)
 
 
 def spans(
     costs: Costs, seed: int, count: int, *, batch: int = 32, prompts: bool = True, noise: float = 0.0
-) -> list[Work]:
+) -> list[ComputedWork]:
     """Counters after each of so many spans of 50 steps with batches and prompts of all sizes."""
-    chance, at, out = random.Random(seed), Work(), []
+    chance, at, out = random.Random(seed), ComputedWork(), []
     for _ in range(count):
         sequences = chance.randint(1, batch)
         prefill = chance.choice([0, 0, 500, 4000]) if prompts else 0
         busy_s = 50 * costs.fixed_s + 50 * sequences * costs.decode_s + prefill * costs.prefill_s
         busy_s *= 1 + noise * chance.uniform(-1, 1)
-        at = Work(at.steps + 50, at.busy_s + busy_s, at.prefill_tokens + prefill, at.decode_tokens + 50 * sequences)
+        at = ComputedWork(
+            at.steps + 50, at.busy_s + busy_s, at.prefill_tokens + prefill, at.decode_tokens + 50 * sequences
+        )
         out.append(at)
     return out
 
 
-def learnt(works: list[Work]) -> LearntCosts:
+def learnt(works: list[ComputedWork]) -> LearntCosts:
     """From one engine's words, in their order."""
     made = LearntCosts()
-    for work in (Work(), *works):
+    for work in (ComputedWork(), *works):
         made.seen({"engine": work})
     return made
 
@@ -82,9 +84,9 @@ def test_the_pace_that_is_asked_bounds_the_batch() -> None:
 def test_an_engine_that_starts_anew_and_one_that_is_new() -> None:
     """A counter that has gone back, and a first word, are where counting begins; nothing is learnt from them."""
     made = LearntCosts()
-    made.seen({"a": Work(1000, 500.0, 0, 1000)})
-    made.seen({"a": Work(10, 1.0, 0, 10)})
+    made.seen({"a": ComputedWork(1000, 500.0, 0, 1000)})
+    made.seen({"a": ComputedWork(10, 1.0, 0, 10)})
     assert made.costs() is None
     made.seen({})
-    made.seen({"a": Work(1000, 500.0, 0, 1000)})
+    made.seen({"a": ComputedWork(1000, 500.0, 0, 1000)})
     assert made.costs() is None

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from cluster.api.demand import ClassCounts, ModelDemand, Work
+from cluster.api.demand import ClassCounts, ComputedWork, ModelDemand
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.scaling import ScalingDecision
 from cluster.api.types import CatalogEntry, ModelSpec
-from cluster.policy.scaling.operator_requests import Desk, asked_from_json, asked_to_json
-from cluster.policy.scaling.replica_rates import Limits
-from cluster.policy.scaling.scaler import KEPT, Asked, Kind, OnRay, Scaler, ScalingSettings, WorkerSeen
+from cluster.policy.scaling.operator_requests import ScalingRequests, asked_from_json, asked_to_json
+from cluster.policy.scaling.replica_rates import ReplicaLimits
+from cluster.policy.scaling.scaler import KEPT, Kind, OnRay, OperatorRequest, Scaler, ScalingSettings, WorkerSeen
 
-LIMITS = Limits(8, 512, 10_000)
+LIMITS = ReplicaLimits(8, 512, 10_000)
 
 
 def spec(name: str = "m", **fields: object) -> ModelSpec:
@@ -28,7 +28,7 @@ class World:
     """A scaler, and a Ray that does at once, or after `cold_s`, what it is told."""
 
     def __init__(
-        self, *specs: ModelSpec, asked: Asked | None = None, cold_s: float = 20.0, now: float = 1000.0
+        self, *specs: ModelSpec, asked: OperatorRequest | None = None, cold_s: float = 20.0, now: float = 1000.0
     ) -> None:
         self.now, self.cold_s, self.specs = now, cold_s, specs
         self.scaler = Scaler(ScalingSettings(), now, asked)
@@ -141,7 +141,7 @@ def test_while_no_gateway_tells_nothing_changes() -> None:
     world.blind = True
     for _ in range(200):
         assert not world.step()
-    desk = Desk(world.scaler, lambda: None)
+    desk = ScalingRequests(world.scaler, lambda: None)
     desk.scale("m", 2)
     (made,) = world.step()
     assert (made[1].why, made[1].replicas, world.scaler.standing("m").why) == ("manual", 2, "no gateway is linked")
@@ -158,10 +158,10 @@ def test_bounds_hold_while_no_gateway_tells() -> None:
 
 def test_by_hand_and_frozen() -> None:
     """A number stands until it is taken back, also against idleness; frozen, nothing moves it, whoever asked."""
-    kept: list[Asked] = []
+    kept: list[OperatorRequest] = []
     world = World(spec(aliases=("default",)))
     world.until(1)
-    desk = Desk(world.scaler, lambda: kept.append(world.scaler.asked))
+    desk = ScalingRequests(world.scaler, lambda: kept.append(world.scaler.asked))
     assert desk.scale("default", 3).by == "manual"
     world.until(3)
     for _ in range(100):
@@ -191,7 +191,7 @@ def test_what_cannot_be_asked() -> None:
     """Beyond the entry's max, or of a model that is not there."""
     world = World(spec())
     world.step()
-    desk = Desk(world.scaler, lambda: pytest.fail("nothing was asked"))
+    desk = ScalingRequests(world.scaler, lambda: pytest.fail("nothing was asked"))
     for replicas in (-1, 5):
         with pytest.raises(CallError, match="0 to 4"):
             desk.scale("m", replicas)
@@ -212,7 +212,7 @@ def test_the_story_is_bounded_and_says_how_often() -> None:
     world.step()
     story = world.scaler.story("m")
     assert sum(one.passes for one in story.decisions) > len(story.decisions)
-    desk = Desk(world.scaler, lambda: None)
+    desk = ScalingRequests(world.scaler, lambda: None)
     for number in range(2 * KEPT):
         desk.scale("m", number % 4)
         world.step()
@@ -243,7 +243,9 @@ def test_rates_come_from_the_workers_words() -> None:
     for number in range(1, 60):
         batch = 1 + number % 8
         work = world.workers[name].work
-        work = Work(work.steps + 50, work.busy_s + 50 * (0.01 + 0.001 * batch), 0, work.decode_tokens + 50 * batch)
+        work = ComputedWork(
+            work.steps + 50, work.busy_s + 50 * (0.01 + 0.001 * batch), 0, work.decode_tokens + 50 * batch
+        )
         world.workers[name] = dataclasses.replace(world.workers[name], work=work)
         world.step()
     now = world.scaler.story("m").now
@@ -257,9 +259,9 @@ TYPES: dict[str, object] = {"min_replicas": 3, "max_replicas": 6, "idle_s": 0.0}
 FAST, SLOW = spec("m", gpu="H100", **TYPES), spec("m", gpu="L4", tensor_parallel_size=2, **TYPES)
 
 
-def typed_worker(number: int, gpu: str, work: Work | None = None) -> WorkerSeen:
+def typed_worker(number: int, gpu: str, work: ComputedWork | None = None) -> WorkerSeen:
     """One that serves."""
-    return WorkerSeen(f"w{number}", f"i{number}", "m", work=work or Work(), limits=LIMITS, gpu=gpu)
+    return WorkerSeen(f"w{number}", f"i{number}", "m", work=work or ComputedWork(), limits=LIMITS, gpu=gpu)
 
 
 def test_what_the_first_type_does_not_hold_goes_on_the_next() -> None:
@@ -307,10 +309,10 @@ def test_a_type_that_finds_no_place_any_more_is_left_for_another() -> None:
 def test_by_hand_over_types_while_no_gateway_tells() -> None:
     """A number goes over the types as any other, and fewer leave the last type first."""
     room = {("m", "H100"): 2, ("m", "L4"): 5}
-    scaler = Scaler(ScalingSettings(), 0.0, Asked(manual={"m": 5}))
+    scaler = Scaler(ScalingSettings(), 0.0, OperatorRequest(manual={"m": 5}))
     scaler.look([FAST, SLOW], {}, [], 1.0, 1e9, blind=True, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (2, 3)
-    scaler.asked = Asked(manual={"m": 1})
+    scaler.asked = OperatorRequest(manual={"m": 1})
     scaler.look([FAST, SLOW], {}, [], 2.0, 1e9, blind=True, room=room)
     assert (scaler.replicas(FAST), scaler.replicas(SLOW)) == (1, 0)
 
@@ -324,7 +326,7 @@ def test_rates_are_learnt_and_gpus_counted_by_type() -> None:
         told = {"H100": (0.01, 0.001), "L4": (0.02, 0.004)}
         tokens = 50 * sum(1 + n % 8 for n in range(number))
         workers = [
-            typed_worker(n, gpu, Work(steps, steps * fixed + each * tokens, 0, tokens))
+            typed_worker(n, gpu, ComputedWork(steps, steps * fixed + each * tokens, 0, tokens))
             for n, (gpu, (fixed, each)) in enumerate(told.items())
         ]
         scaler.look([FAST, SLOW], ray, workers, 1.0 + number, 1e9)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from cluster.policy.scaling.portfolio import (
     ClassDemand,
-    Decision,
     Memory,
     ModelSeen,
     ModelSettings,
     Observation,
     Rates,
+    ReplicaDecision,
     ReplicaSeen,
     decide,
 )
@@ -47,7 +47,7 @@ def model(
     )
 
 
-def decided(seen: ModelSeen, **budget: int) -> Decision:
+def decided(seen: ModelSeen, **budget: int) -> ReplicaDecision:
     """In the first round."""
     return decide(Observation({"m": seen}, budget), Memory(), 0.0)[0][0]
 
@@ -118,7 +118,7 @@ def test_lesser_replicas_come_in_greater_numbers() -> None:
     settled = dataclasses.replace(model({"H100": 1}, room={"H100": 1, "L4": 9}), demand={})
     busy = ClassDemand(arrived_requests=100, arrived_prompt_tokens=200_000, expected_output_tokens=60_000)
     memory, at = Memory(), 0.0
-    decision = Decision("m", {}, "")
+    decision = ReplicaDecision("m", {}, "")
     for _ in range(100):
         at += 60.0
         seen = dataclasses.replace(settled, demand={"standard": busy}, replicas=replicas_of(**decision.replicas))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.policy.tenants import identity
-from cluster.policy.tenants.identity import CertificateRule, KeyEntry, Snapshot, TenantEntry
+from cluster.policy.tenants.identity import AccessSnapshot, CertificateRule, KeyEntry, TenantEntry
 from cluster.policy.tenants.policy import TenantPolicy
 
 NOW = 1_000_000.0
@@ -35,13 +35,13 @@ def entry(token: str, tenant: str = "acme", pepper: bytes = PEPPER, **changes: o
     return KeyEntry(identity.key_id_of(token) or "other", tenant, digest, **changes)  # type: ignore[arg-type]
 
 
-def world(*keys: KeyEntry) -> Snapshot:
+def world(*keys: KeyEntry) -> AccessSnapshot:
     """One active and one suspended tenant."""
     tenants = [TenantEntry(TenantPolicy("acme")), TenantEntry(TenantPolicy("gone", suspended=True), "file")]
-    return Snapshot.of(tenants, keys, 7, NOW)
+    return AccessSnapshot.of(tenants, keys, 7, NOW)
 
 
-def reason(snapshot: Snapshot, token: str) -> str:
+def reason(snapshot: AccessSnapshot, token: str) -> str:
     """The word for the audit."""
     return identity.authenticate(snapshot, token, (PEPPER, OLD_PEPPER), NOW).reason
 
@@ -201,12 +201,12 @@ def test_a_megabyte_token_costs_no_more_than_a_key() -> None:
 def test_a_snapshot_survives_json() -> None:
     """Written and read back it is equal, endless keys included."""
     snapshot = world(entry(key_of(1), name="ci", role="operator"), entry(key_of(2), expires_at_s=5.5, revoked=True))
-    assert Snapshot.from_json(json.loads(json.dumps(snapshot.as_json()))) == snapshot
+    assert AccessSnapshot.from_json(json.loads(json.dumps(snapshot.as_json()))) == snapshot
 
 
 def test_declared_tenants_stand_over_stored_ones() -> None:
     """A file's tenant replaces the stored one of its name, keeps its aliases, and leaves the others."""
-    stored = Snapshot.of([TenantEntry(TenantPolicy("acme"), "api", {"gpt": "tiny"})], [])
+    stored = AccessSnapshot.of([TenantEntry(TenantPolicy("acme"), "api", {"gpt": "tiny"})], [])
     declared = stored.declaring([TenantPolicy("acme", weight=4.0), TenantPolicy("new")])
     assert declared.tenants["acme"] == TenantEntry(TenantPolicy("acme", weight=4.0), "file", {"gpt": "tiny"})
     assert set(declared.tenants) == {"acme", "new"}

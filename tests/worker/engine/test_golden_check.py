@@ -25,8 +25,8 @@ from cluster.worker.engine.golden_check import (
     ANSWER_TOKENS,
     PREFIX,
     PROMPT_TOKENS,
-    Answer,
     Examined,
+    GoldenAnswer,
     golden_request,
     why_wrong,
 )
@@ -224,7 +224,7 @@ def test_a_healthy_engine_is_never_called_sick(
 ) -> None:
     """Whatever moves log probabilities by less than the tolerance proves nothing, whichever token becomes the greedy
     one and wherever it stood among the reference's; after it the text is another."""
-    reference, answer, same = Answer(), Answer(), True
+    reference, answer, same = GoldenAnswer(), GoldenAnswer(), True
     for values, moves in given_values:
         right = softmax(values)
         if same:
@@ -246,7 +246,7 @@ def test_an_engine_beyond_the_tolerance_is_called_sick(
     right = softmax(values)
     found = [value + 0.999 * tolerance * move for value, move in zip(right, moves, strict=True)]
     found[token] = right[token] + 1.01 * tolerance
-    reference, answer = Answer([greedy(right, 12)]), Answer([greedy(found, 12)])
+    reference, answer = GoldenAnswer([greedy(right, 12)]), GoldenAnswer([greedy(found, 12)])
     assert why_wrong(reference, answer, tolerance)
     assert why_wrong(answer, reference, tolerance)
 
@@ -256,8 +256,8 @@ def test_another_model_is_called_sick(values: list[float], top: int, tolerance: 
     """One whose greedy token was clearly less likely than those listed is found, though it is in no list."""
     right = sorted(softmax(values), reverse=True)
     right[0] += 2.1 * tolerance
-    reference = Answer([greedy(right, top + 1)])
-    wrong = Answer([PositionLogprobs([11], [right[0]])])
+    reference = GoldenAnswer([greedy(right, top + 1)])
+    wrong = GoldenAnswer([PositionLogprobs([11], [right[0]])])
     assert why_wrong(reference, wrong, tolerance) == "token 0 is 11 instead of 0"
 
 
@@ -269,17 +269,19 @@ def test_more_values_never_hide_what_fewer_prove(
     fewer, more = sorted((fewer, more))
 
     def verdict(top: int) -> str:
-        return why_wrong(Answer([greedy(softmax(values), top)]), Answer([greedy(softmax(others), top)]), tolerance)
+        return why_wrong(
+            GoldenAnswer([greedy(softmax(values), top)]), GoldenAnswer([greedy(softmax(others), top)]), tolerance
+        )
 
     assert verdict(more) or not verdict(fewer)
 
 
 def test_a_token_outside_the_list_is_undecided() -> None:
     """One that may have been as likely as the last of the list proves nothing; beyond what that allows it does."""
-    reference = Answer([PositionLogprobs([1, 1, 2, 3], [-2.0, -2.0, -2.2, -2.4])])
+    reference = GoldenAnswer([PositionLogprobs([1, 1, 2, 3], [-2.0, -2.0, -2.2, -2.4])])
 
-    def answer(*values: float) -> Answer:
-        return Answer([PositionLogprobs([9, 9, 8, 7], [values[0], *values])])
+    def answer(*values: float) -> GoldenAnswer:
+        return GoldenAnswer([PositionLogprobs([9, 9, 8, 7], [values[0], *values])])
 
     assert not why_wrong(reference, answer(-2.1, -2.2, -2.3), 0.5)
     assert why_wrong(reference, answer(-1.8, -2.2, -2.6), 0.5) == "token 0 is 9 instead of 1", "above what 9 can have"
@@ -289,16 +291,16 @@ def test_a_token_outside_the_list_is_undecided() -> None:
 def test_a_tie_may_end_either_way() -> None:
     """A token that was as likely is right, whatever follows it; a clearly less likely one is wrong, and so is one that
     is not the likeliest of its own list."""
-    reference = Answer([PositionLogprobs([1, 1, 2, 3], [-0.70, -0.70, -0.72, -3.0])] * 2)
+    reference = GoldenAnswer([PositionLogprobs([1, 1, 2, 3], [-0.70, -0.70, -0.72, -3.0])] * 2)
 
-    def answer(token: int, value: float) -> Answer:
-        return Answer([PositionLogprobs([token], [value]), PositionLogprobs([99], [-1.0])])
+    def answer(token: int, value: float) -> GoldenAnswer:
+        return GoldenAnswer([PositionLogprobs([token], [value]), PositionLogprobs([99], [-1.0])])
 
     assert not why_wrong(reference, answer(2, -0.71), 0.02)
     assert why_wrong(reference, answer(3, -0.7), 0.02) == "token 0 is 3 instead of 1"
     assert why_wrong(reference, answer(7, -0.7), 0.02) == "token 0 is 7 instead of 1"
     assert why_wrong(reference, answer(1, math.nan), 0.02) == "token 0 has the log probability nan"
     assert why_wrong(reference, answer(1, -0.8), 0.02) == "token 0 has the log probability -0.800 instead of -0.700"
-    assert "1 tokens instead of 2" in why_wrong(reference, Answer(reference.positions[:1]), 0.02)
-    sampled_badly = Answer([PositionLogprobs([3, 1, 2, 3], [-3.0, -0.70, -0.72, -3.0])] * 2)
+    assert "1 tokens instead of 2" in why_wrong(reference, GoldenAnswer(reference.positions[:1]), 0.02)
+    sampled_badly = GoldenAnswer([PositionLogprobs([3, 1, 2, 3], [-3.0, -0.70, -0.72, -3.0])] * 2)
     assert why_wrong(reference, sampled_badly, 0.02) == "token 0 is 3, which is not the likeliest"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.worker.engine.step_times import FORGET_AFTER, GROWTH, LEAST_S, PATIENCE, SAMPLE_TOKENS, Pace, Quantile
+from cluster.worker.engine.step_times import FORGET_AFTER, GROWTH, LEAST_S, PATIENCE, SAMPLE_TOKENS, Quantile, StepTimes
 
 durations = st.floats(1e-4, 100.0)
 
@@ -43,7 +43,7 @@ def test_it_forgets_what_was_long_ago() -> None:
 @given(durations, st.integers(SAMPLE_TOKENS, 2048), st.integers(1, 2048))
 def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: int, tokens: int) -> None:
     """Prompt tokens explain a step up to PATIENCE times what such tokens have taken, and nothing much beyond."""
-    pace = Pace(most_tokens=2048)
+    pace = StepTimes(most_tokens=2048)
     pace.began(0.0)
     pace.step(seconds)
     pace.prefilled(learned)
@@ -55,7 +55,7 @@ def test_work_explains_in_proportion_and_not_for_ever(seconds: float, learned: i
 
 def test_a_step_computes_no_more_than_its_most() -> None:
     """A queue of prompts explains no more than the one chunk of them that a step can hold."""
-    pace = Pace(most_tokens=100)
+    pace = StepTimes(most_tokens=100)
     pace.began(0.0)
     pace.step(0.2)
     pace.prefilled(100)
@@ -65,7 +65,7 @@ def test_a_step_computes_no_more_than_its_most() -> None:
 
 def test_a_few_steps_that_stood_do_not_excuse_a_hang() -> None:
     """Prompts in steps that were slow for another reason, one in twenty, do not raise what prompts explain."""
-    pace = Pace(most_tokens=100)
+    pace = StepTimes(most_tokens=100)
     now = 0.0
     pace.began(now)
     for number in range(200):
@@ -77,7 +77,7 @@ def test_a_few_steps_that_stood_do_not_excuse_a_hang() -> None:
 
 def test_rest_has_no_age() -> None:
     """While there is nothing to do no step ages, and the pause is no step's length."""
-    pace = Pace()
+    pace = StepTimes()
     assert pace.age_s(5.0) == 0
     pace.began(10.0)
     assert pace.age_s(12.0) == 2.0

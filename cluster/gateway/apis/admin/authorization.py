@@ -25,14 +25,14 @@ from google.protobuf.message_factory import GetMessageClass
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
-from cluster.gateway.auth.authenticator import Shown, alternative_names
+from cluster.gateway.auth.authenticator import Credentials, alternative_names
 from cluster.policy.tenants.identity import Principal, admin_token, may
 from cluster.policy.tenants.policy import TenantPolicy
 
 if TYPE_CHECKING:
     from google.protobuf.descriptor import FileDescriptor
 
-    from cluster.gateway.auth.tenants import TenantDoor
+    from cluster.gateway.auth.tenants import TenantAuthenticator
 
 log = structlog.get_logger("admin")
 
@@ -96,7 +96,7 @@ VERBS: Mapping[str, Verb] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class AdminCaller:
     """Who asks, and from where. `scope`: the only tenant that the role reaches, "" for all."""
 
     principal: Principal
@@ -109,13 +109,13 @@ class Asker:
         return f"{self.principal.by}:{self.principal.subject}"
 
 
-Method = Callable[[Any, Asker], Awaitable[Message]]
+Method = Callable[[Any, AdminCaller], Awaitable[Message]]
 
 
-class AdminDoor:
+class AdminAuthorizer:
     """Makes handlers of services: objects with a coroutine `(request, asker)` for each method."""
 
-    def __init__(self, tenants: TenantDoor | None) -> None:
+    def __init__(self, tenants: TenantAuthenticator | None) -> None:
         """`tenants`: the door of a gateway with `auth`."""
         self._tenants = tenants
         self._threads: ThreadPoolExecutor | None = None
@@ -176,15 +176,18 @@ class AdminDoor:
             call.connection.prove()
         return str(principal.tenant.name)
 
-    async def _whole(self, act: Method, request: Message, asker: Asker, context: Any) -> Message:
+    async def _whole(self, act: Method, request: Message, asker: AdminCaller, context: Any) -> Message:
         return await act(request, asker)
 
-    async def _stream(self, act: Any, request: Message, asker: Asker, context: Any) -> None:
+    async def _stream(self, act: Any, request: Message, asker: AdminCaller, context: Any) -> None:
         async for message in act(request, asker):
             await context.write(message)
 
     def _guarded(
-        self, method: MethodDescriptor, verb: Verb, act: Callable[[Message, Asker, Any], Awaitable[Message | None]]
+        self,
+        method: MethodDescriptor,
+        verb: Verb,
+        act: Callable[[Message, AdminCaller, Any], Awaitable[Message | None]],
     ) -> Callable[[bytes, Any], Awaitable[Message | None]]:
         kind = GetMessageClass(method.input_type)
 
@@ -218,19 +221,21 @@ class AdminDoor:
         if len(authorization) == 1 and self._holds_secret(door, authorization[0]):
             return _SECRET_HOLDER
         names = alternative_names(context.peer_certificate()) if door.by_certificate else ()
-        return await door.principal(Shown(authorization, names, context.peer()))
+        return await door.principal(Credentials(authorization, names, context.peer()))
 
     @staticmethod
-    def _holds_secret(door: TenantDoor, authorization: str) -> bool:
+    def _holds_secret(door: TenantAuthenticator, authorization: str) -> bool:
         shown, good = authorization.encode("utf-8", "surrogatepass"), False
         for secret in door.secrets:
             good |= hmac.compare_digest(shown, f"Bearer {admin_token(secret)}".encode())
         return good
 
-    def _asker(self, principal: Principal, method: MethodDescriptor, verb: Verb, request: Message, peer: str) -> Asker:
+    def _asker(
+        self, principal: Principal, method: MethodDescriptor, verb: Verb, request: Message, peer: str
+    ) -> AdminCaller:
         own = principal.tenant.name
         everywhere = may(principal, verb.what)
-        asker = Asker(principal, peer, "" if everywhere else own)
+        asker = AdminCaller(principal, peer, "" if everywhere else own)
         if not everywhere and (verb.whole or not may(principal, verb.what, own)):
             self._denied(asker, method, "denied")
             raise CallError(
@@ -243,12 +248,12 @@ class AdminDoor:
             raise CallError(Outcome.NOT_FOUND, f"tenants/{tenant} does not exist")
         return asker
 
-    def _denied(self, asker: Asker, method: MethodDescriptor, outcome: str) -> None:
+    def _denied(self, asker: AdminCaller, method: MethodDescriptor, outcome: str) -> None:
         self.audit(asker, "auth_failure", "authorize", method.full_name, outcome=outcome)
 
     def audit(
         self,
-        asker: Asker,
+        asker: AdminCaller,
         kind: Any,
         action: str,
         name: str,
@@ -279,7 +284,7 @@ class AdminDoor:
         self._tenants.audit.write(event)
 
 
-def details_of(asker: Asker) -> dict[str, str]:
+def details_of(asker: AdminCaller) -> dict[str, str]:
     """What every event of an asker says of them."""
     own = asker.principal not in (_ANYBODY, _SECRET_HOLDER)  # these are of no tenant
     return {"role": asker.principal.role, "of": asker.principal.tenant.name if own else ""}

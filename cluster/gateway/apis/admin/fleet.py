@@ -12,14 +12,14 @@ from google.protobuf.message import Message
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.admin.v1 import catalog_pb2
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.api.types import Standing, VersionShare
+from cluster.api.types import DrainState, VersionShare
 from cluster.controller.catalog_verbs import version_status
-from cluster.gateway.apis.admin.authorization import AdminDoor, Asker
+from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminCaller
 from cluster.gateway.apis.grpc.inference import paginate
 from cluster.gateway.links.hub import Hub
 from cluster.gateway.links.worker_link import WorkerLink
-from cluster.gateway.models import Directory, KnownModel
-from cluster.gateway.scheduling.scheduler import Dispatcher
+from cluster.gateway.models import KnownModel, ModelDirectory
+from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.service import CallService
 from cluster.link.v1 import link_pb2 as link_pb
 
@@ -33,19 +33,21 @@ MAX_DRAIN_S = 7 * 86_400.0
 class FleetAdmin:
     """Workers with a link to this gateway, and the calls that it runs."""
 
-    def __init__(self, hub: Hub, service: CallService, door: AdminDoor, siblings: SiblingAborts | None = None) -> None:
+    def __init__(
+        self, hub: Hub, service: CallService, door: AdminAuthorizer, siblings: SiblingAborts | None = None
+    ) -> None:
         self._hub = hub
         self._siblings = siblings
         self._service = service
         self._door = door
 
-    async def ListWorkers(self, request: pb.ListWorkersRequest, asker: Asker) -> pb.ListWorkersResponse:
+    async def ListWorkers(self, request: pb.ListWorkersRequest, asker: AdminCaller) -> pb.ListWorkersResponse:
         """By worker id."""
         links = {link.identity.worker_id: link for link in self._hub.links}
         page, token = paginate(sorted(links), request.page_size, request.page_token)
         return pb.ListWorkersResponse(workers=[_worker(links[key]) for key in page], next_page_token=token)
 
-    async def Drain(self, request: pb.DrainRequest, asker: Asker) -> pb.DrainResponse:
+    async def Drain(self, request: pb.DrainRequest, asker: AdminCaller) -> pb.DrainResponse:
         """Each worker tells all its gateways; nothing that runs is cut."""
         timeout_s = request.timeout_s or DRAIN_S
         if not 0 < timeout_s <= MAX_DRAIN_S:  # not a number, too
@@ -54,17 +56,17 @@ class FleetAdmin:
         links = self._tell("fleet.drain", request.target, command, asker)
         return pb.DrainResponse(workers=[_worker(link) for link in links], notes=self._alone(links))
 
-    async def Cordon(self, request: pb.CordonRequest, asker: Asker) -> pb.CordonResponse:
+    async def Cordon(self, request: pb.CordonRequest, asker: AdminCaller) -> pb.CordonResponse:
         """Nothing new; what runs stays."""
         links = self._tell("fleet.cordon", request.target, link_pb.Command(cordon=link_pb.Cordon()), asker)
         return pb.CordonResponse(workers=[_worker(link) for link in links], notes=self._alone(links))
 
-    async def Uncordon(self, request: pb.UncordonRequest, asker: Asker) -> pb.UncordonResponse:
+    async def Uncordon(self, request: pb.UncordonRequest, asker: AdminCaller) -> pb.UncordonResponse:
         """Work comes again."""
         links = self._tell("fleet.uncordon", request.target, link_pb.Command(uncordon=link_pb.Uncordon()), asker)
         return pb.UncordonResponse(workers=[_worker(link) for link in links])
 
-    def _tell(self, action: str, target: str, command: link_pb.Command, asker: Asker) -> Sequence[WorkerLink]:
+    def _tell(self, action: str, target: str, command: link_pb.Command, asker: AdminCaller) -> Sequence[WorkerLink]:
         """Pass a command on to one worker, or to all of a node."""
         found = _meant(self._hub.links, target)
         if not found:
@@ -84,7 +86,7 @@ class FleetAdmin:
             for model in sorted({link.identity.model for link in links} - stays)
         ]
 
-    async def AbortRequest(self, request: pb.AbortRequestRequest, asker: Asker) -> pb.AbortRequestResponse:
+    async def AbortRequest(self, request: pb.AbortRequestRequest, asker: AdminCaller) -> pb.AbortRequestResponse:
         """Of this host's processes: other gateways do not tell each other of calls."""
         wanted, tenant = request.request_id, ""
         if not wanted:
@@ -115,12 +117,12 @@ class FleetAdmin:
 class CatalogAdmin:
     """Models as this gateway knows them."""
 
-    def __init__(self, hub: Hub, directory: Directory, dispatcher: Dispatcher) -> None:
+    def __init__(self, hub: Hub, directory: ModelDirectory, dispatcher: Scheduler) -> None:
         self._hub = hub
         self._directory = directory
         self._dispatcher = dispatcher
 
-    async def List(self, request: pb.ListRequest, asker: Asker) -> pb.ListResponse:
+    async def List(self, request: pb.ListRequest, asker: AdminCaller) -> pb.ListResponse:
         """By name."""
         page, token = paginate([m.name for m in self._directory.models], request.page_size, request.page_token)
         entries = [self._entry(model) for name in page if (model := self._directory.find(name)) is not None]
@@ -128,7 +130,7 @@ class CatalogAdmin:
         age_s = -1.0 if heard is None else time.monotonic() - heard
         return pb.ListResponse(models=entries, next_page_token=token, age_s=age_s)
 
-    async def Get(self, request: pb.GetRequest, asker: Asker) -> pb.CatalogEntry:
+    async def Get(self, request: pb.GetRequest, asker: AdminCaller) -> pb.CatalogEntry:
         """By name or alias."""
         return self._entry(self._directory.resolve(request.name, began=True))
 
@@ -176,8 +178,8 @@ def _meant(links: Sequence[WorkerLink], target: str) -> Sequence[WorkerLink]:
 
 def _state(link: WorkerLink) -> str:
     """DRAINED only while nothing runs: what was on its way when it was told so may have come still."""
-    if link.standing is Standing.DRAINED and (link.running or link.load.running):
-        return Standing.DRAINING.value
+    if link.standing is DrainState.DRAINED and (link.running or link.load.running):
+        return DrainState.DRAINING.value
     return "READY" if link.serves else link.standing.value
 
 
@@ -214,6 +216,6 @@ class NoLedger:
         return self._refuse
 
     @staticmethod
-    def _refuse(request: Message, asker: Asker) -> None:
+    def _refuse(request: Message, asker: AdminCaller) -> None:
         message = "this gateway has one tenant, no keys and no ledger: set auth in its configuration"
         raise CallError(Outcome.UNSUPPORTED_FEATURE, message)

@@ -11,16 +11,16 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from cluster.api.outcomes import CallError
-from cluster.gateway.apis.admin.authorization import AdminDoor, Asker, Method, Verb
+from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminCaller, Method, Verb
 from cluster.gateway.links.hub import Hub
 
 MAX_DETAIL = 256
 
 
-class Relayed:
-    """Makes methods of those verbs. Give it to AdminDoor.handlers as `elsewhere`."""
+class ForwardedVerbs:
+    """Makes methods of those verbs. Give it to AdminAuthorizer.handlers as `elsewhere`."""
 
-    def __init__(self, hub: Hub, door: AdminDoor) -> None:
+    def __init__(self, hub: Hub, door: AdminAuthorizer) -> None:
         self._hub = hub
         self._door = door
 
@@ -30,7 +30,7 @@ class Relayed:
         action = f"{method.containing_service.name.lower()}.{_snake(method.name)}"
         kind = GetMessageClass(method.output_type)
 
-        async def ask(request: Message, asker: Asker) -> Message:
+        async def ask(request: Message, asker: AdminCaller) -> Message:
             outcome = "ok"
             try:
                 return kind.FromString(await self._hub.ask_controller(name, request.SerializeToString(), asker.actor))
@@ -43,7 +43,7 @@ class Relayed:
 
         return ask
 
-    def _audit(self, asker: Asker, action: str, request: Message, verb: Verb, outcome: str) -> None:
+    def _audit(self, asker: AdminCaller, action: str, request: Message, verb: Verb, outcome: str) -> None:
         about = str(getattr(request, verb.object)) if verb.object else ""
         reason = str(getattr(request, "reason", ""))
         self._door.audit(

@@ -16,18 +16,18 @@ from cluster.admin.v1 import tenants_pb2 as pb
 from cluster.admin.v1 import usage_pb2
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.gateway.apis.admin import codec
-from cluster.gateway.apis.admin.authorization import AdminDoor, Asker, details_of
+from cluster.gateway.apis.admin.authorization import AdminAuthorizer, AdminCaller, details_of
 from cluster.gateway.apis.admin.pages import after_of, next_token, page_size, terms
 from cluster.ledger.audit.audit import AuditEvent
 from cluster.ledger.errors import LedgerError, StoreUnavailable
-from cluster.ledger.rows import Rates, UsageQuery
-from cluster.ledger.tenants.service import ROTATION_S, By, LedgerDesk
+from cluster.ledger.rows import Prices, UsageQuery
+from cluster.ledger.tenants.service import ROTATION_S, By, LedgerTenantService
 from cluster.ledger.usage.records import UsageRecord
 from cluster.policy.tenants.identity import may_grant
 
 if TYPE_CHECKING:
     from cluster.config.schema import Config
-    from cluster.gateway.auth.tenants import TenantDoor
+    from cluster.gateway.auth.tenants import TenantAuthenticator
     from cluster.ledger.rows import StoredTenant
 
 log = structlog.get_logger("admin")
@@ -40,20 +40,20 @@ _TENANT_FILTER = {"class": "class", "origin": "origin", "suspended": "suspended"
 _AUDIT_FILTER = {name: name for name in ("kind", "action", "actor", "object", "outcome")}
 
 
-class Desks:
+class TenantServices:
     """A desk for each who asks, and what it refuses as the API's error."""
 
-    def __init__(self, config: Config, tenants: TenantDoor, door: AdminDoor) -> None:
+    def __init__(self, config: Config, tenants: TenantAuthenticator, door: AdminAuthorizer) -> None:
         self._tenants = tenants
         self._door = door
         self._policy_of = config.tenant_defaults.policy
         self._classes = {one.name for one in config.classes}
-        self._rates = Rates(config.cost.currency, dict(config.cost.gpu_hour)) if config.cost else None
+        self._rates = Prices(config.cost.currency, dict(config.cost.gpu_hour)) if config.cost else None
 
-    async def ask(self, asker: Asker, act: Callable[[LedgerDesk], T]) -> T:
+    async def ask(self, asker: AdminCaller, act: Callable[[LedgerTenantService], T]) -> T:
         """Work at the asker's desk, off the event loop. Raises CallError."""
         by = By(asker.actor, asker.source, details_of(asker))
-        desk = LedgerDesk(
+        desk = LedgerTenantService(
             self._tenants.ledger,
             by,
             self._write,
@@ -88,10 +88,10 @@ def _told(error: LedgerError) -> CallError:
 class TenantsAdmin:
     """See tenants.proto; whoever comes here may do it."""
 
-    def __init__(self, desks: Desks) -> None:
+    def __init__(self, desks: TenantServices) -> None:
         self._desks = desks
 
-    async def Create(self, request: pb.CreateTenantRequest, asker: Asker) -> pb.Tenant:
+    async def Create(self, request: pb.CreateTenantRequest, asker: AdminCaller) -> pb.Tenant:
         """See tenants.proto."""
         name = codec.tenant_name(request.tenant.name, "tenant.name")
         own = codec.own_fields(request.tenant, request.unset_mask.paths)
@@ -99,17 +99,17 @@ class TenantsAdmin:
         options["validate_only"] = request.validate_only
         return codec.tenant_pb(await self._desks.ask(asker, lambda desk: desk.create_tenant(name, own, **options)))
 
-    async def Get(self, request: pb.GetTenantRequest, asker: Asker) -> pb.Tenant:
+    async def Get(self, request: pb.GetTenantRequest, asker: AdminCaller) -> pb.Tenant:
         """See tenants.proto."""
         name = codec.tenant_name(request.name, "name")
         return codec.tenant_pb(await self._desks.ask(asker, lambda desk: desk.get_tenant(name)))
 
-    async def List(self, request: pb.ListTenantsRequest, asker: Asker) -> pb.ListTenantsResponse:
+    async def List(self, request: pb.ListTenantsRequest, asker: AdminCaller) -> pb.ListTenantsResponse:
         """See tenants.proto."""
         size, wanted = page_size(request.page_size), terms(request.filter, _TENANT_FILTER)
         after = after_of(request.page_token, (str,), "tenants", request.filter)
 
-        def read(desk: LedgerDesk) -> list[StoredTenant]:
+        def read(desk: LedgerTenantService) -> list[StoredTenant]:
             found = [desk.get_tenant(asker.scope)] if asker.scope else desk.tenants(after[0] if after else "")
             return list(islice((one for one in found if _fits(one, wanted)), size + 1))
 
@@ -117,30 +117,30 @@ class TenantsAdmin:
         more = next_token([found[size - 1].policy.name], "tenants", request.filter) if len(found) > size else ""
         return pb.ListTenantsResponse(tenants=map(codec.tenant_pb, found[:size]), next_page_token=more)
 
-    async def Update(self, request: pb.UpdateTenantRequest, asker: Asker) -> pb.Tenant:
+    async def Update(self, request: pb.UpdateTenantRequest, asker: AdminCaller) -> pb.Tenant:
         """See tenants.proto."""
         name = codec.tenant_name(request.tenant.name, "tenant.name")
         changes, whole = codec.changes(request.tenant, request.update_mask.paths)
         options: dict[str, Any] = {"whole": whole, "validate_only": request.validate_only, "reason": request.reason}
         return codec.tenant_pb(await self._desks.ask(asker, lambda desk: desk.update_tenant(name, changes, **options)))
 
-    async def Delete(self, request: pb.DeleteTenantRequest, asker: Asker) -> pb.DeleteTenantResponse:
+    async def Delete(self, request: pb.DeleteTenantRequest, asker: AdminCaller) -> pb.DeleteTenantResponse:
         """See tenants.proto."""
         name = codec.tenant_name(request.name, "name")
         options = {"erase": request.erase, "validate_only": request.validate_only}
         rows = await self._desks.ask(asker, lambda desk: desk.delete_tenant(name, reason=request.reason, **options))
         return pb.DeleteTenantResponse(erased_rows=rows)
 
-    async def Suspend(self, request: pb.SuspendTenantRequest, asker: Asker) -> pb.Tenant:
+    async def Suspend(self, request: pb.SuspendTenantRequest, asker: AdminCaller) -> pb.Tenant:
         """See tenants.proto."""
         return await self._suspend(request, True, asker)
 
-    async def Resume(self, request: pb.ResumeTenantRequest, asker: Asker) -> pb.Tenant:
+    async def Resume(self, request: pb.ResumeTenantRequest, asker: AdminCaller) -> pb.Tenant:
         """See tenants.proto."""
         return await self._suspend(request, False, asker)
 
     async def _suspend(
-        self, request: pb.SuspendTenantRequest | pb.ResumeTenantRequest, suspended: bool, asker: Asker
+        self, request: pb.SuspendTenantRequest | pb.ResumeTenantRequest, suspended: bool, asker: AdminCaller
     ) -> pb.Tenant:
         name, reason = codec.tenant_name(request.name, "name"), request.reason
         changed = await self._desks.ask(asker, lambda desk: desk.suspend_tenant(name, suspended, reason=reason))
@@ -163,10 +163,10 @@ def _request_id(value: str) -> str:
 class KeysAdmin:
     """See tenants.proto. Nobody makes, replaces or ends a key of a role beyond the own."""
 
-    def __init__(self, desks: Desks) -> None:
+    def __init__(self, desks: TenantServices) -> None:
         self._desks = desks
 
-    async def Create(self, request: pb.CreateKeyRequest, asker: Asker) -> pb.NewKey:
+    async def Create(self, request: pb.CreateKeyRequest, asker: AdminCaller) -> pb.NewKey:
         """See tenants.proto."""
         tenant, role = codec.tenant_name(request.parent, "parent"), request.key.role or "caller"
         options: dict[str, Any] = {
@@ -179,7 +179,7 @@ class KeysAdmin:
         made = await self._desks.ask(asker, lambda desk: desk.create_key(tenant, request.key.display_name, **options))
         return pb.NewKey(key=codec.key_pb(made.stored, time.time()), secret=made.secret)
 
-    async def List(self, request: pb.ListKeysRequest, asker: Asker) -> pb.ListKeysResponse:
+    async def List(self, request: pb.ListKeysRequest, asker: AdminCaller) -> pb.ListKeysResponse:
         """See tenants.proto."""
         tenant, size = codec.tenant_name(request.parent, "parent"), page_size(request.page_size)
         after = after_of(request.page_token, (float, str), "keys", tenant)
@@ -190,7 +190,7 @@ class KeysAdmin:
         now_s = time.time()
         return pb.ListKeysResponse(keys=[codec.key_pb(one, now_s) for one in page], next_page_token=more)
 
-    async def Rotate(self, request: pb.RotateKeyRequest, asker: Asker) -> pb.NewKey:
+    async def Rotate(self, request: pb.RotateKeyRequest, asker: AdminCaller) -> pb.NewKey:
         """See tenants.proto."""
         tenant, key_id = codec.key_name(request.name, "name")
         overlap_s = request.overlap_s if request.HasField("overlap_s") else ROTATION_S
@@ -199,7 +199,7 @@ class KeysAdmin:
         made = await self._desks.ask(asker, lambda desk: desk.rotate_key(tenant, key_id, **options))
         return pb.NewKey(key=codec.key_pb(made.stored, time.time()), secret=made.secret)
 
-    async def Revoke(self, request: pb.RevokeKeyRequest, asker: Asker) -> pb.Key:
+    async def Revoke(self, request: pb.RevokeKeyRequest, asker: AdminCaller) -> pb.Key:
         """See tenants.proto."""
         tenant, key_id = codec.key_name(request.name, "name")
         ended = await self._desks.ask(asker, lambda desk: desk.revoke_key(tenant, key_id, reason=request.reason))
@@ -209,10 +209,10 @@ class KeysAdmin:
 class UsageAdmin:
     """See usage.proto."""
 
-    def __init__(self, desks: Desks) -> None:
+    def __init__(self, desks: TenantServices) -> None:
         self._desks = desks
 
-    async def Query(self, request: usage_pb2.QueryUsageRequest, asker: Asker) -> usage_pb2.QueryUsageResponse:
+    async def Query(self, request: usage_pb2.QueryUsageRequest, asker: AdminCaller) -> usage_pb2.QueryUsageResponse:
         """See usage.proto."""
         groups = () if request.total else tuple(request.group_by) or ("tenant", "model")
         size = page_size(request.page_size)
@@ -226,7 +226,7 @@ class UsageAdmin:
         return usage_pb2.QueryUsageResponse(sums=sums, next_page_token=more)
 
     async def Export(
-        self, request: usage_pb2.ExportUsageRequest, asker: Asker
+        self, request: usage_pb2.ExportUsageRequest, asker: AdminCaller
     ) -> AsyncIterator[usage_pb2.ExportUsageResponse]:
         """See usage.proto."""
         after: tuple[float, str] | None = None
@@ -246,7 +246,7 @@ class UsageAdmin:
             after = (page[-1].opened_at_s, page[-1].record_id)
 
 
-def _record_pb(record: UsageRecord, asker: Asker) -> usage_pb2.UsageRecord:
+def _record_pb(record: UsageRecord, asker: AdminCaller) -> usage_pb2.UsageRecord:
     """Where calls run is the operators' to know."""
     fields = record.as_json()
     if asker.scope:
@@ -255,7 +255,7 @@ def _record_pb(record: UsageRecord, asker: Asker) -> usage_pb2.UsageRecord:
 
 
 def _query(
-    request: usage_pb2.QueryUsageRequest | usage_pb2.ExportUsageRequest, asker: Asker, groups: Sequence[str]
+    request: usage_pb2.QueryUsageRequest | usage_pb2.ExportUsageRequest, asker: AdminCaller, groups: Sequence[str]
 ) -> UsageQuery:
     return UsageQuery(
         tuple(groups),
@@ -266,7 +266,7 @@ def _query(
     )
 
 
-def _tenant(parent: str, asker: Asker) -> str:
+def _tenant(parent: str, asker: AdminCaller) -> str:
     """Whose things are read: the one named, else all that the asker may see."""
     return codec.tenant_name(parent, "parent") if parent else asker.scope
 
@@ -283,10 +283,10 @@ def _sum_pb(row: dict[str, Any], groups: Sequence[str]) -> usage_pb2.UsageSum:
 class AuditAdmin:
     """See usage.proto."""
 
-    def __init__(self, desks: Desks) -> None:
+    def __init__(self, desks: TenantServices) -> None:
         self._desks = desks
 
-    async def List(self, request: usage_pb2.ListAuditRequest, asker: Asker) -> usage_pb2.ListAuditResponse:
+    async def List(self, request: usage_pb2.ListAuditRequest, asker: AdminCaller) -> usage_pb2.ListAuditResponse:
         """See usage.proto."""
         tenant, size = _tenant(request.parent, asker), page_size(request.page_size)
         equal, since_s = terms(request.filter, _AUDIT_FILTER), codec.seconds_or_none(request, "since_time") or 0.0
@@ -303,7 +303,7 @@ class AuditAdmin:
         return usage_pb2.ListAuditResponse(events=[_event_pb(row, asker) for row in page], next_page_token=more)
 
 
-def _event_pb(row: dict[str, Any], asker: Asker) -> usage_pb2.AuditEvent:
+def _event_pb(row: dict[str, Any], asker: AdminCaller) -> usage_pb2.AuditEvent:
     """As the API shows it; where the cluster's operators work from is no tenant's business."""
     event = usage_pb2.AuditEvent(time=codec.timestamp(row["at_s"]))
     details = row["details"] or {}

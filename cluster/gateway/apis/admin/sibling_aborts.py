@@ -16,7 +16,7 @@ import grpc.aio
 
 from cluster.admin.v1 import admin_pb2 as pb
 from cluster.api.outcomes import CallError, Outcome
-from cluster.config.gateway import Gateway, Tls
+from cluster.config.gateway import GatewaySettings, Tls
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.auth.tls import name_in
 from cluster.policy.tenants.identity import derive, verify_any
@@ -34,7 +34,7 @@ class SiblingAborts:
 
     def __init__(
         self,
-        gateway: Gateway,
+        gateway: GatewaySettings,
         process: int,
         secrets: Sequence[bytes],
         abort: Abort,

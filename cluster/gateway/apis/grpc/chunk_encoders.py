@@ -15,7 +15,7 @@ from cluster.gateway.service import CallService
 from cluster.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
-    from cluster.gateway.resume_tokens.resumption import Tickets
+    from cluster.gateway.resume_tokens.resumption import ResumeTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ COMPLETE = Kind(
 )
 
 
-class Voice:
+class GrpcEncoder:
     """A call's pieces as serialized chunks; see relay.Voice."""
 
     __slots__ = ("_call", "_head", "_kind", "_offset", "_service", "ended", "plain")
@@ -89,12 +89,12 @@ class Voice:
         return self._kind.progress(self._call, progress).SerializeToString()
 
 
-class SealedVoice(Voice):
+class ResumableEncoder(GrpcEncoder):
     """Of a call whose chunks carry resume tokens."""
 
     __slots__ = ("_tickets", "_wraps")
 
-    def __init__(self, kind: Kind, call: Call, service: CallService, tickets: Tickets, bare: bool) -> None:
+    def __init__(self, kind: Kind, call: Call, service: CallService, tickets: ResumeTokens, bare: bool) -> None:
         super().__init__(kind, call, service)
         self._tickets = tickets
         self._offset = tickets.number
@@ -123,6 +123,10 @@ class SealedVoice(Voice):
         return codec.resumed(self._kind is CHAT, chunk) if self._wraps else chunk
 
 
-def voice_of(kind: Kind, call: Call, service: CallService, bare: bool = False) -> Voice:
+def voice_of(kind: Kind, call: Call, service: CallService, bare: bool = False) -> GrpcEncoder:
     """A call's. `bare`: chunks of one that goes on are no ResumeChunks."""
-    return Voice(kind, call, service) if call.tickets is None else SealedVoice(kind, call, service, call.tickets, bare)
+    return (
+        GrpcEncoder(kind, call, service)
+        if call.tickets is None
+        else ResumableEncoder(kind, call, service, call.tickets, bare)
+    )

@@ -15,12 +15,12 @@ from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.grpc import answers as codec
 from cluster.gateway.apis.grpc.chunk_encoders import CHAT, COMPLETE, Kind, voice_of
 from cluster.gateway.apis.grpc.requests import MAX_PAGE_TOKEN, DetokenizeCall, ResumedCall, TokenizeCall
-from cluster.gateway.apis.grpc.session import Session
+from cluster.gateway.apis.grpc.session import SessionStream
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
-from cluster.gateway.auth.authenticator import ANYBODY, Shown, alternative_names
-from cluster.gateway.calls.request import Wish
-from cluster.gateway.calls.stream_writer import Lane, Relay
+from cluster.gateway.auth.authenticator import ANYBODY, Credentials, alternative_names
+from cluster.gateway.calls.request import GenerationRequest
+from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter
 from cluster.gateway.service import CallMeta, CallService
 from cluster.policy.tenants.identity import Principal
 from cluster.v1 import inference_pb2 as pb
@@ -53,7 +53,7 @@ def _encode(message: Message | bytes) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
-class GrpcFace:
+class InferenceApi:
     """The gRPC face of a CallService."""
 
     def __init__(self, service: CallService, session_age_s: float = 600.0) -> None:
@@ -61,7 +61,7 @@ class GrpcFace:
         self._service = service
         self._bodies = service.bodies
         self._session_age_s = session_age_s
-        self._relay: Relay | None = None
+        self._relay: ChunkDelivery | None = None
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """All methods of the service."""
@@ -81,7 +81,7 @@ class GrpcFace:
             make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
             guarded = self._guarded(method, name)
             handlers[name] = make(guarded, request_deserializer=_as_it_came, response_serializer=_encode)
-        handlers["Session"] = grpc.stream_stream_rpc_method_handler(
+        handlers["SessionStream"] = grpc.stream_stream_rpc_method_handler(
             self._session, request_deserializer=_as_it_came, response_serializer=_encode
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
@@ -114,7 +114,9 @@ class GrpcFace:
             await self._abort(context, self._meta(context), error)
             return
         try:
-            await Session(self._service, context, visitor, self._meta(context).traceparent, self._session_age_s).run()
+            await SessionStream(
+                self._service, context, visitor, self._meta(context).traceparent, self._session_age_s
+            ).run()
         finally:
             door.leave(visitor)
 
@@ -152,12 +154,12 @@ class GrpcFace:
         metadata = (*trailers(error), ("x-request-id", meta.request_id))
         await context.abort(grpc_code(error), error.message, metadata)
 
-    def _shown(self, context: Any) -> Shown:
+    def _shown(self, context: Any) -> Credentials:
         """What the caller shows."""
         metadata = context.invocation_metadata() or ()
         authorization = tuple(str(value) for key, value in metadata if key == "authorization")
         names = alternative_names(context.peer_certificate()) if self._service.door.by_certificate else ()
-        return Shown(authorization, names, context.peer())
+        return Credentials(authorization, names, context.peer())
 
     def _meta(self, context: Any, principal: Principal = ANYBODY) -> CallMeta:
         own_id = trace = ""
@@ -175,17 +177,17 @@ class GrpcFace:
     async def _resume(self, request: ResumedCall, context: Any, meta: CallMeta) -> None:
         await self._run(CHAT if request.is_chat else COMPLETE, request.wish, context, meta)
 
-    async def _run(self, kind: Kind, wish: Wish, context: Any, meta: CallMeta) -> None:
+    async def _run(self, kind: Kind, wish: GenerationRequest, context: Any, meta: CallMeta) -> None:
         async with self._service.open(wish, meta) as call:
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
             if self._relay is None:
-                self._relay = Relay()
+                self._relay = ChunkDelivery()
             voice = voice_of(kind, call, self._service)
             if call.continues:
                 context.send(voice.begin())
-            await Lane(call, voice, context, self._relay).run()
+            await StreamWriter(call, voice, context, self._relay).run()
 
-    async def _whole(self, kind: Kind, wish: Wish, context: Any, meta: CallMeta) -> Message:
+    async def _whole(self, kind: Kind, wish: GenerationRequest, context: Any, meta: CallMeta) -> Message:
         async with self._service.open(wish, meta) as call:
             while not call.finished and call.error is None:
                 await call.news()

@@ -23,12 +23,12 @@ from cluster.gateway.calls.request import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     ChatPrompt,
+    GenerationRequest,
     IdsPrompt,
-    Options,
     Prompt,
+    RequestOptions,
     ResumeFrom,
     TextPrompt,
-    Wish,
 )
 from cluster.v1 import inference_pb2 as pb
 
@@ -57,7 +57,7 @@ def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
         raise invalid("request", f"is not a message of this method: {error}") from None
 
 
-def chat_wish(request: pb.ChatRequest) -> Wish:
+def chat_wish(request: pb.ChatRequest) -> GenerationRequest:
     """Raises CallError."""
     check_name(request.model)
     given = _given(request)
@@ -77,10 +77,12 @@ def chat_wish(request: pb.ChatRequest) -> Wish:
         template_kwargs=kwargs,
         continue_final_message=request.continue_final_message,
     )
-    return Wish(request.model, prompt, options, metadata=dict(request.metadata), resumable=_request_digest(request))
+    return GenerationRequest(
+        request.model, prompt, options, metadata=dict(request.metadata), resumable=_request_digest(request)
+    )
 
 
-def complete_wish(request: pb.CompleteRequest) -> Wish:
+def complete_wish(request: pb.CompleteRequest) -> GenerationRequest:
     """Raises CallError."""
     check_name(request.model)
     options = options_of(request)
@@ -93,7 +95,7 @@ def complete_wish(request: pb.CompleteRequest) -> Wish:
         prompt = TextPrompt(request.prompt)
     else:
         raise invalid("prompt", "must not be empty; give prompt or prompt_token_ids")
-    return Wish(
+    return GenerationRequest(
         request.model,
         prompt,
         options,
@@ -103,7 +105,7 @@ def complete_wish(request: pb.CompleteRequest) -> Wish:
     )
 
 
-def resume_wish(request: pb.ResumeRequest) -> Wish:
+def resume_wish(request: pb.ResumeRequest) -> GenerationRequest:
     """Raises CallError."""
     kind = request.WhichOneof("call")
     if kind is None:
@@ -125,7 +127,7 @@ class ResumedCall:
     """A ResumeRequest."""
 
     is_chat: bool
-    wish: Wish
+    wish: GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +147,12 @@ class DetokenizeCall:
 
 
 @dataclass(frozen=True, slots=True)
-class SessionCall:
+class SessionStart:
     """A start of a session, with its wish or what is wrong with it."""
 
     call_id: int
     is_chat: bool
-    wish: Wish | CallError
+    wish: GenerationRequest | CallError
     deadline_ms: int
     request_id: str
     traceparent: str
@@ -185,14 +187,14 @@ def detokenize_call(request: pb.DetokenizeRequest) -> DetokenizeCall:
     return DetokenizeCall(request.model, request.token_ids[:])
 
 
-_SESSION_WISHES: Mapping[str, Callable[[Any], Wish]] = {
+_SESSION_WISHES: Mapping[str, Callable[[Any], GenerationRequest]] = {
     "chat": chat_wish,
     "complete": complete_wish,
     "resume": resume_wish,
 }
 
 
-def session_items(request: pb.SessionRequest) -> Iterator[SessionCall | SessionCancel]:
+def session_items(request: pb.SessionRequest) -> Iterator[SessionStart | SessionCancel]:
     """The requests of a session's message, in order. Raises CallError."""
     if len(request.more) > MAX_TOGETHER:
         raise invalid("more", f"holds {len(request.more)} requests; at most {MAX_TOGETHER} go in one message")
@@ -203,9 +205,9 @@ def session_items(request: pb.SessionRequest) -> Iterator[SessionCall | SessionC
             yield SessionCancel(one.cancel.call_id)
 
 
-def _session_call(start: pb.SessionStart) -> SessionCall:
+def _session_call(start: pb.SessionStart) -> SessionStart:
     kind = start.WhichOneof("call")
-    wish: Wish | CallError
+    wish: GenerationRequest | CallError
     if kind is None:
         wish = invalid("start", "must hold chat, complete or resume")
     else:
@@ -214,7 +216,7 @@ def _session_call(start: pb.SessionStart) -> SessionCall:
         except CallError as error:
             wish = error
     is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
-    return SessionCall(start.call_id, is_chat, wish, start.deadline_ms, *_ids(start))
+    return SessionStart(start.call_id, is_chat, wish, start.deadline_ms, *_ids(start))
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +274,7 @@ def _messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
     return [_message(i, message) for i, message in enumerate(messages)]
 
 
-def options_of(request: pb.ChatRequest | pb.CompleteRequest) -> Options:
+def options_of(request: pb.ChatRequest | pb.CompleteRequest) -> RequestOptions:
     """Raises CallError."""
     return _options(_given(request))
 
@@ -282,7 +284,7 @@ def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
     return {field.name: value for field, value in request.ListFields()}
 
 
-def _options(given: Mapping[str, Any]) -> Options:
+def _options(given: Mapping[str, Any]) -> RequestOptions:
     if given.get("priority"):
         raise unsupported("priority", "priority classes are")
     _check_counts(given)
@@ -292,7 +294,7 @@ def _options(given: Mapping[str, Any]) -> Options:
         logprobs = top or 0
     elif top is not None and top != 0:
         raise invalid("top_logprobs", "needs logprobs to be true" if top > 0 else f"must be at least 0, got {top}")
-    return Options(
+    return RequestOptions(
         max_tokens=get("max_tokens"),
         min_tokens=get("min_tokens"),
         temperature=get("temperature"),

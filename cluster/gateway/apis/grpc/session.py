@@ -16,13 +16,13 @@ import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.grpc import answers as codec
-from cluster.gateway.apis.grpc.chunk_encoders import CHAT, COMPLETE, Voice, voice_of
-from cluster.gateway.apis.grpc.requests import SessionCall, session_items
+from cluster.gateway.apis.grpc.chunk_encoders import CHAT, COMPLETE, GrpcEncoder, voice_of
+from cluster.gateway.apis.grpc.requests import SessionStart, session_items
 from cluster.gateway.apis.grpc.status import details, grpc_code, trailers
 from cluster.gateway.apis.request_ids import random_id
-from cluster.gateway.auth.authenticator import Visitor
+from cluster.gateway.auth.authenticator import Caller
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.request import Wish
+from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.service import CallMeta, CallService
 from cluster.v1 import inference_pb2 as pb
@@ -44,13 +44,13 @@ class _Open:
 
     __slots__ = ("call", "call_id", "ended", "head", "is_chat", "offset", "session", "task", "told", "voice")
 
-    def __init__(self, session: Session, call_id: int, is_chat: bool) -> None:
+    def __init__(self, session: SessionStream, call_id: int, is_chat: bool) -> None:
         self.session = session
         self.call_id = call_id
         self.is_chat = is_chat
         self.head = codec.event_head(call_id)
         self.call: Call | None = None
-        self.voice: Voice | None = None
+        self.voice: GrpcEncoder | None = None
         """Of a resumable call: all that it tells are chunks."""
         self.ended = asyncio.Event()
         self.offset = 0
@@ -83,10 +83,10 @@ class _Open:
         self.session.parts.append(codec.event_chunk(self.call_id, self.is_chat, data))
 
 
-class Session:
+class SessionStream:
     """One session. `run` returns when the client has closed its side and every call has ended."""
 
-    def __init__(self, service: CallService, context: Any, visitor: Visitor, trace: str, age_s: float) -> None:
+    def __init__(self, service: CallService, context: Any, visitor: Caller, trace: str, age_s: float) -> None:
         """`visitor`: whose session it is. `trace`: the traceparent of calls that bring none. After `age_s` seconds no
         new call is taken."""
         self._service = service
@@ -148,7 +148,7 @@ class Session:
             try:
                 found = await self._service.bodies.session(request, self._tenant())
                 for one in session_items(found) if isinstance(found, pb.SessionRequest) else found:
-                    if isinstance(one, SessionCall):
+                    if isinstance(one, SessionStart):
                         self._start(one)
                     else:
                         self._cancel(one.call_id)
@@ -176,7 +176,7 @@ class Session:
         self._retired = True
         self.wake()
 
-    def _start(self, start: SessionCall) -> None:
+    def _start(self, start: SessionStart) -> None:
         call_id = start.call_id
         if call_id in self._calls:
             self._refuse(call_id, invalid("call_id", f"{call_id} is running already in this session"))
@@ -202,7 +202,7 @@ class Session:
         """Whose session it is; empty once it may no longer call."""
         return "" if self._visitor.refused is not None else self._visitor.principal.tenant.name
 
-    def _call_meta(self, start: SessionCall) -> CallMeta:
+    def _call_meta(self, start: SessionStart) -> CallMeta:
         """Raises CallError once the session's caller may no longer call."""
         principal = self._visitor.require()
         deadline = self._service.clock() + start.deadline_ms / 1000 if start.deadline_ms else None
@@ -221,7 +221,7 @@ class Session:
         if opened is not None and opened.task is not None:
             opened.task.cancel()
 
-    async def _run(self, opened: _Open, wish: Wish | CallError, meta: CallMeta, deadline_s: float) -> None:
+    async def _run(self, opened: _Open, wish: GenerationRequest | CallError, meta: CallMeta, deadline_s: float) -> None:
         """One call, from its start to its end; its pieces go out through the writer."""
         try:
             meta = await self._service.count(meta)
@@ -329,7 +329,7 @@ class Session:
                 opened.told = True
                 opened.ended.set()
 
-    def _sealed_news(self, opened: _Open, call: Call, voice: Voice) -> None:
+    def _sealed_news(self, opened: _Open, call: Call, voice: GrpcEncoder) -> None:
         try:
             data = voice.take()
         except CallError:

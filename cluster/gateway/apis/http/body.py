@@ -29,7 +29,7 @@ class Refused(Exception):
         self.headers = headers
 
 
-class Connection(Protocol):
+class BodyConnection(Protocol):
     """The connection that a body comes on."""
 
     def watch_paused(self, lost: Callable[[], None]) -> None:
@@ -54,7 +54,7 @@ class RequestBodies:
 
     @asynccontextmanager
     async def read(
-        self, receive: Receive, connection: Connection, declared: bytes, tenant: str
+        self, receive: Receive, connection: BodyConnection, declared: bytes, tenant: str
     ) -> AsyncIterator[bytes | bytearray]:
         """The whole body; its bytes count against the budget inside of the context. `declared`: its content-length, or
         empty. Raises Refused, and ConnectionResetError when the client goes away before its end."""
@@ -88,7 +88,7 @@ class RequestBodies:
     def _too_large(self) -> Refused:
         return Refused(413, "request_too_large", f"the body is larger than {self._limit} bytes")
 
-    async def _reserved(self, connection: Connection, size: int, tenant: str) -> Reservation:
+    async def _reserved(self, connection: BodyConnection, size: int, tenant: str) -> Reservation:
         """A granted reservation. Raises Refused where too many bodies wait or this one did too long."""
         if self._budget.full(tenant):
             raise _busy()

@@ -17,8 +17,8 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from cluster.gateway.apis.http.timeouts import Late, Pace, PaceLimits
-from cluster.http2 import Held, Stage
+from cluster.gateway.apis.http.timeouts import ConnectionTimeouts, Late, TimeoutLimits
+from cluster.http2 import ConnectionStage, Held
 from cluster.http2.frame_costs import Bucket
 
 CONNECTION: Final = "headrace.connection"
@@ -63,7 +63,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     full = False
     """Whether the client must read before more is written. Asked for each token, hence no property."""
-    pace: Pace
+    pace: ConnectionTimeouts
     requests = 0
     """That have begun."""
     _gone = False
@@ -79,7 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
     _progress = False
     """Whether the last piece ended a head or a request, or brought a part of a body."""
 
-    def __init__(self, config: Config, state: ServerState, held: Held, limits: PaceLimits) -> None:
+    def __init__(self, config: Config, state: ServerState, held: Held, limits: TimeoutLimits) -> None:
         """`held`: the connection's place at its port."""
         super().__init__(config, state, {})
         self._held = held
@@ -88,10 +88,12 @@ class HttpProtocol(HttpToolsProtocol):
     # ---- its place at the port
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> ConnectionStage:
         """How far the connection has come."""
         calling = self.cycle is not None and not self.cycle.response_complete
-        return Stage.CALLING if calling else Stage.GREETED if self.requests else Stage.SILENT
+        return (
+            ConnectionStage.CALLING if calling else ConnectionStage.GREETED if self.requests else ConnectionStage.SILENT
+        )
 
     def prove(self) -> None:
         """The client has shown a credential that was accepted."""
@@ -148,7 +150,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._held.connection = self
         if self._held.released:
             self.transport.abort()
-        self.pace = Pace(self._limits, self.loop.time())
+        self.pace = ConnectionTimeouts(self._limits, self.loop.time())
         self._refusals = Bucket(STRANGER_REFUSALS_PER_S, STRANGER_REFUSALS, self.loop.time())
         self.flow = _Flow(self)
         self._timer = self.loop.call_later(self._limits.check_s, self._check)

@@ -15,16 +15,18 @@ from uvicorn.server import ServerState
 
 from cluster import http2
 from cluster.gateway.apis.http.protocol import HttpProtocol
-from cluster.gateway.apis.http.timeouts import PaceLimits
+from cluster.gateway.apis.http.timeouts import TimeoutLimits
 
 
 class HttpServer:
     """An ASGI application behind one address."""
 
-    def __init__(self, app: Any, admission: http2.Admission | None = None, pace: PaceLimits | None = None) -> None:
+    def __init__(
+        self, app: Any, admission: http2.ConnectionAdmission | None = None, pace: TimeoutLimits | None = None
+    ) -> None:
         """`admission`: the caps of the port, for a process that has several."""
-        self._admission = admission or http2.Admission()
-        self._pace = pace or PaceLimits()
+        self._admission = admission or http2.ConnectionAdmission()
+        self._pace = pace or TimeoutLimits()
         self._config = uvicorn.Config(
             app,
             http=HttpProtocol,

@@ -14,7 +14,7 @@ from enum import Enum, auto
 
 
 @dataclass(frozen=True, slots=True)
-class PaceLimits:
+class TimeoutLimits:
     """Seconds and bytes a client has for each part of an exchange."""
 
     check_s: float = 5.0
@@ -53,12 +53,12 @@ class Late(Enum):
     UNREAD = "the client does not read"
 
 
-class Pace:
+class ConnectionTimeouts:
     """How a client keeps the limits."""
 
     __slots__ = ("_body_bytes", "_first", "_limits", "_part", "_paused", "_since", "_unread_bytes", "_unread_since")
 
-    def __init__(self, limits: PaceLimits, now: float) -> None:
+    def __init__(self, limits: TimeoutLimits, now: float) -> None:
         self._limits = limits
         self._part = Part.IDLE
         self._since = now

@@ -118,7 +118,7 @@ class TextOffsets:
 # ---- streams
 
 
-class Stream(ABC):
+class SseStream(ABC):
     """Renders the events of one answer. Subclasses say how a choice looks."""
 
     kind = ""
@@ -181,7 +181,7 @@ class Stream(ABC):
         """The piece's log probabilities in this kind's shape."""
 
 
-class ChatStream(Stream):
+class ChatStream(SseStream):
     """Events of /v1/chat/completions."""
 
     kind = "chat.completion.chunk"
@@ -196,7 +196,7 @@ class ChatStream(Stream):
         return chat_logprobs(logprobs)
 
 
-class CompletionStream(Stream):
+class CompletionStream(SseStream):
     """Events of /v1/completions."""
 
     kind = "text_completion"
@@ -221,12 +221,12 @@ def keep_alive(progress: Progress) -> bytes:
     return f": {told}\n\n".encode()
 
 
-class Voice:
+class SseEncoder:
     """A call's pieces as events of a stream; see relay.Voice."""
 
     __slots__ = ("_call", "_progress", "_shift", "_stream", "ended", "plain")
 
-    def __init__(self, call: Call, stream: Stream, shift: int, progress: Callable[[Call], Progress]) -> None:
+    def __init__(self, call: Call, stream: SseStream, shift: int, progress: Callable[[Call], Progress]) -> None:
         """`progress`: where a silent call is."""
         self._progress = progress
         self.ended = False

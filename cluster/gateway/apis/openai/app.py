@@ -23,12 +23,12 @@ from cluster.api.outcomes import FAULTS, CallError, Outcome
 from cluster.gateway.apis.http.body import Refused, RequestBodies
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.openai import answers
-from cluster.gateway.apis.openai.requests import Asked, as_asked
+from cluster.gateway.apis.openai.requests import ParsedRequest, as_asked
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
-from cluster.gateway.auth.authenticator import ANYBODY, Door, Shown, alternative_names
+from cluster.gateway.auth.authenticator import ANYBODY, Authenticator, Credentials, alternative_names
 from cluster.gateway.calls.call import Call
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.calls.stream_writer import Lane, Relay, Way
+from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter, Transport
 from cluster.gateway.service import CallMeta, CallService
 
 log = structlog.get_logger("http")
@@ -47,7 +47,7 @@ _EVENTS = [
 ]
 
 
-class Connection(Way, Protocol):
+class ClientConnection(Transport, Protocol):
     """What the server puts there."""
 
     transport: Any
@@ -70,7 +70,7 @@ class _Kind:
     """What differs between chat and completion."""
 
     name: str
-    stream: type[answers.Stream]
+    stream: type[answers.SseStream]
     answer: Callable[[str, str, int, Sequence[Call], Sequence[Piece]], bytes]
 
 
@@ -96,13 +96,13 @@ class Exchange:
         """A header's value; empty where there is none."""
         return self.headers.get(name, b"").decode("latin-1")
 
-    def shown(self, certificates: bool) -> Shown:
+    def shown(self, certificates: bool) -> Credentials:
         """What the caller shows; its certificate where `certificates` count."""
         authorization = tuple(v.decode("latin-1") for name, v in self.scope["headers"] if name == b"authorization")
         host, port = self.scope.get("client") or ("", 0)
         tls = self.scope[CONNECTION].transport.get_extra_info("ssl_object") if certificates else None
         names = alternative_names(tls.getpeercert()) if tls is not None else ()
-        return Shown(authorization, names, f"{host}:{port}")
+        return Credentials(authorization, names, f"{host}:{port}")
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         """Status and headers."""
@@ -140,7 +140,9 @@ class _Endpoint:
     With a `door` who calls is asked before the body is read.
     """
 
-    def __init__(self, method: str, answer: Callable[[Exchange], Awaitable[None]], door: Door | None = None) -> None:
+    def __init__(
+        self, method: str, answer: Callable[[Exchange], Awaitable[None]], door: Authenticator | None = None
+    ) -> None:
         self._door = door
         self._methods = ("GET", "HEAD") if method == "GET" else (method,)
         self._answer = answer
@@ -170,14 +172,14 @@ class _Endpoint:
             await exchange.fail(CallError(Outcome.INTERNAL, message))
 
 
-class HttpFace:
+class OpenAiApi:
     """The HTTP face of a CallService, as an ASGI application."""
 
     def __init__(self, service: CallService, bodies: RequestBodies) -> None:
         self._service = service
         self._bodies = bodies
         self._created = int(time.time())
-        self._relay: Relay | None = None
+        self._relay: ChunkDelivery | None = None
 
     def app(self) -> Application:
         """All routes."""
@@ -217,7 +219,7 @@ class HttpFace:
         answer = self._stream if asked.stream else self._whole
         await _while_connected(answer(kind, asked, meta, exchange), connection)
 
-    async def _stream(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
+    async def _stream(self, kind: _Kind, asked: ParsedRequest, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:
             calls = await self._open(asked, meta, stack)
             exchange.standing = answers.as_headers(calls[-1].headers)
@@ -236,9 +238,9 @@ class HttpFace:
         # The calls' places are free by now, however slowly the end is read.
         await exchange.write(stream.end([call.usage for call in calls]), more=False)
 
-    async def _relay_call(self, call: Call, stream: answers.Stream, shift: int, exchange: Exchange) -> None:
+    async def _relay_call(self, call: Call, stream: answers.SseStream, shift: int, exchange: Exchange) -> None:
         """Send a call's pieces as they come, until its end has been told."""
-        voice = answers.Voice(call, stream, shift, self._service.progress)
+        voice = answers.SseEncoder(call, stream, shift, self._service.progress)
         while not exchange.started:
             await call.news()
             if data := voice.take():
@@ -246,10 +248,10 @@ class HttpFace:
                 if voice.ended:
                     return
         if self._relay is None:
-            self._relay = Relay()
-        await Lane(call, voice, exchange.scope[CONNECTION], self._relay).run()
+            self._relay = ChunkDelivery()
+        await StreamWriter(call, voice, exchange.scope[CONNECTION], self._relay).run()
 
-    async def _whole(self, kind: _Kind, asked: Asked, meta: CallMeta, exchange: Exchange) -> None:
+    async def _whole(self, kind: _Kind, asked: ParsedRequest, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:
             calls = await self._open(asked, meta, stack)
             exchange.standing = answers.as_headers(calls[-1].headers)
@@ -264,7 +266,7 @@ class HttpFace:
         answer = kind.answer(calls[0].id, calls[0].model, int(time.time()), calls, pieces)
         await exchange.whole(200, answer, exchange.standing)
 
-    async def _open(self, asked: Asked, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
+    async def _open(self, asked: ParsedRequest, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
         """One running call for each prompt."""
         calls = []
         for i, wish in enumerate(asked.wishes):
@@ -333,7 +335,7 @@ async def _all(works: Sequence[Awaitable[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _while_connected(work: Awaitable[None], connection: Connection) -> None:
+async def _while_connected(work: Awaitable[None], connection: ClientConnection) -> None:
     """Run to the end, or until the client is gone. Raises ConnectionResetError."""
     task, gone = asyncio.current_task(), False
 

@@ -25,11 +25,11 @@ from cluster.gateway.calls.request import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     ChatPrompt,
+    GenerationRequest,
     IdsPrompt,
-    Options,
     Prompt,
+    RequestOptions,
     TextPrompt,
-    Wish,
 )
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -124,13 +124,13 @@ def unsupported(path: str, remedy: str = "leave it out") -> CallError:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ParsedRequest:
     """A request's body: one wish for each prompt, and how the answer is wanted.
 
     `names` says under which names the caller knows a wish's fields.
     """
 
-    wishes: Sequence[Wish]
+    wishes: Sequence[GenerationRequest]
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -157,7 +157,7 @@ def _renamed(field: str, names: Mapping[str, str], prompt: int | None) -> str:
     return name + bracket + rest
 
 
-def chat_asked(body: Fields) -> Asked:
+def chat_asked(body: Fields) -> ParsedRequest:
     """/v1/chat/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_CHAT)
     messages = _messages(body)
@@ -179,11 +179,13 @@ def chat_asked(body: Fields) -> Asked:
     )
     length = "max_tokens" if body.values.get("max_completion_tokens") is None else "max_completion_tokens"
     options = _options(body, length, *_chat_logprobs(body))
-    wish = Wish(body.text("model") or "", prompt, options, cache_salt=_salt(body), metadata=_metadata(body))
+    wish = GenerationRequest(
+        body.text("model") or "", prompt, options, cache_salt=_salt(body), metadata=_metadata(body)
+    )
     return _asked(body, [wish], {"max_tokens": length, "logprobs": "top_logprobs"})
 
 
-def completion_asked(body: Fields) -> Asked:
+def completion_asked(body: Fields) -> ParsedRequest:
     """/v1/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_COMPLETION)
     best_of = body.integer("best_of")
@@ -193,18 +195,20 @@ def completion_asked(body: Fields) -> Asked:
     # OpenAI's shape has the sampled token beside the k most likely ones: one more is told than is asked of the engine.
     options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
     model, salt, metadata = body.text("model") or "", _salt(body), _metadata(body)
-    wishes = [Wish(model, prompt, options, DEFAULT_COMPLETE_TOKENS, salt, metadata) for prompt in _prompts(body)]
+    wishes = [
+        GenerationRequest(model, prompt, options, DEFAULT_COMPLETE_TOKENS, salt, metadata) for prompt in _prompts(body)
+    ]
     return _asked(body, wishes, {"prompt_token_ids": "prompt"})
 
 
-def _asked(body: Fields, wishes: Sequence[Wish], names: Mapping[str, str]) -> Asked:
+def _asked(body: Fields, wishes: Sequence[GenerationRequest], names: Mapping[str, str]) -> ParsedRequest:
     stream = body.flag("stream")
     options = body.object("stream_options")
     if options is not None and not stream:
         raise invalid("stream_options", "needs stream to be true")
     usage = options is not None and options.flag("include_usage")
     continuous = options is not None and options.flag("continuous_usage_stats")
-    return Asked(wishes, stream, usage, usage and continuous, names)
+    return ParsedRequest(wishes, stream, usage, usage and continuous, names)
 
 
 def _metadata(body: Fields) -> dict[str, str]:
@@ -333,9 +337,9 @@ def _tool_call(call: Fields) -> dict[str, Any]:
 # ---- options
 
 
-def _options(body: Fields, length: str, logprobs: int | None, logprobs_told: int | None) -> Options:
+def _options(body: Fields, length: str, logprobs: int | None, logprobs_told: int | None) -> RequestOptions:
     n = body.integer("n")
-    return Options(
+    return RequestOptions(
         max_tokens=body.integer(length),
         min_tokens=body.integer("min_tokens"),
         temperature=body.number("temperature"),

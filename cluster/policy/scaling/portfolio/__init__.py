@@ -9,11 +9,11 @@ from cluster.policy.scaling.portfolio.memory import Memory, ModelMemory
 from cluster.policy.scaling.portfolio.policy import decide
 from cluster.policy.scaling.portfolio.types import (
     ClassDemand,
-    Decision,
     ModelSeen,
     ModelSettings,
     Observation,
     Rates,
+    ReplicaDecision,
     ReplicaSeen,
     ReplicaState,
     Slo,
@@ -21,13 +21,13 @@ from cluster.policy.scaling.portfolio.types import (
 
 __all__ = [
     "ClassDemand",
-    "Decision",
     "Memory",
     "ModelMemory",
     "ModelSeen",
     "ModelSettings",
     "Observation",
     "Rates",
+    "ReplicaDecision",
     "ReplicaSeen",
     "ReplicaState",
     "Slo",

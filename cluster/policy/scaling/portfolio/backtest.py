@@ -34,7 +34,7 @@ MEMORY = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Shadow:
+class Backtest:
     """By rule: replica-seconds held, late calls, and the work that waits; and all calls. They fade."""
 
     cost: Floats
@@ -58,9 +58,9 @@ class Came:
     behind_s: float
 
 
-def nothing() -> Shadow:
+def nothing() -> Backtest:
     """Before the first observation."""
-    return Shadow(np.zeros(RULES), np.zeros(RULES), np.zeros(RULES))
+    return Backtest(np.zeros(RULES), np.zeros(RULES), np.zeros(RULES))
 
 
 def held(signals: Floats, stray: Floats) -> Floats:
@@ -78,12 +78,12 @@ def whole(replicas: Floats, correction: float) -> Floats:
 
 
 def played(
-    before: Shadow, wanted: Floats, ready: Floats, came: Came, doubt: float, passed_s: float, cold_start_s: float
-) -> Shadow:
+    before: Backtest, wanted: Floats, ready: Floats, came: Came, doubt: float, passed_s: float, cold_start_s: float
+) -> Backtest:
     """With one more stretch. `wanted` and `ready` by rule, whole; rules face `doubt` times what came."""
     fade = float(np.exp(-passed_s / (MEMORY * cold_start_s)))
     waiting, late = line(ready, before.waiting, came, doubt, passed_s, cold_start_s)
-    return Shadow(
+    return Backtest(
         before.cost * fade + wanted * passed_s,
         before.late * fade + late * came.calls,
         waiting,
@@ -113,7 +113,7 @@ def late_share(allowed: Floats, before: Floats, after: Floats) -> Floats:
     return np.where(high <= allowed, 0.0, np.minimum(share, 1.0))
 
 
-def best(shadow: Shadow, late_budget: float, ahead: float) -> tuple[int, ...]:
+def best(shadow: Backtest, late_budget: float, ahead: float) -> tuple[int, ...]:
     """The rules to follow: the CHOSEN cheapest within the budget, the cheapest first.
 
     `ahead` (1 or more): so many times what was seen is what the budget is for, as long as it is not spent: who spent on

@@ -31,7 +31,7 @@ FORGET = 200.0
 
 
 @dataclass(frozen=True, slots=True)
-class Levels:
+class DemandLevels:
     """Arrays are never written after they were made. `seen_s`: how much time they cover."""
 
     seen_s: float
@@ -47,10 +47,10 @@ class Levels:
     """The mixture's inverse of X'X."""
 
 
-def nothing() -> Levels:
+def nothing() -> DemandLevels:
     """Before the first observation."""
     count = len(SPANS)
-    return Levels(
+    return DemandLevels(
         0.0,
         np.zeros(count),
         np.zeros(SIGNALS),
@@ -61,8 +61,8 @@ def nothing() -> Levels:
 
 
 def follow(
-    before: Levels, load: float, passed_s: float, cold_start_s: float, past: tuple[Floats, Floats] | None
-) -> Levels:
+    before: DemandLevels, load: float, passed_s: float, cold_start_s: float, past: tuple[Floats, Floats] | None
+) -> DemandLevels:
     """With one more stretch of `passed_s` seconds in which the load was this.
 
     `past`: means and signals of a cold start ago; None while there are none so old.
@@ -81,10 +81,10 @@ def follow(
     kept = np.where(FALLS > 0, np.exp(-passed_s / np.maximum(FALLS * cold_start_s, 1e-9)), 0.0)
     fallen = before.signals.reshape(LEVELS, len(FALLS)) * kept
     signals = np.maximum(levels[:, None], fallen).reshape(-1)
-    return Levels(before.seen_s + passed_s, means, signals, stray, weights, spread)
+    return DemandLevels(before.seen_s + passed_s, means, signals, stray, weights, spread)
 
 
-def _regress(before: Levels, x: Floats, became: float, passed: float) -> tuple[Floats, Floats]:
+def _regress(before: DemandLevels, x: Floats, became: float, passed: float) -> tuple[Floats, Floats]:
     """One step of recursive least squares, relative to the load's size so that its scale does not matter."""
     size = max(float(x.max()), became)
     if size <= 0:

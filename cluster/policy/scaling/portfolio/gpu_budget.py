@@ -20,8 +20,8 @@ import numpy as np
 
 from cluster.policy.scaling.portfolio.forecast import Floats
 from cluster.policy.scaling.portfolio.gpu_equivalence import covers, unit_of, whole, worth, worth_of
-from cluster.policy.scaling.portfolio.marginal_gain import Gains
-from cluster.policy.scaling.portfolio.types import Decision, ModelSeen, Rates
+from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
+from cluster.policy.scaling.portfolio.types import ModelSeen, Rates, ReplicaDecision
 
 CLASS = 100.0
 DEEPEST = 6
@@ -38,7 +38,7 @@ LEAST_GAIN = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class GpuClaim:
     """What one model asks for. `fixed`: what it gets whatever it wishes; `frozen`: also beyond the budget. `wanted` and
     `load` are in replicas of one type (gpu_equivalence.py), all else in replicas as they are."""
 
@@ -52,14 +52,14 @@ class Claim:
     """Replica-seconds of what waits."""
     by_rank: Mapping[int, float]
     calls_per_s: float
-    gains: Gains
+    gains: MarginalGains
     fixed: int | Mapping[str, int] | None
     frozen: bool
     why: str
     numbers: Mapping[str, float]
 
 
-class _Purse:
+class _GpuPool:
     """What is left of each GPU type."""
 
     def __init__(self, budget: Mapping[str, int]) -> None:
@@ -78,9 +78,9 @@ class _Purse:
             self.left[gpu] += gpus
 
 
-def share(claims: Sequence[Claim], budget: Mapping[str, int]) -> tuple[Decision, ...]:
+def share(claims: Sequence[GpuClaim], budget: Mapping[str, int]) -> tuple[ReplicaDecision, ...]:
     """A decision for every claim, in their order; never more of a GPU type than there is, but for what is frozen."""
-    purse = _Purse(budget)
+    purse = _GpuPool(budget)
     # Classes count by their order, not by their numbers: classes that nobody has ranked are alike, not worthless.
     order = {rank: depth for depth, rank in enumerate(sorted({rank for claim in claims for rank in claim.by_rank}))}
     claims = [replace(claim, by_rank={order[r]: load for r, load in claim.by_rank.items()}) for claim in claims]
@@ -130,7 +130,7 @@ def share(claims: Sequence[Claim], budget: Mapping[str, int]) -> tuple[Decision,
     return tuple(_decision(claim, given[claim.model]) for claim in claims)
 
 
-def _enough(claim: Claim, mine: Mapping[str, int]) -> bool:
+def _enough(claim: GpuClaim, mine: Mapping[str, int]) -> bool:
     """Whether they are worth what is wanted, or as many as there may be."""
     settings = claim.seen.settings
     if len(settings.gpus) > 1 and sum(mine.values()) >= settings.max_replicas:
@@ -138,7 +138,7 @@ def _enough(claim: Claim, mine: Mapping[str, int]) -> bool:
     return covers(worth_of(claim.seen, mine), claim.wanted)
 
 
-def _take(purse: _Purse, claim: Claim, mine: dict[str, int]) -> bool:
+def _take(purse: _GpuPool, claim: GpuClaim, mine: dict[str, int]) -> bool:
     """One more replica: of a type that the model has already, else of the first that has room, else of the first."""
     types, room = claim.seen.settings.gpus, claim.seen.room
     kept = [gpu for gpu in types if mine.get(gpu, 0) < claim.have.get(gpu, 0)]
@@ -150,12 +150,17 @@ def _take(purse: _Purse, claim: Claim, mine: dict[str, int]) -> bool:
     return False
 
 
-def _gpus(claim: Claim, gpu: str) -> int:
+def _gpus(claim: GpuClaim, gpu: str) -> int:
     return claim.seen.rates.get(gpu, Rates()).gpus
 
 
 def _push(
-    heap: list[tuple[float, int, int, int]], at: int, claim: Claim, mine: Mapping[str, int], values: Floats, most: int
+    heap: list[tuple[float, int, int, int]],
+    at: int,
+    claim: GpuClaim,
+    mine: Mapping[str, int],
+    values: Floats,
+    most: int,
 ) -> None:
     """The next step of a claim, to `most` at the furthest: to where it gains most for each GPU."""
     here = worth_of(claim.seen, mine)
@@ -169,7 +174,7 @@ def _push(
     heapq.heappush(heap, (-float(each[best]) / gpus, at, first + best, most))
 
 
-def _values(claim: Claim) -> Floats:
+def _values(claim: GpuClaim) -> Floats:
     """By 0, 1, 2, ... replicas: calls in time a second over the horizon, with the edge of what is there."""
     have = worth_of(claim.seen, claim.have)
     numbers = np.arange(claim.wanted + 1, dtype=float)
@@ -179,7 +184,7 @@ def _values(claim: Claim) -> Floats:
     return values
 
 
-def _won(claim: Claim, numbers: Floats) -> Floats:
+def _won(claim: GpuClaim, numbers: Floats) -> Floats:
     """Calls in time a second by so many replicas, by class."""
     total = sum(claim.by_rank.values())
     out, before, share = LEAST_GAIN * numbers, np.zeros(len(numbers)), 0.0
@@ -191,7 +196,7 @@ def _won(claim: Claim, numbers: Floats) -> Floats:
     return out
 
 
-def _in_time(claim: Claim, numbers: Floats) -> Floats:
+def _in_time(claim: GpuClaim, numbers: Floats) -> Floats:
     """Of all classes as one, once what waits is done."""
     cold_s = max(claim.seen.settings.cold_start_s, 1.0)
     seen = claim.gains.time_s / cold_s
@@ -201,7 +206,7 @@ def _in_time(claim: Claim, numbers: Floats) -> Floats:
     return won / (1.0 + claim.waiting_s / spare / (CLEARED * cold_s))
 
 
-def _decision(claim: Claim, got: Mapping[str, int]) -> Decision:
+def _decision(claim: GpuClaim, got: Mapping[str, int]) -> ReplicaDecision:
     counts = {gpu: count for gpu, count in got.items() if count or claim.have.get(gpu)}
     total, why = worth_of(claim.seen, got), claim.why
     asked, less = claim.wanted, not _enough(claim, got)
@@ -220,4 +225,4 @@ def _decision(claim: Claim, got: Mapping[str, int]) -> Decision:
     if len(claim.seen.settings.gpus) > 1:
         numbers |= {f"given[{gpu}]": float(count) for gpu, count in counts.items()}
         numbers |= {f"worth[{gpu}]": worth(claim.seen, gpu) for gpu in claim.seen.settings.gpus}
-    return Decision(claim.model, counts, why, numbers)
+    return ReplicaDecision(claim.model, counts, why, numbers)

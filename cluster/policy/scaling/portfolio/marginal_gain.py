@@ -24,7 +24,7 @@ SPAN = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Gains:
+class MarginalGains:
     """By COUNTS: calls in time, and the work that waits. `time_s`: what they cover. Sums fade."""
 
     good: Floats
@@ -36,17 +36,17 @@ class Gains:
         return np.interp(replicas, COUNTS, self.good) / self.time_s if self.time_s else np.zeros(len(replicas))
 
 
-def nothing() -> Gains:
+def nothing() -> MarginalGains:
     """Before the first stretch."""
-    return Gains(np.zeros(len(COUNTS)), np.zeros(len(COUNTS)))
+    return MarginalGains(np.zeros(len(COUNTS)), np.zeros(len(COUNTS)))
 
 
-def played(before: Gains, came: Came, passed_s: float, cold_start_s: float) -> Gains:
+def played(before: MarginalGains, came: Came, passed_s: float, cold_start_s: float) -> MarginalGains:
     """With one more stretch of demand."""
     fade = math.exp(-passed_s / (SPAN * cold_start_s))
     waiting, late = backtest.line(COUNTS, before.waiting, came, 1.0, passed_s, cold_start_s)
     served = np.where(COUNTS > 0, (1.0 - late) * came.calls, 0.0)
-    return Gains(
+    return MarginalGains(
         np.maximum.accumulate(before.good * fade + served),
         waiting,
         before.time_s * fade + passed_s,

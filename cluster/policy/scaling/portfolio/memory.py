@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from cluster.policy.scaling.portfolio import backtest as shadow
 from cluster.policy.scaling.portfolio import forecast as levels
 from cluster.policy.scaling.portfolio import marginal_gain as gains
-from cluster.policy.scaling.portfolio.backtest import Shadow
-from cluster.policy.scaling.portfolio.forecast import Floats, Levels
-from cluster.policy.scaling.portfolio.marginal_gain import Gains
+from cluster.policy.scaling.portfolio.backtest import Backtest
+from cluster.policy.scaling.portfolio.forecast import DemandLevels, Floats
+from cluster.policy.scaling.portfolio.marginal_gain import MarginalGains
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,9 @@ class ModelMemory:
 
     last_call_s: float
     stretch: Stretch = field(default_factory=Stretch)
-    levels: Levels = field(default_factory=levels.nothing)
-    shadow: Shadow = field(default_factory=shadow.nothing)
-    gains: Gains = field(default_factory=gains.nothing)
+    levels: DemandLevels = field(default_factory=levels.nothing)
+    shadow: Backtest = field(default_factory=shadow.nothing)
+    gains: MarginalGains = field(default_factory=gains.nothing)
     past: tuple[Past, ...] = ()
     rules: tuple[int, ...] = ()
     """That are followed, the cheapest first."""

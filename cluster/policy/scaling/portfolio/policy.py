@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cluster.policy.scaling.portfolio.gpu_budget import Claim, share
+from cluster.policy.scaling.portfolio.gpu_budget import GpuClaim, share
 from cluster.policy.scaling.portfolio.gpu_equivalence import as_one_type, whole, worth_of
 from cluster.policy.scaling.portfolio.memory import Memory, ModelMemory
-from cluster.policy.scaling.portfolio.replica_target import Wish, Work, learn, remembered, wish, work_of
-from cluster.policy.scaling.portfolio.types import Decision, ModelSeen, Observation
+from cluster.policy.scaling.portfolio.replica_target import ReplicaTarget, ReplicaWork, learn, remembered, wish, work_of
+from cluster.policy.scaling.portfolio.types import ModelSeen, Observation, ReplicaDecision
 
 
-def decide(observation: Observation, memory: Memory, now_s: float) -> tuple[tuple[Decision, ...], Memory]:
+def decide(observation: Observation, memory: Memory, now_s: float) -> tuple[tuple[ReplicaDecision, ...], Memory]:
     """One decision for every model, and what to hand in with the next observation."""
     passed_s = max(now_s - memory.at_s, 0.0) if memory.at_s is not None else observation.covers_s
     claims, kept = [], {}
@@ -31,7 +31,7 @@ def decide(observation: Observation, memory: Memory, now_s: float) -> tuple[tupl
 
 def _claim(
     name: str, seen: ModelSeen, observation: Observation, before: ModelMemory, passed_s: float, now_s: float
-) -> tuple[Claim, ModelMemory]:
+) -> tuple[GpuClaim, ModelMemory]:
     settings, demand = seen.settings, seen.demand.values()
     have: dict[str, int] = {}
     for replica in seen.replicas:
@@ -43,7 +43,7 @@ def _claim(
     alike = as_one_type(seen)
     work = work_of(alike, observation.ranks)
     if work is None:
-        one, work = _unlearnt(alike, called), Work(0.0, 0.0, 0.0, {}, 0, 0, 0, 0, 0)
+        one, work = _unlearnt(alike, called), ReplicaWork(0.0, 0.0, 0.0, {}, 0, 0, 0, 0, 0)
     else:
         after = learn(after, alike, work, passed_s, now_s)
         one, after = wish(after, alike, work, now_s)
@@ -67,7 +67,7 @@ def _claim(
         fixed, why = settings.manual, "manual"
     if observation.frozen or settings.frozen:
         fixed, why = have, "frozen"
-    return Claim(
+    return GpuClaim(
         name,
         seen,
         have,
@@ -85,12 +85,12 @@ def _claim(
     ), after
 
 
-def _unlearnt(seen: ModelSeen, called: bool) -> Wish:
+def _unlearnt(seen: ModelSeen, called: bool) -> ReplicaTarget:
     """No rates: one replica where there is a call, one more where calls wait too long or are late."""
     have = sum(r.state != "draining" for r in seen.replicas)
     starting = any(r.state == "starting" for r in seen.replicas)
     waits = max((d.oldest_wait_s for d in seen.demand.values()), default=0.0)
     late = sum(d.outside_slo for d in seen.demand.values())
     if have and not starting and (waits > seen.settings.slo.ttft_s / 2 or late):
-        return Wish(have + 1, "rates are not learnt, and calls wait", 0.0, {})
-    return Wish(max(have, int(called)), "rates are not learnt yet", 0.0, {})
+        return ReplicaTarget(have + 1, "rates are not learnt, and calls wait", 0.0, {})
+    return ReplicaTarget(max(have, int(called)), "rates are not learnt yet", 0.0, {})

@@ -66,7 +66,7 @@ SPREAD = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ReplicaTarget:
     """`replicas` of the first GPU type. `load` is what is expected, `now` what arrives, both in replicas."""
 
     replicas: int
@@ -76,7 +76,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class ReplicaWork:
     """What came in one observation, in replica-seconds of the first GPU type. None: no rates are known."""
 
     load_s: float
@@ -92,7 +92,7 @@ class Work:
     """Of output, expected."""
 
 
-def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> Work | None:
+def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> ReplicaWork | None:
     """None where the rates of the first GPU type are not learnt yet."""
     rates = seen.rates.get(seen.settings.gpus[0], Rates())
     demand = seen.demand
@@ -104,7 +104,7 @@ def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> Work | None:
     for name, value in load.items():
         rank = ranks.get(name, UNKNOWN_RANK)
         by_rank[rank] = by_rank.get(rank, 0.0) + value
-    return Work(
+    return ReplicaWork(
         sum(load.values()),
         sum(prompt.values()),
         sum(d.queued_tokens for d in demand.values()) / rates.prefill_tokens_per_s,
@@ -118,7 +118,7 @@ def work_of(seen: ModelSeen, ranks: Mapping[str, int]) -> Work | None:
     )
 
 
-def learn(memory: ModelMemory, seen: ModelSeen, work: Work, passed_s: float, now_s: float) -> ModelMemory:
+def learn(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, passed_s: float, now_s: float) -> ModelMemory:
     """With what came since the last observation."""
     before = memory.stretch
     stretch = Stretch(
@@ -215,7 +215,7 @@ def _check(before: Fidelity, seen: ModelSeen, one: Stretch, came: Came, cold_s: 
     return Fidelity(float(waiting[0]), told, lately, late, judged, time_s, correction)
 
 
-def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tuple[Wish, ModelMemory]:
+def wish(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, now_s: float) -> tuple[ReplicaTarget, ModelMemory]:
     """How many replicas, with patience."""
     settings, have = seen.settings, sum(r.state != "draining" for r in seen.replicas)
     cold_s = max(settings.cold_start_s, 1.0)
@@ -272,10 +272,10 @@ def wish(memory: ModelMemory, seen: ModelSeen, work: Work, now_s: float) -> tupl
         "have": float(have),
         "cold_start_s": cold_s,
     }
-    return Wish(target, why, level, numbers), replace(memory, wishes=wishes)
+    return ReplicaTarget(target, why, level, numbers), replace(memory, wishes=wishes)
 
 
-def _crowd(memory: ModelMemory, seen: ModelSeen, work: Work, cold_s: float) -> int:
+def _crowd(memory: ModelMemory, seen: ModelSeen, work: ReplicaWork, cold_s: float) -> int:
     """Replicas in which all have a place that run and wait now, and as many more as chance may bring before another
     replica would serve. Where streams last longer than a start, what runs tells more of the next minute than what
     comes: few long calls are no rate."""

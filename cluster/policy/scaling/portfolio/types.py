@@ -129,7 +129,7 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class ReplicaDecision:
     """How many replicas a model is to have, by GPU type: starting and ready ones, not those that drain.
 
     There is one for every model in every round, also where nothing changes. `numbers` are what `cluster explain

@@ -87,7 +87,7 @@ def _read(folder: Path, with_state: bool) -> Task | None:
 
 
 @dataclass(slots=True)
-class _Step:
+class _WatchedStep:
     """What is known of the step under way."""
 
     read_at: float
@@ -100,7 +100,7 @@ class Starvation:
 
     def __init__(self, read: Callable[[], Tasks]) -> None:
         self._read = read
-        self._step: _Step | None = None
+        self._step: _WatchedStep | None = None
         self._lock = threading.Lock()
 
     def explains(self, age_s: float, p99_s: float, now: float) -> bool:
@@ -112,10 +112,10 @@ class Starvation:
             step = self._look(age_s, now)
             return step.lost_s >= SHARE * age_s and age_s - step.lost_s <= max(LEAST_S, STEPS * p99_s)
 
-    def _look(self, age_s: float, now: float) -> _Step:
+    def _look(self, age_s: float, now: float) -> _WatchedStep:
         step = self._step
         if step is None or now - step.read_at > age_s:  # another step's
-            step = self._step = _Step(now, self._read())
+            step = self._step = _WatchedStep(now, self._read())
         elif now - step.read_at >= LEAST_WINDOW_S:
             tasks = self._read()
             step.lost_s += lost_s(step.tasks, tasks, now - step.read_at)

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from cluster.wire.bundle import sampling_defaults
-from cluster.worker.engine.simulated.faults import Fault, SimFaults
+from cluster.worker.engine.simulated.faults import SimFault, SimFaults
 
 SCHEME = "sim://"
 
@@ -99,11 +99,11 @@ class SimConfig:
         if url.netloc:
             raise ValueError(f"source {source!r}: three slashes before an absolute folder: sim:///{url.netloc}...")
         values: dict[str, Any] = {}
-        faults: list[Fault] = []
+        faults: list[SimFault] = []
         given = [*parse_qsl(url.query, keep_blank_values=True), *((k, str(v)) for k, v in (overrides or {}).items())]
         for name, text in given:
             if name == "fault":
-                faults.append(Fault.parse(text))
+                faults.append(SimFault.parse(text))
             else:
                 values[name] = _parse(name, text)
         return cls(folder=unquote(url.path), faults=SimFaults(tuple(faults)), **values)

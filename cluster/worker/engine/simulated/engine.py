@@ -17,15 +17,15 @@ from cluster.api.ports import EngineDead, EngineRefused
 from cluster.api.types import RESUME_EXACT, EngineInfo, EngineLoad, EngineRequest, TokenOutput
 from cluster.worker.engine.simulated.clock import Clock, VirtualClock, WallClock
 from cluster.worker.engine.simulated.config import SCHEME, SimConfig
-from cluster.worker.engine.simulated.faults import Armed, Fault, SimFaults
-from cluster.worker.engine.simulated.model import Plan, SimModel, SimStatistics
-from cluster.worker.engine.step_times import LEAST_S, PATIENCE, Pace
+from cluster.worker.engine.simulated.faults import Armed, SimFault, SimFaults
+from cluster.worker.engine.simulated.model import SimModel, SimStatistics, StepPlan
+from cluster.worker.engine.step_times import LEAST_S, PATIENCE, StepTimes
 
 __all__ = [
     "SCHEME",
-    "Fault",
     "SimConfig",
     "SimEngine",
+    "SimFault",
     "SimFaults",
     "SimStatistics",
     "VirtualClock",
@@ -42,12 +42,12 @@ class SimEngine:
         self._clock: Clock = clock or WallClock()
         self._armed = Armed(config.faults)
         self._model: SimModel | None = None
-        self._plan: Plan | None = None
+        self._plan: StepPlan | None = None
         self._nan = False
         self._rested = True  # since the last step there was nothing to do
         self._ends_at = 0.0
         self._stated_until = 0.0
-        self._pace = Pace()
+        self._pace = StepTimes()
         self._dead = ""
         self._frozen: EngineLoad | None = None
         self._wake = asyncio.Event()
@@ -136,7 +136,7 @@ class SimEngine:
 
     def fail(self, point: str, action: str, at: int = 1, seconds: float = 0.0) -> None:
         """Arm a fault (see simulated.faults). Raises ValueError for a pair that cannot be."""
-        self._armed.arm(Fault(action, point, at, seconds))
+        self._armed.arm(SimFault(action, point, at, seconds))
 
     def heal(self) -> None:
         """Disarm all faults, end a hang and give right tokens again; the dead stay dead."""
@@ -169,7 +169,7 @@ class SimEngine:
         if self._dead:
             raise EngineDead(self._dead)
 
-    async def _begin(self, model: SimModel) -> Plan:
+    async def _begin(self, model: SimModel) -> StepPlan:
         """The next step, scheduled, with its faults applied and its end set."""
         while not model.has_work():
             self._rested = True
@@ -190,7 +190,7 @@ class SimEngine:
         self._pace.began(begins_at)
         return plan
 
-    def _visit_points(self, model: SimModel, plan: Plan) -> list[Fault]:
+    def _visit_points(self, model: SimModel, plan: StepPlan) -> list[SimFault]:
         """Let the faults of this step happen; those that make it take longer."""
         points = ["step"]
         if plan.prefill_tokens:
@@ -211,7 +211,7 @@ class SimEngine:
                 time.sleep(fault.seconds)
         return [fault for fault in firing if fault.action == "slow"]
 
-    def _end_by(self, fault: Fault) -> None:
+    def _end_by(self, fault: SimFault) -> None:
         if fault.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         self.kill(f"injected fault {fault}")

@@ -26,7 +26,7 @@ _TIMED = ("slow", "block")
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class SimFault:
     """One failure to come. Raises ValueError for a pair that cannot be."""
 
     action: str
@@ -49,7 +49,7 @@ class Fault:
         return f"{self.action}@{self.point}:{self.at}{tail}"
 
     @classmethod
-    def parse(cls, text: str) -> Fault:
+    def parse(cls, text: str) -> SimFault:
         """The inverse of str. Raises ValueError with the form that is meant."""
         action, _, rest = text.partition("@")
         point, *numbers = rest.split(":")
@@ -67,19 +67,19 @@ class Fault:
 class SimFaults:
     """The faults armed from the start."""
 
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[SimFault, ...] = ()
 
 
 class Armed:
     """The faults to come, and how often their points were visited."""
 
     def __init__(self, initial: SimFaults) -> None:
-        self._visits: list[tuple[Fault, int]] = [(fault, 0) for fault in initial.faults]
+        self._visits: list[tuple[SimFault, int]] = [(fault, 0) for fault in initial.faults]
 
     def __bool__(self) -> bool:
         return bool(self._visits)
 
-    def arm(self, fault: Fault) -> None:
+    def arm(self, fault: SimFault) -> None:
         """Add one; its count starts now."""
         self._visits.append((fault, 0))
 
@@ -87,10 +87,10 @@ class Armed:
         """Disarm all."""
         self._visits.clear()
 
-    def visit(self, point: str) -> list[Fault]:
+    def visit(self, point: str) -> list[SimFault]:
         """Those that fire at this visit; one that fires once is spent by it."""
-        firing: list[Fault] = []
-        left: list[tuple[Fault, int]] = []
+        firing: list[SimFault] = []
+        left: list[tuple[SimFault, int]] = []
         for fault, visits in self._visits:
             if fault.point != point:
                 left.append((fault, visits))

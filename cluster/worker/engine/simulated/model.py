@@ -46,7 +46,7 @@ class SimStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StepPlan:
     """One step to come: who computes how many tokens, and how long that takes."""
 
     work: Sequence[tuple[SimSequence, int]]
@@ -185,7 +185,7 @@ class SimModel:
         plan = self.schedule()
         return StepResult(now + plan.step_s, self.complete(plan))
 
-    def schedule(self) -> Plan:
+    def schedule(self) -> StepPlan:
         """Decide the next step and take its blocks. `complete` must follow before the next `schedule`."""
         work: list[tuple[SimSequence, int]] = []
         budget = self.config.max_num_batched_tokens
@@ -223,13 +223,13 @@ class SimModel:
             work.append((sequence, tokens))
             budget -= tokens
 
-    def _plan(self, work: list[tuple[SimSequence, int]]) -> Plan:
+    def _plan(self, work: list[tuple[SimSequence, int]]) -> StepPlan:
         decode = sum(1 for sequence, tokens in work if tokens == 1 and sequence.computed + 1 == len(sequence.tokens))
         prefill = sum(tokens for _, tokens in work) - decode
         step_s = self.config.decode_ms / 1000 + prefill / self.config.prefill_tokens_per_s if work else 0.0
-        return Plan(work, prefill, decode, step_s)
+        return StepPlan(work, prefill, decode, step_s)
 
-    def complete(self, plan: Plan, nan: bool = False) -> list[TokenOutput]:
+    def complete(self, plan: StepPlan, nan: bool = False) -> list[TokenOutput]:
         """The planned step is done: its outputs. With `nan` the first request that would emit ends in ERROR."""
         self._steps += 1
         self._step_s = plan.step_s
@@ -253,7 +253,7 @@ class SimModel:
             outputs.append(output)
         return outputs
 
-    def reaches_max_tokens(self, plan: Plan) -> bool:
+    def reaches_max_tokens(self, plan: StepPlan) -> bool:
         """Whether the planned step gives some request its last allowed token."""
         return any(
             s.alive and s.computed + n == len(s.tokens) and s.outputs + 1 == s.request.sampling.max_tokens

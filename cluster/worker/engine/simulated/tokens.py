@@ -53,7 +53,7 @@ def content_key(seed: int, request: EngineRequest, salted: bool = True) -> int:
     """What besides the tokens decides the content. Limits (max_tokens, min_tokens, stops) are no part of it.
 
     As in a real engine, where the output begins matters only to what counts or replays output tokens: frequency and
-    presence penalties, a seeded generator, a grammar. Elsewhere prompt + emitted ids are as good as a prompt.
+    presence penalties, a seeded generator, a grammar. PeerBacklogs prompt + emitted ids are as good as a prompt.
     """
     s = request.sampling
     bias = tuple(sorted(s.logit_bias.items()))

@@ -26,10 +26,18 @@ from cluster.worker.engine.processes.starvation import BUSY, Starvation, read_ta
 from cluster.worker.engine.vllm import arguments, fast_path, repairs, resume
 from cluster.worker.engine.vllm.cpu import lone_rank
 from cluster.worker.engine.vllm.fast_path import FastPath
-from cluster.worker.engine.vllm.paths import EnginePath, Live, StepStats
+from cluster.worker.engine.vllm.paths import EnginePath, LiveRequest, StepStats
 from cluster.worker.engine.vllm.private_names import missing
 from cluster.worker.engine.vllm.public_path import PublicPath
-from cluster.worker.engine.vllm.requests import Limits, check, is_heavy, prompt_of, refusal, refused, sampling_params
+from cluster.worker.engine.vllm.requests import (
+    RequestBounds,
+    check,
+    is_heavy,
+    prompt_of,
+    refusal,
+    refused,
+    sampling_params,
+)
 
 REMEMBERED_IDS = 65_536
 """Ended request ids that are still refused as duplicates; live ones always are."""
@@ -60,8 +68,8 @@ class VllmEngine:
         self._executor = executor
         self._exact_resume = exact_resume
         self._path: EnginePath | None = None
-        self._limits = Limits(0, 0, 0)
-        self._live: dict[str, Live] = {}
+        self._limits = RequestBounds(0, 0, 0)
+        self._live: dict[str, LiveRequest] = {}
         self._ended: dict[str, None] = {}
         self._awaiting_grammar = 0
         self._validating = 0
@@ -144,7 +152,7 @@ class VllmEngine:
         path.stats.pace.limit(scheduler.max_num_batched_tokens)
         dtype = str(model.dtype).removeprefix("torch.")
         installs = self._exact_resume and not repairs.why_resume_is_plain(config)
-        self._limits = Limits(
+        self._limits = RequestBounds(
             max_model_len=model.max_model_len,
             vocab_size=model.get_vocab_size(),
             max_logprobs=model.max_logprobs if model.max_logprobs >= 0 else model.get_vocab_size(),
@@ -192,7 +200,7 @@ class VllmEngine:
 
     def _begin(self, key: str, request: EngineRequest) -> None:
         sampling = request.sampling
-        record = Live(
+        record = LiveRequest(
             prompt_tokens=len(request.prompt_token_ids),
             logprobs=sampling.logprobs,
             stop_token_ids=frozenset(sampling.stop_token_ids),
@@ -256,7 +264,7 @@ class VllmEngine:
             if outputs:
                 return outputs
 
-    def _first(self, record: Live) -> None:
+    def _first(self, record: LiveRequest) -> None:
         if not record.waits:
             return
         record.waits = False

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
-from cluster.worker.engine.vllm.paths import Live, StepStats, core_exit, end
+from cluster.worker.engine.vllm.paths import LiveRequest, StepStats, core_exit, end
 
 NAN_MESSAGE = "NaN in the logits"
 NOT_ITS_GRAMMAR = "the emitted tokens do not follow response_format, or it could not be compiled"
@@ -124,7 +124,7 @@ class FastPath:
         except self._dead_error as error:
             raise EngineDead(str(error)) from error
 
-    async def collect(self, live: Mapping[str, Live]) -> list[TokenOutput]:
+    async def collect(self, live: Mapping[str, LiveRequest]) -> list[TokenOutput]:
         """One message of the engine core. Raises EngineDead."""
         try:
             step = await self._core.get_output_async()
@@ -167,7 +167,7 @@ class FastPath:
         end(self._core, self._core.shutdown)
 
 
-def _complete(output: TokenOutput, given: Any, record: Live) -> None:
+def _complete(output: TokenOutput, given: Any, record: LiveRequest) -> None:
     """The parts that most outputs do not have: first, last, with log probabilities."""
     first, record.first = record.first, False
     if first:

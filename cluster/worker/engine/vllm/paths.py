@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from cluster.api.types import TokenOutput
 from cluster.worker.engine.processes import fork_server
-from cluster.worker.engine.step_times import Pace
+from cluster.worker.engine.step_times import StepTimes
 
 END_WITHIN_S = 1.0
 
 
 @dataclass(slots=True)
-class Live:
+class LiveRequest:
     """A request that vLLM holds."""
 
     prompt_tokens: int
@@ -41,7 +41,7 @@ class StepStats:
     live: int = 0
     prefill_tokens: int = 0
     """Of live requests without an output; with `live` kept by the engine."""
-    pace: Pace = field(default_factory=Pace)
+    pace: StepTimes = field(default_factory=StepTimes)
 
     def stepped(self, now: float, seen: Any) -> None:
         """A step has ended, with vLLM's SchedulerStats or None."""
@@ -96,7 +96,7 @@ class EnginePath(Protocol):
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Drop requests that are live."""
 
-    async def collect(self, live: Mapping[str, Live]) -> list[TokenOutput]:
+    async def collect(self, live: Mapping[str, LiveRequest]) -> list[TokenOutput]:
         """Wait for one step and return its outputs for live requests; may be empty."""
 
     def eos_token_id(self) -> int | None:

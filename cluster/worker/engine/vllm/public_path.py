@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.api.ports import EngineDead
 from cluster.api.types import FinishReason, PositionLogprobs, TokenOutput
-from cluster.worker.engine.vllm.paths import Live, StepStats, core_exit, end
+from cluster.worker.engine.vllm.paths import LiveRequest, StepStats, core_exit, end
 
 _FINISH = {
     "stop": FinishReason.STOP,
@@ -96,7 +96,7 @@ class PublicPath:
             reader.cancel()
         await asyncio.gather(*readers, return_exceptions=True)
 
-    async def collect(self, live: Mapping[str, Live]) -> list[TokenOutput]:
+    async def collect(self, live: Mapping[str, LiveRequest]) -> list[TokenOutput]:
         """Wait for one output and take all that are there. Raises EngineDead."""
         items = [await self._queue.get()]
         while not self._queue.empty():
@@ -129,7 +129,7 @@ class PublicPath:
         end(self._llm.engine_core, self._llm.shutdown)
 
 
-def _output(request_id: str, given: Any, record: Live) -> TokenOutput:
+def _output(request_id: str, given: Any, record: LiveRequest) -> TokenOutput:
     if isinstance(given, Exception):
         return TokenOutput(request_id, [], FinishReason.ERROR, message=f"{type(given).__name__}: {given}")
     completion = given.outputs[0]

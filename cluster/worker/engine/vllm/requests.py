@@ -30,7 +30,7 @@ _INT64 = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RequestBounds:
     """What the started engine can take."""
 
     max_model_len: int
@@ -49,7 +49,7 @@ def refused(field: str, description: str, outcome: Outcome = Outcome.INVALID_FIE
     return EngineRefused(outcome.name, f"{field}: {description}", field)
 
 
-def check(request: EngineRequest, limits: Limits) -> None:
+def check(request: EngineRequest, limits: RequestBounds) -> None:
     """Raise EngineRefused for whatever vLLM would choke on or silently take for something else."""
     if not request.request_id:
         raise refused("request_id", "must not be empty")
@@ -69,7 +69,7 @@ def check(request: EngineRequest, limits: Limits) -> None:
         _check_resume(request, limits)
 
 
-def _check_tokens(request: EngineRequest, limits: Limits) -> None:
+def _check_tokens(request: EngineRequest, limits: RequestBounds) -> None:
     length = len(request.prompt_token_ids) + len(request.emitted_token_ids)
     if not request.prompt_token_ids:
         raise refused("prompt_token_ids", "the prompt has no tokens; send at least one")
@@ -88,7 +88,7 @@ def _check_tokens(request: EngineRequest, limits: Limits) -> None:
             raise refused(field, f"token ids must be in [0, {limits.vocab_size})")
 
 
-def _check_numbers(sampling: Sampling, limits: Limits) -> None:
+def _check_numbers(sampling: Sampling, limits: RequestBounds) -> None:
     bounds: tuple[tuple[str, float, float, float], ...] = (
         ("temperature", sampling.temperature, 0.0, 2.0),
         ("top_p", sampling.top_p, 0.0, 1.0),
@@ -118,7 +118,7 @@ def _check_numbers(sampling: Sampling, limits: Limits) -> None:
         raise refused("logprobs", f"must be in [0, {most}], got {sampling.logprobs}")
 
 
-def _check_ids(sampling: Sampling, limits: Limits) -> None:
+def _check_ids(sampling: Sampling, limits: RequestBounds) -> None:
     if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise refused("stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}, got {len(sampling.stop_token_ids)}")
     if sampling.min_tokens:
@@ -133,7 +133,7 @@ def _check_ids(sampling: Sampling, limits: Limits) -> None:
         raise refused("logit_bias", "biases must be finite numbers")
 
 
-def _check_ends(sampling: Sampling, limits: Limits) -> None:
+def _check_ends(sampling: Sampling, limits: RequestBounds) -> None:
     """The runner's table holds the EOS ids too, also those that `ignore_eos` leaves without effect."""
     ends = limits.eos_token_ids.union(sampling.stop_token_ids)
     if len(ends) > MAX_STOP_TOKEN_IDS_AFTER_MIN:
@@ -144,7 +144,7 @@ def _check_ends(sampling: Sampling, limits: Limits) -> None:
         )
 
 
-def _check_resume(request: EngineRequest, limits: Limits) -> None:
+def _check_resume(request: EngineRequest, limits: RequestBounds) -> None:
     """Refuse a call that had ended, and one that this engine would continue differently."""
     sampling = request.sampling
     if len(request.emitted_token_ids) >= sampling.max_tokens:
@@ -173,7 +173,7 @@ def is_heavy(request: EngineRequest, inline_tokens: int = 4096) -> bool:
     )
 
 
-def prompt_of(request: EngineRequest, limits: Limits) -> dict[str, Any]:
+def prompt_of(request: EngineRequest, limits: RequestBounds) -> dict[str, Any]:
     """vLLM's token input, with the salt of the prefix cache. Emitted ids are part of it where they cannot be output."""
     emitted = () if limits.installs else request.emitted_token_ids
     prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": [*request.prompt_token_ids, *emitted]}
@@ -182,7 +182,7 @@ def prompt_of(request: EngineRequest, limits: Limits) -> dict[str, Any]:
     return prompt
 
 
-def sampling_params(request: EngineRequest, limits: Limits) -> Any:
+def sampling_params(request: EngineRequest, limits: RequestBounds) -> Any:
     """vLLM's SamplingParams. `max_tokens` and `min_tokens` count the emitted tokens of a continued call too."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

@@ -98,8 +98,8 @@ def noise(config: Any) -> str:
     """How seeded calls are drawn on such an engine: with one seed, two schemes give different tokens.
 
     V2: murmur3 of seed, position and token, the same in 0.31 to 0.33. The V1 runner's on CPUs: 0.31 draws exponentials
-    over the vocabulary, 0.32 one number a token, and a sampler that is not known is a scheme of its own. Elsewhere V1
-    draws by the device's own generator.
+    over the vocabulary, 0.32 one number a token, and a sampler that is not known is a scheme of its own. PeerBacklogs
+    V1 draws by the device's own generator.
     """
     from vllm.platforms import current_platform
 

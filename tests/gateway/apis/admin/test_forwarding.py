@@ -13,7 +13,7 @@ from cluster.admin.v1 import admin_pb2, scaling_pb2
 from cluster.admin.v1.scaling_pb2 import ScaleRequest as Scale
 from cluster.admin.v1.scaling_pb2 import ScaleResponse as Scaled
 from cluster.api.outcomes import CallError, Outcome, invalid
-from cluster.controller.links import ControllerEnd
+from cluster.controller.links import ControllerLinks
 from cluster.gateway.apis.admin.forwarding import MAX_DETAIL, details
 from cluster.wire.admin_forwarding import verb
 from tests.support.admin import AdminClient, role_key, until_known
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 class Controlled:
     """A gateway, its operator, and a controller that keeps what it was asked."""
 
-    def __init__(self, keyed: Keyed, operator: AdminClient, end: ControllerEnd) -> None:
+    def __init__(self, keyed: Keyed, operator: AdminClient, end: ControllerLinks) -> None:
         self.keyed = keyed
         self.operator = operator
         self.end = end
@@ -64,7 +64,7 @@ async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
         gateways = [keyed.gateway.endpoints["link"]]
         async with AdminClient(keyed.gateway.endpoints["admin"], key) as operator:
             await until_known(operator, "Catalog.List", admin_pb2.ListRequest())
-            end = ControllerEnd(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
+            end = ControllerLinks(controller_id="c", gateways=gateways, tls=None, bundles=lambda _: None)
             made = Controlled(keyed, operator, end)
             assert (await operator.refused("Catalog.Scale", Scale(name="m"))).reason == "NO_WORKER"
             running = asyncio.create_task(end.run())

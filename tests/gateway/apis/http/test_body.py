@@ -12,7 +12,7 @@ from typing import Any
 from cluster.gateway.apis.http.body import Refused, RequestBodies
 from cluster.gateway.apis.http.protocol import CONNECTION
 from cluster.gateway.apis.http.server import HttpServer
-from cluster.policy.limits.request_bytes import Bounds, RequestBytes
+from cluster.policy.limits.request_bytes import ByteBounds, RequestBytes
 from tests.support.cluster import until
 
 MIB = 1 << 20
@@ -25,7 +25,7 @@ class Sink:
     """An application that reads bodies within a budget of two of the largest, and answers their length."""
 
     budget: RequestBytes = field(
-        default_factory=lambda: RequestBytes(Bounds(2 * LIMIT, 2 * LIMIT, 3 * LIMIT), time.monotonic)
+        default_factory=lambda: RequestBytes(ByteBounds(2 * LIMIT, 2 * LIMIT, 3 * LIMIT), time.monotonic)
     )
     port: int = 0
     parsing: asyncio.Event = field(default_factory=asyncio.Event)

@@ -13,9 +13,9 @@ import pytest
 
 from cluster.gateway.apis.http.protocol import CONNECTION, MAX_HEADERS, STRANGER_REFUSALS
 from cluster.gateway.apis.http.server import HttpServer
-from cluster.gateway.apis.http.timeouts import PaceLimits
+from cluster.gateway.apis.http.timeouts import TimeoutLimits
 
-QUICK = PaceLimits(
+QUICK = TimeoutLimits(
     check_s=0.05,
     first_head_s=0.2,
     head_s=0.2,
@@ -56,7 +56,7 @@ class Echo:
 
 
 @asynccontextmanager
-async def echo(pace: PaceLimits | None = None) -> AsyncIterator[Echo]:
+async def echo(pace: TimeoutLimits | None = None) -> AsyncIterator[Echo]:
     """The application behind a server on loopback."""
     app = Echo()
     server = HttpServer(app, pace=pace)

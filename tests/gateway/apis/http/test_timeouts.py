@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.apis.http.timeouts import Late, Pace, PaceLimits
+from cluster.gateway.apis.http.timeouts import ConnectionTimeouts, Late, TimeoutLimits
 
-LIMITS = PaceLimits()
+LIMITS = TimeoutLimits()
 
 
-def checked(pace: Pace, start: float, end: float, unsent_bytes: int = 0) -> tuple[float, Late] | None:
+def checked(pace: ConnectionTimeouts, start: float, end: float, unsent_bytes: int = 0) -> tuple[float, Late] | None:
     """The first check in (start, end] that finds the client late, and why."""
     now = start + LIMITS.check_s
     while now <= end:
@@ -23,7 +23,7 @@ def checked(pace: Pace, start: float, end: float, unsent_bytes: int = 0) -> tupl
 @given(gap_s=st.floats(0.1, 30.0))
 def test_a_dribbled_head_is_cut_whatever_its_rhythm(gap_s: float) -> None:
     """A first head that never ends would hold its connection for ever, if each of its bytes counted as progress."""
-    pace, now = Pace(LIMITS, 0.0), 0.0
+    pace, now = ConnectionTimeouts(LIMITS, 0.0), 0.0
     due = LIMITS.check_s
     while now < 60.0:
         now = min(now + gap_s, due)
@@ -40,10 +40,10 @@ def test_a_dribbled_head_is_cut_whatever_its_rhythm(gap_s: float) -> None:
 
 def test_a_connection_without_a_request_is_cut_sooner_than_one_between_requests() -> None:
     """A connection that never sent anything would be kept as long as a client's pool keeps its own."""
-    silent = checked(Pace(LIMITS, 0.0), 0.0, 60.0)
+    silent = checked(ConnectionTimeouts(LIMITS, 0.0), 0.0, 60.0)
     assert silent is not None
     assert silent[0] <= 20.0
-    used = Pace(LIMITS, 0.0)
+    used = ConnectionTimeouts(LIMITS, 0.0)
     used.began_head(1.0)
     used.ended_head()
     used.ended_body()
@@ -60,7 +60,7 @@ def test_a_body_is_cut_for_a_slow_period_and_never_for_the_gateways_own_pauses(
     rates: list[int], data: st.DataObject
 ) -> None:
     """A client would be cut for time in which the gateway did not read, or a dribbled body would never be."""
-    pace = Pace(LIMITS, 0.0)
+    pace = ConnectionTimeouts(LIMITS, 0.0)
     pace.began_head(0.0)
     pace.ended_head()
     now = 0.0
@@ -78,7 +78,7 @@ def test_a_body_is_cut_for_a_slow_period_and_never_for_the_gateways_own_pauses(
 
 def test_a_client_that_takes_nothing_is_cut_and_one_that_takes_little_is_not() -> None:
     """A response that is never read would be kept as long as the client likes."""
-    pace = Pace(LIMITS, 0.0)
+    pace = ConnectionTimeouts(LIMITS, 0.0)
     pace.began_head(0.0)
     pace.ended_head()
     pace.ended_body()
@@ -93,7 +93,7 @@ def test_a_client_that_takes_nothing_is_cut_and_one_that_takes_little_is_not() -
 
 def test_the_rest_of_a_refused_body_has_seconds() -> None:
     """A client that was refused could go on sending its body for ever."""
-    pace = Pace(LIMITS, 0.0)
+    pace = ConnectionTimeouts(LIMITS, 0.0)
     pace.began_head(0.0)
     pace.ended_head()
     pace.answered(1.0, complete=False)

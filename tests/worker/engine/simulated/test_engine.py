@@ -18,7 +18,7 @@ import pytest
 
 from cluster.api.ports import EngineDead, EngineRefused
 from cluster.api.types import EngineLoad, FinishReason, Grammar
-from cluster.worker.engine.simulated.engine import Fault, SimConfig, SimEngine, VirtualClock
+from cluster.worker.engine.simulated.engine import SimConfig, SimEngine, SimFault, VirtualClock
 from tests.worker.engine.contract import Driver, EngineContract, Subject, request
 
 SMALL = SimConfig(vocab=1000, token_lo=100, token_hi=900, eos=2, max_model_len=256, max_num_seqs=4, kv_blocks=64)
@@ -424,7 +424,7 @@ def test_source_gives_every_parameter() -> None:
     )
     assert (config.folder, config.decode_ms, config.kv_blocks, config.seed) == ("/models/a b", 5.0, 128, 3)
     assert config.max_model_len == 512
-    assert config.faults.faults == (Fault("die", "step", 5), Fault("slow", "prefill", 0, 0.5))
+    assert config.faults.faults == (SimFault("die", "step", 5), SimFault("slow", "prefill", 0, 0.5))
 
 
 @pytest.mark.parametrize(

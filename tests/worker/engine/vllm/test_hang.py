@@ -16,7 +16,7 @@ import pytest
 
 from cluster.api.ports import Engine, EngineSick
 from cluster.api.types import EngineInfo, EngineLoad, FinishReason, Grammar
-from cluster.worker.engine.golden_check import Answer, Examined
+from cluster.worker.engine.golden_check import Examined, GoldenAnswer
 from cluster.worker.engine.vllm.engine import VllmEngine
 from tests.worker.engine.conftest import tiny_spec
 from tests.worker.engine.contract import Driver, Subject, request
@@ -134,7 +134,7 @@ class Forgetful(Examined):
     def forget(self) -> None:
         """Take the reference for that of other weights."""
         right = self._reference
-        self._reference = Answer(list(reversed(right.positions)))
+        self._reference = GoldenAnswer(list(reversed(right.positions)))
 
 
 @pytest.mark.parametrize("sick", [False, True])
