@@ -220,7 +220,7 @@ def test_the_base_install_needs_no_engine(module: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [], (
         f"importing {module} also imports {done.stdout.split()}\nRule: the base install pulls none of {HEAVY}. "
-        "Remedy: import it inside the function that needs it, in cluster/engine or cluster/rayserve."
+        "Remedy: import it inside the function that needs it, in cluster/worker or cluster/ray."
     )
 
 

@@ -89,7 +89,10 @@ def test_the_report_ends_with_the_line_that_installs() -> None:
 
 def test_doctor_runs_without_the_environment() -> None:
     """`make doctor` works before anything is installed: the standard library alone, in isolation."""
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from cluster.cli import doctor; doctor.main(['--apt'])"
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+        "from cluster.cli.commands import doctor; doctor.main(['--apt'])"
+    )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

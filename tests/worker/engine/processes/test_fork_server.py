@@ -16,7 +16,7 @@ from cluster.worker.engine.processes import fork_server, sockets
 
 SCRIPT = """
 import json, os, sys
-from cluster.engine import forks
+from cluster.worker.engine.processes import fork_server as forks
 
 def told(queue, deeper):
     context = forks._Context()
@@ -82,7 +82,7 @@ def test_forks_carry_their_starters_environment(tmp_path: os.PathLike[str]) -> N
 HOLDS = """
 import sys
 from multiprocessing import util
-from cluster.engine import forks
+from cluster.worker.engine.processes import fork_server as forks
 
 forks.PRELOAD = "wave"
 forks.begin()

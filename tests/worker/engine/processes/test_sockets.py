@@ -49,7 +49,10 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
 @pytest.mark.root
 def test_a_living_process_keeps_its_folder_from_other_namespaces(tmp_path: Path) -> None:
     """Where containers share a folder of temporary files, another's processes are not to be seen by their numbers."""
-    sweep = f"from cluster.engine import sockets; from pathlib import Path; sockets.sweep(Path({str(tmp_path)!r}))"
+    sweep = (
+        "from cluster.worker.engine.processes import sockets; from pathlib import Path; "
+        f"sockets.sweep(Path({str(tmp_path)!r}))"
+    )
     ours = sockets.OwnFolder(sockets.PREFIX, tmp_path)
     subprocess.run([*OWN_PROCESSES, sys.executable, "-c", sweep], check=True, timeout=60)
     assert list(tmp_path.iterdir()) == [ours.path]

@@ -158,7 +158,7 @@ async def test_a_zombie_counts_as_gone() -> None:
 async def test_a_process_that_watches_ends_with_its_owner() -> None:
     """A process with the owner's mark ends itself when the owner is gone; one without a mark goes on."""
     owner = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=PIPE)
-    code = "from cluster.engine import watchdog; watchdog.watch(); print('up', flush=True); input()"
+    code = "from cluster.worker.engine.processes import watchdog; watchdog.watch(); print('up', flush=True); input()"
     marks = {"watcher": watchdog.mark(owner.pid), "free": ""}
     children = {
         name: await asyncio.create_subprocess_exec(
