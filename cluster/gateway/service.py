@@ -1,4 +1,4 @@
-"""One call from arrival to end, whichever face it came by. Reads in the order in which things happen."""
+"""One call from arrival to end, whichever API it came by. Reads in the order in which things happen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -17,10 +17,13 @@ from cluster.api.types import EngineRequest
 from cluster.gateway.apis.bodies import Bodies
 from cluster.gateway.apis.json_values import MAX_IDS
 from cluster.gateway.apis.request_ids import random_id
-from cluster.gateway.auth.authenticator import ANYBODY, Authenticator, NoAuthentication
-from cluster.gateway.calls import request as wishes
-from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import CallSequence
+from cluster.gateway.auth.authenticator import Authenticator, NoAuthentication
+from cluster.gateway.calls import request as requests
+from cluster.gateway.calls.call import Call, CallUsage
+from cluster.gateway.calls.cleanup import Cleanup
+from cluster.gateway.calls.life import Life
+from cluster.gateway.calls.meta import CallMeta
+from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.demand import within_slo
 from cluster.gateway.models import KnownModel, ModelDirectory
 from cluster.gateway.quotas.reservations import QuotaReservations
@@ -38,6 +41,7 @@ from cluster.process.call_errors import is_call_failure
 if TYPE_CHECKING:
     from cluster.gateway.guards.guards import CallGuards, Guards
     from cluster.gateway.resume_tokens.resumption import ResumeService
+    from cluster.gateway.resume_tokens.token_chain import TokenChain
     from cluster.gateway.usage.prompt_log import PromptLog
 
 log = structlog.get_logger("calls")
@@ -63,24 +67,6 @@ DEADLINE_SLACK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class CallMeta:
-    """What comes with a call beside its body. `deadline` is a point of the service's clock; None: none."""
-
-    request_id: str
-    face: str
-    deadline: float | None = None
-    traceparent: str = ""
-    principal: Principal = ANYBODY
-    counted: bool = False
-    """Whether it is counted as a request of its tenant already (`CallService.count`)."""
-
-    @property
-    def tenant(self) -> str:
-        """Whose call it is."""
-        return self.principal.tenant.name
-
-
-@dataclass(frozen=True, slots=True)
 class Progress:
     """Of a call without news: queued, prefill, running, resuming (its worker was lost) or the model's state; the place
     in line, 1 the next, or 0. While nobody serves the model: how far its start is, in [0, 1], and how long it takes
@@ -90,6 +76,27 @@ class Progress:
     queue_position: int
     fraction: float = 0.0
     eta_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Opening:
+    """What is known of a call while it is being opened."""
+
+    request: requests.GenerationRequest
+    meta: CallMeta
+    arrived: float
+    model_name: str = ""
+    chain: TokenChain | None = None
+    """Its resume tokens, where it was begun at another gateway."""
+    asked: KnownModel = field(init=False)
+    model: KnownModel = field(init=False)
+    """The model that serves it: the one asked for, or its fallback."""
+    versions: Versions = field(init=False)
+    text: TextModel = field(init=False)
+    max_model_len: int = 0
+    prompt_ids: array[int] = field(default_factory=lambda: array("I"))
+    guards: CallGuards | None = None
+    call: Call | None = None
 
 
 class CallService:
@@ -149,7 +156,9 @@ class CallService:
     async def hand_on(self, by: float) -> None:
         """Streams that can be resumed leave one after the other until `by`, those with the most left to make first:
         each finds room and a short prefill at the next gateway, as it would not in a crowd of all."""
-        streams = [call for call in self._open.values() if call.tickets is not None and call.first_token_at is not None]
+        streams = [
+            call for call in self._open.values() if call.resume_tokens is not None and call.first_token_at is not None
+        ]
         streams.sort(key=_tokens_left)
         while streams and (left_s := by - self.clock()) > 0:
             call = streams.pop()
@@ -198,7 +207,7 @@ class CallService:
         lengths = [model.max_model_len for model in self.directory.open_to(principal)]
         return max(lengths) if lengths and all(lengths) else MAX_IDS
 
-    async def tokenize(self, name: str, prompt: wishes.Prompt, meta: CallMeta) -> tuple[array[int], int]:
+    async def tokenize(self, name: str, prompt: requests.Prompt, meta: CallMeta) -> tuple[array[int], int]:
         """The token ids of a prompt, which count as tokens of its tenant, and the model's context. Raises CallError."""
         model = self.directory.resolve(name, meta.principal)
         text = await self.directory.text(model)
@@ -217,128 +226,135 @@ class CallService:
         return await text.decode_async(meta.tenant, ids, "token_ids")
 
     @asynccontextmanager
-    async def open(self, wish: wishes.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:
+    async def open(self, request: requests.GenerationRequest, meta: CallMeta) -> AsyncIterator[Call]:
         """A running call. Raises CallError when it cannot run; errors raised inside end it with their outcome."""
-        arrived = self.clock()
-        outcome, model_name, call, guards, text = Outcome.OK, "", None, None, None
+        cleanup = Cleanup(meta.request_id)
+        opening = Opening(request, meta, self.clock())
+        cleanup.add(lambda outcome: self._count_end(opening, outcome))
         try:
-            if self._closing:
-                raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
-            chain = None
-            if wish.resume is not None:
-                chain = await self._resuming().read(wish, meta.principal)
-                model_name = chain.whole.model
-                meta = replace(meta, deadline=self._resuming().deadline(chain, meta.deadline))
-            wishes.check_options(wish.options)
-            if wish.metadata:
-                wishes.check_metadata(wish.metadata)
-            name = wish.model if chain is None else chain.whole.model
-            model = self.directory.resolve(name, meta.principal, began=chain is not None)
-            asked = model
-            if model.entry.fallback and not model.served and chain is None:
-                model = self.directory.stand_in(model, meta.principal) or model
-            model_name = model.name
-            began = meta.request_id if chain is None else chain.whole.request_id
-            versions = model.choose(began, "" if chain is None else chain.bundle_digest)
-            text = await self.directory.text(model, versions.first)
-            max_model_len = model.max_model_len
-            if most := meta.principal.tenant.max_context_tokens:
-                max_model_len = min(max_model_len, most)
-            prompt_ids = await encode(wish.prompt, text, meta.tenant, max_model_len)
-            if meta.principal.tenant.guards:  # behind the bound of its length: guards search the whole of it
-                guards = self._guards_of(meta, model.name)
-                kept = await guards.prompt(wish.prompt, text)
-                if kept is not wish.prompt:
-                    wish = replace(wish, prompt=kept)
-                    prompt_ids = await encode(kept, text, meta.tenant, max_model_len)
-            if (fallen := self.door.standing(meta.tenant)) is not None:  # since it has come
-                raise fallen
-            call = self._call(wish, meta, model, text, prompt_ids, max_model_len, arrived, guards, versions)
-            if model is not asked:
-                self._stands_in(call, asked)
-            if wish.resumable and self.resumes is not None:
-                self.resumes.begin(call, wish, meta, model.bundle_digest_of(versions.first), chain)
-            self._open[call.id] = call
-            await self._allowances.admit(call)
-            if model is not asked:
-                call.headers = (*call.headers, ("x-headrace-model", model.name))
-            if call.error is not None:  # its tenant has fallen while its limits were asked
-                raise call.error
-            if chain is not None:
-                await self._resuming().take_over(call, chain)
-            self.dispatcher.enter(call, model)
+            call = await self._begin(opening, cleanup)
             yield call
         except CallError as error:
-            outcome = error.outcome
+            cleanup.outcome = error.outcome
             raise
         except asyncio.CancelledError:
-            late = meta.deadline is not None and self.clock() >= meta.deadline - DEADLINE_SLACK_S
-            outcome = Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
+            deadline = opening.meta.deadline
+            late = deadline is not None and self.clock() >= deadline - DEADLINE_SLACK_S
+            cleanup.outcome = Outcome.DEADLINE_EXCEEDED if late else Outcome.CANCELLED
             raise
-        except Exception:  # counted as what it is, then the face's to tell
-            outcome = Outcome.INTERNAL
+        except Exception:  # counted as what it is; the API answers
+            cleanup.outcome = Outcome.INTERNAL
             log.exception("call_failed", request_id=meta.request_id)
             raise
         except BaseException as error:
             if not is_call_failure(error):
                 raise
-            outcome = Outcome.INTERNAL
+            cleanup.outcome = Outcome.INTERNAL
             log.exception("call_failed", request_id=meta.request_id)
-            raise CallError(outcome, f"unexpected failure; quote request id {meta.request_id}") from error
+            message = f"unexpected failure; quote request id {meta.request_id}"
+            raise CallError(Outcome.INTERNAL, message) from error
         finally:
-            for end, arguments in self._ends(call, outcome, wish.prompt, text, guards):
-                _attempt(meta.request_id, end, *arguments)
-            _attempt(meta.request_id, self._settle, model_name, meta, outcome, call, arrived)
-            if call is not None:
-                for output in call.sequences:
-                    output.part()
-                if self.resumes is not None:
-                    await self.resumes.give_up(call, outcome)
-                await self._allowances.settle(call)
+            await cleanup.run()
 
-    def _ends(
-        self,
-        call: Call | None,
-        outcome: Outcome,
-        prompt: wishes.Prompt,
-        text: TextModel | None,
-        guards: CallGuards | None,
-    ) -> Sequence[tuple[Callable[..., None], tuple[Any, ...]]]:
-        """The steps that give back all that a call holds, each with its arguments."""
-        steps: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
-        if call is not None:
+    async def _begin(self, opening: Opening, cleanup: Cleanup) -> Call:
+        """The steps from a request to a queued call, in the order in which they happen. Each registers its undo."""
+        if self._closing:
+            raise CallError(Outcome.NO_WORKER, f"this gateway is {self._closing}; call another", retry_after_s=0.1)
+        if opening.request.resume is not None:
+            await self._read_resume_tokens(opening)
+        requests.check_options(opening.request.options)
+        if opening.request.metadata:
+            requests.check_metadata(opening.request.metadata)
+        self._choose_model(opening)
+        await self._encode(opening, cleanup)
+        if (suspended := self.door.standing(opening.meta.tenant)) is not None:  # since the call has come
+            raise suspended
+        call = self._call(opening)
+        self._hold_open(call, opening, cleanup)
+        if opening.model is not opening.asked:
+            self._stands_in(call, opening.asked)
+        if (resumes := self.resumes) is not None and opening.request.resumable:
+            cleanup.add(lambda outcome: resumes.give_up(call, outcome))
+            cleanup.add(lambda outcome: resumes.leave(call))
+            digest = opening.model.bundle_digest_of(opening.versions.first)
+            resumes.begin(call, opening.request, opening.meta, digest, opening.chain)
+        cleanup.add(lambda outcome: self._allowances.settle(call))
+        await self._allowances.admit(call)
+        if opening.model is not opening.asked:
+            call.add_headers([("x-headrace-model", opening.model.name)])
+        if call.error is not None:  # its tenant was suspended while its limits were checked
+            raise call.error
+        if opening.chain is not None:
+            await self._resuming().take_over(call, opening.chain)
+        if (accounting := self.dispatcher.accounting) is not None:
+            cleanup.add(lambda outcome: accounting.ended(call, outcome))
+        cleanup.add(lambda outcome: self.dispatcher.trials.ended(call, outcome))
+        cleanup.add(lambda outcome: self.dispatcher.leave(call))
+        self.dispatcher.enter(call, opening.model)
+        return call
+
+    async def _read_resume_tokens(self, opening: Opening) -> None:
+        chain = await self._resuming().read(opening.request, opening.meta.principal)
+        opening.chain, opening.model_name = chain, chain.whole.model
+        deadline = self._resuming().deadline(chain, opening.meta.deadline)
+        opening.meta = replace(opening.meta, deadline=deadline)
+
+    def _choose_model(self, opening: Opening) -> None:
+        """The model, or the one that stands in for it, and the versions at which the call may begin."""
+        chain, principal = opening.chain, opening.meta.principal
+        name = opening.request.model if chain is None else chain.whole.model
+        asked = model = self.directory.resolve(name, principal, began=chain is not None)
+        if model.entry.fallback and not model.served and chain is None:
+            model = self.directory.stand_in(model, principal) or model
+        opening.asked, opening.model, opening.model_name = asked, model, model.name
+        request_id = opening.meta.request_id if chain is None else chain.whole.request_id
+        opening.versions = model.choose(request_id, "" if chain is None else chain.bundle_digest)
+
+    async def _encode(self, opening: Opening, cleanup: Cleanup) -> None:
+        """The prompt's token ids, after the tenant's guards have seen it."""
+        policy, model, request = opening.meta.principal.tenant, opening.model, opening.request
+        opening.text = text = await self.directory.text(model, opening.versions.first)
+        max_model_len = model.max_model_len
+        if policy.max_context_tokens:
+            max_model_len = min(max_model_len, policy.max_context_tokens)
+        opening.max_model_len = max_model_len
+        opening.prompt_ids = await encode(request.prompt, text, policy.name, max_model_len)
+        if not policy.guards:
+            return
+        # Guards search the whole prompt, so only one of bounded length.
+        guards = opening.guards = self._guards_of(opening.meta, model.name)
+        cleanup.add(lambda outcome: guards.close())
+        kept = await guards.prompt(request.prompt, text)
+        if kept is not request.prompt:
+            opening.request = replace(request, prompt=kept)
+            opening.prompt_ids = await encode(kept, text, policy.name, max_model_len)
+
+    def _hold_open(self, call: Call, opening: Opening, cleanup: Cleanup) -> None:
+        """Count the call among the open ones until its end."""
+        opening.call = call
+
+        def close(outcome: Outcome) -> None:
             self._open.pop(call.id, None)
-            if call.tickets is not None and call.tickets.timer is not None:
-                steps.append((call.tickets.timer.cancel, ()))
-            if self.resumes is not None:
-                steps.append((self.resumes.leave, (call,)))
-            steps.append((self.dispatcher.leave, (call,)))
-            steps.append((self.dispatcher.trials.ended, (call, outcome)))
-            if self.dispatcher.accounting is not None:
-                steps.append((self.dispatcher.accounting.ended, (call, outcome)))
-            if self.prompts is not None and text is not None:
-                steps.append((self.prompts.ended, (call, prompt, text, outcome)))
-        if guards is not None:
-            steps.append((guards.close, ()))
-        return steps
+            for sequence in call.sequences:
+                sequence.part()
 
-    def _call(
-        self,
-        wish: wishes.GenerationRequest,
-        meta: CallMeta,
-        model: KnownModel,
-        text: TextModel,
-        prompt_ids: array[int],
-        max_model_len: int,
-        arrived: float,
-        guards: CallGuards | None,
-        versions: Versions,
-    ) -> Call:
+        cleanup.add(close)
+        if self.prompts is not None:
+            prompts, text = self.prompts, opening.text
+            cleanup.add(lambda outcome: prompts.ended(call, opening.request.prompt, text, outcome))
+        self._open[call.id] = call
+
+    def _call(self, opening: Opening) -> Call:
+        """The call with its sequences, not yet queued."""
+        wish, meta, model, text = opening.request, opening.meta, opening.model, opening.text
+        prompt_ids, max_model_len, versions, guards = (
+            opening.prompt_ids, opening.max_model_len, opening.versions, opening.guards
+        )  # fmt: skip
         options = wish.options
         policy = meta.principal.tenant
         if not max_model_len:
             raise CallError(Outcome.MODEL_LOADING, f"model {model.name} is still being prepared")
-        sampling = wishes.sampling(
+        sampling = requests.sampling(
             wish,
             model.default_sampling_of(versions.first),
             len(prompt_ids),
@@ -349,30 +365,23 @@ class CallService:
         )
         rank = self.dispatcher.turns.rank_of(policy.priority_class)
         call = Call(
-            id=f"{'chatcmpl' if wishes.is_chat(wish.prompt) else 'cmpl'}-{random_id()}",
+            id=f"{'chatcmpl' if requests.is_chat(wish.prompt) else 'cmpl'}-{random_id()}",
             model=model.name,
             policy=policy,
             rank=rank,
-            arrived=arrived,
+            arrived=opening.arrived,
             deadline=meta.deadline,
-            again=self.dispatcher.again,
-            max_attempts=self.max_attempts,
-            max_silent_losses=self.max_silent_losses,
-            on_resumed=self.dispatcher.resumed,
-            answered=self.dispatcher.answered,
-            began=self.dispatcher.turns.began,
             clock=self.clock,
+            events=self.dispatcher,
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
             request_id=meta.request_id,
             counted=meta.counted,
+            versions=versions,
+            bundle_digest=model.bundle_digest_of(versions.first),
+            usage=CallUsage(prompt_tokens=len(prompt_ids)),
+            labels={**wish.metadata, **policy.labels},
+            key_id=meta.principal.subject if meta.principal.by == "key" else "",
         )
-        call.versions, call.bundle_digest = versions, model.bundle_digest_of(versions.first)
-        call.usage.prompt_tokens = len(prompt_ids)
-        if self.dispatcher.accounting is not None:
-            principal = meta.principal
-            call.labels = {**wish.metadata, **policy.labels}
-            call.key_id = principal.subject if principal.by == "key" else ""
-            call.on_refused = self.dispatcher.accounting.refused
         salt = self.door.salt(meta.principal, wish.cache_salt)
         for index in range(options.n):
             seed = None if sampling.seed is None else sampling.seed + index
@@ -390,14 +399,14 @@ class CallService:
             told = options.logprobs if options.logprobs_told is None else options.logprobs_told
             numbers = None if told is None else LogprobTexts(text, told)
             detokenizer, logprobs = (plain, numbers) if guards is None else guards.output(plain, numbers)
-            call.sequences.append(CallSequence(call, index, request, detokenizer, logprobs))
+            life = Life(self.max_attempts, self.max_silent_losses)
+            call.sequences.append(OutputSequence(call, index, request, detokenizer, logprobs, life))
         return call
 
     def _stands_in(self, call: Call, asked: KnownModel) -> None:
         """The call is another model's, which has no worker: that is demand for it, and told in the ledger."""
         self.dispatcher.missed(call, asked)
-        if self.dispatcher.accounting is not None:
-            call.labels = {**call.labels, FALLBACK_LABEL: asked.name}
+        call.label(FALLBACK_LABEL, asked.name)
         self.metrics.count("route_decisions_total", asked.name, "fallback")
 
     def _guards_of(self, meta: CallMeta, model: str) -> CallGuards:
@@ -405,7 +414,9 @@ class CallService:
         assert self._guards is not None, "policies with guards come from a door that has them"
         return self._guards.of(meta.principal.tenant, model, meta.request_id, meta.principal.subject)
 
-    def _settle(self, model: str, meta: CallMeta, outcome: Outcome, call: Call | None, arrived: float) -> None:
+    def _count_end(self, opening: Opening, outcome: Outcome) -> None:
+        """The metrics of a call that has ended, or could not begin."""
+        call, model, meta = opening.call, opening.model_name, opening.meta
         metrics = self.metrics
         metrics.count("requests_total", model, meta.tenant, meta.face, outcome.value)
         if call is not None:
@@ -416,7 +427,7 @@ class CallService:
             return
         call.count()
         usage = call.usage
-        metrics.histogram("request_duration_seconds", model).observe(self.clock() - arrived)
+        metrics.histogram("request_duration_seconds", model).observe(self.clock() - opening.arrived)
         metrics.histogram("time_to_first_token_seconds", model).observe(usage.ttft_s)
         metrics.histogram("queue_time_seconds", model).observe(usage.queue_s)
         if call.pays_prompt:
@@ -480,40 +491,32 @@ class CallService:
         self.dispatcher.grew(call)
         silent_s = now - call.heard_at
         if silent_s >= keepalive_s or (silent_s >= HELD_S and self._held(call)):
-            call.silent_since = now
-            call.silent = True
-            call.wake()
+            call.fall_silent(now)
 
 
-def _attempt(request_id: str, step: Callable[..., None], *arguments: Any) -> None:
-    """Take a step of a call's end. What it raises is logged: the steps after it are taken all the same."""
-    try:
-        step(*arguments)
-    except Exception:
-        log.exception("call_end_failed", request_id=request_id)
-
-
-async def encode(prompt: wishes.Prompt, text: TextModel, tenant: str = "default", max_model_len: int = 0) -> array[int]:
+async def encode(
+    prompt: requests.Prompt, text: TextModel, tenant: str = "default", max_model_len: int = 0
+) -> array[int]:
     """Token ids of a prompt, off the event loop when long. `max_model_len` 0: of any length.
 
-    Raises CallError, before tokenizing for a text that surely leaves no room for output.
+    Raises CallError, before tokenizing for a text that surely leaves no room for sequence.
     """
-    if wishes.is_chat(prompt) and not text.has_chat_template:
+    if requests.is_chat(prompt) and not text.has_chat_template:
         raise CallError(
             Outcome.UNSUPPORTED_FEATURE, "the model has no chat template: use Complete with a prompt of your own"
         )
     most = max_model_len - 1 if max_model_len else ANY_LENGTH
-    if isinstance(prompt, wishes.PackedPrompt):
+    if isinstance(prompt, requests.PackedPrompt):
         ids = await text.packed_ids_async(tenant, prompt, most)
-    elif isinstance(prompt, wishes.ChatPrompt):
+    elif isinstance(prompt, requests.ChatPrompt):
         return await text.chat_ids_async(tenant, prompt.messages, most, **prompt.template_options)
-    elif isinstance(prompt, wishes.TextPrompt):
+    elif isinstance(prompt, requests.TextPrompt):
         ids = await text.prompt_ids_async(tenant, prompt.text, most)
     else:
         if len(prompt.token_ids) > most:
-            raise wishes.too_long(len(prompt.token_ids), max_model_len, chat=False)
+            raise requests.too_long(len(prompt.token_ids), max_model_len, chat=False)
         ids = _in_vocabulary(prompt.token_ids, text.vocab_size)
-    if not ids and not wishes.is_chat(prompt):
+    if not ids and not requests.is_chat(prompt):
         raise invalid("prompt", "must not be empty")
     return ids
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,8 +15,8 @@ import pytest
 from cluster.api.outcomes import Outcome
 from cluster.api.ports import Engine, EngineRefused
 from cluster.api.types import EngineRequest, Grammar, Sampling
-from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import CallSequence
+from cluster.gateway.calls.call import Call, CallEvents
+from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.tokenizer import TextModel
@@ -137,6 +138,9 @@ POISONS = {
 }
 
 
+EVENTS = ("requeue", "began", "answered", "worker_failed", "resumed", "not_taken")
+
+
 @dataclass
 class Rig:
     """A cluster with one worker, and calls that bypass the APIs' checks."""
@@ -147,7 +151,7 @@ class Rig:
     def call(self, poison: Poison, ids: Sequence[int] = (11, 12, 13)) -> Call:
         """A call as CallService makes it, with the poison in it."""
         dispatcher = self.cluster.gateway.dispatcher
-        hooks = {"began": dispatcher.turns.began, "answered": dispatcher.answered, **poison.call}
+        events = SimpleNamespace(**{**{name: getattr(dispatcher, name) for name in EVENTS}, **poison.call})
         call = Call(
             id=f"poison-{id(poison)}-{id(object())}",
             model="sim",
@@ -155,16 +159,15 @@ class Rig:
             rank=0,
             arrived=self.cluster.gateway.service.clock(),
             deadline=None,
-            again=dispatcher.again,
             clock=self.cluster.gateway.service.clock,
+            events=cast(CallEvents, events),
             request_id="poison",
-            **hooks,
         )
         request = EngineRequest("", list(ids), poison.sampling)
         text: TextSource = self.text.detokenizer(list(ids), stop=(), min_tokens=0)
         if poison.text:
             text = FaultyText(text, poison.text, poison.error)
-        call.sequences.append(CallSequence(call, 0, replace(request, **poison.request), text))
+        call.sequences.append(OutputSequence(call, 0, replace(request, **poison.request), text))
         if poison.listener:
             call.listener = breaks
         return call

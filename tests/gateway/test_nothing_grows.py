@@ -22,7 +22,7 @@ import pytest
 
 from cluster.api.types import EngineRequest
 from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import CallSequence
+from cluster.gateway.calls.sequence import OutputSequence
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import Timing
 from tests.support.calls import chat
@@ -178,4 +178,4 @@ async def test_calls_are_freed_without_the_collector(cluster: TestCluster, check
         left = Counter(type(one) for one in gc.get_objects()) - before
     finally:
         gc.enable()
-    assert not {kind: left[kind] for kind in (Call, CallSequence, EngineRequest) if left[kind] > CALLS / 20}
+    assert not {kind: left[kind] for kind in (Call, OutputSequence, EngineRequest) if left[kind] > CALLS / 20}

@@ -1,29 +1,29 @@
-"""A running call, from arrival to end: its outputs, its counts, and how its face hears of news."""
+"""A running call, from arrival to end: its sequences, its counts, and how its API learns of news."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeAlias
 
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome
 from cluster.api.types import TokenOutput, WorkerIdentity, resume_word
-from cluster.gateway.calls.sequence import CallSequence, Piece
+from cluster.gateway.calls.sequence import OutputSequence, Piece
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.resume_tokens.claim import ResumeTerms
-from cluster.gateway.scheduling.worker_losses import MOST_SILENT
+from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.observe.metrics import Histogram
 from cluster.policy.routing.version_split import Versions
 from cluster.policy.tenants.policy import TenantPolicy
 from cluster.process.call_errors import is_call_failure
 
-if TYPE_CHECKING:
-    from cluster.gateway.resume_tokens.resumption import ResumeTokens
-
 log = structlog.get_logger("calls")
+
+
+CallSequence: TypeAlias = "OutputSequence[Call]"
 
 
 @dataclass(slots=True)
@@ -41,13 +41,32 @@ class CallUsage:
     """Word by which those workers resume (RESUME_WORDS), the one that promises least; empty where nothing went on."""
 
 
-@dataclass(eq=False, slots=True)  # with more than 30 attributes a dictionary would make each access slower
+class CallEvents(Protocol):
+    """What happens to calls, for the gateway's scheduler, accounts and metrics. Called from a link's reader: short,
+    never awaiting."""
+
+    def requeue(self, sequence: CallSequence) -> None:
+        """It waits again, in the waiting room or the resume queue, by its state."""
+
+    def began(self, sequence: CallSequence, cached_tokens: int) -> None:
+        """Its first output has come; so much of its prompt was cached."""
+
+    def answered(self, link: WorkerLink) -> None:
+        """This worker has sent the first output of a sequence."""
+
+    def worker_failed(self, link: WorkerLink) -> None:
+        """This worker's engine could not continue a sequence."""
+
+    def resumed(self, model: str, reason: str, gap_s: float) -> None:
+        """A sequence was resumed on another worker, after so long without a token."""
+
+    def not_taken(self, sequence: CallSequence) -> None:
+        """A worker has refused it."""
+
+
+@dataclass(eq=False, slots=True)  # with this many attributes a dictionary would make each access slower
 class Call:
-    """One call from arrival to end. `again` puts a sequence back into the queue, `began` is told of a sequence's first
-    output and how much of its prompt was cached; `itl` measures time between tokens. `rank`: of its priority class.
-    `max_attempts` workers may fail a sequence before the call does; `on_resumed` is told of a sequence that has gone on
-    elsewhere, why, and after which silence in seconds; `answered` of a worker's first output for a sequence, and
-    (False) of one that has failed it."""
+    """One call from arrival to end. `rank` is that of its priority class, `deadline` a point of `clock`."""
 
     id: str
     model: str
@@ -55,57 +74,51 @@ class Call:
     rank: int
     arrived: float
     deadline: float | None
-    again: Callable[[CallSequence], None]
-    began: Callable[[CallSequence, int], None]
     clock: Callable[[], float]
+    events: CallEvents
     itl: Histogram | None = None
+    """Measures the time between tokens."""
     request_id: str = ""
     key_id: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+    """Copied to its usage records."""
     versions: Versions = field(default_factory=Versions)
-    """Where its first output may begin; the others go where that has gone."""
+    """Where its first sequence may begin; the others go where that has gone."""
     bundle_digest: str = ""
     """Of the tokenizer that has read its prompt."""
-    began_at: WorkerIdentity | None = None
-    """The worker that its first output was given to first."""
-    max_attempts: int = 3
-    max_silent_losses: int = MOST_SILENT
-    """So many workers may be lost in a row with it and no token between; see worker_losses.py."""
-    answered: Callable[[CallSequence, WorkerLink, bool], None] = lambda output, link, well: None
-    on_resumed: Callable[[str, str, float], None] = lambda model, reason, gap_s: None
     counted: bool = False
     """Whether it is counted as a request of its tenant already."""
-    on_refused: Callable[[CallSequence], None] = lambda output: None
-    """Told when a worker has not taken a sequence."""
+    began_at: WorkerIdentity | None = None
+    """The worker that its first sequence was sent to first."""
     sequences: list[CallSequence] = field(default_factory=list)
     usage: CallUsage = field(default_factory=CallUsage)
     error: CallError | None = None
     headers: Sequence[tuple[str, str]] = ()
     """How its tenant's limits stood when it was admitted, for its caller."""
-    tickets: ResumeTokens | None = None
-    """Where its chunks carry resume tokens, those."""
+    resume_tokens: ResumeTokens | None = None
+    """Where its chunks carry resume tokens, the source of those."""
     continues: bool = False
     """It was begun at another gateway, which has counted its prompt and what it has delivered."""
     terms: ResumeTerms = ResumeTerms.FREE
     """Of one that `continues`: who pays when its prompt is read again."""
     blamed: bool = False
     """It may be what ended its workers: it is not to be resumed."""
-    _pays_again: bool = False
-    _origin_lost: bool | None = None
     first_token_at: float | None = None
     silent_since: float = 0.0
     """When the keep-alive last spoke."""
     silent: bool = False
-    """Set by the keep-alive: nothing has come for a while, and the caller's connection wants a sign of life."""
+    """Nothing has come for a while, and the caller's connection needs a sign of life."""
     listener: Callable[[], None] | None = None
-    """Called at every news instead of waking `news`: for a face that gathers the news of many calls."""
+    """Called at every news instead of waking `news`: for an API that gathers the news of many calls."""
+    _pays_again: bool = False
+    _origin_lost: bool | None = None
     _waiter: asyncio.Future[None] | None = None
     _news: bool = False
 
     @property
     def shown_id(self) -> str:
         """The id that its caller knows it by: of one that goes on, the first gateway's."""
-        return self.tickets.head.call_id if self.continues and self.tickets is not None else self.id
+        return self.resume_tokens.head.call_id if self.continues and self.resume_tokens is not None else self.id
 
     @property
     def tenant(self) -> str:
@@ -120,7 +133,9 @@ class Call:
     @property
     def prompt_computed(self) -> bool:
         """Whether an engine has worked on its prompt; where a worker was lost before any token, nobody pays for it."""
-        return self.first_token_at is not None or (self.error is None and any(one.ran for one in self.sequences))
+        return self.first_token_at is not None or (
+            self.error is None and any(sequence.computed for sequence in self.sequences)
+        )
 
     @property
     def pays_prompt(self) -> bool:
@@ -129,43 +144,113 @@ class Call:
         if not self.continues or self._pays_again:
             return True
         unknown = self._origin_lost is None and self.terms is not ResumeTerms.FREE
-        return unknown and self.error is None and any(one.ran for one in self.sequences)
+        return unknown and self.error is None and any(sequence.computed for sequence in self.sequences)
 
-    def read_again(self, output: TokenOutput) -> None:
-        """A worker has read the prompt of a sequence; of a resumed call its client may have to pay for that."""
+    # ---- what its owners do with it
+
+    def make_resumable(self, tokens: ResumeTokens) -> None:
+        """Its chunks carry these tokens from now on."""
+        self.resume_tokens = tokens
+
+    def continue_from(self, request_id: str) -> None:
+        """It was begun at another gateway, under this request id."""
+        self.continues = True
+        self.request_id = self.request_id and request_id
+
+    def claim(self, terms: ResumeTerms) -> None:
+        """Its resume tokens were claimed, on these terms."""
+        self.terms = terms
+
+    def choose(self, versions: Versions) -> None:
+        """It may begin at these versions of its model."""
+        self.versions = versions
+
+    def submitted(self, sequence: CallSequence, identity: WorkerIdentity, now: float) -> None:
+        """A sequence was sent to this worker."""
+        if sequence.index == 0 and not sequence.emitted:
+            self.usage.queue_s = now - self.arrived
+        self.began_at = self.began_at or identity
+        if self.versions.all:
+            self.versions = Versions(identity.version, frozenset((identity.version,)))
+
+    def blame(self, error: CallError) -> None:
+        """End it: it may be what ended its workers."""
+        self.blamed = True
+        self.fail(error)
+
+    def label(self, name: str, value: str) -> None:
+        """A further label of its usage records."""
+        self.labels = {**self.labels, name: value}
+
+    def add_headers(self, headers: Sequence[tuple[str, str]]) -> None:
+        """Further headers for its caller."""
+        self.headers = (*self.headers, *headers)
+
+    def fall_silent(self, now: float) -> None:
+        """Ask its API for a sign of life."""
+        self.silent_since, self.silent = now, True
+        self.wake()
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Call this at every news; None wakes `news` again."""
+        self.listener = listener
+
+    # ---- what its sequences report
+
+    def began(self, sequence: CallSequence, output: TokenOutput) -> None:
+        """A sequence has got the first output of a worker."""
+        cached = output.cached_tokens or 0
+        if not sequence.emitted:
+            if sequence.index == 0:
+                self.usage.prompt_tokens, self.usage.cached_tokens = output.prompt_tokens or 0, cached
+            self.events.began(sequence, cached)
+        if sequence.link is not None:
+            self.events.answered(sequence.link)
         self._origin_lost = output.origin_lost
         if self.continues and (
             self.terms is ResumeTerms.PAID or (self.terms is ResumeTerms.IF_ALIVE and not output.origin_lost)
         ):
-            self._pays_again = True
+            self._pays_again = True  # a resumed call's client may have to pay for its prompt once more
 
-    def progressed(self, output: CallSequence, tokens: int) -> None:
-        """A sequence has got tokens, by a step that had more to tell of it than one token."""
+    def progressed(self, sequence: CallSequence, tokens: int) -> None:
+        """A sequence has got tokens, by a step with more news than one token."""
         if tokens:
             now = self.clock()
             if self.first_token_at is None:
                 self.first_token_at = now
                 self.usage.ttft_s = now - self.arrived
-            elif self.itl is not None and output.heard_at:
-                self.itl.observe((now - output.heard_at) / tokens)
-            output.heard_at = now
+            elif self.itl is not None and sequence.heard_at:
+                self.itl.observe((now - sequence.heard_at) / tokens)
+            sequence.heard_at = now
         self.wake()
 
-    def resumed(self, output: CallSequence) -> None:
+    def resumed(self, sequence: CallSequence, reason: str) -> None:
         """A sequence's first token at another worker has come."""
         self.usage.resumed += 1
-        if output.link is not None:
-            self.usage.resume = resume_word((self.usage.resume, resume_word(output.link.info.capabilities)))
-        self.on_resumed(self.model, output.resuming, self.clock() - output.heard_at)
+        if sequence.link is not None:
+            self.usage.resume = resume_word((self.usage.resume, resume_word(sequence.link.info.capabilities)))
+        self.events.resumed(self.model, reason, self.clock() - sequence.heard_at)
+
+    def worker_failed(self, sequence: CallSequence, link: WorkerLink) -> None:
+        """This worker's engine could not continue a sequence."""
+        self.events.worker_failed(link)
+
+    def requeue(self, sequence: CallSequence) -> None:
+        """A sequence waits again."""
+        self.events.requeue(sequence)
+
+    def not_taken(self, sequence: CallSequence) -> None:
+        """A worker has refused a sequence."""
+        self.events.not_taken(sequence)
 
     @property
     def heard_at(self) -> float:
         """When its last token came, or the keep-alive spoke, or it arrived."""
-        return max(self.arrived, self.silent_since, *(output.heard_at for output in self.sequences))
+        return max(self.arrived, self.silent_since, *(sequence.heard_at for sequence in self.sequences))
 
     def count(self) -> None:
         """Bring `usage` up to the tokens that have come."""
-        self.usage.completion_tokens = sum(len(output.emitted) for output in self.sequences)
+        self.usage.completion_tokens = sum(len(sequence.emitted) for sequence in self.sequences)
 
     @property
     def mean_gap_s(self) -> float:
@@ -179,7 +264,7 @@ class Call:
     @property
     def new_tokens(self) -> int:
         """Tokens that have come at this gateway."""
-        return sum(len(output.emitted) - output.restored for output in self.sequences)
+        return sum(len(sequence.emitted) - sequence.restored for sequence in self.sequences)
 
     def fail(self, error: CallError) -> None:
         """End the call with this error; drop what still runs of it. Raises nothing: the callers serve other calls."""
@@ -202,7 +287,7 @@ class Call:
         self.fail(CallError(Outcome.INTERNAL, message))
 
     def wake(self) -> None:
-        """Tell the face that there is something to look at."""
+        """Tell the API that there is news."""
         self._news = True
         if self.listener is not None:
             self.listener()
@@ -212,7 +297,7 @@ class Call:
             waiter.set_result(None)
 
     async def news(self) -> None:
-        """Wait until there is something to look at."""
+        """Wait for news."""
         if not self._news:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -250,9 +335,9 @@ class Call:
     @property
     def told(self) -> bool:
         """Whether the end of every sequence has been taken: nothing more will come."""
-        return all(sequence.told for sequence in self.sequences)
+        return all(sequence.end_taken for sequence in self.sequences)
 
     def release(self) -> None:
-        """Drop whatever still runs in an engine."""
+        """End every sequence that has not ended, and abort it in its engine."""
         for sequence in self.sequences:
-            sequence.leave_engine()
+            sequence.end()

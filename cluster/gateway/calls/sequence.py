@@ -1,27 +1,23 @@
-"""One of a call's n outputs: tokens come from the link, become text, and wait for the face or go straight to it.
+"""One of a call's n outputs: tokens arrive from the link, become text, and wait for the API or go straight to it.
 
 Tokens become text when they arrive, not when the client reads, so that a stop string ends the engine's work at once
-however slow the reader is. A reader that is slow gets several tokens in one piece, never late ones.
+however slow the client is. A slow client gets several tokens in one piece, never late ones.
+
+Where the sequence is in its life is decided by life.py; this class carries out what follows from it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any, Generic, Protocol, TypeVar
 
 from cluster.api.outcomes import CallError, Outcome, Violation, invalid
 from cluster.api.types import CompatibilityKey, EngineRequest, FinishReason, TokenOutput
+from cluster.gateway.calls.life import Event, Life, Next, State
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.text.detokenizer import TextSource
 from cluster.gateway.text.logprobs import LogprobSource, TokenLogprob
-from cluster.policy.fairness.order import Waiting
-
-if TYPE_CHECKING:
-    from cluster.gateway.calls.call import Call
-    from cluster.gateway.resume_tokens.token_chain import Begun
-    from cluster.gateway.usage.accounting import CallAccount
 
 _FINISH_WORDS = {
     FinishReason.STOP: "stop",
@@ -53,155 +49,231 @@ class Piece:
     first: bool = False
 
 
-class CallSequence:
+class SequenceOwner(Protocol):
+    """What a sequence needs of its call. Methods are called from the link's reader: short, never awaiting."""
+
+    id: str
+    arrived: float
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Monotonic seconds."""
+
+    def fail(self, error: CallError) -> None:
+        """End the call with this error."""
+
+    def fail_unexpectedly(self, error: BaseException) -> None:
+        """End the call INTERNAL for an exception of its own work."""
+
+    def wake(self) -> None:
+        """There is news for the client."""
+
+    def progressed(self, sequence: OutputSequence[Any], tokens: int) -> None:
+        """Tokens have come, by a step with more news than one token."""
+
+    def began(self, sequence: OutputSequence[Any], output: TokenOutput) -> None:
+        """The first output of a worker has come."""
+
+    def resumed(self, sequence: OutputSequence[Any], reason: str) -> None:
+        """The first token of a further worker has come."""
+
+    def worker_failed(self, sequence: OutputSequence[Any], link: WorkerLink) -> None:
+        """This worker's engine could not continue it."""
+
+    def requeue(self, sequence: OutputSequence[Any]) -> None:
+        """It waits again, where its state says."""
+
+    def not_taken(self, sequence: OutputSequence[Any]) -> None:
+        """A worker has refused it."""
+
+
+Owner = TypeVar("Owner", bound=SequenceOwner)
+
+
+class OutputSequence(Generic[Owner]):
     """One of a call's n outputs. A Sink of the link.
 
-    `direct`, where a face has set it, takes the text of each further token that has nothing else to tell.
+    `direct`, where an API has set it, takes the text of each further token that has no other news.
     """
 
     __slots__ = (
+        "_finish_taken",
+        "_life",
         "_logprob_texts",
         "_logprobs",
-        "_told",
-        "_told_finish",
-        "account",
+        "_taken",
         "admitted",
-        "attempt",
         "cached_tokens",
         "call",
-        "charge_due",
         "detokenizer",
         "direct",
         "emitted",
         "finish_reason",
         "heard_at",
-        "home",
         "index",
-        "likeness",
+        "key",
         "link",
-        "losses",
-        "lost_at",
-        "lost_links",
-        "lost_node",
-        "lost_since",
-        "lost_tokens",
-        "over",
-        "place",
-        "ran",
         "request",
         "restored",
-        "resumes",
-        "resuming",
-        "shuns",
         "slot",
-        "waiting_id",
     )
 
     def __init__(
         self,
-        call: Call,
+        call: Owner,
         index: int,
         request: EngineRequest,
         detokenizer: TextSource,
         logprob_texts: LogprobSource | None = None,
+        life: Life | None = None,
     ) -> None:
         self.call = call
         self.index = index
         self.request = request
         self.detokenizer = detokenizer
+        self.key = f"{call.id}#{index}"
+        """Its name in the queues and accounts of this gateway."""
         self.emitted = detokenizer.token_ids
-        """Tokens told so far; the detokenizer's own list, so that those after a stop string are not in it."""
-        self.attempt = 1
-        """One more for each worker that it was taken from; no two Submits of it have the same."""
-        self.losses = 0
-        """How often a worker has failed it."""
-        self.lost_links: tuple[str, ...] = ()
-        """Links that ended under it unexpectedly with no new token since before the first of them."""
-        self.lost_tokens = 0
-        """Tokens that it had when it last lost a worker."""
-        self.lost_at = -math.inf
-        self.lost_since: float | None = None
-        """When it lost the first of those."""
-        self.lost_node = ""
-        """The node of the worker that it last lost."""
-        self.shuns: frozenset[str] = frozenset()
-        """Incarnations of workers whose engine could not go on with it."""
-        self.likeness: CompatibilityKey | None = None
-        """What the worker was like that gave its first token; only such another can go on with it."""
-        self.home = ""
-        """Incarnation of the worker that it was given last: its KV blocks are there, if that lives and has had room."""
+        """Tokens so far; the detokenizer's own list, so that those after a stop string are not in it."""
         self.restored = 0
-        """Tokens that another gateway has told before this one."""
-        self.resumes = 0
-        """How often it was to go on elsewhere after its first token."""
-        self.resuming = ""
-        """Why it has to, until its next token comes."""
-        self.account: CallAccount | None = None
-        """Where accounts are kept and it has been submitted."""
+        """Tokens that another gateway has emitted before this one."""
         self.admitted = False
         """Whether an engine has accepted it."""
         self.link: WorkerLink | None = None
         self.slot = 0
         self.finish_reason = ""
         self.heard_at = 0.0
-        self.direct: Callable[[str], None] | None = None
-        self.waiting_id = f"{call.id}#{index}"
-        self.place: Waiting | None = None
-        """How it stands, or stood, in line."""
-        self.ran = False
-        """Whether a worker was given it, and has not refused it."""
-        self.over = False
-        """Whether its tenant's account has been told of its end."""
+        """When its last token came (monotonic)."""
         self.cached_tokens = 0
-        self.charge_due = 0
-        """At so many tokens its tenant's account is to hear of it."""
-        self._told = False
-        self._told_finish = False
+        """Of its prompt, as its first worker found them, or the worker that resumed it here."""
+        self.direct: Callable[[str], None] | None = None
+        self._life = life or Life()
+        self._taken = False
+        self._finish_taken = False
         self._logprob_texts = logprob_texts
         self._logprobs: list[TokenLogprob] = []
 
     def __repr__(self) -> str:
-        return f"<Output {self.waiting_id} tokens {len(self.emitted)} {self.finish_reason or 'running'}>"
+        return f"<{type(self).__name__} {self.key} tokens {len(self.emitted)} {self._life.state.value}>"
+
+    # ---- its life, as others see it
+
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        return self._life.state
 
     @property
     def tokens(self) -> int:
-        """What an engine has to compute before its next token."""
+        """Tokens that an engine has to compute before its next one."""
         return len(self.request.prompt_token_ids) + len(self.emitted)
 
     @property
-    def kept_at(self) -> str:
-        """Incarnation of the worker to which it had best go back: where a gateway was lost, that of its KV blocks. A
-        worker that it has left for the worker's own sake is none."""
-        return self.home if self.resuming == "gateway" else ""
+    def attempt(self) -> int:
+        """Number of its next Submit, from 1."""
+        return self._life.attempt
 
-    def restore(self, begun: Begun) -> None:
-        """Stand where another gateway has left it. Raises ValueError when those tokens have not so much text."""
-        ids = begun.token_ids
-        self.detokenizer.restore(ids, begun.chars)
+    @property
+    def failures(self) -> int:
+        """Workers that have failed it."""
+        return self._life.failures
+
+    @property
+    def compatibility(self) -> CompatibilityKey | None:
+        """Key of the worker that gave its first token."""
+        return self._life.compatibility
+
+    @property
+    def last_worker(self) -> str:
+        """Incarnation of the worker that it was sent to last."""
+        return self._life.last_worker
+
+    @property
+    def cached_on(self) -> str:
+        """Incarnation of the worker that holds its KV blocks after a gateway was lost, else ""."""
+        return self._life.cached_on
+
+    @property
+    def excluded(self) -> frozenset[str]:
+        """Incarnations of workers that it must not be sent to again."""
+        return self._life.excluded
+
+    @property
+    def moved(self) -> bool:
+        """Whether it resumes because its worker drains."""
+        return self._life.reason == "moved"
+
+    @property
+    def computed(self) -> bool:
+        """Whether a worker has taken it, or has emitted tokens of it."""
+        return self._life.computed
+
+    @property
+    def lost_links(self) -> tuple[str, ...]:
+        """Links that ended under it with no token since before the first of them."""
+        return self._life.loss.links
+
+    @property
+    def lost_at(self) -> float:
+        """When it last lost a worker unexpectedly (monotonic)."""
+        return self._life.loss.last_at
+
+    @property
+    def lost_node(self) -> str:
+        """Node of that worker."""
+        return self._life.loss.last_node
+
+    @property
+    def silent_since(self) -> float | None:
+        """When it lost a worker after which no token has come; None if one has."""
+        return self._life.silent_since(len(self.emitted))
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it lost so many workers in a row that it may be what ends them; see worker_losses.py."""
+        return self._life.suspect(len(self.emitted))
+
+    def acquit(self) -> None:
+        """It is not what ends its workers."""
+        self._life.acquit()
+
+    def carry_losses(self, losses: tuple[str, ...]) -> None:
+        """Losses in a row that another gateway has seen."""
+        self._life.carry(losses, len(self.emitted))
+
+    # ---- from a resume token
+
+    def restore(
+        self, token_ids: Sequence[int], chars: int, finish_reason: str, worker: str, key: CompatibilityKey | None
+    ) -> None:
+        """Continue where another gateway has left it: after these tokens, of which `chars` characters were delivered.
+        Raises ValueError when the tokens have less text."""
+        self.detokenizer.restore(token_ids, chars)
         if self._logprob_texts is not None:
-            self._logprob_texts.restore(ids)
-        self.restored, self.likeness, self.heard_at = len(ids), begun.likeness, self.call.arrived
-        self.home = begun.home
-        self._told, self._told_finish = bool(ids), bool(begun.finish_reason)
-        self.finish_reason = begun.finish_reason
-        if not self.finish_reason and len(ids) >= self.request.sampling.max_tokens:
-            self.finish_reason = "length"  # its last token was told, its end was not
-        elif ids and not self.finish_reason:
-            self.resumes, self.resuming = 1, "gateway"
+            self._logprob_texts.restore(token_ids)
+        self.restored, self.heard_at = len(token_ids), self.call.arrived
+        self._taken, self._finish_taken = bool(token_ids), bool(finish_reason)
+        self._life.restore(worker, key, len(token_ids))
+        if finish_reason:
+            self._finish(finish_reason)
+        elif len(token_ids) >= self.request.sampling.max_tokens:
+            self._finish("length")  # its last token was delivered, its end was not
 
-    def adopt(self, older: CallSequence) -> None:
-        """Take over what this gateway has generated for the reader before, beyond where this one stands: it is told
-        without being computed again. With log probabilities, which are not kept, nothing is."""
+    def adopt(self, older: OutputSequence[Owner]) -> None:
+        """Take over the tokens that this gateway has generated for an earlier reader, beyond where this one stands:
+        they are delivered without being computed again. With log probabilities, which are not kept, none are."""
         more = older.emitted[len(self.emitted) :]
         if self.finish_reason or older.finish_reason or self._logprob_texts is not None or not more:
             return
         ended = self.detokenizer.push(more) is not None
-        self.restored, self.likeness, self.home = len(self.emitted), older.likeness, older.home
-        self.resumes, self.resuming = 1, "gateway"
+        self.restored = len(self.emitted)
+        self._life.restore(older.last_worker, older.compatibility, len(self.emitted))
         if ended:
             self._stopped()
         elif len(self.emitted) >= self.request.sampling.max_tokens:
-            self.finish_reason = "length"
+            self._finish("length")
+
+    # ---- sending
 
     def submission(self) -> EngineRequest:
         """The request as the next worker is to have it."""
@@ -209,34 +281,36 @@ class CallSequence:
             return self.request
         return replace(self.request, emitted_token_ids=tuple(self.emitted))
 
-    def bound(self, link: WorkerLink, slot: int) -> None:
+    def bind(self, link: WorkerLink, slot: int) -> None:
         """A worker has been chosen and the request sent."""
-        self.link, self.slot, self.ran, self.home = link, slot, True, link.identity.incarnation
+        self.link, self.slot = link, slot
+        key = None
         if not self.emitted:
-            self.likeness = link.likeness if self.request.sampling.is_seeded else link.likeness.unseeded
+            key = link.likeness if self.request.sampling.is_seeded else link.likeness.unseeded
+        self._life.submitted(link.identity.incarnation, key)
 
     # ---- Sink
 
     def accepted(self) -> None:
-        """From here on the call costs."""
+        """An engine has it: from here on it costs."""
         self.admitted = True
 
     def refused(self, reason: str, message: str, field: str) -> None:
         """The request itself is at fault, or the engine had no room after all."""
         self.link = None
-        self.ran = bool(self.emitted)
-        self.call.on_refused(self)
+        self._life.not_taken(len(self.emitted))
+        self.call.not_taken(self)
         if reason == "NO_ROOM":
-            self.call.again(self)
+            self._life.wait(len(self.emitted))
+            self.call.requeue(self)
             return
         self.call.fail(refusal_of(reason, message, field))
 
     def output(self, output: TokenOutput) -> None:
         """One step's tokens."""
         call = self.call
-        ids = output.token_ids
         if output.prompt_tokens is not None:
-            self._began(output)
+            self._begin(output)
         self.direct = None
         if output.finish is not None:
             link = self.link
@@ -244,9 +318,9 @@ class CallSequence:
             if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
                 self._broken(output.finish, link)
                 return
-            self.finish_reason = _FINISH_WORDS[output.finish]
+            self._finish(_FINISH_WORDS[output.finish])
         before = len(self.emitted)
-        stop = self.detokenizer.push(ids, output.finish is FinishReason.STOP)
+        stop = self.detokenizer.push(output.token_ids, output.finish is FinishReason.STOP)
         if stop is not None:
             self._stopped()
         came = max(len(self.emitted) - before, 0)  # a guard's refusal takes back tokens of earlier steps too
@@ -254,24 +328,20 @@ class CallSequence:
             self._logprobs += self._logprob_texts.push(output.logprobs[:came])
         call.progressed(self, came)
 
-    def _began(self, output: TokenOutput) -> None:
-        """The first output that a worker gives it."""
-        call, cached = self.call, output.cached_tokens or 0
+    def _begin(self, output: TokenOutput) -> None:
+        """Note the first output of a worker."""
+        cached = output.cached_tokens or 0
         if not self.emitted:
-            if self.index == 0:
-                call.usage.prompt_tokens, call.usage.cached_tokens = output.prompt_tokens or 0, cached
-            call.began(self, cached)
-        if self.link is not None:
-            call.answered(self, self.link, True)
-        call.read_again(output)
-        if self.restored == len(self.emitted) and self.emitted:
+            self.cached_tokens = cached
+        elif self.restored == len(self.emitted):
             self.cached_tokens = min(cached, len(self.request.prompt_token_ids))
-        if self.resuming:
-            call.resumed(self)
-            self.resuming = ""
+        reason = self._life.answered()
+        self.call.began(self, output)
+        if reason:
+            self.call.resumed(self, reason)
 
     def token(self, token_id: int) -> None:
-        """One step's only token, not its first: the common case of `output`. The link accounts for the time."""
+        """One step's only token, not its first: the common case of `output`. The link keeps `heard_at`."""
         direct = self.direct
         if direct is not None:
             text = self.detokenizer.text_of(token_id)
@@ -283,29 +353,38 @@ class CallSequence:
         self.call.wake()
 
     def go_direct(self, direct: Callable[[str], None]) -> None:
-        """From now on hand each token's text to `direct`, if there is nothing that it could not tell."""
-        if not (self.finish_reason or self._logprob_texts is not None or self.detokenizer.watches) and self._told:
+        """From now on hand each token's text to `direct`, if all further news is text."""
+        if not (self.finish_reason or self._logprob_texts is not None or self.detokenizer.watches) and self._taken:
             self.direct = direct
 
-    def indirect(self, text: str) -> None:
-        """Take the text that `direct` was just given back, and keep it and all further ones for `take`."""
+    def stop_direct(self) -> None:
+        """Keep all further text for `take`."""
+        self.direct = None
+
+    def give_back(self, text: str) -> None:
+        """Take the text that `direct` was just given back, and keep it and all further text for `take`."""
         self.direct = None
         self.detokenizer.give_back(text)
 
     def cut(self) -> None:
         """End it with what it has, as if its length were reached."""
         if not self.finish_reason:
-            self.finish_reason, self.direct = "length", None
+            self.direct = None
+            self._finish("length")
             self.leave_engine()
+
+    def _finish(self, reason: str) -> None:
+        self.finish_reason = reason
+        self._life.apply(Event.FINISHED)
 
     def _stopped(self) -> None:
         """A stop string has come, or a guard has refused: the engine's work ends here."""
-        self.finish_reason = "content_filter" if self.detokenizer.refused else "stop"
+        self._finish("content_filter" if self.detokenizer.refused else "stop")
         self.leave_engine()
 
     def _broken(self, finish: FinishReason, link: WorkerLink | None) -> None:
-        """The engine has ended it. Under a grammar ERROR says that no token was left; else the engine is at fault, and
-        another may know better."""
+        """The engine has ended it. Under a grammar ERROR says that no token was left; otherwise the engine is at fault,
+        and another may continue."""
         if finish is FinishReason.ERROR and self.request.sampling.grammar is not None:
             self.call.fail(
                 invalid(
@@ -316,9 +395,10 @@ class CallSequence:
             )
             return
         if link is not None:
-            self.shuns |= {link.identity.incarnation}
-            self.call.answered(self, link, False)
-        self._failed(Outcome.INTERNAL, "error", "the engine could not go on with this call; it is safe to retry")
+            self._life.excluded |= {link.identity.incarnation}
+            self.call.worker_failed(self, link)
+        message = "the engine could not go on with this call; it is safe to retry"
+        self._try_elsewhere(Outcome.INTERNAL, "error", message)
 
     def failed(self, error: BaseException) -> None:
         """End the call: handling its news has raised."""
@@ -326,57 +406,32 @@ class CallSequence:
         self.call.fail_unexpectedly(error)
 
     def lost(self, why: str) -> None:
-        """The worker is gone; another one goes on from here."""
+        """The worker is gone; another one continues from here."""
         link, self.link = self.link, None
         if link is not None and not link.leaving:
-            self._note_loss(link)
+            self._life.lost(link.name, link.identity.node, len(self.emitted), self.call.clock())
         if not self.finish_reason:
-            told = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
-            self._failed(Outcome.WORKER_LOST, "lost", told)
+            message = f"the worker was lost after {len(self.emitted)} tokens ({why}); retry the call"
+            self._try_elsewhere(Outcome.WORKER_LOST, "lost", message)
 
-    def _note_loss(self, link: WorkerLink) -> None:
-        if len(self.emitted) > self.lost_tokens:
-            self.lost_links = ()
-        if not self.lost_links:
-            self.lost_since = self.call.clock()
-        self.lost_links += (link.name,)
-        self.lost_tokens, self.lost_at, self.lost_node = len(self.emitted), self.call.clock(), link.identity.node
-
-    @property
-    def silent_since(self) -> float | None:
-        """When it lost a worker after which no token has come; None when one has."""
-        return self.lost_since if self.lost_links and len(self.emitted) <= self.lost_tokens else None
-
-    @property
-    def suspect(self) -> bool:
-        """Whether it has lost so many workers in a row that it may be what ends them; see worker_losses.py."""
-        return len(self.lost_links) >= self.call.max_silent_losses and len(self.emitted) <= self.lost_tokens
-
-    def _failed(self, outcome: Outcome, reason: str, told: str) -> None:
-        self.losses += 1
-        if self.losses >= self.call.max_attempts:
-            self.call.fail(CallError(outcome, told))
+    def _try_elsewhere(self, outcome: Outcome, reason: str, message: str) -> None:
+        if self._life.fail_worker(reason, len(self.emitted)) is Next.FAIL:
+            self.call.fail(CallError(outcome, message))
         else:
-            self._go_elsewhere(reason)
+            self.call.requeue(self)
 
     def move(self) -> None:
-        """Leave its worker, which is to end; another one goes on from here."""
+        """Leave its worker, which is about to end; another one continues from here."""
         if self.link is not None and not self.finish_reason:
             self.leave_engine()
-            self._go_elsewhere("moved")
+            self._life.leave("moved", len(self.emitted))
+            self.call.requeue(self)
 
-    def _go_elsewhere(self, reason: str) -> None:
-        self.attempt += 1
-        if self.emitted:
-            self.resumes += 1
-            self.resuming = reason
-        self.call.again(self)
-
-    # ---- the face
+    # ---- the API
 
     def take(self) -> Piece | None:
-        """Text, finish and logprobs since the last take; None when there is nothing to tell."""
-        if self._told_finish:
+        """Text, finish and logprobs since the last take; None when there is none."""
+        if self._finish_taken:
             return None
         finished = bool(self.finish_reason)
         text = self.detokenizer.take(finished)
@@ -387,15 +442,15 @@ class CallSequence:
                 self._logprobs += self._logprob_texts.push(())
         if not (text or finished or self._logprobs):
             return None
-        self._told_finish = finished
-        piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._told)
-        self._told = True
+        self._finish_taken = finished
+        piece = Piece(self.index, text, self.finish_reason, self._logprobs, not self._taken)
+        self._taken = True
         self._logprobs = []
         return piece
 
     def take_text(self) -> str | None:
-        """The text since the last take when there is nothing else to tell, else None: then `take` tells it."""
-        if self.finish_reason or self._logprobs or not self._told:
+        """The text since the last take if there is no other news, else None: then call `take`."""
+        if self.finish_reason or self._logprobs or not self._taken:
             return None
         return self.detokenizer.take(False)
 
@@ -407,7 +462,7 @@ class CallSequence:
     @property
     def delivered(self) -> int:
         """Tokens whose text has been taken; one whose text is taken in part counts."""
-        return len(self.emitted) if self._told_finish else len(self.emitted) - self.detokenizer.untaken_tokens()
+        return len(self.emitted) if self._finish_taken else len(self.emitted) - self.detokenizer.untaken_tokens()
 
     @property
     def shown(self) -> int:
@@ -415,17 +470,21 @@ class CallSequence:
         return self.delivered if self._logprob_texts is None else len(self.emitted)
 
     @property
-    def told(self) -> bool:
+    def end_taken(self) -> bool:
         """Whether its end has been taken."""
-        return self._told_finish
+        return self._finish_taken
 
     def part(self) -> None:
-        """Its call is over, and nobody tells it anything any longer. It lets go of the call, which knows it: neither is
-        to wait for the garbage collector."""
+        """Drop the reference to its call, which has ended, so that neither waits for the garbage collector."""
         del self.call
 
+    def end(self) -> None:
+        """Its call is over: drop it in the engine."""
+        self._life.apply(Event.FAILED)
+        self.leave_engine()
+
     def leave_engine(self) -> None:
-        """Drop it in the engine, where it runs there."""
+        """Abort it in the engine, if it runs there."""
         if self.link is not None:
             self.link.abort(self.slot)
             self.link = None

@@ -68,7 +68,7 @@ class StreamWriter:
 
     async def run(self) -> None:
         """Relay to the end."""
-        self._call.listener = self.mark
+        self._call.listen(self.mark)
         try:
             self.mark()
             while not await self._halted:
@@ -77,10 +77,10 @@ class StreamWriter:
                 self._open = True
                 self.mark()
         finally:
-            self._call.listener = None
+            self._call.listen(None)
             self._open = False
-            for output in self._call.sequences:
-                output.direct = None
+            for sequence in self._call.sequences:
+                sequence.stop_direct()
             self._halted.cancel()
         if self._error is not None:
             raise self._error
@@ -126,7 +126,7 @@ class StreamWriter:
         if self._open and not way.full:
             way.send(self._tell(text))
             return
-        self._call.sequences[0].indirect(text)
+        self._call.sequences[0].give_back(text)
         self.mark()
 
     def _halt(self, ended: bool) -> None:

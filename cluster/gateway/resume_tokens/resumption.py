@@ -12,43 +12,28 @@ import hashlib
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.request import GenerationRequest
-from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.links.worker_link import LinkStream
 from cluster.gateway.resume_tokens.claim import TAKEN, ResumeClaims
 from cluster.gateway.resume_tokens.first_claims import FirstClaims
-from cluster.gateway.resume_tokens.token_chain import (
-    BadSegment,
-    CallHead,
-    Choice,
-    Maker,
-    TokenChain,
-    digest_of,
-    encode,
-    encode_one,
-    head_json,
-    likeness_json,
-)
+from cluster.gateway.resume_tokens.token_chain import BadSegment, CallHead, TokenChain
+from cluster.gateway.resume_tokens.tokens import ResumeTokens
 from cluster.gateway.scheduling.worker_losses import CARRIED
 from cluster.policy.tenants.identity import Principal
 
 if TYPE_CHECKING:
-    from cluster.gateway.service import CallMeta
     from cluster.ledger.usage.sealed_records import Envelopes
 
 log = structlog.get_logger("resume")
 
 PURPOSE = "resume-token"
 MAX_TOKEN_BYTES = 4 << 20
-WHOLE_TOKENS, WHOLE_SHARE = 64, 0.25
-"""A token is whole when so many have come since the last whole one, and so many by what it would hold: what is sealed
-again stays in proportion to what is sealed, and what has to be opened stays small."""
 AT_ONCE = 200
 """Tokens that are opened (some milliseconds) before the event loop turns to others."""
 OTHERS = "is no token of this call: send every token of one call, in order, as its own caller, with its own request"
@@ -66,149 +51,6 @@ GIVEN_UP = (
     Outcome.INTERNAL,
 )
 """Ends of a call that its client has not brought about."""
-
-
-class ResumeTokens:
-    """The tokens of one call: each chunk gets the next."""
-
-    __slots__ = (
-        "_before",
-        "_chars",
-        "_choices",
-        "_due",
-        "_expires_s",
-        "_finishes",
-        "_gateway",
-        "_homes",
-        "_seal",
-        "_told",
-        "_wall",
-        "begun_at",
-        "generation",
-        "head",
-        "number",
-        "old",
-        "silent",
-        "timer",
-        "whole",
-    )
-
-    def __init__(
-        self,
-        call: Call,
-        head: CallHead,
-        seal: Callable[[bytes], bytes],
-        wall: Callable[[], float],
-        expires_s: float,
-        gateway: str = "",
-    ) -> None:
-        """`gateway`: this one's incarnation."""
-        self.head = head
-        self._gateway = gateway
-        self.generation = 0
-        """How often the call has been resumed."""
-        self.silent = 0
-        """How often in a row it had been, when it came here, without a new token."""
-        self.begun_at = ""
-        """The gateway that it was resumed from, where that decides who pays for its prompt."""
-        self.number = 0
-        self.old: set[int] = set()
-        """Choices that have begun: their likeness is told."""
-        self.whole = False
-        """Whether the newest token says all that those before it do."""
-        self.timer: asyncio.TimerHandle | None = None
-        """Ends a call that goes on at its first deadline, which its new stream need not know."""
-        self._seal = seal
-        self._wall = wall
-        self._expires_s = expires_s
-        self._before = TokenChain().last
-        self._choices = call.sequences
-        self._told = [0] * len(call.sequences)
-        self._chars = [0] * len(call.sequences)
-        self._homes = [""] * len(call.sequences)
-        self._finishes = [""] * len(call.sequences)
-        self._due = WHOLE_TOKENS
-
-    def go_on(self, chain: TokenChain) -> None:
-        """Behind these."""
-        self.number, self._before = chain.number, chain.last
-        self._due = chain.number  # its reader need keep nothing of what it has shown
-        for index, begun in chain.choices.items():
-            self._told[index], self._chars[index] = len(begun.token_ids), begun.chars
-            self._homes[index], self._finishes[index] = begun.home, begun.finish_reason
-            self.old.add(index)
-
-    def stream(self, index: int) -> LinkStream:
-        """The choice's name at workers: the same at every gateway that goes on with it."""
-        return LinkStream(f"{self.head.call_id}#{index}", self.generation, self.begun_at)
-
-    def _maker(self) -> Maker:
-        progressed = any(told > one.restored for told, one in zip(self._told, self._choices, strict=True))
-        return Maker(self._gateway, self.generation, self.silent, progressed)
-
-    def text(self, text: str) -> bytes:
-        """For a chunk of choice 0 with this text and nothing else."""
-        output = self._choices[0]
-        ids, shown, told = output.emitted, output.shown, self._told[0]
-        if shown - told != 1 or not self.old or output.home != self._homes[0] or self.number >= self._due:
-            return self.chunk((Piece(0, text),))
-        self.whole = False
-        self._told[0] = shown
-        self._chars[0] += len(text)
-        expires_s = int(self._wall() + self._expires_s)
-        self.number += 1
-        return self._sealed(encode_one(self.number, expires_s, self._before, self._chars[0], ids[told]))
-
-    def chunk(self, pieces: Sequence[Piece]) -> bytes:
-        """For a chunk with these; without any it says that the call has got this far and no further."""
-        more: dict[str, Any] = {} if self.number else {"call": head_json(self.head)}
-        likeness, homes = {}, {}
-        choices = []
-        for piece in pieces:
-            index = piece.index
-            output = self._choices[index]
-            shown = output.shown
-            self._chars[index] += len(piece.text)
-            self._finishes[index] = piece.finish_reason
-            ids = output.emitted[self._told[index] : shown]
-            choices.append(Choice(index, ids, self._chars[index], piece.finish_reason))
-            self._told[index] = max(shown, self._told[index])
-            if index not in self.old and output.likeness is not None:
-                self.old.add(index)
-                likeness[str(index)] = likeness_json(output.likeness)
-            if output.home != self._homes[index]:
-                homes[str(index)] = self._homes[index] = output.home
-        if not self.number:
-            more["maker"] = self._maker()
-        self.whole = self.number >= self._due
-        if self.whole:
-            choices, likeness, homes = self._all()
-            more = {"call": head_json(self.head), "whole": True, "maker": self._maker()}
-            self._due = self.number + max(WHOLE_TOKENS, int(sum(self._told) * WHOLE_SHARE))
-        if likeness:
-            more["likeness"] = likeness
-        if homes:
-            more["homes"] = homes
-        self.number += 1
-        expires_s = int(self._wall() + self._expires_s)
-        return self._sealed(encode(self.number, expires_s, self._before, choices, more))
-
-    def _all(self) -> tuple[list[Choice], dict[str, list[str]], dict[str, str]]:
-        """What has been delivered, and what is known of each choice's worker."""
-        choices, likeness, homes = [], {}, {}
-        for index, output in enumerate(self._choices):
-            told = self._told[index]
-            if told or index in self.old or self._finishes[index]:
-                choices.append(Choice(index, output.emitted[:told], self._chars[index], self._finishes[index]))
-                homes[str(index)] = self._homes[index]
-            if index in self.old and output.likeness is not None:
-                likeness[str(index)] = likeness_json(output.likeness)
-        return choices, likeness, homes
-
-    def _sealed(self, body: bytes) -> bytes:
-        sealed = self._seal(body)
-        self._before = digest_of(sealed)
-        return sealed
 
 
 class ResumeService:
@@ -278,15 +120,16 @@ class ResumeService:
             head = chain.whole
             if (head.prompt, head.seed) != (prompt, request.sampling.seed):
                 raise unsupported("its prompt reads otherwise here than where it began (does its template tell time?)")
-        call.tickets = ResumeTokens(call, head, envelopes.seal, self._wall, self._expires_s, self._gateway)
+        tokens = ResumeTokens(call.sequences, head, envelopes.seal, self._wall, self._expires_s, self._gateway)
+        call.make_resumable(tokens)
         if chain is None:
             self._live[call.id] = call
         else:
-            _restore(call, chain, bundle_digest)
+            _restore(call, tokens, chain, bundle_digest)
             if call.deadline is not None:
                 late = CallError(Outcome.DEADLINE_EXCEEDED, "the deadline that the call began with has passed")
                 left_s = max(call.deadline - self._clock(), 0.0)
-                call.tickets.timer = asyncio.get_running_loop().call_later(left_s, call.fail, late)
+                tokens.timer = asyncio.get_running_loop().call_later(left_s, call.fail, late)
 
     # ---- a call that goes on
 
@@ -337,60 +180,59 @@ class ResumeService:
         """Let a resumed call be the one that is served: readers before it end. Raises CallError."""
         lasts_s = max(chain.expires_s - self._wall(), 0) + CLOCKS_S
         claim = await self._claims.claim(chain, lasts_s)
-        tickets = call.tickets
-        assert tickets is not None
-        call_id = tickets.head.call_id
+        tokens = call.resume_tokens
+        assert tokens is not None
+        call_id = tokens.head.call_id
         before = self._live.get(call_id)
-        if before is not None and before.tickets is not None:
-            if before.tickets.generation > claim.generation:
+        if before is not None and before.resume_tokens is not None:
+            if before.resume_tokens.generation > claim.generation:
                 raise CallError(Outcome.RESUME_EXPIRED, f"the call {TAKEN}")
-            for output, older in zip(call.sequences, before.sequences, strict=True):
-                output.adopt(older)
+            for sequence, older in zip(call.sequences, before.sequences, strict=True):
+                sequence.adopt(older)
             before.fail(CallError(Outcome.CANCELLED, TAKEN_OVER))
         self._live[call_id] = call
-        tickets.generation, tickets.silent, tickets.begun_at = claim.generation, claim.silent, claim.origin
-        call.terms = claim.terms
-        for output in call.sequences:
-            output.lost_links, output.lost_tokens = (CARRIED,) * claim.silent, len(output.emitted)
+        tokens.generation, tokens.silent, tokens.begun_at = claim.generation, claim.silent, claim.origin
+        call.claim(claim.terms)
+        for sequence in call.sequences:
+            sequence.carry_losses((CARRIED,) * claim.silent)
         self.on_taken_over(call, claim.generation)
 
     def taken_over(self, model: str) -> Sequence[tuple[str, int]]:
         """Calls of a model that were resumed and are served here, with their generations."""
         return [
-            (call_id, call.tickets.generation)
+            (call_id, call.resume_tokens.generation)
             for call_id, call in self._live.items()
-            if call.model == model and call.tickets is not None and call.tickets.generation
+            if call.model == model and call.resume_tokens is not None and call.resume_tokens.generation
         ]
 
     def leave(self, call: Call) -> None:
         """A call is over here."""
-        if call.tickets is not None and self._live.get(call.tickets.head.call_id) is call:
-            del self._live[call.tickets.head.call_id]
+        if call.resume_tokens is not None and self._live.get(call.resume_tokens.head.call_id) is call:
+            del self._live[call.resume_tokens.head.call_id]
 
     async def give_up(self, call: Call, outcome: Outcome) -> None:
         """A call has ended through no fault of its client, or may have ended workers: note what that means for its
         resumption, if the store answers in time."""
-        tickets = call.tickets
-        if tickets is None or not tickets.number or not (call.blamed or outcome in GIVEN_UP):
+        tokens = call.resume_tokens
+        if tokens is None or not tokens.number or not (call.blamed or outcome in GIVEN_UP):
             return
         act = self._claims.close if call.blamed else self._claims.give_up
         try:
             async with asyncio.timeout(NOTE_S):
-                await act(tickets.head.call_id, tickets.generation, self._expires_s + CLOCKS_S)
+                await act(tokens.head.call_id, tokens.generation, self._expires_s + CLOCKS_S)
         except (CallError, TimeoutError) as error:
             log.warning("resumption_not_noted", request_id=call.request_id, error=str(error))
 
 
-def _restore(call: Call, chain: TokenChain, bundle_digest: str) -> None:
-    assert call.tickets is not None
-    call.continues = True
-    call.request_id = call.request_id and chain.whole.request_id
-    call.tickets.go_on(chain)
+def _restore(call: Call, tokens: ResumeTokens, chain: TokenChain, bundle_digest: str) -> None:
+    call.continue_from(chain.whole.request_id)
+    tokens.continue_after(chain)
     for index, begun in chain.choices.items():
         if begun.likeness is not None and begun.likeness.bundle_digest != bundle_digest:
             raise unsupported("its model has another tokenizer now")
         try:
-            call.sequences[index].restore(begun)
+            sequence = call.sequences[index]
+            sequence.restore(begun.token_ids, begun.chars, begun.finish_reason, begun.home, begun.likeness)
         except (ValueError, IndexError):
             raise unsupported("its tokens read otherwise here than where it began") from None
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import Outcome
 from cluster.api.types import CatalogEntry, VersionTally
-
-if TYPE_CHECKING:
-    from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.call import Call
 
 FAULTS = (Outcome.INTERNAL, Outcome.WORKER_LOST)
 """Ends of a call that its worker is to blame for; so is one that another worker had to go on with."""
@@ -56,7 +53,7 @@ class CanaryStatistics:
         trial, worker = self._trials.get(call.model), call.began_at
         if trial is None or worker is None or call.continues:
             return
-        losses = any(output.losses for output in call.sequences)
+        losses = any(sequence.failures for sequence in call.sequences)
         key = worker.version, worker.generation
         tally = trial.tallies.get(key) or VersionTally(call.model, worker.version, worker.generation)
         tally = replace(tally, calls=tally.calls + 1, errors=tally.errors + int(losses or outcome in FAULTS))

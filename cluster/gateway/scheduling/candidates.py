@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from cluster.gateway.calls.sequence import CallSequence
+from cluster.gateway.calls.call import CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel
 from cluster.gateway.scheduling.worker_losses import SETTLE_S
@@ -13,34 +13,36 @@ from cluster.policy.routing.router import Candidate, RouteCall, is_like
 
 
 def onward_call(
-    output: CallSequence, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int, now: float
+    sequence: CallSequence, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int, now: float
 ) -> RouteCall:
     """What a sequence needs to go on. `cached_tokens` of its prompt are expected in any worker's cache.
 
     Where nobody is left but those that have failed it, they may try again: Ray may be about to replace one, and it is
     not certain whose fault it was. Workers on the node of one that was lost just now are avoided likewise: with a host
     all of its workers are lost, one after the other."""
-    home = next((one for one in candidates if one.incarnation == output.kept_at), None) if output.kept_at else None
+    home = (
+        next((one for one in candidates if one.incarnation == sequence.cached_on), None) if sequence.cached_on else None
+    )
     call = RouteCall(
-        output.call.model,
-        output.tokens,
-        likeness=output.likeness,
-        shuns=output.shuns,
-        fresh=max(output.tokens - cached_tokens, 1),
-        home=output.kept_at,
-        fresh_home=known.links[home.worker_id].fresh(output.tokens) if home is not None else 0,
+        sequence.call.model,
+        sequence.tokens,
+        likeness=sequence.compatibility,
+        shuns=sequence.excluded,
+        fresh=max(sequence.tokens - cached_tokens, 1),
+        home=sequence.cached_on,
+        fresh_home=known.links[home.worker_id].fresh(sequence.tokens) if home is not None else 0,
     )
     others = [one.incarnation for one in candidates if not one.draining and is_like(call, one)]
-    for shuns in (call.shuns | _beside_lost(output, known, now), call.shuns):
+    for shuns in (call.shuns | _beside_lost(sequence, known, now), call.shuns):
         if any(incarnation not in shuns for incarnation in others):
             return replace(call, shuns=shuns)
     return replace(call, shuns=frozenset())
 
 
-def _beside_lost(output: CallSequence, known: KnownModel, now: float) -> frozenset[str]:
+def _beside_lost(sequence: CallSequence, known: KnownModel, now: float) -> frozenset[str]:
     """Incarnations of the workers on the node where the sequence's worker was lost just now."""
-    node = output.lost_node
-    if not node or now - output.lost_at >= SETTLE_S:
+    node = sequence.lost_node
+    if not node or now - sequence.lost_at >= SETTLE_S:
         return frozenset()
     identities = (link.identity for link in known.links.values())
     return frozenset(one.incarnation for one in identities if one.node == node)

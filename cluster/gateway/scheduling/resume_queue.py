@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.gateway.calls.sequence import CallSequence
+from cluster.gateway.calls.call import CallSequence
 
 HOME_S = 0.1
 """So long a sequence waits for room where its KV blocks are before it is computed anew elsewhere: its places are free
@@ -24,7 +24,7 @@ there from the moment in which its gateway was lost, and told as soon as somebod
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    output: CallSequence
+    sequence: CallSequence
     tokens: int
     home: str
     since: float
@@ -41,24 +41,24 @@ class ResumeQueue:
         self._tokens: Counter[str] = Counter()
         self._kept: dict[str, Counter[str]] = {}
 
-    def add(self, output: CallSequence, now: float, silent_since: float | None = None) -> None:
+    def add(self, sequence: CallSequence, now: float, silent_since: float | None = None) -> None:
         """It waits from now on. `silent_since`: since when it has had neither a worker nor a token, now if None."""
         since = now if silent_since is None else silent_since
-        deadline = math.inf if output.call.deadline is None else output.call.deadline
-        self.take(output)
-        places = self._places.setdefault(output.call.model, {})
-        places[output.waiting_id] = _Place(
-            output, output.tokens, output.kept_at, now, since + self._max_wait_s, deadline
+        deadline = math.inf if sequence.call.deadline is None else sequence.call.deadline
+        self.take(sequence)
+        places = self._places.setdefault(sequence.call.model, {})
+        places[sequence.key] = _Place(
+            sequence, sequence.tokens, sequence.cached_on, now, since + self._max_wait_s, deadline
         )
-        self._tokens[output.call.model] += output.tokens
-        if output.kept_at:
-            self._kept.setdefault(output.call.model, Counter())[output.kept_at] += 1
+        self._tokens[sequence.call.model] += sequence.tokens
+        if sequence.cached_on:
+            self._kept.setdefault(sequence.call.model, Counter())[sequence.cached_on] += 1
 
-    def take(self, output: CallSequence) -> bool:
+    def take(self, sequence: CallSequence) -> bool:
         """It no longer waits; False when it did not."""
-        model = output.call.model
+        model = sequence.call.model
         places = self._places.get(model, {})
-        place = places.pop(output.waiting_id, None)
+        place = places.pop(sequence.key, None)
         if place is None:
             return False
         self._tokens[model] -= place.tokens
@@ -76,20 +76,20 @@ class ResumeQueue:
         places = self._places.get(model)
         if not places:
             return ()
-        return sorted((place.output for place in places.values()), key=lambda output: output.call.rank)
+        return sorted((place.sequence for place in places.values()), key=lambda sequence: sequence.call.rank)
 
     def expired(self, now: float, longer_s: Callable[[str], float] = lambda _: 0.0) -> Sequence[CallSequence]:
         """Take out those that have waited too long. `longer_s`: by so much longer those of a model may wait, but in all
         not longer than twice as long as others."""
         longest_s = {model: min(longer_s(model), self._max_wait_s) for model in self._places}
         gone = [
-            place.output
+            place.sequence
             for model, places in self._places.items()
             for place in places.values()
             if min(place.until + longest_s[model], place.deadline) <= now
         ]
-        for output in gone:
-            self.take(output)
+        for sequence in gone:
+            self.take(sequence)
         return gone
 
     def waiting(self, model: str) -> tuple[int, int]:
@@ -101,9 +101,9 @@ class ResumeQueue:
         """How many of a model's sequences each worker has computed, by its incarnation."""
         return self._kept.get(model, {})
 
-    def home(self, output: CallSequence, now: float) -> str:
+    def home(self, sequence: CallSequence, now: float) -> str:
         """The incarnation at which it is to wait for room, "" when it has waited there for long enough."""
-        place = self._places.get(output.call.model, {}).get(output.waiting_id)
+        place = self._places.get(sequence.call.model, {}).get(sequence.key)
         return place.home if place is not None and now < place.since + HOME_S else ""
 
     @property
@@ -111,8 +111,8 @@ class ResumeQueue:
         """Those of which some wait."""
         return list(self._places)
 
-    def __contains__(self, output: CallSequence) -> bool:
-        return output.waiting_id in self._places.get(output.call.model, ())
+    def __contains__(self, sequence: CallSequence) -> bool:
+        return sequence.key in self._places.get(sequence.call.model, ())
 
     def __repr__(self) -> str:
         return f"Returning({ {model: len(places) for model, places in self._places.items()} })"

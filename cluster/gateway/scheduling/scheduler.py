@@ -16,8 +16,9 @@ import structlog
 
 from cluster.api.demand import ModelDemand
 from cluster.api.types import CatalogEntry, WorkerIdentity
-from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import CallSequence
+from cluster.gateway.calls.call import Call, CallSequence
+from cluster.gateway.calls.life import WAITING, State
+from cluster.gateway.calls.sequence import OutputSequence
 from cluster.gateway.demand import DemandTally
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.models import KnownModel, ModelDirectory
@@ -69,7 +70,7 @@ class Scheduler:
         self._metrics = metrics
         self._directory = directory
         self._clock = clock
-        self._outputs: dict[str, CallSequence] = {}
+        self._queued: dict[str, CallSequence] = {}
         self._arrived: Counter[str] = Counter()
         self._arrived_tokens: Counter[str] = Counter()
         self.tally = DemandTally()
@@ -91,29 +92,29 @@ class Scheduler:
     # ---- calls
 
     def enter(self, call: Call, model: KnownModel) -> None:
-        """Queue every output of a call, and send what has room at once. Raises CallError; then nothing is queued."""
+        """Queue every sequence of a call, and send what has room at once. Raises CallError; then nothing is queued."""
         no_hope = queue_errors.hopeless(model)
         if no_hope is not None:
             raise no_hope
         starts_in_s = 0.0 if call.deadline is None else self.turns.starts_in_s(call)
         onward = []
-        for output in call.sequences:
-            if output.finish_reason:
+        for sequence in call.sequences:
+            if sequence.finish_reason:
                 continue
-            if output.emitted:  # at another gateway, where it had its turn
-                self._return(output)
-                onward.append(output)
+            if sequence.emitted:  # at another gateway, where it had its turn
+                self._return(sequence)
+                onward.append(sequence)
                 continue
             self._arrived[model.name] += 1
-            self._arrived_tokens[model.name] += len(output.request.prompt_token_ids)
-            waiting = self.turns.waiting(output)
+            self._arrived_tokens[model.name] += len(sequence.request.prompt_token_ids)
+            waiting = self.turns.waiting(sequence)
             self.tally.arrived(waiting)
             admission = self._room.admit(waiting, self._clock(), starts_in_s)
             self._fail_shed(admission.shed)
             if admission.outcome is not None:
                 self.leave(call)
                 raise queue_errors.not_let_in(admission.outcome)
-            self._outputs[output.waiting_id] = output
+            self._queued[sequence.key] = sequence
             self.tally.waits(waiting)
         if len(onward) < len(call.sequences):
             self._pump(model.name)
@@ -135,49 +136,53 @@ class Scheduler:
 
     def _fail_shed(self, shed: Sequence[Waiting]) -> None:
         for waiting in shed:
-            output = self._take(waiting.call_id)
-            if output is not None:
-                output.call.fail(queue_errors.shed())
+            sequence = self._take(waiting.call_id)
+            if sequence is not None:
+                sequence.call.fail(queue_errors.shed())
 
     def leave(self, call: Call) -> None:
         """A call is over, however it ended: nothing of it waits or runs any longer."""
         waited = False
-        for output in call.sequences:
-            waited |= self._returning.take(output)
-            if self._take(output.waiting_id) is not None:
-                waited |= self._room.leave(output.waiting_id)
+        for sequence in call.sequences:
+            waited |= self._returning.take(sequence)
+            if self._take(sequence.key) is not None:
+                waited |= self._room.leave(sequence.key)
         call.release()
-        for output in call.sequences:
+        for sequence in call.sequences:
             try:
-                self._over(output)
+                self._over(sequence)
             except Exception:  # the others' accounts are to be settled all the same
                 log.exception("sequence_not_settled", request_id=call.request_id)
+            self.turns.forget(sequence)
         if waited:
             self.backlogs.changed(call.model)
 
-    def again(self, output: CallSequence) -> None:
-        """A sequence that has lost its place goes on before all others; one without a token at the head of its line."""
-        known = self._directory().find(output.call.model)
-        if output.emitted or output.shuns or output.suspect:
-            self._return(output)
+    def requeue(self, sequence: CallSequence) -> None:
+        """Queue a sequence that has left its worker: one to resume before all others, one to retry at the head of its
+        tenant's queue."""
+        if sequence.state not in WAITING:  # its call has ended meanwhile
+            return
+        known = self._directory().find(sequence.call.model)
+        if sequence.state is State.RESUMING:
+            self._return(sequence)
             if known is not None:
-                self._go_on(known, (output,))
+                self._go_on(known, (sequence,))
         else:
-            waiting = self.turns.waiting(output)
-            self._outputs[output.waiting_id] = output
-            self._choose_anew(output.call)
+            waiting = self.turns.waiting(sequence)
+            self._queued[sequence.key] = sequence
+            self._choose_anew(sequence.call)
             self._room.put_back(waiting, self._clock())
             self.tally.waits(waiting)
-            self._pump(output.call.model)
+            self._pump(sequence.call.model)
         if known is not None:
             self._hold(known)
 
-    def _return(self, output: CallSequence) -> None:
+    def _return(self, sequence: CallSequence) -> None:
         """It waits to go on, from now on and not since it came, and is demand like all that waits: a model that nobody
         serves is started for it, too."""
         now = self._clock()
-        self._returning.add(output, now, output.silent_since)
-        self.tally.waits(replace(self.turns.waiting(output), arrived=now))
+        self._returning.add(sequence, now, sequence.silent_since)
+        self.tally.waits(replace(self.turns.waiting(sequence), arrived=now))
 
     def _choose_anew(self, call: Call) -> None:
         """A call of which nothing has been told may begin at any version that reads its prompt alike: its own may have
@@ -188,46 +193,46 @@ class Scheduler:
         links = [link for link in known.links.values() if known.takes(link)]
         alike = frozenset(one.identity.version for one in links if one.identity.bundle_digest == call.bundle_digest)
         if alike:
-            call.versions = Versions(call.versions.first if call.versions.first in alike else "", alike)
+            call.choose(Versions(call.versions.first if call.versions.first in alike else "", alike))
 
     def _take(self, waiting_id: str) -> CallSequence | None:
         """It waits no more; None when it did not."""
         self.tally.waits_no_more(waiting_id)
-        return self._outputs.pop(waiting_id, None)
+        return self._queued.pop(waiting_id, None)
 
     def cut(self, call: Call) -> None:
         """End a call with what it has; what waits of it still gets nothing."""
-        for output in call.sequences:
-            self._returning.take(output)
-            if self._take(output.waiting_id) is not None:
-                self._room.leave(output.waiting_id)
-            output.cut()
+        for sequence in call.sequences:
+            self._returning.take(sequence)
+            if self._take(sequence.key) is not None:
+                self._room.leave(sequence.key)
+            sequence.cut()
         call.wake()
 
     def grew(self, call: Call) -> None:
         """A few times a second for each running call: its tenant's account follows it, and so does the demand."""
-        for output in call.sequences:
-            if output.finish_reason:
-                self._over(output)
-            elif output.emitted:
-                if output.place is not None:
-                    self.tally.grew(output.place, len(output.emitted))
-                self.turns.grew(output)
+        for sequence in call.sequences:
+            if sequence.finish_reason:
+                self._over(sequence)
+            elif sequence.emitted:
+                if (place := self.turns.place(sequence)) is not None:
+                    self.tally.grew(place, len(sequence.emitted))
+                self.turns.grew(sequence)
 
-    def _over(self, output: CallSequence) -> None:
-        if output.place is not None:
-            self.tally.ended(output.place, len(output.emitted), output.ran)
-        self.turns.over(output)
+    def _over(self, sequence: CallSequence) -> None:
+        if (place := self.turns.place(sequence)) is not None:
+            self.tally.ended(place, len(sequence.emitted), sequence.computed)
+        self.turns.settle(sequence)
 
     def position(self, call: Call) -> int:
-        """The place of the call's first waiting output in its tenant's line, 1 the next; 0 when none of it waits."""
-        positions = [self._room.position(o.waiting_id) for o in call.sequences if o.waiting_id in self._outputs]
+        """The place of the call's first waiting sequence in its tenant's line, 1 the next; 0 when none of it waits."""
+        positions = [self._room.position(o.key) for o in call.sequences if o.key in self._queued]
         return min((p + 1 for p in positions if p is not None), default=0)
 
     # ---- binding
 
     def _pump(self, model: str) -> None:
-        """Send waiting outputs of a model while somebody has room."""
+        """Send waiting sequences of a model while somebody has room."""
         known = self._directory().find(model)
         if known is None:
             return
@@ -235,13 +240,13 @@ class Scheduler:
         self._send_returning(known, self._returning.of(model))
         while (found := self._next(known, now)) is not None:
             waiting, decision = found
-            output = self._take(waiting.call_id)
-            if output is None:
+            sequence = self._take(waiting.call_id)
+            if sequence is None:
                 continue
             if isinstance(decision, Exception):
-                output.call.fail_unexpectedly(decision)
+                sequence.call.fail_unexpectedly(decision)
             elif decision.worker_id is not None:
-                self._bind(known.links[decision.worker_id], output, decision, waiting)
+                self._bind(known.links[decision.worker_id], sequence, decision, waiting)
         self.backlogs.changed(model)
 
     def _next(self, known: KnownModel, now: float) -> tuple[Waiting, RoutingDecision | Exception] | None:
@@ -263,7 +268,7 @@ class Scheduler:
     def _route(self, known: KnownModel, waiting: Waiting, now: float) -> RoutingDecision:
         """The worker for a sequence whose turn it is."""
         keep_free = self.turns.fair.order(known.name).keep_free(waiting)
-        versions = self._outputs[waiting.call_id].call.versions
+        versions = self._queued[waiting.call_id].call.versions
         candidates = self._candidates(known, now)
         first = frozenset((versions.first,)) if versions.first else versions.all
         decision = pick(RouteCall(known.name, waiting.tokens, keep_free, versions=first), candidates)
@@ -271,15 +276,15 @@ class Scheduler:
             decision = pick(RouteCall(known.name, waiting.tokens, keep_free, versions=versions.all), candidates)
         return decision
 
-    def _go_on(self, known: KnownModel, outputs: Sequence[CallSequence]) -> None:
+    def _go_on(self, known: KnownModel, sequences: Sequence[CallSequence]) -> None:
         """These have come to go on. Nothing else has changed, so that nobody else is to be looked at: where a gateway
         or a worker was lost they are many, and those before them were looked at when they came."""
-        self._send_returning(known, outputs)
+        self._send_returning(known, sequences)
         self.backlogs.changed(known.name)
 
-    def _send_returning(self, known: KnownModel, outputs: Sequence[CallSequence]) -> None:
+    def _send_returning(self, known: KnownModel, sequences: Sequence[CallSequence]) -> None:
         """Let those go on that have lost their worker, each at one like it."""
-        if not outputs:
+        if not sequences:
             return
         now = self._clock()
         seen: dict[str, Candidate] = {}
@@ -290,70 +295,74 @@ class Scheduler:
                 found = seen[link.identity.worker_id] = self._candidate(known, link, now, onward=True)
             return found
 
-        for output in outputs:
-            if output.call.error is not None:  # its face is about to end it
+        for sequence in sequences:
+            if sequence.call.error is not None:  # its face is about to end it
                 continue
             try:
-                bound_to = self._send_onward(known, output, look, now)
+                bound_to = self._send_onward(known, sequence, look, now)
             except Exception as error:
-                self._stop_waiting(output)
-                output.call.fail_unexpectedly(error)
+                self._stop_waiting(sequence)
+                sequence.call.fail_unexpectedly(error)
                 continue
             if bound_to is not None:
                 seen.pop(bound_to)
 
     def _send_onward(
-        self, known: KnownModel, output: CallSequence, look: Callable[[WorkerLink], Candidate], now: float
+        self, known: KnownModel, sequence: CallSequence, look: Callable[[WorkerLink], Candidate], now: float
     ) -> str | None:
         """The worker that a resumed sequence was sent to; None where none has room for it."""
-        home = self._returning.home(output, now)
+        home = self._returning.home(sequence, now)
         own = next((one for one in known.links.values() if one.identity.incarnation == home), None)
-        candidates = [look(own)] if own is not None and home not in output.shuns else []
+        candidates = [look(own)] if own is not None and home not in sequence.excluded else []
         if not candidates or not candidates[0].healthy or candidates[0].draining:
             candidates = [look(link) for link in known.links.values()]
         worker_id = None
         if any(map(takes_onward, candidates)):
-            if output.suspect and not self._acquitted(output, now):
+            if sequence.suspect and not self._acquitted(sequence, now):
                 return None
-            waiting = self.turns.waiting(output)
-            call = onward_call(output, candidates, known, waiting.cached_tokens, now)
+            waiting = self.turns.waiting(sequence)
+            call = onward_call(sequence, candidates, known, waiting.cached_tokens, now)
             decision = pick(call, candidates)
             worker_id = decision.worker_id
-        if worker_id is not None and self._stop_waiting(output):
+        if worker_id is not None and self._stop_waiting(sequence):
             link = known.links[worker_id]
-            self._bind(link, output, decision, waiting, fresh_at(call, look(link)))
+            self._bind(link, sequence, decision, waiting, fresh_at(call, look(link)))
             return worker_id
-        if known.comes_no_more(output.likeness):
-            self._stop_waiting(output)
-            output.call.fail(queue_errors.replaced(len(output.emitted)))
+        if known.comes_no_more(sequence.compatibility):
+            self._stop_waiting(sequence)
+            sequence.call.fail(queue_errors.replaced(len(sequence.emitted)))
         return None
 
-    def _acquitted(self, output: CallSequence, now: float) -> bool:
+    def _acquitted(self, sequence: CallSequence, now: float) -> bool:
         """Whether a sequence that lost worker after worker may go to another; ends its call if it may not."""
-        verdict = self._losses.verdict(output.lost_links, output.lost_at, now)
+        verdict = self._losses.verdict(sequence.lost_links, sequence.lost_at, now)
         if verdict is LossVerdict.RESUME:
-            output.lost_links = ()
+            sequence.acquit()
         elif verdict is LossVerdict.END:
-            log.warning("call_blamed", request_id=output.call.request_id, lost=output.lost_links)
-            self._stop_waiting(output)
-            output.call.blamed = True
-            output.call.fail(queue_errors.blamed(len(output.emitted), len(output.lost_links)))
+            log.warning("call_blamed", request_id=sequence.call.request_id, lost=sequence.lost_links)
+            self._stop_waiting(sequence)
+            sequence.call.blame(queue_errors.blamed(len(sequence.emitted), len(sequence.lost_links)))
         return verdict is LossVerdict.RESUME
 
-    def _stop_waiting(self, output: CallSequence) -> bool:
+    def _stop_waiting(self, sequence: CallSequence) -> bool:
         """Take a resumed sequence out of its line; False when it did not wait there."""
-        waited = self._returning.take(output)
+        waited = self._returning.take(sequence)
         if waited:
-            self.tally.waits_no_more(output.waiting_id)
+            self.tally.waits_no_more(sequence.key)
         return waited
 
     def _bind(
-        self, link: WorkerLink, output: CallSequence, decision: RoutingDecision, waiting: Waiting, fresh_tokens: int = 0
+        self,
+        link: WorkerLink,
+        sequence: CallSequence,
+        decision: RoutingDecision,
+        waiting: Waiting,
+        fresh_tokens: int = 0,
     ) -> None:
         now = self._clock()
-        if submit(output, link, waiting, self.accounting, now, fresh_tokens):
+        if submit(sequence, link, waiting, self.accounting, now, fresh_tokens):
             self.breakers.sent(link.identity.incarnation, now)
-            self._metrics.count("route_decisions_total", output.call.model, decision.reason)
+            self._metrics.count("route_decisions_total", sequence.call.model, decision.reason)
 
     def _candidates(self, known: KnownModel, now: float, onward: bool = False) -> list[Candidate]:
         """`onward`: for a call that goes on."""
@@ -363,14 +372,23 @@ class Scheduler:
         healthy = self.breakers.lets(link.identity.incarnation, now)
         return candidate(link, healthy=healthy, onward=onward, retired=known.retired(link))
 
-    def answered(self, output: CallSequence, link: WorkerLink, well: bool) -> None:
-        """A worker has given a sequence its first token, or has failed it."""
-        incarnation = link.identity.incarnation
-        if well:
-            self.breakers.answered(incarnation)
-            return
+    def began(self, sequence: CallSequence, cached_tokens: int) -> None:
+        """A sequence's first output has come."""
+        self.turns.began(sequence, cached_tokens)
+
+    def answered(self, link: WorkerLink) -> None:
+        """A worker has sent the first output of a sequence."""
+        self.breakers.answered(link.identity.incarnation)
+
+    def worker_failed(self, link: WorkerLink) -> None:
+        """A worker's engine could not continue a sequence."""
         others = (one.identity.incarnation for one in self._links(link.identity.model) if one is not link)
-        self.breakers.failed(incarnation, others, self._clock())
+        self.breakers.failed(link.identity.incarnation, others, self._clock())
+
+    def not_taken(self, sequence: CallSequence) -> None:
+        """A worker has refused a sequence: that has cost nothing."""
+        if self.accounting is not None:
+            self.accounting.refused(sequence)
 
     def _begun(self, model: str, continued: bool) -> None:
         """A step has begun with what had been sent for it, so that others may follow in the next: those that go on, and
@@ -401,13 +419,13 @@ class Scheduler:
             self._swept = now
             self._sweep(now)
         for waiting in self._room.expired(now):
-            output = self._take(waiting.call_id)
-            if output is not None:
-                call = output.call
+            sequence = self._take(waiting.call_id)
+            if sequence is not None:
+                call = sequence.call
                 call.fail(queue_errors.too_late(call.model, self._directory().find(call.model), self._late(call)))
-        for output in self._returning.expired(now, self._directory().starts_in_s):
-            self.tally.waits_no_more(output.waiting_id)
-            output.call.fail(queue_errors.not_resumed(len(output.emitted), self._late(output.call)))
+        for sequence in self._returning.expired(now, self._directory().starts_in_s):
+            self.tally.waits_no_more(sequence.key)
+            sequence.call.fail(queue_errors.not_resumed(len(sequence.emitted), self._late(sequence.call)))
         for name in self._returning.models:  # somebody may have waited for its own worker's room long enough
             self._pump(name)
         if self.breakers.open:  # a pause may be over
@@ -429,18 +447,21 @@ class Scheduler:
 
     def _move(self, link: WorkerLink, model: KnownModel) -> None:
         """A worker is about to leave: let go on elsewhere what can, a few at a time, the rest as places come free."""
-        for output in [one for one in link.sinks if isinstance(one, CallSequence)]:
+        for sequence in [one for one in link.sinks if isinstance(one, OutputSequence)]:
             candidates = [
                 one
                 for one in self._candidates(model, self._clock(), onward=True)
                 if one.worker_id != link.identity.worker_id
             ]
-            if pick(RouteCall(model.name, output.tokens, likeness=output.likeness), candidates).worker_id is None:
+            if (
+                pick(RouteCall(model.name, sequence.tokens, likeness=sequence.compatibility), candidates).worker_id
+                is None
+            ):
                 continue
             try:
-                output.move()
+                sequence.move()
             except Exception as error:
-                output.call.fail_unexpectedly(error)
+                sequence.call.fail_unexpectedly(error)
 
     def _late(self, call: Call) -> bool:
         return call.deadline is not None and self._clock() >= call.deadline
@@ -466,7 +487,7 @@ class Scheduler:
         self.on_state()
 
     def left(self, link: WorkerLink, why: str) -> None:
-        """A worker's link has ended; its outputs have been told already."""
+        """A worker's link has ended; its sequences have been told already."""
         self._directory().left(link)
         self.turns.left(link.identity, self._clock())
         self._metrics.count("worker_detected_total", link.identity.model, link.reason)
@@ -497,11 +518,11 @@ class Scheduler:
 
     def _fail_hopeless(self) -> None:
         """Calls that wait for a model which has failed meanwhile are told so now, not at their deadline."""
-        for output in list(self._outputs.values()):
-            known = self._directory().find(output.call.model)
+        for sequence in list(self._queued.values()):
+            known = self._directory().find(sequence.call.model)
             no_hope = None if known is None else queue_errors.hopeless(known)
             if no_hope is not None:
-                output.call.fail(no_hope)
+                sequence.call.fail(no_hope)
 
     def refuses(self, identity: WorkerIdentity) -> str:
         """Why a worker may not serve its model; empty when it may."""
@@ -533,4 +554,4 @@ class Scheduler:
 
     def returning(self, call: Call) -> bool:
         """Whether some of a call waits to go on at another worker."""
-        return any(output in self._returning for output in call.sequences)
+        return any(sequence in self._returning for sequence in call.sequences)

@@ -1,8 +1,8 @@
-"""What fair turns are fed with in a gateway: what a call is likely to cost, and what it has come to.
+"""The service that each sequence is charged: what it is likely to cost, and what it has cost.
 
-The accounts are tenancy's (fair_queue.py); here they meet the gateway's calls. The token path tells them nothing: a
-charge is made when a call is sent, corrected by its first output, a few times a second where the output outgrows what
-was predicted, and at its end.
+policy/fairness/fair_queue.py keeps the accounts; here they meet the gateway's calls. Nothing runs per token: a charge
+is made when a sequence is sent, corrected by its first output, a few times a second where it outgrows the prediction,
+and at its end.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.api.types import WorkerIdentity
-from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import CallSequence
+from cluster.gateway.calls.call import Call, CallSequence
 from cluster.observe.metrics import Metrics
 from cluster.policy.fairness.fair_queue import FairOrder, FairTurns
 from cluster.policy.fairness.order import Waiting
@@ -22,11 +21,20 @@ from cluster.policy.fairness.token_cost import ServiceWeights
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue
 
 GROWTH_TOKENS = 64
-"""A charge follows an output beyond its prediction in steps of as many."""
+"""A charge follows an sequence beyond its prediction in steps of as many."""
 GONE_S = 600.0
 """A worker that has no link for so long does not come back."""
 SPEED_DECAY = 0.98
 """What is left of the speed that a model once had, after each second in which it was slower."""
+
+
+@dataclass(slots=True)
+class _Charge:
+    """One sequence's charge. `due`: its account is corrected when it has this many tokens."""
+
+    place: Waiting
+    due: int = 0
+    settled: bool = False
 
 
 @dataclass(slots=True)
@@ -51,6 +59,7 @@ class ServiceCharges:
         self.fair = FairTurns(lambda: FairOrder(weight_of=self.weight_of, service=self._service))
         self.learnt = LearntOutputs()
         self._learnt_cached = LearntOutputs(default_tokens=0)
+        self._charges: dict[str, _Charge] = {}
         self._speeds: dict[str, _Speed] = {}
         self._gone: dict[tuple[str, str], float] = {}
         self.spreads: dict[str, float] = {}
@@ -66,15 +75,15 @@ class ServiceCharges:
 
     # ---- one sequence's life
 
-    def waiting(self, output: CallSequence) -> Waiting:
+    def waiting(self, sequence: CallSequence) -> Waiting:
         """How it stands in line; put back, as it did before: what it was charged stays."""
-        if output.place is not None:
-            return output.place
-        call, tokens = output.call, len(output.request.prompt_token_ids)
+        if (place := self.place(sequence)) is not None:
+            return place
+        call, tokens = sequence.call, len(sequence.request.prompt_token_ids)
         flow = call.flow
         self._weights[flow] = call.policy.weight
-        output.place = Waiting(
-            call_id=output.waiting_id,
+        place = Waiting(
+            call_id=sequence.key,
             model=call.model,
             tenant=flow,
             tokens=tokens,
@@ -83,43 +92,53 @@ class ServiceCharges:
             arrived=call.arrived,
             rank=call.rank,
             cached_tokens=self._learnt_cached.mean(flow, call.model, tokens),
-            output_tokens=self.learnt.expected(flow, call.model, output.request.sampling.max_tokens),
+            output_tokens=self.learnt.expected(flow, call.model, sequence.request.sampling.max_tokens),
         )
-        return output.place
+        self._charges[sequence.key] = _Charge(place)
+        return place
 
-    def began(self, output: CallSequence, cached_tokens: int) -> None:
-        """Its first output has come."""
-        call = output.call
-        self.fair.order(call.model).cached(output.waiting_id, cached_tokens)
+    def place(self, sequence: CallSequence) -> Waiting | None:
+        """How it waits, or waited; None if it never did."""
+        charge = self._charges.get(sequence.key)
+        return None if charge is None else charge.place
+
+    def began(self, sequence: CallSequence, cached_tokens: int) -> None:
+        """Its first sequence has come."""
+        call = sequence.call
+        self.fair.order(call.model).cached(sequence.key, cached_tokens)
         self._learnt_cached.observe(call.flow, call.model, cached_tokens)
-        output.cached_tokens = cached_tokens
 
-    def grew(self, output: CallSequence) -> None:
+    def grew(self, sequence: CallSequence) -> None:
         """A few times a second for each that runs: nothing to do until it has outgrown what it was charged."""
-        tokens = len(output.emitted)
-        if tokens >= output.charge_due:
-            self.fair.order(output.call.model).generated(output.waiting_id, tokens)
-            output.charge_due = tokens + GROWTH_TOKENS
+        tokens, charge = len(sequence.emitted), self._charges.get(sequence.key)
+        if charge is not None and tokens >= charge.due:
+            self.fair.order(sequence.call.model).generated(sequence.key, tokens)
+            charge.due = tokens + GROWTH_TOKENS
 
-    def over(self, output: CallSequence) -> None:
-        """It has ended, however that was, and no longer waits. Once; further calls change nothing."""
-        if output.over:
+    def settle(self, sequence: CallSequence) -> None:
+        """Settle the service account of a sequence that has ended. Idempotent."""
+        charge = self._charges.get(sequence.key)
+        if charge is None or charge.settled:
             return
-        output.over = True
-        call, tokens = output.call, len(output.emitted)
+        charge.settled = True
+        call, tokens = sequence.call, len(sequence.emitted)
         order = self.fair.order(call.model)
-        if not output.ran:
-            order.revoked(output.waiting_id)
+        if not sequence.computed:
+            order.revoked(sequence.key)
             return
-        order.generated(output.waiting_id, tokens)
-        order.ended(output.waiting_id)
-        service = self._service.prompt(len(output.request.prompt_token_ids), output.cached_tokens)
-        service += self._service.output * (tokens - output.restored)
+        order.generated(sequence.key, tokens)
+        order.ended(sequence.key)
+        service = self._service.prompt(len(sequence.request.prompt_token_ids), sequence.cached_tokens)
+        service += self._service.output * (tokens - sequence.restored)
         self._metrics.count("tenant_service_tokens_total", call.model, call.policy.name, by=service)
         if tokens:
-            self.learnt.observe(call.flow, call.model, tokens, cut=output.finish_reason == "length")
+            self.learnt.observe(call.flow, call.model, tokens, cut=sequence.finish_reason == "length")
 
-    # ---- what workers tell
+    def forget(self, sequence: CallSequence) -> None:
+        """Its call is over."""
+        self._charges.pop(sequence.key, None)
+
+    # ---- what workers report
 
     def joined(self, worker: WorkerIdentity) -> None:
         """Its link is up."""

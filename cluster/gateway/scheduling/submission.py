@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from cluster.api.outcomes import invalid
 from cluster.api.types import EngineRequest
-from cluster.gateway.calls.sequence import CALLER_FIELDS, CallSequence
+from cluster.gateway.calls.call import CallSequence
+from cluster.gateway.calls.sequence import CALLER_FIELDS
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.policy.fairness.order import Waiting
-from cluster.policy.routing.version_split import Versions
 from cluster.wire.codec import most_submit_bytes, submit_bytes
 from cluster.wire.fairness_codec import WeightedValue
 
@@ -44,7 +44,7 @@ def check_size(request: EngineRequest) -> None:
 
 
 def submit(
-    output: CallSequence,
+    sequence: CallSequence,
     link: WorkerLink,
     waiting: Waiting,
     accounting: Accounting | None,
@@ -53,33 +53,29 @@ def submit(
 ) -> bool:
     """Send a sequence that waits for nothing any longer to this worker; False when it could not be sent, after which
     its call has ended. Of one that goes on `fresh_tokens` are likely to be computed, 0 for all."""
-    call = output.call
-    if call.error is not None:  # another of its sequences has ended it; its face is about to leave
+    call = sequence.call
+    if call.error is not None:  # another of its sequences has ended it; its API is about to leave it
         return False
     sealed: bytes | None = None
     try:
-        sealed = b"" if accounting is None else accounting.open(output, link)
-        slot = _send(output, link, waiting, sealed, fresh_tokens)
+        sealed = b"" if accounting is None else accounting.open(sequence, link)
+        slot = _send(sequence, link, waiting, sealed, fresh_tokens)
     except BaseException as error:
         if accounting is not None and sealed is not None:
-            accounting.refused(output)
+            accounting.refused(sequence)
         call.fail_unexpectedly(error)
         return False
-    if output.index == 0 and not output.emitted:
-        call.usage.queue_s = now - call.arrived
-    call.began_at = call.began_at or link.identity
-    if call.versions.all:
-        call.versions = Versions(link.identity.version, frozenset((link.identity.version,)))
-    output.bound(link, slot)
+    call.submitted(sequence, link.identity, now)
+    sequence.bind(link, slot)
     return True
 
 
-def _send(output: CallSequence, link: WorkerLink, waiting: Waiting, sealed: bytes, fresh_tokens: int) -> int:
+def _send(sequence: CallSequence, link: WorkerLink, waiting: Waiting, sealed: bytes, fresh_tokens: int) -> int:
     """The slot of the sent request."""
-    call = output.call
-    if output.resuming == "moved":  # its last worker has given back what it was not to generate
-        waiting = replace(waiting, output_tokens=len(output.emitted))
+    call = sequence.call
+    if sequence.moved:  # its last worker has given back what it was not to generate
+        waiting = replace(waiting, output_tokens=len(sequence.emitted))
     turn = WeightedValue(waiting, call.policy.weight)
-    earlier = len(output.emitted) - output.restored
-    stream = None if call.tickets is None else call.tickets.stream(output.index)
-    return link.submit(output.submission(), output, output.attempt, sealed, turn, earlier, fresh_tokens, stream)
+    earlier = len(sequence.emitted) - sequence.restored
+    stream = None if call.resume_tokens is None else call.resume_tokens.stream(sequence.index)
+    return link.submit(sequence.submission(), sequence, sequence.attempt, sealed, turn, earlier, fresh_tokens, stream)

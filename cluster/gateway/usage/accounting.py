@@ -1,6 +1,6 @@
 """Exactly one usage record for each admitted sequence: opened with its Submit, written at its end, whatever dies.
 
-A call of n outputs has n records, segments 0 to n-1, since each runs and ends on its own, perhaps on another worker;
+A call of n sequences has n records, segments 0 to n-1, since each runs and ends on its own, perhaps on another worker;
 its prompt is counted with segment 0 alone. Parts that a client resumed have segments from RESUMED on. A record's id is
 fixed before the first Submit and kept over retries.
 
@@ -31,8 +31,7 @@ import structlog
 
 from cluster.api.outcomes import Outcome
 from cluster.api.types import WorkerIdentity
-from cluster.gateway.calls.call import Call
-from cluster.gateway.calls.sequence import CallSequence
+from cluster.gateway.calls.call import Call, CallSequence
 from cluster.gateway.links.worker_link import WorkerLink
 from cluster.gateway.resume_tokens.claim import ResumeTerms
 from cluster.ledger.errors import StoreUnavailable
@@ -100,6 +99,7 @@ class Accounting:
         self._grace_s = grace_s
         self._gateway = _fit(gateway)
         self._numbers = itertools.count(1)
+        self._by_sequence: dict[str, CallAccount] = {}
         self._calls: dict[bytes, CallAccount] = {}
         self._late: deque[tuple[float, CallAccount]] = deque()
         self._acks: dict[str, list[tuple[WorkerLink, int]]] = {}
@@ -167,39 +167,39 @@ class Accounting:
 
     # ---- one sequence
 
-    def open(self, output: CallSequence, link: WorkerLink) -> bytes:
+    def open(self, sequence: CallSequence, link: WorkerLink) -> bytes:
         """A sequence is about to be submitted on this link: what its Submit carries. Called again for a retry."""
-        account = output.account
+        account = self._by_sequence.get(sequence.key)
         if account is None:
-            record = self._record(output, link)
-            account = output.account = CallAccount(record, self._sealer.seal(record))
+            record = self._record(sequence, link)
+            account = self._by_sequence[sequence.key] = CallAccount(record, self._sealer.seal(record))
             self._calls[account.sealed] = account
         account.awaited += 1
         account.worker = link.identity
-        account.continued = bool(output.emitted)
+        account.continued = bool(sequence.emitted)
         return account.sealed
 
-    def _record(self, output: CallSequence, link: WorkerLink) -> OpenRecord:
+    def _record(self, sequence: CallSequence, link: WorkerLink) -> OpenRecord:
         try:
-            return self._opened(output, link, output.call.labels)
+            return self._opened(sequence, link, sequence.call.labels)
         except RecordError as error:
-            record = self._opened(output, link, {})
+            record = self._opened(sequence, link, {})
             log.warning("labels_dropped", record=record.record_id, reason=str(error))
             return record
 
-    def _opened(self, output: CallSequence, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
-        call, now = output.call, self._clock()
+    def _opened(self, sequence: CallSequence, link: WorkerLink, labels: Mapping[str, str]) -> OpenRecord:
+        call, now = sequence.call, self._clock()
         return OpenRecord(
-            record_id=f"{self._incarnation}.{next(self._numbers)}.{output.index}",
+            record_id=f"{self._incarnation}.{next(self._numbers)}.{sequence.index}",
             tenant=call.tenant,
             key_id=_fit(call.key_id),
             model=call.model,
             version=link.identity.version,
             request_id=_fit(call.request_id),
             opened_at_s=self._wall() - (now - call.arrived),
-            adapter=output.request.adapter,
-            segment=output.index + (0 if call.tickets is None else call.tickets.generation * RESUMED),
-            prompt_tokens=_prompt_tokens(output) if call.terms is ResumeTerms.PAID or not call.continues else 0,
+            adapter=sequence.request.adapter,
+            segment=sequence.index + (0 if call.resume_tokens is None else call.resume_tokens.generation * RESUMED),
+            prompt_tokens=_prompt_tokens(sequence) if call.terms is ResumeTerms.PAID or not call.continues else 0,
             queue_s=max(now - call.arrived, 0.0),
             labels=labels,
             gateway=self._gateway,
@@ -209,22 +209,22 @@ class Accounting:
         """A call has ended, however: each of its sequences that was submitted gets its record, once."""
         now = self._clock()
         again = call.continues
-        for output in call.sequences:
-            account = output.account
+        for sequence in call.sequences:
+            account = self._by_sequence.pop(sequence.key, None)
             if account is None or account.end is not None:
                 continue
             if again:  # what is paid for a prompt that was read again is known now
-                prompt_tokens = len(output.request.prompt_token_ids) if call.pays_prompt else 0
+                prompt_tokens = len(sequence.request.prompt_token_ids) if call.pays_prompt else 0
                 account.record, again = replace(account.record, prompt_tokens=prompt_tokens), False
             elif call.continues:
                 account.record = replace(account.record, prompt_tokens=0)
-            account.admitted = account.admitted or output.admitted or len(output.emitted) > output.restored
+            account.admitted = account.admitted or sequence.admitted or len(sequence.emitted) > sequence.restored
             if account.continued:
-                account.cached_tokens = output.cached_tokens
+                account.cached_tokens = sequence.cached_tokens
             account.end = {
                 "outcome": outcome.value,
-                "completion_tokens": max(output.delivered - output.restored, 0),
-                "generated_tokens": len(output.emitted) - output.restored,
+                "completion_tokens": max(sequence.delivered - sequence.restored, 0),
+                "generated_tokens": len(sequence.emitted) - sequence.restored,
                 "ttft_s": None if call.first_token_at is None else max(call.first_token_at - call.arrived, 0.0),
                 "duration_s": max(now - call.arrived, 0.0),
             }
@@ -233,10 +233,10 @@ class Accounting:
             else:
                 self._close(account)
 
-    def refused(self, output: CallSequence) -> None:
+    def refused(self, sequence: CallSequence) -> None:
         """A worker did not take the Submit: it has cost nothing."""
-        if output.account is not None:
-            output.account.awaited -= 1
+        if (account := self._by_sequence.get(sequence.key)) is not None:
+            account.awaited -= 1
 
     def _give_up(self, account: CallAccount) -> None:
         """The engine's counts have not come in time, or the account is closed already."""
@@ -378,9 +378,9 @@ def _place(worker: WorkerIdentity | None) -> dict[str, Any]:
     return {"worker": _fit(worker.worker_id), "pod": _fit(worker.pod), "node": _fit(worker.host or worker.node)}
 
 
-def _prompt_tokens(output: CallSequence) -> int:
+def _prompt_tokens(sequence: CallSequence) -> int:
     """Counted with a call's first sequence alone."""
-    return 0 if output.index else len(output.request.prompt_token_ids)
+    return 0 if sequence.index else len(sequence.request.prompt_token_ids)
 
 
 def _fit(text: str) -> str:

@@ -15,7 +15,7 @@ from cluster.gateway.service import CallService
 from cluster.v1 import inference_pb2 as pb
 
 if TYPE_CHECKING:
-    from cluster.gateway.resume_tokens.resumption import ResumeTokens
+    from cluster.gateway.resume_tokens.tokens import ResumeTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +127,6 @@ def voice_of(kind: Kind, call: Call, service: CallService, bare: bool = False) -
     """A call's. `bare`: chunks of one that goes on are no ResumeChunks."""
     return (
         GrpcEncoder(kind, call, service)
-        if call.tickets is None
-        else ResumableEncoder(kind, call, service, call.tickets, bare)
+        if call.resume_tokens is None
+        else ResumableEncoder(kind, call, service, call.resume_tokens, bare)
     )

@@ -19,9 +19,10 @@ from cluster.gateway.apis.grpc.session import SessionStream
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
 from cluster.gateway.auth.authenticator import ANYBODY, Credentials, alternative_names
+from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter
-from cluster.gateway.service import CallMeta, CallService
+from cluster.gateway.service import CallService
 from cluster.policy.tenants.identity import Principal
 from cluster.v1 import inference_pb2 as pb
 
@@ -81,7 +82,7 @@ class InferenceApi:
             make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
             guarded = self._guarded(method, name)
             handlers[name] = make(guarded, request_deserializer=_as_it_came, response_serializer=_encode)
-        handlers["SessionStream"] = grpc.stream_stream_rpc_method_handler(
+        handlers["Session"] = grpc.stream_stream_rpc_method_handler(
             self._session, request_deserializer=_as_it_came, response_serializer=_encode
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)

@@ -22,9 +22,10 @@ from cluster.gateway.apis.grpc.status import details, grpc_code, trailers
 from cluster.gateway.apis.request_ids import random_id
 from cluster.gateway.auth.authenticator import Caller
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.request import GenerationRequest
 from cluster.gateway.calls.sequence import Piece
-from cluster.gateway.service import CallMeta, CallService
+from cluster.gateway.service import CallService
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.dial import read
 
@@ -68,7 +69,7 @@ class _Open:
         session = self.session
         if session.halted:
             assert self.call is not None
-            self.call.sequences[0].indirect(text)
+            self.call.sequences[0].give_back(text)
             session.dirty[self.call_id] = self
             return
         if self.voice is not None:
@@ -229,11 +230,11 @@ class SessionStream:
                 raise wish
             async with asyncio.timeout(deadline_s or None), self._service.open(wish, meta) as call:
                 opened.call = call
-                if call.tickets is not None:
+                if call.resume_tokens is not None:
                     opened.voice = voice_of(CHAT if opened.is_chat else COMPLETE, call, self._service, bare=True)
                     if call.continues:
                         opened.chunk(opened.voice.begin())
-                call.listener = opened.mark
+                call.listen(opened.mark)
                 opened.mark()
                 await opened.ended.wait()
                 if call.error is not None:

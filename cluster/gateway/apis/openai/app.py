@@ -27,9 +27,10 @@ from cluster.gateway.apis.openai.requests import ParsedRequest, as_asked
 from cluster.gateway.apis.request_ids import random_id, request_id, traceparent
 from cluster.gateway.auth.authenticator import ANYBODY, Authenticator, Credentials, alternative_names
 from cluster.gateway.calls.call import Call
+from cluster.gateway.calls.meta import CallMeta
 from cluster.gateway.calls.sequence import Piece
 from cluster.gateway.calls.stream_writer import ChunkDelivery, StreamWriter, Transport
-from cluster.gateway.service import CallMeta, CallService
+from cluster.gateway.service import CallService
 
 log = structlog.get_logger("http")
 

@@ -1,0 +1,27 @@
+"""What comes with a call beside its body."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.gateway.auth.authenticator import ANYBODY
+from cluster.policy.tenants.identity import Principal
+
+
+@dataclass(frozen=True, slots=True)
+class CallMeta:
+    """Context of a call. `face` is the name of the API that it came by; `deadline` a point of the service's clock, None
+    for none."""
+
+    request_id: str
+    face: str
+    deadline: float | None = None
+    traceparent: str = ""
+    principal: Principal = ANYBODY
+    counted: bool = False
+    """Whether it is counted as a request of its tenant already (`CallService.count`)."""
+
+    @property
+    def tenant(self) -> str:
+        """Name of its tenant."""
+        return self.principal.tenant.name

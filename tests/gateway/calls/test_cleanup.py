@@ -1,0 +1,68 @@
+"""What a call gives back at its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.api.outcomes import Outcome
+from cluster.gateway.calls.cleanup import Cleanup
+
+KINDS = st.sampled_from(["works", "raises", "waits", "waits and raises"])
+
+
+@given(st.lists(KINDS, max_size=8))
+def test_every_step_is_taken_whichever_fails(kinds: list[str]) -> None:
+    """All steps run once with the call's outcome: the last first, those that wait after all others."""
+    taken: list[int] = []
+
+    async def wait(number: int, kind: str) -> None:
+        await asyncio.sleep(0)
+        taken.append(number)
+        if kind.endswith("raises"):
+            raise RuntimeError(kind)
+
+    def step(number: int, kind: str, outcome: Outcome) -> Awaitable[None] | None:
+        assert outcome is Outcome.SHED
+        if kind.startswith("waits"):
+            return wait(number, kind)
+        taken.append(number)
+        if kind == "raises":
+            raise RuntimeError(kind)
+        return None
+
+    cleanup = Cleanup("r1")
+    cleanup.outcome = Outcome.SHED
+    for number, kind in enumerate(kinds):
+        cleanup.add(lambda outcome, number=number, kind=kind: step(number, kind, outcome))
+    asyncio.run(cleanup.run())
+    at_once = [number for number, kind in enumerate(kinds) if not kind.startswith("waits")]
+    late = [number for number, kind in enumerate(kinds) if kind.startswith("waits")]
+    assert taken == at_once[::-1] + late[::-1]
+
+
+async def test_a_cancellation_ends_it_after_the_last_step() -> None:
+    """A caller that goes away while a store is waited for leaves nothing held."""
+    taken: list[str] = []
+    entered = asyncio.Event()
+
+    async def store() -> None:
+        entered.set()
+        await asyncio.Event().wait()
+
+    async def quota() -> None:
+        taken.append("quota")
+
+    cleanup = Cleanup("r1")
+    cleanup.add(lambda outcome: quota())
+    cleanup.add(lambda outcome: store())
+    ending = asyncio.create_task(cleanup.run())
+    await entered.wait()
+    ending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
+    assert taken == ["quota"]

@@ -1,0 +1,121 @@
+"""The life of a sequence: the table, and what it remembers of its workers."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.gateway.calls.life import ENDED, MOVES, WAITING, Event, IllegalMove, Life, Next, State
+
+PAIRS = list(itertools.product(State, Event))
+NOW = 100.0
+
+
+@pytest.mark.parametrize(("state", "event"), PAIRS, ids=lambda one: one.value)
+def test_every_pair_moves_or_is_illegal(state: State, event: Event) -> None:
+    """`apply` follows the table, and a pair that is not in it leaves the state and names both."""
+    life = Life(state=state)
+    if (state, event) in MOVES:
+        assert life.apply(event) is MOVES[state, event] is life.state
+        return
+    with pytest.raises(IllegalMove, match=f"{state.value} cannot be {event.value}"):
+        life.apply(event)
+    assert life.state is state
+
+
+@given(st.lists(st.sampled_from(Event), max_size=30))
+def test_an_ended_sequence_stays_ended(events: list[Event]) -> None:
+    """Whatever arrives after the end changes nothing."""
+    for end in ENDED:
+        life = Life(state=end)
+        for event in events:
+            assert life.apply(event) is end
+
+
+@given(st.data())
+def test_every_live_state_reaches_both_ends(data: st.DataObject) -> None:
+    """A sequence can finish and fail from wherever it is."""
+    life = Life()
+    for _ in range(data.draw(st.integers(0, 20))):
+        life.apply(data.draw(st.sampled_from([event for state, event in MOVES if state is life.state])))
+        if life.state in ENDED:
+            return
+    for event, end in ((Event.FINISHED, State.DONE), (Event.FAILED, State.FAILED)):
+        assert Life(state=life.state).apply(event) is end
+
+
+def running(tokens: int = 0, **changes: int) -> Life:
+    """A sequence at its first worker, with tokens or without."""
+    life = Life(**changes)
+    life.submitted("w1", None)
+    if tokens:
+        life.answered()
+    return life
+
+
+@given(st.integers(0, 50), st.sampled_from(["lost", "error", "moved"]))
+def test_a_sequence_with_tokens_resumes_and_one_without_starts_over(tokens: int, reason: str) -> None:
+    """After a loss it waits in the queue that fits, with the next attempt number and the reason."""
+    life = running(tokens)
+    life.leave(reason, tokens)
+    assert life.state is (State.RESUMING if tokens else State.QUEUED)
+    assert life.state in WAITING
+    assert (life.attempt, life.reason) == (2, reason if tokens else "")
+    life.submitted("w2", None)
+    assert life.answered() == (reason if tokens else "")
+    assert (life.state, life.reason, life.last_worker) == (State.RUNNING, "", "w2")
+
+
+@given(st.integers(1, 6))
+def test_as_many_workers_may_fail_it_as_are_allowed(most: int) -> None:
+    """The last allowed failure fails the call; none before does."""
+    life = running(tokens=1, max_attempts=most)
+    for failure in range(1, most + 1):
+        outcome = life.fail_worker("lost", 1)
+        assert outcome is (Next.FAIL if failure == most else Next.REQUEUE)
+        if outcome is Next.REQUEUE:
+            life.submitted(f"w{failure}", None)
+            life.answered()
+
+
+@given(st.integers(1, 4), st.integers(0, 3))
+def test_it_is_suspect_after_losses_with_no_token_between(most: int, tokens: int) -> None:
+    """Losses in a row make it suspect; a token between them, or an acquittal, starts the count anew."""
+    life = running(tokens=1, max_silent_losses=most)
+    for number in range(most):
+        assert not life.suspect(tokens)
+        life.lost(f"link{number}", "node", tokens, NOW + number)
+    assert life.suspect(tokens)
+    assert life.silent_since(tokens) == NOW
+    assert not life.suspect(tokens + 1)
+    assert life.silent_since(tokens + 1) is None
+    life.lost("another", "node", tokens + 1, NOW + most)
+    assert life.loss.links == ("another",)
+    life.acquit()
+    assert not life.suspect(tokens + 1)
+
+
+def test_a_suspect_without_tokens_waits_in_the_resume_queue() -> None:
+    """It must not start over in the waiting room, where it would be sent at once."""
+    life = running(max_silent_losses=1)
+    life.lost("link", "node", 0, NOW)
+    assert life.fail_worker("lost", 0) is Next.REQUEUE
+    assert life.state is State.RESUMING
+    life.acquit()
+    life.submitted("w2", None)
+    life.wait(0)
+    assert life.state is State.QUEUED
+
+
+def test_only_a_lost_gateway_leaves_kv_blocks_to_return_to() -> None:
+    """A sequence returns to its worker after a gateway loss, and after no other."""
+    life = Life()
+    life.restore("w1", None, tokens=3)
+    assert (life.state, life.cached_on) == (State.RESUMING, "w1")
+    life.submitted("w1", None)
+    life.answered()
+    life.leave("moved", 4)
+    assert life.cached_on == ""
