@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ def test_every_step_is_taken_whichever_fails(kinds: list[str]) -> None:
     cleanup = Cleanup("r1")
     cleanup.outcome = Outcome.SHED
     for number, kind in enumerate(kinds):
-        cleanup.add(lambda outcome, number=number, kind=kind: step(number, kind, outcome))
+        cleanup.add(partial(step, number, kind))
     asyncio.run(cleanup.run())
     at_once = [number for number, kind in enumerate(kinds) if not kind.startswith("waits")]
     late = [number for number, kind in enumerate(kinds) if kind.startswith("waits")]
