@@ -228,7 +228,7 @@ def _bias_violations(biases: Mapping[int, float]) -> list[Violation]:
         return [too_many("logit_bias", "entries", MAX_LOGIT_BIAS, len(biases))]
     return [
         Violation(f"logit_bias[{token_id}]", "token id must not be negative, bias in [-100, 100]")
-        for token_id, bias in biases.items()
+        for token_id, bias in sorted(biases.items())
         if token_id < 0 or not math.isfinite(bias) or abs(bias) > 100
     ]
 

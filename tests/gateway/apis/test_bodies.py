@@ -337,7 +337,7 @@ async def test_what_is_large_is_read_by_a_helper(bodies: Bodies) -> None:
     )
     items = await bodies.session(request.SerializeToString())
     assert isinstance(items, list)
-    assert [type(one).__name__ for one in items] == ["SessionCall", *["SessionCancel"] * 3]
+    assert [type(one).__name__ for one in items] == ["SessionStart", *["SessionCancel"] * 3]
     first, *rest = session_items(request)
     assert rest == items[1:]
     assert replace(items[0], wish=_plain(items[0].wish)) == first
