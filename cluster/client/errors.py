@@ -23,7 +23,7 @@ class HeadraceError(Exception):
 
     `reason` is that of ErrorInfo (MODEL_NOT_FOUND, INVALID_FIELD, QUEUE_FULL, ...). Without an ErrorInfo it is
     UNREACHABLE (no gateway answered, or the connection broke) or the gRPC status name. `code` is the gRPC status name.
-    `retry_after_s` is None if the server sent no retry delay.
+    `retry_after_s` is None if a retry is pointless or the server sent no delay.
     """
 
     def __init__(

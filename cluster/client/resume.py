@@ -85,7 +85,8 @@ class Resumption:
             return error.code == "UNAVAILABLE" or (bool(self._failures) and _is_transient(error))
         if self._received or error.reason != UNREACHABLE or self._failures >= self._endpoints:
             return False
-        # No chunk was received. gRPC itself has retried "failed to connect", but no call after an answer has begun.
+        # No chunk was received. gRPC itself has already retried the connection, but it retries no call whose gateway
+        # has begun to answer.
         return self._endpoints > 1 or "failed to connect" not in error.message
 
     @property

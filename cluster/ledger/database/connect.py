@@ -38,7 +38,7 @@ def parse_url(database_url: str, password: str = "") -> URL:
     if url.drivername not in DRIVERS:
         raise ValueError(f"store.database_url: {url.drivername} is not served; use one of {', '.join(DRIVERS)}")
     if url.drivername == "sqlite" and url.database in (None, "", ":memory:"):
-        raise ValueError("store.database_url: an in-memory database forgets everything; name a file: sqlite:///file")
+        raise ValueError("store.database_url: an in-memory database is lost at exit; name a file: sqlite:///file")
     return url.set(password=password) if password and url.drivername != "sqlite" else url
 
 

@@ -364,7 +364,9 @@ class _Planner:
         else:
             limits[name] = min(int(money * self._tokens_per_dollar), limits.get(name, 10**15))
             if row.get("spend"):
-                self._note(where, f"{row['spend']:g} dollars of its budget are spent: its budget starts at zero")
+                self._note(
+                    where, f"{row['spend']:g} dollars of its budget are spent: the usage counted here starts at zero"
+                )
 
     def _note_unmapped(self) -> None:
         for row in self._rows.get("organizations", ()):

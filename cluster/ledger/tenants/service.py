@@ -1,7 +1,7 @@
 """The tenant service: operations on tenants, keys, usage and audit for the admin API and the command line.
 
 `TenantService` is the interface. `LedgerTenantService` implements it on a database, the CLI's `RemoteTenantService`
-over the admin API. Every operation is audited, failed ones too; suspending, deleting and revoking need a reason.
+over the admin API. Every change is audited, also if it fails. Suspending, deleting and revoking need a reason.
 """
 
 from __future__ import annotations

@@ -44,13 +44,13 @@ class Tenants:
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
-            found = _row(connection, policy.name)
-            if found is not None and found.removed_at is not None:
+            existing = _row(connection, policy.name)
+            if existing is not None and existing.removed_at is not None:
                 raise AlreadyExists(
                     f"tenants/{policy.name} was deleted and its usage is still kept: "
                     "choose another name, or erase it first (`tenants delete NAME --erase`)"
                 )
-            if found is not None:
+            if existing is not None:
                 raise AlreadyExists(f"tenants/{policy.name} exists already; update it instead")
             row = _values(policy, "api", model_aliases or {}, now, number) | {"created_at": now, "removed_at": None}
             if not validate_only:
@@ -148,10 +148,10 @@ class Tenants:
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
-            found = _row(connection, name)
-            if found is None:
+            existing = _row(connection, name)
+            if existing is None:
                 raise NotFound(f"tenants/{name} does not exist")
-            if found.origin == "file" and found.removed_at is None:
+            if existing.origin == "file" and existing.removed_at is None:
                 raise ManagedByFile(_read_only_message(name))
             if validate_only:
                 return 0
@@ -201,17 +201,17 @@ def _row(connection: Connection, name: str) -> Row[Any] | None:
 
 
 def _existing_row(connection: Connection, name: str) -> Row[Any]:
-    found = _row(connection, name)
-    if found is None or found.removed_at is not None:
+    existing = _row(connection, name)
+    if existing is None or existing.removed_at is not None:
         raise NotFound(f"tenants/{name} does not exist")
-    return found
+    return existing
 
 
 def _api_row(connection: Connection, name: str) -> Row[Any]:
-    found = _existing_row(connection, name)
-    if found.origin == "file":
+    existing = _existing_row(connection, name)
+    if existing.origin == "file":
         raise ManagedByFile(_read_only_message(name))
-    return found
+    return existing
 
 
 def _stored(row: Row[Any]) -> StoredTenant:

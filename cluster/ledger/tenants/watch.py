@@ -56,7 +56,10 @@ def load(path: Path) -> AccessSnapshot | None:
 
 @dataclass(frozen=True, slots=True)
 class WatchStatistics:
-    """State of a Watcher. `age_s` counts since the last successful poll, infinite without one; `error` is the last."""
+    """State of a Watcher. `age_s` counts from the last successful poll (infinite without one).
+
+    `error` is that of the last poll, empty if it succeeded.
+    """
 
     sequence: int
     age_s: float
