@@ -16,7 +16,7 @@ from cluster.ledger.tenants.keys import Keys
 from cluster.ledger.tenants.snapshots import Snapshots
 from cluster.ledger.tenants.tenants import Tenants
 from cluster.ledger.usage.budget_notices import BudgetNotices
-from cluster.ledger.usage.resumed_segments import Resumed
+from cluster.ledger.usage.resumed_segments import ResumedSegments
 from cluster.ledger.usage.usage import UsageTable
 
 
@@ -42,7 +42,7 @@ class Ledger:
         self.keys = Keys(self._engine, clock, tuple(peppers))
         self.usage = UsageTable(self._engine)
         self.notices = BudgetNotices(self._engine)
-        self.resumed = Resumed(self._engine)
+        self.resumed = ResumedSegments(self._engine)
         self.snapshots = Snapshots(self._engine, clock)
         self._clock = clock
         self._log = AuditLog(audit_file) if audit_file else None

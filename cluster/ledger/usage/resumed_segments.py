@@ -11,7 +11,7 @@ from cluster.ledger.database.connect import writing
 from cluster.ledger.database.tables import resumed
 
 
-class Resumed:
+class ResumedSegments:
     """The table of claimed segment names. Not part of backups, because resume tokens are valid for minutes."""
 
     def __init__(self, engine: Engine) -> None:
