@@ -1,4 +1,4 @@
-"""The Python SDK: `Client` for blocking code, `AsyncClient` for asyncio, `HeadraceError` for what goes wrong."""
+"""The Python SDK: `Client` for blocking code, `AsyncClient` for asyncio, `HeadraceError` for failed calls."""
 
 from cluster.api.outcomes import Violation
 from cluster.client.aio import AsyncClient, AsyncStream

@@ -1,4 +1,4 @@
-"""The client for asyncio code. The same calls as cluster.client.sync, awaited."""
+"""The client for asyncio code, with the same calls as cluster.client.sync."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.client.answers import (
     ChatAnswer,
     Chunk,
     CompleteAnswer,
-    StreamAccount,
+    StreamState,
     chat_answer,
     complete_answer,
 )
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 Response = TypeVar("Response")
 
 
-class AsyncStream(StreamAccount, Generic[Chunk]):
-    """The text of an answer while it is made: iterate it, or `chunks()` for every message of all choices.
+class AsyncStream(StreamState, Generic[Chunk]):
+    """A streamed answer. Iterate it for the first choice's text, or `chunks()` for every message of all choices.
 
-    `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` tell what has come so far; usage comes last.
+    `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` hold what was received so far; usage comes last.
     Leaving an `async with` block, `cancel()` or dropping the object ends the call at the gateway.
     """
 
@@ -47,17 +47,17 @@ class AsyncStream(StreamAccount, Generic[Chunk]):
         request_id: str,
         endpoint: str,
         chunk_of: Callable[[str], Chunk],
-        onward: _AsyncResumption,
+        attempts: _AsyncAttempts,
         on_end: Callable[[], None] | None = None,
     ) -> None:
-        """`chunk_of` makes a chunk of a piece of text alone, as sessions send it; `onward` goes on with a call that has
-        broken; `on_end` is called once."""
+        """`chunk_of` makes a chunk from a text, as sessions send it. `attempts` resumes a broken call.
+        `on_end` is called once."""
         super().__init__(request_id)
         self._call = call
         self._endpoint = endpoint
         self._chunk_of: Callable[[str], Chunk] = chunk_of
         self._on_end = on_end
-        self._onward = onward
+        self._attempts = attempts
         self._cancelled = False
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -65,22 +65,22 @@ class AsyncStream(StreamAccount, Generic[Chunk]):
 
     async def __anext__(self) -> str:
         while True:
-            text = self._take(await self._next())
+            text = self._record(await self._next())
             if text:
                 return text
 
     async def chunks(self) -> AsyncIterator[Chunk]:
-        """Every chunk as the API sends it, progress included. Raises HeadraceError."""
+        """Every chunk as the API sends it, including progress. Raises HeadraceError."""
         while True:
             try:
-                found = await self._next()
+                chunk = await self._next()
             except StopAsyncIteration:
                 return
-            self._take(found)
-            if isinstance(found, str):
-                found = self._chunk_of(found)
-                found.id, found.model = self.id, self.model
-            yield found
+            self._record(chunk)
+            if isinstance(chunk, str):
+                chunk = self._chunk_of(chunk)
+                chunk.id, chunk.model = self.id, self.model
+            yield chunk
 
     async def _next(self) -> Chunk | str:
         while True:
@@ -94,25 +94,25 @@ class AsyncStream(StreamAccount, Generic[Chunk]):
                 if chunk is aio.EOF:
                     self._finish()
                     raise StopAsyncIteration
-                chunk = self._onward.resumption.note(chunk)
+                chunk = self._attempts.resumption.record(chunk)
                 if chunk is None:
                     continue
-                found: Chunk | str = chunk
-                return found
-            if not await self._go_on(failed):
+                typed: Chunk | str = chunk
+                return typed
+            if not await self._resume(failed):
                 self._finish()
                 raise failed from None
 
-    async def _go_on(self, failed: HeadraceError) -> bool:
+    async def _resume(self, failed: HeadraceError) -> bool:
         if failed.reason == UNREACHABLE:
-            self._onward.leave(self._call)
-        pause_s = None if self._cancelled else self._onward.resumption.pause_s(failed)
+            self._attempts.switch_gateway(self._call)
+        pause_s = None if self._cancelled else self._attempts.resumption.pause_s(failed)
         if pause_s is None:
             return False
         await asyncio.sleep(pause_s)
         if self._cancelled:
             return False
-        self._call = self._onward.again(self._call)
+        self._call = self._attempts.resume_call(self._call)
         return True
 
     def _finish(self) -> None:
@@ -121,13 +121,13 @@ class AsyncStream(StreamAccount, Generic[Chunk]):
             on_end()
 
     def cancel(self) -> None:
-        """End the call now; nothing happens when it has ended."""
+        """End the call now. Does nothing if it has ended."""
         self._cancelled = True
         self._call.cancel()
         self._finish()
 
     def __del__(self) -> None:
-        if self._on_end is not None:  # dropped before its end: a session would go on reading it
+        if self._on_end is not None:  # dropped before its end: its session would continue to receive it
             self.cancel()
 
     async def __aenter__(self) -> Self:
@@ -139,8 +139,8 @@ class AsyncStream(StreamAccount, Generic[Chunk]):
         self.cancel()
 
 
-class _AsyncResumption:
-    """One stream's calls: the first, and those that go on with it."""
+class _AsyncAttempts:
+    """The calls of one stream: the first, and those that resume it."""
 
     def __init__(
         self,
@@ -151,53 +151,52 @@ class _AsyncResumption:
         request_id: str,
         metadata: tuple[tuple[str, str], ...],
     ) -> None:
-        """`method` begins."""
+        """`method` starts the first call."""
         self._gateways = gateways
         self._sessions = sessions
         self._method = method
         self.resumption = resumption
         self._request_id = request_id
         self._metadata = metadata
-        self._asked = ""
+        self._endpoint = ""
 
     def begin(self, shared: bool) -> Any:
-        """The call; `shared`: in a session."""
+        """Start the first call, in a session if `shared`."""
         return self._call(self.resumption.request, self._method, shared)
 
-    def leave(self, broken: Any) -> None:
-        """The gateway of a call does not answer: whatever comes next goes to another, where there are several."""
-        self._gateways.turn(broken.asked if isinstance(broken, SessionCall) else self._asked)
+    def switch_gateway(self, broken: Any) -> None:
+        """Use the next gateway, because that of `broken` does not answer. No effect with one endpoint."""
+        self._gateways.switch_from(broken.endpoint if isinstance(broken, SessionCall) else self._endpoint)
 
-    def again(self, broken: Any) -> Any:
-        """The call that goes on with a broken one, likewise."""
-        self.leave(broken)
-        request, shared = self.resumption.resumes, isinstance(broken, SessionCall)
+    def resume_call(self, broken: Any) -> Any:
+        """Switch gateways and start the call that resumes `broken`, in a session if `broken` was in one."""
+        self.switch_gateway(broken)
+        request, shared = self.resumption.resume_request, isinstance(broken, SessionCall)
         if request is None:
             return self.begin(shared)
         return self._call(request, lambda stub: stub.Resume, shared)
 
     def _call(self, request: Any, method: Callable[[InferenceAsyncStub], Callable[..., Any]], shared: bool) -> Any:
-        left_s = self.resumption.left_s
+        remaining_s = self.resumption.remaining_s
 
-        def plain() -> Any:
-            self._asked = self._gateways.endpoint
-            return method(self._gateways.stub)(request, timeout=self.resumption.left_s, metadata=self._metadata)
+        def open_stream() -> Any:
+            self._endpoint = self._gateways.endpoint
+            return method(self._gateways.stub)(request, timeout=self.resumption.remaining_s, metadata=self._metadata)
 
         if not shared:
-            return plain()
-        call = SessionCall(request, left_s, self._request_id, plain, self._sessions)
+            return open_stream()
+        call = SessionCall(request, remaining_s, self._request_id, open_stream, self._sessions)
         self._sessions.start(call)
         return call
 
 
 class AsyncClient:
-    """A connection to a gateway. Belongs to the event loop it is made in; `close` it, or use `async with`.
+    """A connection to a gateway. Belongs to the event loop that creates it. `close` it, or use `async with`.
 
-    Every call raises HeadraceError when it fails. `timeout_s` is the deadline of the whole call, which travels with
-    it to the engine; `request_id` is made up where none is given. UNAVAILABLE is retried while nothing of the answer
-    has arrived. From the second stream under way on, streams share a session (cluster.client.session). A stream that
-    breaks goes on by itself, at another gateway where `endpoint` names or resolves to several (a list, or with commas
-    between them), unless `resume` is False.
+    Every call raises HeadraceError when it fails. `timeout_s` is the deadline of the whole call and is passed on to the
+    engine. `request_id` is generated if not given. UNAVAILABLE is retried until a part of the answer has arrived.
+    Concurrent streams share a session (cluster.client.session). A broken stream is resumed unless `resume` is False,
+    on another gateway if `endpoint` names several (a list, or comma-separated) or resolves to several addresses.
     """
 
     def __init__(
@@ -231,10 +230,10 @@ class AsyncClient:
                 if credentials
                 else aio.insecure_channel(endpoint, options=arguments)
             )
-            self._watches.append(asyncio.create_task(self._keep_up(channel)))
+            self._reconnect_tasks.append(asyncio.create_task(self._reconnect_early(channel)))
             return channel, InferenceStub(channel)
 
-        self._watches: list[asyncio.Task[None]] = []
+        self._reconnect_tasks: list[asyncio.Task[None]] = []
         self._gateways = GatewayList(self._options.endpoints, connect)
         self._sessions = Sessions(self._gateways, self._options)
         self._streams = 0
@@ -251,10 +250,10 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the connection and every call on it."""
-        for watch in self._watches:
-            watch.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
+        """Close the connection and end its calls."""
+        for task in self._reconnect_tasks:
+            task.cancel()
+        await asyncio.gather(*self._reconnect_tasks, return_exceptions=True)
         await self._sessions.close()
         for channel in self._gateways.channels:
             await channel.close()
@@ -269,7 +268,7 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[ChatParams],
     ) -> ChatAnswer:
-        """The whole answer to a question (a string) or a conversation."""
+        """The whole answer to a prompt (a string) or a conversation."""
         request_id = request_id or new_request_id()
         request = chat_request(model, messages, params)
         raw = await self._unary(lambda stub: stub.Chat, request, timeout_s, request_id, headers)
@@ -285,7 +284,7 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[ChatParams],
     ) -> AsyncStream[pb.ChatChunk]:
-        """The answer in pieces, as it is made."""
+        """The answer as a stream."""
         request = chat_request(model, messages, params)
         return self._stream(lambda stub: stub.StreamChat, request, _chat_text, timeout_s, request_id, headers)
 
@@ -315,7 +314,7 @@ class AsyncClient:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[SamplingParams],
     ) -> AsyncStream[pb.CompleteChunk]:
-        """The continuation in pieces, as it is made."""
+        """The continuation as a stream."""
         request = complete_request(model, prompt, params)
         return self._stream(lambda stub: stub.StreamComplete, request, _complete_text, timeout_s, request_id, headers)
 
@@ -337,14 +336,14 @@ class AsyncClient:
 
     async def models(self, *, timeout_s: float | None = None) -> list[pb.Model]:
         """All models that the caller may use, with their state."""
-        found: list[pb.Model] = []
+        models: list[pb.Model] = []
         page = ""
         while True:
             answer = await self._unary(lambda stub: stub.ListModels, pb.ListModelsRequest(page_token=page), timeout_s)
-            found.extend(answer.models)
+            models.extend(answer.models)
             page = answer.next_page_token
             if not page:
-                return found
+                return models
 
     async def model(self, name: str, *, timeout_s: float | None = None) -> pb.Model:
         """One model by name or alias."""
@@ -360,8 +359,8 @@ class AsyncClient:
     ) -> Response:
         request_id = request_id or new_request_id()
         timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
-        for others in reversed(range(len(self._options.endpoints))):
-            asked = self._gateways.endpoint
+        for remaining in reversed(range(len(self._options.endpoints))):
+            endpoint = self._gateways.endpoint
             try:
                 metadata = self._options.metadata(request_id, headers)
                 return await method(self._gateways.stub)(request, timeout=timeout_s, metadata=metadata)
@@ -369,10 +368,10 @@ class AsyncClient:
                 failed = from_rpc(error, endpoint=self._options.endpoint, request_id=request_id)
             if failed.reason != UNREACHABLE:
                 raise failed
-            self._gateways.turn(asked)
-            if not others or not self._options.retries:
+            self._gateways.switch_from(endpoint)
+            if not remaining or not self._options.retries:
                 raise failed
-        raise AssertionError("there is an endpoint")
+        raise AssertionError("unreachable: there is at least one endpoint")
 
     def _stream(
         self,
@@ -387,19 +386,23 @@ class AsyncClient:
         timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
         metadata = self._options.metadata(request_id, headers)
         options = self._options
-        resumption = Resumption(options.streamed(request), timeout_s, len(options.endpoints), wanted=options.resume)
-        onward = _AsyncResumption(self._gateways, self._sessions, method, resumption, request_id, metadata)
-        # headers belong to a call, and a session has one set for all
-        call = onward.begin(shared=bool(self._streams) and not headers)
+        resumption = Resumption(
+            options.make_resumable(request), timeout_s, len(options.endpoints), enabled=options.resume
+        )
+        attempts = _AsyncAttempts(self._gateways, self._sessions, method, resumption, request_id, metadata)
+        # headers belong to one call, but all calls of a session share the session's headers
+        call = attempts.begin(shared=bool(self._streams) and not headers)
         self._streams += 1
-        return AsyncStream(call, request_id, self._options.endpoint, chunk_of, onward, self._stream_ended)
+        return AsyncStream(call, request_id, self._options.endpoint, chunk_of, attempts, self._stream_ended)
 
     def _stream_ended(self) -> None:
         self._streams -= 1
 
-    async def _keep_up(self, channel: aio.Channel) -> None:
-        """While streams are under way, make a new connection as soon as the gateway gives one up that it drains: a
-        stream that it hands on then goes on at once. gRPC itself connects when the next call comes."""
+    async def _reconnect_early(self, channel: aio.Channel) -> None:
+        """While streams are running, reconnect as soon as a draining gateway gives up the connection.
+
+        A stream that it hands over is then resumed at once. gRPC itself reconnects only for the next call.
+        """
         state = channel.get_state()
         while state is not grpc.ChannelConnectivity.SHUTDOWN:
             await channel.wait_for_state_change(state)

@@ -1,4 +1,4 @@
-"""What a call gives back: whole answers, and the account that a stream keeps while it is read."""
+"""Results of calls: whole answers, and the state of a stream while it is read."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ CompleteAnswer = Answer[pb.CompleteResponse]
 
 
 def chat_answer(raw: pb.ChatResponse, request_id: str) -> ChatAnswer:
-    """From the response message."""
+    """Convert the response message of a chat."""
     first = raw.choices[0] if raw.choices else pb.Choice()
     return Answer(first.message.content, first.finish_reason, raw.usage, raw.id, raw.model, request_id, raw)
 
 
 def complete_answer(raw: pb.CompleteResponse, request_id: str) -> CompleteAnswer:
-    """From the response message."""
+    """Convert the response message of a completion."""
     first = raw.choices[0] if raw.choices else pb.CompleteChoice()
     return Answer(first.text, first.finish_reason, raw.usage, raw.id, raw.model, request_id, raw)
 
 
-class StreamAccount:
-    """Kept while a stream is read.
+class StreamState:
+    """The parts of a streamed answer received so far.
 
-    `finish_reason` and `usage` come with the end; `progress` is set while the last chunk only told that the call
-    still waits; `request_id` is what to name when asking an operator about this call.
+    `finish_reason` and `usage` are set at the end. `progress` is set while the last chunk only reports that the call
+    is still queued. `request_id` identifies the call in the operator's logs.
     """
 
     def __init__(self, request_id: str) -> None:
@@ -61,11 +61,11 @@ class StreamAccount:
 
     @property
     def text(self) -> str:
-        """What has come so far."""
+        """The first choice's text received so far."""
         return "".join(self._parts)
 
-    def _take(self, chunk: pb.ChatChunk | pb.CompleteChunk | str) -> str:
-        """Note a chunk, or text alone; returns the first choice's new text, "" if it has none."""
+    def _record(self, chunk: pb.ChatChunk | pb.CompleteChunk | str) -> str:
+        """Record a chunk or a piece of text. Returns the first choice's new text, "" if there is none."""
         if isinstance(chunk, str):
             self.progress = None
             self._parts.append(chunk)

@@ -1,4 +1,7 @@
-"""A failed call as one exception, parsed from google.rpc.Status; the only place where the SDK reads gRPC errors."""
+"""`HeadraceError`, the exception of every failed call, parsed from google.rpc.Status.
+
+No other module of the SDK reads gRPC errors.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ UNREACHABLE = "UNREACHABLE"
 
 
 class HeadraceError(Exception):
-    """A call that did not succeed.
+    """A failed call.
 
-    `reason` is ErrorInfo's (MODEL_NOT_FOUND, INVALID_FIELD, QUEUE_FULL, ...); where the server gave none it is
-    UNREACHABLE (nobody answered, or the connection broke) or the gRPC status name. `code` is the gRPC status name.
-    `retry_after_s` is None where a retry makes no sense or nobody said when.
+    `reason` is that of ErrorInfo (MODEL_NOT_FOUND, INVALID_FIELD, QUEUE_FULL, ...). Without an ErrorInfo it is
+    UNREACHABLE (no gateway answered, or the connection broke) or the gRPC status name. `code` is the gRPC status name.
+    `retry_after_s` is None if a retry is pointless or the server sent no delay.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class HeadraceError(Exception):
 
 
 class _RpcOutcome(Protocol):
-    """What sync and asyncio gRPC errors have in common."""
+    """The methods that blocking and asyncio gRPC errors share."""
 
     def code(self) -> grpc.StatusCode: ...
 
@@ -59,23 +62,23 @@ class _RpcOutcome(Protocol):
 
 
 def from_rpc(error: grpc.RpcError, *, endpoint: str, request_id: str = "") -> HeadraceError:
-    """What went wrong in a call to `endpoint`."""
+    """Convert the gRPC error of a call to `endpoint`."""
     outcome = cast(_RpcOutcome, error)
     trailing = dict(outcome.trailing_metadata() or ())
     code, text = outcome.code(), outcome.details() or ""
     status = _status(trailing.get(DETAILS_KEY))
-    found = from_status(status, request_id=_text(trailing.get("x-request-id")) or request_id)
+    failed = from_status(status, request_id=_text(trailing.get("x-request-id")) or request_id)
     if not status.details:
-        found.reason, found.code, found.message = code.name, code.name, text
+        failed.reason, failed.code, failed.message = code.name, code.name, text
     if not status.details and code is grpc.StatusCode.UNAVAILABLE:
         # gRPC's text lists every address with its own prefix; the last part says what happened
-        found.reason = UNREACHABLE
-        found.message = f"no gateway answers at {endpoint} ({text.rsplit(': ', 1)[-1].strip(') ')})"
-    return found
+        failed.reason = UNREACHABLE
+        failed.message = f"no gateway answers at {endpoint} ({text.rsplit(': ', 1)[-1].strip(') ')})"
+    return failed
 
 
 def from_status(status: status_pb2.Status, *, request_id: str = "") -> HeadraceError:
-    """What a google.rpc.Status says, whichever way it came."""
+    """Convert a google.rpc.Status."""
     info = error_details_pb2.ErrorInfo()
     bad = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
@@ -97,7 +100,7 @@ _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.Statu
 
 
 def _status(packed: str | bytes | None) -> status_pb2.Status:
-    """The details a server packed; empty when there are none, or when a proxy has mangled them."""
+    """The unpacked google.rpc.Status; empty if the server sent none, or if a proxy has mangled it."""
     try:
         return status_pb2.Status.FromString(packed if isinstance(packed, bytes) else b"")
     except DecodeError:

@@ -1,4 +1,4 @@
-"""The gateways that a client may ask: one at a time, the next when that does not answer."""
+"""The gateways of a client. One is used at a time; when it does not answer, the next one is."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ Stub = TypeVar("Stub")
 
 
 class GatewayList(Generic[Channel, Stub]):
-    """Channels are made when they are first needed. Safe to share between threads."""
+    """Gateway endpoints and their channels, which are opened on first use. Thread-safe."""
 
-    def __init__(self, endpoints: Sequence[str], make: Callable[[str], tuple[Channel, Stub]]) -> None:
+    def __init__(self, endpoints: Sequence[str], connect: Callable[[str], tuple[Channel, Stub]]) -> None:
         self.endpoints = tuple(endpoints)
-        self._make = make
-        self._at = 0
-        self._made: dict[str, tuple[Channel, Stub]] = {}
+        self._connect = connect
+        self._current = 0
+        self._channels: dict[str, tuple[Channel, Stub]] = {}
         self._lock = threading.Lock()
 
     @property
     def endpoint(self) -> str:
-        """The one that is asked now."""
-        return self.endpoints[self._at]
+        """The endpoint in use."""
+        return self.endpoints[self._current]
 
     @property
     def stub(self) -> Stub:
-        """Its methods."""
+        """The gRPC stub of the endpoint in use."""
         with self._lock:
             endpoint = self.endpoint
-            made = self._made.get(endpoint)
-            if made is None:
-                made = self._made[endpoint] = self._make(endpoint)
-            return made[1]
+            opened = self._channels.get(endpoint)
+            if opened is None:
+                opened = self._channels[endpoint] = self._connect(endpoint)
+            return opened[1]
 
-    def turn(self, failed: str) -> None:
-        """This one did not answer: ask the next, unless somebody has turned away from it already."""
+    def switch_from(self, failed: str) -> None:
+        """Use the next endpoint, unless another thread has already switched from `failed`."""
         with self._lock:
             if self.endpoint == failed:
-                self._at = (self._at + 1) % len(self.endpoints)
+                self._current = (self._current + 1) % len(self.endpoints)
 
     @property
     def channels(self) -> Sequence[Channel]:
-        """All that were made."""
-        return [channel for channel, _ in self._made.values()]
+        """All channels opened so far."""
+        return [channel for channel, _ in self._channels.values()]

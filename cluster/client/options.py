@@ -1,4 +1,4 @@
-"""How a channel to a gateway is made: size limits, retries before the first chunk, credentials, metadata."""
+"""Options of a channel to a gateway: size limits, retries before the first chunk, credentials, metadata."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DEFAULT_ENDPOINT = "localhost:50051"
 DEFAULT_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 MAX_ATTEMPTS = 5  # gRPC's own upper bound
-ASK_S, ANSWER_S = 2.0, 2.0
-"""A gateway that says nothing for so long while calls run is asked whether it is there, and left when it does not
-answer: after a pulled cable or a lost node nobody ends the connection."""
-ADDRESSES_S = 0.5
-"""A name's addresses are asked for at most so often, and only when a connection is lost or cannot be made."""
+KEEPALIVE_INTERVAL_S, KEEPALIVE_TIMEOUT_S = 2.0, 2.0
+"""Silence after which a gateway with running calls gets an HTTP/2 ping, and the time it has to acknowledge the ping.
+Otherwise the connection is closed: after a pulled cable or a lost node nothing else would end it."""
+DNS_INTERVAL_S = 0.5
+"""Minimum time between two DNS queries of a name. gRPC queries only when a connection is lost or cannot be made."""
 
-# gRPC retries a call only while nothing of its answer has arrived, and waits as long as the server's
-# `grpc-retry-pushback-ms` says, which gateways send with every error that RetryInfo accompanies.
-# RESOURCE_EXHAUSTED is left to the caller: a used-up budget may say "come back in a minute".
+# gRPC retries a call only before any part of its answer has arrived. It waits for the server's
+# `grpc-retry-pushback-ms`, which gateways send with every error that carries RetryInfo.
+# RESOURCE_EXHAUSTED is not retried: an exhausted budget may have a retry delay of a minute.
 SERVICE_CONFIG = {
     "methodConfig": [
         {
@@ -45,7 +45,7 @@ SERVICE_CONFIG = {
 
 @dataclass(frozen=True, slots=True)
 class ChannelOptions:
-    """Where gateways are and how to speak to them. `timeout_s` is a call's deadline unless the call names its own."""
+    """Endpoints of the gateways and options of their channels. `timeout_s` is the default deadline of a call."""
 
     endpoints: tuple[str, ...]
     api_key: str = field(default="", repr=False)
@@ -58,19 +58,22 @@ class ChannelOptions:
 
     @property
     def endpoint(self) -> str:
-        """All of them, for people."""
+        """All endpoints, comma-separated, for messages."""
         return ",".join(self.endpoints)
 
     @classmethod
     def build(
         cls, endpoint: str | Sequence[str] | None, api_key: str | None, tls_ca_file: str | Path | None, **rest: Any
     ) -> ChannelOptions:
-        """With HEADRACE_ENDPOINT and HEADRACE_API_KEY where an argument is None. Raises ValueError."""
+        """Options from arguments; HEADRACE_ENDPOINT and HEADRACE_API_KEY replace None.
+
+        Raises ValueError for an empty endpoint and for one with a URL scheme other than unix or dns.
+        """
         endpoint = endpoint or os.environ.get("HEADRACE_ENDPOINT") or DEFAULT_ENDPOINT
         endpoints = tuple(endpoint.split(",") if isinstance(endpoint, str) else endpoint)
-        for one in endpoints:
-            if not one or ("://" in one and not one.startswith(("unix://", "dns://"))):
-                raise ValueError(f"endpoint {one!r}: give host:port, without a scheme")
+        for address in endpoints:
+            if not address or ("://" in address and not address.startswith(("unix://", "dns://"))):
+                raise ValueError(f"endpoint {address!r}: give host:port, without a scheme")
         return cls(
             endpoints=endpoints,
             api_key=api_key if api_key is not None else os.environ.get("HEADRACE_API_KEY", ""),
@@ -79,38 +82,38 @@ class ChannelOptions:
         )
 
     def channel_options(self) -> list[tuple[str, Any]]:
-        """gRPC channel arguments. Reconnecting starts at 0.1 s: gRPC's own default of 1 s outlasts a restart."""
+        """gRPC channel arguments. The reconnect backoff starts at 0.1 s: gRPC's default, 1 s, outlasts a restart."""
         return [
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 5000),
-            # A roll of gateways changes a name's addresses twice within seconds; gRPC would ask again after 30 s.
-            ("grpc.dns_min_time_between_resolutions_ms", round(ADDRESSES_S * 1000)),
-            ("grpc.keepalive_time_ms", round(ASK_S * 1000)),
-            ("grpc.keepalive_timeout_ms", round(ANSWER_S * 1000)),
-            # And of pings that measure the connection, while one of which is unanswered no other is sent: 60 s else.
-            ("grpc.http2.ping_timeout_ms", round(ANSWER_S * 1000)),
-            ("grpc.http2.max_pings_without_data", 0),  # a reader of streams sends nothing itself
+            # A rolling restart of gateways changes a name's addresses twice within seconds; gRPC's default is 30 s.
+            ("grpc.dns_min_time_between_resolutions_ms", round(DNS_INTERVAL_S * 1000)),
+            ("grpc.keepalive_time_ms", round(KEEPALIVE_INTERVAL_S * 1000)),
+            ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
+            # Also limits pings that estimate bandwidth: while one is unanswered (60 s by default) no other is sent.
+            ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT_S * 1000)),
+            ("grpc.http2.max_pings_without_data", 0),  # a client that reads a stream sends no data
             ("grpc.enable_retries", int(self.retries)),
             ("grpc.service_config", json.dumps(SERVICE_CONFIG if self.retries else {})),
         ]
 
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """TLS with the given or the system's roots; None for plain text."""
+        """TLS credentials with the given or the system's root certificates; None for plaintext."""
         if self.tls_ca_file is not None:
             return grpc.ssl_channel_credentials(self.tls_ca_file.read_bytes())
         return grpc.ssl_channel_credentials() if self.tls else None
 
-    def streamed(self, request: Request) -> Request:
-        """The request of a stream, which is resumable unless somebody does not want it."""
+    def make_resumable(self, request: Request) -> Request:
+        """Set `resumable` on a stream's request, unless the caller has set it or `resume` is off."""
         if self.resume and not request.HasField("resumable"):
             request.resumable = True
         return request
 
     def metadata(self, request_id: str, extra: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-        """What goes with a call, beside its body."""
+        """gRPC metadata of a call: request id, API key and `extra`."""
         pairs = {"x-request-id": request_id, **(extra or {})}
         if self.api_key:
             pairs.setdefault("authorization", f"Bearer {self.api_key}")
@@ -118,5 +121,5 @@ class ChannelOptions:
 
 
 def new_request_id() -> str:
-    """One that nobody else has."""
+    """A unique request id."""
     return uuid.uuid4().hex

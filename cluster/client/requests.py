@@ -1,4 +1,4 @@
-"""Plain Python values become request messages. Wrong ones raise ValueError or TypeError that name the field."""
+"""Convert plain Python values to request messages. Invalid values raise ValueError or TypeError naming the field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Messages = str | Sequence[Mapping[str, Any] | pb.Message]
 
 
 class SamplingParams(TypedDict, total=False):
-    """What both chat and completion take; absent means the model's own default. Names are the API's."""
+    """Parameters of both chat and completion, named as in the API. An absent one means the model's default."""
 
     max_tokens: int
     min_tokens: int
@@ -40,7 +40,7 @@ class SamplingParams(TypedDict, total=False):
 
 
 class ChatParams(SamplingParams, total=False):
-    """What chat takes besides."""
+    """Parameters of chat."""
 
     tools: Sequence[Mapping[str, Any] | pb.Tool]
     tool_choice: str | Mapping[str, Any] | pb.ToolChoice
@@ -52,7 +52,7 @@ class ChatParams(SamplingParams, total=False):
 
 
 def chat_request(model: str, messages: Messages, params: ChatParams) -> pb.ChatRequest:
-    """A ChatRequest; a string is one message of the user."""
+    """Build a ChatRequest. A string is one message with the role user."""
     fields = _common(params, ChatParams)
     if "tools" in fields:
         fields["tools"] = [_tool(tool, i) for i, tool in enumerate(fields["tools"])]
@@ -64,7 +64,7 @@ def chat_request(model: str, messages: Messages, params: ChatParams) -> pb.ChatR
 
 
 def complete_request(model: str, prompt: str | Sequence[int], params: SamplingParams) -> pb.CompleteRequest:
-    """A CompleteRequest; the prompt is a text or token ids."""
+    """Build a CompleteRequest. The prompt is a text or token ids."""
     fields = _common(params, SamplingParams)
     if isinstance(prompt, str):
         return pb.CompleteRequest(model=model, prompt=prompt, **fields)
@@ -72,7 +72,7 @@ def complete_request(model: str, prompt: str | Sequence[int], params: SamplingPa
 
 
 def to_messages(messages: Messages) -> list[pb.Message]:
-    """Messages as the API has them, from a string, from OpenAI's dictionaries or from Message itself."""
+    """Convert a string, OpenAI dictionaries or Message objects to API messages."""
     if isinstance(messages, str):
         return [pb.Message(role="user", content=messages)]
     return [m if isinstance(m, pb.Message) else _message(m, f"messages[{i}]") for i, m in enumerate(messages)]
@@ -91,8 +91,8 @@ def _common(params: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return fields
 
 
-def _take(data: Mapping[str, Any], where: str, *keys: str) -> dict[str, Any]:
-    """The known keys of a dictionary; an unknown one is an error, not silence."""
+def _known_fields(data: Mapping[str, Any], where: str, *keys: str) -> dict[str, Any]:
+    """The entries of `data` that are not None. Raises ValueError for a key that is not in `keys`."""
     for key in data:
         if key not in keys:
             raise ValueError(f"{where}.{key}: unknown key; known are {', '.join(keys)}")
@@ -101,14 +101,14 @@ def _take(data: Mapping[str, Any], where: str, *keys: str) -> dict[str, Any]:
 
 def _message(data: Mapping[str, Any], where: str) -> pb.Message:
     keys = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
-    fields = _take(data, where, *keys)
+    fields = _known_fields(data, where, *keys)
     if "role" not in fields:
         raise ValueError(f"{where}.role: missing; it is system, user, assistant or tool")
     if not isinstance(fields.get("content", ""), str):
         fields["parts"] = [_part(part, f"{where}.content[{i}]") for i, part in enumerate(fields.pop("content"))]
     if "tool_calls" in fields:
         fields["tool_calls"] = [
-            pb.ToolCall(index=i, id=call.get("id", ""), **_take(call["function"], where, "name", "arguments"))
+            pb.ToolCall(index=i, id=call.get("id", ""), **_known_fields(call["function"], where, "name", "arguments"))
             for i, call in enumerate(fields["tool_calls"])
         ]
     return pb.Message(**fields)
@@ -121,14 +121,14 @@ def _part(data: Mapping[str, Any], where: str) -> pb.ContentPart:
     if kind == "image_url":
         image = data["image_url"]
         image = {"url": image} if isinstance(image, str) else image
-        return pb.ContentPart(image=pb.Image(**_take(image, where, "url", "detail")))
+        return pb.ContentPart(image=pb.Image(**_known_fields(image, where, "url", "detail")))
     raise ValueError(f"{where}.type: {kind!r} is neither text nor image_url")
 
 
 def _tool(tool: Mapping[str, Any] | pb.Tool, i: int) -> pb.Tool:
     if isinstance(tool, pb.Tool):
         return tool
-    fields = _take(tool.get("function", tool), f"tools[{i}]", "name", "description", "parameters", "strict")
+    fields = _known_fields(tool.get("function", tool), f"tools[{i}]", "name", "description", "parameters", "strict")
     if "parameters" in fields:
         fields["parameters_json"] = json.dumps(fields.pop("parameters"))
     return pb.Tool(**fields)
@@ -145,7 +145,7 @@ def _tool_choice(choice: str | Mapping[str, Any] | pb.ToolChoice) -> pb.ToolChoi
 def _response_format(value: Mapping[str, Any] | pb.ResponseFormat) -> pb.ResponseFormat:
     if isinstance(value, pb.ResponseFormat):
         return value
-    fields = _take(value, "response_format", "type", "json_schema", "regex", "choice", "grammar")
+    fields = _known_fields(value, "response_format", "type", "json_schema", "regex", "choice", "grammar")
     schema = cast("str | Mapping[str, Any] | None", fields.get("json_schema"))
     if isinstance(schema, Mapping):
         # OpenAI's form wraps the schema in {"name": ..., "schema": ...}

@@ -1,8 +1,8 @@
-"""Several calls at once share one Inference.Session: the gateway then sends all their pieces of a moment together.
+"""Concurrent streams share one Inference.Session, so that the gateway can send chunks of several calls in one message.
 
-AsyncClient uses this by itself from the second stream under way on. A session that takes no more calls (its
-connection is old, or its gateway stops) ends with its last one; new calls, and those it refused, go to another. A
-gateway that does not know sessions gets plain streams.
+AsyncClient opens a stream in a session while another stream is running. A session that accepts no more calls
+(its connection is old, or its gateway stops) ends with its last call; new calls, and those it refused, go to another.
+A gateway without sessions gets plain streams.
 """
 
 from __future__ import annotations
@@ -27,54 +27,58 @@ from cluster.v1 import inference_pb2 as pb
 if TYPE_CHECKING:
     from cluster.v1.inference_pb2_grpc import InferenceAsyncStub
 
-GRACE_S = 1.0
-"""How much later than the gateway the client itself gives a call up."""
+DEADLINE_GRACE_S = 1.0
+"""Time after a call's deadline that the client waits for the gateway's own DEADLINE_EXCEEDED."""
 MAX_MOVES = 3
-TOGETHER, TOGETHER_BYTES = 100, 48 << 10
-"""Requests that go out together are so many at most, and have so many bytes in all: less than any gateway's bound on a
-message (64 KiB at least)."""
+MAX_BATCH, MAX_BATCH_BYTES = 100, 48 << 10
+"""Limits of the requests sent in one message: number and total size. Every gateway accepts messages of 64 KiB."""
 
 Request = pb.ChatRequest | pb.CompleteRequest | pb.ResumeRequest
 
 
 class SessionCall:
-    """One call of a session, read like a gRPC stream: chunks, or a plain str for the next text of choice 0."""
+    """A call of a session, read like a gRPC stream. Items are chunks, or a str with the next text of choice 0."""
 
     def __init__(
-        self, request: Request, timeout_s: float | None, request_id: str, plain: Callable[[], Any], sessions: Sessions
+        self,
+        request: Request,
+        timeout_s: float | None,
+        request_id: str,
+        open_stream: Callable[[], Any],
+        sessions: Sessions,
     ) -> None:
-        """`plain` makes the same call as a stream of its own, for gateways without sessions."""
+        """`open_stream` makes the same call as a plain stream, for gateways without sessions."""
         self.request = request
         self.request_id = request_id
         self.deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-        self.asked = ""
-        """The gateway whose session has it."""
-        self.begun = False
+        self.endpoint = ""
+        """The gateway whose session carries the call."""
+        self.answered = False
         self.moves = 0
-        self.leave: Callable[[], None] = lambda: None
-        self._plain = plain
+        self.cancel_in_session: Callable[[], None] = lambda: None
+        self._open_stream = open_stream
         self._stream: Any = None
         self._sessions = sessions
         self._inbox: deque[Any] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
     @property
-    def left_s(self) -> float | None:
-        """Seconds to the deadline."""
+    def remaining_s(self) -> float | None:
+        """Seconds until the deadline; None without one."""
         return None if self.deadline is None else self.deadline - asyncio.get_running_loop().time()
 
     async def read(self) -> Any:
         """The next chunk or text, or aio.EOF. Raises HeadraceError, or grpc.RpcError from a plain stream."""
         while not self._inbox and self._stream is None:
             self._waiter = asyncio.get_running_loop().create_future()
-            left_s = self.left_s
+            remaining_s = self.remaining_s
             try:
-                async with asyncio.timeout(None if left_s is None else max(left_s, 0) + GRACE_S):
+                async with asyncio.timeout(None if remaining_s is None else max(remaining_s, 0) + DEADLINE_GRACE_S):
                     await self._waiter
             except TimeoutError:
                 self.cancel()
                 raise HeadraceError(
-                    "DEADLINE_EXCEEDED", "no end of the call came in time", code="DEADLINE_EXCEEDED"
+                    "DEADLINE_EXCEEDED", "the call did not end before its deadline", code="DEADLINE_EXCEEDED"
                 ) from None
         if self._inbox:
             item = self._inbox.popleft()
@@ -84,36 +88,36 @@ class SessionCall:
         return await self._stream.read()
 
     def cancel(self) -> None:
-        """End the call now; nothing happens when it has ended."""
-        self.leave()
+        """End the call now. Does nothing if it has ended."""
+        self.cancel_in_session()
         if self._stream is not None:
             self._stream.cancel()
 
     def put(self, item: Any) -> None:
-        """The session has something for this call."""
+        """Queue an item from the session for the reader."""
         self._inbox.append(item)
-        self._tell()
+        self._wake()
 
-    def go_alone(self) -> None:
-        """Begin anew as a stream of its own."""
-        self._stream = self._plain()
-        self._tell()
+    def restart_as_stream(self) -> None:
+        """Start the call over as a plain stream."""
+        self._stream = self._open_stream()
+        self._wake()
 
-    def move(self) -> bool:
-        """Begin anew in another session; False when something has come already, or it has moved often enough."""
-        if self.begun or self.moves >= MAX_MOVES:
+    def restart_in_session(self) -> bool:
+        """Start the call over in another session. False if it was answered already, or moved MAX_MOVES times."""
+        if self.answered or self.moves >= MAX_MOVES:
             return False
         self.moves += 1
         self._sessions.start(self)
         return True
 
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
 
 class _Session:
-    """One stream and the calls on it."""
+    """One Inference.Session stream and its calls."""
 
     def __init__(
         self, endpoint: str, stub: InferenceAsyncStub, options: ChannelOptions, on_end: Callable[[_Session], None]
@@ -124,20 +128,20 @@ class _Session:
         self._numbers = itertools.count(1)
         self._outbox: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
         self._next: pb.SessionRequest | None = None
-        begin: Any = stub.Session  # the stubs know only the style with a request iterator
+        begin: Any = stub.Session  # the type stubs declare only the form with a request iterator
         self._stream = begin(metadata=options.metadata("", None)[1:])
         self._on_end = on_end
         self._task = asyncio.create_task(self._run())
 
     def start(self, call: SessionCall) -> None:
-        """Send a call's start."""
+        """Queue the start message of a call."""
         number = next(self._numbers)
         self._calls[number] = call
-        call.asked = self.endpoint
-        left_s = call.left_s
+        call.endpoint = self.endpoint
+        remaining_s = call.remaining_s
         start = pb.SessionStart(
             call_id=number,
-            deadline_ms=0 if left_s is None else max(math.ceil(left_s * 1000), 1),
+            deadline_ms=0 if remaining_s is None else max(math.ceil(remaining_s * 1000), 1),
             request_id=call.request_id,
         )
         if isinstance(call.request, pb.ChatRequest):
@@ -146,7 +150,7 @@ class _Session:
             start.resume.CopyFrom(call.request)
         else:
             start.complete.CopyFrom(call.request)
-        call.leave = lambda: self._cancel(number)
+        call.cancel_in_session = lambda: self._cancel(number)
         self._outbox.put_nowait(pb.SessionRequest(start=start))
 
     def _cancel(self, number: int) -> None:
@@ -154,7 +158,7 @@ class _Session:
             self._outbox.put_nowait(pb.SessionRequest(cancel=pb.SessionCancel(call_id=number)))
 
     async def close(self) -> None:
-        """End the stream and all calls on it."""
+        """End the stream and all its calls."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -164,7 +168,7 @@ class _Session:
         try:
             while (message := await self._stream.read()) is not aio.EOF:
                 for event in message.events:
-                    self._take(event)
+                    self._dispatch(event)
         except grpc.RpcError as broken:
             error = broken
         finally:
@@ -172,32 +176,32 @@ class _Session:
             await asyncio.gather(writer, return_exceptions=True)
             self._stream.cancel()
             self._on_end(self)
-            self._give_up(error)
+            self._end_calls(error)
 
     async def _write(self) -> None:
-        """A write takes a turn through gRPC's own threads, so what has gathered since the last goes out in one."""
+        """Send queued requests in batches, because every write has to pass through gRPC's own threads."""
         while True:
             message = self._next or await self._outbox.get()
-            self._next, room = None, TOGETHER_BYTES - message.ByteSize()
-            while len(message.more) < TOGETHER and not self._outbox.empty():
+            self._next, bytes_left = None, MAX_BATCH_BYTES - message.ByteSize()
+            while len(message.more) < MAX_BATCH and not self._outbox.empty():
                 more = self._outbox.get_nowait()
-                room -= more.ByteSize()
-                if room < 0:  # a message that only just fits the gateway's bound must go alone
+                bytes_left -= more.ByteSize()
+                if bytes_left < 0:  # a request near the gateway's message limit must be sent alone
                     self._next = more
                     break
                 message.more.append(more)
             await self._stream.write(message)
 
-    def _take(self, event: pb.SessionEvent) -> None:
+    def _dispatch(self, event: pb.SessionEvent) -> None:
         number = event.call_id
         call = self._calls.get(number)
         if call is None:
-            return  # cancelled here while the event was on its way
+            return  # cancelled by the client while the event was in transit
         if event.status:
             del self._calls[number]
-            self._refused(call, event.status)
+            self._fail_call(call, event.status)
             return
-        call.begun = True
+        call.answered = True
         if event.text:
             call.put(event.text)
             return
@@ -207,33 +211,33 @@ class _Session:
             del self._calls[number]
             call.put(aio.EOF)
 
-    def _refused(self, call: SessionCall, packed: bytes) -> None:
+    def _fail_call(self, call: SessionCall, packed: bytes) -> None:
         try:
             error = from_status(status_pb2.Status.FromString(packed), request_id=call.request_id)
         except DecodeError:
-            error = HeadraceError("INTERNAL", "the gateway sent a status that cannot be read", code="INTERNAL")
+            error = HeadraceError("INTERNAL", "the gateway sent a malformed google.rpc.Status", code="INTERNAL")
         if error.code == "UNAVAILABLE" and error.reason == "NO_WORKER" and error.retry_after_s == 0:
-            self._on_end(self)  # it takes no more calls
-            if call.move():
+            self._on_end(self)  # the session accepts no more calls
+            if call.restart_in_session():
                 return
         call.put(error)
 
-    def _give_up(self, error: grpc.RpcError | None) -> None:
+    def _end_calls(self, error: grpc.RpcError | None) -> None:
         calls, self._calls = list(self._calls.values()), {}
         for call in calls:
             if error is not None and error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                call.go_alone()
+                call.restart_as_stream()
             elif error is not None:
-                if call.begun or not self._options.retries:
+                if call.answered or not self._options.retries:
                     call.put(from_rpc(error, endpoint=self._options.endpoint, request_id=call.request_id))
                 else:
-                    call.go_alone()  # gRPC's own retries take over from here
-            elif not call.move():
-                call.put(HeadraceError("UNREACHABLE", "the session ended under its call", code="UNAVAILABLE"))
+                    call.restart_as_stream()  # gRPC itself retries plain streams
+            elif not call.restart_in_session():
+                call.put(HeadraceError("UNREACHABLE", "the session ended before the call", code="UNAVAILABLE"))
 
 
 class Sessions:
-    """The client's newest session, opened when it is first needed."""
+    """The client's sessions. The newest gets new calls; it is opened on first use."""
 
     def __init__(self, gateways: GatewayList[aio.Channel, InferenceAsyncStub], options: ChannelOptions) -> None:
         self._gateways = gateways
@@ -242,14 +246,14 @@ class Sessions:
         self._all: set[_Session] = set()
 
     def start(self, call: SessionCall) -> None:
-        """Begin a call in the newest session."""
+        """Start a call in the newest session."""
         endpoint = self._gateways.endpoint
         if self._newest is None or self._newest.endpoint != endpoint:
-            self._newest = _Session(endpoint, self._gateways.stub, self._options, self._ended)
+            self._newest = _Session(endpoint, self._gateways.stub, self._options, self._retire)
             self._all.add(self._newest)
         self._newest.start(call)
 
-    def _ended(self, session: _Session) -> None:
+    def _retire(self, session: _Session) -> None:
         if self._newest is session:
             self._newest = None
 

@@ -1,4 +1,4 @@
-"""The client for ordinary, blocking code. Built on gRPC's own blocking calls, without an event loop."""
+"""The client for blocking code, built on gRPC's own blocking calls, without an event loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.client.answers import (
     ChatAnswer,
     Chunk,
     CompleteAnswer,
-    StreamAccount,
+    StreamState,
     chat_answer,
     complete_answer,
 )
@@ -29,19 +29,19 @@ from cluster.v1.inference_pb2_grpc import InferenceStub
 Response = TypeVar("Response")
 
 
-class Stream(StreamAccount, Generic[Chunk]):
-    """The text of an answer while it is made: iterate it, or `chunks()` for every message of all choices.
+class Stream(StreamState, Generic[Chunk]):
+    """A streamed answer. Iterate it for the first choice's text, or `chunks()` for every message of all choices.
 
-    `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` tell what has come so far; usage comes last.
+    `text`, `finish_reason`, `usage`, `id`, `model` and `request_id` hold what was received so far; usage comes last.
     Leaving a `with` block, `cancel()` or dropping the object ends the call at the gateway.
     """
 
-    def __init__(self, call: Any, request_id: str, endpoint: str, onward: _SyncResumption) -> None:
-        """`onward` goes on with a call that has broken."""
+    def __init__(self, call: Any, request_id: str, endpoint: str, attempts: _SyncAttempts) -> None:
+        """`attempts` resumes a broken call."""
         super().__init__(request_id)
         self._call = call
         self._endpoint = endpoint
-        self._onward = onward
+        self._attempts = attempts
         self._cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[str]:
@@ -49,18 +49,18 @@ class Stream(StreamAccount, Generic[Chunk]):
 
     def __next__(self) -> str:
         while True:
-            text = self._take(self._next())
+            text = self._record(self._next())
             if text:
                 return text
 
     def chunks(self) -> Iterator[Chunk]:
-        """Every chunk as the API sends it, progress included. Raises HeadraceError."""
+        """Every chunk as the API sends it, including progress. Raises HeadraceError."""
         while True:
             try:
                 chunk = self._next()
             except StopIteration:
                 return
-            self._take(chunk)
+            self._record(chunk)
             yield chunk
 
     def _next(self) -> Chunk:
@@ -69,27 +69,27 @@ class Stream(StreamAccount, Generic[Chunk]):
                 chunk: Any = next(self._call)
             except grpc.RpcError as error:
                 failed = from_rpc(error, endpoint=self._endpoint, request_id=self.request_id)
-                if not self._go_on(failed):
+                if not self._resume(failed):
                     raise failed from None
                 continue
-            chunk = self._onward.resumption.note(chunk)
+            chunk = self._attempts.resumption.record(chunk)
             if chunk is not None:
-                found: Chunk = chunk
-                return found
+                typed: Chunk = chunk
+                return typed
 
-    def _go_on(self, failed: HeadraceError) -> bool:
+    def _resume(self, failed: HeadraceError) -> bool:
         if failed.reason == UNREACHABLE:
-            self._onward.leave()
-        pause_s = None if self._cancelled.is_set() else self._onward.resumption.pause_s(failed)
+            self._attempts.switch_gateway()
+        pause_s = None if self._cancelled.is_set() else self._attempts.resumption.pause_s(failed)
         if pause_s is None or self._cancelled.wait(pause_s):
             return False
-        self._call = self._onward.again()
+        self._call = self._attempts.resume_call()
         if self._cancelled.is_set():
             self._call.cancel()
         return True
 
     def cancel(self) -> None:
-        """End the call now; nothing happens when it has ended."""
+        """End the call now. Does nothing if it has ended."""
         self._cancelled.set()
         self._call.cancel()
 
@@ -102,8 +102,8 @@ class Stream(StreamAccount, Generic[Chunk]):
         self.cancel()
 
 
-class _SyncResumption:
-    """One stream's calls: the first, and those that go on with it."""
+class _SyncAttempts:
+    """The calls of one stream: the first, and those that resume it."""
 
     def __init__(
         self,
@@ -112,40 +112,40 @@ class _SyncResumption:
         resumption: Resumption,
         metadata: tuple[tuple[str, str], ...],
     ) -> None:
-        """`method` begins."""
+        """`method` starts the first call."""
         self._gateways = gateways
         self._method = method
         self.resumption = resumption
         self._metadata = metadata
-        self._asked = ""
+        self._endpoint = ""
 
     def begin(self) -> Any:
-        """The call."""
-        self._asked = self._gateways.endpoint
+        """Start the first call."""
+        self._endpoint = self._gateways.endpoint
         method = self._method(self._gateways.stub)
-        return method(self.resumption.request, timeout=self.resumption.left_s, metadata=self._metadata)
+        return method(self.resumption.request, timeout=self.resumption.remaining_s, metadata=self._metadata)
 
-    def leave(self) -> None:
-        """The gateway does not answer: whatever comes next goes to another, where there are several."""
-        self._gateways.turn(self._asked)
+    def switch_gateway(self) -> None:
+        """Use the next gateway, because the current one does not answer. No effect with one endpoint."""
+        self._gateways.switch_from(self._endpoint)
 
-    def again(self) -> Any:
-        """The call that goes on, likewise."""
-        self.leave()
-        request = self.resumption.resumes
+    def resume_call(self) -> Any:
+        """Switch gateways and start the call that resumes the stream."""
+        self.switch_gateway()
+        request = self.resumption.resume_request
         if request is None:
             return self.begin()
-        self._asked = self._gateways.endpoint
-        return self._gateways.stub.Resume(request, timeout=self.resumption.left_s, metadata=self._metadata)
+        self._endpoint = self._gateways.endpoint
+        return self._gateways.stub.Resume(request, timeout=self.resumption.remaining_s, metadata=self._metadata)
 
 
 class Client:
-    """A connection to a gateway. Safe to share between threads; `close` it, or use it in a `with` block.
+    """A connection to a gateway. Thread-safe. `close` it, or use it in a `with` block.
 
-    Every call raises HeadraceError when it fails. `timeout_s` is the deadline of the whole call, which travels with
-    it to the engine; `request_id` is made up where none is given. UNAVAILABLE is retried while nothing of the answer
-    has arrived. A stream that breaks goes on by itself, at another gateway where `endpoint` names or resolves to
-    several (a list, or with commas between them), unless `resume` is False.
+    Every call raises HeadraceError when it fails. `timeout_s` is the deadline of the whole call and is passed on to the
+    engine. `request_id` is generated if not given. UNAVAILABLE is retried until a part of the answer has arrived.
+    A broken stream is resumed unless `resume` is False, on another gateway if `endpoint` names several (a list, or
+    comma-separated) or resolves to several addresses.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the connection and every call on it."""
+        """Close the connection and end its calls."""
         for channel in self._gateways.channels:
             channel.close()
 
@@ -209,7 +209,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[ChatParams],
     ) -> ChatAnswer:
-        """The whole answer to a question (a string) or a conversation."""
+        """The whole answer to a prompt (a string) or a conversation."""
         request_id = request_id or new_request_id()
         request = chat_request(model, messages, params)
         return chat_answer(self._unary(lambda stub: stub.Chat, request, timeout_s, request_id, headers), request_id)
@@ -224,7 +224,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[ChatParams],
     ) -> Stream[pb.ChatChunk]:
-        """The answer in pieces, as it is made."""
+        """The answer as a stream."""
         request = chat_request(model, messages, params)
         return self._stream(lambda stub: stub.StreamChat, request, timeout_s, request_id, headers)
 
@@ -254,7 +254,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         **params: Unpack[SamplingParams],
     ) -> Stream[pb.CompleteChunk]:
-        """The continuation in pieces, as it is made."""
+        """The continuation as a stream."""
         request = complete_request(model, prompt, params)
         return self._stream(lambda stub: stub.StreamComplete, request, timeout_s, request_id, headers)
 
@@ -274,14 +274,14 @@ class Client:
 
     def models(self, *, timeout_s: float | None = None) -> list[pb.Model]:
         """All models that the caller may use, with their state."""
-        found: list[pb.Model] = []
+        models: list[pb.Model] = []
         page = ""
         while True:
             answer = self._unary(lambda stub: stub.ListModels, pb.ListModelsRequest(page_token=page), timeout_s)
-            found.extend(answer.models)
+            models.extend(answer.models)
             page = answer.next_page_token
             if not page:
-                return found
+                return models
 
     def model(self, name: str, *, timeout_s: float | None = None) -> pb.Model:
         """One model by name or alias."""
@@ -297,8 +297,8 @@ class Client:
     ) -> Response:
         request_id = request_id or new_request_id()
         timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
-        for others in reversed(range(len(self._options.endpoints))):
-            asked = self._gateways.endpoint
+        for remaining in reversed(range(len(self._options.endpoints))):
+            endpoint = self._gateways.endpoint
             try:
                 metadata = self._options.metadata(request_id, headers)
                 return method(self._gateways.stub)(request, timeout=timeout_s, metadata=metadata)
@@ -306,10 +306,10 @@ class Client:
                 failed = from_rpc(error, endpoint=self._options.endpoint, request_id=request_id)
             if failed.reason != UNREACHABLE:
                 raise failed
-            self._gateways.turn(asked)
-            if not others or not self._options.retries:
+            self._gateways.switch_from(endpoint)
+            if not remaining or not self._options.retries:
                 raise failed
-        raise AssertionError("there is an endpoint")
+        raise AssertionError("unreachable: there is at least one endpoint")
 
     def _stream(
         self,
@@ -322,6 +322,8 @@ class Client:
         request_id = request_id or new_request_id()
         timeout_s = self._options.timeout_s if timeout_s is None else timeout_s
         options = self._options
-        resumption = Resumption(options.streamed(request), timeout_s, len(options.endpoints), wanted=options.resume)
-        onward = _SyncResumption(self._gateways, method, resumption, self._options.metadata(request_id, headers))
-        return Stream(onward.begin(), request_id, self._options.endpoint, onward)
+        resumption = Resumption(
+            options.make_resumable(request), timeout_s, len(options.endpoints), enabled=options.resume
+        )
+        attempts = _SyncAttempts(self._gateways, method, resumption, self._options.metadata(request_id, headers))
+        return Stream(attempts.begin(), request_id, self._options.endpoint, attempts)

@@ -1,5 +1,5 @@
-"""What must survive: tenants, keys, usage and audit, in SQLite or PostgreSQL, and the spool before it.
+"""Durable data: tenants, keys, usage and audit, in SQLite or PostgreSQL, and the local spool of usage records.
 
-Nothing is imported here: `records`, `spool`, `sealed` and `audit` stand without SQLAlchemy, so that a gateway without
-a store starts as fast as ever; `store` and its neighbours bring SQLAlchemy when they are first used.
+This module imports nothing. `records`, `spool`, `sealed_records` and `audit` need no SQLAlchemy, so that a gateway
+without a store starts fast; `store` and the modules of the tables import it.
 """

@@ -1,4 +1,4 @@
-"""How a ledger says no. Each class is one status of the admin API; the message names the object and the remedy."""
+"""Errors of the ledger. Each class maps to one status of the admin API; the message names the object and the remedy."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from cluster.api.outcomes import Outcome
 
 
 class LedgerError(Exception):
-    """The ledger does not do what was asked."""
+    """Base class: the ledger has rejected an operation."""
 
     outcome = Outcome.INVALID_FIELD
 
 
 class NotFound(LedgerError):
-    """There is no such object."""
+    """The object does not exist."""
 
     outcome = Outcome.NOT_FOUND
 
 
 class AlreadyExists(LedgerError):
-    """There is one of that name already."""
+    """An object of that name exists already."""
 
     outcome = Outcome.ALREADY_EXISTS
 
@@ -30,12 +30,12 @@ class ManagedByFile(LedgerError):
 
 
 class NotPermitted(LedgerError):
-    """Who asks has no say in this."""
+    """The caller's role does not permit the operation."""
 
     outcome = Outcome.PERMISSION_DENIED
 
 
 class StoreUnavailable(LedgerError):
-    """The database does not answer, or its tables are not those this release needs."""
+    """The database does not answer, or this release cannot work on its tables."""
 
     outcome = Outcome.STORE_UNAVAILABLE

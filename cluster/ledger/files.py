@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and secrets read from files."""
+"""Atomic replacement of files, and files of secrets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIN_SECRET_CHARACTERS = 32
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file, readable by its owner only; after a crash it is the old one or the new one. Raises OSError."""
+    """Replace a file atomically, with permissions for its owner only. Raises OSError."""
     make_missing_folders(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -22,14 +22,14 @@ def write_whole(path: Path, data: bytes) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.rename(name, path)
-    except BaseException:  # whatever interrupts, no draft stays beside the file
+    except BaseException:  # also on KeyboardInterrupt: remove the temporary file
         os.unlink(name)
         raise
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names in a folder survive a power cut."""
+    """Sync the names in a folder to disk, so that they survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,28 +38,33 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_secrets(path: Path, setting: str) -> tuple[bytes, ...]:
-    """The secrets of a file, one a line, `#` begins a comment; the first signs, all verify.
+    """Read the secrets of a file, one a line; `#` begins a comment. The first secret signs, all of them verify.
 
     Raises ValueError that names the setting and the remedy, and never a secret.
     """
-    remedy = "write one secret of 32 or more random characters a line: `openssl rand -hex 32`"
+    remedy = "write one secret of 32 or more random characters per line: `openssl rand -hex 32`"
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{setting}: {path} cannot be read: {error}; {remedy}") from None
-    found = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-    if not found:
+    values = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not values:
         raise ValueError(f"{setting}: {path} holds no secret; {remedy}")
-    for at, secret in enumerate(found, start=1):
+    for number, secret in enumerate(values, start=1):
         if len(secret) < MIN_SECRET_CHARACTERS:
-            raise ValueError(f"{setting}: secret {at} of {path} is shorter than {MIN_SECRET_CHARACTERS}; {remedy}")
-    if len(set(found)) != len(found):
-        raise ValueError(f"{setting}: {path} holds one secret twice; remove one")
-    return tuple(secret.encode() for secret in found)
+            raise ValueError(
+                f"{setting}: secret {number} of {path} is shorter than {MIN_SECRET_CHARACTERS} characters; {remedy}"
+            )
+    if len(set(values)) != len(values):
+        raise ValueError(f"{setting}: {path} holds the same secret twice; remove one")
+    return tuple(secret.encode() for secret in values)
 
 
 def make_secret(path: Path) -> None:
-    """Write a new secret file unless there is one; for local mode. Of two that try at once one wins. OSError."""
+    """Create a file with one new secret, for local mode. An existing file, also of a concurrent call, is kept.
+
+    Raises OSError.
+    """
     make_missing_folders(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:

@@ -1,4 +1,4 @@
-"""What rests in a ledger, as values: for those who ask one, wherever it is. Nothing of SQLAlchemy is imported."""
+"""Values read from a ledger, also over the admin API. Imports no SQLAlchemy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DAY = re.compile(r"^\d{4}-\d{2}-\d{2}$")
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """What to sum. `group_by` of DIMENSIONS or `label:<name>`; days are UTC's, `until_day` is included."""
+    """A query of usage sums. `group_by` holds DIMENSIONS or `label:<name>`. Days are UTC; `until_day` is inclusive."""
 
     group_by: tuple[str, ...] = ("tenant", "model")
     since_day: str = ""
@@ -28,9 +28,9 @@ class UsageQuery:
     def __post_init__(self) -> None:
         for name in self.group_by:
             if name not in DIMENSIONS and not LABEL.match(name):
-                raise LedgerError(f"group_by: {name!r} is none of {', '.join(DIMENSIONS)} and label:<name>")
+                raise LedgerError(f"group_by: {name!r} must be one of {', '.join(DIMENSIONS)} or label:<name>")
         if len(set(self.group_by)) != len(self.group_by):
-            raise LedgerError("group_by: names a dimension twice")
+            raise LedgerError("group_by: names the same dimension twice")
         for name in ("since_day", "until_day"):
             if getattr(self, name) and not _DAY.match(getattr(self, name)):
                 raise LedgerError(f"{name}: must be a day like 2026-11-24")
@@ -38,7 +38,7 @@ class UsageQuery:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Money for one GPU hour by accelerator type; `""` is the rate of calls that name no type."""
+    """Price of a GPU hour by accelerator type; `""` is the rate of usage records without a type."""
 
     currency: str
     gpu_hour: Mapping[str, float]
@@ -46,7 +46,7 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class StoredTenant:
-    """A tenant as it rests. Times are seconds since the epoch."""
+    """A tenant as stored. Times are seconds since the epoch."""
 
     policy: TenantPolicy
     origin: str
@@ -57,7 +57,7 @@ class StoredTenant:
 
 @dataclass(frozen=True, slots=True)
 class StoredKey:
-    """A key as it rests; neither it nor its digest is here. Times are seconds since the epoch."""
+    """The metadata of a stored key, without the key or its digest. Times are seconds since the epoch."""
 
     id: str
     tenant: str
@@ -71,7 +71,7 @@ class StoredKey:
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key that was just made. `secret` is the whole key; nobody can read it again. Not in the repr."""
+    """A key just created. `secret` is the whole key; it is not stored and not part of the repr."""
 
     stored: StoredKey
     secret: str
@@ -81,7 +81,7 @@ class NewKey:
 
 
 def key_state(stored: StoredKey, now_s: float) -> str:
-    """active, expired or revoked."""
+    """The state of a key: active, expired or revoked."""
     if stored.revoked_at is not None:
         return "revoked"
     return "expired" if stored.expires_at is not None and stored.expires_at <= now_s else "active"

@@ -1,4 +1,4 @@
-"""A ledger: one database, and what can be done with it. Synchronous; event loops call it in a thread."""
+"""The ledger: all operations on one database. Synchronous; event loops call it in a thread."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.ledger.audit.audit import AuditEvent, AuditLog
-from cluster.ledger.audit.table import Audits
+from cluster.ledger.audit.table import AuditTable
 from cluster.ledger.database import migrate
 from cluster.ledger.database.backup import Counts, backup, restore
-from cluster.ledger.database.connect import make_engine, where
+from cluster.ledger.database.connect import make_engine, url_of
 from cluster.ledger.tenants.keys import Keys
 from cluster.ledger.tenants.snapshots import Snapshots
 from cluster.ledger.tenants.tenants import Tenants
 from cluster.ledger.usage.budget_notices import BudgetNotices
-from cluster.ledger.usage.resumed_segments import Resumed
+from cluster.ledger.usage.resumed_segments import ResumedSegments
 from cluster.ledger.usage.usage import UsageTable
 
 
 class Ledger:
     """Tenants, keys, usage, audit and snapshots of one database.
 
-    `peppers`: the first stores new keys, all verify; only `keys` needs one. `clock` gives seconds since the epoch.
+    The first of `peppers` stores new keys, all of them verify; only `keys` needs one. `clock` returns seconds since
+    the epoch.
     """
 
     def __init__(
@@ -36,45 +37,45 @@ class Ledger:
         audit_file: Path | None = None,
     ) -> None:
         self._engine = make_engine(database_url, password)
-        self.audit = Audits(self._engine)
+        self.audit = AuditTable(self._engine)
         self.tenants = Tenants(self._engine, clock)
         self.keys = Keys(self._engine, clock, tuple(peppers))
         self.usage = UsageTable(self._engine)
         self.notices = BudgetNotices(self._engine)
-        self.resumed = Resumed(self._engine)
+        self.resumed = ResumedSegments(self._engine)
         self.snapshots = Snapshots(self._engine, clock)
         self._clock = clock
         self._log = AuditLog(audit_file) if audit_file else None
 
     def __repr__(self) -> str:
-        return f"Ledger({where(self._engine)})"
+        return f"Ledger({url_of(self._engine)})"
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the database connections."""
         self._engine.dispose()
 
     def check(self) -> migrate.Check:
-        """How the tables stand to this release. Raises StoreUnavailable."""
+        """Compare the tables with those of this release. Raises StoreUnavailable."""
         return migrate.check(self._engine)
 
     def require_usable(self) -> None:
-        """Raises StoreUnavailable with the remedy when this release cannot work on the database."""
+        """Raise StoreUnavailable with the remedy if this release cannot work on the database."""
         migrate.require_usable(self._engine)
 
     def upgrade(self, *, contract: bool = False) -> tuple[str, ...]:
-        """Bring the tables up to this release; the revisions applied."""
+        """Migrate the tables to this release. Returns the revisions applied."""
         return migrate.upgrade(self._engine, contract=contract)
 
     def backup(self, file: Path) -> Counts:
-        """Write everything into one file, as of one moment; rows by table."""
+        """Write a consistent backup into one file. Returns the number of rows by table."""
         return backup(self._engine, file, self._clock())
 
     def restore(self, file: Path) -> Counts:
-        """Read a backup into an empty database, whole or not at all; rows by table."""
+        """Restore a backup into an empty database, in one transaction. Returns the number of rows by table."""
         return restore(self._engine, file)
 
     def record(self, action: str, object_name: str, *, tenant: str = "", reason: str = "", actor: str = "") -> None:
-        """Audit an admin action, in the table and in the file if there is one."""
+        """Audit an admin action, in the table and in the audit file if there is one."""
         event = AuditEvent(
             at_s=self._clock(),
             kind="admin",
@@ -89,5 +90,8 @@ class Ledger:
         self.audit.insert([event])
 
     def erase(self, tenant: str) -> int:
-        """Remove a tenant, its keys and every row that names it; returns how many. NotFound, ManagedByFile."""
+        """Remove a tenant, its keys and every row that names it. Returns the number of rows.
+
+        Raises NotFound, ManagedByFile.
+        """
         return self.tenants.erase(tenant)

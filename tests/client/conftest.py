@@ -11,7 +11,7 @@ from tests.support.scripted_gateway import Script, ScriptedGateway, serve
 
 @pytest.fixture
 def gateway() -> Iterator[ScriptedGateway]:
-    """A server on a free port, ended with the test."""
+    """A scripted gateway on a free port, stopped after the test."""
     running = serve(Script())
     yield running
     running.stop()

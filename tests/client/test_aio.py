@@ -29,7 +29,7 @@ async def test_every_call_answers(gateway: ScriptedGateway) -> None:
 
 
 async def test_stream_keeps_account(gateway: ScriptedGateway) -> None:
-    """Iterating gives text only, `chunks()` everything, and usage comes with the end."""
+    """Iterating yields text only, `chunks()` yields every chunk, and usage is set at the end."""
     async with AsyncClient(gateway.endpoint) as client:
         stream = client.stream_chat("tiny", "x", request_id="r-1")
         assert [t async for t in stream] == list(WORDS)
@@ -44,7 +44,7 @@ async def test_stream_keeps_account(gateway: ScriptedGateway) -> None:
 
 
 async def test_errors_are_read(gateway: ScriptedGateway) -> None:
-    """An error has its reason; a failure in mid-stream is raised and not repeated."""
+    """An error carries its reason; a failure in mid-stream is raised and the call is not repeated."""
     async with AsyncClient(gateway.endpoint) as client:
         with pytest.raises(HeadraceError, match="MODEL_NOT_FOUND: no model is called 'nope'"):
             await client.model("nope")
@@ -56,7 +56,7 @@ async def test_errors_are_read(gateway: ScriptedGateway) -> None:
 
 
 async def test_unavailable_is_retried(gateway: ScriptedGateway) -> None:
-    """A refusal before any answer is tried again."""
+    """A call refused with UNAVAILABLE before any answer is retried."""
     gateway.script.refusals = [refusal(code_pb2.UNAVAILABLE, "NO_WORKER", "none", retry_after_s=0.05)]
     gateway.script.pushback_ms = 50
     async with AsyncClient(gateway.endpoint) as client:
@@ -75,7 +75,7 @@ async def test_nobody_there_is_unreachable() -> None:
 
 @pytest.mark.parametrize("how", ["task", "with"])
 async def test_leaving_ends_the_call(gateway: ScriptedGateway, how: str) -> None:
-    """A cancelled task and a left block end the call at the gateway."""
+    """Cancelling the reading task or leaving the `async with` block ends the call at the gateway."""
     gateway.script.hold = threading.Event()
     async with AsyncClient(gateway.endpoint) as client:
         stream = client.stream_chat("tiny", "x")

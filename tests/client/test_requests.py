@@ -1,4 +1,4 @@
-"""Python values become request messages, and wrong ones are told by name."""
+"""Python values become request messages, and errors name the invalid field."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_openai_dictionaries_become_messages() -> None:
 
 
 def test_tools_formats_and_template_arguments() -> None:
-    """OpenAI's forms of tools, tool choice and response format are understood."""
+    """OpenAI's forms of tools, tool choice and response format are converted."""
     schema = {"type": "object"}
     request = chat_request(
         "m",
@@ -45,7 +45,7 @@ def test_tools_formats_and_template_arguments() -> None:
 
 
 def test_choice_and_plain_schema() -> None:
-    """A choice list and a bare schema pass as they are."""
+    """A choice list and a schema without OpenAI's wrapper are passed on unchanged."""
     request = complete_request("m", "x", {"response_format": {"type": "choice", "choice": ["a", "b"]}})
     assert list(request.response_format.choice) == ["a", "b"]
     request = complete_request("m", "x", {"response_format": {"type": "json_schema", "json_schema": {"type": "null"}}})
@@ -61,13 +61,13 @@ def test_choice_and_plain_schema() -> None:
     ],
 )
 def test_wrong_messages_name_their_field(message: dict[str, Any], field: str) -> None:
-    """The path of the wrong key is in the error."""
+    """The error names the path of the invalid key."""
     with pytest.raises(ValueError, match=field):
         to_messages([message])
 
 
 def test_an_unknown_parameter_is_an_error() -> None:
-    """A misspelt parameter is not silently dropped, and chat's own are not completion's."""
+    """A misspelt parameter raises, and so does a chat parameter passed to a completion."""
     wrong: Any = {"max_token": 3}
     with pytest.raises(TypeError, match="unknown parameter 'max_token'"):
         chat_request("m", "x", wrong)

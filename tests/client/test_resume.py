@@ -1,4 +1,4 @@
-"""The SDK reads a stream to its end whatever becomes of the gateway: the text of an undisturbed one, once."""
+"""The SDK resumes a stream whose gateway is lost: the caller reads the text of an undisturbed stream, once."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Pair:
 
     @property
     def endpoints(self) -> list[str]:
-        """Of both."""
-        return [one.gateway.endpoints["grpc"] for one in (self.first, self.second)]
+        """The gRPC endpoints of both gateways."""
+        return [cluster.gateway.endpoints["grpc"] for cluster in (self.first, self.second)]
 
 
 @pytest.fixture
 async def pair(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Pair]:
-    """A worker that has dialled both."""
+    """Two gateways and a worker connected to both."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "cache"))
     async with running_cluster(tmp_path / "a") as first, running_cluster(tmp_path / "b") as second:
-        links = [one.gateway.endpoints["link"] for one in (first, second)]
+        links = [cluster.gateway.endpoints["link"] for cluster in (first, second)]
         worker = await first.add_worker(sim_engine(checkpoint, decode_ms=5), bundle, gateways=links)
         second.workers.append(worker)
         await until(lambda: second.linked(worker.identity.worker_id), "the worker has dialled both")
@@ -53,7 +53,7 @@ async def pair(
 
 
 def kill(gateway: Gateway) -> None:
-    """Its client port as a killed process leaves it: connections reset, nobody listens."""
+    """Leave the gateway's client port as a killed process would: connections reset, no listener."""
     clients = gateway._clients
     assert clients is not None
     assert clients._listener is not None
@@ -64,8 +64,10 @@ def kill(gateway: Gateway) -> None:
 
 @pytest.mark.slow
 async def test_streams_outlive_their_gateway(pair: Pair) -> None:
-    """A gateway killed under a plain stream and a session's: each reads what it would have read, and usage at its
-    end; new calls go to the other gateway."""
+    """After the gateway is killed, plain streams and session streams continue on the other gateway.
+
+    Each yields the text of an undisturbed stream and usage at its end. New calls go to the other gateway.
+    """
     async with AsyncClient(pair.endpoints) as client:
         wanted = [
             (await client.chat("sim", f"call {i}", max_tokens=120, ignore_eos=True, temperature=0.0)).text
@@ -73,7 +75,7 @@ async def test_streams_outlive_their_gateway(pair: Pair) -> None:
         ]
         read = [0] * 4
 
-        async def one(i: int) -> str:
+        async def read_stream(i: int) -> str:
             stream = client.stream_chat("sim", f"call {i}", max_tokens=120, ignore_eos=True, temperature=0.0)
             async for _ in stream:
                 read[i] += 1
@@ -81,8 +83,8 @@ async def test_streams_outlive_their_gateway(pair: Pair) -> None:
             assert (stream.usage.completion_tokens, stream.finish_reason) == (120, "length")
             return stream.text
 
-        running = [asyncio.create_task(one(i)) for i in range(4)]
-        await until(lambda: min(read) >= 10, "all have begun")
+        running = [asyncio.create_task(read_stream(i)) for i in range(4)]
+        await until(lambda: min(read) >= 10, "all streams have begun")
         kill(pair.first.gateway)
         assert await asyncio.gather(*running) == wanted
         assert client._gateways.endpoint == pair.endpoints[1]
@@ -91,10 +93,10 @@ async def test_streams_outlive_their_gateway(pair: Pair) -> None:
 
 @pytest.mark.slow
 async def test_blocking_code_too(pair: Pair) -> None:
-    """The blocking client's stream goes on as well, with every choice once."""
+    """A stream of the blocking client is resumed too, with the text of every choice exactly once."""
     begun = threading.Event()
 
-    def work() -> tuple[dict[int, str], dict[int, str]]:
+    def read_twice() -> tuple[dict[int, str], dict[int, str]]:
         with Client(",".join(pair.endpoints)) as client:
             raw = client.chat("sim", "hello", max_tokens=100, ignore_eos=True, temperature=0.7, seed=3, n=2).raw
             stream = client.stream_chat("sim", "hello", max_tokens=100, ignore_eos=True, temperature=0.7, seed=3, n=2)
@@ -106,7 +108,7 @@ async def test_blocking_code_too(pair: Pair) -> None:
                     begun.set()
             return texts, {choice.index: choice.message.content for choice in raw.choices}
 
-    running = asyncio.create_task(asyncio.to_thread(work))
+    running = asyncio.create_task(asyncio.to_thread(read_twice))
     await asyncio.to_thread(begun.wait, 20)
     kill(pair.first.gateway)
     texts, wanted = await running
@@ -115,8 +117,10 @@ async def test_blocking_code_too(pair: Pair) -> None:
 
 @pytest.mark.slow
 async def test_a_connection_that_carries_nothing_is_left(pair: Pair) -> None:
-    """A cable is pulled, and nobody says so: the client asks, hears nothing, and its streams, a plain one and a
-    session's, go on at the other gateway within seconds, not when the kernel gives the connection up."""
+    """A connection that goes silent without closing, as after a pulled cable, fails its keepalive within seconds.
+
+    A plain stream and a session stream then continue on the other gateway, long before the kernel's own timeout.
+    """
     async with cuttable(pair.endpoints[0]) as relay, AsyncClient([relay.address, pair.endpoints[1]]) as client:
         wanted = (await client.chat("sim", "Once", max_tokens=400, ignore_eos=True, temperature=0.0)).text
         streams = [
@@ -127,18 +131,18 @@ async def test_a_connection_that_carries_nothing_is_left(pair: Pair) -> None:
         for way in (way for ways in relay.ways for way in ways):
             way.cut()
 
-        async def rest(stream: AsyncStream[pb.ChatChunk]) -> str:
+        async def read_to_end(stream: AsyncStream[pb.ChatChunk]) -> str:
             async for _ in stream:
                 pass
             return stream.text
 
         async with asyncio.timeout(12.0):
-            assert await asyncio.gather(*map(rest, streams)) == [wanted, wanted]
+            assert await asyncio.gather(*map(read_to_end, streams)) == [wanted, wanted]
 
 
 @pytest.mark.slow
 async def test_a_gateway_that_stops_is_left(pair: Pair) -> None:
-    """A gateway that ends in order hands its streams on, in time."""
+    """A gateway that shuts down gracefully hands its streams over to the other gateway in time."""
     async with AsyncClient(pair.endpoints) as client:
         wanted = (await client.complete("sim", "Once", max_tokens=120, ignore_eos=True, temperature=0.0)).text
         stream = client.stream_complete("sim", "Once", max_tokens=120, ignore_eos=True, temperature=0.0)
@@ -152,7 +156,7 @@ async def test_a_gateway_that_stops_is_left(pair: Pair) -> None:
 
 @pytest.mark.slow
 async def test_the_next_connection_is_there_before_it_is_needed(pair: Pair) -> None:
-    """A name with two addresses: while a stream is under way at a gateway that drains, the other is connected to."""
+    """While a stream runs on a draining gateway, the client connects to the other address of the same name."""
     clients = pair.second.gateway._clients
     assert clients is not None
     async with AsyncClient(["ipv4:" + ",".join(pair.endpoints)]) as client:
@@ -161,8 +165,8 @@ async def test_the_next_connection_is_there_before_it_is_needed(pair: Pair) -> N
         stream = client.stream_complete("sim", "Once", max_tokens=300, ignore_eos=True, temperature=0.0)
         await anext(stream)
         stopping = asyncio.create_task(pair.first.gateway.stop(0.5))
-        await until(lambda: bool(clients.connections), "it has connected", 5)
-        assert pair.first.gateway.service.busy, "the stream has not been handed on yet"
+        await until(lambda: bool(clients.connections), "the client has connected to the second gateway", 5)
+        assert pair.first.gateway.service.busy, "the stream has not been handed over yet"
         async for _ in stream:
             pass
         assert stream.text == wanted
@@ -170,7 +174,7 @@ async def test_the_next_connection_is_there_before_it_is_needed(pair: Pair) -> N
 
 
 async def test_it_can_be_turned_off(pair: Pair) -> None:
-    """Without it nothing is sealed, and a lost gateway is an error after the text that had come."""
+    """With `resume=False` chunks carry no resume token, and a lost gateway raises after the text received so far."""
     async with AsyncClient(pair.endpoints, resume=False) as client:
         stream = client.stream_chat("sim", "hello", max_tokens=300, ignore_eos=True)
         chunks = stream.chunks()
@@ -179,41 +183,41 @@ async def test_it_can_be_turned_off(pair: Pair) -> None:
         with pytest.raises(HeadraceError, match="UNREACHABLE"):
             async for _ in chunks:
                 pass
-        own = client.stream_chat("sim", "hello", max_tokens=5, resumable=True)
-        assert (await anext(own.chunks())).resume_token
+        resumable = client.stream_chat("sim", "hello", max_tokens=5, resumable=True)
+        assert (await anext(resumable.chunks())).resume_token
 
 
 def test_what_a_whole_token_says_need_not_be_kept() -> None:
-    """Only those since the newest whole one are shown, with it."""
-    kept = Resumption(pb.ChatRequest(model="m"), None, 1)
+    """A resume request carries the newest whole token and those after it, none before."""
+    resumption = Resumption(pb.ChatRequest(model="m"), None, 1)
     for number, whole in enumerate([False, False, True, False, True, False], start=1):
-        kept.note(pb.ChatChunk(resume_token=b"%d" % number, offset=number, resume_token_whole=whole))
-    asked = kept.resumes
-    assert asked is not None
-    assert (list(asked.resume_tokens), asked.offset) == ([b"5", b"6"], 6)
+        resumption.record(pb.ChatChunk(resume_token=b"%d" % number, offset=number, resume_token_whole=whole))
+    request = resumption.resume_request
+    assert request is not None
+    assert (list(request.resume_tokens), request.offset) == ([b"5", b"6"], 6)
 
 
 def test_tries_are_bounded_and_the_deadline_stays() -> None:
-    """A stream is tried again with growing pauses, so often and until its deadline; progress begins the count anew."""
+    """A stream is retried MAX_FAILURES times with growing pauses, until its deadline. Text resets the count."""
     now = 100.0
-    kept = Resumption(pb.ChatRequest(model="m"), 60.0, 1, clock=lambda: now)
+    resumption = Resumption(pb.ChatRequest(model="m"), 60.0, 1, clock=lambda: now)
     lost = HeadraceError("UNREACHABLE", "connection reset", code="UNAVAILABLE")
-    assert kept.pause_s(HeadraceError("UNREACHABLE", "failed to connect to all", code="UNAVAILABLE")) is None
+    assert resumption.pause_s(HeadraceError("UNREACHABLE", "failed to connect to all", code="UNAVAILABLE")) is None
     piece = pb.ChatChunk(resume_token=b"t", offset=1, choices=[pb.ChoiceDelta()])
-    assert kept.note(pb.ResumeChunk(chat=piece)) == piece
-    pauses = [kept.pause_s(lost) for _ in range(MAX_FAILURES)]
+    assert resumption.record(pb.ResumeChunk(chat=piece)) == piece
+    pauses = [resumption.pause_s(lost) for _ in range(MAX_FAILURES)]
     assert pauses == [0.0, *sorted(p for p in pauses[1:] if p is not None)]
-    assert kept.pause_s(lost) is None
-    assert kept.note(pb.ChatChunk(resume_token=b"u", offset=2)) is None
-    assert kept.pause_s(lost) is None, "a token alone is no progress"
-    kept.note(piece)
-    assert kept.pause_s(HeadraceError("RATE_LIMITED", "", code="RESOURCE_EXHAUSTED", retry_after_s=1.0)) is None
-    assert kept.pause_s(lost) == 0.0
-    assert kept.pause_s(HeadraceError("RATE_LIMITED", "", code="RESOURCE_EXHAUSTED", retry_after_s=1.0)) == 1.0
-    assert kept.pause_s(HeadraceError("RESUME_EXPIRED", "", code="FAILED_PRECONDITION")) is None
-    asked = kept.resumes
-    assert asked is not None
-    assert (list(asked.resume_tokens), asked.chat.model) == ([b"t", b"u", b"t"], "m")
+    assert resumption.pause_s(lost) is None
+    assert resumption.record(pb.ChatChunk(resume_token=b"u", offset=2)) is None
+    assert resumption.pause_s(lost) is None, "a token alone is no progress"
+    resumption.record(piece)
+    assert resumption.pause_s(HeadraceError("RATE_LIMITED", "", code="RESOURCE_EXHAUSTED", retry_after_s=1.0)) is None
+    assert resumption.pause_s(lost) == 0.0
+    assert resumption.pause_s(HeadraceError("RATE_LIMITED", "", code="RESOURCE_EXHAUSTED", retry_after_s=1.0)) == 1.0
+    assert resumption.pause_s(HeadraceError("RESUME_EXPIRED", "", code="FAILED_PRECONDITION")) is None
+    request = resumption.resume_request
+    assert request is not None
+    assert (list(request.resume_tokens), request.chat.model) == ([b"t", b"u", b"t"], "m")
     now = 159.95
-    assert kept.left_s == pytest.approx(0.05)
-    assert kept.pause_s(lost) is None
+    assert resumption.remaining_s == pytest.approx(0.05)
+    assert resumption.pause_s(lost) is None

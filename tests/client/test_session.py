@@ -1,4 +1,4 @@
-"""The asyncio client shares a session by itself: same answers, every call its own end, gateways old and stopping."""
+"""The asyncio client shares sessions: same answers as plain streams, separate errors, old and stopping gateways."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from cluster.client import AsyncClient, HeadraceError
-from cluster.client.session import TOGETHER_BYTES
+from cluster.client.session import MAX_BATCH_BYTES
 from cluster.v1 import inference_pb2 as pb
 from cluster.v1 import inference_pb2_grpc
 from cluster.wire.bundle import Bundle
@@ -34,10 +34,10 @@ async def client(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> Asyn
 
 
 async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCluster) -> None:
-    """Twenty streams at once give each the text it has alone, with usage, over one session."""
+    """Twenty concurrent streams over one session each yield the same text as alone, with usage."""
     alone = (await client.chat("sim", "call 3", max_tokens=25, ignore_eos=True, temperature=0.0)).text
 
-    async def one(i: int) -> tuple[str, int]:
+    async def read_stream(i: int) -> tuple[str, int]:
         stream = client.stream_chat("sim", f"call {i}", max_tokens=25, ignore_eos=True, temperature=0.0)
         text = "".join([t async for t in stream])
         assert text == stream.text
@@ -46,7 +46,7 @@ async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCl
         assert stream.model == "sim"
         return text, stream.usage.completion_tokens
 
-    answers = await asyncio.gather(*(one(i) for i in range(20)))
+    answers = await asyncio.gather(*(read_stream(i) for i in range(20)))
     assert answers[3][0] == alone
     assert {count for _, count in answers} == {25}
     assert len(client._sessions._all) == 1
@@ -55,39 +55,41 @@ async def test_many_streams_share_a_session(client: AsyncClient, cluster: TestCl
 
 
 class Counting(inference_pb2_grpc.InferenceServicer):
-    """Notes how many calls each message of a session starts, and answers nothing."""
+    """Servicer that records how many calls each session message starts, and answers nothing."""
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.bytes: list[int] = []
 
     async def Session(self, request_iterator: AsyncIterator[pb.SessionRequest], context: Any) -> Any:
-        """Until the client goes."""
+        """Read messages until the client disconnects."""
         async for message in request_iterator:
-            self.starts.append(sum(one.HasField("start") for one in (message, *message.more)))
+            self.starts.append(sum(request.HasField("start") for request in (message, *message.more)))
             self.bytes.append(message.ByteSize())
         yield pb.SessionEvents()
 
 
 async def test_calls_that_begin_together_go_together() -> None:
-    """In as few messages as their size allows: a write for each would take a while for each."""
+    """Calls started together are sent in as few messages as the size limit allows."""
     counting = Counting()  # type: ignore[abstract]
     server = grpc.aio.server()
     inference_pb2_grpc.add_InferenceServicer_to_server(counting, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with AsyncClient(f"127.0.0.1:{port}") as client:
-        prompts = ["short"] * 100 + ["long " * (TOGETHER_BYTES // 16)] * 5
+        prompts = ["short"] * 100 + ["long " * (MAX_BATCH_BYTES // 16)] * 5
 
         async def first(prompt: str) -> None:
             async for _ in client.stream_chat("sim", prompt):
                 return
 
         tasks = [asyncio.create_task(first(prompt)) for prompt in prompts]
-        await until(lambda: sum(counting.starts) >= len(prompts) - 1, "all have come")  # the first had a stream alone
+        await until(
+            lambda: sum(counting.starts) >= len(prompts) - 1, "all calls have arrived"
+        )  # the first has a plain stream
         assert len(counting.starts) <= 10
         assert max(counting.starts) > 50
-        assert max(counting.bytes) < TOGETHER_BYTES + 1024 < 64 << 10
+        assert max(counting.bytes) < MAX_BATCH_BYTES + 1024 < 64 << 10
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -95,7 +97,7 @@ async def test_calls_that_begin_together_go_together() -> None:
 
 
 async def test_chunks_of_a_session_are_chunks(client: AsyncClient) -> None:
-    """`chunks()` gives messages in a session too, each with id and model."""
+    """`chunks()` yields messages in a session too, each with id and model."""
     first = client.stream_chat("sim", "a", max_tokens=30, ignore_eos=True)
     second = client.stream_complete("sim", "b", max_tokens=10, ignore_eos=True)
     chunks = [c async for c in second.chunks()]
@@ -105,8 +107,8 @@ async def test_chunks_of_a_session_are_chunks(client: AsyncClient) -> None:
 
 
 async def test_errors_are_each_calls_own(client: AsyncClient, cluster: TestCluster) -> None:
-    """A wrong call of a session raises as it would alone; a cancelled and a dropped one free their places."""
-    going = client.stream_chat("sim", "a", max_tokens=60, ignore_eos=True)
+    """An invalid call of a session raises as it would alone; cancelled and dropped calls end at the gateway."""
+    running = client.stream_chat("sim", "a", max_tokens=60, ignore_eos=True)
     with pytest.raises(HeadraceError) as caught:
         [t async for t in client.stream_chat("nope", "b")]
     assert (caught.value.reason, caught.value.code) == ("MODEL_NOT_FOUND", "NOT_FOUND")
@@ -116,25 +118,25 @@ async def test_errors_are_each_calls_own(client: AsyncClient, cluster: TestClust
     with pytest.raises(HeadraceError) as caught:
         [t async for t in client.stream_chat("sim", "c", max_tokens=2000, ignore_eos=True, timeout_s=0.2)]
     assert caught.value.reason == "DEADLINE_EXCEEDED"
-    async with client.stream_chat("sim", "d", max_tokens=2000, ignore_eos=True) as left:
-        await anext(left)
+    async with client.stream_chat("sim", "d", max_tokens=2000, ignore_eos=True) as cancelled:
+        await anext(cancelled)
     dropped = client.stream_chat("sim", "e", max_tokens=2000, ignore_eos=True)
     await anext(dropped)
     del dropped
     gc.collect()
-    assert len([t async for t in going]) > 0
+    assert len([t async for t in running]) > 0
     await cluster.until_idle()
 
 
 @pytest.mark.slow
 async def test_old_sessions_are_replaced(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """When a session has become too old, later calls go to another, and none of them is lost."""
+    """When a session's connection has reached its maximum age, new calls go to another session, and none is lost."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 20\n  max_connection_age_s: 0.5")
     async with running_cluster(tmp_path, config) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=3), bundle)
         async with AsyncClient(cluster.gateway.endpoints["grpc"]) as client:
 
-            async def one(i: int) -> int:
+            async def count_tokens(i: int) -> int:
                 stream = client.stream_chat("sim", f"{i}", max_tokens=40, ignore_eos=True)
                 async for _ in stream:
                     pass
@@ -142,12 +144,12 @@ async def test_old_sessions_are_replaced(tmp_path: Path, checkpoint: Path, bundl
                 return stream.usage.completion_tokens
 
             for wave in range(12):
-                assert set(await asyncio.gather(*(one(wave * 8 + i) for i in range(8)))) == {40}
+                assert set(await asyncio.gather(*(count_tokens(wave * 8 + i) for i in range(8)))) == {40}
             assert len(client._sessions._all) > 1
 
 
 async def test_a_gateway_without_sessions_gets_streams(gateway: ScriptedGateway) -> None:
-    """UNIMPLEMENTED makes the client fall back to a stream a call."""
+    """UNIMPLEMENTED makes the client fall back to one stream per call."""
     async with AsyncClient(gateway.endpoint) as client:
         streams = [client.stream_chat("tiny", "x") for _ in range(5)]
         texts = await asyncio.gather(*(_text(s) for s in streams))
@@ -159,7 +161,7 @@ async def _text(stream: AsyncIterator[str]) -> str:
 
 
 async def test_lost_gateway(client: AsyncClient, cluster: TestCluster) -> None:
-    """Calls of a session whose gateway is gone, that are not to go on elsewhere, raise; none hangs."""
+    """Calls that are not resumable raise when the session's gateway is lost; none hangs."""
     streams = [client.stream_chat("sim", f"{i}", max_tokens=2000, ignore_eos=True, resumable=False) for i in range(4)]
     for stream in streams:
         await anext(stream)

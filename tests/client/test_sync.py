@@ -16,7 +16,7 @@ TEXT = "".join(WORDS)
 
 
 def test_chat_gives_text_reason_and_usage(gateway: ScriptedGateway) -> None:
-    """A whole answer carries its text, why it ended, its counts and ids."""
+    """A whole answer carries its text, finish reason, usage and ids."""
     with Client(gateway.endpoint) as client:
         answer = client.chat("tiny", "Where?", request_id="r-1", temperature=0.0, stop="\n")
     assert (answer.text, answer.finish_reason, answer.usage.total_tokens) == (TEXT, "stop", 10)
@@ -28,7 +28,7 @@ def test_chat_gives_text_reason_and_usage(gateway: ScriptedGateway) -> None:
 
 
 def test_temperature_zero_is_sent_and_unset_is_not(gateway: ScriptedGateway) -> None:
-    """A zero differs from nothing said."""
+    """A parameter of zero is sent; an absent one is not."""
     with Client(gateway.endpoint) as client:
         client.chat("tiny", "x", temperature=0.0)
         client.chat("tiny", "x")
@@ -38,7 +38,7 @@ def test_temperature_zero_is_sent_and_unset_is_not(gateway: ScriptedGateway) -> 
 
 
 def test_stream_yields_text_and_keeps_account(gateway: ScriptedGateway) -> None:
-    """Iterating gives the text pieces only; the rest is on the stream."""
+    """Iterating yields text only; finish reason, usage, id and model are attributes of the stream."""
     with Client(gateway.endpoint) as client:
         stream = client.stream_chat("tiny", "Where?")
         usage_before = stream.usage
@@ -50,7 +50,7 @@ def test_stream_yields_text_and_keeps_account(gateway: ScriptedGateway) -> None:
 
 
 def test_chunks_show_progress_too(gateway: ScriptedGateway) -> None:
-    """`chunks()` gives every message, those of a waiting call included."""
+    """`chunks()` yields every message, including progress of a queued call."""
     with Client(gateway.endpoint) as client:
         chunks = list(client.stream_chat("tiny", "Where?").chunks())
     assert [c.HasField("progress") for c in chunks] == [True, False, False, False]
@@ -68,7 +68,7 @@ def test_completion_takes_text_or_token_ids(gateway: ScriptedGateway) -> None:
 
 
 def test_tokens_of_text_and_messages(gateway: ScriptedGateway) -> None:
-    """Tokenize takes a text or messages, and detokenize turns ids back."""
+    """Tokenize accepts a text or messages, and detokenize converts ids back."""
     with Client(gateway.endpoint) as client:
         assert client.tokenize("tiny", "Hé") == list("Hé".encode())
         assert client.tokenize("tiny", [{"role": "user", "content": "Hi"}]) == [72, 105]
@@ -76,7 +76,7 @@ def test_tokens_of_text_and_messages(gateway: ScriptedGateway) -> None:
 
 
 def test_models_reads_every_page(gateway: ScriptedGateway) -> None:
-    """A list longer than a page is whole."""
+    """A list longer than one page is returned whole."""
     gateway.script.models = [pb.Model(name=f"m{i}") for i in range(5)]
     gateway.script.page_size = 2
     with Client(gateway.endpoint) as client:
@@ -85,7 +85,7 @@ def test_models_reads_every_page(gateway: ScriptedGateway) -> None:
 
 
 def test_metadata_carries_key_request_id_and_headers(gateway: ScriptedGateway) -> None:
-    """The API key travels as a bearer token, and is not shown by repr."""
+    """The API key is sent as a bearer token and is absent from repr."""
     client = Client(gateway.endpoint, api_key="sk-1")
     with client:
         client.chat("tiny", "x", request_id="r-9", headers={"traceparent": "00-1"})
@@ -95,7 +95,7 @@ def test_metadata_carries_key_request_id_and_headers(gateway: ScriptedGateway) -
 
 
 def test_deadline_travels_and_a_call_may_name_its_own(gateway: ScriptedGateway) -> None:
-    """The client's deadline reaches the server, and a call's own replaces it."""
+    """The client's deadline reaches the server, and the deadline of a single call overrides it."""
     with Client(gateway.endpoint, timeout_s=100) as client:
         client.chat("tiny", "x")
         client.chat("tiny", "x", timeout_s=7)
@@ -115,7 +115,7 @@ def test_deadline_passed_is_told(gateway: ScriptedGateway) -> None:
 
 
 def test_error_is_read_whole(gateway: ScriptedGateway) -> None:
-    """Reason, message, fields, pause and request id come from the status's details."""
+    """Reason, message, violations, retry delay and request id come from the details of the status."""
     violations = (("messages[0].role", "unknown role 'boss'"),)
     gateway.script.refusals = [
         refusal(code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "bad", violations=violations, retry_after_s=1.5)
@@ -134,7 +134,7 @@ def test_error_is_read_whole(gateway: ScriptedGateway) -> None:
 
 
 def test_unavailable_is_retried_after_the_servers_pause(gateway: ScriptedGateway) -> None:
-    """A refusal before any answer is tried again, by the same request id."""
+    """A call refused with UNAVAILABLE before any answer is retried with the same request id."""
     loading = refusal(code_pb2.UNAVAILABLE, "MODEL_LOADING", "loading", retry_after_s=0.05)
     gateway.script.refusals = [loading, loading]
     gateway.script.pushback_ms = 50
@@ -145,7 +145,7 @@ def test_unavailable_is_retried_after_the_servers_pause(gateway: ScriptedGateway
 
 
 def test_a_negative_pause_forbids_the_retry(gateway: ScriptedGateway) -> None:
-    """A server that says "do not come back" is obeyed, and its reason raised."""
+    """A negative retry pushback stops retries, and the server's reason is raised."""
     gateway.script.refusals = [refusal(code_pb2.UNAVAILABLE, "NO_WORKER", "none")] * 2
     gateway.script.pushback_ms = -1
     with Client(gateway.endpoint) as client, pytest.raises(HeadraceError, match="NO_WORKER: none"):
@@ -162,7 +162,7 @@ def test_retries_can_be_turned_off(gateway: ScriptedGateway) -> None:
 
 
 def test_a_broken_stream_is_not_repeated(gateway: ScriptedGateway) -> None:
-    """Once text has come, a failure is raised and what came is kept."""
+    """After text was received, a failure is raised, the text is kept and the call is not repeated."""
     gateway.script.break_after = 1
     with Client(gateway.endpoint) as client:
         stream = client.stream_chat("tiny", "x")
@@ -175,7 +175,7 @@ def test_a_broken_stream_is_not_repeated(gateway: ScriptedGateway) -> None:
 
 @pytest.mark.parametrize("how", ["cancel", "with", "dropped"])
 def test_leaving_a_stream_ends_the_call(gateway: ScriptedGateway, how: str) -> None:
-    """However a caller leaves a stream, the gateway sees the call end."""
+    """Cancelling, leaving the `with` block and dropping the stream each end the call at the gateway."""
     gateway.script.hold = threading.Event()
     client = Client(gateway.endpoint)
     stream = client.stream_chat("tiny", "x")
@@ -211,7 +211,7 @@ def test_four_megabytes_and_more_pass(gateway: ScriptedGateway) -> None:
 
 
 def test_endpoint_and_key_come_from_the_environment(gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HEADRACE_ENDPOINT and HEADRACE_API_KEY stand in for the arguments."""
+    """HEADRACE_ENDPOINT and HEADRACE_API_KEY replace absent arguments."""
     monkeypatch.setenv("HEADRACE_ENDPOINT", gateway.endpoint)
     monkeypatch.setenv("HEADRACE_API_KEY", "sk-env")
     with Client() as client:
@@ -221,12 +221,12 @@ def test_endpoint_and_key_come_from_the_environment(gateway: ScriptedGateway, mo
 
 @pytest.mark.parametrize("endpoint", ["http://localhost:50051", "grpc://x:1"])
 def test_a_scheme_is_refused(endpoint: str) -> None:
-    """An address with a scheme is told how to be written."""
+    """The error for an endpoint with a scheme says which form is expected."""
     with pytest.raises(ValueError, match="give host:port"):
         Client(endpoint)
 
 
 def test_a_missing_certificate_file_is_named(tmp_path: Path) -> None:
-    """A wrong CA file fails at once, with its name."""
+    """A missing CA file raises at once, and the error names it."""
     with pytest.raises(FileNotFoundError, match="no-ca"):
         Client("localhost:1", tls_ca_file=tmp_path / "no-ca.crt")

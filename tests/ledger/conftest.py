@@ -15,14 +15,14 @@ PEPPER = b"p" * 32
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[postgres.PostgresServer]:
-    """One PostgreSQL for the session; each test has a database of its own."""
+    """One PostgreSQL server for the session; each test creates its own database."""
     with postgres.running() as running:
         yield running
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database, of each kind."""
+    """URL of an empty database, of each kind in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'ledger.db'}"
     running: postgres.PostgresServer = request.getfixturevalue("server")
@@ -31,8 +31,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def ledger(database_url: str) -> Iterator[Ledger]:
-    """A ledger with its tables made."""
-    made = Ledger(database_url, peppers=(PEPPER,))
-    made.upgrade()
-    yield made
-    made.close()
+    """A ledger with its tables created."""
+    ledger = Ledger(database_url, peppers=(PEPPER,))
+    ledger.upgrade()
+    yield ledger
+    ledger.close()

@@ -1,4 +1,4 @@
-"""Records for the tests of the ledger."""
+"""Sample usage records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DAY_S = 86400.0
 
 
 def record(record_id: str = "r1", **changes: Any) -> UsageRecord:
-    """One ended call of 1970-01-02."""
+    """A usage record of 1970-01-02."""
     values: dict[str, Any] = {
         "record_id": record_id,
         "tenant": "acme",

@@ -1,4 +1,4 @@
-"""State is its owner's alone: folders 0700, databases 0600, whoever makes them and under whatever umask."""
+"""State is private to its owner under any umask: folders have mode 0700, databases 0600."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
-    """What a process makes under this umask."""
+    """Set the process's umask for a block."""
     before = os.umask(mask)
     try:
         yield
@@ -30,29 +30,29 @@ def umask(mask: int) -> Iterator[None]:
         os.umask(before)
 
 
-def wide(folder: Path) -> dict[str, str]:
-    """What others may enter, read or write below a folder, itself included."""
-    found = [folder, *folder.rglob("*")]
-    return {str(one): oct(stat.S_IMODE(one.stat().st_mode)) for one in found if one.stat().st_mode & 0o077}
+def accessible(folder: Path) -> dict[str, str]:
+    """Modes of the paths in a folder, including itself, that other users may enter, read or write."""
+    paths = [folder, *folder.rglob("*")]
+    return {str(path): oct(stat.S_IMODE(path.stat().st_mode)) for path in paths if path.stat().st_mode & 0o077}
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077, 0o777])
 def test_a_ledgers_files_are_private(tmp_path: Path, mask: int) -> None:
-    """Else other users of the host read names, hashes of keys and the audit: the database, its WAL and its index."""
+    """A ledger's database, its WAL and its index, which hold names, key hashes and the audit, are private."""
     folder = tmp_path / "state"
     with umask(mask):
         make_private_folder(folder)
         ledger = Ledger(f"sqlite:///{folder / 'ledger.db'}")
         ledger.upgrade()
         ledger.tenants.create(TenantPolicy("acme"))
-        names = {one.name for one in folder.iterdir()}
+        names = {path.name for path in folder.iterdir()}
         assert {"ledger.db", "ledger.db-wal", "ledger.db-shm"} <= names
-        assert wide(folder) == {}
+        assert accessible(folder) == {}
         ledger.close()
 
 
 def test_what_an_earlier_release_made_is_narrowed(tmp_path: Path) -> None:
-    """Else an upgrade leaves the ledger readable."""
+    """Files that an earlier release created with wider permissions become private."""
     folder = tmp_path / "state"
     make_private_folder(folder)
     url = f"sqlite:///{folder / 'ledger.db'}"
@@ -63,36 +63,36 @@ def test_what_an_earlier_release_made_is_narrowed(tmp_path: Path) -> None:
     make_private_folder(folder)
     second = Ledger(url)
     second.tenants.create(TenantPolicy("acme"))
-    assert wide(folder) == {}
+    assert accessible(folder) == {}
     first.close()
     second.close()
 
 
 async def test_the_record_of_resumptions_is_private(tmp_path: Path) -> None:
-    """Else the second SQLite file of a gateway is readable."""
+    """The SQLite file of resume claims and its folders are private."""
     with umask(0o000):
         assert await FileFirstClaims(tmp_path / "deep" / "state" / "taken.db").take("one", 9e9)
-        assert wide(tmp_path / "deep") == {}
+        assert accessible(tmp_path / "deep") == {}
 
 
 def test_a_run_folder_is_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the folders above it, which hold secrets, are open."""
+    """A run folder and the folders created above it, which hold secrets, are private."""
     monkeypatch.setenv("HEADRACE_CACHE_DIR", str(tmp_path / "new" / "cache"))
     with umask(0o000), RunFolder("x").lock():
-        assert {one for one in wide(tmp_path / "new") if Path(one).is_dir()} == set()
+        assert {path for path in accessible(tmp_path / "new") if Path(path).is_dir()} == set()
 
 
 async def test_a_gateways_folder_is_private(tmp_path: Path) -> None:
-    """Else tokenizers, catalog, spool and snapshot of a running gateway are readable, and an old folder stays open."""
+    """The tokenizers, catalog, spool and snapshot of a running gateway are private, also in an older, wider folder."""
     folder = tmp_path / "gateway"
     folder.mkdir(mode=0o755)
     with umask(0o000):
         async with gateway_process(folder):
-            assert wide(folder) == {}
+            assert accessible(folder) == {}
 
 
 def test_shared_folders_stay_as_they_are(tmp_path: Path) -> None:
-    """Else a state folder in /tmp closes /tmp to everyone."""
+    """Shared folders such as /tmp keep their mode."""
     tmp_path.chmod(0o1777)
     narrow(tmp_path)
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o1777

@@ -1,7 +1,8 @@
-"""Who did what and why, who was kept out, what was decided: one JSON line each, and a row where there is a database.
+"""Audit events: admin actions, failed authentications and policy decisions.
 
-Keys never: every text of an event passes `scrub`, which knows the shapes of keys and tokens, so that a key pasted
-into a name or a reason does not come to rest here. Standard library only.
+Each event is a JSON line in a file, and a row if there is a database. Every text of an event passes `scrub`, which
+hides what has the shape of a key or token, because callers may paste a key into a name or a reason. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ MAX_TEXT = 1000
 HIDDEN = "[hidden]"
 
 _SECRET = re.compile(
-    r"hr_[A-Za-z0-9]{1,32}_[A-Za-z0-9]{8,}"  # ours; the id alone may stand
-    r"|\bsk-[A-Za-z0-9_-]{8,}"  # OpenAI's and LiteLLM's
+    r"hr_[A-Za-z0-9]{1,32}_[A-Za-z0-9]{8,}"  # Headrace; a key's id alone is not secret
+    r"|\bsk-[A-Za-z0-9_-]{8,}"  # OpenAI and LiteLLM
     r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]*)?"  # JWT
     r"|(?i:\bbearer\s+)\S+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*"
@@ -33,14 +34,14 @@ _SECRET = re.compile(
 
 
 def scrub(text: str) -> str:
-    """The text without anything that looks like a key or token, and not longer than MAX_TEXT."""
+    """Hide what looks like a key or token, and truncate the text to MAX_TEXT characters."""
     clean = text.encode("utf-8", "replace").decode().replace("\0", "")
-    cut = _SECRET.sub(HIDDEN, clean[: 4 * MAX_TEXT])
-    return cut if len(cut) <= MAX_TEXT else cut[: MAX_TEXT - 1] + "…"
+    hidden = _SECRET.sub(HIDDEN, clean[: 4 * MAX_TEXT])
+    return hidden if len(hidden) <= MAX_TEXT else hidden[: MAX_TEXT - 1] + "…"
 
 
 def hide_secrets(value: Any) -> Any:
-    """Plain values of any length without anything that looks like a key or token."""
+    """Hide what looks like a key or token in plain values of any length."""
     if isinstance(value, str):
         return _SECRET.sub(HIDDEN, value)
     if isinstance(value, Mapping):
@@ -62,10 +63,10 @@ def _clean(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class AuditEvent:
-    """One event. `at_s` since the epoch; `action` e.g. keys.create; `object` e.g. tenants/acme/keys/k1.
+    """An audit event. `at_s` is since the epoch; `action` is e.g. keys.create, `object` e.g. tenants/acme/keys/k1.
 
-    `actor` is who (`key:<id>`, `jwt:<subject>`, `cli:<user>`; of a failure the id that was claimed), `source` from
-    where (a peer's address). Texts are scrubbed when it is made.
+    `actor` is `key:<id>`, `jwt:<subject>` or `cli:<user>`; for a failed authentication, the claimed id. `source` is
+    the peer's address. The constructor scrubs all texts.
     """
 
     at_s: float
@@ -87,12 +88,12 @@ class AuditEvent:
         object.__setattr__(self, "details", _clean(self.details))
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        """All fields as plain JSON values."""
+        return {attribute.name: getattr(self, attribute.name) for attribute in dataclasses.fields(self)}
 
 
 class AuditLog:
-    """Appends events to a file, one JSON line each, readable by its owner only. Thread-safe; a write is one call."""
+    """File of audit events, one JSON line each, with permissions for its owner only. Thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -100,7 +101,7 @@ class AuditLog:
         make_missing_folders(path.parent)
 
     def write(self, event: AuditEvent) -> None:
-        """Append one event. A file that was moved away (log rotation) is made anew. Raises OSError."""
+        """Append an event in one system call. Creates the file again after log rotation. Raises OSError."""
         line = json.dumps(event.as_json(), ensure_ascii=False, separators=(",", ":")) + "\n"
         with self._lock:
             handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -1,4 +1,4 @@
-"""The audit table: the same events as in the JSON lines, searchable."""
+"""The audit table: the events of the JSON lines in the database, for queries."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 from sqlalchemy import Engine, delete, select
 
 from cluster.ledger.audit.audit import AuditEvent
-from cluster.ledger.database.changes import insert_or
+from cluster.ledger.database.changes import dialect_insert
 from cluster.ledger.database.connect import reading, writing
 from cluster.ledger.database.tables import audit
 
 
-class Audits:
+class AuditTable:
     """The table of audit events."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def insert(self, events: Sequence[AuditEvent]) -> None:
-        """Add events; one that is there already is left as it is. Raises StoreUnavailable."""
+        """Insert events. Leaves existing ones unchanged. Raises StoreUnavailable."""
         if not events:
             return
         with writing(self._engine) as connection:
-            statement = insert_or(connection, audit).on_conflict_do_nothing(index_elements=["event_id"])
+            statement = dialect_insert(connection, audit).on_conflict_do_nothing(index_elements=["event_id"])
             connection.execute(statement, [event.as_json() for event in events])
 
     def list(
@@ -37,8 +37,10 @@ class Audits:
         before: tuple[float, str] | None = None,
         limit: int = 100,
     ) -> list[dict[str, Any]]:
-        """Newest first. `equal` holds columns to values; `before` is (at_s, event_id) of the last one of the page
-        before."""
+        """Events, newest first. `equal` maps columns to required values.
+
+        `before` is the (at_s, event_id) of the last event of the previous page.
+        """
         query = select(audit).where(audit.c.at_s >= since_s)
         if tenant:
             query = query.where(audit.c.tenant == tenant)
@@ -54,7 +56,7 @@ class Audits:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def expire(self, before_s: float, *, tenant: str = "", except_tenants: Sequence[str] = ()) -> int:
-        """Remove events older than that, of one tenant or of all but some; how many."""
+        """Remove events older than `before_s`, of one tenant or of all except some. Returns the number removed."""
         old = delete(audit).where(audit.c.at_s < before_s)
         if tenant:
             old = old.where(audit.c.tenant == tenant)

@@ -1,8 +1,8 @@
-"""Audit events on their way from the hot path to the file and the table, without a flood filling either.
+"""Asynchronous writer of audit events to the file and the table, with a rate limit.
 
-Whoever guesses keys can make a failure per request. So events are handed over without waiting, kept in a bounded
-list, and of failures and decisions at most `per_second` are written one by one; the rest of that second is told as
-one event with their number. Admin actions are neither bounded nor counted together.
+A caller that guesses keys causes a failure per request. So `write` does not block, the list of waiting events is
+bounded, and at most `per_second` failures and decisions are written individually. The rest of that second becomes
+one event per kind with their number. Admin actions are never rate-limited.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ Insert = Callable[[Sequence[AuditEvent]], None]
 
 @dataclass(frozen=True, slots=True)
 class AuditStatistics:
-    """`written` events are in the file, `suppressed` were counted together, `waiting` are not in the table yet,
-    `lost` found the list for the table full (they are in the file)."""
+    """Numbers of events.
+
+    `written`: in the file. `suppressed`: only counted in a summary. `waiting`: not yet in the table. `lost`: dropped
+    because the list for the table was full or the table rejected them (they are in the file).
+    """
 
     written: int
     suppressed: int
@@ -39,7 +42,7 @@ class AuditStatistics:
 
 
 class AuditWriter:
-    """Writes events in a thread of its own. `insert` is `Ledger.audit.insert`, None without a database."""
+    """Writer thread of audit events. `insert` is `Ledger.audit.insert`, None without a database."""
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class AuditWriter:
         self._fresh: list[AuditEvent] = []
         self._window = -1
         self._in_window = 0
-        self._suppressed_now: dict[tuple[str, str, str], tuple[int, AuditEvent]] = {}
+        self._suppressed_events: dict[tuple[str, str, str], tuple[int, AuditEvent]] = {}
         self._waiting: list[AuditEvent] = []
         self._written = self._suppressed = self._lost = 0
         self._error = ""
@@ -69,17 +72,17 @@ class AuditWriter:
         self._thread.start()
 
     def write(self, event: AuditEvent) -> None:
-        """Hand an event over. Never blocks on a disk or a database."""
+        """Queue an event. Never blocks on the disk or the database."""
         with self._lock:
-            if event.kind == "admin" or self._admitted():
+            if event.kind == "admin" or self._within_limit():
                 self._fresh.append(event)
                 return
             self._suppressed += 1
             name = (event.kind, event.action, event.outcome)
-            count, first = self._suppressed_now.get(name, (0, event))
-            self._suppressed_now[name] = (count + 1, first)
+            count, first = self._suppressed_events.get(name, (0, event))
+            self._suppressed_events[name] = (count + 1, first)
 
-    def _admitted(self) -> bool:
+    def _within_limit(self) -> bool:
         window = int(self._monotonic())
         if window != self._window:
             self._window, self._in_window = window, 0
@@ -92,19 +95,19 @@ class AuditWriter:
             AuditEvent(
                 first.at_s, first.kind, first.action, outcome=first.outcome, reason=f"{count} more like it in a second"
             )
-            for count, first in self._suppressed_now.values()
+            for count, first in self._suppressed_events.values()
         ]
-        self._suppressed_now = {}
-        return [dataclasses.replace(one, details={"suppressed": True}) for one in events]
+        self._suppressed_events = {}
+        return [dataclasses.replace(event, details={"suppressed": True}) for event in events]
 
     def statistics(self) -> AuditStatistics:
-        """How much went where."""
+        """Current numbers of events, and the last error."""
         with self._lock:
             waiting = len(self._waiting) + len(self._fresh)
             return AuditStatistics(self._written, self._suppressed, waiting, self._lost, self._error)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Write what is there and end the thread."""
+        """Write queued events and end the thread."""
         self._stop.set()
         self._thread.join(timeout_s)
 
@@ -116,7 +119,7 @@ class AuditWriter:
         self.flush()
 
     def flush(self) -> None:
-        """Write what is there, in the caller's thread; what the table does not take now is tried again."""
+        """Write queued events in the caller's thread. Events that the database did not accept are retried later."""
         with self._flushing:
             self._flush()
 
@@ -128,15 +131,15 @@ class AuditWriter:
             try:
                 self._file.write(event)
                 self._written += 1
-            except OSError as problem:
-                error = f"the audit file cannot be written: {problem}"
+            except OSError as failure:
+                error = f"the audit file cannot be written: {failure}"
         if self._insert is not None:
-            error = self._enter(fresh) or error
+            error = self._insert_waiting(fresh) or error
         if error and error != self._error:
             log.error("audit_not_written", error=error)
         self._error = error
 
-    def _enter(self, fresh: Sequence[AuditEvent]) -> str:
+    def _insert_waiting(self, fresh: Sequence[AuditEvent]) -> str:
         assert self._insert is not None
         with self._lock:
             self._waiting += fresh
@@ -149,7 +152,7 @@ class AuditWriter:
             self._insert(batch)
         except LedgerError as error:
             return str(error)
-        except Exception as error:  # a batch that the table refuses must not stand before all later ones
+        except Exception as error:  # a batch that the table rejects must not block all later ones
             log.exception("audit_batch_refused")
             with self._lock:
                 self._waiting = self._waiting[len(batch) :]

@@ -1,8 +1,8 @@
-"""A backup is one gzipped file of JSON lines that either database writes and either reads.
+"""Backup and restore. A backup is one gzipped file of JSON lines, the same for SQLite and PostgreSQL.
 
-First a head (format, migration, time), then for each table its columns and its rows as arrays, last a tail with the
-number of rows by table and the SHA-256 of everything before it. It is one moment of the database. Restoring checks
-the whole file before the first row is written, needs empty tables, and is one transaction.
+The first line is a head (format, migration, time). Then each table has a line with its columns and one array per row.
+The last line has the number of rows by table and the SHA-256 of everything before it. A backup is a consistent
+snapshot of the database. Restore checks the whole file before it writes, needs empty tables, and is one transaction.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TABLES: tuple[Table, ...] = (
     audit,
     erased,
     budget_notices,
-)  # in an order in which they can be filled
+)  # in an order that satisfies foreign keys
 BATCH_ROWS = 5_000
 SEQUENCE_JUMP = 1_000_000
 Counts = Mapping[str, int]
@@ -40,17 +40,20 @@ _encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
 def backup(engine: Engine, file: Path, now_s: float) -> Counts:
-    """Write a backup, whole or not at all, readable by its owner only; rows by table. Raises LedgerError, OSError."""
+    """Write a backup atomically, with permissions for its owner only. Returns the number of rows by table.
+
+    Raises LedgerError, OSError.
+    """
     number = migrate.check(engine).database
     if not number:
-        raise LedgerError("the database has no tables yet: there is nothing to back up")
+        raise LedgerError("the database has no tables yet, so there is nothing to back up")
     partial = file.with_name(f".{file.name}.partial")
     try:
         with contextlib.ExitStack() as stack:
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             raw = stack.enter_context(os.fdopen(handle, "wb"))
             with gzip.open(raw, "wt", compresslevel=1, encoding="utf-8", newline="\n") as text:
-                counts = _write(engine, _Hashing(text), number, now_s)
+                counts = _write(engine, _HashingWriter(text), number, now_s)
             raw.flush()
             os.fsync(raw.fileno())
         partial.rename(file)
@@ -59,8 +62,8 @@ def backup(engine: Engine, file: Path, now_s: float) -> Counts:
     return counts
 
 
-class _Hashing:
-    """Writes lines and keeps the hash of them."""
+class _HashingWriter:
+    """Writer of JSON lines that hashes what it writes."""
 
     def __init__(self, text: TextIO) -> None:
         self._text = text
@@ -75,15 +78,15 @@ class _Hashing:
         return self._hash.hexdigest()
 
 
-def _write(engine: Engine, out: _Hashing, number: int, now_s: float) -> dict[str, int]:
+def _write(engine: Engine, out: _HashingWriter, number: int, now_s: float) -> dict[str, int]:
     counts: dict[str, int] = {}
     with reading(engine) as connection:
         out.line({"format": FORMAT, "migration": number, "at_s": now_s})
         for table in TABLES:
             out.line({"table": table.name, "columns": [column.name for column in table.columns]})
             counts[table.name] = 0
-            streamed = connection.execution_options(yield_per=BATCH_ROWS).execute(select(table))
-            for row in streamed:
+            rows = connection.execution_options(yield_per=BATCH_ROWS).execute(select(table))
+            for row in rows:
                 out.line(list(row))
                 counts[table.name] += 1
     out.line({"rows": counts, "sha256": out.digest()})
@@ -91,27 +94,27 @@ def _write(engine: Engine, out: _Hashing, number: int, now_s: float) -> dict[str
 
 
 def restore(engine: Engine, file: Path) -> Counts:
-    """Fill an empty database from a backup; rows by table. Raises LedgerError that says what is wrong, OSError."""
+    """Restore a backup into an empty database. Returns the number of rows by table. Raises LedgerError, OSError."""
     expected = verify(file)
-    found = migrate.check(engine)
-    if found.state is not migrate.State.EMPTY and not found.usable:
-        raise LedgerError(f"the database is {found.message()}")
-    if found.state is migrate.State.EMPTY:
+    check = migrate.check(engine)
+    if check.state is not migrate.State.EMPTY and not check.usable:
+        raise LedgerError(f"the database is {check.message()}")
+    if check.state is migrate.State.EMPTY:
         migrate.upgrade(engine)
     with writing(engine) as connection:
         for table in TABLES:
             if connection.execute(select(func.count()).select_from(table)).scalar_one():
-                raise LedgerError(f"the table {table.name} is not empty: restore into a new database")
+                raise LedgerError(f"the table {table.name} is not empty: restore into a new, empty database")
         counts = dict.fromkeys(expected, 0)
         for table, columns, rows in _batches(file):
             _insert(connection, table, columns, rows)
             counts[table.name] += len(rows)
-        _continue_sequence(connection)
+        _advance_sequence(connection)
     return counts
 
 
 def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: list[list[Any]]) -> None:
-    """Rows straight to the driver, which takes two thirds of the CPU time that the statement's types do."""
+    """Insert rows through the driver, which takes two thirds of the CPU time of SQLAlchemy's typed insert."""
     for at, name in enumerate(columns):
         if isinstance(table.c[name].type, JSON):
             for row in rows:
@@ -123,9 +126,11 @@ def _insert(connection: Connection, table: Table, columns: Sequence[str], rows: 
     connection.exec_driver_sql(statement, [tuple(row) for row in rows])
 
 
-def _continue_sequence(connection: Connection) -> None:
-    """Let changes go on far above every number of the backup, so that a reader who has followed the lost history
-    further never takes a number of this one for its own, and have everybody read anew."""
+def _advance_sequence(connection: Connection) -> None:
+    """Continue the change sequence far above every number in the backup, and make all readers reload.
+
+    A reader may have seen numbers of the lost database above those of the backup; no new change may reuse them.
+    """
     newest = 1
     for table in (tenants, keys):
         newest = max(newest, connection.execute(select(func.max(table.c.changed))).scalar() or 0)
@@ -134,7 +139,10 @@ def _continue_sequence(connection: Connection) -> None:
 
 
 def verify(file: Path) -> Counts:
-    """Read a backup to its end; rows by table. Raises LedgerError when it is not one, is cut short or was changed."""
+    """Check the format and the checksum of a whole backup. Returns the number of rows by table.
+
+    Raises LedgerError for a file that is no backup, is truncated or was changed.
+    """
     digest = hashlib.sha256()
     last = b""
     try:
@@ -147,14 +155,14 @@ def verify(file: Path) -> Counts:
     except (EOFError, gzip.BadGzipFile, ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
-        raise LedgerError(f"{file}: is no backup, or is cut short: {error}") from None
+        raise LedgerError(f"{file}: is not a backup, or is truncated: {error}") from None
     if not whole:
         raise LedgerError(f"{file}: its content does not match its checksum")
     return {str(name): int(rows) for name, rows in tail["rows"].items()}
 
 
 def _batches(file: Path) -> Iterator[tuple[Table, list[str], list[list[Any]]]]:
-    """Rows by table, as many at a time as one statement takes. Raises LedgerError for what we do not know."""
+    """Batches of at most BATCH_ROWS rows of one table. Raises LedgerError for unknown formats, tables and columns."""
     by_name = {table.name: table for table in TABLES}
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         head = json.loads(next(lines))

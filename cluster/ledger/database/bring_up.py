@@ -1,8 +1,8 @@
-"""A database is brought to what this release needs, or it is said why it cannot be used.
+"""Prepare a database for this release: migrate SQLite, check PostgreSQL, or report why it cannot be used.
 
-As a program, which reads the database's address from standard input, for a gateway that has calls already: the check
-imports alembic and compares every table, a fifth of a second of a core, and a thread of the gateway that does so has
-held its event loop up by 60 ms.
+Also a program that reads the database's URL from standard input, for a gateway that is already serving calls. The
+check imports alembic and compares every table, which takes 0.2 s of a core; in a thread of the gateway it has blocked
+the event loop for 60 ms.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Final
 from cluster.ledger.errors import LedgerError, StoreUnavailable
 
 REFUSED: Final = 3
-"""The exit code of a program that says on standard output why not."""
+"""Exit code of the program when the database cannot be used; standard output has the reason."""
 TIMEOUT_S: Final = 600.0
 
 
 def bring_up(database_url: str) -> None:
-    """SQLite's tables are made and migrated, PostgreSQL's only checked. Raises LedgerError."""
+    """Create and migrate the tables on SQLite; only check them on PostgreSQL. Raises LedgerError."""
     from cluster.ledger.database.migrate import State
     from cluster.ledger.store import Ledger
 
     ledger = Ledger(database_url)
     try:
-        found = ledger.check()
-        # Only then: an upgrade takes SQLite's only lock, which calls that are billed meanwhile want too.
-        if database_url.startswith("sqlite") and found.state in (State.EMPTY, State.BEHIND):
+        check = ledger.check()
+        # Only if needed: an upgrade takes SQLite's only write lock, which is needed to store the usage of calls.
+        if database_url.startswith("sqlite") and check.state in (State.EMPTY, State.BEHIND):
             ledger.upgrade()
-            found = ledger.check()
-        if not found.usable:
+            check = ledger.check()
+        if not check.usable:
             ledger.require_usable()
     finally:
         ledger.close()
@@ -40,7 +40,7 @@ def bring_up(database_url: str) -> None:
 async def bring_up_elsewhere(
     database_url: str, begun: Callable[[int], None] = lambda pid: None, timeout_s: float = TIMEOUT_S
 ) -> None:
-    """The same in a process of its own, which ends when this is cancelled; `begun` gets its pid. Raises LedgerError."""
+    """Run `bring_up` in a child process, which is killed on cancellation. `begun` gets its pid. Raises LedgerError."""
     pipe = asyncio.subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(
@@ -48,13 +48,13 @@ async def bring_up_elsewhere(
             start_new_session=True,
         )  # fmt: skip
     except OSError as error:
-        raise StoreUnavailable(f"the database cannot be checked: no process can be started: {error}") from error
+        raise StoreUnavailable(f"the database cannot be checked: the process cannot be started: {error}") from error
     begun(process.pid)
     try:
         async with asyncio.timeout(timeout_s):
             out, err = await process.communicate(database_url.encode())
     except TimeoutError:
-        raise StoreUnavailable(f"the database cannot be checked: no end within {timeout_s:g} s") from None
+        raise StoreUnavailable(f"the database cannot be checked: not finished within {timeout_s:g} s") from None
     finally:
         if process.returncode is None:
             process.kill()
@@ -67,17 +67,17 @@ async def bring_up_elsewhere(
 
 
 def main() -> None:
-    """Bring up the database whose address is on standard input."""
+    """Prepare the database whose URL is on standard input."""
     try:
         bring_up(sys.stdin.read())
     except LedgerError as error:
-        said = str(error)
-    except Exception as error:  # the last line of a traceback need not be the one that helps
+        reason = str(error)
+    except Exception as error:  # the parent would show only the last line of a traceback, often not the helpful one
         first = next(iter(str(error).strip().splitlines()), "")
-        said = f"the database cannot be checked: {type(error).__name__}: {first}"
+        reason = f"the database cannot be checked: {type(error).__name__}: {first}"
     else:
         return
-    sys.stdout.buffer.write(said.encode())
+    sys.stdout.buffer.write(reason.encode())
     sys.exit(REFUSED)
 
 

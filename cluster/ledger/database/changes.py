@@ -1,4 +1,4 @@
-"""The number of a change, and what statements both databases share."""
+"""The change sequence, and the dialects' INSERT with ON CONFLICT."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from cluster.ledger.database.tables import change_sequence
 
 
 def next_change(connection: Connection) -> int:
-    """Take the next number of the change sequence, holding it until this transaction ends. Call it first."""
+    """Increment the change sequence and return the new number. Call it first in a transaction: it locks the row."""
     statement = update(change_sequence).where(change_sequence.c.id == 1).values(value=change_sequence.c.value + 1)
     return int(connection.execute(statement.returning(change_sequence.c.value)).scalar_one())
 
 
-def rows_vanished(connection: Connection, number: int) -> None:
-    """Tell readers that rows are gone and that they must read everything anew."""
+def require_reload(connection: Connection, number: int) -> None:
+    """Make readers reload everything, because rows were deleted."""
     connection.execute(update(change_sequence).where(change_sequence.c.id == 1).values(reload_from=number))
 
 
-def insert_or(connection: Connection, table: Table) -> Any:
-    """The dialect's INSERT, which knows ON CONFLICT."""
-    if connection.dialect.name == "postgresql":  # imported where it is used: a process needs one of the two
+def dialect_insert(connection: Connection, table: Table) -> Any:
+    """The INSERT of the connection's dialect, which supports ON CONFLICT."""
+    if connection.dialect.name == "postgresql":  # local imports: a process needs only one of the two
         from sqlalchemy.dialects import postgresql
 
         return postgresql.insert(table)

@@ -1,4 +1,4 @@
-"""From a database URL to an engine whose transactions mean the same on SQLite and PostgreSQL."""
+"""Create SQLAlchemy engines whose transactions behave the same on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ DRIVERS = ("sqlite", "postgresql+psycopg")
 CONNECT_TIMEOUT_S = 3
 STATEMENT_TIMEOUT_MS = 30_000
 SQLITE_BUSY_MS = 10_000
-_SQLITE_AGAIN_S = 0.01
+_SQLITE_RETRY_S = 0.01
 
 
 def parse_url(database_url: str, password: str = "") -> URL:
-    """A checked URL. Raises ValueError that names the remedy and never shows a password."""
+    """Parse and check a database URL. Raises ValueError that names the remedy and never a password."""
     try:
         url = make_url(database_url)
     except ArgumentError:
@@ -38,12 +38,12 @@ def parse_url(database_url: str, password: str = "") -> URL:
     if url.drivername not in DRIVERS:
         raise ValueError(f"store.database_url: {url.drivername} is not served; use one of {', '.join(DRIVERS)}")
     if url.drivername == "sqlite" and url.database in (None, "", ":memory:"):
-        raise ValueError("store.database_url: an in-memory database forgets everything; name a file: sqlite:///file")
+        raise ValueError("store.database_url: an in-memory database is lost at exit; name a file: sqlite:///file")
     return url.set(password=password) if password and url.drivername != "sqlite" else url
 
 
 def make_engine(database_url: str, password: str | None = None) -> Engine:
-    """An engine; nothing is connected yet. `password` None: HEADRACE_DATABASE_PASSWORD, if it is set."""
+    """Create an engine, without connecting. HEADRACE_DATABASE_PASSWORD replaces a `password` of None."""
     url = parse_url(database_url, os.environ.get("HEADRACE_DATABASE_PASSWORD", "") if password is None else password)
     if url.drivername == "sqlite":
         return _sqlite(url)
@@ -52,7 +52,7 @@ def make_engine(database_url: str, password: str | None = None) -> Engine:
         "connect_timeout": CONNECT_TIMEOUT_S,
         "options": settings,
         "application_name": "headrace",
-        # a database that is cut off without a word is noticed while a statement waits
+        # detect a database that became unreachable without closing the connection, while a statement waits
         "tcp_user_timeout": 5000,
         "keepalives_idle": 5,
         "keepalives_interval": 2,
@@ -66,7 +66,7 @@ def make_engine(database_url: str, password: str | None = None) -> Engine:
 def _sqlite(url: URL) -> Engine:
     folder = Path(str(url.database)).parent
     if not folder.is_dir():
-        raise ValueError(f"store.database_url: the folder {folder} does not exist; make it")
+        raise ValueError(f"store.database_url: the folder {folder} does not exist; create it")
     engine = create_engine(url, connect_args={"timeout": SQLITE_BUSY_MS / 1000})
 
     @event.listens_for(engine, "do_connect")
@@ -75,26 +75,26 @@ def _sqlite(url: URL) -> Engine:
 
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions begin where we say, reads included
+        connection.isolation_level = None  # only the "begin" listener below starts transactions, reads included
         for pragma in (
             f"busy_timeout={SQLITE_BUSY_MS}",
             "synchronous=FULL",  # a spool file is deleted after commit, so a commit must survive a power cut
             "foreign_keys=ON",
         ):
             connection.execute(f"PRAGMA {pragma}")
-        _write_ahead(connection)
+        _enable_wal(connection)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         reading = connection.get_execution_options().get("headrace_reading")
-        # a transaction that reads first and then writes would be refused if another wrote in between
+        # with a plain BEGIN, a transaction that reads and then writes fails if another one wrote in between
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
 
 
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Have the database's journal written ahead. SQLite waits for no lock here when two make the switch at once."""
+def _enable_wal(connection: sqlite3.Connection) -> None:
+    """Switch to write-ahead logging. Retries, because busy_timeout does not apply when two processes switch at once."""
     give_up_at = time.monotonic() + SQLITE_BUSY_MS / 1000
     while True:
         try:
@@ -103,24 +103,24 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
                 raise
-        time.sleep(_SQLITE_AGAIN_S)
+        time.sleep(_SQLITE_RETRY_S)
 
 
 @contextlib.contextmanager
-def told_apart(engine: Engine) -> Iterator[None]:
-    """A database that does not answer becomes StoreUnavailable; every other error stays what it is."""
+def translate_errors(engine: Engine) -> Iterator[None]:
+    """Raise StoreUnavailable for errors of an unreachable, busy or unusable database; pass other errors on."""
     try:
         yield
     except DBAPIError as error:
         if error.connection_invalidated or _is_unusable(error):
             raise StoreUnavailable(
-                f"the database {where(engine)} cannot be used: {_first_line(error)}; `headrace db check` says why"
+                f"the database {url_of(engine)} cannot be used: {_first_line(error)}; `headrace db check` says why"
             ) from error
         if isinstance(error, OperationalError):
-            raise StoreUnavailable(f"the database {where(engine)} does not answer: {_first_line(error)}") from error
+            raise StoreUnavailable(f"the database {url_of(engine)} does not answer: {_first_line(error)}") from error
         raise
     except PoolTimeout as error:
-        raise StoreUnavailable(f"the database {where(engine)} is too busy: no connection came free") from error
+        raise StoreUnavailable(f"the database {url_of(engine)} is too busy: the pool has no free connection") from error
 
 
 def _is_unusable(error: DBAPIError) -> bool:
@@ -133,15 +133,15 @@ def _first_line(error: DBAPIError) -> str:
     return str(error.orig).strip().split("\n")[0]
 
 
-def where(engine: Engine) -> str:
-    """The database for messages, without its password."""
+def url_of(engine: Engine) -> str:
+    """The database's URL for messages, without its password."""
     return engine.url.render_as_string(hide_password=True)
 
 
 @contextlib.contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """One consistent view of the database: all statements see the same moment."""
-    with told_apart(engine):
+    """A read-only transaction: all statements see the same snapshot."""
+    with translate_errors(engine):
         options: dict[str, Any] = {"headrace_reading": True}
         if engine.dialect.name == "postgresql":
             options |= {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
@@ -151,6 +151,6 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 @contextlib.contextmanager
 def writing(engine: Engine) -> Iterator[Connection]:
-    """One transaction, committed at the end, rolled back by an exception."""
-    with told_apart(engine), engine.begin() as connection:
+    """A transaction, committed at the end and rolled back on an exception."""
+    with translate_errors(engine), engine.begin() as connection:
         yield connection

@@ -1,9 +1,9 @@
-"""Bringing a database's tables to what this release needs: first expand, then contract.
+"""Migrate a database's tables to this release: first expand, then contract.
 
-Two releases run side by side while a cluster is upgraded, on one database. So a migration either only adds (`expand`:
-the release before still works) or only takes away what no supported release uses any more (`contract`), and says
-which. `upgrade` stops before the first contraction unless it is asked for; `schema_history` keeps what was applied,
-so that a release that meets a newer database can tell whether it was only expanded, and then goes on working.
+During an upgrade two releases use the same database. So a migration declares its kind: `expand` only adds, and the
+previous release still works; `contract` only removes what no supported release uses. `upgrade` stops before the first
+`contract` migration unless told otherwise. `schema_history` records what was applied, so that an older release can
+see whether a newer database was only expanded, and continues to work if so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, insert, inspect, select, text
 
-from cluster.ledger.database.connect import reading, told_apart, where, writing
+from cluster.ledger.database.connect import reading, translate_errors, url_of, writing
 from cluster.ledger.database.tables import metadata, schema_history
 from cluster.ledger.errors import StoreUnavailable
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.script import Script
 
-# Alembic is imported where it is used: a gateway's start waits for nothing that it does.
+# Alembic is imported locally: a gateway must not wait for the import when it starts.
 FOLDER = Path(__file__).parent / "migrations"
 REVISION_TABLE = "schema_revision"
-_LOCK = 0x4845_4144  # one number that all of ours agree on: PostgreSQL's advisory lock of migrations
+_LOCK = 0x4845_4144  # key of the PostgreSQL advisory lock that serializes migrations
 
 
 class State(enum.StrEnum):
-    """How a database's tables stand to this release."""
+    """State of a database's tables relative to this release."""
 
     CURRENT = "current"
     EMPTY = "empty"
@@ -48,7 +48,7 @@ USABLE = frozenset({State.CURRENT, State.TO_CONTRACT, State.AHEAD})
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What `check` found. `database` and `release` are migration numbers, 0 for none; `pending` what upgrade does."""
+    """Result of `check`. `database` and `release` are migration numbers, 0 for none; `pending` are those to apply."""
 
     state: State
     database: int
@@ -58,11 +58,11 @@ class Check:
 
     @property
     def usable(self) -> bool:
-        """Whether this release can work on the database as it is."""
+        """True if this release can work on the database as it is."""
         return self.state in USABLE
 
     def message(self) -> str:
-        """One line for people, with the remedy."""
+        """The state in one line, with the remedy."""
         numbers = f"the database is at migration {self.database}, this release at {self.release}"
         return {
             State.CURRENT: f"current: {numbers}",
@@ -70,19 +70,19 @@ class Check:
             State.BEHIND: f"behind: {numbers}; run `headrace db upgrade` with the same -f or --database-url",
             State.TO_CONTRACT: f"usable: {numbers}; once no older release runs: `headrace db upgrade --contract`",
             State.AHEAD: f"usable: {numbers}, and the newer migrations only add",
-            State.TOO_NEW: f"too new: {numbers}, and a newer migration took something away; use the newer release",
+            State.TOO_NEW: f"too new: {numbers}, and a newer migration removed something; use the newer release",
             State.DRIFTED: f"drifted: {numbers}, but the tables differ: {'; '.join(self.differences)}",
         }[self.state]
 
 
 @dataclass(frozen=True, slots=True)
 class Migrations:
-    """The migrations of a release, oldest first. `folders` beyond the package's own are for tests of the rules."""
+    """The migrations of a release, oldest first. Tests add `folders`."""
 
     folders: tuple[Path, ...] = (FOLDER / "versions",)
 
     def config(self, connection: Connection | None = None) -> Config:
-        """Alembic's settings, without a file."""
+        """Alembic's configuration, built without a file."""
         from alembic.config import Config
 
         config = Config()
@@ -93,19 +93,19 @@ class Migrations:
         return config
 
     def scripts(self) -> Sequence[Script]:
-        """Oldest first."""
+        """The migration scripts, oldest first."""
         from alembic.script import ScriptDirectory
 
         return list(ScriptDirectory.from_config(self.config()).walk_revisions())[::-1]
 
 
-def number_of(revision: str | None) -> int:
-    """`r0007` -> 7; None, which is no tables at all, -> 0."""
+def migration_number(revision: str | None) -> int:
+    """The number of a revision: 7 for `r0007`, 0 for None (a database without tables)."""
     return int(revision[1:]) if revision else 0
 
 
-def kind_of(script: Script) -> str:
-    """`expand` or `contract`, as the migration says itself."""
+def migration_kind(script: Script) -> str:
+    """The KIND of a migration, `expand` or `contract`."""
     return str(getattr(script.module, "KIND", ""))
 
 
@@ -116,22 +116,22 @@ def _revision(connection: Connection) -> str | None:
 
 
 def check(engine: Engine, migrations: Migrations | None = None) -> Check:
-    """Compare the database's tables with those of this release. Raises StoreUnavailable when it does not answer."""
+    """Compare the database's tables with those of this release. Raises StoreUnavailable if it does not answer."""
     scripts = (migrations or Migrations()).scripts()
-    release = number_of(scripts[-1].revision)
+    release = migration_number(scripts[-1].revision)
     with reading(engine) as connection:
-        database = number_of(_revision(connection))
+        database = migration_number(_revision(connection))
         if not database:
             return Check(State.EMPTY, 0, release, tuple(s.revision for s in scripts))
         if database > release:
             newer = select(schema_history.c.kind).where(schema_history.c.number > release)
-            taken_away = "contract" in connection.scalars(newer).all()
-            return Check(State.TOO_NEW if taken_away else State.AHEAD, database, release)
-        pending = [script for script in scripts if number_of(script.revision) > database]
+            contracted = "contract" in connection.scalars(newer).all()
+            return Check(State.TOO_NEW if contracted else State.AHEAD, database, release)
+        pending = [script for script in scripts if migration_number(script.revision) > database]
         if pending:
-            contracting = all(kind_of(script) == "contract" for script in pending)
+            only_contracts = all(migration_kind(script) == "contract" for script in pending)
             names = tuple(script.revision for script in pending)
-            return Check(State.TO_CONTRACT if contracting else State.BEHIND, database, release, names)
+            return Check(State.TO_CONTRACT if only_contracts else State.BEHIND, database, release, names)
         differences = tuple(_differences(connection))
     return Check(State.DRIFTED if differences else State.CURRENT, database, release, (), differences)
 
@@ -140,47 +140,53 @@ def _differences(connection: Connection) -> list[str]:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    def of_ours(_name: str | None, kind: str, _parents: object) -> bool:
+    def is_own_table(_name: str | None, kind: str, _parents: object) -> bool:
         return kind != "table" or _name != REVISION_TABLE
 
-    context = MigrationContext.configure(connection, opts={"version_table": REVISION_TABLE, "include_name": of_ours})
-    return [str(one[0] if isinstance(one, list) else one) for one in compare_metadata(context, metadata)]
+    context = MigrationContext.configure(
+        connection, opts={"version_table": REVISION_TABLE, "include_name": is_own_table}
+    )
+    return [str(change[0] if isinstance(change, list) else change) for change in compare_metadata(context, metadata)]
 
 
 def upgrade(engine: Engine, *, contract: bool = False, migrations: Migrations | None = None) -> tuple[str, ...]:
-    """Apply what is pending, one transaction in all, one process at a time. Returns the revisions applied.
+    """Apply pending migrations in one transaction, one process at a time. Returns the revisions applied.
 
-    Without `contract` it stops before the first migration that takes something away.
+    Stops before the first `contract` migration unless `contract` is set.
     """
     from alembic import command
 
     scripts = (migrations or Migrations()).scripts()
-    with told_apart(engine), writing(engine) as connection:
+    with translate_errors(engine), writing(engine) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SET LOCAL statement_timeout = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        database = number_of(_revision(connection))
+        database = migration_number(_revision(connection))
         applied = []
         for script in scripts:
-            if number_of(script.revision) <= database:
+            if migration_number(script.revision) <= database:
                 continue
-            if kind_of(script) == "contract" and not contract:
+            if migration_kind(script) == "contract" and not contract:
                 break
             command.upgrade((migrations or Migrations()).config(connection), script.revision)
-            row = {"number": number_of(script.revision), "kind": kind_of(script), "applied_at": time.time()}
+            row = {
+                "number": migration_number(script.revision),
+                "kind": migration_kind(script),
+                "applied_at": time.time(),
+            }
             connection.execute(insert(schema_history).values(row))
             applied.append(script.revision)
     return tuple(applied)
 
 
 def require_usable(engine: Engine) -> None:
-    """Raises StoreUnavailable with the remedy when this release cannot work on the database as it is."""
-    found = check(engine)
-    if not found.usable:
-        raise StoreUnavailable(f"the database {where(engine)} is {found.message()}")
+    """Raise StoreUnavailable with the remedy if this release cannot work on the database as it is."""
+    result = check(engine)
+    if not result.usable:
+        raise StoreUnavailable(f"the database {url_of(engine)} is {result.message()}")
 
 
 def table_names(engine: Engine) -> list[str]:
-    """The tables that are there."""
-    with told_apart(engine):
+    """The names of the database's tables."""
+    with translate_errors(engine):
         return inspect(engine).get_table_names()

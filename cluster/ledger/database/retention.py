@@ -1,4 +1,4 @@
-"""How long what is written stays: the cluster's days, and a tenant's own where its policy says so."""
+"""Retention of usage and audit: the cluster's number of days, or a tenant's own if its policy sets one."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ DAY_S = 86400.0
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """Rows removed."""
+    """Numbers of rows removed."""
 
     usage: int
     audit: int
 
 
 def expire(ledger: Ledger, now_s: float, *, usage_days: int, audit_days: int) -> Expired:
-    """Remove what is older than its days. A tenant's own `retention` may be shorter or longer than the cluster's."""
+    """Remove rows older than their retention. A tenant's `retention` may be shorter or longer than the cluster's."""
     own: dict[str, Retention] = {}
     after = ""
     while page := ledger.tenants.list(after=after):
-        own |= {one.policy.name: one.policy.retention for one in page}
+        own |= {tenant.policy.name: tenant.policy.retention for tenant in page}
         after = page[-1].policy.name
-    usage_own = {name: one.usage_days for name, one in own.items() if one.usage_days is not None}
-    audit_own = {name: one.audit_days for name, one in own.items() if one.audit_days is not None}
+    usage_own = {name: kept.usage_days for name, kept in own.items() if kept.usage_days is not None}
+    audit_own = {name: kept.audit_days for name, kept in own.items() if kept.audit_days is not None}
     usage = ledger.usage.expire(now_s - usage_days * DAY_S, except_tenants=list(usage_own))
     usage += sum(ledger.usage.expire(now_s - days * DAY_S, tenant=name) for name, days in usage_own.items())
     audit = ledger.audit.expire(now_s - audit_days * DAY_S, except_tenants=list(audit_own))

@@ -1,9 +1,9 @@
-"""The tables, as the newest migration leaves them. Times are seconds since the epoch; JSON is JSON on both databases.
+"""The tables as of the newest migration. Times are seconds since the epoch; JSON columns are JSON on both databases.
 
-`change_sequence` has one row. Every transaction that changes tenants or keys first adds 1 to it, which locks that row
-until commit: so numbers become visible in their order, and a reader that has seen n has seen all up to n. (A sequence
-of the database's own would hand out 5 and 6, commit 6 first, and 5 would be missed for good.) Rows carry the number
-of their last change, so a reader asks for what is newer; `reload_from` is raised when rows vanish.
+`change_sequence` has one row. Every transaction that changes tenants or keys first adds 1 to it, which locks the row
+until commit. So numbers become visible in order, and a reader that has seen n has seen all changes up to n. (With a
+database sequence, 6 could be committed before 5, and a reader would miss 5.) Each row of `tenants` and `keys` carries
+the number of its last change, and readers select newer rows. `reload_from` is raised when rows are deleted.
 """
 
 from __future__ import annotations

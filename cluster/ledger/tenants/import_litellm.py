@@ -1,12 +1,13 @@
-"""Bringing LiteLLM's teams, keys, limits, budgets and aliases over, so that no tenant changes a key.
+"""Import teams, keys, limits, budgets and aliases from LiteLLM. All keys stay valid.
 
-LiteLLM keeps the SHA-256 of each key, which is what our digests are made from. `read` takes the rows (any schema since
-its first teams: columns that are missing count as empty), `plan` decides without a database what each becomes, and
-says of everything that has no place here what it was and what that means; `apply` writes, and can be repeated.
+LiteLLM stores the SHA-256 of each key, from which Headrace computes its digests. `read` reads the rows (of any schema
+since LiteLLM has teams; missing columns count as empty). `plan` decides without a database what each row becomes, and
+notes everything that cannot be imported and what follows from that. `apply` writes a plan and can be repeated.
 
-Rules. A team is a tenant. A key without a team belongs to its user's tenant, or is one of its own. A key that is
-narrower than its team (models, limits, budget, aliases) becomes a tenant of its own, because keys have no limits here
-and must not gain by the move. Budgets are money there and tokens here: they come over only at a given price.
+Rules: A team becomes a tenant. A key without a team belongs to its user's tenant, or becomes a tenant. A key that is
+more restricted than its team (models, limits, budget, aliases) becomes a tenant, because Headrace's keys have no
+limits and the import must not extend a key's rights. LiteLLM's budgets are money and Headrace's are tokens: they are
+imported only with a price.
 """
 
 from __future__ import annotations
@@ -60,12 +61,12 @@ _UNMAPPED = {
     "config": "a key's own configuration",
 }
 Row = Mapping[str, Any]
-Found = Mapping[str, Sequence[Row]]
+LiteLLMRows = Mapping[str, Sequence[Row]]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTenant:
-    """A tenant to make, and from what."""
+    """A tenant to create, and the LiteLLM object it comes from."""
 
     policy: TenantPolicy
     source: str
@@ -74,7 +75,7 @@ class PlannedTenant:
 
 @dataclass(frozen=True, slots=True)
 class PlannedKey:
-    """A key to take over. `expires_at` is seconds since the epoch."""
+    """A key to import. `expires_at` is seconds since the epoch."""
 
     tenant: str
     sha256_hex: str
@@ -85,7 +86,7 @@ class PlannedKey:
 
 @dataclass(frozen=True, slots=True)
 class ImportPlan:
-    """What an import would do. `notes` say what does not map, each with where it was."""
+    """The tenants and keys to import. Each note names a LiteLLM object and what of it cannot be imported."""
 
     tenants: tuple[PlannedTenant, ...]
     keys: tuple[PlannedKey, ...]
@@ -94,43 +95,45 @@ class ImportPlan:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What an import did; what was there already is counted as skipped."""
+    """Numbers of tenants and keys written; `skipped` says which existed already."""
 
     tenants: int
     keys: int
     skipped: tuple[str, ...]
 
 
-def read(database_url: str, password: str | None = None) -> Found:
-    """LiteLLM's rows by our name of each table. Raises StoreUnavailable, and ValueError when it is no such database."""
+def read(database_url: str, password: str | None = None) -> LiteLLMRows:
+    """Read LiteLLM's rows, by the keys of TABLES. Raises StoreUnavailable; ValueError if its tables are missing."""
     engine = make_engine(database_url, password)
     try:
         with reading(engine) as connection:
-            here = set(inspect(connection).get_table_names())
-            if not {TABLES["teams"], TABLES["keys"]} <= here:
+            present = set(inspect(connection).get_table_names())
+            if not {TABLES["teams"], TABLES["keys"]} <= present:
                 raise ValueError(f"this database has no {TABLES['teams']}: is it LiteLLM's, and its schema `public`?")
             metadata = MetaData()
-            found: dict[str, list[Row]] = {}
+            rows: dict[str, list[Row]] = {}
             for name, table in TABLES.items():
-                if table in here:
+                if table in present:
                     reflected = Table(table, metadata, autoload_with=connection, resolve_fks=False)
-                    found[name] = [dict(row) for row in connection.execute(select(reflected)).mappings()]
-            return found
+                    rows[name] = [dict(row) for row in connection.execute(select(reflected)).mappings()]
+            return rows
     finally:
         engine.dispose()
 
 
-def plan(found: Found, now_s: float, *, tokens_per_dollar: float | None = None) -> ImportPlan:
-    """Decide what each row becomes."""
-    return _Planner(found, now_s, tokens_per_dollar).plan()
+def plan(rows: LiteLLMRows, now_s: float, *, tokens_per_dollar: float | None = None) -> ImportPlan:
+    """Decide which tenants and keys the rows become."""
+    return _Planner(rows, now_s, tokens_per_dollar).plan()
 
 
-def apply(made: ImportPlan, ledger: Ledger) -> Applied:
-    """Write a plan; what an import has made before stays as it is, and nothing is given to a tenant that only happens
-    to have the name. Raises LedgerError."""
+def apply(import_plan: ImportPlan, ledger: Ledger) -> Applied:
+    """Write a plan. Tenants and keys of an earlier import stay unchanged.
+
+    A tenant of the same name that is not from LiteLLM gets no keys. Raises LedgerError.
+    """
     skipped, tenants, keys = [], 0, 0
     foreign: set[str] = set()
-    for tenant in made.tenants:
+    for tenant in import_plan.tenants:
         name, source = tenant.policy.name, tenant.policy.labels[SOURCE_LABEL]
         try:
             ledger.tenants.create(tenant.policy, model_aliases=tenant.model_aliases)
@@ -141,9 +144,9 @@ def apply(made: ImportPlan, ledger: Ledger) -> Applied:
             else:
                 foreign.add(name)
                 skipped.append(
-                    f"{tenant.source}: another tenants/{name} is here; rename one of them. Its keys wait too"
+                    f"{tenant.source}: another tenants/{name} exists; rename one of them. Its keys are skipped too"
                 )
-    for key in made.keys:
+    for key in import_plan.keys:
         if key.tenant in foreign:
             continue
         try:
@@ -160,17 +163,17 @@ def _source_of(ledger: Ledger, name: str) -> str:
     try:
         return ledger.tenants.get(name).policy.labels.get(SOURCE_LABEL, "")
     except NotFound:
-        return ""  # deleted, with usage still here
+        return ""  # deleted, with its usage still kept
 
 
 class _Planner:
-    def __init__(self, found: Found, now_s: float, tokens_per_dollar: float | None) -> None:
-        self._found = found
+    def __init__(self, rows: LiteLLMRows, now_s: float, tokens_per_dollar: float | None) -> None:
+        self._rows = rows
         self._now_s = now_s
         self._tokens_per_dollar = tokens_per_dollar
-        self._budgets = {row["budget_id"]: row for row in found.get("budgets", ())}
-        self._aliases = {row["id"]: row for row in found.get("aliases", ())}
-        self._users = {row["user_id"]: row for row in found.get("users", ())}
+        self._budgets = {row["budget_id"]: row for row in rows.get("budgets", ())}
+        self._aliases = {row["id"]: row for row in rows.get("aliases", ())}
+        self._users = {row["user_id"]: row for row in rows.get("users", ())}
         self._tenants: dict[str, PlannedTenant] = {}
         self._by_team: dict[str, str] = {}
         self._by_user: dict[str, str] = {}
@@ -179,147 +182,148 @@ class _Planner:
         self._notes: list[str] = []
 
     def plan(self) -> ImportPlan:
-        for team in sorted(self._found.get("teams", ()), key=lambda row: str(row["team_id"])):
-            self._team(team)
-        for key in sorted(self._found.get("keys", ()), key=lambda row: str(row["token"])):
-            self._key(key)
-        for old in self._found.get("old_keys", ()):
-            self._old_key(old)
-        self._rest()
+        for team in sorted(self._rows.get("teams", ()), key=lambda row: str(row["team_id"])):
+            self._plan_team(team)
+        for key in sorted(self._rows.get("keys", ()), key=lambda row: str(row["token"])):
+            self._plan_key(key)
+        for old in self._rows.get("old_keys", ()):
+            self._plan_old_key(old)
+        self._note_unmapped()
         return ImportPlan(tuple(self._tenants.values()), tuple(self._keys), tuple(self._notes))
 
     def _note(self, where: str, what: str) -> None:
         self._notes.append(f"{where}: {what}")
 
-    def _team(self, row: Row) -> None:
+    def _plan_team(self, row: Row) -> None:
         where = f"team {row.get('team_alias') or row['team_id']}"
         aliases = _json(self._aliases.get(row.get("model_id"), {}).get("aliases"))
-        name = self._tenant(where, row.get("team_alias") or row["team_id"], row, aliases, f"team:{row['team_id']}")
+        name = self._plan_tenant(where, row.get("team_alias") or row["team_id"], row, aliases, f"team:{row['team_id']}")
         self._by_team[str(row["team_id"])] = name
         if _json(row.get("members_with_roles")) or row.get("members"):
             self._note(
-                where, "its members do not come over: keys belong to the tenant, people to your identity provider"
+                where, "its members are not imported: keys belong to the tenant, people to your identity provider"
             )
 
-    def _key(self, row: Row) -> None:
+    def _plan_key(self, row: Row) -> None:
         where = f"key {row.get('key_alias') or row.get('key_name') or str(row['token'])[:8]}"
         digest = _sha256(str(row["token"]))
         if digest is None:
-            self._note(where, "its stored token is no SHA-256: it does not come over")
+            self._note(where, "its stored token is no SHA-256: it is not imported")
             return
         expires_at = _seconds(row.get("expires"))
         if expires_at is not None and expires_at <= self._now_s:
-            self._note(where, "has expired: it does not come over")
+            self._note(where, "has expired: it is not imported")
             return
         if row.get("blocked"):
-            self._note(where, "is blocked: it comes over revoked, for good")
-        tenant = self._owner(where, row)
+            self._note(where, "is blocked: it is imported as revoked, permanently")
+        tenant = self._tenant_of_key(where, row)
         self._by_token[str(row["token"])] = tenant
         name = str(row.get("key_alias") or row.get("key_name") or "")[:255]
         printable = "".join(c for c in name if c.isprintable())
         self._keys.append(PlannedKey(tenant, digest, printable, expires_at, bool(row.get("blocked"))))
 
-    def _owner(self, where: str, row: Row) -> str:
-        """The tenant of a key, made if need be."""
+    def _tenant_of_key(self, where: str, row: Row) -> str:
+        """The name of the tenant that gets a key; plans the tenant if needed."""
         team, user = row.get("team_id"), row.get("user_id")
         alias = row.get("key_alias") or str(row["token"])[:8]
-        own = self._narrower(row)
+        own = self._own_restrictions(row)
         parent = self._by_team.get(str(team)) if team else None
         if team and parent is None:
-            self._note(where, f"its team {team} does not exist: it becomes a tenant of its own")
+            self._note(where, f"its team {team} does not exist: it becomes a separate tenant")
         if parent is not None and not own:
             return parent
         if parent is not None:
-            self._note(
-                where, f"has {', '.join(own)} of its own: it becomes a tenant beside {parent}, outside its limits"
-            )
-            return self._narrowed(where, f"{parent}-{alias}", parent, row)
+            self._note(where, f"has its own {', '.join(own)}: it becomes a tenant beside {parent}, outside its limits")
+            return self._restricted_tenant(where, f"{parent}-{alias}", parent, row)
         if user and not team and not own:
-            return self._user(str(user))
-        return self._tenant(
+            return self._user_tenant(str(user))
+        return self._plan_tenant(
             where, f"key-{alias}", self._with_budget(row), _json(row.get("aliases")), f"key:{str(row['token'])[:16]}"
         )
 
-    def _narrower(self, row: Row) -> list[str]:
-        """What a key restricts beyond its owner."""
+    def _own_restrictions(self, row: Row) -> list[str]:
+        """The names of the restrictions that a key itself has."""
         words = []
         if [m for m in _list(row.get("models")) if m not in ALL_MODELS]:
             words.append("models")
-        whole = self._with_budget(row)
-        words += [name for name in (*_LIMITS, "max_budget") if whole.get(name) is not None]
+        merged = self._with_budget(row)
+        words += [name for name in (*_LIMITS, "max_budget") if merged.get(name) is not None]
         return words + (["aliases"] if _json(row.get("aliases")) else [])
 
-    def _narrowed(self, where: str, wish: str, parent: str, row: Row) -> str:
-        """A tenant for a key within a team: the team's models, class and standing unless its own are narrower."""
+    def _restricted_tenant(self, where: str, wanted_name: str, parent: str, row: Row) -> str:
+        """Plan a tenant for a restricted key of a team.
+
+        The tenant gets the team's models unless the key's are narrower, and is suspended if the team is.
+        """
         team = self._tenants[parent]
-        whole = dict(self._with_budget(row))
-        if not [m for m in _list(whole.get("models")) if m not in ALL_MODELS]:
-            whole["models"] = [*team.policy.models]
-        whole["blocked"] = team.policy.suspended
+        merged = dict(self._with_budget(row))
+        if not [m for m in _list(merged.get("models")) if m not in ALL_MODELS]:
+            merged["models"] = [*team.policy.models]
+        merged["blocked"] = team.policy.suspended
         aliases = {**team.model_aliases, **_json(row.get("aliases"))}
-        name = self._tenant(where, wish, whole, aliases, f"key:{str(row['token'])[:16]}")
-        made = self._tenants[name]
+        name = self._plan_tenant(where, wanted_name, merged, aliases, f"key:{str(row['token'])[:16]}")
+        planned = self._tenants[name]
         if team.policy.models != ("*",):
-            both = tuple(m for m in made.policy.models if team.policy.allows(m))
-            if not both:
-                self._note(where, "its models are none of its team's: the tenant is suspended")
+            allowed = tuple(m for m in planned.policy.models if team.policy.allows(m))
+            if not allowed:
+                self._note(where, "none of its models is allowed to its team: the tenant is suspended")
             policy = TenantPolicy.from_json(
-                {**made.policy.as_json(), "models": list(both or team.policy.models)}
-                | {"suspended": made.policy.suspended or not both}
+                {**planned.policy.as_json(), "models": list(allowed or team.policy.models)}
+                | {"suspended": planned.policy.suspended or not allowed}
             )
-            self._tenants[name] = PlannedTenant(policy, made.source, made.model_aliases)
+            self._tenants[name] = PlannedTenant(policy, planned.source, planned.model_aliases)
         return name
 
-    def _user(self, user: str) -> str:
+    def _user_tenant(self, user: str) -> str:
         if user not in self._by_user:
             row = self._users.get(user, {})
             alias = row.get("user_alias") or user
-            self._by_user[user] = self._tenant(
+            self._by_user[user] = self._plan_tenant(
                 f"user {alias}", f"user-{alias}", self._with_budget(row), {}, f"user:{user}"
             )
         return self._by_user[user]
 
     def _with_budget(self, row: Row) -> Row:
-        """The row with the fields of the budget it names, where it has none itself."""
+        """The row, with the fields of its budget where the row itself has none."""
         budget = self._budgets.get(row.get("budget_id"), {})
         names = (*_LIMITS, "max_budget", "budget_duration", "soft_budget", "model_max_budget")
         return {**row, **{name: budget[name] for name in names if row.get(name) is None and name in budget}}
 
-    def _old_key(self, row: Row) -> None:
-        """A key that was rotated and still works for a while."""
+    def _plan_old_key(self, row: Row) -> None:
+        """Plan a rotated key that is still valid for some time."""
         tenant, until = self._by_token.get(str(row["active_token_id"])), _seconds(row["revoke_at"])
         digest = _sha256(str(row["token"]))
         if tenant is not None and digest is not None and until is not None and until > self._now_s:
             self._keys.append(PlannedKey(tenant, digest, "rotated", until))
 
-    def _tenant(self, where: str, wish: Any, row: Row, aliases: Mapping[str, Any], source: str) -> str:
-        name = self._free_name(str(wish))
+    def _plan_tenant(self, where: str, wanted_name: Any, row: Row, aliases: Mapping[str, Any], source: str) -> str:
+        name = self._free_name(str(wanted_name))
         limits = self._limits(where, row)
         models = self._models(where, row)
-        stopped = not models or any(value == 0 for value in limits.values())
-        if stopped:
-            self._note(where, "may use nothing there (no models, or a limit of 0): it is suspended here")
+        suspended = not models or any(value == 0 for value in limits.values())
+        if suspended:
+            self._note(where, "may use nothing in LiteLLM (no models, or a limit of 0): it is suspended")
         for column, what in _UNMAPPED.items():
-            if _says_something(row.get(column)):
+            if _is_set(row.get(column)):
                 self._note(where, f"{column} does not map: {what}")
-        good = {key: value for key, value in limits.items() if value}
+        positive = {key: value for key, value in limits.items() if value}
         try:
             policy = TenantPolicy(
                 name,
                 models=models or ("*",),
-                limits=TenantLimits(**good),
+                limits=TenantLimits(**positive),
                 labels={SOURCE_LABEL: source},
-                suspended=bool(row.get("blocked")) or stopped,
+                suspended=bool(row.get("blocked")) or suspended,
             )
         except PolicyError as error:
-            self._note(where, f"{error}: its limits do not come over, and it is suspended until you set them")
+            self._note(where, f"{error}: its limits are not imported, and it is suspended until you set them")
             policy = TenantPolicy(name, suspended=True, labels={SOURCE_LABEL: source})
-        known = {str(key): str(value) for key, value in aliases.items()}
-        self._tenants[name] = PlannedTenant(policy, where, known)
+        alias_names = {str(key): str(value) for key, value in aliases.items()}
+        self._tenants[name] = PlannedTenant(policy, where, alias_names)
         return name
 
-    def _free_name(self, wish: str) -> str:
-        plain = re.sub(r"[^a-z0-9._-]+", "-", wish.lower()).strip("-._")[:56] or "tenant"
+    def _free_name(self, wanted_name: str) -> str:
+        plain = re.sub(r"[^a-z0-9._-]+", "-", wanted_name.lower()).strip("-._")[:56] or "tenant"
         name, number = plain, 1
         while name in self._tenants:
             number += 1
@@ -341,7 +345,7 @@ class _Planner:
             if value is None:
                 continue
             if int(value) < 0:
-                self._note(where, f"{theirs} is {value}, which means nothing: left out")
+                self._note(where, f"{theirs} is {value}, which has no meaning: not imported")
             else:
                 limits[ours] = int(value)
         self._budget(where, row, limits)
@@ -360,17 +364,19 @@ class _Planner:
         else:
             limits[name] = min(int(money * self._tokens_per_dollar), limits.get(name, 10**15))
             if row.get("spend"):
-                self._note(where, f"{row['spend']:g} dollars are spent of its budget: it starts anew")
+                self._note(
+                    where, f"{row['spend']:g} dollars of its budget are spent: the usage counted here starts at zero"
+                )
 
-    def _rest(self) -> None:
-        for row in self._found.get("organizations", ()):
+    def _note_unmapped(self) -> None:
+        for row in self._rows.get("organizations", ()):
             budget = self._budgets.get(row.get("budget_id"), {})
             if any(budget.get(name) is not None for name in (*_LIMITS, "max_budget")):
                 self._note(f"organization {row.get('organization_alias')}", "limits over several teams do not map")
-        limited = [row for row in self._found.get("memberships", ()) if row.get("budget_id")]
+        limited = [row for row in self._rows.get("memberships", ()) if row.get("budget_id")]
         if limited:
-            self._note("team members", f"{len(limited)} have a budget of their own, which does not map")
-        if self._found.get("jwt_mappings"):
+            self._note("team members", f"{len(limited)} have their own budget, which does not map")
+        if self._rows.get("jwt_mappings"):
             self._note("JWT mappings", "do not map: configure auth.oidc with a tenant claim")
 
 
@@ -380,7 +386,7 @@ def _list(value: Any) -> list[str]:
 
 
 def _json(value: Any) -> dict[str, Any]:
-    """A JSON object that is not empty; lists count by their places."""
+    """A value parsed as a JSON object; a list becomes an object keyed by index, other text one with the key `text`."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -391,20 +397,20 @@ def _json(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, dict) else {}
 
 
-def _says_something(value: Any) -> bool:
+def _is_set(value: Any) -> bool:
     return bool(_json(value)) if isinstance(value, dict | list | str) else bool(value)
 
 
 def _sha256(token: str) -> str | None:
     if re.fullmatch(r"[0-9a-f]{64}", token):
         return token
-    if token.startswith("sk-"):  # releases before hashing kept the key itself
+    if token.startswith("sk-"):  # early LiteLLM releases stored the key itself
         return hashlib.sha256(token.encode()).hexdigest()
     return None
 
 
 def _seconds(value: Any) -> float | None:
-    """LiteLLM's times are UTC without saying so."""
+    """Seconds since the epoch of one of LiteLLM's times, which are UTC without a time zone."""
     if isinstance(value, str):
         value = datetime.fromisoformat(value)
     if not isinstance(value, datetime):

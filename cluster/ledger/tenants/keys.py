@@ -1,4 +1,4 @@
-"""API keys: made here, shown once, kept as digests under a pepper."""
+"""The table of API keys. A new key is returned once; only its digest under a pepper is stored."""
 
 from __future__ import annotations
 
@@ -37,9 +37,12 @@ class Keys:
         request_id: str = "",
         validate_only: bool = False,
     ) -> NewKey:
-        """A new key of a tenant, whatever the tenant's origin. Its id follows from `request_id`, if there is one, so
-        that nobody makes two keys by asking twice. Raises LedgerError, NotFound, AlreadyExists."""
-        key_id = _new_id() if not request_id else self._id_of(tenant, request_id)
+        """Create a key of a tenant of either origin.
+
+        With `request_id` the key's id is derived from it, so that a repeated request creates no second key. Raises
+        LedgerError, NotFound, AlreadyExists.
+        """
+        key_id = _new_id() if not request_id else self._derived_id(tenant, request_id)
         with writing(self._engine) as connection:
             number = next_change(connection)
             if validate_only:
@@ -49,12 +52,12 @@ class Keys:
                 return NewKey(StoredKey("", tenant, name, role, now, expires_at), "")
             if connection.execute(select(keys.c.id).where(keys.c.id == key_id)).first() is not None:
                 raise AlreadyExists(
-                    f"tenants/{tenant}/keys/{key_id} was made by this request_id already: "
-                    "rotate it if it was lost, or send another request_id"
+                    f"tenants/{tenant}/keys/{key_id} was already created with this request_id: "
+                    "rotate it if the key was lost, or send another request_id"
                 )
             return self._add(connection, number, tenant, name, expires_at, role, "", key_id)
 
-    def _id_of(self, tenant: str, request_id: str) -> str:
+    def _derived_id(self, tenant: str, request_id: str) -> str:
         return "k" + derive(self._pepper(), "key-request", tenant, request_id)[:_ID_BYTES].hex()
 
     def import_hash(
@@ -66,49 +69,49 @@ class Keys:
         expires_at: float | None = None,
         revoked: bool = False,
     ) -> StoredKey:
-        """Take over a key of which only the SHA-256 is known. Raises LedgerError, NotFound, AlreadyExists."""
+        """Store a key of which only the SHA-256 is known. Raises LedgerError, NotFound, AlreadyExists."""
         try:
             inner = bytes.fromhex(sha256_hex)
         except ValueError:
             inner = b""
         if len(inner) != 32:
-            raise LedgerError("sha256: is not the 64 hex digits of a SHA-256")
+            raise LedgerError("sha256: must be the 64 hex digits of a SHA-256")
         with writing(self._engine) as connection:
             number = next_change(connection)
             return self._insert(connection, number, tenant, name, expires_at, "caller", "", _new_id(), inner, revoked)
 
     def list(self, tenant: str) -> list[StoredKey]:
-        """A tenant's keys, the revoked too, oldest first. Raises NotFound."""
+        """A tenant's keys, including revoked ones, oldest first. Raises NotFound."""
         with reading(self._engine) as connection:
             _require_tenant(connection, tenant)
             query = select(keys).where(keys.c.tenant == tenant).order_by(keys.c.created_at, keys.c.id)
             return [_stored(row) for row in connection.execute(query)]
 
     def get(self, tenant: str, key_id: str) -> StoredKey:
-        """One key. Raises NotFound, for another tenant's key too."""
+        """A key of a tenant. Raises NotFound, also for another tenant's key."""
         with reading(self._engine) as connection:
             return _stored(_row(connection, tenant, key_id))
 
     def rotate(self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None) -> NewKey:
-        """A successor with the same name and role; the old key goes on for `overlap_s`, so nothing stands still.
+        """Create a successor with the same name and role. The old key stays valid for `overlap_s`.
 
         Raises LedgerError, NotFound.
         """
         if not 0 <= overlap_s <= 366 * 86400:
-            raise LedgerError("overlap_s: must lie between 0 and a year")
+            raise LedgerError("overlap_s: must be between 0 and 366 days")
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
             old = _row(connection, tenant, key_id)
             if old.revoked_at is not None or (old.expires_at is not None and old.expires_at <= now):
                 raise LedgerError(f"tenants/{tenant}/keys/{key_id} is revoked or expired: create a new key instead")
-            ends = now + overlap_s if old.expires_at is None else min(old.expires_at, now + overlap_s)
-            values = {"expires_at": ends, "changed": number}
+            old_expires_at = now + overlap_s if old.expires_at is None else min(old.expires_at, now + overlap_s)
+            values = {"expires_at": old_expires_at, "changed": number}
             connection.execute(update(keys).where(keys.c.id == key_id).values(values))
             return self._add(connection, number, tenant, old.name, expires_at, old.role, key_id, _new_id())
 
     def revoke(self, tenant: str, key_id: str) -> StoredKey:
-        """End a key now; doing it twice changes nothing. Raises NotFound."""
+        """Revoke a key now. Idempotent. Raises NotFound."""
         with writing(self._engine) as connection:
             number = next_change(connection)
             if _row(connection, tenant, key_id).revoked_at is None:
@@ -150,7 +153,7 @@ class Keys:
         self._check(name, expires_at, role, now)
         digest = digest_of(inner, self._pepper()).hex()
         if connection.execute(select(keys.c.id).where(keys.c.digest == digest)).first() is not None:
-            raise AlreadyExists("this key is here already")
+            raise AlreadyExists("this key exists already")
         row = {
             "id": key_id,
             "tenant": tenant,
@@ -168,7 +171,7 @@ class Keys:
 
     def _pepper(self) -> bytes:
         if not self._peppers:
-            raise LedgerError("auth.api_keys.pepper_file: without a pepper no key can be stored; set it")
+            raise LedgerError("auth.api_keys.pepper_file: not set: keys cannot be stored without a pepper; set it")
         return self._peppers[0]
 
     @staticmethod
@@ -178,7 +181,7 @@ class Keys:
         if role not in ROLES:
             raise LedgerError(f"role: must be one of {', '.join(ROLES)}, not {role!r}")
         if expires_at is not None and not now < expires_at < now + 100 * 366 * 86400:
-            raise LedgerError("expires_at: must lie in the future, within a hundred years")
+            raise LedgerError("expires_at: must be in the future, within a hundred years")
 
 
 def _new_id() -> str:
@@ -192,10 +195,10 @@ def _require_tenant(connection: Connection, tenant: str) -> None:
 
 
 def _row(connection: Connection, tenant: str, key_id: str) -> Row[Any]:
-    found = connection.execute(select(keys).where(keys.c.id == key_id, keys.c.tenant == tenant)).one_or_none()
-    if found is None:
+    row = connection.execute(select(keys).where(keys.c.id == key_id, keys.c.tenant == tenant)).one_or_none()
+    if row is None:
         raise NotFound(f"tenants/{tenant}/keys/{key_id} does not exist")
-    return found
+    return row
 
 
 def _stored(row: Row[Any]) -> StoredKey:

@@ -1,7 +1,7 @@
-"""The desk at which tenants and keys are kept: what the admin API and the command line do, each act audited.
+"""The tenant service: operations on tenants, keys, usage and audit for the admin API and the command line.
 
-`Desk` is the port: `LedgerTenantService` works on a database, and a client of the admin API can stand in its place.
-Acts that take something away want a reason. What was refused is in the audit too, with its outcome.
+`TenantService` is the interface. `LedgerTenantService` implements it on a database, the CLI's `RemoteTenantService`
+over the admin API. Every change is audited, also if it fails. Suspending, deleting and revoking need a reason.
 """
 
 from __future__ import annotations
@@ -22,35 +22,38 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PAGE = 1000
 ROTATION_S = 86400.0
-"""For how long a rotated key goes on where nobody says otherwise."""
+"""Default time for which a rotated key stays valid."""
 PolicyOf = Callable[[str, Mapping[str, Any]], TenantPolicy]
 
 
 class TenantService(Protocol):
-    """Raises LedgerError and its kinds. `changes` and `own` have the configuration's names, None takes away."""
+    """Operations on tenants, keys, usage and audit. All raise LedgerError and its subclasses.
+
+    `changes` and `own` use the configuration's field names; None removes a value.
+    """
 
     def create_tenant(self, name: str, own: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
-        """A tenant of the defaults, and over them `own`."""
+        """Create a tenant from the defaults, overridden by `own`."""
 
     def get_tenant(self, name: str) -> StoredTenant:
-        """One."""
+        """The tenant of that name."""
 
     def tenants(self) -> Iterator[StoredTenant]:
-        """All, by name."""
+        """All tenants, ordered by name."""
 
     def update_tenant(self, name: str, changes: Mapping[str, Any], *, reason: str = "") -> StoredTenant:
-        """Change what is given; limits, retention and labels key by key."""
+        """Change the given fields; limits, retention and labels are merged key by key."""
 
     def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
-        """Suspend or resume."""
+        """Suspend or resume a tenant."""
 
     def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "") -> int:
-        """Take a tenant away; how many rows were erased."""
+        """Delete a tenant, or erase all its rows. Returns the number of rows erased."""
 
     def create_key(
         self, tenant: str, name: str = "", *, expires_at: float | None = None, role: str = "caller", reason: str = ""
     ) -> NewKey:
-        """A new key."""
+        """Create a key."""
 
     def keys(self, tenant: str) -> list[StoredKey]:
         """A tenant's keys, oldest first."""
@@ -58,26 +61,26 @@ class TenantService(Protocol):
     def rotate_key(
         self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
     ) -> NewKey:
-        """A key's successor."""
+        """Create the successor of a key. The old key stays valid for `overlap_s`."""
 
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
-        """End a key."""
+        """Revoke a key."""
 
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """Sums by group. `cost`: priced, by `rates` or by those that the desk has."""
+        """Usage sums by group. With `cost` they are priced, by `rates` or by the service's own rates."""
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """Single calls in order of time."""
+        """Usage records in order of time."""
 
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
     ) -> Iterator[dict[str, Any]]:
-        """Events, newest first."""
+        """Audit events, newest first."""
 
 
 @dataclass(frozen=True, slots=True)
 class By:
-    """Who asks, and from where."""
+    """The actor and source of an operation, for the audit log."""
 
     actor: str
     source: str = ""
@@ -85,10 +88,11 @@ class By:
 
 
 class LedgerTenantService:
-    """Implements Desk on a database, in the caller's thread. Cheap: one is made for each who asks.
+    """TenantService on a database, in the caller's thread. Cheap to construct: each caller gets its own.
 
-    `policy_of` makes a whole policy of a name and what is given; `write` takes audit events; `classes` are the
-    priority classes there are, all when empty; `may_grant` says of which roles keys may be made, replaced and ended.
+    `policy_of` builds a policy from a name and the given fields. `write` receives audit events. `classes` are the
+    valid priority classes; empty means any. `may_grant` tells for a role whether the caller may create, rotate and
+    revoke keys of it.
     """
 
     def __init__(
@@ -123,34 +127,34 @@ class LedgerTenantService:
         request_id: str = "",
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See Desk. With `request_id` a tenant that is there just as asked for is the answer."""
+        """See TenantService. With `request_id` an existing tenant with exactly this policy is returned."""
 
-        def act() -> StoredTenant:
-            policy = self._checked(self._policy_of(name, own))
+        def operation() -> StoredTenant:
+            policy = self._with_known_class(self._policy_of(name, own))
             try:
                 return self.ledger.tenants.create(policy, validate_only=validate_only)
             except AlreadyExists:
-                found = self._same(policy) if request_id else None
-                if found is None:
+                existing = self._find_same(policy) if request_id else None
+                if existing is None:
                     raise
-                return found
+                return existing
 
-        return self._done("tenants.create", f"tenants/{name}", name, reason, act, quiet=validate_only)
+        return self._audited("tenants.create", f"tenants/{name}", name, reason, operation, quiet=validate_only)
 
-    def _same(self, policy: TenantPolicy) -> StoredTenant | None:
-        """The tenant that the API has made just so."""
+    def _find_same(self, policy: TenantPolicy) -> StoredTenant | None:
+        """The existing tenant of the API with exactly this policy, or None."""
         try:
-            found = self.ledger.tenants.get(policy.name)
+            existing = self.ledger.tenants.get(policy.name)
         except LedgerError:
             return None
-        return found if found.origin == "api" and found.policy == policy else None
+        return existing if existing.origin == "api" and existing.policy == policy else None
 
     def get_tenant(self, name: str) -> StoredTenant:
-        """See Desk."""
+        """See TenantService."""
         return self.ledger.tenants.get(name)
 
     def tenants(self, after: str = "") -> Iterator[StoredTenant]:
-        """See Desk; those after a name."""
+        """See TenantService. Only tenants after the name `after`."""
         while page := self.ledger.tenants.list(after=after, limit=PAGE):
             yield from page
             after = page[-1].policy.name
@@ -164,43 +168,51 @@ class LedgerTenantService:
         whole: Collection[str] = (),
         validate_only: bool = False,
     ) -> StoredTenant:
-        """See Desk. `whole` names what is replaced rather than merged key by key."""
+        """See TenantService. `whole` names the maps that are replaced instead of merged key by key."""
 
-        def act() -> StoredTenant:
+        def operation() -> StoredTenant:
             if not changes:
-                raise LedgerError("update_mask: names nothing to change, and nothing is given")
-            self._known_class(changes.get("class"))
+                raise LedgerError("update_mask: names no field, and the tenant sets none: there is nothing to change")
+            self._check_class(changes.get("class"))
             return self.ledger.tenants.update(name, changes, whole=whole, validate_only=validate_only)
 
         details = {"fields": _paths(changes)}
-        return self._done("tenants.update", f"tenants/{name}", name, reason, act, details=details, quiet=validate_only)
+        return self._audited(
+            "tenants.update", f"tenants/{name}", name, reason, operation, details=details, quiet=validate_only
+        )
 
     def suspend_tenant(self, name: str, suspended: bool, *, reason: str = "") -> StoredTenant:
-        """See Desk."""
+        """See TenantService."""
         action = "tenants.suspend" if suspended else "tenants.resume"
         if suspended:
             require_reason(reason)
-        return self._done(action, f"tenants/{name}", name, reason, lambda: self.ledger.tenants.suspend(name, suspended))
+        return self._audited(
+            action, f"tenants/{name}", name, reason, lambda: self.ledger.tenants.suspend(name, suspended)
+        )
 
     def delete_tenant(self, name: str, *, erase: bool = False, reason: str = "", validate_only: bool = False) -> int:
-        """See Desk."""
+        """See TenantService."""
         require_reason(reason)
         if erase:
-            # who erased and why stays; whose name it was does not
+            # the audit event keeps the actor and the reason, but not the tenant's name
             from cluster.ledger.tenants.tenants import digest_of_name
 
-            mark, told = f"tenants/{digest_of_name(name)[:16]}", reason.replace(name, "…")
+            erased_name, redacted_reason = f"tenants/{digest_of_name(name)[:16]}", reason.replace(name, "…")
             tenants = self.ledger.tenants
-            return self._done(
-                "tenants.erase", mark, "", told, lambda: tenants.erase(name, validate_only=validate_only),
+            return self._audited(
+                "tenants.erase",
+                erased_name,
+                "",
+                redacted_reason,
+                lambda: tenants.erase(name, validate_only=validate_only),
                 quiet=validate_only,
-            )  # fmt: skip
+            )
 
-        def act() -> int:
+        def operation() -> int:
             self.ledger.tenants.delete(name, validate_only=validate_only)
             return 0
 
-        return self._done("tenants.delete", f"tenants/{name}", name, reason, act, quiet=validate_only)
+        return self._audited("tenants.delete", f"tenants/{name}", name, reason, operation, quiet=validate_only)
 
     # ---- keys
 
@@ -215,64 +227,64 @@ class LedgerTenantService:
         request_id: str = "",
         validate_only: bool = False,
     ) -> NewKey:
-        """See Desk. With `request_id` asking twice makes no second key."""
+        """See TenantService. A repeated `request_id` creates no second key."""
 
-        def act() -> NewKey:
+        def operation() -> NewKey:
             self._require_grant(role)
             return self.ledger.keys.create(
                 tenant, name, expires_at=expires_at, role=role, request_id=request_id, validate_only=validate_only
             )
 
-        return self._done(
+        return self._audited(
             "keys.create",
             f"tenants/{tenant}/keys/",
             tenant,
             reason,
-            act,
+            operation,
             details={"key_role": role},
             quiet=validate_only,
         )
 
     def keys(self, tenant: str) -> list[StoredKey]:
-        """See Desk."""
+        """See TenantService."""
         return self.ledger.keys.list(tenant)
 
     def rotate_key(
         self, tenant: str, key_id: str, *, overlap_s: float, expires_at: float | None = None, reason: str = ""
     ) -> NewKey:
-        """See Desk."""
+        """See TenantService."""
 
-        def act() -> NewKey:
+        def operation() -> NewKey:
             self._require_grant(self.ledger.keys.get(tenant, key_id).role)
             return self.ledger.keys.rotate(tenant, key_id, overlap_s=overlap_s, expires_at=expires_at)
 
-        return self._done("keys.rotate", f"tenants/{tenant}/keys/{key_id}", tenant, reason, act)
+        return self._audited("keys.rotate", f"tenants/{tenant}/keys/{key_id}", tenant, reason, operation)
 
     def revoke_key(self, tenant: str, key_id: str, *, reason: str = "") -> StoredKey:
-        """See Desk."""
+        """See TenantService."""
         require_reason(reason)
 
-        def act() -> StoredKey:
+        def operation() -> StoredKey:
             self._require_grant(self.ledger.keys.get(tenant, key_id).role)
             return self.ledger.keys.revoke(tenant, key_id)
 
-        return self._done("keys.revoke", f"tenants/{tenant}/keys/{key_id}", tenant, reason, act)
+        return self._audited("keys.revoke", f"tenants/{tenant}/keys/{key_id}", tenant, reason, operation)
 
     def _require_grant(self, role: str) -> None:
         if not self._may_grant(role):
-            raise NotPermitted(f"who asks has no say in keys of the role {role[:32]!r}")
+            raise NotPermitted(f"your role does not permit changes to keys of the role {role[:32]!r}")
 
     # ---- usage and audit
 
     def usage(self, wanted: UsageQuery, rates: Prices | None = None, *, cost: bool = False) -> list[dict[str, Any]]:
-        """See Desk."""
+        """See TenantService."""
         rates = rates or self._rates
         if cost and rates is None:
-            raise LedgerError("cost: there are no rates: set the configuration's cost section")
+            raise LedgerError("cost: no rates are configured: set the configuration's cost section")
         return self.ledger.usage.query(wanted, rates if cost else None)
 
     def records(self, wanted: UsageQuery) -> Iterator[UsageRecord]:
-        """See Desk."""
+        """See TenantService."""
         after = None
         while page := self.ledger.usage.records(wanted, after=after, limit=PAGE):
             yield from page
@@ -281,31 +293,31 @@ class LedgerTenantService:
     def audit(
         self, *, tenant: str = "", equal: Mapping[str, str] | None = None, since_s: float = 0.0
     ) -> Iterator[dict[str, Any]]:
-        """See Desk."""
+        """See TenantService."""
         before = None
         while page := self.ledger.audit.list(tenant=tenant, equal=equal, since_s=since_s, before=before, limit=PAGE):
             yield from page
             before = (page[-1]["at_s"], page[-1]["event_id"])
 
-    # ---- each act
+    # ---- audit of each operation
 
-    def _done(
+    def _audited(
         self,
         action: str,
         name: str,
         tenant: str,
         reason: str,
-        act: Callable[[], T],
+        operation: Callable[[], T],
         *,
         details: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> T:
-        """Act, and audit what became of it; `quiet`: nothing was to change."""
-        outcome, made = "internal", None
+        """Run an operation and audit its outcome, unless `quiet` (a dry run)."""
+        outcome, result = "internal", None
         try:
-            made = act()
+            result = operation()
             outcome = "ok"
-            return made
+            return result
         except PolicyError as error:
             outcome = LedgerError.outcome.value
             raise LedgerError(str(error)) from None
@@ -314,8 +326,8 @@ class LedgerTenantService:
             raise
         finally:
             if not quiet:
-                if isinstance(made, NewKey):
-                    name = f"tenants/{tenant}/keys/{made.stored.id}" if action == "keys.create" else name
+                if isinstance(result, NewKey):
+                    name = f"tenants/{tenant}/keys/{result.stored.id}" if action == "keys.create" else name
                 self._write(self._event(action, name, tenant, reason, outcome, details or {}))
 
     def _event(
@@ -334,23 +346,23 @@ class LedgerTenantService:
             details={**self._by.details, **details},
         )
 
-    def _checked(self, policy: TenantPolicy) -> TenantPolicy:
-        self._known_class(policy.priority_class)
+    def _with_known_class(self, policy: TenantPolicy) -> TenantPolicy:
+        self._check_class(policy.priority_class)
         return policy
 
-    def _known_class(self, name: object) -> None:
+    def _check_class(self, name: object) -> None:
         if self._classes and name is not None and name not in self._classes:
-            raise LedgerError(f"class: {name!r} is none of {', '.join(sorted(self._classes))}")
+            raise LedgerError(f"class: {name!r} must be one of {', '.join(sorted(self._classes))}")
 
 
 def require_reason(reason: str) -> None:
-    """Whoever takes something away says why. Raises LedgerError."""
+    """Raise LedgerError if the reason of a destructive operation is empty."""
     if not reason.strip():
         raise LedgerError("reason: must say why; it goes to the audit log")
 
 
 def _paths(changes: Mapping[str, Any]) -> list[str]:
-    """The fields that a change names."""
+    """The changed fields as sorted paths, e.g. limits.daily_tokens."""
     paths = []
     for name, value in changes.items():
         paths += [f"{name}.{key}" for key in value] if isinstance(value, Mapping) and value else [name]

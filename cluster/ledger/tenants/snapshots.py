@@ -1,4 +1,4 @@
-"""Reading who is known, as of one moment, and only what has changed since the last reading."""
+"""Incremental reading of access snapshots: tenants and keys, consistent as of one transaction."""
 
 from __future__ import annotations
 
@@ -16,44 +16,46 @@ from cluster.policy.tenants.policy import TenantPolicy
 
 
 class Snapshots:
-    """Reads snapshots."""
+    """Reader of access snapshots."""
 
     def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
         self._engine = engine
         self._clock = clock
 
     def read(self, before: AccessSnapshot | None = None) -> AccessSnapshot:
-        """The newest snapshot. With `before` only rows that changed since are read; when none did, `before` with a
-        new `taken_at_s` is returned, its maps untouched. Raises StoreUnavailable."""
-        taken_at_s = self._clock()  # before the reading: what it says is at least this young
+        """The newest snapshot. With `before` only rows changed since then are read.
+
+        If none changed, `before` is returned with a new `taken_at_s` and the same maps. Raises StoreUnavailable.
+        """
+        taken_at_s = self._clock()  # before the read: the snapshot is at least this recent
         with reading(self._engine) as connection:
             sequence, reload_from = connection.execute(
                 select(change_sequence.c.value, change_sequence.c.reload_from)
             ).one()
             if before is not None and before.sequence == sequence:
                 return replace(before, taken_at_s=taken_at_s)
-            anew = before is None or not reload_from <= before.sequence < sequence
-            known = AccessSnapshot() if anew or before is None else before
-            after = -1 if anew else known.sequence
+            full = before is None or not reload_from <= before.sequence < sequence
+            known = AccessSnapshot() if full or before is None else before
+            after = -1 if full else known.sequence
             return AccessSnapshot(
                 sequence, taken_at_s, _tenants(connection, dict(known.tenants), after), _keys(connection, known, after)
             )
 
 
-def _tenants(connection: Connection, found: dict[str, TenantEntry], after: int) -> dict[str, TenantEntry]:
+def _tenants(connection: Connection, entries: dict[str, TenantEntry], after: int) -> dict[str, TenantEntry]:
     for row in connection.execute(select(tenants).where(tenants.c.changed > after)):
         if row.removed_at is None:
-            found[row.name] = TenantEntry(TenantPolicy.from_json(row.policy), row.origin, dict(row.model_aliases))
+            entries[row.name] = TenantEntry(TenantPolicy.from_json(row.policy), row.origin, dict(row.model_aliases))
         else:
-            found.pop(row.name, None)
-    return found
+            entries.pop(row.name, None)
+    return entries
 
 
 def _keys(connection: Connection, known: AccessSnapshot, after: int) -> dict[bytes, KeyEntry]:
-    found = dict(known.keys)
+    entries = dict(known.keys)
     for row in connection.execute(select(keys).where(keys.c.changed > after)):
-        found[bytes.fromhex(row.digest)] = _entry(row)
-    return found
+        entries[bytes.fromhex(row.digest)] = _entry(row)
+    return entries
 
 
 def _entry(row: Row[Any]) -> KeyEntry:

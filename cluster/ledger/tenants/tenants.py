@@ -1,7 +1,7 @@
-"""Tenants: whole policies by name, each with one origin.
+"""The table of tenants: a policy per name, with its origin, `file` or `api`.
 
-What a file declares is read-only here and replaced as a whole by `declare`; what the API has made is the API's.
-A deleted tenant's row stays, removed, while its usage does: the name cannot pass to somebody who would then read it.
+Tenants declared in the configuration file are read-only here and replaced as a whole by `declare`. A deleted tenant's
+row stays, marked as removed, as long as its usage: a new tenant of that name would read the old usage.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 
-from cluster.ledger.database.changes import insert_or, next_change, rows_vanished
+from cluster.ledger.database.changes import dialect_insert, next_change, require_reload
 from cluster.ledger.database.connect import reading, writing
 from cluster.ledger.database.tables import audit, budget_notices, erased, keys, tenants, usage
 from cluster.ledger.errors import AlreadyExists, LedgerError, ManagedByFile, NotFound
@@ -22,7 +22,7 @@ from cluster.policy.tenants.policy import PolicyError, TenantPolicy
 
 
 def digest_of_name(tenant: str) -> str:
-    """What is left of an erased tenant's name."""
+    """The digest that is kept of an erased tenant's name."""
     return hashlib.sha256(b"headrace/erased\0" + tenant.encode()).hexdigest()
 
 
@@ -40,17 +40,17 @@ class Tenants:
         model_aliases: Mapping[str, str] | None = None,
         validate_only: bool = False,
     ) -> StoredTenant:
-        """Add one. Raises AlreadyExists, also for a deleted one whose usage is still here."""
+        """Create a tenant. Raises AlreadyExists, also for a deleted tenant whose usage is still kept."""
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
-            found = _row(connection, policy.name)
-            if found is not None and found.removed_at is not None:
+            existing = _row(connection, policy.name)
+            if existing is not None and existing.removed_at is not None:
                 raise AlreadyExists(
                     f"tenants/{policy.name} was deleted and its usage is still kept: "
                     "choose another name, or erase it first (`tenants delete NAME --erase`)"
                 )
-            if found is not None:
+            if existing is not None:
                 raise AlreadyExists(f"tenants/{policy.name} exists already; update it instead")
             row = _values(policy, "api", model_aliases or {}, now, number) | {"created_at": now, "removed_at": None}
             if not validate_only:
@@ -58,12 +58,12 @@ class Tenants:
         return StoredTenant(policy, "api", now, now, dict(model_aliases or {}))
 
     def get(self, name: str) -> StoredTenant:
-        """One. Raises NotFound."""
+        """The tenant of that name. Raises NotFound."""
         with reading(self._engine) as connection:
-            return _stored(_present(connection, name))
+            return _stored(_existing_row(connection, name))
 
     def list(self, *, after: str = "", limit: int = 1000) -> list[StoredTenant]:
-        """In order of name, those after `after`."""
+        """Tenants in order of name, after the name `after`."""
         query = select(tenants).where(tenants.c.name > after, tenants.c.removed_at.is_(None))
         with reading(self._engine) as connection:
             return [_stored(row) for row in connection.execute(query.order_by(tenants.c.name).limit(limit))]
@@ -76,35 +76,35 @@ class Tenants:
         whole: Collection[str] = (),
         validate_only: bool = False,
     ) -> StoredTenant:
-        """Change fields of the policy, by the configuration's names (`class`, `limits`: null or `{}` takes away).
+        """Change fields of the policy, named as in the configuration (`class`, `limits`). Null or `{}` removes a value.
 
         `limits`, `retention` and `labels` are merged key by key, where null removes a key, unless `whole` names them.
         Raises LedgerError, NotFound, ManagedByFile.
         """
         if "name" in changes:
-            raise LedgerError("name: a tenant keeps its name; create another one")
+            raise LedgerError("name: a tenant cannot be renamed; create another one")
 
         def changed(policy: TenantPolicy) -> TenantPolicy:
-            now = policy.as_json()
+            fields = policy.as_json()
             for key, value in changes.items():
-                merged = isinstance(now.get(key), dict) and isinstance(value, Mapping)
-                together = {**now[key], **value} if merged and key not in whole else value
-                if key == "labels" and merged:
-                    together = {k: v for k, v in together.items() if v is not None}
-                now[key] = together
+                are_maps = isinstance(fields.get(key), dict) and isinstance(value, Mapping)
+                merged = {**fields[key], **value} if are_maps and key not in whole else value
+                if key == "labels" and are_maps:
+                    merged = {k: v for k, v in merged.items() if v is not None}
+                fields[key] = merged
             try:
-                return TenantPolicy.from_json({k: v for k, v in now.items() if v is not None or k not in changes})
+                return TenantPolicy.from_json({k: v for k, v in fields.items() if v is not None or k not in changes})
             except PolicyError as error:
                 raise LedgerError(str(error)) from None
 
         return self._change(name, changed, validate_only=validate_only)
 
     def suspend(self, name: str, suspended: bool = True) -> StoredTenant:
-        """Suspend or resume. Raises NotFound, ManagedByFile."""
+        """Suspend or resume a tenant. Raises NotFound, ManagedByFile."""
         return self._change(name, lambda policy: replace(policy, suspended=suspended))
 
     def set_model_aliases(self, name: str, model_aliases: Mapping[str, str]) -> StoredTenant:
-        """Names that only this tenant has for models. Raises NotFound, ManagedByFile."""
+        """Set the model names that are valid for this tenant only. Raises NotFound, ManagedByFile."""
         return self._change(name, lambda policy: policy, model_aliases)
 
     def _change(
@@ -118,7 +118,7 @@ class Tenants:
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
-            before = _stored(_own(connection, name))
+            before = _stored(_api_row(connection, name))
             aliases = before.model_aliases if model_aliases is None else dict(model_aliases)
             policy = change(before.policy)
             values = _values(policy, "api", aliases, now, number)
@@ -127,11 +127,11 @@ class Tenants:
         return replace(before, policy=policy, model_aliases=aliases, updated_at=now)
 
     def delete(self, name: str, *, validate_only: bool = False) -> None:
-        """Take a tenant away; its keys stop at once, its usage stays. Raises NotFound, ManagedByFile."""
+        """Delete a tenant and revoke its keys; its usage stays. Raises NotFound, ManagedByFile."""
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
-            _own(connection, name)
+            _api_row(connection, name)
             if validate_only:
                 return
             values = {"removed_at": now, "updated_at": now, "changed": number}
@@ -141,55 +141,58 @@ class Tenants:
             connection.execute(update(keys).where(mine).values(revoked))
 
     def erase(self, name: str, *, validate_only: bool = False) -> int:
-        """Remove every row that names a tenant, present or deleted; how many rows went. NotFound, ManagedByFile.
+        """Remove every row that names a tenant, deleted or not. Returns the number of rows.
 
-        A digest of the name stays, so that a gateway's late report does not bring the tenant back.
+        Keeps a digest of the name, so that late usage records of a gateway are dropped. Raises NotFound, ManagedByFile.
         """
         now = self._clock()
         with writing(self._engine) as connection:
             number = next_change(connection)
-            found = _row(connection, name)
-            if found is None:
+            existing = _row(connection, name)
+            if existing is None:
                 raise NotFound(f"tenants/{name} does not exist")
-            if found.origin == "file" and found.removed_at is None:
-                raise ManagedByFile(_declared(name))
+            if existing.origin == "file" and existing.removed_at is None:
+                raise ManagedByFile(_read_only_message(name))
             if validate_only:
                 return 0
-            gone = 0
+            removed = 0
             for table in (keys, usage, audit, budget_notices):
-                gone += connection.execute(delete(table).where(table.c.tenant == name)).rowcount
-            gone += connection.execute(delete(tenants).where(tenants.c.name == name)).rowcount
-            mark = insert_or(connection, erased).values(digest=digest_of_name(name), erased_at=now)
-            connection.execute(mark.on_conflict_do_update(index_elements=["digest"], set_={"erased_at": now}))
-            rows_vanished(connection, number)
-        return gone
+                removed += connection.execute(delete(table).where(table.c.tenant == name)).rowcount
+            removed += connection.execute(delete(tenants).where(tenants.c.name == name)).rowcount
+            digest_row = dialect_insert(connection, erased).values(digest=digest_of_name(name), erased_at=now)
+            connection.execute(digest_row.on_conflict_do_update(index_elements=["digest"], set_={"erased_at": now}))
+            require_reload(connection, number)
+        return removed
 
     def declare(self, policies: Sequence[TenantPolicy]) -> None:
-        """Make the file's tenants exactly these. One that the API made becomes the file's; those no longer declared
-        are removed, and their keys work again if they come back. Changes nothing when nothing differs."""
+        """Make `policies` the tenants of the configuration file. Writes nothing if nothing differs.
+
+        A tenant of the API with such a name becomes the file's. Tenants no longer declared are marked as removed; their
+        keys work again if they are declared again.
+        """
         now = self._clock()
-        wanted = {policy.name: policy for policy in policies}
+        declared = {policy.name: policy for policy in policies}
         with writing(self._engine) as connection:
-            here = {row.name: row for row in connection.execute(select(tenants))}
-            changed = [p for p in wanted.values() if not _same(here.get(p.name), p)]
+            stored = {row.name: row for row in connection.execute(select(tenants))}
+            changed = [p for p in declared.values() if not _is_declared_as(stored.get(p.name), p)]
             dropped = [
-                r.name for r in here.values() if r.origin == "file" and not r.removed_at and r.name not in wanted
+                r.name for r in stored.values() if r.origin == "file" and not r.removed_at and r.name not in declared
             ]
             if not changed and not dropped:
                 return
             number = next_change(connection)
             for policy in changed:
-                known = here.get(policy.name)
-                values = _values(policy, "file", known.model_aliases if known else {}, now, number)
-                values |= {"removed_at": None, "created_at": known.created_at if known else now}
-                statement = insert_or(connection, tenants).values(values)
+                current = stored.get(policy.name)
+                values = _values(policy, "file", current.model_aliases if current else {}, now, number)
+                values |= {"removed_at": None, "created_at": current.created_at if current else now}
+                statement = dialect_insert(connection, tenants).values(values)
                 connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_=values))
             if dropped:
-                gone = {"removed_at": now, "updated_at": now, "changed": number}
-                connection.execute(update(tenants).where(tenants.c.name.in_(dropped)).values(gone))
+                removed = {"removed_at": now, "updated_at": now, "changed": number}
+                connection.execute(update(tenants).where(tenants.c.name.in_(dropped)).values(removed))
 
 
-def _declared(name: str) -> str:
+def _read_only_message(name: str) -> str:
     return f"tenants/{name} is declared in a file and read-only here: change the file and apply it"
 
 
@@ -197,18 +200,18 @@ def _row(connection: Connection, name: str) -> Row[Any] | None:
     return connection.execute(select(tenants).where(tenants.c.name == name)).one_or_none()
 
 
-def _present(connection: Connection, name: str) -> Row[Any]:
-    found = _row(connection, name)
-    if found is None or found.removed_at is not None:
+def _existing_row(connection: Connection, name: str) -> Row[Any]:
+    existing = _row(connection, name)
+    if existing is None or existing.removed_at is not None:
         raise NotFound(f"tenants/{name} does not exist")
-    return found
+    return existing
 
 
-def _own(connection: Connection, name: str) -> Row[Any]:
-    found = _present(connection, name)
-    if found.origin == "file":
-        raise ManagedByFile(_declared(name))
-    return found
+def _api_row(connection: Connection, name: str) -> Row[Any]:
+    existing = _existing_row(connection, name)
+    if existing.origin == "file":
+        raise ManagedByFile(_read_only_message(name))
+    return existing
 
 
 def _stored(row: Row[Any]) -> StoredTenant:
@@ -217,7 +220,7 @@ def _stored(row: Row[Any]) -> StoredTenant:
     )
 
 
-def _same(row: Row[Any] | None, policy: TenantPolicy) -> bool:
+def _is_declared_as(row: Row[Any] | None, policy: TenantPolicy) -> bool:
     return row is not None and (row.origin, row.removed_at, row.policy) == ("file", None, policy.as_json())
 
 

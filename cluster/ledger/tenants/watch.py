@@ -1,9 +1,9 @@
-"""How a gateway knows who may call: the database is asked every half second, and a copy of its answer rests on disk.
+"""Access snapshots of a gateway: tenants and keys, polled from the database every half second, with a copy on disk.
 
-While the database is away the last answer serves, since nobody should be locked out by an outage, but no longer than
-`stale_after_s`, since a key revoked meanwhile would go on working. Age counts from the last time the database said
-"this is the newest": by the wall clock across a restart, by the monotonic clock within a process, so that a step of
-the wall clock neither locks everybody out nor keeps an old answer alive. One daemon thread; readers take a reference.
+While the database is unreachable the last snapshot is used, so that an outage locks no caller out, but no longer than
+`stale_after_s`, because a key revoked meanwhile would still work. The age counts from the last successful poll: by
+the wall clock across a restart, by the monotonic clock within a process. So a step of the wall clock neither locks
+callers out nor keeps an old snapshot valid. A daemon thread polls; readers get a reference to an immutable snapshot.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ Read = Callable[[AccessSnapshot | None], AccessSnapshot]
 
 
 def save(path: Path, snapshot: AccessSnapshot) -> None:
-    """Write a snapshot, whole or not at all, readable by its owner only. Raises OSError."""
+    """Write a snapshot atomically, with permissions for its owner only. Raises OSError."""
     body = json.dumps(snapshot.as_json(), separators=(",", ":")).encode()
     head = json.dumps({"format": FORMAT, "sha256": hashlib.sha256(body).hexdigest()}).encode()
     write_whole(path, head + b"\n" + body)
 
 
 def load(path: Path) -> AccessSnapshot | None:
-    """Read what `save` wrote; None when there is none, or it is damaged or of another release's format."""
+    """Read a saved snapshot; None if it is missing, damaged or in another release's format."""
     try:
         head, _, body = path.read_bytes().partition(b"\n")
-        found = json.loads(head)
-        if found["format"] != FORMAT or found["sha256"] != hashlib.sha256(body).hexdigest():
+        header = json.loads(head)
+        if header["format"] != FORMAT or header["sha256"] != hashlib.sha256(body).hexdigest():
             raise ValueError("its checksum or format does not match")
         return AccessSnapshot.from_json(json.loads(body))
     except FileNotFoundError:
@@ -56,7 +56,10 @@ def load(path: Path) -> AccessSnapshot | None:
 
 @dataclass(frozen=True, slots=True)
 class WatchStatistics:
-    """`age_s` since the database last confirmed the snapshot, infinite without one; `error` of the last try."""
+    """State of a Watcher. `age_s` counts from the last successful poll (infinite without one).
+
+    `error` is that of the last poll, empty if it succeeded.
+    """
 
     sequence: int
     age_s: float
@@ -66,8 +69,11 @@ class WatchStatistics:
 
 
 class Watcher:
-    """Keeps the newest snapshot. `read` is `Ledger.snapshots.read`; `declared` are the file's own tenants, which
-    stand over the database's even while that is away. `on_change` is called in the watcher's thread."""
+    """Poller of the newest snapshot. `read` is `Ledger.snapshots.read`.
+
+    `declared` are the configuration file's tenants, which override the database's, also while it is unreachable.
+    `on_change` is called in the poller's thread.
+    """
 
     def __init__(
         self,
@@ -93,40 +99,40 @@ class Watcher:
         self._thread: threading.Thread | None = None
         self._error = ""
         self._saved_at = -float("inf")
-        found = load(file)
-        self._stored = found
-        self._view = (found or AccessSnapshot()).declaring(self._declared)
-        # the point of the monotonic clock at which the snapshot was the newest
-        self._confirmed = monotonic() - max(wall() - found.taken_at_s, 0.0) if found else -float("inf")
+        saved = load(file)
+        self._stored = saved
+        self._view = (saved or AccessSnapshot()).declaring(self._declared)
+        # time of the monotonic clock at which the snapshot was last known to be the newest
+        self._confirmed = monotonic() - max(wall() - saved.taken_at_s, 0.0) if saved else -float("inf")
 
     def current(self) -> AccessSnapshot:
-        """The snapshot to decide by. Raises CallError when the database has been away too long."""
+        """The newest snapshot. Raises CallError if the database has been unreachable for longer than stale_after_s."""
         age_s = self._monotonic() - self._confirmed
         if age_s > self._stale_after_s:
-            raise CallError(Outcome.STORE_UNAVAILABLE, self._why(age_s))
+            raise CallError(Outcome.STORE_UNAVAILABLE, self._stale_message(age_s))
         return self._view
 
-    def _why(self, age_s: float) -> str:
+    def _stale_message(self, age_s: float) -> str:
         if age_s == float("inf"):
-            return "this gateway has not reached its database yet and cannot tell who may call; retry shortly"
+            return "this gateway has not reached its database yet and cannot check API keys; retry shortly"
         return (
-            f"this gateway's database has been away for {age_s:.0f} s, longer than store.stale_after_s "
-            f"({self._stale_after_s:g}) allows keys to be honoured; retry shortly"
+            f"this gateway's database has been unreachable for {age_s:.0f} s, longer than store.stale_after_s "
+            f"({self._stale_after_s:g} s) allows API keys to be accepted; retry shortly"
         )
 
     def statistics(self) -> WatchStatistics:
-        """What it knows and how old that is."""
+        """Size and age of the snapshot, and the last error."""
         view = self._view
         age_s = self._monotonic() - self._confirmed
         return WatchStatistics(view.sequence, age_s, len(view.tenants), len(view.keys), self._error)
 
     def start(self) -> None:
-        """Begin to ask."""
+        """Start polling."""
         self._thread = threading.Thread(target=self._run, name="ledger-watch", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread; one that waits for a silent database is left behind as the daemon it is."""
+        """End the thread. Leaves it behind, as a daemon, if it still waits for the database after `timeout_s`."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -137,30 +143,30 @@ class Watcher:
             self._stop.wait(self._period_s)
 
     def ask(self) -> bool:
-        """Ask once, in the caller's thread; whether the database has answered."""
+        """Poll once, in the caller's thread. Returns whether the database has answered."""
         began = self._monotonic()
         try:
             newest = self._read(self._stored)
         except LedgerError as error:
-            self._failed(str(error))
+            self._record_error(str(error))
             return False
-        except Exception as error:  # whatever else is wrong with one answer, the next one is asked for
+        except Exception as error:  # polling must continue after any error
             log.exception("snapshot_failed")
-            self._failed(f"{type(error).__name__}: {error}")
+            self._record_error(f"{type(error).__name__}: {error}")
             return False
         if self._error:
             log.info("snapshot_recovered", sequence=newest.sequence)
         self._error = ""
         self._confirmed = began
-        self._take(newest)
+        self._update(newest)
         return True
 
-    def _failed(self, error: str) -> None:
+    def _record_error(self, error: str) -> None:
         if error != self._error:
             log.warning("snapshot_failed", error=error)
         self._error = error
 
-    def _take(self, newest: AccessSnapshot) -> None:
+    def _update(self, newest: AccessSnapshot) -> None:
         before, self._stored = self._stored, newest
         changed = before is None or before.tenants is not newest.tenants
         if changed:
@@ -171,5 +177,5 @@ class Watcher:
             try:
                 save(self._file, newest)
                 self._saved_at = self._monotonic()
-            except OSError as error:  # serves from memory; the next one is tried again
+            except OSError as error:  # the snapshot is still served from memory; saving is retried
                 log.warning("snapshot_not_saved", path=str(self._file), error=str(error))

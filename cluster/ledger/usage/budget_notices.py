@@ -1,7 +1,7 @@
-"""Budget notices on their way to a webhook: entered once by whoever finds one first, tried by one gateway at a time.
+"""Budget notices to send to a webhook. The first gateway that finds a notice stores it; one at a time sends it.
 
-A try is taken before it is made, by moving the time of the next one: so a gateway that dies in the midst of it delays
-a notice and does not lose it. A receiver may then see one twice, with the same id.
+A gateway claims an attempt before it sends, by moving `next_try_at`. So a gateway that dies while sending delays the
+notice and does not lose it. A receiver may then get a notice twice, with the same id.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 from sqlalchemy import Engine, delete, select, update
 
-from cluster.ledger.database.changes import insert_or
+from cluster.ledger.database.changes import dialect_insert
 from cluster.ledger.database.connect import reading, writing
 from cluster.ledger.database.tables import budget_notices as table
 from cluster.policy.limits.budgets import BudgetNotice, BudgetUse
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 15.0, 3600.0
 KEPT_S = 62 * 86_400.0
-"""Longer than any budget's period: until then a crossed threshold must be known to have been told."""
+"""Longer than any budget's period: within a period a threshold must not be reported again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A notice that is this gateway's to send now. `attempts`: this one included."""
+    """A notice that this gateway has claimed and must send now. `attempts` includes this one."""
 
     notice: BudgetNotice
     noticed_at_s: float
@@ -31,7 +31,7 @@ class Taken:
 
 
 def pause_s(attempts: int) -> float:
-    """Until the next try after so many."""
+    """Seconds until the next attempt, after `attempts` attempts."""
     return min(FIRST_PAUSE_S * 2.0 ** min(attempts - 1, 20), LONGEST_PAUSE_S)
 
 
@@ -42,41 +42,43 @@ class BudgetNotices:
         self._engine = engine
 
     def enter(self, notices: Sequence[BudgetNotice], now_s: float) -> None:
-        """Those that are new. Raises StoreUnavailable."""
+        """Store the notices that are new. Raises StoreUnavailable."""
         if not notices:
             return
-        ids = [one.id for one in notices]
+        ids = [notice.id for notice in notices]
         with reading(self._engine) as connection:
             known = set(connection.scalars(select(table.c.id).where(table.c.id.in_(ids))))
-        rows = [_row(one, now_s) for one in notices if one.id not in known]
+        rows = [_row(notice, now_s) for notice in notices if notice.id not in known]
         if rows:
             with writing(self._engine) as connection:
-                connection.execute(insert_or(connection, table).on_conflict_do_nothing(index_elements=["id"]), rows)
+                connection.execute(
+                    dialect_insert(connection, table).on_conflict_do_nothing(index_elements=["id"]), rows
+                )
 
     def take(self, now_s: float, limit: int = 20) -> list[Taken]:
-        """Those whose try is due; nobody else gets them before the next. Raises StoreUnavailable."""
+        """Claim the notices whose attempt is due, for this gateway alone. Raises StoreUnavailable."""
         due = table.c.delivered_at.is_(None) & (table.c.next_try_at <= now_s)
         with reading(self._engine) as connection:
             rows = connection.execute(select(table).where(due).order_by(table.c.next_try_at).limit(limit)).all()
-        taken = []
+        claims = []
         for row in rows:
             attempts = row.attempts + 1
-            mine = (table.c.id == row.id) & (table.c.attempts == row.attempts) & table.c.delivered_at.is_(None)
+            unclaimed = (table.c.id == row.id) & (table.c.attempts == row.attempts) & table.c.delivered_at.is_(None)
             with writing(self._engine) as connection:
                 values = {"attempts": attempts, "next_try_at": now_s + pause_s(attempts)}
-                won = connection.execute(update(table).where(mine).values(values)).rowcount
-            if won:
+                claimed = connection.execute(update(table).where(unclaimed).values(values)).rowcount
+            if claimed:
                 use = BudgetUse(row.tenant, row.budget, row.period, row.used_tokens, row.limit_tokens)
-                taken.append(Taken(BudgetNotice(use, row.threshold), row.noticed_at, attempts))
-        return taken
+                claims.append(Taken(BudgetNotice(use, row.threshold), row.noticed_at, attempts))
+        return claims
 
     def delivered(self, notice_id: str, now_s: float) -> None:
-        """It has been received: no more tries."""
+        """Mark a notice as delivered: no more attempts."""
         with writing(self._engine) as connection:
             connection.execute(update(table).where(table.c.id == notice_id).values(delivered_at=now_s))
 
     def expire(self, now_s: float) -> int:
-        """Remove those of periods long over, delivered or not; how many."""
+        """Remove notices older than KEPT_S, delivered or not. Returns the number removed."""
         with writing(self._engine) as connection:
             return connection.execute(delete(table).where(table.c.noticed_at < now_s - KEPT_S)).rowcount
 

@@ -1,4 +1,4 @@
-"""Usage as CSV."""
+"""Export of usage as CSV."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """RFC 4180 with a head; labels are one JSON column. Text that a spreadsheet would run as a formula is quoted
-    with an apostrophe, since labels and request ids are the callers' to choose."""
+    """CSV by RFC 4180 with a header line; labels are one JSON column.
+
+    Text that a spreadsheet would run as a formula is prefixed with an apostrophe, because callers choose labels and
+    request ids.
+    """
     if not rows:
         return ""
     text = io.StringIO()

@@ -1,9 +1,10 @@
-"""What is written about one call: the open record at its Submit, the usage record at its end, as plain JSON.
+"""Records of a call: the open record at its Submit, the usage record at its end, both as plain JSON.
 
-A usage record is a fact with a name. Its `record_id` is chosen once, when the call opens, and travels sealed with the
-Submit; whoever reports the end, in whatever order and how often, writes the same row. The only replacement allowed is
-that of an estimate (`delivered_unknown`: the gateway was lost, delivery is taken from what was written to its link)
-by an exact report. So any sequence of reports of one call ends in one row, and the order does not matter.
+The `record_id` is chosen once, when the call opens, and is sent to the worker in the sealed open record. Gateways and
+workers may report the end of a call several times and in any order; every report writes the row of that id. Only an
+estimate is replaced, by an exact report or by a larger estimate. (`delivered_unknown` marks an estimate: the gateway
+was lost, and delivery is taken from what was written to its link.) So all reports of a call end in one row, whatever
+their order.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any, TypeVar
 R = TypeVar("R", "OpenRecord", "UsageRecord")
 
 RESUMED = 1000
-"""A call's outputs are its segments from 0 on, those of its first resumption from RESUMED on, and so forth. Segment 0
-is counted as the request."""
+"""Offset of segment numbers per resume. The `n` outputs of a call are segments 0, 1, …; after the first resume they
+are RESUMED, RESUMED + 1, …; after the second 2 * RESUMED, … Only segment 0 counts as a request."""
 MAX_ID = 128
 MAX_NAME = 255
 MAX_LABELS_BYTES = 8192
@@ -30,12 +31,12 @@ MAX_COUNT = 2**53
 
 
 class RecordError(ValueError):
-    """A record that cannot be; the message names the field."""
+    """An invalid record; the message names the field."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenRecord:
-    """What is known when a call is submitted; sealed, it rests with the worker. `opened_at_s` is since the epoch."""
+    """The fields known when a call is submitted. Its worker keeps a sealed copy. `opened_at_s` is since the epoch."""
 
     record_id: str
     tenant: str
@@ -55,11 +56,11 @@ class OpenRecord:
         _check(self)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` is the inverse."""
+        """All fields as plain JSON values; `from_json` is the inverse."""
         return _plain(self)
 
     def json_text(self) -> str:
-        """`as_json` as text: each call makes one, and the general encoder takes five times as long."""
+        """`as_json` as text. Used for every call: the general JSON encoder takes five times as long."""
         texts = zip(_OPEN.texts, map(encode_basestring_ascii, _OPEN.texts_of(self)), strict=True)
         numbers = zip(_OPEN.numbers, map(repr, _OPEN.numbers_of(self)), strict=True)
         labels = json.dumps(dict(self.labels)) if self.labels else "{}"
@@ -67,21 +68,21 @@ class OpenRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> OpenRecord:
-        """From plain values; unknown fields, which a later release may have written, are dropped. RecordError."""
+        """Build a record from `as_json`. Drops unknown fields, which are a later release's. Raises RecordError."""
         return _build(OpenRecord, value)
 
     def ended(self, **counts: Any) -> UsageRecord:
-        """The usage record of this call with what its end has told (UsageRecord's fields)."""
+        """The usage record of this call; `counts` are the other fields of UsageRecord."""
         return UsageRecord(**(_OPEN.values(self) | counts))
 
 
 @dataclass(frozen=True, slots=True)
 class UsageRecord:
-    """One admitted call, ended. Times in seconds, `opened_at_s` since the epoch.
+    """The counts of an admitted call that has ended. Times are in seconds, `opened_at_s` since the epoch.
 
-    `completion_tokens` were delivered and are billed, `generated_tokens` came from the engine. `gpu` is the
+    `completion_tokens` were delivered and are billed; `generated_tokens` came from the engine. `gpu` is the
     accelerator's type, by which `gpu_seconds` are priced. `outcome` is the value of an Outcome. `worker`, `pod` and
-    `node` are where the call ended, `gateway` is the one that took it; empty in records of older releases.
+    `node` say where the call ended, `gateway` which gateway admitted it; they are empty in records of older releases.
     """
 
     record_id: str
@@ -119,20 +120,20 @@ class UsageRecord:
         return datetime.datetime.fromtimestamp(self.opened_at_s, datetime.UTC).strftime("%Y-%m-%d")
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` is the inverse."""
+        """All fields as plain JSON values; `from_json` is the inverse."""
         return _plain(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> UsageRecord:
-        """From plain values; unknown fields, which a later release may have written, are dropped. RecordError."""
+        """Build a record from `as_json`. Drops unknown fields, which are a later release's. Raises RecordError."""
         return _build(UsageRecord, value)
 
 
 class _Fields:
-    """A kind's fields, sorted by what is to be checked of them: each call makes two records."""
+    """The fields of a record class, grouped by type. Precomputed, because every call makes two records."""
 
     def __init__(self, kind: type[OpenRecord] | type[UsageRecord]) -> None:
-        types = {one.name: str(one.type) for one in dataclasses.fields(kind)}
+        types = {attribute.name: str(attribute.type) for attribute in dataclasses.fields(kind)}
         self.names = tuple(types)
         self.texts = tuple(name for name in types if types[name] == "str")
         self.counts = tuple(name for name in types if types[name] == "int")
@@ -145,7 +146,7 @@ class _Fields:
         self.numbers_of = attrgetter(*self.numbers)
 
     def values(self, record: OpenRecord | UsageRecord) -> dict[str, Any]:
-        """By name."""
+        """The record's values by field name."""
         return dict(zip(self.names, self.values_of(record), strict=True))
 
 
@@ -167,11 +168,11 @@ def _build(kind: type[R], value: Mapping[str, Any]) -> R:
     try:
         return kind(**{name: value[name] for name in _NAMES[kind] if name in value})
     except TypeError as error:
-        raise RecordError(f"a {kind.__name__} lacks or mistypes a field: {error}") from None
+        raise RecordError(f"a {kind.__name__} has a missing or mistyped field: {error}") from None
 
 
 def _check(record: OpenRecord | UsageRecord) -> None:
-    """Everything a database could choke on is refused here, where the caller can still be told."""
+    """Raise RecordError for values that a database would reject, while the error can still reach the caller."""
     fields = _fields(record)
     texts, counts, seconds = fields.texts_of(record), fields.counts_of(record), fields.seconds_of(record)
     if not _are_plain(texts):
@@ -179,25 +180,25 @@ def _check(record: OpenRecord | UsageRecord) -> None:
             _check_text(name, value, MAX_ID if name.endswith("_id") else MAX_NAME)
     for at, count in enumerate(counts):
         if type(count) is not int or not 0 <= count < MAX_COUNT:
-            raise RecordError(f"{fields.counts[at]}: {count!r} is no count")
+            raise RecordError(f"{fields.counts[at]}: {count!r} must be an integer from 0 to 2**53 - 1")
     for at, value in enumerate(seconds):
         if not (type(value) is float and 0 <= value < math.inf) and not _is_seconds(
             value, optional=fields.seconds[at] in fields.optional
         ):
-            raise RecordError(f"{fields.seconds[at]}: {value!r} is no number of seconds")
+            raise RecordError(f"{fields.seconds[at]}: {value!r} must be a finite number of seconds, at least 0")
     if not record.record_id or not record.tenant:
         raise RecordError("record_id and tenant must not be empty")
     if record.opened_at_s >= 253_402_300_800:
-        raise RecordError("opened_at_s: lies after the year 9999")
+        raise RecordError("opened_at_s: must be before the year 10000")
     if record.labels:
         _check_labels(record.labels)
 
 
 def _are_plain(texts: Sequence[Any]) -> bool:
-    """Whether none of these texts has to be looked at by itself: they are short ASCII without a zero, as nearly all."""
+    """True if all texts are short ASCII without NUL, as nearly always; then none has to be checked individually."""
     try:
         joined = "".join(texts)
-    except TypeError:  # one is no text
+    except TypeError:  # not all are texts
         return False
     return joined.isascii() and "\0" not in joined and max(map(len, texts)) <= MAX_ID
 
@@ -207,7 +208,7 @@ def _check_labels(labels: Mapping[str, str]) -> None:
         _check_text(f"labels[{key!r}]", value, MAX_LABELS_BYTES)
         _check_text("labels", key, MAX_NAME)
     if sum(len(key.encode()) + len(value.encode()) for key, value in labels.items()) > MAX_LABELS_BYTES:
-        raise RecordError(f"labels: must not exceed {MAX_LABELS_BYTES} bytes in all")
+        raise RecordError(f"labels: must not exceed {MAX_LABELS_BYTES} bytes in total")
 
 
 def _is_seconds(value: object, *, optional: bool) -> bool:
@@ -218,8 +219,8 @@ def _is_seconds(value: object, *, optional: bool) -> bool:
 
 def _check_text(name: str, value: object, longest: int) -> None:
     if not isinstance(value, str):
-        raise RecordError(f"{name}: {value!r} is no text")
+        raise RecordError(f"{name}: {value!r} must be a text")
     if len(value) > longest:
-        raise RecordError(f"{name}: is longer than {longest} characters")
+        raise RecordError(f"{name}: must not exceed {longest} characters")
     if "\0" in value or (not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value)):
-        raise RecordError(f"{name}: holds a character that no database keeps")
+        raise RecordError(f"{name}: must not contain NUL or surrogate characters")

@@ -1,9 +1,9 @@
-"""What others keep for the gateways and must not read, change or make up: open records, resume tokens.
+"""Authenticated encryption of data that workers and clients keep for the gateways: open records and resume tokens.
 
-AES-256-GCM under a key of the gateways' common secret. Each process draws a salt and so a key of its own, and another
-one in time, because one key with random 96-bit nonces is good for 2^32 messages, which a busy cluster seals in weeks.
-Layout: version (1 byte), number of the secret (4), salt (16), nonce (12), ciphertext and tag; everything before the
-nonce is authenticated too.
+AES-256-GCM under keys derived from the gateways' common secret. Each process derives its own key from a random salt,
+and a new one after MESSAGES_PER_SALT messages: a key with random 96-bit nonces is safe for 2^32 messages, and a busy
+cluster seals that many in weeks. Layout: version (1 byte), number of the secret (4), salt (16), nonce (12), ciphertext
+and tag. Everything before the nonce is authenticated too.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ VERSION = 1
 SALT_BYTES, NONCE_BYTES, TAG_BYTES = 16, 12, 16
 HEAD_BYTES = 1 + 4 + SALT_BYTES
 MAX_BYTES = 64 * 1024
-MESSAGES_A_SALT = 1 << 30
+MESSAGES_PER_SALT = 1 << 30
 _MAX_KEYS = 1024
 
 
 class SealError(ValueError):
-    """These bytes were not sealed under any of the secrets, or were changed."""
+    """The data was not sealed under any of the secrets, or was changed."""
 
 
 class UnknownSecret(SealError):
-    """Whatever they are, they were sealed under a secret that is not, or no longer, one of ours."""
+    """The data was sealed under a secret that this process does not have, or no longer has."""
 
 
 class Envelopes:
-    """Seals bytes with the first secret, opens with any of them; for one purpose, under whose name nothing of another
-    opens. `what` names them in errors; longer ones than `max_bytes` are none."""
+    """Seals bytes with the first secret and opens with any of them.
+
+    Data sealed for one `purpose` does not open for another. `what` names the data in errors. Sealed data longer than
+    `max_bytes` does not open.
+    """
 
     def __init__(self, secrets: Sequence[bytes], purpose: str, what: str, max_bytes: int = MAX_BYTES) -> None:
         if not secrets:
@@ -47,60 +50,60 @@ class Envelopes:
         self._what = what
         self._max_bytes = max_bytes
         self._keys: dict[bytes, AESGCM] = {}
-        self._draw()
+        self._new_key()
 
-    def _draw(self) -> None:
-        """A new salt, and so a new key."""
-        self._left = MESSAGES_A_SALT
-        self._own = self._head + os.urandom(SALT_BYTES)
-        self._encrypt = AESGCM(self._derived(self._own)).encrypt
+    def _new_key(self) -> None:
+        """Draw a new salt and derive a new key from it."""
+        self._messages_left = MESSAGES_PER_SALT
+        self._own_head = self._head + os.urandom(SALT_BYTES)
+        self._encrypt = AESGCM(self._derive(self._own_head)).encrypt
 
     def seal(self, body: bytes) -> bytes:
-        """49 bytes longer, never the same twice."""
-        if not self._left:
-            self._draw()
-        self._left -= 1
+        """Encrypt. The result is 49 bytes longer than `body` and different each time."""
+        if not self._messages_left:
+            self._new_key()
+        self._messages_left -= 1
         nonce = os.urandom(NONCE_BYTES)
-        return self._own + nonce + self._encrypt(nonce, body, self._own)
+        return self._own_head + nonce + self._encrypt(nonce, body, self._own_head)
 
     def open(self, data: bytes) -> bytes:
-        """What was sealed. Raises SealError."""
+        """Decrypt. Raises SealError."""
         if not HEAD_BYTES + NONCE_BYTES + TAG_BYTES <= len(data) <= self._max_bytes or data[0] != VERSION:
             raise SealError(f"not a {self._what} of this release")
         head, nonce = data[:HEAD_BYTES], data[HEAD_BYTES : HEAD_BYTES + NONCE_BYTES]
         if head[1:5] not in self._secrets:
-            raise UnknownSecret(f"a {self._what} under a secret that this gateway does not have")
+            raise UnknownSecret(f"the {self._what} was sealed under a secret that this gateway does not have")
         try:
             return self._key(head).decrypt(nonce, data[HEAD_BYTES + NONCE_BYTES :], head)
         except InvalidTag:
-            raise SealError(f"a {self._what} was changed") from None
+            raise SealError(f"the {self._what} was changed") from None
 
     def _key(self, head: bytes) -> AESGCM:
         key = self._keys.get(head)
         if key is None:
-            if len(self._keys) >= _MAX_KEYS:  # salts come from outside: what is kept of them is bounded
+            if len(self._keys) >= _MAX_KEYS:  # salts come from outside, so the cache must be bounded
                 self._keys.clear()
-            key = self._keys[head] = AESGCM(self._derived(head))
+            key = self._keys[head] = AESGCM(self._derive(head))
         return key
 
-    def _derived(self, head: bytes) -> bytes:
+    def _derive(self, head: bytes) -> bytes:
         return derive(self._secrets[head[1:5]], self._purpose, head[5:])
 
 
 class Sealer:
-    """The open record as a worker keeps it."""
+    """Seals open records for the workers that keep them."""
 
     def __init__(self, secrets: Sequence[bytes]) -> None:
         self._envelopes = Envelopes(secrets, "sealed-record", "sealed record")
 
     def seal(self, record: OpenRecord) -> bytes:
-        """Some 350 bytes for a record without labels."""
+        """Seal a record. About 350 bytes without labels."""
         return self._envelopes.seal(record.json_text().encode())
 
     def open(self, data: bytes) -> OpenRecord:
-        """The record. Raises SealError."""
+        """Open a sealed record. Raises SealError."""
         body = self._envelopes.open(data)
         try:
             return OpenRecord.from_json(json.loads(body))
         except (RecordError, ValueError) as error:
-            raise SealError(f"a sealed record holds no record: {error}") from None
+            raise SealError(f"the sealed record does not contain a valid record: {error}") from None

@@ -1,14 +1,18 @@
-"""Usage on its way to the database: a local file first, then the database once, whatever dies in between.
+"""The spool: usage records are written to local files first, then to the database, exactly once despite crashes.
 
-Argument. A record is *durable* once its line is fsynced; only then is anybody told so (a worker forgets its copy). A
-segment file is deleted only after the database has committed all of its records, so every durable record is in a
-segment or in the database at any moment: none is lost. A crash between commit and deletion replays the segment, and
-the database takes a record id once: none is doubled. Lines carry a checksum; a line without its end is the tail of a
-write that was never fsynced, hence never told durable, and is dropped. A segment is never appended to by a later
-process, so a torn tail spoils nothing. What the database refuses for good goes to `rejected.jsonl` and is counted,
-because one bad record must not hold up all that come after it.
+No record is lost: a record is *durable* once its line is fsynced, and only then is it acknowledged (its worker drops
+its copy). A segment file is deleted only after the database has committed all its records. So a durable record is
+always in a segment or in the database.
 
-The hot path only puts a reference into a list; one thread encodes, writes and fsyncs whatever has gathered meanwhile.
+No record is stored twice: after a crash between commit and deletion the segment is replayed, and the database stores a
+record id once.
+
+Damaged lines: each line has a checksum. A last line without a newline belongs to a write that was never fsynced, and
+so never acknowledged; it is dropped. A later process never appends to an old segment, so a torn line stays the last.
+Records that the database rejects permanently go to `rejected.jsonl` and are counted, because an invalid record must
+not block all later ones.
+
+The hot path only appends a reference to a list; one thread encodes, writes and fsyncs the records in batches.
 """
 
 from __future__ import annotations
@@ -40,13 +44,13 @@ _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def encode(record: UsageRecord) -> bytes:
-    """One line: checksum, space, JSON."""
+    """Encode a record as one line: checksum, space, JSON."""
     body = _encode(record.as_json()).encode()
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
 def decode(line: bytes) -> UsageRecord:
-    """The inverse, without the newline. Raises ValueError."""
+    """Decode a line without its newline. Raises ValueError."""
     checksum, _, body = line.partition(b" ")
     if len(checksum) != 8 or int(checksum, 16) != zlib.crc32(body):
         raise ValueError("the checksum does not match")
@@ -55,9 +59,11 @@ def decode(line: bytes) -> UsageRecord:
 
 @dataclass(frozen=True, slots=True)
 class SpoolStatistics:
-    """`pending` records are not in the database yet; `oldest_at_s` is when the first of them came (epoch), else None.
+    """State of a spool.
 
-    `written` counts records since the start, `durable` those of them that are fsynced; `error` is the last failure.
+    `written` counts records since the start, `durable` those of them that are fsynced. `pending` records are not in the
+    database yet; `oldest_at_s` is the time of the oldest of them since the epoch, None without any. `error` is the last
+    failure.
     """
 
     written: int
@@ -69,7 +75,7 @@ class SpoolStatistics:
 
 
 class Spool:
-    """Takes records in, gives closed segments out. One process a folder, held by a lock."""
+    """A folder of segment files: appends records, and returns closed segments. A lock allows one process per folder."""
 
     def __init__(
         self,
@@ -86,7 +92,7 @@ class Spool:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._lock_file)
-            raise ValueError(f"the spool {folder} is in use by another process: give each its own folder") from None
+            raise ValueError(f"the spool {folder} is in use by another process: use one folder per process") from None
         self._on_durable = on_durable
         self._linger_s = linger_s
         self._max_segment_bytes = max_segment_bytes
@@ -94,7 +100,7 @@ class Spool:
         self._waiting: list[UsageRecord] = []
         self._segment: _Segment | None = None
         self._next = 1 + max((int(path.stem[6:]) for path in self._segments()), default=0)
-        self._found = {path: _count(path) for path in self._segments()}
+        self._closed_segments = {path: _count(path) for path in self._segments()}
         self._rejected = _count(folder / REJECTED)
         self._written = self._durable = 0
         self._error = ""
@@ -104,9 +110,10 @@ class Spool:
         self._thread.start()
 
     def append(self, record: UsageRecord) -> int:
-        """Take a record; returns its position, which `on_durable` and `wait_durable` speak of. Never blocks on disk.
+        """Queue a record. Never blocks on the disk.
 
-        Raises ValueError once closed.
+        Returns the record's position, which `wait_durable` accepts and `on_durable` reports. Raises ValueError once
+        closed.
         """
         with self._changed:
             if self._closing:
@@ -118,21 +125,21 @@ class Spool:
             return self._written
 
     def wait_durable(self, position: int, timeout_s: float) -> bool:
-        """Whether a record is on disk within the time."""
+        """Wait until the record at a position is on disk. False after `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(lambda: self._durable >= position, timeout_s)
 
     def statistics(self) -> SpoolStatistics:
-        """How much waits where."""
+        """Numbers of records by state, and the last error."""
         with self._changed:
-            open_now = self._segment.records if self._segment else 0
-            pending = sum(self._found.values()) + open_now + len(self._waiting)
-            paths = [*self._found, *([self._segment.path] if self._segment else [])]
-            oldest = min((_made_at(path) for path in paths), default=None)
+            in_open_segment = self._segment.records if self._segment else 0
+            pending = sum(self._closed_segments.values()) + in_open_segment + len(self._waiting)
+            paths = [*self._closed_segments, *([self._segment.path] if self._segment else [])]
+            oldest = min((_modified_at(path) for path in paths), default=None)
             return SpoolStatistics(self._written, self._durable, pending, self._rejected, oldest, self._error)
 
     def close(self) -> None:
-        """Write what waits, end the thread, let the folder go. What is not in the database stays for the next one."""
+        """Write queued records, end the thread and unlock the folder, where records not in the database remain."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -141,23 +148,23 @@ class Spool:
         os.close(self._lock_file)
 
     def roll(self) -> list[Path]:
-        """Close the segment being written, if it holds anything; all closed segments, oldest first."""
+        """Close the current segment if there is one. Returns all closed segments, oldest first."""
         with self._writing, self._changed:
             segment, self._segment = self._segment, None
             if segment is not None:
                 segment.close()
-                self._found[segment.path] = segment.records
-            return sorted(self._found)
+                self._closed_segments[segment.path] = segment.records
+            return sorted(self._closed_segments)
 
     def forget(self, path: Path) -> None:
-        """Delete a closed segment whose records are all committed."""
+        """Delete a closed segment, after the database has committed its records."""
         path.unlink()
         sync_folder(self._folder)
         with self._changed:
-            del self._found[path]
+            del self._closed_segments[path]
 
     def reject(self, line: bytes, why: str) -> None:
-        """Keep aside what can never be entered, durably. Raises OSError."""
+        """Append a line that can never be stored to `rejected.jsonl`, durably. Raises OSError."""
         text = json.dumps({"why": why, "line": line.decode("utf-8", "replace")}) + "\n"
         handle = os.open(self._folder / REJECTED, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -178,23 +185,23 @@ class Spool:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if not self._waiting:
                     return
-                # let a few more gather: one fsync then serves them all
+                # wait briefly for more records, so that they share one fsync
                 self._changed.wait_for(lambda: self._closing, self._linger_s)
                 batch, self._waiting = self._waiting, []
             if not self._write(batch):
                 with self._changed:
                     self._waiting[:0] = batch
                     if self._closing:
-                        return  # told by statistics; a worker that was not acknowledged offers it elsewhere
+                        return  # visible in statistics; its worker was not acknowledged and reports to another gateway
                     self._changed.wait_for(lambda: self._closing, 1.0)
 
     def _write(self, batch: Sequence[UsageRecord]) -> bool:
         try:
             with self._writing:
-                segment = self._open()
+                segment = self._open_segment()
                 segment.write(b"".join(map(encode, batch)), len(batch))
         except OSError as error:
-            self._abandon(str(error))
+            self._abandon_segment(str(error))
             return False
         with self._changed:
             self._durable += len(batch)
@@ -207,26 +214,26 @@ class Spool:
             self.roll()
         return True
 
-    def _open(self) -> _Segment:
+    def _open_segment(self) -> _Segment:
         if self._segment is None:
             self._segment = _Segment(self._folder / _SEGMENT.format(self._next))
             self._next += 1
             sync_folder(self._folder)
         return self._segment
 
-    def _abandon(self, error: str) -> None:
-        """After a failed write nothing more goes into that segment: its tail may be torn."""
+    def _abandon_segment(self, error: str) -> None:
+        """Close the segment after a failed write: its last line may be torn, so nothing may be appended."""
         log.error("spool_write_failed", error=error)
         with self._writing, self._changed:
             self._error = error
             segment, self._segment = self._segment, None
             if segment is not None:
                 segment.close()
-                self._found[segment.path] = segment.records
+                self._closed_segments[segment.path] = segment.records
 
 
 class _Segment:
-    """A file being written."""
+    """The segment file being written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -253,7 +260,7 @@ def _count(path: Path) -> int:
         return 0
 
 
-def _made_at(path: Path) -> float:
+def _modified_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except FileNotFoundError:
@@ -261,8 +268,11 @@ def _made_at(path: Path) -> float:
 
 
 class Replayer:
-    """Moves closed segments into the database. `insert` writes records, all or none, each id once
-    (`Ledger.usage.insert`); it raises StoreUnavailable while the database is away."""
+    """Thread that moves closed segments into the database.
+
+    `insert` is `Ledger.usage.insert`: it writes records, all or none, each id once, and raises StoreUnavailable while
+    the database is unreachable.
+    """
 
     def __init__(
         self,
@@ -282,12 +292,12 @@ class Replayer:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to move."""
+        """Start the thread."""
         self._thread = threading.Thread(target=self._run, name="ledger-replay", daemon=True)
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End the thread; what is not moved stays in the spool."""
+        """End the thread. Records not yet moved stay in the spool."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -300,14 +310,14 @@ class Replayer:
                 pause_s = self._period_s
             except (StoreUnavailable, OSError) as error:
                 pause_s = min(pause_s * 2, self._max_pause_s)
-                log.warning("usage_waits", error=str(error), pending=self._spool.statistics().pending)
+                log.warning("usage_insert_delayed", error=str(error), pending=self._spool.statistics().pending)
 
     def move(self) -> int:
-        """Move all that is spooled now; how many records. Raises StoreUnavailable, OSError."""
+        """Move all records spooled so far. Returns their number. Raises StoreUnavailable, OSError."""
         moved = 0
         for path in self._spool.roll():
             for batch in self._batches(path):
-                self._enter(batch)
+                self._insert_valid(batch)
                 moved += len(batch)
             self._spool.forget(path)
         return moved
@@ -326,15 +336,15 @@ class Replayer:
         if batch:
             yield batch
 
-    def _enter(self, batch: Sequence[UsageRecord]) -> None:
+    def _insert_valid(self, batch: Sequence[UsageRecord]) -> None:
         try:
             self._insert(batch)
         except StoreUnavailable:
             raise
-        except Exception as error:  # the database refuses something in it: find out what, enter the rest
+        except Exception as error:  # the database rejects a record: find it by bisection, insert the others
             if len(batch) == 1:
                 self._spool.reject(encode(batch[0]), f"{type(error).__name__}: {error}")
                 return
             middle = len(batch) // 2
-            self._enter(batch[:middle])
-            self._enter(batch[middle:])
+            self._insert_valid(batch[:middle])
+            self._insert_valid(batch[middle:])

@@ -1,4 +1,4 @@
-"""The usage table: each call once, whoever reports it and how often; and the sums over it."""
+"""The usage table: one row per record id, however often it is reported, and sums over the rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, and_, case, delete, func, not_, or_, select
 
-from cluster.ledger.database.changes import insert_or
+from cluster.ledger.database.changes import dialect_insert
 from cluster.ledger.database.connect import reading, writing
 from cluster.ledger.database.tables import erased, usage
 from cluster.ledger.rows import COUNTS, LABEL, Prices, UsageQuery
@@ -25,44 +25,49 @@ class UsageTable:
         self._engine = engine
 
     def insert(self, records: Sequence[UsageRecord]) -> None:
-        """Write ended calls, all or none. One that is there stays, unless it was an estimate and this one is exact, or
-        estimates more tokens (a call that was retried has one of each worker).
+        """Insert records, all or none.
 
-        Records of a tenant that was erased after the call opened are dropped. Raises StoreUnavailable.
+        An existing row stays, unless it is an estimate and the new record is exact or estimates more tokens (a retried
+        call has an estimate of each worker). Records of a tenant erased after the call opened are dropped. Raises
+        StoreUnavailable.
         """
-        latest = _latest(records)
-        if not latest:
+        deduplicated = _best_per_id(records)
+        if not deduplicated:
             return
         with writing(self._engine) as connection:
-            gone = {row.digest: row.erased_at for row in connection.execute(select(erased))}
-            rows = [_row(one) for one in latest if one.opened_at_s >= gone.get(digest_of_name(one.tenant), -1.0)]
+            erased_at = {row.digest: row.erased_at for row in connection.execute(select(erased))}
+            rows = [
+                _row(new) for new in deduplicated if new.opened_at_s >= erased_at.get(digest_of_name(new.tenant), -1.0)
+            ]
             if not rows:
                 return
-            statement = insert_or(connection, usage)
-            new = {c.name: statement.excluded[c.name] for c in usage.c if c.name != "record_id"}
-            newer = statement.excluded
-            more = newer.generated_tokens > usage.c.generated_tokens
-            better = and_(usage.c.delivered_unknown, or_(not_(newer.delivered_unknown), more))
+            statement = dialect_insert(connection, usage)
+            values = {c.name: statement.excluded[c.name] for c in usage.c if c.name != "record_id"}
+            new = statement.excluded
+            more_tokens = new.generated_tokens > usage.c.generated_tokens
+            better = and_(usage.c.delivered_unknown, or_(not_(new.delivered_unknown), more_tokens))
             connection.execute(
-                statement.on_conflict_do_update(index_elements=["record_id"], set_=new, where=better), rows
+                statement.on_conflict_do_update(index_elements=["record_id"], set_=values, where=better), rows
             )
 
-    def query(self, wanted: UsageQuery, rates: Prices | None = None) -> list[dict[str, Any]]:
-        """Sums by group, ordered by group; a label that a call lacks reads "". With `rates` also `cost`, which is
-        None where an accelerator has no rate."""
-        dimensions = [_dimension(name).label(f"d{at}") for at, name in enumerate(wanted.group_by)]
+    def query(self, usage_query: UsageQuery, rates: Prices | None = None) -> list[dict[str, Any]]:
+        """Sums by group, ordered by group. A missing label reads "".
+
+        With `rates` each group also has its `cost`, None if one of its accelerators has no rate.
+        """
+        dimensions = [_dimension(name).label(f"d{at}") for at, name in enumerate(usage_query.group_by)]
         by_gpu = [usage.c.gpu.label("_gpu")] if rates is not None else []
-        sums = [_requests().label("requests"), *(func.sum(usage.c[name]).label(name) for name in COUNTS[1:])]
-        query = select(*dimensions, *by_gpu, *sums).where(*_conditions(wanted)).group_by(*dimensions, *by_gpu)
+        sums = [_request_count().label("requests"), *(func.sum(usage.c[name]).label(name) for name in COUNTS[1:])]
+        query = select(*dimensions, *by_gpu, *sums).where(*_conditions(usage_query)).group_by(*dimensions, *by_gpu)
         with reading(self._engine) as connection:
             rows = [dict(row) for row in connection.execute(query).mappings()]
-        return _fold(wanted, rows, rates)
+        return _fold(usage_query, rows, rates)
 
     def records(
-        self, wanted: UsageQuery, *, after: tuple[float, str] | None = None, limit: int = 1000
+        self, usage_query: UsageQuery, *, after: tuple[float, str] | None = None, limit: int = 1000
     ) -> list[UsageRecord]:
-        """Single records in order of time; `after` is (opened_at_s, record_id) of the last one had."""
-        query = select(usage).where(*_conditions(wanted))
+        """Records in order of time. `after` is the (opened_at_s, record_id) of the last record of the previous page."""
+        query = select(usage).where(*_conditions(usage_query))
         if after is not None:
             at_s, record_id = after
             query = query.where(
@@ -75,7 +80,7 @@ class UsageTable:
     def tokens_since(
         self, since_day: str, tenants: Iterable[str] | None = None, *, before_day: str = ""
     ) -> dict[str, int]:
-        """Prompt and completion tokens by tenant from a day on (to another, without that); what budgets count."""
+        """Prompt plus completion tokens by tenant, as budgets count them, from `since_day` to before `before_day`."""
         query = select(usage.c.tenant, func.sum(usage.c.prompt_tokens + usage.c.completion_tokens))
         query = query.where(usage.c.day >= since_day).group_by(usage.c.tenant)
         if before_day:
@@ -86,9 +91,9 @@ class UsageTable:
             return {tenant: int(total) for tenant, total in connection.execute(query)}
 
     def expire(self, before_s: float, *, tenant: str = "", except_tenants: Sequence[str] = ()) -> int:
-        """Remove records of calls that opened before, of one tenant or of all but some; how many.
+        """Remove records of calls opened before `before_s`, of one tenant or of all except some. Returns the number.
 
-        In parts, so that no report waits long behind it.
+        Works in batches, so that inserts never wait long for the database.
         """
         old = select(usage.c.record_id).where(usage.c.opened_at_s < before_s)
         if tenant:
@@ -98,33 +103,37 @@ class UsageTable:
         total = 0
         while True:
             with writing(self._engine) as connection:
-                gone = connection.execute(delete(usage).where(usage.c.record_id.in_(old.limit(_DELETE_ROWS)))).rowcount
-            total += gone
-            if gone < _DELETE_ROWS:
+                removed = connection.execute(
+                    delete(usage).where(usage.c.record_id.in_(old.limit(_DELETE_ROWS)))
+                ).rowcount
+            total += removed
+            if removed < _DELETE_ROWS:
                 return total
 
 
-def _latest(records: Sequence[UsageRecord]) -> list[UsageRecord]:
-    """One record an id, the exact before estimates, of those the largest: a statement may not touch a row twice. In
-    order of id, so that two gateways that report the same calls lock rows in one order."""
+def _best_per_id(records: Sequence[UsageRecord]) -> list[UsageRecord]:
+    """The best record per id, because a statement may not touch a row twice: an exact one, or the largest estimate.
+
+    Ordered by id, so that gateways that report the same calls lock rows in the same order.
+    """
     best: dict[str, UsageRecord] = {}
-    for one in records:
-        have = best.get(one.record_id)
-        if have is None or (have.delivered_unknown and _better(one, have)):
-            best[one.record_id] = one
+    for record in records:
+        previous = best.get(record.record_id)
+        if previous is None or (previous.delivered_unknown and _is_better(record, previous)):
+            best[record.record_id] = record
     return [best[record_id] for record_id in sorted(best)]
 
 
-def _better(one: UsageRecord, estimate: UsageRecord) -> bool:
-    return not one.delivered_unknown or one.generated_tokens > estimate.generated_tokens
+def _is_better(record: UsageRecord, estimate: UsageRecord) -> bool:
+    return not record.delivered_unknown or record.generated_tokens > estimate.generated_tokens
 
 
 def _row(record: UsageRecord) -> dict[str, Any]:
     return {**record.as_json(), "day": record.day}
 
 
-def _requests() -> ColumnElement[Any]:
-    """A request has a record for each of its outputs and for each part after a resumption; idle GPUs have some, too."""
+def _request_count() -> ColumnElement[Any]:
+    """Number of requests: only segment 0 counts, not further outputs, resumed segments or records of idle GPUs."""
     return func.sum(case((and_(usage.c.segment == 0, usage.c.tenant != IDLE_TENANT), 1), else_=0))
 
 
@@ -135,31 +144,31 @@ def _dimension(name: str) -> ColumnElement[Any]:
     return func.substr(usage.c.day, 1, 7) if name == "month" else usage.c[name]
 
 
-def _conditions(wanted: UsageQuery) -> list[ColumnElement[bool]]:
+def _conditions(usage_query: UsageQuery) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
-    if wanted.since_day:
-        conditions.append(usage.c.day >= wanted.since_day)
-    if wanted.until_day:
-        conditions.append(usage.c.day <= wanted.until_day)
-    if wanted.tenant:
-        conditions.append(usage.c.tenant == wanted.tenant)
-    if wanted.model:
-        conditions.append(usage.c.model == wanted.model)
+    if usage_query.since_day:
+        conditions.append(usage.c.day >= usage_query.since_day)
+    if usage_query.until_day:
+        conditions.append(usage.c.day <= usage_query.until_day)
+    if usage_query.tenant:
+        conditions.append(usage.c.tenant == usage_query.tenant)
+    if usage_query.model:
+        conditions.append(usage.c.model == usage_query.model)
     return conditions
 
 
-def _fold(wanted: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Prices | None) -> list[dict[str, Any]]:
-    """Rows by group; with rates there is one row a group and accelerator, joined here."""
+def _fold(usage_query: UsageQuery, rows: Sequence[Mapping[str, Any]], rates: Prices | None) -> list[dict[str, Any]]:
+    """Sum rows by group. With rates there is one row per group and accelerator."""
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
-        key = tuple(str(row[f"d{at}"]) for at in range(len(wanted.group_by)))
-        group = groups.setdefault(key, dict(zip(wanted.group_by, key, strict=True)) | dict.fromkeys(COUNTS, 0))
+        key = tuple(str(row[f"d{at}"]) for at in range(len(usage_query.group_by)))
+        group = groups.setdefault(key, dict(zip(usage_query.group_by, key, strict=True)) | dict.fromkeys(COUNTS, 0))
         for name in COUNTS:
             group[name] += float(row[name] or 0) if name == "gpu_seconds" else int(row[name] or 0)
         if rates is not None:
             cost = _cost(row["_gpu"], float(row["gpu_seconds"] or 0), rates)
-            had = group.get("cost", 0.0)
-            group["cost"] = None if cost is None or had is None else had + cost
+            sum_so_far = group.get("cost", 0.0)
+            group["cost"] = None if cost is None or sum_so_far is None else sum_so_far + cost
             group["currency"] = rates.currency
     return [groups[key] for key in sorted(groups)]
 

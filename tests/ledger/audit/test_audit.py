@@ -1,4 +1,4 @@
-"""The audit log: who, what, why; keys never."""
+"""The audit log records actor, action and reason, and never a key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECRETS = [
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_keys_never(secret: str, tmp_path: Path) -> None:
-    """A key pasted into any text of an event rests nowhere."""
+    """A key pasted into any text of an event is not written to the file."""
     event = AuditEvent(
         1.0,
         "auth_failure",
@@ -49,7 +49,7 @@ def test_keys_never(secret: str, tmp_path: Path) -> None:
 
 
 def test_key_ids_and_plain_words_stay() -> None:
-    """What is no secret is kept, the id of a key too; long texts are cut and broken ones made whole."""
+    """Text without secrets is kept, also key ids; long texts are truncated and invalid characters replaced."""
     for text in ("tenants/acme/keys/k123", "rotated by ops-team@example.com", "task-list", "hr_k123", "漢字"):
         assert scrub(text) == text
     assert len(scrub("x" * 5000)) == 1000
@@ -57,7 +57,7 @@ def test_key_ids_and_plain_words_stay() -> None:
 
 
 def test_lines_of_many_threads_stay_whole(tmp_path: Path) -> None:
-    """Each line is one JSON object, the file is its owner's, and a rotated file is made anew."""
+    """Concurrent writes give one JSON object per line; the file is private, and created again after rotation."""
     log = AuditLog(tmp_path / "folder" / "audit.jsonl")
 
     def write(name: str) -> None:
@@ -89,12 +89,12 @@ def test_the_ledger_audits_in_file_and_table(tmp_path: Path) -> None:
 
 
 def test_secrets_come_from_files(tmp_path: Path) -> None:
-    """One a line, comments allowed; a made one is private and stays; bad files are told without their content."""
+    """Secrets are read one a line, with comments; a created file is private; errors never show a file's content."""
     path = tmp_path / "s" / "secret"
     make_secret(path)
-    (made,) = read_secrets(path, "auth.cluster_secret_file")
+    (created,) = read_secrets(path, "auth.cluster_secret_file")
     make_secret(path)
-    assert read_secrets(path, "auth.cluster_secret_file") == (made,)
+    assert read_secrets(path, "auth.cluster_secret_file") == (created,)
     assert path.stat().st_mode & 0o077 == 0
     assert [p.name for p in path.parent.iterdir()] == ["secret"]
     path.write_text("# new\n" + "n" * 32 + "\n\n" + "o" * 40 + "\n")

@@ -1,4 +1,4 @@
-"""Audit events from the hot path: nothing is lost that matters, and a flood fills neither disk nor table."""
+"""The audit writer loses no admin action, and a flood of failures fills neither the file nor the table."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ pytestmark = pytest.mark.slow
 
 
 class Table:
-    """A table of events that may be away or refuse."""
+    """Fake audit table that can fail."""
 
     def __init__(self) -> None:
         self.rows: dict[str, AuditEvent] = {}
         self.failure: Exception | None = None
         self.meanwhile: Callable[[], None] | None = None
-        """Happens once, while a batch is on its way."""
+        """Called once, while a batch is being inserted."""
 
     def insert(self, events: Sequence[AuditEvent]) -> None:
-        """Each id once."""
+        """Store each id once."""
         meanwhile, self.meanwhile = self.meanwhile, None
         if meanwhile is not None:
             meanwhile()
@@ -38,37 +38,37 @@ class Table:
 
 @pytest.fixture
 def table() -> Table:
-    """A table of the test's own."""
+    """A fake table."""
     return Table()
 
 
 @pytest.fixture
 def make(tmp_path: Path, table: Table) -> Iterator[Callable[..., AuditWriter]]:
-    """Makes writers over one file, whose clock stands still and whose thread waits to be closed."""
-    made: list[AuditWriter] = []
+    """Factory of writers to one file, with a constant clock and a thread that writes only on close."""
+    writers: list[AuditWriter] = []
 
-    def of(**options: object) -> AuditWriter:
+    def make_writer(**options: object) -> AuditWriter:
         arguments: dict[str, object] = {"period_s": 3600.0, "monotonic": lambda: 5.5, **options}
-        made.append(AuditWriter(AuditLog(tmp_path / "a.jsonl"), table.insert, **arguments))  # type: ignore[arg-type]
-        return made[-1]
+        writers.append(AuditWriter(AuditLog(tmp_path / "a.jsonl"), table.insert, **arguments))  # type: ignore[arg-type]
+        return writers[-1]
 
-    yield of
-    for writer in made:
+    yield make_writer
+    for writer in writers:
         writer.close()
 
 
 def failure(number: int = 0) -> AuditEvent:
-    """A key that was refused."""
+    """A failed authentication."""
     return AuditEvent(float(number), "auth_failure", "authenticate", outcome="unknown", source=f"10.0.0.{number}")
 
 
 def lines(tmp_path: Path) -> list[dict[str, object]]:
-    """What is in the file."""
+    """The events in the file."""
     return [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
 
 
 def test_events_reach_file_and_table(make: Callable[..., AuditWriter], table: Table, tmp_path: Path) -> None:
-    """Each once, in order."""
+    """Every event is written to the file and the table once, in order."""
     writer = make()
     for at in range(5):
         writer.write(failure(at))
@@ -80,7 +80,7 @@ def test_events_reach_file_and_table(make: Callable[..., AuditWriter], table: Ta
 
 
 def test_a_flood_becomes_one_line(make: Callable[..., AuditWriter], table: Table, tmp_path: Path) -> None:
-    """Of 100,000 failures in a second the first are written, the rest counted; admin actions are all there."""
+    """Of 100,000 failures in a second the first are written and the rest counted; all admin actions are written."""
     now = [5.5]
     writer = make(per_second=10, monotonic=lambda: now[0])
     for at in range(100_000):
@@ -90,52 +90,52 @@ def test_a_flood_becomes_one_line(make: Callable[..., AuditWriter], table: Table
     now[0] = 6.5
     writer.write(failure())
     writer.flush()
-    found = lines(tmp_path)
-    assert sum(one["kind"] == "admin" for one in found) == 30
-    assert sum(one["kind"] == "auth_failure" for one in found) == 12
-    assert [one["reason"] for one in found if one["details"]] == ["99990 more like it in a second"]
+    events = lines(tmp_path)
+    assert sum(event["kind"] == "admin" for event in events) == 30
+    assert sum(event["kind"] == "auth_failure" for event in events) == 12
+    assert [event["reason"] for event in events if event["details"]] == ["99990 more like it in a second"]
     assert writer.statistics().suppressed == 99_990
     assert len(table.rows) == 42
 
 
 def test_acts_that_end_together(make: Callable[..., AuditWriter], table: Table) -> None:
-    """Two threads that write and flush while a batch of another is on its way, one of them in vain, lose no event."""
+    """Two threads that write and flush while another's batch is being inserted lose no event, even if one fails."""
     writer = make()
     events = [AuditEvent(float(at), "admin", f"a{at}") for at in range(3)]
     threads: list[threading.Thread] = []
 
-    def act(event: AuditEvent) -> None:
+    def write_and_flush(event: AuditEvent) -> None:
         writer.write(event)
         writer.flush()
 
     def meanwhile() -> None:
         for event, failure in ((events[1], None), (events[2], StoreUnavailable("away"))):
             table.failure = failure
-            threads.append(threading.Thread(target=act, args=(event,)))
+            threads.append(threading.Thread(target=write_and_flush, args=(event,)))
             threads[-1].start()
-            threads[-1].join(0.1)  # one that must wait for its turn does not end here
+            threads[-1].join(0.1)  # a thread that waits for the lock does not end here
         table.failure = None
 
     table.meanwhile = meanwhile
-    act(events[0])
+    write_and_flush(events[0])
     for thread in threads:
         thread.join()
     writer.flush()
-    assert set(table.rows) == {one.event_id for one in events}
+    assert set(table.rows) == {event.event_id for event in events}
     assert (writer.statistics().waiting, writer.statistics().lost) == (0, 0)
 
 
 def test_what_a_closing_writer_holds_is_written(make: Callable[..., AuditWriter], tmp_path: Path) -> None:
-    """The last events and the last count are in the file."""
+    """Closing a writer writes the last events and the last count of suppressed ones."""
     writer = make(per_second=1)
     for _ in range(3):
         writer.write(failure())
     writer.close()
-    assert [one["reason"] for one in lines(tmp_path)] == ["", "2 more like it in a second"]
+    assert [event["reason"] for event in lines(tmp_path)] == ["", "2 more like it in a second"]
 
 
 def test_a_table_that_is_away_gets_them_later(make: Callable[..., AuditWriter], table: Table, tmp_path: Path) -> None:
-    """The file has them at once, the table when it is back, the oldest are let go when there are too many."""
+    """While the table fails, events are in the file at once and in the table later; the oldest may be dropped."""
     writer = make(per_second=10**9)
     table.failure = StoreUnavailable("away")
     writer.write(failure(1))
@@ -155,7 +155,7 @@ def test_a_table_that_is_away_gets_them_later(make: Callable[..., AuditWriter], 
 def test_a_refused_batch_does_not_stand_before_others(
     make: Callable[..., AuditWriter], table: Table, tmp_path: Path
 ) -> None:
-    """What the table will never take is told and stays in the file only; later events arrive."""
+    """Events that the table rejects stay in the file only, with an error in the statistics; later ones are inserted."""
     writer = make()
     table.failure = ValueError("no such column")
     writer.write(failure(1))
@@ -164,12 +164,12 @@ def test_a_refused_batch_does_not_stand_before_others(
     table.failure = None
     writer.write(failure(2))
     writer.flush()
-    assert [one.at_s for one in table.rows.values()] == [2.0]
+    assert [event.at_s for event in table.rows.values()] == [2.0]
     assert (writer.statistics().lost, len(lines(tmp_path))) == (1, 2)
 
 
 def test_a_disk_that_is_full_is_told(make: Callable[..., AuditWriter], table: Table, tmp_path: Path) -> None:
-    """The table has the events all the same."""
+    """If the file cannot be written, the statistics show the error, and the table still gets the events."""
     (tmp_path / "a.jsonl").mkdir()
     writer = make()
     writer.write(failure())

@@ -1,4 +1,4 @@
-"""Backups: one file of one moment that either database writes and either reads, whole or not at all."""
+"""Backups are consistent, portable between SQLite and PostgreSQL, and restored whole or not at all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 
 def fill(ledger: Ledger) -> str:
-    """Something in every table; returns a key."""
+    """Write rows into every table; returns an API key."""
     ledger.tenants.create(TenantPolicy("acme", labels={"ü": "x"}), model_aliases={"a": "b"})
     ledger.tenants.create(TenantPolicy("gone"))
     ledger.erase("gone")
@@ -42,7 +42,7 @@ def fill(ledger: Ledger) -> str:
 
 
 def content(database_url: str) -> dict[str, list[Any]]:
-    """Every row of every table."""
+    """All rows by table."""
     engine = make_engine(database_url)
     with engine.connect() as connection:
         rows = {t.name: sorted(map(repr, connection.execute(select(t)))) for t in TABLES}
@@ -52,7 +52,7 @@ def content(database_url: str) -> dict[str, list[Any]]:
 
 @pytest.fixture
 def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
-    """Makes an empty database of a kind."""
+    """Factory of URLs of empty databases, by kind."""
     numbers = itertools.count()
 
     def make(kind: str) -> str:
@@ -67,7 +67,7 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str
 def test_a_backup_moves_between_databases(
     ledger: Ledger, database_url: str, tmp_path: Path, empty: Callable[[str], str], kind: str
 ) -> None:
-    """Restored into either database every row is the same, keys work, and changes go on above the old numbers."""
+    """A restored database has the same rows, its keys work, and its change sequence continues above the old numbers."""
     key = fill(ledger)
     counts = ledger.backup(tmp_path / "b.gz")
     assert dict(counts) == {"tenants": 1, "keys": 1, "usage": 7, "audit": 1, "erased_tenants": 1, "budget_notices": 1}
@@ -86,7 +86,7 @@ def test_a_backup_moves_between_databases(
 
 
 def test_a_damaged_backup_changes_nothing(tmp_path: Path, empty: Callable[[str], str]) -> None:
-    """Cut short, changed, foreign or of another format: refused before the first row."""
+    """A truncated, changed or foreign file raises before the first row is written."""
     ledger = Ledger(empty("sqlite"), peppers=(PEPPER,))
     ledger.upgrade()
     fill(ledger)
@@ -117,7 +117,7 @@ def test_a_damaged_backup_changes_nothing(tmp_path: Path, empty: Callable[[str],
 
 
 def test_nothing_to_back_up(tmp_path: Path, empty: Callable[[str], str]) -> None:
-    """A database without tables is no empty backup but an error, and no file is left."""
+    """Backing up a database without tables raises and leaves no file."""
     with pytest.raises(LedgerError, match="nothing to back up"):
         Ledger(empty("sqlite")).backup(tmp_path / "b.gz")
     assert list(tmp_path.glob("*.gz*")) == []
@@ -141,7 +141,7 @@ def test_a_million_records(tmp_path: Path) -> None:
     began = time.perf_counter()
     sums = source.usage.query(UsageQuery(("tenant", "day")))
     assert time.perf_counter() - began < 30
-    assert sum(one["requests"] for one in sums) == 1_000_000
+    assert sum(row["requests"] for row in sums) == 1_000_000
     assert source.backup(tmp_path / "b.gz")["usage"] == 1_000_000
     source.close()
     copy = Ledger(f"sqlite:///{tmp_path / 'c.db'}")

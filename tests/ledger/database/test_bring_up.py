@@ -1,4 +1,4 @@
-"""A database is brought up in a process of its own: done as by the ledger itself, told as by it, and ended with us."""
+"""`bring_up_elsewhere` prepares a database in a child process, with the results and errors of `bring_up`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ print(*({{"alembic", "sqlalchemy"}} & set(sys.modules)))
 
 
 async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
-    """SQLite's tables are made; PostgreSQL's are somebody's to make, and that is said in the same words."""
+    """SQLite's tables are created. PostgreSQL without tables raises the same error as `bring_up`."""
     if database_url.startswith("sqlite"):
         await bring_up_elsewhere(database_url)
     else:
@@ -47,20 +47,20 @@ async def test_it_does_as_the_ledger_itself(database_url: str) -> None:
 
 
 async def test_a_database_that_does_not_answer_is_told_without_its_password() -> None:
-    """Nothing listens there."""
+    """The error for a closed port does not show the password."""
     with pytest.raises(StoreUnavailable, match="does not answer") as error:
         await bring_up_elsewhere("postgresql://headrace:hush@127.0.0.1:1/ledger")
     assert "hush" not in str(error.value)
 
 
 async def test_what_is_no_address_is_told_too() -> None:
-    """Whatever ends the process, its last words are there."""
+    """The error of an invalid URL names the exception of the child process."""
     with pytest.raises(StoreUnavailable, match=r"cannot be checked: ValueError: store\.database_url: is no URL"):
         await bring_up_elsewhere("nonsense")
 
 
 async def test_it_ends_when_nobody_waits(tmp_path: Path) -> None:
-    """A gateway that stops leaves no process behind."""
+    """Cancellation kills the child process."""
     before = {child.pid for child in psutil.Process().children()}
     task = asyncio.create_task(bring_up_elsewhere(f"sqlite:///{tmp_path / 'ledger.db'}"))
     new: set[int] = set()
@@ -69,7 +69,7 @@ async def test_it_ends_when_nobody_waits(tmp_path: Path) -> None:
         new.update({child.pid for child in psutil.Process().children()} - before)
         return bool(new)
 
-    await eventually(started, "its process runs")
+    await eventually(started, "the child process runs")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -77,7 +77,7 @@ async def test_it_ends_when_nobody_waits(tmp_path: Path) -> None:
 
 
 def test_whoever_asks_imports_nothing_of_it(tmp_path: Path) -> None:
-    """Neither alembic nor what else it takes."""
+    """The calling process imports neither alembic nor SQLAlchemy."""
     program = PROGRAM.format(url=f"sqlite:///{tmp_path / 'ledger.db'}")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""

@@ -1,4 +1,4 @@
-"""Migrations: what they make is what the tables say, and a release knows which databases it can work on."""
+"""Migrations create the declared tables, and a release recognises which databases it can work on."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def upgrade():
 
 
 def newer(folder: Path, *kinds: str) -> migrate.Migrations:
-    """A release with further migrations of these kinds."""
-    last = migrate.number_of(migrate.Migrations().scripts()[-1].revision)
+    """The migrations of a later release, with further ones of these kinds."""
+    last = migrate.migration_number(migrate.Migrations().scripts()[-1].revision)
     for at, kind in enumerate(kinds, start=last + 1):
         source = (EXPAND if kind == "expand" else CONTRACT).format(n=f"{at:04}", before=f"{at - 1:04}")
         (folder / f"r{at:04}_x.py").write_text(source)
@@ -42,33 +42,33 @@ def newer(folder: Path, *kinds: str) -> migrate.Migrations:
 
 
 def test_migrations_make_what_the_tables_say(database_url: str) -> None:
-    """An empty database is said to be empty; upgraded it is current, without a difference; twice is once."""
+    """An upgrade takes a database from EMPTY to CURRENT, without differences; a second upgrade applies nothing."""
     engine = make_engine(database_url)
     assert migrate.check(engine).state is migrate.State.EMPTY
     with pytest.raises(StoreUnavailable, match="db upgrade"):
         migrate.require_usable(engine)
     assert migrate.upgrade(engine)
     assert migrate.upgrade(engine) == ()
-    found = migrate.check(engine)
-    assert (found.state, found.differences) == (migrate.State.CURRENT, ())
+    check = migrate.check(engine)
+    assert (check.state, check.differences) == (migrate.State.CURRENT, ())
     migrate.require_usable(engine)
     engine.dispose()
 
 
 def test_a_drifted_table_is_told(database_url: str) -> None:
-    """A column that somebody dropped by hand is named."""
+    """The check names a column that was dropped by hand."""
     engine = make_engine(database_url)
     migrate.upgrade(engine)
     with engine.begin() as connection:
         connection.execute(text("ALTER TABLE tenants DROP COLUMN updated_at"))
-    found = migrate.check(engine)
-    assert found.state is migrate.State.DRIFTED
-    assert "updated_at" in found.message()
+    check = migrate.check(engine)
+    assert check.state is migrate.State.DRIFTED
+    assert "updated_at" in check.message()
     engine.dispose()
 
 
 def test_expand_now_contract_when_asked(database_url: str, tmp_path: Path) -> None:
-    """Upgrade stops before what takes away; the release before goes on working until then, and knows when not."""
+    """Upgrade stops before a `contract` migration; the previous release works until that is applied, then refuses."""
     engine = make_engine(database_url)
     migrate.upgrade(engine)
     ahead = newer(tmp_path, "expand", "contract")
@@ -86,7 +86,7 @@ def test_expand_now_contract_when_asked(database_url: str, tmp_path: Path) -> No
 
 
 def test_gateways_that_start_together_upgrade_once(database_url: str) -> None:
-    """Four at a time: one applies, the others find it done."""
+    """Of four concurrent upgrades one applies the migrations and the others nothing."""
     applied: list[tuple[str, ...]] = []
 
     def start() -> None:
@@ -103,7 +103,7 @@ def test_gateways_that_start_together_upgrade_once(database_url: str) -> None:
 
 
 def test_a_new_file_is_opened_while_another_writes(tmp_path: Path) -> None:
-    """SQLite answers the switch to a journal written ahead with "locked" at once while another holds the file."""
+    """Opening a database retries the switch to WAL, which fails with "locked" at once while another process writes."""
     file = tmp_path / "ledger.db"
     other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
     other.execute("CREATE TABLE theirs (a)")
@@ -118,9 +118,9 @@ def test_a_new_file_is_opened_while_another_writes(tmp_path: Path) -> None:
 
 
 def test_a_failed_migration_leaves_nothing(database_url: str, tmp_path: Path) -> None:
-    """When a later migration fails the whole upgrade is rolled back."""
+    """If a later migration fails, the whole upgrade is rolled back."""
     ahead = newer(tmp_path, "expand")
-    last = migrate.number_of(migrate.Migrations().scripts()[-1].revision)
+    last = migrate.migration_number(migrate.Migrations().scripts()[-1].revision)
     source = EXPAND.format(n=f"{last + 1:04}", before=f"{last:04}")
     (tmp_path / f"r{last + 1:04}_x.py").write_text(source + "    raise ValueError('boom')\n")
     engine = make_engine(database_url)
@@ -132,19 +132,21 @@ def test_a_failed_migration_leaves_nothing(database_url: str, tmp_path: Path) ->
 
 
 def test_each_migration_does_what_its_kind_says(database_url: str) -> None:
-    """What expands takes no table and no column away and adds none that an older release would have to fill."""
+    """An `expand` migration removes no table or column, and each new column is nullable or has a default."""
     engine = make_engine(database_url)
     before: dict[str, set[str]] = {}
     for script in migrate.Migrations().scripts():
-        kind = migrate.kind_of(script)
-        assert kind in ("expand", "contract"), f"{script.revision} says no KIND"
+        kind = migrate.migration_kind(script)
+        assert kind in ("expand", "contract"), f"{script.revision} has no KIND"
         with engine.begin() as connection:
             command.upgrade(migrate.Migrations().config(connection), script.revision)
         view = inspect(engine)
         columns = {table: {c["name"]: c for c in view.get_columns(table)} for table in view.get_table_names()}
         for table, names in before.items():
             if kind == "expand":
-                assert names <= columns.get(table, {}).keys(), f"{script.revision} expands, and takes away from {table}"
+                assert names <= columns.get(table, {}).keys(), (
+                    f"{script.revision} is `expand` and removes columns of {table}"
+                )
                 for name in columns[table].keys() - names:
                     column = columns[table][name]
                     assert column["nullable"] or column["default"] is not None, f"{script.revision}: {table}.{name}"
@@ -163,20 +165,20 @@ def test_each_migration_does_what_its_kind_says(database_url: str) -> None:
     ],
 )
 def test_urls_are_checked(url: str, word: str) -> None:
-    """What cannot be a ledger is refused with the setting's name and the remedy."""
+    """An invalid database URL raises an error that names the setting and the remedy."""
     with pytest.raises(ValueError, match=word):
         make_engine(url)
 
 
 def test_the_password_comes_from_elsewhere() -> None:
-    """A password is put into the URL and shown nowhere."""
+    """A separate password is put into the URL and is absent from repr."""
     url = parse_url("postgresql://headrace@db/x", "s3cret")
     assert (url.drivername, url.password) == ("postgresql+psycopg", "s3cret")
     assert "s3cret" not in repr(Ledger("postgresql://headrace@db/x", password="s3cret"))
 
 
 def test_a_database_that_is_not_there(tmp_path: Path) -> None:
-    """Nobody answering, and a file that is no database, are told as a store that is unavailable, without a secret."""
+    """A closed port and a file that is no database raise StoreUnavailable, without the password."""
     with pytest.raises(StoreUnavailable, match="does not answer") as caught:
         Ledger("postgresql://u:s3cret@127.0.0.1:1/x").check()
     assert "s3cret" not in str(caught.value)

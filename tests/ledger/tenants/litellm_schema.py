@@ -1,4 +1,4 @@
-"""LiteLLM's tables as its release 1.108 makes them in PostgreSQL (schema.prisma), the columns an import looks at."""
+"""LiteLLM's tables as release 1.108 creates them in PostgreSQL (schema.prisma), with the columns the import reads."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ CREATE TABLE "LiteLLM_TeamMembership" (
 
 
 def make(connection: psycopg.Connection[object]) -> None:
-    """Make the tables."""
+    """Create the tables."""
     connection.execute(SCHEMA.encode())

@@ -1,4 +1,4 @@
-"""LiteLLM's teams and keys come over: every key works as before, and gains nothing."""
+"""Import from LiteLLM: every key stays valid, and none gains rights."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ NOW = 1_795_000_000.0  # 2026-11-18
 
 
 def sha(key: str) -> str:
-    """What LiteLLM keeps of a key."""
+    """The hash of a key that LiteLLM stores."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def team(team_id: str, **more: Any) -> dict[str, Any]:
-    """A row of the table of teams."""
+    """A row of LiteLLM's table of teams."""
     return {"team_id": team_id, "team_alias": None, "models": [], **more}
 
 
 def key(secret: str, **more: Any) -> dict[str, Any]:
-    """A row of the table of keys."""
+    """A row of LiteLLM's table of keys."""
     return {"token": sha(secret), "key_alias": secret, "models": [], "team_id": None, "user_id": None, **more}
 
 
-def tenant(made: ImportPlan, name: str) -> PlannedTenant:
-    """The tenant of that name."""
-    (found,) = [one for one in made.tenants if one.policy.name == name]
-    return found
+def tenant(import_plan: ImportPlan, name: str) -> PlannedTenant:
+    """The planned tenant of that name."""
+    (match,) = [planned for planned in import_plan.tenants if planned.policy.name == name]
+    return match
 
 
-def owner(made: ImportPlan, secret: str) -> str:
-    """Whose a key becomes."""
-    (found,) = [one for one in made.keys if one.sha256_hex == sha(secret)]
-    return found.tenant
+def owner(import_plan: ImportPlan, secret: str) -> str:
+    """The planned tenant of a key."""
+    (match,) = [planned for planned in import_plan.keys if planned.sha256_hex == sha(secret)]
+    return match.tenant
 
 
 def test_limits_models_and_aliases() -> None:
-    """A team's limits, models, aliases and standing are its tenant's."""
-    found = {
+    """A tenant gets the limits, models, aliases and suspension of its team."""
+    rows = {
         "teams": [
             team(
                 "t1",
@@ -67,13 +67,13 @@ def test_limits_models_and_aliases() -> None:
         "aliases": [{"id": 3, "aliases": {"fast": "gpt-4o"}}],
         "keys": [],
     }
-    made = plan(found, NOW)
-    acme = tenant(made, "acme-corp")
+    import_plan = plan(rows, NOW)
+    acme = tenant(import_plan, "acme-corp")
     assert acme.policy.limits == TenantLimits(60, 1000, 4, daily_tokens=5000)
     assert (acme.policy.models, acme.model_aliases) == (("gpt-4o", "openai/*"), {"fast": "gpt-4o"})
-    other = tenant(made, "acme-corp-2").policy
+    other = tenant(import_plan, "acme-corp-2").policy
     assert (other.models, other.suspended) == (("*",), True)
-    assert made.notes == ()
+    assert import_plan.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -88,19 +88,19 @@ def test_limits_models_and_aliases() -> None:
     ],
 )
 def test_budgets_come_over_at_a_price(duration: str | None, limits: dict[str, int], note: str) -> None:
-    """Money becomes tokens of the nearest period; without a price, or a period, it is told and left out."""
-    found = {"teams": [team("t", max_budget=2.0, budget_duration=duration, spend=0.5)], "keys": []}
-    made = plan(found, NOW, tokens_per_dollar=10_000)
-    assert tenant(made, "t").policy.limits == TenantLimits(**limits)
-    assert note in "".join(made.notes)
-    assert ("starts anew" in "".join(made.notes)) == bool(limits)
-    (without,) = plan(found, NOW).notes
+    """A budget in dollars becomes tokens per day or month; without a price or such a period it becomes a note."""
+    rows = {"teams": [team("t", max_budget=2.0, budget_duration=duration, spend=0.5)], "keys": []}
+    import_plan = plan(rows, NOW, tokens_per_dollar=10_000)
+    assert tenant(import_plan, "t").policy.limits == TenantLimits(**limits)
+    assert note in "".join(import_plan.notes)
+    assert ("starts at zero" in "".join(import_plan.notes)) == bool(limits)
+    (without,) = plan(rows, NOW).notes
     assert "--tokens-per-dollar" in without
 
 
 def test_a_key_that_is_narrower_gains_nothing() -> None:
-    """Own models, limits, budgets or aliases make a key its own tenant; its models are cut to its team's."""
-    found = {
+    """A key with its own models, limits, budget or aliases becomes a tenant, with no model that its team lacks."""
+    rows = {
         "teams": [team("t", team_alias="acme", models=["a", "b"]), team("s", team_alias="stopped", blocked=True)],
         "keys": [
             key("plain", team_id="t"),
@@ -114,21 +114,21 @@ def test_a_key_that_is_narrower_gains_nothing() -> None:
         ],
         "budgets": [{"budget_id": "b1", "tpm_limit": 77, "max_budget": None}],
     }
-    made = plan(found, NOW)
-    assert [owner(made, name) for name in ("plain", "same")] == ["acme", "acme"]
-    assert tenant(made, "acme-models").policy.models == ("a",)
-    assert tenant(made, "acme-beyond").policy.suspended
-    assert tenant(made, "acme-slow").policy.limits.requests_per_minute == 3
-    assert tenant(made, "acme-slow").policy.models == ("a", "b")
-    assert tenant(made, "acme-budget").policy.limits.tokens_per_minute == 77
-    assert tenant(made, "acme-alias").model_aliases == {"x": "a"}
-    assert tenant(made, "stopped-halted").policy.suspended
-    assert sum("a tenant beside acme" in note for note in made.notes) == 5
+    import_plan = plan(rows, NOW)
+    assert [owner(import_plan, name) for name in ("plain", "same")] == ["acme", "acme"]
+    assert tenant(import_plan, "acme-models").policy.models == ("a",)
+    assert tenant(import_plan, "acme-beyond").policy.suspended
+    assert tenant(import_plan, "acme-slow").policy.limits.requests_per_minute == 3
+    assert tenant(import_plan, "acme-slow").policy.models == ("a", "b")
+    assert tenant(import_plan, "acme-budget").policy.limits.tokens_per_minute == 77
+    assert tenant(import_plan, "acme-alias").model_aliases == {"x": "a"}
+    assert tenant(import_plan, "stopped-halted").policy.suspended
+    assert sum("a tenant beside acme" in note for note in import_plan.notes) == 5
 
 
 def test_keys_without_a_team() -> None:
-    """They are their user's, with the user's limits; or stand alone."""
-    found = {
+    """A key without a team belongs to its user's tenant, with the user's limits, or becomes a tenant."""
+    rows = {
         "teams": [],
         "users": [{"user_id": "u1", "user_alias": "Ada", "rpm_limit": 9, "models": []}],
         "keys": [
@@ -139,15 +139,19 @@ def test_keys_without_a_team() -> None:
             key("k5", team_id="lost"),
         ],
     }
-    made = plan(found, NOW)
-    assert [owner(made, f"k{n}") for n in (1, 2, 3, 4, 5)] == ["user-ada"] * 2 + ["user-nobody", "key-k4", "key-k5"]
-    assert tenant(made, "user-ada").policy.limits.requests_per_minute == 9
-    assert any("team lost does not exist" in note for note in made.notes)
+    import_plan = plan(rows, NOW)
+    assert [owner(import_plan, f"k{n}") for n in (1, 2, 3, 4, 5)] == ["user-ada"] * 2 + [
+        "user-nobody",
+        "key-k4",
+        "key-k5",
+    ]
+    assert tenant(import_plan, "user-ada").policy.limits.requests_per_minute == 9
+    assert any("team lost does not exist" in note for note in import_plan.notes)
 
 
 def test_what_does_not_map_is_told() -> None:
-    """Zero and negative limits, no models, expired and odd keys, and every feature without a counterpart."""
-    found = {
+    """Notes name zero and negative limits, missing models, unusable keys and every feature without a counterpart."""
+    rows = {
         "teams": [
             team("zero", rpm_limit=0),
             team("minus", tpm_limit=-5),
@@ -166,8 +170,8 @@ def test_what_does_not_map_is_told() -> None:
         "memberships": [{"user_id": "u", "team_id": "t", "budget_id": "b"}],
         "jwt_mappings": [{"id": 1}],
     }
-    made = plan(found, NOW)
-    text = "\n".join(made.notes)
+    import_plan = plan(rows, NOW)
+    text = "\n".join(import_plan.notes)
     for words in (
         "team zero: may use nothing",
         "team minus: tpm_limit is -5",
@@ -186,12 +190,12 @@ def test_what_does_not_map_is_told() -> None:
         "auth.oidc",
     ):
         assert words in text, words
-    assert all(tenant(made, name).policy.suspended for name in ("zero", "huge", "none"))
-    assert [one.revoked for one in made.keys] == [True]
+    assert all(tenant(import_plan, name).policy.suspended for name in ("zero", "huge", "none"))
+    assert [planned.revoked for planned in import_plan.keys] == [True]
 
 
 def test_over_a_real_database(server: PostgresServer, tmp_path: Path) -> None:
-    """LiteLLM's own tables in PostgreSQL: afterwards every key works as it is, twice is once, names are not mixed."""
+    """After an import from PostgreSQL all keys work; a second one changes nothing; a foreign tenant gets no keys."""
     url = server.new_database()
     with server.connect(url.rsplit("/", 1)[1]) as connection:
         litellm_schema.make(connection)
@@ -211,19 +215,19 @@ def test_over_a_real_database(server: PostgresServer, tmp_path: Path) -> None:
             "VALUES ('1', %s, %s, '2027-01-01')",
             [sha("sk-rotated"), sha("sk-live")],
         )
-    made = plan(read(url), NOW)
-    assert [note.split(":")[0] for note in made.notes] == ["team Acme"]
+    import_plan = plan(read(url), NOW)
+    assert [note.split(":")[0] for note in import_plan.notes] == ["team Acme"]
     ledger = Ledger(f"sqlite:///{tmp_path / 'l.db'}", peppers=(PEPPER,), clock=lambda: NOW)
     ledger.upgrade()
     ledger.tenants.create(TenantPolicy("taken"))
-    done = apply(made, ledger)
-    assert (done.tenants, done.keys) == (1, 2)
-    assert "another tenants/taken" in done.skipped[0]
+    applied = apply(import_plan, ledger)
+    assert (applied.tenants, applied.keys) == (1, 2)
+    assert "another tenants/taken" in applied.skipped[0]
     snapshot = ledger.snapshots.read()
 
     def verdict(secret: str, now_s: float = NOW) -> tuple[str, str]:
-        found = authenticate(snapshot, secret, (PEPPER,), now_s)
-        return found.reason, found.principal.tenant.name if found.principal else ""
+        result = authenticate(snapshot, secret, (PEPPER,), now_s)
+        return result.reason, result.principal.tenant.name if result.principal else ""
 
     assert verdict("sk-live") == ("ok", "acme")
     assert verdict("sk-live", 1_893_456_000.0) == ("expired", "")
@@ -231,19 +235,19 @@ def test_over_a_real_database(server: PostgresServer, tmp_path: Path) -> None:
     assert verdict("sk-rotated", 1_798_761_600.0) == ("expired", "")
     assert verdict("sk-taken") == ("unknown", "")
     assert snapshot.tenants["acme"].model_aliases == {"fast": "tiny"}
-    again = apply(made, ledger)
-    assert (again.tenants, again.keys, len(again.skipped)) == (0, 0, 4)
+    second = apply(import_plan, ledger)
+    assert (second.tenants, second.keys, len(second.skipped)) == (0, 0, 4)
     ledger.close()
 
 
 def test_another_database_is_refused(tmp_path: Path) -> None:
-    """One without LiteLLM's tables is named as such."""
+    """The error for a database without LiteLLM's tables names a missing one."""
     with pytest.raises(ValueError, match="LiteLLM_TeamTable"):
         read(f"sqlite:///{tmp_path / 'x.db'}")
 
 
 def test_the_tables_are_those_of_the_real_schema() -> None:
-    """The names an import reads are the ones the test's own tables have."""
+    """The tables that an import reads exist in the test's schema."""
     assert all(
         f'"{name}"' in litellm_schema.SCHEMA for at, name in import_litellm.TABLES.items() if at != "jwt_mappings"
     )

@@ -1,4 +1,4 @@
-"""Tenants and keys, over SQLite and PostgreSQL alike."""
+"""Tenants and keys, on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ ACME = TenantPolicy(
 
 
 def reason(snapshot: AccessSnapshot, key: str, now_s: float = 0.0) -> str:
-    """What a gateway with this snapshot says to a key."""
+    """The result of authenticating a key with a snapshot."""
     return authenticate(snapshot, key, (PEPPER,), now_s).reason
 
 
 def test_a_policy_rests_whole(ledger: Ledger) -> None:
-    """What is created is what is read, field by field; lists come in order and by page."""
+    """A tenant is read as created, field by field; lists are ordered and paged."""
     ledger.tenants.create(ACME, model_aliases={"gpt-4o": "tiny"})
     ledger.tenants.create(TenantPolicy("b"))
-    found = ledger.tenants.get("acme")
-    assert (found.policy, found.origin, found.model_aliases) == (ACME, "api", {"gpt-4o": "tiny"})
-    assert [one.policy.name for one in ledger.tenants.list()] == ["acme", "b"]
-    assert [one.policy.name for one in ledger.tenants.list(after="acme", limit=1)] == ["b"]
+    stored = ledger.tenants.get("acme")
+    assert (stored.policy, stored.origin, stored.model_aliases) == (ACME, "api", {"gpt-4o": "tiny"})
+    assert [tenant.policy.name for tenant in ledger.tenants.list()] == ["acme", "b"]
+    assert [tenant.policy.name for tenant in ledger.tenants.list(after="acme", limit=1)] == ["b"]
     with pytest.raises(errors.AlreadyExists, match="acme"):
         ledger.tenants.create(ACME)
     with pytest.raises(errors.NotFound, match="tenants/nobody"):
@@ -43,7 +43,7 @@ def test_a_policy_rests_whole(ledger: Ledger) -> None:
 
 
 def test_updates_name_their_fields(ledger: Ledger) -> None:
-    """Maps are merged, null takes away, and a wrong field is told by its path and changes nothing."""
+    """Maps are merged and null removes a value; an invalid field raises with its path and changes nothing."""
     ledger.tenants.create(ACME)
     changed = ledger.tenants.update(
         "acme",
@@ -66,7 +66,7 @@ def test_updates_name_their_fields(ledger: Ledger) -> None:
 
 
 def test_what_a_file_declares_is_read_only(ledger: Ledger) -> None:
-    """Every change over the API to a declared tenant is refused by name; its keys may be made all the same."""
+    """Every change to a declared tenant raises ManagedByFile; keys can still be created."""
     ledger.tenants.declare([TenantPolicy("acme")])
     for change in (
         lambda: ledger.tenants.update("acme", {"weight": 2.0}),
@@ -82,7 +82,7 @@ def test_what_a_file_declares_is_read_only(ledger: Ledger) -> None:
 
 
 def test_declaring_makes_the_files_tenants_exactly_these(ledger: Ledger) -> None:
-    """One that left the file goes and comes back with its keys; the API's own stay; without a change no number."""
+    """A tenant removed from the file returns with its keys; tenants of the API stay; no change takes no number."""
     ledger.tenants.create(TenantPolicy("api"))
     ledger.tenants.declare([TenantPolicy("a"), TenantPolicy("b")])
     key = ledger.keys.create("b").secret
@@ -99,23 +99,23 @@ def test_declaring_makes_the_files_tenants_exactly_these(ledger: Ledger) -> None
 
 
 def test_a_key_is_shown_once_and_kept_as_a_digest(ledger: Ledger, database_url: str) -> None:
-    """Neither the key nor its plain hash is in any row, and the new key's repr does not tell it."""
+    """Neither the key nor its plain hash is in any row, and the new key's repr does not show it."""
     ledger.tenants.create(ACME)
-    made = ledger.keys.create("acme", "ci")
-    assert made.secret.startswith(f"hr_{made.stored.id}_")
-    assert made.secret not in repr(made)
+    created = ledger.keys.create("acme", "ci")
+    assert created.secret.startswith(f"hr_{created.stored.id}_")
+    assert created.secret not in repr(created)
     (stored,) = ledger.keys.list("acme")
-    assert (stored.id, stored.name, stored.role) == (made.stored.id, "ci", "caller")
+    assert (stored.id, stored.name, stored.role) == (created.stored.id, "ci", "caller")
     (entry,) = ledger.snapshots.read().keys.values()
-    assert entry.digest != hashlib.sha256(made.secret.encode()).digest()
+    assert entry.digest != hashlib.sha256(created.secret.encode()).digest()
     if database_url.startswith("sqlite"):
         raw = b"".join(open(database_url[10:] + end, "rb").read() for end in ("", "-wal"))  # noqa: SIM115
-        assert made.secret[-20:].encode() not in raw
-        assert hashlib.sha256(made.secret.encode()).hexdigest().encode() not in raw
+        assert created.secret[-20:].encode() not in raw
+        assert hashlib.sha256(created.secret.encode()).hexdigest().encode() not in raw
 
 
 def test_rotation_without_downtime(database_url: str) -> None:
-    """Old and new key both work during the overlap, then only the new; a dead key cannot be rotated."""
+    """Old and new key work during the overlap, then only the new; an expired key cannot be rotated."""
     now = [1000.0]
     ledger = Ledger(database_url, peppers=(PEPPER,), clock=lambda: now[0])
     ledger.upgrade()
@@ -133,7 +133,7 @@ def test_rotation_without_downtime(database_url: str) -> None:
 
 
 def test_keys_of_others_are_not_found(ledger: Ledger) -> None:
-    """A key is reached through its own tenant only, and the error is that of a key that does not exist."""
+    """Another tenant's key raises the same error as a key that does not exist."""
     ledger.tenants.create(ACME)
     ledger.tenants.create(TenantPolicy("b"))
     key = ledger.keys.create("acme").stored.id
@@ -144,7 +144,7 @@ def test_keys_of_others_are_not_found(ledger: Ledger) -> None:
 
 
 def test_bad_keys_are_refused_with_the_field(ledger: Ledger) -> None:
-    """Names, roles, expiries, hashes and a missing pepper each have their words."""
+    """The errors for invalid names, roles, expiries, hashes and overlaps name the field."""
     ledger.tenants.create(ACME)
     for make, word in (
         (lambda: ledger.keys.create("acme", "x" * 256), "name"),
@@ -161,7 +161,7 @@ def test_bad_keys_are_refused_with_the_field(ledger: Ledger) -> None:
 
 
 def test_no_pepper_no_keys(database_url: str) -> None:
-    """Without a pepper the setting to make is named."""
+    """Without a pepper the error names the setting."""
     ledger = Ledger(database_url)
     ledger.upgrade()
     ledger.tenants.create(ACME)
@@ -171,13 +171,13 @@ def test_no_pepper_no_keys(database_url: str) -> None:
 
 
 def test_snapshots_follow_every_change(ledger: Ledger) -> None:
-    """Reading on from the last snapshot gives what reading everything gives, after each kind of change."""
+    """An incremental read equals a full read, after each kind of change."""
     snapshot = ledger.snapshots.read()
     keys: list[str] = []
 
     def create_key() -> None:
-        made = ledger.keys.create("acme")
-        keys.append(made.stored.id)
+        created = ledger.keys.create("acme")
+        keys.append(created.stored.id)
 
     for change in (
         lambda: ledger.tenants.create(ACME),
@@ -196,29 +196,29 @@ def test_snapshots_follow_every_change(ledger: Ledger) -> None:
     ):
         change()
         after = ledger.snapshots.read(snapshot)
-        whole = ledger.snapshots.read()
+        full = ledger.snapshots.read()
         assert after.sequence == snapshot.sequence + 1
-        assert (after.tenants, after.keys) == (whole.tenants, whole.keys)
+        assert (after.tenants, after.keys) == (full.tenants, full.keys)
         snapshot = after
     assert set(snapshot.tenants) == {"b"}
     assert snapshot.keys == {}
 
 
 def test_a_change_that_commits_late_is_not_missed(ledger: Ledger) -> None:
-    """Writers side by side: whoever has read number n has read every change up to n, at every moment."""
-    made: list[str] = []
+    """With concurrent writers, a reader at number n has always read every change up to n."""
+    created: list[str] = []
 
     def write(prefix: str) -> None:
         for at in range(15):
             ledger.tenants.create(TenantPolicy(f"{prefix}{at}"))
-            made.append(f"{prefix}{at}")
+            created.append(f"{prefix}{at}")
 
     threads = [threading.Thread(target=write, args=(prefix,)) for prefix in "abc"]
     for thread in threads:
         thread.start()
     snapshot = ledger.snapshots.read()
     while any(thread.is_alive() for thread in threads):
-        done = set(made)
+        done = set(created)
         snapshot = ledger.snapshots.read(snapshot)
         assert done <= snapshot.tenants.keys()
         assert len(snapshot.tenants) == snapshot.sequence - 1
@@ -226,7 +226,7 @@ def test_a_change_that_commits_late_is_not_missed(ledger: Ledger) -> None:
 
 
 def test_a_deleted_name_passes_to_nobody_until_erased(ledger: Ledger) -> None:
-    """Deleting stops keys and keeps usage and the name; erasing removes every row that names the tenant."""
+    """Deleting a tenant revokes its keys and keeps its usage and name; erasing removes every row that names it."""
     ledger.tenants.create(ACME)
     key = ledger.keys.create("acme").secret
     record = UsageRecord("r1", "acme", "k", "m", "v1", "q", 1.0, "ok")

@@ -1,4 +1,4 @@
-"""What a gateway knows while its database is there, away, back, slow and replaced."""
+"""The watcher's snapshot while the database is reachable, unreachable, back again and silent."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ class Clocks:
         self.wall, self.monotonic = 1000.0, 50.0
 
     def pass_(self, seconds: float) -> None:
-        """Time goes by."""
+        """Advance both clocks."""
         self.wall += seconds
         self.monotonic += seconds
 
 
 class Source:
-    """A database that answers, or not."""
+    """Fake database that can be unreachable."""
 
     def __init__(self, clocks: Clocks) -> None:
         self.clocks = clocks
-        self.away = False
+        self.unreachable = False
         self.sequence = 1
         self.tenants = {"acme": TenantEntry(TenantPolicy("acme"))}
 
     def read(self, before: AccessSnapshot | None) -> AccessSnapshot:
-        """The newest snapshot."""
-        if self.away:
+        """The newest snapshot. Raises StoreUnavailable while unreachable."""
+        if self.unreachable:
             raise StoreUnavailable("the database is away")
         if before is not None and before.sequence == self.sequence:
             return AccessSnapshot(before.sequence, self.clocks.wall, before.tenants, before.keys)
@@ -57,21 +57,21 @@ class Source:
 
 @pytest.fixture
 def clocks() -> Clocks:
-    """Clocks of the test's own."""
+    """Clocks that the test moves."""
     return Clocks()
 
 
 @pytest.fixture
 def source(clocks: Clocks) -> Source:
-    """A database of the test's own."""
+    """A fake database."""
     return Source(clocks)
 
 
 @pytest.fixture
 def make(tmp_path: Path, clocks: Clocks, source: Source) -> Callable[..., Watcher]:
-    """A gateway's watcher; a second one is the same gateway restarted."""
+    """Factory of a gateway's watcher; a second watcher is the same gateway restarted."""
 
-    def of(**options: object) -> Watcher:
+    def make_watcher(**options: object) -> Watcher:
         arguments = {"stale_after_s": 100.0, **options}
         return Watcher(
             source.read,
@@ -81,11 +81,11 @@ def make(tmp_path: Path, clocks: Clocks, source: Source) -> Callable[..., Watche
             **arguments,  # type: ignore[arg-type]
         )
 
-    return of
+    return make_watcher
 
 
 def refusal(watcher: Watcher) -> str:
-    """Why a call is refused."""
+    """The message with which a call is rejected."""
     with pytest.raises(CallError) as caught:
         watcher.current()
     assert caught.value.outcome is Outcome.STORE_UNAVAILABLE
@@ -94,8 +94,8 @@ def refusal(watcher: Watcher) -> str:
 
 
 def test_before_the_first_answer_nobody_is_let_in(make: Callable[..., Watcher], source: Source) -> None:
-    """Without a database and without a file a gateway refuses with the reason, even for declared tenants."""
-    source.away = True
+    """Without a database and without a file calls are rejected with the reason, even for declared tenants."""
+    source.unreachable = True
     watcher = make(declared=[TenantPolicy("filed")])
     assert not watcher.ask()
     assert "has not reached its database" in refusal(watcher)
@@ -105,55 +105,55 @@ def test_before_the_first_answer_nobody_is_let_in(make: Callable[..., Watcher], 
 def test_the_last_snapshot_serves_for_a_while_then_not(
     make: Callable[..., Watcher], source: Source, clocks: Clocks
 ) -> None:
-    """Age counts from the last confirmation; past stale_after_s calls are refused, and an answer heals it at once."""
+    """The age counts from the last successful poll; beyond stale_after_s calls are rejected, until the next one."""
     watcher = make()
     assert watcher.ask()
     clocks.pass_(90)
     assert watcher.ask()
-    source.away = True
+    source.unreachable = True
     clocks.pass_(100)
     assert not watcher.ask()
     assert set(watcher.current().tenants) == {"acme"}
     clocks.pass_(0.1)
-    assert "longer than store.stale_after_s (100)" in refusal(watcher)
-    source.away = False
+    assert "longer than store.stale_after_s (100 s)" in refusal(watcher)
+    source.unreachable = False
     assert watcher.ask()
     assert watcher.current().sequence == 1
     assert watcher.statistics().error == ""
 
 
 def test_the_snapshot_outlives_the_process(make: Callable[..., Watcher], source: Source, clocks: Clocks) -> None:
-    """A gateway that starts while the database is away serves from disk, and the time it was down counts."""
+    """A gateway that starts while the database is unreachable uses the file, whose age includes the downtime."""
     make().ask()
-    source.away = True
+    source.unreachable = True
     clocks.pass_(60)
-    again = make()
-    assert set(again.current().tenants) == {"acme"}
-    assert again.statistics().age_s == 60
+    restarted = make()
+    assert set(restarted.current().tenants) == {"acme"}
+    assert restarted.statistics().age_s == 60
     clocks.pass_(41)
-    refusal(again)
+    refusal(restarted)
     refusal(make())
 
 
 def test_confirmations_reach_the_disk(make: Callable[..., Watcher], source: Source, clocks: Clocks) -> None:
-    """Though nothing changes for long, the file stays young enough for a restart."""
+    """The file is refreshed although nothing changes, so that it is recent enough for a restart."""
     watcher = make()
     for _ in range(400):
         clocks.pass_(0.5)
         watcher.ask()
-    source.away = True
-    again = make()
-    assert again.statistics().age_s <= 25.5
+    source.unreachable = True
+    restarted = make()
+    assert restarted.statistics().age_s <= 25.5
 
 
 @pytest.mark.parametrize("step_s", [-1e6, 1e6])
 def test_clock_steps_neither_lock_out_nor_let_in(
     make: Callable[..., Watcher], source: Source, clocks: Clocks, step_s: float
 ) -> None:
-    """A step of the wall clock in a running gateway changes nothing; staleness still comes when it is due."""
+    """A step of the wall clock in a running gateway does not change when its snapshot becomes stale."""
     watcher = make()
     watcher.ask()
-    source.away = True
+    source.unreachable = True
     clocks.wall += step_s
     clocks.pass_(99)
     watcher.ask()
@@ -165,43 +165,43 @@ def test_clock_steps_neither_lock_out_nor_let_in(
 def test_a_file_from_the_future_does_not_last_forever(
     make: Callable[..., Watcher], source: Source, clocks: Clocks
 ) -> None:
-    """After a step back before a restart the file counts as new once, not until the clock has caught up."""
+    """A file dated in the future counts as new at a restart and then becomes stale as usual."""
     make().ask()
-    source.away = True
+    source.unreachable = True
     clocks.wall -= 1e6
-    again = make()
-    assert again.current().tenants
+    restarted = make()
+    assert restarted.current().tenants
     clocks.pass_(101)
-    refusal(again)
+    refusal(restarted)
 
 
 def test_declared_tenants_stand_over_the_databases(make: Callable[..., Watcher], source: Source) -> None:
-    """The file's policy is served from the first answer on, and after each change."""
+    """A declared tenant's policy overrides the database's, from the first poll on and after each change."""
     seen: list[AccessSnapshot] = []
     watcher = make(declared=[TenantPolicy("acme", weight=9.0)], on_change=seen.append)
     watcher.ask()
     watcher.ask()
     source.sequence, source.tenants = 2, {"b": TenantEntry(TenantPolicy("b"))}
     watcher.ask()
-    assert [set(one.tenants) for one in seen] == [{"acme"}, {"acme", "b"}]
+    assert [set(snapshot.tenants) for snapshot in seen] == [{"acme"}, {"acme", "b"}]
     assert watcher.current().tenants["acme"] == TenantEntry(TenantPolicy("acme", weight=9.0), "file")
 
 
 def test_the_file_is_whole_and_private(tmp_path: Path) -> None:
-    """It reads back equal and is its owner's; damaged, cut or foreign it is no snapshot."""
+    """A saved snapshot reads back equal and is private; a damaged, truncated or foreign file loads as None."""
     path = tmp_path / "s"
     snapshot = AccessSnapshot.of([TenantEntry(TenantPolicy("a"))], [KeyEntry("k", "a", b"d" * 32)], 5, 6.0)
     watch.save(path, snapshot)
     assert watch.load(path) == snapshot
     assert path.stat().st_mode & 0o077 == 0
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
-    good = path.read_bytes()
-    head, body = good.split(b"\n")
+    condition = path.read_bytes()
+    head, body = condition.split(b"\n")
     for bad in (
         b"",
         b"{}",
-        good[:-1],
-        good.replace(b'"a"', b'"b"'),
+        condition[:-1],
+        condition.replace(b'"a"', b'"b"'),
         json.dumps({**json.loads(head), "format": "x"}).encode() + b"\n" + body,
     ):
         path.write_bytes(bad)
@@ -210,7 +210,7 @@ def test_the_file_is_whole_and_private(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_stops_nothing(make: Callable[..., Watcher], tmp_path: Path, source: Source) -> None:
-    """When the file cannot be written the gateway serves from memory."""
+    """If the file cannot be written, the gateway serves from memory."""
     (tmp_path / "snapshot").mkdir()
     watcher = make()
     assert watcher.ask()
@@ -218,22 +218,22 @@ def test_a_disk_that_is_full_stops_nothing(make: Callable[..., Watcher], tmp_pat
 
 
 class Seen:
-    """Waits until a watcher has told of something."""
+    """Callback that waits for a snapshot."""
 
     def __init__(self) -> None:
-        self._told = threading.Condition()
+        self._changed = threading.Condition()
         self._last = AccessSnapshot()
 
     def __call__(self, snapshot: AccessSnapshot) -> None:
-        with self._told:
+        with self._changed:
             self._last = snapshot
-            self._told.notify_all()
+            self._changed.notify_all()
 
-    def wait(self, good: Callable[[AccessSnapshot], bool], deadline_s: float = DEADLINE_S) -> float:
-        """Seconds until it was so."""
+    def wait(self, condition: Callable[[AccessSnapshot], bool], deadline_s: float = DEADLINE_S) -> float:
+        """Wait until the last snapshot meets a condition; returns the seconds waited."""
         began = time.monotonic()
-        with self._told:
-            assert self._told.wait_for(lambda: good(self._last), deadline_s), "not told in time"
+        with self._changed:
+            assert self._changed.wait_for(lambda: condition(self._last), deadline_s), "no such snapshot in time"
         return time.monotonic() - began
 
 
@@ -245,7 +245,7 @@ def own_server() -> Iterator[postgres.PostgresServer]:
 
 
 def test_suspend_and_resume_within_two_seconds(ledger: Ledger, tmp_path: Path) -> None:
-    """Each of four changes reaches a watching gateway in less than two seconds."""
+    """Suspending and resuming a tenant reaches a watching gateway in less than two seconds."""
     seen = Seen()
     ledger.tenants.create(TenantPolicy("acme"))
     watcher = Watcher(ledger.snapshots.read, tmp_path / "s", stale_after_s=60, on_change=seen)
@@ -258,14 +258,14 @@ def test_suspend_and_resume_within_two_seconds(ledger: Ledger, tmp_path: Path) -
 
 
 def test_a_database_that_is_killed_and_comes_back(own_server: postgres.PostgresServer, tmp_path: Path) -> None:
-    """Killed: the last snapshot serves, a restarted gateway serves from disk. Back: changes arrive by themselves."""
+    """While the database is down, the last snapshot serves, after a restart from disk; later changes arrive again."""
     url = own_server.new_database()
     ledger = Ledger(url, peppers=(PEPPER,))
     ledger.upgrade()
     ledger.tenants.create(TenantPolicy("acme"))
     seen = Seen()
     watcher = Watcher(ledger.snapshots.read, tmp_path / "s", stale_after_s=3600, on_change=seen, period_s=0.05)
-    assert watcher.ask()  # answered by now, and on disk; those who are told of a change may be ahead of the disk
+    assert watcher.ask()  # on disk when `ask` returns; `on_change` may be called before that
     watcher.start()
     own_server.kill()
     restarted = Watcher(Ledger(url).snapshots.read, tmp_path / "s", stale_after_s=3600)
@@ -283,7 +283,7 @@ def test_a_database_that_is_killed_and_comes_back(own_server: postgres.PostgresS
 
 
 def test_a_stop_does_not_wait_for_a_silent_database(tmp_path: Path) -> None:
-    """A gateway can end although its database has stopped answering in mid-question."""
+    """`stop` returns although the database does not answer a running query."""
     asked, answer = threading.Event(), threading.Event()
 
     def read(_before: AccessSnapshot | None) -> AccessSnapshot:

@@ -1,4 +1,4 @@
-"""Who resumes what is decided once, by one atomic write."""
+"""A segment is claimed once, by one atomic write."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from cluster.ledger.store import Ledger
 
 
 def test_of_many_one_is_the_first(ledger: Ledger) -> None:
-    """Sixteen at a time over one database, in any order: each name is taken by one, and stays so until it expires."""
+    """Of sixteen concurrent claims, in any order, one gets each name, until the claim expires."""
     names = [f"call.{i}" for i in range(8)]
 
-    def take(asked: list[str], now_s: float) -> list[bool]:
-        return list(ledger.resumed.take([(name, now_s + 100.0) for name in asked], now_s))
+    def claim(segments: list[str], now_s: float) -> list[bool]:
+        return list(ledger.resumed.take([(name, now_s + 100.0) for name in segments], now_s))
 
     orders = [names, names[::-1], names[4:] + names[:4], [*names, *names]]
     with ThreadPoolExecutor(16) as threads:
-        took = list(threads.map(lambda i: (orders[i % 4], take(orders[i % 4], 100.0)), range(16)))
-    firsts = Counter(name for order, found in took for name, first in zip(order, found, strict=True) if first)
+        claims = list(threads.map(lambda i: (orders[i % 4], claim(orders[i % 4], 100.0)), range(16)))
+    firsts = Counter(name for order, won in claims for name, first in zip(order, won, strict=True) if first)
     assert firsts == dict.fromkeys(names, 1)
-    assert not any(take(names, 199.0))
-    assert take([names[0], "new", names[0]], 201.0) == [True, True, False]
+    assert not any(claim(names, 199.0))
+    assert claim([names[0], "new", names[0]], 201.0) == [True, True, False]
     assert ledger.resumed.expire(250.0) == 7
-    assert take(names[:2], 250.0) == [False, True]
+    assert claim(names[:2], 250.0) == [False, True]

@@ -1,4 +1,4 @@
-"""Sealed records: a worker keeps them and can neither read, change nor make one."""
+"""Workers can neither read, change nor forge sealed records."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ SEALED = Sealer((A,)).seal(OPENED)
 
 
 def test_any_gateway_opens_what_one_has_sealed() -> None:
-    """Under one secret it opens elsewhere; it is small, shows nothing, and is never the same twice."""
+    """A sealed record opens in any process with the secret; it is small, hides its content, and differs each time."""
     assert Sealer((A,)).open(SEALED) == OPENED
     assert len(SEALED) < 500
-    # Long names: two letters are in one of some hundred sealed records, by chance.
+    # Only long names: two given letters occur by chance in one of some hundred sealed records.
     hidden = (OPENED.tenant, OPENED.key_id, OPENED.model, *OPENED.labels.values())
     assert not any(name.encode() in SEALED for name in hidden)
     sealer = Sealer((A,))
@@ -29,7 +29,7 @@ def test_any_gateway_opens_what_one_has_sealed() -> None:
 
 
 def test_a_secret_is_replaced_without_loss() -> None:
-    """The first of a list seals, all open; one that left the list opens nothing."""
+    """The first secret seals and all open; a removed secret opens nothing."""
     assert Sealer((B, A)).open(SEALED) == OPENED
     assert Sealer((B,)).open(Sealer((B, A)).seal(OPENED)) == OPENED
     with pytest.raises(SealError, match="does not have"):
@@ -38,7 +38,7 @@ def test_a_secret_is_replaced_without_loss() -> None:
 
 @given(st.integers(0, len(SEALED) - 1), st.integers(1, 255))
 def test_no_byte_can_be_changed(at: int, flip: int) -> None:
-    """Every single changed byte is noticed."""
+    """A change of any single byte raises SealError."""
     changed = bytearray(SEALED)
     changed[at] ^= flip
     with pytest.raises(SealError):
@@ -47,7 +47,7 @@ def test_no_byte_can_be_changed(at: int, flip: int) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused(data: bytes) -> None:
-    """Whatever a worker sends, cut short too, is refused without another exception."""
+    """Arbitrary bytes and truncated records raise SealError and no other exception."""
     with pytest.raises(SealError):
         Sealer((A,)).open(data)
     with pytest.raises(SealError):
@@ -55,7 +55,7 @@ def test_any_bytes_are_refused(data: bytes) -> None:
 
 
 def test_a_megabyte_is_refused_and_salts_are_bounded() -> None:
-    """Size is looked at first, and many processes' salts do not fill the memory."""
+    """Oversized data is rejected before decryption, and the cache of keys by salt is bounded."""
     with pytest.raises(SealError, match="not a sealed record"):
         Sealer((A,)).open(SEALED + b"x" * 1_000_000)
     opener = Sealer((A,))

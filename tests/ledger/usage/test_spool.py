@@ -1,4 +1,4 @@
-"""The spool: every record that was told durable is in the database once, wherever and however often things die."""
+"""The spool stores every record acknowledged as durable in the database exactly once, despite crashes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOSTILE = HealthCheck.function_scoped_fixture
 
 
 class Database:
-    """Takes each id once, and dies as told: before or after its commit."""
+    """Fake database that stores each id once. `deaths` makes inserts fail before or after the commit."""
 
     def __init__(self, deaths: Sequence[str] = ()) -> None:
         self.rows: dict[str, UsageRecord] = {}
@@ -37,30 +37,30 @@ class Database:
         self.calls = 0
 
     def insert(self, records: Sequence[UsageRecord]) -> None:
-        """One transaction."""
+        """Insert in one transaction."""
         self.calls += 1
         death = self.deaths.pop(0) if self.deaths else ""
         if death == "before":
             raise StoreUnavailable("away")
-        if any(one.record_id in self.bad for one in records):
+        if any(new.record_id in self.bad for new in records):
             raise ValueError("value out of range")
-        for one in records:
-            self.rows.setdefault(one.record_id, one)
+        for new in records:
+            self.rows.setdefault(new.record_id, new)
         if death == "after":
             raise StoreUnavailable("gone after commit")
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[..., Spool]]:
-    """Makes spools over one folder, closed at the end."""
-    made: list[Spool] = []
+    """Factory of spools over one folder, closed at the end."""
+    spools: list[Spool] = []
 
-    def of(**options: object) -> Spool:
-        made.append(Spool(tmp_path / "spool", linger_s=0.0, **options))  # type: ignore[arg-type]
-        return made[-1]
+    def make_spool(**options: object) -> Spool:
+        spools.append(Spool(tmp_path / "spool", linger_s=0.0, **options))  # type: ignore[arg-type]
+        return spools[-1]
 
-    yield of
-    for spool in made:
+    yield make_spool
+    for spool in spools:
         try:
             spool.close()
         except OSError:
@@ -75,7 +75,7 @@ def fill(spool: Spool, *numbers: int) -> None:
 
 
 def test_records_arrive_once_and_segments_go(make: Callable[..., Spool], tmp_path: Path) -> None:
-    """What was appended is in the database, nothing is pending, and no segment is left."""
+    """Appended records reach the database; then nothing is pending and no segment file is left."""
     spool, database = make(), Database()
     fill(spool, 1, 2, 3)
     assert (spool.statistics().pending, spool.statistics().durable) == (3, 3)
@@ -88,23 +88,23 @@ def test_records_arrive_once_and_segments_go(make: Callable[..., Spool], tmp_pat
 
 
 def test_durable_is_told_in_order(make: Callable[..., Spool]) -> None:
-    """Positions only grow, and the last one told covers everything."""
-    told: list[int] = []
+    """Reported positions only grow, and the last one covers all records."""
+    positions: list[int] = []
     done = threading.Event()
 
     def on_durable(position: int) -> None:
-        told.append(position)
+        positions.append(position)
         if position == 100:
             done.set()
 
     spool = make(on_durable=on_durable)
     assert [spool.append(record(f"r{n}")) for n in range(100)] == list(range(1, 101))
     assert done.wait(10)
-    assert told == sorted(told)
+    assert positions == sorted(positions)
 
 
 def test_what_a_dead_process_left_is_moved_by_the_next(make: Callable[..., Spool]) -> None:
-    """Records spooled while the database was away outlive the process and keep their order by segment."""
+    """Records spooled while the database is unreachable survive a restart and keep their order."""
     first = make()
     fill(first, 1, 2)
     with pytest.raises(StoreUnavailable):
@@ -126,7 +126,7 @@ def test_what_a_dead_process_left_is_moved_by_the_next(make: Callable[..., Spool
 def test_no_crash_loses_or_doubles(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str], deaths: list[str]
 ) -> None:
-    """Any interleaving of calls, replays, restarts and databases that die before or after a commit."""
+    """Any sequence of appends, replays, restarts and database failures stores each record exactly once."""
     folder, database, number = tmp_path_factory.mktemp("spool"), Database(deaths), 0
     spool = Spool(folder, linger_s=0.0, max_segment_bytes=600)
     for step in steps:
@@ -151,7 +151,7 @@ def test_no_crash_loses_or_doubles(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HOSTILE])
 @given(st.data())
 def test_a_torn_tail_costs_only_itself(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """A segment cut at any byte gives every line that is whole, and later records are unharmed."""
+    """Of a segment truncated at any byte all complete lines are stored, and later records too."""
     folder = tmp_path_factory.mktemp("spool")
     lines = [encode(record(f"r{n}")) for n in range(4)]
     whole = b"".join(lines)
@@ -167,7 +167,7 @@ def test_a_torn_tail_costs_only_itself(tmp_path_factory: pytest.TempPathFactory,
 
 
 def test_a_changed_line_is_kept_aside(make: Callable[..., Spool], tmp_path: Path) -> None:
-    """A line whose checksum does not match is rejected, counted and kept; the others arrive."""
+    """A line with a wrong checksum is rejected, counted and kept in a file; the others are stored."""
     folder = tmp_path / "spool"
     folder.mkdir()
     bad = encode(record("r2")).replace(b'"prompt_tokens":10', b'"prompt_tokens":99')
@@ -182,7 +182,7 @@ def test_a_changed_line_is_kept_aside(make: Callable[..., Spool], tmp_path: Path
 
 
 def test_one_bad_record_does_not_hold_up_the_rest(make: Callable[..., Spool], tmp_path: Path) -> None:
-    """What the database refuses for good is found among many and kept aside; everything else is entered."""
+    """Records that the database rejects are isolated and kept in a file; all others are stored."""
     spool, database = make(), Database()
     database.bad = {"r13", "r40"}
     fill(spool, *range(64))
@@ -193,10 +193,10 @@ def test_one_bad_record_does_not_hold_up_the_rest(make: Callable[..., Spool], tm
 
 
 def test_a_disk_that_fails_is_told_and_tried_again(make: Callable[..., Spool], tmp_path: Path) -> None:
-    """While segments cannot be made nothing is durable and the reason is shown; afterwards nothing is missing."""
+    """While no segment can be created, nothing is durable and statistics show the error; later nothing is missing."""
     spool, database = make(), Database()
     blocker = tmp_path / "spool" / "usage-000000000001.jsonl"
-    blocker.mkdir()  # no file can be made at this name
+    blocker.mkdir()  # no file can be created at this path
     position = spool.append(record("r1"))
     assert not spool.wait_durable(position, 0.3)
     assert "exists" in spool.statistics().error
@@ -209,7 +209,7 @@ def test_a_disk_that_fails_is_told_and_tried_again(make: Callable[..., Spool], t
 
 
 def test_a_folder_has_one_owner(make: Callable[..., Spool]) -> None:
-    """A second process over the same folder is refused, and a closed spool takes nothing more."""
+    """A folder in use raises for a second spool, and a closed spool accepts no records."""
     spool = make()
     with pytest.raises(ValueError, match="in use by another process"):
         make()
@@ -220,7 +220,7 @@ def test_a_folder_has_one_owner(make: Callable[..., Spool]) -> None:
 
 
 def test_lines_read_back() -> None:
-    """Encoding is undone by decoding, odd labels included."""
+    """Decoding reverses encoding, including unusual labels, and raises for damaged lines."""
     odd = record("r1", labels={"ü\n": "🎈 '\""}, ttft_s=None)
     assert decode(encode(odd)[:-1]) == odd
     for bad in (b"", b"zzzzzzzz {}", b"00000000", encode(odd)[1:-1]):
@@ -236,12 +236,12 @@ from cluster.ledger.store import Ledger
 from tests.ledger.samples import record
 folder, url, start = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 ledger = Ledger(url)
-told = 0
+reported = 0
 def durable(position):
-    global told
-    sys.stdout.write("".join(f"r{start + n}\\n" for n in range(told, position)))
+    global reported
+    sys.stdout.write("".join(f"r{start + n}\\n" for n in range(reported, position)))
     sys.stdout.flush()
-    told = position
+    reported = position
 spool = Spool(folder, on_durable=durable, max_segment_bytes=2000)
 replayer = Replayer(spool, ledger.usage.insert, period_s=0.001, batch_records=7)
 replayer.start()
@@ -252,25 +252,25 @@ for n in range(100_000):
 
 @pytest.mark.slow
 def test_killed_at_random_points(database_url: str, tmp_path: Path) -> None:
-    """Processes that spool and replay are killed again and again: what they told durable is in the database once."""
+    """Of processes killed at random points, every record reported as durable is in the database exactly once."""
     ledger = Ledger(database_url)
     ledger.upgrade()
-    chance, told = random.Random(3), set[str]()
+    chance, durable = random.Random(3), set[str]()
     for life in range(5):
         arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "spool"), database_url, str(life * 1_000_000)]
         with subprocess.Popen(
             arguments, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."}
-        ) as one:
-            assert one.stdout is not None
+        ) as process:
+            assert process.stdout is not None
             for _ in range(chance.randrange(1, 400)):
-                told.add(one.stdout.readline().strip())
-            one.send_signal(signal.SIGKILL)
-            told |= {line.strip() for line in one.stdout if line.endswith("\n")}
+                durable.add(process.stdout.readline().strip())
+            process.send_signal(signal.SIGKILL)
+            durable |= {line.strip() for line in process.stdout if line.endswith("\n")}
     spool = Spool(tmp_path / "spool")
     Replayer(spool, ledger.usage.insert).move()
     spool.close()
-    rows = [one.record_id for one in ledger.usage.records(UsageQuery(), limit=10**6)]
+    rows = [row.record_id for row in ledger.usage.records(UsageQuery(), limit=10**6)]
     assert len(rows) == len(set(rows))
-    assert told - {""} <= set(rows)
+    assert durable - {""} <= set(rows)
     assert not (tmp_path / "spool" / REJECTED).exists()
     ledger.close()

@@ -1,4 +1,4 @@
-"""Usage: each call once, sums by group, money, retention, and files that programs and spreadsheets read."""
+"""Usage: one row per call, sums by group, cost, retention, CSV and JSON export."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.ledger.samples import DAY_S, record
 
 
 def total(ledger: Ledger) -> dict[str, Any]:
-    """Sums over everything."""
+    """Sums over all records."""
     (row,) = ledger.usage.query(UsageQuery(group_by=()))
     return row
 
 
 def test_a_record_rests_whole(ledger: Ledger) -> None:
-    """What is written is what is read, extremes and odd labels included."""
+    """Records are read as written, including extreme values and unusual labels."""
     records = [
         record(),
         record("r2", ttft_s=None, labels={}, opened_at_s=0.0, gpu="", completion_tokens=2**53 - 1),
@@ -45,7 +45,7 @@ def test_a_record_rests_whole(ledger: Ledger) -> None:
 
 
 def test_a_call_counts_once(ledger: Ledger) -> None:
-    """The same report again, in the same batch or another, changes nothing."""
+    """A repeated report, in the same batch or a later one, changes nothing."""
     ledger.usage.insert([record(), record()])
     before = total(ledger)
     ledger.usage.insert([record(), record("r2")])
@@ -55,8 +55,10 @@ def test_a_call_counts_once(ledger: Ledger) -> None:
 
 
 def test_requests_are_counted_and_not_their_parts(ledger: Ledger) -> None:
-    """504 calls were told as 679 requests: each output of a call, each part after a resumption and each report of idle
-    GPUs counted as one."""
+    """Further outputs, resumed segments and records of idle GPUs do not count as requests.
+
+    They once did, and 504 calls were reported as 679 requests.
+    """
     outputs_and_resumptions = [(1, 0), (4, 0), (1, 3), (3, 2)]
     parts = [
         record(f"{call}.{resumed}.{output}", segment=resumed * RESUMED + output)
@@ -64,10 +66,10 @@ def test_requests_are_counted_and_not_their_parts(ledger: Ledger) -> None:
         for resumed in range(resumptions + 1)
         for output in range(outputs)
     ]
-    resting = [record(f"idle{at}", tenant=IDLE_TENANT) for at in range(5)]
-    ledger.usage.insert([*parts, *resting])
+    idle = [record(f"idle{at}", tenant=IDLE_TENANT) for at in range(5)]
+    ledger.usage.insert([*parts, *idle])
     assert total(ledger)["requests"] == 4
-    assert total(ledger)["generated_tokens"] == sum(one.generated_tokens for one in (*parts, *resting))
+    assert total(ledger)["generated_tokens"] == sum(part.generated_tokens for part in (*parts, *idle))
 
 
 REPORTS = [(i, generated) for i in range(4) for generated in (None, 2, 5)]
@@ -78,38 +80,37 @@ REPORTS = [(i, generated) for i in range(4) for generated in (None, 2, 5)]
 def test_order_and_repetition_do_not_matter(
     tmp_path_factory: pytest.TempPathFactory, reports: list[tuple[int, int | None]], data: st.DataObject
 ) -> None:
-    """Any reports, in any order and any batches, leave one row a call: the exact one if there was any, else of the
-    estimates that of the most tokens."""
+    """Reports in any order and batches leave one row per call: the exact report, else the largest estimate."""
     ledger = Ledger(f"sqlite:///{tmp_path_factory.mktemp('law') / 'l.db'}")
     ledger.upgrade()
-    made = [
+    records = [
         record(f"r{i}", generated_tokens=4) if estimate is None else
         record(f"r{i}", generated_tokens=estimate, delivered_unknown=True)
         for i, estimate in reports
     ]  # fmt: skip
     at = 0
-    while at < len(made):
+    while at < len(records):
         size = data.draw(st.integers(1, 5))
-        ledger.usage.insert(made[at : at + size])
+        ledger.usage.insert(records[at : at + size])
         at += size
-    found = {one.record_id: one.generated_tokens for one in ledger.usage.records(UsageQuery())}
+    stored = {row.record_id: row.generated_tokens for row in ledger.usage.records(UsageQuery())}
     by_call = {i: [estimate for j, estimate in reports if j == i] for i, _ in reports}
-    assert found == {f"r{i}": 4 if None in all_ else max(filter(None, all_)) for i, all_ in by_call.items()}
+    assert stored == {f"r{i}": 4 if None in all_ else max(filter(None, all_)) for i, all_ in by_call.items()}
     ledger.close()
 
 
 def test_gateways_that_report_the_same_calls_at_once(ledger: Ledger) -> None:
-    """Four writers, the same records in different orders: each is there once and nobody is refused."""
+    """Four concurrent writers of the same records in different orders all succeed, and each record is stored once."""
     records = [record(f"r{at}") for at in range(200)]
     failures: list[Exception] = []
 
     def report(seed: int) -> None:
-        mine = records[:]
-        random.Random(seed).shuffle(mine)
+        shuffled = records[:]
+        random.Random(seed).shuffle(shuffled)
         try:
-            for at in range(0, len(mine), 50):
-                ledger.usage.insert(mine[at : at + 50])
-        except Exception as error:  # told to the test's own thread
+            for at in range(0, len(shuffled), 50):
+                ledger.usage.insert(shuffled[at : at + 50])
+        except Exception as error:  # passed to the test's thread
             failures.append(error)
 
     threads = [threading.Thread(target=report, args=(seed,)) for seed in range(4)]
@@ -122,7 +123,7 @@ def test_gateways_that_report_the_same_calls_at_once(ledger: Ledger) -> None:
 
 
 def test_sums_by_group(ledger: Ledger) -> None:
-    """By tenant, model, day, month, label and none, within days and of one tenant; a missing label reads empty."""
+    """Sums by tenant, model, day, month and label, or in total, of some days or one tenant; a missing label is ""."""
     ledger.usage.insert(
         [
             record("a", model="m1"),
@@ -149,7 +150,7 @@ def test_sums_by_group(ledger: Ledger) -> None:
 
 
 def test_money_is_gpu_seconds_times_their_rate(ledger: Ledger) -> None:
-    """Each accelerator by its own rate, joined into one row a group; no rate is no price, not a price of nothing."""
+    """Each accelerator is priced by its own rate and summed by group; an accelerator without a rate makes cost None."""
     ledger.usage.insert(
         [
             record("a", gpu="H100", gpu_seconds=3600.0),
@@ -178,7 +179,7 @@ def test_money_is_gpu_seconds_times_their_rate(ledger: Ledger) -> None:
     ],
 )
 def test_bad_queries_are_refused(bad: dict[str, Any]) -> None:
-    """A wrong dimension or day names its field."""
+    """The error for an invalid dimension or day names the field."""
     with pytest.raises(LedgerError, match=next(iter(bad))):
         UsageQuery(**bad)
 
@@ -207,13 +208,13 @@ def test_bad_queries_are_refused(bad: dict[str, Any]) -> None:
     ],
 )
 def test_a_record_that_no_database_would_take_is_never_made(field: str, value: Any) -> None:
-    """Counts, times and texts are checked where they are made, by the field's name."""
+    """The constructor checks counts, times and texts, and the error names the field."""
     with pytest.raises(RecordError, match=field):
         record(**{field: value})
 
 
 def test_an_open_record_becomes_a_usage_record() -> None:
-    """What was known at the Submit is in the record of the end; unknown fields of a later release are dropped."""
+    """A usage record contains the fields of its open record; unknown fields of a later release are dropped."""
     opened = OpenRecord("r1", "acme", "k1", "tiny", "v1", "q1", 5.0, queue_s=0.5, labels={"a": "b"}, segment=2)
     assert OpenRecord.from_json({**opened.as_json(), "later": 1}) == opened
     ended = opened.ended(outcome="cancelled", prompt_tokens=3, completion_tokens=2)
@@ -224,47 +225,47 @@ def test_an_open_record_becomes_a_usage_record() -> None:
 
 
 def test_what_is_old_goes(ledger: Ledger) -> None:
-    """The cluster's days hold, except for a tenant that has its own."""
+    """Rows are kept for the cluster's number of days, or for the tenant's own if it has one."""
     for name, days in (("acme", None), ("short", 1), ("long", 1000)):
         ledger.tenants.create(TenantPolicy(name, retention=Retention(usage_days=days, audit_days=days)))
         for age in (0.5, 5, 50):
             ledger.usage.insert([record(f"{name}{age}", tenant=name, opened_at_s=100 * DAY_S - age * DAY_S)])
             ledger.audit.insert([AuditEvent((100 - age) * DAY_S, "admin", "x", tenant=name)])
     assert expire(ledger, 100 * DAY_S, usage_days=10, audit_days=60) == Expired(usage=3, audit=2)
-    left = {one.record_id for one in ledger.usage.records(UsageQuery())}
-    assert left == {"acme0.5", "acme5", "short0.5", "long0.5", "long5", "long50"}
+    kept = {row.record_id for row in ledger.usage.records(UsageQuery())}
+    assert kept == {"acme0.5", "acme5", "short0.5", "long0.5", "long5", "long50"}
 
 
 def test_csv(ledger: Ledger) -> None:
-    """Every row is there; what a caller named cannot become a spreadsheet's formula."""
+    """CSV contains every row, and no caller's text becomes a spreadsheet formula."""
     ledger.usage.insert([record("a", labels={"team": '=HYPERLINK("x")'}), record("b", labels={"team": 'x,"y"\n'})])
     rows = ledger.usage.query(UsageQuery(("label:team",)))
     parsed = list(csv.DictReader(io.StringIO(export.as_csv(rows), newline="")))
     assert [row["label:team"] for row in parsed] == ['\'=HYPERLINK("x")', 'x,"y"\n']
     assert [int(row["prompt_tokens"]) for row in parsed] == [10, 10]
     assert export.as_csv([]) == ""
-    whole = [one.as_json() for one in ledger.usage.records(UsageQuery())]
-    assert '""team"": ""x,' in export.as_csv(whole)
+    rows = [row.as_json() for row in ledger.usage.records(UsageQuery())]
+    assert '""team"": ""x,' in export.as_csv(rows)
 
 
 def test_audit_pages(ledger: Ledger) -> None:
-    """Newest first, by tenant and kind, page by page, each event once."""
+    """Audit pages are newest first, filtered by tenant and kind, and contain each event once."""
     events = [AuditEvent(float(at // 2), "admin" if at % 3 else "policy", f"a{at}", tenant="t") for at in range(10)]
     ledger.audit.insert(events)
     ledger.audit.insert(events[:3])
     seen: list[str] = []
     before = None
     while page := ledger.audit.list(tenant="t", before=before, limit=3):
-        seen += [one["action"] for one in page]
+        seen += [event["action"] for event in page]
         before = (page[-1]["at_s"], page[-1]["event_id"])
-    assert sorted(seen) == sorted(one.action for one in events)
-    assert [one["at_s"] for one in ledger.audit.list(kind="policy")] == [4.0, 3.0, 1.0, 0.0]
+    assert sorted(seen) == sorted(event.action for event in events)
+    assert [event["at_s"] for event in ledger.audit.list(kind="policy")] == [4.0, 3.0, 1.0, 0.0]
     assert ledger.audit.list(tenant="other") == []
     assert len(ledger.audit.list(since_s=4.0)) == 2
 
 
 def test_a_missing_table_is_a_store_that_is_unavailable(tmp_path: Path) -> None:
-    """Reading a database without tables says what to run."""
+    """The error for a database without tables names the command to run."""
     ledger = Ledger(f"sqlite:///{tmp_path / 'x.db'}")
     with pytest.raises(Exception, match="headrace db check"):
         ledger.usage.query(UsageQuery())

@@ -1,1 +1,1 @@
-"""The history of the tables, read by alembic; `cluster.ledger.database.migrate` runs it."""
+"""Alembic's environment and versions; `cluster.ledger.database.migrate` runs them."""

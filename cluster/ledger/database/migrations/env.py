@@ -1,4 +1,4 @@
-"""What alembic runs for each migration: on the connection that `migrate` hands over, in its transaction."""
+"""Alembic's environment: runs a migration on the connection that `migrate` passes, in its transaction."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One file for each change, named r<number>_<what>.py; each says whether it expands or contracts."""
+"""Migrations, one file each, named r<number>_<subject>.py. KIND is `expand` or `contract`."""

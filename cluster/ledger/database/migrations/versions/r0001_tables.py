@@ -1,4 +1,4 @@
-"""Tenants, keys, usage, audit, and the sequence of changes."""
+"""Tables of tenants, keys, usage, audit and the change sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Make the tables, with the one row of the change sequence."""
+    """Create the tables, and the only row of the change sequence."""
     _tenants_and_keys()
     _usage()
     _audit()

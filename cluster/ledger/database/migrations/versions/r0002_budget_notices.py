@@ -1,4 +1,4 @@
-"""Budget notices: which thresholds have been crossed and told."""
+"""Table of budget notices: the thresholds that were crossed, and their delivery."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Make the table."""
+    """Create the table."""
     op.create_table(
         "budget_notices",
         sa.Column("id", sa.String(32), nullable=False),

@@ -1,4 +1,4 @@
-"""Segments of broken streams that have been resumed."""
+"""Table of claimed segments of broken streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Make the table."""
+    """Create the table."""
     op.create_table(
         "resumed",
         sa.Column("name", sa.String(128), nullable=False),

@@ -1,4 +1,4 @@
-"""Where a call ended, and which gateway took it: the release before inserts without these columns."""
+"""Columns for the place where a call ended and its gateway. The previous release inserts without them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ KIND = "expand"
 
 
 def upgrade() -> None:
-    """Add the columns, empty in what is there."""
+    """Add the columns, empty in existing rows."""
     for name in ("worker", "pod", "node", "gateway"):
         op.add_column("usage", sa.Column(name, sa.String(255), nullable=False, server_default=sa.text("''")))
