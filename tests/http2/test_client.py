@@ -1,4 +1,4 @@
-"""Our client against our server, against grpc's own, and against servers that go away or say nothing."""
+"""The client against this server, grpc's own server, and servers that close or stay silent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def one(client: GrpcClient, method: str, request: bytes) -> list[bytes]:
 
 
 async def test_calls_one_after_the_other_and_at_once(serve: Serve) -> None:
-    """Requests and answers are whole, metadata arrives, and a connection carries many calls."""
+    """Requests, answers and metadata arrive whole, over one connection for many calls."""
     async with serve() as echo, await connect(echo.address) as client:
         call = opened(client, "One", metadata=(("x-text", "a b"), ("x-raw-bin", b"\x00\x01")))
         call.send(b"hello")
@@ -45,7 +45,7 @@ async def test_calls_one_after_the_other_and_at_once(serve: Serve) -> None:
 
 
 async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A frame that came is never serialized again, as h2 does for a trace that nobody reads."""
+    """Received frames are never serialized again, as h2 does for a disabled debug log."""
 
     def again(frame: DataFrame) -> bytes:
         assert not frame.data, f"a frame of {frame.body_len} bytes is serialized once more"
@@ -57,7 +57,7 @@ async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: py
 
 
 async def test_a_status_is_told(serve: Serve) -> None:
-    """An abort with its details, an unknown method, an answer larger than is taken."""
+    """Errors raise CallEnded: an abort with its details, an unknown method, an answer beyond the size limit."""
     async with serve() as echo, await connect(echo.address, max_message_bytes=1000) as client:
         with pytest.raises(CallEnded) as aborted:
             await one(client, "One", b"abort")
@@ -72,7 +72,7 @@ async def test_a_status_is_told(serve: Serve) -> None:
 
 
 async def test_more_than_the_windows_hold(serve: Serve) -> None:
-    """Both ways: a writer waits for room, and what was sent comes back whole and in order."""
+    """A writer waits for window space, and what was sent comes back whole and in order."""
     async with serve() as echo, await connect(echo.address, window_bytes=100_000) as client:
         answers = await one(client, "Many", b"300x5000")
         assert answers == [bytes([i % 251]) * 5000 for i in range(300)]
@@ -90,7 +90,7 @@ async def test_more_than_the_windows_hold(serve: Serve) -> None:
 
 
 async def test_a_cancelled_call_is_cancelled_there(serve: Serve) -> None:
-    """The handler ends; the connection and its other calls go on."""
+    """The server's handler ends; the connection and its other calls continue."""
     async with serve() as echo, await connect(echo.address) as client:
         call = opened(client, "Forever")
         call.send(b"")
@@ -105,7 +105,7 @@ async def test_a_cancelled_call_is_cancelled_there(serve: Serve) -> None:
 
 
 async def test_a_server_that_goes_away_ends_reads_and_writes(serve: Serve) -> None:
-    """Whoever waits is told, and no further call is opened."""
+    """Pending reads and writes raise CallEnded, and no further call can be opened."""
     async with serve() as echo, await connect(echo.address) as client:
         call = opened(client, "Back")
         await call.write(b"there")
@@ -123,7 +123,7 @@ async def test_a_server_that_goes_away_ends_reads_and_writes(serve: Serve) -> No
 
 
 async def test_a_silent_server_is_given_up() -> None:
-    """A connection that stands but answers no ping ends its calls."""
+    """An open connection that answers no ping ends its calls."""
     held: list[Any] = []
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -141,8 +141,7 @@ async def test_a_silent_server_is_given_up() -> None:
 
 
 async def test_a_call_at_rest_stays(serve: Serve) -> None:
-    """Pings are answered, however late the loop looks: not how long ago something was heard counts, but whether it was
-    after the ping."""
+    """A pong after the ping counts, however late the event loop handles it."""
     async with serve() as echo, await connect(echo.address, ping_s=0.02, ping_answer_s=0.1) as client:
         call = opened(client, "Back")
         await call.write(b"there")
@@ -159,13 +158,13 @@ async def test_a_call_at_rest_stays(serve: Serve) -> None:
 
 
 async def test_nobody_there(unused_tcp_port: int) -> None:
-    """An address where nobody listens is told at once."""
+    """Connecting to an unused port raises at once."""
     with pytest.raises(ConnectionRefusedError):
         await connect(f"127.0.0.1:{unused_tcp_port}")
 
 
 async def test_grpcs_own_server() -> None:
-    """The same bytes mean the same to grpc's server: trailers-only errors, streams both ways."""
+    """grpc's own server understands the client: trailers-only errors, streams both ways."""
 
     async def back(messages: Any, context: Any) -> Any:
         async for message in messages:
