@@ -217,9 +217,9 @@ class Pool:
     def _victim(self, now: float) -> Held | None:
         if (
             self._unauthenticated <= self.cap // UNAUTHENTICATED_PART
-            and (resting := self._idle(self._authenticated)) is not None
+            and (idle := self._idle(self._authenticated)) is not None
         ):
-            return resting
+            return idle
         if not self._unauthenticated:
             return None
         crowded = next(iter(self._addresses_by_count[self._largest]))
