@@ -240,7 +240,7 @@ class ServerCall:
         return reservation
 
     def _too_slow(self) -> None:
-        self.connection.end_early(self, BadMessage("the request arrived too slowly; others waited", too_large=True))
+        self.connection.end_early(self, BadMessage("the request was too slow while others waited", too_large=True))
 
     async def write(self, message: Any) -> None:
         """Send a message and wait until the client has room for more."""

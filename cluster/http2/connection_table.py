@@ -7,7 +7,7 @@ unauthenticated until its client presents an accepted credential (`prove`). A ne
 unauthenticated one of the address that has the most of them: among its oldest, the one at the earliest stage. So a
 client is not closed between connecting and its credential while other connections are silent. When few unauthenticated
 connections are left, the new one replaces an authenticated idle one. An authenticated connection with a call in
-progress is never closed. One address may use only a part of a port; beyond it, it replaces its own connections.
+progress is never replaced. One address may use only a part of a port; beyond it, it replaces its own connections.
 Invariants: a port never exceeds its cap, nor an address its part. Every operation takes constant time: idle
 connections are found by the clock algorithm, with a bounded number of checks.
 """
@@ -26,7 +26,7 @@ connections."""
 MAX_CONNECTIONS: Final = 16_384
 """Most connections of one process, about 1 GB, even if it may have more descriptors."""
 MIN_CONNECTIONS: Final = 8
-"""Least connections of each port, and of one address at a port, however few descriptors there are."""
+"""Minimum connections of each port, and of one address at a port, however few descriptors there are."""
 ADDRESS_PART: Final = 3, 4
 """Part of a port that one address may use (three quarters): all clients may come from one ingress."""
 UNAUTHENTICATED_PART: Final = 8

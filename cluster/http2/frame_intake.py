@@ -1,4 +1,4 @@
-"""Turns a client's bytes into charged frames, in slices between which other connections are handled."""
+"""Parsing of a client's bytes into charged frames, in slices between which other connections are handled."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Splits a client's bytes into HTTP/2 frames, one at a time, with limits that apply before bytes are buffered.
+"""A reader of HTTP/2 frames, one at a time, with limits that apply before bytes are buffered.
 
-Replaces h2's FrameBuffer, which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
+It replaces h2's FrameBuffer, which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
 """
 
 from __future__ import annotations

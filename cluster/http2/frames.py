@@ -20,7 +20,7 @@ MESSAGE_HEAD = tuple(b"\x00" + n.to_bytes(4, "big") for n in range(2048))
 
 
 def data_frame(id_bytes: bytes, data: bytes) -> bytes:
-    """A DATA frame; `tail` is the stream id in four bytes."""
+    """A DATA frame; `id_bytes` is the stream id in four bytes."""
     return len(data).to_bytes(3, "big") + b"\x00\x00" + id_bytes + data
 
 

@@ -68,7 +68,7 @@ class ConnectionAdmission:
 
 
 class Listener:
-    """Accepts connections from `start` to `close`.
+    """A listening socket that accepts connections from `start` to `close`.
 
     The protocol must set `Held.connection` when its connection is made, abort the connection at once if the slot is
     already released, and release the slot when the connection is lost.

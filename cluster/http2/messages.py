@@ -36,7 +36,7 @@ class BadMessage(ValueError):
 
 
 class Assembler:
-    """Splits a stream's bytes into messages. Buffers no message larger than `max_bytes`."""
+    """A splitter of a stream's bytes into messages. It buffers no message larger than `max_bytes`."""
 
     __slots__ = ("_buffer", "_max_bytes")
 
@@ -96,7 +96,7 @@ class Assembler:
 
 
 class Inflater:
-    """Decompresses one message in steps, to at most `max_bytes`."""
+    """A decompressor of one message in steps, to at most `max_bytes`."""
 
     def __init__(self, message: bytes | bytearray, encoding: str, max_bytes: int) -> None:
         """Raises BadMessage for an unknown encoding."""

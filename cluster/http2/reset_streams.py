@@ -14,7 +14,7 @@ _RESETS = (StreamClosedBy.SEND_RST_STREAM, StreamClosedBy.RECV_RST_STREAM)
 
 
 class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
-    """Replaces h2's notes: keeps only the last `most` streams that were reset."""
+    """A replacement of h2's notes that keeps only the last `most` streams that were reset."""
 
     def __init__(self, most: int) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ MAX_ECHO: Final = 256
 
 
 class Gate(Protocol):
-    """Authorizes calls when their headers have arrived, before more of their requests is read."""
+    """The authorization of calls when their headers have arrived, before more of their requests is read."""
 
     async def admit(self, call: ServerCall) -> str | None:
         """Return the tenant whose budget the request counts against; None for a method that needs no credential.
@@ -60,7 +60,7 @@ NOTE_S: Final = 1.0
 
 
 class Server:
-    """Serves grpc's handlers. Generated code registers them by `add_generic_rpc_handlers`."""
+    """A server of grpc's handlers. Generated code registers them by `add_generic_rpc_handlers`."""
 
     def __init__(
         self,

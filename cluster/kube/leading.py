@@ -1,4 +1,4 @@
-"""Runs work only while this process holds the Lease, and stops it as soon as the process may no longer act."""
+"""Run work only while this process holds the Lease; stop it as soon as the process may no longer act."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cluster.kube.lease import LeaseCandidate, LeaseTerms
 log = structlog.get_logger("lease")
 
 Work = Callable[[asyncio.Event], Awaitable[None]]
-"""Runs until the event is set, and ends soon after that."""
+"""Work under the Lease: runs until the event is set, and ends soon after that."""
 
 
 class StoodStill(Exception):
@@ -23,7 +23,7 @@ class StoodStill(Exception):
 
 
 class Leader:
-    """Runs work while this process leads; `leads` is the current state."""
+    """A runner of work while this process leads; `leads` is the current state."""
 
     def __init__(
         self,

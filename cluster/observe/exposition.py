@@ -1,4 +1,4 @@
-"""Parses a /metrics page."""
+"""A parser of /metrics pages."""
 
 from __future__ import annotations
 

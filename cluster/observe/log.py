@@ -1,4 +1,4 @@
-"""Logs as JSON lines on standard error, with the time in UTC, the event's name and its fields."""
+"""Logging as JSON lines on standard error, with the time in UTC, the event's name and its fields."""
 
 from __future__ import annotations
 

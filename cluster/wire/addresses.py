@@ -29,7 +29,7 @@ class _Welcome:
 
 
 class GatewayAddresses:
-    """Dials every known gateway: `dial` runs a session with each, and sessions report their Welcome to `welcomed`."""
+    """The known gateways. `dial` runs a session with each; sessions report their Welcome to `welcomed`."""
 
     def __init__(self, configured: Sequence[str], resolve: dns.Resolve = dns.resolve) -> None:
         """`configured`: `host:port`, which is always dialled, or `srv://NAME`, whose DNS answer (from `resolve`) is

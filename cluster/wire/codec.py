@@ -175,7 +175,7 @@ def wire_text(text: str) -> str:
 
 
 class StepColumns:
-    """Builds one StepOutputs: the outputs of one or more engine steps for one link, column by column."""
+    """A builder of one StepOutputs: the outputs of one or more engine steps for one link, column by column."""
 
     def __init__(self) -> None:
         self.slots: list[int] = []

@@ -141,8 +141,7 @@ async def keep_dialing(
 
 
 class Beater:
-    """Sends one link's heartbeats from its own threads, so that a blocked event loop or engine step does not delay
-    them.
+    """The heartbeats of one link, sent from separate threads that a blocked event loop or engine step does not delay.
 
     `beat(seq)` builds a beat from plain attributes that the engine loop sets; it must not block.
     """

@@ -42,7 +42,7 @@ class Outbox:
         self.sent_seq = 0
         """Number of messages taken."""
         self.usage: Callable[[], Sequence[EndedUsage]] = tuple
-        """Returns ended requests' usage for each message; if it returns the maximum, another message follows."""
+        """Source of ended requests' usage for each message; if it returns the maximum, another message follows."""
 
     def output(self, slot: int, output: TokenOutput) -> None:
         """Add the output of one step; `flush` wakes the writer after the step."""

@@ -25,7 +25,7 @@ from cluster.http2.connection_table import (
 
 ADDRESSES = [f"10.0.0.{i}" for i in range(5)]
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["come", "come", "come", "prove", "call", "rest", "end"]), st.integers(0, 10**6)),
+    st.tuples(st.sampled_from(["arrive", "arrive", "arrive", "prove", "call", "rest", "end"]), st.integers(0, 10**6)),
     max_size=200,
 )
 
@@ -50,7 +50,7 @@ def connection_of(held: Held) -> Fake:
     return held.connection
 
 
-def come(pool: Pool, address: str) -> tuple[Held | None, Held | None]:
+def arrive(pool: Pool, address: str) -> tuple[Held | None, Held | None]:
     """Admit a new connection."""
     pool.passes += UNREAD_PASSES + 1
     held, victim = pool.admit(address, next(NOW))
@@ -70,8 +70,8 @@ def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tupl
     """Caps are never exceeded, and an authenticated connection with a call is never closed for another."""
     pool, kept = Pool(cap), list[Held]()
     for kind, number in events:
-        if kind == "come":
-            held, victim = come(pool, ADDRESSES[number % len(ADDRESSES)])
+        if kind == "arrive":
+            held, victim = arrive(pool, ADDRESSES[number % len(ADDRESSES)])
             if victim is not None:
                 kept.remove(victim)
                 assert not (victim.proven and connection_of(victim).stage is ConnectionStage.CALLING)
@@ -80,20 +80,20 @@ def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tupl
             else:
                 kept.append(held)
         elif kept:
-            one = kept[number % len(kept)]
+            slot = kept[number % len(kept)]
             if kind == "prove":
-                one.prove()
+                slot.prove()
             elif kind == "end":
-                one.release()
-                kept.remove(one)
+                slot.release()
+                kept.remove(slot)
             else:
-                connection_of(one).stage = ConnectionStage.CALLING if kind == "call" else ConnectionStage.GREETED
-                connection_of(one).requests += kind == "call"
+                connection_of(slot).stage = ConnectionStage.CALLING if kind == "call" else ConnectionStage.GREETED
+                connection_of(slot).requests += kind == "call"
         assert len(pool) == len(kept) <= cap
         assert all(sum(h.peer == a for h in kept) <= pool.peer_cap for a in ADDRESSES)
-    for one in kept:
-        one.release()
-        one.release()
+    for slot in kept:
+        slot.release()
+        slot.release()
     assert repr(pool) == f"<Pool 0 of {cap}, 0 unauthenticated, 0 addresses>"
 
 
@@ -102,15 +102,15 @@ def test_a_tenant_gets_in_and_stays_whatever_strangers_of_another_address_do(cap
     """A tenant connects and stays connected despite a thousand idle connections of another address."""
     pool = Pool(cap)
     for _ in range(flood):
-        come(pool, "10.0.0.1")
-    tenant, _ = come(pool, "10.0.0.2")
+        arrive(pool, "10.0.0.1")
+    tenant, _ = arrive(pool, "10.0.0.2")
     assert tenant is not None
     for _ in range(flood):
-        _, victim = come(pool, "10.0.0.1")
+        _, victim = arrive(pool, "10.0.0.1")
         assert victim is not tenant, "the address with the most unauthenticated connections loses one"
     tenant.prove()
     for i in range(flood):
-        _, victim = come(pool, f"10.0.1.{i % 250}")
+        _, victim = arrive(pool, f"10.0.1.{i % 250}")
         assert victim is not tenant
 
 
@@ -119,37 +119,37 @@ def test_a_tenant_behind_the_strangers_own_address_gets_in(cap: int) -> None:
     """A tenant connects and stays although unauthenticated connections share its address, as behind one ingress."""
     pool = Pool(cap)
     for _ in range(300):
-        come(pool, "10.0.0.1")
-    tenant, _ = come(pool, "10.0.0.1")
+        arrive(pool, "10.0.0.1")
+    tenant, _ = arrive(pool, "10.0.0.1")
     assert tenant is not None
     for _ in range(pool.peer_cap - 1):
-        assert come(pool, "10.0.0.1")[1] is not tenant, "the oldest goes first"
+        assert arrive(pool, "10.0.0.1")[1] is not tenant, "the oldest goes first"
     tenant.prove()
     for _ in range(300):
-        assert come(pool, "10.0.0.1")[1] is not tenant
+        assert arrive(pool, "10.0.0.1")[1] is not tenant
 
 
 @given(cap=st.integers(MIN_CONNECTIONS, 100))
 def test_a_port_full_of_resting_tenants_leaves_newcomers_time_to_prove_themselves(cap: int) -> None:
     """Idle authenticated connections make room, and a new connection has time to authenticate during a flood."""
     pool = Pool(cap)
-    resting = [come(pool, f"10.0.{i}.1")[0] for i in range(cap)]
+    resting = [arrive(pool, f"10.0.{i}.1")[0] for i in range(cap)]
     for held in resting:
         assert held is not None
         held.prove()
-    newcomer, victim = come(pool, "10.1.0.1")
+    newcomer, victim = arrive(pool, "10.1.0.1")
     assert newcomer is not None
     assert victim is not None
     assert victim.proven
     for i in range(cap // 8 - 1):
-        assert come(pool, f"10.1.{i}.2")[1] is not newcomer
+        assert arrive(pool, f"10.1.{i}.2")[1] is not newcomer
 
 
 def test_a_port_full_of_calls_refuses() -> None:
     """A port full of calls refuses a new connection rather than break a stream."""
     pool = Pool(16)
     for i in range(16):
-        held, _ = come(pool, f"10.0.{i}.1")
+        held, _ = arrive(pool, f"10.0.{i}.1")
         assert held is not None
         calls(held)
     assert pool.admit("10.1.0.1", next(NOW)) == (None, None)
@@ -158,13 +158,13 @@ def test_a_port_full_of_calls_refuses() -> None:
 def test_a_connection_that_was_used_outlasts_one_that_was_not() -> None:
     """An idle connection is closed before one whose tenant calls every second."""
     pool = Pool(16)
-    held = [h for i in range(16) if (h := come(pool, f"10.0.{i}.1")[0]) is not None]
-    for one in held:
-        one.prove()
-        one.used()
-    for one in held[:10]:
-        connection_of(one).requests += 1
-    _, victim = come(pool, "10.1.0.1")
+    held = [h for i in range(16) if (h := arrive(pool, f"10.0.{i}.1")[0]) is not None]
+    for slot in held:
+        slot.prove()
+        slot.used()
+    for slot in held[:10]:
+        connection_of(slot).requests += 1
+    _, victim = arrive(pool, "10.1.0.1")
     assert victim is held[10]
 
 
@@ -183,10 +183,10 @@ def test_of_one_address_the_oldest_of_the_least_far_goes(stages: list[Connection
     """Of one address's connections, the oldest at the earliest stage is closed first."""
     pool = Pool(16)
     pool.peer_cap = 16
-    held = [h for _ in stages if (h := come(pool, "10.0.0.1")[0]) is not None]
-    for one, stage in zip(held, stages, strict=True):
-        connection_of(one).stage = stage
-    _, victim = come(pool, "10.0.0.1")
+    held = [h for _ in stages if (h := arrive(pool, "10.0.0.1")[0]) is not None]
+    for slot, stage in zip(held, stages, strict=True):
+        connection_of(slot).stage = stage
+    _, victim = arrive(pool, "10.0.0.1")
     assert victim is held[stages.index(min(stages))]
 
 
@@ -195,8 +195,8 @@ def test_a_connection_that_is_not_read_yet_has_not_been_silent() -> None:
     pool = Pool(16)
     pool.peer_cap = 16
     held = [h for _ in range(16) if (h := pool.admit("10.0.0.1", 1.0)[0]) is not None]
-    for one in held:
-        one.connection = Fake(ConnectionStage.GREETED)
+    for slot in held:
+        slot.connection = Fake(ConnectionStage.GREETED)
     newcomer, victim = pool.admit("10.0.0.1", 2.0)
     assert victim is held[0]
     _, victim = pool.admit("10.0.0.1", 2.01)

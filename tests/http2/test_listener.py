@@ -88,9 +88,9 @@ async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_
         channel_to(echo.port, roots) as channel,
     ):
         assert await call(channel) == b"hello"
-        ended, kept = await asyncio.wait([asyncio.create_task(one.read()) for one in readers], timeout=0.5)
-        for one in kept:
-            one.cancel()
+        ended, kept = await asyncio.wait([asyncio.create_task(reader.read()) for reader in readers], timeout=0.5)
+        for task in kept:
+            task.cancel()
         await asyncio.gather(*ended, *kept, return_exceptions=True)
         assert len(kept) < CAP
 
@@ -99,7 +99,7 @@ async def test_calls_under_way_keep_their_places(serve: Serve) -> None:
     """A full port refuses a new connection rather than break a running call."""
     async with serve(None, None, http2.ConnectionAdmission(Pool(2))) as echo:
         channels = [channel_to(echo.port) for _ in range(2)]
-        streams: list[Any] = [one.stream_stream(f"/{SERVICE}/Back")() for one in channels]
+        streams: list[Any] = [channel.stream_stream(f"/{SERVICE}/Back")() for channel in channels]
         for stream in streams:
             await stream.write(b"a")
             assert await stream.read() == b"a"
@@ -112,8 +112,8 @@ async def test_calls_under_way_keep_their_places(serve: Serve) -> None:
             await stream.write(b"b")
             assert await stream.read() == b"b"
             await stream.done_writing()
-        for one in channels:
-            await one.close()
+        for channel in channels:
+            await channel.close()
 
 
 async def test_without_descriptors_one_line_is_logged_and_later_all_are_served(serve: Serve) -> None:
@@ -126,14 +126,14 @@ async def test_without_descriptors_one_line_is_logged_and_later_all_are_served(s
             waiting = [socket.socket() for _ in range(50)]
             try:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-                for one in waiting:
-                    one.setblocking(False)
-                    await loop.sock_connect(one, ("127.0.0.1", echo.port))
+                for client in waiting:
+                    client.setblocking(False)
+                    await loop.sock_connect(client, ("127.0.0.1", echo.port))
                 assert await call(before) == b"hello"
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            for one in waiting:
-                one.sendall(PREFACE + SETTINGS)
-                assert await asyncio.wait_for(loop.sock_recv(one, 9), PAUSE_S + WAIT_S)
-                one.close()
+            for client in waiting:
+                client.sendall(PREFACE + SETTINGS)
+                assert await asyncio.wait_for(loop.sock_recv(client, 9), PAUSE_S + WAIT_S)
+                client.close()
     assert 1 <= len([line for line in lines if "no_descriptor_left" in line]) <= 2

@@ -68,7 +68,7 @@ def test_reads_at_once_take_their_share_and_no_more() -> None:
     costly = Costly()
     turns = ReadTurns(lambda: costly.now)
     reads = [Reading(costly, name, [PASS_S / 4]) for name in range(6)]
-    assert [turns.parse_now(one) for one in reads] == [False] * 4 + [True] * 2
+    assert [turns.parse_now(reader) for reader in reads] == [False] * 4 + [True] * 2
     costly.now += WINDOW_S
     assert not turns.parse_now(reads[4])
     assert costly.taken == [0, 1, 2, 3, 4]
@@ -76,8 +76,8 @@ def test_reads_at_once_take_their_share_and_no_more() -> None:
 
 async def test_what_one_meets_stops_no_other() -> None:
     """A reader that raises loses only its own turn; the loop's exception handler gets the error."""
-    told: list[dict[str, object]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    contexts: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: contexts.append(context))
     costly = Costly()
     turns = ReadTurns()
     turns.put(Reading(costly, 0, [0.0], broken=True))
@@ -85,4 +85,4 @@ async def test_what_one_meets_stops_no_other() -> None:
     for _ in range(4):
         await asyncio.sleep(0)
     assert costly.taken == [0, 1]
-    assert [str(context["exception"]) for context in told] == ["broken"]
+    assert [str(context["exception"]) for context in contexts] == ["broken"]

@@ -101,8 +101,8 @@ async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
         await greeted(raw)
         uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB // 2)) for _ in range(40)}
         await push_until_stalled(raw, uploads)
-        left = sum(map(len, uploads.values()))
-        assert 40 * (MIB // 2 + 5) - left == WINDOW
+        unsent = sum(map(len, uploads.values()))
+        assert 40 * (MIB // 2 + 5) - unsent == WINDOW
         gate.open.set()
         async with asyncio.timeout(20):
             while any(uploads.values()):
@@ -123,8 +123,8 @@ async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
             del data[-1:]
         await push_until_stalled(raw, uploads)
         assert budget.held <= 2 * MIB
-        left = sum(map(len, uploads.values()))
-        assert 20 * (MIB + 4) - left <= 2 * MIB + 20 * WINDOW
+        unsent = sum(map(len, uploads.values()))
+        assert 20 * (MIB + 4) - unsent <= 2 * MIB + 20 * WINDOW
         other = await raw.call("One", b"small", key="a")
         assert (await raw.until_ended(other))["grpc-status"] == "0", "short requests are accepted meanwhile"
 
@@ -162,8 +162,8 @@ async def test_a_decompressed_message_counts() -> None:
         grpc.aio.insecure_channel(echo.address, compression=grpc.Compression.Gzip) as channel,
     ):
         assert len(packed) < WINDOW
-        one: Any = channel.stream_unary(f"/{SERVICE}/SlowReader")
-        slow = [one(_messages(bytes(3 * MIB)), metadata=(("key", "a"),)) for _ in range(3)]
+        method: Any = channel.stream_unary(f"/{SERVICE}/SlowReader")
+        slow = [method(_messages(bytes(3 * MIB)), metadata=(("key", "a"),)) for _ in range(3)]
         back: Any = channel.unary_unary(f"/{SERVICE}/One")
         assert await back(bytes(3 * MIB), metadata=(("key", "a"),)) == bytes(3 * MIB)
         for call in slow:
@@ -187,13 +187,13 @@ def test_law_all_complete_within_any_budget(calls: list[tuple[str, int]], stream
     async def play() -> None:
         async with serving(ByteBounds(300_000, 400_000, 500_000)) as (echo, _, budget):
             async with grpc.aio.insecure_channel(echo.address) as channel, asyncio.timeout(30):
-                one: Any = channel.unary_unary(f"/{SERVICE}/One")
+                method: Any = channel.unary_unary(f"/{SERVICE}/One")
                 back: Any = channel.stream_stream(f"/{SERVICE}/Back")
 
                 async def call(tenant: str, size: int) -> int:
                     metadata = (("key", tenant),)
                     if not streaming:
-                        return len(await one(bytes(size), metadata=metadata))
+                        return len(await method(bytes(size), metadata=metadata))
                     stream = back(_three(bytes(size)), metadata=metadata)
                     return sum([len(message) async for message in stream]) // 3
 

@@ -163,8 +163,8 @@ async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> No
         while (room := raw.h2.local_flow_control_window(stream_id)) >= 1005:
             raw.h2.send_data(stream_id, b"\x00" + (1000).to_bytes(4, "big") + b"x" * 1000)
             await raw.flush()
-            one = await raw.call("One", b"?")
-            await raw.until_ended(one)
+            unary = await raw.call("One", b"?")
+            await raw.until_ended(unary)
         assert room < 1005, "the handler read one message: only its bytes were returned to the window"
 
 
@@ -236,12 +236,12 @@ async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve)
         serve(http2.ServerLimits(age_s=0.3, age_grace_s=30)) as echo,
         grpc.aio.insecure_channel(echo.address) as channel,
     ):
-        one = unary_unary(channel, "One")
+        method = unary_unary(channel, "One")
         stream = unary_stream(channel, "Many")(b"3000x10")
         seen: set[str] = set()
         async with asyncio.timeout(20):
             while len(seen) < 3:
-                assert await one(b"again") == b"again"
+                assert await method(b"again") == b"again"
                 seen.update(connection.peer for connection in echo.server.connections)
         assert len([message async for message in stream]) == 3000
 

@@ -47,10 +47,10 @@ async def test_idle_after_a_call_is_longer_and_ends_as_well(serve: Serve) -> Non
 async def test_no_call_fails_when_a_connection_is_closed_for_idleness(serve: Serve) -> None:
     """A call that crosses the closing of its idle connection succeeds."""
     async with serve(http2.ServerLimits(idle_s=0.05)) as echo, grpc.aio.insecure_channel(echo.address) as channel:
-        one, seen = unary_unary(channel, "One"), set[str]()
+        method, seen = unary_unary(channel, "One"), set[str]()
         async with asyncio.timeout(20):
             while len(seen) < 3:
-                assert await one(b"again") == b"again"
+                assert await method(b"again") == b"again"
                 seen.update(connection.peer for connection in echo.server.connections)
                 await asyncio.sleep(0.06)
 

@@ -42,11 +42,11 @@ class World:
 
     def look(self, who: int, failures: float, delay_s: float) -> None:
         """One read and possibly one write; each may be slow, and may fail before or after its effect."""
-        found = self.record
+        record = self.record
         self.wait(delay_s)
         if self.random.random() < failures:
             return
-        self.candidates[who], write = self.candidates[who].observe(found, self.clock_s(who))
+        self.candidates[who], write = self.candidates[who].observe(record, self.clock_s(who))
         if write is None:
             return
         began_s = self.clock_s(who)

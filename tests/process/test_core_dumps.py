@@ -18,5 +18,5 @@ subprocess.run([sys.executable, "-c", child], check=True)
 
 def test_no_core_dump_of_a_process_and_its_children() -> None:
     """The soft limit is 0, a child inherits it, and the hard limit is unchanged."""
-    told = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout
-    assert told.split() == ["True", "0", "0"]
+    output = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout
+    assert output.split() == ["True", "0", "0"]

@@ -131,7 +131,7 @@ async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: 
     try:
         await until(lambda: all(c.linked("w") for c in clusters), "both have a link with capacity")
         await until(lambda: controller.linked == 2, "the controller has dialled both")
-        await until(lambda: [one.hub.gateways for one in gateways] == [2, 2], "both know of another")
+        await until(lambda: [gateway.hub.gateways for gateway in gateways] == [2, 2], "both know of another")
         calls = [
             asyncio.ensure_future(stub.Chat(chat(f"{i}", max_tokens=20, ignore_eos=True)))
             for i in range(3)

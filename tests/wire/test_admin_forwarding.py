@@ -66,7 +66,7 @@ def test_an_error_travels_whole(
     outcome: Outcome, message: str, fields: list[tuple[str, str]], pause_s: float | None
 ) -> None:
     """Outcome, text, violations and retry time equal those of the verb's error."""
-    raised = CallError(outcome, message, violations=[Violation(*one) for one in fields], retry_after_s=pause_s)
+    raised = CallError(outcome, message, violations=[Violation(*field) for field in fields], retry_after_s=pause_s)
 
     async def run() -> CallError:
         stream = Stream(raised)
@@ -76,9 +76,9 @@ def test_an_error_travels_whole(
             await task
         return caught.value
 
-    told = asyncio.run(run())
-    assert (told.outcome, told.message, told.violations) == (outcome, message, raised.violations)
-    assert told.retry_after_s == raised.retry_after_s
+    received = asyncio.run(run())
+    assert (received.outcome, received.message, received.violations) == (outcome, message, raised.violations)
+    assert received.retry_after_s == raised.retry_after_s
 
 
 async def test_what_else_fails_tells_no_inside() -> None:

@@ -141,7 +141,7 @@ def test_numbers_keep_their_precision() -> None:
 
 def test_ended_counts_round_trip() -> None:
     """An ended request's usage survives the wire; its duration is rounded to milliseconds."""
-    told = EndedUsage(
+    usage = EndedUsage(
         b"\0sealed\xff",
         prompt_tokens=7,
         cached_tokens=3,
@@ -156,4 +156,4 @@ def test_ended_counts_round_trip() -> None:
         idle_since_s=1_795_554_958.9606254,
         key=2**40,
     )
-    assert codec.usage_from_pb(pb.Usage.FromString(codec.usage_to_pb(told).SerializeToString())) == told
+    assert codec.usage_from_pb(pb.Usage.FromString(codec.usage_to_pb(usage).SerializeToString())) == usage

@@ -85,7 +85,7 @@ async def test_silence_is_no_answer() -> None:
 async def test_answers_are_told_when_they_change_and_stand_while_there_is_none() -> None:
     """The last answer stays valid through failures, and equal answers are reported once."""
     answers: list[tuple[str, ...] | None] = [("a:1",), ("a:1",), None, ("a:1",), (), ("b:2",)]
-    told: list[tuple[str, ...]] = []
+    reported: list[tuple[str, ...]] = []
     done = asyncio.Event()
 
     async def ask(name: str) -> tuple[str, ...]:
@@ -99,11 +99,11 @@ async def test_answers_are_told_when_they_change_and_stand_while_there_is_none()
         return answer
 
     asking = asyncio.create_task(
-        lookup.keep_resolving(f"srv://{NAME}", lambda now: told.append(tuple(now)), ask, interval_s=0)
+        lookup.keep_resolving(f"srv://{NAME}", lambda now: reported.append(tuple(now)), ask, interval_s=0)
     )
     await done.wait()
     asking.cancel()
-    assert told == [("a:1",), (), ("b:2",)]
+    assert reported == [("a:1",), (), ("b:2",)]
 
 
 async def test_who_is_named_is_dialled_and_who_is_named_no_more_is_kept_until_its_link_ends() -> None:

@@ -147,17 +147,15 @@ async def test_links_that_end_leave_no_connection(cluster: TestCluster, checkpoi
     port = int(cluster.gateway.endpoints["link"].rsplit(":", 1)[1])
 
     def connections() -> int:
-        found = psutil.Process().net_connections("tcp4")
-        return sum(
-            one.status == psutil.CONN_ESTABLISHED and bool(one.laddr) and one.laddr.port == port for one in found
-        )
+        sockets = psutil.Process().net_connections("tcp4")
+        return sum(s.status == psutil.CONN_ESTABLISHED and bool(s.laddr) and s.laddr.port == port for s in sockets)
 
     gc.disable()
     try:
         for _ in range(4):
             (link,) = cluster.gateway.hub.links
             link.close("it seems lost", "silent")
-            await until(lambda old=link: any(one is not old for one in cluster.gateway.hub.links), "it dials anew")  # type: ignore[misc]
+            await until(lambda old=link: any(new is not old for new in cluster.gateway.hub.links), "it dials anew")  # type: ignore[misc]
         await until(lambda: connections() <= 3, "only the last session's three connections are left")
     finally:
         gc.enable()
