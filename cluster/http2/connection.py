@@ -520,9 +520,9 @@ class Connection(asyncio.BufferedProtocol):
             return
         self._leaving = True
         self._send_goaway(MAX_STREAM_ID)  # calls that the client has already sent are still accepted (RFC 9113, 6.8)
-        self.later(1.0, self.refuse_new_calls)
+        self.call_later(1.0, self.refuse_new_calls)
         if grace_s:
-            self.later(grace_s, self.close)
+            self.call_later(grace_s, self.close)
 
     def refuse_new_calls(self) -> None:
         """Accept no further call, and send the client the last accepted stream id."""
@@ -562,9 +562,9 @@ class Connection(asyncio.BufferedProtocol):
             self._timers.start_idle()
         return True
 
-    def later(self, seconds: float, work: Callable[..., None]) -> None:
+    def call_later(self, seconds: float, work: Callable[..., None]) -> None:
         """Call `work` after `seconds`, unless the connection is lost before."""
-        self._timers.later(seconds, work)
+        self._timers.call_later(seconds, work)
 
     def _refuse_http1(self) -> None:
         self.closing = True

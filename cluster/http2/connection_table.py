@@ -21,8 +21,7 @@ from itertools import islice
 from typing import Final, Protocol
 
 OWN_DESCRIPTORS: Final = 96
-"""Descriptors that the process itself needs: files, database, limits store, helpers, logs, listeners, closing
-connections."""
+"""Descriptors for the process itself: files, database, limits store, helpers, logs, listeners, closing connections."""
 MAX_CONNECTIONS: Final = 16_384
 """Most connections of one process, about 1 GB, even if it may have more descriptors."""
 MIN_CONNECTIONS: Final = 8
@@ -30,8 +29,7 @@ MIN_CONNECTIONS: Final = 8
 ADDRESS_PART: Final = 3, 4
 """Part of a port that one address may use (three quarters): all clients may come from one ingress."""
 UNAUTHENTICATED_PART: Final = 8
-"""The inverse of the part of a port (an eighth) kept for unauthenticated connections, to give clients time for a
-credential."""
+"""An eighth of a port is kept for unauthenticated connections, to give clients time for a credential."""
 MEAN_LIFETIME_S: Final = 0.2
 """Mean lifetime of a connection at a full port, however fast clients connect: it accepts no faster than that allows,
 and further connections wait in the socket's queue."""
@@ -39,7 +37,7 @@ UNREAD_S: Final = 0.1
 UNREAD_PASSES: Final = 10
 """A connection younger than this, in seconds or in accept passes, may not have been read yet."""
 BURST_PART: Final = 4
-"""The inverse of the part of a port (a quarter) that may be replaced at once."""
+"""A quarter of a port may be replaced at once."""
 MAX_CHECKS: Final = 16
 """Connections compared to find the one to close."""
 
@@ -168,8 +166,7 @@ class Pool:
         return max(1.0 - self._tokens, 0.0) / self._per_s
 
     def admit(self, address: str, now: float) -> tuple[Held | None, Held | None]:
-        """Return the slot of a new connection (None: refuse it), and the connection to close for it, already
-        released."""
+        """Return a new connection's slot (None: refuse it), and the slot, already released, of one to close for it."""
         key = peer_of(address)
         peer = self._peers.get(key)
         victim = None

@@ -66,7 +66,7 @@ class FrameIntake:
             return False
         if delayed:
             self._pause()
-            connection.later(self._charges.delay_s(), self._after_delay)
+            connection.call_later(self._charges.delay_s(), self._after_delay)
             return False
         if not more and self._paused:
             self._paused = False

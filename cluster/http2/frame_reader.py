@@ -134,7 +134,7 @@ class FrameReader:
             raise ProtocolError("Invalid frame during header block.")
         self._continuations += 1
         if self._continuations > MAX_CONTINUATIONS:
-            raise _calm("Too many CONTINUATION frames.")
+            raise _calm_error("Too many CONTINUATION frames.")
         self._check_block(len(block.data) + len(frame.data))
         block.data += frame.data
         if "END_HEADERS" not in frame.flags:
@@ -146,7 +146,7 @@ class FrameReader:
 
     def _check_block(self, size: int) -> None:
         if size > self._max_block_bytes:
-            raise _calm(f"Header block of more than {self._max_block_bytes} bytes.")
+            raise _calm_error(f"Header block of more than {self._max_block_bytes} bytes.")
 
 
 def _parsed(head: bytes, body: bytes) -> Frame:
@@ -167,7 +167,7 @@ def _check_size_updates(block: bytes) -> None:
     while at < len(block) and block[at] & 0xE0 == 0x20:
         updates += 1
         if updates > MAX_SIZE_UPDATES:
-            raise _calm(f"More than {MAX_SIZE_UPDATES} table size updates in a header block.")
+            raise _calm_error(f"More than {MAX_SIZE_UPDATES} table size updates in a header block.")
         if block[at] & 0x1F == 0x1F:
             at += 1
             while at < len(block) and block[at] & 0x80:
@@ -175,7 +175,7 @@ def _check_size_updates(block: bytes) -> None:
         at += 1
 
 
-def _calm(why: str) -> ProtocolError:
+def _calm_error(why: str) -> ProtocolError:
     error = ProtocolError(why)
     error.error_code = ErrorCodes.ENHANCE_YOUR_CALM
     return error

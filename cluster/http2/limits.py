@@ -32,8 +32,7 @@ class ServerLimits:
     """Bytes in transit of all calls of one connection, once a call was admitted."""
     frame_bytes: int = 65_536
     hello_s: float = 20.0
-    """Time for the client's preface and settings; also the idle limit of a connection that never had a call
-    admitted."""
+    """Time for the client's preface and settings; also the idle limit before a call was admitted."""
     frame_s: float = 20.0
     """Time to complete a frame or header block."""
     idle_s: float = 300.0
@@ -44,8 +43,8 @@ class ServerLimits:
     ping_answer_s: float = 20.0
     resets_per_s: float = 1000.0
     resets_burst: float = 5000.0
-    """Token bucket for a connection's resets and refused calls; beyond it the connection is closed (rapid reset). Other
-    empty frames cost a fifth. A connection without an admitted call has a tenth of both."""
+    """Token bucket for a connection's resets and refused calls; beyond it the connection is closed (rapid reset).
+    Empty frames cost a fifth. A connection without an admitted call has a tenth of both."""
     max_unsent_bytes: int = 64 << 20
     age_s: float = 0.0
     """Age at which the client is asked to reconnect; 0: never."""

@@ -185,8 +185,7 @@ class _PendingConnection:
         self._held = held
 
     def shed(self, passes: int = 3) -> None:
-        """Drop the connection in three event-loop passes: only then does asyncio close a cancelled connection's
-        socket."""
+        """Drop the connection after three event-loop passes; before that a cancelled task leaves its socket open."""
         if passes:
             self._loop.call_soon(self.shed, passes - 1)
         elif self.task is not None:

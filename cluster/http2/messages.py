@@ -109,8 +109,8 @@ class Inflater:
         self._out = bytearray()
 
     def step(self, size: int) -> bytes | None:
-        """Decompress at most INFLATE_BYTES into at most `size` bytes, possibly none. Returns the message when it is
-        complete. Raises BadMessage."""
+        """Decompress at most INFLATE_BYTES into at most `size` bytes; returns the message once it is complete, else
+        None. Raises BadMessage."""
         if not self._inflate.eof:
             self._decompress(size)
             if len(self._out) > self._max_bytes:

@@ -37,13 +37,13 @@ class ConnectionTimers:
     def begin(self, age_s: float) -> None:
         """Start the timers. `age_s`: the connection's age limit, 0 for none."""
         limits = self._limits
-        self.later(limits.hello_s, self._expect_hello)
-        self.later(limits.ping_s, self._ping)
-        self.later(self._check_interval_s, self._check)
+        self.call_later(limits.hello_s, self._expect_hello)
+        self.call_later(limits.ping_s, self._ping)
+        self.call_later(self._check_interval_s, self._check)
         if age_s:
-            self.later(age_s, self._reach_age_limit)
+            self.call_later(age_s, self._reach_age_limit)
 
-    def later(self, seconds: float, work: Callable[..., None], *arguments: object) -> None:
+    def call_later(self, seconds: float, work: Callable[..., None], *arguments: object) -> None:
         """Call `work` after `seconds`, unless the connection is lost before."""
         now = self._loop.time()
         self._timers = [t for t in self._timers if t.when() > now and not t.cancelled()]
@@ -64,7 +64,7 @@ class ConnectionTimers:
 
     def closing(self) -> None:
         """Limit the time in which a closing connection sends its remaining bytes."""
-        self.later(CLOSE_S, self._expect_closed, self._connection.transport.get_write_buffer_size())
+        self.call_later(CLOSE_S, self._expect_closed, self._connection.transport.get_write_buffer_size())
 
     @property
     def _check_interval_s(self) -> float:
@@ -81,7 +81,7 @@ class ConnectionTimers:
         for call in list(connection.calls.values()):
             if now - call.body.began_at > limits.request_s:
                 connection.end_early(call, BadMessage("a message was not complete in time", too_large=True))
-        self.later(self._check_interval_s, self._check)
+        self.call_later(self._check_interval_s, self._check)
 
     def _expect_hello(self) -> None:
         if not self.greeted:
@@ -95,13 +95,13 @@ class ConnectionTimers:
         with suppress(H2Error):
             connection.h2.ping(int(time.monotonic()).to_bytes(8, "big"))
         connection.send_h2_output()
-        self.later(self._limits.ping_answer_s, self._expect_pong)
+        self.call_later(self._limits.ping_answer_s, self._expect_pong)
 
     def _expect_pong(self) -> None:
         if not self._answered:
             self._connection.abort("no answer to a ping")
             return
-        self.later(self._limits.ping_s, self._ping)
+        self.call_later(self._limits.ping_s, self._ping)
 
     def _reach_age_limit(self) -> None:
         self._connection.leave(self._limits.age_grace_s)
@@ -112,4 +112,4 @@ class ConnectionTimers:
         if unsent >= unsent_bytes:
             self._connection.transport.abort()
         else:
-            self.later(CLOSE_S, self._expect_closed, unsent)
+            self.call_later(CLOSE_S, self._expect_closed, unsent)

@@ -20,8 +20,8 @@ CALL_S = 3.0
 """Shorter than the time between a holder's last write and the end of its term, so that a hanging call is noticed."""
 
 
-class ApiAway(Exception):
-    """The API did not answer, or with an error; the message repeats it."""
+class ApiUnavailable(Exception):
+    """The API gave no answer, or an error; the message says which."""
 
 
 class Conflict(Exception):
@@ -29,7 +29,7 @@ class Conflict(Exception):
 
 
 class LeaseStore(Protocol):
-    """The store of the lease record. Both methods block and raise ApiAway."""
+    """The store of the lease record. Both methods block and raise ApiUnavailable."""
 
     def read(self) -> LeaseRecord | None:
         """The record; None if there is none."""
@@ -68,7 +68,7 @@ class KubeLease:
         if status == http.client.NOT_FOUND:
             return None
         if status != http.client.OK:
-            raise ApiAway(_error_text(status, answer))
+            raise ApiUnavailable(_error_text(status, answer))
         return _record(answer)
 
     def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
@@ -92,7 +92,7 @@ class KubeLease:
         if status in (http.client.CONFLICT, http.client.NOT_FOUND):
             raise Conflict(_error_text(status, answer))
         if status not in (http.client.OK, http.client.CREATED):
-            raise ApiAway(_error_text(status, answer))
+            raise ApiUnavailable(_error_text(status, answer))
         return _record(answer)
 
     def _path(self, *, named: bool = True) -> str:
@@ -114,7 +114,7 @@ class KubeLease:
             finally:
                 connection.close()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ApiAway(f"{self.url}: {error}") from None
+            raise ApiUnavailable(f"{self.url}: {error}") from None
 
     def _connection(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
         host, port = parts.hostname or "", parts.port
@@ -133,7 +133,7 @@ def _record(lease: Any) -> LeaseRecord:
             transitions=int(spec.get("leaseTransitions") or 0),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ApiAway("the API's answer is not a Lease") from None
+        raise ApiUnavailable("the API's answer is not a Lease") from None
 
 
 def _error_text(status: int, answer: Any) -> str:

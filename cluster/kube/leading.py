@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from cluster.kube.api import ApiAway, Conflict, LeaseStore
+from cluster.kube.api import ApiUnavailable, Conflict, LeaseStore
 from cluster.kube.lease import LeaseCandidate, LeaseTerms
 
 log = structlog.get_logger("lease")
@@ -56,7 +56,7 @@ class Leader:
             if self.leads:
                 await self._lead(work, stop)
             else:
-                await _first(stop.wait(), asyncio.sleep(self._terms.again_s))
+                await _wait_first(stop.wait(), asyncio.sleep(self._terms.again_s))
 
     async def _lead(self, work: Work, stop: asyncio.Event) -> None:
         log.info("leading", me=self._candidate.me)
@@ -105,19 +105,19 @@ class Leader:
             self._logged_error = ""
         except Conflict as error:
             log.info("lease_taken", reason=str(error))
-        except ApiAway as error:
+        except ApiUnavailable as error:
             if str(error) != self._logged_error:
                 log.warning("lease_away", reason=str(error))
             self._logged_error = str(error)
 
     async def _give_up(self) -> None:
         """Clear the holder, so that the next process need not wait; errors are ignored, since the record expires."""
-        with contextlib.suppress(Conflict, ApiAway):
+        with contextlib.suppress(Conflict, ApiUnavailable):
             await asyncio.to_thread(self._store.write, "", self._candidate.seen)
         self._candidate = LeaseCandidate(self._candidate.me, self._terms)
 
 
-async def _first(*waits: Awaitable[object]) -> None:
+async def _wait_first(*waits: Awaitable[object]) -> None:
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

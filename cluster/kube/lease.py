@@ -66,8 +66,7 @@ class LeaseCandidate:
         return known, None
 
     def written(self, record: LeaseRecord, began_at_s: float) -> LeaseCandidate:
-        """Process a successful write. The term counts from before the request, since no other process saw it
-        earlier."""
+        """Process a successful write. The term starts before the request: no other process saw the record earlier."""
         return replace(self, seen=record, seen_at_s=began_at_s, wrote_at_s=began_at_s)
 
     def may_act(self, now_s: float) -> bool:

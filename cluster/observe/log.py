@@ -29,7 +29,6 @@ def keep_open(logger: logging.Logger) -> None:
     """Keep this logger's handlers open until the process ends.
 
     vLLM sets up its logging by dictConfig, which closes the handlers of all loggers. Ray Serve's logger then has no
-    file. A new Serve controller asks each replica for its log file when it takes it over, and replaces one that cannot
-    answer."""
+    file, and a new Serve controller replaces each replica that cannot name its log file."""
     for handler in logger.handlers:
         handler.close = handler.flush  # type: ignore[method-assign]

@@ -12,5 +12,5 @@ def hand_over_soon() -> None:
     """Shorten the interpreter's switch interval, for a process with an event loop and busy threads.
 
     The loop releases the lock with every send, and waits up to the interval to get it back. With CPython's 5 ms, a
-    thread that read a tokenizer or migrated the ledger delayed twenty sends by a tenth of a second."""
+    thread that read a tokenizer or worked on the ledger delayed twenty sends by a tenth of a second."""
     sys.setswitchinterval(SWITCH_S)

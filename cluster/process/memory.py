@@ -31,9 +31,8 @@ def settle() -> None:
     gc.enable()
 
 
-def give_back() -> bool:
-    """Return free heap pages to the system, which takes some milliseconds for tens of megabytes. False without
-    glibc."""
+def return_free_pages() -> bool:
+    """Return free heap pages to the system (some milliseconds for tens of megabytes). False without glibc."""
     import ctypes  # not at import: it is needed only after the start
 
     try:
@@ -49,13 +48,11 @@ async def give_back_now_and_then(
     idle: Callable[[], bool],
     every_s: float = INTERVAL_S,
     check_s: float = CHECK_S,
-    give: Callable[[], bool] = give_back,
+    give: Callable[[], bool] = return_free_pages,
 ) -> None:
-    """Return free pages every `every_s` seconds, at the next moment for which `idle` is true; first soon after the
-    start.
+    """Return free pages every `every_s` seconds, when `idle` is true; for the first time soon after the start.
 
-    Runs until cancelled, or returns if the C library cannot do it. Only while idle, since all threads' allocations wait
-    meanwhile."""
+    Returns only if the C library cannot do it. The process must be idle because all threads' allocations wait."""
     due = time.monotonic() + min(every_s, FIRST_S)
     while True:
         await asyncio.sleep(check_s)

@@ -1,2 +1,1 @@
-"""The protocol link.v1 between two processes: codecs, dialing, credit, outboxes and TLS, without any process's
-state."""
+"""The protocol link.v1 between two processes: codecs, dialing, credit, outboxes and TLS."""

@@ -87,8 +87,7 @@ class GatewayAddresses:
         )
 
     async def dial(self, session: Callable[[str], Awaitable[None]], timing: Timing) -> None:
-        """Keep a session with each gateway until cancelled. After a gateway leaves the list, its link runs to its
-        end."""
+        """Keep a session with each gateway until cancelled. A gateway that leaves the list keeps a running link."""
         async with asyncio.TaskGroup() as group:
             for name in self._names:
                 group.create_task(dns.keep_resolving(name, partial(self.set_lookup, name), self._resolve))

@@ -1,8 +1,8 @@
 """Admin verbs that only the controller can answer: gateways send them over the controller's Control stream.
 
 A verb is a function of a serialized request. A CallError that it raises is transferred completely, so that the operator
-reads the same error as from the gateway. If the stream ends before the answer, the verb may have been done: the error
-says so, and no request is sent twice.
+reads the same error as if the gateway had raised it. If the stream ends before the answer, the verb may have been done:
+the error says so, and no request is sent twice.
 """
 
 from __future__ import annotations

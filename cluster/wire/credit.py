@@ -24,7 +24,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A link's new limits over its claims lifetime: number of Submits, and the sum of their prompt tokens."""
+    """A link's new limits over its whole lifetime: number of Submits, and the sum of their prompt tokens."""
 
     link: int
     grant_id: int
@@ -42,8 +42,7 @@ class _Account:
     unacked: list[tuple[int, Capacity]] = field(default_factory=list)
 
     def promised(self) -> Capacity:
-        """Capacity this link may still use: the largest limit that the gateway may have applied, less what it has
-        sent."""
+        """Capacity this link may still use: the largest limit that may be in force, less what was sent."""
         sequences, tokens = self.limit.sequences, self.limit.tokens
         for _, older in self.unacked:
             sequences, tokens = max(sequences, older.sequences), max(tokens, older.tokens)
@@ -71,8 +70,7 @@ class CreditGranter:
         account.spent = Capacity(account.spent.sequences + 1, account.spent.tokens + tokens)
 
     def backlog(self, link: int, waiting: int, kept: int = 0) -> None:
-        """Set how many of a gateway's calls wait for this worker's model, and for how many this worker has the KV
-        blocks."""
+        """Set how many calls wait at a gateway for this model; this worker has the KV blocks of `kept` of them."""
         account = self._accounts[link]
         account.kept = min(kept, waiting)
         account.waiting = waiting - account.kept
@@ -90,9 +88,8 @@ class CreditGranter:
     def grants(self, room: Capacity, places: int = 0) -> list[Grant]:
         """The limits to send now, for links whose limit changes.
 
-        `room`: free capacity, promised or not. `places`: a larger number of sequences, for the
-        case that those beyond `room` are of calls whose KV blocks are on this worker: they cost next to nothing to
-        start."""
+        `room`: free capacity, promised or not. `places`: the sequence limit if those beyond `room` are of calls whose
+        KV blocks are on this worker, since these cost next to nothing to start."""
         if not self._accounts:
             return []
         kept = {link: account.kept for link, account in self._accounts.items()}
@@ -141,8 +138,7 @@ def _by_remainder(weights: Mapping[int, int], total: int, weight_sum: int) -> li
 
 
 def _worth_sending(old: Capacity, new: Capacity, room_tokens: int) -> bool:
-    """True for any change of sequences; for tokens only from a tenth of the capacity, since each decoded token
-    counts."""
+    """True for any change of sequences, or if tokens change by a tenth of the capacity: every decoded token counts."""
     if old.sequences != new.sequences:
         return True
     return abs(old.tokens - new.tokens) * 10 > max(room_tokens, 1)

@@ -47,8 +47,7 @@ class Timing:
     """Time without a beat or message after which a worker considers its gateway lost, and a gateway a worker that has
     not sent a beat yet."""
     hang_s: float = 0.5
-    """Time, or five engine steps if they are longer, after which a gateway considers a stalled worker lost; see
-    liveness.py."""
+    """Time, or five engine steps if longer, after which a gateway considers a stalled worker lost (liveness.py)."""
     redial_min_s: float = 0.1
     redial_max_s: float = 2.0
     welcome_s: float = 5.0

@@ -94,8 +94,7 @@ class UsageKeeper:
         self._assign(unassigned)
 
     def keep(self, usage: EndedUsage, origin: int, slot: int = 0) -> int:
-        """Keep the usage of an ended request of link `origin`; returns its key. Assigned to `origin` if attached, else
-        to any."""
+        """Keep an ended request's usage; returns its key. It is assigned to link `origin` if attached, else to any."""
         self._last_key += 1
         usage.key = self._last_key
         kept = self._kept[usage.key] = _Kept(usage, origin, slot)

@@ -40,8 +40,7 @@ def put_turn(message: pb.Submit, turn: WeightedValue[Waiting]) -> None:
 def backlog_to_pb(
     waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[WeightedValue[FlowBacklog]] | None
 ) -> pb.Backlog:
-    """Encode a gateway's backlog. `kept`: the part of `claim` whose KV blocks this worker has. `flows`: None if another
-    worker gets them."""
+    """Encode a backlog. `kept`: part of `claim` with KV blocks on this worker. `flows`: None if another gets them."""
     return pb.Backlog(
         waiting=waiting,
         waiting_tokens=tokens,

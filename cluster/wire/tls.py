@@ -11,8 +11,7 @@ import grpc
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """PEM files: this side's certificate chain and key, and the CA certificates that must have issued the other
-    side's."""
+    """PEM files: this side's certificate chain and key, and the CA certificates for the other side's."""
 
     cert_file: Path
     key_file: Path

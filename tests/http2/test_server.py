@@ -55,8 +55,7 @@ async def test_one_message_with_metadata(serve: Serve) -> None:
 
 
 async def test_errors_become_statuses(serve: Serve) -> None:
-    """Errors map to statuses: an abort with its details, an unexpected failure without its text, an unknown method,
-    a malformed message."""
+    """Aborts, unexpected failures (without their text), unknown methods and malformed messages map to statuses."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as aborted:
             await unary_unary(channel, "One")(b"abort")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.kube.api import ApiAway, Conflict, KubeLease
+from cluster.kube.api import ApiUnavailable, Conflict, KubeLease
 from cluster.kube.leading import Leader, StoodStill
 from cluster.kube.lease import LeaseRecord, LeaseTerms
 from tests.support.kube_api import FakeApi, kube_api
@@ -53,18 +53,18 @@ def test_a_lease_is_made_kept_and_taken(api: FakeApi) -> None:
 
 
 def test_an_api_that_is_away_or_refuses_is_told(api: FakeApi, tmp_path: Path) -> None:
-    """HTTP errors, network errors and a missing token file raise ApiAway."""
+    """HTTP errors, network errors and a missing token file raise ApiUnavailable."""
     store = api.lease()
     api.away = True
-    with pytest.raises(ApiAway, match="503 the server is currently unable"):
+    with pytest.raises(ApiUnavailable, match="503 the server is currently unable"):
         store.read()
     api.away = False
     (tmp_path / "wrong").write_text("another token")
-    with pytest.raises(ApiAway, match="401"):
+    with pytest.raises(ApiUnavailable, match="401"):
         KubeLease(api.url, "ns", "x", 15, tmp_path / "wrong").write("a", None)
-    with pytest.raises(ApiAway):
+    with pytest.raises(ApiUnavailable):
         KubeLease(api.url, "ns", "x", 15, tmp_path / "none").read()
-    with pytest.raises(ApiAway):
+    with pytest.raises(ApiUnavailable):
         KubeLease("http://127.0.0.1:1", "ns", "x", 15, tmp_path / "wrong").read()
 
 

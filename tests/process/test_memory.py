@@ -18,13 +18,13 @@ def resident_bytes() -> int:
 
 
 def test_holes_in_the_heap_go_back() -> None:
-    """After all but every hundredth of 80 MB of objects are freed, `give_back` returns the pages that glibc keeps."""
+    """`return_free_pages` returns the pages that glibc keeps after all but every hundredth of 80 MB of objects are freed."""
     pieces = [bytearray(PIECE) for _ in range(PIECES)]
     kept = pieces[::100]
     before = resident_bytes()
     del pieces
     held = resident_bytes()
-    assert memory.give_back()
+    assert memory.return_free_pages()
     assert resident_bytes() < held - PIECE * PIECES / 2 or held < before - PIECE * PIECES / 2
     assert len(kept) == PIECES // 100
 
