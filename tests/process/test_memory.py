@@ -18,7 +18,7 @@ def resident_bytes() -> int:
 
 
 def test_holes_in_the_heap_go_back() -> None:
-    """`return_free_pages` returns the pages that glibc keeps after all but every hundredth of 80 MB of objects are freed."""
+    """`return_free_pages` returns pages that glibc keeps after most of 80 MB of objects, in small pieces, are freed."""
     pieces = [bytearray(PIECE) for _ in range(PIECES)]
     kept = pieces[::100]
     before = resident_bytes()
