@@ -1,8 +1,8 @@
-"""A gRPC server on the event loop: one send for all that one pass writes to a connection.
+"""A gRPC server on asyncio that joins all writes of one event-loop pass into one send per connection.
 
-grpc.aio writes each message through a queue, a completion and a wake of its own, about 20 µs; a gateway writes every
-token. Here HTTP/2's state (headers, settings, windows, resets) is h2's and only DATA frames are made by hand. Handlers
-are grpc's own: generated servicers and InferenceApi run on either server.
+grpc.aio passes each message through a queue, a completion and a wake-up, about 20 µs; a gateway writes every token.
+Here h2 keeps HTTP/2's state (headers, settings, windows, resets), and only DATA frames are made by hand. Handlers are
+grpc's own: generated servicers and InferenceApi run on either server.
 """
 
 from hyperframe.frame import Frame
@@ -13,7 +13,7 @@ from cluster.http2.limits import ServerLimits
 from cluster.http2.listener import ConnectionAdmission, Listener, listening
 from cluster.http2.server import Server
 
-# h2 writes out every frame that it receives, its whole body serialized once more, for a trace that is off.
+# h2 builds a repr of every received frame, its whole body included, for a disabled debug log.
 Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""A gRPC client on the event loop: what a call sends in one pass goes out as one write, what comes is there at once.
+"""A gRPC client on asyncio: all writes of one event-loop pass are one send, and received messages are read at once.
 
-grpc.aio takes each message through threads of its own: about 0.3 ms from a write to the wire and as much back, where
-processes share a core. As in the server, h2 keeps HTTP/2's state and DATA frames are made by hand. One connection, and
-no connecting anew: whoever dials decides about that.
+grpc.aio passes each message through its own threads: about 0.3 ms from a write to the wire, and the same for reading,
+where processes share a core. As in the server, h2 keeps HTTP/2's state and DATA frames are made by hand. A client is
+one connection and never reconnects; its owner decides whether to connect again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class CallEnded(Exception):
-    """A call has ended with another status than OK, or with its connection."""
+    """A call ended with a status other than OK, or with its connection."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(f"{code.name}: {details}")
@@ -54,9 +54,10 @@ async def connect(
     ping_s: float = 10.0,
     ping_answer_s: float = 5.0,
 ) -> GrpcClient:
-    """A connection to `host:port`; close it. Raises OSError (ssl.SSLError among them).
+    """Connect to `host:port`; the caller closes the connection. Raises OSError (including ssl.SSLError).
 
-    `ping_s`: a silent connection with calls is tried this often, and given up without an answer in `ping_answer_s`.
+    `ping_s`: a connection with calls that receives nothing for so long is pinged; without an answer within
+    `ping_answer_s` it is closed.
     """
     host, _, port = address.rpartition(":")
     _, client = await asyncio.get_running_loop().create_connection(
@@ -87,7 +88,7 @@ class GrpcClient(asyncio.BufferedProtocol):
         self._flushing = False
         self._heard = time.monotonic()
         self.answered = True
-        """Something was heard since the last ping."""
+        """Whether bytes were received since the last ping."""
         self._timer: asyncio.TimerHandle | None = None
         self._why = ""
         self._goes_away = False
@@ -100,7 +101,7 @@ class GrpcClient(asyncio.BufferedProtocol):
 
     @property
     def usable(self) -> bool:
-        """Whether it takes another call."""
+        """Whether the connection accepts another call."""
         return not self._transport.is_closing() and not self._goes_away
 
     def call(
@@ -110,7 +111,7 @@ class GrpcClient(asyncio.BufferedProtocol):
         parse: Callable[[Any], Any],
         metadata: Sequence[tuple[str, str | bytes]] = (),
     ) -> ClientCall:
-        """Open a call of any kind; cancel it unless it has been read to its end. Raises CallEnded."""
+        """Open a call of any kind. The caller reads it to its end or cancels it. Raises CallEnded."""
         if not self.usable:
             raise CallEnded(grpc.StatusCode.UNAVAILABLE, self._why or "the connection is closed")
         stream_id = self.h2.get_next_available_stream_id()
@@ -124,12 +125,12 @@ class GrpcClient(asyncio.BufferedProtocol):
             *headers_of(metadata),
         ]
         self.h2.send_headers(stream_id, headers)
-        self.out_of_h2()
+        self.send_h2_output()
         made = self.calls[stream_id] = ClientCall(self, stream_id, serialize, parse)
         return made
 
     def close(self) -> None:
-        """End it, and with it its calls."""
+        """Close the connection and end its calls."""
         if not self._transport.is_closing():
             self._flush()
             self._transport.close()
@@ -137,7 +138,7 @@ class GrpcClient(asyncio.BufferedProtocol):
     # ---- asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Introduce ourselves."""
+        """Send the HTTP/2 preface and settings."""
         self._transport = cast(asyncio.Transport, transport)
         own: socket.socket = transport.get_extra_info("socket")
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -148,33 +149,33 @@ class GrpcClient(asyncio.BufferedProtocol):
         )
         h2.initiate_connection()
         h2.increment_flow_control_window(4 * self._window_bytes)
-        self.out_of_h2()
+        self.send_h2_output()
         self._timer = self.loop.call_later(self._ping_s, self._ping)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where to read to."""
+        """Return the buffer to read into."""
         return _READ
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Bytes of the server."""
+        """Handle bytes received from the server."""
         self._heard = time.monotonic()
         self.answered = True
         try:
             received = self.h2.receive_data(bytes(_READ[:nbytes]))
-            self.out_of_h2()
+            self.send_h2_output()
             for event in received:
                 handle = _EVENTS.get(type(event))
                 if handle is not None:
                     handle(self, event)
         except H2Error as error:
             self._why = str(error) or type(error).__name__
-            self.out_of_h2()
+            self.send_h2_output()
             self.close()
             return
-        self.out_of_h2()
+        self.send_h2_output()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The server is gone, or we are."""
+        """End all calls: either side closed the connection."""
         if self._timer is not None:
             self._timer.cancel()
         self._why = self._why or str(error or "the connection was closed")
@@ -183,25 +184,25 @@ class GrpcClient(asyncio.BufferedProtocol):
             call.end(grpc.StatusCode.UNAVAILABLE, self._why)
 
     def pause_writing(self) -> None:
-        """The server does not read."""
+        """Stop writing: the server does not read."""
         self.paused = True
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """Write again: the server reads."""
         self.paused = False
         self._push_all()
 
     # ---- writing
 
     def out(self, data: bytes) -> None:
-        """Send with all else of this pass of the event loop."""
+        """Add bytes to this event-loop pass's send."""
         self._out.append(data)
         if not self._flushing:
             self._flushing = True
             self.loop.call_soon(self._flush)
 
-    def out_of_h2(self) -> None:
-        """Send what h2 has to say, in its place among what is sent already."""
+    def send_h2_output(self) -> None:
+        """Send what h2 has prepared, in order with the bytes already queued."""
         data = self.h2.data_to_send()
         if data:
             self.out(data)
@@ -250,19 +251,19 @@ class GrpcClient(asyncio.BufferedProtocol):
         self._push_all()
 
     def _goaway(self, event: events.ConnectionTerminated) -> None:
-        """The server takes no further call; h2 then refuses to send anything, so those that run end too."""
+        """End all calls: after a GOAWAY the server takes no further call, and h2 refuses to send for running ones."""
         self._goes_away = True
-        self._why = "the server goes away"
+        self._why = "the server closes the connection (GOAWAY)"
         self.close()
 
     # ---- life
 
-    def left(self, stream_id: int) -> None:
-        """A call was cancelled."""
+    def reset_call(self, stream_id: int) -> None:
+        """Reset the stream of a cancelled call."""
         if self.calls.pop(stream_id, None) is not None and not self._transport.is_closing():
             with suppress(H2Error):
                 self.h2.reset_stream(stream_id, ErrorCodes.CANCEL)
-            self.out_of_h2()
+            self.send_h2_output()
 
     def _ping(self) -> None:
         silent_s = time.monotonic() - self._heard
@@ -271,7 +272,7 @@ class GrpcClient(asyncio.BufferedProtocol):
             return
         with suppress(H2Error):
             self.h2.ping(b"headrace")
-        self.out_of_h2()
+        self.send_h2_output()
         self.answered = False
         self._timer = self.loop.call_later(self._ping_answer_s, self._expect_pong)
 
@@ -284,14 +285,14 @@ class GrpcClient(asyncio.BufferedProtocol):
 
 
 class ClientCall:
-    """One call, in grpc.aio's read/write style."""
+    """One call, with grpc.aio's read and write methods."""
 
     def __init__(
         self, client: GrpcClient, stream_id: int, serialize: Callable[[Any], bytes], parse: Callable[[Any], Any]
     ) -> None:
         self._client = client
         self._stream_id = stream_id
-        self._tail = stream_id.to_bytes(4, "big")
+        self._id_bytes = stream_id.to_bytes(4, "big")
         self._stream = client.h2.streams[stream_id]
         self._serialize = serialize
         self._parse = parse
@@ -304,14 +305,14 @@ class ClientCall:
         self._end: tuple[grpc.StatusCode, str] | None = None
 
     def send(self, message: Any) -> None:
-        """Send a message as soon as the server has room for it. Raises CallEnded."""
+        """Send a message as soon as the windows allow. Raises CallEnded."""
         self._require()
         data = self._serialize(message)
         self._pending += b"\x00" + len(data).to_bytes(4, "big") + data
         self.push()
 
     async def write(self, message: Any) -> None:
-        """Send a message, and wait until the server has made room for more. Raises CallEnded."""
+        """Send a message and wait until the server has room for more. Raises CallEnded."""
         self.send(message)
         while self._pending or self._client.paused:
             waiter = self._client.loop.create_future()
@@ -320,12 +321,12 @@ class ClientCall:
             self._require()
 
     def done_writing(self) -> None:
-        """Nothing more is sent."""
+        """Half-close the stream after all pending messages."""
         self._closing = True
         self.push()
 
     async def read(self) -> Any:
-        """The next message, or grpc.aio.EOF at an end in order. Raises CallEnded."""
+        """Return the next message, or grpc.aio.EOF after an OK status. Raises CallEnded."""
         while not self._inbox:
             if self._end is not None:
                 if self._end[0] is grpc.StatusCode.OK:
@@ -346,15 +347,15 @@ class ClientCall:
             yield message
 
     def cancel(self) -> None:
-        """End it from here. Harmless for one that has ended."""
+        """Cancel the call. Does nothing if it has ended."""
         if self._end is None:
             self.end(grpc.StatusCode.CANCELLED, "cancelled")
-            self._client.left(self._stream_id)
+            self._client.reset_call(self._stream_id)
 
     # ---- called by the connection
 
     def push(self) -> None:
-        """Send what waits, as far as the windows allow."""
+        """Send pending bytes as far as the windows allow."""
         pending, stream, h2 = self._pending, self._stream, self._client.h2
         while pending and self._end is None and not self._client.paused:
             size = min(
@@ -365,43 +366,43 @@ class ClientCall:
                 return
             stream.outbound_flow_control_window -= size
             h2.outbound_flow_control_window -= size
-            self._client.out(frames.data_frame(self._tail, bytes(pending[:size])))
+            self._client.out(frames.data_frame(self._id_bytes, bytes(pending[:size])))
             del pending[:size]
         if self._closing and not pending and self._end is None:
             self._closing = False
             with suppress(H2Error):
                 h2.end_stream(self._stream_id)
-            self._client.out_of_h2()
+            self._client.send_h2_output()
         self._wake()
 
     def head(self, fields: dict[bytes, bytes]) -> None:
-        """The answer's head has come; in short answers it is all."""
+        """Handle the response headers; a trailers-only response has the status in them."""
         if fields.get(b":status") != b"200":
             self.end(grpc.StatusCode.UNAVAILABLE, f"HTTP status {fields.get(b':status', b'').decode('latin-1')}")
         elif b"grpc-status" in fields:
             self.trailers(fields)
 
     def data(self, data: bytes) -> None:
-        """Bytes of messages."""
+        """Handle message bytes."""
         try:
             for message, _, compressed in self._assembler.add(data):
                 if compressed:
-                    raise BadMessage("the server has compressed a message")
+                    raise BadMessage("the server sent a compressed message, which this client does not support")
                 self._inbox.append(message)
         except BadMessage as error:
             self.end(grpc.StatusCode.INTERNAL, str(error))
-            self._client.left(self._stream_id)
+            self._client.reset_call(self._stream_id)
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
     def trailers(self, fields: dict[bytes, bytes]) -> None:
-        """The status."""
+        """Handle the status in the trailers."""
         number = fields.get(b"grpc-status", b"2")
         code = _CODES.get(int(number) if number.isdigit() else 2, grpc.StatusCode.UNKNOWN)
         self.end(code, unquote(fields.get(b"grpc-message", b"").decode("latin-1")))
 
     def end(self, code: grpc.StatusCode, details: str) -> None:
-        """It has ended; what came before can still be read. The first end counts."""
+        """End the call; messages received before can still be read. Only the first end counts."""
         if self._end is None:
             self._end = (code, details)
             self._pending.clear()

@@ -1,4 +1,4 @@
-"""What a client sends, from bytes to charged frames, in slices between which other connections have their turns."""
+"""Parsing of a client's bytes into charged frames, in slices between which other connections are handled."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from cluster.http2.connection import Connection
 
 LARGE_BYTES: Final = 16_384
-"""So many at once wait their turn (read_slices.py)."""
-MOST_WAITING_BYTES: Final = 16_384
-"""With more than this in turn, no more is read."""
+"""Reads of at least this size are queued (read_slices.py)."""
+MAX_QUEUED_BYTES: Final = 16_384
+"""Queued bytes beyond which reading pauses."""
 SMALL_DATA_BYTES: Final = 64
-"""A DATA frame with less is charged as one that carries nothing."""
+"""A DATA frame with less is charged as an empty frame."""
 WINDOW_UPDATE_BYTES: Final = 4
 GOAWAY_UNITS: Final = 5.0
-"""A client says once or twice that it leaves."""
+"""Cost of a GOAWAY: a client sends one or two."""
 
 
 class FrameIntake:
-    """The unread frames of one connection. See read_turns.Reader."""
+    """The unparsed frames of one connection; implements read_slices.Reader."""
 
     def __init__(self, connection: Connection, reader: FrameReader, charges: Charges, turns: ReadTurns) -> None:
         self._connection = connection
@@ -40,53 +40,53 @@ class FrameIntake:
         self._unfinished_since = math.inf
 
     def feed(self, data: memoryview) -> None:
-        """Bytes of the client."""
+        """Add bytes received from the client."""
         self._reader.feed(data)
         if self._queued:
-            if self._reader.size >= MOST_WAITING_BYTES:
+            if self._reader.size >= MAX_QUEUED_BYTES:
                 self._pause()
-        elif len(data) >= LARGE_BYTES or self._turns.now(self):
+        elif len(data) >= LARGE_BYTES or self._turns.parse_now(self):
             self._queued = True
             if len(data) >= LARGE_BYTES:
                 self._pause()
             self._turns.put(self)
 
-    def take(self, until: float) -> bool:
-        """Handle the frames that are here, until the clock says so; whether any is left."""
+    def parse(self, until: float) -> bool:
+        """Handle frames until the clock reaches `until`; returns whether any are left."""
         connection = self._connection
         try:
-            left = self._handle(until)
-        except BaseException:  # as the transport does when it hands on itself
+            more = self._handle(until)
+        except BaseException:  # like the transport, when the protocol raises
             connection.transport.abort()
             raise
         delayed = self._charges.delayed
-        self._queued = left or delayed
+        self._queued = more or delayed
         if connection.closing:
             self._reader.clear()
             return False
         if delayed:
             self._pause()
-            connection.later(self._charges.delay_s(), self._after_delay)
+            connection.call_later(self._charges.delay_s(), self._after_delay)
             return False
-        if not left and self._paused:
+        if not more and self._paused:
             self._paused = False
             connection.transport.resume_reading()
-        return left
+        return more
 
     def allow_frames(self, size: int) -> None:
-        """Take frames of so many bytes from now on."""
+        """Set the largest frame size."""
         self._reader.max_frame_bytes = size
 
     def clear(self) -> None:
-        """Drop what is unread."""
+        """Drop the unparsed bytes."""
         self._reader.clear()
 
-    def stands_still_s(self, now: float) -> float:
-        """How long a frame or header block has begun and not ended, 0 where the server is to go on."""
+    def stalled_s(self, now: float) -> float:
+        """Seconds since an incomplete frame or header block made progress; 0 while frames are queued."""
         return 0.0 if self._queued else max(now - self._unfinished_since, 0.0)
 
     def _after_delay(self) -> None:
-        self._charges.fields(0, self._loop.time())
+        self._charges.charge_fields(0, self._loop.time())
         self._turns.put(self)
 
     def _pause(self) -> None:
@@ -95,26 +95,26 @@ class FrameIntake:
             self._connection.transport.pause_reading()
 
     def _handle(self, until: float) -> bool:
-        connection, reader, handled, left = self._connection, self._reader, False, False
+        connection, reader, handled, more = self._connection, self._reader, False, False
         try:
             while not connection.closing and self._peek():
-                if left:
+                if more:
                     break
                 handled = True
-                if not (reader.plain and self._usual()):
-                    self._any()
-                left = time.perf_counter() >= until or self._charges.delayed
+                if not (reader.plain and self._handle_fast()):
+                    self._handle_any()
+                more = time.perf_counter() >= until or self._charges.delayed
             else:
-                left = False
+                more = False
         except H2Error as error:
             connection.refuse(str(error) or type(error).__name__)
             return False
-        connection.out_of_h2()
+        connection.send_h2_output()
         if not reader.unfinished:
             self._unfinished_since = math.inf
         elif handled or self._unfinished_since == math.inf:
             self._unfinished_since = self._loop.time()
-        return left and not connection.closing
+        return more and not connection.closing
 
     def _peek(self) -> bool:
         try:
@@ -123,12 +123,12 @@ class FrameIntake:
             self._connection.h2.refuse(error.error_code)
             raise
 
-    def _usual(self) -> bool:
-        """Handle DATA and WINDOW_UPDATE of calls that run; whether it was that, and nothing about it unusual."""
+    def _handle_fast(self) -> bool:
+        """Handle a DATA or WINDOW_UPDATE frame of a running call without h2; False if h2 must handle the frame."""
         connection, reader = self._connection, self._reader
         if reader.kind == DATA:
             call = connection.calls.get(reader.stream_id)
-            if call is None or (reader.length < SMALL_DATA_BYTES and not self._charges.justified()):
+            if call is None or (reader.length < SMALL_DATA_BYTES and not self._charges.justify_frame()):
                 return False
             if not connection.h2.receive_data_of(call.stream, reader.length, ends=reader.ends):
                 return False
@@ -147,7 +147,7 @@ class FrameIntake:
             call = connection.calls.get(reader.stream_id)
             if call is None or call.closed:
                 return False
-        if not self._charges.justified():
+        if not self._charges.justify_frame():
             return False
         size = reader.increment
         if not connection.h2.receive_window_of(connection.h2 if call is None else call.stream, size):
@@ -156,7 +156,7 @@ class FrameIntake:
         connection.window_opened(reader.stream_id)
         return True
 
-    def _any(self) -> None:
+    def _handle_any(self) -> None:
         """Handle a frame of any kind. Raises H2Error."""
         connection = self._connection
         try:
@@ -169,19 +169,19 @@ class FrameIntake:
         if self._may_send(frame):
             connection.handle(frame)
         else:
-            connection.cut("too many resets, refused calls or frames that carry nothing")
+            connection.cut("too many resets, refused calls or empty frames")
 
     def _may_send(self, frame: Frame) -> bool:
-        """Charge a frame; a new call is charged when it is refused, and a reset when its call ends by it."""
+        """Charge a frame; False if it exceeds the limit. Refusals and resets of calls are charged when they happen."""
         charges, streams, now = self._charges, self._connection.h2.streams, self._loop.time()
         if isinstance(frame, DataFrame):
             if frame.stream_id not in streams:
-                return charges.heavy(1, now)
-            return len(frame.data) >= SMALL_DATA_BYTES or charges.light(now)
+                return charges.charge(1, now)
+            return len(frame.data) >= SMALL_DATA_BYTES or charges.charge_empty(now)
         if isinstance(frame, HeadersFrame):
-            return frame.stream_id not in streams or charges.light(now)
+            return frame.stream_id not in streams or charges.charge_empty(now)
         if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags:
-            return charges.heavy(1 + len(streams) / STREAMS_PER_UNIT, now)
-        if isinstance(frame, GoAwayFrame):  # one is enough, and each may carry the largest frame's bytes
-            return charges.heavy(GOAWAY_UNITS, now)
-        return charges.light(now)
+            return charges.charge(1 + len(streams) / STREAMS_PER_UNIT, now)
+        if isinstance(frame, GoAwayFrame):  # one is enough, and each may be as large as the largest frame
+            return charges.charge(GOAWAY_UNITS, now)
+        return charges.charge_empty(now)

@@ -1,6 +1,6 @@
-"""Bytes of a client become HTTP/2 frames, one at a time and bounded before they are buffered.
+"""A reader of HTTP/2 frames, one at a time, with limits that apply before bytes are buffered.
 
-In place of h2's FrameBuffer, which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
+It replaces h2's FrameBuffer, which yields all frames of a read in one pass and buffers header blocks of 4 MiB.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hyperframe.frame import ContinuationFrame, Frame, HeadersFrame
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEAD_BYTES = 9
 DATA, WINDOW_UPDATE = 0, 8
-"""Types of frames."""
+"""Frame types."""
 END_STREAM = 1
 MAX_STREAM_ID = 2**31 - 1
 _HEAD = struct.Struct("!HBBBL")
@@ -42,7 +42,7 @@ class FrameReader:
     )
 
     def __init__(self, max_frame_bytes: int, max_block_bytes: int) -> None:
-        """`max_block_bytes`: of the encoded header fields of one request."""
+        """`max_block_bytes`: limit for the encoded header fields of one request."""
         self.max_frame_bytes = max_frame_bytes
         self._max_block_bytes = max_block_bytes
         self._data = bytearray()
@@ -50,31 +50,31 @@ class FrameReader:
         self._block: HeadersFrame | None = None
         self._continuations = 0
         self.kind = self.length = self.stream_id = 0
-        """Of the frame that `peek` has seen: its type, its length without head, and its stream."""
+        """Type, length without head, and stream of the frame that `peek` has seen."""
         self.plain = self.ends = False
-        """Whether it has no flag but END_STREAM and may stand where it does, and whether it has that."""
+        """`plain`: no flag but END_STREAM, and not inside a header block. `ends`: END_STREAM is set."""
 
     def feed(self, data: bytes | memoryview) -> None:
-        """More bytes."""
+        """Add received bytes."""
         self._data += data
 
     def clear(self) -> None:
-        """Drop what is unread."""
+        """Drop the unread bytes."""
         self._data.clear()
         self._block = None
 
     @property
     def size(self) -> int:
-        """Bytes that are not read."""
+        """Number of unread bytes."""
         return len(self._data)
 
     @property
     def unfinished(self) -> bool:
-        """Whether a frame or a header block has begun and is not complete. True also for complete frames not read."""
+        """Whether unread bytes or an incomplete header block are buffered."""
         return bool(self._data) or self._block is not None
 
     def peek(self) -> bool:
-        """Whether a whole frame is here; looks at its head. Raises ProtocolError."""
+        """Read the head of the next frame; True if the frame is complete. Raises ProtocolError."""
         data = self._data
         if self._preface and not self._read_preface():
             return False
@@ -91,18 +91,18 @@ class FrameReader:
 
     @property
     def increment(self) -> int:
-        """Of the WINDOW_UPDATE that `peek` has seen."""
+        """The increment of the WINDOW_UPDATE that `peek` has seen."""
         return int.from_bytes(self._data[HEAD_BYTES : HEAD_BYTES + 4], "big") & MAX_STREAM_ID
 
     def body(self) -> bytes:
-        """The body of the frame that `peek` has seen, which is taken out."""
+        """Remove the frame that `peek` has seen, and return its body."""
         end = HEAD_BYTES + self.length
         body = bytes(self._data[HEAD_BYTES:end])
         del self._data[:end]
         return body
 
     def frame(self) -> Frame | None:
-        """The frame that `peek` has seen; header blocks whole, None before their end. Raises ProtocolError."""
+        """Remove and return the frame that `peek` has seen; None for a part of a header block. Raises ProtocolError."""
         head = bytes(self._data[:HEAD_BYTES])
         frame = _parsed(head, self.body())
         if self._block is not None or isinstance(frame, HeadersFrame | ContinuationFrame):
@@ -119,7 +119,7 @@ class FrameReader:
         return not self._preface
 
     def _add_to_block(self, frame: Frame) -> Frame | None:
-        """The HEADERS frame with its whole block once that is complete."""
+        """Add a frame to the header block; returns the HEADERS frame with the whole block once it is complete."""
         block = self._block
         if block is None:
             if not isinstance(frame, HeadersFrame):
@@ -134,7 +134,7 @@ class FrameReader:
             raise ProtocolError("Invalid frame during header block.")
         self._continuations += 1
         if self._continuations > MAX_CONTINUATIONS:
-            raise _calm("Too many CONTINUATION frames.")
+            raise _calm_error("Too many CONTINUATION frames.")
         self._check_block(len(block.data) + len(frame.data))
         block.data += frame.data
         if "END_HEADERS" not in frame.flags:
@@ -146,7 +146,7 @@ class FrameReader:
 
     def _check_block(self, size: int) -> None:
         if size > self._max_block_bytes:
-            raise _calm(f"Header block of more than {self._max_block_bytes} bytes.")
+            raise _calm_error(f"Header block of more than {self._max_block_bytes} bytes.")
 
 
 def _parsed(head: bytes, body: bytes) -> Frame:
@@ -161,13 +161,13 @@ def _parsed(head: bytes, body: bytes) -> Frame:
 
 
 def _check_size_updates(block: bytes) -> None:
-    """Refuse a block with more changes of the header table's size than the protocol allows. Each byte of them costs the
-    decoder microseconds, and none counts as a field that is charged."""
+    """Refuse a block with more changes of the header table's size than the protocol allows: each byte of them costs the
+    decoder microseconds, and none is charged as a header field."""
     at = updates = 0
     while at < len(block) and block[at] & 0xE0 == 0x20:
         updates += 1
         if updates > MAX_SIZE_UPDATES:
-            raise _calm(f"More than {MAX_SIZE_UPDATES} table size updates in a header block.")
+            raise _calm_error(f"More than {MAX_SIZE_UPDATES} table size updates in a header block.")
         if block[at] & 0x1F == 0x1F:
             at += 1
             while at < len(block) and block[at] & 0x80:
@@ -175,7 +175,7 @@ def _check_size_updates(block: bytes) -> None:
         at += 1
 
 
-def _calm(why: str) -> ProtocolError:
+def _calm_error(why: str) -> ProtocolError:
     error = ProtocolError(why)
     error.error_code = ErrorCodes.ENHANCE_YOUR_CALM
     return error

@@ -1,7 +1,7 @@
-"""HTTP/2 frames made by hand: those of every call and token. h2 makes the others.
+"""HTTP/2 frames made by hand: those that every call and every token needs. h2 makes the others.
 
-Response headers are literals that enter no table (RFC 7541, 6.2.2), so a block needs no encoder's state: a connection's
-first block sets the table's size to zero, as does the next one after the client has changed its limit.
+Response headers are literals that enter no table (RFC 7541, 6.2.2), so encoding needs no state: a connection's first
+block sets the table's size to zero, and so does the first block after the client has changed its limit.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 NO_TABLE = b"\x20"
-"""A dynamic table size update to zero; stands first in a block."""
+"""A dynamic table size update to zero; must be first in a block."""
 
 _HEADERS, _CONTINUATION = b"\x01", b"\x09"
 _END_STREAM, _END_HEADERS = 1, 4
-# The first five bytes of a DATA frame (length, type 0, no flags) by its length, for short ones; the rest is the
-# stream's. And a message's prefix: uncompressed, length.
+# Precomputed for short messages, by length: the first five bytes of a DATA frame (length, type 0, no flags), which the
+# stream id follows; and a message's prefix (uncompressed, length).
 DATA_HEAD = tuple(n.to_bytes(3, "big") + b"\x00\x00" for n in range(2048))
 MESSAGE_HEAD = tuple(b"\x00" + n.to_bytes(4, "big") for n in range(2048))
 
 
-def data_frame(tail: bytes, data: bytes) -> bytes:
-    """A DATA frame; `tail` is the stream's number in four bytes."""
-    return len(data).to_bytes(3, "big") + b"\x00\x00" + tail + data
+def data_frame(id_bytes: bytes, data: bytes) -> bytes:
+    """A DATA frame; `id_bytes` is the stream id in four bytes."""
+    return len(data).to_bytes(3, "big") + b"\x00\x00" + id_bytes + data
 
 
 def literal(name: bytes, value: bytes) -> bytes:
@@ -30,21 +30,21 @@ def literal(name: bytes, value: bytes) -> bytes:
 
 
 def block(fields: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """Header fields, one after the other."""
+    """A header block of these fields."""
     return b"".join([literal(name, value) for name, value in fields])
 
 
-def header_frames(tail: bytes, fields: bytes, *, end_stream: bool, frame_bytes: int = 16_384) -> bytes:
-    """HEADERS and, where one frame does not hold the block, CONTINUATION frames."""
+def header_frames(id_bytes: bytes, fields: bytes, *, end_stream: bool, frame_bytes: int = 16_384) -> bytes:
+    """A HEADERS frame, and CONTINUATION frames if the block exceeds one frame."""
     flags = _END_STREAM if end_stream else 0
     if len(fields) <= frame_bytes:
-        return len(fields).to_bytes(3, "big") + _HEADERS + bytes([flags | _END_HEADERS]) + tail + fields
+        return len(fields).to_bytes(3, "big") + _HEADERS + bytes([flags | _END_HEADERS]) + id_bytes + fields
     parts = [fields[at : at + frame_bytes] for at in range(0, len(fields), frame_bytes)]
     out = []
     for i, part in enumerate(parts):
         kind = _CONTINUATION if i else _HEADERS
         flag = (0 if i else flags) | (_END_HEADERS if i == len(parts) - 1 else 0)
-        out.append(len(part).to_bytes(3, "big") + kind + bytes([flag]) + tail + part)
+        out.append(len(part).to_bytes(3, "big") + kind + bytes([flag]) + id_bytes + part)
     return b"".join(out)
 
 

@@ -1,7 +1,7 @@
-"""h2's connection state with the parts that this server replaces. The only module that uses h2's private names.
+"""h2's connection state, with the parts that this server replaces. Only this module uses h2's private names.
 
-The two kinds of frames that come with every token, DATA and WINDOW_UPDATE, are counted without h2, in a fifth of the
-time, where nothing about them is unusual.
+DATA and WINDOW_UPDATE, the two frame types that come with every token, are handled without h2 in a fifth of the time,
+unless something about them is unusual.
 
 h2 counts open streams by walking all of them for each new one, and keeps a note of each of the last 65,536 that ended.
 Here the connection counts its calls itself, and a stream is dropped when its call ends.
@@ -19,7 +19,7 @@ from hyperframe.frame import Frame
 
 from cluster.http2.reset_streams import EndedStreams
 
-# Of a request's headers only those are looked at that a call needs; nothing is handed on to another server.
+# Header validation is off: only the headers that a call needs are read, and none are forwarded.
 _CONFIGURATION = H2Configuration(
     client_side=False,
     header_encoding=None,
@@ -39,7 +39,7 @@ _OPEN = (StreamState.OPEN, StreamState.HALF_CLOSED_LOCAL)
 
 
 class Http2State(H2Connection):
-    """A server's connection, fed with one frame at a time."""
+    """The h2 state of a server's connection, fed with one frame at a time."""
 
     def __init__(self, ended: EndedStreams) -> None:
         """`ended`: notes of streams that were reset."""
@@ -48,16 +48,16 @@ class Http2State(H2Connection):
         self._closed_streams = ended
 
     def note_resets(self, most: int) -> None:
-        """Keep notes of so many streams."""
+        """Set the number of reset streams to remember."""
         self._ended.most = most
 
     @property
     def open_inbound_streams(self) -> int:
-        """Always zero, so that h2 never refuses a stream: Connection bounds its calls."""
+        """Always zero, so that h2 never refuses a stream: Connection limits its calls."""
         return 0
 
     def receive_frame(self, frame: Frame) -> list[events.Event]:
-        """The events of one frame. Raises ProtocolError, after which only the GOAWAY of h2 is to be sent."""
+        """Return the events of one frame. Raises ProtocolError; after it only h2's GOAWAY may be sent."""
         try:
             return self._receive_frame(frame)
         except ProtocolError as error:
@@ -65,12 +65,13 @@ class Http2State(H2Connection):
             raise
 
     def output(self) -> bytes:
-        """What is to be sent, like data_to_send, for less where it is nothing."""
+        """Return the bytes to send, like data_to_send, but cheaper if there are none."""
         return self.data_to_send() if self._data_to_send else b""
 
     def receive_data_of(self, stream: H2Stream, size: int, *, ends: bool) -> bool:
-        """A DATA frame on an open stream with no flag but END_STREAM, as receive_frame would count it; False where that
-        must decide."""
+        """Count a DATA frame without other flags than END_STREAM, as receive_frame would.
+
+        Returns False, with nothing changed, if receive_frame must handle it."""
         own, whole = stream._inbound_window_manager, self._inbound_flow_control_window_manager
         least = min(own.current_window_size, whole.current_window_size)
         if size > least or stream.state_machine.state not in _OPEN:
@@ -85,8 +86,7 @@ class Http2State(H2Connection):
         return True
 
     def receive_window_of(self, holder: H2Stream | Http2State, size: int) -> bool:
-        """A valid WINDOW_UPDATE of a stream that is not closed, or of the connection; False where receive_frame must
-        decide."""
+        """Count a WINDOW_UPDATE of an open stream or of the connection; False if receive_frame must handle it."""
         window = holder.outbound_flow_control_window + size
         if not size or window > MAX_WINDOW:
             return False
@@ -94,11 +94,11 @@ class Http2State(H2Connection):
         return True
 
     def refuse(self, error_code: ErrorCodes) -> None:
-        """Prepare a GOAWAY for bytes that are no valid frame."""
+        """Prepare a GOAWAY for bytes that are not a valid frame."""
         self._terminate_connection(error_code)
 
     def drop_closed(self, stream_id: int) -> None:
-        """Forget a stream that has ended."""
+        """Drop a stream that has ended."""
         stream = self.streams.get(stream_id)
         if stream is not None and stream.closed:
             del self.streams[stream_id]
@@ -106,7 +106,7 @@ class Http2State(H2Connection):
 
 
 def check_private_names() -> None:
-    """Raise RuntimeError, naming the remedy, where the installed h2 lacks a private name that is used here."""
+    """Raise RuntimeError, with the remedy, if the installed h2 lacks a private name that this module uses."""
     connection = H2Connection(_CONFIGURATION)
     stream = H2Stream(1, _CONFIGURATION, 1, 1)
     missing = [f"H2Connection.{name}" for name in (*_PRIVATE, "streams") if not hasattr(connection, name)]

@@ -1,4 +1,4 @@
-"""Log lines about what strangers cause: at most one a second, with counts."""
+"""A rate-limited log of refused connections: one line a second at most, with counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LimitedLog:
         self._timer: asyncio.TimerHandle | None = None
 
     def count(self, reason: str) -> None:
-        """One more."""
+        """Count one event."""
         self._counts[reason] += 1
         if self._timer is not None:
             return

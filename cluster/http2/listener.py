@@ -1,7 +1,7 @@
-"""Accepts the connections of one listening socket, within the caps of its port.
+"""A listening socket that accepts connections within the cap of its port.
 
-asyncio's own accept loop takes the whole backlog in one pass, has no cap, and logs a traceback for each connection of
-the backlog when no descriptor is left.
+asyncio's own accept loop takes the whole backlog in one pass, has no cap, and when no descriptor is left it logs a
+traceback for each waiting connection.
 """
 
 from __future__ import annotations
@@ -21,57 +21,57 @@ from cluster.http2.connection_table import MAX_CONNECTIONS, ConnectionStage, Hel
 from cluster.http2.limited_log import LimitedLog
 
 ACCEPTS_A_PASS: Final = 8
-"""Connections accepted before the event loop turns to others; so many descriptors may be in use beyond the cap, since
-a connection that makes room for another is closed in the next pass."""
+"""Connections accepted in one event-loop pass. So many descriptors may be in use beyond the cap: a replaced connection
+is closed in the next pass."""
 PAUSE_S: Final = 0.5
-"""Without accepting, when no descriptor or memory is left."""
+"""Pause in accepting when no descriptor or memory is left."""
 HANDSHAKE_S: Final = 10.0
-"""For TLS."""
+"""Time limit of the TLS handshake."""
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 _RESET: Final = struct.pack("ii", 1, 0)
-"""SO_LINGER: close with a reset."""
+"""SO_LINGER value that closes with a reset."""
 
 TLS_BUFFER_BYTES: Final = 16_384
-"""Encrypted bytes that a connection holds, twice: where asyncio reads to, which it keeps, and what waits to be read."""
+"""Encrypted bytes buffered for a connection, twice: asyncio's permanent read buffer, and received bytes."""
 if not hasattr(sslproto.SSLProtocol, "max_size"):
-    raise RuntimeError("asyncio's TLS has no SSLProtocol.max_size: this Python is newer than those that are supported")
-sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES  # instead of 256 KiB, of a thousand idle strangers 256 MiB
+    raise RuntimeError("asyncio's TLS has no SSLProtocol.max_size: this Python is newer than the supported versions")
+sslproto.SSLProtocol.max_size = TLS_BUFFER_BYTES  # asyncio's 256 KiB would be 256 MiB for a thousand idle clients
 
 
 class _SecureTransport(Protocol):
-    """What asyncio's transport of a TLS connection has beside others' methods."""
+    """The method that only asyncio's TLS transports have."""
 
     def set_read_buffer_limits(self, high: int) -> None:
-        """Read no more while so many bytes are not decrypted."""
+        """Pause reading while more than `high` bytes wait to be decrypted."""
 
 
 Factory = Callable[[Held], asyncio.BaseProtocol]
 BACKLOG: Final = 2048
-"""Connections that wait for a pass of the loop."""
+"""Connections that may wait to be accepted."""
 
 
 def listening(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A socket that queues connections. `shared`: other processes may bind it too. Raises OSError."""
+    """Create a listening socket. `shared`: other processes may bind the port too. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
-    # Accepted sockets inherit it; without it a second call's tokens wait for ACKs.
+    # Accepted sockets inherit TCP_NODELAY; without it a second call's tokens wait for ACKs.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionAdmission:
-    """Where a listener's connections are counted, and refusals are reported."""
+    """The connection pool of a listener's port, and the log of its refusals."""
 
     pool: Pool = field(default_factory=lambda: Pool(MAX_CONNECTIONS))
     notices: LimitedLog = field(default_factory=LimitedLog)
 
 
 class Listener:
-    """A socket that accepts from `start` to `close`.
+    """A listening socket that accepts connections from `start` to `close`.
 
-    The protocol sets `Held.connection` once its connection is made, drops the connection there and then where the place
-    is lost already, and releases the place when the connection is lost.
+    The protocol must set `Held.connection` when its connection is made, abort the connection at once if the slot is
+    already released, and release the slot when the connection is lost.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Listener:
         tls: ssl.SSLContext | None = None,
         shutdown_s: float | None = None,
     ) -> None:
-        """`shutdown_s`: how long the end of TLS may take, what is unsent included; None: asyncio's half a minute."""
+        """`shutdown_s`: time limit of the TLS shutdown, unsent bytes included; None: asyncio's 30 s."""
         self._sock = sock
         self._factory = factory
         self._pool = admission.pool
@@ -90,17 +90,17 @@ class Listener:
         self._tls = tls
         self._shutdown_s = None if tls is None else shutdown_s
         self._loop = asyncio.get_running_loop()
-        self._beginning: set[asyncio.Task[None]] = set()
+        self._pending_tasks: set[asyncio.Task[None]] = set()
         self._pause: asyncio.TimerHandle | None = None
         self._closed = False
 
     def start(self) -> None:
-        """Accept."""
+        """Start or resume accepting."""
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock.fileno(), self._accept)
 
     def close(self) -> None:
-        """Accept no more; connections that have not begun are dropped. Idempotent."""
+        """Stop accepting, and drop connections that are being set up. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -108,14 +108,14 @@ class Listener:
             self._pause.cancel()
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
-        for task in self._beginning:
+        for task in self._pending_tasks:
             task.cancel()
 
     def _accept(self) -> None:
         self._pool.passes += 1
         for _ in range(ACCEPTS_A_PASS):
             if (wait_s := self._pool.wait_s(self._loop.time())) > 0:
-                self._rest(wait_s)
+                self._pause_accepting(wait_s)
                 return
             try:
                 connected, address = self._sock.accept()
@@ -124,12 +124,12 @@ class Listener:
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     self._notices.count("no_descriptor_left")
-                    self._rest(PAUSE_S)
+                    self._pause_accepting(PAUSE_S)
                     return
-                continue  # the client has gone meanwhile
+                continue  # the client closed the connection meanwhile
             self._admit(connected, str(address[0]) if isinstance(address, tuple) else "")
 
-    def _rest(self, seconds: float) -> None:
+    def _pause_accepting(self, seconds: float) -> None:
         self._loop.remove_reader(self._sock.fileno())
         self._pause = self._loop.call_later(seconds, self.start)
 
@@ -146,15 +146,15 @@ class Listener:
             connected.close()
             return
         connected.setblocking(False)
-        beginning = _Beginning(self._loop, held)
+        beginning = _PendingConnection(self._loop, held)
         held.connection = beginning
         task = self._loop.create_task(self._begin(connected, held))
         beginning.task = task
-        self._beginning.add(task)
-        task.add_done_callback(self._beginning.discard)
+        self._pending_tasks.add(task)
+        task.add_done_callback(self._pending_tasks.discard)
 
     async def _begin(self, connected: socket.socket, held: Held) -> None:
-        """Hand the connection to a protocol, for TLS after the handshake."""
+        """Hand the connection to a protocol, after the handshake if it uses TLS."""
         secure = self._tls is not None
         try:
             transport, _ = await self._loop.connect_accepted_socket(
@@ -166,15 +166,15 @@ class Listener:
             )
             if secure:
                 cast(_SecureTransport, transport).set_read_buffer_limits(TLS_BUFFER_BYTES)
-        except OSError:  # a failed handshake, a client that has gone
+        except OSError:  # the handshake failed, or the client is gone
             held.release()
         except BaseException:
             held.release()
             raise
 
 
-class _Beginning:
-    """A connection before its protocol has it."""
+class _PendingConnection:
+    """A connection that is being set up, before its protocol has it."""
 
     stage = ConnectionStage.SILENT
     requests = 0
@@ -185,8 +185,7 @@ class _Beginning:
         self._held = held
 
     def shed(self, passes: int = 3) -> None:
-        """Drop it, once asyncio has got so far that a cancelled connection closes its socket: that takes three passes
-        of the loop."""
+        """Drop the connection after three event-loop passes; before that a cancelled task leaves its socket open."""
         if passes:
             self._loop.call_soon(self.shed, passes - 1)
         elif self.task is not None:

@@ -14,21 +14,21 @@ from urllib.parse import quote
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
-# Names that are the protocol's, not the caller's.
+# Header names that belong to the protocol, not to the caller.
 _RESERVED = {"te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding", "content-length"}
 _TIMEOUT = re.compile(rb"^(\d{1,8})([HMSmun])$")
 _UNIT_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 ENCODINGS = ("identity", "gzip", "deflate")
 PREFIX_BYTES = 5
-"""Of a message on the wire: its compressed flag and its length."""
+"""Size of a message's prefix: compressed flag and length."""
 UNCOPIED_BYTES = 65_536
 INFLATE_BYTES = 65_536
-"""Compressed bytes that are looked at together."""
+"""Compressed bytes decompressed in one step."""
 _WBITS = {"gzip": 31, "deflate": 15}
 
 
 class BadMessage(ValueError):
-    """What arrived is no gRPC message, or a larger one than is taken. `too_large` tells which."""
+    """Received bytes are not a gRPC message, or (`too_large`) exceed a limit."""
 
     def __init__(self, why: str, too_large: bool = False) -> None:
         super().__init__(why)
@@ -36,7 +36,7 @@ class BadMessage(ValueError):
 
 
 class Assembler:
-    """Bytes of a stream become messages. Nothing larger than `max_bytes` is held."""
+    """A splitter of a stream's bytes into messages. It buffers no message larger than `max_bytes`."""
 
     __slots__ = ("_buffer", "_max_bytes")
 
@@ -45,27 +45,27 @@ class Assembler:
         self._max_bytes = max_bytes
 
     def add(self, data: bytes) -> Iterator[tuple[bytes | bytearray, int, bool]]:
-        """The messages that `data` completes, each with its bytes on the wire and whether it is compressed. Raises
-        BadMessage."""
+        """Yield each message that `data` completes, its bytes on the wire and whether it is compressed.
+
+        Raises BadMessage."""
         self._buffer += data
         while len(self._buffer) >= PREFIX_BYTES:
             end = self.message_bytes
             if end - PREFIX_BYTES > self._max_bytes:
                 raise BadMessage(
-                    f"the message of {end - PREFIX_BYTES} bytes is larger than {self._max_bytes}, the most that is "
-                    "taken",
+                    f"the message has {end - PREFIX_BYTES} bytes; the limit is {self._max_bytes}",
                     too_large=True,
                 )
             flag = self._buffer[0]
             if flag > 1:
-                raise BadMessage(f"a message's compressed flag must be 0 or 1, not {flag}")
+                raise BadMessage(f"a message's compressed flag must be 0 or 1, but is {flag}")
             if len(self._buffer) < end:
                 return
-            yield self._take(end), end, flag == 1
+            yield self._pop_message(end), end, flag == 1
 
-    def _take(self, end: int) -> bytes | bytearray:
-        """The message that ends there. One that fills all that is held is not copied: 16 MB of fresh memory would hold
-        the event loop for 5 to 10 ms."""
+    def _pop_message(self, end: int) -> bytes | bytearray:
+        """Remove and return the message that ends at `end`. A large one that fills the buffer is not copied: 16 MB of
+        fresh memory would block the event loop for 5 to 10 ms."""
         if end == len(self._buffer) and end >= UNCOPIED_BYTES:
             whole, self._buffer = self._buffer, bytearray()
             del whole[:PREFIX_BYTES]
@@ -76,32 +76,32 @@ class Assembler:
         return message
 
     def clear(self) -> None:
-        """Drop what is held."""
+        """Drop the buffered bytes."""
         self._buffer.clear()
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of a message that is not whole yet."""
+        """Bytes buffered of an incomplete message."""
         return len(self._buffer)
 
     @property
     def message_bytes(self) -> int:
-        """The size on the wire of the message that has begun; 0 before its prefix is here."""
+        """Size on the wire of the incomplete message; 0 before its prefix is complete."""
         return PREFIX_BYTES + int.from_bytes(self._buffer[1:5], "big") if len(self._buffer) >= PREFIX_BYTES else 0
 
     @property
     def compressed(self) -> bool:
-        """Whether the message that has begun is compressed."""
+        """Whether the incomplete message is compressed."""
         return bool(self._buffer and self._buffer[0])
 
 
 class Inflater:
-    """One compressed message, decompressed a piece at a time to at most `max_bytes`."""
+    """A decompressor of one message in steps, to at most `max_bytes`."""
 
     def __init__(self, message: bytes | bytearray, encoding: str, max_bytes: int) -> None:
-        """Raises BadMessage."""
+        """Raises BadMessage for an unknown encoding."""
         if encoding not in _WBITS:
-            raise BadMessage(f"compressed flag 1 with grpc-encoding {encoding!r}")
+            raise BadMessage(f"a message has compressed flag 1, but grpc-encoding is {encoding!r}")
         self._inflate = zlib.decompressobj(_WBITS[encoding])
         self._message = memoryview(message)
         self._at = 0
@@ -109,38 +109,38 @@ class Inflater:
         self._out = bytearray()
 
     def step(self, size: int) -> bytes | None:
-        """Decompress at most INFLATE_BYTES, which may hold nothing at all, to at most `size` bytes more; the message,
-        once it is whole. Raises BadMessage."""
+        """Decompress at most INFLATE_BYTES into at most `size` bytes; returns the message once it is complete, else
+        None. Raises BadMessage."""
         if not self._inflate.eof:
-            self._feed(size)
+            self._decompress(size)
             if len(self._out) > self._max_bytes:
-                why = f"the message is larger than {self._max_bytes} bytes once decompressed"
+                why = f"the decompressed message is larger than the limit of {self._max_bytes} bytes"
                 raise BadMessage(why, too_large=True)
         return bytes(self._out) if self._inflate.eof else None
 
-    def _feed(self, size: int) -> None:
+    def _decompress(self, size: int) -> None:
         piece: bytes | memoryview = self._inflate.unconsumed_tail
         if not piece:
             piece = self._message[self._at : self._at + INFLATE_BYTES]
             self._at += len(piece)
         if not piece:
-            raise BadMessage("the message does not decompress: it is incomplete")
+            raise BadMessage("cannot decompress the message: it is incomplete")
         try:
             self._out += self._inflate.decompress(piece, size)
         except zlib.error as error:
-            raise BadMessage(f"the message does not decompress: {error}") from None
+            raise BadMessage(f"cannot decompress the message: {error}") from None
 
 
 def timeout_s(value: bytes) -> float | None:
-    """Seconds of a grpc-timeout. Raises ValueError."""
-    found = _TIMEOUT.match(value)
-    if found is None:
-        raise ValueError(f"grpc-timeout {value[:32]!r} is none")
-    return int(found[1]) * _UNIT_S[found[2]]
+    """Parse a grpc-timeout header into seconds. Raises ValueError."""
+    match = _TIMEOUT.match(value)
+    if match is None:
+        raise ValueError(f"invalid grpc-timeout header: {value[:32]!r}")
+    return int(match[1]) * _UNIT_S[match[2]]
 
 
 def metadata_of(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
-    """The caller's own metadata; values of `-bin` names as bytes. Raises ValueError."""
+    """The caller's own metadata, with `-bin` values decoded to bytes. Raises ValueError."""
     out: list[tuple[str, str | bytes]] = []
     for raw_name, raw in headers:
         if raw_name[:1] == b":":
@@ -155,12 +155,12 @@ def metadata_of(headers: Iterable[tuple[bytes, bytes]]) -> Metadata:
             try:
                 out.append((name, base64.b64decode(part.strip() + b"=" * (-len(part.strip()) % 4), validate=True)))
             except binascii.Error:
-                raise ValueError(f"metadata {name} is not base64") from None
+                raise ValueError(f"the value of metadata {name} is not valid base64") from None
     return tuple(out)
 
 
 def headers_of(metadata: Sequence[tuple[str, str | bytes]]) -> list[tuple[bytes, bytes]]:
-    """Metadata as header fields."""
+    """Encode metadata as header fields."""
     out = []
     for name, value in metadata:
         if name.endswith("-bin"):
@@ -172,5 +172,5 @@ def headers_of(metadata: Sequence[tuple[str, str | bytes]]) -> list[tuple[bytes,
 
 
 def status_message(text: str) -> bytes:
-    """A grpc-message: percent-encoded UTF-8, but for printable ASCII."""
+    """Encode a grpc-message: UTF-8, percent-encoded except for printable ASCII."""
     return quote(text, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~").encode()

@@ -1,8 +1,8 @@
-"""How much of one pass of the event loop reading may take: what takes longer goes on in turns, one slice each.
+"""A time limit for parsing received bytes in one event-loop pass; longer work continues in turns of one slice.
 
-Problem: when many long prompts come at once, or one client sends thousands of tiny frames, all that was read would be
-parsed, and every call begun, before any token under way is looked at. What is short is read at once, as a message of
-tokens is never long, while the reads of the last moments took less than their share.
+Problem: when many long prompts arrive at once, or one client sends thousands of tiny frames, parsing everything and
+starting every call would delay all tokens being streamed. Short reads, such as a message of tokens, are parsed at once
+as long as the recent reads took less than their share of time.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 PASS_S: Final = 0.005
-"""Of one pass; the slice that begins within it is finished. Calls that come together cost less together: with 2 ms a
-burst of 256 took 6 % more CPU, since each step of the engine then found a few more of them."""
+"""Parsing time per event-loop pass; a slice that began within it is finished. Calls that arrive together cost less
+together: with 2 ms a burst of 256 took 6 % more CPU, since each engine step then got only a few more of them."""
 SLICE_S: Final = 0.002
-"""A reader's slice ends with the frame that passes this."""
+"""A reader's slice ends with the frame that exceeds this."""
 WINDOW_S: Final = 0.006
-"""Reads at once may take PASS_S of so long."""
+"""Period in which reads parsed at once may use PASS_S."""
 
 
 class Reader(Protocol):
     """A connection with bytes to parse."""
 
-    def take(self, until: float) -> bool:
-        """Parse until the clock says so; whether anything is left."""
+    def parse(self, until: float) -> bool:
+        """Parse until the clock reaches `until`; returns whether bytes are left."""
 
 
 class ReadTurns:
@@ -39,36 +39,36 @@ class ReadTurns:
         self._window_at = -WINDOW_S
         self._used_s = 0.0
 
-    def now(self, reader: Reader) -> bool:
-        """Parse a slice now, if the last moments left room; whether anything is left, for `put`."""
+    def parse_now(self, reader: Reader) -> bool:
+        """Parse a slice now if recent reads left time for it; returns whether bytes are left, to be queued by `put`."""
         begin = self._clock()
         if begin - self._window_at >= WINDOW_S:
             self._window_at, self._used_s = begin, 0.0
         elif self._used_s >= PASS_S:
             return True
-        left = reader.take(begin + SLICE_S)
+        more = reader.parse(begin + SLICE_S)
         self._used_s += self._clock() - begin
-        return left
+        return more
 
     def put(self, reader: Reader) -> None:
-        """In a coming pass, after those that wait already. A reader waits at most once at a time."""
+        """Queue a reader for a coming pass. A reader must not be queued twice."""
         self._waiting.append(reader)
-        self._again()
+        self._schedule_turn()
 
-    def _turn(self) -> None:
+    def _run_turn(self) -> None:
         self._due = False
         now = self._clock()
         until = now + PASS_S
         try:
             while self._waiting and now < until:
                 reader = self._waiting.popleft()
-                if reader.take(now + SLICE_S):
+                if reader.parse(now + SLICE_S):
                     self._waiting.append(reader)
                 now = self._clock()
-        finally:  # whatever one of them met, the others go on
-            self._again()
+        finally:  # an exception of one reader must not stop the others
+            self._schedule_turn()
 
-    def _again(self) -> None:
+    def _schedule_turn(self) -> None:
         if self._waiting and not self._due:
             self._due = True
-            asyncio.get_running_loop().call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._run_turn)

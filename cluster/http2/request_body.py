@@ -1,8 +1,8 @@
-"""The messages of one call's request on their way in: assembled, reserved in the budget, and waiting to be read.
+"""The messages of one call's request: assembled, reserved in the budget, and queued until the handler reads them.
 
-Flow control follows the budget. A call may send `window_bytes` of a message; for the rest of it the message's whole
-size is reserved first (policy/limits/request_bytes.py), and then the window is opened for exactly that. So a message
-that has its reservation can always be completed, and bytes without one are at most a window each.
+Flow control follows the budget. A call may send `window_bytes` of a message. For the rest, the message's whole size is
+reserved first (policy/limits/request_bytes.py), and then the window grows by exactly that. So a message with a
+reservation can always be completed, and bytes without one are at most one window for each call.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
 
 
 class BodyReservation(Protocol):
-    """Bytes of one message in a budget."""
+    """A reservation for the bytes of one message in a budget."""
 
     @property
     def granted(self) -> bool:
-        """Whether they may be received now."""
+        """Whether the bytes may be received now."""
 
     def received(self, size: int) -> None:
-        """Count bytes that came since the grant."""
+        """Count bytes that arrived since the grant."""
 
     def complete(self) -> None:
-        """All have come."""
+        """Note that all bytes have arrived."""
 
     def shrink(self, size: int) -> None:
-        """Keep only so many bytes."""
+        """Return all but `size` bytes to the budget."""
 
     def release(self) -> None:
-        """Give the bytes back. Idempotent."""
+        """Return the bytes to the budget. Idempotent."""
 
 
 class Budget(Protocol):
-    """What request bytes are reserved in."""
+    """The budget in which request bytes are reserved."""
 
     def full(self, tenant: str) -> bool:
-        """Whether too many wait to add one."""
+        """Whether too many requests of this tenant wait to add another."""
 
     def reserve(
         self,
@@ -53,12 +53,12 @@ class Budget(Protocol):
         on_grant: Callable[[], None],
         too_slow: Callable[[], None],
     ) -> BodyReservation:
-        """Ask for so many bytes; `on_grant` is called if they are not granted at once."""
+        """Reserve bytes. Calls `on_grant` when they are granted later, `too_slow` if the request arrives too slowly."""
 
 
 @dataclass(slots=True)
 class Received:
-    """A whole message, as it was sent."""
+    """A complete message, as it was sent."""
 
     data: bytes | bytearray
     on_wire: int
@@ -67,22 +67,22 @@ class Received:
 
 
 class RequestBody:
-    """One call's messages. `streaming`: several are expected, each of which the handler reads."""
+    """The messages of one call's request. `streaming`: the handler reads any number of them."""
 
     __slots__ = (
+        "_admitted",
+        "_allowed_size",
         "_assembler",
         "_connection",
-        "_decided",
+        "_connection_growth",
+        "_has_message",
         "_inbox",
-        "_on_connection",
-        "_on_stream",
         "_reservation",
-        "_size",
+        "_stream_growth",
         "_stream_id",
         "_tenant",
         "_too_slow",
         "_unread",
-        "_whole",
         "began_at",
         "streaming",
     )
@@ -90,106 +90,105 @@ class RequestBody:
     def __init__(self, connection: Connection, stream_id: int, too_slow: Callable[[], None]) -> None:
         self.streaming = False
         self.began_at = math.inf
-        """When the message under way was let in."""
+        """Time at which the rest of the incomplete message was allowed."""
         self._connection = connection
         self._stream_id = stream_id
         self._assembler = Assembler(connection.limits.max_message_bytes)
         self._inbox: deque[Received] = deque()
         self._tenant: str | None = None
-        self._decided = self._whole = False
+        self._admitted = self._has_message = False
         self._too_slow = too_slow
         self._reservation: BodyReservation | None = None
-        self._size = 0
-        """Of the message under way with its prefix, once the rest of it was let in; else 0."""
-        self._on_stream = 0
-        """Bytes that the stream's window is to get back."""
-        self._on_connection = 0
-        """Bytes received that the connection's window has not got back."""
+        self._allowed_size = 0
+        """Size of the incomplete message with its prefix, once the rest of it was allowed; else 0."""
+        self._stream_growth = 0
+        """Bytes by which the stream's receive window is to grow."""
+        self._connection_growth = 0
+        """Received bytes not yet returned to the connection's receive window."""
         self._unread = 0
-        """Bytes of whole messages that no reservation covers and no handler has read."""
+        """Bytes of complete messages that no reservation covers and no handler has read."""
 
     def __len__(self) -> int:
         return len(self._inbox)
 
     def admit(self, tenant: str | None) -> None:
-        """Who calls is known. None: a method that anybody may call. Raises BadMessage."""
-        self._tenant, self._decided = tenant, True
+        """Set the admitted caller's tenant; None for a method that needs no credential. Raises BadMessage."""
+        self._tenant, self._admitted = tenant, True
         self.settle()
 
     def add(self, data: bytes, size: int) -> None:
-        """Bytes of the client, `size` with padding. Raises BadMessage."""
-        self._on_connection += size
-        self._on_stream += size - len(data)  # padding, of which nothing is kept
+        """Add request bytes; `size` includes padding. Raises BadMessage."""
+        self._connection_growth += size
+        self._stream_growth += size - len(data)  # padding is not kept
         if self._reservation is not None:
             self._reservation.received(len(data))
         for message, on_wire, compressed in self._assembler.add(data):
             self._completed(message, on_wire, compressed)
-        if self._whole and not self.streaming and (len(self._inbox) > 1 or self._assembler.held_bytes):
+        if self._has_message and not self.streaming and (len(self._inbox) > 1 or self._assembler.held_bytes):
             raise BadMessage("this method takes exactly one request message")
         self.settle()
 
     def _completed(self, message: bytes | bytearray, on_wire: int, compressed: bool) -> None:
-        reservation, self._reservation, self._size = self._reservation, None, 0
+        reservation, self._reservation, self._allowed_size = self._reservation, None, 0
         self.began_at = math.inf
         if reservation is not None:
             reservation.complete()
         else:
             self._unread += on_wire
         self._inbox.append(Received(message, on_wire, compressed, reservation))
-        self._whole = True
+        self._has_message = True
 
     def pop(self) -> Received:
-        """The next message. Its reservation is the caller's to release."""
+        """Remove and return the next message. The caller releases its reservation."""
         received = self._inbox.popleft()
         if self.streaming:
             if received.reservation is None:
                 self._unread -= received.on_wire
-            self._on_stream += min(received.on_wire, self._connection.limits.window_bytes)
+            self._stream_growth += min(received.on_wire, self._connection.limits.window_bytes)
             self.settle()
         return received
 
     def close(self) -> None:
-        """Drop everything."""
+        """Drop all messages and reservations."""
         if self._reservation is not None:
             self._reservation.release()
             self._reservation = None
-        for one in self._inbox:
-            if one.reservation is not None:
-                one.reservation.release()
+        for message in self._inbox:
+            if message.reservation is not None:
+                message.reservation.release()
         self._inbox.clear()
         self._assembler.clear()
-        self._give_connection(self._on_connection)
+        self._grow_connection_window(self._connection_growth)
 
     def settle(self) -> None:
-        """Reserve what has begun and is not complete, and open the windows as far as that goes. Raises BadMessage."""
-        if not self._size and self._assembler.held_bytes:
-            self._begin()
+        """Reserve the incomplete message, and grow the windows accordingly. Raises BadMessage."""
+        if not self._allowed_size and self._assembler.held_bytes:
+            self._start_message()
         self.settle_connection()
-        if self._on_stream:
-            self._give_stream()
+        if self._stream_growth:
+            self._grow_stream_window()
 
     def settle_connection(self) -> None:
-        """Give the connection's window back what no handler has to read first."""
+        """Return bytes to the connection's window, except those that a handler must read first."""
         if self._connection.admitted:
-            self._give_connection(self._on_connection - (self._unread if self.streaming else 0))
+            self._grow_connection_window(self._connection_growth - (self._unread if self.streaming else 0))
 
-    def _begin(self) -> None:
-        """Let in the rest of a message whose prefix has come."""
+    def _start_message(self) -> None:
+        """Allow the rest of a message whose prefix is complete."""
         size, budget, limits = self._assembler.message_bytes, self._connection.budget, self._connection.limits
-        if not size or not self._decided:
+        if not size or not self._admitted:
             return
         self.began_at = self._connection.loop.time()
         if budget is None:
-            self._size = size
-            self._open()
+            self._allowed_size = size
+            self._allow_rest()
         elif self._tenant is not None:
-            self._size = size
+            self._allowed_size = size
             self._reserve(budget, self._tenant)
         elif size > limits.window_bytes:
             most = limits.window_bytes - PREFIX_BYTES
             raise BadMessage(
-                f"the message of {size - PREFIX_BYTES} bytes is larger than {most}, the most that is taken without a "
-                "credential",
+                f"the message has {size - PREFIX_BYTES} bytes; without a credential the limit is {most}",
                 too_large=True,
             )
 
@@ -197,25 +196,25 @@ class RequestBody:
         if budget.full(tenant):
             message = "too many requests are being received at once; send fewer, or send this one again later"
             raise BadMessage(message, too_large=True)
-        size = self._size
-        if self._assembler.compressed:  # what it decompresses to is not known, and two steps could deadlock
+        size = self._allowed_size
+        if self._assembler.compressed:  # its decompressed size is unknown, and reserving in two steps could deadlock
             size += self._connection.limits.max_message_bytes
-        self._reservation = budget.reserve(tenant, self._connection, size, self._open, self._too_slow)
+        self._reservation = budget.reserve(tenant, self._connection, size, self._allow_rest, self._too_slow)
         if self._reservation.granted:
-            self._open()
+            self._allow_rest()
 
-    def _open(self) -> None:
-        self._on_stream += max(self._size - self._connection.limits.window_bytes, 0)
-        self._give_stream(at_once=True)
+    def _allow_rest(self) -> None:
+        self._stream_growth += max(self._allowed_size - self._connection.limits.window_bytes, 0)
+        self._grow_stream_window(at_once=True)
 
-    def _give_stream(self, at_once: bool = False) -> None:
-        at_once = at_once or self._size > 0  # the rest of a message must not wait for half a window
-        if self._on_stream and (at_once or self._on_stream >= self._connection.limits.window_bytes // 2):
-            size, self._on_stream = self._on_stream, 0
-            self._connection.give(size, self._stream_id)
+    def _grow_stream_window(self, at_once: bool = False) -> None:
+        at_once = at_once or self._allowed_size > 0  # the rest of a message must not wait for half a window
+        if self._stream_growth and (at_once or self._stream_growth >= self._connection.limits.window_bytes // 2):
+            size, self._stream_growth = self._stream_growth, 0
+            self._connection.grow_window(size, self._stream_id)
 
-    def _give_connection(self, size: int) -> None:
-        size = min(size, self._on_connection)
+    def _grow_connection_window(self, size: int) -> None:
+        size = min(size, self._connection_growth)
         if size > 0:
-            self._on_connection -= size
-            self._connection.give(size)
+            self._connection_growth -= size
+            self._connection.grow_window(size)

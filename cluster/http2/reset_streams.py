@@ -1,7 +1,7 @@
-"""Which streams of a connection a reset has ended: what h2 asks of one that is over, when a frame for it comes late.
+"""Notes of the streams that were reset: h2 needs them when a late frame arrives for an ended stream.
 
-h2 itself notes every stream that has ended, up to 65,536 of a connection, which are 10 MB; of those that ended in order
-nothing is ever asked but which error ends the connection.
+h2 itself notes every ended stream, up to 65,536 per connection, which take 10 MB. For streams that ended normally the
+note only decides which error ends the connection.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _RESETS = (StreamClosedBy.SEND_RST_STREAM, StreamClosedBy.RECV_RST_STREAM)
 
 
 class EndedStreams(OrderedDict[int, StreamClosedBy | None]):
-    """In place of h2's own notes: the last `most` that were reset."""
+    """A replacement of h2's notes that keeps only the last `most` streams that were reset."""
 
     def __init__(self, most: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The server: finds a call's handler, runs it in a task of its own, and turns how it ends into a status."""
+"""The gRPC server: finds a call's handler, runs it in its own task, and maps its outcome to a status."""
 
 from __future__ import annotations
 
@@ -31,35 +31,36 @@ _CODE = grpc.StatusCode
 
 @dataclass(frozen=True, slots=True)
 class _Details:
-    """What a generic handler looks at."""
+    """The call details that a generic handler receives."""
 
     method: str
     invocation_metadata: Metadata
 
 
 CLOSE_NOTIFY_S: Final = 0.1
-"""So long a client may take to answer the end of TLS. gRPC's answers none, and sees no end before TCP's: without
-this, asyncio lets it believe in the connection for half a minute."""
+"""Time for a client to answer the TLS shutdown. gRPC clients do not answer it, and notice only the end of TCP: without
+this limit asyncio keeps the connection for 30 s."""
 
 
 MAX_ECHO: Final = 256
-"""Characters of what a caller has sent that an error repeats."""
+"""Characters of a caller's input that an error repeats."""
 
 
 class Gate(Protocol):
-    """Decides about calls when their heads have come, before any more of their requests is taken."""
+    """The authorization of calls when their headers have arrived, before more of their requests is read."""
 
     async def admit(self, call: ServerCall) -> str | None:
-        """The tenant whose budget the request counts against; None for a method that asks for no credential. Refuses
-        by `call.abort`. Is asked again when a request came later than its head."""
+        """Return the tenant whose budget the request counts against; None for a method that needs no credential.
+
+        Refuses by `call.abort`. Runs again if the request arrived later than its headers."""
 
 
 NOTE_S: Final = 1.0
-"""Of what many connections meet, one line in so long is logged."""
+"""Interval of log lines about one event, whatever the number of connections."""
 
 
 class Server:
-    """Serves grpc's handlers. `add_generic_rpc_handlers` is what generated code calls."""
+    """A server of grpc's handlers. Generated code registers them by `add_generic_rpc_handlers`."""
 
     def __init__(
         self,
@@ -68,8 +69,8 @@ class Server:
         gate: Gate | None = None,
         budget: Budget | None = None,
     ) -> None:
-        """`admission`: the caps of the port, for a process that has several. Without a gate, connections have all that
-        `limits` allow from the start. `budget`: see request_body.py."""
+        """`admission`: the cap of the port, for a process with several ports. Without a gate, connections have the full
+        `limits` from the start. `budget`: see request_body.py."""
         self.limits = limits or ServerLimits()
         self._admission = admission or ConnectionAdmission()
         self.gate = gate
@@ -83,24 +84,24 @@ class Server:
         self._stopping = False
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """More methods."""
+        """Add methods."""
         self._handlers += handlers
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        """Generated code tells the same methods this way too."""
+        """Do nothing: generated code registers the same methods here a second time."""
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None, *, shared: bool = False) -> int:
-        """Bind and serve; the port. `shared`: other processes may bind it too. Raises OSError."""
+        """Bind and serve; returns the port. `shared`: other processes may bind it too. Raises OSError."""
         return await self.serve(listening(host, port, shared=shared), tls)
 
     async def serve(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> int:
-        """Serve on a socket that `listening` gave; its port."""
+        """Serve on a socket from `listening`; returns its port."""
         self._listener = Listener(listener, self._connection, self._admission, tls, CLOSE_NOTIFY_S)
         self._listener.start()
         return int(listener.getsockname()[1])
 
     async def stop(self, grace_s: float) -> None:
-        """No new call; those under way get `grace_s` seconds, then UNAVAILABLE."""
+        """Refuse new calls, give running ones `grace_s` seconds, then end them with UNAVAILABLE."""
         if self._listener is None:
             return
         self._stopping = True
@@ -118,7 +119,7 @@ class Server:
         if tasks:
             await asyncio.wait(tasks, timeout=5.0)
         for connection in list(self.connections):
-            connection.last_call()
+            connection.refuse_new_calls()
             connection.close()
 
     def _connection(self, held: Held) -> Connection:
@@ -126,27 +127,27 @@ class Server:
         return Connection(self, self.limits, age_s, held)
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Cut the connections for which it holds, with their calls; returns how many."""
-        cut = [one.transport for one in self.connections if condition(one.transport)]
-        for transport in cut:
+        """Abort the connections for which `condition` is true, with their calls; returns their number."""
+        transports = [c.transport for c in self.connections if condition(c.transport)]
+        for transport in transports:
             transport.abort()
-        return len(cut)
+        return len(transports)
 
     def _calls(self) -> list[ServerCall]:
         return [call for connection in self.connections for call in connection.calls.values()]
 
     # ---- called by connections
 
-    def opened(self, call: ServerCall, unknown_encoding: str, problem: str, seconds: float | None) -> None:
-        """A call's head has come. `problem`: what is wrong with it."""
+    def start_call(self, call: ServerCall, unknown_encoding: str, problem: str, seconds: float | None) -> None:
+        """Start a call whose headers have arrived. `problem`: what is wrong with them."""
         if unknown_encoding:
             call.set_trailing_metadata((("grpc-accept-encoding", ",".join(ENCODINGS)),))
-            self._refuse(call, _CODE.UNIMPLEMENTED, f"grpc-encoding {unknown_encoding[:MAX_ECHO]} is not known")
+            self._refuse(call, _CODE.UNIMPLEMENTED, f"grpc-encoding {unknown_encoding[:MAX_ECHO]} is not supported")
             return
         if problem:
             self._refuse(call, _CODE.INVALID_ARGUMENT, problem)
             return
-        handler = self._find(call)
+        handler = self._find_handler(call)
         if handler is None:
             self._refuse(call, _CODE.UNIMPLEMENTED, f"there is no method {call.path[:MAX_ECHO]}")
             return
@@ -159,7 +160,7 @@ class Server:
         else:
             wait_s = self.limits.request_s if seconds is None else min(seconds, self.limits.request_s)
         if wait_s is not None:
-            call.timer = loop.call_later(wait_s, self._out_of_time, call)
+            call.timer = loop.call_later(wait_s, self._on_timeout, call)
         call.task = loop.create_task(self._run(call, handler))
 
     def _refuse(self, call: ServerCall, code: grpc.StatusCode, details: str) -> None:
@@ -167,13 +168,13 @@ class Server:
         call.connection.charge_refusal()
 
     def bad_message(self, call: ServerCall, error: BadMessage) -> None:
-        """What a client sent is no message, or too large."""
+        """End a call whose request is malformed or too large."""
         call.finish(_CODE.RESOURCE_EXHAUSTED if error.too_large else _CODE.INTERNAL, str(error), at_once=True)
         if call.task is not None:
             call.task.cancel()
 
     def note(self, event: str, connection: Connection, reason: str) -> None:
-        """Log what a connection has met, one line a second at most."""
+        """Log a connection's event, at most one line a second for each kind of event."""
         now = connection.loop.time()
         at, more = self._noted.get(event, (-NOTE_S, 0))
         if now - at < NOTE_S:
@@ -182,14 +183,14 @@ class Server:
         self._noted[event] = (now, 0)
         log.warning(event, peer=connection.peer, reason=reason, not_logged_before=more)
 
-    def left(self) -> None:
-        """A call or connection has ended."""
+    def call_ended(self) -> None:
+        """Let `stop` continue when the last call has ended."""
         if self._stopping and not self._calls():
             self._empty.set()
 
     # ---- handlers
 
-    def _find(self, call: ServerCall) -> Any:
+    def _find_handler(self, call: ServerCall) -> Any:
         details = _Details(call.path, call.invocation_metadata())
         for candidate in self._handlers:
             handler = candidate.service(details)  # type: ignore[arg-type]
@@ -197,17 +198,17 @@ class Server:
                 return handler
         return None
 
-    def _out_of_time(self, call: ServerCall) -> None:
+    def _on_timeout(self, call: ServerCall) -> None:
         call.timed_out = True
         if call.task is None:
             return
         if call.task.done():
-            call.connection.reset(call)  # its end waits for a client that does not read
+            call.connection.reset(call)  # the status waits for a client that does not read
         else:
             call.task.cancel()
 
-    def _expect_end(self, call: ServerCall) -> None:
-        """The request has come in time: from now on only the caller's deadline counts."""
+    def _replace_timer(self, call: ServerCall) -> None:
+        """Replace the request's time limit by the caller's deadline: the request is complete."""
         if call.timer is None:
             return
         loop, remaining_s = call.connection.loop, call.time_remaining()
@@ -215,16 +216,16 @@ class Server:
             call.timer.cancel()
         elif loop.time() + remaining_s > call.timer.when() + 0.01:
             call.timer.cancel()
-            call.timer = loop.call_later(remaining_s, self._out_of_time, call)
+            call.timer = loop.call_later(remaining_s, self._on_timeout, call)
 
     async def _admit(self, call: ServerCall) -> None:
-        """Raises AbortError and BadMessage."""
+        """Apply the gate's decision. Raises AbortError and BadMessage."""
         tenant = "" if self.gate is None else await self.gate.admit(call)
         if not call.closed:
             call.connection.admit(call, tenant)
 
     async def _request(self, call: ServerCall, handler: Any) -> Any:
-        """What the handler gets, once the caller was let in. Raises AbortError, BadMessage."""
+        """Return the handler's request argument once the caller is admitted. Raises AbortError, BadMessage."""
         await self._admit(call)
         if handler.request_streaming:
             return call
@@ -232,13 +233,13 @@ class Server:
         data = await call.whole_request()
         if late and self.gate is not None:
             await self.gate.admit(call)
-        self._expect_end(call)
+        self._replace_timer(call)
         if data is None:
             raise BadMessage("this method takes exactly one request message")
         try:
             return handler.request_deserializer(data)
-        except Exception as error:  # whatever a deserializer of generated code raises
-            raise BadMessage(f"the request does not deserialize: {error}") from None
+        except Exception as error:  # deserializers of generated code raise many types
+            raise BadMessage(f"cannot deserialize the request: {error}") from None
 
     async def _run(self, call: ServerCall, handler: Any) -> None:
         try:
@@ -265,13 +266,13 @@ class Server:
         except asyncio.CancelledError:
             if call.timed_out:
                 whole = call.request_whole or handler.request_streaming
-                details = "deadline exceeded" if whole else "the request has not come in time"
+                details = "deadline exceeded" if whole else "the request did not arrive in time"
                 call.finish(_CODE.DEADLINE_EXCEEDED, details, at_once=True)
             elif self._stopping:
                 call.finish(_CODE.UNAVAILABLE, "the gateway is stopping; call another", at_once=True)
             else:
                 call.finish(_CODE.CANCELLED, "cancelled", at_once=True)
-        except Exception:  # no traceback reaches a caller
+        except Exception:  # callers must not see a traceback
             log.exception("unexpected", path=call.path)
             call.set_trailing_metadata(())
             call.finish(_CODE.UNKNOWN, "unexpected failure", at_once=True)

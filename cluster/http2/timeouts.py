@@ -1,4 +1,4 @@
-"""The time-outs of one connection: a client that does not introduce itself, stands still, is idle, or is gone."""
+"""Time limits of one connection: a client that sends no preface, stalls, is idle or is gone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cluster.http2.messages import BadMessage
 if TYPE_CHECKING:
     from cluster.http2.connection import Connection
 
-LOOKS: Final = 4
-"""A connection is looked at so many times within its shortest time-out."""
+CHECKS: Final = 4
+"""Checks of a connection within its shortest time limit."""
 CLOSE_S: Final = 5.0
-"""A connection that is closed is cut off when its client has read nothing of the rest for so long."""
+"""A closed connection is aborted when its client reads nothing for so long."""
 
 
 class ConnectionTimers:
-    """Timers of one connection. `served`: a call of it was admitted; till then it has less time without calls."""
+    """Timers of one connection. `served`: a call was admitted; before that the idle limit is shorter."""
 
     def __init__(self, connection: Connection) -> None:
         self.served = False
@@ -35,45 +35,45 @@ class ConnectionTimers:
         self._idle_since = self._loop.time()
 
     def begin(self, age_s: float) -> None:
-        """The connection is made. `age_s`: its age limit, 0 for none."""
+        """Start the timers. `age_s`: the connection's age limit, 0 for none."""
         limits = self._limits
-        self.later(limits.hello_s, self._expect_hello)
-        self.later(limits.ping_s, self._ping)
-        self.later(self._look_s, self._look)
+        self.call_later(limits.hello_s, self._expect_hello)
+        self.call_later(limits.ping_s, self._ping)
+        self.call_later(self._check_interval_s, self._check)
         if age_s:
-            self.later(age_s, self._grow_old)
+            self.call_later(age_s, self._reach_age_limit)
 
-    def later(self, seconds: float, work: Callable[..., None], *arguments: object) -> None:
-        """Call `work` unless the connection is lost before."""
+    def call_later(self, seconds: float, work: Callable[..., None], *arguments: object) -> None:
+        """Call `work` after `seconds`, unless the connection is lost before."""
         now = self._loop.time()
         self._timers = [t for t in self._timers if t.when() > now and not t.cancelled()]
         self._timers.append(self._loop.call_later(seconds, work, *arguments))
 
     def end(self) -> None:
-        """The connection is lost."""
+        """Cancel all timers: the connection is lost."""
         for timer in self._timers:
             timer.cancel()
 
-    def rests(self) -> None:
-        """A call that was admitted has ended, and none is under way."""
+    def start_idle(self) -> None:
+        """Start the idle time: the last admitted call has ended."""
         self._idle_since = self._loop.time()
 
     def answered(self) -> None:
-        """The client has answered a ping."""
+        """Note the client's answer to a ping."""
         self._answered = True
 
     def closing(self) -> None:
-        """The rest is being sent."""
-        self.later(CLOSE_S, self._expect_closed, self._connection.transport.get_write_buffer_size())
+        """Limit the time in which a closing connection sends its remaining bytes."""
+        self.call_later(CLOSE_S, self._expect_closed, self._connection.transport.get_write_buffer_size())
 
     @property
-    def _look_s(self) -> float:
+    def _check_interval_s(self) -> float:
         limits = self._limits
-        return min(limits.hello_s, limits.frame_s, limits.idle_s, limits.request_s) / LOOKS
+        return min(limits.hello_s, limits.frame_s, limits.idle_s, limits.request_s) / CHECKS
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         connection, limits, now = self._connection, self._limits, self._loop.time()
-        if connection.intake.stands_still_s(now) > limits.frame_s:
+        if connection.intake.stalled_s(now) > limits.frame_s:
             connection.abort("a frame or header block was not complete in time")
             return
         if not connection.calls and now - self._idle_since > (limits.idle_s if self.served else limits.hello_s):
@@ -81,7 +81,7 @@ class ConnectionTimers:
         for call in list(connection.calls.values()):
             if now - call.body.began_at > limits.request_s:
                 connection.end_early(call, BadMessage("a message was not complete in time", too_large=True))
-        self.later(self._look_s, self._look)
+        self.call_later(self._check_interval_s, self._check)
 
     def _expect_hello(self) -> None:
         if not self.greeted:
@@ -94,22 +94,22 @@ class ConnectionTimers:
         self._answered = False
         with suppress(H2Error):
             connection.h2.ping(int(time.monotonic()).to_bytes(8, "big"))
-        connection.out_of_h2()
-        self.later(self._limits.ping_answer_s, self._expect_pong)
+        connection.send_h2_output()
+        self.call_later(self._limits.ping_answer_s, self._expect_pong)
 
     def _expect_pong(self) -> None:
         if not self._answered:
             self._connection.abort("no answer to a ping")
             return
-        self.later(self._limits.ping_s, self._ping)
+        self.call_later(self._limits.ping_s, self._ping)
 
-    def _grow_old(self) -> None:
+    def _reach_age_limit(self) -> None:
         self._connection.leave(self._limits.age_grace_s)
 
     def _expect_closed(self, unsent_bytes: int) -> None:
-        """A client that reads the rest may take its time."""
-        left = self._connection.transport.get_write_buffer_size()
-        if left >= unsent_bytes:
+        """Abort a closing connection unless its client has read something since the last check."""
+        unsent = self._connection.transport.get_write_buffer_size()
+        if unsent >= unsent_bytes:
             self._connection.transport.abort()
         else:
-            self.later(CLOSE_S, self._expect_closed, left)
+            self.call_later(CLOSE_S, self._expect_closed, unsent)

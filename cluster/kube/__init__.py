@@ -1,1 +1,1 @@
-"""What Headrace asks of Kubernetes itself: one Lease, so that of several controllers one acts."""
+"""The Kubernetes Lease that selects the one controller that acts."""

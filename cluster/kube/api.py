@@ -1,4 +1,4 @@
-"""Leases over the Kubernetes API, as a pod reaches it: its own service account's token, read anew for each call."""
+"""Leases over the Kubernetes API from within a pod, with its service account's token, which is read for each call."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from cluster.kube.lease import LeaseRecord
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 CALL_S = 3.0
-"""Less than the time between a holder's last write and its end, so that a hanging call is noticed before."""
+"""Shorter than the time between a holder's last write and the end of its term, so that a hanging call is noticed."""
 
 
-class ApiAway(Exception):
-    """The API did not answer, or not as it should; the message says what it said."""
+class ApiUnavailable(Exception):
+    """The API gave no answer, or an error; the message says which."""
 
 
 class Conflict(Exception):
-    """The record has changed since it was read: somebody else was faster."""
+    """The record has changed since it was read: another process has written it."""
 
 
 class LeaseStore(Protocol):
-    """Where the record lies. Both calls block; both raise ApiAway."""
+    """The store of the lease record. Both methods block and raise ApiUnavailable."""
 
     def read(self) -> LeaseRecord | None:
-        """The record, None while there is none."""
+        """The record; None if there is none."""
 
     def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
-        """Make `holder` its holder ("" for nobody), if it still is `over`. Raises Conflict."""
+        """Set the holder ("" for none), if the record is still `over`. Raises Conflict."""
 
 
 @dataclass(frozen=True, slots=True)
 class KubeLease:
-    """A coordination.k8s.io/v1 Lease. `lease_s` is written down for those who look at it."""
+    """A coordination.k8s.io/v1 Lease. `lease_s` is only written into the record, for information."""
 
     url: str
     namespace: str
@@ -51,7 +51,7 @@ class KubeLease:
 
     @classmethod
     def of_this_pod(cls, name: str, lease_s: float, account: Path = ACCOUNT) -> KubeLease:
-        """By what every pod is given. Raises ValueError outside one."""
+        """Create from the files and environment of this pod. Raises ValueError outside a pod."""
         host, port = os.environ.get("KUBERNETES_SERVICE_HOST", ""), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
         try:
             namespace = (account / "namespace").read_text().strip()
@@ -63,16 +63,16 @@ class KubeLease:
         return cls(f"https://{host}:{port}", namespace, name, lease_s, account / "token", account / "ca.crt")
 
     def read(self) -> LeaseRecord | None:
-        """See LeaseStore."""
-        status, found = self._call("GET", self._path())
+        """Read the Lease; see LeaseStore."""
+        status, answer = self._call("GET", self._path())
         if status == http.client.NOT_FOUND:
             return None
         if status != http.client.OK:
-            raise ApiAway(_said(status, found))
-        return _record(found)
+            raise ApiUnavailable(_error_text(status, answer))
+        return _record(answer)
 
     def write(self, holder: str, over: LeaseRecord | None) -> LeaseRecord:
-        """See LeaseStore."""
+        """Write the Lease; see LeaseStore."""
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         changed = over is None or over.holder != holder
         transitions = 0 if over is None else over.transitions + (1 if changed and holder else 0)
@@ -85,19 +85,19 @@ class KubeLease:
         metadata = {"name": self.name, "namespace": self.namespace}
         body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
         if over is None:
-            status, found = self._call("POST", self._path(whole=False), body)
+            status, answer = self._call("POST", self._path(named=False), body)
         else:
             metadata["resourceVersion"] = over.version
-            status, found = self._call("PUT", self._path(), body)
+            status, answer = self._call("PUT", self._path(), body)
         if status in (http.client.CONFLICT, http.client.NOT_FOUND):
-            raise Conflict(_said(status, found))
+            raise Conflict(_error_text(status, answer))
         if status not in (http.client.OK, http.client.CREATED):
-            raise ApiAway(_said(status, found))
-        return _record(found)
+            raise ApiUnavailable(_error_text(status, answer))
+        return _record(answer)
 
-    def _path(self, *, whole: bool = True) -> str:
+    def _path(self, *, named: bool = True) -> str:
         folder = f"/apis/coordination.k8s.io/v1/namespaces/{self.namespace}/leases"
-        return f"{folder}/{self.name}" if whole else folder
+        return f"{folder}/{self.name}" if named else folder
 
     def _call(self, method: str, path: str, body: Mapping[str, object] | None = None) -> tuple[int, Any]:
         parts = urllib.parse.urlsplit(self.url)
@@ -114,7 +114,7 @@ class KubeLease:
             finally:
                 connection.close()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ApiAway(f"{self.url}: {error}") from None
+            raise ApiUnavailable(f"{self.url}: {error}") from None
 
     def _connection(self, parts: urllib.parse.SplitResult) -> http.client.HTTPConnection:
         host, port = parts.hostname or "", parts.port
@@ -133,9 +133,9 @@ def _record(lease: Any) -> LeaseRecord:
             transitions=int(spec.get("leaseTransitions") or 0),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ApiAway("the API answered with something that is no Lease") from None
+        raise ApiUnavailable("the API's answer is not a Lease") from None
 
 
-def _said(status: int, answer: Any) -> str:
+def _error_text(status: int, answer: Any) -> str:
     message = answer.get("message", "") if isinstance(answer, dict) else ""
     return f"{status} {message}".strip()

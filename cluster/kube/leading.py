@@ -1,4 +1,4 @@
-"""Run something only while this process holds the Lease; when it no longer may, it is told to stop at once."""
+"""Run work only while this process holds the Lease; stop it as soon as the process may no longer act."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from cluster.kube.api import ApiAway, Conflict, LeaseStore
+from cluster.kube.api import ApiUnavailable, Conflict, LeaseStore
 from cluster.kube.lease import LeaseCandidate, LeaseTerms
 
 log = structlog.get_logger("lease")
 
 Work = Callable[[asyncio.Event], Awaitable[None]]
-"""Runs until the event is set, and soon ends then."""
+"""Work under the Lease: runs until the event is set, and ends soon after that."""
 
 
 class StoodStill(Exception):
-    """What this process ran did not stop in the time that the Lease leaves: it must end as a whole."""
+    """The work did not stop before the Lease's term ended: the whole process must exit."""
 
 
 class Leader:
-    """`run` until `stop`; `leads` says how it stands."""
+    """A runner of work while this process leads; `leads` is the current state."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Leader:
         self._candidate = LeaseCandidate(me, terms or LeaseTerms())
         self._terms = self._candidate.terms
         self._clock_s = clock_s
-        self._told = ""
+        self._logged_error = ""
 
     def __repr__(self) -> str:
         return f"Leader({self._candidate.me}, {'leads' if self.leads else 'waits'})"
@@ -44,19 +44,19 @@ class Leader:
     @property
     def leads(self) -> bool:
         """Whether this process may act now."""
-        return self._candidate.acts(self._clock_s())
+        return self._candidate.may_act(self._clock_s())
 
     async def run(self, work: Work, stop: asyncio.Event) -> None:
-        """Wait for the Lease, run `work` while it is held, again and again until `stop`. Then it is given up.
+        """Wait for the Lease and run `work` while it is held, repeatedly until `stop`; then give the Lease up.
 
-        Raises what `work` raises, and StoodStill.
+        Raises the exceptions of `work`, and StoodStill.
         """
         while not stop.is_set():
-            await self._look()
+            await self._check_record()
             if self.leads:
                 await self._lead(work, stop)
             else:
-                await _first(stop.wait(), asyncio.sleep(self._terms.again_s))
+                await _wait_first(stop.wait(), asyncio.sleep(self._terms.again_s))
 
     async def _lead(self, work: Work, stop: asyncio.Event) -> None:
         log.info("leading", me=self._candidate.me)
@@ -67,10 +67,11 @@ class Leader:
         try:
             await asyncio.wait({running, stopping, keeping}, return_when=asyncio.FIRST_COMPLETED)
             leave.set()
-            await asyncio.wait({running, keeping}, return_when=asyncio.FIRST_COMPLETED)  # it may take its time,
-            await asyncio.wait({running}, timeout=self._terms.lease_s - self._terms.yield_s)  # but not the next one's
+            # While the Lease is held the work may take its time to stop; after that only the rest of the term.
+            await asyncio.wait({running, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({running}, timeout=self._terms.lease_s - self._terms.yield_s)
             if not running.done():
-                raise StoodStill("the Lease is lost and what ran under it has not stopped")
+                raise StoodStill("the Lease is lost, but the work has not stopped: this process must exit")
             running.result()
         finally:
             for part in (running, stopping, keeping):
@@ -81,42 +82,42 @@ class Leader:
         log.info("not_leading", me=self._candidate.me)
 
     async def _keep(self) -> None:
-        """Write the record again and again; returns when this process may no longer act."""
+        """Renew the record repeatedly; returns when this process may no longer act."""
         while self.leads:
             left_s = self._candidate.acts_until_s() - self._clock_s()
             await asyncio.sleep(min(self._terms.again_s, left_s))
-            looking = asyncio.ensure_future(self._look())
+            checking = asyncio.ensure_future(self._check_record())
             left_s = self._candidate.acts_until_s() - self._clock_s()
-            await asyncio.wait({looking}, timeout=max(left_s, 0))
-            if not looking.done():
-                looking.cancel()
+            await asyncio.wait({checking}, timeout=max(left_s, 0))
+            if not checking.done():
+                checking.cancel()
                 return
 
-    async def _look(self) -> None:
-        """Read the record, and write it where the rule says so."""
+    async def _check_record(self) -> None:
+        """Read the record, and write it if the candidate says so."""
         try:
-            found = await asyncio.to_thread(self._store.read)
-            self._candidate, take = self._candidate.look(found, self._clock_s())
-            if take is not None:
+            record = await asyncio.to_thread(self._store.read)
+            self._candidate, write = self._candidate.observe(record, self._clock_s())
+            if write is not None:
                 began_s = self._clock_s()
-                record = await asyncio.to_thread(self._store.write, self._candidate.me, take.over)
-                self._candidate = self._candidate.written(record, began_s)
-            self._told = ""
+                new_record = await asyncio.to_thread(self._store.write, self._candidate.me, write.over)
+                self._candidate = self._candidate.written(new_record, began_s)
+            self._logged_error = ""
         except Conflict as error:
             log.info("lease_taken", reason=str(error))
-        except ApiAway as error:
-            if str(error) != self._told:
+        except ApiUnavailable as error:
+            if str(error) != self._logged_error:
                 log.warning("lease_away", reason=str(error))
-            self._told = str(error)
+            self._logged_error = str(error)
 
     async def _give_up(self) -> None:
-        """Say that nobody holds it, so that the next need not wait; nothing is lost if that fails."""
-        with contextlib.suppress(Conflict, ApiAway):
+        """Clear the holder, so that the next process need not wait; errors are ignored, since the record expires."""
+        with contextlib.suppress(Conflict, ApiUnavailable):
             await asyncio.to_thread(self._store.write, "", self._candidate.seen)
         self._candidate = LeaseCandidate(self._candidate.me, self._terms)
 
 
-async def _first(*waits: Awaitable[object]) -> None:
+async def _wait_first(*waits: Awaitable[object]) -> None:
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

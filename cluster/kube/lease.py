@@ -1,11 +1,11 @@
-"""Of several who could act, one does: the rule by which a shared record (a Kubernetes Lease) is read and written.
+"""Leader election by a shared record (a Kubernetes Lease): the rule by which processes read and write it.
 
-Problem: two controllers that both act would undo each other's steps. Invariant: whoever acts has written the record
-within `yield_s`, and nobody else takes it before it has stood unchanged for `lease_s` > `yield_s`. As in Kubernetes'
-own leader election, others' clocks are not believed: a record is dead when *this* process has seen it unchanged for
-long enough, so only the rates of clocks matter. The store refuses a write to a record that has changed since it was
-read. So two act at once only if one is stopped between its look at the clock and its deed for longer than
-`lease_s - yield_s`; what it then does meets Ray's own state, which the other has already compared.
+Problem: two controllers that both act would undo each other's steps. Invariant: a process that acts has written the
+record within `yield_s`, and no other takes it before it has stood unchanged for `lease_s` > `yield_s`. As in
+Kubernetes' own leader election, clocks of other processes are not trusted: a record has expired when *this* process has
+seen it unchanged for long enough, so only the rates of clocks matter. The store refuses a write to a record that has
+changed since it was read. So two processes act at once only if one is paused for longer than `lease_s - yield_s`
+between checking the clock and acting. Its action then applies to Ray's current state, which the other has compared.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class LeaseTerms:
-    """Seconds. `lease_s`: how long an unchanged record keeps others away; `yield_s`: how long after its last write
-    its holder still acts; `again_s`: between two looks."""
+    """Times in seconds. `lease_s`: an unchanged record keeps others away for so long. `yield_s`: the holder may act for
+    so long after its last write. `again_s`: interval of reads."""
 
     lease_s: float = 15.0
     yield_s: float = 10.0
@@ -29,7 +29,7 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class LeaseRecord:
-    """What the store holds. `version` changes with every write, whoever writes; `transitions` counts holders."""
+    """The stored record. `version` changes with every write by any process; `transitions` counts changes of holder."""
 
     holder: str
     version: str
@@ -37,15 +37,15 @@ class LeaseRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseTake:
-    """Write the record with this process as its holder; `over` is the one that was read, None to make the first."""
+class LeaseWrite:
+    """A write that makes this process the holder; `over` is the record that was read, None to create one."""
 
     over: LeaseRecord | None
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseCandidate:
-    """What one process remembers: the record as it last saw it and since when, and when it last wrote it."""
+    """The state of one process: the record as last seen and since when, and the time of its own last write."""
 
     me: str
     terms: LeaseTerms = LeaseTerms()
@@ -53,26 +53,26 @@ class LeaseCandidate:
     seen_at_s: float = 0.0
     wrote_at_s: float | None = None
 
-    def look(self, found: LeaseRecord | None, now_s: float) -> tuple[LeaseCandidate, LeaseTake | None]:
-        """After a read that ended at `now_s`: what is known now, and whether to write."""
-        if found is None:
-            return replace(self, seen=None, wrote_at_s=None), LeaseTake(None)
-        known = self if found == self.seen else replace(self, seen=found, seen_at_s=now_s)
-        if found.holder == self.me:
-            return known, LeaseTake(found)
+    def observe(self, record: LeaseRecord | None, now_s: float) -> tuple[LeaseCandidate, LeaseWrite | None]:
+        """Process a read that ended at `now_s`: returns the new state, and the write to make, if any."""
+        if record is None:
+            return replace(self, seen=None, wrote_at_s=None), LeaseWrite(None)
+        known = self if record == self.seen else replace(self, seen=record, seen_at_s=now_s)
+        if record.holder == self.me:
+            return known, LeaseWrite(record)
         known = replace(known, wrote_at_s=None)
-        if not found.holder or now_s - known.seen_at_s >= self.terms.lease_s:
-            return known, LeaseTake(found)
+        if not record.holder or now_s - known.seen_at_s >= self.terms.lease_s:
+            return known, LeaseWrite(record)
         return known, None
 
     def written(self, record: LeaseRecord, began_at_s: float) -> LeaseCandidate:
-        """After a write that the store took. It counts from before it was sent: nobody can have seen it earlier."""
+        """Process a successful write. The term starts before the request: no other process saw the record earlier."""
         return replace(self, seen=record, seen_at_s=began_at_s, wrote_at_s=began_at_s)
 
-    def acts(self, now_s: float) -> bool:
+    def may_act(self, now_s: float) -> bool:
         """Whether this process may act."""
         return self.wrote_at_s is not None and now_s - self.wrote_at_s < self.terms.yield_s
 
     def acts_until_s(self) -> float:
-        """When it has to stop, unless it writes before; in the past when it does not act."""
+        """Time until which this process may act unless it renews; -inf if it may not act."""
         return self.wrote_at_s + self.terms.yield_s if self.wrote_at_s is not None else float("-inf")

@@ -1,1 +1,1 @@
-"""Every metric name and log field."""
+"""Definitions of all metrics, and the log format."""

@@ -1,4 +1,4 @@
-"""Reads what a /metrics page says."""
+"""A parser of /metrics pages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 
 def samples(text: str) -> list[tuple[str, dict[str, str], float]]:
-    """(name, labels, value) of every sample of a page. Raises ValueError for what is none."""
+    """(name, labels, value) of every sample on a page. Raises ValueError if the text is not in Prometheus' format."""
     families = text_string_to_metric_families(text)
     return [(sample.name, dict(sample.labels), sample.value) for family in families for sample in family.samples]

@@ -1,4 +1,4 @@
-"""One log line is one JSON object on standard error, with the time in UTC, the event's name and its fields."""
+"""Logging as JSON lines on standard error, with the time in UTC, the event's name and its fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import structlog
 
 
 def configure(level: str = "info", **fields: str) -> None:
-    """Set up structlog for this process; `fields` are on every line."""
+    """Set up structlog for this process; `fields` are added to every line."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -26,8 +26,9 @@ def configure(level: str = "info", **fields: str) -> None:
 
 
 def keep_open(logger: logging.Logger) -> None:
-    """Let nothing but the process's end close this logger's handlers. vLLM sets up its logging by dictConfig, which
-    closes the handlers of all loggers; Ray Serve's then has no file, and a replica that cannot name its file fails the
-    question by which a new Serve controller takes it over, and is replaced."""
+    """Keep this logger's handlers open until the process ends.
+
+    vLLM sets up its logging by dictConfig, which closes the handlers of all loggers. Ray Serve's logger then has no
+    file, and a new Serve controller replaces each replica that cannot name its log file."""
     for handler in logger.handlers:
         handler.close = handler.flush  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Every metric's name, labels and buckets. Counters of the token path are plain lists, read when scraped."""
+"""Names, labels and buckets of all metrics. Counters of the token path are plain lists, read at a scrape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-# vLLM 0.32's own buckets, so that one panel shows both.
+# vLLM 0.32's own buckets, so that one panel can show both.
 TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
     160.0, 640.0, 2560.0,
@@ -36,86 +36,90 @@ class _Definition:
 
 DEFINITIONS: Mapping[str, _Definition] = {
     "requests_total": _Definition("counter", "Calls ended, by outcome.", ("model", "tenant", "face", "outcome")),
-    "auth_failures_total": _Definition("counter", "Callers that were let in by nothing they showed.", ("reason",)),
+    "auth_failures_total": _Definition("counter", "Requests rejected for want of valid credentials.", ("reason",)),
     "guard_actions_total": _Definition(
         "counter",
-        "What guards did, by guard (input_patterns, ...): redacted, refused, flagged, failed_closed, failed_open.",
+        "Actions of guards, by guard (input_patterns, ...): redacted, refused, flagged, failed_closed, failed_open.",
         ("tenant", "reason", "outcome"),
     ),
-    "rejected_total": _Definition("counter", "Calls refused before a worker took them.", ("model", "reason")),
-    "prompt_tokens_total": _Definition("counter", "Prompt tokens of calls, as the engine counts.", ("model", "tenant")),
+    "rejected_total": _Definition("counter", "Calls refused before a worker accepted them.", ("model", "reason")),
+    "prompt_tokens_total": _Definition(
+        "counter", "Prompt tokens of calls, by the engine's count.", ("model", "tenant")
+    ),
     "cached_tokens_total": _Definition("counter", "Prompt tokens from the prefix cache.", ("model", "tenant")),
     "generation_tokens_total": _Definition("counter", "Tokens delivered to callers.", ("model", "tenant")),
     "tenant_service_tokens_total": _Definition(
-        "counter", "Weighted tokens that ended calls were charged.", ("model", "tenant")
+        "counter", "Weighted tokens charged for ended calls.", ("model", "tenant")
     ),
     "scaling_decisions_total": _Definition(
         "counter",
-        "Passes of the controller by what they decided: hold, up, down, to_zero, from_zero, move.",
+        "Scaling decisions of the controller, by outcome: hold, up, down, to_zero, from_zero, move.",
         ("model", "outcome"),
     ),
-    "gpu_seconds_total": _Definition("counter", "GPU-seconds that a model's replicas have held.", ("model",)),
+    "gpu_seconds_total": _Definition("counter", "GPU-seconds held by a model's replicas.", ("model",)),
     "route_decisions_total": _Definition("counter", "Calls bound to a worker, by reason.", ("model", "reason")),
-    "resumes_total": _Definition("counter", "Sequences that went on at another worker, by why.", ("model", "reason")),
+    "resumes_total": _Definition("counter", "Sequences resumed on another worker, by reason.", ("model", "reason")),
     "resume_gap_seconds": _Definition(
         "histogram",
-        "A caller's wait between the last token of one worker and the first of the next.",
+        "A caller's wait between one worker's last token and the next worker's first token.",
         ("model",),
         TTFT_BUCKETS,
     ),
-    "worker_detected_total": _Definition("counter", "Workers whose link ended, by how.", ("model", "reason")),
-    "request_duration_seconds": _Definition("histogram", "A call from arrival to end.", ("model",), REQUEST_BUCKETS),
-    "time_to_first_token_seconds": _Definition("histogram", "Arrival to first token.", ("model",), TTFT_BUCKETS),
-    "inter_token_latency_seconds": _Definition("histogram", "Between tokens of a call.", ("model",), ITL_BUCKETS),
-    "queue_time_seconds": _Definition("histogram", "Waiting in the gateway.", ("model",), REQUEST_BUCKETS),
-    "event_loop_lag_seconds": _Definition("histogram", "How late the event loop wakes.", (), LAG_BUCKETS),
-    "requests_in_flight": _Definition("gauge", "Calls under way.", ("model",)),
+    "worker_detected_total": _Definition("counter", "Worker links that ended, by cause.", ("model", "reason")),
+    "request_duration_seconds": _Definition("histogram", "Duration of a call.", ("model",), REQUEST_BUCKETS),
+    "time_to_first_token_seconds": _Definition(
+        "histogram", "Time from arrival to first token.", ("model",), TTFT_BUCKETS
+    ),
+    "inter_token_latency_seconds": _Definition("histogram", "Time between tokens of a call.", ("model",), ITL_BUCKETS),
+    "queue_time_seconds": _Definition("histogram", "Waiting time in the gateway.", ("model",), REQUEST_BUCKETS),
+    "event_loop_lag_seconds": _Definition("histogram", "Delay of the event loop's wake-ups.", (), LAG_BUCKETS),
+    "requests_in_flight": _Definition("gauge", "Calls in progress.", ("model",)),
     "queue_requests": _Definition("gauge", "Sequences waiting in the gateway.", ("model",)),
     "queue_tokens": _Definition("gauge", "Prompt tokens waiting in the gateway.", ("model",)),
     "fairness_gap_ratio": _Definition(
-        "gauge", "Largest difference between two waiting tenants' accounts, in U of docs/tenancy.md.", ("model",)
+        "gauge", "Largest difference in service between two waiting tenants, in U of docs/tenancy.md.", ("model",)
     ),
     "limit_utilization_ratio": _Definition(
-        "gauge", "Used part of a limit when its tenant last called, within a minute.", ("tenant", "limit")
+        "gauge", "Used part of a limit at its tenant's last call, if within a minute.", ("tenant", "limit")
     ),
     "budget_used_ratio": _Definition(
-        "gauge", "Used part of a tenant's budget of this day or month, by the ledger.", ("tenant", "limit")
+        "gauge", "Used part of a tenant's budget of this day or month, from the ledger.", ("tenant", "limit")
     ),
-    "budget_webhook_total": _Definition("counter", "Budget notices sent, by what became of it.", ("outcome",)),
-    "prompt_log_lost_total": _Definition("counter", "Calls that could not be written to the log of prompts.", ()),
-    "limits_degraded": _Definition("gauge", "1 while the store of shared limits is away.", ()),
+    "budget_webhook_total": _Definition("counter", "Budget notices sent, by outcome.", ("outcome",)),
+    "prompt_log_lost_total": _Definition("counter", "Calls that could not be written to the prompt log.", ()),
+    "limits_degraded": _Definition("gauge", "1 while the store of shared limits is unavailable.", ()),
     "worker_up": _Definition("gauge", "1 while a worker's link is up.", ("model", "worker")),
     "worker_info": _Definition(
         "gauge",
-        "Always 1: where a worker runs, by Kubernetes' names (outside Kubernetes the host's), and its type of GPU.",
+        "Always 1: a worker's pod, its node (outside Kubernetes its host), and its type of GPU.",
         ("worker", "pod", "node", "gpu"),
     ),
-    "worker_running_requests": _Definition("gauge", "Requests the engine runs.", ("model", "worker")),
+    "worker_running_requests": _Definition("gauge", "Requests running in the engine.", ("model", "worker")),
     "worker_waiting_requests": _Definition("gauge", "Requests in the engine's own queue.", ("model", "worker")),
     "worker_kv_usage_ratio": _Definition("gauge", "Share of KV blocks in use.", ("model", "worker")),
     "worker_step_seconds": _Definition("gauge", "Length of the engine's last step.", ("model", "worker")),
-    "link_connected": _Definition("gauge", "Links that are up, by who dialed: worker or controller.", ("face",)),
+    "link_connected": _Definition("gauge", "Links that are up, by dialing process: worker or controller.", ("face",)),
     "model_replicas": _Definition("gauge", "Workers linked to this gateway.", ("model",)),
-    "model_replicas_desired": _Definition("gauge", "Replicas the controller wants.", ("model",)),
-    "model_state": _Definition("gauge", "1 for the model's state.", ("model", "state")),
+    "model_replicas_desired": _Definition("gauge", "Replica target of the controller.", ("model",)),
+    "model_state": _Definition("gauge", "1 for the model's current state.", ("model", "state")),
     "config_valid": _Definition(
-        "gauge", "1 while the configuration file is right as it is now; 0 when a restart would refuse some of it.", ()
+        "gauge", "1 while the configuration file is valid; 0 if a restart would refuse a part of it.", ()
     ),
-    "catalog_age_seconds": _Definition("gauge", "Since the controller last spoke; -1 when never.", ()),
+    "catalog_age_seconds": _Definition("gauge", "Time since the controller's last message; -1 if there was none.", ()),
     "ledger_pending_records": _Definition("gauge", "Usage records that are not in the database yet.", ()),
-    "ledger_lag_seconds": _Definition("gauge", "Age of the oldest of them.", ()),
+    "ledger_lag_seconds": _Definition("gauge", "Age of the oldest usage record that is not in the database.", ()),
     "build_info": _Definition("gauge", "Always 1.", ("version", "python", "grpc")),
     "engine_path_info": _Definition(
-        "gauge", "Always 1: which door of the engine a worker serves through, and why.", ("worker", "path", "reason")
+        "gauge", "Always 1: the path by which a worker calls its engine, and the reason.", ("worker", "path", "reason")
     ),
 }
 
 OTHER = "other"
-_TENANT_AT = {name: one.labels.index("tenant") for name, one in DEFINITIONS.items() if "tenant" in one.labels}
+_TENANT_AT = {name: d.labels.index("tenant") for name, d in DEFINITIONS.items() if "tenant" in d.labels}
 
 
 class Histogram:
-    """One series: counts by bucket and their sum."""
+    """One histogram series: counts by bucket, and the sum."""
 
     __slots__ = ("_bounds", "counts", "sum")
 
@@ -125,12 +129,12 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """One value, or as many equal ones; about 0.3 µs."""
+        """Count a value `times` times; about 0.3 µs."""
         self.counts[bisect_left(self._bounds, value)] += times
         self.sum += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts, as Prometheus wants them."""
+        """Cumulative counts by upper bound, as Prometheus expects them."""
         out, running = [], 0
         for bound, count in zip((*map(str, self._bounds), "+Inf"), list(self.counts), strict=True):
             running += count
@@ -139,14 +143,14 @@ class Histogram:
 
 
 Sample = tuple[str, tuple[str, ...], float]
-"""A gauge at the moment of a scrape: name, label values in the definition's order, value."""
+"""A gauge's value at a scrape: name, label values in the definition's order, value."""
 
 
 class Metrics(Collector):
     """All metrics of one process. Names are given without the prefix `headrace_`."""
 
     def __init__(self, cluster: str, max_tenants: int = 500) -> None:
-        """`max_tenants` are named, the first that are counted; the others are one series, `other`."""
+        """`max_tenants`: number of tenants with their own series; later ones share the series `other`."""
         self._cluster = cluster
         self._max_tenants = max_tenants
         self._tenants: set[str] = set()
@@ -168,18 +172,18 @@ class Metrics(Collector):
         series[labels] = series.get(labels, 0) + by
 
     def histogram(self, name: str, *labels: str) -> Histogram:
-        """A histogram's series; keep it where it is used often."""
+        """A histogram's series; callers that use it often keep it."""
         series = self._histograms.setdefault(name, {})
         if labels not in series:
             series[labels] = Histogram(DEFINITIONS[name].buckets)
         return series[labels]
 
     def on_scrape(self, gauges: Callable[[], Iterable[Sample]]) -> None:
-        """Gauges are asked for when scraped, from the scraping thread; they must only read."""
+        """Register a function that returns gauges. The scraping thread calls it, so it must only read."""
         self._gauges.append(gauges)
 
     def collect(self) -> Iterator[Metric]:
-        """For prometheus_client."""
+        """Yield all metrics for prometheus_client."""
         samples: dict[str, list[tuple[tuple[str, ...], float]]] = {}
         for gauges in self._gauges:
             for name, labels, value in gauges():
@@ -203,6 +207,6 @@ class Metrics(Collector):
                 yield gauge
 
     def page(self, accept: str = "") -> tuple[str, bytes]:
-        """Content type and text of /metrics in the form that a scraper accepts. Any thread may call it."""
+        """Content type and body of /metrics in the format that the scraper accepts. Thread-safe."""
         encode, kind = choose_encoder(accept)
         return kind, encode(self.registry)

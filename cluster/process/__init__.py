@@ -1,1 +1,1 @@
-"""What every process needs: limits, memory, core dumps, niceness, private files, periodic work."""
+"""Operating-system and interpreter settings of every process, private files, and periodic work."""

@@ -1,4 +1,4 @@
-"""Processes that work behind those whose callers wait. What a system refuses is left as it is."""
+"""Lower scheduling priority for helper processes. Settings that the system refuses are skipped."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from pathlib import Path
 from typing import Final
 
 NICENESS: Final = 5
-"""More than its parent's."""
+"""Added to the parent's nice value."""
 SESSION_NICENESS: Final = 10
-"""For the process's session, which is what counts where Linux shares the processors by session. Without rights the
-kernel takes ten of these a second from the whole machine; a further one is lost."""
+"""Nice value of the process's session, which counts where Linux shares the CPUs by session (autogroup). Without
+privileges the kernel accepts ten of these settings a second for the whole machine, and drops others."""
 
 
 def put_behind(pid: int) -> None:
-    """A child that leads a session of its own, behind an event loop where the two want one core. To be called by its
-    parent, soon: a Python that starts is busy for longer than a loop may wait."""
-    with suppress(OSError):  # it has ended already
+    """Give a child, which must lead its own session, less CPU than an event loop that wants the same core.
+
+    The parent calls this soon after the start: a starting Python is busy for longer than an event loop may wait."""
+    with suppress(OSError):  # the child has ended already
         os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
-    with suppress(OSError):  # not Linux, built without it, or too many at once
+    with suppress(OSError):  # not Linux, no autogroup in this kernel, or too many settings at once
         Path(f"/proc/{pid}/autogroup").write_text(str(SESSION_NICENESS))
 
 
 def put_last(pid: int) -> None:
-    """A child that runs where nothing else wants to, for work that can wait, or that somebody else can do.
-    A core that runs only such is idle for whoever wakes up, which one with a merely nice process is not: an event loop
-    then waits 20 ms on the other core."""
+    """Let a child run only when nothing else wants the core (SCHED_IDLE), for work that can wait or be done elsewhere.
+
+    The kernel treats a core that runs only such processes as idle for a process that wakes up. A core with a process
+    that is merely nice does not count as idle: an event loop then waits 20 ms on another core."""
     put_behind(pid)
-    with suppress(OSError, AttributeError):  # it has ended, a sandbox forbids it, or this is not Linux
+    with suppress(OSError, AttributeError):  # the child has ended, a sandbox forbids it, or this is not Linux
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))

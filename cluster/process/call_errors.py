@@ -1,11 +1,11 @@
-"""Which exceptions are the failure of one call, so that code shared by many calls ends that call and goes on."""
+"""The exceptions that are the failure of one call, for code that is shared by many calls and must continue."""
 
 from __future__ import annotations
 
 PANIC = "PanicException"
-"""What a Rust extension raises when it panics; it is a BaseException and has no importable class."""
+"""Class name of a Rust extension's panic: a BaseException without an importable class."""
 
 
 def is_call_failure(error: BaseException) -> bool:
-    """Whether an exception raised for one call ends only that call. Cancellation and exits of the process do not."""
+    """Whether an exception raised for one call ends only that call. Cancellation and process exits do not."""
     return isinstance(error, Exception) or type(error).__name__ == PANIC

@@ -1,4 +1,4 @@
-"""What a crash leaves behind: no image of a process's memory, since prompts are in it."""
+"""No core dumps: a process's memory contains prompts, and must not be written to disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 
 
 def leave_no_core_dumps() -> None:
-    """For this process and its children. The hard limit stays, so that an operator who needs one can raise it with
-    `prlimit --core`."""
+    """Disable core dumps for this process and its children. The hard limit stays, so that an operator can raise the
+    soft limit with `prlimit --core`."""
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))

@@ -1,4 +1,4 @@
-"""One interpreter for an event loop and the threads beside it: who waits for it gets it soon."""
+"""Thread switching for a process with an event loop: waiting threads get the interpreter lock soon."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ SWITCH_S: Final = 0.0005
 
 
 def hand_over_soon() -> None:
-    """For a process whose event loop others wait for. The loop gives the interpreter away with every send, and gets it
-    back when another thread lets go: after CPython's own 5 ms each time, so that a thread that reads a tokenizer or
-    moves the ledger held up twenty sends by a tenth of a second."""
+    """Shorten the interpreter's switch interval, for a process with an event loop and busy threads.
+
+    The loop releases the lock with every send, and waits up to the interval to get it back. With CPython's 5 ms, a
+    thread that read a tokenizer or worked on the ledger delayed twenty sends by a tenth of a second."""
     sys.setswitchinterval(SWITCH_S)

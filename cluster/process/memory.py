@@ -1,15 +1,15 @@
-"""Memory of a process that runs for months: the garbage collector told what stays, and free pages given back.
+"""Memory of a long-running process: exclude permanent objects from garbage collection, and return free pages.
 
-A collection holds the interpreter for as long as it walks.
+A garbage collection holds the interpreter while it walks the objects.
 
-CPython's own setting looks at every 700 further objects, which a hundred calls make, and now and then at all that
-were ever made: modules, tokenizers and tables that live as long as the process. In a gateway with 256 streams that was
-30 ms in one piece. What a start or a load has made is frozen instead, and the young are looked at more rarely; what
-calls leave is freed without the collector, but for the rare cycle.
+With CPython's own settings it walks the young objects after every 700 new ones, which a hundred calls create, and now
+and then all objects: modules, tokenizers and tables that live as long as the process. In a gateway with 256 streams
+that took 30 ms at once. So objects that a start or a load has created are frozen, and young ones are walked less often.
+Objects of ended calls are freed without the collector, except for rare reference cycles.
 
-glibc keeps what is freed between pieces that are not. In an hour of 100 calls a second a gateway that held as much as
-before (as many objects, as many bytes in use) had grown by 3 MB in such holes; whole pages of them go back now and
-then, in a moment without calls.
+glibc keeps freed memory between pieces that are in use. In an hour of 100 calls a second, a gateway with a constant
+number of objects and bytes in use grew by 3 MB of such holes. Whole free pages are returned to the system now and then,
+when no calls are running.
 """
 
 from __future__ import annotations
@@ -19,26 +19,25 @@ import gc
 import time
 from collections.abc import Callable
 
-YOUNG_OBJECTS = 10_000
-"""Of so many new ones a look takes about a millisecond."""
-GIVE_BACK_S, FIRST_S, LOOK_S = 60.0, 5.0, 0.5
+YOUNG_THRESHOLD = 10_000
+"""Walking this many new objects takes about a millisecond."""
+INTERVAL_S, FIRST_S, CHECK_S = 60.0, 5.0, 0.5
 
 
 def settle() -> None:
-    """What there is now stays: no collection walks over it again. For the end of a start or of a load."""
+    """Exclude all current objects from later collections. Call this after a start or a load."""
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, 50, 10)
+    gc.set_threshold(YOUNG_THRESHOLD, 50, 10)
     gc.enable()
 
 
-def give_back() -> bool:
-    """Pages that are free inside the heap go back to the system; False where the C library cannot do that. Takes some
-    milliseconds for tens of megabytes."""
-    import ctypes  # not before the process serves
+def return_free_pages() -> bool:
+    """Return free heap pages to the system (some milliseconds for tens of megabytes). False without glibc."""
+    import ctypes  # not at import: it is needed only after the start
 
     try:
         trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):  # not glibc
+    except (OSError, AttributeError):  # the C library is not glibc
         return False
     trim.argtypes, trim.restype = (ctypes.c_size_t,), ctypes.c_int
     trim(0)
@@ -47,15 +46,16 @@ def give_back() -> bool:
 
 async def give_back_now_and_then(
     idle: Callable[[], bool],
-    every_s: float = GIVE_BACK_S,
-    look_s: float = LOOK_S,
-    give: Callable[[], bool] = give_back,
+    every_s: float = INTERVAL_S,
+    check_s: float = CHECK_S,
+    give: Callable[[], bool] = return_free_pages,
 ) -> None:
-    """Every so often, at the next moment that is idle: on any thread, whoever wants memory meanwhile would wait. Until
-    cancelled, or for good where it cannot be done; the first time soon after a start."""
+    """Return free pages every `every_s` seconds, when `idle` is true; for the first time soon after the start.
+
+    Returns only if the C library cannot do it. The process must be idle because all threads' allocations wait."""
     due = time.monotonic() + min(every_s, FIRST_S)
     while True:
-        await asyncio.sleep(look_s)
+        await asyncio.sleep(check_s)
         if time.monotonic() < due or not idle():
             continue
         if not give():

@@ -1,4 +1,4 @@
-"""Where this process runs, by the names that Kubernetes gives: the chart sets them from the downward API."""
+"""The pod and node on which this process runs; the Helm chart sets them from the downward API."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import socket
 
 
 def pod_name() -> str:
-    """The pod's; empty outside Kubernetes."""
+    """The name of the pod; empty outside Kubernetes."""
     return os.environ.get("POD_NAME", "")
 
 
 def node_name() -> str:
-    """The Kubernetes node's; outside Kubernetes the host's name."""
+    """The name of the Kubernetes node; outside Kubernetes the host name."""
     return os.environ.get("NODE_NAME") or socket.gethostname()

@@ -1,7 +1,7 @@
-"""Files and folders that only their owner enters or reads, whatever the umask of the process.
+"""Files and folders that only their owner can read, whatever the process's umask.
 
-State folders hold secrets, names of tenants, the audit and hashes of keys. What an earlier release or another program
-made wider is narrowed when it is opened next, if it belongs to this user.
+State folders hold secrets, tenant names, the audit log and key hashes. Wider permissions, set by an earlier release or
+another program, are narrowed when a file of this user is opened next.
 """
 
 from __future__ import annotations
@@ -16,41 +16,40 @@ OTHERS = 0o077
 
 
 def make_private_folder(folder: Path) -> None:
-    """Make a state folder and those above it that are missing; narrow one that exists. Raises OSError."""
+    """Create a state folder and its missing parents, or narrow an existing one. Raises OSError."""
     make_missing_folders(folder)
     narrow(folder)
 
 
 def make_missing_folders(folder: Path) -> None:
-    """Make a folder and those above it that are missing; one that exists may be anybody's and stays as it is. Raises
-    OSError."""
+    """Create a folder and its missing parents; an existing folder is left as it is. Raises OSError."""
     missing = []
     at = folder
     while not at.exists():
         missing.append(at)
         at = at.parent
-    for one in reversed(missing):
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            one.mkdir(mode=0o700)
-            one.chmod(0o700)  # a umask may have taken the owner's permissions too
+    for missing_folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):  # another process has created it
+            missing_folder.mkdir(mode=0o700)
+            missing_folder.chmod(0o700)  # a umask may have removed the owner's permissions too
 
 
 def narrow(path: Path) -> None:
-    """Take the permissions of others from a file or folder of this user. Nothing happens to one that is missing or
-    somebody else's, nor to a folder that is shared on purpose, as /tmp is (the sticky bit)."""
+    """Remove group and other permissions from a file or folder of this user. Skips a missing path, one of another user,
+    and a folder that is shared on purpose, like /tmp (sticky bit)."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return
-    if found.st_uid == os.geteuid() and found.st_mode & OTHERS and not found.st_mode & stat.S_ISVTX:
+    if status.st_uid == os.geteuid() and status.st_mode & OTHERS and not status.st_mode & stat.S_ISVTX:
         with contextlib.suppress(OSError):  # a file system without permissions
-            path.chmod(stat.S_IMODE(found.st_mode) & ~OTHERS)
+            path.chmod(stat.S_IMODE(status.st_mode) & ~OTHERS)
 
 
 def make_private_database(file: Path) -> None:
-    """Make an SQLite file, empty, before SQLite does, and narrow one that exists with what SQLite keeps beside it.
-    SQLite gives the files that it makes beside a database the database's permissions."""
-    with contextlib.suppress(OSError):  # SQLite says it in words: no folder, no permission, a read-only disk
+    """Create an empty SQLite file before SQLite does, or narrow an existing one and its side files. SQLite gives new
+    side files the permissions of the database."""
+    with contextlib.suppress(OSError):  # SQLite reports it better: no folder, no permission, a read-only disk
         handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
         try:
             os.fchmod(handle, 0o600)

@@ -1,7 +1,7 @@
-"""What looks around a few times a second does so together: a wake-up of a process costs more than most looks.
+"""Common wake-up times for periodic work: a process's wake-up costs more than most periodic checks.
 
-A process that sleeps is woken with cold caches (about 0.1 ms on a small machine); whatever else is due within the same
-tick then costs a few microseconds. So rests end at common ticks of the loop's clock, TICK_S apart.
+A sleeping process wakes with cold caches (about 0.1 ms on a small machine); further work in the same tick costs a few
+microseconds. So all sleeps end at common ticks of the loop's clock, TICK_S apart.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import math
 
 TICK_S = 0.1
 _NEAR = 1e-3
-"""A tick that is this part of a tick away is the one that has just woken somebody: timers may come that early."""
+"""Tolerance, as a part of a tick: a timer may fire this early, and its tick counts as reached."""
 
 
 def rest_s(now: float, period_s: float) -> float:
-    """Seconds until the tick that ends a rest of `period_s`, rounded to whole ticks; the first may be a tick shorter.
+    """Seconds until the tick that ends a sleep of `period_s`, rounded to whole ticks; the first may be a tick shorter.
 
-    A period shorter than a tick is kept as it is.
+    A period shorter than a tick is returned unchanged.
     """
     if period_s < TICK_S:
         return period_s
@@ -26,5 +26,5 @@ def rest_s(now: float, period_s: float) -> float:
 
 
 async def rest(period_s: float) -> None:
-    """Sleep for about `period_s`, to a common tick."""
+    """Sleep for about `period_s`, until a common tick."""
     await asyncio.sleep(rest_s(asyncio.get_running_loop().time(), period_s))

@@ -1,1 +1,1 @@
-"""The protocol link.v1 between any two processes: codecs, dialing, credit, outboxes, TLS. No process's state."""
+"""The protocol link.v1 between two processes: codecs, dialing, credit, outboxes and TLS."""

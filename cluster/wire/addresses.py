@@ -1,9 +1,8 @@
-"""Whom to dial: the gateways that were configured, by address or by a name of the DNS, and the processes beside each,
-which its Welcome names.
+"""The gateways that a worker or controller dials: configured addresses, DNS names, and the siblings of each gateway.
 
-The processes of one host share the ports of clients and nothing else, so each needs a link of its own. Their addresses
-are learnt by reach: what a configured gateway has named last, what those have named, and so on. A name in the Welcome
-of a gateway that nobody reaches any more counts for nothing, else two former siblings would keep each other alive.
+The gateway processes of one host share only the client ports, so each needs its own link. A gateway's Welcome names its
+siblings. An address is dialled if a chain of last Welcomes leads to it from a configured gateway. The Welcome of a
+gateway that no chain reaches does not count, else two former siblings would keep each other in the list.
 """
 
 from __future__ import annotations
@@ -23,37 +22,37 @@ log = structlog.get_logger("link")
 
 @dataclass(frozen=True, slots=True)
 class _Welcome:
-    """The last word of whoever answers at an address; it stays when the link breaks, for the siblings live on."""
+    """The last Welcome from an address; kept when the link breaks, because the siblings are still running."""
 
     incarnation: str
     siblings: tuple[str, ...]
 
 
 class GatewayAddresses:
-    """`dial` runs a session with each; sessions report their Welcome to `welcomed`."""
+    """The known gateways. `dial` runs a session with each; sessions report their Welcome to `welcomed`."""
 
-    def __init__(self, configured: Sequence[str], ask: dns.Resolve = dns.resolve) -> None:
-        """`configured`: `host:port` each, dialled for ever, or `srv://NAME`, whose answer of the DNS (`ask`) is dialled
-        as long as it stands."""
-        self._configured = tuple(dict.fromkeys(one for one in configured if not dns.is_looked_up(one)))
-        self._names = tuple(dict.fromkeys(one for one in configured if dns.is_looked_up(one)))
+    def __init__(self, configured: Sequence[str], resolve: dns.Resolve = dns.resolve) -> None:
+        """`configured`: `host:port`, which is always dialled, or `srv://NAME`, whose DNS answer (from `resolve`) is
+        dialled while it is current."""
+        self._configured = tuple(dict.fromkeys(entry for entry in configured if not dns.is_dns_name(entry)))
+        self._names = tuple(dict.fromkeys(entry for entry in configured if dns.is_dns_name(entry)))
         self._looked_up: dict[str, tuple[str, ...]] = {}
-        self._ask = ask
+        self._resolve = resolve
         self._welcomes: dict[str, _Welcome] = {}
         self._dialling: set[str] = set()
         self._changed = asyncio.Event()
         self.addresses = self._configured
-        """All that are to be dialled, the configured first."""
+        """The addresses to dial, configured ones first."""
 
     def welcomed(self, address: str, incarnation: str, siblings: Sequence[str]) -> None:
-        """The gateway at `address` has named its siblings: `host:port`, or `:port` on the host that was dialled."""
+        """Record the siblings that the gateway at `address` named: `host:port`, or `:port` on the dialled host."""
         host = address.rsplit(":", 1)[0]
         resolved = tuple(host + sibling if sibling.startswith(":") else sibling for sibling in siblings)
         self._welcomes[address] = _Welcome(incarnation, resolved)
         self._update()
 
-    def looked_up(self, name: str, addresses: Sequence[str]) -> None:
-        """Who is behind a name now."""
+    def set_lookup(self, name: str, addresses: Sequence[str]) -> None:
+        """Record the current addresses behind a DNS name."""
         self._looked_up[name] = tuple(addresses)
         self._update()
 
@@ -66,30 +65,32 @@ class GatewayAddresses:
         self._changed.set()
 
     def _reached(self) -> tuple[str, ...]:
-        found = dict.fromkeys(
-            (*self._configured, *(one for name in self._names for one in self._looked_up.get(name, ())))
+        addresses = dict.fromkeys(
+            (*self._configured, *(address for name in self._names for address in self._looked_up.get(name, ())))
         )
-        at_hand = list(found)
-        while at_hand:
-            welcome = self._welcomes.get(at_hand.pop(0))
+        queue = list(addresses)
+        while queue:
+            welcome = self._welcomes.get(queue.pop(0))
             for sibling in welcome.siblings if welcome else ():
-                if sibling not in found and not self._is_another_name(sibling, found):
-                    found[sibling] = None
-                    at_hand.append(sibling)
-        return tuple(found)
+                if sibling not in addresses and not self._is_dialled_by_other_name(sibling, addresses):
+                    addresses[sibling] = None
+                    queue.append(sibling)
+        return tuple(addresses)
 
-    def _is_another_name(self, address: str, found: dict[str, None]) -> bool:
-        """Whether the process that answered there is dialled already: two links of one worker would end each other."""
-        met = self._welcomes.get(address)
-        return met is not None and any(
-            welcome.incarnation == met.incarnation for name in found if (welcome := self._welcomes.get(name))
+    def _is_dialled_by_other_name(self, address: str, addresses: dict[str, None]) -> bool:
+        """Whether this gateway process is dialled by another address: two links of one worker would end each other."""
+        last_welcome = self._welcomes.get(address)
+        return last_welcome is not None and any(
+            welcome.incarnation == last_welcome.incarnation
+            for name in addresses
+            if (welcome := self._welcomes.get(name))
         )
 
     async def dial(self, session: Callable[[str], Awaitable[None]], timing: Timing) -> None:
-        """Keep a session with each until cancelled. With one that is named no more it lasts as long as its link."""
+        """Keep a session with each gateway until cancelled. A gateway that leaves the list keeps a running link."""
         async with asyncio.TaskGroup() as group:
             for name in self._names:
-                group.create_task(dns.keep_asking(name, partial(self.looked_up, name), self._ask))
+                group.create_task(dns.keep_resolving(name, partial(self.set_lookup, name), self._resolve))
             while True:
                 self._changed.clear()
                 for address in self.addresses:
@@ -104,4 +105,4 @@ class GatewayAddresses:
         finally:
             self._dialling.discard(address)
         log.info("no_sibling_any_more", gateway=address)
-        self._changed.set()  # it may have been named again meanwhile
+        self._changed.set()  # the address may be in the list again

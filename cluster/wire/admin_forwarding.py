@@ -1,8 +1,8 @@
-"""Admin verbs that only the controller can answer, over its Control stream: asked by a gateway, answered here or there.
+"""Admin verbs that only the controller can answer: gateways send them over the controller's Control stream.
 
-A verb is a function of a serialized request. What it raises as CallError travels whole, so that the operator reads the
-same error as if the gateway had raised it. A verb that was asked and never answered, because the stream ended, may have
-been done: the error says so, and nothing is asked twice.
+A verb is a function of a serialized request. A CallError that it raises is transferred completely, so that the operator
+reads the same error as if the gateway had raised it. If the stream ends before the answer, the verb may have been done:
+the error says so, and no request is sent twice.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from cluster.link.v1 import link_pb2 as pb
 log = structlog.get_logger("admin_relay")
 
 ANSWER_S = 30.0
-AWAY = "the controller has no link to this gateway: what serves goes on, and nothing else changes until it is back"
+AWAY = "the controller has no link to this gateway: models keep serving; repeat the command when the link is back"
 
 M = TypeVar("M", bound=Message)
 Verb = Callable[[bytes, str], Awaitable[bytes]]
-"""`(serialized request, who asks) -> serialized response`. Raises CallError."""
+"""`(serialized request, actor) -> serialized response`. Raises CallError."""
 
 
 def verb(kind: type[M], act: Callable[[M, str], Awaitable[Message]]) -> Verb:
-    """A Verb of a coroutine that takes and gives messages."""
+    """Wrap a coroutine function of messages as a Verb."""
 
     async def answer(body: bytes, actor: str) -> bytes:
         try:
             request = kind.FromString(body)
         except DecodeError as error:
-            raise invalid("", f"is not a message of this verb: {error}") from None
+            raise invalid("", f"is not a valid request message of this verb: {error}") from None
         return (await act(request, actor)).SerializeToString()
 
     return answer
 
 
 class Questions:
-    """The gateway's end of one Control stream."""
+    """The gateway's side of one Control stream: requests waiting for the controller's answer."""
 
     def __init__(self, send: Callable[[pb.GatewayControlFrame], None], verbs: frozenset[str]) -> None:
-        """`verbs`: those that the controller has named."""
+        """`verbs`: the verbs that the controller supports."""
         self._send = send
         self._verbs = verbs
         self._next = 0
         self._waiting: dict[int, asyncio.Future[bytes]] = {}
 
     async def ask(self, name: str, body: bytes, actor: str, timeout_s: float = ANSWER_S) -> bytes:
-        """The controller's answer. Raises CallError, its own or that none came."""
+        """Return the controller's answer. Raises CallError: the controller's, or one that says that none came."""
         if name not in self._verbs:
             raise CallError(Outcome.UNSUPPORTED_FEATURE, f"this cluster's controller does not know {name}: upgrade it")
         self._next += 1
@@ -64,13 +64,15 @@ class Questions:
                 reply: bytes = await answer
             return reply
         except TimeoutError:
-            told = f"the controller has not answered within {timeout_s:g} s and may still do it: look before you repeat"
-            raise CallError(Outcome.NO_WORKER, told) from None
+            message = (
+                f"the controller has not answered within {timeout_s:g} s and may still do it: look before you repeat"
+            )
+            raise CallError(Outcome.NO_WORKER, message) from None
         finally:
             self._waiting.pop(number, None)
 
     def answered(self, reply: pb.AdminReply) -> None:
-        """A reply has come; one that nobody waits for any longer is dropped."""
+        """Handle a reply; ignored if its request no longer waits."""
         waiting = self._waiting.get(reply.id)
         if waiting is None or waiting.done():
             return
@@ -80,15 +82,15 @@ class Questions:
             waiting.set_result(reply.body)
 
     def ended(self) -> None:
-        """The stream has ended."""
-        told = "the controller was lost before it answered and may have done it: look before you repeat"
+        """Fail all waiting requests: the stream has ended."""
+        message = "the controller was lost before it answered and may have done it: look before you repeat"
         for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_exception(CallError(Outcome.NO_WORKER, told))
+                waiting.set_exception(CallError(Outcome.NO_WORKER, message))
 
 
 async def answer(verbs: Mapping[str, Verb], request: pb.AdminRequest) -> pb.AdminReply:
-    """The controller's reply to a request; never raises."""
+    """Return the controller's reply to a request; never raises."""
     try:
         act = verbs.get(request.verb)
         if act is None:
@@ -96,10 +98,10 @@ async def answer(verbs: Mapping[str, Verb], request: pb.AdminRequest) -> pb.Admi
         return pb.AdminReply(id=request.id, body=await act(request.body, request.actor))
     except CallError as error:
         return _refusal(request.id, error)
-    except Exception:  # no traceback reaches an operator's terminal; it is in this process's log
+    except Exception:  # the traceback goes to this process's log, not to the operator
         log.exception("unexpected", verb=request.verb)
-        told = f"unexpected failure of {request.verb} in the controller; its log says more"
-        return _refusal(request.id, CallError(Outcome.INTERNAL, told))
+        message = f"unexpected failure of {request.verb} in the controller; see its log"
+        return _refusal(request.id, CallError(Outcome.INTERNAL, message))
 
 
 def _refusal(number: int, error: CallError) -> pb.AdminReply:
@@ -113,7 +115,7 @@ def _refusal(number: int, error: CallError) -> pb.AdminReply:
 def _error(reply: pb.AdminReply) -> CallError:
     try:
         outcome = Outcome(reply.outcome)
-    except ValueError:  # of a later release
+    except ValueError:  # the controller is of a later release
         outcome = Outcome.INTERNAL
     return CallError(
         outcome,

@@ -1,4 +1,4 @@
-"""What is large, in chunks: bundles go up, prompts come down, each under a key on the link's bulk stream."""
+"""The link's bulk stream: large blobs in chunks, each under a key. Workers send bundles, gateways send prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BlobCall = grpc.aio.StreamStreamCall[pb.Blob, pb.Blob]
 
 
 class Prompts:
-    """Prompts that come on Bulk, each awaited by its Submit, which may be earlier or later."""
+    """Prompts received on the bulk stream; each belongs to a Submit that may arrive earlier or later."""
 
     def __init__(self) -> None:
         self._parts: dict[str, bytearray] = {}
@@ -24,7 +24,7 @@ class Prompts:
         return self._whole.setdefault(key, asyncio.get_running_loop().create_future())
 
     def add(self, blob: pb.Blob) -> None:
-        """One chunk."""
+        """Add one chunk."""
         self._parts.setdefault(blob.key, bytearray()).extend(blob.data)
         if blob.last:
             whole = self._future(blob.key)
@@ -32,7 +32,7 @@ class Prompts:
                 whole.set_result(bytes(self._parts.pop(blob.key)))
 
     async def take(self, key: str) -> bytes:
-        """The whole prompt, once; waits for its last chunk."""
+        """Wait for a prompt's last chunk, remove the prompt and return it."""
         try:
             return await self._future(key)
         finally:
@@ -40,7 +40,7 @@ class Prompts:
 
 
 async def serve_bulk(call: BlobCall, hello: pb.Blob, prompts: Prompts, blobs: asyncio.Queue[pb.Blob]) -> None:
-    """One bulk stream: send `blobs`, gather `prompts`. Raises LinkEnded when the gateway closes it."""
+    """Run one bulk stream: send `blobs`, collect `prompts`. Raises LinkEnded when the gateway closes it."""
     await call.write(hello)
     parts = [asyncio.create_task(_read(call, prompts)), asyncio.create_task(_write(call, blobs))]
     try:
@@ -66,7 +66,7 @@ async def _write(call: BlobCall, blobs: asyncio.Queue[pb.Blob]) -> None:
 
 
 async def send_bundle(blobs: asyncio.Queue[pb.Blob], digest: str, bundle: Bundle | None) -> None:
-    """Queue a bundle's chunks, or word that it is not here."""
+    """Queue a bundle's chunks, or an error if this process does not have the bundle."""
     key = f"bundle:{digest}"
     if bundle is None:
         await blobs.put(pb.Blob(key=key, error="no such bundle here", last=True))

@@ -1,8 +1,8 @@
-"""A tokenizer bundle: the few files a gateway needs to speak a model's tokens, named by their digest.
+"""A tokenizer bundle: the files that a gateway needs for a model's tokens, named by their digest.
 
-A bundle is what a worker or the controller makes from a model's folder (worker/weights/tokenizer_bundle.py) and what a
-gateway fetches once by digest and keeps on disk. It holds text files only: tokenizer.json (the fast tokenizer as
-transformers loads it), tokenizer_config.json, chat templates and generation_config.json; never weights or code.
+A worker or the controller makes it from a model's folder (worker/weights/tokenizer_bundle.py); a gateway fetches it
+once by digest and keeps it on disk. It holds only text files: tokenizer.json (the fast tokenizer as transformers loads
+it), tokenizer_config.json, chat templates and generation_config.json; never weights or code.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ _PLAIN_SAMPLING = {
 
 
 def sampling_defaults(generation_config: Mapping[str, object]) -> dict[str, object]:
-    """What a model's generation_config.json says of sampling, as an engine takes it for calls that say nothing: what is
-    not plain, and max_new_tokens as max_tokens."""
-    found = {k: generation_config.get(k) for k, plain in _PLAIN_SAMPLING.items() if generation_config.get(k) != plain}
-    found = {k: value for k, value in found.items() if isinstance(value, (int, float))}
-    most = generation_config.get("max_new_tokens")
-    return found | ({"max_tokens": most} if isinstance(most, int) else {})
+    """The non-neutral sampling values of a model's generation_config.json, with max_new_tokens as max_tokens.
+
+    An engine applies them to calls that do not set these fields."""
+    values = {k: generation_config.get(k) for k, plain in _PLAIN_SAMPLING.items() if generation_config.get(k) != plain}
+    values = {k: value for k, value in values.items() if isinstance(value, (int, float))}
+    max_new_tokens = generation_config.get("max_new_tokens")
+    return values | ({"max_tokens": max_new_tokens} if isinstance(max_new_tokens, int) else {})
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """File name -> content. Names are plain (no separators); equality and `digest` are by content."""
+    """Files by name. Names have no path separator; equality and `digest` depend only on the content."""
 
     files: Mapping[str, bytes]
 
@@ -49,11 +50,11 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """`sha256:<hex>` over names and contents in order of name."""
+        """`sha256:<hex>` of `pack`."""
         return "sha256:" + hashlib.sha256(self.pack()).hexdigest()
 
     def pack(self) -> bytes:
-        """One byte string: for each file in order of name its name and content, each after a 8-byte length."""
+        """Serialize: for each file in order of name its name and content, each after an 8-byte length."""
         out = bytearray()
         for name in sorted(self.files):
             for part in (name.encode(), self.files[name]):
@@ -62,24 +63,24 @@ class Bundle:
 
     @classmethod
     def unpack(cls, data: bytes) -> Bundle:
-        """The inverse of pack. Raises ValueError for anything that pack does not write."""
+        """The inverse of pack. Raises ValueError for invalid data."""
         parts: list[bytes] = []
         at = 0
         while at < len(data):
             if at + 8 > len(data):
-                raise ValueError("bundle is cut short")
+                raise ValueError("invalid bundle: truncated")
             (size,) = struct.unpack_from("<Q", data, at)
             at += 8
             if at + size > len(data):
-                raise ValueError("bundle is cut short")
+                raise ValueError("invalid bundle: truncated")
             parts.append(data[at : at + size])
             at += size
         if len(parts) % 2:
-            raise ValueError("bundle has a name without content")
+            raise ValueError("invalid bundle: a name without content")
         return cls({parts[i].decode(): parts[i + 1] for i in range(0, len(parts), 2)})
 
     def save(self, folder: Path) -> None:
-        """Write into `folder`, whole or not at all; a folder that exists is left as it is."""
+        """Write the files into `folder` atomically; does nothing if it exists."""
         if folder.exists():
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -91,10 +92,10 @@ class Bundle:
             try:
                 staged.rename(folder)
             except OSError:
-                if not folder.exists():  # another process won the race: its content is the same by digest
+                if not folder.exists():  # otherwise another process wrote the same content first
                     raise
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:
-        """Read what `save` wrote."""
+        """Read a folder that `save` wrote."""
         return cls({p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()})

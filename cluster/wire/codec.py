@@ -1,4 +1,4 @@
-"""Between the types of cluster.api and the frames of link.v1: the only place of the link that knows protobuf fields."""
+"""Conversion between the types of cluster.api and the messages of link.v1."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from cluster.wire.ended_requests import EndedUsage
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
 MAX_TEXT = 4096
-"""Characters of an engine's words about one request."""
+"""Longest text of an engine about one request."""
 MAX_VARINT_BYTES = 10
-"""Of one number in a message."""
+"""Longest varint in a message."""
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
@@ -42,7 +42,7 @@ def pack_ids(ids: Sequence[int]) -> bytes:
 
 
 def unpack_ids(data: bytes) -> array[int]:
-    """The inverse of pack_ids. Raises ValueError for a length that is no multiple of four."""
+    """The inverse of pack_ids. Raises ValueError if the length is not a multiple of four."""
     words = array("I")
     words.frombytes(data)
     if sys.byteorder == "big":
@@ -51,7 +51,7 @@ def unpack_ids(data: bytes) -> array[int]:
 
 
 def sampling_to_pb(s: Sampling) -> pb.Sampling:
-    """Sampling as it travels."""
+    """Encode sampling parameters."""
     out = pb.Sampling(
         max_tokens=s.max_tokens,
         min_tokens=s.min_tokens,
@@ -115,7 +115,7 @@ def _grammar_from_pb(m: pb.Grammar) -> Grammar | None:
 
 
 def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
-    """A request as it travels; prompt ids are in it."""
+    """Encode a request with its prompt ids."""
     return pb.Submit(
         slot=slot,
         attempt=attempt,
@@ -130,7 +130,7 @@ def submit_to_pb(slot: int, attempt: int, request: EngineRequest) -> pb.Submit:
 
 
 def most_submit_bytes(request: EngineRequest) -> int:
-    """A bound of the sum of `submit_bytes` that needs no message: nearly every request is far below any limit."""
+    """An upper bound of the sum of `submit_bytes`, cheap to compute: nearly all requests are far below any limit."""
     sampling = request.sampling
     characters = len(request.cache_salt) + len(request.traceparent) + len(request.adapter)
     if sampling.grammar is not None:
@@ -141,7 +141,7 @@ def most_submit_bytes(request: EngineRequest) -> int:
 
 
 def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
-    """The size of a Submit without its token ids, by the fields of the request that can be large."""
+    """Sizes of a Submit's parts that can be large, by request field, without the token ids."""
     sampling = sampling_to_pb(request.sampling)
     return {
         "stop_token_ids": pb.Sampling(stop_token_ids=sampling.stop_token_ids).ByteSize(),
@@ -154,9 +154,9 @@ def submit_bytes(request: EngineRequest) -> Mapping[str, int]:
 
 
 def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRequest:
-    """The inverse of submit_to_pb, under the engine's own request id. Raises ValueError for what no gateway sends."""
+    """The inverse of submit_to_pb, with the engine's request id. Raises ValueError for invalid fields."""
     if m.priority < 0:
-        raise ValueError(f"priority {m.priority} is no rank")
+        raise ValueError(f"priority is {m.priority}, but must be 0 or more")
     return EngineRequest(
         request_id=request_id,
         prompt_token_ids=unpack_ids(prompt_ids),
@@ -170,12 +170,12 @@ def submit_from_pb(m: pb.Submit, request_id: str, prompt_ids: bytes) -> EngineRe
 
 
 def wire_text(text: str) -> str:
-    """An engine's words as a message can carry them: short, and without lone surrogates."""
+    """Truncate an engine's text to MAX_TEXT, and replace lone surrogates, which protobuf rejects."""
     return text[:MAX_TEXT].encode("utf-8", "replace").decode()
 
 
 class StepColumns:
-    """One StepOutputs under construction: outputs of one or several steps for one link, column by column."""
+    """A builder of one StepOutputs: the outputs of one or more engine steps for one link, column by column."""
 
     def __init__(self) -> None:
         self.slots: list[int] = []
@@ -217,7 +217,7 @@ class StepColumns:
             self._logprobs.extend(_logprobs_to_pb(slot, output.logprobs))
 
     def to_pb(self) -> pb.StepOutputs:
-        """The message."""
+        """Build the message."""
         return pb.StepOutputs(
             slots=self.slots,
             counts=() if self._plain else self.counts,
@@ -229,7 +229,7 @@ class StepColumns:
 
 
 def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterator[pb.SlotLogprobs]:
-    """Consecutive positions of one width share a message."""
+    """One message for each run of consecutive positions with equal width."""
     start = 0
     while start < len(positions):
         width = len(positions[start].token_ids)
@@ -244,7 +244,7 @@ def _logprobs_to_pb(slot: int, positions: Sequence[PositionLogprobs]) -> Iterato
 
 
 def told_more(step: pb.StepOutputs) -> set[int] | None:
-    """Slots of which a step tells more than one token each; None when its counts say that any slot may be such."""
+    """Slots whose output in this step is more than one plain token; None if the counts allow that for any slot."""
     if step.counts:
         return None
     more = {first.slot for first in step.firsts}
@@ -254,8 +254,9 @@ def told_more(step: pb.StepOutputs) -> set[int] | None:
 
 
 def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) -> Iterator[tuple[int, TokenOutput]]:
-    """(slot, output) in order, of all slots or of those in `only`. A slot's First, Finish and logprobs come with its
-    last entry of the message."""
+    """Yield (slot, output) in order, of all slots or those in `only`.
+
+    A slot's First, Finish and logprobs come with its last entry in the message."""
     slots = list(step.slots)
     ids = list(step.token_ids)
     counts = list(step.counts) or [1] * len(slots)
@@ -266,16 +267,16 @@ def outputs_from_pb(step: pb.StepOutputs, only: Container[int] | None = None) ->
         logprobs.setdefault(block.slot, []).extend(_positions(block))
     last = {slot: i for i, slot in enumerate(slots)}
     at = 0
-    held: dict[int, list[int]] = {}
+    partial: dict[int, list[int]] = {}
     for i, (slot, count) in enumerate(zip(slots, counts, strict=True)):
         piece = ids[at : at + count]
         at += count
         if only is not None and slot not in only:
             continue
         if last[slot] != i:
-            held.setdefault(slot, []).extend(piece)
+            partial.setdefault(slot, []).extend(piece)
             continue
-        output = TokenOutput("", held.pop(slot, []) + piece)
+        output = TokenOutput("", partial.pop(slot, []) + piece)
         if (first := firsts.get(slot)) is not None:
             output.prompt_tokens, output.cached_tokens = first.prompt_tokens, first.cached_tokens
             output.origin_lost = first.origin_lost
@@ -294,7 +295,7 @@ def _positions(block: pb.SlotLogprobs) -> Iterator[PositionLogprobs]:
 
 
 def usage_to_pb(u: EndedUsage) -> pb.Usage:
-    """An ended request's counts as they travel."""
+    """Encode an ended request's usage."""
     return pb.Usage(
         key=u.key,
         sealed_record=u.sealed,
@@ -332,7 +333,7 @@ def usage_from_pb(m: pb.Usage) -> EndedUsage:
 
 
 def load_to_pb(load: EngineLoad) -> pb.Load:
-    """Load as it travels."""
+    """Encode an engine's load."""
     return pb.Load(
         running=load.running,
         waiting=load.waiting,
@@ -362,7 +363,7 @@ def load_from_pb(m: pb.Load) -> EngineLoad:
 
 
 def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.Hello:
-    """A worker's introduction."""
+    """Encode a worker's Hello."""
     return pb.Hello(
         protocol_min=PROTOCOL_MIN,
         protocol_max=PROTOCOL_MAX,
@@ -396,7 +397,7 @@ def hello_to_pb(identity: WorkerIdentity, info: EngineInfo, epoch: int) -> pb.He
 
 
 def hello_from_pb(m: pb.Hello) -> tuple[WorkerIdentity, EngineInfo]:
-    """The inverse of hello_to_pb. Raises ValueError for defaults that are no JSON object."""
+    """The inverse of hello_to_pb. Raises ValueError if the sampling defaults are not a JSON object."""
     identity = WorkerIdentity(
         worker_id=m.worker_id,
         incarnation=m.incarnation,
@@ -436,7 +437,7 @@ def _json_object(text: str) -> Mapping[str, object]:
 
 
 def entry_to_pb(e: CatalogEntry) -> pb.CatalogModel:
-    """A catalog entry as it travels."""
+    """Encode a catalog entry."""
     return pb.CatalogModel(
         name=e.name,
         aliases=e.aliases,
@@ -500,12 +501,12 @@ def _share_from_pb(m: pb.VersionShare) -> VersionShare:
 
 
 def standing_to_pb(standing: DrainState) -> pb.Standing.State.ValueType:
-    """A standing by the name that travels."""
+    """Encode a drain state."""
     return pb.Standing.State.Value(f"STATE_{standing.value}")
 
 
 def standing_from_pb(standing: pb.Standing) -> DrainState:
-    """Whether a worker takes new work. One that this gateway does not know is taken for draining."""
+    """Decode a drain state; one that this release does not know counts as draining."""
     known = pb.Standing.State.items()
     name = next((name for name, value in known if value == standing.state), "").removeprefix("STATE_")
     return DrainState[name] if name in DrainState.__members__ else DrainState.DRAINING

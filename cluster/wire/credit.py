@@ -1,11 +1,11 @@
-"""Credit: how a worker shares its room between gateways, so that work leaves a gateway only for room that exists.
+"""Credit: divides a worker's capacity between gateways, so that a gateway sends a request only for free capacity.
 
-Problem: each of G gateways would like to fill the same free place. Invariant: the room that a worker has promised to
-all its links together never exceeds its room. A promise is a limit on what a link may ever send (QUIC's MAX_STREAMS,
-RFC 9000 section 4.6), so that a lost or repeated message changes nothing. A limit can be lowered, to give unused room
-to a link with more waiting; the room counts as promised until the gateway has acknowledged the lower limit.
+Problem: each gateway would send requests for the same free capacity. Invariant: the capacity promised to all links
+together never exceeds the worker's. A promise is a limit on the total that a link may ever send (QUIC's MAX_STREAMS,
+RFC 9000 section 4.6), so that a lost or repeated message does no harm. A limit can be lowered, to move unused capacity
+to a link with a longer queue; the capacity counts as promised until the gateway has acknowledged the lower limit.
 
-Both objects are pure: no clock, no I/O.
+Both classes are pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a worker can take now beyond what it has: sequences, and prompt tokens that fit its KV cache."""
+    """Free capacity of a worker: sequences, and prompt tokens that fit its KV cache."""
 
     sequences: int
     tokens: int
@@ -24,7 +24,7 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A link's new limits over its whole life: number of Submits and sum of their prompt tokens."""
+    """A link's new limits over its whole lifetime: number of Submits, and the sum of their prompt tokens."""
 
     link: int
     grant_id: int
@@ -42,7 +42,7 @@ class _Account:
     unacked: list[tuple[int, Capacity]] = field(default_factory=list)
 
     def promised(self) -> Capacity:
-        """Room this link may still claim: the largest limit that may be in force at the gateway, less what it spent."""
+        """Capacity this link may still use: the largest limit that may be in force, less what was sent."""
         sequences, tokens = self.limit.sequences, self.limit.tokens
         for _, older in self.unacked:
             sequences, tokens = max(sequences, older.sequences), max(tokens, older.tokens)
@@ -50,60 +50,61 @@ class _Account:
 
 
 class CreditGranter:
-    """The worker's side: splits room by the backlog that links report, evenly where none does."""
+    """The worker's side: divides capacity in proportion to the links' backlogs, evenly if there are none."""
 
     def __init__(self) -> None:
         self._accounts: dict[int, _Account] = {}
 
     def attach(self, link: int) -> None:
-        """A new link; it has sent nothing."""
+        """Add a new link, which has sent nothing."""
         self._accounts[link] = _Account()
 
     def detach(self, link: int) -> None:
-        """A link that ended; its promises end with it."""
+        """Remove a link that has ended, and its promises."""
         self._accounts.pop(link, None)
 
     def spent(self, link: int, tokens: int, kept: bool = False) -> None:
-        """A Submit with that many prompt tokens has arrived, of a call whose KV blocks were `kept` here or not."""
+        """Count a received Submit with `tokens` prompt tokens; `kept`: the call's KV blocks are on this worker."""
         account = self._accounts[link]
         account.kept = max(account.kept - kept, 0)
         account.spent = Capacity(account.spent.sequences + 1, account.spent.tokens + tokens)
 
     def backlog(self, link: int, waiting: int, kept: int = 0) -> None:
-        """A gateway says how many of its calls wait for this worker's model, and of how many of them the KV blocks are
-        here."""
+        """Set how many calls wait at a gateway for this model; this worker has the KV blocks of `kept` of them."""
         account = self._accounts[link]
         account.kept = min(kept, waiting)
         account.waiting = waiting - account.kept
 
     def acked(self, link: int, grant_id: int) -> None:
-        """A gateway has applied that grant: older limits are no longer in force."""
+        """Note that the gateway applied that grant: older limits are no longer in force."""
         account = self._accounts[link]
         account.unacked = [(i, older) for i, older in account.unacked if i >= grant_id]
 
     def promised(self) -> Capacity:
-        """Room promised to all links together."""
+        """Capacity promised to all links together."""
         rooms = [account.promised() for account in self._accounts.values()]
         return Capacity(sum(r.sequences for r in rooms), sum(r.tokens for r in rooms))
 
     def grants(self, room: Capacity, places: int = 0) -> list[Grant]:
-        """The limits to send now, for links whose limit changes. `room` is what is free, promised or not. `places`: as
-        many sequences where they cost next to nothing to begin, for calls whose KV blocks are here."""
+        """The limits to send now, for links whose limit changes.
+
+        `room`: free capacity, promised or not. `places`: the sequence limit if those beyond `room` are of calls whose
+        KV blocks are on this worker, since these cost next to nothing to start."""
         if not self._accounts:
             return []
         kept = {link: account.kept for link, account in self._accounts.items()}
         waiting = {link: account.waiting for link, account in self._accounts.items()}
-        whole = {link: kept[link] + waiting[link] for link in kept}
-        more = min(sum(kept.values()), max(places - max(room.sequences, 0), 0))
-        room = Capacity(max(room.sequences, 0) + more, max(room.tokens, 0))
-        of_kept = _shares(more, kept)
-        rest = {link: waiting[link] + kept[link] - of_kept[link] for link in kept}
-        share = {link: of_kept[link] + part for link, part in _shares(room.sequences - more, rest).items()}
-        token_share = _shares(room.tokens, whole)
+        claims = {link: kept[link] + waiting[link] for link in kept}
+        extra = min(sum(kept.values()), max(places - max(room.sequences, 0), 0))
+        room = Capacity(max(room.sequences, 0) + extra, max(room.tokens, 0))
+        extra_shares = _shares(extra, kept)
+        others = {link: waiting[link] + kept[link] - extra_shares[link] for link in kept}
+        share = {link: extra_shares[link] + part for link, part in _shares(room.sequences - extra, others).items()}
+        token_share = _shares(room.tokens, claims)
         promised = self.promised()
         spare = Capacity(max(room.sequences - promised.sequences, 0), max(room.tokens - promised.tokens, 0))
         out = []
-        # Those who give come first: their room is free only after their acknowledgement, yet the order keeps it plain.
+        # A link's reduced capacity becomes spare only after its acknowledgement, so the order of links does not matter.
         for link, account in sorted(self._accounts.items()):
             held = account.promised()
             sequences = min(share[link], held.sequences + spare.sequences)
@@ -112,7 +113,7 @@ class CreditGranter:
                 spare.sequences - max(sequences - held.sequences, 0), spare.tokens - max(tokens - held.tokens, 0)
             )
             limit = Capacity(account.spent.sequences + sequences, account.spent.tokens + tokens)
-            if not _worth_telling(account.limit, limit, room.tokens):
+            if not _worth_sending(account.limit, limit, room.tokens):
                 continue
             account.grant_id += 1
             account.unacked.append((account.grant_id - 1, account.limit))
@@ -122,29 +123,29 @@ class CreditGranter:
 
 
 def _shares(total: int, claims: Mapping[int, int]) -> dict[int, int]:
-    """Split `total` by claims (largest remainder); evenly when nobody has one."""
+    """Split `total` in proportion to the claims (largest remainder); evenly if all are zero."""
     weights = claims if any(claims.values()) else dict.fromkeys(claims, 1)
-    whole = sum(weights.values())
-    shares = {link: total * weight // whole for link, weight in weights.items()}
+    weight_sum = sum(weights.values())
+    shares = {link: total * weight // weight_sum for link, weight in weights.items()}
     rest = total - sum(shares.values())
-    for link in _by_remainder(weights, total, whole)[:rest]:
+    for link in _by_remainder(weights, total, weight_sum)[:rest]:
         shares[link] += 1
     return shares
 
 
-def _by_remainder(weights: Mapping[int, int], total: int, whole: int) -> list[int]:
-    return sorted((k for k, w in weights.items() if w), key=lambda k: (-(total * weights[k] % whole), k))
+def _by_remainder(weights: Mapping[int, int], total: int, weight_sum: int) -> list[int]:
+    return sorted((k for k, w in weights.items() if w), key=lambda k: (-(total * weights[k] % weight_sum), k))
 
 
-def _worth_telling(old: Capacity, new: Capacity, room_tokens: int) -> bool:
-    """Every change of sequences; of tokens only when it is a tenth of the room, since each decoded token moves it."""
+def _worth_sending(old: Capacity, new: Capacity, room_tokens: int) -> bool:
+    """True for any change of sequences, or if tokens change by a tenth of the capacity: every decoded token counts."""
     if old.sequences != new.sequences:
         return True
     return abs(old.tokens - new.tokens) * 10 > max(room_tokens, 1)
 
 
 class CreditBalance:
-    """The gateway's side of one link: what may still be sent."""
+    """The gateway's side of one link: the credit left."""
 
     def __init__(self) -> None:
         self._sent = Capacity(0, 0)
@@ -153,17 +154,17 @@ class CreditBalance:
 
     @property
     def free(self) -> Capacity:
-        """Room that may be used now; never negative."""
+        """Capacity that may be used now; never negative."""
         return Capacity(
             max(self._limit.sequences - self._sent.sequences, 0), max(self._limit.tokens - self._sent.tokens, 0)
         )
 
     def granted(self, grant_id: int, sequences: int, tokens: int) -> None:
-        """Apply a Credit; an older one than the last is ignored."""
+        """Apply a Credit; ignored if it is older than the last."""
         if grant_id > self.grant_id:
             self.grant_id = grant_id
             self._limit = Capacity(sequences, tokens)
 
     def spend(self, tokens: int) -> None:
-        """A Submit with that many prompt tokens goes out. The caller has looked at `free`."""
+        """Count a Submit with `tokens` prompt tokens; the caller has checked `free`."""
         self._sent = Capacity(self._sent.sequences + 1, self._sent.tokens + tokens)

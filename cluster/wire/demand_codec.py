@@ -1,4 +1,4 @@
-"""Demand and work between the words of api and link.proto."""
+"""Conversion of demand and computed work between cluster.api and link.v1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cluster.link.v1 import link_pb2 as pb
 
 
 def demand_to_pb(demand: Iterable[ModelDemand], counting_s: float) -> pb.Demand:
-    """A gateway's report."""
+    """Encode a gateway's demand report. `counting_s`: the period it covers."""
     models = [
         pb.ModelDemand(
             model=d.model,
@@ -26,7 +26,7 @@ def demand_to_pb(demand: Iterable[ModelDemand], counting_s: float) -> pb.Demand:
 
 
 def demand_from_pb(demand: pb.Demand) -> Sequence[ModelDemand]:
-    """The inverse, less the time."""
+    """The inverse of demand_to_pb, without the period."""
     return [
         ModelDemand(
             d.model,
@@ -76,7 +76,7 @@ def _class_from_pb(c: pb.ClassDemand) -> ClassCounts:
 
 
 def work_to_pb(work: ComputedWork) -> pb.Work:
-    """What an engine has computed."""
+    """Encode the work that an engine has done."""
     return pb.Work(
         steps=work.steps,
         busy_s=work.busy_s,
@@ -86,5 +86,5 @@ def work_to_pb(work: ComputedWork) -> pb.Work:
 
 
 def work_from_pb(work: pb.Work) -> ComputedWork:
-    """The inverse."""
+    """The inverse of work_to_pb."""
     return ComputedWork(work.steps, work.busy_s, work.prefill_tokens, work.decode_tokens)

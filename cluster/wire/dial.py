@@ -1,4 +1,4 @@
-"""Dialing: one address is tried again until it is closed for good, with growing pauses; beats run in a thread."""
+"""Dialing gateways: reconnect with growing pauses, and send heartbeats from a thread."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DIAL_S = 20.0
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.use_local_subchannel_pool", 1),  # each stream kind has a TCP connection of its own
+    ("grpc.use_local_subchannel_pool", 1),  # one TCP connection for each kind of stream
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -40,42 +40,41 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Intervals of a link, seconds."""
+    """Intervals of a link, in seconds."""
 
     beat_s: float = 0.1
     silence_s: float = 5.0
-    """Without a beat or message for this long a worker takes its gateway for lost, and a gateway a worker that has
-    not beaten yet."""
+    """Time without a beat or message after which a worker considers its gateway lost, and a gateway a worker that has
+    not sent a beat yet."""
     hang_s: float = 0.5
-    """A gateway takes a worker for lost that stands still for this long, or for five of its steps where they are
-    longer; see liveness.py."""
+    """Time, or five engine steps if longer, after which a gateway considers a stalled worker lost (liveness.py)."""
     redial_min_s: float = 0.1
     redial_max_s: float = 2.0
     welcome_s: float = 5.0
 
 
 class LinkEnded(Exception):
-    """A session with the other side is over; the message says why."""
+    """A session with the other side has ended; the message is the reason."""
 
 
 def open_channel(address: str, tls: TlsFiles | None) -> grpc.aio.Channel:
-    """A channel of its own TCP connection to `host:port`. Raises LinkEnded for files that cannot be read now."""
+    """A channel with its own TCP connection to `host:port`. Raises LinkEnded if the TLS files cannot be read."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
     return grpc.aio.secure_channel(address, _credentials(tls), options=CHANNEL_OPTIONS)
 
 
 def _credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
-    """Of the files as they are now: whoever dials anew shows a renewed certificate."""
+    """Credentials from the files' current content: a reconnect uses a renewed certificate."""
     try:
         return tls.channel_credentials()
-    except ValueError as error:  # being renewed, perhaps: the next try reads them again
+    except ValueError as error:  # the files may be half renewed: the next attempt reads them again
         raise LinkEnded(str(error)) from None
 
 
 @asynccontextmanager
 async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[GrpcClient]:
-    """A connection to `host:port` for what must be there at once. Raises LinkEnded."""
+    """Connect to `host:port` with the low-latency client. Raises LinkEnded."""
     try:
         async with asyncio.timeout(DIAL_S):
             context = None if tls is None else tls.context()
@@ -89,17 +88,17 @@ async def open_client(address: str, tls: TlsFiles | None) -> AsyncIterator[GrpcC
 
 
 async def read(call: Any) -> Any:
-    """The next message of a stream, or None at its end (the stubs type grpc.aio.EOF as plain object)."""
+    """Return the next message of a stream, None at its end (the stubs type grpc.aio.EOF as plain object)."""
     message = await call.read()
     return None if message is grpc.aio.EOF else message
 
 
 async def until_first(parts: list[asyncio.Task[None]]) -> None:
-    """Wait until one of the parts ends; raises what it has raised.
+    """Wait until the first of the tasks ends, and raise its exception.
 
-    An error refers to the frames that it passes, and a frame that still knew the task would make that a cycle, which
-    holds the session's connections open until the garbage collector comes by. So this frame forgets its tasks, and
-    whoever calls it clears `parts` in the end.
+    An exception refers to the frames it passes through. If such a frame referred to the task, that cycle would keep the
+    session's connections open until the garbage collector runs. So this frame deletes its references, and the caller
+    clears `parts` at the end.
     """
     done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     try:
@@ -115,9 +114,9 @@ async def keep_dialing(
     timing: Timing,
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Run `session(address)` again and again while `wanted()`; the pause grows while nobody answers."""
+    """Run `session(address)` repeatedly while `wanted()`; the pause grows while sessions end at once."""
     pause_s = timing.redial_min_s
-    told = ""
+    logged_reason = ""
     while wanted():
         started = time.monotonic()
         try:
@@ -129,21 +128,21 @@ async def keep_dialing(
             why = f"{error.code().name}: {error.details()}"
         except CallEnded as error:
             why = str(error)
-        except (asyncio.InvalidStateError, TimeoutError):  # a write after the call's end; no answer to hello
-            why = "the gateway went away"
+        except (asyncio.InvalidStateError, TimeoutError):  # a write after the call's end, or no answer to the Hello
+            why = "the connection to the gateway was lost"
         if time.monotonic() - started > 5 * timing.redial_max_s:
             pause_s = timing.redial_min_s
-        if why != told:
+        if why != logged_reason:
             log.warning("link_down", gateway=address, reason=why)
-            told = why
+            logged_reason = why
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311 - spreads redials, no secret
         pause_s = min(pause_s * 1.5, timing.redial_max_s)
 
 
 class Beater:
-    """Beats for one link from threads of its own, so that a blocked event loop or engine step does not stop them.
+    """The heartbeats of one link, sent from separate threads that a blocked event loop or engine step does not delay.
 
-    `beat(seq)` makes a beat from what the engine loop has left in plain attributes; it must not wait.
+    `beat(seq)` builds a beat from plain attributes that the engine loop sets; it must not block.
     """
 
     def __init__(
@@ -173,7 +172,7 @@ class Beater:
             for _ in stub.Beat(self._beats()):
                 self.last_heard = time.monotonic()
         except grpc.RpcError:
-            pass  # the turn stream decides about the link; silence here is what it looks at
+            pass  # the turn stream ends the link; it checks `silent_s`
         except ValueError:
             pass  # the channel was closed before the first beat
 
@@ -183,6 +182,6 @@ class Beater:
         return time.monotonic() - self.last_heard
 
     def stop(self) -> None:
-        """End both threads and the connection."""
+        """End the threads and the connection."""
         self._stop.set()
         self._channel.close()

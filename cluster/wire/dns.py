@@ -1,9 +1,8 @@
-"""`srv://_link._tcp.NAME`: the gateways behind a name of the DNS, asked for again every few seconds.
+"""`srv://_link._tcp.NAME`: gateways behind a DNS name, which is resolved again every few seconds.
 
-Kubernetes answers such a name for a headless Service with the ports and names of its pods, those that are not ready
-too. An answer replaces the one before; while nobody answers the last one stands, since a gateway that is dialled in
-vain costs little and one that is forgotten costs its calls. A name that is no more, or has nobody behind it, is an
-answer too.
+For such a name of a headless Service, Kubernetes answers with the ports and names of its pods, including those that are
+not ready. An answer replaces the one before. Without an answer the last one stays valid: dialing a gateway in vain
+costs little, and forgetting one loses its calls. NXDOMAIN and an empty record set count as answers.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ import structlog
 log = structlog.get_logger("link")
 
 SCHEME = "srv://"
-AGAIN_S = 3.0
-"""Between two questions: how long a new gateway waits for its first link."""
+LOOKUP_INTERVAL_S = 3.0
+"""Interval of lookups: the time until a new gateway gets its first link."""
 ANSWER_S = 5.0
 
 Resolve = Callable[[str], Awaitable[tuple[str, ...]]]
 
 
 class NoAnswer(Exception):
-    """Nobody has said who is behind the name; the message says why."""
+    """A DNS name could not be resolved; the message is the reason."""
 
 
-def is_looked_up(gateway: str) -> bool:
-    """Whether an entry of link.gateways names a service in place of an address."""
+def is_dns_name(gateway: str) -> bool:
+    """Whether an entry of link.gateways is a DNS name (`srv://`) rather than an address."""
     return gateway.startswith(SCHEME)
 
 
 async def resolve(
     name: str, resolver: dns.asyncresolver.Resolver | None = None, answer_s: float = ANSWER_S
 ) -> tuple[str, ...]:
-    """`host:port` of each gateway behind a name, sorted; a relative name by the machine's own domains.
+    """Resolve a name to the sorted `host:port` of its gateways; relative names use the machine's search domains.
 
     Raises NoAnswer.
     """
@@ -49,31 +48,31 @@ async def resolve(
         return ()
     except (dns.exception.DNSException, OSError) as error:
         raise NoAnswer(str(error) or type(error).__name__) from None
-    found = {f"{record.target.to_text(omit_final_dot=True)}:{record.port}" for record in answer}
-    return tuple(sorted(found))
+    addresses = {f"{record.target.to_text(omit_final_dot=True)}:{record.port}" for record in answer}
+    return tuple(sorted(addresses))
 
 
-async def keep_asking(
+async def keep_resolving(
     gateway: str,
-    tell: Callable[[Sequence[str]], None],
-    ask: Resolve = resolve,
-    again_s: float = AGAIN_S,
+    on_change: Callable[[Sequence[str]], None],
+    lookup: Resolve = resolve,
+    interval_s: float = LOOKUP_INTERVAL_S,
 ) -> None:
-    """Tell who is behind the entry `srv://...` whenever that is another answer; until cancelled."""
+    """Call `on_change` with the gateways behind the entry `srv://...` whenever they change; until cancelled."""
     name = gateway.removeprefix(SCHEME)
     known: tuple[str, ...] | None = None
-    told = ""
+    logged_error = ""
     while True:
         try:
-            now = await ask(name)
+            current = await lookup(name)
         except NoAnswer as error:
-            if str(error) != told:
+            if str(error) != logged_error:
                 log.warning("lookup_failed", name=name, reason=str(error))
-            told = str(error)
+            logged_error = str(error)
         else:
-            told = ""
-            if now != known:
-                log.info("lookup", name=name, gateways=list(now))
-                tell(now)
-            known = now
-        await asyncio.sleep(again_s)
+            logged_error = ""
+            if current != known:
+                log.info("lookup", name=name, gateways=list(current))
+                on_change(current)
+            known = current
+        await asyncio.sleep(interval_s)

@@ -1,12 +1,12 @@
-"""What a worker remembers of ended requests until a gateway says that it is in the ledger's database.
+"""Usage of ended requests that a worker keeps until a gateway confirms that the ledger's database has it.
 
-Argument. A request is accepted with its record sealed inside; it runs, or it is here, until an acknowledgement names
-it; an acknowledgement comes only after the database has committed. So losing any number of gateways with their disks
-loses no record. Each record rests with one link at a time; when that ends, or does not acknowledge for long, another
-gets it. Who gets a record twice writes the same row, so that offering too often costs nothing but work.
+Guarantee: a request arrives with its sealed open record. It runs, or its usage is kept here, until an acknowledgement
+names it, and gateways acknowledge only after the database has committed. So losing any number of gateways with their
+disks loses no record. Each record is assigned to one link at a time. When that link ends, or does not acknowledge for
+long, the record is assigned to another. A repeated record writes the same row, so repeating costs only work.
 
-Bounded: beyond `max_records` the oldest go, counted (a database that is away for long; the gateways' spools have them
-too). Pure: no clock, no I/O.
+Beyond `max_records` the oldest records are dropped and counted (if the database is down for long; the gateways' spools
+have them too). The classes are pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from dataclasses import dataclass
 
 MAX_RECORDS = 100_000
 PATIENCE_S = 60.0
-MOST_A_MESSAGE = 500
+MAX_PER_MESSAGE = 500
 
 
 @dataclass(slots=True)
 class EndedUsage:
-    """Counts of one ended request; `sealed` is its open record, which only gateways can read. Times in seconds.
+    """Usage of one ended request; `sealed` is its open record, which only gateways can decrypt. Times in seconds.
 
-    `written_tokens` of the generated ones went to the link of the gateway that had sent the request;
-    `earlier_tokens` of the same record came from other workers before. With `idle_id` it is idle time of the replica
-    from `idle_since_s` (epoch) on, and belongs to no call.
+    `written_tokens`: generated tokens sent to the gateway that had sent the request. `earlier_tokens`: tokens of the
+    same record that other workers generated before. A record with `idle_id` is the replica's idle time since
+    `idle_since_s` (epoch) and belongs to no call.
     """
 
     sealed: bytes
@@ -47,7 +47,7 @@ class EndedUsage:
 @dataclass(slots=True)
 class _Kept:
     usage: EndedUsage
-    home: int
+    origin: int
     slot: int
     link: int = 0
     sent_at: float | None = None
@@ -55,14 +55,14 @@ class _Kept:
 
 @dataclass(frozen=True, slots=True)
 class KeeperStatistics:
-    """Records that wait for an acknowledgement; how many were dropped for want of room."""
+    """Numbers of kept and of dropped records."""
 
     kept: int
     dropped: int
 
 
 class UsageKeeper:
-    """Ended requests by key. Links are numbered from 1 and never used again; 0 is none."""
+    """Usage of ended requests, by key. Links are numbered from 1, and numbers are not reused; 0 means no link."""
 
     def __init__(self, max_records: int = MAX_RECORDS, patience_s: float = PATIENCE_S) -> None:
         self._max_records = max_records
@@ -73,43 +73,43 @@ class UsageKeeper:
         self._dropped = 0
 
     def statistics(self) -> KeeperStatistics:
-        """A snapshot."""
+        """Return current numbers."""
         return KeeperStatistics(len(self._kept), self._dropped)
 
     def attach(self, link: int) -> None:
-        """A link to a gateway that keeps accounts is up: it gets what no other link has."""
+        """Add a link to a gateway that keeps accounts; it gets the records that have no link."""
         self._due[link] = deque()
-        self._place(kept for kept in self._kept.values() if not kept.link)
+        self._assign(kept for kept in self._kept.values() if not kept.link)
 
     def detach(self, link: int, unwritten: Mapping[int, int]) -> None:
-        """A link has ended; `unwritten` tokens by slot never left. What it had not acknowledged goes to others."""
+        """Remove a link, and reassign its unacknowledged records. `unwritten`: tokens by slot that were never sent."""
         self._due.pop(link, None)
         if unwritten:
             for kept in self._kept.values():
-                if kept.home == link:
+                if kept.origin == link:
                     kept.usage.written_tokens -= min(unwritten.get(kept.slot, 0), kept.usage.written_tokens)
-        orphans = [kept for kept in self._kept.values() if kept.link == link]
-        for kept in orphans:
+        unassigned = [kept for kept in self._kept.values() if kept.link == link]
+        for kept in unassigned:
             kept.link = 0
-        self._place(orphans)
+        self._assign(unassigned)
 
-    def keep(self, usage: EndedUsage, home: int, slot: int = 0) -> int:
-        """A request of link `home` has ended; its key. Goes to that link if it is attached, else to any."""
+    def keep(self, usage: EndedUsage, origin: int, slot: int = 0) -> int:
+        """Keep an ended request's usage; returns its key. It is assigned to link `origin` if attached, else to any."""
         self._last_key += 1
         usage.key = self._last_key
-        kept = self._kept[usage.key] = _Kept(usage, home, slot)
-        self._place((kept,))
+        kept = self._kept[usage.key] = _Kept(usage, origin, slot)
+        self._assign((kept,))
         if len(self._kept) > self._max_records:
             del self._kept[next(iter(self._kept))]
             self._dropped += 1
         return usage.key
 
     def due(self, link: int) -> bool:
-        """Whether there is something to send."""
+        """Whether records wait to be sent on this link."""
         return bool(self._due.get(link))
 
-    def take(self, link: int, now: float, most: int = MOST_A_MESSAGE) -> list[EndedUsage]:
-        """What is to be sent on this link now."""
+    def take(self, link: int, now: float, most: int = MAX_PER_MESSAGE) -> list[EndedUsage]:
+        """Remove and return the next records to send on this link."""
         due, out = self._due.get(link), list[EndedUsage]()
         while due and len(out) < most:
             kept = self._kept.get(due.popleft())
@@ -119,12 +119,12 @@ class UsageKeeper:
         return out
 
     def acked(self, keys: Iterable[int]) -> None:
-        """These are in the database, whoever says so."""
+        """Drop records that are in the database; any link may report them."""
         for key in keys:
             self._kept.pop(key, None)
 
     def hurry(self, now: float) -> list[int]:
-        """Move what was sent long ago and not acknowledged to another link; the links that have got something."""
+        """Reassign records that were sent long ago and not acknowledged. Returns the links that got some."""
         if len(self._due) < 2:
             return []
         late = []
@@ -139,11 +139,11 @@ class UsageKeeper:
             links.add(kept.link)
         return sorted(links)
 
-    def _place(self, some: Iterable[_Kept]) -> None:
+    def _assign(self, records: Iterable[_Kept]) -> None:
         links = list(self._due)
         if not links:
             return
-        for kept in some:
-            kept.link = kept.home if kept.home in self._due else links[kept.usage.key % len(links)]
+        for kept in records:
+            kept.link = kept.origin if kept.origin in self._due else links[kept.usage.key % len(links)]
             kept.sent_at = None
             self._due[kept.link].append(kept.usage.key)

@@ -1,4 +1,4 @@
-"""The frames of link.v1 about whose turn it is, and the types of tenancy; beside codec.py, which knows the others."""
+"""Conversion of fair-queue and tenant types between cluster.policy and link.v1; the counterpart of codec.py."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class WeightedValue(Generic[T]):
-    """Something of one tenant, and the tenant's weight, which its reader may not know."""
+    """A value with its tenant's weight, which the receiver may not know."""
 
     what: T
     weight: float
 
 
 class FlowBacklog(NamedTuple):
-    """What waits of one tenant in one class."""
+    """One tenant's backlog in one priority class."""
 
     flow: FlowKey
     backlog: Backlog
 
 
 def put_turn(message: pb.Submit, turn: WeightedValue[Waiting]) -> None:
-    """Say whose turn it was, and what it was charged; the class's rank is the request's priority already."""
+    """Add the sequence's tenant and charge to a Submit; its class rank is already the request's priority."""
     waiting = turn.what
     message.tenant_handle, message.tenant_weight = waiting.tenant, turn.weight
     message.expected_cached_tokens, message.expected_output_tokens = waiting.cached_tokens, waiting.output_tokens
@@ -40,8 +40,7 @@ def put_turn(message: pb.Submit, turn: WeightedValue[Waiting]) -> None:
 def backlog_to_pb(
     waiting: int, tokens: int, claim: int, kept: int, flows: Sequence[WeightedValue[FlowBacklog]] | None
 ) -> pb.Backlog:
-    """What waits at a gateway, and of its claim what this worker has computed; `flows` None where another worker is
-    told of them."""
+    """Encode a backlog. `kept`: part of `claim` with KV blocks on this worker. `flows`: None if another gets them."""
     return pb.Backlog(
         waiting=waiting,
         waiting_tokens=tokens,
@@ -53,15 +52,15 @@ def backlog_to_pb(
 
 
 def _flows(flows: Iterable[WeightedValue[FlowBacklog]]) -> Iterator[pb.FlowBacklog]:
-    for one in flows:
-        (rank, tenant), (requests, service) = one.what
+    for weighted in flows:
+        (rank, tenant), (requests, service) = weighted.what
         yield pb.FlowBacklog(
-            rank=rank, tenant_handle=tenant, requests=requests, service=max(service, 0.0), weight=one.weight
+            rank=rank, tenant_handle=tenant, requests=requests, service=max(service, 0.0), weight=weighted.weight
         )
 
 
 def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[WeightedValue[FlowBacklog]]:
-    """Who waits."""
+    """Decode tenant backlogs."""
     return [
         WeightedValue(
             FlowBacklog(FlowKey(m.rank, m.tenant_handle), Backlog(m.requests, _amount(m.service))), _weight(m.weight)
@@ -71,7 +70,7 @@ def flows_from_pb(flows: Iterable[pb.FlowBacklog]) -> list[WeightedValue[FlowBac
 
 
 def elsewhere_to_pb(waiting: Mapping[str, Sequence[WeightedValue[FlowBacklog]]]) -> Iterator[pb.Elsewhere]:
-    """By gateway."""
+    """Encode other gateways' backlogs, by gateway."""
     return (pb.Elsewhere(gateway=gateway, flows=_flows(flows)) for gateway, flows in waiting.items())
 
 
@@ -81,17 +80,17 @@ def elsewhere_from_pb(messages: Iterable[pb.Elsewhere]) -> Iterator[tuple[str, l
 
 
 def served_to_pb(totals: Iterable[WeightedValue[ServedTotal]]) -> pb.Served:
-    """A worker's report."""
+    """Encode a worker's totals of served tokens."""
     return pb.Served(
         flows=[
             pb.ServedFlow(
-                rank=one.what.rank,
-                tenant_handle=one.what.tenant,
-                total=one.what.total,
-                by_this_link=one.what.by_this_link,
-                weight=one.weight,
+                rank=weighted.what.rank,
+                tenant_handle=weighted.what.tenant,
+                total=weighted.what.total,
+                by_this_link=weighted.what.by_this_link,
+                weight=weighted.weight,
             )
-            for one in totals
+            for weighted in totals
         ]
     )
 
@@ -107,12 +106,12 @@ def served_from_pb(m: pb.Served) -> list[WeightedValue[ServedTotal]]:
 
 
 def _weight(weight: float) -> float:
-    """Above 0 and no more than a number can carry on with; 1 for what is no weight."""
+    """A valid weight: positive and finite; 1 in place of an invalid one."""
     return weight if 0 < weight < float("inf") else 1.0
 
 
 def _amount(value: float) -> float:
-    """Weighted tokens. Raises ValueError for what is no number: it would spoil every account that it is added to."""
+    """A number of weighted tokens. Raises ValueError if it is not finite, which would spoil all sums with it."""
     if not isfinite(value):
-        raise ValueError(f"{value} is no amount of weighted tokens")
+        raise ValueError(f"weighted tokens must be a finite number, got {value}")
     return value

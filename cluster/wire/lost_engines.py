@@ -1,4 +1,4 @@
-"""Engines that ended a short while ago, and why: workers tell their gateways, and those the controller."""
+"""Recently ended engines with their reasons: workers report them to gateways, gateways to the controller."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from cluster.api.types import WorkerIdentity
 from cluster.link.v1 import link_pb2 as pb
 
 KEPT_S = 600.0
-MOST_KEPT = 64
+MAX_KEPT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class LostEngine:
-    """One engine's end. `at_s`: since the epoch."""
+    """The end of one engine. `at_s`: seconds since the epoch."""
 
     worker_id: str
     incarnation: str
@@ -28,13 +28,13 @@ class LostEngine:
 
 
 class LostEngines:
-    """A gateway's own record of them."""
+    """A gateway's list of recently ended engines."""
 
     def __init__(self) -> None:
-        self._kept: deque[LostEngine] = deque(maxlen=MOST_KEPT)
+        self._kept: deque[LostEngine] = deque(maxlen=MAX_KEPT)
 
     def add(self, worker: WorkerIdentity, reason: str, at_s: float) -> None:
-        """One has ended."""
+        """Record an engine's end."""
         self._kept.append(
             LostEngine(
                 worker.worker_id,
@@ -49,48 +49,48 @@ class LostEngines:
         )
 
     def recent(self, now_s: float) -> list[LostEngine]:
-        """Those of the last minutes, the oldest first."""
+        """The ends of the last KEPT_S seconds, oldest first."""
         while self._kept and self._kept[0].at_s < now_s - KEPT_S:
             self._kept.popleft()
         return list(self._kept)
 
     def to_pb(self, now_s: float) -> list[pb.LostEngine]:
-        """Those of the last minutes, for the controller."""
+        """Encode the recent ends for the controller."""
         return [
             pb.LostEngine(
-                worker_id=one.worker_id,
-                incarnation=one.incarnation,
-                model=one.model,
-                version=one.version,
-                generation=one.generation,
-                node=one.node,
-                reason=one.reason,
-                at_s=one.at_s,
+                worker_id=engine.worker_id,
+                incarnation=engine.incarnation,
+                model=engine.model,
+                version=engine.version,
+                generation=engine.generation,
+                node=engine.node,
+                reason=engine.reason,
+                at_s=engine.at_s,
             )
-            for one in self.recent(now_s)
+            for engine in self.recent(now_s)
         ]
 
 
 def from_pb(lost: Iterable[pb.LostEngine]) -> list[LostEngine]:
-    """What `LostEngines.to_pb` made."""
+    """The inverse of `LostEngines.to_pb`."""
     return [
         LostEngine(
-            one.worker_id,
-            one.incarnation,
-            one.model,
-            one.version,
-            one.generation,
-            one.node,
-            one.reason,
-            one.at_s,
+            engine.worker_id,
+            engine.incarnation,
+            engine.model,
+            engine.version,
+            engine.generation,
+            engine.node,
+            engine.reason,
+            engine.at_s,
         )
-        for one in lost
+        for engine in lost
     ]
 
 
 def merged(reports: Iterable[Iterable[LostEngine]]) -> list[LostEngine]:
-    """Each engine's end once, as the first gateway saw it, the oldest first."""
+    """The reports of several gateways: each engine once, with the earliest report, oldest first."""
     ends: dict[str, LostEngine] = {}
-    for one in sorted((one for report in reports for one in report), key=lambda one: one.at_s):
-        ends.setdefault(one.incarnation, one)
+    for engine in sorted((engine for report in reports for engine in report), key=lambda engine: engine.at_s):
+        ends.setdefault(engine.incarnation, engine)
     return list(ends.values())

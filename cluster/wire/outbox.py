@@ -1,5 +1,6 @@
-"""What one link still has to send. Frames merge until the link's own writer takes them, so nobody waits for a link:
-a stopped gateway fills its outbox, which is bounded, and only that link is closed."""
+"""Outgoing messages of one link, merged until the link's writer sends them, so that no sender waits for a link.
+
+If a gateway stops reading, its bounded outbox fills, and only that link is closed."""
 
 from __future__ import annotations
 
@@ -14,15 +15,15 @@ from cluster.policy.fairness.service_counters import FlowKey
 from cluster.wire.codec import StepColumns, load_to_pb, usage_to_pb, wire_text
 from cluster.wire.credit import Grant
 from cluster.wire.demand_codec import work_to_pb
-from cluster.wire.ended_requests import MOST_A_MESSAGE, EndedUsage
+from cluster.wire.ended_requests import MAX_PER_MESSAGE, EndedUsage
 from cluster.wire.fairness_codec import FlowBacklog, WeightedValue, elsewhere_to_pb, served_to_pb
 
 MESSAGE_BYTES = 4 << 20
-"""Of Submits that one message to a worker holds; far below what the worker accepts."""
+"""Size of the Submits in one message to a worker; far below what a worker accepts."""
 
 
 class Outbox:
-    """A worker's frames for one gateway. Full when more than `max_tokens` token ids wait."""
+    """A worker's messages for one gateway. `full` when more than `max_tokens` token ids wait."""
 
     def __init__(self, max_tokens: int = 65_536) -> None:
         self._max_tokens = max_tokens
@@ -39,58 +40,58 @@ class Outbox:
         self._engine_ended = ""
         self.acked_seq = 0
         self.sent_seq = 0
-        """Messages taken so far."""
+        """Number of messages taken."""
         self.usage: Callable[[], Sequence[EndedUsage]] = tuple
-        """Asked for ended requests' counts with each message; when it gives many, another message follows."""
+        """Source of ended requests' usage for each message; if it returns the maximum, another message follows."""
 
     def output(self, slot: int, output: TokenOutput) -> None:
-        """Tokens of one step; the writer is woken by `flush` once the step is in."""
+        """Add the output of one step; `flush` wakes the writer after the step."""
         if self._columns is None:
             self._columns = StepColumns()
         self._columns.add(slot, output)
 
     def accepted(self, slot: int) -> None:
-        """The engine took a Submit. Not urgent: it rides with the first tokens or the next beat."""
+        """Add that the engine accepted a Submit; sent with the first tokens or the next beat."""
         self._accepted.append(pb.Accepted(slot=slot))
 
     def refused(self, slot: int, reason: str, message: str, field: str) -> None:
-        """The engine did not take a Submit."""
+        """Add that the engine refused a Submit."""
         self._refused.append(pb.Refused(slot=slot, reason=reason, message=wire_text(message), field=wire_text(field)))
         self.flush()
 
     def grant(self, grant: Grant) -> None:
-        """New limits; only the last before the writer's turn matters."""
+        """Set the new limits; replaces unsent ones."""
         self._grant = grant
         self.flush()
 
     def load(self, load: EngineLoad) -> None:
-        """The worker's load; only the last matters."""
+        """Set the worker's load; replaces an unsent one. Does not wake the writer."""
         self._load = load
 
     def work(self, work: ComputedWork) -> None:
-        """What the engine has computed; only the last matters, and nobody waits for it."""
+        """Set the engine's computed work; replaces an unsent one. Does not wake the writer."""
         self._work = work
 
     def standing(self, standing: pb.Standing) -> None:
-        """Whether the worker takes new work; only the last matters."""
+        """Set the drain state; replaces an unsent one."""
         self._standing = standing
         self.flush()
 
     def served(self, totals: Sequence[WeightedValue[ServedTotal]]) -> None:
-        """Whom the worker has served; of each flow only the last total matters. The first, empty or not, begins."""
+        """Set the served totals; replaces unsent ones of the same flow. An empty call sends an empty report."""
         if self._served is None:
             self._served = {}
-        for one in totals:
-            self._served[FlowKey(one.what.rank, one.what.tenant)] = one
+        for total in totals:
+            self._served[FlowKey(total.what.rank, total.what.tenant)] = total
         self.flush()
 
     def elsewhere(self, gateway: str, waiting: Sequence[WeightedValue[FlowBacklog]]) -> None:
-        """What another gateway has told of those that wait there; only the last matters."""
+        """Set another gateway's backlog; replaces an unsent one."""
         self._elsewhere[gateway] = waiting
         self.flush()
 
     def engine_ended(self, why: str) -> None:
-        """The last message of this link: why the worker's engine has ended."""
+        """Add the link's last message: the reason why the worker's engine has ended."""
         self._engine_ended = why
         self.flush()
 
@@ -100,11 +101,11 @@ class Outbox:
 
     @property
     def full(self) -> bool:
-        """Whether the other side has stopped reading for too long."""
+        """Whether too many tokens wait: the other side has stopped reading."""
         return self._columns is not None and len(self._columns.token_ids) > self._max_tokens
 
     async def take(self) -> pb.WorkerTurn:
-        """Wait to be woken, then everything that has gathered, as one message."""
+        """Wait for a wake-up, then return everything collected as one message."""
         await self._wake.wait()
         self._wake.clear()
         self.sent_seq += 1
@@ -139,12 +140,12 @@ class Outbox:
             self._elsewhere = {}
         if usage := self.usage():
             message.usage.extend(map(usage_to_pb, usage))
-            if len(usage) >= MOST_A_MESSAGE:
+            if len(usage) >= MAX_PER_MESSAGE:
                 self._wake.set()
         return message
 
     def unwritten(self) -> dict[int, int]:
-        """Tokens by slot that wait here still."""
+        """Unsent tokens by slot."""
         counts: dict[int, int] = {}
         if self._columns is not None:
             for slot, count in zip(self._columns.slots, self._columns.counts, strict=True):
@@ -153,7 +154,7 @@ class Outbox:
 
 
 class CommandBox:
-    """A gateway's frames for one worker, merged likewise."""
+    """A gateway's outgoing messages for one worker, merged like an Outbox."""
 
     def __init__(self) -> None:
         self._wake = asyncio.Event()
@@ -168,52 +169,52 @@ class CommandBox:
         self._seq = 0
 
     def submit(self, submit: pb.Submit) -> None:
-        """Work for the engine."""
+        """Add a request for the engine."""
         self._submits.append(submit)
         self._wake.set()
 
     def aborts(self, slots: Sequence[int]) -> None:
-        """Requests to drop."""
+        """Add requests to abort."""
         self._aborts.extend(slots)
         self._wake.set()
 
     def backlog(self, backlog: pb.Backlog) -> None:
-        """What waits here for this worker's model; what was told of whom and has not left is not lost with it."""
+        """Set the backlog for this worker's model; keeps the unsent flows if the new one has none."""
         if self._backlog is not None and self._backlog.tells_flows and not backlog.tells_flows:
-            told = self._backlog
-            told.waiting, told.waiting_tokens = backlog.waiting, backlog.waiting_tokens
-            told.claim, told.kept = backlog.claim, backlog.kept
+            unsent = self._backlog
+            unsent.waiting, unsent.waiting_tokens = backlog.waiting, backlog.waiting_tokens
+            unsent.claim, unsent.kept = backlog.claim, backlog.kept
         else:
             self._backlog = backlog
         self._wake.set()
 
     def fetch(self, digest: str) -> None:
-        """Ask for a tokenizer bundle."""
+        """Request a tokenizer bundle."""
         self._fetch.append(digest)
         self._wake.set()
 
     def grant_ack(self, grant_id: int) -> None:
-        """A Credit has been applied."""
+        """Acknowledge a Credit."""
         self._grant_ack = grant_id
         self._wake.set()
 
     def usage_acks(self, keys: Sequence[int]) -> None:
-        """These counts are in the ledger's database."""
+        """Acknowledge usage records that are in the ledger's database."""
         self._usage_acks.extend(keys)
         self._wake.set()
 
     def takeover(self, call: str, generation: int) -> None:
-        """A call was resumed: what runs of it for readers before is to end."""
+        """Report that a call was resumed: the worker ends its older generations."""
         self._takeovers.append(pb.Takeover(call=call, generation=generation))
         self._wake.set()
 
     def command(self, command: pb.Command) -> None:
-        """What an operator asks."""
+        """Add an operator's command."""
         self._commands.append(command)
         self._wake.set()
 
     async def take(self) -> pb.GatewayTurn:
-        """Wait to be woken, then everything that has gathered, as one message."""
+        """Wait for a wake-up, then return everything collected as one message."""
         await self._wake.wait()
         self._seq += 1
         submits = self._next_submits()
@@ -237,7 +238,7 @@ class CommandBox:
         return message
 
     def _next_submits(self) -> Sequence[pb.Submit]:
-        """Submits for one message, at least one; the rest wait for the next, so that no message is too large."""
+        """The Submits for one message, at least one; the rest go into the next, so that no message is too large."""
         if len(self._submits) == 1:
             submits, self._submits = self._submits, []
             return submits

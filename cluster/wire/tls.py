@@ -1,4 +1,4 @@
-"""Certificate files of one side of a link, and the gRPC credentials made of them. Mutual: both sides must show one."""
+"""Certificate files of one side of a link, and gRPC credentials made from them. TLS is mutual."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import grpc
 
 @dataclass(frozen=True, slots=True)
 class TlsFiles:
-    """PEM files: this side's certificate chain and key, and the authorities that the other side's must come from."""
+    """PEM files: this side's certificate chain and key, and the CA certificates for the other side's."""
 
     cert_file: Path
     key_file: Path
@@ -19,25 +19,25 @@ class TlsFiles:
 
     def _read(self) -> tuple[bytes, bytes, bytes]:
         parts = []
-        for what, path in (("cert_file", self.cert_file), ("key_file", self.key_file), ("ca_file", self.ca_file)):
+        for setting, path in (("cert_file", self.cert_file), ("key_file", self.key_file), ("ca_file", self.ca_file)):
             try:
                 parts.append(path.read_bytes())
             except OSError as error:
-                raise ValueError(f"link TLS: {what} {path} cannot be read: {error.strerror}") from None
+                raise ValueError(f"link TLS: {setting} {path} cannot be read: {error.strerror}") from None
         return parts[0], parts[1], parts[2]
 
     def context(self) -> ssl.SSLContext:
-        """The same for a socket of our own. Raises ValueError."""
+        """An SSL context for asyncio connections. Raises ValueError."""
         authority = self._read()[2]
         try:
             context = ssl.create_default_context(cadata=authority.decode("ascii", "replace"))
             context.load_cert_chain(self.cert_file, self.key_file)
-        except (OSError, ValueError) as error:  # ssl.SSLError among them: half of a renewal, perhaps
+        except (OSError, ValueError) as error:  # including ssl.SSLError; the files may be half renewed
             raise ValueError(f"link TLS: {error}") from None
         context.set_alpn_protocols(["h2"])
         return context
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Credentials of one who dials."""
+        """gRPC credentials of the dialing side. Raises ValueError."""
         cert, key, authority = self._read()
         return grpc.ssl_channel_credentials(root_certificates=authority, private_key=key, certificate_chain=cert)

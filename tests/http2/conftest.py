@@ -22,7 +22,7 @@ SERVICE = "test.Echo"
 
 @dataclass
 class Seen:
-    """What handlers have seen."""
+    """Requests, metadata and cancellations that the handlers saw."""
 
     metadata: list[tuple[str, str | bytes]] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
@@ -72,7 +72,7 @@ class _Methods:
         return b""
 
     async def many(self, request: bytes, context: Any) -> None:
-        """`count x size` messages, each of its number's last byte."""
+        """Send `count x size` messages, each filled with its number's last byte."""
         count, size = map(int, request.split(b"x"))
         for i in range(count):
             await context.write(bytes([i % 251]) * size)
@@ -115,7 +115,7 @@ async def _serve(
 
 
 def _as_bytes(handler: Any) -> Any:
-    """Without a serializer the handlers speak bytes."""
+    """A handler without serializers, which receives and returns bytes."""
     return handler._replace(request_deserializer=bytes, response_serializer=bytes)
 
 
@@ -124,5 +124,5 @@ Serve = Callable[..., AbstractAsyncContextManager[Echo]]
 
 @pytest.fixture
 def serve() -> Serve:
-    """`async with serve(limits, tls) as echo`."""
+    """Start a server: `async with serve(limits, tls) as echo`."""
     return _serve

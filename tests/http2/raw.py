@@ -1,4 +1,4 @@
-"""An HTTP/2 client that does what grpc's own does not: small windows, floods, silence."""
+"""An HTTP/2 client for what grpc's client never does: small windows, floods, silence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from h2.settings import SettingCodes, Settings
 
 
 class Raw:
-    """A connection; `events` are all that have come."""
+    """A connection; `events` holds all received events."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int) -> None:
         self._reader, self._writer = reader, writer
@@ -33,17 +33,17 @@ class Raw:
         self.eof = False
 
     async def flush(self) -> None:
-        """Send."""
+        """Send what h2 has prepared."""
         self._writer.write(self.h2.data_to_send())
         await self._writer.drain()
 
     async def send(self, data: bytes) -> None:
-        """Bytes that h2 knows nothing of."""
+        """Send bytes that bypass h2."""
         self._writer.write(data)
         await self._writer.drain()
 
     async def receive(self, *, acknowledge: bool = True) -> None:
-        """Read once; open the windows for what has come."""
+        """Read once, and return the received bytes to the windows."""
         raw = await self._reader.read(65_536)
         if not raw:
             self.eof = True
@@ -60,7 +60,7 @@ class Raw:
     async def call(
         self, method: str, message: bytes | None, *, end: bool = True, service: str = "test.Echo", **headers: str
     ) -> int:
-        """Open a stream."""
+        """Open a stream; returns its id."""
         stream_id = self.h2.get_next_available_stream_id()
         fields = {"content-type": "application/grpc", "te": "trailers"} | headers
         head = [(":method", "POST"), (":scheme", "http"), (":path", f"/{service}/{method}"), (":authority", "test")]
@@ -71,7 +71,7 @@ class Raw:
         return stream_id
 
     async def until_ended(self, stream_id: int) -> dict[str, str]:
-        """The stream's trailers."""
+        """Read until the stream has ended; returns its trailers."""
         while not self.eof:
             for event in self.events:
                 if isinstance(event, StreamEnded | StreamReset) and event.stream_id == stream_id:
@@ -80,7 +80,7 @@ class Raw:
         raise AssertionError("the connection ended before the stream")
 
     def trailers(self, stream_id: int) -> dict[str, str]:
-        """What the end of a stream told."""
+        """The trailers of an ended stream."""
         for event in reversed(self.events):
             if isinstance(event, TrailersReceived | ResponseReceived) and event.stream_id == stream_id:
                 return {str(name): str(value) for name, value in event.headers or ()}
@@ -88,7 +88,7 @@ class Raw:
 
     @property
     def goaway(self) -> ConnectionTerminated | None:
-        """The last GOAWAY."""
+        """The last received GOAWAY."""
         return next((e for e in reversed(self.events) if isinstance(e, ConnectionTerminated)), None)
 
 

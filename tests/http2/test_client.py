@@ -1,4 +1,4 @@
-"""Our client against our server, against grpc's own, and against servers that go away or say nothing."""
+"""The client against this server, grpc's own server, and servers that close or stay silent."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ from tests.http2.conftest import SERVICE, Serve
 CODE = grpc.StatusCode
 
 
-def opened(client: GrpcClient, method: str, *, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> ClientCall:
+def open_call(client: GrpcClient, method: str, *, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> ClientCall:
     """A call of the echo server, in bytes."""
     return client.call(f"/{SERVICE}/{method}", bytes, bytes, metadata)
 
 
-async def one(client: GrpcClient, method: str, request: bytes) -> list[bytes]:
+async def answers_to(client: GrpcClient, method: str, request: bytes) -> list[bytes]:
     """All answers to one request."""
-    call = opened(client, method)
+    call = open_call(client, method)
     call.send(request)
     call.done_writing()
     return [message async for message in call]
 
 
 async def test_calls_one_after_the_other_and_at_once(serve: Serve) -> None:
-    """Requests and answers are whole, metadata arrives, and a connection carries many calls."""
+    """Requests, answers and metadata arrive whole, over one connection for many calls."""
     async with serve() as echo, await connect(echo.address) as client:
-        call = opened(client, "One", metadata=(("x-text", "a b"), ("x-raw-bin", b"\x00\x01")))
+        call = open_call(client, "One", metadata=(("x-text", "a b"), ("x-raw-bin", b"\x00\x01")))
         call.send(b"hello")
         call.done_writing()
         assert await call.read() == b"hello"
         assert await call.read() is grpc.aio.EOF
         assert {("x-text", "a b"), ("x-raw-bin", b"\x00\x01")} <= set(echo.seen.metadata)
         requests = [b"%d" % i for i in range(50)]
-        assert await asyncio.gather(*(one(client, "One", request) for request in requests)) == [[r] for r in requests]
+        answers = await asyncio.gather(*(answers_to(client, "One", request) for request in requests))
+        assert answers == [[r] for r in requests]
         assert not client.calls
 
 
 async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A frame that came is never serialized again, as h2 does for a trace that nobody reads."""
+    """Received frames are never serialized again, as h2 does for a disabled debug log."""
 
     def again(frame: DataFrame) -> bytes:
         assert not frame.data, f"a frame of {frame.body_len} bytes is serialized once more"
@@ -53,30 +54,30 @@ async def test_what_is_received_is_not_written_out(serve: Serve, monkeypatch: py
 
     async with serve() as echo, await connect(echo.address) as client:
         monkeypatch.setattr(DataFrame, "serialize_body", again)
-        assert await one(client, "One", b"hello") == [b"hello"]
+        assert await answers_to(client, "One", b"hello") == [b"hello"]
 
 
 async def test_a_status_is_told(serve: Serve) -> None:
-    """An abort with its details, an unknown method, an answer larger than is taken."""
+    """Errors raise CallEnded: an abort with its details, an unknown method, an answer beyond the size limit."""
     async with serve() as echo, await connect(echo.address, max_message_bytes=1000) as client:
         with pytest.raises(CallEnded) as aborted:
-            await one(client, "One", b"abort")
+            await answers_to(client, "One", b"abort")
         assert (aborted.value.code, aborted.value.details) == (CODE.NOT_FOUND, "no, ünterwegs 100 %\n")
         with pytest.raises(CallEnded) as unknown:
-            await one(client, "Nothing", b"")
+            await answers_to(client, "Nothing", b"")
         assert unknown.value.code is CODE.UNIMPLEMENTED
         with pytest.raises(CallEnded) as large:
-            await one(client, "Many", b"1x1001")
+            await answers_to(client, "Many", b"1x1001")
         assert large.value.code is CODE.INTERNAL
-        assert await one(client, "One", b"still there") == [b"still there"]
+        assert await answers_to(client, "One", b"still there") == [b"still there"]
 
 
 async def test_more_than_the_windows_hold(serve: Serve) -> None:
-    """Both ways: a writer waits for room, and what was sent comes back whole and in order."""
+    """A writer waits for window space, and what was sent comes back whole and in order."""
     async with serve() as echo, await connect(echo.address, window_bytes=100_000) as client:
-        answers = await one(client, "Many", b"300x5000")
+        answers = await answers_to(client, "Many", b"300x5000")
         assert answers == [bytes([i % 251]) * 5000 for i in range(300)]
-        call = opened(client, "Back")
+        call = open_call(client, "Back")
         sent = [bytes([i % 251]) * 300_000 for i in range(30)]
 
         async def write() -> None:
@@ -90,9 +91,9 @@ async def test_more_than_the_windows_hold(serve: Serve) -> None:
 
 
 async def test_a_cancelled_call_is_cancelled_there(serve: Serve) -> None:
-    """The handler ends; the connection and its other calls go on."""
+    """The server's handler ends; the connection and its other calls continue."""
     async with serve() as echo, await connect(echo.address) as client:
-        call = opened(client, "Forever")
+        call = open_call(client, "Forever")
         call.send(b"")
         call.done_writing()
         await asyncio.wait_for(echo.seen.started.wait(), 5)
@@ -101,13 +102,13 @@ async def test_a_cancelled_call_is_cancelled_there(serve: Serve) -> None:
         with pytest.raises(CallEnded) as ended:
             await call.read()
         assert ended.value.code is CODE.CANCELLED
-        assert await one(client, "One", b"next") == [b"next"]
+        assert await answers_to(client, "One", b"next") == [b"next"]
 
 
 async def test_a_server_that_goes_away_ends_reads_and_writes(serve: Serve) -> None:
-    """Whoever waits is told, and no further call is opened."""
+    """Pending reads and writes raise CallEnded, and no further call can be opened."""
     async with serve() as echo, await connect(echo.address) as client:
-        call = opened(client, "Back")
+        call = open_call(client, "Back")
         await call.write(b"there")
         assert await call.read() == b"there"
         reading = asyncio.create_task(call.read())
@@ -119,11 +120,11 @@ async def test_a_server_that_goes_away_ends_reads_and_writes(serve: Serve) -> No
             await call.write(b"too late")
         assert not client.usable
         with pytest.raises(CallEnded):
-            opened(client, "One")
+            open_call(client, "One")
 
 
 async def test_a_silent_server_is_given_up() -> None:
-    """A connection that stands but answers no ping ends its calls."""
+    """An open connection that answers no ping ends its calls."""
     held: list[Any] = []
 
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -136,15 +137,14 @@ async def test_a_silent_server_is_given_up() -> None:
         port = server.sockets[0].getsockname()[1]
         async with await connect(f"127.0.0.1:{port}", ping_s=0.05, ping_answer_s=0.05) as client:
             with pytest.raises(CallEnded) as ended:
-                await asyncio.wait_for(opened(client, "One").read(), 5)
+                await asyncio.wait_for(open_call(client, "One").read(), 5)
             assert ended.value.details == "no answer to a ping"
 
 
 async def test_a_call_at_rest_stays(serve: Serve) -> None:
-    """Pings are answered, however late the loop looks: not how long ago something was heard counts, but whether it was
-    after the ping."""
+    """A pong after the ping counts, however late the event loop handles it."""
     async with serve() as echo, await connect(echo.address, ping_s=0.02, ping_answer_s=0.1) as client:
-        call = opened(client, "Back")
+        call = open_call(client, "Back")
         await call.write(b"there")
         assert await call.read() == b"there"
         for _ in range(5):
@@ -159,13 +159,13 @@ async def test_a_call_at_rest_stays(serve: Serve) -> None:
 
 
 async def test_nobody_there(unused_tcp_port: int) -> None:
-    """An address where nobody listens is told at once."""
+    """Connecting to an unused port raises at once."""
     with pytest.raises(ConnectionRefusedError):
         await connect(f"127.0.0.1:{unused_tcp_port}")
 
 
 async def test_grpcs_own_server() -> None:
-    """The same bytes mean the same to grpc's server: trailers-only errors, streams both ways."""
+    """grpc's own server understands the client: trailers-only errors, streams both ways."""
 
     async def back(messages: Any, context: Any) -> Any:
         async for message in messages:
@@ -180,9 +180,9 @@ async def test_grpcs_own_server() -> None:
     await server.start()
     try:
         async with await connect(f"127.0.0.1:{port}") as client:
-            assert await one(client, "Back", b"x" * 200_000) == [b"x" * 200_000]
+            assert await answers_to(client, "Back", b"x" * 200_000) == [b"x" * 200_000]
             with pytest.raises(CallEnded) as ended:
-                await one(client, "Back", b"abort")
+                await answers_to(client, "Back", b"abort")
             assert (ended.value.code, ended.value.details) == (CODE.NOT_FOUND, "nö")
     finally:
         await server.stop(0)

@@ -1,4 +1,4 @@
-"""Which connections a port keeps, as laws over sequences of arrivals, proofs, uses and ends."""
+"""Properties of the connection table over sequences of arrivals, credentials, calls and ends."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from cluster.http2.connection_table import (
     BURST_PART,
-    LEAST,
+    MEAN_LIFETIME_S,
+    MIN_CONNECTIONS,
     OWN_DESCRIPTORS,
     SHARES,
     UNREAD_PASSES,
-    YOUNG_S,
     ConnectionStage,
     ConnectionTable,
     Held,
@@ -25,7 +25,7 @@ from cluster.http2.connection_table import (
 
 ADDRESSES = [f"10.0.0.{i}" for i in range(5)]
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["come", "come", "come", "prove", "call", "rest", "end"]), st.integers(0, 10**6)),
+    st.tuples(st.sampled_from(["arrive", "arrive", "arrive", "prove", "call", "rest", "end"]), st.integers(0, 10**6)),
     max_size=200,
 )
 
@@ -45,13 +45,13 @@ class Fake:
 
 
 def connection_of(held: Held) -> Fake:
-    """The fake behind a place."""
+    """The fake connection in a slot."""
     assert isinstance(held.connection, Fake)
     return held.connection
 
 
-def come(pool: Pool, address: str) -> tuple[Held | None, Held | None]:
-    """A newcomer."""
+def arrive(pool: Pool, address: str) -> tuple[Held | None, Held | None]:
+    """Admit a new connection."""
     pool.passes += UNREAD_PASSES + 1
     held, victim = pool.admit(address, next(NOW))
     if held is not None:
@@ -60,18 +60,18 @@ def come(pool: Pool, address: str) -> tuple[Held | None, Held | None]:
 
 
 def calls(held: Held) -> None:
-    """A proven connection with a call under way."""
+    """Authenticate a connection and begin a call."""
     held.prove()
     connection_of(held).stage = ConnectionStage.CALLING
 
 
 @given(cap=st.integers(1, 40), events=EVENTS)
 def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tuple[str, int]]) -> None:
-    """Connections beyond the cap would take the last descriptor; a victim with a call would be a broken stream."""
+    """Caps are never exceeded, and an authenticated connection with a call is never closed for another."""
     pool, kept = Pool(cap), list[Held]()
     for kind, number in events:
-        if kind == "come":
-            held, victim = come(pool, ADDRESSES[number % len(ADDRESSES)])
+        if kind == "arrive":
+            held, victim = arrive(pool, ADDRESSES[number % len(ADDRESSES)])
             if victim is not None:
                 kept.remove(victim)
                 assert not (victim.proven and connection_of(victim).stage is ConnectionStage.CALLING)
@@ -80,147 +80,147 @@ def test_caps_hold_and_a_proven_call_keeps_its_place(cap: int, events: list[tupl
             else:
                 kept.append(held)
         elif kept:
-            one = kept[number % len(kept)]
+            slot = kept[number % len(kept)]
             if kind == "prove":
-                one.prove()
+                slot.prove()
             elif kind == "end":
-                one.release()
-                kept.remove(one)
+                slot.release()
+                kept.remove(slot)
             else:
-                connection_of(one).stage = ConnectionStage.CALLING if kind == "call" else ConnectionStage.GREETED
-                connection_of(one).requests += kind == "call"
+                connection_of(slot).stage = ConnectionStage.CALLING if kind == "call" else ConnectionStage.GREETED
+                connection_of(slot).requests += kind == "call"
         assert len(pool) == len(kept) <= cap
         assert all(sum(h.peer == a for h in kept) <= pool.peer_cap for a in ADDRESSES)
-    for one in kept:
-        one.release()
-        one.release()
-    assert repr(pool) == f"<Pool 0 of {cap}, 0 strangers, 0 addresses>"
+    for slot in kept:
+        slot.release()
+        slot.release()
+    assert repr(pool) == f"<Pool 0 of {cap}, 0 unauthenticated, 0 addresses>"
 
 
-@given(cap=st.integers(LEAST, 100), flood=st.integers(1, 300))
+@given(cap=st.integers(MIN_CONNECTIONS, 100), flood=st.integers(1, 300))
 def test_a_tenant_gets_in_and_stays_whatever_strangers_of_another_address_do(cap: int, flood: int) -> None:
-    """A thousand idle strangers would lock everybody out."""
+    """A tenant connects and stays connected despite a thousand idle connections of another address."""
     pool = Pool(cap)
     for _ in range(flood):
-        come(pool, "10.0.0.1")
-    tenant, _ = come(pool, "10.0.0.2")
+        arrive(pool, "10.0.0.1")
+    tenant, _ = arrive(pool, "10.0.0.2")
     assert tenant is not None
     for _ in range(flood):
-        _, victim = come(pool, "10.0.0.1")
-        assert victim is not tenant, "the address with the most strangers loses one of them"
+        _, victim = arrive(pool, "10.0.0.1")
+        assert victim is not tenant, "the address with the most unauthenticated connections loses one"
     tenant.prove()
     for i in range(flood):
-        _, victim = come(pool, f"10.0.1.{i % 250}")
+        _, victim = arrive(pool, f"10.0.1.{i % 250}")
         assert victim is not tenant
 
 
-@given(cap=st.integers(4 * LEAST, 100))
+@given(cap=st.integers(4 * MIN_CONNECTIONS, 100))
 def test_a_tenant_behind_the_strangers_own_address_gets_in(cap: int) -> None:
-    """All clients may come from one ingress, the tenant among the strangers."""
+    """A tenant connects and stays although unauthenticated connections share its address, as behind one ingress."""
     pool = Pool(cap)
     for _ in range(300):
-        come(pool, "10.0.0.1")
-    tenant, _ = come(pool, "10.0.0.1")
+        arrive(pool, "10.0.0.1")
+    tenant, _ = arrive(pool, "10.0.0.1")
     assert tenant is not None
     for _ in range(pool.peer_cap - 1):
-        assert come(pool, "10.0.0.1")[1] is not tenant, "the oldest goes first"
+        assert arrive(pool, "10.0.0.1")[1] is not tenant, "the oldest goes first"
     tenant.prove()
     for _ in range(300):
-        assert come(pool, "10.0.0.1")[1] is not tenant
+        assert arrive(pool, "10.0.0.1")[1] is not tenant
 
 
-@given(cap=st.integers(LEAST, 100))
+@given(cap=st.integers(MIN_CONNECTIONS, 100))
 def test_a_port_full_of_resting_tenants_leaves_newcomers_time_to_prove_themselves(cap: int) -> None:
-    """One tenant's pools of idle connections would lock the others out; a flood would end each newcomer at once."""
+    """Idle authenticated connections make room, and a new connection has time to authenticate during a flood."""
     pool = Pool(cap)
-    resting = [come(pool, f"10.0.{i}.1")[0] for i in range(cap)]
+    resting = [arrive(pool, f"10.0.{i}.1")[0] for i in range(cap)]
     for held in resting:
         assert held is not None
         held.prove()
-    newcomer, victim = come(pool, "10.1.0.1")
+    newcomer, victim = arrive(pool, "10.1.0.1")
     assert newcomer is not None
     assert victim is not None
     assert victim.proven
     for i in range(cap // 8 - 1):
-        assert come(pool, f"10.1.{i}.2")[1] is not newcomer
+        assert arrive(pool, f"10.1.{i}.2")[1] is not newcomer
 
 
 def test_a_port_full_of_calls_refuses() -> None:
-    """A newcomer would break a stream."""
+    """A port full of calls refuses a new connection rather than break a stream."""
     pool = Pool(16)
     for i in range(16):
-        held, _ = come(pool, f"10.0.{i}.1")
+        held, _ = arrive(pool, f"10.0.{i}.1")
         assert held is not None
         calls(held)
     assert pool.admit("10.1.0.1", next(NOW)) == (None, None)
 
 
 def test_a_connection_that_was_used_outlasts_one_that_was_not() -> None:
-    """The one place that goes would be that of the tenant who calls each second."""
+    """An idle connection is closed before one whose tenant calls every second."""
     pool = Pool(16)
-    held = [h for i in range(16) if (h := come(pool, f"10.0.{i}.1")[0]) is not None]
-    for one in held:
-        one.prove()
-        one.used()
-    for one in held[:10]:
-        connection_of(one).requests += 1
-    _, victim = come(pool, "10.1.0.1")
+    held = [h for i in range(16) if (h := arrive(pool, f"10.0.{i}.1")[0]) is not None]
+    for slot in held:
+        slot.prove()
+        slot.used()
+    for slot in held[:10]:
+        connection_of(slot).requests += 1
+    _, victim = arrive(pool, "10.1.0.1")
     assert victim is held[10]
 
 
 @given(limit=st.integers(0, 1 << 20))
 def test_shares_of_all_ports_fit_the_descriptors(limit: int) -> None:
-    """One port's clients would take the descriptors of another."""
+    """The caps of all ports together fit the descriptor limit."""
     table = ConnectionTable.for_descriptors(limit)
     assert set(table.pools) == set(Port) == set(SHARES)
-    assert min(pool.cap for pool in table.pools.values()) >= LEAST
+    assert min(pool.cap for pool in table.pools.values()) >= MIN_CONNECTIONS
     if limit >= 256:
-        assert sum(pool.cap for pool in table.pools.values()) <= limit - OWN_DESCRIPTORS + 2 * LEAST
+        assert sum(pool.cap for pool in table.pools.values()) <= limit - OWN_DESCRIPTORS + 2 * MIN_CONNECTIONS
 
 
 @given(stages=st.lists(st.sampled_from(ConnectionStage), min_size=16, max_size=16))
 def test_of_one_address_the_oldest_of_the_least_far_goes(stages: list[ConnectionStage]) -> None:
-    """A client would be cut between its connection and its credential, while strangers that say nothing stay."""
+    """Of one address's connections, the oldest at the earliest stage is closed first."""
     pool = Pool(16)
     pool.peer_cap = 16
-    held = [h for _ in stages if (h := come(pool, "10.0.0.1")[0]) is not None]
-    for one, stage in zip(held, stages, strict=True):
-        connection_of(one).stage = stage
-    _, victim = come(pool, "10.0.0.1")
+    held = [h for _ in stages if (h := arrive(pool, "10.0.0.1")[0]) is not None]
+    for slot, stage in zip(held, stages, strict=True):
+        connection_of(slot).stage = stage
+    _, victim = arrive(pool, "10.0.0.1")
     assert victim is held[stages.index(min(stages))]
 
 
 def test_a_connection_that_is_not_read_yet_has_not_been_silent() -> None:
-    """In a flood each newcomer would go before its first byte is read, and strangers that have greeted would stay."""
+    """A new connection that was not read yet does not count as silent."""
     pool = Pool(16)
     pool.peer_cap = 16
     held = [h for _ in range(16) if (h := pool.admit("10.0.0.1", 1.0)[0]) is not None]
-    for one in held:
-        one.connection = Fake(ConnectionStage.GREETED)
+    for slot in held:
+        slot.connection = Fake(ConnectionStage.GREETED)
     newcomer, victim = pool.admit("10.0.0.1", 2.0)
     assert victim is held[0]
     _, victim = pool.admit("10.0.0.1", 2.01)
     assert victim is held[1]
     _, victim = pool.admit("10.0.0.1", 9.0)
-    assert victim is held[2], "the process has stood still: nobody was read meanwhile"
+    assert victim is held[2], "the process was stalled: no connection was read meanwhile"
     pool.passes += UNREAD_PASSES + 1
     _, victim = pool.admit("10.0.0.1", 9.01)
     assert victim is newcomer
 
 
-@given(cap=st.integers(LEAST, 100), every_s=st.floats(1e-5, 0.1))
+@given(cap=st.integers(MIN_CONNECTIONS, 100), every_s=st.floats(1e-5, 0.1))
 def test_a_full_port_changes_hands_no_faster_than_its_size_allows(cap: int, every_s: float) -> None:
-    """A client that takes a moment to speak would be cut whenever others come fast enough."""
+    """A full port limits its rate of replacements, so that slow clients have time to authenticate."""
     pool, now, victims = Pool(cap), 0.0, 0
     for i in range(3 * cap):
         now += every_s
         if pool.wait_s(now) == 0.0:
             victims += pool.admit(f"10.{i >> 8}.{i & 255}.1", now)[1] is not None
-    assert victims <= cap / BURST_PART + 1 + now * cap / YOUNG_S
+    assert victims <= cap / BURST_PART + 1 + now * cap / MEAN_LIFETIME_S
 
 
 def test_an_ipv6_subscriber_is_one_peer() -> None:
-    """One host with 2**64 addresses would have as many shares."""
+    """Addresses of one IPv6 /64 share one part of a port."""
     assert peer_of("2001:db8::1") == peer_of("2001:db8::ffff:2") != peer_of("2001:db8:0:1::1")
     assert peer_of("::ffff:10.0.0.1") == peer_of("10.0.0.1")
     assert peer_of("fe80::1%eth0") == peer_of("fe80::2%eth0")

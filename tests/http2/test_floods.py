@@ -1,4 +1,4 @@
-"""Frames that carry nothing end a connection, unless what the client receives justifies them."""
+"""Floods of empty frames close a connection, unless bytes sent to the client justify them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def acknowledged(frame: Frame) -> bytes:
 
 
 def nothing(raw: Raw) -> Iterator[tuple[str, bytes]]:
-    """Frames that carry nothing, by name; stream 1 is a call that runs, stream 3 one that has ended."""
+    """Empty frames by name; stream 1 is a running call, stream 3 an ended one."""
     yield "data", DataFrame(1).serialize()
     yield "data on a closed stream", DataFrame(3, b"x").serialize()
     yield "window update", WindowUpdateFrame(0, 1).serialize()
@@ -61,7 +61,7 @@ KINDS = [name for name, _ in nothing(None)]  # type: ignore[arg-type]
 
 
 async def settled(raw: Raw) -> None:
-    """Stream 1 is a call that runs, stream 3 one that has ended."""
+    """Start a call on stream 1, and end one on stream 3."""
     assert await raw.call("Forever", b"", end=False) == 1
     await raw.until_ended(await raw.call("One", b""))
 
@@ -79,7 +79,7 @@ async def cut(raw: Raw, data: bytes) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_each_kind_of_flood_is_cut(serve: Serve, kind: str) -> None:
-    """A client that sends nothing but such frames loses its connection, and is told why."""
+    """A client that sends only such frames gets a GOAWAY and loses its connection."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         await settled(raw)
         await cut(raw, dict(nothing(raw))[kind] * 1000)
@@ -90,8 +90,7 @@ async def test_each_kind_of_flood_is_cut(serve: Serve, kind: str) -> None:
 
 
 async def test_goaway_again_and_again_is_cut(serve: Serve) -> None:
-    """A client that has a call running may say that it leaves, and each time as much as the largest frame holds. It is
-    not told why: it has said that it listens no longer."""
+    """Repeated GOAWAY frames close the connection even while a call runs; no reason is sent after a client's GOAWAY."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         await settled(raw)
         await cut(raw, GoAwayFrame(0, additional_data=b"x" * 16_000).serialize() * 100)
@@ -99,7 +98,7 @@ async def test_goaway_again_and_again_is_cut(serve: Serve) -> None:
 
 
 async def test_resets_that_a_client_makes_the_server_send_are_its_own(serve: Serve) -> None:
-    """MadeYouReset: calls opened and reset by a window beyond the largest, each of which costs a handler."""
+    """MadeYouReset: calls that the client makes the server reset, by too large a window, are charged to the client."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         for _ in range(60):
             stream_id = await raw.call("Forever", b"")
@@ -116,7 +115,7 @@ async def test_resets_that_a_client_makes_the_server_send_are_its_own(serve: Ser
     [("Nothing", "x", "y"), ("One", "content-type", "text/plain"), ("One", "grpc-encoding", "lzma")],
 )
 async def test_refused_calls_are_charged(serve: Serve, method: str, name: str, value: str) -> None:
-    """Unknown methods, what is no gRPC, and unknown encodings cost the client as much as resets."""
+    """Calls of unknown methods, other content types and unknown encodings are charged like resets."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         for _ in range(60):
             await raw.call(method, b"", end=True, **{name: value})
@@ -128,7 +127,7 @@ async def test_refused_calls_are_charged(serve: Serve, method: str, name: str, v
 
 @pytest.mark.parametrize(("part", "count"), [(b"", 17), (b"x" * 8000, 9)])
 async def test_a_header_block_is_bounded_before_it_is_whole(serve: Serve, part: bytes, count: int) -> None:
-    """CONTINUATION frames, empty or large, that never end."""
+    """CONTINUATION frames without end, empty or large, close the connection before the block is buffered."""
     async with serve() as echo, raw_client(echo.port) as raw:
         while not raw.events:
             await raw.receive()
@@ -140,7 +139,7 @@ async def test_a_header_block_is_bounded_before_it_is_whole(serve: Serve, part: 
 
 @pytest.mark.parametrize("updates", [b"\x20" * 3, b"\x3f\x01" * 3])
 async def test_a_header_block_changes_its_table_twice_at_most(serve: Serve, updates: bytes) -> None:
-    """Table size updates cost a decoder much for each byte, and are no field that is charged."""
+    """A third table size update closes the connection: the updates are costly to decode and not charged as fields."""
     async with serve() as echo, raw_client(echo.port) as raw:
         while not raw.events:
             await raw.receive()
@@ -152,7 +151,7 @@ async def test_a_header_block_changes_its_table_twice_at_most(serve: Serve, upda
 
 
 async def test_nothing_is_handled_after_the_cut(serve: Serve) -> None:
-    """The rest of what was read is dropped with the connection, calls among it."""
+    """The frames after the cut in the same read are dropped, calls included."""
     async with serve(LIMITS) as echo, raw_client(echo.port) as raw:
         await settled(raw)
         echo.seen.started.clear()
@@ -165,7 +164,7 @@ async def test_nothing_is_handled_after_the_cut(serve: Serve) -> None:
 
 
 async def test_a_client_that_reads_many_streams_may_say_so(serve: Serve) -> None:
-    """Two window updates and a ping for each token of 64 streams: no frame of them is charged."""
+    """Two window updates and a ping for each token of 64 streams are not charged."""
     limits = http2.ServerLimits(resets_burst=20, resets_per_s=0.001)
     streams, tokens = 64, 200
     async with serve(limits) as echo, raw_client(echo.port) as raw:
@@ -187,7 +186,7 @@ async def test_a_client_that_reads_many_streams_may_say_so(serve: Serve) -> None
 
 
 async def test_windows_of_one_byte_justify_nothing(serve: Serve) -> None:
-    """A client that opens the connection's window byte by byte is cut, although each update lets a byte out."""
+    """A client that grows the window byte by byte is cut, although each update lets a byte through."""
     async with serve(LIMITS) as echo, raw_client(echo.port, window=1 << 30) as raw:
         stream_id = await raw.call("Many", b"100x10000")
         while len(raw.data.get(stream_id, b"")) < 65_535:
@@ -200,11 +199,11 @@ async def test_windows_of_one_byte_justify_nothing(serve: Serve) -> None:
 
 
 async def cut_or_go_on(raw: Raw, data: bytes) -> None:
-    """Send; notice an end."""
+    """Send; True if the connection ended."""
     try:
         await raw.send(data)
         await raw.receive(acknowledge=False)
     except ConnectionError:
         raw.eof = True
-    except ProtocolError:  # this client's h2 has not heard of the updates
+    except ProtocolError:  # the updates bypassed this client's h2
         pass

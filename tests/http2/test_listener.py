@@ -1,4 +1,4 @@
-"""Accepting within caps, over real sockets."""
+"""Accepting connections within caps, over real sockets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
 @asynccontextmanager
 async def strangers(port: int, count: int, data: bytes = b"") -> AsyncIterator[list[asyncio.StreamReader]]:
-    """Connections that send `data` and are silent then."""
+    """Open connections that send `data` and then nothing."""
     made = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
     try:
         for _, writer in made:
@@ -43,7 +43,7 @@ async def strangers(port: int, count: int, data: bytes = b"") -> AsyncIterator[l
 
 
 def channel_to(port: int, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """A connection of its own."""
+    """A channel with its own connection."""
     options = (("grpc.use_local_subchannel_pool", 1),)
     if credentials is not None:
         return grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials, options)
@@ -51,14 +51,14 @@ def channel_to(port: int, credentials: grpc.ChannelCredentials | None = None) ->
 
 
 async def call(channel: grpc.aio.Channel) -> bytes:
-    """One call."""
+    """Make one call."""
     method: Any = channel.unary_unary(f"/{SERVICE}/One")
     return bytes(await method(b"hello", timeout=WAIT_S))
 
 
 @pytest.mark.parametrize("data", [b"", b"PRI * HT", PREFACE + SETTINGS], ids=["silent", "half a preface", "greeted"])
 async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, data: bytes) -> None:
-    """A stranger's idle connections would lock out every later client, and each would be a line of the log."""
+    """A client connects and stays connected beside idle connections; refusals are logged in one line a second."""
     pool = Pool(CAP)
     with capture_logs() as lines:
         async with serve(None, None, http2.ConnectionAdmission(pool)) as echo, channel_to(echo.port) as first:
@@ -75,7 +75,7 @@ async def test_a_caller_gets_in_beside_idle_strangers_and_stays(serve: Serve, da
 
 
 async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_path: Path) -> None:
-    """Connections without a handshake would hold their descriptors beyond every cap."""
+    """Connections stalled in the TLS handshake count against the cap and make room for others."""
     files = Authority(tmp_path).issue("echo")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(files.cert_file, files.key_file)
@@ -88,18 +88,18 @@ async def test_those_who_never_finish_the_handshake_make_room(serve: Serve, tmp_
         channel_to(echo.port, roots) as channel,
     ):
         assert await call(channel) == b"hello"
-        ended, kept = await asyncio.wait([asyncio.create_task(one.read()) for one in readers], timeout=0.5)
-        for one in kept:
-            one.cancel()
+        ended, kept = await asyncio.wait([asyncio.create_task(reader.read()) for reader in readers], timeout=0.5)
+        for task in kept:
+            task.cancel()
         await asyncio.gather(*ended, *kept, return_exceptions=True)
         assert len(kept) < CAP
 
 
 async def test_calls_under_way_keep_their_places(serve: Serve) -> None:
-    """A newcomer would break a stream."""
+    """A full port refuses a new connection rather than break a running call."""
     async with serve(None, None, http2.ConnectionAdmission(Pool(2))) as echo:
         channels = [channel_to(echo.port) for _ in range(2)]
-        streams: list[Any] = [one.stream_stream(f"/{SERVICE}/Back")() for one in channels]
+        streams: list[Any] = [channel.stream_stream(f"/{SERVICE}/Back")() for channel in channels]
         for stream in streams:
             await stream.write(b"a")
             assert await stream.read() == b"a"
@@ -112,12 +112,12 @@ async def test_calls_under_way_keep_their_places(serve: Serve) -> None:
             await stream.write(b"b")
             assert await stream.read() == b"b"
             await stream.done_writing()
-        for one in channels:
-            await one.close()
+        for channel in channels:
+            await channel.close()
 
 
 async def test_without_descriptors_one_line_is_logged_and_later_all_are_served(serve: Serve) -> None:
-    """The loop would spin over the whole backlog, with a traceback in the log for each connection."""
+    """When descriptors run out, one line is logged, the loop does not spin, and all clients are served later."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     loop = asyncio.get_running_loop()
     with capture_logs() as lines:
@@ -126,14 +126,14 @@ async def test_without_descriptors_one_line_is_logged_and_later_all_are_served(s
             waiting = [socket.socket() for _ in range(50)]
             try:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-                for one in waiting:
-                    one.setblocking(False)
-                    await loop.sock_connect(one, ("127.0.0.1", echo.port))
+                for client in waiting:
+                    client.setblocking(False)
+                    await loop.sock_connect(client, ("127.0.0.1", echo.port))
                 assert await call(before) == b"hello"
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            for one in waiting:
-                one.sendall(PREFACE + SETTINGS)
-                assert await asyncio.wait_for(loop.sock_recv(one, 9), PAUSE_S + WAIT_S)
-                one.close()
+            for client in waiting:
+                client.sendall(PREFACE + SETTINGS)
+                assert await asyncio.wait_for(loop.sock_recv(client, 9), PAUSE_S + WAIT_S)
+                client.close()
     assert 1 <= len([line for line in lines if "no_descriptor_left" in line]) <= 2

@@ -1,4 +1,4 @@
-"""Large requests are read in turns: in order, a few in a pass, and what one meets stops no other."""
+"""Large requests are parsed in turns: in order, a few in a pass, with errors isolated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COSTS = st.lists(st.lists(st.floats(0.0, 2 * SLICE_S), min_size=1, max_size=12),
 
 
 class Costly:
-    """Readers whose every frame takes a while of a clock that only they move."""
+    """Readers whose frames advance a shared fake clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -23,13 +23,13 @@ class Costly:
 
 
 class Reading:
-    """One of them."""
+    """A reader of `Costly`."""
 
     def __init__(self, all_of_them: Costly, name: int, costs_s: list[float], *, broken: bool = False) -> None:
         self._all, self._name, self._broken = all_of_them, name, broken
         self._left = deque(costs_s)
 
-    def take(self, until: float) -> bool:
+    def parse(self, until: float) -> bool:
         while self._left:
             self._all.now += self._left.popleft()
             self._all.taken.append(self._name)
@@ -42,7 +42,7 @@ class Reading:
 
 @given(COSTS)
 def test_no_pass_is_long_and_no_reader_waits_for_all_of_another(readers: list[list[float]]) -> None:
-    """A pass is over its time by one slice at most, and each reader has a slice before any has its second."""
+    """A pass exceeds its time by at most one slice, and each reader gets a slice before any gets its second."""
 
     async def play() -> None:
         costly = Costly()
@@ -64,20 +64,20 @@ def test_no_pass_is_long_and_no_reader_waits_for_all_of_another(readers: list[li
 
 
 def test_reads_at_once_take_their_share_and_no_more() -> None:
-    """Short reads are taken when they come, until those of the last moments have used up a pass's time."""
+    """Short reads are parsed at once until recent ones have used up a pass's time."""
     costly = Costly()
     turns = ReadTurns(lambda: costly.now)
     reads = [Reading(costly, name, [PASS_S / 4]) for name in range(6)]
-    assert [turns.now(one) for one in reads] == [False] * 4 + [True] * 2
+    assert [turns.parse_now(reader) for reader in reads] == [False] * 4 + [True] * 2
     costly.now += WINDOW_S
-    assert not turns.now(reads[4])
+    assert not turns.parse_now(reads[4])
     assert costly.taken == [0, 1, 2, 3, 4]
 
 
 async def test_what_one_meets_stops_no_other() -> None:
-    """A reader that raises loses its own turn; the loop is told."""
-    told: list[dict[str, object]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    """A reader that raises loses only its own turn; the loop's exception handler gets the error."""
+    contexts: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: contexts.append(context))
     costly = Costly()
     turns = ReadTurns()
     turns.put(Reading(costly, 0, [0.0], broken=True))
@@ -85,4 +85,4 @@ async def test_what_one_meets_stops_no_other() -> None:
     for _ in range(4):
         await asyncio.sleep(0)
     assert costly.taken == [0, 1]
-    assert [str(context["exception"]) for context in told] == ["broken"]
+    assert [str(context["exception"]) for context in contexts] == ["broken"]

@@ -1,4 +1,4 @@
-"""Requests on their way in: nothing without a credential, the rest as the budget allows, and all of it in the end."""
+"""Request bodies: refused without a credential, delayed by the budget, and complete in the end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CODE = grpc.StatusCode
 
 
 class KeyGate:
-    """Admits who shows `key: NAME` as the tenant NAME; waits for `open` first."""
+    """A gate that admits `key: NAME` as tenant NAME, once `open` is set."""
 
     def __init__(self) -> None:
         self.open = asyncio.Event()
@@ -50,7 +50,7 @@ class KeyGate:
 async def serving(
     bounds: ByteBounds, limits: http2.ServerLimits | None = None
 ) -> AsyncIterator[tuple[Echo, KeyGate, RequestBytes]]:
-    """A server with a gate and a budget, which is empty again in the end."""
+    """A server with a gate and a budget, which must be empty at the end."""
     gate, budget = KeyGate(), RequestBytes(bounds, asyncio.get_running_loop().time)
     async with _serve(limits, gate=gate, budget=budget) as echo:
         yield echo, gate, budget
@@ -59,7 +59,7 @@ async def serving(
 
 
 async def greeted(raw: Raw) -> None:
-    """The server's settings have come."""
+    """Wait for the server's settings."""
     while not raw.events:
         await raw.receive()
 
@@ -74,7 +74,7 @@ async def push(raw: Raw, stream_id: int, data: bytearray) -> None:
 
 
 async def push_until_stalled(raw: Raw, uploads: dict[int, bytearray], quiet_s: float = 0.3) -> None:
-    """Send all that the server lets in, until it lets in no more."""
+    """Send until the server's windows stay closed."""
     with suppress(TimeoutError):
         while True:
             for stream_id, data in uploads.items():
@@ -83,26 +83,26 @@ async def push_until_stalled(raw: Raw, uploads: dict[int, bytearray], quiet_s: f
 
 
 def framed(message: bytes) -> bytearray:
-    """A message as it travels."""
+    """A message as sent on the wire."""
     return bytearray(b"\x00" + len(message).to_bytes(4, "big") + message)
 
 
 async def test_a_wrong_key_is_refused_at_the_head() -> None:
-    """The body of a call that will be refused would be received whole before."""
+    """A call with a wrong key is refused before its body is received."""
     async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
         stream_id = await raw.call("One", None)
         assert (await raw.until_ended(stream_id))["grpc-status"] == str(CODE.UNAUTHENTICATED.value[0])
 
 
 async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
-    """Forty calls of a stranger would bring in forty times a window, and more as it was read."""
+    """Before a credential was accepted, all calls of a connection together send at most one window."""
     async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()
         await greeted(raw)
         uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB // 2)) for _ in range(40)}
         await push_until_stalled(raw, uploads)
-        left = sum(map(len, uploads.values()))
-        assert 40 * (MIB // 2 + 5) - left == WINDOW
+        unsent = sum(map(len, uploads.values()))
+        assert 40 * (MIB // 2 + 5) - unsent == WINDOW
         gate.open.set()
         async with asyncio.timeout(20):
             while any(uploads.values()):
@@ -115,7 +115,7 @@ async def test_before_a_credential_a_connection_brings_in_one_window() -> None:
 
 
 async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
-    """Twenty unfinished bodies would be held whole."""
+    """Unfinished request bodies of one tenant are bounded by the budget."""
     async with serving(ByteBounds(2 * MIB, 2 * MIB, 8 * MIB)) as (echo, _, budget), raw_client(echo.port) as raw:
         await greeted(raw)
         uploads = {await raw.call("One", None, key="a"): framed(bytes(MIB)) for _ in range(20)}
@@ -123,14 +123,14 @@ async def test_what_a_tenant_has_not_finished_is_bounded() -> None:
             del data[-1:]
         await push_until_stalled(raw, uploads)
         assert budget.held <= 2 * MIB
-        left = sum(map(len, uploads.values()))
-        assert 20 * (MIB + 4) - left <= 2 * MIB + 20 * WINDOW
+        unsent = sum(map(len, uploads.values()))
+        assert 20 * (MIB + 4) - unsent <= 2 * MIB + 20 * WINDOW
         other = await raw.call("One", b"small", key="a")
-        assert (await raw.until_ended(other))["grpc-status"] == "0", "what is short is taken beside them"
+        assert (await raw.until_ended(other))["grpc-status"] == "0", "short requests are accepted meanwhile"
 
 
 async def test_a_message_without_a_credential_is_short() -> None:
-    """A method that anybody may call would take the largest message of anybody."""
+    """A method without credentials accepts only messages that fit one window."""
     async with serving(ByteBounds(MIB, MIB, MIB)) as (echo, _, _), raw_client(echo.port) as raw:
         stream_id = await raw.call("Many", None)
         raw.h2.send_data(stream_id, bytes(framed(bytes(100_000))[:1000]))
@@ -140,8 +140,8 @@ async def test_a_message_without_a_credential_is_short() -> None:
 
 
 async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
-    """Thousands of calls at once would be opened before the first credential is checked."""
-    limits = http2.ServerLimits(stranger_calls=10)
+    """Calls beyond the limit of an unauthenticated connection are refused one by one."""
+    limits = http2.ServerLimits(unauthenticated_calls=10)
     async with serving(ByteBounds(MIB, MIB, MIB), limits) as (echo, gate, _), raw_client(echo.port) as raw:
         gate.open.clear()
         ids = [await raw.call("One", b"x", key="a") for _ in range(12)]
@@ -154,7 +154,7 @@ async def test_streams_beyond_a_strangers_are_refused_alone() -> None:
 
 
 async def test_a_decompressed_message_counts() -> None:
-    """Messages that decompress to a thousand times their size would be held beside the budget."""
+    """Decompressed messages count against the budget."""
     bounds = ByteBounds(4 * MIB, 4 * MIB, 4 * MIB)
     packed = gzip.compress(bytes(3 * MIB))
     async with (
@@ -162,8 +162,8 @@ async def test_a_decompressed_message_counts() -> None:
         grpc.aio.insecure_channel(echo.address, compression=grpc.Compression.Gzip) as channel,
     ):
         assert len(packed) < WINDOW
-        one: Any = channel.stream_unary(f"/{SERVICE}/SlowReader")
-        slow = [one(_messages(bytes(3 * MIB)), metadata=(("key", "a"),)) for _ in range(3)]
+        method: Any = channel.stream_unary(f"/{SERVICE}/SlowReader")
+        slow = [method(_messages(bytes(3 * MIB)), metadata=(("key", "a"),)) for _ in range(3)]
         back: Any = channel.unary_unary(f"/{SERVICE}/One")
         assert await back(bytes(3 * MIB), metadata=(("key", "a"),)) == bytes(3 * MIB)
         for call in slow:
@@ -182,18 +182,18 @@ SIZES = st.lists(st.tuples(st.sampled_from(["a", "b"]), st.integers(0, 400_000))
 @settings(max_examples=15, deadline=None)
 @given(SIZES, st.booleans())
 def test_law_all_complete_within_any_budget(calls: list[tuple[str, int]], streaming: bool) -> None:
-    """Whatever is sent at once over one connection, a budget of one message delays it and never stops it."""
+    """Any calls over one connection complete with a budget of one message."""
 
     async def play() -> None:
         async with serving(ByteBounds(300_000, 400_000, 500_000)) as (echo, _, budget):
             async with grpc.aio.insecure_channel(echo.address) as channel, asyncio.timeout(30):
-                one: Any = channel.unary_unary(f"/{SERVICE}/One")
+                method: Any = channel.unary_unary(f"/{SERVICE}/One")
                 back: Any = channel.stream_stream(f"/{SERVICE}/Back")
 
                 async def call(tenant: str, size: int) -> int:
                     metadata = (("key", tenant),)
                     if not streaming:
-                        return len(await one(bytes(size), metadata=metadata))
+                        return len(await method(bytes(size), metadata=metadata))
                     stream = back(_three(bytes(size)), metadata=metadata)
                     return sum([len(message) async for message in stream]) // 3
 

@@ -1,4 +1,4 @@
-"""The server by grpc's own client, and by one that misbehaves."""
+"""The server with grpc's own client, and with misbehaving clients."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ CODE = grpc.StatusCode
 
 
 def unary_unary(channel: grpc.aio.Channel, method: str) -> Any:
-    """A method of the server, in bytes."""
+    """A unary method of the echo server, in bytes."""
     return channel.unary_unary(f"/{SERVICE}/{method}")
 
 
 def unary_stream(channel: grpc.aio.Channel, method: str) -> Any:
-    """The same with a stream of answers."""
+    """A method with a response stream, in bytes."""
     return channel.unary_stream(f"/{SERVICE}/{method}")
 
 
 def stream_stream(channel: grpc.aio.Channel, method: str) -> Any:
-    """The same with streams both ways."""
+    """A method with streams both ways, in bytes."""
     return channel.stream_stream(f"/{SERVICE}/{method}")
 
 
 async def test_one_message_with_metadata(serve: Serve) -> None:
-    """Metadata both ways, text and binary; trailers at the end."""
+    """Metadata arrives both ways, text and binary, and trailers arrive at the end."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         call = unary_unary(channel, "One")(b"hello", metadata=(("x-text", "a b"), ("x-raw-bin", b"\x00\x01")))
         assert await call == b"hello"
@@ -55,7 +55,7 @@ async def test_one_message_with_metadata(serve: Serve) -> None:
 
 
 async def test_errors_become_statuses(serve: Serve) -> None:
-    """An abort with its details; an unexpected failure without its text; an unknown method; a bad message."""
+    """Aborts, unexpected failures (without their text), unknown methods and malformed messages map to statuses."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as aborted:
             await unary_unary(channel, "One")(b"abort")
@@ -71,13 +71,13 @@ async def test_errors_become_statuses(serve: Serve) -> None:
 
 
 async def test_compressed_requests(serve: Serve) -> None:
-    """What a client compresses is understood."""
+    """Compressed requests are decompressed."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address, compression=grpc.Compression.Gzip) as channel:
         assert await unary_unary(channel, "One")(b"z" * 10_000) == b"z" * 10_000
 
 
 async def test_a_stream_each_way(serve: Serve) -> None:
-    """Every message comes back in order, large ones too, and the end of one side ends the other."""
+    """Messages come back in order, large ones too, and half-closing one side ends the other."""
     sent = [bytes([i % 256]) * (i * 997 % 300_000) for i in range(60)]
 
     async def messages() -> AsyncIterator[bytes]:
@@ -89,7 +89,7 @@ async def test_a_stream_each_way(serve: Serve) -> None:
 
 
 async def test_deadline_and_cancel_end_the_handler(serve: Serve) -> None:
-    """The handler's task ends, not only the caller's wait."""
+    """The handler's task is cancelled, not only the caller's wait."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as late:
             await unary_unary(channel, "Forever")(b"", timeout=0.1)
@@ -104,7 +104,7 @@ async def test_deadline_and_cancel_end_the_handler(serve: Serve) -> None:
 
 
 async def test_messages_over_the_limit(serve: Serve) -> None:
-    """Refused, and the connection goes on."""
+    """A message over the limit is refused, and the connection stays open."""
     limits = http2.ServerLimits(max_message_bytes=1000)
     async with serve(limits) as echo, grpc.aio.insecure_channel(echo.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -116,7 +116,7 @@ async def test_messages_over_the_limit(serve: Serve) -> None:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(window=st.integers(1, 400), count=st.integers(1, 20), size=st.integers(0, 900))
 def test_any_window_gives_the_same_bytes(window: int, count: int, size: int) -> None:
-    """However little a client lets come at a time, the messages are whole and in order."""
+    """Messages arrive whole and in order for any window size."""
 
     async def run() -> None:
         async with _serve() as echo, raw_client(echo.port, window) as raw:
@@ -130,7 +130,7 @@ def test_any_window_gives_the_same_bytes(window: int, count: int, size: int) -> 
 
 
 async def test_a_client_that_does_not_read_stops_its_writer_and_nobody_else(serve: Serve) -> None:
-    """With its window shut the handler waits after one message more; other calls of the connection go on."""
+    """With its window closed, the handler waits after one more message; other calls continue."""
     async with serve() as echo, raw_client(echo.port, window=100) as raw:
         await raw.call("Many", b"1000x50")
         other = await raw.call("One", b"still here")
@@ -140,7 +140,7 @@ async def test_a_client_that_does_not_read_stops_its_writer_and_nobody_else(serv
 
 
 async def test_a_wider_window_is_confirmed_before_it_is_used(serve: Serve) -> None:
-    """Data before the confirmation is more than the client has allowed: grpc's resets the stream for it."""
+    """Settings are acknowledged before data uses the larger window; otherwise grpc's client resets the stream."""
     async with serve() as echo, raw_client(echo.port, window=100) as raw:
         stream_id = await raw.call("Many", b"1x4000")
         while len(raw.data.get(stream_id, b"")) < 100:
@@ -153,22 +153,22 @@ async def test_a_wider_window_is_confirmed_before_it_is_used(serve: Serve) -> No
 
 
 async def test_a_handler_that_does_not_read_stops_its_client(serve: Serve) -> None:
-    """What has not been read is bounded by the stream's window."""
+    """Unread request bytes are bounded by the stream's window."""
     limits = http2.ServerLimits(window_bytes=10_000)
     async with serve(limits) as echo, raw_client(echo.port) as raw:
-        while not raw.events:  # the server's settings come first: they tell the window
+        while not raw.events:  # the server's settings, with the window size, come first
             await raw.receive()
         stream_id = await raw.call("SlowReader", b"x" * 1000, end=False)
         while (room := raw.h2.local_flow_control_window(stream_id)) >= 1005:
             raw.h2.send_data(stream_id, b"\x00" + (1000).to_bytes(4, "big") + b"x" * 1000)
             await raw.flush()
-            one = await raw.call("One", b"?")
-            await raw.until_ended(one)
-        assert room < 1005, "the handler has read one message: its bytes were given back, the others' were not"
+            unary = await raw.call("One", b"?")
+            await raw.until_ended(unary)
+        assert room < 1005, "the handler read one message: only its bytes were returned to the window"
 
 
 async def test_what_was_read_is_given_back_once(serve: Serve) -> None:
-    """After any number of messages that a handler has read, the client may send as much as in the beginning."""
+    """After any number of read messages, the client's window is as large as in the beginning."""
     limits = http2.ServerLimits(window_bytes=10_000, connection_window_bytes=65_535)
     async with serve(limits) as echo, raw_client(echo.port, window=1 << 20) as raw:
         while not raw.events:
@@ -187,7 +187,7 @@ async def test_what_was_read_is_given_back_once(serve: Serve) -> None:
 
 
 async def test_a_client_that_says_goodbye_gets_its_running_calls(serve: Serve) -> None:
-    """GOAWAY of a client means no further calls, not the end of those that run."""
+    """A client's GOAWAY stops new calls; running ones finish."""
     async with serve() as echo, raw_client(echo.port) as raw:
         stream_id = await raw.call("Many", b"5000x20")
         await raw.send(GoAwayFrame(0, last_stream_id=0, error_code=0).serialize())
@@ -198,7 +198,7 @@ async def test_a_client_that_says_goodbye_gets_its_running_calls(serve: Serve) -
 
 
 async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
-    """Rapid reset: opening and resetting streams faster than any client would."""
+    """Rapid reset: opening and resetting streams very fast closes the connection."""
     limits = http2.ServerLimits(resets_burst=50, resets_per_s=1)
     async with serve(limits) as echo, raw_client(echo.port) as raw:
         for _ in range(60):
@@ -212,7 +212,7 @@ async def test_a_flood_of_resets_ends_the_connection(serve: Serve) -> None:
 
 
 async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve: Serve) -> None:
-    """One read of tiny requests would hold the loop for more than a second: h2 walks all streams for each."""
+    """Thousands of tiny requests in one read are parsed in short slices: h2 walks all streams for each."""
     async with serve() as echo, raw_client(echo.port) as raw:
         await raw.until_ended(await raw.call("One", b""))
         head = [(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "x")]
@@ -225,28 +225,28 @@ async def test_thousands_of_requests_in_one_read_leave_the_loop_to_others(serve:
             while connection.h2.highest_inbound_stream_id < 8001:
                 await asyncio.sleep(0)
                 passes += connection.h2.highest_inbound_stream_id > 1
-        assert passes > 20, "each pass of the loop reads for two milliseconds"
+        assert passes > 20, "each pass of the loop parses for two milliseconds"
         assert len(connection.h2.streams) < 10
 
 
 async def test_an_old_connection_is_replaced_without_a_failed_call(serve: Serve) -> None:
-    """At its age limit a client is asked to go elsewhere; running calls end, new ones find a new connection."""
+    """At its age limit a client is asked to reconnect; running calls finish, and new ones use a new connection."""
     async with (
         serve(http2.ServerLimits(age_s=0.3, age_grace_s=30)) as echo,
         grpc.aio.insecure_channel(echo.address) as channel,
     ):
-        one = unary_unary(channel, "One")
+        method = unary_unary(channel, "One")
         stream = unary_stream(channel, "Many")(b"3000x10")
         seen: set[str] = set()
         async with asyncio.timeout(20):
             while len(seen) < 3:
-                assert await one(b"again") == b"again"
+                assert await method(b"again") == b"again"
                 seen.update(connection.peer for connection in echo.server.connections)
         assert len([message async for message in stream]) == 3000
 
 
 async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
-    """Those that do not end in time are told to go elsewhere."""
+    """Calls that do not finish within the grace end with UNAVAILABLE."""
     async with serve() as echo, grpc.aio.insecure_channel(echo.address) as channel:
         call = unary_unary(channel, "Forever")(b"")
         await asyncio.wait_for(echo.seen.started.wait(), 5)
@@ -258,7 +258,7 @@ async def test_stop_waits_for_calls_and_then_ends_them(serve: Serve) -> None:
 
 
 async def test_a_client_sees_the_end_of_tls_at_once(serve: Serve, tmp_path: Path) -> None:
-    """grpc takes the end of TLS for nothing and waits for that of TCP: a call there fails when the server closes."""
+    """Stopping closes TCP right after TLS, since grpc's client ignores the end of TLS and would wait."""
     files = Authority(tmp_path).issue("echo")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(files.cert_file, files.key_file)
@@ -275,7 +275,7 @@ async def test_a_client_sees_the_end_of_tls_at_once(serve: Serve, tmp_path: Path
 
 
 def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
-    """What does not speak HTTP/2."""
+    """Names and bytes of clients that do not speak HTTP/2."""
     yield "http1", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
     yield "half", b"PRI * HTTP/2.0\r\n"
     yield "noise", b"\x00" * 64
@@ -283,7 +283,7 @@ def silent_clients(port: int) -> Iterator[tuple[str, bytes]]:
 
 
 async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
-    """HTTP/1.1 gets a word, noise and silence do not; a real client is served beside them."""
+    """HTTP/1.1 gets an answer, noise and silence do not; a gRPC client is served meanwhile."""
     async with serve(http2.ServerLimits(hello_s=0.3)) as echo:
         for name, begin in silent_clients(echo.port):
             reader, writer = await asyncio.open_connection("127.0.0.1", echo.port)
@@ -297,7 +297,7 @@ async def test_who_does_not_speak_http2_is_cut_off(serve: Serve) -> None:
 
 
 async def test_a_request_that_never_comes_whole(serve: Serve) -> None:
-    """A call whose request dribbles in is ended."""
+    """A call whose request arrives too slowly is ended."""
     async with serve(http2.ServerLimits(request_s=0.2)) as echo, raw_client(echo.port) as raw:
         stream_id = await raw.call("One", b"half", end=False)
         trailers = await asyncio.wait_for(raw.until_ended(stream_id), 5)
@@ -305,7 +305,7 @@ async def test_a_request_that_never_comes_whole(serve: Serve) -> None:
 
 
 async def test_two_servers_share_a_port(serve: Serve) -> None:
-    """SO_REUSEPORT: the second process of a host binds the first one's port; without it that is refused."""
+    """With SO_REUSEPORT a second process binds the same port; without it the bind fails."""
     first, second = http2.Server(), http2.Server()
     port = await first.start("127.0.0.1", 0, shared=True)
     try:

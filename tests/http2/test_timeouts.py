@@ -1,4 +1,4 @@
-"""Connections that stand still are cut: without a call, within a frame, within a header block, without an answer."""
+"""Stalled connections are closed: without a call, within a frame or header block, without an answer to a ping."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 async def ended(raw: Raw, within_s: float = 10.0) -> None:
-    """Read until the server has closed."""
+    """Read until the server has closed the connection."""
     async with asyncio.timeout(within_s):
         try:
             while not raw.eof:
@@ -29,14 +29,14 @@ async def ended(raw: Raw, within_s: float = 10.0) -> None:
 
 
 async def test_a_greeted_connection_without_a_call_is_closed(serve: Serve) -> None:
-    """Idle connections would take descriptors for ever."""
+    """A connection that never has a call is closed, so that it does not hold its descriptor."""
     async with serve(http2.ServerLimits(hello_s=0.2)) as echo, raw_client(echo.port) as raw:
         await ended(raw)
-        assert any(isinstance(event, ConnectionTerminated) for event in raw.events), "it is asked to go first"
+        assert any(isinstance(event, ConnectionTerminated) for event in raw.events), "a GOAWAY comes first"
 
 
 async def test_idle_after_a_call_is_longer_and_ends_as_well(serve: Serve) -> None:
-    """A client that calls now and then keeps its connection, one that never calls again does not."""
+    """After a call the idle limit is longer; a client that calls within it keeps its connection."""
     async with serve(http2.ServerLimits(hello_s=0.2, idle_s=1.0)) as echo, raw_client(echo.port) as raw:
         await raw.until_ended(await raw.call("One", b""))
         with pytest.raises(TimeoutError):
@@ -45,18 +45,18 @@ async def test_idle_after_a_call_is_longer_and_ends_as_well(serve: Serve) -> Non
 
 
 async def test_no_call_fails_when_a_connection_is_closed_for_idleness(serve: Serve) -> None:
-    """A client whose call crosses the end of its idle connection would see it fail."""
+    """A call that crosses the closing of its idle connection succeeds."""
     async with serve(http2.ServerLimits(idle_s=0.05)) as echo, grpc.aio.insecure_channel(echo.address) as channel:
-        one, seen = unary_unary(channel, "One"), set[str]()
+        method, seen = unary_unary(channel, "One"), set[str]()
         async with asyncio.timeout(20):
             while len(seen) < 3:
-                assert await one(b"again") == b"again"
+                assert await method(b"again") == b"again"
                 seen.update(connection.peer for connection in echo.server.connections)
                 await asyncio.sleep(0.06)
 
 
 async def test_a_running_call_is_no_idleness(serve: Serve) -> None:
-    """A stream that says nothing for long would be cut."""
+    """A silent running stream does not count as idle."""
     limits = http2.ServerLimits(hello_s=0.1, idle_s=0.1, frame_s=0.1)
     async with serve(limits) as echo, grpc.aio.insecure_channel(echo.address) as channel:
         call = unary_stream(channel, "Many")(b"1x10")
@@ -78,7 +78,7 @@ HALVES = {
 
 @pytest.mark.parametrize("half", HALVES)
 async def test_what_has_begun_must_go_on(serve: Serve, half: str) -> None:
-    """Half a frame with a call under way would hold its connection and buffers for ever."""
+    """A connection with an incomplete frame or header block is cut, even with a call in progress."""
     async with serve(http2.ServerLimits(frame_s=0.2)) as echo, raw_client(echo.port) as raw:
         assert await raw.call("Forever", b"", end=False) == 1
         data = HALVES[half]
@@ -89,7 +89,7 @@ async def test_what_has_begun_must_go_on(serve: Serve, half: str) -> None:
 
 
 async def test_a_frame_that_dribbles_in_is_cut(serve: Serve) -> None:
-    """One byte now and then is no progress."""
+    """An incomplete frame that grows by one byte now and then is cut."""
     async with serve(http2.ServerLimits(frame_s=0.3)) as echo, raw_client(echo.port) as raw:
         assert await raw.call("Forever", b"", end=False) == 1
         dribble = asyncio.create_task(_dribble(raw))
@@ -104,7 +104,7 @@ async def _dribble(raw: Raw) -> None:
 
 
 async def test_a_client_that_answers_no_ping_is_cut_without_a_call_too(serve: Serve) -> None:
-    """A client that vanished without a word would be kept until its idle time is over."""
+    """A client that answers no ping is cut before its idle limit, also without calls."""
     async with serve(http2.ServerLimits(ping_s=0.2, ping_answer_s=0.2)) as echo, raw_client(echo.port):
         await until(lambda: bool(echo.server.connections), "the client is there")
         await until(lambda: not echo.server.connections, "it is cut")

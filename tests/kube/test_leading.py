@@ -1,4 +1,4 @@
-"""The Lease over a real HTTP API: one leads, the next takes over, and who may no longer lead stops."""
+"""The Lease over a real HTTP API: one process leads, the next takes over, and a deposed leader stops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.kube.api import ApiAway, Conflict, KubeLease
+from cluster.kube.api import ApiUnavailable, Conflict, KubeLease
 from cluster.kube.leading import Leader, StoodStill
 from cluster.kube.lease import LeaseRecord, LeaseTerms
 from tests.support.kube_api import FakeApi, kube_api
@@ -21,20 +21,20 @@ QUICK = LeaseTerms(lease_s=1.2, yield_s=0.8, again_s=0.03)
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[FakeApi]:
-    """An API."""
+    """A running fake API."""
     with kube_api(tmp_path) as running:
         yield running
 
 
 async def until(true: Callable[[], bool], within_s: float = 10.0) -> None:
-    """Wait for a condition that other tasks bring about."""
+    """Wait for a condition that other tasks make true."""
     async with asyncio.timeout(within_s):
-        while not true():  # noqa: ASYNC110 - what it looks at is no event
+        while not true():  # noqa: ASYNC110 - the condition has no event
             await asyncio.sleep(0.005)
 
 
 def test_a_lease_is_made_kept_and_taken(api: FakeApi) -> None:
-    """Versions guard every write; holders are counted; the API's own field names are used."""
+    """Versions guard every write, holders are counted, and the API's field names are used."""
     store = api.lease()
     assert store.read() is None
     made = store.write("a", None)
@@ -53,36 +53,36 @@ def test_a_lease_is_made_kept_and_taken(api: FakeApi) -> None:
 
 
 def test_an_api_that_is_away_or_refuses_is_told(api: FakeApi, tmp_path: Path) -> None:
-    """Neither an error of HTTP, nor of the network, nor of the token's file ends the process."""
+    """HTTP errors, network errors and a missing token file raise ApiUnavailable."""
     store = api.lease()
     api.away = True
-    with pytest.raises(ApiAway, match="503 the server is currently unable"):
+    with pytest.raises(ApiUnavailable, match="503 the server is currently unable"):
         store.read()
     api.away = False
     (tmp_path / "wrong").write_text("another token")
-    with pytest.raises(ApiAway, match="401"):
+    with pytest.raises(ApiUnavailable, match="401"):
         KubeLease(api.url, "ns", "x", 15, tmp_path / "wrong").write("a", None)
-    with pytest.raises(ApiAway):
+    with pytest.raises(ApiUnavailable):
         KubeLease(api.url, "ns", "x", 15, tmp_path / "none").read()
-    with pytest.raises(ApiAway):
+    with pytest.raises(ApiUnavailable):
         KubeLease("http://127.0.0.1:1", "ns", "x", 15, tmp_path / "wrong").read()
 
 
 def test_outside_a_pod_there_is_none(tmp_path: Path) -> None:
-    """The message says what is missing."""
+    """Outside a pod the error says what is missing."""
     with pytest.raises(ValueError, match="needs a pod"):
         KubeLease.of_this_pod("x", 15, tmp_path)
 
 
 class Work:
-    """Counts how many run at once."""
+    """Work that counts how many run at once."""
 
     def __init__(self) -> None:
         self.running: set[str] = set()
         self.most = 0
 
     def of(self, name: str) -> Callable[[asyncio.Event], object]:
-        """The work of one."""
+        """The work of one process."""
 
         async def work(stop: asyncio.Event) -> None:
             self.running.add(name)
@@ -97,7 +97,7 @@ class Work:
 
 @contextlib.asynccontextmanager
 async def led(api: FakeApi, names: str, work: Work):  # type: ignore[no-untyped-def]
-    """Leaders of those names, running."""
+    """Running leaders with these names."""
     stops = {name: asyncio.Event() for name in names}
     leaders = {name: Leader(api.lease(), name, QUICK) for name in names}
     tasks = {name: asyncio.create_task(leaders[name].run(work.of(name), stops[name])) for name in names}  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ async def led(api: FakeApi, names: str, work: Work):  # type: ignore[no-untyped-
 
 
 async def test_one_of_two_works_and_hands_over_when_it_stops(api: FakeApi) -> None:
-    """Who ends by itself gives the Lease up: the other need not wait for its term."""
+    """A leader that stops gives the Lease up, so that the other need not wait for the term."""
     work = Work()
     async with led(api, "ab", work) as (leaders, stops, tasks):
         await until(lambda: len(work.running) == 1)
@@ -126,7 +126,7 @@ async def test_one_of_two_works_and_hands_over_when_it_stops(api: FakeApi) -> No
 
 
 async def test_who_cannot_renew_stops_and_begins_again(api: FakeApi) -> None:
-    """With the API away nobody works after the holder's term; with it back one does, never two."""
+    """While the API is down no work runs after the holder's term; when it is back one process works, never two."""
     work = Work()
     async with led(api, "ab", work):
         await until(lambda: len(work.running) == 1)
@@ -138,7 +138,7 @@ async def test_who_cannot_renew_stops_and_begins_again(api: FakeApi) -> None:
 
 
 async def test_a_killed_holder_is_followed(api: FakeApi) -> None:
-    """One that says nothing more keeps others away for the term, not longer."""
+    """A killed holder keeps others away for its term, not longer."""
     store = api.lease()
     store.write("killed", None)
     work = Work()
@@ -150,7 +150,7 @@ async def test_a_killed_holder_is_followed(api: FakeApi) -> None:
 
 
 async def test_work_that_fails_is_raised_and_the_lease_is_free(api: FakeApi) -> None:
-    """The process ends by it; the next need not wait."""
+    """An error of the work is raised, and the next process need not wait."""
 
     async def fails(stop: asyncio.Event) -> None:
         raise RuntimeError("Ray has gone mad")
@@ -160,7 +160,7 @@ async def test_work_that_fails_is_raised_and_the_lease_is_free(api: FakeApi) -> 
 
 
 async def test_work_that_does_not_stop_ends_the_process(api: FakeApi) -> None:
-    """Nobody may work without the Lease: there is no other way out."""
+    """Work that does not stop raises StoodStill, since no work may run without the Lease."""
 
     async def deaf(stop: asyncio.Event) -> None:
         await asyncio.Event().wait()

@@ -1,4 +1,4 @@
-"""Of several candidates one acts at a time, whatever the store's delays and failures; and some one acts in the end."""
+"""At most one candidate acts at a time, whatever the store's delays and failures, and one acts in the end."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.kube.lease import LeaseCandidate, LeaseRecord, LeaseTake, LeaseTerms
+from cluster.kube.lease import LeaseCandidate, LeaseRecord, LeaseTerms, LeaseWrite
 
 TERMS = LeaseTerms(lease_s=15.0, yield_s=10.0, again_s=2.0)
 
 
 @dataclass
 class World:
-    """A store and candidates, each with a clock of its own that only runs at the same rate."""
+    """A store and candidates, each with its own clock at the same rate."""
 
     random: random.Random
     count: int
@@ -35,23 +35,23 @@ class World:
         return self.now_s + self.offsets_s[who]
 
     def wait(self, most_s: float) -> None:
-        """Time passes; at its end at most one acts."""
+        """Let time pass; after it at most one candidate acts."""
         self.now_s += self.random.uniform(0, most_s)
-        acting = [i for i in range(self.count) if self.candidates[i].acts(self.clock_s(i))]
+        acting = [i for i in range(self.count) if self.candidates[i].may_act(self.clock_s(i))]
         assert len(acting) <= 1, f"{acting} act at once"
 
     def look(self, who: int, failures: float, delay_s: float) -> None:
-        """One read and, where the rule says so, one write: each may be slow, and may fail before or after its deed."""
-        found = self.record
+        """One read and possibly one write; each may be slow, and may fail before or after its effect."""
+        record = self.record
         self.wait(delay_s)
         if self.random.random() < failures:
             return
-        self.candidates[who], take = self.candidates[who].look(found, self.clock_s(who))
-        if take is None:
+        self.candidates[who], write = self.candidates[who].observe(record, self.clock_s(who))
+        if write is None:
             return
         began_s = self.clock_s(who)
         self.wait(delay_s)
-        if self.random.random() < failures or take.over != self.record:
+        if self.random.random() < failures or write.over != self.record:
             return
         self.version += 1
         self.record = LeaseRecord(self.candidates[who].me, str(self.version))
@@ -69,7 +69,7 @@ class World:
     delay_s=st.floats(0, 8),
 )
 def test_no_two_act_at_once(seed: int, count: int, failures: float, delay_s: float) -> None:
-    """Through slow, failed and half-failed calls, pauses of any length, and clocks that disagree."""
+    """Never two act, through slow, failed and half-failed calls, pauses of any length, and clocks that differ."""
     world = World(random.Random(seed), count)
     for _ in range(150):
         world.look(world.random.randrange(count), failures, delay_s)
@@ -79,7 +79,7 @@ def test_no_two_act_at_once(seed: int, count: int, failures: float, delay_s: flo
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), count=st.integers(2, 4))
 def test_the_next_acts_soon_after_the_last_has_died(seed: int, count: int) -> None:
-    """Within the lease and two looks; and while its holder lives nobody takes it."""
+    """Another acts within the lease and two reads after the holder died; while the holder lives none does."""
     world = World(random.Random(seed), count)
 
     def rounds(alive: list[int], until_s: float) -> None:
@@ -89,28 +89,28 @@ def test_the_next_acts_soon_after_the_last_has_died(seed: int, count: int) -> No
             world.now_s += TERMS.again_s
 
     rounds(list(range(count)), 60)
-    first = [i for i in range(count) if world.candidates[i].acts(world.clock_s(i))]
+    first = [i for i in range(count) if world.candidates[i].may_act(world.clock_s(i))]
     assert len(first) == 1
     transitions = world.record.holder if world.record else ""
     assert transitions == world.candidates[first[0]].me
     died_s = world.now_s
     rest = [i for i in range(count) if i not in first]
     rounds(rest, died_s + TERMS.lease_s + 2 * TERMS.again_s)
-    assert [i for i in rest if world.candidates[i].acts(world.clock_s(i))], "nobody took over"
+    assert [i for i in rest if world.candidates[i].may_act(world.clock_s(i))], "nobody took over"
 
 
 def test_a_record_that_was_given_up_is_taken_at_once() -> None:
-    """Nobody's record need not stand for the length of a lease."""
+    """A record that was given up is taken at once."""
     candidate = LeaseCandidate("b", TERMS)
     given_up = LeaseRecord("", "7")
-    assert candidate.look(given_up, 0.0)[1] == LeaseTake(given_up)
-    held, take = candidate.look(LeaseRecord("a", "8"), 0.0)
-    assert take is None
-    assert held.look(LeaseRecord("a", "8"), TERMS.lease_s - 0.01)[1] is None
-    assert held.look(LeaseRecord("a", "8"), TERMS.lease_s)[1] == LeaseTake(LeaseRecord("a", "8"))
+    assert candidate.observe(given_up, 0.0)[1] == LeaseWrite(given_up)
+    held, write = candidate.observe(LeaseRecord("a", "8"), 0.0)
+    assert write is None
+    assert held.observe(LeaseRecord("a", "8"), TERMS.lease_s - 0.01)[1] is None
+    assert held.observe(LeaseRecord("a", "8"), TERMS.lease_s)[1] == LeaseWrite(LeaseRecord("a", "8"))
 
 
 def test_terms_that_overlap_are_refused() -> None:
-    """A holder has to stop before another may begin."""
+    """Terms that would let two hold the Lease at once raise ValueError."""
     with pytest.raises(ValueError, match="must hold"):
         LeaseTerms(lease_s=10.0, yield_s=10.0)

@@ -1,4 +1,4 @@
-"""Handlers of others, when somebody sets up logging anew."""
+"""Handlers of other loggers when logging is configured again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cluster.observe import log
 
 
 def test_a_kept_logger_outlives_dict_config(tmp_path: Path) -> None:
-    """As Ray Serve's: a buffer before a file; dictConfig takes the file away from one that is not kept."""
+    """A kept logger still writes after dictConfig (a memory handler before a file, as in Ray Serve); others do not."""
     loggers = [logging.getLogger(name) for name in ("test.kept", "test.not_kept")]
     buffers = []
     for logger in loggers:

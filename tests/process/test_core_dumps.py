@@ -1,4 +1,4 @@
-"""A crash writes no memory to a disk."""
+"""Core dumps are disabled."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ subprocess.run([sys.executable, "-c", child], check=True)
 
 
 def test_no_core_dump_of_a_process_and_its_children() -> None:
-    """The soft limit is 0, a child inherits it, and the hard limit stays what it was."""
-    told = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout
-    assert told.split() == ["True", "0", "0"]
+    """The soft limit is 0, a child inherits it, and the hard limit is unchanged."""
+    output = subprocess.run([sys.executable, "-c", PROGRAM], check=True, capture_output=True, text=True).stdout
+    assert output.split() == ["True", "0", "0"]

@@ -1,4 +1,4 @@
-"""The limit of descriptors, in a process of its own."""
+"""The descriptor limit, in its own process."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ assert raise_descriptor_limit() == wanted
 
 
 def test_the_soft_limit_becomes_the_hard_one() -> None:
-    """A process would run out of descriptors at 1,024 connections where the system allows a million."""
+    """The soft limit is raised to the hard one, in one step or repeatedly."""
     subprocess.run([sys.executable, "-c", PROGRAM], check=True)

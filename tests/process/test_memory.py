@@ -1,4 +1,4 @@
-"""What is free goes back to the system."""
+"""Free memory is returned to the system."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ PIECE, PIECES = 4_000, 20_000
 
 
 def resident_bytes() -> int:
-    """Of this process."""
+    """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_holes_in_the_heap_go_back() -> None:
-    """Of 80 MB all but every hundredth piece is freed: glibc keeps them for itself, until it is asked."""
+    """`return_free_pages` returns pages that glibc keeps after most of 80 MB of objects, in small pieces, are freed."""
     pieces = [bytearray(PIECE) for _ in range(PIECES)]
     kept = pieces[::100]
     before = resident_bytes()
     del pieces
     held = resident_bytes()
-    assert memory.give_back()
+    assert memory.return_free_pages()
     assert resident_bytes() < held - PIECE * PIECES / 2 or held < before - PIECE * PIECES / 2
     assert len(kept) == PIECES // 100
 
 
 async def test_it_is_done_when_nobody_calls() -> None:
-    """Never while a call is open, once in an idle moment, and again when it is due."""
+    """Memory is returned never while a call is open, once at an idle moment, and again after the interval."""
     given: list[bool] = []
     busy, looks = [True], [0]
 
@@ -42,10 +42,10 @@ async def test_it_is_done_when_nobody_calls() -> None:
         given.append(busy[0])
         return True
 
-    task = asyncio.create_task(memory.give_back_now_and_then(idle, every_s=0.02, look_s=0.002, give=give))
-    await until(lambda: looks[0] >= 20, "it has looked often")
+    task = asyncio.create_task(memory.give_back_now_and_then(idle, every_s=0.02, check_s=0.002, give=give))
+    await until(lambda: looks[0] >= 20, "it has checked often")
     assert not given
     busy[0] = False
-    await until(lambda: len(given) >= 3, "it is done again")
+    await until(lambda: len(given) >= 3, "memory is returned again")
     task.cancel()
     assert not any(given)

@@ -1,4 +1,4 @@
-"""Whom workers and controllers dial: what was configured, and what those name, as long as it is reached."""
+"""The gateways that workers and controllers dial: configured ones, and their siblings as long as a chain names them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ QUICK = Timing(redial_min_s=0.001, redial_max_s=0.01)
 
 
 def test_siblings_are_dialled_on_the_host_that_was_dialled() -> None:
-    """A name without a host means the same host; whole addresses are taken as they are."""
+    """A sibling without a host is on the dialled host; complete addresses stay as they are."""
     gateways = GatewayAddresses(["[::1]:50052", "b.example:1"])
     gateways.welcomed("[::1]:50052", "i0", [":50061", "c.example:2"])
     assert gateways.addresses == ("[::1]:50052", "b.example:1", "[::1]:50061", "c.example:2")
 
 
 def test_only_what_is_reached_counts() -> None:
-    """Siblings of siblings are dialled; once the configured one names nobody, two that name each other are let go."""
+    """Siblings of siblings are dialled; two that only name each other are dropped when no configured one names them."""
     gateways = GatewayAddresses(["a:1"])
 
     def now() -> list[str]:
@@ -47,36 +47,36 @@ def test_only_what_is_reached_counts() -> None:
 
 
 def test_one_process_under_two_names_is_dialled_once() -> None:
-    """Two links of one worker to one gateway would end each other for ever: the configured name stays."""
+    """A gateway with two addresses is dialled by the configured one only: two links of one worker end each other."""
     gateways = GatewayAddresses(["host:1", "10.0.0.1:2"])
     gateways.welcomed("host:1", "i1", [":2"])
-    assert "host:2" in gateways.addresses, "nobody has answered at either name yet"
+    assert "host:2" in gateways.addresses, "no gateway has answered at either name yet"
     gateways.welcomed("10.0.0.1:2", "i2", [])
     gateways.welcomed("host:2", "i2", [":1"])
     assert gateways.addresses == ("host:1", "10.0.0.1:2")
 
 
 class Answering:
-    """Sessions that end when told, by address."""
+    """Sessions by address, which end when their event is set."""
 
     def __init__(self) -> None:
         self.open: dict[str, asyncio.Event] = {}
         self.opened: list[str] = []
 
     async def session(self, address: str) -> None:
-        """One that lasts until its event is set."""
+        """A session that lasts until its event is set."""
         self.opened.append(address)
         end = self.open[address] = asyncio.Event()
         await end.wait()
         raise LinkEnded("told to")
 
     async def until_open(self, address: str, times: int) -> None:
-        """Wait for the n-th session with an address."""
+        """Wait for the given number of sessions with an address."""
         await until(lambda: self.opened.count(address) == times, f"session {times} with {address}")
 
 
 async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
-    """A sibling that is named no more keeps its link until it ends; then it is not dialled, unless named again."""
+    """A sibling that leaves the list keeps its link until it ends, and is dialled again only if named again."""
     peers = Answering()
     gateways = GatewayAddresses(["a:1"])
     dialling = asyncio.create_task(gateways.dial(peers.session, QUICK))
@@ -86,7 +86,7 @@ async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
     gateways.welcomed("a:1", "i1", [])
     peers.open["a:1"].set()
     await peers.until_open("a:1", 2)
-    assert not peers.open["a:2"].is_set(), "the link of the other goes on"
+    assert not peers.open["a:2"].is_set(), "the other's link stays up"
     peers.open["a:2"].set()
     for times in range(3, 6):  # each redial of one is time for the other to be redialled too
         peers.open["a:1"].set()
@@ -99,13 +99,13 @@ async def test_a_session_outlives_its_name_but_is_not_begun_again() -> None:
 
 
 def two_processes() -> Config:
-    """A configuration of two with its ports decided."""
+    """A configuration of two processes with fixed ports."""
     return decide(parse(LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
 
 
 async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker that was told of one dials both; both get work, and never is more promised than there is room for;
-    a controller dials both too, and both know its catalog; without the second, all the room is the first's."""
+    """A worker that dials one of two sibling gateways links to both, and both get work within its capacity. A
+    controller links to both too, and both get its catalog. Without the second, the first has all the capacity."""
     config, sequences = two_processes(), 6
     gateways = [Gateway(config, tmp_path / str(i), process=i) for i in range(2)]
     engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=sequences)
@@ -125,13 +125,13 @@ async def test_two_processes_share_one_workers_room(tmp_path: Path, checkpoint: 
     controller.publish([])
     tasks = [asyncio.create_task(end.run()), asyncio.create_task(controller.run())]
     clusters = [TestCluster(gateway) for gateway in gateways]
-    # Whose a connection is the kernel says: all of these at one gateway would be a chance of 1 in 32768.
+    # The kernel distributes connections: all of these at one gateway would be a chance of 1 in 32768.
     channels = [grpc.aio.insecure_channel(gateways[0].endpoints["grpc"], options=OWN_CONNECTION) for _ in range(16)]
     stubs = [pb_grpc.InferenceStub(channel) for channel in channels]
     try:
-        await until(lambda: all(c.linked("w") for c in clusters), "both have a link with room")
+        await until(lambda: all(c.linked("w") for c in clusters), "both have a link with capacity")
         await until(lambda: controller.linked == 2, "the controller has dialled both")
-        await until(lambda: [one.hub.gateways for one in gateways] == [2, 2], "both know of another")
+        await until(lambda: [gateway.hub.gateways for gateway in gateways] == [2, 2], "both know of another")
         calls = [
             asyncio.ensure_future(stub.Chat(chat(f"{i}", max_tokens=20, ignore_eos=True)))
             for i in range(3)

@@ -1,4 +1,4 @@
-"""Admin verbs over the Control stream: whole answers, whole errors, and what is told when no answer comes."""
+"""Admin verbs over the Control stream: complete answers, complete errors, and an error if no answer comes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOOD, BAD = "Catalog.Good", "Catalog.Bad"
 
 
 class Stream:
-    """Both ends of a Control stream without one: what the gateway sends waits in `sent`."""
+    """Both ends of a Control stream in one process; `sent` holds the gateway's requests."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.sent: list[pb.AdminRequest] = []
@@ -25,7 +25,7 @@ class Stream:
         self._error = error
 
     async def reply(self, request: pb.AdminRequest) -> None:
-        """As the controller does; through bytes, as on the wire."""
+        """Answer like the controller, through bytes as on the wire."""
 
         async def good(body: bytes, actor: str) -> bytes:
             return body + actor.encode()
@@ -39,14 +39,14 @@ class Stream:
 
 
 async def asked(stream: Stream, verb: str, body: bytes = b"", timeout_s: float = 5.0) -> asyncio.Task[bytes]:
-    """A question on its way."""
+    """A request that has been sent."""
     task = asyncio.create_task(stream.questions.ask(verb, body, "key:k1", timeout_s))
     await asyncio.sleep(0)  # its first step sends
     return task
 
 
 async def test_answers_find_their_questions() -> None:
-    """Whatever their order; a reply that comes again, or that nobody asked for, changes nothing."""
+    """Replies in any order reach their requests; repeated or unknown replies change nothing."""
     stream = Stream()
     tasks = [await asked(stream, GOOD, bytes([i])) for i in range(3)]
     for request in reversed(stream.sent):
@@ -65,8 +65,8 @@ async def test_answers_find_their_questions() -> None:
 def test_an_error_travels_whole(
     outcome: Outcome, message: str, fields: list[tuple[str, str]], pause_s: float | None
 ) -> None:
-    """Outcome, text, wrong fields and pause are those that the verb raised."""
-    raised = CallError(outcome, message, violations=[Violation(*one) for one in fields], retry_after_s=pause_s)
+    """Outcome, text, violations and retry time equal those of the verb's error."""
+    raised = CallError(outcome, message, violations=[Violation(*field) for field in fields], retry_after_s=pause_s)
 
     async def run() -> CallError:
         stream = Stream(raised)
@@ -76,13 +76,13 @@ def test_an_error_travels_whole(
             await task
         return caught.value
 
-    told = asyncio.run(run())
-    assert (told.outcome, told.message, told.violations) == (outcome, message, raised.violations)
-    assert told.retry_after_s == raised.retry_after_s
+    received = asyncio.run(run())
+    assert (received.outcome, received.message, received.violations) == (outcome, message, raised.violations)
+    assert received.retry_after_s == raised.retry_after_s
 
 
 async def test_what_else_fails_tells_no_inside() -> None:
-    """An unexpected exception is INTERNAL, without its text."""
+    """An unexpected exception becomes INTERNAL, without its text."""
     stream = Stream(RuntimeError("a secret path"))
     task = await asked(stream, BAD)
     await stream.reply(stream.sent[0])
@@ -93,7 +93,7 @@ async def test_what_else_fails_tells_no_inside() -> None:
 
 
 async def test_no_answer_is_told_as_what_it_is() -> None:
-    """Over time, or with the stream: it may have been done. An unknown verb is never sent."""
+    """A timeout or a lost stream says that the verb may have been done. An unknown verb is never sent."""
     stream = Stream()
     late = await asked(stream, GOOD, timeout_s=0.01)
     with pytest.raises(CallError, match="may still do it"):
@@ -110,7 +110,7 @@ async def test_no_answer_is_told_as_what_it_is() -> None:
 
 
 async def test_a_body_that_is_no_message_is_refused() -> None:
-    """`verb` reads messages of its kind and no others."""
+    """A `verb` refuses bytes that are not a message of its type."""
 
     async def act(request: pb.Cordon, actor: str) -> pb.Cordon:
         return request

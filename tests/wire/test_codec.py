@@ -1,4 +1,4 @@
-"""What goes onto the wire comes off it unchanged."""
+"""Values survive encoding and decoding."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ identities = st.builds(
 
 @given(identities)
 def test_an_introduction_round_trip(identity: WorkerIdentity) -> None:
-    """All that a worker says of itself survives the wire; one of an older release has no pod, host or gpu."""
+    """A worker's Hello survives the wire; an older release's has no pod, host or GPU."""
     hello = codec.hello_to_pb(identity, EngineInfo("sim", "sim", "1", 16, 10, 4, 64, 64, 100), 1)
     assert codec.hello_from_pb(pb.Hello.FromString(hello.SerializeToString()))[0] == identity
     for field in ("pod", "host", "gpu"):
@@ -129,19 +129,19 @@ def test_steps_keep_each_slots_order(
 
 @given(st.lists(ids))
 def test_ids_pack(values: list[int]) -> None:
-    """Packed ids come back."""
+    """Token ids survive packing."""
     assert codec.unpack_ids(codec.pack_ids(values)).tolist() == values
 
 
 def test_numbers_keep_their_precision() -> None:
-    """Sampling numbers travel as doubles, so that nothing is rounded on the way."""
+    """Sampling numbers are sent as doubles, without rounding."""
     sampling = Sampling(max_tokens=1, temperature=math.pi / 2, top_p=1 / 3)
     assert codec.sampling_from_pb(codec.sampling_to_pb(sampling)) == sampling
 
 
 def test_ended_counts_round_trip() -> None:
-    """What a worker tells of an ended request arrives whole; its duration to the millisecond."""
-    told = EndedUsage(
+    """An ended request's usage survives the wire; its duration is rounded to milliseconds."""
+    usage = EndedUsage(
         b"\0sealed\xff",
         prompt_tokens=7,
         cached_tokens=3,
@@ -156,4 +156,4 @@ def test_ended_counts_round_trip() -> None:
         idle_since_s=1_795_554_958.9606254,
         key=2**40,
     )
-    assert codec.usage_from_pb(pb.Usage.FromString(codec.usage_to_pb(told).SerializeToString())) == told
+    assert codec.usage_from_pb(pb.Usage.FromString(codec.usage_to_pb(usage).SerializeToString())) == usage

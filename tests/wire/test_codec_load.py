@@ -30,7 +30,7 @@ seconds = st.floats(0, 1e6)
     )
 )
 def test_every_field_travels(load: EngineLoad) -> None:
-    """What comes out of the frame is what went in, to a float's precision; an old worker's frame says no work."""
+    """A load survives the wire, to a float's precision; an older worker's message has no computed work."""
     back = load_from_pb(pb.Load.FromString(load_to_pb(load).SerializeToString()))
     for field in dataclasses.fields(EngineLoad):
         mine = getattr(load, field.name)

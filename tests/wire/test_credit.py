@@ -17,13 +17,13 @@ CAPACITY = Capacity(12, 4000)
 class _Gateway:
     def __init__(self) -> None:
         self.purse = CreditBalance()
-        self.inbox: list[tuple[int, int, int]] = []  # grants on their way
+        self.inbox: list[tuple[int, int, int]] = []  # grants in transit
         self.acks: list[int] = []
-        self.submits: list[int] = []  # submits on their way
+        self.submits: list[int] = []  # submits in transit
 
 
 class CreditMachine(RuleBasedStateMachine):
-    """One worker and some gateways with messages in flight; rooms shrink by work and grow by its end."""
+    """One worker and some gateways with messages in transit; free capacity changes as requests start and end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class CreditMachine(RuleBasedStateMachine):
         self.gateways: dict[int, _Gateway] = {}
         self.running: list[int] = []
         self.count = 0
-        self.begins = CAPACITY.sequences  # as many as may begin in a step
+        self.begins = CAPACITY.sequences  # the number of sequences that may start in a step
 
     def room(self) -> Capacity:
         return Capacity(CAPACITY.sequences - len(self.running), CAPACITY.tokens - sum(self.running))
@@ -121,7 +121,7 @@ TestCredit = CreditMachine.TestCase
 
 
 def test_all_room_goes_to_the_only_link() -> None:
-    """With one gateway nothing is held back."""
+    """A single gateway gets all the capacity."""
     granter = CreditGranter()
     granter.attach(1)
     (grant,) = granter.grants(Capacity(10, 1000))
@@ -129,7 +129,7 @@ def test_all_room_goes_to_the_only_link() -> None:
 
 
 def test_room_follows_the_backlog_once_it_is_given_back() -> None:
-    """Unused room moves to the gateway with calls waiting, after the other has acknowledged its lower limit."""
+    """Unused capacity moves to the gateway with a backlog, once the other has acknowledged its lower limit."""
     granter = CreditGranter()
     granter.attach(1)
     granter.grants(Capacity(10, 1000))
@@ -137,27 +137,27 @@ def test_room_follows_the_backlog_once_it_is_given_back() -> None:
     granter.backlog(2, 5)
     grants = {g.link: g for g in granter.grants(Capacity(10, 1000))}
     assert grants[1].sequences == 0
-    assert 2 not in grants, "nothing to give before the first gateway has acknowledged"
+    assert 2 not in grants, "no capacity is free before the first gateway has acknowledged"
     granter.acked(1, grants[1].grant_id)
     (grant,) = granter.grants(Capacity(10, 1000))
     assert (grant.link, grant.sequences, grant.tokens) == (2, 10, 1000)
 
 
 def test_calls_whose_blocks_are_here_get_any_place() -> None:
-    """Beyond what a step can begin, each of their gateways as many as wait there, as far as there are places."""
+    """Calls whose KV blocks are here get slots beyond those that may start in a step, as long as there are places."""
     granter = CreditGranter()
     for link, waiting, kept in ((1, 5, 0), (2, 7, 6), (3, 9, 9)):
         granter.attach(link)
         granter.backlog(link, waiting, kept)
     grants = {g.link: g.sequences for g in granter.grants(Capacity(6, 10_000), places=40)}
-    assert grants == {1: 5, 2: 1 + 6, 3: 9}, "those that begin share the six as if the others were not"
+    assert grants == {1: 5, 2: 1 + 6, 3: 9}, "other calls share the six as if those were not there"
     granter.backlog(3, 0)
     grants = {g.link: g.sequences for g in granter.grants(Capacity(6, 10_000), places=9)}
-    assert grants == {1: 3, 2: 3 + 3, 3: 0}, "three places beyond the six; for the rest of them it claims as any other"
+    assert grants == {1: 3, 2: 3 + 3, 3: 0}, "three places beyond the six; the rest of them compete like other calls"
 
 
 def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_places() -> None:
-    """A full worker's next place is theirs rather than an idle gateway's, and not only those that begin get any."""
+    """Without further places, calls whose KV blocks are here still get a share in proportion to the backlog."""
     for waiting, room, expected in ((0, 1, {2: 1}), (5, 4, {1: 2, 2: 2})):
         granter = CreditGranter()
         granter.attach(1)
@@ -168,7 +168,7 @@ def test_calls_whose_blocks_are_here_claim_like_others_where_there_are_no_more_p
 
 
 def test_each_that_has_come_back_waits_no_more() -> None:
-    """Between a gateway's words of who waits the worker counts for itself."""
+    """The worker lowers a gateway's backlog itself for each resumed call that arrives."""
     granter = CreditGranter()
     granter.attach(1)
     granter.backlog(1, 5, 5)
@@ -179,7 +179,7 @@ def test_each_that_has_come_back_waits_no_more() -> None:
 
 
 def test_a_limit_holds_until_a_later_one_is_acknowledged() -> None:
-    """The word that a grant is applied, which crosses a lower one, frees nothing: that grant is in force still."""
+    """An acknowledgement that crosses a lower limit frees nothing: the gateway may still use the older limit."""
     granter = CreditGranter()
     granter.attach(1)
     (first,) = granter.grants(Capacity(10, 1000))

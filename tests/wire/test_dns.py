@@ -1,4 +1,4 @@
-"""Gateways behind a name of the DNS: asked of a real server on loopback, and dialled as long as they are named."""
+"""Gateways behind a DNS name: resolved from a real server on loopback, and dialled while they are listed."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ DOMAIN = "ns.svc.cluster.test"
 
 
 class Zone(asyncio.DatagramProtocol):
-    """A name server: `records` are the SRV answers of NAME within DOMAIN; None says nothing at all."""
+    """A name server: `records` are the SRV answers for NAME in DOMAIN; None means no answer."""
 
     def __init__(self) -> None:
         self.records: list[str] | None = []
         self._transport: asyncio.DatagramTransport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Bound."""
+        """Keep the transport."""
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        """One question."""
+        """Answer one query."""
         if self.records is None:
             return
         question = dns.message.from_wire(data)
         answer = dns.message.make_response(question)
         asked = question.question[0].name.to_text(omit_final_dot=True)
         if asked == f"{NAME}.{DOMAIN}" and self.records:
-            records = (f"0 50 {one.rsplit(':', 1)[1]} {one.rsplit(':', 1)[0]}." for one in self.records)
+            records = (f"0 50 {record.rsplit(':', 1)[1]} {record.rsplit(':', 1)[0]}." for record in self.records)
             answer.answer.append(dns.rrset.from_text(f"{asked}.", 5, "IN", "SRV", *records))
         else:
             answer.set_rcode(dns.rcode.NXDOMAIN)
@@ -52,7 +52,7 @@ class Zone(asyncio.DatagramProtocol):
 
 @contextlib.asynccontextmanager
 async def name_server() -> AsyncIterator[tuple[Zone, dns.asyncresolver.Resolver]]:
-    """A server, and a resolver as a pod has it: a search domain, and names of few dots are looked for there first."""
+    """A server, and a resolver like a pod's: with a search domain that is tried first for names with few dots."""
     transport, zone = await asyncio.get_running_loop().create_datagram_endpoint(Zone, local_addr=("127.0.0.1", 0))
     resolver = dns.asyncresolver.Resolver(configure=False)
     resolver.nameservers, resolver.port = ["127.0.0.1"], transport.get_extra_info("sockname")[1]
@@ -64,7 +64,7 @@ async def name_server() -> AsyncIterator[tuple[Zone, dns.asyncresolver.Resolver]
 
 
 async def test_a_name_becomes_addresses() -> None:
-    """Ports come with the names, in one order whatever the server's; nobody behind a name is an answer."""
+    """A name resolves to sorted addresses with ports; an unknown name resolves to none."""
     async with name_server() as (zone, resolver):
         zone.records = [f"g1.{DOMAIN}:50052", f"g0.{DOMAIN}:50053"]
         assert await lookup.resolve(NAME, resolver) == (f"g0.{DOMAIN}:50053", f"g1.{DOMAIN}:50052")
@@ -73,7 +73,7 @@ async def test_a_name_becomes_addresses() -> None:
 
 
 async def test_silence_is_no_answer() -> None:
-    """A server that says nothing is told apart from one that knows nobody."""
+    """A silent server raises NoAnswer, unlike a server without records."""
     async with name_server() as (zone, resolver):
         zone.records = None
         began = time.monotonic()
@@ -83,9 +83,9 @@ async def test_silence_is_no_answer() -> None:
 
 
 async def test_answers_are_told_when_they_change_and_stand_while_there_is_none() -> None:
-    """The last answer stands through failures; the same answer is told once."""
+    """The last answer stays valid through failures, and equal answers are reported once."""
     answers: list[tuple[str, ...] | None] = [("a:1",), ("a:1",), None, ("a:1",), (), ("b:2",)]
-    told: list[tuple[str, ...]] = []
+    reported: list[tuple[str, ...]] = []
     done = asyncio.Event()
 
     async def ask(name: str) -> tuple[str, ...]:
@@ -99,15 +99,15 @@ async def test_answers_are_told_when_they_change_and_stand_while_there_is_none()
         return answer
 
     asking = asyncio.create_task(
-        lookup.keep_asking(f"srv://{NAME}", lambda now: told.append(tuple(now)), ask, again_s=0)
+        lookup.keep_resolving(f"srv://{NAME}", lambda now: reported.append(tuple(now)), ask, interval_s=0)
     )
     await done.wait()
     asking.cancel()
-    assert told == [("a:1",), (), ("b:2",)]
+    assert reported == [("a:1",), (), ("b:2",)]
 
 
 async def test_who_is_named_is_dialled_and_who_is_named_no_more_is_kept_until_its_link_ends() -> None:
-    """A new answer dials the new ones at once; a link that is up is not cut by an answer."""
+    """A changed answer dials new gateways at once, and leaves running links up."""
     answers: asyncio.Queue[tuple[str, ...]] = asyncio.Queue()
     up: dict[str, asyncio.Event] = {}
     changed = asyncio.Condition()
@@ -128,19 +128,19 @@ async def test_who_is_named_is_dialled_and_who_is_named_no_more_is_kept_until_it
     async def ask(name: str) -> tuple[str, ...]:
         return await answers.get()
 
-    gateways = GatewayAddresses(["fixed:1", f"srv://{NAME}"], ask=ask)
+    gateways = GatewayAddresses(["fixed:1", f"srv://{NAME}"], resolve=ask)
     dialling = asyncio.create_task(gateways.dial(session, Timing(redial_min_s=0.001, redial_max_s=0.01)))
     await until_up("fixed:1")
-    gateways.looked_up(f"srv://{NAME}", ["a:1", "b:1"])
+    gateways.set_lookup(f"srv://{NAME}", ["a:1", "b:1"])
     assert gateways.addresses == ("fixed:1", "a:1", "b:1")
     await until_up("fixed:1", "a:1", "b:1")
-    gateways.looked_up(f"srv://{NAME}", ["b:1", "c:1"])
+    gateways.set_lookup(f"srv://{NAME}", ["b:1", "c:1"])
     await until_up("fixed:1", "a:1", "b:1", "c:1")
     up["a:1"].set()
     up["b:1"].set()
-    async with changed:  # b is dialled anew, a is not
+    async with changed:  # b is dialled again, a is not
         await changed.wait_for(lambda: "b:1" in up and not up["b:1"].is_set())
-    assert sorted(up) == ["b:1", "c:1", "fixed:1"], "a was named no more"
+    assert sorted(up) == ["b:1", "c:1", "fixed:1"], "a is not listed any more"
     dialling.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await dialling

@@ -1,4 +1,4 @@
-"""The worker's memory of ended requests, held to its laws over any order of events."""
+"""A worker's kept usage of ended requests, as properties over any order of events."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EVENTS = st.one_of(
 
 
 def ended(generated: int = 0) -> EndedUsage:
-    """Some request's counts, all written."""
+    """Usage of a request whose tokens were all sent."""
     return EndedUsage(b"sealed", generated_tokens=generated, written_tokens=generated)
 
 
 @given(st.lists(EVENTS, max_size=120))
 def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[str, int]]) -> None:
-    """Whatever happens, each record is offered on some link that is up until it is acknowledged, and never after."""
+    """Each record is offered on some attached link until it is acknowledged, and never after."""
     keeper = UsageKeeper(max_records=1000, patience_s=30)
     links: list[int] = []
     waiting: set[int] = set()
@@ -43,9 +43,9 @@ def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[
             keeper.detach(gone, {})
             del sent[gone]
         elif name == "keep":
-            waiting.add(keeper.keep(ended(), home=value))
+            waiting.add(keeper.keep(ended(), origin=value))
         elif name == "take" and value < len(links):
-            taken = {one.key for one in keeper.take(links[value], now, most=3)}
+            taken = {usage.key for usage in keeper.take(links[value], now, most=3)}
             assert taken <= waiting
             assert not taken & acked
             sent[links[value]] |= taken
@@ -63,59 +63,59 @@ def test_nothing_is_lost_and_nothing_acknowledged_comes_back(events: list[tuple[
     for link in links:
         keeper.detach(link, {})
     offered: set[int] = set()
-    while some := keeper.take(number, now):
-        offered |= {one.key for one in some}
+    while usages := keeper.take(number, now):
+        offered |= {usage.key for usage in usages}
     assert offered == waiting
 
 
 def test_the_gateway_that_sent_it_hears_it_first() -> None:
-    """Counts go to the request's own link while that is up; then once to another, from whom they do not come back."""
+    """A record goes to its request's own link while that is attached; then to another, and it does not move back."""
     keeper = UsageKeeper()
     keeper.attach(1)
     keeper.attach(2)
-    keys = [keeper.keep(ended(), home=2) for _ in range(4)]
+    keys = [keeper.keep(ended(), origin=2) for _ in range(4)]
     assert not keeper.due(1)
-    assert [one.key for one in keeper.take(2, 0.0)] == keys
+    assert [usage.key for usage in keeper.take(2, 0.0)] == keys
     assert keeper.take(2, 1.0) == []
     keeper.acked(keys[:1])
     keeper.detach(2, {})
-    assert [one.key for one in keeper.take(1, 2.0)] == keys[1:]
+    assert [usage.key for usage in keeper.take(1, 2.0)] == keys[1:]
     keeper.attach(3)
     assert keeper.take(3, 3.0) == []
 
 
 def test_who_never_acknowledges_is_passed_over() -> None:
-    """Counts that were sent and not acknowledged within the patience go to another link."""
+    """A record that is not acknowledged in time goes to another link."""
     keeper = UsageKeeper(patience_s=60)
     keeper.attach(1)
-    key = keeper.keep(ended(), home=1)
-    assert [one.key for one in keeper.take(1, 0.0)] == [key]
-    assert keeper.hurry(100.0) == [], "there is nobody else"
+    key = keeper.keep(ended(), origin=1)
+    assert [usage.key for usage in keeper.take(1, 0.0)] == [key]
+    assert keeper.hurry(100.0) == [], "there is no other link"
     keeper.attach(2)
     assert keeper.hurry(59.0) == []
     assert keeper.hurry(61.0) == [2]
-    assert [one.key for one in keeper.take(2, 61.0)] == [key]
+    assert [usage.key for usage in keeper.take(2, 61.0)] == [key]
     keeper.acked([key])
     assert keeper.statistics().kept == 0
 
 
 def test_tokens_that_never_left_were_not_delivered() -> None:
-    """When a link ends, what still waited in its outbox is taken off the tokens written, of its own requests alone."""
+    """When a link ends, the unsent tokens in its outbox are subtracted from its own requests' written tokens."""
     keeper = UsageKeeper()
     keeper.attach(1)
-    keeper.keep(ended(10), home=1, slot=7)
-    keeper.keep(ended(10), home=1, slot=8)
-    keeper.keep(ended(10), home=2, slot=7)
+    keeper.keep(ended(10), origin=1, slot=7)
+    keeper.keep(ended(10), origin=1, slot=8)
+    keeper.keep(ended(10), origin=2, slot=7)
     keeper.detach(1, {7: 4, 8: 99})
     keeper.attach(3)
-    assert [one.written_tokens for one in keeper.take(3, 0.0)] == [6, 0, 10]
+    assert [usage.written_tokens for usage in keeper.take(3, 0.0)] == [6, 0, 10]
 
 
 def test_full_it_drops_the_oldest_and_counts() -> None:
-    """Beyond its bound the oldest go, and it says how many."""
+    """Beyond its limit the oldest records are dropped and counted."""
     keeper = UsageKeeper(max_records=3)
-    keys = [keeper.keep(ended(), home=0) for _ in range(5)]
+    keys = [keeper.keep(ended(), origin=0) for _ in range(5)]
     keeper.attach(1)
-    assert [one.key for one in keeper.take(1, 0.0)] == keys[2:]
+    assert [usage.key for usage in keeper.take(1, 0.0)] == keys[2:]
     statistics = keeper.statistics()
     assert (statistics.kept, statistics.dropped) == (3, 2)

@@ -1,4 +1,4 @@
-"""Links live and die: order of starts, restarts, epochs, silence, several gateways, TLS."""
+"""Lifetime of links: order of starts, restarts, epochs, silence, several gateways, TLS."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.slow
 async def test_worker_survives_a_gateways_restart(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """The same worker serves a gateway, its successor on the same port, and could start before either."""
+    """A worker may start before its gateway, and reconnects to a restarted gateway on the same port."""
     engine = sim_engine(checkpoint, decode_ms=1)
     info = await engine.start()
     async with running_cluster(tmp_path / "probe") as probe:
@@ -42,7 +42,7 @@ async def test_worker_survives_a_gateways_restart(tmp_path: Path, checkpoint: Pa
         bundle=bundle,
         gateways=[address],
     )
-    task = asyncio.create_task(end.run())  # nobody listens yet
+    task = asyncio.create_task(end.run())  # the gateway is not listening yet
     for generation in range(2):
         async with running_cluster(tmp_path / str(generation), config) as cluster:
             await until(lambda c=cluster: c.linked("w"), "the worker has dialed in")  # type: ignore[misc]
@@ -56,7 +56,7 @@ async def test_worker_survives_a_gateways_restart(tmp_path: Path, checkpoint: Pa
 
 
 async def test_two_gateways_share_one_worker(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Each gateway gets room; together they never send more than the worker has; one stopping frees its share."""
+    """Two gateways together never send more than a worker's capacity; a stopped gateway's share becomes free."""
     engine = sim_engine(checkpoint, decode_ms=2, max_num_seqs=6)
     info = await engine.start()
     async with running_cluster(tmp_path / "a") as a, running_cluster(tmp_path / "b") as b:
@@ -68,7 +68,7 @@ async def test_two_gateways_share_one_worker(tmp_path: Path, checkpoint: Path, b
             gateways=[a.gateway.endpoints["link"], b.gateway.endpoints["link"]],
         )
         task = asyncio.create_task(end.run())
-        await until(lambda: a.linked("w") and b.linked("w"), "both gateways have room")
+        await until(lambda: a.linked("w") and b.linked("w"), "both gateways have capacity")
         calls = [
             asyncio.ensure_future(c.stub.Chat(chat(f"{i}", max_tokens=20, ignore_eos=True)))
             for i in range(20)
@@ -85,7 +85,7 @@ async def test_two_gateways_share_one_worker(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_dialing_anew_ends_the_older_epoch(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker whose connection was lost unnoticed takes its own place; calls of the older epoch are told."""
+    """A reconnecting worker replaces its own older link, which is closed."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         stub = pb_grpc.LinkStub(channel)
         hello = pb.Hello(protocol_min=1, protocol_max=1, worker_id="w", incarnation="i", model="sim", epoch=1)
@@ -117,7 +117,7 @@ async def test_dialing_anew_ends_the_older_epoch(cluster: TestCluster, checkpoin
     ids=["no-hello", "other-protocol", "bad-defaults"],
 )
 async def test_strangers_are_turned_away(cluster: TestCluster, frame: pb.WorkerTurn, code: grpc.StatusCode) -> None:
-    """Who does not say hello, or speaks another protocol, is refused with the reason and leaves no link."""
+    """A peer without a valid Hello, or with another protocol version, is refused with the reason and leaves no link."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         call = pb_grpc.LinkStub(channel).Turn()
         await call.write(frame)
@@ -127,7 +127,7 @@ async def test_strangers_are_turned_away(cluster: TestCluster, frame: pb.WorkerT
 
 @pytest.mark.slow
 async def test_silent_worker_is_noticed(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker that says hello and then nothing is dropped after silence_s, and its calls are told."""
+    """A worker that sends a Hello and then nothing is dropped after silence_s, and its calls get an error."""
     timing = Timing(beat_s=0.02, silence_s=0.3)
     async with running_cluster(tmp_path, timing=timing) as cluster:
         async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
@@ -138,26 +138,24 @@ async def test_silent_worker_is_noticed(tmp_path: Path, checkpoint: Path, bundle
             await until(lambda: not cluster.gateway.hub.links, "the silent link is closed", 3)
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=400), bundle, timing=timing)
         answer = await cluster.stub.Chat(chat(max_tokens=3, ignore_eos=True))
-        assert answer.usage.completion_tokens == 3, "slow steps are no silence: beats come from their own thread"
+        assert answer.usage.completion_tokens == 3, "slow steps do not stop the beats, which have their own thread"
 
 
 async def test_links_that_end_leave_no_connection(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A worker that is taken for lost again and again piles up no connections, even if nobody collects garbage."""
+    """Repeated reconnects leave no open connections, even without garbage collection."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     port = int(cluster.gateway.endpoints["link"].rsplit(":", 1)[1])
 
     def connections() -> int:
-        found = psutil.Process().net_connections("tcp4")
-        return sum(
-            one.status == psutil.CONN_ESTABLISHED and bool(one.laddr) and one.laddr.port == port for one in found
-        )
+        sockets = psutil.Process().net_connections("tcp4")
+        return sum(s.status == psutil.CONN_ESTABLISHED and bool(s.laddr) and s.laddr.port == port for s in sockets)
 
     gc.disable()
     try:
         for _ in range(4):
             (link,) = cluster.gateway.hub.links
             link.close("it seems lost", "silent")
-            await until(lambda old=link: any(one is not old for one in cluster.gateway.hub.links), "it dials anew")  # type: ignore[misc]
+            await until(lambda old=link: any(new is not old for new in cluster.gateway.hub.links), "it dials anew")  # type: ignore[misc]
         await until(lambda: connections() <= 3, "only the last session's three connections are left")
     finally:
         gc.enable()
@@ -166,7 +164,7 @@ async def test_links_that_end_leave_no_connection(cluster: TestCluster, checkpoi
 async def test_a_worker_that_is_stopped_as_it_is_welcomed_stops(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """Whatever has just come in when it is told to: no answer in that moment keeps it."""
+    """A worker that is stopped while it receives its Welcome stops."""
     engine = sim_engine(checkpoint)
     info = await engine.start()
     for passes in range(40):
@@ -183,7 +181,7 @@ async def test_a_worker_that_is_stopped_as_it_is_welcomed_stops(
 async def test_a_bundle_is_asked_of_another_when_its_holder_goes(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A worker that is lost before it has sent its tokenizer costs calls no wait until the fetch's time is up."""
+    """If a worker is lost before it sends its bundle, another is asked at once, before the fetch times out."""
     async with grpc.aio.insecure_channel(cluster.gateway.endpoints["link"]) as channel:
         call = pb_grpc.LinkStub(channel).Turn()
         await call.write(
@@ -205,7 +203,7 @@ async def test_a_bundle_is_asked_of_another_when_its_holder_goes(
 
 
 async def test_dead_engine_ends_the_workers_run(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """When the engine dies the worker closes its links and says so, so that its process can end."""
+    """When the engine dies the worker closes its links with the reason, and its run ends."""
     engine = sim_engine(checkpoint, decode_ms=1)
     worker = await cluster.add_worker(engine, bundle)
     run = asyncio.create_task(worker.end.run())
@@ -217,7 +215,7 @@ async def test_dead_engine_ends_the_workers_run(cluster: TestCluster, checkpoint
 
 
 async def test_drain_ends_streams_and_takes_no_more(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A draining worker finishes what it has; new calls go to others."""
+    """A draining worker finishes its requests; new calls go to other workers."""
     draining = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     running = asyncio.ensure_future(cluster.stub.Chat(chat(max_tokens=60, ignore_eos=True)))
     await until(lambda: draining.end.statistics().running == 1, "the call runs")
@@ -236,8 +234,9 @@ async def test_drain_ends_streams_and_takes_no_more(cluster: TestCluster, checkp
 async def test_controller_tells_catalog_and_hears_the_fleet(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, tmp_path: Path
 ) -> None:
-    """The catalog reaches the gateway, a bundle comes from the controller while no worker is there, demand goes back;
-    a gateway started later without a controller still knows the last catalog."""
+    """The catalog reaches the gateway, a bundle can come from the controller, and demand is reported back.
+
+    A gateway that starts later without a controller still knows the last catalog."""
     end = ControllerLinks(
         controller_id="c",
         gateways=[cluster.gateway.endpoints["link"]],
@@ -271,7 +270,7 @@ async def _hello(call: Any) -> None:
 
 
 async def test_mutual_tls(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With link_tls a worker with a certificate of the cluster's authority is served; others never get a welcome."""
+    """With link_tls only a worker with a certificate of the cluster's CA gets a Welcome."""
     ours, theirs = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     server = ours.issue("gateway")
     config = LOOPBACK.replace(
