@@ -42,6 +42,7 @@ from cluster.gateway.quotas.local_limits import LocalLimits
 from cluster.gateway.quotas.reservations import QuotaReservations
 from cluster.gateway.scheduling.scheduler import Scheduler
 from cluster.gateway.scheduling.service_charges import ServiceCharges
+from cluster.gateway.scheduling.worker_events import WorkerEvents
 from cluster.gateway.service import CallService
 from cluster.observe.metrics import Metrics, Sample
 from cluster.policy.fairness.waiting_room import WaitingRoom
@@ -103,24 +104,28 @@ class Gateway:
             weight_of=turns.weight_of,
             tenant_max_requests=queue.tenant_max_requests,
             tenant_max_tokens=queue.tenant_max_tokens,
-            longer_s=lambda model: self.directory.starts_in_s(model),
+            longer_s=self._starts_in_s,
         )
         resume = config.gateway.resume
-        self.dispatcher = Scheduler(
-            room, turns, self.metrics, lambda: self.directory, resume_wait_s=resume.max_wait_s,
+        self.scheduler = Scheduler(
+            self,
+            room,
+            turns,
+            self.metrics,
+            resume_wait_s=resume.max_wait_s,
             max_silent_losses=resume.max_silent_losses,
-        )  # fmt: skip
+        )
+        self.worker_events = WorkerEvents(self.scheduler, self.metrics)
         siblings = config.gateway.siblings(process)
         self.hub = Hub(
             f"{pod_name() or config.name}-{uuid.uuid4().hex[:6]}",
-            self.dispatcher,
+            self.worker_events,
             timing,
             siblings,
             config.gateway.link_tls is not None,
         )
-        self.dispatcher.on_held = self.hub.tell_now
-        self.hub.tallies = self.dispatcher.trials.tallies
-        self.directory = ModelDirectory(folder, self.hub.fetch_bundle)
+        self.hub.tallies = self.scheduler.canaries.tallies
+        self.directory: ModelDirectory = ModelDirectory(folder, self.hub.fetch_bundle)
         door = self.tenants if self.tenants is not None else NoAuthentication()
         self._shared_limits = _shared_limits(config, self.hub.gateway_id)
         self._limits = self._shared_limits or LocalLimits(Limiter())
@@ -128,14 +133,14 @@ class Gateway:
             self._limits,
             turns.learnt,
             self.metrics,
-            self.dispatcher.cut,
+            self.scheduler.cut,
             max_tenants=config.observe.max_tenant_series,
         )
         self.request_bytes = RequestBytes(ByteBounds.for_messages(config.gateway.max_message_bytes), time.monotonic)
         self.guards = _guards(config, self.metrics, self.tenants)
         self.service = CallService(
             self.directory,
-            self.dispatcher,
+            self.scheduler,
             self.allowances,
             self.metrics,
             door=door,
@@ -143,7 +148,7 @@ class Gateway:
             max_attempts=resume.max_attempts,
             max_silent_losses=resume.max_silent_losses,
         )
-        self.service.resumes = self._resumes()
+        self._resume_service = self.service.resumes = self._resumes()
         self.connections = http2.ConnectionTable.for_descriptors(raise_descriptor_limit())
         self._notices = http2.LimitedLog()
         face = OpenAiApi(self.service, RequestBodies(config.gateway.max_message_bytes, self.request_bytes))
@@ -187,9 +192,26 @@ class Gateway:
             takers = StoreFirstClaims(shared.first, takers)
         secrets = _own_secrets if tenants is None else lambda: tenants.secrets
         resumes = ResumeService(secrets, takers, self.config.gateway.resume.token_expires_s, self.hub.incarnation)
-        resumes.on_taken_over = self.dispatcher.take_over
-        self.dispatcher.taken_over = resumes.taken_over
+        resumes.on_taken_over = self.scheduler.take_over
         return resumes
+
+    # ---- scheduling.scheduler.SchedulerHost
+
+    def model_unserved(self) -> None:
+        """Report the demand now: a call waits for a model that no worker serves."""
+        self.hub.tell_now()
+
+    def state_changed(self) -> None:
+        """Bring the health service up to date."""
+        if self._tasks:
+            self._tell_health()
+
+    def claimed_calls(self, model: str) -> Sequence[tuple[str, int]]:
+        """Calls of a model that were resumed here, with their generations."""
+        return self._resume_service.taken_over(model)
+
+    def _starts_in_s(self, model: str) -> float:
+        return self.directory.starts_in_s(model)
 
     async def start(self, link: socket.socket | None = None) -> None:
         """Bind every listener. `link`: from bind_link, where workers wait already. Raises RuntimeError when an address
@@ -214,12 +236,11 @@ class Gateway:
             await self._bind("admin", listen.admin, self._serve_admin)
         await self._bind("metrics", listen.metrics, self._serve_metrics)
         self.metrics.on_scrape(self._gauges)
-        self.dispatcher.on_state = self._tell_health
         self._tasks = [
             asyncio.create_task(self.hub.watch()),
             asyncio.create_task(self.service.nudge(gateway.keepalive_s)),
             asyncio.create_task(self.allowances.watch()),
-            asyncio.create_task(self.dispatcher.backlogs.watch()),
+            asyncio.create_task(self.scheduler.backlogs.watch()),
             asyncio.create_task(self._measure_lag()),
             asyncio.create_task(self._end_slow_bodies()),
             asyncio.create_task(import_later(lambda: not self.service.busy)),
@@ -250,7 +271,7 @@ class Gateway:
             gateway=self.hub.gateway_id,
         )
         accounting.start()
-        self.accounting = self.dispatcher.accounting = accounting
+        self.accounting = accounting
         self.hub.on_usage = accounting.usage
 
     async def _bind(self, name: str, address: str, serve: Callable[[str, int], Awaitable[int]]) -> None:
@@ -279,7 +300,7 @@ class Gateway:
         )
         services: dict[str, object] = {
             "Fleet": FleetAdmin(self.hub, self.service, self._admin_door, self._siblings),
-            "Catalog": CatalogAdmin(self.hub, self.directory, self.dispatcher),
+            "Catalog": CatalogAdmin(self.hub, self.directory, self.scheduler),
             **self._ledger_services(),
         }
         relayed = ForwardedVerbs(self.hub, self._admin_door)
@@ -441,11 +462,11 @@ class Gateway:
         yield "limits_degraded", (), float(self._limits.degraded)
         for tenant, limit, ratio in self.allowances.utilization():
             yield "limit_utilization_ratio", (tenant, limit), ratio
-        spreads = self.dispatcher.turns.spreads
+        spreads = self.scheduler.charges.spreads
         running = self.service.statistics()
         for model in self.directory.models:
             yield "fairness_gap_ratio", (model.name,), spreads.get(model.name, 0.0) / _turn_tokens(model)
-            waiting, tokens = self.dispatcher.waiting(model.name)
+            waiting, tokens = self.scheduler.queues.waiting(model.name)
             yield "requests_in_flight", (model.name,), running.get(model.name, 0)
             yield "queue_requests", (model.name,), waiting
             yield "queue_tokens", (model.name,), tokens

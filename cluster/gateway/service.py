@@ -105,7 +105,7 @@ class CallService:
     def __init__(
         self,
         directory: ModelDirectory,
-        dispatcher: Scheduler,
+        scheduler: Scheduler,
         allowances: QuotaReservations,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
@@ -124,7 +124,7 @@ class CallService:
         self.door.on_change.add(self._end_fallen)
         self.directory = directory
         self.bodies = Bodies()
-        self.dispatcher = dispatcher
+        self.scheduler = scheduler
         self.metrics = metrics
         self.clock = clock
         self.wall_s: Callable[[], float] = time.time
@@ -188,12 +188,12 @@ class CallService:
 
     def progress(self, call: Call) -> Progress:
         """Where a silent call is."""
-        position = self.dispatcher.position(call)
+        position = self.scheduler.queues.position(call)
         model = self.directory.find(call.model)
         if model is not None and not model.links:
             fraction, eta_s = model.start(self.wall_s())
             return Progress(model.state.lower(), position, fraction, eta_s)
-        if self.dispatcher.returning(call):
+        if self.scheduler.queues.is_resuming(call):
             return Progress("resuming", position)
         return Progress("queued" if position else "running" if call.first_token_at is not None else "prefill", position)
 
@@ -286,11 +286,11 @@ class CallService:
             raise call.error
         if opening.chain is not None:
             await self._resuming().take_over(call, opening.chain)
-        if (accounting := self.dispatcher.accounting) is not None:
+        if (accounting := self.scheduler.host.accounting) is not None:
             cleanup.add(lambda outcome: accounting.ended(call, outcome))
-        cleanup.add(lambda outcome: self.dispatcher.trials.ended(call, outcome))
-        cleanup.add(lambda outcome: self.dispatcher.leave(call))
-        self.dispatcher.enter(call, opening.model)
+        cleanup.add(lambda outcome: self.scheduler.canaries.ended(call, outcome))
+        cleanup.add(lambda outcome: self.scheduler.leave(call))
+        self.scheduler.enter(call, opening.model)
         return call
 
     async def _read_resume_tokens(self, opening: Opening) -> None:
@@ -363,7 +363,7 @@ class CallService:
             policy.max_output_tokens,
             text.eos_token_ids,
         )
-        rank = self.dispatcher.turns.rank_of(policy.priority_class)
+        rank = self.scheduler.charges.rank_of(policy.priority_class)
         call = Call(
             id=f"{'chatcmpl' if requests.is_chat(wish.prompt) else 'cmpl'}-{random_id()}",
             model=model.name,
@@ -372,7 +372,7 @@ class CallService:
             arrived=opening.arrived,
             deadline=meta.deadline,
             clock=self.clock,
-            events=self.dispatcher,
+            events=self.scheduler,
             itl=self.metrics.histogram("inter_token_latency_seconds", model.name),
             request_id=meta.request_id,
             counted=meta.counted,
@@ -405,7 +405,7 @@ class CallService:
 
     def _stands_in(self, call: Call, asked: KnownModel) -> None:
         """The call is another model's, which has no worker: that is demand for it, and told in the ledger."""
-        self.dispatcher.missed(call, asked)
+        self.scheduler.count_missed(call, asked)
         call.label(FALLBACK_LABEL, asked.name)
         self.metrics.count("route_decisions_total", asked.name, "fallback")
 
@@ -447,7 +447,7 @@ class CallService:
         if not served and not late and outcome not in SHORT_OF_ROOM:
             return
         within = served and within_slo(ttft_s, call.mean_gap_s, entry.slo_ttft_s, entry.slo_itl_s)
-        self.dispatcher.tally.judged(call.model, call.policy.priority_class, call.rank, within)
+        self.scheduler.queues.tally.judged(call.model, call.policy.priority_class, call.rank, within)
 
     def _end_fallen(self) -> None:
         """Calls of tenants that may no longer call end now, wherever they are."""
@@ -477,7 +477,7 @@ class CallService:
         while True:
             await ticks.rest(min(keepalive_s / 4, 0.25))
             try:
-                self.dispatcher.expire()
+                self.scheduler.expire()
             except Exception:  # the next look, and all other calls, are to have their turn
                 log.exception("expiry_failed")
             now = self.clock()
@@ -488,7 +488,7 @@ class CallService:
                     call.fail_unexpectedly(error)
 
     def _nudge(self, call: Call, now: float, keepalive_s: float) -> None:
-        self.dispatcher.grew(call)
+        self.scheduler.follow(call)
         silent_s = now - call.heard_at
         if silent_s >= keepalive_s or (silent_s >= HELD_S and self._held(call)):
             call.fall_silent(now)

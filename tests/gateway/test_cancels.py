@@ -100,7 +100,7 @@ async def test_deadlines_reach_the_engine(cluster: TestCluster, checkpoint: Path
     others = []
     if queued:
         others = [cluster.stub.StreamChat(chat(max_tokens=2000, ignore_eos=True)) for _ in range(4)]
-        await until(lambda: cluster.gateway.dispatcher.waiting("sim")[0] >= 1, "a call waits")
+        await until(lambda: cluster.gateway.scheduler.queues.waiting("sim")[0] >= 1, "a call waits")
     answer = await refused(cluster.stub.StreamChat(chat(max_tokens=2000, ignore_eos=True), timeout=0.3))
     assert answer.code is grpc.StatusCode.DEADLINE_EXCEEDED
     for other in others:

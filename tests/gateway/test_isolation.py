@@ -150,8 +150,8 @@ class Rig:
 
     def call(self, poison: Poison, ids: Sequence[int] = (11, 12, 13)) -> Call:
         """A call as CallService makes it, with the poison in it."""
-        dispatcher = self.cluster.gateway.dispatcher
-        events = SimpleNamespace(**{**{name: getattr(dispatcher, name) for name in EVENTS}, **poison.call})
+        scheduler = self.cluster.gateway.scheduler
+        events = SimpleNamespace(**{**{name: getattr(scheduler, name) for name in EVENTS}, **poison.call})
         call = Call(
             id=f"poison-{id(poison)}-{id(object())}",
             model="sim",
@@ -175,31 +175,31 @@ class Rig:
     @asynccontextmanager
     async def entered(self, calls: Sequence[Call]) -> AsyncIterator[None]:
         """These calls are queued; at the end each is left, as its API does."""
-        dispatcher = self.cluster.gateway.dispatcher
+        scheduler = self.cluster.gateway.scheduler
         model = self.cluster.gateway.directory.find("sim")
         assert model is not None
         try:
             for call in calls:
-                dispatcher.enter(call, model)
+                scheduler.enter(call, model)
             yield
         finally:
             for call in calls:
-                dispatcher.leave(call)
-                if dispatcher.accounting is not None:
-                    dispatcher.accounting.ended(call, Outcome.INTERNAL)
+                scheduler.leave(call)
+                if scheduler.host.accounting is not None:
+                    scheduler.host.accounting.ended(call, Outcome.INTERNAL)
 
     def held(self) -> object:
         """What is held of calls anywhere in the gateway and at the link; equal before and after."""
-        dispatcher, (link,) = self.cluster.gateway.dispatcher, self.cluster.gateway.hub.links
-        order = dispatcher.turns.fair.order("sim").statistics()
+        scheduler, (link,) = self.cluster.gateway.scheduler, self.cluster.gateway.hub.links
+        order = scheduler.charges.fair.order("sim").statistics()
         return (
             link.running,
             link.prefill_tokens,
             (link.replays.tokens, link.replays.prompts),
-            dispatcher.waiting("sim"),
-            dispatcher.breakers.open,
+            scheduler.queues.waiting("sim"),
+            scheduler.breakers.open,
             (order.waiting, order.open_charges),
-            sum(one.queued_requests for one in dispatcher.tally.classes("sim", 0.0, True)),
+            sum(one.queued_requests for one in scheduler.queues.tally.classes("sim", 0.0, True)),
         )
 
 
@@ -271,14 +271,14 @@ async def test_a_record_that_cannot_be_sealed_ends_its_call(
             incarnation="g", sealer=sealer, folder=tmp_path / f"spool{number}", insert=written.extend
         )
         async with rig_of(cluster, bundle, sim_engine(checkpoint, decode_ms=2)) as rig:
-            cluster.gateway.dispatcher.accounting = accounting
+            cluster.gateway.accounting = accounting
             call = rig.call(Poison(request={"cache_salt": "\ud800"}))
             async with rig.entered([call]):
                 await until(lambda: call.error is not None, "it has ended")  # noqa: B023
                 assert call.error is not None
                 assert call.error.outcome is Outcome.INTERNAL
             assert accounting.open_accounts == 0
-            cluster.gateway.dispatcher.accounting = None
+            cluster.gateway.accounting = None
         await cluster.workers.pop().stop()
         await accounting.stop()
     assert written == []

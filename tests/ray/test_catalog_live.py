@@ -187,7 +187,7 @@ async def changes_under_load(backend: Backend, tmp_path: Path) -> None:
         await operator.apply({**m, "canary": trial})
         assert first.items() <= (await operator.serve("v1", "v2")).items()
         await load.more(4 * CALLERS)
-        counted = {one.version: one.calls for one in cluster.gateway.dispatcher.trials.tallies()}
+        counted = {one.version: one.calls for one in cluster.gateway.scheduler.canaries.tallies()}
         assert min(counted["v1"], counted["v2"]) > 0
         await operator.ask("Catalog.Rollback", pb.RollbackRequest(name="m", reason="by hand"))
         assert await operator.serve("v1") == first

@@ -135,7 +135,7 @@ class TestCluster:
             and self.gateway.hub.statistics().running == 0
             and all(w.end.statistics().running == 0 for w in self.workers if not w.task.done())
             and all(w.engine.load().running == 0 for w in self.workers if not w.task.done())
-            and all(self.gateway.dispatcher.waiting(m.name) == (0, 0) for m in self.gateway.directory.models)
+            and all(self.gateway.scheduler.queues.waiting(m.name) == (0, 0) for m in self.gateway.directory.models)
         )
 
     async def until_idle(self, timeout_s: float = 20.0) -> None:

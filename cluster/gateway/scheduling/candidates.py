@@ -12,7 +12,7 @@ from cluster.gateway.scheduling.worker_losses import SETTLE_S
 from cluster.policy.routing.router import Candidate, RouteCall, is_like
 
 
-def onward_call(
+def resumed_request(
     sequence: CallSequence, candidates: Collection[Candidate], known: KnownModel, cached_tokens: int, now: float
 ) -> RouteCall:
     """What a sequence needs to go on. `cached_tokens` of its prompt are expected in any worker's cache.
@@ -48,8 +48,8 @@ def _beside_lost(sequence: CallSequence, known: KnownModel, now: float) -> froze
     return frozenset(one.incarnation for one in identities if one.node == node)
 
 
-def candidate(link: WorkerLink, *, healthy: bool, onward: bool, retired: bool) -> Candidate:
-    """How a worker stands. `onward`: to a call that goes on."""
+def candidate(link: WorkerLink, *, healthy: bool, resumed: bool, retired: bool) -> Candidate:
+    """How a worker stands. `resumed`: for a sequence to be resumed."""
     free = link.free
     return Candidate(
         worker_id=link.identity.worker_id,
@@ -66,7 +66,7 @@ def candidate(link: WorkerLink, *, healthy: bool, onward: bool, retired: bool) -
         likeness=link.likeness,
         replaying=link.replays.tokens,
         beginning=link.replays.prompts,
-        max_replaying=link.replays.budget() if onward or link.replays.tokens else 0,
+        max_replaying=link.replays.budget() if resumed or link.replays.tokens else 0,
         prefill_tokens=link.prefill_tokens,
         retired=retired,
     )

@@ -61,7 +61,7 @@ class BacklogReports:
         """Something has entered or left a line: told at once if the line begins or ends by it, or if it is one that
         some worker has computed, and takes back for the asking."""
         told = self._told.get(model, _NOTHING)
-        if (told.claim > 0) != (self._waiting(model)[0] > 0) or told.kept != self._returning.kept(model):
+        if (told.claim > 0) != (self._waiting(model)[0] > 0) or told.kept != self._returning.cached_counts(model):
             self._tell(model, self._clock())
 
     def joined(self, model: str) -> None:
@@ -82,7 +82,7 @@ class BacklogReports:
         count, tokens = self._waiting(model)
         order = self._turns.fair.order(model)
         claim = order.claim() + self._returning.waiting(model)[0] if count else 0
-        kept = dict(self._returning.kept(model))
+        kept = dict(self._returning.cached_counts(model))
         flows: list[WeightedValue[FlowBacklog]] | None = None
         if now - told.flows_at >= REPORT_S * len(told.flows) / FLOWS_A_REPORT or not count:
             mine = order.waiting_here() if count else {}

@@ -45,7 +45,7 @@ class ResumeQueue:
         """It waits from now on. `silent_since`: since when it has had neither a worker nor a token, now if None."""
         since = now if silent_since is None else silent_since
         deadline = math.inf if sequence.call.deadline is None else sequence.call.deadline
-        self.take(sequence)
+        self.remove(sequence)
         places = self._places.setdefault(sequence.call.model, {})
         places[sequence.key] = _Place(
             sequence, sequence.tokens, sequence.cached_on, now, since + self._max_wait_s, deadline
@@ -54,7 +54,7 @@ class ResumeQueue:
         if sequence.cached_on:
             self._kept.setdefault(sequence.call.model, Counter())[sequence.cached_on] += 1
 
-    def take(self, sequence: CallSequence) -> bool:
+    def remove(self, sequence: CallSequence) -> bool:
         """It no longer waits; False when it did not."""
         model = sequence.call.model
         places = self._places.get(model, {})
@@ -71,7 +71,7 @@ class ResumeQueue:
                 del kept[place.home]
         return True
 
-    def of(self, model: str) -> Sequence[CallSequence]:
+    def in_order(self, model: str) -> Sequence[CallSequence]:
         """Those of a model, whose turn it is first."""
         places = self._places.get(model)
         if not places:
@@ -89,7 +89,7 @@ class ResumeQueue:
             if min(place.until + longest_s[model], place.deadline) <= now
         ]
         for sequence in gone:
-            self.take(sequence)
+            self.remove(sequence)
         return gone
 
     def waiting(self, model: str) -> tuple[int, int]:
@@ -97,11 +97,11 @@ class ResumeQueue:
         places = self._places.get(model)
         return (len(places), self._tokens[model]) if places else (0, 0)
 
-    def kept(self, model: str) -> Mapping[str, int]:
+    def cached_counts(self, model: str) -> Mapping[str, int]:
         """How many of a model's sequences each worker has computed, by its incarnation."""
         return self._kept.get(model, {})
 
-    def home(self, sequence: CallSequence, now: float) -> str:
+    def waits_for(self, sequence: CallSequence, now: float) -> str:
         """The incarnation at which it is to wait for room, "" when it has waited there for long enough."""
         place = self._places.get(sequence.call.model, {}).get(sequence.key)
         return place.home if place is not None and now < place.since + HOME_S else ""

@@ -116,10 +116,10 @@ async def test_a_call_that_waits_ends_with_its_tenant(keyed: Keyed, checkpoint: 
     entry = CatalogEntry(name="away", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=2048)
     keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
     waiting = asyncio.create_task(refused(keyed.cluster.stub.Chat(chat(model="away"), metadata=bearer(key))))
-    await until(lambda: keyed.gateway.dispatcher.waiting("away")[0] == 1, "it waits")
+    await until(lambda: keyed.gateway.scheduler.queues.waiting("away")[0] == 1, "it waits")
     await keyed.suspend("waits")
     assert (await asyncio.wait_for(waiting, 2)).reason == "TENANT_SUSPENDED"
-    assert keyed.gateway.dispatcher.waiting("away") == (0, 0)
+    assert keyed.gateway.scheduler.queues.waiting("away") == (0, 0)
     keyed.gateway.directory.catalog([m.entry for m in keyed.gateway.directory.models if m.name != "away"])
 
 

@@ -182,11 +182,11 @@ async def test_the_place_in_line_counts_ones_own(keyed: Keyed, bundle: Bundle) -
     keyed.gateway.directory.catalog([*(m.entry for m in keyed.gateway.directory.models), entry])
     stub = keyed.cluster.stub
     others = [stub.StreamChat(chat(model="line"), metadata=bearer(busy)) for _ in range(50)]
-    await until(lambda: keyed.gateway.dispatcher.waiting("line")[0] == 50, "the others wait")
+    await until(lambda: keyed.gateway.scheduler.queues.waiting("line")[0] == 50, "the others wait")
     mine = []
     for number in (1, 2):
         mine.append(stub.StreamChat(chat(model="line"), metadata=bearer(key)))
-        await until(lambda n=number: keyed.gateway.dispatcher.waiting("line")[0] == 50 + n, "it waits")  # type: ignore[misc]
+        await until(lambda n=number: keyed.gateway.scheduler.queues.waiting("line")[0] == 50 + n, "it waits")  # type: ignore[misc]
     places = [(await asyncio.wait_for(read(call), 5)).progress.queue_position for call in mine]
     assert places == [1, 2]
     for call in (*others, *mine):

@@ -170,7 +170,7 @@ async def test_they_keep_their_places(doomed: Doomed) -> None:
     await until(lambda: doomed.worker.end.statistics().orphans == PLACES, "all are without a gateway")
     submitted = doomed.count("submitted")
     later = [asyncio.create_task(_one(doomed.survivor)) for _ in range(3)]
-    await until(lambda: doomed.survivor.gateway.dispatcher.waiting("sim")[0] == 3, "the others wait")
+    await until(lambda: doomed.survivor.gateway.scheduler.queues.waiting("sim")[0] == 3, "the others wait")
     calls = [doomed.survivor.stub.Resume(resume(*one)) for one in zip(requests, chunks, strict=True)]
     await asyncio.gather(*(asyncio.wait_for(read(call), 10) for call in calls))
     assert doomed.count("submitted") == submitted

@@ -34,7 +34,7 @@ async def end_of(keyed: Keyed, key: str, **fields: Any) -> str:
 
 def open_charges(keyed: Keyed) -> int:
     """Calls whose tenants' accounts are open."""
-    return keyed.gateway.dispatcher.turns.fair.order("sim").statistics().open_charges
+    return keyed.gateway.scheduler.charges.fair.order("sim").statistics().open_charges
 
 
 async def test_a_flood_does_not_hold_up_a_quiet_tenant(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
@@ -49,7 +49,7 @@ async def test_a_flood_does_not_hold_up_a_quiet_tenant(tmp_path: Path, checkpoin
             ended.append(number)
 
         flood = [asyncio.create_task(one(number)) for number in range(100)]
-        await until(lambda: keyed.gateway.dispatcher.waiting("sim")[0] > 80, "the flood waits")
+        await until(lambda: keyed.gateway.scheduler.queues.waiting("sim")[0] > 80, "the flood waits")
         before = len(ended)
         assert await end_of(keyed, quiet, ignore_eos=True, max_tokens=20) == "OK"
         assert len(ended) - before <= 20, "in line it would have been some ninety"
@@ -66,7 +66,7 @@ async def test_a_full_room_sheds_the_lower_class(tmp_path: Path, checkpoint: Pat
         low, high = await keyed.key("low", **{"class": "batch"}), await keyed.key("high", **{"class": "interactive"})
         fields = {"ignore_eos": True, "max_tokens": 60}
         calls = []
-        while keyed.gateway.dispatcher.waiting("sim")[0] < 2:
+        while keyed.gateway.scheduler.queues.waiting("sim")[0] < 2:
             calls.append(asyncio.create_task(end_of(keyed, low, **fields)))
             await asyncio.sleep(0.02)
         assert await end_of(keyed, low, **fields) == "QUEUE_FULL"
@@ -182,7 +182,7 @@ async def test_gateways_share_their_tenants_accounts(tmp_path: Path, checkpoint:
         task = asyncio.create_task(end.run())
         try:
             await until(lambda: all(c.gateway.hub.links for c in (a, b)), "the worker is linked to both")
-            mine, others = (c.gateway.dispatcher.turns.fair.order("sim") for c in (a, b))
+            mine, others = (c.gateway.scheduler.charges.fair.order("sim") for c in (a, b))
             calls = [
                 asyncio.ensure_future(a.stub.Complete(complete(max_tokens=40, ignore_eos=True))) for _ in range(12)
             ]

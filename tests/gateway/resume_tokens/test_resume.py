@@ -96,8 +96,8 @@ async def test_it_waits_for_a_worker_to_come(cluster: TestCluster, checkpoint: P
     chunks = [await read(call), await read(call)]
     await doomed.stop()
     (running,) = cluster.gateway.service._open.values()
-    await until(lambda: cluster.gateway.dispatcher.returning(running), "the call waits to go on")
-    assert cluster.gateway.dispatcher.waiting("sim")[0] == 1
+    await until(lambda: cluster.gateway.scheduler.queues.is_resuming(running), "the call waits to go on")
+    assert cluster.gateway.scheduler.queues.waiting("sim")[0] == 1
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     chunks += await rest_of(call)
     assert text_of(chunks) == whole.choices[0].message.content
@@ -131,7 +131,7 @@ async def test_those_that_go_on_come_before_those_that_begin(
     late = [
         asyncio.ensure_future(cluster.stub.Chat(chat(f"late {i}", max_tokens=80, ignore_eos=True))) for i in range(12)
     ]
-    await until(lambda: cluster.gateway.dispatcher.waiting("sim")[0] >= 10, "the others wait")
+    await until(lambda: cluster.gateway.scheduler.queues.waiting("sim")[0] >= 10, "the others wait")
     await doomed.stop()
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=3, max_num_seqs=2), bundle, wait=False)
     rests = await asyncio.gather(*(rest_of(call) for call in begun))

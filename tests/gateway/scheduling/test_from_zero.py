@@ -150,7 +150,7 @@ async def test_many_at_zero_are_all_served(tmp_path: Path, checkpoint: Path, bun
             streams = [asyncio.create_task(_streamed(ai, body)) for _ in range(3)]
             calls = [cluster.stub.Chat(chat(max_tokens=4)) for _ in range(3)]
             gathered = asyncio.gather(*whole, *streams, *calls)
-            await until(lambda: cluster.gateway.dispatcher.waiting("sim")[0] == 9, "all are held")
+            await until(lambda: cluster.gateway.scheduler.queues.waiting("sim")[0] == 9, "all are held")
             at_zero.ray.may_start.set()
             answers = await gathered
         assert len(answers) == 9
@@ -168,7 +168,9 @@ async def test_a_deadline_ends_a_held_call(tmp_path: Path, checkpoint: Path, bun
         late = await refused(at_zero.cluster.stub.Chat(chat(), timeout=0.6))
         assert late.code.name == "DEADLINE_EXCEEDED"
         # the caller's clock ends the call, and what it says is on its way for a moment
-        await until(lambda: at_zero.cluster.gateway.dispatcher.waiting("sim") == (0, 0), "it is held no longer", 5)
+        await until(
+            lambda: at_zero.cluster.gateway.scheduler.queues.waiting("sim") == (0, 0), "it is held no longer", 5
+        )
 
 
 async def test_a_start_that_fails_tells_why(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
@@ -188,7 +190,7 @@ async def test_a_gateway_restarted_meanwhile_knows_it(tmp_path: Path, checkpoint
         pass
     async with running_cluster(tmp_path / "first") as later:
         held = asyncio.ensure_future(later.stub.Chat(chat(max_tokens=3, ignore_eos=True), timeout=60))
-        await until(lambda: later.gateway.dispatcher.waiting("sim")[0] == 1, "it is held")
+        await until(lambda: later.gateway.scheduler.queues.waiting("sim")[0] == 1, "it is held")
         await later.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         assert (await held).usage.completion_tokens == 3
 

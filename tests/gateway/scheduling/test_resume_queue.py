@@ -37,14 +37,14 @@ def test_who_has_computed_them_is_counted() -> None:
     """As many as wait now for each worker; who comes twice is there once, who has no worker is nobody's."""
     a, b, c, d = (_Sequence(name, home) for name, home in (("a", "x"), ("b", "x"), ("c", "y"), ("d", "")))
     returning = line(a, b, c, d, a)
-    assert returning.kept("m") == {"x": 2, "y": 1}
+    assert returning.cached_counts("m") == {"x": 2, "y": 1}
     assert returning.waiting("m") == (4, 40)
-    assert returning.take(c)  # type: ignore[arg-type]
-    assert not returning.take(c)  # type: ignore[arg-type]
-    assert returning.kept("m") == {"x": 2}
+    assert returning.remove(c)  # type: ignore[arg-type]
+    assert not returning.remove(c)  # type: ignore[arg-type]
+    assert returning.cached_counts("m") == {"x": 2}
     for one in (a, b, d):
-        returning.take(one)  # type: ignore[arg-type]
-    assert (returning.kept("m"), returning.models) == ({}, [])
+        returning.remove(one)  # type: ignore[arg-type]
+    assert (returning.cached_counts("m"), returning.models) == ({}, [])
 
 
 def test_each_waits_for_its_own_worker_for_a_moment() -> None:
@@ -52,8 +52,8 @@ def test_each_waits_for_its_own_worker_for_a_moment() -> None:
     home, none, away = _Sequence("a", "x"), _Sequence("b"), _Sequence("c", "x")
     returning = line(home, none, now=5.0)
     asked: list[Any] = [home, none, away]
-    assert [returning.home(one, 5.0 + 0.9 * HOME_S) for one in asked] == ["x", "", ""]
-    assert returning.home(asked[0], 5.0 + HOME_S) == ""
+    assert [returning.waits_for(one, 5.0 + 0.9 * HOME_S) for one in asked] == ["x", "", ""]
+    assert returning.waits_for(asked[0], 5.0 + HOME_S) == ""
 
 
 def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
@@ -62,8 +62,8 @@ def test_the_higher_class_first_and_who_waits_too_long_leaves() -> None:
     late = _Sequence("c", call=_Call(rank=2, deadline=10.0))
     returning = line(low, late, high)
     order: list[Any] = [high, low, late]
-    assert returning.of("m") == order
-    assert returning.of("other") == ()
+    assert returning.in_order("m") == order
+    assert returning.in_order("other") == ()
     assert returning.expired(10.0, lambda _: 100.0) == order[2:]
     assert returning.expired(29.0) == []
     assert set(map(id, returning.expired(30.0))) == set(map(id, order[:2]))
@@ -86,7 +86,7 @@ def test_a_worker_that_gave_no_token_is_no_new_beginning() -> None:
     returning = ResumeQueue(20.0)
     waits: Any = _Sequence("a")
     returning.add(waits, 0.0)
-    assert returning.take(waits)  # to a worker that is lost at once
+    assert returning.remove(waits)  # to a worker that is lost at once
     returning.add(waits, 15.0, silent_since=0.0)
     assert returning.expired(19.9) == []
     assert returning.expired(20.0) == [waits]

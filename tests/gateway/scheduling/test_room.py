@@ -34,7 +34,7 @@ class Watch:
         while True:
             step, were = self._engine.statistics().steps, running
             running = self._end.statistics().running
-            waiting = any(one.gateway.dispatcher.waiting("sim")[0] for one in self._clusters)
+            waiting = any(one.gateway.scheduler.queues.waiting("sim")[0] for one in self._clusters)
             if running >= PLACES or not waiting or running > were:
                 since = step
             self.longest_steps = max(self.longest_steps, step - since)

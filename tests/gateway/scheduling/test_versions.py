@@ -31,7 +31,7 @@ def entry(**fields: Any) -> CatalogEntry:
 
 def told(cluster: TestCluster, *entries: CatalogEntry) -> None:
     """The gateway hears a new catalog."""
-    cluster.gateway.dispatcher.catalog(entries)
+    cluster.gateway.worker_events.catalog(entries)
 
 
 async def ask(cluster: TestCluster, request_id: str, **fields: Any) -> str:
@@ -72,12 +72,12 @@ async def test_calls_are_shared_out_by_weight_and_stay_so(
     went = [await ask(cluster, f"r{i}") for i in range(40)]
     assert went == [await ask(cluster, f"r{i}") for i in range(40)]
     assert went.count(first.identity.worker_id) > went.count(second.identity.worker_id) > 0
-    tallies = {tally.version: tally for tally in cluster.gateway.dispatcher.trials.tallies()}
+    tallies = {tally.version: tally for tally in cluster.gateway.scheduler.canaries.tallies()}
     assert tallies["v1"] == VersionTally("sim", "v1", "g1", calls=2 * went.count(first.identity.worker_id))
     assert tallies["v2"].calls == 2 * went.count(second.identity.worker_id)
     assert 0 < tallies["v2"].pairs <= tallies["v2"].calls
     told(cluster, entry(versions=(TWO[0], dataclasses.replace(TWO[1], revision="another"))))
-    assert not cluster.gateway.dispatcher.trials.tallies(), "another trial begins at nothing"
+    assert not cluster.gateway.scheduler.canaries.tallies(), "another trial begins at nothing"
 
 
 async def test_a_slow_first_token_and_a_dead_worker_count_against_a_trial(
@@ -89,7 +89,7 @@ async def test_a_slow_first_token_and_a_dead_worker_count_against_a_trial(
     told(cluster, entry(versions=even))
     for i in range(16):
         await ask(cluster, f"r{i}")
-    (slow,) = [tally for tally in cluster.gateway.dispatcher.trials.tallies() if tally.version == "v2"]
+    (slow,) = [tally for tally in cluster.gateway.scheduler.canaries.tallies() if tally.version == "v2"]
     assert slow.pairs == slow.slower > 0
     mine = of_version("v2", even)
     lost = cluster.stub.StreamChat(chat(max_tokens=50, ignore_eos=True), metadata=(("x-request-id", mine),))
@@ -97,7 +97,7 @@ async def test_a_slow_first_token_and_a_dead_worker_count_against_a_trial(
     await second.stop()
     assert sum(len(c.choices) for c in await rest_of(lost)) > 0
     await cluster.until_idle()
-    (slow,) = [tally for tally in cluster.gateway.dispatcher.trials.tallies() if tally.version == "v2"]
+    (slow,) = [tally for tally in cluster.gateway.scheduler.canaries.tallies() if tally.version == "v2"]
     assert slow.errors == 1
 
 
@@ -167,7 +167,7 @@ async def test_a_stream_of_what_was_replaced_does_not_wait_for_its_like(
 
     async def waits() -> None:
         (running,) = cluster.gateway.service._open.values()
-        await until(lambda: cluster.gateway.dispatcher.returning(running), "it waits")
+        await until(lambda: cluster.gateway.scheduler.queues.is_resuming(running), "it waits")
 
     first, second = await two_workers(cluster, checkpoint, bundle)
     twin = await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, generation="g3", weight_digest="one")
@@ -230,7 +230,7 @@ async def test_a_model_that_leaves_serves_what_has_come(cluster: TestCluster, ch
     stream = cluster.stub.StreamChat(chat(max_tokens=200, ignore_eos=True))
     await read(stream)
     waits = cluster.stub.Chat(chat())
-    await until(lambda: cluster.gateway.dispatcher.waiting("sim")[0] == 1, "it waits")
+    await until(lambda: cluster.gateway.scheduler.queues.waiting("sim")[0] == 1, "it waits")
     told(cluster, entry(state=ModelState.DRAINING))
     answer = await refused(cluster.stub.Chat(chat()))
     assert (answer.reason, answer.message) == ("MODEL_NOT_FOUND", "model sim is being removed from this cluster")
@@ -258,7 +258,7 @@ async def test_fallback_only_without_a_worker_and_told(cluster: TestCluster, che
     )
     answer = await in_thread(request)
     assert (answer[0]["model"], answer[1]) == ("sim", "sim")
-    demand = {one.model: one.arrived for one in cluster.gateway.dispatcher.demand()}
+    demand = {one.model: one.arrived for one in cluster.gateway.worker_events.demand()}
     assert demand == {"away": 0, "big": 2, "sim": 2}
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle, model="big")
     call = cluster.stub.Chat(chat(model="big"))

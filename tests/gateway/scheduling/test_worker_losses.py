@@ -99,7 +99,7 @@ async def test_general_losses_are_no_calls_fault(cluster: TestCluster, checkpoin
         await running.stop()
         await until(
             lambda: (
-                cluster.gateway.dispatcher.waiting("sim")[0] == 1
+                cluster.gateway.scheduler.queues.waiting("sim")[0] == 1
                 or any(w.end.statistics().running for w in cluster.workers if not w.task.done())
             ),
             "it waits or runs elsewhere",

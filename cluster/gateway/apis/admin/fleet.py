@@ -117,10 +117,10 @@ class FleetAdmin:
 class CatalogAdmin:
     """Models as this gateway knows them."""
 
-    def __init__(self, hub: Hub, directory: ModelDirectory, dispatcher: Scheduler) -> None:
+    def __init__(self, hub: Hub, directory: ModelDirectory, scheduler: Scheduler) -> None:
         self._hub = hub
         self._directory = directory
-        self._dispatcher = dispatcher
+        self._scheduler = scheduler
 
     async def List(self, request: pb.ListRequest, asker: AdminCaller) -> pb.ListResponse:
         """By name."""
@@ -137,7 +137,7 @@ class CatalogAdmin:
     def _entry(self, model: KnownModel) -> pb.CatalogEntry:
         entry = model.entry
         link = next(iter(model.links.values()), None)
-        waiting, _ = self._dispatcher.waiting(model.name)
+        waiting, _ = self._scheduler.queues.waiting(model.name)
         return pb.CatalogEntry(
             name=entry.name,
             aliases=entry.aliases,

@@ -117,7 +117,7 @@ async def test_an_aborted_call_frees_its_place(tmp_path: Path, checkpoint: Path,
         assert first is not None
         waiting = begin(1, "same")
         engine = cluster.workers[0].engine
-        line = cluster.gateway.dispatcher.waiting
+        line = cluster.gateway.scheduler.queues.waiting
         await until(lambda: line("sim")[0] + engine.load().waiting == 1, "the second waits, here or there")
         assert await abort("same", "rival") == 1
         ended = await refused(waiting)

@@ -264,7 +264,7 @@ async def test_request_ids_and_headers(busy: TestCluster) -> None:
 async def test_models_health_and_readiness(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
     """Models are listed with their state; a gateway without any worker is ready, one that is stopping is not."""
     entry = CatalogEntry("sim", aliases=("default", "Org/Sim"), state=ModelState.LOADING, max_model_len=256)
-    cluster.gateway.dispatcher.catalog([entry])
+    cluster.gateway.worker_events.catalog([entry])
     assert (await fetch(cluster, "/ready")).json == {"status": "ready"}
     card = (await fetch(cluster, "/v1/models")).json["data"][0]
     assert (card["id"], card["object"], card["state"]) == ("sim", "model", "LOADING")
@@ -290,7 +290,7 @@ async def test_silence_is_broken_by_comments(tmp_path: Path, checkpoint: Path, b
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  keepalive_s: 0.05")
     async with running_cluster(tmp_path, config) as cluster:
         entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)
-        cluster.gateway.dispatcher.catalog([entry])
+        cluster.gateway.worker_events.catalog([entry])
         await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
         wire = await Wire.open(cluster)
         wire.ask(CHAT, chat_body(max_tokens=3, ignore_eos=True, stream=True))

@@ -38,7 +38,7 @@ async def test_a_client_gone_frees_its_place(
     for wire in wires:
         wire.ask(CHAT, body)
     if where == "queue":
-        await until(lambda: cluster.gateway.dispatcher.waiting("sim")[0] >= 1, "a call waits")
+        await until(lambda: cluster.gateway.scheduler.queues.waiting("sim")[0] >= 1, "a call waits")
     elif where == "prefill":
         await until(lambda: worker.engine.load().running == 1, "the call is in prefill")
     else:
@@ -160,7 +160,7 @@ async def test_stopping_does_not_wait_for_ever(tmp_path: Path, bundle: Bundle) -
     async with running_cluster(tmp_path) as cluster:
         await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
         entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)
-        cluster.gateway.dispatcher.catalog([entry])
+        cluster.gateway.worker_events.catalog([entry])
         wire = await Wire.open(cluster)
         wire.ask(CHAT, chat_body(stream=True))
         await until(lambda: bool(cluster.gateway.service.statistics()), "the call waits")

@@ -1,0 +1,100 @@
+"""What the links report to the scheduler: workers that come and go, the catalog, and the demand for the controller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.api.demand import ModelDemand
+from cluster.api.types import CatalogEntry, WorkerIdentity
+from cluster.gateway.links.worker_link import WorkerLink
+from cluster.gateway.scheduling import queue_errors
+from cluster.gateway.scheduling.scheduler import Scheduler
+from cluster.observe.metrics import Metrics
+
+STALLED = ("silent", "hung", "deaf", "mute")
+"""Link-end reasons after which a reconnecting worker must pass a half-open probe."""
+PROVEN_BY_STEPS = ("silent", "hung")
+"""Those of them after which steps of its engine pass it, too."""
+
+
+class WorkerEvents:
+    """Implements links.hub.HubListener."""
+
+    def __init__(self, scheduler: Scheduler, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self._scheduler = scheduler
+        self._host = scheduler.host
+        self._charges = scheduler.charges
+        self._queues = scheduler.queues
+        self._metrics = metrics
+        self._clock = clock
+
+    def joined(self, link: WorkerLink) -> None:
+        """A worker's link is up."""
+        identity, scheduler = link.identity, self._scheduler
+        link.on_served = lambda link, totals: self._charges.served(link.identity, totals, self._clock())
+        link.on_elsewhere = lambda gateway, waiting: self._charges.waiting_elsewhere(
+            identity.model, gateway, waiting, self._clock()
+        )
+        link.on_standing = self._host.state_changed
+        link.on_begun = lambda resumed: scheduler.step_begun(identity.model, resumed)
+        for call_id, generation in self._host.claimed_calls(identity.model):
+            link.box.takeover(call_id, generation)
+        self._charges.joined(identity)
+        scheduler.losses.returned(identity.incarnation)
+        link.on_gaps = self._metrics.histogram("inter_token_latency_seconds", identity.model).observe
+        self._host.directory.joined(link)
+        scheduler.backlogs.joined(identity.model)
+        scheduler.pump(identity.model)
+        self._host.state_changed()
+
+    def left(self, link: WorkerLink, why: str) -> None:
+        """A worker's link has ended; its sequences have been requeued already."""
+        identity, now = link.identity, self._clock()
+        self._host.directory.left(link)
+        self._charges.left(identity, now)
+        self._metrics.count("worker_detected_total", identity.model, link.reason)
+        if not link.leaving:
+            out_of_reach = "" if link.reason == "hung" else identity.incarnation
+            self._scheduler.losses.lost(link.name, now, out_of_reach)
+        if link.reason in STALLED:
+            self._scheduler.breakers.stood_still(identity.incarnation, now, link.reason in PROVEN_BY_STEPS)
+        self._scheduler.pump(identity.model)
+        self._host.state_changed()
+
+    def changed(self, link: WorkerLink) -> None:
+        """A worker's credit or drain state has changed."""
+        self._scheduler.pump(link.identity.model)
+
+    def catalog(self, entries: Sequence[CatalogEntry]) -> None:
+        """A new catalog has come."""
+        directory = self._host.directory
+        directory.catalog(entries)
+        self._scheduler.canaries.catalog(entries)
+        for model in directory.models:  # workers that were set apart may take calls again
+            self._scheduler.pump(model.name)
+        for sequence in self._queues.queued():  # for a model that has failed meanwhile: now, not at the deadline
+            model_known = directory.find(sequence.call.model)
+            hopeless = None if model_known is None else queue_errors.hopeless(model_known)
+            if hopeless is not None:
+                sequence.call.fail(hopeless)
+        self._host.state_changed()
+
+    def refuses(self, identity: WorkerIdentity) -> str:
+        """Why a worker may not serve its model; empty if it may."""
+        return self._host.directory.refuses(identity)
+
+    def demand(self) -> Sequence[ModelDemand]:
+        """The demand for each model, for the controller."""
+        queues, now = self._queues, self._clock()
+        return [
+            ModelDemand(
+                model.name,
+                *queues.waiting(model.name),
+                sum(link.running for link in model.links.values()),
+                queues.arrived[model.name],
+                queues.arrived_tokens[model.name],
+                queues.tally.classes(model.name, now, model.served),
+            )
+            for model in self._host.directory.models
+        ]
