@@ -1,4 +1,4 @@
-"""What the admin API brings about beyond its answers: at other gateways, in running calls, without its database."""
+"""Effects of the admin API beyond its answers: at other gateways, on running calls, and without its database."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
 
 @asynccontextmanager
 async def operator_of(keyed: Keyed) -> AsyncIterator[AdminClient]:
-    """An operator's client that is known."""
+    """Return an operator's client, once the gateway knows its key."""
     key = await role_key(keyed.ledger, "ops", "operator")
     async with AdminClient(keyed.gateway.endpoints["admin"], key) as client:
         await until_known(client, "Catalog.List", admin_pb2.ListRequest())
@@ -38,15 +38,15 @@ async def operator_of(keyed: Keyed) -> AsyncIterator[AdminClient]:
 
 
 async def add_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle, **more: Any) -> None:
-    """Whose calls can be long."""
+    """Start a worker with long answers."""
     engine = sim_engine(checkpoint, decode_ms=2, max_model_len=200_000, kv_blocks=40_000, **more)
     await cluster.add_worker(engine, bundle)
 
 
 @pytest.mark.slow
 async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """What one gateway's admin API changes is so at the other: a tenant and its key made, suspended, resumed, the key
-    revoked; its running calls end at both."""
+    """Changes made at one gateway apply at the other: a tenant and its key are created, suspended, resumed and the key
+    revoked. Its running calls end at both."""
     text = keyed_text(tmp_path)
     async with (
         keyed_cluster(tmp_path) as keyed,
@@ -96,8 +96,8 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
 
 @pytest.mark.slow
 async def test_an_aborted_call_frees_its_place(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """By its request id over gRPC, HTTP and in a session, running or waiting: the call ends with CANCELLED, the next
-    one gets the engine's only place, and nothing is left; other calls and other tenants' are not touched."""
+    """A call aborted by its request id, over gRPC, HTTP or in a session, running or waiting, ends with CANCELLED and
+    frees the engine's only slot for the next call. Other calls and other tenants' calls are untouched."""
     async with keyed_cluster(tmp_path) as keyed, operator_of(keyed) as operator:
         cluster = keyed.cluster
         await add_worker(cluster, checkpoint, bundle, max_num_seqs=1)
@@ -168,7 +168,8 @@ def _flushed(keyed: Keyed) -> list[dict[str, Any]]:
 
 
 async def test_without_auth_who_reaches_it_rules(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """On a laptop no key is asked for: the fleet is shown and calls are aborted; tenants there are none, in words."""
+    """Without `auth` no key is needed to list the fleet and abort calls, and tenant methods explain that there are no
+    tenants."""
     await add_worker(cluster, checkpoint, bundle)
     stream = cluster.stub.StreamChat(chat(**LONG), metadata=(("x-request-id", "mine"),))
     assert await read(stream) is not None
@@ -190,8 +191,8 @@ async def test_without_auth_who_reaches_it_rules(cluster: TestCluster, checkpoin
 
 
 async def test_tls_and_certificates_on_the_admin_port(tmp_path: Path) -> None:
-    """With gateway.tls the port speaks it alone; a certificate with a role is an operator, one without is a caller;
-    reflection names the services to whoever looks."""
+    """With gateway.tls the port accepts TLS only. A certificate with a role is an operator, one without is a caller.
+    Reflection lists the services for every client."""
     authority, callers = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     files = authority.issue("gateway.example.com")
     shown = {name: callers.issue(f"{name}.example.com") for name in ("ops", "plain")}
@@ -218,8 +219,9 @@ async def test_tls_and_certificates_on_the_admin_port(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_the_database_away(tmp_path: Path) -> None:
-    """Verbs that need it are UNAVAILABLE with a pause and without its address, whether it refuses or is silent, and
-    the rest answers; the event loop does not stand still meanwhile; the act in vain is in the audit file."""
+    """While the database refuses or does not answer, methods that need it are UNAVAILABLE with a retry delay and
+    without its address. Other methods work, the event loop does not stall, and the failed change is in the audit
+    file."""
     tenant = tenants_pb2.Tenant(name="tenants/late")
     verbs: tuple[tuple[str, Any], ...] = (
         ("Tenants.List", tenants_pb2.ListTenantsRequest()),
@@ -255,7 +257,7 @@ async def _all_unavailable(operator: AdminClient, verbs: Sequence[tuple[str, Any
 
 
 async def _longest_pause(work: Coroutine[Any, Any, None]) -> float:
-    """The longest time for which this loop did not turn while the work went on."""
+    """The longest time for which the event loop did not run during the work."""
     task, longest_s = asyncio.create_task(work), 0.0
     while not task.done():
         before = time.monotonic()

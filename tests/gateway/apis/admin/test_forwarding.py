@@ -1,4 +1,4 @@
-"""A verb from an operator's client to the controller and back: real doors, a real link, verbs of the test's own."""
+"""Forwarded methods from an operator's client to the controller and back, over real ports and a real link."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Controlled:
-    """A gateway, its operator, and a controller that keeps what it was asked."""
+    """A gateway, its operator, and a controller that records its requests."""
 
     def __init__(self, keyed: Keyed, operator: AdminClient, end: ControllerLinks) -> None:
         self.keyed = keyed
@@ -45,7 +45,7 @@ class Controlled:
         return Scaled(model=scaling_pb2.ModelScaling(name=request.name, desired=request.replicas))
 
     async def events(self, count: int) -> list[dict[str, Any]]:
-        """The newest audit events of Scale, once there are so many."""
+        """Wait for `count` audit events of Scale; returns the newest ones."""
         found: list[dict[str, Any]] = []
 
         def there() -> bool:
@@ -58,7 +58,7 @@ class Controlled:
 
 @pytest.fixture
 async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
-    """All three."""
+    """Start the gateway, its operator's client and the controller."""
     async with keyed_cluster(tmp_path, "") as keyed:
         key = await role_key(keyed.ledger, "ops", "operator")
         gateways = [keyed.gateway.endpoints["link"]]
@@ -75,7 +75,7 @@ async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
 
 
 async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
-    """The controller sees who asks, the operator its answer and its errors, the audit all three."""
+    """The controller gets the caller's name, the operator its answers and errors, and the audit all three."""
     ask = controlled.operator.ask
     answer = await ask("Catalog.Scale", Scale(name="m", replicas=3, reason="a fair"))
     assert (answer.model.name, answer.model.desired) == ("m", 3)
@@ -103,7 +103,7 @@ async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
 
 
 async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
-    """Each has its own turn in the controller."""
+    """A slow method does not delay others."""
     slow = asyncio.create_task(controlled.operator.ask("Catalog.Scale", Scale(name="hold", replicas=1)))
     await until(lambda: len(controlled.asked) == 1, "it is there")
     assert (await controlled.operator.ask("Catalog.Scale", Scale(name="m", replicas=2))).model.desired == 2
@@ -113,7 +113,7 @@ async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
 
 
 def test_the_audit_keeps_plain_fields() -> None:
-    """Long texts are cut; the object and the reason have places of their own."""
+    """Audit details hold a request's scalar fields, with long texts cut and without object and reason."""
     request = Scale(name="m", reason="r" * 9999, replicas=2)
     assert details(request, "name") == {"replicas": 2}
     assert details(scaling_pb2.FreezeRequest(name="x" * 999)) == {"name": "x" * MAX_DETAIL}

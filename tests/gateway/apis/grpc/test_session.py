@@ -1,4 +1,4 @@
-"""Sessions: many calls on one stream, each as StreamChat would have made it, all pieces of a moment in one message."""
+"""Sessions: many calls on one stream, each with the output of StreamChat, with all pieces of a tick in one message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 class Told:
-    """What a session has told of each call, as a client gathers it."""
+    """The events of each call of a session, as a client gathers them."""
 
     def __init__(self) -> None:
         self.text: dict[int, str] = defaultdict(str)
@@ -63,7 +63,7 @@ def _reason(raw: bytes) -> str:
 
 
 def start(call_id: int, request: pb.ChatRequest | pb.CompleteRequest, **fields: Any) -> pb.SessionRequest:
-    """A start of a call."""
+    """A session message that starts a call."""
     message = pb.SessionStart(call_id=call_id, **fields)
     if isinstance(request, pb.ChatRequest):
         message.chat.CopyFrom(request)
@@ -81,7 +81,7 @@ async def gather(stream: Any, told: Told, *call_ids: int) -> None:
 
 
 async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Forty calls at once give each the text and usage of its own stream, in far fewer messages than tokens."""
+    """Forty concurrent calls get the same text and usage as streams, in far fewer messages than tokens."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     requests = [chat(f"call {i}", max_tokens=30, ignore_eos=True) for i in range(40)]
     alone = [text_of([c async for c in cluster.stub.StreamChat(r)]) for r in requests[:5]]
@@ -100,7 +100,7 @@ async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, che
 
 
 async def test_too_many_in_one_message_end_the_session(cluster: TestCluster) -> None:
-    """A message may hold millions of empty requests: each would be answered."""
+    """A message with too many requests ends the session."""
     stream = cluster.stub.Session()
     await stream.write(pb.SessionRequest(more=[pb.SessionRequest()] * 1001))
     with pytest.raises(grpc.aio.AioRpcError, match="at most 1000") as raised:
@@ -112,8 +112,8 @@ async def test_too_many_in_one_message_end_the_session(cluster: TestCluster) -> 
 async def test_errors_cancels_and_deadlines_are_each_calls_own(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, together: bool
 ) -> None:
-    """A wrong call, a cancelled one and a late one end with their status; the others of the session go on. Whether the
-    client says each by itself or all in one message."""
+    """An invalid, a cancelled and a late call end with their own status, sent in one message or several; the session's
+    other calls continue."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     stream = cluster.stub.Session()
     said = [
@@ -150,7 +150,7 @@ async def test_errors_cancels_and_deadlines_are_each_calls_own(
 
 
 async def test_a_call_id_is_unique_while_it_runs(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A second start under a running id is refused without harm; after its end the id may be used again."""
+    """A second start with a running call's id is refused without effect on it; the id may be reused after its end."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     stream = cluster.stub.Session()
     await stream.write(start(1, chat(max_tokens=20, ignore_eos=True)))
@@ -170,7 +170,7 @@ async def test_a_call_id_is_unique_while_it_runs(cluster: TestCluster, checkpoin
 
 
 async def test_client_gone_ends_all_calls(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A session that is cancelled frees every place its calls had."""
+    """A cancelled session frees all its calls' slots."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=8), bundle)
     stream = cluster.stub.Session()
     for i in range(30):
@@ -181,7 +181,7 @@ async def test_client_gone_ends_all_calls(cluster: TestCluster, checkpoint: Path
 
 
 async def test_an_unread_session_slows_nobody(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A client that does not read its session gets all of it later; a neighbour's stream keeps the engine's pace."""
+    """A client that does not read its session gets all output later; another stream keeps the engine's pace."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
     stream = cluster.stub.Session()
     for i in range(32):
@@ -201,7 +201,7 @@ async def test_an_unread_session_slows_nobody(cluster: TestCluster, checkpoint: 
 async def test_a_session_retires_without_cutting_a_call(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, by: str
 ) -> None:
-    """By age or when the gateway stops a session takes no new call, says so, and ends with its last one."""
+    """An old session, or one of a stopping gateway, refuses new calls, says so, and ends after its last call."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 20")
     if by == "age":
         config = config.replace("drain_timeout_s: 20", "drain_timeout_s: 20\n  max_connection_age_s: 0.4")
@@ -225,7 +225,7 @@ async def test_a_session_retires_without_cutting_a_call(
 
 
 async def test_malformed_requests(cluster: TestCluster) -> None:
-    """Bytes that are no SessionRequest end the session with the client's fault."""
+    """Bytes that are not a SessionRequest end the session with a caller's error."""
     call: Any = cluster.channel.stream_stream("/cluster.v1.Inference/Session", request_serializer=lambda b: b)
     stream = call()
     await stream.write(b"\xff\xff\xff")
@@ -233,7 +233,7 @@ async def test_malformed_requests(cluster: TestCluster) -> None:
 
 
 async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> None:
-    """A client that never reads and sends starts that are refused is not read on, instead of filling the gateway."""
+    """The gateway stops reading from a client that sends refused starts and never reads."""
     data = start(1, chat("x" * 1000, model="none")).SerializeToString()
     framed = b"\x00" + len(data).to_bytes(4, "big") + data
     async with raw_client(int(cluster.gateway.endpoints["grpc"].rpartition(":")[2]), window=1000) as raw:
@@ -253,7 +253,7 @@ async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> N
 
 
 async def _longest_pass_s(cluster: TestCluster, messages: bytes) -> float:
-    """CPU time of the longest pass of the event loop while a session handles these and refuses a start."""
+    """CPU time of the event loop's longest pass while a session handles these requests and refuses a start."""
     loop, longest, last = asyncio.get_running_loop(), 0.0, time.thread_time()
 
     def tick() -> None:
@@ -288,7 +288,7 @@ async def test_messages_without_a_request_hold_nobody_up(cluster: TestCluster) -
 
 
 async def test_a_session_ends_with_a_request_that_is_refused_at_once(cluster: TestCluster) -> None:
-    """A session whose only request was refused in the moment in which its client closed its side never ended."""
+    """A session ends even if its only request is refused at the moment in which its client closes its side."""
     start = pb.SessionStart(call_id=1, chat=chat(model="none"))
 
     async def asked() -> list[pb.SessionEvent]:

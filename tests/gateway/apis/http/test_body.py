@@ -1,4 +1,4 @@
-"""Unfinished bodies over HTTP: what they may hold, and that each can be completed."""
+"""Unfinished request bodies over HTTP: they stay within the budget, and each can be completed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAIT_S = 10.0
 
 @dataclass
 class Sink:
-    """An application that reads bodies within a budget of two of the largest, and answers their length."""
+    """An application that reads bodies, with a budget of two of the largest, and answers with their length."""
 
     budget: RequestBytes = field(
         default_factory=lambda: RequestBytes(ByteBounds(2 * LIMIT, 2 * LIMIT, 3 * LIMIT), time.monotonic)
@@ -32,7 +32,7 @@ class Sink:
     running: int = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """ASGI: the path is the tenant."""
+        """ASGI application; the path is the tenant."""
         declared = dict(scope["headers"]).get(b"content-length", b"")
         bodies, status = RequestBodies(LIMIT, self.budget), 200
         self.running += 1
@@ -54,7 +54,7 @@ class Sink:
 
 @asynccontextmanager
 async def sink() -> AsyncIterator[Sink]:
-    """The application behind a server on loopback; it parses at once."""
+    """Serve the application on loopback; bodies count as parsed at once."""
     app = Sink()
     app.parsing.set()
     server = HttpServer(app)
@@ -66,7 +66,7 @@ async def sink() -> AsyncIterator[Sink]:
 
 
 class Upload:
-    """A body of `size` bytes under way."""
+    """A body of `size` bytes that is being sent."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, size: int, chunked: bool) -> None:
         self.reader, self.writer, self.size, self.chunked = reader, writer, size, chunked
@@ -81,31 +81,32 @@ class Upload:
         return one
 
     def send(self, size: int) -> None:
-        """Send a part, as far as the socket takes it."""
+        """Send a part, as far as the socket accepts it."""
         self.sent += size
         data = b" " * size
         self.writer.write(b"%x\r\n%b\r\n" % (size, data) if self.chunked else data)
 
     async def finish(self) -> bytes:
-        """Send the rest; the answer."""
+        """Send the rest, and return the answer."""
         self.send(self.size - self.sent)
         if self.chunked:
             self.writer.write(b"0\r\n\r\n")
         return await self.answer()
 
     async def answer(self) -> bytes:
-        """Status and content."""
+        """Read the status and content."""
         answer = await asyncio.wait_for(self.reader.read(), WAIT_S)
         head, _, content = answer.partition(b"\r\n\r\n")
         return head.split(b" ")[1] + b" " + content
 
     def abort(self) -> None:
-        """Go away."""
+        """Disconnect."""
         self.writer.transport.abort()
 
 
 async def test_unfinished_bodies_of_a_tenant_hold_its_budget_and_each_can_be_completed() -> None:
-    """Twenty unfinished bodies held twenty bodies' memory; granted in parts, none could ever be completed."""
+    """Twenty unfinished bodies hold no more than the budget, and each can be completed, as reservations are granted
+    whole."""
     async with sink() as app:
         uploads = [await Upload.begin(app, "t", LIMIT, chunked=i % 2 == 0) for i in range(8)]
         for one in uploads:
@@ -119,7 +120,7 @@ async def test_unfinished_bodies_of_a_tenant_hold_its_budget_and_each_can_be_com
 
 
 async def test_a_body_counts_until_it_is_parsed() -> None:
-    """Bodies that wait for the parser would hold memory beyond the budget."""
+    """A body counts against the budget until it is parsed."""
     async with sink() as app:
         app.parsing.clear()
         uploads = [await Upload.begin(app, "t", LIMIT) for _ in range(3)]
@@ -130,7 +131,7 @@ async def test_a_body_counts_until_it_is_parsed() -> None:
 
 
 async def test_a_small_body_needs_no_budget() -> None:
-    """A tenant's large bodies would stop its ordinary calls."""
+    """A small body is read while its tenant's large bodies hold the budget."""
     async with sink() as app:
         large = [await Upload.begin(app, "t", LIMIT) for _ in range(4)]
         for one in large:
@@ -144,7 +145,7 @@ async def test_a_small_body_needs_no_budget() -> None:
 
 
 async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:
-    """Two stalled bodies would stop every other of their tenant."""
+    """A stalled body is ended while others of its tenant wait."""
     async with sink() as app:
         stalled = [await Upload.begin(app, "t", LIMIT) for _ in range(2)]
         for one in stalled:
@@ -160,7 +161,7 @@ async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:
 
 
 async def test_too_large_bodies_are_refused() -> None:
-    """A body beyond the limit would be held whole before it is refused."""
+    """A body over the limit is refused before it is held whole."""
     async with sink() as app:
         declared = await Upload.begin(app, "t", LIMIT + 1)
         assert await declared.answer() == b"413 request_too_large"
