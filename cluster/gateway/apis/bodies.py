@@ -30,7 +30,7 @@ SMALL_MESSAGE_BYTES: Final = 8192
 FEW_CONTAINERS, FEW_VALUES = 2048, 16_384
 """The most objects and arrays, and values, of a JSON body that is parsed on the event loop: one or two milliseconds."""
 PATIENCE_S: Final = 5.0
-"""See helpers/pool.py. While helpers get no core, parsing in a thread instead would hold up all calls."""
+"""Seconds that a helper may wait for a core (helpers/pool.py). Parsing in a thread instead would hold up all calls."""
 FEW_ELEMENTS: Final = 2048
 """The most fields and list elements of a protobuf message that is parsed on the event loop."""
 _PARSERS: Final = {"chat": chat_asked, "completion": completion_asked}

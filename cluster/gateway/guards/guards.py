@@ -119,11 +119,11 @@ class CallGuards:
 
     def close(self) -> None:
         """Record the call's decisions, at its end."""
-        for (guard, outcome), found in self._counts.items():
+        for (guard, outcome), counts in self._counts.items():
             texts = tuple(self._texts.get((guard, outcome), ()))
             self._shared.record_decision(
                 GuardDecision(
-                    self._policy.name, self._model, self._request_id, self._actor, guard, outcome, dict(found), texts
+                    self._policy.name, self._model, self._request_id, self._actor, guard, outcome, dict(counts), texts
                 )
             )
         self._counts.clear()

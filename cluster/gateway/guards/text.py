@@ -19,7 +19,7 @@ GUARD = "guard"
 
 
 class GuardedText:
-    """A detokenizer and the guards behind it."""
+    """A detokenizer followed by guards."""
 
     __slots__ = (
         "_chain",
@@ -103,7 +103,7 @@ class GuardedText:
         return text
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """Not possible: the guards' state cannot be derived from the delivered text. Raises ValueError."""
+        """Raise ValueError: the guards' state cannot be derived from the delivered text."""
         raise ValueError("its tenant's guards hold its text")
 
     def _mark(self, ends: bool) -> None:
@@ -152,5 +152,5 @@ class GuardedLogprobs:
         return out
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """Not possible, as for the text. Raises ValueError."""
+        """Raise ValueError, as GuardedText.restore."""
         raise ValueError("its tenant's guards hold its text")

@@ -67,7 +67,7 @@ def _plain(request: GenerationRequest) -> GenerationRequest:
     if isinstance(request.prompt, PackedPrompt):
         return replace(request, prompt=request.prompt.unpacked())
     if isinstance(request.prompt, IdsPrompt):
-        return replace(request, prompt=IdsPrompt([int(one) for one in request.prompt.token_ids]))
+        return replace(request, prompt=IdsPrompt([int(token_id) for token_id in request.prompt.token_ids]))
     return request
 
 
@@ -77,13 +77,13 @@ def test_large_bodies_are_read_as_small_ones(name: str, data: st.DataObject) -> 
     """Both parsers yield the same request or the same invalid field; of several invalid ones either may be named."""
     fields = sorted(CHAT_FIELDS if name == "chat" else COMPLETION_FIELDS)
     good = chat_body() if name == "chat" else completion_body()
-    one = st.tuples(st.sampled_from([*fields, "not_known"]), ANY)
+    odd_field = st.tuples(st.sampled_from([*fields, "not_known"]), ANY)
     messages_ = st.tuples(st.just("messages"), MESSAGES)
-    body = json.dumps(good | dict([data.draw(one | messages_)]), ensure_ascii=data.draw(st.booleans())).encode()
+    body = json.dumps(good | dict([data.draw(odd_field | messages_)]), ensure_ascii=data.draw(st.booleans())).encode()
 
     def at_once() -> ParsedRequest:
         parsed = PARSERS[name](read_object(body))
-        check_request(parsed.requests[0], parsed.names)  # the service's own first step
+        check_request(parsed.requests[0], parsed.names)  # the first check of the service
         return parsed
 
     assert _outcome(lambda: READER.http(body, name)) == _outcome(at_once)
@@ -178,7 +178,7 @@ def _count(message: Any) -> int:
         if entry:
             total += 3 * len(value)
         elif field.message_type is not None:
-            total += sum(1 + _count(one) for one in (value if field.is_repeated else [value]))
+            total += sum(1 + _count(item) for item in (value if field.is_repeated else [value]))
         elif field.is_repeated:
             packed = field.cpp_type not in (field.CPPTYPE_STRING,)
             total += 1 if packed else len(value)
@@ -297,7 +297,7 @@ def test_large_messages_are_read_as_small_ones(request_: Any) -> None:
 @given(st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, 200), max_size=60), st.booleans())
 def test_packed_ids_are_read_as_protobuf_does(ids: list[int], small: bool) -> None:
     """Packed ids of any size and sign equal protobuf's; unpacked ones are left to protobuf."""
-    ids = [abs(one) % 128 for one in ids] if small else ids
+    ids = [abs(token_id) % 128 for token_id in ids] if small else ids
     request_ = pb.CompleteRequest(model="m", prompt_token_ids=ids, temperature=1.0, stop=["a"], n=2)
     found = packed_ids(request_.SerializeToString(), 100)
     assert found is not None
@@ -337,7 +337,7 @@ async def test_what_is_large_is_read_by_a_helper(bodies: Bodies) -> None:
     )
     items = await bodies.session(message.SerializeToString())
     assert isinstance(items, list)
-    assert [type(one).__name__ for one in items] == ["SessionStart", *["SessionCancel"] * 3]
+    assert [type(item).__name__ for item in items] == ["SessionStart", *["SessionCancel"] * 3]
     first, *rest = session_items(message)
     assert rest == items[1:]
     assert replace(items[0], request=_plain(items[0].request)) == first

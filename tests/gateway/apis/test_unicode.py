@@ -45,7 +45,7 @@ def _escaped(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-@pytest.mark.parametrize(("fields", "path"), FIELDS, ids=lambda one: one if isinstance(one, str) else "")
+@pytest.mark.parametrize(("fields", "path"), FIELDS, ids=lambda value: value if isinstance(value, str) else "")
 @pytest.mark.parametrize("written", [_raw, _escaped])
 def test_half_a_pair_is_refused_by_its_path(fields: dict[str, Any], path: str, written: Callable[[Any], bytes]) -> None:
     """Lone surrogates are refused, as an escape and as the bytes ED A0 80."""

@@ -18,7 +18,7 @@ from cluster.guard.v1 import guard_pb2, guard_pb2_grpc
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
-from tests.gateway.apis.grpc.test_session import Told, start
+from tests.gateway.apis.grpc.test_session import ReceivedEvents, start
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.certificates import Authority
 from tests.support.cluster import sim_engine, until
@@ -72,7 +72,7 @@ class Tenant:
         return registry.get_sample_value("headrace_guard_actions_total", labels) or 0.0
 
     async def audited(self, at_least: int) -> Sequence[dict[str, Any]]:
-        """Wait for `count` policy events of the tenant, and return them."""
+        """Wait for `at_least` policy events of the tenant, and return them."""
         found: Sequence[dict[str, Any]] = ()
 
         async def there() -> bool:
@@ -91,7 +91,7 @@ async def tenant(keyed: Keyed, name: str) -> Tenant:
 
 def literal(text: str) -> str:
     """A pattern that matches exactly this text."""
-    return "".join(f"\\x{{{ord(one):x}}}" for one in text)
+    return "".join(f"\\x{{{ord(character):x}}}" for character in text)
 
 
 def middle(text: str) -> str:
@@ -125,26 +125,26 @@ async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == TOKENS
     session = lab.stub.Session(metadata=lab.who)
-    told = Told()
+    received = ReceivedEvents()
     await session.write(start(1, chat(**ASK)))
-    while not told.ended(1):
+    while not received.ended(1):
         message = await asyncio.wait_for(read(session), 20)
         assert message is not None
-        told.take(message)
+        received.add(message)
     await session.done_writing()
-    assert told.text[1] == wanted
+    assert received.text[1] == wanted
     whole = await keyed.fetch("/v1/chat/completions", chat_body(**ASK), key=lab.key)
     assert whole.json["choices"][0]["message"]["content"] == wanted
     streamed = await keyed.fetch("/v1/chat/completions", chat_body(stream=True, **ASK), key=lab.key)
     events = [json.loads(line[6:]) for line in streamed.body.decode().splitlines() if line.startswith("data: {")]
-    assert "".join(one["choices"][0]["delta"].get("content", "") for one in events if one["choices"]) == wanted
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"]) == wanted
 
     answer = await lab.stub.Chat(chat(logprobs=True, top_logprobs=1, **ASK), metadata=lab.who)
     assert answer.choices[0].message.content == wanted
     numbers = answer.choices[0].logprobs
     assert 0 < len(numbers) < TOKENS
-    assert secret not in "".join(one.token for one in numbers)
-    assert "".join(one.token for one in numbers).startswith(bare[:8])
+    assert secret not in "".join(logprob.token for logprob in numbers)
+    assert "".join(logprob.token for logprob in numbers).startswith(bare[:8])
     await until(lambda: lab.counted("output_patterns", "redacted") == 6, "six redactions are counted")
 
 
@@ -152,13 +152,13 @@ async def test_each_of_several_outputs_has_guards_of_its_own(keyed: Keyed) -> No
     """With n = 3 each sequence has its own guards: a match in one neither continues in nor ends another."""
     lab = await tenant(keyed, "several")
     ask = chat(n=3, seed=5, **{**ASK, "temperature": 1.0})
-    bare = [one.message.content for one in (await lab.stub.Chat(ask, metadata=lab.who)).choices]
+    bare = [choice.message.content for choice in (await lab.stub.Chat(ask, metadata=lab.who)).choices]
     secret = middle(bare[1])
     assert secret not in bare[0] + bare[2]
     await lab.guard(redacting(secret, action="refuse"))
     answer = await lab.stub.Chat(ask, metadata=lab.who)
-    assert [one.message.content for one in answer.choices] == [bare[0], bare[1].split(secret)[0], bare[2]]
-    assert [one.finish_reason for one in answer.choices] == ["length", "content_filter", "length"]
+    assert [choice.message.content for choice in answer.choices] == [bare[0], bare[1].split(secret)[0], bare[2]]
+    assert [choice.finish_reason for choice in answer.choices] == ["length", "content_filter", "length"]
 
 
 async def test_a_refused_output_ends_and_leaves_the_engine(keyed: Keyed) -> None:
@@ -354,7 +354,7 @@ async def test_a_guard_server_elsewhere_is_asked_over_tls(keyed: Keyed, tmp_path
     pair = (files.key_file.read_bytes(), files.cert_file.read_bytes())
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
     await server.start()
-    address = f"ipv4:127.0.0.1:{port}"  # a spelling that is not known to be of this host
+    address = f"ipv4:127.0.0.1:{port}"  # a spelling that is not recognized as this host
     assert not on_this_host(address)
     try:
         for ca_file, allowed in ((files.ca_file, True), (Authority(tmp_path / "other").issue("x").ca_file, False)):
@@ -401,7 +401,7 @@ async def test_who_has_no_guards_keeps_the_short_way(keyed: Keyed) -> None:
     await read(stream)
 
     def direct() -> bool:
-        calls = [one for one in keyed.gateway.service._open.values() if one.tenant == "bare"]
+        calls = [call for call in keyed.gateway.service._open.values() if call.tenant == "bare"]
         return any(output.direct is not None for call in calls for output in call.sequences)
 
     await until(direct, "the call's tokens go straight to its connection")
@@ -416,7 +416,7 @@ async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, che
             await keyed.cluster.add_worker(engine, bundle)
         lab = await tenant(keyed, "moved")
         bare = await lab.text(max_tokens=120)
-        secret = bare[len(bare) // 4 : -len(bare) // 4]  # long enough to be still open when the worker dies
+        secret = bare[len(bare) // 4 : -len(bare) // 4]  # long enough not to be complete when the worker dies
         await lab.guard(redacting(secret))
         stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 120}), metadata=lab.who)
         chunks = [await asyncio.wait_for(read(stream), 20)]
@@ -431,8 +431,8 @@ async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, che
 def test_a_declared_tenants_file_must_be_there(tmp_path: Path) -> None:
     """A gateway does not start if a configured tenant's pattern file is invalid."""
     (tmp_path / "bad.yaml").write_text("mail: '.+@.+'\n")
-    for name, told in (("none.yaml", "cannot be read"), ("bad.yaml", "mail: its longest match is without bound")):
+    for name, error in (("none.yaml", "cannot be read"), ("bad.yaml", "mail: its longest match is without bound")):
         guards = f"[{{builtin: patterns, on: output, patterns_file: {tmp_path / name}}}]"
         text = keyed_text(tmp_path, f"tenants: [{{name: acme, guards: {guards}}}]\n")
-        with pytest.raises(ValueError, match=rf"tenants\[acme\]\.guards\[0\]\.patterns_file: .*{told}"):
+        with pytest.raises(ValueError, match=rf"tenants\[acme\]\.guards\[0\]\.patterns_file: .*{error}"):
             Gateway(parse(text), tmp_path / "gateway")

@@ -49,4 +49,4 @@ def test_a_search_that_took_too_long_ends(bundle: Bundle) -> None:
         await asyncio.get_running_loop().shutdown_default_executor()
         return time.process_time() - began
 
-    assert asyncio.run(search()) < 0.5  # in a loop of its own, whose threads are no other test's
+    assert asyncio.run(search()) < 0.5  # in its own event loop, so that other tests do not use its threads

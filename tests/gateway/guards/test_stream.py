@@ -101,15 +101,15 @@ def test_marks_tell_which_tokens_a_redaction_has_touched(
         at += len(chunk)
         out += text_out
         marks += decided
-        assert all(one.end <= len(out) for one in decided)
+        assert all(mark.end <= len(out) for mark in decided)
         wanted.append(any(start < mark.end and mark.start < end for start, end in spans))
     text_out, decided = filters.feed("", (), True)
     out, marks = out + text_out, [*marks, *decided]
-    assert [one.token for one in marks] == list(range(len(chunks)))
-    assert [one.hidden for one in marks] == wanted
-    for one in marks:
-        if not one.hidden:
-            assert out[one.start : one.end] == chunks[one.token]
+    assert [mark.token for mark in marks] == list(range(len(chunks)))
+    assert [mark.hidden for mark in marks] == wanted
+    for mark in marks:
+        if not mark.hidden:
+            assert out[mark.start : mark.end] == chunks[mark.token]
 
 
 class Slow:
@@ -164,10 +164,12 @@ def test_a_guard_that_is_late_or_breaks(error: Exception | None, fails_open: boo
 
 def test_decisions_are_told_once_with_their_text() -> None:
     """Each match is reported once with its text, however often its characters are scanned."""
-    told: list[tuple[str, str]] = []
-    stage = PatternStage(Patterns({"digits": r"\b\d{2,4}\b"}), "flag", lambda name, text: told.append((name, text)))
+    decisions: list[tuple[str, str]] = []
+    stage = PatternStage(
+        Patterns({"digits": r"\b\d{2,4}\b"}), "flag", lambda name, text: decisions.append((name, text))
+    )
     out = "".join(stage.feed(part, (), False)[0] for part in "ab 123 45") + stage.feed("", (), True)[0]
-    assert (out, told) == ("ab 123 45", [("digits", "123"), ("digits", "45")])
-    sizes = SizeStage(2, "flag", lambda name, text: told.append((name, text)))
+    assert (out, decisions) == ("ab 123 45", [("digits", "123"), ("digits", "45")])
+    sizes = SizeStage(2, "flag", lambda name, text: decisions.append((name, text)))
     assert [sizes.feed("ab", (), False)[0] for _ in range(3)] == ["ab"] * 3
-    assert told[2:] == [("max_characters", "")]
+    assert decisions[2:] == [("max_characters", "")]

@@ -201,7 +201,7 @@ class AdminAuthorizer:
                 await context.abort(grpc_code(error), error.message, trailers(error))
             except grpc.aio.AbortError:
                 raise
-            except Exception:  # no traceback reaches a caller
+            except Exception:  # callers get no traceback; it is logged with the number
                 number = uuid.uuid4().hex
                 log.exception("unexpected", method=method.full_name, number=number)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote number {number}")

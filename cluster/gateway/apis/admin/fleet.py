@@ -94,7 +94,7 @@ class FleetAdmin:
         ]
 
     async def AbortRequest(self, request: pb.AbortRequestRequest, caller: AdminCaller) -> pb.AbortRequestResponse:
-        """Abort a call in any process of this host. Gateways on other hosts must be asked themselves."""
+        """Abort a call in any process of this host. Gateways on other hosts are not reached."""
         wanted, tenant = request.request_id, ""
         if not wanted:
             raise invalid("request_id", "must name a call by its x-request-id or by the id of its answer")

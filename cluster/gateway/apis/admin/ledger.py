@@ -212,10 +212,10 @@ class KeysAdmin:
     async def Revoke(self, request: pb.RevokeKeyRequest, caller: AdminCaller) -> pb.Key:
         """See tenants.proto."""
         tenant, key_id = codec.key_name(request.name, "name")
-        ended = await self._services.run(
+        revoked = await self._services.run(
             caller, lambda service: service.revoke_key(tenant, key_id, reason=request.reason)
         )
-        return codec.key_pb(ended, time.time())
+        return codec.key_pb(revoked, time.time())
 
 
 class UsageAdmin:
@@ -269,7 +269,7 @@ class UsageAdmin:
 
 
 def _record_pb(record: UsageRecord, caller: AdminCaller) -> usage_pb2.UsageRecord:
-    """A usage record as a message; only operators see where the call ran."""
+    """A usage record as a message. A caller limited to its tenant does not see where the call ran."""
     fields = record.as_json()
     if caller.scope:
         fields |= dict.fromkeys(("worker", "pod", "node", "gateway"), "")
@@ -329,7 +329,7 @@ class AuditAdmin:
 
 
 def _event_pb(row: dict[str, Any], caller: AdminCaller) -> usage_pb2.AuditEvent:
-    """An audit event as a message; tenants do not see the addresses of the cluster's operators."""
+    """An audit event as a message. A caller limited to its tenant sees addresses of its own tenant's actors only."""
     event = usage_pb2.AuditEvent(time=codec.timestamp(row["at_s"]))
     details = row["details"] or {}
     hidden = caller.scope and details.get("of") != caller.scope

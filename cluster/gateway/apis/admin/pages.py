@@ -21,11 +21,11 @@ MAX_FILTER = 2048
 _TERM = re.compile(r'\s*([a-z_]+(?:\.[A-Za-z0-9_./-]{1,63})?)\s*=\s*(?:"([^"\\]*)"|([A-Za-z0-9_./-]+))\s*')
 
 
-def page_size(asked: int) -> int:
+def page_size(requested: int) -> int:
     """The number of rows in a page. Raises CallError for a negative size."""
-    if asked < 0:
-        raise invalid("page_size", f"must not be negative, got {asked}")
-    return min(asked or MAX_PAGE, MAX_PAGE)
+    if requested < 0:
+        raise invalid("page_size", f"must not be negative, got {requested}")
+    return min(requested or MAX_PAGE, MAX_PAGE)
 
 
 def next_token(after: Any, *list_key: str) -> str:

@@ -35,9 +35,7 @@ def packed_ids(data: bytes | bytearray, number: int) -> Ids | None:
 
 def _decoded(data: np.ndarray[Any, np.dtype[np.uint8]]) -> Ids:
     """Decode varints, truncated to 32 bits as protobuf does."""
-    if (
-        not data.size or data.max() < 128
-    ):  # one byte each: 32-bit ones would send four times as much to the gateway's process
+    if not data.size or data.max() < 128:  # one byte each: as 32-bit numbers they would be four times as long
         return data
     ends = np.flatnonzero(data < 128)
     starts = np.concatenate((np.zeros(1, ends.dtype), ends[:-1] + 1))

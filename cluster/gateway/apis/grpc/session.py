@@ -205,7 +205,7 @@ class SessionStream:
         return "" if self._caller.refused is not None else self._caller.principal.tenant.name
 
     def _call_meta(self, start: SessionStart) -> CallMeta:
-        """Raises CallError once the session's caller may no longer call."""
+        """The metadata of a call. Raises CallError once the session's caller may no longer call."""
         principal = self._caller.require()
         deadline = self._service.clock() + start.deadline_ms / 1000 if start.deadline_ms else None
         own_id = start.request_id or random_id()
@@ -251,7 +251,7 @@ class SessionStream:
         except asyncio.CancelledError:
             self._end(opened, CallError(Outcome.CANCELLED, "cancelled by the client"))
             raise
-        except Exception:  # ends this call only
+        except Exception:  # ends this call, not the session
             log.exception("unexpected", request_id=meta.request_id)
             message = f"unexpected failure; quote request id {meta.request_id}"
             self._end(opened, CallError(Outcome.INTERNAL, message))

@@ -1,6 +1,6 @@
 """Reading of request bodies within the budget of request bytes that all ports of the process share.
 
-Callers are authenticated before. A body that arrives in one read is accepted as it is. For a longer one its whole size
+The caller is authenticated first. A body that arrives in one read is accepted as it is. For a longer one its whole size
 is reserved first (policy/limits/request_bytes.py), and reading is paused until the reservation is granted. Unfinished
 bodies thus hold no more than the budget and one read each.
 """

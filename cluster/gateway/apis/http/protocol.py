@@ -89,7 +89,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def stage(self) -> ConnectionStage:
-        """How far the connection has come."""
+        """The stage that the connection has reached."""
         calling = self.cycle is not None and not self.cycle.response_complete
         return (
             ConnectionStage.CALLING if calling else ConnectionStage.GREETED if self.requests else ConnectionStage.SILENT

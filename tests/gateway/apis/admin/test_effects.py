@@ -61,7 +61,7 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
         made = await operator.ask("Keys.Create", tenants_pb2.CreateKeyRequest(parent="tenants/lab"))
         key = made.secret
 
-        async def told(cluster: TestCluster) -> str:
+        async def outcome(cluster: TestCluster) -> str:
             try:
                 await cluster.stub.ListModels(pb.ListModelsRequest(), metadata=bearer(key))
             except grpc.aio.AioRpcError as error:
@@ -70,10 +70,10 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
 
         async def soon(code: str) -> None:
             for cluster in clusters:
-                await eventually(lambda c=cluster: said(c, code), f"{code} at each gateway", 2.0)  # type: ignore[misc]
+                await eventually(lambda c=cluster: answers_with(c, code), f"{code} at each gateway", 2.0)  # type: ignore[misc]
 
-        async def said(cluster: TestCluster, code: str) -> bool:
-            return await told(cluster) == code
+        async def answers_with(cluster: TestCluster, code: str) -> bool:
+            return await outcome(cluster) == code
 
         await soon("OK")
         streams = [cluster.stub.StreamChat(chat(**LONG), metadata=bearer(key)) for cluster in clusters]
@@ -84,7 +84,7 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
         began = time.monotonic()
         ends = [await refused(rest_of(stream)) for stream in streams]
         assert time.monotonic() - began < 2.0
-        assert [one.reason for one in ends] == ["TENANT_SUSPENDED"] * 2
+        assert [event.reason for event in ends] == ["TENANT_SUSPENDED"] * 2
         await soon("PERMISSION_DENIED")
         await operator.ask("Tenants.Resume", tenants_pb2.ResumeTenantRequest(name="tenants/lab"))
         await soon("OK")
@@ -152,7 +152,7 @@ async def test_an_aborted_call_frees_its_place(tmp_path: Path, checkpoint: Path,
         )
         assert (answer.code.name, "on this gateway" in answer.message) == ("NOT_FOUND", True)
         events = await asyncio.to_thread(_flushed, keyed)
-        found = [(one["object"], one["tenant"], one["outcome"], one["reason"]) for one in events]
+        found = [(event["object"], event["tenant"], event["outcome"], event["reason"]) for event in events]
         assert ("same", "rival", "ok", "runs away") in found
         assert ("same", "", "not_found", "x") in found
 
@@ -230,7 +230,7 @@ async def test_the_database_away(tmp_path: Path) -> None:
         ("Audit.List", usage_pb2.ListAuditRequest()),
     )
     with socket.socket() as database:
-        database.bind(("127.0.0.1", 0))  # nobody listens there yet: refused
+        database.bind(("127.0.0.1", 0))  # not listening yet: connections are refused
         port = database.getsockname()[1]
         text = keyed_text(tmp_path, f"store: {{database_url: 'postgresql+psycopg://u@127.0.0.1:{port}/d'}}\n")
         async with running_cluster(tmp_path / "gateway", text) as cluster:
@@ -238,7 +238,7 @@ async def test_the_database_away(tmp_path: Path) -> None:
                 assert (await stranger.refused(*verbs[0])).reason == "STORE_UNAVAILABLE"
             async with AdminClient(cluster.gateway.endpoints["admin"], admin_token(SECRET.encode())) as operator:
                 await _all_unavailable(operator, verbs, port)
-                database.listen(64)  # and never answers
+                database.listen(64)  # accepts connections and never answers
                 standing_s = await _longest_pause(_all_unavailable(operator, verbs, port))
                 assert standing_s < 0.5, "the event loop stood still"
                 assert await operator.code("Fleet.ListWorkers", admin_pb2.ListWorkersRequest()) == "OK"

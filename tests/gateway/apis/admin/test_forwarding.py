@@ -30,12 +30,12 @@ class Controlled:
         self.keyed = keyed
         self.operator = operator
         self.end = end
-        self.asked: list[tuple[Any, str]] = []
+        self.requests: list[tuple[Any, str]] = []
         self.held = asyncio.Event()
         end.verbs["Catalog.Scale"] = verb(Scale, self._scale)
 
     async def _scale(self, request: Scale, actor: str) -> Scaled:
-        self.asked.append((request, actor))
+        self.requests.append((request, actor))
         if request.name == "hold":
             await self.held.wait()
         if request.replicas > 5:
@@ -45,15 +45,15 @@ class Controlled:
         return Scaled(model=scaling_pb2.ModelScaling(name=request.name, desired=request.replicas))
 
     async def events(self, count: int) -> list[dict[str, Any]]:
-        """Wait for `count` audit events of Scale; returns the newest ones."""
-        found: list[dict[str, Any]] = []
+        """Wait for at least `count` audit events of Scale, and return them."""
+        events_now: list[dict[str, Any]] = []
 
         def there() -> bool:
-            found[:] = self.keyed.ledger.audit.list(equal={"action": "catalog.scale"}, limit=100)
-            return len(found) >= count
+            events_now[:] = self.keyed.ledger.audit.list(equal={"action": "catalog.scale"}, limit=100)
+            return len(events_now) >= count
 
         await until(there, "the audit has it", 10)
-        return found
+        return events_now
 
 
 @pytest.fixture
@@ -86,14 +86,14 @@ async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
     assert missing.reason == "MODEL_NOT_FOUND"
     unknown = await controlled.operator.refused("Catalog.Freeze", scaling_pb2.FreezeRequest())
     assert unknown.reason == "UNSUPPORTED_FEATURE"
-    assert [(r.name, actor.split(":")[0]) for r, actor in controlled.asked] == [
+    assert [(r.name, actor.split(":")[0]) for r, actor in controlled.requests] == [
         ("m", "key"),
         ("m", "key"),
         ("gone", "key"),
     ]
     events = await controlled.events(4)
-    told = [(e["object"], e["outcome"], e["details"].get("replicas")) for e in reversed(events)]
-    assert told == [
+    audited = [(e["object"], e["outcome"], e["details"].get("replicas")) for e in reversed(events)]
+    assert audited == [
         ("m", "no_worker", None),
         ("m", "ok", 3),
         ("m", "invalid_field", 9),
@@ -105,7 +105,7 @@ async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
 async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
     """A slow method does not delay others."""
     slow = asyncio.create_task(controlled.operator.ask("Catalog.Scale", Scale(name="hold", replicas=1)))
-    await until(lambda: len(controlled.asked) == 1, "it is there")
+    await until(lambda: len(controlled.requests) == 1, "it is there")
     assert (await controlled.operator.ask("Catalog.Scale", Scale(name="m", replicas=2))).model.desired == 2
     assert not slow.done()
     controlled.held.set()

@@ -99,12 +99,12 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
 
 
 NO, OK, MISSING, BAD = "PERMISSION_DENIED", "OK", "NOT_FOUND", "INVALID_ARGUMENT"
-AWAY = "UNAVAILABLE"  # granted, and there is no controller here to answer
+AWAY = "UNAVAILABLE"  # granted, but there is no controller to answer
 BY_CONTROLLER = tuple(
     f"Catalog.{verb}"
     for verb in ("Apply", "SetWeights", "Promote", "Rollback", "Quarantine", "Scale", "Freeze", "Unfreeze")
 )
-# verb -> what viewer, tenant_admin and operator are told about acme; and about its rival
+# verb -> what viewer, tenant_admin and operator get for acme, and for its rival
 CLUSTER = (OK, NO, OK), (OK, NO, OK)
 READ = (OK, OK, OK), (OK, MISSING, OK)
 KEYS = (NO, OK, OK), (NO, MISSING, OK)
@@ -166,7 +166,7 @@ async def test_another_tenant_reads_as_none(world: World, verb: str) -> None:
     world.keys |= {(ghost, use): world.keys[OTHER, use] for use in ("rotate", "revoke")}
     there = await client.refused(verb, request_of(world, verb, OTHER))
     absent = await client.refused(verb, request_of(world, verb, ghost))
-    raw = [one.trailers["grpc-status-details-bin"] for one in (there, absent)]
+    raw = [answer.trailers["grpc-status-details-bin"] for answer in (there, absent)]
     assert isinstance(raw[0], bytes)
     assert raw[0].replace(OTHER.encode(), ghost.encode()) == raw[1]
     assert (there.code, there.message.replace(OTHER, ghost)) == (absent.code, absent.message)
@@ -178,30 +178,30 @@ async def test_lists_end_at_the_own_tenant(world: World) -> None:
     admin, viewer = world.clients["tenant_admin"], world.clients["viewer"]
     for client, tenants in ((admin, {OWN}), (viewer, {OWN, OTHER, "ops", "fixed"})):
         found = await client.ask("Tenants.List", tenants_pb2.ListTenantsRequest())
-        assert {one.name.removeprefix("tenants/") for one in found.tenants} == tenants
+        assert {tenant.name.removeprefix("tenants/") for tenant in found.tenants} == tenants
         rows = await client.ask("Usage.Query", usage_pb2.QueryUsageRequest(group_by=["tenant"]))
-        assert {one.group["tenant"] for one in rows.sums} == tenants & {OWN, OTHER}
+        assert {usage_sum.group["tenant"] for usage_sum in rows.sums} == tenants & {OWN, OTHER}
         pages = await client.ask("Usage.Export", usage_pb2.ExportUsageRequest())
-        assert {one.tenant for page in pages for one in page.records} == tenants & {OWN, OTHER}
+        assert {record.tenant for page in pages for record in page.records} == tenants & {OWN, OTHER}
     operator = world.clients["operator"]
     for tenant in (OWN, OTHER):
         await operator.ask("Tenants.Resume", tenants_pb2.ResumeTenantRequest(name=f"tenants/{tenant}"))
     events = (await admin.ask("Audit.List", usage_pb2.ListAuditRequest())).events
-    assert {one.tenant for one in events} == {OWN}
-    assert {one.source for one in events if one.details["role"] == "operator"} == {""}
+    assert {event.tenant for event in events} == {OWN}
+    assert {event.source for event in events if event.details["role"] == "operator"} == {""}
     events = (await viewer.ask("Audit.List", usage_pb2.ListAuditRequest())).events
-    assert {OWN, OTHER} <= {one.tenant for one in events}
-    assert any(one.source for one in events if one.details["role"] == "operator")
+    assert {OWN, OTHER} <= {event.tenant for event in events}
+    assert any(event.source for event in events if event.details["role"] == "operator")
 
 
 async def test_where_calls_run_is_the_operators_to_know(world: World) -> None:
     """A tenant's own records omit the names of workers, pods, nodes and gateways."""
     place = {"worker": "m-1", "pod": "gpu-a", "node": "ip-10-0-3-7", "gateway": "gateway-0"}
     world.keyed.ledger.usage.insert([record("placed", tenant=OWN, model="placed", **place)])
-    for role, told in (("operator", place), ("viewer", place), ("tenant_admin", dict.fromkeys(place, ""))):
+    for role, expected in (("operator", place), ("viewer", place), ("tenant_admin", dict.fromkeys(place, ""))):
         request = usage_pb2.ExportUsageRequest(parent=f"tenants/{OWN}", model="placed")
-        (row,) = [one for page in await world.clients[role].ask("Usage.Export", request) for one in page.records]
-        assert {name: getattr(row, name) for name in place} == told, role
+        (row,) = [record for page in await world.clients[role].ask("Usage.Export", request) for record in page.records]
+        assert {name: getattr(row, name) for name in place} == expected, role
 
 
 @pytest.mark.parametrize("role", ["viewer", "operator", "root"])
@@ -221,7 +221,7 @@ async def test_an_administrator_makes_nobody_greater(world: World, role: str) ->
         assert (await client.refused(verb, asked)).code.name == NO
     assert world.keyed.ledger.keys.get(OWN, made.id) == made
     events = world.keyed.ledger.audit.list(equal={"outcome": "permission_denied"})
-    assert {"keys.rotate", "keys.revoke"} <= {one["action"] for one in events if one["object"] == name}
+    assert {"keys.rotate", "keys.revoke"} <= {event["action"] for event in events if event["object"] == name}
 
 
 async def test_nobody_raises_the_own_limits(world: World) -> None:
@@ -261,33 +261,35 @@ async def test_refusals_are_in_the_audit(world: World) -> None:
         world.keyed.door.audit.flush()
         return world.keyed.ledger.audit.list(kind="auth_failure", limit=1000)
 
-    async def all_told() -> bool:  # in a second with many of them, as the tests above make, some are only counted
+    async def all_audited() -> bool:  # of many events in a second, as in the tests above, some are only counted
         await client.refused("Tenants.Get", tenants_pb2.GetTenantRequest(name=f"tenants/{OTHER}"))
         await client.refused("Tenants.Suspend", suspend)
         await world.clients["nobody"].refused("Tenants.List", listing)
         async with AdminClient(world.keyed.gateway.endpoints["admin"], "hr_kabc_" + "x" * 43) as forged:
             await forged.refused("Tenants.List", listing)
         events = events_now()
-        return "kabc" in {one["actor"] for one in events} and {
+        return "kabc" in {event["actor"] for event in events} and {
             ("authorize", "cluster.admin.v1.Tenants.Get", "not_found"),
             ("authorize", "cluster.admin.v1.Tenants.Suspend", "denied"),
             ("authenticate", "", "missing"),
             ("authenticate", "", "unknown"),
-        } <= {(one["action"], one["object"], one["outcome"]) for one in events}
+        } <= {(event["action"], event["object"], event["outcome"]) for event in events}
 
-    await eventually(all_told, "each refusal is in the audit")
+    await eventually(all_audited, "each refusal is in the audit")
     events = events_now()
-    assert all(one["source"] for one in events if "suppressed" not in one["details"])
+    assert all(event["source"] for event in events if "suppressed" not in event["details"])
 
 
 def test_limits_are_all_in_the_api() -> None:
     """Every limit and field of a tenant policy can be set over the API."""
-    ours = {"class" if one.name == "priority_class" else one.name for one in dataclasses.fields(TenantPolicy)}
-    theirs = {"class" if one.name == "priority_class" else one.name for one in tenants_pb2.Tenant.DESCRIPTOR.fields}
+    ours = {"class" if field.name == "priority_class" else field.name for field in dataclasses.fields(TenantPolicy)}
+    theirs = {
+        "class" if field.name == "priority_class" else field.name for field in tenants_pb2.Tenant.DESCRIPTOR.fields
+    }
     assert ours - {"handle"} <= theirs
     parts = ((TenantLimits, tenants_pb2.Limits), (Retention, tenants_pb2.Retention), (GuardRule, tenants_pb2.GuardRule))
     for part, message in parts:
-        assert {one.name for one in dataclasses.fields(part)} == set(message.DESCRIPTOR.fields_by_name)
+        assert {field.name for field in dataclasses.fields(part)} == set(message.DESCRIPTOR.fields_by_name)
 
 
 async def test_a_suspended_tenants_administrator_is_out(world: World) -> None:

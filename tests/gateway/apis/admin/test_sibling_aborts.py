@@ -75,7 +75,7 @@ async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle
                     stub = type(clusters[0].stub)(channel)
                     stream = stub.StreamChat(chat_request(**LONG), metadata=(("x-request-id", f"r{number}"),))
                     assert await read(stream) is not None
-                    (at,) = [i for i, one in enumerate(clusters) if one.gateway.service.statistics()]
+                    (at,) = [i for i, cluster in enumerate(clusters) if cluster.gateway.service.statistics()]
                     answer = await admin.ask(
                         "Fleet.AbortRequest", pb.AbortRequestRequest(request_id=f"r{number}", reason="x")
                     )

@@ -147,7 +147,7 @@ async def test_deleted_and_erased(world: World) -> None:
     await world.ask("Tenants.Delete", tenants_pb2.DeleteTenantRequest(**name, reason="left"))
     assert (await world.operator.refused("Tenants.Get", tenants_pb2.GetTenantRequest(**name))).code.name == "NOT_FOUND"
     sums = (await world.ask("Usage.Query", usage_pb2.QueryUsageRequest(parent="tenants/gone"))).sums
-    assert [one.requests for one in sums] == [1]
+    assert [usage_sum.requests for usage_sum in sums] == [1]
     erase = tenants_pb2.DeleteTenantRequest(**name, erase=True, reason="gone has asked")
     assert (await world.ask("Tenants.Delete", erase)).erased_rows >= 2
     assert (await world.operator.refused("Tenants.Delete", erase)).code.name == "NOT_FOUND"
@@ -171,7 +171,7 @@ async def test_what_a_file_declares_is_read_only(world: World) -> None:
         assert (answer.code.name, answer.reason) == ("FAILED_PRECONDITION", "MANAGED_BY_FILE"), verb
         assert "change the file" in answer.message
     assert (await world.ask("Tenants.Get", tenants_pb2.GetTenantRequest(name=name))).origin == "file"
-    assert {one["outcome"] for one in world.audited(name)} == {"managed_by_file"}
+    assert {event["outcome"] for event in world.audited(name)} == {"managed_by_file"}
     assert (await world.ask("Keys.Create", tenants_pb2.CreateKeyRequest(parent=name))).secret.startswith("hr_")
 
 
@@ -190,7 +190,7 @@ async def test_listing_by_page_and_filter(world: World) -> None:
         while True:
             request = tenants_pb2.ListTenantsRequest(page_size=1, page_token=token, filter=wanted)
             page = await world.ask("Tenants.List", request)
-            found += [one.name.removeprefix("tenants/") for one in page.tenants]
+            found += [tenant.name.removeprefix("tenants/") for tenant in page.tenants]
             token = page.next_page_token
             if not token:
                 break
@@ -226,7 +226,7 @@ async def test_a_keys_life(world: World, capfd: pytest.CaptureFixture[str]) -> N
         listed += list(page.keys)
         if not (token := page.next_page_token):
             break
-    assert [(one.name, one.state) for one in listed] == [(made.key.name, "active"), (second.key.name, "revoked")]
+    assert [(key.name, key.state) for key in listed] == [(made.key.name, "active"), (second.key.name, "revoked")]
     rows = json.dumps(world.keyed.ledger.audit.list(tenant="keyed", limit=1000))
     lines = world.audit_file() + "".join(capfd.readouterr())
     for secret in (made.secret, second.secret):
@@ -262,7 +262,7 @@ async def test_usage_is_summed_paged_and_exported(world: World) -> None:
     first = await world.ask("Usage.Query", query)
     query.page_token = first.next_page_token
     second = await world.ask("Usage.Query", query)
-    found = [(dict(one.group), one.requests, one.cost, one.HasField("cost")) for one in (*first.sums, *second.sums)]
+    found = [(dict(row.group), row.requests, row.cost, row.HasField("cost")) for row in (*first.sums, *second.sums)]
     assert found == [
         ({"model": "m0", "label:team": "a"}, 3, 0.0, False),
         ({"model": "m1", "label:team": "a"}, 2, 2.0, True),
@@ -270,10 +270,10 @@ async def test_usage_is_summed_paged_and_exported(world: World) -> None:
     ]
     assert second.next_page_token == ""
     total = usage_pb2.QueryUsageRequest(parent="tenants/spender", total=True)
-    assert [one.requests for one in (await world.ask("Usage.Query", total)).sums] == [7]
+    assert [usage_sum.requests for usage_sum in (await world.ask("Usage.Query", total)).sums] == [7]
     pages = await world.ask("Usage.Export", usage_pb2.ExportUsageRequest(parent="tenants/spender", model="m0"))
-    records = [one for page in pages for one in page.records]
-    assert sorted(one.record_id for one in records) == ["u0", "u3", "u9"]
+    records = [record for page in pages for record in page.records]
+    assert sorted(record.record_id for record in records) == ["u0", "u3", "u9"]
     assert (records[0].ttft_s, dict(records[0].labels)) == (0.5, {"team": "a"})
 
 
@@ -282,7 +282,7 @@ async def test_a_long_export_has_every_record_once(world: World) -> None:
     world.keyed.ledger.usage.insert([record(f"long{at:04}", tenant="long") for at in range(1201)])
     pages = await world.ask("Usage.Export", usage_pb2.ExportUsageRequest(parent="tenants/long"))
     assert len(pages) == 3
-    assert [one.record_id for page in pages for one in page.records] == [f"long{at:04}" for at in range(1201)]
+    assert [record.record_id for page in pages for record in page.records] == [f"long{at:04}" for at in range(1201)]
 
 
 async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
@@ -297,15 +297,15 @@ async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
     first = await world.ask("Audit.List", request)
     request.page_token = first.next_page_token
     events = [*first.events, *(await world.ask("Audit.List", request)).events]
-    assert [(one.action, one.reason, one.outcome) for one in events] == [
+    assert [(event.action, event.reason, event.outcome) for event in events] == [
         ("tenants.resume", "paid", "ok"),
         ("tenants.suspend", "unpaid", "ok"),
         ("tenants.create", "", "ok"),
     ]
-    assert {one.actor for one in events} == {f"key:{world.key.split('_')[1]}"}
-    assert all("127.0.0.1" in one.source for one in events)
+    assert {event.actor for event in events} == {f"key:{world.key.split('_')[1]}"}
+    assert all("127.0.0.1" in event.source for event in events)
     none = usage_pb2.ListAuditRequest(filter='object = "tenants/none" AND kind = "admin"')
-    assert [one.outcome for one in (await world.ask("Audit.List", none)).events] == ["not_found"]
+    assert [event.outcome for event in (await world.ask("Audit.List", none)).events] == ["not_found"]
     late = usage_pb2.ListAuditRequest(since_time=Timestamp(seconds=int(time.time()) + 60))
     assert not (await world.ask("Audit.List", late)).events
 

@@ -23,7 +23,7 @@ from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_en
 pytestmark = pytest.mark.slow
 
 
-class Told:
+class ReceivedEvents:
     """The events of each call of a session, as a client gathers them."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Told:
         self.chunks: dict[int, list[Any]] = defaultdict(list)
         self.messages = 0
 
-    def take(self, message: pb.SessionEvents) -> None:
+    def add(self, message: pb.SessionEvents) -> None:
         self.messages += 1
         for event in message.events:
             self.text[event.call_id] += event.text
@@ -72,12 +72,12 @@ def start(call_id: int, request: pb.ChatRequest | pb.CompleteRequest, **fields: 
     return pb.SessionRequest(start=message)
 
 
-async def gather(stream: Any, told: Told, *call_ids: int) -> None:
+async def gather(stream: Any, received: ReceivedEvents, *call_ids: int) -> None:
     """Read until all of `call_ids` have ended."""
-    while not all(told.ended(i) for i in call_ids):
+    while not all(received.ended(i) for i in call_ids):
         message = await asyncio.wait_for(read(stream), 20)
         assert message is not None, "the session ended early"
-        told.take(message)
+        received.add(message)
 
 
 async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
@@ -88,11 +88,11 @@ async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, che
     stream = cluster.stub.Session()
     for i, request in enumerate(requests):
         await stream.write(start(i, request, request_id=f"r{i}"))
-    told = Told()
-    await gather(stream, told, *range(40))
-    assert [told.text[i] for i in range(5)] == alone
-    assert all(told.usage[i].completion_tokens == 30 for i in range(40))
-    assert told.messages < 40 * 30 / 4
+    received = ReceivedEvents()
+    await gather(stream, received, *range(40))
+    assert [received.text[i] for i in range(5)] == alone
+    assert all(received.usage[i].completion_tokens == 30 for i in range(40))
+    assert received.messages < 40 * 30 / 4
     await stream.done_writing()
     assert await read(stream) is None
     assert await stream.code() is grpc.StatusCode.OK
@@ -116,7 +116,7 @@ async def test_errors_cancels_and_deadlines_are_each_calls_own(
     other calls continue."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     stream = cluster.stub.Session()
-    said = [
+    requests = [
         start(1, chat(max_tokens=100, ignore_eos=True)),
         start(2, chat(model="nope")),
         start(3, chat(temperature=-1)),
@@ -128,21 +128,21 @@ async def test_errors_cancels_and_deadlines_are_each_calls_own(
         pb.SessionRequest(cancel=pb.SessionCancel(call_id=99)),
     ]
     if together:
-        said = [pb.SessionRequest(start=said[0].start, more=said[1:])]
-    for message in said:
+        requests = [pb.SessionRequest(start=requests[0].start, more=requests[1:])]
+    for message in requests:
         await stream.write(message)
-    told = Told()
-    await gather(stream, told, *range(1, 8))
-    assert told.usage[1].completion_tokens == 100
-    assert told.status == {
+    received = ReceivedEvents()
+    await gather(stream, received, *range(1, 8))
+    assert received.usage[1].completion_tokens == 100
+    assert received.status == {
         2: "MODEL_NOT_FOUND",
         3: "INVALID_FIELD",
         4: "CANCELLED",
         5: "DEADLINE_EXCEEDED",
         7: "INVALID_FIELD",
     }
-    assert told.usage[6].completion_tokens == 10
-    logprobs = [t for chunk in told.chunks[6] for c in chunk.choices for t in c.logprobs]
+    assert received.usage[6].completion_tokens == 10
+    logprobs = [t for chunk in received.chunks[6] for c in chunk.choices for t in c.logprobs]
     assert len(logprobs) == 10
     await stream.done_writing()
     assert await stream.code() is grpc.StatusCode.OK
@@ -155,14 +155,14 @@ async def test_a_call_id_is_unique_while_it_runs(cluster: TestCluster, checkpoin
     stream = cluster.stub.Session()
     await stream.write(start(1, chat(max_tokens=20, ignore_eos=True)))
     await stream.write(start(1, chat(max_tokens=3, ignore_eos=True)))
-    told = Told()
-    while 1 not in told.usage:
+    received = ReceivedEvents()
+    while 1 not in received.usage:
         message = await read(stream)
         assert message is not None
-        told.take(message)
-    assert told.status[1] == "INVALID_FIELD"
-    assert told.usage[1].completion_tokens == 20
-    again = Told()
+        received.add(message)
+    assert received.status[1] == "INVALID_FIELD"
+    assert received.usage[1].completion_tokens == 20
+    again = ReceivedEvents()
     await stream.write(start(1, chat(max_tokens=3, ignore_eos=True)))
     await gather(stream, again, 1)
     assert again.usage[1].completion_tokens == 3
@@ -191,9 +191,9 @@ async def test_an_unread_session_slows_nobody(cluster: TestCluster, checkpoint: 
     answer = await cluster.stub.Chat(chat(max_tokens=200, ignore_eos=True))
     assert answer.usage.completion_tokens == 200
     assert worker.engine.load().steps - before <= 230
-    told = Told()
-    await gather(stream, told, *range(32))
-    assert all(told.usage[i].completion_tokens == 300 for i in range(32))
+    received = ReceivedEvents()
+    await gather(stream, received, *range(32))
+    assert all(received.usage[i].completion_tokens == 300 for i in range(32))
     stream.cancel()
 
 
@@ -209,17 +209,17 @@ async def test_a_session_retires_without_cutting_a_call(
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         stream = cluster.stub.Session()
         await stream.write(start(1, chat(max_tokens=150, ignore_eos=True)))
-        told = Told()
-        told.take(await read(stream))
+        received = ReceivedEvents()
+        received.add(await read(stream))
         if by == "drain":
             cluster.gateway.service.close("stopping")
         number = 2
-        while "NO_WORKER" not in told.status.values():
+        while "NO_WORKER" not in received.status.values():
             await stream.write(start(number, chat(max_tokens=1)))
-            await gather(stream, told, number)
+            await gather(stream, received, number)
             number += 1
-        await gather(stream, told, 1)
-        assert told.usage[1].completion_tokens == 150
+        await gather(stream, received, 1)
+        assert received.usage[1].completion_tokens == 150
         assert await read(stream) is None
         assert await stream.code() is grpc.StatusCode.OK
 

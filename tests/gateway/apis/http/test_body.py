@@ -75,10 +75,10 @@ class Upload:
     @classmethod
     async def begin(cls, app: Sink, tenant: str, size: int, *, chunked: bool = False) -> Upload:
         """Send the head."""
-        one = cls(*await asyncio.open_connection("127.0.0.1", app.port), size, chunked)
+        upload = cls(*await asyncio.open_connection("127.0.0.1", app.port), size, chunked)
         how = "transfer-encoding: chunked" if chunked else f"content-length: {size}"
-        one.writer.write(f"POST /{tenant} HTTP/1.1\r\nhost: a\r\n{how}\r\nconnection: close\r\n\r\n".encode())
-        return one
+        upload.writer.write(f"POST /{tenant} HTTP/1.1\r\nhost: a\r\n{how}\r\nconnection: close\r\n\r\n".encode())
+        return upload
 
     def send(self, size: int) -> None:
         """Send a part, as far as the socket accepts it."""
@@ -109,13 +109,13 @@ async def test_unfinished_bodies_of_a_tenant_hold_its_budget_and_each_can_be_com
     whole."""
     async with sink() as app:
         uploads = [await Upload.begin(app, "t", LIMIT, chunked=i % 2 == 0) for i in range(8)]
-        for one in uploads:
-            one.send(LIMIT - 1)
+        for upload in uploads:
+            upload.send(LIMIT - 1)
         await until(lambda: app.budget.waiting == 6, "two bodies are granted, the others wait")
         assert app.budget.held == 2 * LIMIT
         other = await Upload.begin(app, "other", LIMIT)
         assert await other.finish() == b"200 %d" % LIMIT, "another tenant has a budget of its own"
-        assert sorted(await asyncio.gather(*(one.finish() for one in uploads))) == [b"200 %d" % LIMIT] * 8
+        assert sorted(await asyncio.gather(*(upload.finish() for upload in uploads))) == [b"200 %d" % LIMIT] * 8
         assert (app.budget.held, app.budget.waiting) == (0, 0)
 
 
@@ -124,7 +124,7 @@ async def test_a_body_counts_until_it_is_parsed() -> None:
     async with sink() as app:
         app.parsing.clear()
         uploads = [await Upload.begin(app, "t", LIMIT) for _ in range(3)]
-        answers = [asyncio.create_task(one.finish()) for one in uploads]
+        answers = [asyncio.create_task(upload.finish()) for upload in uploads]
         await until(lambda: app.budget.held == 2 * LIMIT and app.budget.waiting == 1, "two are here, one waits")
         app.parsing.set()
         assert await asyncio.gather(*answers) == [b"200 %d" % LIMIT] * 3
@@ -134,12 +134,12 @@ async def test_a_small_body_needs_no_budget() -> None:
     """A small body is read while its tenant's large bodies hold the budget."""
     async with sink() as app:
         large = [await Upload.begin(app, "t", LIMIT) for _ in range(4)]
-        for one in large:
-            one.send(MIB)
+        for upload in large:
+            upload.send(MIB)
         await until(lambda: app.budget.waiting == 2, "two wait")
         assert await (await Upload.begin(app, "t", 1000)).finish() == b"200 1000"
-        for one in large:
-            one.abort()
+        for upload in large:
+            upload.abort()
         await until(lambda: not app.running, "all bodies have ended")
         assert (app.budget.held, app.budget.waiting) == (0, 0), "given back by whoever went away"
 
@@ -148,15 +148,15 @@ async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:
     """A stalled body is ended while others of its tenant wait."""
     async with sink() as app:
         stalled = [await Upload.begin(app, "t", LIMIT) for _ in range(2)]
-        for one in stalled:
-            one.send(MIB)
+        for upload in stalled:
+            upload.send(MIB)
         await until(lambda: app.budget.held == 2 * LIMIT, "both are granted")
         waiting = await Upload.begin(app, "t", LIMIT)
         answer = asyncio.create_task(waiting.finish())
         await until(lambda: app.budget.waiting == 1, "a third waits")
         for reservation in list(app.budget._granted):
             reservation.too_slow()
-        assert [(await one.answer())[:3] for one in stalled] == [b"408"] * 2
+        assert [(await upload.answer())[:3] for upload in stalled] == [b"408"] * 2
         assert await answer == b"200 %d" % LIMIT
 
 

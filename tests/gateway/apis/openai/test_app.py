@@ -154,11 +154,11 @@ async def test_usage_with_every_chunk(busy: TestCluster) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     reply = await fetch(busy, COMPLETIONS, completion_body(n=2, ignore_eos=True, stream=True, stream_options=options))
     for index in (0, 1):
-        told = [
+        counts = [
             e["usage"]["completion_tokens"] for e in reply.events if e["choices"] and e["choices"][0]["index"] == index
         ]
-        assert told == sorted(told)
-        assert told[-1] == 16
+        assert counts == sorted(counts)
+        assert counts[-1] == 16
     assert reply.events[-1]["usage"]["completion_tokens"] == 32
 
 
@@ -170,9 +170,9 @@ async def test_logprobs_in_both_shapes(busy: TestCluster) -> None:
     assert whole["tokens"] == [t.token for t in grpc_]
     assert whole["token_logprobs"] == pytest.approx([t.logprob for t in grpc_])
     assert whole["text_offset"] == [sum(map(len, whole["tokens"][:i])) for i in range(16)]
-    for told, t in zip(whole["top_logprobs"], grpc_, strict=True):
-        assert 2 <= len(told) <= 3, "the sampled token, and the two most likely ones"
-        assert told[t.token] == pytest.approx(t.logprob) or len({o.token for o in t.top_logprobs}) < 3
+    for top, t in zip(whole["top_logprobs"], grpc_, strict=True):
+        assert 2 <= len(top) <= 3, "the sampled token, and the two most likely ones"
+        assert top[t.token] == pytest.approx(t.logprob) or len({o.token for o in t.top_logprobs}) < 3
     merged: dict[str, list[Any]] = {name: [] for name in whole}
     for event in (await fetch(busy, COMPLETIONS, {**body, "stream": True})).events:
         for name, values in (event["choices"][0]["logprobs"] or {}).items():

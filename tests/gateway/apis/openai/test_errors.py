@@ -22,7 +22,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 NAN, INF = float("nan"), float("inf")
 
-# fields over a good chat request, the parameter that is told, and the code when it is not invalid_field
+# fields added to a valid chat request, the expected parameter, and the code if it is not invalid_field
 BAD_CHATS: list[tuple[str, dict[str, Any], str]] = [
     ("no messages", {"messages": []}, "messages"),
     ("messages of a wrong type", {"messages": "hi"}, "messages"),
@@ -144,8 +144,8 @@ async def assert_refused(
 ) -> None:
     """Assert a 400 answer with this parameter and code that names the field, complete and streamed."""
     wanted = [body] if "stream" in body else [body, {**body, "stream": True}]
-    for one in wanted:
-        reply = await fetch(cluster, path, one)
+    for wanted_body in wanted:
+        reply = await fetch(cluster, path, wanted_body)
         error = reply.error
         assert (reply.status, error["code"], error["param"]) == (400, code, param), error
         assert error["type"] == "invalid_request_error"
