@@ -140,11 +140,11 @@ class AdminAuthorizer:
     ) -> Sequence[grpc.GenericRpcHandler]:
         """Handlers for every service of a proto file; `services` by their short names. `forwarded`: builds the methods
         that these lack (forwarding.py)."""
-        made = []
+        generic = []
         for name, service in file.services_by_name.items():
             methods = {method.name: self._handler(method, services[name], forwarded) for method in service.methods}
-            made.append(grpc.method_handlers_generic_handler(service.full_name, methods))
-        return made
+            generic.append(grpc.method_handlers_generic_handler(service.full_name, methods))
+        return generic
 
     def _handler(
         self,

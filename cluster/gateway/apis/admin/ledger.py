@@ -92,7 +92,7 @@ class TenantsAdmin:
         self._services = services
 
     async def Create(self, request: pb.CreateTenantRequest, caller: AdminCaller) -> pb.Tenant:
-        """See tenants.proto."""
+        """Create a tenant."""
         name = codec.tenant_name(request.tenant.name, "tenant.name")
         own = codec.own_fields(request.tenant, request.unset_mask.paths)
         options: dict[str, Any] = {"request_id": _request_id(request.request_id), "reason": request.reason}
@@ -102,12 +102,12 @@ class TenantsAdmin:
         )
 
     async def Get(self, request: pb.GetTenantRequest, caller: AdminCaller) -> pb.Tenant:
-        """See tenants.proto."""
+        """Return a tenant."""
         name = codec.tenant_name(request.name, "name")
         return codec.tenant_pb(await self._services.run(caller, lambda service: service.get_tenant(name)))
 
     async def List(self, request: pb.ListTenantsRequest, caller: AdminCaller) -> pb.ListTenantsResponse:
-        """See tenants.proto."""
+        """List the tenants that the caller may see."""
         size, wanted = page_size(request.page_size), parse_filter(request.filter, _TENANT_FILTER)
         after = position_of(request.page_token, (str,), "tenants", request.filter)
 
@@ -120,7 +120,7 @@ class TenantsAdmin:
         return pb.ListTenantsResponse(tenants=map(codec.tenant_pb, tenants[:size]), next_page_token=more)
 
     async def Update(self, request: pb.UpdateTenantRequest, caller: AdminCaller) -> pb.Tenant:
-        """See tenants.proto."""
+        """Update the fields of a tenant that the mask names, or all set fields without a mask."""
         name = codec.tenant_name(request.tenant.name, "tenant.name")
         changes, whole = codec.changes(request.tenant, request.update_mask.paths)
         options: dict[str, Any] = {"whole": whole, "validate_only": request.validate_only, "reason": request.reason}
@@ -129,7 +129,7 @@ class TenantsAdmin:
         )
 
     async def Delete(self, request: pb.DeleteTenantRequest, caller: AdminCaller) -> pb.DeleteTenantResponse:
-        """See tenants.proto."""
+        """Delete a tenant, and with `erase` also all rows with its name."""
         name = codec.tenant_name(request.name, "name")
         options = {"erase": request.erase, "validate_only": request.validate_only}
         rows = await self._services.run(
@@ -138,11 +138,11 @@ class TenantsAdmin:
         return pb.DeleteTenantResponse(erased_rows=rows)
 
     async def Suspend(self, request: pb.SuspendTenantRequest, caller: AdminCaller) -> pb.Tenant:
-        """See tenants.proto."""
+        """Suspend a tenant."""
         return await self._suspend(request, True, caller)
 
     async def Resume(self, request: pb.ResumeTenantRequest, caller: AdminCaller) -> pb.Tenant:
-        """See tenants.proto."""
+        """End the suspension of a tenant."""
         return await self._suspend(request, False, caller)
 
     async def _suspend(
@@ -175,7 +175,7 @@ class KeysAdmin:
         self._services = services
 
     async def Create(self, request: pb.CreateKeyRequest, caller: AdminCaller) -> pb.NewKey:
-        """See tenants.proto."""
+        """Create a key; its secret is returned once."""
         tenant, role = codec.tenant_name(request.parent, "parent"), request.key.role or "caller"
         options: dict[str, Any] = {
             "expires_at": codec.seconds_or_none(request.key, "expire_time"),
@@ -190,7 +190,7 @@ class KeysAdmin:
         return pb.NewKey(key=codec.key_pb(created.stored, time.time()), secret=created.secret)
 
     async def List(self, request: pb.ListKeysRequest, caller: AdminCaller) -> pb.ListKeysResponse:
-        """See tenants.proto."""
+        """List the keys of a tenant."""
         tenant, size = codec.tenant_name(request.parent, "parent"), page_size(request.page_size)
         after = position_of(request.page_token, (float, str), "keys", tenant)
         keys = await self._services.run(caller, lambda service: service.keys(tenant))
@@ -201,7 +201,7 @@ class KeysAdmin:
         return pb.ListKeysResponse(keys=[codec.key_pb(key, now_s) for key in page], next_page_token=more)
 
     async def Rotate(self, request: pb.RotateKeyRequest, caller: AdminCaller) -> pb.NewKey:
-        """See tenants.proto."""
+        """Replace a key; the old one stays valid for `overlap_s` seconds."""
         tenant, key_id = codec.key_name(request.name, "name")
         overlap_s = request.overlap_s if request.HasField("overlap_s") else ROTATION_S
         options: dict[str, Any] = {"overlap_s": overlap_s, "reason": request.reason}
@@ -210,7 +210,7 @@ class KeysAdmin:
         return pb.NewKey(key=codec.key_pb(created.stored, time.time()), secret=created.secret)
 
     async def Revoke(self, request: pb.RevokeKeyRequest, caller: AdminCaller) -> pb.Key:
-        """See tenants.proto."""
+        """Revoke a key."""
         tenant, key_id = codec.key_name(request.name, "name")
         revoked = await self._services.run(
             caller, lambda service: service.revoke_key(tenant, key_id, reason=request.reason)
@@ -225,7 +225,7 @@ class UsageAdmin:
         self._services = services
 
     async def Query(self, request: usage_pb2.QueryUsageRequest, caller: AdminCaller) -> usage_pb2.QueryUsageResponse:
-        """See usage.proto."""
+        """Sum usage by groups."""
         groups = () if request.total else tuple(request.group_by) or ("tenant", "model")
         size = page_size(request.page_size)
         list_key = (
@@ -250,7 +250,7 @@ class UsageAdmin:
     async def Export(
         self, request: usage_pb2.ExportUsageRequest, caller: AdminCaller
     ) -> AsyncIterator[usage_pb2.ExportUsageResponse]:
-        """See usage.proto."""
+        """Stream usage records in order of time."""
         after: tuple[float, str] | None = None
         while True:
             start_after = after
@@ -309,7 +309,7 @@ class AuditAdmin:
         self._services = services
 
     async def List(self, request: usage_pb2.ListAuditRequest, caller: AdminCaller) -> usage_pb2.ListAuditResponse:
-        """See usage.proto."""
+        """List audit events, newest first."""
         tenant, size = _tenant(request.parent, caller), page_size(request.page_size)
         equal, since_s = (
             parse_filter(request.filter, _AUDIT_FILTER),

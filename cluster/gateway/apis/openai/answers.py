@@ -1,7 +1,7 @@
 """Encoding of pieces, usage, models and errors as OpenAI's JSON, complete or as server-sent events.
 
-Each token is an event. Its text is rendered once per call, with a gap for the escaped piece: encoding a dictionary
-would cost more than sending it. The output is ASCII, as some clients split lines at U+2028 and U+0085, which JSON does
+Each token is an event. The JSON around its text is rendered once per call: encoding a dictionary for each token would
+cost more than sending it. The output is ASCII, as some clients split lines at U+2028 and U+0085, which JSON does
 not escape otherwise.
 """
 

@@ -118,7 +118,9 @@ async def test_an_aborted_call_frees_its_place(tmp_path: Path, checkpoint: Path,
         waiting = begin(1, "same")
         engine = cluster.workers[0].engine
         line = cluster.gateway.dispatcher.waiting
-        await until(lambda: line("sim")[0] + engine.load().waiting == 1, "the second waits, here or there")
+        await until(
+            lambda: line("sim")[0] + engine.load().waiting == 1, "the second waits, at the gateway or in the engine"
+        )
         assert await abort("same", "rival") == 1
         ended = await refused(waiting)
         assert (ended.code.name, ended.reason) == ("CANCELLED", "CANCELLED")
@@ -240,7 +242,7 @@ async def test_the_database_away(tmp_path: Path) -> None:
                 await _all_unavailable(operator, verbs, port)
                 database.listen(64)  # accepts connections and never answers
                 standing_s = await _longest_pause(_all_unavailable(operator, verbs, port))
-                assert standing_s < 0.5, "the event loop stood still"
+                assert standing_s < 0.5, "the event loop stalled"
                 assert await operator.code("Fleet.ListWorkers", admin_pb2.ListWorkersRequest()) == "OK"
     assert "in vain" in _audit_file(tmp_path)
 

@@ -105,7 +105,7 @@ async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
 async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
     """A slow method does not delay others."""
     slow = asyncio.create_task(controlled.operator.ask("Catalog.Scale", Scale(name="hold", replicas=1)))
-    await until(lambda: len(controlled.requests) == 1, "it is there")
+    await until(lambda: len(controlled.requests) == 1, "the controller has the request")
     assert (await controlled.operator.ask("Catalog.Scale", Scale(name="m", replicas=2))).model.desired == 2
     assert not slow.done()
     controlled.held.set()

@@ -122,5 +122,5 @@ async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bun
                 assert answer.code.name == "PERMISSION_DENIED", what
             assert (await stub.AbortRequest(request, metadata=((TAG, caller()._tag(request)),))).aborted == 0
             listing = await refused(stub.ListWorkers(pb.ListWorkersRequest()))
-            assert listing.code.name == "UNIMPLEMENTED", f"of {SERVICE} a link port has one method"
+            assert listing.code.name == "UNIMPLEMENTED", f"a link port has one method of {SERVICE} only"
         assert await caller().abort("r", "") == ([], 0)

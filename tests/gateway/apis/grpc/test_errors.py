@@ -112,7 +112,7 @@ async def test_prompt_longer_than_the_context(busy: TestCluster) -> None:
     assert "256 tokens" in answer.message
     assert answer.fields == ["prompt"]
     fits = await busy.stub.Complete(pb.CompleteRequest(model="sim", prompt_token_ids=[9] * 255, max_tokens=50))
-    assert fits.usage.completion_tokens == 1, "output is cut to the context's room, as vLLM's server does"
+    assert fits.usage.completion_tokens == 1, "output is limited to the rest of the context, as vLLM's server does"
 
 
 async def test_prompt_ids_out_of_vocabulary(busy: TestCluster) -> None:

@@ -125,7 +125,7 @@ async def test_a_body_counts_until_it_is_parsed() -> None:
         app.parsing.clear()
         uploads = [await Upload.begin(app, "t", LIMIT) for _ in range(3)]
         answers = [asyncio.create_task(upload.finish()) for upload in uploads]
-        await until(lambda: app.budget.held == 2 * LIMIT and app.budget.waiting == 1, "two are here, one waits")
+        await until(lambda: app.budget.held == 2 * LIMIT and app.budget.waiting == 1, "two are received, one waits")
         app.parsing.set()
         assert await asyncio.gather(*answers) == [b"200 %d" % LIMIT] * 3
 
@@ -141,7 +141,7 @@ async def test_a_small_body_needs_no_budget() -> None:
         for upload in large:
             upload.abort()
         await until(lambda: not app.running, "all bodies have ended")
-        assert (app.budget.held, app.budget.waiting) == (0, 0), "given back by whoever went away"
+        assert (app.budget.held, app.budget.waiting) == (0, 0), "aborted uploads release their reservations"
 
 
 async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:

@@ -47,7 +47,7 @@ def test_a_connection_without_a_request_is_cut_sooner_than_one_between_requests(
     used.began_head(1.0)
     used.ended_head()
     used.ended_body()
-    assert checked(used, 1.0, 100.0) is None, "an answer may take as long as it likes"
+    assert checked(used, 1.0, 100.0) is None, "the time of an answer is not limited"
     used.answered(101.0, complete=True)
     between = checked(used, 101.0, 300.0)
     assert between is not None

@@ -145,7 +145,7 @@ async def test_the_bytes_of_a_stream(busy: TestCluster) -> None:
     assert list(events[1]["choices"][0]["delta"]) == ["content"]
     assert events[-1]["usage"]["completion_tokens"] == 30
     wire.ask("/health")
-    assert (await wire.reply()).json == {"status": "ok"}, "the connection goes on after a stream"
+    assert (await wire.reply()).json == {"status": "ok"}, "the connection stays usable after a stream"
     await wire.close()
 
 

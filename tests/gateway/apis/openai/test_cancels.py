@@ -113,7 +113,7 @@ async def test_a_slow_reader_gets_its_text_in_fewer_events(
     wire = Wire(*await asyncio.open_connection(sock=raw, limit=1024))
     wire.ask(COMPLETIONS, {**body, "stream": True})
     assert (await wire.head())[0] == 200
-    await until(lambda: worker.engine.load().running == 0, "the engine is done though nobody reads", 60)
+    await until(lambda: worker.engine.load().running == 0, "the engine finishes although the client does not read", 60)
     events = []
     while chunk := await wire.chunk():
         events.append(chunk)

@@ -222,7 +222,7 @@ async def test_a_body_over_the_limit(tmp_path: Path) -> None:
         wire.ask(CHAT, chunked, transfer_encoding="chunked")
         assert (await wire.reply()).status == 413
         wire.ask("/health")
-        assert (await wire.reply()).status == 200, "the connection goes on"
+        assert (await wire.reply()).status == 200, "the connection stays usable"
         fits = b"ffff\r\n" + b" " * 0xFFFF + b"\r\n0\r\n\r\n"
         wire.ask(CHAT, fits, transfer_encoding="chunked")
         assert (await wire.reply()).status == 400
