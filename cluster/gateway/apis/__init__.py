@@ -1,1 +1,1 @@
-"""The APIs: bytes become requests, chunks become bytes, outcomes become statuses."""
+"""The APIs that callers speak: decode requests, encode chunks, and map outcomes to statuses."""

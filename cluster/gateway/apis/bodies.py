@@ -1,7 +1,7 @@
-"""Where request bodies are read: small ones at once, large or dense ones in a helper process.
+"""Parsing of request bodies: small ones on the event loop, large or dense ones in a helper process.
 
-Reading 16 MB, or a megabyte of tiny values, holds the interpreter for milliseconds to seconds, in a thread just as
-on the event loop. What is small is told by size and by counts of a few characters, which cost microseconds.
+Parsing 16 MB, or a megabyte of tiny values, holds the interpreter lock for milliseconds to seconds, even in a thread.
+Size and counts of a few characters, which cost microseconds, decide which bodies are small.
 """
 
 from __future__ import annotations
@@ -28,56 +28,56 @@ log = structlog.get_logger("bodies")
 SMALL_JSON_BYTES, LARGE_BYTES = 32_768, 1 << 20
 SMALL_MESSAGE_BYTES: Final = 8192
 FEW_CONTAINERS, FEW_VALUES = 2048, 16_384
-"""Objects and arrays, and values, of a JSON body that is read at once: a millisecond or two."""
+"""The most objects and arrays, and values, of a JSON body that is parsed on the event loop: one or two milliseconds."""
 PATIENCE_S: Final = 5.0
-"""As of pool.py: where a helper gets no core, reading in a thread would hold up everybody."""
+"""Seconds that a helper may wait for a core (helpers/pool.py). Parsing in a thread instead would hold up all calls."""
 FEW_ELEMENTS: Final = 2048
-"""Of a protobuf message, likewise."""
-_ASKED: Final = {"chat": chat_asked, "completion": completion_asked}
+"""The most fields and list elements of a protobuf message that is parsed on the event loop."""
+_PARSERS: Final = {"chat": chat_asked, "completion": completion_asked}
 
 
 class Bodies:
-    """Reads the bodies of all APIs. Used from one event loop."""
+    """Parses the request bodies of all APIs. Used from one event loop."""
 
     def __init__(self) -> None:
         self.pool = HelperPool(lambda: ("bodies", b""), patience_s=PATIENCE_S)
 
     def close(self) -> None:
-        """End the helpers."""
+        """Stop the helper processes."""
         self.pool.close()
 
     async def http(
-        self, name: str, body: bytes | bytearray, tenant: str = "", most_ids: Callable[[], int] = lambda: MAX_IDS
+        self, name: str, body: bytes | bytearray, tenant: str = "", max_ids: Callable[[], int] = lambda: MAX_IDS
     ) -> ParsedRequest:
-        """A body of the HTTP API: `chat` or `completion`. `most_ids` is asked for large bodies: a prompt with more
-        token ids is refused before they are read. Raises CallError."""
+        """Parse a body of the HTTP API, `chat` or `completion`. `max_ids` is called for large bodies only: a prompt
+        with more token ids is refused unread. Raises CallError."""
         if _is_small_json(body):
-            with suppress(NotText):  # a helper finds out in which field
-                return _ASKED[name](read_object(bytes(body)))
-        asked: ParsedRequest = await self._elsewhere("http", body, tenant, name, most_ids())
-        return asked
+            with suppress(NotText):  # the helper names the field
+                return _PARSERS[name](read_object(bytes(body)))
+        parsed: ParsedRequest = await self._read_in_helper("http", body, tenant, name, max_ids())
+        return parsed
 
     async def message(
-        self, name: str, data: bytes | bytearray, tenant: str = "", most_ids: Callable[[], int] = lambda: MAX_IDS
+        self, name: str, data: bytes | bytearray, tenant: str = "", max_ids: Callable[[], int] = lambda: MAX_IDS
     ) -> Any:
-        """A request of the gRPC API, as grpc_requests.READ makes it. `most_ids` as for `http`. Raises CallError."""
+        """Parse a request of the gRPC API, as grpc.requests.READ does. `max_ids` as for `http`. Raises CallError."""
         call = requests.READ[name]
         if call.only_field and len(data) > requests.MAX_SMALL_BYTES:
             most = requests.MAX_SMALL_BYTES
-            raise invalid(call.only_field, f"the request has {len(data)} bytes; at most {most} are taken: shorten it")
+            raise invalid(call.only_field, f"the request has {len(data)} bytes; at most {most} are allowed: shorten it")
         if _is_small_message(call.kind, data):
             return call.read(requests.decoded(call.kind, data))
-        return await self._elsewhere("message", data, tenant, name, most_ids())
+        return await self._read_in_helper("message", data, tenant, name, max_ids())
 
     async def session(self, data: bytes | bytearray, tenant: str = "") -> list[Any] | pb.SessionRequest:
-        """A message of a session: itself where it is small, else its items. Raises CallError."""
+        """Parse a session's message: returns a small one as it is, else its items. Raises CallError."""
         if _is_small_message(pb.SessionRequest, data):
             request: pb.SessionRequest = requests.decoded(pb.SessionRequest, data)
             return request
-        items: list[Any] = await self._elsewhere("session", data, tenant)
+        items: list[Any] = await self._read_in_helper("session", data, tenant)
         return items
 
-    async def _elsewhere(self, method: str, data: bytes | bytearray, tenant: str, *more: Any) -> Any:
+    async def _read_in_helper(self, method: str, data: bytes | bytearray, tenant: str, *more: Any) -> Any:
         try:
             result = await self.pool.run((method, (PickleBuffer(data), *more), {}), size=len(data), tenant=tenant)
         except TooMuchCpu:
@@ -87,18 +87,18 @@ class Bodies:
             raise _unreadable() from None
         if result is not None:
             return result
-        return await asyncio.to_thread(_read_here, method, data, *more)
+        return await asyncio.to_thread(_read_in_thread, method, data, *more)
 
 
-def _read_here(method: str, data: bytes | bytearray, *more: Any) -> Any:
-    """What a helper would read. It imports what large bodies need, which a gateway's start does without."""
+def _read_in_thread(method: str, data: bytes | bytearray, *more: Any) -> Any:
+    """Parse as a helper would. The import is deferred: a gateway does not need these modules to start."""
     from cluster.gateway.apis.body_parser import BodyReader
 
     return getattr(BodyReader(), method)(data, *more)
 
 
 def _unreadable() -> CallError:
-    return CallError(Outcome.INTERNAL, "the request could not be read; send less, or a simpler one")
+    return CallError(Outcome.INTERNAL, "the request could not be parsed; send a smaller or simpler one")
 
 
 def _is_small_json(body: bytes | bytearray) -> bool:

@@ -1,8 +1,8 @@
-"""Reads large request bodies in a helper process: counts first, then only the fields that are read at all.
+"""Parsing of large request bodies in a helper process: counts values first, then parses the known fields only.
 
-A body's top level is split by a JSON reader that skips what it is not asked for, about a nanosecond a byte; each known
-field is then counted (json_values.py) and read by itself. Messages of protobuf are scanned (message_scan.py). Prompts
-come out packed (PackedPrompt), token ids as arrays, so that the gateway's process touches none of it.
+A JSON decoder splits the body's top level and skips unknown fields, at about a nanosecond a byte; each known field is
+then counted (json_values.py) and parsed by itself. protobuf messages are scanned first (message_scan.py). Prompts are
+returned packed (PackedPrompt) and token ids as arrays, so the gateway's process does not unpack them.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from cluster.v1 import inference_pb2 as pb
 
 UNSCANNED_BYTES: Final = 1 << 17
 MAX_ELEMENTS: Final = 100_000
-"""Fields and members of lists in one protobuf message, at all levels."""
+"""Fields and list elements in one protobuf message, at all levels."""
 MAX_MEMBERS: Final = 10_000
-"""Of one field at the top of a message."""
+"""Elements of one top-level field of a message."""
 IDS_FIELD: Final[Mapping[type[Message], str]] = {
     pb.CompleteRequest: "prompt_token_ids",
     pb.DetokenizeRequest: "token_ids",
 }
-"""The field that holds a prompt's token ids."""
+"""The field that holds a message's token ids."""
 MANY_IDS: Final = 4096
-AT_ONCE_IDS: Final = 65_536
+IDS_PER_SLICE: Final = 65_536
 MAX_ID: Final = 2**31 - 1
 MAX_NUMBERS: Final = BODY.values
 _KINDS = {b"[": "an array", b'"': "a string", b"n": "null", b"t": "a boolean", b"f": "a boolean"}
@@ -70,7 +70,7 @@ _IDS_DECODER = msgspec.json.Decoder(list[int])
 _TEXT_DECODER = msgspec.json.Decoder(str)
 _MEMBERS_DECODER = msgspec.json.Decoder(list[msgspec.Raw])
 MAX_OPTION_BYTES: Final = 1 << 17
-"""Of a field that is no prompt; the longest good ones, stop strings that are all escapes, have 100 KB."""
+"""Bytes of a field that is not a prompt. The longest valid ones, stop strings of escapes only, have 100 KB."""
 _MAX_BYTES = {
     **dict.fromkeys(("messages", "prompt", "chat_template_kwargs", "tools", "functions", "documents"), 1 << 62),
     **dict.fromkeys(("response_format", "structured_outputs"), 2 << 20),
@@ -82,12 +82,12 @@ _BYTE = re.compile(r"\(byte (\d+)\)")
 
 def _splitter(names: frozenset[str]) -> msgspec.json.Decoder[Any]:
     raw = msgspec.Raw | msgspec.UnsetType
-    made = msgspec.defstruct("Body", [(name, raw, msgspec.UNSET) for name in sorted(names)])
-    return msgspec.json.Decoder(made)
+    body = msgspec.defstruct("Body", [(name, raw, msgspec.UNSET) for name in sorted(names)])
+    return msgspec.json.Decoder(body)
 
 
 class BodyReader:
-    """What the helpers of Bodies serve."""
+    """The methods that Bodies calls in its helper processes."""
 
     def __init__(self) -> None:
         self._http = {
@@ -95,45 +95,45 @@ class BodyReader:
             "completion": (_splitter(openai_requests.COMPLETION_FIELDS), openai_requests.completion_asked),
         }
 
-    def http(self, body: bytes | bytearray, name: str, most_ids: int = MAX_IDS) -> openai_requests.ParsedRequest:
-        """A body of the HTTP API. A prompt of more than `most_ids` token ids is refused. Raises CallError."""
-        splitter, asked = self._http[name]
-        found = asked(Fields({name: _field(name, raw, most_ids) for name, raw in _split(splitter, body).items()}))
-        for wish in found.wishes[:1]:  # all have the same options
-            check_wish(wish, found.names)
-        return replace(found, wishes=[_packed(wish) for wish in found.wishes])
+    def http(self, body: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> openai_requests.ParsedRequest:
+        """Parse a body of the HTTP API; refuses a prompt of more than `max_ids` token ids. Raises CallError."""
+        splitter, parse_body = self._http[name]
+        parsed = parse_body(Fields({name: _field(name, raw, max_ids) for name, raw in _split(splitter, body).items()}))
+        for request in parsed.requests[:1]:  # all have the same options
+            check_request(request, parsed.names)
+        return replace(parsed, requests=[_packed(request) for request in parsed.requests])
 
-    def message(self, data: bytes | bytearray, name: str, most_ids: int = MAX_IDS) -> Any:
-        """A request of the gRPC API. `most_ids` as for `http`. Raises CallError."""
+    def message(self, data: bytes | bytearray, name: str, max_ids: int = MAX_IDS) -> Any:
+        """Parse a request of the gRPC API. `max_ids` as for `http`. Raises CallError."""
         call = grpc_requests.READ[name]
-        request = _message(call.kind, data, most_ids)
-        if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # before prompts, which are large
+        request = _message(call.kind, data, max_ids)
+        if call.kind in (pb.ChatRequest, pb.CompleteRequest):  # before the large prompts
             check_options(grpc_requests.options_of(request))
-        found = _read_ids(request, data) or call.read(request)
-        if isinstance(found, GenerationRequest):
-            check_wish(found, {})
-        return _packed_all(found)
+        parsed = _read_ids(request, data) or call.read(request)
+        if isinstance(parsed, GenerationRequest):
+            check_request(parsed, {})
+        return _packed_all(parsed)
 
     def session(self, data: bytes | bytearray) -> list[Any]:
-        """A message of a session: its requests in order. Raises CallError."""
-        return [_packed_all(one) for one in grpc_requests.session_items(_message(pb.SessionRequest, data))]
+        """Parse a session's message into its requests, in order. Raises CallError."""
+        return [_packed_all(item) for item in grpc_requests.session_items(_message(pb.SessionRequest, data))]
 
 
-def check_wish(wish: GenerationRequest, names: Mapping[str, str]) -> None:
-    """Refuse here what the gateway would refuse, so that it does not come back whole. Raises CallError."""
+def check_request(request: GenerationRequest, names: Mapping[str, str]) -> None:
+    """Refuse what the gateway would refuse, so that the request is not sent back to it. Raises CallError."""
     try:
-        check_options(wish.options)
-        check_metadata(wish.metadata)
+        check_options(request.options)
+        check_metadata(request.metadata)
     except CallError as error:
         raise openai_requests.as_asked(error, names) from None
-    grpc_requests.check_name(wish.model)
+    grpc_requests.check_name(request.model)
 
 
 def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapping[str, bytes]:
-    """The known fields of a JSON object, each as its JSON text."""
+    """The known fields of a JSON object, each as JSON text."""
     try:
         check_utf8(body)
-        found = splitter.decode(body)
+        fields_read = splitter.decode(body)
     except UnicodeDecodeError as error:
         raise _no_text(splitter, body, error.start) from None
     except msgspec.ValidationError:
@@ -143,20 +143,20 @@ def _split(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray) -> Mapp
         raise invalid("body", f"is not JSON: {str(error).removeprefix('JSON is malformed: ')}") from None
     except RecursionError:
         raise invalid("body", f"is nested too deeply; at most {MAX_DEPTH} levels") from None
-    fields = {name: getattr(found, name) for name in found.__struct_fields__}
+    fields = {name: getattr(fields_read, name) for name in fields_read.__struct_fields__}
     return {name: bytes(raw) for name, raw in fields.items() if raw is not msgspec.UNSET}
 
 
 def _no_text(splitter: msgspec.json.Decoder[Any], body: bytes | bytearray, at: int) -> CallError:
-    """The error of bytes that are no UTF-8, with the top-level field that holds them, if that is a known one."""
+    """The error for bytes that are not UTF-8; names the top-level field that holds them, if it is known."""
     part = body[at : at + 3]
-    why = NO_UNICODE if part[:1] == b"\xed" else f"is not JSON: no UTF-8 at byte {at}; send UTF-8"
+    why = NO_UNICODE if part[:1] == b"\xed" else f"is not JSON: invalid UTF-8 at byte {at}; send UTF-8"
     try:
-        found = splitter.decode(body)
+        fields_read = splitter.decode(body)
     except (msgspec.DecodeError, RecursionError):
         return invalid("body", why)
-    for name in found.__struct_fields__:
-        raw = getattr(found, name)
+    for name in fields_read.__struct_fields__:
+        raw = getattr(fields_read, name)
         if raw is not msgspec.UNSET and part in bytes(raw) and not _is_text(bytes(raw)):
             return invalid(name, why)
     return invalid("body", why)
@@ -170,21 +170,21 @@ def _is_text(data: bytes) -> bool:
     return True
 
 
-def _field(name: str, raw: bytes, most_ids: int) -> Any:
-    """A field's value. Token ids become an array."""
+def _field(name: str, raw: bytes, max_ids: int) -> Any:
+    """Parse a field's value; token ids become an array."""
     most = _MAX_BYTES.get(name, MAX_OPTION_BYTES)
     if len(raw) > most:
-        raise invalid(name, f"is {len(raw)} bytes long; at most {most} are taken: send less")
+        raise invalid(name, f"is {len(raw)} bytes long; at most {most} are allowed: send less")
     if name != "prompt" or _IDS.match(raw) is None:
         if name == "prompt" and raw[:1] == b'"':
-            with suppress(msgspec.DecodeError):  # `parse` says what is wrong with it
+            with suppress(msgspec.DecodeError):  # `parse` reports the error
                 return _TEXT_DECODER.decode(raw)
         check_counts(name, raw, _BOUNDS.get(name, ARGUMENTS))
         if name == "messages":
             _count_messages(raw)
         return parse(name, raw, None, MAX_DEPTH - 1)
     check_counts(name, raw, PROMPTS)
-    if (count := raw.count(b",") + 1) > most_ids:
+    if (count := raw.count(b",") + 1) > max_ids:
         raise _too_many_ids("prompt", count)
     try:
         return _as_array(_IDS_DECODER.decode(raw))
@@ -196,15 +196,15 @@ def _field(name: str, raw: bytes, most_ids: int) -> Any:
 
 
 def _count_messages(raw: bytes) -> None:
-    """Refuse too many messages before one is made. Raises CallError."""
-    with suppress(msgspec.DecodeError, RecursionError):  # what is no list is refused as what it is
+    """Refuse too many messages before any is parsed. Raises CallError."""
+    with suppress(msgspec.DecodeError, RecursionError):  # the parser reports what is not a list
         count = len(_MEMBERS_DECODER.decode(raw))
         if count > MAX_MESSAGES:
             raise invalid("messages", f"at most {MAX_MESSAGES} messages, got {count}")
 
 
 def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc_requests.DetokenizeCall | None:
-    """What is asked by a message of many token ids, which are read from its bytes; None for any other."""
+    """Parse a message of many token ids, reading these from its bytes; None for any other message."""
     field = IDS_FIELD.get(type(request))
     if field is None or len(getattr(request, field)) < MANY_IDS:
         return None
@@ -213,54 +213,54 @@ def _read_ids(request: Any, data: bytes | bytearray) -> GenerationRequest | grpc
         return None
     if field == "token_ids":
         return grpc_requests.DetokenizeCall(request.model, ids)
-    if request.resumable:  # its digest is of all that it holds
+    if request.resumable:  # its digest covers the whole message
         return None
     del request.prompt_token_ids[1:]
-    wish = grpc_requests.complete_wish(request)
-    return replace(wish, prompt=IdsPrompt(ids))
+    parsed = grpc_requests.complete_wish(request)
+    return replace(parsed, prompt=IdsPrompt(ids))
 
 
 def _as_array(ids: list[int]) -> Any:
-    """Raises OverflowError for what does not fit into 32 bits."""
-    found = np.empty(len(ids), np.int32)
-    for at in range(0, len(ids), AT_ONCE_IDS):
-        part = ids[at : at + AT_ONCE_IDS]
+    """Token ids as an array. Raises OverflowError for ids that do not fit into 32 bits."""
+    packed = np.empty(len(ids), np.int32)
+    for at in range(0, len(ids), IDS_PER_SLICE):
+        part = ids[at : at + IDS_PER_SLICE]
         try:
-            whole = np.frombuffer(array("I", part), np.uint32)  # in a third of the time that signed ones take
+            whole = np.frombuffer(array("I", part), np.uint32)  # takes a third of the time of signed ones
         except OverflowError:
-            found[at : at + AT_ONCE_IDS] = array("i", part)
+            packed[at : at + IDS_PER_SLICE] = array("i", part)
         else:
             if whole.max() > MAX_ID:
                 raise OverflowError
-            found[at : at + AT_ONCE_IDS] = whole
-    return found
+            packed[at : at + IDS_PER_SLICE] = whole
+    return packed
 
 
 def _too_many_ids(field: str, count: int) -> CallError:
     return CallError(
         Outcome.CONTEXT_LENGTH_EXCEEDED,
-        f"{field}: has {count} token ids, more than the context of any model here holds: send fewer",
+        f"{field}: has {count} token ids, more than the context of any model holds: send fewer",
         violations=[Violation(field, "too long")],
     )
 
 
-def _message(kind: type[Message], data: bytes | bytearray, most_ids: int = MAX_IDS) -> Any:
-    """A protobuf message that holds no more than it may."""
-    if len(data) <= UNSCANNED_BYTES:  # protobuf is done with as little in the time of a scan
+def _message(kind: type[Message], data: bytes | bytearray, max_ids: int = MAX_IDS) -> Any:
+    """Decode a protobuf message within bounds. Raises CallError."""
+    if len(data) <= UNSCANNED_BYTES:  # decoding it takes no longer than a scan
         return grpc_requests.decoded(kind, data)
-    found = scan(kind.DESCRIPTOR, data, MAX_ELEMENTS, members=MAX_MEMBERS, count_numbers=True)
-    if found.field:
-        most = f"at most {MAX_ELEMENTS} fields and members, {MAX_MEMBERS} of one field"
-        raise invalid(found.field, f"holds too many fields or members; {most}: send less")
-    if kind in IDS_FIELD and found.numbers > most_ids + MAX_STOP_TOKEN_IDS:
-        raise _too_many_ids(IDS_FIELD[kind], found.numbers)
-    if found.numbers > MAX_NUMBERS:
-        raise invalid("request", f"holds {found.numbers} numbers; at most {MAX_NUMBERS} are taken: send less")
+    scanned = scan(kind.DESCRIPTOR, data, MAX_ELEMENTS, members=MAX_MEMBERS, count_numbers=True)
+    if scanned.field:
+        most = f"at most {MAX_ELEMENTS} fields and elements, {MAX_MEMBERS} of one field"
+        raise invalid(scanned.field, f"holds too many fields or elements; {most}: send less")
+    if kind in IDS_FIELD and scanned.numbers > max_ids + MAX_STOP_TOKEN_IDS:
+        raise _too_many_ids(IDS_FIELD[kind], scanned.numbers)
+    if scanned.numbers > MAX_NUMBERS:
+        raise invalid("request", f"holds {scanned.numbers} numbers; at most {MAX_NUMBERS} are allowed: send less")
     return grpc_requests.decoded(kind, data)
 
 
-def _packed(wish: GenerationRequest) -> GenerationRequest:
-    return replace(wish, prompt=_packed_prompt(wish.prompt))
+def _packed(request: GenerationRequest) -> GenerationRequest:
+    return replace(request, prompt=_packed_prompt(request.prompt))
 
 
 def _packed_prompt(prompt: Prompt) -> Prompt:
@@ -274,10 +274,10 @@ def _packed_prompt(prompt: Prompt) -> Prompt:
 
 _PACK: Mapping[type, Callable[[Any], Any]] = {
     GenerationRequest: _packed,
-    grpc_requests.ResumedCall: lambda one: replace(one, wish=_packed(one.wish)),
-    grpc_requests.TokenizeCall: lambda one: replace(one, prompt=_packed_prompt(one.prompt)),
-    grpc_requests.SessionStart: lambda one: (
-        replace(one, wish=_packed(one.wish)) if isinstance(one.wish, GenerationRequest) else one
+    grpc_requests.ResumedCall: lambda call: replace(call, request=_packed(call.request)),
+    grpc_requests.TokenizeCall: lambda call: replace(call, prompt=_packed_prompt(call.prompt)),
+    grpc_requests.SessionStart: lambda start: (
+        replace(start, request=_packed(start.request)) if isinstance(start.request, GenerationRequest) else start
     ),
 }
 

@@ -1,9 +1,8 @@
-"""JSON that callers send: well-formed Unicode, nested and filled within bounds, checked before anything is built of it.
+"""Checks of callers' JSON before it is parsed: valid Unicode, and bounds on nesting and on the number of values.
 
-A JSON parser makes an object of every two bytes of `[[],[],...]`, 60 times their size and a tenth of a microsecond
-each, holding the interpreter all the while. So the values of a long text are counted first, by searches for single
-characters, which cost a nanosecond or two a byte: an upper bound at first, which is enough for honest texts, then
-exactly, with the strings left out.
+A JSON parser builds an object for every two bytes of `[[],[],...]`: 60 times their size, a tenth of a microsecond
+each, with the interpreter lock held. Long texts are therefore counted first, by searches for single characters at one
+or two nanoseconds a byte: first an upper bound, which is enough for ordinary texts, then exactly, without strings.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import Any, Final
 from cluster.api.outcomes import CallError, invalid
 
 MAX_DEPTH: Final = 128
-"""Of objects and arrays in each other: what renders and checks them recurses."""
+"""Nesting of objects and arrays; the code that renders and checks them is recursive."""
 COUNTED_BYTES: Final = 16_384
-"""Shorter texts hold so little that they are not counted."""
-LOOKED_THROUGH_BYTES: Final = 32_768
-"""In longer texts that are no UTF-8 the path of what is wrong is not looked for: that costs a microsecond a byte."""
+"""Shorter texts hold too little to be worth counting."""
+MAX_SEARCHED_BYTES: Final = 32_768
+"""Longest text in which the path of invalid UTF-8 is searched for: the search costs a microsecond a byte."""
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 NO_UNICODE: Final = "the text is not valid Unicode (a lone surrogate): send well-formed text"
@@ -31,7 +30,7 @@ _UTF8_MARK: Final = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class JsonBounds:
-    """What one JSON text may hold: objects and arrays, strings with the names of members, and values in all."""
+    """Upper bounds of one JSON text: objects and arrays; strings, member names included; all values."""
 
     containers: int
     strings: int
@@ -39,55 +38,55 @@ class JsonBounds:
 
 
 PIECE_BYTES: Final = 65_536
-"""What is looked at together, so that it stays in the processor's cache."""
+"""Bytes that are processed together, so that they stay in the processor's cache."""
 MAX_IDS: Final = 2_097_152
 BODY: Final = JsonBounds(containers=40_000, strings=200_000, values=MAX_IDS)
-"""Of a request's body: ten thousand messages of parts, or two million token ids."""
+"""Bounds of a request's body: ten thousand messages with parts, or two million token ids."""
 MESSAGES: Final = JsonBounds(containers=32_000, strings=100_000, values=200_000)
 PROMPTS: Final = JsonBounds(containers=1000, strings=1000, values=MAX_IDS)
 ARGUMENTS: Final = JsonBounds(containers=10_000, strings=20_000, values=100_000)
-"""Of arguments of a template or tool call, of a JSON schema, and of any other field."""
+"""Bounds of template arguments, tool call arguments, a JSON schema and any other field."""
 
 
 class NotText(CallError):
-    """A long text's bytes are no UTF-8, from the byte `at` on."""
+    """Raised for a long text that is not valid UTF-8 at byte `at`."""
 
     def __init__(self, path: str, at: int) -> None:
-        error = invalid(path, f"is not JSON: no UTF-8 at byte {at}; send UTF-8")
+        error = invalid(path, f"is not JSON: invalid UTF-8 at byte {at}; send UTF-8")
         super().__init__(error.outcome, error.message, violations=error.violations)
 
 
 def parse(path: str, text: bytes | str, bounds: JsonBounds | None = ARGUMENTS, levels: int = MAX_DEPTH) -> Any:
-    """The value of a JSON text that is the field `path`. Raises CallError, for a wrong text by the path inside it."""
+    """Parse the JSON text of the field `path`. Raises CallError with the path of the invalid value."""
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.removeprefix(_UTF8_MARK)
-    if bounds is not None:  # else it has been counted
+    if bounds is not None:  # None: counted already
         check_counts(path, data, bounds)
     try:
-        characters, lone = data.decode(), False
+        characters, has_surrogates = data.decode(), False
     except UnicodeDecodeError as error:
-        if len(data) > LOOKED_THROUGH_BYTES:
+        if len(data) > MAX_SEARCHED_BYTES:
             raise NotText(path or "body", error.start) from None
-        characters, lone = _with_surrogates(path, data, error.start), True
+        characters, has_surrogates = _with_surrogates(path, data, error.start), True
     try:
         value = json.loads(characters)
     except RecursionError:
         raise _too_deep(path) from None
-    except ValueError as error:  # JSON, and numbers of thousands of digits
+    except ValueError as error:  # invalid JSON, or a number of thousands of digits
         why = "it is UTF-16 or UTF-32: send UTF-8" if "\0" in characters[:4] else error
         raise invalid(path or "body", f"is not JSON: {why}") from None
     if data.count(b"[") + data.count(b"{") > levels and is_deeper(value, levels):
         raise _too_deep(path)
-    if (lone or _ESCAPED_SURROGATE.search(data)) and (where := surrogate_path(value, path)) is not None:
+    if (has_surrogates or _ESCAPED_SURROGATE.search(data)) and (where := surrogate_path(value, path)) is not None:
         raise invalid(where or "body", NO_UNICODE)
     return value
 
 
 def _with_surrogates(path: str, data: bytes, at: int) -> str:
-    """The text of bytes that are UTF-8 but for lone surrogates. Raises CallError for other ones."""
+    """Decode bytes that are UTF-8 except for lone surrogates. Raises CallError for any other bytes."""
     try:
         return data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
-        raise invalid(path or "body", f"is not JSON: no UTF-8 at byte {at}; send UTF-8") from None
+        raise invalid(path or "body", f"is not JSON: invalid UTF-8 at byte {at}; send UTF-8") from None
 
 
 def _too_deep(path: str) -> CallError:
@@ -95,40 +94,39 @@ def _too_deep(path: str) -> CallError:
 
 
 def check_counts(path: str, data: bytes, bounds: JsonBounds) -> None:
-    """Refuse a text that holds more than it may, without parsing it; it need not be JSON. Linear."""
+    """Refuse a text that exceeds its bounds, without parsing it. The text need not be JSON. Linear time."""
     if len(data) <= COUNTED_BYTES:
         return
-    if not _holds_more(data, min(bounds.containers, bounds.strings, bounds.values)):
+    if not _has_more_separators(data, min(bounds.containers, bounds.strings, bounds.values)):
         return
     if _within(bounds, data, data.count(b'"') // 2):
         return
-    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in data else data
-    strings = bare.count(b'"') // 2
+    unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in data else data
+    strings = unescaped.count(b'"') // 2
     if strings > bounds.strings:
         raise _too_full(path, strings, "strings and names", bounds.strings)
-    between = b"".join(bare.split(b'"')[::2])
-    if not _within(bounds, between, strings):
-        containers = between.count(b"[") + between.count(b"{")
+    outside_strings = b"".join(unescaped.split(b'"')[::2])
+    if not _within(bounds, outside_strings, strings):
+        containers = outside_strings.count(b"[") + outside_strings.count(b"{")
         if containers > bounds.containers:
             raise _too_full(path, containers, "objects and arrays", bounds.containers)
-        raise _too_full(path, between.count(b",") + containers, "values", bounds.values)
+        raise _too_full(path, outside_strings.count(b",") + containers, "values", bounds.values)
 
 
 def check_utf8(data: bytes | bytearray | memoryview) -> None:
-    """Raise UnicodeDecodeError for bytes that are no UTF-8. Decodes piece by piece: the text of the whole would take as
-    much memory again."""
+    """Raise UnicodeDecodeError for bytes that are not UTF-8. Decodes in pieces, to save the whole text's memory."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for at in range(0, len(data), PIECE_BYTES):
             decoder.decode(bytes(data[at : at + PIECE_BYTES]))
         decoder.decode(b"", True)
     except UnicodeDecodeError:
-        str(data, "utf-8")  # says where in the whole
+        str(data, "utf-8")  # raises with the position in the whole text
         raise
 
 
-def _holds_more(data: bytes, most: int) -> bool:
-    """Whether a text has more than `most` characters that begin or divide values."""
+def _has_more_separators(data: bytes, most: int) -> bool:
+    """Whether a text has more than `most` characters that begin or separate values."""
     count = 0
     for at in range(0, len(data), PIECE_BYTES):
         piece = data[at : at + PIECE_BYTES]
@@ -144,12 +142,12 @@ def _within(bounds: JsonBounds, text: bytes, strings: int) -> bool:
     return strings <= bounds.strings and containers <= bounds.containers and commas + containers <= bounds.values
 
 
-def _too_full(path: str, has: int, what: str, most: int) -> CallError:
-    return invalid(path or "body", f"holds {has} {what}; at most {most} are taken: send less")
+def _too_full(path: str, count: int, what: str, most: int) -> CallError:
+    return invalid(path or "body", f"holds {count} {what}; at most {most} are allowed: send less")
 
 
 def is_deeper(value: object, levels: int) -> bool:
-    """Whether objects and arrays are in each other more than `levels` deep."""
+    """Whether objects and arrays are nested more than `levels` deep."""
     level: list[Any] = [value]
     for _ in range(levels):
         inner: list[Any] = []
@@ -161,7 +159,7 @@ def is_deeper(value: object, levels: int) -> bool:
 
 
 def surrogate_path(value: object, at: str) -> str | None:
-    """The path of a text with half of a surrogate pair, which no encoder takes; None where there is none."""
+    """The path of a text with a lone surrogate, which cannot be encoded; None if there is none."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -186,7 +184,7 @@ def _surrogate_paths(value: object, at: str) -> Iterator[str]:
 
 
 def kind(value: object) -> str:
-    """What JSON calls a value."""
+    """The JSON type of a value, with its article, for error messages."""
     match value:
         case None:
             return "null"

@@ -1,4 +1,4 @@
-"""Ids that callers give their requests, checked alike for all APIs: they reach logs, headers and workers."""
+"""Validation of the request ids that callers send, for all APIs: they reach logs, headers and workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LONGEST = 128
 
 
 def random_id() -> str:
-    """128 random bits in hexadecimal, for what brings no id of its own."""
+    """128 random bits in hexadecimal, for a request without an id."""
     return os.urandom(16).hex()
 
 

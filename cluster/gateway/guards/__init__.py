@@ -1,1 +1,1 @@
-"""Guards: filters on a call's input and output that its tenant's policy names (docs/guards.md)."""
+"""Guards: filters of a call's input and output, set in its tenant's policy (docs/guards.md)."""

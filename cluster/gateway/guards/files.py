@@ -1,7 +1,7 @@
-"""Files of patterns, `name: expression` each, that are read again when they change.
+"""Pattern files, with a line `name: expression` for each pattern, reloaded when they change.
 
-A file that has become wrong leaves the last good patterns in force and says so in the log; one that never was right
-raises, and then the guard fails as its `fail` says.
+If a changed file is invalid, the last valid patterns stay in force and an error is logged. A file that has never been
+valid raises PatternError; the guard then fails open or closed, as its `fail` says.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Stamp = tuple[int, int, int]
 
 
 class PatternFiles:
-    """Every file that a policy has named, by its path."""
+    """The pattern files that policies name, by path."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Stamp | None, Patterns | PatternError]] = {}
 
     def get(self, path: str) -> Patterns:
-        """A file's patterns, as it is now. Raises PatternError."""
+        """The current patterns of a file. Raises PatternError."""
         stamp = _stamp(path)
         known = self._known.get(path)
         if known is None or known[0] != stamp:
@@ -46,7 +46,7 @@ class PatternFiles:
 
 
 def read_patterns(path: str) -> Patterns:
-    """The patterns of a file. Raises PatternError that names the file and what is wrong in it."""
+    """Read the patterns of a file. Raises PatternError with the file and the error."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -57,9 +57,11 @@ def read_patterns(path: str) -> Patterns:
     try:
         document = read(data.decode())
     except (NotYaml, UnicodeDecodeError):
-        raise PatternError("", f"{path} is not YAML") from None  # what it is instead is not for a log
-    for twice in document.duplicates:
-        raise PatternError("", f"{path} has one name twice, in lines {twice.first_line} and {twice.line}: remove one")
+        raise PatternError("", f"{path} is not YAML") from None  # its content must not reach the log
+    for duplicate in document.duplicates:
+        raise PatternError(
+            "", f"{path} has the same name in lines {duplicate.first_line} and {duplicate.line}: remove one"
+        )
     content = document.data
     if not isinstance(content, dict):
         raise PatternError("", f"{path} must hold lines of name: 'expression'")
@@ -71,7 +73,7 @@ def read_patterns(path: str) -> Patterns:
 
 def _stamp(path: str) -> Stamp | None:
     try:
-        found = Path(path).stat()
+        status = Path(path).stat()
     except OSError:
         return None
-    return (found.st_ino, found.st_mtime_ns, found.st_size)
+    return (status.st_ino, status.st_mtime_ns, status.st_size)

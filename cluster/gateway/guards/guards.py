@@ -1,8 +1,8 @@
-"""A tenant's guards at work: on a call's prompt before it is tokenized, on its outputs as they come, and in the books.
+"""Application of a tenant's guards to a call: to its prompt before tokenization, and to its outputs as they stream.
 
-Each guard has its time (`timeout_s`) and says what its failure means (`fail`): closed, the call is refused or the
-output ends; open, everything passes that guard. Decisions are counted as they are made and audited at the call's end,
-one event for each guard and outcome, without the text unless the tenant's policy says `log_prompts`.
+Each guard has a time limit (`timeout_s`) and a failure mode (`fail`). Closed: on failure the call is refused or the
+output ends. Open: everything passes that guard. At a call's end its decisions are counted and audited, one event for
+each guard and outcome; matched texts are kept only if the tenant's policy sets `log_prompts`.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ log = structlog.get_logger("guards")
 
 T = TypeVar("T")
 
-ELSEWHERE_CHARS = 4096
-"""Longer prompts are filtered in a thread; the search works outside the interpreter's lock."""
-MAX_SHOWN = 10
-"""Texts of one audit event, where a policy lets them be kept."""
-_DONE = {"redact": "redacted", "refuse": "refused", "flag": "flagged"}
+THREAD_CHARS = 4096
+"""Longer prompts are filtered in a thread; the search releases the interpreter lock."""
+MAX_AUDIT_TEXTS = 10
+"""Most texts in one audit event, if the policy keeps them."""
+_OUTCOMES = {"redact": "redacted", "refuse": "refused", "flag": "flagged"}
 
 Audit = Callable[["GuardDecision"], None]
 
 
 @dataclass(frozen=True, slots=True)
 class GuardDecision:
-    """What one guard has done to one call. `found`: how often by name; `texts` only where the policy keeps them."""
+    """A guard's decision about one call. `found`: matches by name. `texts`: empty unless the policy keeps them."""
 
     tenant: str
     model: str
@@ -59,12 +59,12 @@ class GuardDecision:
 
 
 class Guards:
-    """What the guards of all calls share: files of patterns, connections to guard servers, counters."""
+    """The state that all calls' guards share: pattern files, connections to guard servers, counters."""
 
     def __init__(
         self,
         metrics: Metrics,
-        audit: Audit = lambda decided: None,
+        audit: Audit = lambda decision: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._files = PatternFiles()
@@ -74,7 +74,7 @@ class Guards:
         self.clock = clock
 
     def check(self, policies: Sequence[TenantPolicy]) -> None:
-        """Read the pattern files of declared tenants. Raises ValueError that names the setting."""
+        """Read the pattern files of the configured tenants. Raises ValueError that names the setting."""
         for policy in policies:
             for number, rule in enumerate(policy.guards):
                 if rule.patterns_file:
@@ -85,26 +85,26 @@ class Guards:
                         raise ValueError(f"{where}: {error.remedy}") from None
 
     def of(self, policy: TenantPolicy, model: str, request_id: str, actor: str) -> CallGuards:
-        """Those of one call."""
+        """The guards of one call."""
         return CallGuards(self, policy, model, request_id, actor)
 
     def patterns(self, rule: GuardRule) -> Patterns:
-        """A rule's patterns, as they are now. Raises PatternError."""
+        """The current patterns of a rule. Raises PatternError."""
         return self._files.get(rule.patterns_file) if rule.patterns_file else patterns_of(tuple(rule.patterns.items()))
 
-    def decided(self, decided: GuardDecision) -> None:
-        """Count and audit."""
-        by = sum(decided.found.values())
-        self._metrics.count("guard_actions_total", decided.tenant, decided.guard, decided.outcome, by=by)
-        self._audit(decided)
+    def record_decision(self, decision: GuardDecision) -> None:
+        """Count and audit a decision."""
+        by = sum(decision.found.values())
+        self._metrics.count("guard_actions_total", decision.tenant, decision.guard, decision.outcome, by=by)
+        self._audit(decision)
 
     async def close(self) -> None:
-        """End the connections."""
+        """Close the connections to guard servers."""
         await self.servers.close()
 
 
 class CallGuards:
-    """One call's guards."""
+    """The guards of one call."""
 
     def __init__(self, shared: Guards, policy: TenantPolicy, model: str, request_id: str, actor: str) -> None:
         self._shared = shared
@@ -114,47 +114,47 @@ class CallGuards:
         self._actor = actor
         self._inputs = [rule for rule in policy.guards if rule.on == "input"]
         self._outputs = [rule for rule in policy.guards if rule.on == "output"]
-        self._found: dict[tuple[str, str], Counter[str]] = {}
+        self._counts: dict[tuple[str, str], Counter[str]] = {}
         self._texts: dict[tuple[str, str], list[str]] = {}
 
     def close(self) -> None:
-        """The call is over: its decisions are told."""
-        for (guard, outcome), found in self._found.items():
+        """Record the call's decisions, at its end."""
+        for (guard, outcome), counts in self._counts.items():
             texts = tuple(self._texts.get((guard, outcome), ()))
-            self._shared.decided(
+            self._shared.record_decision(
                 GuardDecision(
-                    self._policy.name, self._model, self._request_id, self._actor, guard, outcome, dict(found), texts
+                    self._policy.name, self._model, self._request_id, self._actor, guard, outcome, dict(counts), texts
                 )
             )
-        self._found.clear()
+        self._counts.clear()
 
     # ---- input
 
     async def prompt(self, prompt: Prompt, text: TextModel) -> Prompt:
-        """The prompt as the model may see it; itself where nothing is to be changed. Raises CallError, GUARD_REFUSED
-        where it may not be seen at all."""
+        """Apply the input guards; returns the same object if nothing changes. Raises CallError, with GUARD_REFUSED if a
+        guard refuses the prompt."""
         if not self._inputs:
             return prompt
         if not isinstance(prompt, IdsPrompt):
             plain = await asyncio.to_thread(prompt.unpacked) if isinstance(prompt, PackedPrompt) else prompt
             texts = texts_of(plain)
-            kept = await self._input(texts, plain)
+            kept = await self._check_texts(texts, plain)
             return prompt if kept == texts else with_texts(plain, kept)
-        shown = await _elsewhere(
+        decoded = await _run_by_size(
             len(prompt.token_ids), lambda: text.decode(prompt.token_ids, skip_special_tokens=False)
         )
-        (only,) = await self._input([shown], prompt)
-        if only == shown:
+        (filtered_text,) = await self._check_texts([decoded], prompt)
+        if filtered_text == decoded:
             return prompt
-        ids: array[int] = await _elsewhere(len(only), lambda: text.plain_ids(only))
+        ids: array[int] = await _run_by_size(len(filtered_text), lambda: text.plain_ids(filtered_text))
         return replace(prompt, token_ids=tuple(ids))
 
-    async def _input(self, texts: Sequence[str], prompt: Prompt) -> Sequence[str]:
+    async def _check_texts(self, texts: Sequence[str], prompt: Prompt) -> Sequence[str]:
         field = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
         for rule in self._inputs:
             try:
                 async with asyncio.timeout(rule.timeout_s):
-                    texts = await self._through(rule, texts, prompt, field)
+                    texts = await self._apply(rule, texts, prompt, field)
             except CallError:
                 raise
             except UnicodeEncodeError:
@@ -166,59 +166,59 @@ class CallGuards:
                     raise _refusal(field, f"the guard {_name(rule)} could not decide; try again later") from None
         return texts
 
-    async def _through(self, rule: GuardRule, texts: Sequence[str], prompt: Prompt, field: str) -> Sequence[str]:
-        """The texts behind one guard."""
+    async def _apply(self, rule: GuardRule, texts: Sequence[str], prompt: Prompt, field: str) -> Sequence[str]:
+        """Apply one guard to the texts. Raises CallError if it refuses them."""
         if rule.address:
             answer = await self._shared.servers.check(rule, self._policy.name, self._model, self._request_id, texts)
             if answer.outcome:
-                self._note(rule, answer.outcome, answer.finding)
+                self._record(rule, answer.outcome, answer.finding)
             if answer.outcome == "refused":
-                raise _refusal(field, f"the guard server has found {answer.finding}; take it out of the prompt")
+                raise _refusal(field, f"the guard server found {answer.finding}; remove it from the prompt")
             return answer.texts
         if rule.builtin == "sizes":
             self._sizes(rule, sum(map(len, texts)), messages_of(prompt), field)
             return texts
         patterns = self._shared.patterns(rule)
-        found = _Findings()
+        findings = _Findings()
 
         def search() -> tuple[list[str], str]:
             out = []
             for text in texts:
-                stage = PatternStage(patterns, rule.action, found.add)
+                stage = PatternStage(patterns, rule.action, findings.add)
                 out.append(filtered(stage, text))
                 if stage.refused:
                     return out, stage.refused
             return out, ""
 
         try:
-            kept, refused = await _elsewhere(sum(map(len, texts)), search)
+            kept, refused = await _run_by_size(sum(map(len, texts)), search)
         finally:
-            found.over = True
-        for name, count in found.counts.items():
-            self._note(rule, _DONE[rule.action], name, count=count)
-        self._show(rule, _DONE[rule.action], found.shown)
+            findings.cancelled = True
+        for name, count in findings.counts.items():
+            self._record(rule, _OUTCOMES[rule.action], name, count=count)
+        self._keep_texts(rule, _OUTCOMES[rule.action], findings.texts)
         if refused:
-            raise _refusal(field, f"the guard patterns has found {refused}; take it out of the prompt")
+            raise _refusal(field, f"the guard patterns found {refused}; remove it from the prompt")
         return kept
 
     def _sizes(self, rule: GuardRule, characters: int, messages: int, field: str) -> None:
-        for name, bound, has in (
+        for name, bound, size in (
             ("max_characters", rule.max_characters, characters),
             ("max_messages", rule.max_messages, messages),
         ):
-            if bound is None or has <= bound:
+            if bound is None or size <= bound:
                 continue
-            self._note(rule, _DONE[rule.action], name)
+            self._record(rule, _OUTCOMES[rule.action], name)
             if rule.action == "refuse":
                 unit = name.removeprefix("max_")
-                raise _refusal(field, f"the guard sizes allows {bound} {unit}, the prompt has {has}; shorten it")
+                raise _refusal(field, f"the guard sizes allows {bound} {unit}, the prompt has {size}; shorten it")
 
     # ---- output
 
     def output(
         self, detokenizer: Detokenizer, logprobs: LogprobTexts | None
     ) -> tuple[Detokenizer | GuardedText, LogprobSource | None]:
-        """What stands in the place of an output's detokenizer and log probabilities. Raises CallError."""
+        """Wrap a sequence's detokenizer and log probabilities in its output guards. Raises CallError."""
         stages: list[GuardStage] = []
         rules: list[GuardRule] = []
         for rule in self._outputs:
@@ -240,55 +240,55 @@ class CallGuards:
         return text, None if logprobs is None else GuardedLogprobs(logprobs, text)
 
     def _stage(self, rule: GuardRule) -> GuardStage:
-        def told(name: str, match: str) -> None:
-            self._note(rule, _DONE[rule.action], name, match)
+        def on_decision(name: str, match: str) -> None:
+            self._record(rule, _OUTCOMES[rule.action], name, match)
 
         if rule.max_characters is not None:
-            return SizeStage(rule.max_characters, rule.action, told)
-        return PatternStage(self._shared.patterns(rule), rule.action, told)
+            return SizeStage(rule.max_characters, rule.action, on_decision)
+        return PatternStage(self._shared.patterns(rule), rule.action, on_decision)
 
     # ---- both
 
     def _failed(self, rule: GuardRule, error: Exception) -> bool:
-        """Note a failure. Whether everything passes this guard now."""
+        """Record a guard's failure; returns whether everything passes this guard from now on."""
         fails_open = rule.fail == "open"
         why = str(error) if isinstance(error, ValueError | OSError) else type(error).__name__
         log.warning("guard_failed", tenant=self._policy.name, guard=_name(rule), request_id=self._request_id, error=why)
-        self._note(rule, "failed_open" if fails_open else "failed_closed", "failure")
+        self._record(rule, "failed_open" if fails_open else "failed_closed", "failure")
         return fails_open
 
-    def _note(self, rule: GuardRule, outcome: str, name: str, text: str = "", count: int = 1) -> None:
-        self._found.setdefault((_name(rule), outcome), Counter())[name] += count
+    def _record(self, rule: GuardRule, outcome: str, name: str, text: str = "", count: int = 1) -> None:
+        self._counts.setdefault((_name(rule), outcome), Counter())[name] += count
         if text:
-            self._show(rule, outcome, [text])
+            self._keep_texts(rule, outcome, [text])
 
-    def _show(self, rule: GuardRule, outcome: str, texts: Sequence[str]) -> None:
-        """Keep the first texts that were found, where the policy allows it."""
+    def _keep_texts(self, rule: GuardRule, outcome: str, texts: Sequence[str]) -> None:
+        """Keep the first matched texts, if the policy allows it."""
         if texts and self._policy.log_prompts:
-            shown = self._texts.setdefault((_name(rule), outcome), [])
-            shown += texts[: max(MAX_SHOWN - len(shown), 0)]
+            kept = self._texts.setdefault((_name(rule), outcome), [])
+            kept += texts[: max(MAX_AUDIT_TEXTS - len(kept), 0)]
 
 
 class _Findings:
-    """What a search in a thread has found: how often by name, and the first texts."""
+    """The matches of a search in a thread: counts by name, and the first texts."""
 
     def __init__(self) -> None:
-        self.over = False
-        """Nobody waits for the search any longer: it is to end."""
+        self.cancelled = False
+        """Set when the caller no longer waits; ends the search."""
         self.counts: Counter[str] = Counter()
-        self.shown: list[str] = []
+        self.texts: list[str] = []
 
     def add(self, name: str, text: str) -> None:
-        """Called in the thread. Raises TimeoutError once the search is over."""
-        if self.over:
+        """Add a match; called in the thread. Raises TimeoutError once the search is cancelled."""
+        if self.cancelled:
             raise TimeoutError
         self.counts[name] += 1
-        if text and len(self.shown) < MAX_SHOWN:
-            self.shown.append(text)
+        if text and len(self.texts) < MAX_AUDIT_TEXTS:
+            self.texts.append(text)
 
 
 def _name(rule: GuardRule) -> str:
-    """As metrics and audit name a guard; where a guard server is nobody is told."""
+    """A guard's name in metrics, audit and errors; without the guard server's address."""
     return f"{rule.on}_{rule.builtin or 'server'}"
 
 
@@ -297,6 +297,6 @@ def _refusal(field: str, message: str) -> CallError:
     return CallError(Outcome.GUARD_REFUSED, message, violations=violations)
 
 
-async def _elsewhere(size: int, work: Callable[[], T]) -> T:
-    """Do it here when it is little, else in a thread."""
-    return work() if size <= ELSEWHERE_CHARS else await asyncio.to_thread(work)
+async def _run_by_size(size: int, work: Callable[[], T]) -> T:
+    """Run work on `size` characters: a little on the event loop, more in a thread."""
+    return work() if size <= THREAD_CHARS else await asyncio.to_thread(work)

@@ -1,8 +1,8 @@
-"""The texts of a prompt that reach a model, in order, and the prompt with other texts in their place.
+"""Extraction and replacement of the texts of a prompt that reach a model.
 
-Of messages that is all a caller writes: contents, names, reasoning, tool calls with the keys of their arguments, and
-the values of template arguments. Each is one text: nothing is looked for across two of them, since a template writes
-between them.
+In messages these are all texts that a caller writes: contents, names, reasoning, tool calls with the keys of their
+arguments, and the values of template arguments. Each is searched by itself: a template inserts text between them, so
+no match can span two of them.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from typing import Any
 from cluster.api.outcomes import invalid
 from cluster.gateway.calls.request import ChatPrompt, TextPrompt
 
-_OURS = frozenset({"role", "type"})
-"""Of a message: words that are checked, and that templates compare."""
+_FIXED_KEYS = frozenset({"role", "type"})
+"""Keys of a message whose values are validated, and which templates compare with fixed words."""
 
 
 def texts_of(prompt: ChatPrompt | TextPrompt) -> list[str]:
-    """Raises CallError for what is nested too deeply to be read."""
+    """The texts of a prompt, in order. Raises CallError if it is nested too deeply."""
     texts: list[str] = []
 
-    def note(text: str) -> str:
+    def collect(text: str) -> str:
         texts.append(text)
         return text
 
-    _rewritten(prompt, note)
+    _rewritten(prompt, collect)
     return texts
 
 
 def with_texts(prompt: ChatPrompt | TextPrompt, texts: Sequence[str]) -> ChatPrompt | TextPrompt:
-    """The prompt with these in place of `texts_of`."""
+    """The prompt with `texts` in place of those of `texts_of`."""
     rest = iter(texts)
     return _rewritten(prompt, lambda text: next(rest))
 
 
 def messages_of(prompt: object) -> int:
-    """How many messages; a plain prompt is one."""
+    """The number of messages of a prompt; 1 for a plain one."""
     return len(prompt.messages) if isinstance(prompt, ChatPrompt) else 1
 
 
@@ -46,12 +46,12 @@ def _rewritten(prompt: ChatPrompt | TextPrompt, write: Callable[[str], str]) -> 
         return TextPrompt(write(prompt.text))
     try:
         messages = [
-            {key: value if key in _OURS else _walk(value, write) for key, value in message.items()}
+            {key: value if key in _FIXED_KEYS else _walk(value, write) for key, value in message.items()}
             for message in prompt.messages
         ]
         arguments = {key: _walk(value, write) for key, value in prompt.template_kwargs.items()}
     except RecursionError:
-        raise invalid("messages", "are nested too deeply: send tool arguments that are flatter") from None
+        raise invalid("messages", "are nested too deeply: send flatter tool arguments") from None
     return replace(prompt, messages=messages, template_kwargs=arguments)
 
 

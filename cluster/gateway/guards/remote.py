@@ -1,4 +1,4 @@
-"""Guard servers: cluster.guard.v1.Guard, asked over gRPC before a prompt is tokenized."""
+"""Client of guard servers (cluster.guard.v1.Guard), which check a prompt before it is tokenized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cluster.policy.tenants.patterns import NAME
 from cluster.policy.tenants.policy import GuardRule
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
-_DONE = {
+_OUTCOMES = {
     guard_pb2.CheckResponse.ACTION_ALLOW: "",
     guard_pb2.CheckResponse.ACTION_REFUSE: "refused",
     guard_pb2.CheckResponse.ACTION_REPLACE: "redacted",
@@ -24,7 +24,7 @@ _DONE = {
 
 @dataclass(frozen=True, slots=True)
 class GuardReply:
-    """What a guard server has said: "", refused, redacted or flagged; the texts as they are now; and why."""
+    """A guard server's answer. `outcome`: "", refused, redacted or flagged. `texts`: redacted. `finding`: a reason."""
 
     outcome: str
     texts: Sequence[str]
@@ -32,7 +32,7 @@ class GuardReply:
 
 
 class GuardServers:
-    """One channel for each server that a policy names."""
+    """The channels to guard servers, one for each server that a policy names."""
 
     def __init__(self) -> None:
         self._channels: dict[tuple[str, str], grpc.aio.Channel] = {}
@@ -40,19 +40,20 @@ class GuardServers:
     async def check(
         self, rule: GuardRule, tenant: str, model: str, request_id: str, texts: Sequence[str]
     ) -> GuardReply:
-        """Ask. Raises OSError where it cannot be reached or its ca_file be read, ValueError for a senseless answer."""
+        """Have the rule's server check texts. Raises OSError if it cannot be reached or its ca_file cannot be read, and
+        ValueError for an invalid answer."""
         request = guard_pb2.CheckRequest(tenant=tenant, model=model, request_id=request_id, texts=texts)
         stub = guard_pb2_grpc.GuardStub(self._channel(rule))
         try:
             answer = await stub.Check(request, timeout=rule.timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise ConnectionError(f"the guard server gives {error.code().name}") from None
-        outcome = _DONE.get(answer.action)
+            raise ConnectionError(f"the guard server failed with {error.code().name}") from None
+        outcome = _OUTCOMES.get(answer.action)
         if outcome is None:
             raise ValueError("the guard server's answer has no action")
         replaced = list(answer.texts) if outcome == "redacted" else texts
         if len(replaced) != len(texts):
-            raise ValueError(f"the guard server has replaced {len(texts)} texts by {len(replaced)}")
+            raise ValueError(f"the guard server returned {len(replaced)} texts for {len(texts)}")
         return GuardReply(outcome, replaced, answer.finding if NAME.fullmatch(answer.finding) else "unnamed")
 
     def _channel(self, rule: GuardRule) -> grpc.aio.Channel:
@@ -76,7 +77,7 @@ class GuardServers:
 
 
 def on_this_host(address: str) -> bool:
-    """Whether what is sent there leaves the host: only then it needs TLS."""
+    """Whether an address is on this host; only then TLS is not needed."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")

@@ -1,12 +1,12 @@
-"""Output guards as filters of a stream: text goes in as it comes, what is decided comes out. No I/O, no clock.
+"""Output guards as stream filters: text is fed in chunks, and decided text is returned. No I/O, no clock.
 
-Invariant: for any cut of a text into chunks the outputs together are what the whole text gives, and no character of
-a match that is redacted or refused ever comes out. What is held back is what may yet become part of a match: at most
-as many characters as the longest pattern has.
+Invariant: however a text is cut into chunks, the outputs joined equal the output for the whole text, and no character
+of a redacted or refused match is ever returned. A stage holds back only text that may still become part of a match: at
+most as many characters as the longest pattern matches.
 
-Marks travel with the text. A mark is one token and the characters [start, end) that it has brought; it comes out
-when its last character is decided, hidden where a redaction has touched one. So log probabilities and counts follow
-the text through any number of guards, each of which may make it shorter or longer.
+Marks travel with the text. A mark is one token and the characters [start, end) that it added. It is returned when its
+last character is decided, and is hidden if a redaction touched one of them. Log probabilities and token counts thus
+follow the text through any number of guards, each of which may shorten or lengthen it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Literal, NamedTuple, Protocol
 from cluster.policy.tenants.patterns import Patterns
 
 Action = Literal["refuse", "redact", "flag"]
-Told = Callable[[str, str], None]
-"""Told of each decision: the pattern's or limit's name, and the text that it is about."""
+OnDecision = Callable[[str, str], None]
+"""Called for each decision with the name of the pattern or limit and the text that matched."""
 
 
 class GuardMark(NamedTuple):
-    """A token, by its number, and the characters that it has brought."""
+    """A token, by its index, and the characters that it added."""
 
     start: int
     end: int
@@ -32,7 +32,7 @@ class GuardMark(NamedTuple):
 
 
 class GuardStage(Protocol):
-    """One guard's filter. `refused` names what has ended the text."""
+    """One guard's filter. `refused`: the name of the pattern or limit that ended the text, else ""."""
 
     refused: str
 
@@ -41,45 +41,56 @@ class GuardStage(Protocol):
         """Characters held back."""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Add text; what is decided comes out. After `last`, or once refused, all is decided."""
+        """Add text and return the decided text. With `last`, or once refused, all text is decided."""
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
-        """What is held back, unfiltered: the guard has failed and lets everything pass."""
+        """Return the text held back, unfiltered, after the guard has failed open."""
 
 
 class PatternStage:
-    """Redacts, refuses or flags what patterns match: leftmost first, as over the whole text."""
+    """Redacts, refuses or flags pattern matches: the leftmost first, as in a search of the whole text."""
 
-    __slots__ = ("_action", "_at", "_base", "_edits", "_marks", "_patterns", "_shift", "_text", "_told", "refused")
+    __slots__ = (
+        "_action",
+        "_at",
+        "_base",
+        "_edits",
+        "_marks",
+        "_on_decision",
+        "_patterns",
+        "_shift",
+        "_text",
+        "refused",
+    )
 
-    def __init__(self, patterns: Patterns, action: Action, told: Told) -> None:
+    def __init__(self, patterns: Patterns, action: Action, on_decision: OnDecision) -> None:
         self.refused = ""
         self._patterns = patterns
         self._action = action
-        self._told = told
-        self._text = ""  # one decided character, which \b and ^ look back at, then what is held back
-        self._at = 0  # where in it that begins
-        self._base = 0  # where the text begins in all that was fed
+        self._on_decision = on_decision
+        self._text = ""  # one decided character, which \b and ^ look back at, then the text held back
+        self._at = 0  # where in it the text held back begins
+        self._base = 0  # the position of `_text` in all text that was fed
         self._marks: deque[GuardMark] = deque()
-        self._edits: deque[tuple[int, int, int]] = deque()  # (start, end, characters more) of redactions
+        self._edits: deque[tuple[int, int, int]] = deque()  # redactions: (start, end, change in length)
         self._shift = 0
 
     @property
     def held(self) -> int:
-        """See Stage."""
+        """See GuardStage."""
         return len(self._text) - self._at
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """See Stage."""
+        """See GuardStage."""
         self._text += text
         self._marks += marks
-        # One character behind the longest match decides whether there is one at a place.
+        # Whether a match begins at a position is certain one character after the longest possible match.
         limit = len(self._text) - (0 if last else self._patterns.longest)
         out = self._filtered(limit) if limit > self._at else ""
-        return out, self._passed(last and not self.refused)
+        return out, self._decided_marks(last and not self.refused)
 
     def _filtered(self, limit: int) -> str:
-        """Decide all places before `limit`."""
+        """Decide all positions before `limit`, and return the filtered text up to there."""
         text, at, out = self._text, self._at, []
         for start, end in self._patterns.find(text, at):
             if start >= limit:
@@ -87,14 +98,14 @@ class PatternStage:
             if end - start > self._patterns.longest:
                 raise RuntimeError("a match is longer than its pattern allows")
             name = self._patterns.name_at(text, start)
-            self._told(name, text[start:end])
+            self._on_decision(name, text[start:end])
             if self._action == "refuse":
                 self.refused, limit = name, start
                 break
             if self._action == "redact":
-                instead = replacement(name)
-                self._edits.append((self._base + start, self._base + end, len(instead) - (end - start)))
-                out += [text[at:start], instead]
+                marker = replacement(name)
+                self._edits.append((self._base + start, self._base + end, len(marker) - (end - start)))
+                out += [text[at:start], marker]
                 at = end
         done = max(at, limit)
         out.append(text[at:done])
@@ -102,11 +113,11 @@ class PatternStage:
         self._text, self._base, self._at = text[kept:], self._base + kept, done - kept
         return "".join(out)
 
-    def _passed(self, all_of_them: bool) -> Sequence[GuardMark]:
-        """The marks whose last character is decided, as they stand in what came out."""
+    def _decided_marks(self, all_marks: bool) -> Sequence[GuardMark]:
+        """Remove and return the marks whose last character is decided, with positions in the output."""
         marks, edits, out = self._marks, self._edits, []
         decided = self._base + self._at
-        while marks and (all_of_them or marks[0].end <= decided):
+        while marks and (all_marks or marks[0].end <= decided):
             start, end, token, hidden = marks.popleft()
             while edits and edits[0][1] <= start:
                 self._shift += edits.popleft()[2]
@@ -118,37 +129,37 @@ class PatternStage:
         return out
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
-        """See Stage."""
+        """See GuardStage."""
         text, self._text = self._text[self._at :], ""
         self._base, self._at = self._base + self._at + len(text), 0
-        return text, self._passed(True)
+        return text, self._decided_marks(True)
 
 
 class SizeStage:
-    """Ends or flags a text that grows beyond so many characters."""
+    """Ends or flags a text that exceeds `max_characters`."""
 
-    __slots__ = ("_action", "_flagged", "_marks", "_max", "_seen", "_told", "refused")
+    __slots__ = ("_action", "_flagged", "_marks", "_max", "_on_decision", "_seen", "refused")
 
-    def __init__(self, max_characters: int, action: Action, told: Told) -> None:
+    def __init__(self, max_characters: int, action: Action, on_decision: OnDecision) -> None:
         self.refused = ""
         self._max = max_characters
         self._action = action
-        self._told = told
+        self._on_decision = on_decision
         self._seen = 0
         self._flagged = False
         self._marks: deque[GuardMark] = deque()
 
     @property
     def held(self) -> int:
-        """See Stage."""
+        """See GuardStage."""
         return 0
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """See Stage."""
+        """See GuardStage."""
         over = self._seen + len(text) > self._max
         if over and not self._flagged:
             self._flagged = True
-            self._told("max_characters", "")
+            self._on_decision("max_characters", "")
         if over and self._action == "refuse":
             self.refused = "max_characters"
             text = text[: self._max - self._seen]
@@ -160,14 +171,14 @@ class SizeStage:
         return text, out
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
-        """See Stage."""
+        """See GuardStage."""
         marks, self._marks = list(self._marks), deque()
         return "", marks
 
 
 class GuardChain:
-    """Stages in order, each step of each within its time. A failure is a stage's exception, or a step that took
-    longer; then the text ends, or that stage is left out from then on."""
+    """Stages in order, each with a time limit for a step. A stage fails if it raises or exceeds its limit; then the
+    text ends, or the stage is skipped from then on."""
 
     __slots__ = ("_clock", "_on_failure", "_stages", "_timeouts", "done", "refused")
 
@@ -178,14 +189,14 @@ class GuardChain:
         on_failure: Callable[[int, Exception], bool],
         clock: Callable[[], float],
     ) -> None:
-        """`on_failure` is told which stage has failed, and says whether everything passes it from now on."""
+        """`on_failure`: called with the failed stage's index; returns whether everything passes it from then on."""
         self._stages = list(enumerate(stages))
         self._timeouts = timeouts_s
         self._on_failure = on_failure
         self._clock = clock
         self.refused = False
         self.done = False
-        """Nothing comes out any more."""
+        """Whether the text has ended: nothing more is returned."""
 
     @property
     def held(self) -> int:
@@ -193,12 +204,12 @@ class GuardChain:
         return sum(stage.held for _, stage in self._stages)
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool = False) -> tuple[str, Sequence[GuardMark]]:
-        """As a stage's."""
+        """Feed text through all stages; see GuardStage.feed."""
         if self.done:
             return "", ()
         for number, stage in list(self._stages):
             text, marks = self._step(number, stage, text, marks, last)
-            last |= self.refused  # what comes before it is whole now: the stages behind it decide all of it
+            last |= self.refused  # the text ends here: later stages decide all of it
         self.done = last
         return text, marks
 
@@ -210,27 +221,27 @@ class GuardChain:
         out: tuple[str, Sequence[GuardMark]] = ("", ())
         try:
             out = stage.feed(text, marks, last)
-        except Exception as error:  # whatever a guard comes to must not reach the link, which is everybody's
+        except Exception as error:  # a guard's error must not break the link, which all calls share
             failure = error
         took_s = self._clock() - began
         if failure is None and took_s > self._timeouts[number]:
-            failure = TimeoutError(f"took {took_s:.3f} s of {self._timeouts[number]:g} s")
+            failure = TimeoutError(f"took {took_s:.3f} s, more than its {self._timeouts[number]:g} s")
         if stage.refused or failure is None:
             self.refused |= bool(stage.refused)
             return out
         if not self._on_failure(number, failure):
             self.refused = True
             return "", ()
-        self._stages = [one for one in self._stages if one[1] is not stage]
+        self._stages = [numbered for numbered in self._stages if numbered[1] is not stage]
         rest, rest_marks = stage.give_up()
         return out[0] + rest, [*out[1], *rest_marks]
 
 
 def replacement(name: str) -> str:
-    """What stands where a pattern of this name has matched."""
+    """The text that replaces a match of the pattern `name`."""
     return f"[redacted: {name}]"
 
 
 def filtered(stage: GuardStage, text: str) -> str:
-    """A whole text through one stage."""
+    """Filter a whole text through one stage."""
     return stage.feed(text, (), True)[0]

@@ -1,8 +1,8 @@
-"""A call's text behind its tenant's output guards: stands where the detokenizer stands, and is asked the same.
+"""A sequence's text filtered by its tenant's output guards, with the interface of the detokenizer.
 
-Stop strings come first: the guards see the text that would be delivered. What guards hold back adds to what stop
-strings hold back. Tokens come out with their text: until then they are neither told in log probabilities nor billed,
-and one that a redaction has touched is never told. The state lives as long as the output, whichever worker it is on.
+Stop strings apply first: the guards see the text that would be delivered. Guards and stop strings each hold back text.
+A token is returned with its text: before that it is neither billed nor reported in log probabilities, and a token that
+a redaction touched is never reported. The state lives as long as the sequence, across workers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GUARD = "guard"
 
 
 class GuardedText:
-    """A detokenizer and the guards behind it."""
+    """A detokenizer followed by guards."""
 
     __slots__ = (
         "_chain",
@@ -31,27 +31,27 @@ class GuardedText:
         "_ready",
         "_seen",
         "_taken",
+        "reportable",
         "token_ids",
-        "told",
     )
 
     def __init__(self, inner: Detokenizer, chain: GuardChain) -> None:
         self._inner = inner
         self._chain = chain
         self.token_ids = inner.token_ids
-        self.told: deque[bool] | None = None
-        """Of each next token that has come out, whether it may be told of; for who tells, where somebody does."""
-        self._ready = ""  # decided, not taken
-        self._seen = 0  # characters that tokens have brought
-        self._fed = 0  # of these, characters given to the guards
-        self._open: list[int] = []  # tokens that have brought no character yet
-        self._marks: list[GuardMark] = []  # of tokens whose characters the guards have not got
-        self._out = 0  # tokens that have come out
+        self.reportable: deque[bool] | None = None
+        """Whether the log probability of each returned token, in order, may be reported; None if none is requested."""
+        self._ready = ""  # decided and not taken
+        self._seen = 0  # characters that tokens have added
+        self._fed = 0  # of these, characters fed to the guards
+        self._open: list[int] = []  # tokens without a character so far
+        self._marks: list[GuardMark] = []  # of tokens whose characters are not fed to the guards yet
+        self._out = 0  # tokens whose text is decided
         self._taken = 0  # of these, those whose text has been taken
 
     @property
     def watches(self) -> bool:
-        """Nothing goes past it."""
+        """Whether text must pass through this object; always so."""
         return True
 
     @property
@@ -66,11 +66,11 @@ class GuardedText:
         return held + len(self._ready)
 
     def untaken_tokens(self) -> int:
-        """How many of the last tokens have no text that was taken; one taken in part is one of them."""
+        """The number of last tokens whose text has not been taken whole."""
         return len(self.token_ids) - self._taken
 
     def push(self, token_ids: Sequence[int], stop_terminated: bool = False) -> str | None:
-        """As Detokenizer.push; a guard's refusal ends the text as a stop string does."""
+        """Add tokens, as Detokenizer.push; a guard's refusal ends the text as a stop string does."""
         if self._chain.done:
             return None
         stop = None
@@ -80,53 +80,53 @@ class GuardedText:
             self._mark(ends or stop is not None)
             if stop is not None:
                 break
-        self._flow(self._inner.take(stop is not None), False)
+        self._filter(self._inner.take(stop is not None), False)
         return GUARD if self.refused else stop
 
     def text_of(self, token_id: int) -> str:
-        """Add one token and hand out what is decided."""
+        """Add one token and return the decided text."""
         self.push((token_id,))
         return self.take(False)
 
     def give_back(self, text: str) -> None:
-        """What `text_of` handed out last could not be sent: keep it for `take`."""
+        """Take back the text that `text_of` returned last and that could not be sent; `take` returns it."""
         self._ready = text + self._ready
 
     def take(self, finished: bool) -> str:
-        """The text since the last take, as far as it is decided; all of it when `finished`."""
+        """The decided text since the last take; all text if `finished`."""
         if finished and not self._chain.done:
             self._marks += [GuardMark(self._seen, self._seen, token, True) for token in self._open]
             self._open = []
-            self._flow(self._inner.take(True), True)
+            self._filter(self._inner.take(True), True)
         text, self._ready = self._ready, ""
         self._taken = self._out
         return text
 
     def restore(self, token_ids: Sequence[int], chars: int) -> None:
-        """What guards have held back, and whether they decided in time, is not in what was delivered."""
+        """Raise ValueError: the guards' state cannot be derived from the delivered text."""
         raise ValueError("its tenant's guards hold its text")
 
     def _mark(self, ends: bool) -> None:
-        """Note what the last token has brought. One that ends the text has brought what is there, if anything."""
+        """Record the characters that the last token added. If it ends the text, all remaining ones are its own."""
         token = len(self.token_ids) - 1
         seen = self._fed + self._inner.untaken
         if seen > self._seen or ends:
             start = min(self._seen, seen)
-            # Characters may be of all the tokens since the last text. Of those that never got any nothing is told.
-            self._marks += [GuardMark(start, seen, one, seen == start) for one in self._open]
+            # New characters may belong to any token since the last text. Tokens that never added any are hidden.
+            self._marks += [GuardMark(start, seen, earlier, seen == start) for earlier in self._open]
             self._marks.append(GuardMark(start, seen, token))
             self._open, self._seen = [], seen
         else:
             self._open.append(token)
 
-    def _flow(self, text: str, last: bool) -> None:
+    def _filter(self, text: str, last: bool) -> None:
         marks, self._marks = self._marks, []
         self._fed += len(text)
         out, decided = self._chain.feed(text, marks, last)
         self._ready += out
         self._out += len(decided)
-        if self.told is not None:
-            self.told.extend(not mark.hidden for mark in decided)
+        if self.reportable is not None:
+            self.reportable.extend(not mark.hidden for mark in decided)
         if self.refused:
             del self.token_ids[self._out :]
 
@@ -135,22 +135,22 @@ class GuardedText:
 
 
 class GuardedLogprobs:
-    """Log probabilities that wait for their tokens' text to be decided."""
+    """Log probabilities that are held until their tokens' text is decided."""
 
     def __init__(self, texts: LogprobTexts, text: GuardedText) -> None:
         self._texts = texts
-        self._told = text.told = deque()
+        self._reportable = text.reportable = deque()
         self._waiting: deque[list[TokenLogprob]] = deque()
 
     def push(self, positions: Iterable[PositionLogprobs]) -> list[TokenLogprob]:
-        """Add a step's positions; what may be told by now comes out."""
+        """Add a step's positions; returns those that may be reported by now."""
         self._waiting += [self._texts.push([position]) for position in positions]
         out: list[TokenLogprob] = []
-        while self._told and self._waiting:
-            may, position = self._told.popleft(), self._waiting.popleft()
-            out += position if may else ()
+        while self._reportable and self._waiting:
+            reportable, position = self._reportable.popleft(), self._waiting.popleft()
+            out += position if reportable else ()
         return out
 
     def restore(self, token_ids: Sequence[int]) -> None:
-        """As of the text."""
+        """Raise ValueError, as GuardedText.restore."""
         raise ValueError("its tenant's guards hold its text")

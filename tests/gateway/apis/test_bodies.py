@@ -1,4 +1,4 @@
-"""Large bodies: read as small ones are, but elsewhere, by counts first, and only what is read at all."""
+"""Large bodies are parsed like small ones, but in a helper process, counted first, and only as far as needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from cluster.api.outcomes import CallError, Outcome
 from cluster.gateway.apis import bodies as bodies_module
 from cluster.gateway.apis.bodies import Bodies
-from cluster.gateway.apis.body_parser import BodyReader, check_wish
+from cluster.gateway.apis.body_parser import BodyReader, check_request
 from cluster.gateway.apis.grpc.message_scan import scan
 from cluster.gateway.apis.grpc.packed_ids import packed_ids
 from cluster.gateway.apis.grpc.requests import READ, options_of, session_items
@@ -36,7 +36,7 @@ from tests.support.calls import chat, complete
 from tests.support.fuzz import messages
 from tests.support.http import chat_body, completion_body
 
-ASKED = {"chat": chat_asked, "completion": completion_asked}
+PARSERS = {"chat": chat_asked, "completion": completion_asked}
 READER = BodyReader()
 NUMBERS = st.none() | st.booleans() | st.integers(-3, 2**33) | st.floats(allow_nan=False, allow_infinity=False)
 WORDS = st.text(max_size=6) | st.sampled_from(["user", "assistant", "text", "json_object", "json_schema", "none", "{}"])
@@ -55,52 +55,52 @@ MESSAGES = st.lists(
 
 
 def _outcome(read: Any) -> Any:
-    """What is read, with plain prompts, or what is wrong by its fields."""
+    """The parsed request with unpacked prompts, or the invalid fields."""
     try:
-        asked: ParsedRequest = read()
+        parsed: ParsedRequest = read()
     except CallError as error:
         return error.outcome, [v.field for v in error.violations]
-    return replace(asked, wishes=[_plain(wish) for wish in asked.wishes])
+    return replace(parsed, requests=[_plain(request) for request in parsed.requests])
 
 
-def _plain(wish: GenerationRequest) -> GenerationRequest:
-    if isinstance(wish.prompt, PackedPrompt):
-        return replace(wish, prompt=wish.prompt.unpacked())
-    if isinstance(wish.prompt, IdsPrompt):
-        return replace(wish, prompt=IdsPrompt([int(one) for one in wish.prompt.token_ids]))
-    return wish
+def _plain(request: GenerationRequest) -> GenerationRequest:
+    if isinstance(request.prompt, PackedPrompt):
+        return replace(request, prompt=request.prompt.unpacked())
+    if isinstance(request.prompt, IdsPrompt):
+        return replace(request, prompt=IdsPrompt([int(token_id) for token_id in request.prompt.token_ids]))
+    return request
 
 
 @settings(max_examples=200, deadline=None)
 @given(name=st.sampled_from(["chat", "completion"]), data=st.data())
 def test_large_bodies_are_read_as_small_ones(name: str, data: st.DataObject) -> None:
-    """The same request or the same wrong field, whichever way a body goes; of several wrong ones any may be named."""
+    """Both parsers yield the same request or the same invalid field; of several invalid ones either may be named."""
     fields = sorted(CHAT_FIELDS if name == "chat" else COMPLETION_FIELDS)
     good = chat_body() if name == "chat" else completion_body()
-    one = st.tuples(st.sampled_from([*fields, "not_known"]), ANY)
+    odd_field = st.tuples(st.sampled_from([*fields, "not_known"]), ANY)
     messages_ = st.tuples(st.just("messages"), MESSAGES)
-    body = json.dumps(good | dict([data.draw(one | messages_)]), ensure_ascii=data.draw(st.booleans())).encode()
+    body = json.dumps(good | dict([data.draw(odd_field | messages_)]), ensure_ascii=data.draw(st.booleans())).encode()
 
     def at_once() -> ParsedRequest:
-        asked = ASKED[name](read_object(body))
-        check_wish(asked.wishes[0], asked.names)  # the service's own first step
-        return asked
+        parsed = PARSERS[name](read_object(body))
+        check_request(parsed.requests[0], parsed.names)  # the first check of the service
+        return parsed
 
     assert _outcome(lambda: READER.http(body, name)) == _outcome(at_once)
 
 
 @given(st.lists(st.integers(-1, 300_000), min_size=1, max_size=50), st.text(" \n\t", max_size=3))
 def test_token_ids_become_an_array(ids: list[int], space: str) -> None:
-    """Of the same numbers."""
+    """Token ids become an array of the same numbers."""
     body = f'{{"prompt":{space}{json.dumps(ids)}{space},"model":"m"}}'.encode()
-    (wish,) = READER.http(body, "completion").wishes
-    assert isinstance(wish.prompt, IdsPrompt)
-    assert np.asarray(wish.prompt.token_ids).dtype == np.int32
-    assert list(wish.prompt.token_ids) == ids
+    (request,) = READER.http(body, "completion").requests
+    assert isinstance(request.prompt, IdsPrompt)
+    assert np.asarray(request.prompt.token_ids).dtype == np.int32
+    assert list(request.prompt.token_ids) == ids
 
 
 class _Recording(dict[str, Any]):
-    """Notes what is asked of it."""
+    """A dictionary that records the names that are read."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
@@ -116,13 +116,13 @@ class _Recording(dict[str, Any]):
 
 
 def test_no_field_that_is_read_is_skipped() -> None:
-    """A field that the codec reads and the splitter does not know would be lost in large bodies alone."""
-    for asked, body, known in (
+    """The splitter passes on every field that the parser reads; a missing one would be lost in large bodies only."""
+    for parse, body, known in (
         (chat_asked, chat_body(logprobs=True, stream=True), CHAT_FIELDS),
         (completion_asked, completion_body(stream=True), COMPLETION_FIELDS),
     ):
         values = _Recording(body)
-        asked(Fields(values))
+        parse(Fields(values))
         assert values.asked <= known
 
 
@@ -149,7 +149,7 @@ DENSE: list[tuple[str, bytes, str]] = [
 
 @pytest.mark.parametrize(("body", "field"), [(b, f) for _, b, f in DENSE], ids=[n for n, _, _ in DENSE])
 def test_what_holds_too_much_is_refused_by_its_field(body: bytes, field: str) -> None:
-    """Before anything is made of it: far below the 100 nanoseconds a byte that parsing takes."""
+    """A body over its bounds is refused unparsed, in far less than the 100 ns a byte of parsing."""
     began = time.process_time()
     with pytest.raises(CallError) as raised:
         READER.http(body, "chat")
@@ -158,27 +158,27 @@ def test_what_holds_too_much_is_refused_by_its_field(body: bytes, field: str) ->
 
 
 def test_too_many_ids_are_refused_by_their_number() -> None:
-    """7.5 million ids cost a second to read; a million, a long context, are read."""
+    """7.5 million ids are refused unread; a million, a long context, are read."""
     with pytest.raises(CallError) as raised:
         READER.http(b'{"prompt":[' + b"1," * 7_500_000 + b"1]}", "completion")
     assert raised.value.violations[0].field == "prompt"
-    (wish,) = READER.http(b'{"model":"m","prompt":[' + b"1," * 1_000_000 + b"1]}", "completion").wishes
-    assert isinstance(wish.prompt, IdsPrompt)
-    assert len(wish.prompt.token_ids) == 1_000_001
+    (request,) = READER.http(b'{"model":"m","prompt":[' + b"1," * 1_000_000 + b"1]}", "completion").requests
+    assert isinstance(request.prompt, IdsPrompt)
+    assert len(request.prompt.token_ids) == 1_000_001
 
 
 # ---- protobuf
 
 
 def _count(message: Any) -> int:
-    """Fields and members, as they are on the wire but for packed numbers."""
+    """The fields and list elements of a message as on the wire, without packed numbers."""
     total = 0
     for field, value in message.ListFields():
         entry = field.message_type is not None and field.message_type.GetOptions().map_entry
         if entry:
             total += 3 * len(value)
         elif field.message_type is not None:
-            total += sum(1 + _count(one) for one in (value if field.is_repeated else [value]))
+            total += sum(1 + _count(item) for item in (value if field.is_repeated else [value]))
         elif field.is_repeated:
             packed = field.cpp_type not in (field.CPPTYPE_STRING,)
             total += 1 if packed else len(value)
@@ -189,7 +189,7 @@ def _count(message: Any) -> int:
 
 @given(messages(pb.ChatRequest))
 def test_a_scan_counts_what_a_message_holds(request_: Any) -> None:
-    """All levels; with fewer allowed it stops right behind the bound."""
+    """A scan counts all levels; with a lower bound it stops right after exceeding it."""
     data = request_.SerializeToString()
     found = scan(pb.ChatRequest.DESCRIPTOR, data, 10**6, count_numbers=True)
     assert found.elements == _count(request_)
@@ -199,7 +199,7 @@ def test_a_scan_counts_what_a_message_holds(request_: Any) -> None:
 
 @given(st.binary(max_size=200))
 def test_a_scan_of_anything_ends(data: bytes) -> None:
-    """Malformed bytes are protobuf's to refuse."""
+    """A scan of malformed bytes ends; protobuf refuses them."""
     assert scan(pb.SessionRequest.DESCRIPTOR, data, 50).elements <= 51 + len(data)
 
 
@@ -230,7 +230,7 @@ ON_THE_WIRE = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ON_THE_WIRE, max_size=6).map(b"".join))
 def test_a_scan_counts_all_that_protobuf_makes(data: bytes) -> None:
-    """Whatever unknown fields and groups stand before and between the known ones, at all levels."""
+    """A scan counts at least the objects that protobuf builds, with unknown fields and groups at all levels."""
     try:
         made = pb.SessionRequest.FromString(data)
     except DecodeError:
@@ -265,7 +265,7 @@ def test_a_scan_counts_all_that_protobuf_makes(data: bytes) -> None:
          "arguments", "model", "malformed"],
 )  # fmt: skip
 def test_messages_that_hold_too_much_are_refused_by_their_field(name: str, data: bytes, field: str) -> None:
-    """Before protobuf makes an object of every two bytes."""
+    """A message over its bounds is refused before protobuf builds an object for every two bytes."""
     began = time.process_time()
     with pytest.raises(CallError) as raised:
         READER.message(data, name)
@@ -275,7 +275,7 @@ def test_messages_that_hold_too_much_are_refused_by_their_field(name: str, data:
 
 @given(messages(pb.ChatRequest, model=st.just("m")))
 def test_large_messages_are_read_as_small_ones(request_: Any) -> None:
-    """The same wish or the same wrong field."""
+    """Both parsers yield the same request or the same invalid field."""
     call, data = READ["Chat"], request_.SerializeToString()
 
     def read(way: Any) -> Any:
@@ -286,9 +286,9 @@ def test_large_messages_are_read_as_small_ones(request_: Any) -> None:
 
     def at_once() -> GenerationRequest:
         check_options(options_of(request_))
-        wish: GenerationRequest = call.read(request_)
-        check_wish(wish, {})
-        return wish
+        request: GenerationRequest = call.read(request_)
+        check_request(request, {})
+        return request
 
     assert repr(read(lambda: READER.message(data, "Chat"))) == repr(read(at_once))
 
@@ -296,16 +296,16 @@ def test_large_messages_are_read_as_small_ones(request_: Any) -> None:
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, 200), max_size=60), st.booleans())
 def test_packed_ids_are_read_as_protobuf_does(ids: list[int], small: bool) -> None:
-    """Of any size and sign; unpacked ones are left to it."""
-    ids = [abs(one) % 128 for one in ids] if small else ids
+    """Packed ids of any size and sign equal protobuf's; unpacked ones are left to protobuf."""
+    ids = [abs(token_id) % 128 for token_id in ids] if small else ids
     request_ = pb.CompleteRequest(model="m", prompt_token_ids=ids, temperature=1.0, stop=["a"], n=2)
     found = packed_ids(request_.SerializeToString(), 100)
     assert found is not None
     assert found.tolist() == ids
     assert packed_ids(b"\xa0\x06\x05" * 3, 100) is None
     many = pb.CompleteRequest(model="m", prompt_token_ids=[*ids, 7] * 5000)
-    wish = READER.message(many.SerializeToString(), "Complete")
-    assert list(wish.prompt.token_ids) == list(many.prompt_token_ids)
+    request = READER.message(many.SerializeToString(), "Complete")
+    assert list(request.prompt.token_ids) == list(many.prompt_token_ids)
 
 
 # ---- where they are read
@@ -313,38 +313,38 @@ def test_packed_ids_are_read_as_protobuf_does(ids: list[int], small: bool) -> No
 
 @pytest.fixture
 async def bodies() -> AsyncIterator[Bodies]:
-    """With its helpers."""
+    """A Bodies object with its helpers."""
     made = Bodies()
     yield made
     made.close()
 
 
 async def test_what_is_large_is_read_by_a_helper(bodies: Bodies) -> None:
-    """Both APIs and sessions; what is wrong comes back as it would at once."""
+    """Helpers parse large bodies of both APIs and of sessions, with the errors of small ones."""
     long = "hello, " * 300_000
-    asked = await bodies.http("chat", json.dumps(chat_body(long)).encode())
+    parsed = await bodies.http("chat", json.dumps(chat_body(long)).encode())
     assert bodies.pool.pids
-    (wish,) = asked.wishes
-    assert isinstance(wish.prompt, PackedPrompt)
-    assert _plain(wish) == _plain(chat_asked(Fields(chat_body(long))).wishes[0])
-    wish = await bodies.message("Complete", complete(long).SerializeToString())
-    assert _plain(wish) == READ["Complete"].read(complete(long))
+    (request,) = parsed.requests
+    assert isinstance(request.prompt, PackedPrompt)
+    assert _plain(request) == _plain(chat_asked(Fields(chat_body(long))).requests[0])
+    request = await bodies.message("Complete", complete(long).SerializeToString())
+    assert _plain(request) == READ["Complete"].read(complete(long))
     with pytest.raises(CallError, match="messages"):
         await bodies.http("chat", DENSE[0][1])
-    request = pb.SessionRequest(
+    message = pb.SessionRequest(
         start=pb.SessionStart(call_id=1, chat=chat(long)),
         more=[pb.SessionRequest(cancel=pb.SessionCancel(call_id=i)) for i in range(3)],
     )
-    items = await bodies.session(request.SerializeToString())
+    items = await bodies.session(message.SerializeToString())
     assert isinstance(items, list)
-    assert [type(one).__name__ for one in items] == ["SessionStart", *["SessionCancel"] * 3]
-    first, *rest = session_items(request)
+    assert [type(item).__name__ for item in items] == ["SessionStart", *["SessionCancel"] * 3]
+    first, *rest = session_items(message)
     assert rest == items[1:]
-    assert replace(items[0], wish=_plain(items[0].wish)) == first
+    assert replace(items[0], request=_plain(items[0].request)) == first
 
 
 async def test_small_bodies_start_no_helper(bodies: Bodies) -> None:
-    """The common case stays where it was."""
+    """Small bodies are parsed on the event loop."""
     for text in ("hello", "hello, " * 8000):
         await bodies.http("chat", json.dumps(chat_body(text)).encode())
         await bodies.message("Chat", chat(text).SerializeToString())
@@ -352,16 +352,16 @@ async def test_small_bodies_start_no_helper(bodies: Bodies) -> None:
 
 
 async def test_without_helpers_a_thread_reads(bodies: Bodies) -> None:
-    """A gateway that can start none goes on."""
+    """A gateway that cannot start helpers parses in a thread."""
     bodies.close()
-    (wish,) = (await bodies.http("chat", json.dumps(chat_body("x" * 2_000_000)).encode())).wishes
-    assert isinstance(wish.prompt, PackedPrompt)
+    (request,) = (await bodies.http("chat", json.dumps(chat_body("x" * 2_000_000)).encode())).requests
+    assert isinstance(request.prompt, PackedPrompt)
     assert bodies_module.LARGE_BYTES < 2_000_000
     await asyncio.sleep(0)
 
 
 def test_more_ids_than_any_context_holds_are_refused_by_their_number() -> None:
-    """Before a list is made of them: reading a million takes 20 ms."""
+    """More ids than any context holds are refused before a list is built, which takes 20 ms for a million."""
     body = b'{"model":"m","prompt":[' + b"1," * 5000 + b"-1]}"
     with pytest.raises(CallError, match="prompt: has 5001 token ids") as caught:
         READER.http(body, "completion", 5000)
@@ -373,13 +373,13 @@ def test_more_ids_than_any_context_holds_are_refused_by_their_number() -> None:
 
 
 async def test_a_small_request_that_is_large_is_refused_unread() -> None:
-    """Methods whose requests hold one short field read no megabytes of it."""
+    """Megabytes for a method with one short field are refused unread."""
     bodies = Bodies()
     for name, request, field in (
         ("GetModel", pb.GetModelRequest(name="x" * 70_000), "name"),
         ("ListModels", pb.ListModelsRequest(page_token="x" * 70_000), "page_token"),
     ):
-        with pytest.raises(CallError, match="at most 65536 are taken") as caught:
+        with pytest.raises(CallError, match="at most 65536 are allowed") as caught:
             await bodies.message(name, request.SerializeToString())
         assert caught.value.violations[0].field == field
     bodies.close()

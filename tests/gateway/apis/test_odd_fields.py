@@ -1,4 +1,4 @@
-"""Odd values in every field of every request: a status that names the caller's fault, never an unexpected failure."""
+"""Odd values in every field of every request get a status of the caller's error, never an unexpected failure."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ JSON = [
 async def busy(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle
 ) -> AsyncIterator[TestCluster]:
-    """A gateway with a worker, for the whole module."""
+    """Start a gateway with a worker, for the whole module."""
     async with running_cluster(tmp_path_factory.mktemp("odd")) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=0.2), bundle)
         yield cluster
 
 
 def _odd(kind: Any, depth: int = 3) -> Iterator[Any]:
-    """Messages of a type, each with one odd value, the model's name beside it."""
+    """Messages of a type, each with one odd value and the model's name."""
     for field in kind.DESCRIPTOR.fields:
         for value in _values(field, depth):
             message = kind()
@@ -85,7 +85,7 @@ def _values(field: Any, depth: int) -> list[Any]:
 
 @pytest.mark.parametrize("method", [m.name for m in SERVICE.methods if m.name != "Session"])
 async def test_every_field_of_every_message(busy: TestCluster, method: str) -> None:
-    """JSON in texts, depths, numbers at their ends: a status that somebody foresaw."""
+    """JSON in texts, deep nesting and extreme numbers get an expected status."""
     kind = getattr(pb, SERVICE.methods_by_name[method].input_type.name)
     limit = asyncio.Semaphore(16)
 
@@ -113,7 +113,7 @@ async def test_every_field_of_every_message(busy: TestCluster, method: str) -> N
 async def test_every_field_of_every_body(
     busy: TestCluster, path: str, good: dict[str, Any], fields: frozenset[str]
 ) -> None:
-    """Wrong types everywhere: below 500, with the field."""
+    """Values of the wrong type get a status below 500, with the field."""
     wire = await Wire.open(busy)
     async with nothing_unexpected():
         for name in sorted(fields):

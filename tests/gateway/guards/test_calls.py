@@ -1,4 +1,4 @@
-"""Guards of real calls over a real gateway, on the simulated engine: gRPC, HTTP and sessions."""
+"""Guards of calls through a real gateway with the simulated engine: gRPC, HTTP and sessions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluster.guard.v1 import guard_pb2, guard_pb2_grpc
 from cluster.v1 import inference_pb2 as pb
 from cluster.wire.bundle import Bundle
 from cluster.wire.dial import read
-from tests.gateway.apis.grpc.test_session import Told, start
+from tests.gateway.apis.grpc.test_session import ReceivedEvents, start
 from tests.support.calls import chat, complete, refused, rest_of, text_of
 from tests.support.certificates import Authority
 from tests.support.cluster import sim_engine, until
@@ -33,7 +33,7 @@ ASK: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 async def keyed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle) -> AsyncIterator[Keyed]:
-    """A gateway with keys and a worker that echoes nothing: its text depends on the prompt and the tenant alone."""
+    """A gateway with keys, and a worker whose text depends on the prompt and the tenant only."""
     async with keyed_cluster(tmp_path_factory.mktemp("guarded")) as keyed:
         engine = sim_engine(checkpoint, decode_ms=1, max_model_len=50_000)
         await keyed.cluster.add_worker(engine, bundle)
@@ -52,27 +52,27 @@ class Tenant:
 
     @property
     def who(self) -> Any:
-        """Its metadata."""
+        """The tenant's call metadata."""
         return bearer(self.key)
 
     async def guard(self, *rules: dict[str, Any], **fields: Any) -> None:
-        """Set its guards, and wait until the gateway knows."""
+        """Set the tenant's guards, and wait until the gateway has them."""
         await asyncio.to_thread(self.keyed.ledger.tenants.update, self.name, {"guards": list(rules), **fields})
         await self.keyed.until_known(self.name, self.key)
 
     async def text(self, **fields: Any) -> str:
-        """What the model says to it."""
+        """The model's answer to the tenant's prompt."""
         answer = await self.stub.Chat(chat(**{**ASK, **fields}), metadata=self.who)
         return str(answer.choices[0].message.content)
 
     def counted(self, guard: str, outcome: str) -> float:
-        """guard_actions_total."""
+        """The tenant's guard_actions_total."""
         labels = {"cluster": "test", "tenant": self.name, "reason": guard, "outcome": outcome}
         registry = self.keyed.gateway.metrics.registry
         return registry.get_sample_value("headrace_guard_actions_total", labels) or 0.0
 
     async def audited(self, at_least: int) -> Sequence[dict[str, Any]]:
-        """Its events of the kind policy, once there are so many."""
+        """Wait for `at_least` policy events of the tenant, and return them."""
         found: Sequence[dict[str, Any]] = ()
 
         async def there() -> bool:
@@ -85,22 +85,22 @@ class Tenant:
 
 
 async def tenant(keyed: Keyed, name: str) -> Tenant:
-    """A new one, without guards."""
+    """A new tenant without guards."""
     return Tenant(keyed, name, await keyed.key(name))
 
 
 def literal(text: str) -> str:
-    """A pattern of exactly this text."""
-    return "".join(f"\\x{{{ord(one):x}}}" for one in text)
+    """A pattern that matches exactly this text."""
+    return "".join(f"\\x{{{ord(character):x}}}" for character in text)
 
 
 def middle(text: str) -> str:
-    """A part of a text that begins and ends inside words."""
+    """A part of a text that begins and ends within words."""
     return text[len(text) // 2 : len(text) // 2 + 9]
 
 
 def redacting(secret: str, **fields: Any) -> dict[str, Any]:
-    """An output guard for this text."""
+    """An output guard that redacts this text."""
     return {
         "builtin": "patterns",
         "on": "output",
@@ -111,7 +111,7 @@ def redacting(secret: str, **fields: Any) -> dict[str, Any]:
 
 
 async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
-    """A secret that spans tokens would reach a caller by one of the faces, or by a log probability."""
+    """A secret that spans tokens is redacted over every API, and absent from log probabilities."""
     lab = await tenant(keyed, "redact")
     bare = await lab.text()
     secret = middle(bare)
@@ -125,44 +125,44 @@ async def test_an_output_is_redacted_over_every_face(keyed: Keyed) -> None:
     assert chunks[-1].choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == TOKENS
     session = lab.stub.Session(metadata=lab.who)
-    told = Told()
+    received = ReceivedEvents()
     await session.write(start(1, chat(**ASK)))
-    while not told.ended(1):
+    while not received.ended(1):
         message = await asyncio.wait_for(read(session), 20)
         assert message is not None
-        told.take(message)
+        received.add(message)
     await session.done_writing()
-    assert told.text[1] == wanted
+    assert received.text[1] == wanted
     whole = await keyed.fetch("/v1/chat/completions", chat_body(**ASK), key=lab.key)
     assert whole.json["choices"][0]["message"]["content"] == wanted
     streamed = await keyed.fetch("/v1/chat/completions", chat_body(stream=True, **ASK), key=lab.key)
     events = [json.loads(line[6:]) for line in streamed.body.decode().splitlines() if line.startswith("data: {")]
-    assert "".join(one["choices"][0]["delta"].get("content", "") for one in events if one["choices"]) == wanted
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"]) == wanted
 
     answer = await lab.stub.Chat(chat(logprobs=True, top_logprobs=1, **ASK), metadata=lab.who)
     assert answer.choices[0].message.content == wanted
     numbers = answer.choices[0].logprobs
     assert 0 < len(numbers) < TOKENS
-    assert secret not in "".join(one.token for one in numbers)
-    assert "".join(one.token for one in numbers).startswith(bare[:8])
+    assert secret not in "".join(logprob.token for logprob in numbers)
+    assert "".join(logprob.token for logprob in numbers).startswith(bare[:8])
     await until(lambda: lab.counted("output_patterns", "redacted") == 6, "six redactions are counted")
 
 
 async def test_each_of_several_outputs_has_guards_of_its_own(keyed: Keyed) -> None:
-    """With n of 3 one output's text would be looked for in another's, or end it."""
+    """With n = 3 each sequence has its own guards: a match in one neither continues in nor ends another."""
     lab = await tenant(keyed, "several")
     ask = chat(n=3, seed=5, **{**ASK, "temperature": 1.0})
-    bare = [one.message.content for one in (await lab.stub.Chat(ask, metadata=lab.who)).choices]
+    bare = [choice.message.content for choice in (await lab.stub.Chat(ask, metadata=lab.who)).choices]
     secret = middle(bare[1])
     assert secret not in bare[0] + bare[2]
     await lab.guard(redacting(secret, action="refuse"))
     answer = await lab.stub.Chat(ask, metadata=lab.who)
-    assert [one.message.content for one in answer.choices] == [bare[0], bare[1].split(secret)[0], bare[2]]
-    assert [one.finish_reason for one in answer.choices] == ["length", "content_filter", "length"]
+    assert [choice.message.content for choice in answer.choices] == [bare[0], bare[1].split(secret)[0], bare[2]]
+    assert [choice.finish_reason for choice in answer.choices] == ["length", "content_filter", "length"]
 
 
 async def test_a_refused_output_ends_and_leaves_the_engine(keyed: Keyed) -> None:
-    """The engine would go on for a caller who gets nothing any more, who would also be billed for it."""
+    """A refused output ends the sequence in the engine, and later tokens are not billed."""
     lab = await tenant(keyed, "refuse")
     bare = await lab.text(max_tokens=200)
     secret = middle(bare)
@@ -183,7 +183,7 @@ async def test_a_refused_output_ends_and_leaves_the_engine(keyed: Keyed) -> None
 
 
 async def test_a_prompt_is_refused_without_telling_what_was_found(keyed: Keyed) -> None:
-    """A refusal would show the secret to a log, or not say which guard and pattern to look for."""
+    """A refusal names the guard and the pattern, but not the matched text."""
     lab = await tenant(keyed, "prompts")
     await lab.guard({"builtin": "patterns", "patterns": {"card": r"\b\d{16}\b"}})
     answer = await refused(lab.stub.Chat(chat("my card is 4111111111111111"), metadata=lab.who))
@@ -210,7 +210,7 @@ async def test_a_prompt_is_refused_without_telling_what_was_found(keyed: Keyed) 
 
 
 async def test_the_model_sees_the_redacted_prompt(keyed: Keyed) -> None:
-    """What is redacted would still reach the model, as text, in a message, or as token ids."""
+    """The model gets the redacted prompt, as text, in a message, and as token ids."""
     lab = await tenant(keyed, "seen")
     said, seen = "write to a@b.example now", "write to [redacted: mail] now"
     prompts = [
@@ -247,7 +247,7 @@ async def test_the_model_sees_the_redacted_prompt(keyed: Keyed) -> None:
 
 
 async def test_sizes(keyed: Keyed) -> None:
-    """A bound on characters or messages would not hold, or end a call that keeps to it."""
+    """Bounds on characters and messages refuse larger calls and pass smaller ones."""
     lab = await tenant(keyed, "sizes")
     bare = await lab.text()
     await lab.guard(
@@ -266,7 +266,8 @@ async def test_sizes(keyed: Keyed) -> None:
 
 
 async def test_a_file_of_patterns_is_read_again(keyed: Keyed, tmp_path: Path) -> None:
-    """A new pattern would need a restart, a broken file would take the guard away, a missing one let all pass."""
+    """A changed pattern file is reloaded, an invalid one keeps the last valid patterns, and a missing one fails
+    closed."""
     lab = await tenant(keyed, "files")
     file = tmp_path / "pii.yaml"
     await lab.guard({"builtin": "patterns", "patterns_file": str(file)})
@@ -285,13 +286,13 @@ async def test_a_file_of_patterns_is_read_again(keyed: Keyed, tmp_path: Path) ->
 
 
 class Server(guard_pb2_grpc.GuardServicer):
-    """A guard server that says what a prompt asks for."""
+    """A guard server whose action the prompt chooses."""
 
     def __init__(self) -> None:
         self.asked: list[guard_pb2.CheckRequest] = []
 
     async def Check(self, request: guard_pb2.CheckRequest, context: Any) -> guard_pb2.CheckResponse:
-        """By the last text's first word."""
+        """Act by the first word of the last text."""
         self.asked.append(request)
         kind = guard_pb2.CheckResponse
         match request.texts[-1].split()[0]:
@@ -311,8 +312,8 @@ class Server(guard_pb2_grpc.GuardServicer):
 
 
 async def test_a_guard_server_decides_in_its_time(keyed: Keyed) -> None:
-    """A guard server that hangs, breaks or is away would hold a call for ever, or let all pass though it fails
-    closed, or end calls though it fails open."""
+    """If a guard server hangs, fails or is unreachable, the guard fails in time: closed, the call is refused; open, it
+    passes."""
     lab = await tenant(keyed, "server")
     bare = await lab.text()
     servicer, server = Server(), grpc.aio.server()
@@ -345,7 +346,7 @@ async def test_a_guard_server_decides_in_its_time(keyed: Keyed) -> None:
 
 
 async def test_a_guard_server_elsewhere_is_asked_over_tls(keyed: Keyed, tmp_path: Path) -> None:
-    """Prompts would cross a network in plain text, or go to whoever answers at that address."""
+    """A guard server on another host is called over TLS with a verified certificate."""
     lab = await tenant(keyed, "far")
     files = Authority(tmp_path / "ca").issue("guard")
     servicer, server = Server(), grpc.aio.server()
@@ -353,7 +354,7 @@ async def test_a_guard_server_elsewhere_is_asked_over_tls(keyed: Keyed, tmp_path
     pair = (files.key_file.read_bytes(), files.cert_file.read_bytes())
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
     await server.start()
-    address = f"ipv4:127.0.0.1:{port}"  # a spelling that is not known to be of this host
+    address = f"ipv4:127.0.0.1:{port}"  # a spelling that is not recognized as this host
     assert not on_this_host(address)
     try:
         for ca_file, allowed in ((files.ca_file, True), (Authority(tmp_path / "other").issue("x").ca_file, False)):
@@ -373,12 +374,12 @@ async def test_a_guard_server_elsewhere_is_asked_over_tls(keyed: Keyed, tmp_path
     [("unix:/run/g", True), ("localhost:1", True), ("[::1]:1", True), ("10.0.0.1:1", False), ("guard:1", False)],
 )
 def test_what_is_on_this_host(address: str, here: bool) -> None:
-    """Only there plain text may be spoken."""
+    """Only addresses on this host may be called without TLS."""
     assert on_this_host(address) is here
 
 
 async def test_guards_by_the_command_line(keyed: Keyed) -> None:
-    """An operator could not set guards as the file has them, or set what a gateway then cannot use."""
+    """The command line sets guards as the file does, and refuses those that a gateway could not apply."""
     lab = await tenant(keyed, "typed")
     rule = "[{builtin: patterns, on: output, action: redact, patterns: {mail: '[a-z]{1,9}@x'}}]"
     done = await keyed.cli("tenants", "update", "typed", "--set", f"guards={rule}")
@@ -393,34 +394,34 @@ async def test_guards_by_the_command_line(keyed: Keyed) -> None:
 
 
 async def test_who_has_no_guards_keeps_the_short_way(keyed: Keyed) -> None:
-    """Calls without output guards would leave the direct way from link to connection, or be wrapped at all."""
+    """Calls without output guards keep the direct path from link to connection, without a wrapper."""
     lab = await tenant(keyed, "bare")
     await lab.guard({"builtin": "sizes", "max_characters": 1000})
     stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 20_000}), metadata=lab.who)
     await read(stream)
 
     def direct() -> bool:
-        calls = [one for one in keyed.gateway.service._open.values() if one.tenant == "bare"]
+        calls = [call for call in keyed.gateway.service._open.values() if call.tenant == "bare"]
         return any(output.direct is not None for call in calls for output in call.sequences)
 
-    await until(direct, "the call's tokens go straight to its connection")
+    await until(direct, "the call's tokens are sent directly to its connection")
     stream.cancel()
 
 
 async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A secret of which one worker has said the first half and another the second would be delivered."""
+    """A secret is redacted even if one worker emits its first half and another its second."""
     async with keyed_cluster(tmp_path) as keyed:
         engines = [sim_engine(checkpoint, decode_ms=5, max_model_len=50_000) for _ in range(2)]
         for engine in engines:
             await keyed.cluster.add_worker(engine, bundle)
         lab = await tenant(keyed, "moved")
         bare = await lab.text(max_tokens=120)
-        secret = bare[len(bare) // 4 : -len(bare) // 4]  # long enough to be still open when the worker dies
+        secret = bare[len(bare) // 4 : -len(bare) // 4]  # long enough not to be complete when the worker dies
         await lab.guard(redacting(secret))
         stream = lab.stub.StreamChat(chat(**{**ASK, "max_tokens": 120}), metadata=lab.who)
         chunks = [await asyncio.wait_for(read(stream), 20)]
         (call,) = keyed.gateway.service._open.values()
-        await until(lambda: len(call.sequences[0].emitted) >= 60, "half of it has come")
+        await until(lambda: len(call.sequences[0].emitted) >= 60, "half of the answer is emitted")
         next(engine for engine in engines if engine.load().running).kill()
         chunks += await rest_of(stream)
         assert text_of(chunks) == bare.replace(secret, "[redacted: secret]")
@@ -428,10 +429,10 @@ async def test_a_guard_goes_on_with_a_call_on_another_worker(tmp_path: Path, che
 
 
 def test_a_declared_tenants_file_must_be_there(tmp_path: Path) -> None:
-    """A gateway would start, and refuse every call of a tenant whose file has a typing error."""
+    """A gateway does not start if a configured tenant's pattern file is invalid."""
     (tmp_path / "bad.yaml").write_text("mail: '.+@.+'\n")
-    for name, told in (("none.yaml", "cannot be read"), ("bad.yaml", "mail: its longest match is without bound")):
+    for name, error in (("none.yaml", "cannot be read"), ("bad.yaml", "mail: its longest match is without bound")):
         guards = f"[{{builtin: patterns, on: output, patterns_file: {tmp_path / name}}}]"
         text = keyed_text(tmp_path, f"tenants: [{{name: acme, guards: {guards}}}]\n")
-        with pytest.raises(ValueError, match=rf"tenants\[acme\]\.guards\[0\]\.patterns_file: .*{told}"):
+        with pytest.raises(ValueError, match=rf"tenants\[acme\]\.guards\[0\]\.patterns_file: .*{error}"):
             Gateway(parse(text), tmp_path / "gateway")

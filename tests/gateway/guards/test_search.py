@@ -1,4 +1,4 @@
-"""What a search for patterns in a long prompt costs the event loop, and when it ends."""
+"""Pattern searches in long prompts: their cost on the event loop, and their end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _guards(timeout_s: float, decided: list[GuardDecision]) -> CallGuards:
 
 
 async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
-    """A prompt full of matches costs the event loop no time for each of them."""
+    """Matches in a long prompt cost no time on the event loop."""
     decided: list[GuardDecision] = []
     guards, model = _guards(60.0, decided), TextModel.from_bundle(bundle)
     began = time.thread_time()
@@ -39,7 +39,7 @@ async def test_matches_are_counted_in_the_search(bundle: Bundle) -> None:
 
 
 def test_a_search_that_took_too_long_ends(bundle: Bundle) -> None:
-    """Behind the time-out its thread is free for others, instead of searching on for nobody."""
+    """A search ends after its guard's timeout, which frees its thread."""
 
     async def search() -> float:
         guards = _guards(0.05, [])
@@ -49,4 +49,4 @@ def test_a_search_that_took_too_long_ends(bundle: Bundle) -> None:
         await asyncio.get_running_loop().shutdown_default_executor()
         return time.process_time() - began
 
-    assert asyncio.run(search()) < 0.5  # in a loop of its own, whose threads are no other test's
+    assert asyncio.run(search()) < 0.5  # in its own event loop, so that other tests do not use its threads

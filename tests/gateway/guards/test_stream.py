@@ -1,4 +1,4 @@
-"""Filters of a stream: whatever the cuts, what comes out is what the whole text gives."""
+"""Guard stages as stream filters: however a text is cut, the output equals that of the whole text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.policy.tenants.test_patterns import accepted
 
 
 def whole(sources: dict[str, str], action: Action, text: str) -> str:
-    """What a pattern guard makes of a whole text, by Python's own matcher."""
+    """The output of a pattern guard for a whole text, by Python's own matcher."""
     pattern = re.compile("|".join(f"(?P<{n}>{s})" for n, s in sorted(sources.items())), re.ASCII)
     if action == "redact":
         return pattern.sub(lambda found: replacement(str(found.lastgroup)), text)
@@ -33,11 +33,11 @@ def whole(sources: dict[str, str], action: Action, text: str) -> str:
 
 
 def ignore(name: str, text: str) -> None:
-    """Nobody is told."""
+    """Ignore decisions."""
 
 
 def chain(stages: Sequence[GuardStage], **options: Any) -> GuardChain:
-    """Stages that have all the time there is, and fail closed."""
+    """A chain of stages without time limits that fails closed."""
     options = {"on_failure": lambda number, error: False, "clock": lambda: 0.0, **options}
     return GuardChain(stages, [1.0] * len(stages), options["on_failure"], options["clock"])
 
@@ -55,12 +55,12 @@ CHUNKS = st.lists(st.text("ab1é x", max_size=6), max_size=16)
 
 
 def stage_of(what: Any, action: Action) -> GuardStage:
-    """One generated guard."""
+    """A generated guard stage."""
     return SizeStage(what, action, ignore) if isinstance(what, int) else PatternStage(Patterns(what), action, ignore)
 
 
 def wanted_of(guards: Sequence[tuple[Any, Action]], text: str) -> str:
-    """One after the other, each over the whole text."""
+    """The output of the stages applied in turn to the whole text."""
     for what, action in guards:
         if not isinstance(what, int):
             text = whole(what, action, text)
@@ -71,7 +71,7 @@ def wanted_of(guards: Sequence[tuple[Any, Action]], text: str) -> str:
 
 @given(GUARDS, CHUNKS)
 def test_any_cut_gives_what_the_whole_text_gives(guards: list[tuple[Any, Action]], chunks: list[str]) -> None:
-    """A match across chunks would be delivered, or text lost, doubled or held for longer than the longest match."""
+    """For any cut the output equals that of the whole text, and never more than the longest match is held back."""
     stages = [stage_of(what, action) for what, action in guards]
     filters, out = chain(stages), ""
     bound = sum(Patterns(what).longest for what, _ in guards if not isinstance(what, int))
@@ -88,7 +88,7 @@ def test_any_cut_gives_what_the_whole_text_gives(guards: list[tuple[Any, Action]
 def test_marks_tell_which_tokens_a_redaction_has_touched(
     sources: dict[str, str], chunks: list[str], more: list[str]
 ) -> None:
-    """A log probability would tell the text of a redacted token, or that of a delivered one be lost."""
+    """Exactly the tokens that a redaction touched are hidden from log probabilities."""
     chunks = chunks + more
     text = "".join(chunks)
     spans = list(Patterns(sources).find(text))
@@ -101,19 +101,19 @@ def test_marks_tell_which_tokens_a_redaction_has_touched(
         at += len(chunk)
         out += text_out
         marks += decided
-        assert all(one.end <= len(out) for one in decided)
+        assert all(mark.end <= len(out) for mark in decided)
         wanted.append(any(start < mark.end and mark.start < end for start, end in spans))
     text_out, decided = filters.feed("", (), True)
     out, marks = out + text_out, [*marks, *decided]
-    assert [one.token for one in marks] == list(range(len(chunks)))
-    assert [one.hidden for one in marks] == wanted
-    for one in marks:
-        if not one.hidden:
-            assert out[one.start : one.end] == chunks[one.token]
+    assert [mark.token for mark in marks] == list(range(len(chunks)))
+    assert [mark.hidden for mark in marks] == wanted
+    for mark in marks:
+        if not mark.hidden:
+            assert out[mark.start : mark.end] == chunks[mark.token]
 
 
 class Slow:
-    """A stage that moves the clock, or breaks, at its second step."""
+    """A stage that advances the clock or raises at its second step."""
 
     refused = ""
     held = 0
@@ -125,7 +125,7 @@ class Slow:
         self._kept = ""
 
     def feed(self, text: str, marks: Sequence[GuardMark], last: bool) -> tuple[str, Sequence[GuardMark]]:
-        """Keeps one character back."""
+        """Hold one character back."""
         self.steps += 1
         text, self._kept = self._kept + text, ""
         if self.steps == 2:
@@ -137,7 +137,7 @@ class Slow:
         return out, marks
 
     def give_up(self) -> tuple[str, Sequence[GuardMark]]:
-        """What it has kept."""
+        """Return the character held back."""
         text, self._kept = self._kept, ""
         return text, ()
 
@@ -145,7 +145,7 @@ class Slow:
 @pytest.mark.parametrize("error", [None, RuntimeError("broken")])
 @pytest.mark.parametrize("fails_open", [True, False])
 def test_a_guard_that_is_late_or_breaks(error: Exception | None, fails_open: bool) -> None:
-    """Closed, unguarded text would be delivered; open, the call would end or lose text though it was to go on."""
+    """A stage that is late or raises ends the text if it fails closed, and is skipped without loss of text if open."""
     failures: list[tuple[int, Exception]] = []
 
     def on_failure(number: int, failure: Exception) -> bool:
@@ -163,11 +163,13 @@ def test_a_guard_that_is_late_or_breaks(error: Exception | None, fails_open: boo
 
 
 def test_decisions_are_told_once_with_their_text() -> None:
-    """Counts would be wrong: each match is one decision, however often its characters were looked at."""
-    told: list[tuple[str, str]] = []
-    stage = PatternStage(Patterns({"digits": r"\b\d{2,4}\b"}), "flag", lambda name, text: told.append((name, text)))
+    """Each match is reported once with its text, however often its characters are scanned."""
+    decisions: list[tuple[str, str]] = []
+    stage = PatternStage(
+        Patterns({"digits": r"\b\d{2,4}\b"}), "flag", lambda name, text: decisions.append((name, text))
+    )
     out = "".join(stage.feed(part, (), False)[0] for part in "ab 123 45") + stage.feed("", (), True)[0]
-    assert (out, told) == ("ab 123 45", [("digits", "123"), ("digits", "45")])
-    sizes = SizeStage(2, "flag", lambda name, text: told.append((name, text)))
+    assert (out, decisions) == ("ab 123 45", [("digits", "123"), ("digits", "45")])
+    sizes = SizeStage(2, "flag", lambda name, text: decisions.append((name, text)))
     assert [sizes.feed("ab", (), False)[0] for _ in range(3)] == ["ab"] * 3
-    assert told[2:] == [("max_characters", "")]
+    assert decisions[2:] == [("max_characters", "")]

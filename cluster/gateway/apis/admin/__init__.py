@@ -1,1 +1,1 @@
-"""cluster.admin.v1."""
+"""The admin API, cluster.admin.v1."""

@@ -1,8 +1,8 @@
-"""The door of the admin port: who asks, whether the role grants it, and how what follows becomes an answer.
+"""Authentication and authorization of the admin port, and the conversion of errors to gRPC statuses.
 
-A tenant's administrator acts on the own tenant alone; any other reads as one that does not exist, whether it does or
-not, and that is decided before anything is looked up. Without `auth` the port is on loopback, and who reaches it is
-an operator. Who holds the cluster's secret is one too: a local cluster's own commands show what is derived from it.
+A tenant administrator acts on its own tenant only. Any other tenant name gets NOT_FOUND, whether the tenant exists or
+not; this is decided before any lookup. Without `auth` the port listens on loopback and every caller is an operator.
+The holder of the cluster secret is an operator too: a local cluster's own commands present a token derived from it.
 """
 
 from __future__ import annotations
@@ -39,45 +39,45 @@ log = structlog.get_logger("admin")
 T = TypeVar("T")
 THREADS = 4
 MAX_TEXT = 8192
-_ANYBODY = Principal(TenantPolicy("default"), role="operator", by="nobody")
+_LOOPBACK_OPERATOR = Principal(TenantPolicy("default"), role="operator", by="nobody")
 _SECRET_HOLDER = Principal(TenantPolicy("default"), role="operator", by="secret", subject="cluster")
 
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """What a method needs: the grant of policy/tenants/identity.py, and the field that names the tenant.
+    """The grant that a method requires (policy/tenants/identity.py), and the request field that names the tenant.
 
-    `whole`: it is about the cluster and not about tenants. `any_tenant`: the field may be empty;
-    `of_key`: it names a key. `object`: of one that the controller answers, the field that the audit names.
+    `cluster_wide`: the method is not about one tenant. `any_tenant`: the field may be empty. `of_key`: the field
+    holds a key's name. `object`: for a method that the controller answers, the field that the audit event names.
     """
 
-    what: str
+    grant: str
     field: str = ""
-    whole: bool = False
+    cluster_wide: bool = False
     any_tenant: bool = False
     of_key: bool = False
     object: str = ""
 
 
-READ_CLUSTER = Verb("read", whole=True)
+READ_CLUSTER = Verb("read", cluster_wide=True)
 VERBS: Mapping[str, Verb] = {
     "Fleet.ListWorkers": READ_CLUSTER,
-    "Fleet.AbortRequest": Verb("fleet", whole=True),
-    "Fleet.Drain": Verb("fleet", whole=True),
-    "Fleet.Cordon": Verb("fleet", whole=True),
-    "Fleet.Uncordon": Verb("fleet", whole=True),
+    "Fleet.AbortRequest": Verb("fleet", cluster_wide=True),
+    "Fleet.Drain": Verb("fleet", cluster_wide=True),
+    "Fleet.Cordon": Verb("fleet", cluster_wide=True),
+    "Fleet.Uncordon": Verb("fleet", cluster_wide=True),
     "Fleet.ExplainScaling": READ_CLUSTER,
     "Catalog.List": READ_CLUSTER,
     "Catalog.Get": READ_CLUSTER,
-    "Catalog.Apply": Verb("fleet", whole=True),
+    "Catalog.Apply": Verb("fleet", cluster_wide=True),
     "Catalog.Diff": READ_CLUSTER,
-    "Catalog.SetWeights": Verb("fleet", whole=True, object="name"),
-    "Catalog.Promote": Verb("fleet", whole=True, object="name"),
-    "Catalog.Rollback": Verb("fleet", whole=True, object="name"),
-    "Catalog.Quarantine": Verb("fleet", whole=True, object="name"),
-    "Catalog.Scale": Verb("fleet", whole=True, object="name"),
-    "Catalog.Freeze": Verb("fleet", whole=True, object="name"),
-    "Catalog.Unfreeze": Verb("fleet", whole=True, object="name"),
+    "Catalog.SetWeights": Verb("fleet", cluster_wide=True, object="name"),
+    "Catalog.Promote": Verb("fleet", cluster_wide=True, object="name"),
+    "Catalog.Rollback": Verb("fleet", cluster_wide=True, object="name"),
+    "Catalog.Quarantine": Verb("fleet", cluster_wide=True, object="name"),
+    "Catalog.Scale": Verb("fleet", cluster_wide=True, object="name"),
+    "Catalog.Freeze": Verb("fleet", cluster_wide=True, object="name"),
+    "Catalog.Unfreeze": Verb("fleet", cluster_wide=True, object="name"),
     "Tenants.Create": Verb("tenants", "tenant.name"),
     "Tenants.Get": Verb("read", "name"),
     "Tenants.List": Verb("read"),
@@ -97,7 +97,7 @@ VERBS: Mapping[str, Verb] = {
 
 @dataclass(frozen=True, slots=True)
 class AdminCaller:
-    """Who asks, and from where. `scope`: the only tenant that the role reaches, "" for all."""
+    """An authorized caller and its address. `scope`: the only tenant that its role may access, "" for all."""
 
     principal: Principal
     source: str
@@ -105,7 +105,7 @@ class AdminCaller:
 
     @property
     def actor(self) -> str:
-        """For the audit: `key:k1`, `jwt:subject`, `certificate:name`."""
+        """The caller's name in the audit: `key:k1`, `jwt:subject`, `certificate:name`."""
         return f"{self.principal.by}:{self.principal.subject}"
 
 
@@ -113,20 +113,20 @@ Method = Callable[[Any, AdminCaller], Awaitable[Message]]
 
 
 class AdminAuthorizer:
-    """Makes handlers of services: objects with a coroutine `(request, asker)` for each method."""
+    """Builds gRPC handlers from services: objects with a coroutine `(request, caller)` for each method."""
 
     def __init__(self, tenants: TenantAuthenticator | None) -> None:
-        """`tenants`: the door of a gateway with `auth`."""
+        """`tenants`: the authenticator of a gateway with `auth`, else None."""
         self._tenants = tenants
         self._threads: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """Take no more work; what runs in a database ends by itself."""
+        """Stop accepting work. Database queries under way end by themselves."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Run what asks the database, off the event loop, beside no more than a few others."""
+        """Run a function that queries the database in one of a few threads, off the event loop."""
         if self._threads is None:
             self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="admin")
         loop = asyncio.get_running_loop()
@@ -136,28 +136,28 @@ class AdminAuthorizer:
         self,
         file: FileDescriptor,
         services: Mapping[str, object],
-        elsewhere: Callable[[MethodDescriptor, Verb], Method] | None = None,
+        forwarded: Callable[[MethodDescriptor, Verb], Method] | None = None,
     ) -> Sequence[grpc.GenericRpcHandler]:
-        """Of every service of a proto file; `services` by their short names. `elsewhere`: gives the methods that they
-        lack (forwarding.py)."""
-        made = []
+        """Handlers for every service of a proto file; `services` by their short names. `forwarded`: builds the methods
+        that these lack (forwarding.py)."""
+        generic = []
         for name, service in file.services_by_name.items():
-            methods = {method.name: self._handler(method, services[name], elsewhere) for method in service.methods}
-            made.append(grpc.method_handlers_generic_handler(service.full_name, methods))
-        return made
+            methods = {method.name: self._handler(method, services[name], forwarded) for method in service.methods}
+            generic.append(grpc.method_handlers_generic_handler(service.full_name, methods))
+        return generic
 
     def _handler(
         self,
         method: MethodDescriptor,
         service: object,
-        elsewhere: Callable[[MethodDescriptor, Verb], Method] | None,
+        forwarded: Callable[[MethodDescriptor, Verb], Method] | None,
     ) -> Any:
         verb = VERBS[f"{method.containing_service.name}.{method.name}"]
         act = getattr(service, method.name, None)
         if act is None:
-            assert elsewhere is not None, f"nobody answers {method.full_name}"
-            act = elsewhere(method, verb)
-        answer = self._stream if method.server_streaming else self._whole
+            assert forwarded is not None, f"no service implements {method.full_name}"
+            act = forwarded(method, verb)
+        answer = self._answer_stream if method.server_streaming else self._answer_unary
         make = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         guarded = self._guarded(method, verb, partial(answer, act))
         return make(
@@ -165,22 +165,22 @@ class AdminAuthorizer:
         )
 
     async def admit(self, call: Any) -> str | None:
-        """See rpc.server.Gate."""
+        """Authenticate a call from its headers, as rpc.server.Gate requires."""
         try:
             principal = await self._principal(call)
         except CallError as error:
             await call.abort(grpc_code(error), error.message, trailers(error))
             raise
         call.caller = principal
-        if principal is not _ANYBODY:
+        if principal is not _LOOPBACK_OPERATOR:
             call.connection.prove()
         return str(principal.tenant.name)
 
-    async def _whole(self, act: Method, request: Message, asker: AdminCaller, context: Any) -> Message:
-        return await act(request, asker)
+    async def _answer_unary(self, act: Method, request: Message, caller: AdminCaller, context: Any) -> Message:
+        return await act(request, caller)
 
-    async def _stream(self, act: Any, request: Message, asker: AdminCaller, context: Any) -> None:
-        async for message in act(request, asker):
+    async def _answer_stream(self, act: Any, request: Message, caller: AdminCaller, context: Any) -> None:
+        async for message in act(request, caller):
             await context.write(message)
 
     def _guarded(
@@ -196,12 +196,12 @@ class AdminAuthorizer:
                 principal = context.caller
                 request = _decoded(kind, data)
                 context.release_request()
-                return await act(request, self._asker(principal, method, verb, request, context.peer()), context)
+                return await act(request, self._authorize(principal, method, verb, request, context.peer()), context)
             except CallError as error:
                 await context.abort(grpc_code(error), error.message, trailers(error))
             except grpc.aio.AbortError:
                 raise
-            except Exception:  # no traceback reaches a caller
+            except Exception:  # callers get no traceback; it is logged with the number
                 number = uuid.uuid4().hex
                 log.exception("unexpected", method=method.full_name, number=number)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote number {number}")
@@ -210,50 +210,50 @@ class AdminAuthorizer:
 
         return handle
 
-    # ---- who, and what they may
+    # ---- authentication and authorization
 
     async def _principal(self, context: Any) -> Principal:
-        door = self._tenants
-        if door is None:
-            return _ANYBODY
+        authenticator = self._tenants
+        if authenticator is None:
+            return _LOOPBACK_OPERATOR
         metadata = context.invocation_metadata() or ()
         authorization = tuple(str(value) for key, value in metadata if key == "authorization")
-        if len(authorization) == 1 and self._holds_secret(door, authorization[0]):
+        if len(authorization) == 1 and self._holds_secret(authenticator, authorization[0]):
             return _SECRET_HOLDER
-        names = alternative_names(context.peer_certificate()) if door.by_certificate else ()
-        return await door.principal(Credentials(authorization, names, context.peer()))
+        names = alternative_names(context.peer_certificate()) if authenticator.by_certificate else ()
+        return await authenticator.principal(Credentials(authorization, names, context.peer()))
 
     @staticmethod
-    def _holds_secret(door: TenantAuthenticator, authorization: str) -> bool:
-        shown, good = authorization.encode("utf-8", "surrogatepass"), False
-        for secret in door.secrets:
-            good |= hmac.compare_digest(shown, f"Bearer {admin_token(secret)}".encode())
-        return good
+    def _holds_secret(authenticator: TenantAuthenticator, authorization: str) -> bool:
+        presented, matches = authorization.encode("utf-8", "surrogatepass"), False
+        for secret in authenticator.secrets:
+            matches |= hmac.compare_digest(presented, f"Bearer {admin_token(secret)}".encode())
+        return matches
 
-    def _asker(
+    def _authorize(
         self, principal: Principal, method: MethodDescriptor, verb: Verb, request: Message, peer: str
     ) -> AdminCaller:
-        own = principal.tenant.name
-        everywhere = may(principal, verb.what)
-        asker = AdminCaller(principal, peer, "" if everywhere else own)
-        if not everywhere and (verb.whole or not may(principal, verb.what, own)):
-            self._denied(asker, method, "denied")
+        own_tenant = principal.tenant.name
+        all_tenants = may(principal, verb.grant)
+        caller = AdminCaller(principal, peer, "" if all_tenants else own_tenant)
+        if not all_tenants and (verb.cluster_wide or not may(principal, verb.grant, own_tenant)):
+            self._denied(caller, method, "denied")
             raise CallError(
                 Outcome.PERMISSION_DENIED,
                 f"the role {principal.role} may not call {method.containing_service.name}.{method.name}",
             )
         tenant = _named_tenant(request, verb)
-        if asker.scope and tenant and tenant != asker.scope:
-            self._denied(asker, method, "not_found")
+        if caller.scope and tenant and tenant != caller.scope:
+            self._denied(caller, method, "not_found")
             raise CallError(Outcome.NOT_FOUND, f"tenants/{tenant} does not exist")
-        return asker
+        return caller
 
-    def _denied(self, asker: AdminCaller, method: MethodDescriptor, outcome: str) -> None:
-        self.audit(asker, "auth_failure", "authorize", method.full_name, outcome=outcome)
+    def _denied(self, caller: AdminCaller, method: MethodDescriptor, outcome: str) -> None:
+        self.audit(caller, "auth_failure", "authorize", method.full_name, outcome=outcome)
 
     def audit(
         self,
-        asker: AdminCaller,
+        caller: AdminCaller,
         kind: Any,
         action: str,
         name: str,
@@ -263,7 +263,7 @@ class AdminAuthorizer:
         tenant: str = "",
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        """Tell the audit, or the log of a gateway that keeps none. Does not wait."""
+        """Write an audit event, to the log if the gateway has no `auth`. Does not wait."""
         if self._tenants is None:
             log.info("audit", kind=kind, action=action, object=name, outcome=outcome, reason=reason)
             return
@@ -273,25 +273,25 @@ class AdminAuthorizer:
             time.time(),
             kind,
             action,
-            asker.actor,
+            caller.actor,
             tenant,
             name,
             outcome,
             reason,
-            asker.source,
-            {**details_of(asker), **(details or {})},
+            caller.source,
+            {**details_of(caller), **(details or {})},
         )
         self._tenants.audit.write(event)
 
 
-def details_of(asker: AdminCaller) -> dict[str, str]:
-    """What every event of an asker says of them."""
-    own = asker.principal not in (_ANYBODY, _SECRET_HOLDER)  # these are of no tenant
-    return {"role": asker.principal.role, "of": asker.principal.tenant.name if own else ""}
+def details_of(caller: AdminCaller) -> dict[str, str]:
+    """The details about the caller that each of its audit events carries."""
+    has_tenant = caller.principal not in (_LOOPBACK_OPERATOR, _SECRET_HOLDER)
+    return {"role": caller.principal.role, "of": caller.principal.tenant.name if has_tenant else ""}
 
 
 def _named_tenant(request: Message, verb: Verb) -> str:
-    """The tenant that a request names, "" for none. Raises CallError for what is no name."""
+    """The tenant that a request names, "" for none. Raises CallError for an invalid name."""
     value: Any = request
     for part in verb.field.split(".") if verb.field else []:
         value = getattr(value, part)
@@ -303,7 +303,7 @@ def _named_tenant(request: Message, verb: Verb) -> str:
 
 
 def _decoded(kind: type[Message], data: bytes) -> Message:
-    """A request, with nothing in it that a database would choke on. Raises CallError."""
+    """Decode a request and check that a database can store its texts. Raises CallError."""
     try:
         request = kind.FromString(data)
     except DecodeError as error:
@@ -318,12 +318,12 @@ def _check_texts(message: Message, path: str) -> None:
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             texts = [text for pair in value.items() for text in pair if isinstance(text, str)]
         elif field.message_type is not None:
-            for one in value if field.is_repeated else [value]:
-                _check_texts(one, f"{name}.")
+            for nested in value if field.is_repeated else [value]:
+                _check_texts(nested, f"{name}.")
             continue
         else:
-            texts = [one for one in (value if field.is_repeated else [value]) if isinstance(one, str)]
+            texts = [item for item in (value if field.is_repeated else [value]) if isinstance(item, str)]
         if any("\0" in text for text in texts):
-            raise invalid(name, "holds a NUL character")
+            raise invalid(name, "must not contain a NUL character")
         if any(len(text) > MAX_TEXT for text in texts):
             raise invalid(name, f"is longer than {MAX_TEXT} characters")

@@ -1,7 +1,7 @@
-"""cluster.admin.v1 on the wire: tenants and keys as messages, for the gateway and for its command line alike.
+"""Conversion of tenants and keys to and from cluster.admin.v1 messages, for the gateway and the command line.
 
-In messages a priority class is `priority_class`, as `class` is a word of most languages; in JSON, masks, errors and
-the configuration it is `class`.
+A message calls a priority class `priority_class`, since `class` is a keyword in most languages; JSON, field masks,
+errors and the configuration call it `class`.
 """
 
 from __future__ import annotations
@@ -38,44 +38,44 @@ _LAST_S = 253_402_300_799.0
 
 def tenant_name(value: str, field: str) -> str:
     """`acme` of `tenants/acme`. Raises CallError that names the field."""
-    found = _NAME.fullmatch(value)
-    if found is None or found[2]:
+    match = _NAME.fullmatch(value)
+    if match is None or match[2]:
         raise invalid(field, "must be like tenants/acme: a-z, 0-9, '-', '_' and '.', 63 characters at most")
-    return found[1]
+    return match[1]
 
 
 def key_name(value: str, field: str) -> tuple[str, str]:
     """Tenant and id of `tenants/acme/keys/k1`. Raises CallError that names the field."""
-    found = _NAME.fullmatch(value)
-    if found is None or not found[2]:
+    match = _NAME.fullmatch(value)
+    if match is None or not match[2]:
         raise invalid(field, "must be like tenants/acme/keys/k1")
-    return found[1], found[2]
+    return match[1], match[2]
 
 
 # ---- time
 
 
 def timestamp(at_s: float | None) -> Timestamp | None:
-    """As a message; None and what no calendar has: unset."""
+    """A time as a message; None if there is no time or it is outside 1970 to 9999."""
     if at_s is None or not 0 <= at_s <= _LAST_S:
         return None
-    made = Timestamp()
-    made.FromNanoseconds(round(at_s * 1e6) * 1000)
-    return made
+    stamp = Timestamp()
+    stamp.FromNanoseconds(round(at_s * 1e6) * 1000)
+    return stamp
 
 
 def seconds(value: Timestamp) -> float:
-    """Since the epoch."""
+    """A timestamp as seconds since the epoch."""
     return value.seconds + value.nanos / 1e9
 
 
 def seconds_or_none(message: Message, field: str) -> float | None:
-    """Of a field that may be unset. Raises CallError for what is no time."""
+    """A timestamp field as seconds since the epoch; None if unset. Raises CallError for an invalid time."""
     if not message.HasField(field):
         return None
     at_s = seconds(getattr(message, field))
     if not math.isfinite(at_s) or not 0 <= at_s <= _LAST_S:
-        raise invalid(field, "is no time between 1970 and 9999")
+        raise invalid(field, "must be a time between 1970 and 9999")
     return at_s
 
 
@@ -83,7 +83,7 @@ def seconds_or_none(message: Message, field: str) -> float | None:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """What is set in a message, by the configuration's names; nothing of it shares the message's memory."""
+    """The set fields of a message, by the configuration's names, as copies."""
     return {_config_name(message, field): _value(field, value) for field, value in message.ListFields()}
 
 
@@ -96,14 +96,14 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
         return dict(value)
     if field.message_type is None:
         return list(value) if field.is_repeated else value
-    return [plain(one) for one in value] if field.is_repeated else plain(value)
+    return [plain(nested) for nested in value] if field.is_repeated else plain(value)
 
 
 # ---- tenants
 
 
 def tenant_pb(stored: StoredTenant) -> pb.Tenant:
-    """As the API shows it."""
+    """A stored tenant as an API message."""
     row = stored.policy.as_json()
     row.pop("handle")
     row["name"] = f"tenants/{stored.policy.name}"
@@ -116,61 +116,62 @@ def tenant_pb(stored: StoredTenant) -> pb.Tenant:
 
 
 def stored_tenant(message: pb.Tenant) -> StoredTenant:
-    """What `tenant_pb` has made. Raises LedgerError when another release says what this one does not know."""
+    """Inverse of `tenant_pb`. Raises LedgerError for a message of another release that cannot be read."""
     row = {k: v for k, v in plain(message).items() if k in SETTABLE}
     row |= {"name": message.name.removeprefix("tenants/"), "suspended": message.suspended}
     try:
         policy = TenantPolicy.from_json(row)
     except ValueError as error:
-        raise LedgerError(f"the gateway's answer is not understood: {error}") from None
+        raise LedgerError(f"the gateway's answer cannot be read, it may be of another release: {error}") from None
     times = seconds(message.create_time), seconds(message.update_time)
     return StoredTenant(policy, message.origin, *times, dict(message.model_aliases))
 
 
 def own_fields(tenant: pb.Tenant, unset: Sequence[str]) -> dict[str, Any]:
-    """What a new tenant has beside the defaults; `unset` are paths that stay empty where the defaults are not."""
+    """The fields that a new tenant sets itself; `unset`: paths that stay empty although they have a default."""
     own = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     for path in unset:
-        _put(own, *_parts(path, "unset_mask"), None)
+        _set_path(own, *_split_path(path, "unset_mask"), None)
     return own
 
 
 def changes(tenant: pb.Tenant, mask: Sequence[str]) -> tuple[dict[str, Any], set[str]]:
-    """What an update changes, None taking away, and which maps it replaces whole. Without a mask: what is set."""
+    """The fields that an update changes (None removes one) and the maps that it replaces. An empty mask means all set
+    fields."""
     values = {name: value for name, value in plain(tenant).items() if name in SETTABLE}
     if not mask:
         return values, set()
-    found: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     whole: set[str] = set()
     for path in mask:
-        head, rest = _parts(path, "update_mask")
+        head, rest = _split_path(path, "update_mask")
         if rest:
             if head not in whole:
-                _put(found, head, rest, (values.get(head) or {}).get(rest))
+                _set_path(changed, head, rest, (values.get(head) or {}).get(rest))
         else:
-            found[head] = values.get(head)
-            if isinstance(found[head], dict):
+            changed[head] = values.get(head)
+            if isinstance(changed[head], dict):
                 whole.add(head)
-    return found, whole
+    return changed, whole
 
 
-def _parts(path: str, field: str) -> tuple[str, str]:
-    """`limits.daily_tokens` as its two parts. Raises CallError for what cannot be changed."""
+def _split_path(path: str, field: str) -> tuple[str, str]:
+    """Split `limits.daily_tokens` into its two parts. Raises CallError for a field that cannot be changed."""
     head, _, rest = path.partition(".")
     head = "class" if head == "priority_class" else head
     if head in OUTPUT_ONLY or head == "name":
         raise invalid(field, f"{path[:80]!r} is output only" + ("; see Suspend, Resume" if head == "suspended" else ""))
     if head not in SETTABLE:
-        raise invalid(field, f"{path[:80]!r} is no field of a tenant; there are {', '.join(sorted(SETTABLE))}")
+        raise invalid(field, f"{path[:80]!r} is not a field of a tenant; the fields are {', '.join(sorted(SETTABLE))}")
     if head in _NESTED and rest:
         if rest not in _NESTED[head]:
-            raise invalid(field, f"{path[:80]!r} is no field; {head} has {', '.join(_NESTED[head])}")
+            raise invalid(field, f"{path[:80]!r} is not a field; {head} has {', '.join(_NESTED[head])}")
     elif rest and head != "labels":
-        raise invalid(field, f"{path[:80]!r}: name {head} as a whole")
+        raise invalid(field, f"{path[:80]!r}: {head} can only be set as a whole")
     return head, rest.strip("`")
 
 
-def _put(into: dict[str, Any], head: str, rest: str, value: Any) -> None:
+def _set_path(into: dict[str, Any], head: str, rest: str, value: Any) -> None:
     if not rest:
         into[head] = value
         return
@@ -180,26 +181,26 @@ def _put(into: dict[str, Any], head: str, rest: str, value: Any) -> None:
 
 
 def tenant_and_paths(name: str, given: Mapping[str, Any]) -> tuple[pb.Tenant, list[str], list[str]]:
-    """A message of plain values by the configuration's names, for those who ask: the message, the paths that are
-    given, and those of them that are None. Raises LedgerError that names the field."""
+    """Build a request's tenant from plain values, by the configuration's names: the message, the paths of all given
+    values, and those of values that are None. Raises LedgerError that names the field."""
     message = pb.Tenant(name=f"tenants/{name}")
     paths: list[str] = []
     empty: list[str] = []
     for field, value in given.items():
         if field not in SETTABLE:
-            raise LedgerError(f"{field}: is unknown; there are {', '.join(sorted(SETTABLE))}")
+            raise LedgerError(f"{field}: is unknown; the fields are {', '.join(sorted(SETTABLE))}")
         parts = value if isinstance(value, Mapping) and (field in _NESTED or field == "labels") else None
         if not parts:
             paths.append(field)
             empty += [field] if value is None or parts == {} else []
-        for key, one in (parts or {}).items():
+        for key, part in (parts or {}).items():
             paths.append(f"{field}.{key}")
-            empty += [f"{field}.{key}"] if one is None else []
-        kept = {key: one for key, one in parts.items() if one is not None} if parts is not None else value
-        if kept is None or kept == {}:
+            empty += [f"{field}.{key}"] if part is None else []
+        present = {key: part for key, part in parts.items() if part is not None} if parts is not None else value
+        if present is None or present == {}:
             continue
         try:
-            json_format.ParseDict({field: kept}, message)
+            json_format.ParseDict({field: present}, message)
         except json_format.ParseError as error:
             raise LedgerError(f"{field}: {_parse_message(error)}") from None
     return message, paths, empty
@@ -213,7 +214,7 @@ def _parse_message(error: Exception) -> str:
 
 
 def key_pb(stored: StoredKey, now_s: float) -> pb.Key:
-    """As the API shows it."""
+    """A stored key as an API message."""
     return pb.Key(
         name=f"tenants/{stored.tenant}/keys/{stored.id}" if stored.id else "",
         display_name=stored.name,
@@ -227,10 +228,10 @@ def key_pb(stored: StoredKey, now_s: float) -> pb.Key:
 
 
 def stored_key(message: pb.Key) -> StoredKey:
-    """What `key_pb` has made."""
+    """Inverse of `key_pb`."""
     tenant, _, key_id = message.name.removeprefix("tenants/").partition("/keys/")
     expires_at, revoked_at = (seconds_or_none(message, name) for name in ("expire_time", "revoke_time"))
-    made_at = seconds(message.create_time)
+    created_at = seconds(message.create_time)
     return StoredKey(
-        key_id, tenant, message.display_name, message.role, made_at, expires_at, revoked_at, message.rotated_from
+        key_id, tenant, message.display_name, message.role, created_at, expires_at, revoked_at, message.rotated_from
     )

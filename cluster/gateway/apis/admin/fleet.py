@@ -1,5 +1,7 @@
-"""cluster.admin.v1 of any gateway: its fleet, its calls and its catalog, and what it passes on to workers. See
-authorization.py for who may ask."""
+"""The Fleet and Catalog services of cluster.admin.v1: workers, running calls and models of one gateway.
+
+authorization.py decides which callers may use them.
+"""
 
 from __future__ import annotations
 
@@ -31,107 +33,121 @@ MAX_DRAIN_S = 7 * 86_400.0
 
 
 class FleetAdmin:
-    """Workers with a link to this gateway, and the calls that it runs."""
+    """The Fleet service: workers linked to this gateway, and the calls that it runs."""
 
     def __init__(
-        self, hub: Hub, service: CallService, door: AdminAuthorizer, siblings: SiblingAborts | None = None
+        self, hub: Hub, service: CallService, authorizer: AdminAuthorizer, siblings: SiblingAborts | None = None
     ) -> None:
         self._hub = hub
         self._siblings = siblings
         self._service = service
-        self._door = door
+        self._authorizer = authorizer
 
-    async def ListWorkers(self, request: pb.ListWorkersRequest, asker: AdminCaller) -> pb.ListWorkersResponse:
-        """By worker id."""
+    async def ListWorkers(self, request: pb.ListWorkersRequest, caller: AdminCaller) -> pb.ListWorkersResponse:
+        """List the linked workers, sorted by worker id."""
         links = {link.identity.worker_id: link for link in self._hub.links}
         page, token = paginate(sorted(links), request.page_size, request.page_token)
         return pb.ListWorkersResponse(workers=[_worker(links[key]) for key in page], next_page_token=token)
 
-    async def Drain(self, request: pb.DrainRequest, asker: AdminCaller) -> pb.DrainResponse:
-        """Each worker tells all its gateways; nothing that runs is cut."""
+    async def Drain(self, request: pb.DrainRequest, caller: AdminCaller) -> pb.DrainResponse:
+        """Drain workers: each reports it to all its gateways, and running calls end normally."""
         timeout_s = request.timeout_s or DRAIN_S
-        if not 0 < timeout_s <= MAX_DRAIN_S:  # not a number, too
-            raise invalid("timeout_s", f"is not between 0 and {MAX_DRAIN_S:g}")
+        if not 0 < timeout_s <= MAX_DRAIN_S:  # also false for NaN
+            raise invalid("timeout_s", f"must be above 0 and at most {MAX_DRAIN_S:g} s")
         command = link_pb.Command(drain=link_pb.Drain(timeout_ms=int(timeout_s * 1000)))
-        links = self._tell("fleet.drain", request.target, command, asker)
-        return pb.DrainResponse(workers=[_worker(link) for link in links], notes=self._alone(links))
+        links = self._send_command("fleet.drain", request.target, command, caller)
+        return pb.DrainResponse(workers=[_worker(link) for link in links], notes=self._notes_on_lost_models(links))
 
-    async def Cordon(self, request: pb.CordonRequest, asker: AdminCaller) -> pb.CordonResponse:
-        """Nothing new; what runs stays."""
-        links = self._tell("fleet.cordon", request.target, link_pb.Command(cordon=link_pb.Cordon()), asker)
-        return pb.CordonResponse(workers=[_worker(link) for link in links], notes=self._alone(links))
+    async def Cordon(self, request: pb.CordonRequest, caller: AdminCaller) -> pb.CordonResponse:
+        """Cordon workers: they take no new calls, running calls continue."""
+        links = self._send_command("fleet.cordon", request.target, link_pb.Command(cordon=link_pb.Cordon()), caller)
+        return pb.CordonResponse(workers=[_worker(link) for link in links], notes=self._notes_on_lost_models(links))
 
-    async def Uncordon(self, request: pb.UncordonRequest, asker: AdminCaller) -> pb.UncordonResponse:
-        """Work comes again."""
-        links = self._tell("fleet.uncordon", request.target, link_pb.Command(uncordon=link_pb.Uncordon()), asker)
+    async def Uncordon(self, request: pb.UncordonRequest, caller: AdminCaller) -> pb.UncordonResponse:
+        """Let workers take calls again."""
+        links = self._send_command(
+            "fleet.uncordon", request.target, link_pb.Command(uncordon=link_pb.Uncordon()), caller
+        )
         return pb.UncordonResponse(workers=[_worker(link) for link in links])
 
-    def _tell(self, action: str, target: str, command: link_pb.Command, asker: AdminCaller) -> Sequence[WorkerLink]:
-        """Pass a command on to one worker, or to all of a node."""
-        found = _meant(self._hub.links, target)
-        if not found:
-            known = "no worker and no node or pod of this gateway's workers"
-            what = f"{known} is called {target[:128]!r}; ListWorkers names them"
-            raise invalid("target", what if target else "is empty: name a worker or a node, or a pod")
-        for link in found:
+    def _send_command(
+        self, action: str, target: str, command: link_pb.Command, caller: AdminCaller
+    ) -> Sequence[WorkerLink]:
+        """Send a command to one worker, or to all workers of a node or pod."""
+        targets = _matching_links(self._hub.links, target)
+        if not targets:
+            unknown = f"no worker, node or pod of this gateway is called {target[:128]!r}; ListWorkers lists them"
+            raise invalid("target", unknown if target else "is empty: name a worker or a node, or a pod")
+        for link in targets:
             link.command(command)
-        self._door.audit(asker, "admin", action, target, details={"workers": [one.identity.worker_id for one in found]})
-        return found
+        self._authorizer.audit(
+            caller, "admin", action, target, details={"workers": [link.identity.worker_id for link in targets]}
+        )
+        return targets
 
-    def _alone(self, links: Sequence[WorkerLink]) -> Sequence[str]:
-        """Models that are left without a worker that takes calls."""
-        stays = {one.identity.model for one in self._hub.links if one.serves and one not in links}
+    def _notes_on_lost_models(self, links: Sequence[WorkerLink]) -> Sequence[str]:
+        """One note for each model that is left without a worker that takes calls."""
+        still_served = {link.identity.model for link in self._hub.links if link.serves and link not in links}
         return [
-            f"model {model} has no other worker that takes calls: new ones wait until one comes, or this is uncordoned"
-            for model in sorted({link.identity.model for link in links} - stays)
+            f"model {model} has no other worker that takes calls: new calls wait for a new worker or for Uncordon"
+            for model in sorted({link.identity.model for link in links} - still_served)
         ]
 
-    async def AbortRequest(self, request: pb.AbortRequestRequest, asker: AdminCaller) -> pb.AbortRequestResponse:
-        """Of this host's processes: other gateways do not tell each other of calls."""
+    async def AbortRequest(self, request: pb.AbortRequestRequest, caller: AdminCaller) -> pb.AbortRequestResponse:
+        """Abort a call in any process of this host. Gateways on other hosts are not reached."""
         wanted, tenant = request.request_id, ""
         if not wanted:
-            raise invalid("request_id", "must name a call: its x-request-id, or the id of its answer")
+            raise invalid("request_id", "must name a call by its x-request-id or by the id of its answer")
         if not request.reason.strip():
-            raise invalid("reason", "must say why; it goes to the audit log")
+            raise invalid("reason", "must not be empty; it is written to the audit log")
         if request.parent:
             from cluster.gateway.apis.admin.codec import tenant_name
 
             tenant = tenant_name(request.parent, "parent")
-        ended, silent = self._service.abort(wanted, tenant), 0
+        ended, unanswered = self._service.abort(wanted, tenant), 0
         if self._siblings is not None:
-            more, silent = await self._siblings.abort(wanted, tenant)
+            more, unanswered = await self._siblings.abort(wanted, tenant)
             ended += more
         outcome = "ok" if ended else Outcome.NOT_FOUND.value
         details = {"aborted": len(ended), "tenants": sorted(set(ended))}
-        whose = ended[0] if len(set(ended)) == 1 else tenant
-        self._door.audit(
-            asker, "admin", "fleet.abort", wanted, outcome=outcome, reason=request.reason, tenant=whose, details=details
+        audited_tenant = ended[0] if len(set(ended)) == 1 else tenant
+        self._authorizer.audit(
+            caller,
+            "admin",
+            "fleet.abort",
+            wanted,
+            outcome=outcome,
+            reason=request.reason,
+            tenant=audited_tenant,
+            details=details,
         )
         if not ended:
-            message = f"no call of request id {wanted[:128]!r} runs on this gateway; if there are others, ask them too"
-            unasked = f" ({silent} of its processes did not answer)" if silent else ""
-            raise CallError(Outcome.NOT_FOUND, message + unasked)
+            message = (
+                f"no call with request id {wanted[:128]!r} is running on this gateway; try the other gateways, if any"
+            )
+            silent_note = f" ({unanswered} of its processes did not answer)" if unanswered else ""
+            raise CallError(Outcome.NOT_FOUND, message + silent_note)
         return pb.AbortRequestResponse(aborted=len(ended), tenants=ended)
 
 
 class CatalogAdmin:
-    """Models as this gateway knows them."""
+    """The Catalog service: models as this gateway knows them."""
 
     def __init__(self, hub: Hub, directory: ModelDirectory, scheduler: Scheduler) -> None:
         self._hub = hub
         self._directory = directory
         self._scheduler = scheduler
 
-    async def List(self, request: pb.ListRequest, asker: AdminCaller) -> pb.ListResponse:
-        """By name."""
+    async def List(self, request: pb.ListRequest, caller: AdminCaller) -> pb.ListResponse:
+        """List the models, sorted by name."""
         page, token = paginate([m.name for m in self._directory.models], request.page_size, request.page_token)
         entries = [self._entry(model) for name in page if (model := self._directory.find(name)) is not None]
-        heard = self._hub.catalog_at
-        age_s = -1.0 if heard is None else time.monotonic() - heard
+        catalog_at = self._hub.catalog_at
+        age_s = -1.0 if catalog_at is None else time.monotonic() - catalog_at
         return pb.ListResponse(models=entries, next_page_token=token, age_s=age_s)
 
-    async def Get(self, request: pb.GetRequest, asker: AdminCaller) -> pb.CatalogEntry:
-        """By name or alias."""
+    async def Get(self, request: pb.GetRequest, caller: AdminCaller) -> pb.CatalogEntry:
+        """Look up one model by name or alias."""
         return self._entry(self._directory.resolve(request.name, began=True))
 
     def _entry(self, model: KnownModel) -> pb.CatalogEntry:
@@ -152,7 +168,7 @@ class CatalogAdmin:
             bundle_digest=model.bundle_digest,
             ready_workers=sum(link.serves for link in model.links.values()),
             waiting=waiting,
-            note="" if model.in_catalog else "not in the catalog: known by its workers alone",
+            note="" if model.in_catalog else "not in the catalog: known only from its workers",
             versions=[self._version(model, share) for share in entry.versions],
             license=entry.license,
             family=entry.family,
@@ -163,13 +179,13 @@ class CatalogAdmin:
     @staticmethod
     def _version(model: KnownModel, share: VersionShare) -> catalog_pb2.VersionStatus:
         status = version_status(share)
-        mine = [link for link in model.links.values() if link.identity.version == share.version]
-        status.ready_workers = sum(map(model.takes, mine))
+        version_links = [link for link in model.links.values() if link.identity.version == share.version]
+        status.ready_workers = sum(map(model.takes, version_links))
         return status
 
 
-def _meant(links: Sequence[WorkerLink], target: str) -> Sequence[WorkerLink]:
-    """The worker of that id; else all of the pod or the node of that name, or of the node with that id in Ray."""
+def _matching_links(links: Sequence[WorkerLink], target: str) -> Sequence[WorkerLink]:
+    """The links that a target names: a worker id, else all workers of a pod, a host or a Ray node id."""
     if not target:
         return ()
     named = [link for link in links if link.identity.worker_id == target]
@@ -177,7 +193,7 @@ def _meant(links: Sequence[WorkerLink], target: str) -> Sequence[WorkerLink]:
 
 
 def _state(link: WorkerLink) -> str:
-    """DRAINED only while nothing runs: what was on its way when it was told so may have come still."""
+    """A worker's state. DRAINED only if nothing runs: a call sent before the drain report may still have arrived."""
     if link.standing is DrainState.DRAINED and (link.running or link.load.running):
         return DrainState.DRAINING.value
     return "READY" if link.serves else link.standing.value
@@ -210,12 +226,12 @@ def _worker(link: WorkerLink) -> pb.Worker:
 
 
 class NoLedger:
-    """Tenants, Keys, Usage and Audit of a gateway that keeps none."""
+    """Tenants, Keys, Usage and Audit of a gateway without `auth`: every method fails with UNSUPPORTED_FEATURE."""
 
     def __getattr__(self, name: str) -> object:
         return self._refuse
 
     @staticmethod
-    def _refuse(request: Message, asker: AdminCaller) -> None:
+    def _refuse(request: Message, caller: AdminCaller) -> None:
         message = "this gateway has one tenant, no keys and no ledger: set auth in its configuration"
         raise CallError(Outcome.UNSUPPORTED_FEATURE, message)

@@ -1,4 +1,4 @@
-"""Admin verbs that the controller answers: the door here decides who may, the audit here keeps who did."""
+"""Forwarding of admin methods to the controller; the gateway authorizes and audits them."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ MAX_DETAIL = 256
 
 
 class ForwardedVerbs:
-    """Makes methods of those verbs. Give it to AdminAuthorizer.handlers as `elsewhere`."""
+    """Builds forwarded methods; passed to AdminAuthorizer.handlers as `forwarded`."""
 
-    def __init__(self, hub: Hub, door: AdminAuthorizer) -> None:
+    def __init__(self, hub: Hub, authorizer: AdminAuthorizer) -> None:
         self._hub = hub
-        self._door = door
+        self._authorizer = authorizer
 
     def __call__(self, method: MethodDescriptor, verb: Verb) -> Method:
-        """The method that asks the controller; whatever it changes or is refused goes to the audit."""
+        """Build a method that calls the controller. Changes and refused changes are audited."""
         name = f"{method.containing_service.name}.{method.name}"
         action = f"{method.containing_service.name.lower()}.{_snake(method.name)}"
         kind = GetMessageClass(method.output_type)
 
-        async def ask(request: Message, asker: AdminCaller) -> Message:
+        async def forward(request: Message, caller: AdminCaller) -> Message:
             outcome = "ok"
             try:
-                return kind.FromString(await self._hub.ask_controller(name, request.SerializeToString(), asker.actor))
+                return kind.FromString(await self._hub.ask_controller(name, request.SerializeToString(), caller.actor))
             except CallError as error:
                 outcome = error.outcome.value
                 raise
             finally:
-                if verb.what != "read":
-                    self._audit(asker, action, request, verb, outcome)
+                if verb.grant != "read":
+                    self._audit(caller, action, request, verb, outcome)
 
-        return ask
+        return forward
 
-    def _audit(self, asker: AdminCaller, action: str, request: Message, verb: Verb, outcome: str) -> None:
-        about = str(getattr(request, verb.object)) if verb.object else ""
+    def _audit(self, caller: AdminCaller, action: str, request: Message, verb: Verb, outcome: str) -> None:
+        object_name = str(getattr(request, verb.object)) if verb.object else ""
         reason = str(getattr(request, "reason", ""))
-        self._door.audit(
-            asker, "admin", action, about, outcome=outcome, reason=reason, details=details(request, verb.object)
+        self._authorizer.audit(
+            caller, "admin", action, object_name, outcome=outcome, reason=reason, details=details(request, verb.object)
         )
 
 
-def details(request: Message, without: str = "") -> Mapping[str, Any]:
-    """A request's plain fields, long texts cut: what the audit keeps of it."""
-    plain = {}
+def details(request: Message, excluded: str = "") -> Mapping[str, Any]:
+    """The scalar fields of a request for the audit, with long texts cut."""
+    kept = {}
     for field, value in request.ListFields():
-        if field.message_type is not None or field.is_repeated or field.name in (without, "reason"):
+        if field.message_type is not None or field.is_repeated or field.name in (excluded, "reason"):
             continue
-        plain[field.name] = value[:MAX_DETAIL] if isinstance(value, str) else value
-    return plain
+        kept[field.name] = value[:MAX_DETAIL] if isinstance(value, str) else value
+    return kept
 
 
 def _snake(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Pages and filters of the admin API (AIP-158 and a part of AIP-160).
+"""Pagination and filters of the admin API (AIP-158 and a part of AIP-160).
 
-A page token says behind what the next page begins and of which list it is; whoever changes the list's filter in
-between is told. It holds nothing that the caller has not seen, and opens nothing: what may be listed is decided anew.
+A page token holds the last row's position and a digest of the list's parameters: a token used with another filter is
+refused. It holds nothing that the caller has not seen and grants nothing: each page is authorized anew.
 """
 
 from __future__ import annotations
@@ -21,57 +21,59 @@ MAX_FILTER = 2048
 _TERM = re.compile(r'\s*([a-z_]+(?:\.[A-Za-z0-9_./-]{1,63})?)\s*=\s*(?:"([^"\\]*)"|([A-Za-z0-9_./-]+))\s*')
 
 
-def page_size(asked: int) -> int:
-    """How many a page holds. Raises CallError."""
-    if asked < 0:
-        raise invalid("page_size", f"must not be negative, got {asked}")
-    return min(asked or MAX_PAGE, MAX_PAGE)
+def page_size(requested: int) -> int:
+    """The number of rows in a page. Raises CallError for a negative size."""
+    if requested < 0:
+        raise invalid("page_size", f"must not be negative, got {requested}")
+    return min(requested or MAX_PAGE, MAX_PAGE)
 
 
-def next_token(after: Any, *of: str) -> str:
-    """The token of the page behind `after`, plain values, of the list that `of` describes."""
-    raw = json.dumps([_digest(of), after], separators=(",", ":")).encode()
+def next_token(after: Any, *list_key: str) -> str:
+    """The token of the page after the position `after`, of the list that `list_key` identifies."""
+    raw = json.dumps([_digest(list_key), after], separators=(",", ":")).encode()
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def after_of(token: str, kind: tuple[type, ...], *of: str) -> tuple[Any, ...] | None:
-    """Behind what the page begins, a value of each kind; None at the first page. Raises CallError."""
+def position_of(token: str, kinds: tuple[type, ...], *list_key: str) -> tuple[Any, ...] | None:
+    """The position after which a page begins, one value of each kind; None for the first page. Raises CallError."""
     if not token:
         return None
     try:
         if len(token) > MAX_TOKEN:
             raise ValueError
         digest, after = json.loads(base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True))
-        good = isinstance(after, list) and [type(one) for one in after] == list(kind)
-        good = good and all(one == one and abs(one) != float("inf") for one in after if isinstance(one, float))
-        if not good or any(isinstance(one, str) and "\0" in one for one in after):
+        well_formed = isinstance(after, list) and [type(value) for value in after] == list(kinds)
+        well_formed = well_formed and all(
+            value == value and abs(value) != float("inf") for value in after if isinstance(value, float)
+        )
+        if not well_formed or any(isinstance(value, str) and "\0" in value for value in after):
             raise ValueError
     except (ValueError, TypeError, RecursionError):
         raise invalid("page_token", "is not one that this method has returned") from None
-    if digest != _digest(of):
-        raise invalid("page_token", "is that of another list: ask with the fields of the first page")
+    if digest != _digest(list_key):
+        raise invalid("page_token", "belongs to another list: repeat the other fields of the first page's request")
     return tuple(after)
 
 
-def _digest(of: tuple[str, ...]) -> str:
-    return hashlib.sha256("\0".join(of).encode()).hexdigest()[:16]
+def _digest(list_key: tuple[str, ...]) -> str:
+    return hashlib.sha256("\0".join(list_key).encode()).hexdigest()[:16]
 
 
-def terms(text: str, known: Mapping[str, str]) -> dict[str, str]:
-    """The values of a filter `a = "x" AND b.c = y`. `known` names the fields, with `labels` for `labels.x`.
+def parse_filter(text: str, known: Mapping[str, str]) -> dict[str, str]:
+    """The values of a filter `a = "x" AND b.c = y`, by field. `known`: the fields, with `labels` for `labels.x`.
 
     Raises CallError."""
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     if len(text) > MAX_FILTER:
         raise invalid("filter", f"must not be longer than {MAX_FILTER} characters")
     for part in re.split(r"\sAND\s", text) if text.strip() else []:
         match = _TERM.fullmatch(part)
         if match is None:
-            raise invalid("filter", f'{part.strip()[:80]!r} is not like field = "value", with AND between')
+            raise invalid("filter", f'{part.strip()[:80]!r} must be like field = "value"; join several with AND')
         name = match[1]
         if name.split(".")[0] not in known or ("." in name) != (name.startswith("labels.")):
-            raise invalid("filter", f"{quoted(name)} is none of {', '.join(known.values())}")
-        if name in found:
-            raise invalid("filter", f"{quoted(name)} is there twice")
-        found[name] = match[2] if match[2] is not None else match[3]
-    return found
+            raise invalid("filter", f"{quoted(name)} is not a field; the fields are {', '.join(known.values())}")
+        if name in values:
+            raise invalid("filter", f"{quoted(name)} is given twice; remove one")
+        values[name] = match[2] if match[2] is not None else match[3]
+    return values

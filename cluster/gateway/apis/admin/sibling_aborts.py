@@ -1,7 +1,7 @@
-"""Ending a call at the other processes of this host, which have no admin port: over their link ports.
+"""Aborts of calls in the other gateway processes of this host. They have no admin port and use their link ports.
 
-What one process asks another carries a tag that only who has the cluster's secret can make, for this one request and
-the minute: whoever listens in a dead process's place learns nothing that opens anything else.
+Each request carries a tag derived from the cluster's secret, valid for this request and minute only: a program that
+listens on a dead process's port learns nothing that it can use elsewhere.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ Abort = Callable[[str, str], list[str]]
 
 
 class SiblingAborts:
-    """One process's side of it. `abort` is CallService.abort; without `secrets` (no `auth`) links are trusted alike."""
+    """Sends and answers abort requests between processes. `abort` is CallService.abort. Without `secrets` (no `auth`)
+    requests carry no tag, as links are trusted then."""
 
     def __init__(
         self,
@@ -41,17 +42,18 @@ class SiblingAborts:
         clock: Callable[[], float] = time.time,
     ) -> None:
         host = gateway.listen.link.rsplit(":", 1)[0]
-        dialled = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - compared, not bound
-        self._addresses = [f"{dialled}{port}" for port in gateway.siblings(process)]
+        dial_host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)  # noqa: S104 - compared, not bound
+        self._addresses = [f"{dial_host}{port}" for port in gateway.siblings(process)]
         self._tls = gateway.link_tls
         self._secrets = tuple(secrets)
         self._abort = abort
         self._clock = clock
 
-    # ---- asking
+    # ---- requests
 
     async def abort(self, request_id: str, tenant: str) -> tuple[list[str], int]:
-        """End the calls of a request id at all others: the tenant of each, and how many processes were silent."""
+        """Abort a request id's calls in all other processes; returns the tenant of each aborted call, and the number of
+        processes that did not answer."""
         request = pb.AbortRequestRequest(request_id=request_id, parent=tenant)
         answers = await asyncio.gather(*(self._ask(address, request) for address in self._addresses))
         return [tenant for answer in answers if answer for tenant in answer.tenants], answers.count(None)
@@ -73,13 +75,13 @@ class SiblingAborts:
     def _tag(self, request: pb.AbortRequestRequest) -> bytes:
         return derive(self._secrets[0], "sibling-abort", *self._parts(request, 0))
 
-    def _parts(self, request: pb.AbortRequestRequest, before: int) -> tuple[str, str, str]:
-        return request.request_id, request.parent, str(int(self._clock() // WINDOW_S) - before)
+    def _parts(self, request: pb.AbortRequestRequest, windows_back: int) -> tuple[str, str, str]:
+        return request.request_id, request.parent, str(int(self._clock() // WINDOW_S) - windows_back)
 
-    # ---- answering
+    # ---- answers
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """For the link port."""
+        """The RPC handler for the link port."""
         method = grpc.unary_unary_rpc_method_handler(
             self._answer,
             request_deserializer=pb.AbortRequestRequest.FromString,
@@ -88,22 +90,24 @@ class SiblingAborts:
         return grpc.method_handlers_generic_handler(SERVICE, {METHOD: method})
 
     async def _answer(self, request: pb.AbortRequestRequest, context: Any) -> pb.AbortRequestResponse:
-        shown = [value for key, value in context.invocation_metadata() or () if key == TAG]
-        if self._secrets and not (len(shown) == 1 and self._is_good(shown[0], request)):
-            error = CallError(Outcome.PERMISSION_DENIED, "only another process of this gateway may ask this")
+        tags = [value for key, value in context.invocation_metadata() or () if key == TAG]
+        if self._secrets and not (len(tags) == 1 and self._is_valid(tags[0], request)):
+            error = CallError(Outcome.PERMISSION_DENIED, "only another process of this gateway may call this method")
             await context.abort(grpc_code(error), error.message, trailers(error))
         tenants = self._abort(request.request_id, request.parent)
         return pb.AbortRequestResponse(aborted=len(tenants), tenants=tenants)
 
-    def _is_good(self, tag: bytes | str, request: pb.AbortRequestRequest) -> bool:
+    def _is_valid(self, tag: bytes | str, request: pb.AbortRequestRequest) -> bool:
         raw = tag if isinstance(tag, bytes) else tag.encode()
-        return any(verify_any(self._secrets, "sibling-abort", raw, *self._parts(request, one)) for one in (-1, 0, 1))
+        return any(
+            verify_any(self._secrets, "sibling-abort", raw, *self._parts(request, offset)) for offset in (-1, 0, 1)
+        )
 
 
 def _channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
     if tls is None:
         return grpc.aio.insecure_channel(address)
     files = TlsFiles(tls.cert_file, tls.key_file, tls.ca_file)
-    # the other shows the certificate of these very files, whatever name this host has in it
+    # The other process presents the certificate of these files, whichever host name it holds.
     options = (("grpc.ssl_target_name_override", name_in(tls.cert_file.read_bytes())),)
     return grpc.aio.secure_channel(address, files.channel_credentials(), options=options)

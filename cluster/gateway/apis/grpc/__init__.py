@@ -1,1 +1,1 @@
-"""cluster.v1.Inference over gRPC."""
+"""The gRPC API, cluster.v1.Inference."""

@@ -1,4 +1,4 @@
-"""Pieces, usage, progress and models as the answers of inference.proto."""
+"""Encoding of pieces, usage, progress and models as messages of inference.proto."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def logprobs_pb(logprobs: Sequence[TokenLogprob]) -> list[pb.TokenLogprob]:
 
 
 def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk:
-    """Pieces as a chunk; the last one carries usage."""
+    """Pieces as a chunk; a call's last chunk carries its usage."""
     return pb.ChatChunk(
         id=call.shown_id,
         model=call.model,
@@ -65,9 +65,9 @@ def chat_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.ChatChunk
 
 
 def chat_text(head: bytes, text: str, offset: int) -> bytes:
-    """A ChatChunk of choice 0 with text alone, serialized by hand; `head` is the serialized id and model.
+    """A ChatChunk with only a text of choice 0, serialized by hand; `head` is the serialized id and model.
 
-    The token path's common message. Built from protobuf objects it costs four times as much (docs/performance.md).
+    This is the most frequent message. Built from protobuf objects it costs four times as much (docs/performance.md).
     """
     data = text.encode()
     size = len(data)
@@ -76,41 +76,41 @@ def chat_text(head: bytes, text: str, offset: int) -> bytes:
 
 
 def complete_text(head: bytes, text: str, offset: int) -> bytes:
-    """A CompleteChunk of choice 0 with text alone, likewise."""
+    """A CompleteChunk with only a text of choice 0, serialized by hand like `chat_text`."""
     data = text.encode()
     choice = b"\x12" + _varint(len(data)) + data  # CompleteChoice.text
     return head + b"\x1a" + _varint(len(choice)) + choice + b"\x28" + _varint(offset)
 
 
 def empty_chunk(head: bytes, offset: int) -> bytes:
-    """A serialized ChatChunk or CompleteChunk without choices, likewise."""
+    """A serialized ChatChunk or CompleteChunk without choices."""
     return head + b"\x28" + _varint(offset)
 
 
 def with_token(chunk: bytes, token: bytes, whole: bool) -> bytes:
-    """A serialized ChatChunk or CompleteChunk with its resume_token, and resume_token_whole."""
+    """A serialized ChatChunk or CompleteChunk with resume_token and resume_token_whole appended."""
     return chunk + b"\x32" + _varint(len(token)) + (token + b"\x40\x01" if whole else token)
 
 
 def resumed(is_chat: bool, chunk: bytes) -> bytes:
-    """A ResumeChunk of a serialized chunk."""
+    """A ResumeChunk that holds a serialized chunk."""
     return (b"\x0a" if is_chat else b"\x12") + _varint(len(chunk)) + chunk
 
 
 def event_chunk(call_id: int, is_chat: bool, chunk: bytes) -> bytes:
-    """A SessionEvent of a serialized chunk, as an element of SessionEvents."""
+    """A SessionEvent that holds a serialized chunk, as an element of SessionEvents."""
     head = b"\x08" + _varint(call_id) if call_id else b""
     body = head + (b"\x1a" if is_chat else b"\x22") + _varint(len(chunk)) + chunk
     return b"\x0a" + _varint(len(body)) + body
 
 
 def event_head(call_id: int) -> bytes:
-    """A session's call as the beginning of each of its events, for `event_text`."""
+    """The bytes with which every event of a session's call begins, for `event_text`."""
     return (b"\x08" + _varint(call_id) if call_id else b"") + b"\x12"  # call_id, then the tag of text
 
 
 def event_text(head: bytes, text: str) -> bytes:
-    """A SessionEvent with text alone, as an element of SessionEvents, serialized by hand."""
+    """A SessionEvent with only a text, as an element of SessionEvents, serialized by hand."""
     data = text.encode()
     size = len(data)
     length = len(head) + size
@@ -121,7 +121,7 @@ def event_text(head: bytes, text: str) -> bytes:
 
 
 def event(message: pb.SessionEvent) -> bytes:
-    """Any SessionEvent, as an element of SessionEvents."""
+    """A SessionEvent as an element of SessionEvents."""
     data = message.SerializeToString()
     return b"\x0a" + _varint(len(data)) + data
 
@@ -141,7 +141,7 @@ _SMALL = [bytes([value]) for value in range(128)]
 
 
 def _delta(size: int) -> bytes:
-    """All that stands before a text of so many bytes: ChatChunk.choices, ChoiceDelta.delta and Message.content."""
+    """The bytes before a text of `size` bytes: headers of ChatChunk.choices, ChoiceDelta.delta and Message.content."""
     content = b"\x12" + _varint(size)
     delta = b"\x12" + _varint(len(content) + size) + content
     return b"\x1a" + _varint(len(delta) + size) + delta
@@ -152,7 +152,7 @@ _OFFSET = [b"\x28" + _varint(offset) for offset in range(4096)]
 
 
 def complete_chunk(call: Call, pieces: Sequence[Piece], offset: int) -> pb.CompleteChunk:
-    """Pieces as a chunk; the last one carries usage."""
+    """Pieces as a chunk; a call's last chunk carries its usage."""
     return pb.CompleteChunk(
         id=call.shown_id,
         model=call.model,
@@ -175,7 +175,7 @@ def _choices(pieces: Sequence[Piece]) -> list[pb.CompleteChoice]:
 
 
 def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
-    """A whole answer; one piece for each choice."""
+    """A complete answer; one piece for each choice."""
     return pb.ChatResponse(
         id=call.shown_id,
         model=call.model,
@@ -194,7 +194,7 @@ def chat_response(call: Call, pieces: Sequence[Piece]) -> pb.ChatResponse:
 
 
 def complete_response(call: Call, pieces: Sequence[Piece]) -> pb.CompleteResponse:
-    """A whole answer; one piece for each choice."""
+    """A complete answer; one piece for each choice."""
     return pb.CompleteResponse(
         id=call.shown_id, model=call.model, created=_now(), choices=_choices(pieces), usage=usage_pb(call.usage)
     )
@@ -207,7 +207,7 @@ def _now() -> Timestamp:
 
 
 def progress_pb(progress: Progress) -> pb.Progress:
-    """Where a silent call is."""
+    """The progress of a call that has no output to send."""
     return pb.Progress(
         state=progress.state,
         queue_position=progress.queue_position,
@@ -217,16 +217,16 @@ def progress_pb(progress: Progress) -> pb.Progress:
 
 
 def common_capabilities(each: Sequence[Sequence[str]]) -> Sequence[str]:
-    """Return what all workers of a model can, in the order of the first, and the word for resumption that promises
-    least."""
+    """The capabilities common to all workers of a model, in the order of the first worker, and the weakest of their
+    resume capabilities."""
     first, *others = each or [()]
     words = [word for word in first if word not in RESUME_WORDS and all(word in other for other in others)]
-    resume = resume_word([word for one in each for word in one])
+    resume = resume_word([word for words_of_worker in each for word in words_of_worker])
     return [*words, resume] if resume else words
 
 
 def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
-    """A model as ListModels shows it, with its other names for the caller."""
+    """A model as ListModels returns it, with the aliases that the caller may use."""
     entry = model.entry
     links = list(model.links.values())
     link = next(iter(links), None)
@@ -239,7 +239,7 @@ def model_pb(model: KnownModel, aliases: Sequence[str]) -> pb.Model:
         weight_digest=link.identity.weight_digest if link else next(iter(entry.weight_digests), ""),
         license=entry.license,
         max_model_len=model.max_model_len,
-        capabilities=common_capabilities([one.info.capabilities for one in links]),
+        capabilities=common_capabilities([worker.info.capabilities for worker in links]),
         state=pb.Model.State.Value(f"STATE_{model.state.value}"),
         state_reason="" if link else entry.state_reason,
     )

@@ -1,4 +1,4 @@
-"""What a call has to say, as the serialized chunks of inference.proto; with resume tokens where it is resumable."""
+"""Chunk encoders of the gRPC API: a call's pieces as serialized chunks, with resume tokens if it is resumable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What differs between chat and completion."""
+    """The message builders of chat or of completion."""
 
     chunk: Callable[[Call, Sequence[Piece], int], Message]
     response: Callable[[Call, Sequence[Piece]], Message]
@@ -43,7 +43,7 @@ COMPLETE = Kind(
 
 
 class GrpcEncoder:
-    """A call's pieces as serialized chunks; see relay.Voice."""
+    """Encodes a call's pieces as serialized chunks; a calls.stream_writer.ChunkEncoder."""
 
     __slots__ = ("_call", "_head", "_kind", "_offset", "_service", "ended", "plain")
 
@@ -57,76 +57,78 @@ class GrpcEncoder:
         self.plain = len(call.sequences) == 1
 
     def text(self, text: str) -> bytes:
-        """See relay.Voice."""
+        """See ChunkEncoder."""
         self._offset += 1
         return self._kind.text(self._head, text, self._offset)
 
     def begin(self) -> bytes:
-        """A chunk that has nothing to tell yet."""
+        """An empty first chunk."""
         self._offset += 1
         return codec.empty_chunk(self._head, self._offset)
 
     def take(self) -> bytes:
-        """See relay.Voice."""
+        """See ChunkEncoder."""
         call = self._call
         if (text := call.take_text()) is not None:
             return self.text(text) if text else b""
         pieces = call.take()
         if pieces:
-            return self._told(pieces)
-        if call.silent:  # after keepalive_s without text; held-back text alone says nothing
-            return self._waits()
+            return self._pieces_chunk(pieces)
+        if call.silent:  # after keepalive_s without text that can be sent
+            return self._progress_chunk()
         return b""
 
-    def _told(self, pieces: Sequence[Piece]) -> bytes:
+    def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
         self._offset += 1
         self.ended = self._call.told
         return self._kind.chunk(self._call, pieces, self._offset).SerializeToString()
 
-    def _waits(self) -> bytes:
+    def _progress_chunk(self) -> bytes:
         self._call.silent = False
         progress = codec.progress_pb(self._service.progress(self._call))
         return self._kind.progress(self._call, progress).SerializeToString()
 
 
 class ResumableEncoder(GrpcEncoder):
-    """Of a call whose chunks carry resume tokens."""
+    """Encodes the chunks of a resumable call, with resume tokens."""
 
-    __slots__ = ("_tickets", "_wraps")
+    __slots__ = ("_resume_tokens", "_wraps")
 
-    def __init__(self, kind: Kind, call: Call, service: CallService, tickets: ResumeTokens, bare: bool) -> None:
+    def __init__(
+        self, kind: Kind, call: Call, service: CallService, resume_tokens: ResumeTokens, unwrapped: bool
+    ) -> None:
         super().__init__(kind, call, service)
-        self._tickets = tickets
-        self._offset = tickets.number
-        self._wraps = call.continues and not bare
+        self._resume_tokens = resume_tokens
+        self._offset = resume_tokens.number
+        self._wraps = call.continues and not unwrapped
 
     def text(self, text: str) -> bytes:
-        """See relay.Voice."""
-        token = self._tickets.text(text)
-        return self._wrapped(codec.with_token(super().text(text), token, self._tickets.whole))
+        """See ChunkEncoder."""
+        token = self._resume_tokens.text(text)
+        return self._wrapped(codec.with_token(super().text(text), token, self._resume_tokens.whole))
 
     def begin(self) -> bytes:
-        """A chunk with a token alone: the call goes on from here, and from nowhere before."""
+        """A first chunk with only a resume token: earlier tokens of the stream can no longer be used."""
         return self._wrapped(codec.with_token(super().begin(), *self._token(())))
 
-    def _told(self, pieces: Sequence[Piece]) -> bytes:
-        chunk = super()._told(pieces)
+    def _pieces_chunk(self, pieces: Sequence[Piece]) -> bytes:
+        chunk = super()._pieces_chunk(pieces)
         return self._wrapped(chunk if self.ended else codec.with_token(chunk, *self._token(pieces)))
 
     def _token(self, pieces: Sequence[Piece]) -> tuple[bytes, bool]:
-        return self._tickets.chunk(pieces), self._tickets.whole
+        return self._resume_tokens.chunk(pieces), self._resume_tokens.whole
 
-    def _waits(self) -> bytes:
-        return self._wrapped(super()._waits())
+    def _progress_chunk(self) -> bytes:
+        return self._wrapped(super()._progress_chunk())
 
     def _wrapped(self, chunk: bytes) -> bytes:
         return codec.resumed(self._kind is CHAT, chunk) if self._wraps else chunk
 
 
-def voice_of(kind: Kind, call: Call, service: CallService, bare: bool = False) -> GrpcEncoder:
-    """A call's. `bare`: chunks of one that goes on are no ResumeChunks."""
+def encoder_for(kind: Kind, call: Call, service: CallService, unwrapped: bool = False) -> GrpcEncoder:
+    """The encoder for a call. `unwrapped`: chunks of a resumed call are not wrapped in ResumeChunks."""
     return (
         GrpcEncoder(kind, call, service)
         if call.resume_tokens is None
-        else ResumableEncoder(kind, call, service, call.resume_tokens, bare)
+        else ResumableEncoder(kind, call, service, call.resume_tokens, unwrapped)
     )

@@ -1,4 +1,4 @@
-"""cluster.v1.Inference over gRPC: bytes become a wish, pieces become chunks, an error becomes a status."""
+"""The cluster.v1.Inference service: decodes requests, streams chunks, and maps errors to statuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from cluster.api.outcomes import CallError, Outcome, invalid
 from cluster.gateway.apis.grpc import answers as codec
-from cluster.gateway.apis.grpc.chunk_encoders import CHAT, COMPLETE, Kind, voice_of
+from cluster.gateway.apis.grpc.chunk_encoders import CHAT, COMPLETE, Kind, encoder_for
 from cluster.gateway.apis.grpc.requests import MAX_PAGE_TOKEN, DetokenizeCall, ResumedCall, TokenizeCall
 from cluster.gateway.apis.grpc.session import SessionStream
 from cluster.gateway.apis.grpc.status import grpc_code, trailers
@@ -30,23 +30,23 @@ log = structlog.get_logger("grpc")
 
 SERVICE = "cluster.v1.Inference"
 UNCOUNTED = ("ListModels", "GetModel")
-"""Methods that count as nobody's requests."""
+"""Methods that do not count against request limits."""
 MAX_PAGE_SIZE = 1000
-ASK_AGAIN_S = 1.0
-"""A request's body may end long after its head was let in. Its caller is checked again if the snapshot of callers has
-changed since, or if so many seconds have passed."""
+RECHECK_S = 1.0
+"""Seconds after which a caller is authenticated again, because its request's body arrived that long after its headers.
+Also done when the snapshot of callers has changed meanwhile."""
 
 
 class Admitted(NamedTuple):
-    """A caller who was let in at the time `at`, by the snapshot that the door then had (`Door.knows`)."""
+    """A caller that was authenticated at the time `at` against a snapshot of callers (`Authenticator.knows`)."""
 
     principal: Principal
-    known: object
+    snapshot: object
     at: float
 
 
-def _as_it_came(data: bytes) -> bytes:
-    """A request's body before anybody has looked at it."""
+def _raw_body(data: bytes) -> bytes:
+    """Deserialize to the bytes themselves: the service decodes requests after its checks."""
     return data
 
 
@@ -55,22 +55,22 @@ def _encode(message: Message | bytes) -> bytes:
 
 
 class InferenceApi:
-    """The gRPC face of a CallService."""
+    """The gRPC API of a CallService."""
 
     def __init__(self, service: CallService, session_age_s: float = 600.0) -> None:
-        """`session_age_s`: a session older than this takes no new call and ends with its last one."""
+        """`session_age_s`: an older session takes no new calls and ends after its last one."""
         self._service = service
         self._bodies = service.bodies
         self._session_age_s = session_age_s
-        self._relay: ChunkDelivery | None = None
+        self._delivery: ChunkDelivery | None = None
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """All methods of the service."""
+        """The handler of all the service's methods."""
         methods: dict[str, tuple[Callable[[Any, Any, CallMeta], Awaitable[Message | None]], bool]] = {
-            "Chat": (lambda r, c, m: self._whole(CHAT, r, c, m), False),
-            "StreamChat": (lambda r, c, m: self._run(CHAT, r, c, m), True),
-            "Complete": (lambda r, c, m: self._whole(COMPLETE, r, c, m), False),
-            "StreamComplete": (lambda r, c, m: self._run(COMPLETE, r, c, m), True),
+            "Chat": (lambda r, c, m: self._answer_unary(CHAT, r, c, m), False),
+            "StreamChat": (lambda r, c, m: self._answer_stream(CHAT, r, c, m), True),
+            "Complete": (lambda r, c, m: self._answer_unary(COMPLETE, r, c, m), False),
+            "StreamComplete": (lambda r, c, m: self._answer_stream(COMPLETE, r, c, m), True),
             "Resume": (lambda r, c, m: self._resume(r, c, m), True),
             "Tokenize": (lambda r, c, m: self._tokenize(r, m), False),
             "Detokenize": (lambda r, c, m: self._detokenize(r, m), False),
@@ -81,52 +81,52 @@ class InferenceApi:
         for name, (method, streams) in methods.items():
             make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
             guarded = self._guarded(method, name)
-            handlers[name] = make(guarded, request_deserializer=_as_it_came, response_serializer=_encode)
+            handlers[name] = make(guarded, request_deserializer=_raw_body, response_serializer=_encode)
         handlers["Session"] = grpc.stream_stream_rpc_method_handler(
-            self._session, request_deserializer=_as_it_came, response_serializer=_encode
+            self._session, request_deserializer=_raw_body, response_serializer=_encode
         )
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
     async def admit(self, call: Any) -> str | None:
-        """See rpc.server.Gate: a call's credential is checked before any more of its request is taken. Health checks
-        and reflection ask for none."""
+        """Authenticate a call before more of its request is read (rpc.server.Gate). Health checks and reflection need
+        no credentials."""
         if not call.path.startswith(f"/{SERVICE}/"):
             return None
-        door, before = self._service.door, call.caller
+        authenticator, before = self._service.door, call.caller
         try:
-            known, now = door.knows(), self._service.clock()
-            if before is not None and before.known is known and now - before.at < ASK_AGAIN_S:
+            snapshot, now = authenticator.knows(), self._service.clock()
+            if before is not None and before.snapshot is snapshot and now - before.at < RECHECK_S:
                 return str(before.principal.tenant.name)
-            principal = await door.principal(self._shown(call))
+            principal = await authenticator.principal(self._credentials(call))
         except CallError as error:
             await self._abort(call, self._meta(call), error)
             raise
-        call.caller = Admitted(principal, known, now)
+        call.caller = Admitted(principal, snapshot, now)
         if principal is not ANYBODY:
             call.connection.prove()
         return str(principal.tenant.name)
 
     async def _session(self, request_iterator: object, context: Any) -> None:
-        """One identity a session: it is asked for at its head, and again when what is known of callers changes."""
-        door = self._service.door
+        """Serve a session. Its caller is authenticated at its start, and again when the snapshot of callers changes."""
+        authenticator = self._service.door
         try:
-            visitor = await door.visit(self._shown(context))
+            caller = await authenticator.visit(self._credentials(context))
         except CallError as error:
             await self._abort(context, self._meta(context), error)
             return
         try:
             await SessionStream(
-                self._service, context, visitor, self._meta(context).traceparent, self._session_age_s
+                self._service, context, caller, self._meta(context).traceparent, self._session_age_s
             ).run()
         finally:
-            door.leave(visitor)
+            authenticator.leave(caller)
 
     def _guarded(
         self,
         method: Callable[[Any, Any, CallMeta], Awaitable[Message | None]],
         name: str,
     ) -> Callable[[Any, Any], Any]:
-        """The one place where an error of a call becomes a status. `admit` has found out who calls."""
+        """Wrap a method: count and decode the request, map errors to statuses. `admit` authenticated the call."""
 
         async def handle(data: bytes, context: Any) -> Message | None:
             meta = self._meta(context, context.caller.principal)
@@ -143,7 +143,7 @@ class InferenceApi:
                 await self._abort(context, meta, error)
             except (grpc.aio.AbortError, grpc.aio.UsageError):
                 raise
-            except Exception:  # no traceback reaches a caller; it is in the log under the request's id
+            except Exception:  # callers get no traceback; it is logged with the request id
                 log.exception("unexpected", request_id=meta.request_id)
                 unexpected = CallError(Outcome.INTERNAL, f"unexpected failure; quote request id {meta.request_id}")
                 await self._abort(context, meta, unexpected)
@@ -155,8 +155,8 @@ class InferenceApi:
         metadata = (*trailers(error), ("x-request-id", meta.request_id))
         await context.abort(grpc_code(error), error.message, metadata)
 
-    def _shown(self, context: Any) -> Credentials:
-        """What the caller shows."""
+    def _credentials(self, context: Any) -> Credentials:
+        """The credentials that the caller presents."""
         metadata = context.invocation_metadata() or ()
         authorization = tuple(str(value) for key, value in metadata if key == "authorization")
         names = alternative_names(context.peer_certificate()) if self._service.door.by_certificate else ()
@@ -175,21 +175,21 @@ class InferenceApi:
 
     # ---- calls
 
-    async def _resume(self, request: ResumedCall, context: Any, meta: CallMeta) -> None:
-        await self._run(CHAT if request.is_chat else COMPLETE, request.wish, context, meta)
+    async def _resume(self, resumed: ResumedCall, context: Any, meta: CallMeta) -> None:
+        await self._answer_stream(CHAT if resumed.is_chat else COMPLETE, resumed.request, context, meta)
 
-    async def _run(self, kind: Kind, wish: GenerationRequest, context: Any, meta: CallMeta) -> None:
-        async with self._service.open(wish, meta) as call:
+    async def _answer_stream(self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta) -> None:
+        async with self._service.open(request, meta) as call:
             await context.send_initial_metadata((("x-request-id", meta.request_id), *call.headers))
-            if self._relay is None:
-                self._relay = ChunkDelivery()
-            voice = voice_of(kind, call, self._service)
+            if self._delivery is None:
+                self._delivery = ChunkDelivery()
+            encoder = encoder_for(kind, call, self._service)
             if call.continues:
-                context.send(voice.begin())
-            await StreamWriter(call, voice, context, self._relay).run()
+                context.send(encoder.begin())
+            await StreamWriter(call, encoder, context, self._delivery).run()
 
-    async def _whole(self, kind: Kind, wish: GenerationRequest, context: Any, meta: CallMeta) -> Message:
-        async with self._service.open(wish, meta) as call:
+    async def _answer_unary(self, kind: Kind, request: GenerationRequest, context: Any, meta: CallMeta) -> Message:
+        async with self._service.open(request, meta) as call:
             while not call.finished and call.error is None:
                 await call.news()
             pieces = call.take()
@@ -208,10 +208,10 @@ class InferenceApi:
         return pb.DetokenizeResponse(text=await self._service.detokenize(request.model, request.token_ids, meta))
 
     async def _list_models(self, request: pb.ListModelsRequest, meta: CallMeta) -> pb.ListModelsResponse:
-        directory, who = self._service.directory, meta.principal
-        known = {model.name: model for model in directory.open_to(who)}
+        directory, principal = self._service.directory, meta.principal
+        known = {model.name: model for model in directory.open_to(principal)}
         page, token = paginate(list(known), request.page_size, request.page_token)
-        models = [codec.model_pb(known[name], directory.aliases(known[name], who)) for name in page]
+        models = [codec.model_pb(known[name], directory.aliases(known[name], principal)) for name in page]
         return pb.ListModelsResponse(models=models, next_page_token=token)
 
     async def _get_model(self, request: pb.GetModelRequest, meta: CallMeta) -> pb.Model:
@@ -233,7 +233,7 @@ def paginate(names: Sequence[str], page_size: int, page_token: str) -> tuple[Seq
 
 
 def _after(page_token: str) -> str:
-    """The name that a page token's page begins behind. Raises CallError."""
+    """The name after which a page token's page begins. Raises CallError."""
     try:
         after = json.loads(bytes.fromhex(page_token[:MAX_PAGE_TOKEN]))["after"]
     except (ValueError, KeyError, TypeError, RecursionError):

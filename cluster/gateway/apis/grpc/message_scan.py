@@ -1,7 +1,7 @@
-"""How much a serialized protobuf message holds, before anything is made of it.
+"""Counts of fields and elements in a serialized protobuf message, taken before it is decoded.
 
-protobuf makes an object of every two bytes of a list of empty messages. A scan of the tags, which skips texts and
-numbers whole, stops as soon as there are too many. What is malformed is left to protobuf, which says what is wrong.
+protobuf builds an object for every two bytes of a list of empty messages. The scan reads tags, skips texts and packed
+numbers, and stops once the bound is exceeded. Malformed messages are left to protobuf, which reports the error.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from google.protobuf.descriptor import FieldDescriptor
 
-IDS_AN_ELEMENT: Final = 32
-"""Bytes of packed numbers that weigh as one element in a scan that does not count them."""
+BYTES_PER_ELEMENT: Final = 32
+"""Bytes of packed numbers that count as one element if numbers are not counted themselves."""
 _LOW_BYTES: Final = bytes(range(128))
 _NUMBERS: Final = frozenset(
     (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT32, FieldDescriptor.TYPE_UINT64)
@@ -21,7 +21,7 @@ _NUMBERS: Final = frozenset(
 
 @dataclass(slots=True)
 class _Layout:
-    """Of a message: names of its fields by number, layouts of those that are messages, and which are packed numbers."""
+    """A message type's field names by number, layouts of nested messages, and the numbers of packed fields."""
 
     names: dict[int, str] = field(default_factory=dict)
     nested: dict[int, _Layout] = field(default_factory=dict)
@@ -35,18 +35,18 @@ def _layout(descriptor: Any) -> _Layout:
     known = _layouts.get(descriptor.full_name)
     if known is None:
         known = _layouts[descriptor.full_name] = _Layout()
-        for one in descriptor.fields:
-            known.names[one.number] = one.name
-            if one.message_type is not None:
-                known.nested[one.number] = _layout(one.message_type)
-            elif one.is_repeated and one.type in _NUMBERS:
-                known.packed.add(one.number)
+        for field_ in descriptor.fields:
+            known.names[field_.number] = field_.name
+            if field_.message_type is not None:
+                known.nested[field_.number] = _layout(field_.message_type)
+            elif field_.is_repeated and field_.type in _NUMBERS:
+                known.packed.add(field_.number)
     return known
 
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """What a message holds. `field` is the top-level one that holds too much, if the scan has ended for that."""
+    """The counts of a message. `field`: the top-level field that exceeded a bound and ended the scan, else ""."""
 
     elements: int
     numbers: int = 0
@@ -56,18 +56,18 @@ class Scanned:
 def scan(
     descriptor: Any, data: bytes | bytearray, most: int, *, members: int = 0, count_numbers: bool = False
 ) -> Scanned:
-    """Count fields and members of lists, at all levels, until there are more than `most`, or more than `members` of
-    one field at the top.
+    """Count fields and list elements at all levels, until there are more than `most`, or more than `members` of one
+    top-level field.
 
-    Packed numbers are counted apart with `count_numbers`, which reads them; else they weigh as elements by their size.
+    With `count_numbers` packed numbers are read and counted separately; without it they count as elements by size.
     """
-    found = _Scan(data, most, members or most, count_numbers)
+    state = _Scan(data, most, members or most, count_numbers)
     layout = _layout(descriptor)
     try:
-        found.run(layout)
-    except IndexError:  # it ends in the midst of a field
-        return Scanned(found.elements, found.numbers)
-    return Scanned(found.elements, found.numbers, layout.names.get(found.full, "request") if found.full else "")
+        state.run(layout)
+    except IndexError:  # the data ends within a field
+        return Scanned(state.elements, state.numbers)
+    return Scanned(state.elements, state.numbers, layout.names.get(state.full, "request") if state.full else "")
 
 
 class _Scan:
@@ -79,10 +79,10 @@ class _Scan:
         self.elements = 0
         self.numbers = 0
         self.full = 0
-        """The number of the top-level field at which the scan ended for too much."""
+        """The number of the top-level field at which a bound was exceeded."""
 
     def run(self, layout: _Layout) -> None:
-        """Raises IndexError at a cut field. Most tags and lengths are one byte, which is read here."""
+        """Scan the message. Raises IndexError at a cut field. One-byte tags and lengths are read inline, for speed."""
         data, at, end, most = self._data, 0, len(self._data), self._most
         top = 0
         counts: dict[int, int] = {}
@@ -123,12 +123,12 @@ class _Scan:
                 at += 8 if wire == 1 else 4
             elif wire == 3:
                 at = self._group(at, end)
-            else:  # the end of a group that has not begun, and what there is no wire type for
+            else:  # the end of a group that has not begun, or an undefined wire type
                 raise IndexError
         self.full = top
 
     def _group(self, at: int, end: int) -> int:
-        """Count the fields of a group, which protobuf keeps as unknown ones, and return where it ends. Raises
+        """Count the fields of a group, which protobuf keeps as unknown fields; returns the group's end. Raises
         IndexError."""
         data, depth = self._data, 1
         while depth and self.elements <= self._most:
@@ -155,11 +155,11 @@ class _Scan:
             part = self._data[at : at + length]
             self.numbers += len(part) - len(part.translate(None, _LOW_BYTES))
         else:
-            self.elements += length // IDS_AN_ELEMENT
+            self.elements += length // BYTES_PER_ELEMENT
 
 
 def read_varint(data: bytes | bytearray, at: int) -> tuple[int, int]:
-    """The number at `at`, and where the next thing is. Raises IndexError where the data ends before it."""
+    """The number at `at` and the offset after it. Raises IndexError if the data ends before it."""
     value = data[at]
     at += 1
     if value < 128:

@@ -1,4 +1,4 @@
-"""Requests of inference.proto become wishes: field by field, with the path of what is wrong."""
+"""Parsing of inference.proto requests into generation requests; errors name the path of the wrong field."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from cluster.gateway.calls.request import (
 )
 from cluster.v1 import inference_pb2 as pb
 
-MAX_TOGETHER = 1000
-"""Requests in `more` of one message of a session."""
+MAX_BATCHED_REQUESTS = 1000
+"""Most requests in `more` of one session message."""
 MAX_PAGE_TOKEN = 8192
 MAX_SMALL_BYTES = 65_536
-"""Of a request with an `only_field`; a longer one is refused unread."""
+"""Longest request with an `only_field`; a longer one is refused unread."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def unsupported(field: str, what: str) -> CallError:
-    """A field that this release knows and does not serve."""
+    """The error for a known field that this release does not support."""
     return CallError(
         Outcome.UNSUPPORTED_FEATURE,
         f"{field}: {what} not in this release; leave it out",
@@ -50,7 +50,7 @@ def unsupported(field: str, what: str) -> CallError:
 
 
 def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
-    """Return the message that `data` holds. Raises CallError."""
+    """Decode a message. Raises CallError."""
     try:
         return kind.FromString(data)  # type: ignore[arg-type] # any buffer will do
     except DecodeError as error:
@@ -58,7 +58,7 @@ def decoded(kind: type[Message], data: bytes | bytearray) -> Any:
 
 
 def chat_wish(request: pb.ChatRequest) -> GenerationRequest:
-    """Raises CallError."""
+    """Parse a ChatRequest. Raises CallError."""
     check_name(request.model)
     given = _given(request)
     if "tools" in given:
@@ -83,7 +83,7 @@ def chat_wish(request: pb.ChatRequest) -> GenerationRequest:
 
 
 def complete_wish(request: pb.CompleteRequest) -> GenerationRequest:
-    """Raises CallError."""
+    """Parse a CompleteRequest. Raises CallError."""
     check_name(request.model)
     options = options_of(request)
     prompt: Prompt
@@ -106,16 +106,16 @@ def complete_wish(request: pb.CompleteRequest) -> GenerationRequest:
 
 
 def resume_wish(request: pb.ResumeRequest) -> GenerationRequest:
-    """Raises CallError."""
+    """Parse a ResumeRequest. Raises CallError."""
     kind = request.WhichOneof("call")
     if kind is None:
         raise invalid("call", "must be chat or complete: the request that began the stream")
-    wish = chat_wish(request.chat) if kind == "chat" else complete_wish(request.complete)
-    return replace(wish, resume=ResumeFrom(request.resume_tokens[:], request.offset))
+    began = chat_wish(request.chat) if kind == "chat" else complete_wish(request.complete)
+    return replace(began, resume=ResumeFrom(request.resume_tokens[:], request.offset))
 
 
 def _request_digest(request: pb.ChatRequest | pb.CompleteRequest) -> str:
-    """Of all that the caller asks for; "" where the stream is not to be resumed, which costs nothing then."""
+    """The digest of a whole request; "" if the stream is not resumable, to save its cost."""
     if not request.resumable:
         return ""
     name = request.DESCRIPTOR.name.encode()
@@ -124,15 +124,15 @@ def _request_digest(request: pb.ChatRequest | pb.CompleteRequest) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ResumedCall:
-    """A ResumeRequest."""
+    """A parsed ResumeRequest."""
 
     is_chat: bool
-    wish: GenerationRequest
+    request: GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizeCall:
-    """A TokenizeRequest."""
+    """A parsed TokenizeRequest."""
 
     model: str
     prompt: Prompt
@@ -140,7 +140,7 @@ class TokenizeCall:
 
 @dataclass(frozen=True, slots=True)
 class DetokenizeCall:
-    """A DetokenizeRequest."""
+    """A parsed DetokenizeRequest."""
 
     model: str
     token_ids: Sequence[int]
@@ -148,11 +148,11 @@ class DetokenizeCall:
 
 @dataclass(frozen=True, slots=True)
 class SessionStart:
-    """A start of a session, with its wish or what is wrong with it."""
+    """The start of a session's call, with its generation request or the error in it."""
 
     call_id: int
     is_chat: bool
-    wish: GenerationRequest | CallError
+    request: GenerationRequest | CallError
     deadline_ms: int
     request_id: str
     traceparent: str
@@ -160,18 +160,18 @@ class SessionStart:
 
 @dataclass(frozen=True, slots=True)
 class SessionCancel:
-    """A cancel of a session."""
+    """The cancellation of a session's call."""
 
     call_id: int
 
 
 def resume_call(request: pb.ResumeRequest) -> ResumedCall:
-    """Raises CallError."""
+    """Parse a ResumeRequest. Raises CallError."""
     return ResumedCall(request.HasField("chat"), resume_wish(request))
 
 
 def tokenize_call(request: pb.TokenizeRequest) -> TokenizeCall:
-    """Raises CallError."""
+    """Parse a TokenizeRequest. Raises CallError."""
     check_name(request.model)
     if bool(request.text) == bool(request.messages):
         raise invalid("text", "give either text or messages")
@@ -182,12 +182,12 @@ def tokenize_call(request: pb.TokenizeRequest) -> TokenizeCall:
 
 
 def detokenize_call(request: pb.DetokenizeRequest) -> DetokenizeCall:
-    """Raises CallError."""
+    """Parse a DetokenizeRequest. Raises CallError."""
     check_name(request.model)
     return DetokenizeCall(request.model, request.token_ids[:])
 
 
-_SESSION_WISHES: Mapping[str, Callable[[Any], GenerationRequest]] = {
+_SESSION_PARSERS: Mapping[str, Callable[[Any], GenerationRequest]] = {
     "chat": chat_wish,
     "complete": complete_wish,
     "resume": resume_wish,
@@ -195,46 +195,46 @@ _SESSION_WISHES: Mapping[str, Callable[[Any], GenerationRequest]] = {
 
 
 def session_items(request: pb.SessionRequest) -> Iterator[SessionStart | SessionCancel]:
-    """The requests of a session's message, in order. Raises CallError."""
-    if len(request.more) > MAX_TOGETHER:
-        raise invalid("more", f"holds {len(request.more)} requests; at most {MAX_TOGETHER} go in one message")
-    for one in (request, *request.more):
-        if one.HasField("start"):
-            yield _session_call(one.start)
-        elif one.HasField("cancel"):
-            yield SessionCancel(one.cancel.call_id)
+    """The starts and cancels of a session's message, in order. Raises CallError."""
+    if len(request.more) > MAX_BATCHED_REQUESTS:
+        raise invalid("more", f"holds {len(request.more)} requests; at most {MAX_BATCHED_REQUESTS} fit in one message")
+    for item in (request, *request.more):
+        if item.HasField("start"):
+            yield _session_call(item.start)
+        elif item.HasField("cancel"):
+            yield SessionCancel(item.cancel.call_id)
 
 
 def _session_call(start: pb.SessionStart) -> SessionStart:
     kind = start.WhichOneof("call")
-    wish: GenerationRequest | CallError
+    request: GenerationRequest | CallError
     if kind is None:
-        wish = invalid("start", "must hold chat, complete or resume")
+        request = invalid("start", "must hold chat, complete or resume")
     else:
         try:
-            wish = _SESSION_WISHES[kind](getattr(start, kind))
+            request = _SESSION_PARSERS[kind](getattr(start, kind))
         except CallError as error:
-            wish = error
+            request = error
     is_chat = start.resume.HasField("chat") if kind == "resume" else kind == "chat"
-    return SessionStart(start.call_id, is_chat, wish, start.deadline_ms, *_ids(start))
+    return SessionStart(start.call_id, is_chat, request, start.deadline_ms, *_session_ids(start))
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a method's request is, and what is read from it."""
+class RequestReader:
+    """A method's request type and its parser."""
 
     kind: type[Message]
     read: Callable[[Any], Any]
     only_field: str = ""
-    """Of a request that is small when it is right, the field that can make it large."""
+    """The only field that can make this otherwise small request large; "" if the request may be large."""
 
 
-def _ids(start: pb.SessionStart) -> tuple[str, str]:
+def _session_ids(start: pb.SessionStart) -> tuple[str, str]:
     return request_id(start.request_id), traceparent(start.traceparent)
 
 
 def check_name(name: str) -> None:
-    """Raise CallError for a name that no model can have."""
+    """Raise CallError for a name that is too long for a model."""
     if len(name) > MAX_NAME_CHARS:
         raise CallError(Outcome.MODEL_NOT_FOUND, f"model {quoted(name)} does not exist")
 
@@ -250,16 +250,16 @@ def _get_model(request: pb.GetModelRequest) -> pb.GetModelRequest:
     return request
 
 
-READ: Mapping[str, Reading] = {
-    "Chat": Reading(pb.ChatRequest, chat_wish),
-    "StreamChat": Reading(pb.ChatRequest, chat_wish),
-    "Complete": Reading(pb.CompleteRequest, complete_wish),
-    "StreamComplete": Reading(pb.CompleteRequest, complete_wish),
-    "Resume": Reading(pb.ResumeRequest, resume_call),
-    "Tokenize": Reading(pb.TokenizeRequest, tokenize_call),
-    "Detokenize": Reading(pb.DetokenizeRequest, detokenize_call),
-    "ListModels": Reading(pb.ListModelsRequest, _list_models, "page_token"),
-    "GetModel": Reading(pb.GetModelRequest, _get_model, "name"),
+READ: Mapping[str, RequestReader] = {
+    "Chat": RequestReader(pb.ChatRequest, chat_wish),
+    "StreamChat": RequestReader(pb.ChatRequest, chat_wish),
+    "Complete": RequestReader(pb.CompleteRequest, complete_wish),
+    "StreamComplete": RequestReader(pb.CompleteRequest, complete_wish),
+    "Resume": RequestReader(pb.ResumeRequest, resume_call),
+    "Tokenize": RequestReader(pb.TokenizeRequest, tokenize_call),
+    "Detokenize": RequestReader(pb.DetokenizeRequest, detokenize_call),
+    "ListModels": RequestReader(pb.ListModelsRequest, _list_models, "page_token"),
+    "GetModel": RequestReader(pb.GetModelRequest, _get_model, "name"),
 }
 
 
@@ -275,12 +275,12 @@ def _messages(messages: Sequence[pb.Message]) -> list[dict[str, Any]]:
 
 
 def options_of(request: pb.ChatRequest | pb.CompleteRequest) -> RequestOptions:
-    """Raises CallError."""
+    """Parse the sampling options of a request. Raises CallError."""
     return _options(_given(request))
 
 
 def _given(request: pb.ChatRequest | pb.CompleteRequest) -> Mapping[str, Any]:
-    """The fields that a request holds, by name: a few of many, so that the others need not be asked for."""
+    """The set fields of a request by name. Few are set, so reading only these is cheaper."""
     return {field.name: value for field, value in request.ListFields()}
 
 
@@ -324,7 +324,7 @@ _COUNTED = (
 
 
 def _check_counts(given: Mapping[str, Any]) -> None:
-    """Before anything is made of what they hold."""
+    """Check the lengths of lists before their elements are read."""
     for name, most, what in _COUNTED:
         if name in given:
             _check_count(name, given[name], most, what)
@@ -376,7 +376,7 @@ def _message(index: int, message: pb.Message) -> dict[str, Any]:
     if message.parts:
         if content:
             raise invalid(f"messages[{index}].parts", "give either content or parts, not both")
-        out["content"] = _joined(f"messages[{index}]", message.parts)
+        out["content"] = _joined_text(f"messages[{index}]", message.parts)
     for name in ("name", "tool_call_id", "reasoning_content"):
         if value := getattr(message, name):
             out[name] = value
@@ -386,8 +386,8 @@ def _message(index: int, message: pb.Message) -> dict[str, Any]:
     return out
 
 
-def _joined(at: str, parts: Sequence[pb.ContentPart]) -> str:
-    """Text parts on lines of their own, as vLLM does for templates that take plain content."""
+def _joined_text(at: str, parts: Sequence[pb.ContentPart]) -> str:
+    """Join text parts with newlines, as vLLM does for templates that take plain content."""
     texts = []
     for i, part in enumerate(parts):
         kind = part.WhichOneof("part")

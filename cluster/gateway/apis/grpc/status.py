@@ -1,4 +1,4 @@
-"""The one place where a CallError becomes a gRPC status with google.rpc details (AIP-193)."""
+"""Conversion of a CallError to a gRPC status with google.rpc details (AIP-193)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ DOMAIN = "headrace"
 
 
 def grpc_code(error: CallError) -> grpc.StatusCode:
-    """The status code of an error."""
+    """The gRPC status code of an error."""
     return grpc.StatusCode[FAULTS[error.outcome].grpc]
 
 
 def details(error: CallError) -> status_pb2.Status:
-    """google.rpc.Status: ErrorInfo always, BadRequest for wrong fields, QuotaFailure for limits that are reached,
-    RetryInfo where a retry makes sense."""
+    """The google.rpc.Status of an error: ErrorInfo always, BadRequest for wrong fields, QuotaFailure for exceeded
+    limits, RetryInfo if a retry makes sense."""
     parts = [error_details_pb2.ErrorInfo(reason=error.outcome.name, domain=DOMAIN)]
     packed = [_pack(part) for part in parts]
     if error.violations:
@@ -45,12 +45,12 @@ def details(error: CallError) -> status_pb2.Status:
 
 
 def trailers(error: CallError) -> tuple[tuple[str, str | bytes], ...]:
-    """Trailing metadata of an error; stock gRPC retries honour grpc-retry-pushback-ms, not RetryInfo."""
+    """Trailing metadata of an error. gRPC's built-in retries honour grpc-retry-pushback-ms, not RetryInfo."""
     out: list[tuple[str, str | bytes]] = [("grpc-status-details-bin", details(error).SerializeToString())]
     if error.retry_after_s is not None:
         out.append(("grpc-retry-pushback-ms", str(int(error.retry_after_s * 1000))))
     elif error.quota:
-        out.append(("grpc-retry-pushback-ms", "-1"))  # never: the call alone exceeds its limit
+        out.append(("grpc-retry-pushback-ms", "-1"))  # do not retry: the call alone exceeds its limit
     out.extend(error.headers)
     return tuple(out)
 

@@ -1,8 +1,8 @@
-"""Reads a request's body within the budget of request bytes that all ports of the process share.
+"""Reading of request bodies within the budget of request bytes that all ports of the process share.
 
-The credential is checked before. A body that is here after one read is taken as it is. For more its whole size is
-reserved first (policy/limits/request_bytes.py), and reading is paused until the reservation is granted: so unfinished
-bodies hold what the budget allows, and one read each beyond that.
+The caller is authenticated first. A body that arrives in one read is accepted as it is. For a longer one its whole size
+is reserved first (policy/limits/request_bytes.py), and reading is paused until the reservation is granted. Unfinished
+bodies thus hold no more than the budget and one read each.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, Final, Protocol
 
 from cluster.policy.limits.request_bytes import RequestBytes, Reservation
 
-GRANT_S: Final = 30.0
-"""A body waits so long for other bodies of its tenant or of the process."""
+GRANT_TIMEOUT_S: Final = 30.0
+"""Seconds for which a body waits for its reservation, behind other bodies of its tenant or of the process."""
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class Refused(Exception):
-    """A request that is wrong as HTTP, before it is any call."""
+    """Raised for an HTTP error that is found before the request becomes a call."""
 
     def __init__(self, status: int, code: str, message: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message)
@@ -30,23 +30,23 @@ class Refused(Exception):
 
 
 class BodyConnection(Protocol):
-    """The connection that a body comes on."""
+    """The connection on which a body arrives."""
 
     def watch_paused(self, lost: Callable[[], None]) -> None:
-        """Call this once the connection is lost, without reading on."""
+        """Call `lost` once the connection is lost, without resuming reading."""
 
     def unwatch(self, lost: Callable[[], None]) -> None:
-        """No longer."""
+        """Stop calling `lost`."""
 
     def refuse_body(self) -> None:
-        """End the connection, whose request's body comes too slowly."""
+        """Close the connection because the request's body arrives too slowly."""
 
 
 UNCOPIED_BYTES: Final = 1 << 20
 
 
 class RequestBodies:
-    """The bodies of one HTTP port."""
+    """Reads the request bodies of one HTTP port."""
 
     def __init__(self, limit_bytes: int, budget: RequestBytes) -> None:
         self._limit = limit_bytes
@@ -56,8 +56,8 @@ class RequestBodies:
     async def read(
         self, receive: Receive, connection: BodyConnection, declared: bytes, tenant: str
     ) -> AsyncIterator[bytes | bytearray]:
-        """The whole body; its bytes count against the budget inside of the context. `declared`: its content-length, or
-        empty. Raises Refused, and ConnectionResetError when the client goes away before its end."""
+        """Read a whole body; its bytes count against the budget within the context. `declared`: its content-length, or
+        empty. Raises Refused, and ConnectionResetError if the client disconnects before the body ends."""
         length = int(declared) if declared.isdigit() else None
         if length is not None and length > self._limit:
             raise self._too_large()
@@ -76,7 +76,7 @@ class RequestBodies:
                 received += content
                 if len(received) > self._limit:
                     raise self._too_large()
-            # A large one is not copied: fresh memory for 16 MB would hold the event loop for 5 to 10 ms.
+            # A large body is not copied: allocating 16 MB would block the event loop for 5 to 10 ms.
             whole = received if len(received) >= UNCOPIED_BYTES else bytes(received)
             del received, content
             reservation.complete()
@@ -89,7 +89,7 @@ class RequestBodies:
         return Refused(413, "request_too_large", f"the body is larger than {self._limit} bytes")
 
     async def _reserved(self, connection: BodyConnection, size: int, tenant: str) -> Reservation:
-        """A granted reservation. Raises Refused where too many bodies wait or this one did too long."""
+        """Wait for a reservation. Raises Refused if too many bodies wait or this one has waited too long."""
         if self._budget.full(tenant):
             raise _busy()
         granted: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -110,7 +110,7 @@ class RequestBodies:
             return reservation
         connection.watch_paused(lost)
         try:
-            async with asyncio.timeout(GRANT_S):
+            async with asyncio.timeout(GRANT_TIMEOUT_S):
                 if not await granted:
                     raise ConnectionResetError
         except TimeoutError:
@@ -130,7 +130,7 @@ def _busy() -> Refused:
 
 
 async def _part(receive: Receive) -> tuple[bytes, bool]:
-    """A part of the body, and whether there is more. Raises ConnectionResetError."""
+    """The next part of the body, and whether more follows. Raises ConnectionResetError."""
     message = await receive()
     if message["type"] == "http.disconnect":
         raise ConnectionResetError

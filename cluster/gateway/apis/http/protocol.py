@@ -1,8 +1,8 @@
 """uvicorn's HTTP/1 protocol with bounds on everything a client may send before a handler reads it.
 
-httptools parses whatever it is given at once, and uvicorn starts a task a request. So received bytes are parsed in
-small pieces, and no further piece is parsed while a request waits for the response before it, or while its body waits
-to be read. What is not parsed stays here, reading is paused meanwhile.
+httptools parses all bytes that it is given, and uvicorn starts a task for each request. Received bytes are therefore
+parsed in small pieces, and no further piece is parsed while a request waits for an earlier response, or while a body
+waits to be read. Unparsed bytes stay here, and reading is paused meanwhile.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from cluster.http2 import ConnectionStage, Held
 from cluster.http2.frame_costs import Bucket
 
 CONNECTION: Final = "headrace.connection"
-"""The scope's key of a request's protocol object."""
+"""The key of the protocol object in a request's ASGI scope."""
 MAX_HEAD_BYTES: Final = 65_536
 MAX_HEADERS: Final = 256
 HEAD_PIECE_BYTES: Final = 4096
-"""Parsed at once outside of a body: about a hundred of the smallest requests, a millisecond."""
+"""Bytes parsed at once outside of a body: about a hundred of the smallest requests, a millisecond."""
 BODY_PIECE_BYTES: Final = 16_384
-STRANGER_REFUSALS_PER_S: Final = 10.0
-STRANGER_REFUSALS: Final = 100.0
-"""Refused requests that a connection without an accepted credential may have at once, and in a second after these."""
+UNPROVEN_REFUSALS_PER_S: Final = 10.0
+UNPROVEN_REFUSALS: Final = 100.0
+"""Refused requests that a connection without an accepted credential may have at once, and per second after these."""
 _HOST = re.compile(rb"[!-~]*")
 _VERSIONS: Final = ("1.0", "1.1")
 
 
 class _Refused(Exception):
-    """A head that is wrong as HTTP."""
+    """Raised for an invalid request head."""
 
 
 class _Flow(FlowControl):
-    """uvicorn's flow control, which parses what is here before it reads more."""
+    """uvicorn's flow control; parses received bytes before it reads more."""
 
     def __init__(self, protocol: HttpProtocol) -> None:
         super().__init__(protocol.transport)
         self._protocol = protocol
 
     def pause_reading(self) -> None:
-        self._protocol.pace.paused()
+        self._protocol.timeouts.paused()
         super().pause_reading()
 
     def resume_reading(self) -> None:
@@ -59,129 +59,129 @@ class _Flow(FlowControl):
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection; in the scope of its requests it is the face's `Connection`."""
+    """One connection. It is put into its requests' scope, as the API's `ClientConnection`."""
 
     full = False
-    """Whether the client must read before more is written. Asked for each token, hence no property."""
-    pace: ConnectionTimeouts
+    """Whether the client must read before more is written. Read for each token, hence not a property."""
+    timeouts: ConnectionTimeouts
     requests = 0
-    """That have begun."""
-    _gone = False
-    _watcher: Callable[[], None] | None = None
+    """The number of requests that have begun."""
+    _lost = False
+    _on_lost: Callable[[], None] | None = None
     _unparsed = b""
     _parsed_to = 0
     _parsing = False
-    _deaf = False
-    """Whether everything that the client still sends is ignored."""
+    _ignoring_input = False
+    """Whether all further bytes of the client are ignored."""
     _head_bytes = 0
     _in_head = True
     _in_body = False
     _progress = False
-    """Whether the last piece ended a head or a request, or brought a part of a body."""
+    """Whether the last piece ended a head or a request, or held a part of a body."""
 
     def __init__(self, config: Config, state: ServerState, held: Held, limits: TimeoutLimits) -> None:
-        """`held`: the connection's place at its port."""
+        """`held`: the connection's slot in its port's connection limit."""
         super().__init__(config, state, {})
         self._held = held
         self._limits = limits
 
-    # ---- its place at the port
+    # ---- the connection's slot
 
     @property
     def stage(self) -> ConnectionStage:
-        """How far the connection has come."""
+        """The stage that the connection has reached."""
         calling = self.cycle is not None and not self.cycle.response_complete
         return (
             ConnectionStage.CALLING if calling else ConnectionStage.GREETED if self.requests else ConnectionStage.SILENT
         )
 
     def prove(self) -> None:
-        """The client has shown a credential that was accepted."""
+        """Record that the client presented a valid credential."""
         self._held.prove()
 
     def charge_refusal(self) -> None:
-        """A request is about to be refused. A stranger with too many of them loses the connection with this answer."""
+        """Count a refused request. An unauthenticated client with too many is disconnected after this answer."""
         if not self._held.proven and self._refusals.take(1, self.loop.time()) < 0:
             self.cycle.keep_alive = False
-            self._deaf = True
+            self._ignoring_input = True
 
     def shed(self) -> None:
-        """End the connection: its place is another's."""
+        """Close the connection to free its slot for another."""
         if self._held.proven and not self.transport.get_write_buffer_size():
             self.transport.close()
         else:
             self.transport.abort()
 
-    # ---- the face's Connection
+    # ---- the API's ClientConnection
 
     def send(self, data: bytes) -> None:
-        """Send one chunk of a body whose head has announced chunks, as every head without a length does."""
+        """Send one chunk of a chunked body; every response without a content-length is chunked."""
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     async def drained(self) -> None:
-        """Wait until it is full no longer, or closed."""
+        """Wait until the connection is no longer full, or is closed."""
         await self.flow.drain()
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call this once the client is gone, or soon where it is gone already. Reads on, to see the client's end."""
+        """Call `lost` once the client is gone, or soon if it is already. Resumes reading, to notice a disconnect."""
         self.watch_paused(lost)
         self.flow.resume_reading()
 
     def watch_paused(self, lost: Callable[[], None]) -> None:
-        """Call this once the connection is lost, without reading on."""
-        self._watcher = lost
-        if self._gone:
+        """Call `lost` once the connection is lost, without resuming reading."""
+        self._on_lost = lost
+        if self._lost:
             self.loop.call_soon(lost)
 
     def unwatch(self, lost: Callable[[], None]) -> None:
-        """No longer."""
-        if self._watcher is lost:
-            self._watcher = None
+        """Stop calling `lost`."""
+        if self._on_lost is lost:
+            self._on_lost = None
 
     def refuse_body(self) -> None:
-        """End the connection, whose request's body comes too slowly."""
+        """Close the connection because the request's body arrives too slowly."""
         self._refuse(408, f"The connection is closed: {Late.BODY.value}.")
 
     # ---- asyncio.Protocol
 
     def connection_made(self, transport: Any) -> None:
-        """Begin."""
+        """Start the timers of a new connection."""
         super().connection_made(transport)
         self._held.connection = self
         if self._held.released:
             self.transport.abort()
-        self.pace = ConnectionTimeouts(self._limits, self.loop.time())
-        self._refusals = Bucket(STRANGER_REFUSALS_PER_S, STRANGER_REFUSALS, self.loop.time())
+        self.timeouts = ConnectionTimeouts(self._limits, self.loop.time())
+        self._refusals = Bucket(UNPROVEN_REFUSALS_PER_S, UNPROVEN_REFUSALS, self.loop.time())
         self.flow = _Flow(self)
         self._timer = self.loop.call_later(self._limits.check_s, self._check)
 
     def pause_writing(self) -> None:
-        """The client does not read."""
+        """Set `full`: the client does not read."""
         super().pause_writing()
         self.full = True
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """Clear `full`: the client reads again."""
         self.full = False
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Its request has nobody to answer any more."""
+        """Release the slot and notify the watcher."""
         self._held.release()
         self._timer.cancel()
         self.full = False
-        self._deaf = True
+        self._ignoring_input = True
         self._unparsed = b""
         super().connection_lost(exc)
-        self._gone = True
-        if self._watcher is not None:
-            self._watcher()
+        self._lost = True
+        if self._on_lost is not None:
+            self._on_lost()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of the client."""
-        if self._deaf:
+        """Add received bytes and parse them."""
+        if self._ignoring_input:
             return
-        self.pace.began_head(self.loop.time())
+        self.timeouts.began_head(self.loop.time())
         self._unparsed = self._unparsed[self._parsed_to :] + data if self.unparsed_bytes else data
         self._parsed_to = 0
         if not self._parsing:
@@ -191,11 +191,11 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def unparsed_bytes(self) -> int:
-        """Received and not parsed."""
+        """The number of bytes received and not yet parsed."""
         return len(self._unparsed) - self._parsed_to
 
     def parse_soon(self) -> None:
-        """Parse on in the next pass of the loop."""
+        """Continue parsing in the next pass of the event loop."""
         if not self._parsing:
             self._parsing = True
             self.loop.call_soon(self._parse)
@@ -215,18 +215,18 @@ class HttpProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _must_wait(self) -> bool:
-        """Whether what has been parsed is to be handled before more is."""
+        """Whether parsed requests must be handled before more is parsed."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             return False
         return bool(self.pipeline) or len(cycle.body) > HIGH_WATER_LIMIT
 
     def _feed(self, piece: bytes) -> None:
-        """Parse, and count the bytes that end no head and bring no body: the parser does not bound a head."""
+        """Parse a piece, and bound the size of a head, which the parser does not."""
         self._in_head, self._progress = True, False
         try:
             self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade:  # not offered: the request is answered as if nothing had been asked
+        except httptools.HttpParserUpgrade:  # upgrades are not supported: the request is answered as a plain one
             self._stop_reading()
         except httptools.HttpParserError as error:
             cause = error.__context__
@@ -245,7 +245,7 @@ class HttpProtocol(HttpToolsProtocol):
         cast(dict[str, Any], self.scope)[CONNECTION] = self
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Trailers come here too: what follows a body has been seen by no proxy that checks heads, and is dropped."""
+        """Add a header. Trailers, which come here too, are dropped: no proxy that checks heads has seen them."""
         if self._in_body:
             return
         if len(self.headers) >= MAX_HEADERS:
@@ -258,31 +258,31 @@ class HttpProtocol(HttpToolsProtocol):
         self.requests += 1
         super().on_headers_complete()
         self._in_body = True
-        self.pace.ended_head()
+        self.timeouts.ended_head()
 
     def _check_head(self) -> None:
         if self.parser.get_http_version() not in _VERSIONS:
-            raise _Refused("This port speaks HTTP/1.1 and HTTP/1.0.")
+            raise _Refused("This port supports HTTP/1.1 and HTTP/1.0 only.")
         hosts = [value for name, value in self.headers if name == b"host"]
         if len(hosts) != 1 or _HOST.fullmatch(hosts[0]) is None:
-            raise _Refused("A request has exactly one Host header.")
+            raise _Refused("A request must have exactly one valid Host header.")
 
     def on_body(self, body: bytes) -> None:
         self._in_head, self._progress = False, True
-        self.pace.body(len(body))
+        self.timeouts.body(len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_head = self._in_body = False
         self._progress = True
         if self.cycle.response_complete:
-            self.pace.ended_leftover(self.loop.time())
+            self.timeouts.ended_leftover(self.loop.time())
         else:
-            self.pace.ended_body()
+            self.timeouts.ended_body()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """The next request, or the wait for one."""
+        """Start the next request, or wait for one."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
@@ -290,18 +290,18 @@ class HttpProtocol(HttpToolsProtocol):
             self._start_asgi_task(*self.pipeline.pop())
         else:
             now = self.loop.time()
-            self.pace.answered(now, complete=not self._in_body)
+            self.timeouts.answered(now, complete=not self._in_body)
             if self._head_bytes:
-                self.pace.began_head(now)
+                self.timeouts.began_head(now)
         self.flow.resume_reading()
 
-    # ---- ends
+    # ---- closing
 
     def _check(self) -> None:
         self._timer = self.loop.call_later(self._limits.check_s, self._check)
         if self.flow.read_paused or (self._in_body and self.cycle.waiting_for_100_continue):
-            self.pace.paused()
-        late = self.pace.overdue(self.loop.time(), self.transport.get_write_buffer_size())
+            self.timeouts.paused()
+        late = self.timeouts.overdue(self.loop.time(), self.transport.get_write_buffer_size())
         if late is None or (self.transport.is_closing() and late is not Late.UNREAD):
             return
         if late in (Late.HEAD, Late.BODY):
@@ -312,8 +312,8 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.abort()
 
     def _stop_reading(self) -> None:
-        """Answer what has been asked, ignore the rest, and close."""
-        self._deaf = True
+        """Answer the requests that were received, ignore the rest, and close."""
+        self._ignoring_input = True
         self._unparsed, self._parsed_to = b"", 0
         last = self.pipeline[0][0] if self.pipeline else self.cycle
         if last is None or last.response_complete:
@@ -322,9 +322,9 @@ class HttpProtocol(HttpToolsProtocol):
             last.keep_alive = False
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer what is wrong as HTTP and close: after the responses that come before it, without an answer then."""
+        """Answer an invalid request and close. If earlier responses are outstanding, send these and no answer."""
         cycle = self.cycle
-        if self._in_body and not cycle.response_complete:  # the last request is the one that is wrong
+        if self._in_body and not cycle.response_complete:  # the last request is the invalid one
             if self.pipeline or cycle.response_started:
                 self.transport.abort()
                 return
@@ -333,7 +333,7 @@ class HttpProtocol(HttpToolsProtocol):
         elif cycle is not None and not cycle.response_complete:
             self._stop_reading()
             return
-        self._deaf = True
+        self._ignoring_input = True
         content = message.encode()
         head = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[status] + head % len(content) + content)

@@ -1,6 +1,6 @@
-"""uvicorn's HTTP protocol on the gateway's own event loop: bound before it is announced, drained, then closed.
+"""HTTP server with uvicorn's protocol on the gateway's own event loop: bind, serve, drain, close.
 
-`uvicorn.Server` would take the process's signals and poll ten times a second; of it only the protocol is used.
+Only the protocol of uvicorn is used: `uvicorn.Server` handles the process's signals and polls ten times a second.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class HttpServer:
     """An ASGI application behind one address."""
 
     def __init__(
-        self, app: Any, admission: http2.ConnectionAdmission | None = None, pace: TimeoutLimits | None = None
+        self, app: Any, admission: http2.ConnectionAdmission | None = None, timeouts: TimeoutLimits | None = None
     ) -> None:
-        """`admission`: the caps of the port, for a process that has several."""
+        """`admission`: the connection limits of the port, for a process with several ports."""
         self._admission = admission or http2.ConnectionAdmission()
-        self._pace = pace or TimeoutLimits()
+        self._timeouts = timeouts or TimeoutLimits()
         self._config = uvicorn.Config(
             app,
             http=HttpProtocol,
@@ -36,7 +36,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             date_header=False,
-            proxy_headers=False,  # a caller's address is its connection's, whatever x-forwarded-for claims
+            proxy_headers=False,  # x-forwarded-for is not trusted
         )
         self._state = ServerState()
         self._listener: http2.Listener | None = None
@@ -50,17 +50,17 @@ class HttpServer:
         return int(listener.getsockname()[1])
 
     def _connection(self, held: http2.Held) -> HttpProtocol:
-        return HttpProtocol(self._config, self._state, held, self._pace)
+        return HttpProtocol(self._config, self._state, held, self._timeouts)
 
     def abort_where(self, condition: Callable[[asyncio.BaseTransport], bool]) -> int:
-        """Cut the connections for which it holds, with their requests; returns how many."""
-        cut = [one.transport for one in self._state.connections if condition(one.transport)]
+        """Abort the connections that meet the condition, with their requests; returns their number."""
+        cut = [connection.transport for connection in self._state.connections if condition(connection.transport)]
         for transport in cut:
             transport.abort()
         return len(cut)
 
     async def stop(self, drain_s: float) -> None:
-        """Take no new connection; requests under way get `drain_s` seconds; then their connections are cut."""
+        """Stop accepting connections, wait `drain_s` seconds for running requests, then abort the remaining ones."""
         if self._listener is None:
             return
         self._listener.close()

@@ -2,9 +2,9 @@
 
 Problem: a connection that sends nothing, or one byte now and then, holds a descriptor and memory for as long as its
 client likes.
-Method: the owner reports events and calls `overdue` every `check_s` seconds. Time is an argument. A body is judged
-by what came between two checks, and only while the gateway was reading: the time in which the gateway itself had
-paused reading is not the client's.
+Method: the owner reports events and calls `overdue` every `check_s` seconds. Time is an argument. A body's rate is
+measured between two checks, and only if the gateway was reading all the time: its own pauses do not count against the
+client.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from enum import Enum, auto
 
 @dataclass(frozen=True, slots=True)
 class TimeoutLimits:
-    """Seconds and bytes a client has for each part of an exchange."""
+    """Time limits and rates for each part of an exchange."""
 
     check_s: float = 5.0
-    """Between two checks."""
+    """Time between two checks."""
     first_head_s: float = 10.0
-    """From the connection to the end of its first request's head."""
+    """Time from the connection to the end of its first request's head."""
     head_s: float = 10.0
-    """From the first byte of a later request to the end of its head."""
+    """Time from the first byte of a later request to the end of its head."""
     keep_alive_s: float = 75.0
-    """Between requests. Longer than clients keep an idle connection in their pools, so that they never write to one
-    that is closing."""
+    """Idle time between requests. Longer than clients keep idle connections in their pools, so that they do not write
+    to a closing one."""
     min_body_bytes_per_s: int = 4096
     leftover_s: float = 5.0
-    """For the rest of a body whose request has been answered already."""
+    """Time for the rest of a body whose request has been answered already."""
     unread_s: float = 60.0
-    """Without one byte taken by a client that has something to read."""
+    """Time for which a client may read no byte of a waiting response."""
 
 
 class Part(Enum):
-    """The part of an exchange that the client is at."""
+    """The part of an exchange that is in progress."""
 
     IDLE = auto()
     HEAD = auto()
@@ -44,7 +44,7 @@ class Part(Enum):
 
 
 class Late(Enum):
-    """Why a connection is to be cut."""
+    """The reason for closing a connection."""
 
     IDLE = "no request"
     HEAD = "the request's head did not end in time"
@@ -54,7 +54,7 @@ class Late(Enum):
 
 
 class ConnectionTimeouts:
-    """How a client keeps the limits."""
+    """The state of one connection against its limits."""
 
     __slots__ = ("_body_bytes", "_first", "_limits", "_part", "_paused", "_since", "_unread_bytes", "_unread_since")
 
@@ -69,44 +69,44 @@ class ConnectionTimeouts:
         self._unread_since = now
 
     def began_head(self, now: float) -> None:
-        """The first byte of a request, or of what is none yet. Further calls before its end change nothing."""
+        """Record the first byte of a request. Further calls before the head ends have no effect."""
         if self._part is Part.IDLE:
             self._part = Part.HEAD
             if not self._first:
                 self._since = now
 
     def ended_head(self) -> None:
-        """The head of a request is complete."""
+        """Record the end of a request's head."""
         self._part = Part.BODY
         self._first = False
         self._body_bytes = 0
-        self._paused = True  # the period until the next check is not a whole one
+        self._paused = True  # the time until the next check is shorter than check_s
 
     def body(self, size: int) -> None:
-        """Bytes of the request's body."""
+        """Record received bytes of the request's body."""
         self._body_bytes += size
 
     def ended_body(self) -> None:
-        """The request is complete."""
+        """Record the end of the request."""
         if self._part is not Part.IDLE:
             self._part = Part.ANSWER
 
     def paused(self) -> None:
-        """The gateway has not read, or does not now."""
+        """Record that the gateway paused reading since the last check."""
         self._paused = True
 
     def answered(self, now: float, *, complete: bool) -> None:
-        """The response is sent. `complete`: the request's body has been read to its end."""
+        """Record that the response is sent. `complete`: the request's body has been received whole."""
         self._part = Part.IDLE if complete else Part.LEFTOVER
         self._since = now
 
     def ended_leftover(self, now: float) -> None:
-        """The rest of a body whose request was answered before has come."""
+        """Record the end of a body whose request was answered before."""
         self._part = Part.IDLE
         self._since = now
 
     def overdue(self, now: float, unsent_bytes: int = 0) -> Late | None:
-        """Why the connection is to be cut now. `unsent_bytes`: what the client has yet to take."""
+        """The reason for closing the connection now, or None. `unsent_bytes`: bytes that the client has not read."""
         if self._unread(now, unsent_bytes):
             return Late.UNREAD
         waited, limits = now - self._since, self._limits

@@ -1,1 +1,1 @@
-"""OpenAI's HTTP API."""
+"""The OpenAI-compatible HTTP API."""

@@ -1,8 +1,8 @@
-"""Pieces, usage, models and errors as OpenAI's JSON, whole or as server-sent events.
+"""Encoding of pieces, usage, models and errors as OpenAI's JSON, complete or as server-sent events.
 
-A stream's event is text that was rendered when the call began, around the escaped piece: one is made for each token,
-and a JSON encoder that walks a dictionary would cost more than sending it. All is ASCII: some clients split lines at
-U+2028 and U+0085, which JSON leaves unescaped otherwise.
+Each token is an event. The JSON around its text is rendered once per call: encoding a dictionary for each token would
+cost more than sending it. The output is ASCII, as some clients split lines at U+2028 and U+0085, which JSON does
+not escape otherwise.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DONE: Final = b"data: [DONE]\n\n"
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
-_escape = json.encoder.encode_basestring_ascii  # what the encoder calls for a string, in C
+_escape = json.encoder.encode_basestring_ascii  # the C function that the encoder uses for strings
 
 _ERROR_TYPES: Mapping[int, str] = {
     401: "authentication_error",
@@ -43,7 +43,7 @@ def body(value: object) -> bytes:
 
 
 def error_body(message: str, status: int, code: str, param: str | None = None) -> bytes:
-    """OpenAI's error object."""
+    """An error as OpenAI's error object."""
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return body({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
@@ -55,7 +55,7 @@ def call_error_body(error: CallError) -> bytes:
 
 
 def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
-    """How limits stand; the pause in whole seconds for everyone, and in milliseconds as OpenAI's clients prefer it."""
+    """Headers of an error: the rate limits, and the retry delay in whole seconds and, for OpenAI's clients, in ms."""
     headers = as_headers(error.headers)
     if error.retry_after_s is None:
         return headers
@@ -67,7 +67,7 @@ def retry_headers(error: CallError) -> list[tuple[bytes, bytes]]:
 
 
 def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
-    """As HTTP writes them."""
+    """Headers as bytes."""
     return [(name.encode("ascii"), value.encode("ascii")) for name, value in pairs]
 
 
@@ -75,7 +75,7 @@ def as_headers(pairs: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
 
 
 def usage_of(usages: Sequence[CallUsage]) -> dict[str, Any]:
-    """The counts of a request's calls together."""
+    """The sum of the token counts of a request's calls."""
     prompt = sum(u.prompt_tokens for u in usages)
     completion = sum(u.completion_tokens for u in usages)
     return {
@@ -87,7 +87,7 @@ def usage_of(usages: Sequence[CallUsage]) -> dict[str, Any]:
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Log probabilities of a chat's tokens."""
+    """Log probabilities in the shape of chat completions."""
     return {"content": [{**_token(t), "top_logprobs": [_token(other) for other in t.top]} for t in logprobs]}
 
 
@@ -96,13 +96,13 @@ def _token(t: TokenLogprob) -> dict[str, Any]:
 
 
 class TextOffsets:
-    """Where each next token of a completion's choices begins, in characters of the tokens before it."""
+    """Text offsets of a completion's tokens, counted in characters of the choice's earlier tokens."""
 
     def __init__(self) -> None:
         self._next: defaultdict[int, int] = defaultdict(int)
 
     def logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Log probabilities of a choice's next tokens."""
+        """Log probabilities of a choice's next tokens in the shape of completions."""
         offsets = []
         for t in logprobs:
             offsets.append(self._next[index])
@@ -119,7 +119,7 @@ class TextOffsets:
 
 
 class SseStream(ABC):
-    """Renders the events of one answer. Subclasses say how a choice looks."""
+    """Renders the events of one answer. Subclasses define the shape of a choice."""
 
     kind = ""
     before_text = ""
@@ -137,7 +137,7 @@ class SseStream(ABC):
         self._starts: dict[int, str] = {}
 
     def events(self, call: Call, pieces: Sequence[Piece], shift: int = 0) -> bytes:
-        """One event for each piece. `shift` is the index of the call's first choice in the answer."""
+        """Render one event for each piece. `shift`: the index of the call's first choice in the answer."""
         parts = []
         for piece in pieces:
             if piece.finish_reason or piece.first or piece.logprobs or self.continuous_usage:
@@ -147,7 +147,7 @@ class SseStream(ABC):
         return b"".join(parts)
 
     def text(self, index: int, text: str) -> bytes:
-        """The event of a piece with text alone, for a choice that has begun; not with continuous usage."""
+        """Render a piece with only a text, of a choice that has begun; not with continuous usage."""
         start = self._starts.get(index)
         if start is None:
             start = self._starts[index] = f'{self._head}{{"index":{index},{self.before_text}'
@@ -167,18 +167,18 @@ class SseStream(ABC):
         return self._head + _encode(choice) + end
 
     def end(self, usages: Sequence[CallUsage]) -> bytes:
-        """What follows the last piece."""
+        """The events after the last piece: usage if requested, and [DONE]."""
         if not self._include_usage:
             return DONE
         return f'{self._head}],"usage":{_encode(usage_of(usages))}}}\n\n'.encode("ascii") + DONE
 
     @abstractmethod
     def _content(self, piece: Piece) -> dict[str, Any]:
-        """The piece's text under the name that this kind of answer has for it."""
+        """The fields of a choice that hold the piece's text."""
 
     @abstractmethod
     def _logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """The piece's log probabilities in this kind's shape."""
+        """The piece's log probabilities in the shape of this API."""
 
 
 class ChatStream(SseStream):
@@ -214,20 +214,20 @@ class CompletionStream(SseStream):
 
 
 def keep_alive(progress: Progress) -> bytes:
-    """A comment, which event streams let their readers skip: nothing but a sign of life, or how far a start is."""
+    """An event stream comment, which clients ignore: a sign of life, or the progress of a starting model."""
     if not progress.eta_s:
         return KEEP_ALIVE
-    told = f"{progress.state} {progress.fraction:.0%}, about {progress.eta_s:.0f} s to go"
-    return f": {told}\n\n".encode()
+    text = f"{progress.state} {progress.fraction:.0%}, about {progress.eta_s:.0f} s to go"
+    return f": {text}\n\n".encode()
 
 
 class SseEncoder:
-    """A call's pieces as events of a stream; see relay.Voice."""
+    """Encodes a call's pieces as server-sent events; a calls.stream_writer.ChunkEncoder."""
 
     __slots__ = ("_call", "_progress", "_shift", "_stream", "ended", "plain")
 
     def __init__(self, call: Call, stream: SseStream, shift: int, progress: Callable[[Call], Progress]) -> None:
-        """`progress`: where a silent call is."""
+        """`progress`: returns the progress of a call without output."""
         self._progress = progress
         self.ended = False
         self._call = call
@@ -236,11 +236,11 @@ class SseEncoder:
         self.plain = len(call.sequences) == 1 and not stream.continuous_usage
 
     def text(self, text: str) -> bytes:
-        """See relay.Voice."""
+        """See ChunkEncoder."""
         return self._stream.text(self._shift, text)
 
     def take(self) -> bytes:
-        """See relay.Voice."""
+        """See ChunkEncoder."""
         call = self._call
         if self.plain and (text := call.take_text()) is not None:
             return self.text(text) if text else b""
@@ -255,7 +255,7 @@ class SseEncoder:
 
 
 def error_event(error: CallError) -> bytes:
-    """An error in mid-stream. No [DONE] follows it: the answer is not whole."""
+    """An error within a stream. No [DONE] follows, as the answer is incomplete."""
     return b"data: " + call_error_body(error) + b"\n\n"
 
 
@@ -263,7 +263,7 @@ def error_event(error: CallError) -> bytes:
 
 
 def chat_answer(answer_id: str, model: str, created: int, calls: Sequence[Call], pieces: Sequence[Piece]) -> bytes:
-    """A whole chat answer; one piece for each choice."""
+    """A complete chat answer; one piece for each choice."""
     choices = [
         {
             "index": p.index,
@@ -279,7 +279,7 @@ def chat_answer(answer_id: str, model: str, created: int, calls: Sequence[Call],
 def completion_answer(
     answer_id: str, model: str, created: int, calls: Sequence[Call], pieces: Sequence[Piece]
 ) -> bytes:
-    """A whole completion; one piece for each choice, of all prompts."""
+    """A complete completion; one piece for each choice of all prompts."""
     offsets = TextOffsets()
     choices = [
         {
@@ -303,7 +303,7 @@ def _answer(
 
 
 def model_card(model: KnownModel, aliases: Sequence[str], created: int) -> dict[str, Any]:
-    """A model as /v1/models shows it; what OpenAI's shape does not have comes after it."""
+    """A model in the shape of /v1/models; fields that OpenAI does not have come last."""
     return {
         "id": model.name,
         "object": "model",

@@ -1,8 +1,8 @@
-"""OpenAI's HTTP API over the CallService: the other codec of the one service.
+"""The OpenAI-compatible HTTP API of a CallService, as an ASGI application.
 
-An ASGI application; only the pieces of a stream pass by it, through http_relay. A response starts with its first
-piece or its first sign of life, so that whatever fails before has its own status code. HTTP has no deadlines; instead
-a client that goes away ends its call at once, wherever it is.
+Pieces of a stream bypass ASGI: a StreamWriter writes them to the connection. A response starts with its first piece
+or keep-alive comment, so an earlier failure has its own status code. HTTP has no deadlines; instead a call is
+cancelled as soon as its client disconnects.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ _EVENTS = [
 
 
 class ClientConnection(Transport, Protocol):
-    """What the server puts there."""
+    """The connection of a request, which the server puts into its ASGI scope."""
 
     transport: Any
 
     def watch(self, lost: Callable[[], None]) -> None:
-        """Call this once the client is gone, or soon where it is gone already."""
+        """Call `lost` once the client is gone, or soon if it is already."""
 
     def unwatch(self, lost: Callable[[], None]) -> None:
-        """No longer."""
+        """Stop calling `lost`."""
 
     def prove(self) -> None:
-        """The client has shown a credential that was accepted."""
+        """Record that the client presented a valid credential."""
 
     def charge_refusal(self) -> None:
-        """A request is about to be refused."""
+        """Count a refused request."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What differs between chat and completion."""
+    """The encoders of chat or of completion."""
 
     name: str
     stream: type[answers.SseStream]
@@ -80,7 +80,7 @@ _COMPLETION = _Kind("completion", answers.CompletionStream, answers.completion_a
 
 
 class Exchange:
-    """One request and its response."""
+    """A request and its response."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
@@ -88,17 +88,17 @@ class Exchange:
         self.send = send
         self.started = False
         self.principal = ANYBODY
-        self.standing: list[tuple[bytes, bytes]] = []
-        """Headers of how the caller's limits stand, for an answer that is no error."""
+        self.limit_headers: list[tuple[bytes, bytes]] = []
+        """Headers with the caller's rate limits, for a successful answer."""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self.header(b"x-request-id")) or random_id()
 
     def header(self, name: bytes) -> str:
-        """A header's value; empty where there is none."""
+        """A header's value; "" if absent."""
         return self.headers.get(name, b"").decode("latin-1")
 
-    def shown(self, certificates: bool) -> Credentials:
-        """What the caller shows; its certificate where `certificates` count."""
+    def credentials(self, certificates: bool) -> Credentials:
+        """The credentials that the caller presents; with its certificate if `certificates` are accepted."""
         authorization = tuple(v.decode("latin-1") for name, v in self.scope["headers"] if name == b"authorization")
         host, port = self.scope.get("client") or ("", 0)
         tls = self.scope[CONNECTION].transport.get_extra_info("ssl_object") if certificates else None
@@ -106,25 +106,25 @@ class Exchange:
         return Credentials(authorization, names, f"{host}:{port}")
 
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        """Status and headers."""
+        """Send the status and headers."""
         self.started = True
         common = [(b"date", formatdate(usegmt=True).encode()), (b"x-request-id", self.request_id.encode())]
         await self.send({"type": "http.response.start", "status": status, "headers": [*common, *headers]})
 
     async def write(self, part: bytes, more: bool = True) -> None:
-        """A part of a stream of events; the first begins it."""
+        """Send a part of an event stream; the first call starts the response."""
         if not self.started:
-            await self.start(200, [*_EVENTS, *self.standing])
+            await self.start(200, [*_EVENTS, *self.limit_headers])
         await self.send({"type": "http.response.body", "body": part, "more_body": more})
 
-    async def whole(self, status: int, content: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        """A whole JSON response."""
+    async def respond(self, status: int, content: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Send a complete JSON response."""
         length = (b"content-length", b"%d" % len(content))
         await self.start(status, [(b"content-type", b"application/json"), length, *headers])
         await self.send({"type": "http.response.body", "body": content, "more_body": False})
 
     async def fail(self, error: CallError) -> None:
-        """A call's error: as the response, or within a stream that has begun."""
+        """Send a call's error: as the response, or as an event of a stream that has begun."""
         if self.started:
             await self.write(answers.error_event(error), more=False)
         else:
@@ -132,19 +132,19 @@ class Exchange:
             headers = answers.retry_headers(error)
             if status == 401:
                 headers.append((b"www-authenticate", b"Bearer"))
-            await self.whole(status, answers.call_error_body(error), headers)
+            await self.respond(status, answers.call_error_body(error), headers)
 
 
 class _Endpoint:
-    """A route's ASGI application: the methods it takes, and the one place where errors become responses.
+    """The ASGI application of a route: checks the HTTP method and maps errors to responses.
 
-    With a `door` who calls is asked before the body is read.
+    With an `authenticator` the caller is authenticated before the body is read.
     """
 
     def __init__(
-        self, method: str, answer: Callable[[Exchange], Awaitable[None]], door: Authenticator | None = None
+        self, method: str, answer: Callable[[Exchange], Awaitable[None]], authenticator: Authenticator | None = None
     ) -> None:
-        self._door = door
+        self._authenticator = authenticator
         self._methods = ("GET", "HEAD") if method == "GET" else (method,)
         self._answer = answer
 
@@ -154,8 +154,10 @@ class _Endpoint:
             if scope["method"] not in self._methods:
                 allow = [(b"allow", ", ".join(self._methods).encode())]
                 raise Refused(405, "method_not_allowed", f"use {self._methods[0]} on {scope['path']}", allow)
-            if self._door is not None:
-                exchange.principal = await self._door.principal(exchange.shown(self._door.by_certificate))
+            if self._authenticator is not None:
+                exchange.principal = await self._authenticator.principal(
+                    exchange.credentials(self._authenticator.by_certificate)
+                )
                 scope[CONNECTION].prove()
             await self._answer(exchange)
         except ConnectionResetError:
@@ -163,41 +165,41 @@ class _Endpoint:
         except Refused as refused:
             scope[CONNECTION].charge_refusal()
             content = answers.error_body(str(refused), refused.status, refused.code)
-            await exchange.whole(refused.status, content, refused.headers)
+            await exchange.respond(refused.status, content, refused.headers)
         except CallError as error:
             scope[CONNECTION].charge_refusal()
             await exchange.fail(error)
-        except Exception:  # no traceback reaches a caller; it is in the log under the request's id
+        except Exception:  # callers get no traceback; it is logged with the request id
             log.exception("unexpected", request_id=exchange.request_id)
             message = f"unexpected failure; quote request id {exchange.request_id}"
             await exchange.fail(CallError(Outcome.INTERNAL, message))
 
 
 class OpenAiApi:
-    """The HTTP face of a CallService, as an ASGI application."""
+    """The OpenAI-compatible API of a CallService."""
 
     def __init__(self, service: CallService, bodies: RequestBodies) -> None:
         self._service = service
         self._bodies = bodies
         self._created = int(time.time())
-        self._relay: ChunkDelivery | None = None
+        self._delivery: ChunkDelivery | None = None
 
     def app(self) -> Application:
-        """All routes."""
-        door = self._service.door
+        """The ASGI application with all routes."""
+        authenticator = self._service.door
         endpoints = {
-            "/v1/chat/completions": _Endpoint("POST", lambda exchange: self._call(_CHAT, exchange), door),
-            "/v1/completions": _Endpoint("POST", lambda exchange: self._call(_COMPLETION, exchange), door),
-            "/v1/models": _Endpoint("GET", self._models, door),
-            "/v1/models/{name:path}": _Endpoint("GET", self._model, door),
+            "/v1/chat/completions": _Endpoint("POST", lambda exchange: self._call(_CHAT, exchange), authenticator),
+            "/v1/completions": _Endpoint("POST", lambda exchange: self._call(_COMPLETION, exchange), authenticator),
+            "/v1/models": _Endpoint("GET", self._models, authenticator),
+            "/v1/models/{name:path}": _Endpoint("GET", self._model, authenticator),
             "/health": _Endpoint("GET", self._health),
             "/ready": _Endpoint("GET", self._ready),
         }
         routes = [Route(path, endpoint, name=path) for path, endpoint in endpoints.items()]
-        router = Router(routes, redirect_slashes=False, default=_nowhere)
+        router = Router(routes, redirect_slashes=False, default=_not_found)
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            """The router asks its expressions in turn; most paths need none."""
+            """Look up the path first: the router tries its expressions in turn, and most paths need none."""
             endpoint = endpoints.get(scope.get("path", "")) if scope["type"] == "http" else None
             await (endpoint or router)(scope, receive, send)
 
@@ -207,7 +209,7 @@ class OpenAiApi:
 
     async def _call(self, kind: _Kind, exchange: Exchange) -> None:
         media_type = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if media_type != b"application/json":  # also what keeps other sites' pages from posting here unasked
+        if media_type != b"application/json":  # also prevents cross-site form posts
             raise Refused(415, "unsupported_media_type", "content-type must be application/json")
         connection = exchange.scope[CONNECTION]
         trace = traceparent(exchange.header(b"traceparent"))
@@ -215,106 +217,109 @@ class OpenAiApi:
         meta = await self._service.count(meta)
         length = exchange.headers.get(b"content-length", b"")
         async with self._bodies.read(exchange.receive, connection, length, meta.tenant) as content:
-            most_ids = partial(self._service.longest_context, meta.principal)
-            asked = await self._service.bodies.http(kind.name, content, meta.tenant, most_ids)
-        answer = self._stream if asked.stream else self._whole
-        await _while_connected(answer(kind, asked, meta, exchange), connection)
+            max_ids = partial(self._service.longest_context, meta.principal)
+            parsed = await self._service.bodies.http(kind.name, content, meta.tenant, max_ids)
+        answer = self._stream if parsed.stream else self._whole
+        await _while_connected(answer(kind, parsed, meta, exchange), connection)
 
-    async def _stream(self, kind: _Kind, asked: ParsedRequest, meta: CallMeta, exchange: Exchange) -> None:
+    async def _stream(self, kind: _Kind, parsed: ParsedRequest, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:
-            calls = await self._open(asked, meta, stack)
-            exchange.standing = answers.as_headers(calls[-1].headers)
+            calls = await self._open(parsed, meta, stack)
+            exchange.limit_headers = answers.as_headers(calls[-1].headers)
             stream = kind.stream(
                 calls[0].id,
                 calls[0].model,
                 int(time.time()),
-                include_usage=asked.include_usage,
-                continuous_usage=asked.continuous_usage,
+                include_usage=parsed.include_usage,
+                continuous_usage=parsed.continuous_usage,
             )
             try:
-                n = asked.wishes[0].options.n
-                await _all([self._relay_call(call, stream, i * n, exchange) for i, call in enumerate(calls)])
+                n = parsed.requests[0].options.n
+                await _run_all([self._stream_call(call, stream, i * n, exchange) for i, call in enumerate(calls)])
             except CallError as error:
-                raise as_asked(error, asked.names) from None
-        # The calls' places are free by now, however slowly the end is read.
+                raise as_asked(error, parsed.names) from None
+        # The calls have released their slots by now, however slowly the client reads the end.
         await exchange.write(stream.end([call.usage for call in calls]), more=False)
 
-    async def _relay_call(self, call: Call, stream: answers.SseStream, shift: int, exchange: Exchange) -> None:
-        """Send a call's pieces as they come, until its end has been told."""
-        voice = answers.SseEncoder(call, stream, shift, self._service.progress)
+    async def _stream_call(self, call: Call, stream: answers.SseStream, shift: int, exchange: Exchange) -> None:
+        """Stream a call's pieces until its end has been sent."""
+        encoder = answers.SseEncoder(call, stream, shift, self._service.progress)
         while not exchange.started:
             await call.news()
-            if data := voice.take():
+            if data := encoder.take():
                 await exchange.write(data)
-                if voice.ended:
+                if encoder.ended:
                     return
-        if self._relay is None:
-            self._relay = ChunkDelivery()
-        await StreamWriter(call, voice, exchange.scope[CONNECTION], self._relay).run()
+        if self._delivery is None:
+            self._delivery = ChunkDelivery()
+        await StreamWriter(call, encoder, exchange.scope[CONNECTION], self._delivery).run()
 
-    async def _whole(self, kind: _Kind, asked: ParsedRequest, meta: CallMeta, exchange: Exchange) -> None:
+    async def _whole(self, kind: _Kind, parsed: ParsedRequest, meta: CallMeta, exchange: Exchange) -> None:
         async with AsyncExitStack() as stack:
-            calls = await self._open(asked, meta, stack)
-            exchange.standing = answers.as_headers(calls[-1].headers)
+            calls = await self._open(parsed, meta, stack)
+            exchange.limit_headers = answers.as_headers(calls[-1].headers)
             pieces: list[Piece] = []
             for i, call in enumerate(calls):
                 try:
-                    for piece in await _ended(call):
-                        piece.index += i * asked.wishes[0].options.n
+                    for piece in await _all_pieces(call):
+                        piece.index += i * parsed.requests[0].options.n
                         pieces.append(piece)
                 except CallError as error:
-                    raise as_asked(error, asked.names) from None
+                    raise as_asked(error, parsed.names) from None
         answer = kind.answer(calls[0].id, calls[0].model, int(time.time()), calls, pieces)
-        await exchange.whole(200, answer, exchange.standing)
+        await exchange.respond(200, answer, exchange.limit_headers)
 
-    async def _open(self, asked: ParsedRequest, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
-        """One running call for each prompt."""
+    async def _open(self, parsed: ParsedRequest, meta: CallMeta, stack: AsyncExitStack) -> list[Call]:
+        """Open one call for each prompt."""
         calls = []
-        for i, wish in enumerate(asked.wishes):
+        for i, request in enumerate(parsed.requests):
             try:
-                of_this = meta if i == 0 else replace(meta, counted=False)  # each prompt is a request
-                calls.append(await stack.enter_async_context(self._service.open(wish, of_this)))
+                call_meta = meta if i == 0 else replace(meta, counted=False)  # each prompt counts as a request
+                calls.append(await stack.enter_async_context(self._service.open(request, call_meta)))
             except CallError as error:
-                raise as_asked(error, asked.names, i if len(asked.wishes) > 1 else None) from None
+                raise as_asked(error, parsed.names, i if len(parsed.requests) > 1 else None) from None
         return calls
 
     # ---- models and health
 
     async def _models(self, exchange: Exchange) -> None:
-        directory, who = self._service.directory, exchange.principal
+        directory, principal = self._service.directory, exchange.principal
         cards = [
-            answers.model_card(model, directory.aliases(model, who), self._created) for model in directory.open_to(who)
+            answers.model_card(model, directory.aliases(model, principal), self._created)
+            for model in directory.open_to(principal)
         ]
-        await exchange.whole(200, answers.body({"object": "list", "data": cards}))
+        await exchange.respond(200, answers.body({"object": "list", "data": cards}))
 
     async def _model(self, exchange: Exchange) -> None:
-        directory, who = self._service.directory, exchange.principal
-        model = directory.resolve(exchange.scope["path_params"]["name"], who)
-        await exchange.whole(200, answers.body(answers.model_card(model, directory.aliases(model, who), self._created)))
+        directory, principal = self._service.directory, exchange.principal
+        model = directory.resolve(exchange.scope["path_params"]["name"], principal)
+        await exchange.respond(
+            200, answers.body(answers.model_card(model, directory.aliases(model, principal), self._created))
+        )
 
     async def _health(self, exchange: Exchange) -> None:
-        """The process lives."""
-        await exchange.whole(200, answers.body({"status": "ok"}))
+        """Answer 200 while the process runs."""
+        await exchange.respond(200, answers.body({"status": "ok"}))
 
     async def _ready(self, exchange: Exchange) -> None:
-        """Calls are taken, whether or not a worker is linked: they may wait here for one."""
+        """Answer 200 while calls are accepted, even without a worker: calls may wait for one."""
         if self._service.closing:
             raise CallError(Outcome.NO_WORKER, "this gateway is stopping; call another")
-        await exchange.whole(200, answers.body({"status": "ready"}))
+        await exchange.respond(200, answers.body({"status": "ready"}))
 
 
-async def _nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] != "http":  # a WebSocket: closed before it is accepted
         await send({"type": "websocket.close", "code": 1000})
         return
     scope[CONNECTION].charge_refusal()
     exchange = Exchange(scope, receive, send)
     content = answers.error_body(f"there is nothing at {scope['path']}", 404, "not_found")
-    await exchange.whole(404, content)
+    await exchange.respond(404, content)
 
 
-async def _ended(call: Call) -> list[Piece]:
-    """All pieces of a call that has ended. Raises its error, whatever text came before it."""
+async def _all_pieces(call: Call) -> list[Piece]:
+    """Wait for a call's end and return all its pieces. Raises the call's error, even if there was text before it."""
     while not call.finished and call.error is None:
         await call.news()
     pieces = call.take()
@@ -323,11 +328,11 @@ async def _ended(call: Call) -> list[Piece]:
     return pieces
 
 
-async def _all(works: Sequence[Awaitable[None]]) -> None:
-    """Run all; the first error ends the others and is raised by itself."""
-    if len(works) == 1:
-        return await works[0]
-    tasks = [asyncio.ensure_future(work) for work in works]
+async def _run_all(awaitables: Sequence[Awaitable[None]]) -> None:
+    """Run all concurrently. The first error cancels the others and is raised."""
+    if len(awaitables) == 1:
+        return await awaitables[0]
+    tasks = [asyncio.ensure_future(work) for work in awaitables]
     try:
         await asyncio.gather(*tasks)
     finally:
@@ -337,7 +342,7 @@ async def _all(works: Sequence[Awaitable[None]]) -> None:
 
 
 async def _while_connected(work: Awaitable[None], connection: ClientConnection) -> None:
-    """Run to the end, or until the client is gone. Raises ConnectionResetError."""
+    """Await `work`; cancel it and raise ConnectionResetError if the client disconnects."""
     task, gone = asyncio.current_task(), False
 
     def lost() -> None:
@@ -350,7 +355,7 @@ async def _while_connected(work: Awaitable[None], connection: ClientConnection) 
     try:
         await work
     except asyncio.CancelledError:
-        if not gone or (task is not None and task.uncancel()):  # somebody else has ended it
+        if not gone or (task is not None and task.uncancel()):  # cancelled for another reason
             raise
         raise ConnectionResetError from None
     finally:

@@ -1,4 +1,4 @@
-"""JSON objects of requests, read field by field: what has the wrong type is told by its path, null is absent."""
+"""Typed access to the fields of a request's JSON objects. Errors name the field's path; null counts as absent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INT64 = (1 << 63) - 1
 
 
 def read_object(body: bytes) -> Fields:
-    """The JSON object that a request's body is. Raises CallError."""
+    """Parse a request's body as a JSON object. Raises CallError."""
     value = parse("", body, BODY)
     if not isinstance(value, dict):
         raise invalid("body", f"must be a JSON object, got {kind(value)}")
@@ -21,7 +21,7 @@ def read_object(body: bytes) -> Fields:
 
 
 class Fields:
-    """One JSON object. Every reader gives None, or its default, for what is absent or null, and raises CallError."""
+    """A JSON object. Readers return None or their default for a field that is absent or null, and raise CallError."""
 
     def __init__(self, values: Mapping[str, Any], at: str = "") -> None:
         self.values = values
@@ -32,7 +32,7 @@ class Fields:
         return f"{self.at}.{name}" if self.at else name
 
     def wrong(self, name: str, must: str) -> CallError:
-        """The error for a field that is not what it must be."""
+        """The error for a field of the wrong type."""
         return invalid(self.path(name), f"must be {must}, got {kind(self.values.get(name))}")
 
     def text(self, name: str) -> str | None:
@@ -50,23 +50,23 @@ class Fields:
         return bool(value)
 
     def integer(self, name: str, largest: int = INT32) -> int | None:
-        """A whole number that fits."""
+        """A whole number between -largest - 1 and largest."""
         value = self.values.get(name)
         return None if value is None else whole(self.path(name), value, largest)
 
     def number(self, name: str) -> float | None:
-        """A number that a float can hold. NaN and infinity pass: a field's own range has a better word for them."""
+        """A number that a float can hold. NaN and infinity pass; the field's range check reports them better."""
         value = self.values.get(name)
         return None if value is None else real(self.path(name), value)
 
     def at_most(self, most: int, what: str, name: str = "") -> None:
-        """Refuse this object, or the array or object of that name, where it has more members."""
+        """Refuse this object, or its array or object `name`, if it has more than `most` members."""
         path, value = (self.path(name), self.values.get(name)) if name else (self.at, self.values)
         if isinstance(value, list | Mapping) and len(value) > most:
             raise invalid(path, f"at most {most} {what}, got {len(value)}")
 
     def strings(self, name: str, most: int | None = None) -> tuple[str, ...]:
-        """An array of strings, or one string; empty when absent. One of more than `most` is not looked through."""
+        """An array of strings, or one string; empty when absent. More than `most` are refused unread."""
         value = self.values.get(name)
         if isinstance(value, str):
             return (value,)
@@ -78,12 +78,12 @@ class Fields:
         return tuple(self.array(name))
 
     def integers(self, name: str, most: int) -> tuple[int, ...]:
-        """An array of whole numbers; empty when absent. One of more than `most` is not looked through."""
+        """An array of whole numbers; empty when absent. More than `most` are refused unread."""
         self.at_most(most, "token ids", name)
         return whole_numbers(self.path(name), self.array(name))
 
     def array(self, name: str) -> Sequence[Any]:
-        """Any array; empty when absent."""
+        """An array of any values; empty when absent."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, list):
             raise self.wrong(name, "an array")
@@ -101,7 +101,7 @@ class Fields:
         return [self.member(name, i) for i in range(len(self.array(name)))]
 
     def member(self, name: str, i: int) -> Fields:
-        """An array's member that is an object."""
+        """The object at index `i` of an array."""
         item = self.array(name)[i]
         if not isinstance(item, dict):
             raise invalid(f"{self.path(name)}[{i}]", f"must be an object, got {kind(item)}")
@@ -109,7 +109,7 @@ class Fields:
 
 
 def whole(path: str, value: object, largest: int = INT32) -> int:
-    """A whole number of JSON (3.0 is one). Raises CallError."""
+    """A JSON number as an int; 3.0 is accepted. Raises CallError."""
     if isinstance(value, float) and value.is_integer() and abs(value) <= largest:
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -120,7 +120,7 @@ def whole(path: str, value: object, largest: int = INT32) -> int:
 
 
 def whole_numbers(path: str, values: Sequence[Any]) -> tuple[int, ...]:
-    """Whole numbers of an array. Raises CallError naming the first that is none."""
+    """An array's values as ints. Raises CallError that names the first invalid one."""
     for i, value in enumerate(values):
         if type(value) is not int or not -INT32 <= value <= INT32:
             return (*values[:i], *(whole(f"{path}[{i + j}]", item) for j, item in enumerate(values[i:])))
@@ -128,10 +128,10 @@ def whole_numbers(path: str, values: Sequence[Any]) -> tuple[int, ...]:
 
 
 def real(path: str, value: object) -> float:
-    """A number of JSON as a float. Raises CallError."""
+    """A JSON number as a float. Raises CallError."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise invalid(path, f"must be a number, got {kind(value)}")
     try:
         return float(value)
     except OverflowError:
-        raise invalid(path, "is larger than any number that can be computed with") from None
+        raise invalid(path, "is too large for a 64-bit floating point number") from None

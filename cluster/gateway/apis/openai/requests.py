@@ -1,7 +1,7 @@
-"""From OpenAI's request bodies, with vLLM's extensions under the names of its server, to wishes.
+"""Parsing of OpenAI request bodies, with vLLM's extensions, into generation requests.
 
-A field that changes the answer and is not served is refused by name; hints and unknown fields are ignored, as OpenAI's
-servers do. Names and shapes are those of vLLM 0.32's `entrypoints/openai/*/protocol.py`.
+A field that would change the answer and is not supported is refused by name; hints and unknown fields are ignored, as
+OpenAI's servers do. Names and shapes are those of vLLM 0.32's `entrypoints/openai/*/protocol.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_PROMPTS = 128
 MAX_SALT_CHARS = 512
 _TOKEN_ID = re.compile(r"-?[0-9]{1,10}")
 
-# Fields that are known, would change the answer, and are not served: refused unless they say what happens anyway.
+# Known fields that would change the answer and are not supported: refused unless they hold one of these values.
 _UNSERVED: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (),
     "allowed_token_ids": ([],),
@@ -115,7 +115,7 @@ _INSTEAD = {name: "use structured_outputs" for name in _UNSERVED if name.startsw
 
 
 def unsupported(path: str, remedy: str = "leave it out") -> CallError:
-    """A field that this release knows and does not serve."""
+    """The error for a known field that this release does not support."""
     return CallError(
         Outcome.UNSUPPORTED_FEATURE,
         f"{path}: not supported in this release; {remedy}",
@@ -125,12 +125,12 @@ def unsupported(path: str, remedy: str = "leave it out") -> CallError:
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request's body: one wish for each prompt, and how the answer is wanted.
+    """A parsed body: one generation request for each prompt, and the options of the answer.
 
-    `names` says under which names the caller knows a wish's fields.
+    `names` maps fields of a generation request to the caller's names for them.
     """
 
-    wishes: Sequence[GenerationRequest]
+    requests: Sequence[GenerationRequest]
     stream: bool = False
     include_usage: bool = False
     continuous_usage: bool = False
@@ -138,7 +138,7 @@ class ParsedRequest:
 
 
 def as_asked(error: CallError, names: Mapping[str, str], prompt: int | None = None) -> CallError:
-    """The error with its fields under the caller's names; `prompt` says which of several prompts it is about."""
+    """The error with the caller's field names; `prompt`: the index of its prompt, if there are several."""
     if not error.violations:
         return error
     renamed = [Violation(_renamed(v.field, names, prompt), v.description) for v in error.violations]
@@ -158,7 +158,7 @@ def _renamed(field: str, names: Mapping[str, str], prompt: int | None) -> str:
 
 
 def chat_asked(body: Fields) -> ParsedRequest:
-    """/v1/chat/completions. Raises CallError."""
+    """Parse a body of /v1/chat/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_CHAT)
     messages = _messages(body)
     kwargs = body.object("chat_template_kwargs")
@@ -179,36 +179,36 @@ def chat_asked(body: Fields) -> ParsedRequest:
     )
     length = "max_tokens" if body.values.get("max_completion_tokens") is None else "max_completion_tokens"
     options = _options(body, length, *_chat_logprobs(body))
-    wish = GenerationRequest(
+    request = GenerationRequest(
         body.text("model") or "", prompt, options, cache_salt=_salt(body), metadata=_metadata(body)
     )
-    return _asked(body, [wish], {"max_tokens": length, "logprobs": "top_logprobs"})
+    return _parsed(body, [request], {"max_tokens": length, "logprobs": "top_logprobs"})
 
 
 def completion_asked(body: Fields) -> ParsedRequest:
-    """/v1/completions. Raises CallError."""
+    """Parse a body of /v1/completions. Raises CallError."""
     _refuse_unserved(body, _UNSERVED_COMPLETION)
     best_of = body.integer("best_of")
     if best_of is not None and best_of != (body.integer("n") or 1):
         raise unsupported("best_of", "ask for n choices and pick one")
     logprobs = body.integer("logprobs")
-    # OpenAI's shape has the sampled token beside the k most likely ones: one more is told than is asked of the engine.
+    # OpenAI returns the sampled token besides the k most likely ones: one more than the engine is asked for.
     options = _options(body, "max_tokens", logprobs, None if logprobs is None else logprobs + 1)
     model, salt, metadata = body.text("model") or "", _salt(body), _metadata(body)
-    wishes = [
+    requests = [
         GenerationRequest(model, prompt, options, DEFAULT_COMPLETE_TOKENS, salt, metadata) for prompt in _prompts(body)
     ]
-    return _asked(body, wishes, {"prompt_token_ids": "prompt"})
+    return _parsed(body, requests, {"prompt_token_ids": "prompt"})
 
 
-def _asked(body: Fields, wishes: Sequence[GenerationRequest], names: Mapping[str, str]) -> ParsedRequest:
+def _parsed(body: Fields, requests: Sequence[GenerationRequest], names: Mapping[str, str]) -> ParsedRequest:
     stream = body.flag("stream")
     options = body.object("stream_options")
     if options is not None and not stream:
         raise invalid("stream_options", "needs stream to be true")
     usage = options is not None and options.flag("include_usage")
     continuous = options is not None and options.flag("continuous_usage_stats")
-    return ParsedRequest(wishes, stream, usage, usage and continuous, names)
+    return ParsedRequest(requests, stream, usage, usage and continuous, names)
 
 
 def _metadata(body: Fields) -> dict[str, str]:
@@ -237,9 +237,9 @@ def _refuse_unserved(body: Fields, unserved: Mapping[str, tuple[Any, ...]]) -> N
 
 
 def _prompts(body: Fields) -> list[Prompt]:
-    """A string, an array of strings, an array of token ids, or an array of such arrays."""
+    """The prompts of a string, an array of strings, an array of token ids, or an array of such arrays."""
     value = body.values.get("prompt")
-    if hasattr(value, "dtype"):  # an array of a helper's: this module does without numpy, for the sake of the start
+    if hasattr(value, "dtype"):  # a helper's array; numpy is not imported here, to keep the start fast
         return [IdsPrompt(cast("Sequence[int]", value))]
     if isinstance(value, str) and value:
         return [TextPrompt(value)]
@@ -251,10 +251,10 @@ def _prompts(body: Fields) -> list[Prompt]:
         return [IdsPrompt(whole_numbers("prompt", value))]
     if len(value) > MAX_PROMPTS:
         raise invalid("prompt", f"at most {MAX_PROMPTS} prompts in one request, got {len(value)}")
-    return [_one_prompt(f"prompt[{i}]", item) for i, item in enumerate(value)]
+    return [_array_prompt(f"prompt[{i}]", item) for i, item in enumerate(value)]
 
 
-def _one_prompt(path: str, value: object) -> Prompt:
+def _array_prompt(path: str, value: object) -> Prompt:
     match value:
         case str() | list() if not value:
             raise invalid(path, "must not be empty")
@@ -275,7 +275,7 @@ def _messages(body: Fields) -> list[Mapping[str, Any]]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a message is a role and a text, and needs no reading."""
+    """Whether a message holds just a valid role and a text, and can be used as it is."""
     if type(value) is not dict or len(value) != 2:
         return False
     return type(value.get("content")) is str and value.get("role") in ROLES
@@ -301,7 +301,7 @@ def _message(message: Fields) -> dict[str, Any]:
 
 
 def _content(message: Fields) -> str:
-    """Text; text parts on lines of their own, as vLLM does for templates that take plain content."""
+    """The text of a message; parts are joined with newlines, as vLLM does for templates that take plain content."""
     value = message.values.get("content")
     if isinstance(value, str):
         return value
@@ -314,7 +314,7 @@ def _content(message: Fields) -> str:
         if type_ not in ("text", "refusal"):
             if type_ is None:
                 raise invalid(part.path("type"), "is missing; give a part of type text")
-            raise unsupported(part.path("type"), f"{quoted(type_)} parts cannot be read, text parts can")
+            raise unsupported(part.path("type"), f"{quoted(type_)} parts are not supported; send text parts")
         text = part.text(type_)
         if text is None:
             raise invalid(part.path(type_), "is missing")
@@ -371,25 +371,25 @@ def _chat_logprobs(body: Fields) -> tuple[int | None, int | None]:
 
 
 def _logit_bias(body: Fields) -> dict[int, float]:
-    found = body.object("logit_bias")
-    if found is None:
+    entries = body.object("logit_bias")
+    if entries is None:
         return {}
-    found.at_most(MAX_LOGIT_BIAS, "entries")
+    entries.at_most(MAX_LOGIT_BIAS, "entries")
     biases = {}
-    for key, value in found.values.items():
+    for key, value in entries.values.items():
         path = f"logit_bias[{key}]"
         if not _TOKEN_ID.fullmatch(key):
-            raise invalid(path, "token ids are whole numbers")
+            raise invalid(path, "must be a token id, a whole number")
         biases[int(key)] = real(path, value)
     return biases
 
 
 def _grammar(body: Fields) -> Grammar | None:
     form, outputs = body.object("response_format"), body.object("structured_outputs")
-    found = _response_format(form) if form is not None else None
+    grammar = _response_format(form) if form is not None else None
     if outputs is None:
-        return found
-    if found is not None:
+        return grammar
+    if grammar is not None:
         raise invalid("structured_outputs", "give either response_format or structured_outputs, not both")
     return _structured_outputs(outputs)
 
@@ -430,7 +430,7 @@ def _structured_outputs(outputs: Fields) -> Grammar | None:
 
 
 def _schema(path: str, value: object) -> str:
-    """A schema as JSON text; vLLM's server takes one as an object or as text."""
+    """A schema as JSON text. Like vLLM's server, accepts an object or a text."""
     if isinstance(value, str):
         value = parse(path, value)
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What the admin API brings about beyond its answers: at other gateways, in running calls, without its database."""
+"""Effects of the admin API beyond its answers: at other gateways, on running calls, and without its database."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
 
 @asynccontextmanager
 async def operator_of(keyed: Keyed) -> AsyncIterator[AdminClient]:
-    """An operator's client that is known."""
+    """Return an operator's client, once the gateway knows its key."""
     key = await role_key(keyed.ledger, "ops", "operator")
     async with AdminClient(keyed.gateway.endpoints["admin"], key) as client:
         await until_known(client, "Catalog.List", admin_pb2.ListRequest())
@@ -38,15 +38,15 @@ async def operator_of(keyed: Keyed) -> AsyncIterator[AdminClient]:
 
 
 async def add_worker(cluster: TestCluster, checkpoint: Path, bundle: Bundle, **more: Any) -> None:
-    """Whose calls can be long."""
+    """Start a worker with long answers."""
     engine = sim_engine(checkpoint, decode_ms=2, max_model_len=200_000, kv_blocks=40_000, **more)
     await cluster.add_worker(engine, bundle)
 
 
 @pytest.mark.slow
 async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """What one gateway's admin API changes is so at the other: a tenant and its key made, suspended, resumed, the key
-    revoked; its running calls end at both."""
+    """Changes made at one gateway apply at the other: a tenant and its key are created, suspended, resumed and the key
+    revoked. Its running calls end at both."""
     text = keyed_text(tmp_path)
     async with (
         keyed_cluster(tmp_path) as keyed,
@@ -61,7 +61,7 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
         made = await operator.ask("Keys.Create", tenants_pb2.CreateKeyRequest(parent="tenants/lab"))
         key = made.secret
 
-        async def told(cluster: TestCluster) -> str:
+        async def outcome(cluster: TestCluster) -> str:
             try:
                 await cluster.stub.ListModels(pb.ListModelsRequest(), metadata=bearer(key))
             except grpc.aio.AioRpcError as error:
@@ -70,10 +70,10 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
 
         async def soon(code: str) -> None:
             for cluster in clusters:
-                await eventually(lambda c=cluster: said(c, code), f"{code} at each gateway", 2.0)  # type: ignore[misc]
+                await eventually(lambda c=cluster: answers_with(c, code), f"{code} at each gateway", 2.0)  # type: ignore[misc]
 
-        async def said(cluster: TestCluster, code: str) -> bool:
-            return await told(cluster) == code
+        async def answers_with(cluster: TestCluster, code: str) -> bool:
+            return await outcome(cluster) == code
 
         await soon("OK")
         streams = [cluster.stub.StreamChat(chat(**LONG), metadata=bearer(key)) for cluster in clusters]
@@ -84,7 +84,7 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
         began = time.monotonic()
         ends = [await refused(rest_of(stream)) for stream in streams]
         assert time.monotonic() - began < 2.0
-        assert [one.reason for one in ends] == ["TENANT_SUSPENDED"] * 2
+        assert [event.reason for event in ends] == ["TENANT_SUSPENDED"] * 2
         await soon("PERMISSION_DENIED")
         await operator.ask("Tenants.Resume", tenants_pb2.ResumeTenantRequest(name="tenants/lab"))
         await soon("OK")
@@ -96,8 +96,8 @@ async def test_two_gateways_know_within_two_seconds(tmp_path: Path, checkpoint: 
 
 @pytest.mark.slow
 async def test_an_aborted_call_frees_its_place(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """By its request id over gRPC, HTTP and in a session, running or waiting: the call ends with CANCELLED, the next
-    one gets the engine's only place, and nothing is left; other calls and other tenants' are not touched."""
+    """A call aborted by its request id, over gRPC, HTTP or in a session, running or waiting, ends with CANCELLED and
+    frees the engine's only slot for the next call. Other calls and other tenants' calls are untouched."""
     async with keyed_cluster(tmp_path) as keyed, operator_of(keyed) as operator:
         cluster = keyed.cluster
         await add_worker(cluster, checkpoint, bundle, max_num_seqs=1)
@@ -118,7 +118,9 @@ async def test_an_aborted_call_frees_its_place(tmp_path: Path, checkpoint: Path,
         waiting = begin(1, "same")
         engine = cluster.workers[0].engine
         line = cluster.gateway.scheduler.queues.waiting
-        await until(lambda: line("sim")[0] + engine.load().waiting == 1, "the second waits, here or there")
+        await until(
+            lambda: line("sim")[0] + engine.load().waiting == 1, "the second waits, at the gateway or in the engine"
+        )
         assert await abort("same", "rival") == 1
         ended = await refused(waiting)
         assert (ended.code.name, ended.reason) == ("CANCELLED", "CANCELLED")
@@ -152,7 +154,7 @@ async def test_an_aborted_call_frees_its_place(tmp_path: Path, checkpoint: Path,
         )
         assert (answer.code.name, "on this gateway" in answer.message) == ("NOT_FOUND", True)
         events = await asyncio.to_thread(_flushed, keyed)
-        found = [(one["object"], one["tenant"], one["outcome"], one["reason"]) for one in events]
+        found = [(event["object"], event["tenant"], event["outcome"], event["reason"]) for event in events]
         assert ("same", "rival", "ok", "runs away") in found
         assert ("same", "", "not_found", "x") in found
 
@@ -168,7 +170,8 @@ def _flushed(keyed: Keyed) -> list[dict[str, Any]]:
 
 
 async def test_without_auth_who_reaches_it_rules(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """On a laptop no key is asked for: the fleet is shown and calls are aborted; tenants there are none, in words."""
+    """Without `auth` no key is needed to list the fleet and abort calls, and tenant methods explain that there are no
+    tenants."""
     await add_worker(cluster, checkpoint, bundle)
     stream = cluster.stub.StreamChat(chat(**LONG), metadata=(("x-request-id", "mine"),))
     assert await read(stream) is not None
@@ -190,8 +193,8 @@ async def test_without_auth_who_reaches_it_rules(cluster: TestCluster, checkpoin
 
 
 async def test_tls_and_certificates_on_the_admin_port(tmp_path: Path) -> None:
-    """With gateway.tls the port speaks it alone; a certificate with a role is an operator, one without is a caller;
-    reflection names the services to whoever looks."""
+    """With gateway.tls the port accepts TLS only. A certificate with a role is an operator, one without is a caller.
+    Reflection lists the services for every client."""
     authority, callers = Authority(tmp_path / "ours"), Authority(tmp_path / "theirs")
     files = authority.issue("gateway.example.com")
     shown = {name: callers.issue(f"{name}.example.com") for name in ("ops", "plain")}
@@ -218,8 +221,9 @@ async def test_tls_and_certificates_on_the_admin_port(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_the_database_away(tmp_path: Path) -> None:
-    """Verbs that need it are UNAVAILABLE with a pause and without its address, whether it refuses or is silent, and
-    the rest answers; the event loop does not stand still meanwhile; the act in vain is in the audit file."""
+    """While the database refuses or does not answer, methods that need it are UNAVAILABLE with a retry delay and
+    without its address. Other methods work, the event loop does not stall, and the failed change is in the audit
+    file."""
     tenant = tenants_pb2.Tenant(name="tenants/late")
     verbs: tuple[tuple[str, Any], ...] = (
         ("Tenants.List", tenants_pb2.ListTenantsRequest()),
@@ -228,7 +232,7 @@ async def test_the_database_away(tmp_path: Path) -> None:
         ("Audit.List", usage_pb2.ListAuditRequest()),
     )
     with socket.socket() as database:
-        database.bind(("127.0.0.1", 0))  # nobody listens there yet: refused
+        database.bind(("127.0.0.1", 0))  # not listening yet: connections are refused
         port = database.getsockname()[1]
         text = keyed_text(tmp_path, f"store: {{database_url: 'postgresql+psycopg://u@127.0.0.1:{port}/d'}}\n")
         async with running_cluster(tmp_path / "gateway", text) as cluster:
@@ -236,9 +240,9 @@ async def test_the_database_away(tmp_path: Path) -> None:
                 assert (await stranger.refused(*verbs[0])).reason == "STORE_UNAVAILABLE"
             async with AdminClient(cluster.gateway.endpoints["admin"], admin_token(SECRET.encode())) as operator:
                 await _all_unavailable(operator, verbs, port)
-                database.listen(64)  # and never answers
+                database.listen(64)  # accepts connections and never answers
                 standing_s = await _longest_pause(_all_unavailable(operator, verbs, port))
-                assert standing_s < 0.5, "the event loop stood still"
+                assert standing_s < 0.5, "the event loop stalled"
                 assert await operator.code("Fleet.ListWorkers", admin_pb2.ListWorkersRequest()) == "OK"
     assert "in vain" in _audit_file(tmp_path)
 
@@ -255,7 +259,7 @@ async def _all_unavailable(operator: AdminClient, verbs: Sequence[tuple[str, Any
 
 
 async def _longest_pause(work: Coroutine[Any, Any, None]) -> float:
-    """The longest time for which this loop did not turn while the work went on."""
+    """The longest time for which the event loop did not run during the work."""
     task, longest_s = asyncio.create_task(work), 0.0
     while not task.done():
         before = time.monotonic()

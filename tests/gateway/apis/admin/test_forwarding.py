@@ -1,4 +1,4 @@
-"""A verb from an operator's client to the controller and back: real doors, a real link, verbs of the test's own."""
+"""Forwarded methods from an operator's client to the controller and back, over real ports and a real link."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ pytestmark = pytest.mark.slow
 
 
 class Controlled:
-    """A gateway, its operator, and a controller that keeps what it was asked."""
+    """A gateway, its operator, and a controller that records its requests."""
 
     def __init__(self, keyed: Keyed, operator: AdminClient, end: ControllerLinks) -> None:
         self.keyed = keyed
         self.operator = operator
         self.end = end
-        self.asked: list[tuple[Any, str]] = []
+        self.requests: list[tuple[Any, str]] = []
         self.held = asyncio.Event()
         end.verbs["Catalog.Scale"] = verb(Scale, self._scale)
 
     async def _scale(self, request: Scale, actor: str) -> Scaled:
-        self.asked.append((request, actor))
+        self.requests.append((request, actor))
         if request.name == "hold":
             await self.held.wait()
         if request.replicas > 5:
@@ -45,20 +45,20 @@ class Controlled:
         return Scaled(model=scaling_pb2.ModelScaling(name=request.name, desired=request.replicas))
 
     async def events(self, count: int) -> list[dict[str, Any]]:
-        """The newest audit events of Scale, once there are so many."""
-        found: list[dict[str, Any]] = []
+        """Wait for at least `count` audit events of Scale, and return them."""
+        events_now: list[dict[str, Any]] = []
 
         def there() -> bool:
-            found[:] = self.keyed.ledger.audit.list(equal={"action": "catalog.scale"}, limit=100)
-            return len(found) >= count
+            events_now[:] = self.keyed.ledger.audit.list(equal={"action": "catalog.scale"}, limit=100)
+            return len(events_now) >= count
 
         await until(there, "the audit has it", 10)
-        return found
+        return events_now
 
 
 @pytest.fixture
 async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
-    """All three."""
+    """Start the gateway, its operator's client and the controller."""
     async with keyed_cluster(tmp_path, "") as keyed:
         key = await role_key(keyed.ledger, "ops", "operator")
         gateways = [keyed.gateway.endpoints["link"]]
@@ -75,7 +75,7 @@ async def controlled(tmp_path: Path) -> AsyncIterator[Controlled]:
 
 
 async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
-    """The controller sees who asks, the operator its answer and its errors, the audit all three."""
+    """The controller gets the caller's name, the operator its answers and errors, and the audit all three."""
     ask = controlled.operator.ask
     answer = await ask("Catalog.Scale", Scale(name="m", replicas=3, reason="a fair"))
     assert (answer.model.name, answer.model.desired) == ("m", 3)
@@ -86,14 +86,14 @@ async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
     assert missing.reason == "MODEL_NOT_FOUND"
     unknown = await controlled.operator.refused("Catalog.Freeze", scaling_pb2.FreezeRequest())
     assert unknown.reason == "UNSUPPORTED_FEATURE"
-    assert [(r.name, actor.split(":")[0]) for r, actor in controlled.asked] == [
+    assert [(r.name, actor.split(":")[0]) for r, actor in controlled.requests] == [
         ("m", "key"),
         ("m", "key"),
         ("gone", "key"),
     ]
     events = await controlled.events(4)
-    told = [(e["object"], e["outcome"], e["details"].get("replicas")) for e in reversed(events)]
-    assert told == [
+    audited = [(e["object"], e["outcome"], e["details"].get("replicas")) for e in reversed(events)]
+    assert audited == [
         ("m", "no_worker", None),
         ("m", "ok", 3),
         ("m", "invalid_field", 9),
@@ -103,9 +103,9 @@ async def test_a_verb_goes_there_and_back(controlled: Controlled) -> None:
 
 
 async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
-    """Each has its own turn in the controller."""
+    """A slow method does not delay others."""
     slow = asyncio.create_task(controlled.operator.ask("Catalog.Scale", Scale(name="hold", replicas=1)))
-    await until(lambda: len(controlled.asked) == 1, "it is there")
+    await until(lambda: len(controlled.requests) == 1, "the controller has the request")
     assert (await controlled.operator.ask("Catalog.Scale", Scale(name="m", replicas=2))).model.desired == 2
     assert not slow.done()
     controlled.held.set()
@@ -113,7 +113,7 @@ async def test_a_slow_verb_holds_no_other_up(controlled: Controlled) -> None:
 
 
 def test_the_audit_keeps_plain_fields() -> None:
-    """Long texts are cut; the object and the reason have places of their own."""
+    """Audit details hold a request's scalar fields, with long texts cut and without object and reason."""
     request = Scale(name="m", reason="r" * 9999, replicas=2)
     assert details(request, "name") == {"replicas": 2}
     assert details(scaling_pb2.FreezeRequest(name="x" * 999)) == {"name": "x" * MAX_DETAIL}

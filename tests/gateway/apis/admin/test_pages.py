@@ -1,4 +1,4 @@
-"""Page tokens and filters: what was written is read, and nothing else is."""
+"""Page tokens and filters: valid ones are parsed, all others are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.api.outcomes import CallError
-from cluster.gateway.apis.admin.pages import MAX_PAGE, after_of, next_token, page_size, terms
+from cluster.gateway.apis.admin.pages import MAX_PAGE, next_token, page_size, parse_filter, position_of
 
 KNOWN = {"class": "class", "labels": "labels.x"}
 words = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters='"\\\0'), max_size=30)
@@ -18,45 +18,45 @@ words = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=
 
 @given(st.floats(allow_nan=False, allow_infinity=False), words, words)
 def test_a_token_leads_back(at_s: float, last: str, of: str) -> None:
-    """Whatever the last row was, the next page begins behind it; for another list it does not."""
+    """A token yields the last row's position, for its own list only."""
     token = next_token([at_s, last], "audit", of)
-    assert after_of(token, (float, str), "audit", of) == (at_s, last)
+    assert position_of(token, (float, str), "audit", of) == (at_s, last)
     with pytest.raises(CallError, match="another list"):
-        after_of(token, (float, str), "audit", of + "x")
+        position_of(token, (float, str), "audit", of + "x")
 
 
 @given(st.text(max_size=200))
 def test_a_token_that_nobody_made(token: str) -> None:
-    """Any text that is no token is a CallError that names the field, never another exception."""
+    """Any text that is not a token raises a CallError that names the field, never another exception."""
     if token:
         with pytest.raises(CallError) as caught:
-            after_of(token, (str,), "tenants", "")
+            position_of(token, (str,), "tenants", "")
         assert caught.value.violations[0].field == "page_token"
 
 
 @pytest.mark.parametrize("after", [[1.0], ["a", "b"], [float("nan")], [None], "a", {"a": 1}, ["a\0"]])
 def test_a_token_of_another_shape(after: Any) -> None:
-    """A token whose head is right and whose values are not would end in the database."""
+    """A token with the right digest and values of the wrong types is refused before it reaches the database."""
     with pytest.raises(CallError, match="page_token"):
-        after_of(next_token(after, "tenants"), (str,), "tenants")
+        position_of(next_token(after, "tenants"), (str,), "tenants")
 
 
 @given(words)
 def test_a_filter_reads_what_is_quoted(value: str) -> None:
-    """A quoted value is the value, spaces and signs and all."""
+    """A quoted value is returned unchanged, with spaces and special characters."""
     if " AND " not in f" {value} " and not any(c.isspace() and c != " " for c in value):
-        assert terms(f'class = "{value}" AND labels.team="x y"', KNOWN) == {"class": value, "labels.team": "x y"}
+        assert parse_filter(f'class = "{value}" AND labels.team="x y"', KNOWN) == {"class": value, "labels.team": "x y"}
 
 
 @given(st.text(max_size=100))
 def test_a_filter_that_is_none(text: str) -> None:
-    """Any text is a filter or a CallError."""
+    """Any text is a valid filter or raises CallError."""
     with contextlib.suppress(CallError):
-        assert all(name == "class" or name.startswith("labels.") for name in terms(text, KNOWN))
+        assert all(name == "class" or name.startswith("labels.") for name in parse_filter(text, KNOWN))
 
 
 def test_a_page_has_a_size() -> None:
-    """Zero is as many as there may be, more is cut, and negative is refused."""
+    """Zero means the maximum, larger sizes are reduced to it, and negative ones are refused."""
     assert (page_size(0), page_size(5), page_size(10**9)) == (MAX_PAGE, 5, MAX_PAGE)
     with pytest.raises(CallError, match="page_size"):
         page_size(-1)

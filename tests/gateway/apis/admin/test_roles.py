@@ -1,4 +1,4 @@
-"""Who may do what on the admin port: every verb against every role, and what a role must not reach by a detour."""
+"""Authorization on the admin port: every method with every role, and attempts to exceed a role."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROLES = ("nobody", "caller", "viewer", "tenant_admin", "operator")
 
 
 class World:
-    """A gateway, two tenants, and a client of each role; that of the roles below operator is acme's."""
+    """A gateway, two tenants, and a client of each role; roles below operator belong to acme."""
 
     def __init__(self, keyed: Keyed, clients: dict[str, AdminClient], keys: dict[tuple[str, str], str]) -> None:
         self.keyed = keyed
@@ -36,7 +36,7 @@ class World:
 
 @pytest.fixture(scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """No worker, but a model in the catalog: nothing here calls it."""
+    """Start the gateway with a model in the catalog and no worker, as no test makes a call."""
     async with keyed_cluster(tmp_path_factory.mktemp("roles"), "tenants: [{name: fixed}]\n") as keyed:
         keyed.gateway.directory.catalog([CatalogEntry(name="sim", state=ModelState.LOADING)])
         address, ledger = keyed.gateway.endpoints["admin"], keyed.ledger
@@ -59,7 +59,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
 
 
 def request_of(world: World, verb: str, tenant: str) -> Any:
-    """A good request about a tenant that leaves the tenant as it is."""
+    """A valid request about a tenant that does not change it."""
     name = f"tenants/{tenant}"
     t, u = tenants_pb2, usage_pb2
     made: dict[str, Any] = {
@@ -99,12 +99,12 @@ def request_of(world: World, verb: str, tenant: str) -> Any:
 
 
 NO, OK, MISSING, BAD = "PERMISSION_DENIED", "OK", "NOT_FOUND", "INVALID_ARGUMENT"
-AWAY = "UNAVAILABLE"  # granted, and there is no controller here to answer
+AWAY = "UNAVAILABLE"  # granted, but there is no controller to answer
 BY_CONTROLLER = tuple(
     f"Catalog.{verb}"
     for verb in ("Apply", "SetWeights", "Promote", "Rollback", "Quarantine", "Scale", "Freeze", "Unfreeze")
 )
-# verb -> what viewer, tenant_admin and operator are told about acme; and about its rival
+# verb -> what viewer, tenant_admin and operator get for acme, and for its rival
 CLUSTER = (OK, NO, OK), (OK, NO, OK)
 READ = (OK, OK, OK), (OK, MISSING, OK)
 KEYS = (NO, OK, OK), (NO, MISSING, OK)
@@ -135,7 +135,7 @@ TABLE = {
 
 
 def test_the_table_is_whole() -> None:
-    """A method without its row would be open to whom nobody has thought of."""
+    """The table has a row for each method, so that none is left unprotected."""
     files = (admin_pb2.DESCRIPTOR, tenants_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR)
     methods = {
         f"{service.name}.{method.name}"
@@ -149,7 +149,7 @@ def test_the_table_is_whole() -> None:
 @pytest.mark.parametrize("verb", TABLE)
 @pytest.mark.parametrize("role", ROLES)
 async def test_each_role_at_each_verb(world: World, verb: str, role: str) -> None:
-    """Granted or refused as the table says, for the own tenant and for another."""
+    """Each method is granted or refused as the table says, for the own tenant and for another."""
     expected = {"nobody": ("UNAUTHENTICATED",) * 2, "caller": (NO, NO)}.get(role)
     if expected is None:
         at = ("viewer", "tenant_admin", "operator").index(role)
@@ -161,51 +161,52 @@ async def test_each_role_at_each_verb(world: World, verb: str, role: str) -> Non
 
 @pytest.mark.parametrize("verb", [v for v, rule in TABLE.items() if rule in (READ, KEYS)])
 async def test_another_tenant_reads_as_none(world: World, verb: str) -> None:
-    """To a tenant's administrator a rival and a name that nobody has are refused with the same bytes."""
+    """A tenant administrator gets the same bytes for another tenant as for one that does not exist."""
     client, ghost = world.clients["tenant_admin"], "ghost"
     world.keys |= {(ghost, use): world.keys[OTHER, use] for use in ("rotate", "revoke")}
     there = await client.refused(verb, request_of(world, verb, OTHER))
     absent = await client.refused(verb, request_of(world, verb, ghost))
-    raw = [one.trailers["grpc-status-details-bin"] for one in (there, absent)]
+    raw = [answer.trailers["grpc-status-details-bin"] for answer in (there, absent)]
     assert isinstance(raw[0], bytes)
     assert raw[0].replace(OTHER.encode(), ghost.encode()) == raw[1]
     assert (there.code, there.message.replace(OTHER, ghost)) == (absent.code, absent.message)
 
 
 async def test_lists_end_at_the_own_tenant(world: World) -> None:
-    """Where no tenant is named an administrator gets the own one's rows, and a viewer everybody's."""
+    """Without a tenant in the request an administrator gets its own tenant's rows, and a viewer those of all
+    tenants."""
     admin, viewer = world.clients["tenant_admin"], world.clients["viewer"]
     for client, tenants in ((admin, {OWN}), (viewer, {OWN, OTHER, "ops", "fixed"})):
         found = await client.ask("Tenants.List", tenants_pb2.ListTenantsRequest())
-        assert {one.name.removeprefix("tenants/") for one in found.tenants} == tenants
+        assert {tenant.name.removeprefix("tenants/") for tenant in found.tenants} == tenants
         rows = await client.ask("Usage.Query", usage_pb2.QueryUsageRequest(group_by=["tenant"]))
-        assert {one.group["tenant"] for one in rows.sums} == tenants & {OWN, OTHER}
+        assert {usage_sum.group["tenant"] for usage_sum in rows.sums} == tenants & {OWN, OTHER}
         pages = await client.ask("Usage.Export", usage_pb2.ExportUsageRequest())
-        assert {one.tenant for page in pages for one in page.records} == tenants & {OWN, OTHER}
+        assert {record.tenant for page in pages for record in page.records} == tenants & {OWN, OTHER}
     operator = world.clients["operator"]
     for tenant in (OWN, OTHER):
         await operator.ask("Tenants.Resume", tenants_pb2.ResumeTenantRequest(name=f"tenants/{tenant}"))
     events = (await admin.ask("Audit.List", usage_pb2.ListAuditRequest())).events
-    assert {one.tenant for one in events} == {OWN}
-    assert {one.source for one in events if one.details["role"] == "operator"} == {""}
+    assert {event.tenant for event in events} == {OWN}
+    assert {event.source for event in events if event.details["role"] == "operator"} == {""}
     events = (await viewer.ask("Audit.List", usage_pb2.ListAuditRequest())).events
-    assert {OWN, OTHER} <= {one.tenant for one in events}
-    assert any(one.source for one in events if one.details["role"] == "operator")
+    assert {OWN, OTHER} <= {event.tenant for event in events}
+    assert any(event.source for event in events if event.details["role"] == "operator")
 
 
 async def test_where_calls_run_is_the_operators_to_know(world: World) -> None:
-    """Names of workers, pods, nodes and gateways are left out of a tenant's own records."""
+    """A tenant's own records omit the names of workers, pods, nodes and gateways."""
     place = {"worker": "m-1", "pod": "gpu-a", "node": "ip-10-0-3-7", "gateway": "gateway-0"}
     world.keyed.ledger.usage.insert([record("placed", tenant=OWN, model="placed", **place)])
-    for role, told in (("operator", place), ("viewer", place), ("tenant_admin", dict.fromkeys(place, ""))):
+    for role, expected in (("operator", place), ("viewer", place), ("tenant_admin", dict.fromkeys(place, ""))):
         request = usage_pb2.ExportUsageRequest(parent=f"tenants/{OWN}", model="placed")
-        (row,) = [one for page in await world.clients[role].ask("Usage.Export", request) for one in page.records]
-        assert {name: getattr(row, name) for name in place} == told, role
+        (row,) = [record for page in await world.clients[role].ask("Usage.Export", request) for record in page.records]
+        assert {name: getattr(row, name) for name in place} == expected, role
 
 
 @pytest.mark.parametrize("role", ["viewer", "operator", "root"])
 async def test_an_administrator_makes_nobody_greater(world: World, role: str) -> None:
-    """A tenant's administrator makes no key beyond the own role, and rotates or revokes none."""
+    """A tenant administrator cannot create, rotate or revoke keys of a higher role."""
     client = world.clients["tenant_admin"]
     request = tenants_pb2.CreateKeyRequest(parent=f"tenants/{OWN}", key=tenants_pb2.Key(role=role))
     assert (await client.refused("Keys.Create", request)).code.name == NO
@@ -220,11 +221,11 @@ async def test_an_administrator_makes_nobody_greater(world: World, role: str) ->
         assert (await client.refused(verb, asked)).code.name == NO
     assert world.keyed.ledger.keys.get(OWN, made.id) == made
     events = world.keyed.ledger.audit.list(equal={"outcome": "permission_denied"})
-    assert {"keys.rotate", "keys.revoke"} <= {one["action"] for one in events if one["object"] == name}
+    assert {"keys.rotate", "keys.revoke"} <= {event["action"] for event in events if event["object"] == name}
 
 
 async def test_nobody_raises_the_own_limits(world: World) -> None:
-    """By no mask, and not by making the tenant anew."""
+    """A tenant administrator cannot raise its tenant's limits, by any mask or by creating the tenant anew."""
     client = world.clients["tenant_admin"]
     before = world.keyed.ledger.tenants.get(OWN)
     wide = tenants_pb2.Tenant(name=f"tenants/{OWN}", limits=tenants_pb2.Limits(tokens_per_minute=10**9))
@@ -236,7 +237,7 @@ async def test_nobody_raises_the_own_limits(world: World) -> None:
 
 
 async def test_who_holds_the_secret_is_an_operator(world: World) -> None:
-    """A local cluster's commands show what is derived from its secret; what is derived from another is nobody's."""
+    """The token derived from the cluster's secret is accepted; one derived from another secret is not."""
     address = world.keyed.gateway.endpoints["admin"]
     for secret, code in ((SECRET, OK), ("t" * 32, "UNAUTHENTICATED")):
         async with AdminClient(address, admin_token(secret.encode())) as client:
@@ -244,7 +245,7 @@ async def test_who_holds_the_secret_is_an_operator(world: World) -> None:
 
 
 async def test_the_client_port_knows_no_roles(world: World) -> None:
-    """What opens the admin port opens no admin verb elsewhere, and the derived token no client port."""
+    """The client port serves no admin method, and does not accept the token derived from the secret."""
     async with AdminClient(world.keyed.gateway.endpoints["grpc"], admin_token(SECRET.encode())) as client:
         assert await client.code("Tenants.List", tenants_pb2.ListTenantsRequest()) == "UNIMPLEMENTED"
     reply = await world.keyed.fetch("/v1/models", key=admin_token(SECRET.encode()))
@@ -252,7 +253,7 @@ async def test_the_client_port_knows_no_roles(world: World) -> None:
 
 
 async def test_refusals_are_in_the_audit(world: World) -> None:
-    """Who was kept out, or reached for another tenant, is named with the verb and the address."""
+    """A refused caller, or one that named another tenant, is audited with the method and its address."""
     client, listing = world.clients["tenant_admin"], tenants_pb2.ListTenantsRequest()
     suspend = tenants_pb2.SuspendTenantRequest(name=f"tenants/{OWN}", reason="x")
 
@@ -260,37 +261,39 @@ async def test_refusals_are_in_the_audit(world: World) -> None:
         world.keyed.door.audit.flush()
         return world.keyed.ledger.audit.list(kind="auth_failure", limit=1000)
 
-    async def all_told() -> bool:  # in a second with many of them, as the tests above make, some are only counted
+    async def all_audited() -> bool:  # of many events in a second, as in the tests above, some are only counted
         await client.refused("Tenants.Get", tenants_pb2.GetTenantRequest(name=f"tenants/{OTHER}"))
         await client.refused("Tenants.Suspend", suspend)
         await world.clients["nobody"].refused("Tenants.List", listing)
         async with AdminClient(world.keyed.gateway.endpoints["admin"], "hr_kabc_" + "x" * 43) as forged:
             await forged.refused("Tenants.List", listing)
         events = events_now()
-        return "kabc" in {one["actor"] for one in events} and {
+        return "kabc" in {event["actor"] for event in events} and {
             ("authorize", "cluster.admin.v1.Tenants.Get", "not_found"),
             ("authorize", "cluster.admin.v1.Tenants.Suspend", "denied"),
             ("authenticate", "", "missing"),
             ("authenticate", "", "unknown"),
-        } <= {(one["action"], one["object"], one["outcome"]) for one in events}
+        } <= {(event["action"], event["object"], event["outcome"]) for event in events}
 
-    await eventually(all_told, "each refusal is in the audit")
+    await eventually(all_audited, "each refusal is in the audit")
     events = events_now()
-    assert all(one["source"] for one in events if "suppressed" not in one["details"])
+    assert all(event["source"] for event in events if "suppressed" not in event["details"])
 
 
 def test_limits_are_all_in_the_api() -> None:
-    """A limit or field of a policy that the API forgot could not be set over it."""
-    ours = {"class" if one.name == "priority_class" else one.name for one in dataclasses.fields(TenantPolicy)}
-    theirs = {"class" if one.name == "priority_class" else one.name for one in tenants_pb2.Tenant.DESCRIPTOR.fields}
+    """Every limit and field of a tenant policy can be set over the API."""
+    ours = {"class" if field.name == "priority_class" else field.name for field in dataclasses.fields(TenantPolicy)}
+    theirs = {
+        "class" if field.name == "priority_class" else field.name for field in tenants_pb2.Tenant.DESCRIPTOR.fields
+    }
     assert ours - {"handle"} <= theirs
     parts = ((TenantLimits, tenants_pb2.Limits), (Retention, tenants_pb2.Retention), (GuardRule, tenants_pb2.GuardRule))
     for part, message in parts:
-        assert {one.name for one in dataclasses.fields(part)} == set(message.DESCRIPTOR.fields_by_name)
+        assert {field.name for field in dataclasses.fields(part)} == set(message.DESCRIPTOR.fields_by_name)
 
 
 async def test_a_suspended_tenants_administrator_is_out(world: World) -> None:
-    """A suspension ends the tenant's say on the admin port too, within two seconds."""
+    """A suspended tenant's administrator is refused on the admin port within two seconds."""
     key = await role_key(world.keyed.ledger, "fallen", "tenant_admin")
     request = tenants_pb2.ListKeysRequest(parent="tenants/fallen")
     async with AdminClient(world.keyed.gateway.endpoints["admin"], key) as client:

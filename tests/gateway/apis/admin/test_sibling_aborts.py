@@ -1,4 +1,4 @@
-"""A call that runs in another process of the host is ended too, and by nobody but this host's gateway."""
+"""Aborts of calls in other processes of the host, which only processes of the same gateway may request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LONG: dict[str, Any] = {"max_tokens": 100_000, "ignore_eos": True}
 
 @asynccontextmanager
 async def two(folder: Path, text: str) -> AsyncIterator[list[TestCluster]]:
-    """Two processes of one gateway, both in this one."""
+    """Start two processes of one gateway, both in this process."""
     config = decide(parse(text.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  processes: 2")))
     async with AsyncExitStack() as stack:
         clusters = []
@@ -48,7 +48,7 @@ async def two(folder: Path, text: str) -> AsyncIterator[list[TestCluster]]:
 
 
 def tls_text(folder: Path) -> tuple[str, TlsFiles]:
-    """Mutual TLS for links."""
+    """Link settings with mutual TLS."""
     files = Authority(folder).issue("link.example.com")
     tls = f"{{cert_file: {files.cert_file}, key_file: {files.key_file}, ca_file: {files.ca_file}}}"
     return f"gateway:\n  link_tls: {tls}\n", files
@@ -56,8 +56,8 @@ def tls_text(folder: Path) -> tuple[str, TlsFiles]:
 
 @pytest.mark.parametrize("tls", [False, True])
 async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle: Bundle, tls: bool) -> None:
-    """The first process is asked and the call ends, in whichever it runs, over plain links and over mutual TLS; when
-    the other is gone the answer says that it was not asked."""
+    """An abort request at the first process ends a call in either process, over plain links and over mutual TLS. If the
+    other process is gone, the answer says that it did not answer."""
     text, files = LOOPBACK, None
     if tls:
         head, files = tls_text(tmp_path / "tls")
@@ -75,7 +75,7 @@ async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle
                     stub = type(clusters[0].stub)(channel)
                     stream = stub.StreamChat(chat_request(**LONG), metadata=(("x-request-id", f"r{number}"),))
                     assert await read(stream) is not None
-                    (at,) = [i for i, one in enumerate(clusters) if one.gateway.service.statistics()]
+                    (at,) = [i for i, cluster in enumerate(clusters) if cluster.gateway.service.statistics()]
                     answer = await admin.ask(
                         "Fleet.AbortRequest", pb.AbortRequestRequest(request_id=f"r{number}", reason="x")
                     )
@@ -95,13 +95,13 @@ async def test_whichever_process_has_it(tmp_path: Path, checkpoint: Path, bundle
 
 
 async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With `auth` a link port takes no abort without the tag: none, a wrong one, an operator's token, the tag of
-    another request or of an hour ago; and the tag that the first process makes is good."""
+    """With `auth` a link port accepts an abort only with a valid tag: not without one, and not with a wrong tag, an
+    operator's token, or the tag of another request or of an hour ago."""
     async with two(tmp_path, keyed_text(tmp_path)) as clusters:
         gateway = clusters[1].gateway
         request = pb.AbortRequestRequest(request_id="r")
 
-        def asker(secret: str = SECRET, late_s: float = 0.0) -> SiblingAborts:
+        def caller(secret: str = SECRET, late_s: float = 0.0) -> SiblingAborts:
             config = gateway.config.gateway
             return SiblingAborts(config, 0, [secret.encode()], lambda *_: [], lambda: time.time() - late_s)
 
@@ -109,10 +109,10 @@ async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bun
         tags: dict[str, Any] = {
             "none": (),
             "empty": ((TAG, b""),),
-            "a stranger's": ((TAG, asker("t" * 32)._tag(request)),),
-            "of another request": ((TAG, asker()._tag(other)),),
-            "of an hour ago": ((TAG, asker(late_s=3600)._tag(request)),),
-            "twice": ((TAG, asker()._tag(request)), (TAG, asker()._tag(request))),
+            "a stranger's": ((TAG, caller("t" * 32)._tag(request)),),
+            "of another request": ((TAG, caller()._tag(other)),),
+            "of an hour ago": ((TAG, caller(late_s=3600)._tag(request)),),
+            "twice": ((TAG, caller()._tag(request)), (TAG, caller()._tag(request))),
             "an operator's": (("authorization", f"Bearer {admin_token(SECRET.encode())}"),),
         }
         async with grpc.aio.insecure_channel(gateway.endpoints["link"]) as channel:
@@ -120,7 +120,7 @@ async def test_nobody_else_may_ask(tmp_path: Path, checkpoint: Path, bundle: Bun
             for what, metadata in tags.items():
                 answer = await refused(stub.AbortRequest(request, metadata=metadata))
                 assert answer.code.name == "PERMISSION_DENIED", what
-            assert (await stub.AbortRequest(request, metadata=((TAG, asker()._tag(request)),))).aborted == 0
+            assert (await stub.AbortRequest(request, metadata=((TAG, caller()._tag(request)),))).aborted == 0
             listing = await refused(stub.ListWorkers(pb.ListWorkersRequest()))
-            assert listing.code.name == "UNIMPLEMENTED", f"of {SERVICE} a link port has one method"
-        assert await asker().abort("r", "") == ([], 0)
+            assert listing.code.name == "UNIMPLEMENTED", f"a link port has one method of {SERVICE} only"
+        assert await caller().abort("r", "") == ([], 0)

@@ -1,4 +1,4 @@
-"""What each admin verb does, with good and with bad input, and what of it is in the audit."""
+"""The effect of each admin method with valid and invalid input, and its audit events."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ class World:
         self.key = key
 
     async def ask(self, verb: str, request: Any) -> Any:
-        """As the operator."""
+        """Call a method as the operator."""
         return await self.operator.ask(verb, request)
 
     async def create(self, name: str, **fields: Any) -> Any:
-        """A tenant; `fields` as in JSON."""
+        """Create a tenant; `fields` as in JSON."""
         tenant = ParseDict({"name": f"tenants/{name}", **fields}, Tenant())
         return await self.ask("Tenants.Create", tenants_pb2.CreateTenantRequest(tenant=tenant))
 
     async def update(self, name: str, *paths: str, **fields: Any) -> Any:
-        """With a mask, unless it is empty."""
+        """Update a tenant, with a mask unless it is empty."""
         tenant = ParseDict({"name": f"tenants/{name}", **fields}, Tenant())
         mask = FieldMask(paths=paths)
         return await self.ask("Tenants.Update", tenants_pb2.UpdateTenantRequest(tenant=tenant, update_mask=mask))
 
     def audited(self, name: str) -> list[dict[str, Any]]:
-        """Events of an object, the newest first."""
+        """The audit events of an object, newest first."""
         return self.keyed.ledger.audit.list(equal={"object": name}, limit=1000)
 
     def audit_file(self) -> str:
-        """What the gateway has written beside the table."""
+        """The content of the gateway's local audit file."""
         return "".join(path.read_text() for path in self.keyed.file.parent.rglob("audit.jsonl"))
 
 
 @pytest.fixture(scope="module")
 async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """One tenant is the file's."""
+    """Start the gateway, with one tenant declared in its file."""
     declared = DEFAULTS + COST + "tenants: [{name: fixed}]\n"
     async with keyed_cluster(tmp_path_factory.mktemp("verbs"), declared) as keyed:
         key = await role_key(keyed.ledger, "ops", "operator")
@@ -75,7 +75,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
 
 
 async def test_a_new_tenant_stands_over_the_defaults(world: World) -> None:
-    """Given fields are its own, the others are the file's defaults; a default can be left out by name."""
+    """Given fields override the file's defaults; `unset_mask` leaves a default empty."""
     made = await world.create("a1", **{"class": "interactive", "limits": {"daily_tokens": 5}, "labels": {"team": "x"}})
     assert (made.name, made.priority_class, list(made.models)) == ("tenants/a1", "interactive", ["m"])
     assert (made.limits.daily_tokens, made.limits.requests_per_minute, made.origin) == (5, 9, "api")
@@ -88,7 +88,8 @@ async def test_a_new_tenant_stands_over_the_defaults(world: World) -> None:
 
 
 async def test_a_create_that_is_repeated(world: World) -> None:
-    """With a request_id the same tenant is the answer, another one of that name is refused, and so is no request_id."""
+    """A repeated request_id returns the same tenant. With another one, or none, a second tenant of that name is
+    refused."""
     request = tenants_pb2.CreateTenantRequest(tenant=Tenant(name="tenants/twice", weight=2), request_id="r1")
     first = await world.ask("Tenants.Create", request)
     assert await world.ask("Tenants.Create", request) == first
@@ -99,7 +100,8 @@ async def test_a_create_that_is_repeated(world: World) -> None:
 
 
 async def test_masks(world: World) -> None:
-    """What a mask names is set, or taken away where it is unset; the rest stays; whole maps are replaced whole."""
+    """An update sets the fields of its mask, removes those without a value, and keeps the others. Whole maps are
+    replaced."""
     await world.create("mask", limits={"tokens_per_minute": 5}, labels={"a": "1", "b.c": "2"}, weight=2)
     changed = await world.update("mask", "limits.tokens_per_minute", "labels.b.c", weight=9)
     assert (changed.limits.HasField("tokens_per_minute"), dict(changed.labels)) == (False, {"a": "1"})
@@ -118,7 +120,7 @@ async def test_masks(world: World) -> None:
 
 
 async def test_validation_alone_changes_nothing(world: World) -> None:
-    """validate_only answers as the act would and leaves database and audit as they are."""
+    """validate_only returns the answer and leaves database and audit unchanged."""
     await world.create("valid")
     before = world.keyed.ledger.tenants.get("valid"), world.audited("tenants/valid")
     update = tenants_pb2.UpdateTenantRequest(tenant=Tenant(name="tenants/valid", weight=5), validate_only=True)
@@ -138,14 +140,14 @@ async def test_validation_alone_changes_nothing(world: World) -> None:
 
 
 async def test_deleted_and_erased(world: World) -> None:
-    """A deleted tenant is gone with its usage kept; an erased one leaves no row of its name, in the audit neither."""
+    """A deleted tenant keeps its usage; an erased one leaves no row with its name, not even in the audit."""
     await world.create("gone")
     world.keyed.ledger.usage.insert([record("gone-1", tenant="gone")])
     name: Any = {"name": "tenants/gone"}
     await world.ask("Tenants.Delete", tenants_pb2.DeleteTenantRequest(**name, reason="left"))
     assert (await world.operator.refused("Tenants.Get", tenants_pb2.GetTenantRequest(**name))).code.name == "NOT_FOUND"
     sums = (await world.ask("Usage.Query", usage_pb2.QueryUsageRequest(parent="tenants/gone"))).sums
-    assert [one.requests for one in sums] == [1]
+    assert [usage_sum.requests for usage_sum in sums] == [1]
     erase = tenants_pb2.DeleteTenantRequest(**name, erase=True, reason="gone has asked")
     assert (await world.ask("Tenants.Delete", erase)).erased_rows >= 2
     assert (await world.operator.refused("Tenants.Delete", erase)).code.name == "NOT_FOUND"
@@ -156,7 +158,7 @@ async def test_deleted_and_erased(world: World) -> None:
 
 
 async def test_what_a_file_declares_is_read_only(world: World) -> None:
-    """FAILED_PRECONDITION, MANAGED_BY_FILE, for each verb that would change it; its keys are the API's."""
+    """Changing a tenant declared in the file fails with MANAGED_BY_FILE; its keys can be changed."""
     name = "tenants/fixed"
     for verb, request in (
         ("Tenants.Update", tenants_pb2.UpdateTenantRequest(tenant=Tenant(name=name, weight=2))),
@@ -169,12 +171,12 @@ async def test_what_a_file_declares_is_read_only(world: World) -> None:
         assert (answer.code.name, answer.reason) == ("FAILED_PRECONDITION", "MANAGED_BY_FILE"), verb
         assert "change the file" in answer.message
     assert (await world.ask("Tenants.Get", tenants_pb2.GetTenantRequest(name=name))).origin == "file"
-    assert {one["outcome"] for one in world.audited(name)} == {"managed_by_file"}
+    assert {event["outcome"] for event in world.audited(name)} == {"managed_by_file"}
     assert (await world.ask("Keys.Create", tenants_pb2.CreateKeyRequest(parent=name))).secret.startswith("hr_")
 
 
 async def test_listing_by_page_and_filter(world: World) -> None:
-    """Every tenant once, whatever the size of a page; a filter joins its terms."""
+    """Pages of any size list every tenant once; a filter joins its terms with AND."""
     for at in range(5):
         await world.create(f"page{at}", labels={"row": str(at % 2)}, **{"class": "batch" if at else "standard"})
     for wanted, names in (
@@ -188,7 +190,7 @@ async def test_listing_by_page_and_filter(world: World) -> None:
         while True:
             request = tenants_pb2.ListTenantsRequest(page_size=1, page_token=token, filter=wanted)
             page = await world.ask("Tenants.List", request)
-            found += [one.name.removeprefix("tenants/") for one in page.tenants]
+            found += [tenant.name.removeprefix("tenants/") for tenant in page.tenants]
             token = page.next_page_token
             if not token:
                 break
@@ -199,7 +201,8 @@ async def test_listing_by_page_and_filter(world: World) -> None:
 
 
 async def test_a_keys_life(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    """Made and shown once, listed without it, rotated with an overlap, revoked; no audit row and no log holds it."""
+    """A key is shown once when created, listed without its secret, rotated with an overlap and revoked. No audit row
+    and no log holds its secret."""
     await world.create("keyed")
     expiry = Timestamp(seconds=int(time.time()) + 3600)
     asked = tenants_pb2.Key(display_name="ci", role="tenant_admin", expire_time=expiry)
@@ -223,7 +226,7 @@ async def test_a_keys_life(world: World, capfd: pytest.CaptureFixture[str]) -> N
         listed += list(page.keys)
         if not (token := page.next_page_token):
             break
-    assert [(one.name, one.state) for one in listed] == [(made.key.name, "active"), (second.key.name, "revoked")]
+    assert [(key.name, key.state) for key in listed] == [(made.key.name, "active"), (second.key.name, "revoked")]
     rows = json.dumps(world.keyed.ledger.audit.list(tenant="keyed", limit=1000))
     lines = world.audit_file() + "".join(capfd.readouterr())
     for secret in (made.secret, second.secret):
@@ -234,7 +237,8 @@ async def test_a_keys_life(world: World, capfd: pytest.CaptureFixture[str]) -> N
 
 
 async def test_a_key_is_not_made_twice(world: World) -> None:
-    """The same request_id names the key that is there, at once and at any gateway; another makes another."""
+    """A repeated request_id returns the existing key, also concurrently and at any gateway; another one creates another
+    key."""
     await world.create("once")
     request = tenants_pb2.CreateKeyRequest(parent="tenants/once", request_id="abc")
     first = await world.ask("Keys.Create", request)
@@ -250,7 +254,7 @@ async def test_a_key_is_not_made_twice(world: World) -> None:
 
 
 async def test_usage_is_summed_paged_and_exported(world: World) -> None:
-    """Groups over pages, money by the file's rates, and single records in order of time."""
+    """Usage is grouped over pages, priced by the file's rates, and exported as records in order of time."""
     rows = [record(f"u{at}", tenant="spender", model=f"m{at % 3}", gpu_seconds=1800.0) for at in range(6)]
     world.keyed.ledger.usage.insert([*rows, record("u9", tenant="spender", model="m0", gpu="?", gpu_seconds=1.0)])
     query = usage_pb2.QueryUsageRequest(parent="tenants/spender", group_by=["model", "label:team"], cost=True)
@@ -258,7 +262,7 @@ async def test_usage_is_summed_paged_and_exported(world: World) -> None:
     first = await world.ask("Usage.Query", query)
     query.page_token = first.next_page_token
     second = await world.ask("Usage.Query", query)
-    found = [(dict(one.group), one.requests, one.cost, one.HasField("cost")) for one in (*first.sums, *second.sums)]
+    found = [(dict(row.group), row.requests, row.cost, row.HasField("cost")) for row in (*first.sums, *second.sums)]
     assert found == [
         ({"model": "m0", "label:team": "a"}, 3, 0.0, False),
         ({"model": "m1", "label:team": "a"}, 2, 2.0, True),
@@ -266,23 +270,24 @@ async def test_usage_is_summed_paged_and_exported(world: World) -> None:
     ]
     assert second.next_page_token == ""
     total = usage_pb2.QueryUsageRequest(parent="tenants/spender", total=True)
-    assert [one.requests for one in (await world.ask("Usage.Query", total)).sums] == [7]
+    assert [usage_sum.requests for usage_sum in (await world.ask("Usage.Query", total)).sums] == [7]
     pages = await world.ask("Usage.Export", usage_pb2.ExportUsageRequest(parent="tenants/spender", model="m0"))
-    records = [one for page in pages for one in page.records]
-    assert sorted(one.record_id for one in records) == ["u0", "u3", "u9"]
+    records = [record for page in pages for record in page.records]
+    assert sorted(record.record_id for record in records) == ["u0", "u3", "u9"]
     assert (records[0].ttft_s, dict(records[0].labels)) == (0.5, {"team": "a"})
 
 
 async def test_a_long_export_has_every_record_once(world: World) -> None:
-    """Across the messages of its stream, also where thousands share one moment."""
+    """An export over several messages holds each record once, even if thousands have the same time."""
     world.keyed.ledger.usage.insert([record(f"long{at:04}", tenant="long") for at in range(1201)])
     pages = await world.ask("Usage.Export", usage_pb2.ExportUsageRequest(parent="tenants/long"))
     assert len(pages) == 3
-    assert [one.record_id for page in pages for one in page.records] == [f"long{at:04}" for at in range(1201)]
+    assert [record.record_id for page in pages for record in page.records] == [f"long{at:04}" for at in range(1201)]
 
 
 async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
-    """Each act, granted or not, is one event with the key's id, the address and the reason; pages hold each once."""
+    """Each change, granted or refused, is one event with the key's id, the address and the reason; pages list each
+    event once."""
     await world.create("watched")
     suspend = tenants_pb2.SuspendTenantRequest(name="tenants/watched", reason="unpaid")
     await world.ask("Tenants.Suspend", suspend)
@@ -292,15 +297,15 @@ async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
     first = await world.ask("Audit.List", request)
     request.page_token = first.next_page_token
     events = [*first.events, *(await world.ask("Audit.List", request)).events]
-    assert [(one.action, one.reason, one.outcome) for one in events] == [
+    assert [(event.action, event.reason, event.outcome) for event in events] == [
         ("tenants.resume", "paid", "ok"),
         ("tenants.suspend", "unpaid", "ok"),
         ("tenants.create", "", "ok"),
     ]
-    assert {one.actor for one in events} == {f"key:{world.key.split('_')[1]}"}
-    assert all("127.0.0.1" in one.source for one in events)
+    assert {event.actor for event in events} == {f"key:{world.key.split('_')[1]}"}
+    assert all("127.0.0.1" in event.source for event in events)
     none = usage_pb2.ListAuditRequest(filter='object = "tenants/none" AND kind = "admin"')
-    assert [one.outcome for one in (await world.ask("Audit.List", none)).events] == ["not_found"]
+    assert [event.outcome for event in (await world.ask("Audit.List", none)).events] == ["not_found"]
     late = usage_pb2.ListAuditRequest(since_time=Timestamp(seconds=int(time.time()) + 60))
     assert not (await world.ask("Audit.List", late)).events
 
@@ -309,7 +314,7 @@ async def test_the_audit_names_who_from_where_and_why(world: World) -> None:
 
 
 async def test_the_documented_calls(world: World) -> None:
-    """Each example of docs/admin.md is a request that the gateway takes; of the call that does not run it says so."""
+    """The gateway accepts each example of docs/admin.md; for the call that does not run it says so."""
     shown = [shlex.split(line) for line in DOCS.read_text().splitlines() if line.startswith("    ask ")]
     assert len(shown) >= 8
     for _, method, body in shown:
@@ -417,7 +422,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("verb", "request_", "field"), BAD, ids=[f"{verb}-{at}" for at, (verb, _, _) in enumerate(BAD)]
 )
 async def test_bad_input(world: World, verb: str, request_: Any, field: str) -> None:
-    """Each wrong value is INVALID_ARGUMENT with the field that is wrong; nothing has changed."""
+    """Each invalid value gets INVALID_ARGUMENT with its field, and nothing changes."""
     before = world.keyed.ledger.snapshots.read()
     answer = await world.operator.refused(verb, request_)
     assert (answer.code.name, answer.reason, answer.fields) == ("INVALID_ARGUMENT", "INVALID_FIELD", [field]), answer
@@ -426,7 +431,7 @@ async def test_bad_input(world: World, verb: str, request_: Any, field: str) -> 
 
 
 async def test_a_page_token_is_of_its_list_alone(world: World) -> None:
-    """A token of another filter, tenant or method opens nothing, and none is a way around what one may see."""
+    """A token of another filter, tenant or method is refused, and no token widens a caller's access."""
     page = await world.ask("Tenants.List", T.ListTenantsRequest(page_size=1))
     for request in (
         T.ListTenantsRequest(page_token=page.next_page_token, filter="origin = api"),
@@ -441,7 +446,7 @@ async def test_a_page_token_is_of_its_list_alone(world: World) -> None:
 
 
 async def test_what_is_no_message(world: World) -> None:
-    """Bytes that do not decode are told as such, and a request of megabytes is not read."""
+    """Malformed bytes are reported as such, and a request of megabytes is not read."""
     channel = world.operator.channel
     raw: Any = channel.unary_unary("/cluster.admin.v1.Tenants/Get")
     metadata = (("authorization", f"Bearer {world.key}"),)
@@ -452,7 +457,7 @@ async def test_what_is_no_message(world: World) -> None:
 
 
 async def test_tokens_that_are_none(world: World) -> None:
-    """Truncated, expired, revoked, of megabytes, smuggled or of another scheme: nobody comes in."""
+    """Truncated, expired, revoked, oversized and malformed credentials are all refused."""
     ledger, address = world.keyed.ledger, world.keyed.gateway.endpoints["admin"]
     late = await asyncio.to_thread(ledger.keys.create, "ops", "late", expires_at=time.time() + 0.2, role="operator")
     revoked = await asyncio.to_thread(ledger.keys.create, "ops", "revoked", role="operator")

@@ -1,4 +1,4 @@
-"""The token path's messages that are serialized by hand are the messages that protobuf would have written."""
+"""Hand-serialized messages are identical to those that protobuf serializes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ offsets = st.integers(1, 2**63)
 
 @given(st.text(), st.text(), texts, offsets)
 def test_text_chunks_by_hand(call_id: str, model: str, text: str, offset: int) -> None:
-    """Byte for byte, for chat and completion, whatever the lengths."""
+    """Chunks of chat and completion are equal byte for byte, at all lengths."""
     head = pb.ChatChunk(id=call_id, model=model).SerializeToString()
     assert head == pb.CompleteChunk(id=call_id, model=model).SerializeToString()
     chat = pb.ChatChunk(

@@ -1,4 +1,4 @@
-"""What is wrong is told with its field, its reason and a remedy, and disturbs nobody."""
+"""gRPC errors name the field, the reason and a remedy, and do not affect other calls."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ BAD_CHATS: list[tuple[str, pb.ChatRequest, str, str]] = [
 
 @pytest.fixture
 async def busy(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> TestCluster:
-    """A cluster with a worker."""
+    """Start a cluster with a worker."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1, max_model_len=256, kv_blocks=600), bundle)
     return cluster
 
 
 async def test_every_wrong_field_is_named(busy: TestCluster) -> None:
-    """Each bad request ends with its reason and the path of its field; a good one beside them is undisturbed."""
+    """Each invalid request gets its reason and its field's path; a valid call beside them is unaffected."""
     expected = text_of([c async for c in busy.stub.StreamChat(chat(max_tokens=100, ignore_eos=True))])
     good = asyncio.ensure_future(busy.stub.Chat(chat(max_tokens=100, ignore_eos=True)))
     for name, request, reason, field in BAD_CHATS:
@@ -85,13 +85,13 @@ async def test_every_wrong_field_is_named(busy: TestCluster) -> None:
 
 
 async def test_all_wrong_fields_at_once(busy: TestCluster) -> None:
-    """A request with several faults is told all of them in one answer."""
+    """An answer lists all invalid fields of a request."""
     answer = await refused(busy.stub.Chat(chat(temperature=-1, top_p=2, n=0)))
     assert answer.fields == ["temperature", "top_p", "n"]
 
 
 async def test_unknown_model(busy: TestCluster) -> None:
-    """NOT_FOUND, on every method that takes a model."""
+    """Every method that takes a model returns NOT_FOUND for an unknown one."""
     calls: list[Any] = [
         busy.stub.Chat(chat(model="nope")),
         busy.stub.StreamComplete(complete(model="nope")),
@@ -106,17 +106,17 @@ async def test_unknown_model(busy: TestCluster) -> None:
 
 
 async def test_prompt_longer_than_the_context(busy: TestCluster) -> None:
-    """The answer says both lengths."""
+    """The error states the prompt's length and the context's."""
     answer = await refused(busy.stub.Complete(pb.CompleteRequest(model="sim", prompt_token_ids=[9] * 256)))
     assert answer.reason == "CONTEXT_LENGTH_EXCEEDED"
     assert "256 tokens" in answer.message
     assert answer.fields == ["prompt"]
     fits = await busy.stub.Complete(pb.CompleteRequest(model="sim", prompt_token_ids=[9] * 255, max_tokens=50))
-    assert fits.usage.completion_tokens == 1, "output is cut to the context's room, as vLLM's server does"
+    assert fits.usage.completion_tokens == 1, "output is limited to the rest of the context, as vLLM's server does"
 
 
 async def test_prompt_ids_out_of_vocabulary(busy: TestCluster) -> None:
-    """An id that is no token is named by its place."""
+    """An id outside the vocabulary is named by its index."""
     answer = await refused(busy.stub.Complete(pb.CompleteRequest(model="sim", prompt_token_ids=[1, -1])))
     assert answer.fields == ["prompt_token_ids[1]"]
     both = await refused(busy.stub.Complete(pb.CompleteRequest(model="sim", prompt="x", prompt_token_ids=[1])))
@@ -131,7 +131,7 @@ async def test_prompt_ids_out_of_vocabulary(busy: TestCluster) -> None:
 )
 @pytest.mark.parametrize("method", ["Chat", "StreamChat", "Complete"])
 async def test_malformed_bytes(busy: TestCluster, body: bytes, method: str) -> None:
-    """Bytes that are no message, malformed UTF-8 in a string among them, are the caller's fault, told with details."""
+    """Malformed messages, also with invalid UTF-8 in a string, are the caller's error, with details."""
     path = f"/cluster.v1.Inference/{method}"
     make = busy.channel.unary_stream if method == "StreamChat" else busy.channel.unary_unary
     call = make(path, request_serializer=lambda b: b, response_deserializer=lambda b: b)
@@ -141,7 +141,7 @@ async def test_malformed_bytes(busy: TestCluster, body: bytes, method: str) -> N
 
 
 async def test_message_over_the_limit(busy: TestCluster) -> None:
-    """A message over max_message_bytes is refused, and the connection's other calls go on."""
+    """A message over max_message_bytes is refused, and the connection's other calls continue."""
     async with grpc.aio.insecure_channel(
         busy.gateway.endpoints["grpc"], options=[("grpc.max_send_message_length", -1)]
     ) as channel:
@@ -153,13 +153,13 @@ async def test_message_over_the_limit(busy: TestCluster) -> None:
 
 
 async def test_unknown_method(busy: TestCluster) -> None:
-    """A method that is not there is UNIMPLEMENTED."""
+    """An unknown method is UNIMPLEMENTED."""
     call: Any = busy.channel.unary_unary("/cluster.v1.Inference/Nope", request_serializer=lambda b: b)
     assert (await refused(call(b""))).code is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_bad_page_tokens(busy: TestCluster) -> None:
-    """A page token of one's own making, or a negative page, is refused by name."""
+    """Forged page tokens and negative page sizes are refused by field."""
     for request, field in (
         (pb.ListModelsRequest(page_token="zz"), "page_token"),
         (pb.ListModelsRequest(page_size=-1), "page_size"),
@@ -168,7 +168,7 @@ async def test_bad_page_tokens(busy: TestCluster) -> None:
 
 
 async def test_failed_model_is_told_at_once(cluster: TestCluster, bundle: Bundle, tmp_path: Path) -> None:
-    """A call for a model that has failed does not wait: it gets the state and the reason."""
+    """A call for a failed model does not wait: it gets the model's state and the reason."""
     await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
     entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)
     cluster.gateway.worker_events.catalog([entry])
@@ -184,7 +184,7 @@ async def test_failed_model_is_told_at_once(cluster: TestCluster, bundle: Bundle
 
 
 async def test_gateway_that_knows_nothing_says_so(cluster: TestCluster) -> None:
-    """Before any controller or worker has spoken a model is not missing: the caller is told to try again."""
+    """Before any controller or worker has connected, a model is not reported missing: the caller is asked to retry."""
     answer = await refused(cluster.stub.Chat(chat()))
     assert (answer.code, answer.reason) == (grpc.StatusCode.UNAVAILABLE, "MODEL_LOADING")
     assert answer.retry_s is not None
@@ -192,7 +192,7 @@ async def test_gateway_that_knows_nothing_says_so(cluster: TestCluster) -> None:
 
 @pytest.mark.slow
 async def test_queue_bounds(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A full queue refuses with QUEUE_FULL and a pause; what waits longer than max_wait_s is shed."""
+    """A full queue refuses with QUEUE_FULL and a retry delay; calls that wait longer than max_wait_s are shed."""
     config = LOOPBACK.replace(
         "drain_timeout_s: 0", "drain_timeout_s: 0\n  queue: {max_requests: 3, max_tokens: 100000, max_wait_s: 0.4}"
     )
@@ -214,7 +214,7 @@ async def test_queue_bounds(tmp_path: Path, checkpoint: Path, bundle: Bundle) ->
 
 @pytest.mark.parametrize("token", ['{"after": 5}', '{"after": null}', "[" * 5000, '{"after": ["a"]}', "5", '"after"'])
 def test_a_page_token_of_ones_own_is_a_wrong_field(token: str) -> None:
-    """Not an unexpected failure, whatever JSON it holds."""
+    """A forged page token of any JSON value is an invalid field, never an unexpected failure."""
     for page_token in (token.encode().hex(), token):
         with pytest.raises(CallError) as raised:
             paginate(["a", "b"], 1, page_token)
@@ -223,7 +223,7 @@ def test_a_page_token_of_ones_own_is_a_wrong_field(token: str) -> None:
 
 @pytest.mark.parametrize("field", ["response_format.regex", "grammar", "prompt_token_ids", ""])
 def test_a_refusal_of_an_engine_names_its_field_once(field: str) -> None:
-    """`response_format: response_format:` stood before what the engine had said."""
+    """An engine's refusal names its field once, not `response_format: response_format:`."""
     words = "unrolls to 20000 positions"
     error = refusal_of("INVALID_FIELD", f"{field}: {words}" if field else words, field)
     caller = {"grammar": "response_format", "prompt_token_ids": "prompt"}.get(field, field)

@@ -1,4 +1,4 @@
-"""Sessions: many calls on one stream, each as StreamChat would have made it, all pieces of a moment in one message."""
+"""Sessions: many calls on one stream, each with the output of StreamChat, with all pieces of a tick in one message."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.support.cluster import LOOPBACK, TestCluster, running_cluster, sim_en
 pytestmark = pytest.mark.slow
 
 
-class Told:
-    """What a session has told of each call, as a client gathers it."""
+class ReceivedEvents:
+    """The events of each call of a session, as a client gathers them."""
 
     def __init__(self) -> None:
         self.text: dict[int, str] = defaultdict(str)
@@ -33,7 +33,7 @@ class Told:
         self.chunks: dict[int, list[Any]] = defaultdict(list)
         self.messages = 0
 
-    def take(self, message: pb.SessionEvents) -> None:
+    def add(self, message: pb.SessionEvents) -> None:
         self.messages += 1
         for event in message.events:
             self.text[event.call_id] += event.text
@@ -63,7 +63,7 @@ def _reason(raw: bytes) -> str:
 
 
 def start(call_id: int, request: pb.ChatRequest | pb.CompleteRequest, **fields: Any) -> pb.SessionRequest:
-    """A start of a call."""
+    """A session message that starts a call."""
     message = pb.SessionStart(call_id=call_id, **fields)
     if isinstance(request, pb.ChatRequest):
         message.chat.CopyFrom(request)
@@ -72,27 +72,27 @@ def start(call_id: int, request: pb.ChatRequest | pb.CompleteRequest, **fields: 
     return pb.SessionRequest(start=message)
 
 
-async def gather(stream: Any, told: Told, *call_ids: int) -> None:
+async def gather(stream: Any, received: ReceivedEvents, *call_ids: int) -> None:
     """Read until all of `call_ids` have ended."""
-    while not all(told.ended(i) for i in call_ids):
+    while not all(received.ended(i) for i in call_ids):
         message = await asyncio.wait_for(read(stream), 20)
         assert message is not None, "the session ended early"
-        told.take(message)
+        received.add(message)
 
 
 async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Forty calls at once give each the text and usage of its own stream, in far fewer messages than tokens."""
+    """Forty concurrent calls get the same text and usage as streams, in far fewer messages than tokens."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     requests = [chat(f"call {i}", max_tokens=30, ignore_eos=True) for i in range(40)]
     alone = [text_of([c async for c in cluster.stub.StreamChat(r)]) for r in requests[:5]]
     stream = cluster.stub.Session()
     for i, request in enumerate(requests):
         await stream.write(start(i, request, request_id=f"r{i}"))
-    told = Told()
-    await gather(stream, told, *range(40))
-    assert [told.text[i] for i in range(5)] == alone
-    assert all(told.usage[i].completion_tokens == 30 for i in range(40))
-    assert told.messages < 40 * 30 / 4
+    received = ReceivedEvents()
+    await gather(stream, received, *range(40))
+    assert [received.text[i] for i in range(5)] == alone
+    assert all(received.usage[i].completion_tokens == 30 for i in range(40))
+    assert received.messages < 40 * 30 / 4
     await stream.done_writing()
     assert await read(stream) is None
     assert await stream.code() is grpc.StatusCode.OK
@@ -100,7 +100,7 @@ async def test_calls_of_a_session_are_those_of_streams(cluster: TestCluster, che
 
 
 async def test_too_many_in_one_message_end_the_session(cluster: TestCluster) -> None:
-    """A message may hold millions of empty requests: each would be answered."""
+    """A message with too many requests ends the session."""
     stream = cluster.stub.Session()
     await stream.write(pb.SessionRequest(more=[pb.SessionRequest()] * 1001))
     with pytest.raises(grpc.aio.AioRpcError, match="at most 1000") as raised:
@@ -112,11 +112,11 @@ async def test_too_many_in_one_message_end_the_session(cluster: TestCluster) -> 
 async def test_errors_cancels_and_deadlines_are_each_calls_own(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, together: bool
 ) -> None:
-    """A wrong call, a cancelled one and a late one end with their status; the others of the session go on. Whether the
-    client says each by itself or all in one message."""
+    """An invalid, a cancelled and a late call end with their own status, sent in one message or several; the session's
+    other calls continue."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     stream = cluster.stub.Session()
-    said = [
+    requests = [
         start(1, chat(max_tokens=100, ignore_eos=True)),
         start(2, chat(model="nope")),
         start(3, chat(temperature=-1)),
@@ -128,21 +128,21 @@ async def test_errors_cancels_and_deadlines_are_each_calls_own(
         pb.SessionRequest(cancel=pb.SessionCancel(call_id=99)),
     ]
     if together:
-        said = [pb.SessionRequest(start=said[0].start, more=said[1:])]
-    for message in said:
+        requests = [pb.SessionRequest(start=requests[0].start, more=requests[1:])]
+    for message in requests:
         await stream.write(message)
-    told = Told()
-    await gather(stream, told, *range(1, 8))
-    assert told.usage[1].completion_tokens == 100
-    assert told.status == {
+    received = ReceivedEvents()
+    await gather(stream, received, *range(1, 8))
+    assert received.usage[1].completion_tokens == 100
+    assert received.status == {
         2: "MODEL_NOT_FOUND",
         3: "INVALID_FIELD",
         4: "CANCELLED",
         5: "DEADLINE_EXCEEDED",
         7: "INVALID_FIELD",
     }
-    assert told.usage[6].completion_tokens == 10
-    logprobs = [t for chunk in told.chunks[6] for c in chunk.choices for t in c.logprobs]
+    assert received.usage[6].completion_tokens == 10
+    logprobs = [t for chunk in received.chunks[6] for c in chunk.choices for t in c.logprobs]
     assert len(logprobs) == 10
     await stream.done_writing()
     assert await stream.code() is grpc.StatusCode.OK
@@ -150,19 +150,19 @@ async def test_errors_cancels_and_deadlines_are_each_calls_own(
 
 
 async def test_a_call_id_is_unique_while_it_runs(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A second start under a running id is refused without harm; after its end the id may be used again."""
+    """A second start with a running call's id is refused without effect on it; the id may be reused after its end."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     stream = cluster.stub.Session()
     await stream.write(start(1, chat(max_tokens=20, ignore_eos=True)))
     await stream.write(start(1, chat(max_tokens=3, ignore_eos=True)))
-    told = Told()
-    while 1 not in told.usage:
+    received = ReceivedEvents()
+    while 1 not in received.usage:
         message = await read(stream)
         assert message is not None
-        told.take(message)
-    assert told.status[1] == "INVALID_FIELD"
-    assert told.usage[1].completion_tokens == 20
-    again = Told()
+        received.add(message)
+    assert received.status[1] == "INVALID_FIELD"
+    assert received.usage[1].completion_tokens == 20
+    again = ReceivedEvents()
     await stream.write(start(1, chat(max_tokens=3, ignore_eos=True)))
     await gather(stream, again, 1)
     assert again.usage[1].completion_tokens == 3
@@ -170,7 +170,7 @@ async def test_a_call_id_is_unique_while_it_runs(cluster: TestCluster, checkpoin
 
 
 async def test_client_gone_ends_all_calls(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A session that is cancelled frees every place its calls had."""
+    """A cancelled session frees all its calls' slots."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=8), bundle)
     stream = cluster.stub.Session()
     for i in range(30):
@@ -181,7 +181,7 @@ async def test_client_gone_ends_all_calls(cluster: TestCluster, checkpoint: Path
 
 
 async def test_an_unread_session_slows_nobody(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A client that does not read its session gets all of it later; a neighbour's stream keeps the engine's pace."""
+    """A client that does not read its session gets all output later; another stream keeps the engine's pace."""
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=2), bundle)
     stream = cluster.stub.Session()
     for i in range(32):
@@ -191,9 +191,9 @@ async def test_an_unread_session_slows_nobody(cluster: TestCluster, checkpoint: 
     answer = await cluster.stub.Chat(chat(max_tokens=200, ignore_eos=True))
     assert answer.usage.completion_tokens == 200
     assert worker.engine.load().steps - before <= 230
-    told = Told()
-    await gather(stream, told, *range(32))
-    assert all(told.usage[i].completion_tokens == 300 for i in range(32))
+    received = ReceivedEvents()
+    await gather(stream, received, *range(32))
+    assert all(received.usage[i].completion_tokens == 300 for i in range(32))
     stream.cancel()
 
 
@@ -201,7 +201,7 @@ async def test_an_unread_session_slows_nobody(cluster: TestCluster, checkpoint: 
 async def test_a_session_retires_without_cutting_a_call(
     tmp_path: Path, checkpoint: Path, bundle: Bundle, by: str
 ) -> None:
-    """By age or when the gateway stops a session takes no new call, says so, and ends with its last one."""
+    """An old session, or one of a stopping gateway, refuses new calls, says so, and ends after its last call."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 20")
     if by == "age":
         config = config.replace("drain_timeout_s: 20", "drain_timeout_s: 20\n  max_connection_age_s: 0.4")
@@ -209,23 +209,23 @@ async def test_a_session_retires_without_cutting_a_call(
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         stream = cluster.stub.Session()
         await stream.write(start(1, chat(max_tokens=150, ignore_eos=True)))
-        told = Told()
-        told.take(await read(stream))
+        received = ReceivedEvents()
+        received.add(await read(stream))
         if by == "drain":
             cluster.gateway.service.close("stopping")
         number = 2
-        while "NO_WORKER" not in told.status.values():
+        while "NO_WORKER" not in received.status.values():
             await stream.write(start(number, chat(max_tokens=1)))
-            await gather(stream, told, number)
+            await gather(stream, received, number)
             number += 1
-        await gather(stream, told, 1)
-        assert told.usage[1].completion_tokens == 150
+        await gather(stream, received, 1)
+        assert received.usage[1].completion_tokens == 150
         assert await read(stream) is None
         assert await stream.code() is grpc.StatusCode.OK
 
 
 async def test_malformed_requests(cluster: TestCluster) -> None:
-    """Bytes that are no SessionRequest end the session with the client's fault."""
+    """Bytes that are not a SessionRequest end the session with a caller's error."""
     call: Any = cluster.channel.stream_stream("/cluster.v1.Inference/Session", request_serializer=lambda b: b)
     stream = call()
     await stream.write(b"\xff\xff\xff")
@@ -233,7 +233,7 @@ async def test_malformed_requests(cluster: TestCluster) -> None:
 
 
 async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> None:
-    """A client that never reads and sends starts that are refused is not read on, instead of filling the gateway."""
+    """The gateway stops reading from a client that sends refused starts and never reads."""
     data = start(1, chat("x" * 1000, model="none")).SerializeToString()
     framed = b"\x00" + len(data).to_bytes(4, "big") + data
     async with raw_client(int(cluster.gateway.endpoints["grpc"].rpartition(":")[2]), window=1000) as raw:
@@ -253,7 +253,7 @@ async def test_refusals_that_nobody_reads_are_bounded(cluster: TestCluster) -> N
 
 
 async def _longest_pass_s(cluster: TestCluster, messages: bytes) -> float:
-    """CPU time of the longest pass of the event loop while a session handles these and refuses a start."""
+    """CPU time of the event loop's longest pass while a session handles these requests and refuses a start."""
     loop, longest, last = asyncio.get_running_loop(), 0.0, time.thread_time()
 
     def tick() -> None:
@@ -288,7 +288,7 @@ async def test_messages_without_a_request_hold_nobody_up(cluster: TestCluster) -
 
 
 async def test_a_session_ends_with_a_request_that_is_refused_at_once(cluster: TestCluster) -> None:
-    """A session whose only request was refused in the moment in which its client closed its side never ended."""
+    """A session ends even if its only request is refused at the moment in which its client closes its side."""
     start = pb.SessionStart(call_id=1, chat=chat(model="none"))
 
     async def asked() -> list[pb.SessionEvent]:

@@ -1,4 +1,4 @@
-"""Unfinished bodies over HTTP: what they may hold, and that each can be completed."""
+"""Unfinished request bodies over HTTP: they stay within the budget, and each can be completed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WAIT_S = 10.0
 
 @dataclass
 class Sink:
-    """An application that reads bodies within a budget of two of the largest, and answers their length."""
+    """An application that reads bodies, with a budget of two of the largest, and answers with their length."""
 
     budget: RequestBytes = field(
         default_factory=lambda: RequestBytes(ByteBounds(2 * LIMIT, 2 * LIMIT, 3 * LIMIT), time.monotonic)
@@ -32,7 +32,7 @@ class Sink:
     running: int = 0
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        """ASGI: the path is the tenant."""
+        """ASGI application; the path is the tenant."""
         declared = dict(scope["headers"]).get(b"content-length", b"")
         bodies, status = RequestBodies(LIMIT, self.budget), 200
         self.running += 1
@@ -54,7 +54,7 @@ class Sink:
 
 @asynccontextmanager
 async def sink() -> AsyncIterator[Sink]:
-    """The application behind a server on loopback; it parses at once."""
+    """Serve the application on loopback; bodies count as parsed at once."""
     app = Sink()
     app.parsing.set()
     server = HttpServer(app)
@@ -66,7 +66,7 @@ async def sink() -> AsyncIterator[Sink]:
 
 
 class Upload:
-    """A body of `size` bytes under way."""
+    """A body of `size` bytes that is being sent."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, size: int, chunked: bool) -> None:
         self.reader, self.writer, self.size, self.chunked = reader, writer, size, chunked
@@ -75,92 +75,93 @@ class Upload:
     @classmethod
     async def begin(cls, app: Sink, tenant: str, size: int, *, chunked: bool = False) -> Upload:
         """Send the head."""
-        one = cls(*await asyncio.open_connection("127.0.0.1", app.port), size, chunked)
+        upload = cls(*await asyncio.open_connection("127.0.0.1", app.port), size, chunked)
         how = "transfer-encoding: chunked" if chunked else f"content-length: {size}"
-        one.writer.write(f"POST /{tenant} HTTP/1.1\r\nhost: a\r\n{how}\r\nconnection: close\r\n\r\n".encode())
-        return one
+        upload.writer.write(f"POST /{tenant} HTTP/1.1\r\nhost: a\r\n{how}\r\nconnection: close\r\n\r\n".encode())
+        return upload
 
     def send(self, size: int) -> None:
-        """Send a part, as far as the socket takes it."""
+        """Send a part, as far as the socket accepts it."""
         self.sent += size
         data = b" " * size
         self.writer.write(b"%x\r\n%b\r\n" % (size, data) if self.chunked else data)
 
     async def finish(self) -> bytes:
-        """Send the rest; the answer."""
+        """Send the rest, and return the answer."""
         self.send(self.size - self.sent)
         if self.chunked:
             self.writer.write(b"0\r\n\r\n")
         return await self.answer()
 
     async def answer(self) -> bytes:
-        """Status and content."""
+        """Read the status and content."""
         answer = await asyncio.wait_for(self.reader.read(), WAIT_S)
         head, _, content = answer.partition(b"\r\n\r\n")
         return head.split(b" ")[1] + b" " + content
 
     def abort(self) -> None:
-        """Go away."""
+        """Disconnect."""
         self.writer.transport.abort()
 
 
 async def test_unfinished_bodies_of_a_tenant_hold_its_budget_and_each_can_be_completed() -> None:
-    """Twenty unfinished bodies held twenty bodies' memory; granted in parts, none could ever be completed."""
+    """Twenty unfinished bodies hold no more than the budget, and each can be completed, as reservations are granted
+    whole."""
     async with sink() as app:
         uploads = [await Upload.begin(app, "t", LIMIT, chunked=i % 2 == 0) for i in range(8)]
-        for one in uploads:
-            one.send(LIMIT - 1)
+        for upload in uploads:
+            upload.send(LIMIT - 1)
         await until(lambda: app.budget.waiting == 6, "two bodies are granted, the others wait")
         assert app.budget.held == 2 * LIMIT
         other = await Upload.begin(app, "other", LIMIT)
         assert await other.finish() == b"200 %d" % LIMIT, "another tenant has a budget of its own"
-        assert sorted(await asyncio.gather(*(one.finish() for one in uploads))) == [b"200 %d" % LIMIT] * 8
+        assert sorted(await asyncio.gather(*(upload.finish() for upload in uploads))) == [b"200 %d" % LIMIT] * 8
         assert (app.budget.held, app.budget.waiting) == (0, 0)
 
 
 async def test_a_body_counts_until_it_is_parsed() -> None:
-    """Bodies that wait for the parser would hold memory beyond the budget."""
+    """A body counts against the budget until it is parsed."""
     async with sink() as app:
         app.parsing.clear()
         uploads = [await Upload.begin(app, "t", LIMIT) for _ in range(3)]
-        answers = [asyncio.create_task(one.finish()) for one in uploads]
-        await until(lambda: app.budget.held == 2 * LIMIT and app.budget.waiting == 1, "two are here, one waits")
+        answers = [asyncio.create_task(upload.finish()) for upload in uploads]
+        await until(lambda: app.budget.held == 2 * LIMIT and app.budget.waiting == 1, "two are received, one waits")
         app.parsing.set()
         assert await asyncio.gather(*answers) == [b"200 %d" % LIMIT] * 3
 
 
 async def test_a_small_body_needs_no_budget() -> None:
-    """A tenant's large bodies would stop its ordinary calls."""
+    """A small body is read while its tenant's large bodies hold the budget."""
     async with sink() as app:
         large = [await Upload.begin(app, "t", LIMIT) for _ in range(4)]
-        for one in large:
-            one.send(MIB)
+        for upload in large:
+            upload.send(MIB)
         await until(lambda: app.budget.waiting == 2, "two wait")
         assert await (await Upload.begin(app, "t", 1000)).finish() == b"200 1000"
-        for one in large:
-            one.abort()
+        for upload in large:
+            upload.abort()
         await until(lambda: not app.running, "all bodies have ended")
-        assert (app.budget.held, app.budget.waiting) == (0, 0), "given back by whoever went away"
+        assert (app.budget.held, app.budget.waiting) == (0, 0), "aborted uploads release their reservations"
 
 
 async def test_a_body_that_stalls_while_others_wait_is_ended() -> None:
-    """Two stalled bodies would stop every other of their tenant."""
+    """A stalled body is ended while others of its tenant wait."""
     async with sink() as app:
         stalled = [await Upload.begin(app, "t", LIMIT) for _ in range(2)]
-        for one in stalled:
-            one.send(MIB)
+        for upload in stalled:
+            upload.send(MIB)
         await until(lambda: app.budget.held == 2 * LIMIT, "both are granted")
         waiting = await Upload.begin(app, "t", LIMIT)
         answer = asyncio.create_task(waiting.finish())
         await until(lambda: app.budget.waiting == 1, "a third waits")
         for reservation in list(app.budget._granted):
             reservation.too_slow()
-        assert [(await one.answer())[:3] for one in stalled] == [b"408"] * 2
+        assert [(await upload.answer())[:3] for upload in stalled] == [b"408"] * 2
         assert await answer == b"200 %d" % LIMIT
 
 
 async def test_too_large_bodies_are_refused() -> None:
-    """A body beyond the limit would be held whole before it is refused."""
+    """A body over the limit is refused before it is held whole."""
     async with sink() as app:
         declared = await Upload.begin(app, "t", LIMIT + 1)
         assert await declared.answer() == b"413 request_too_large"

@@ -1,4 +1,4 @@
-"""Time limits of an HTTP/1 connection, as laws over virtual time."""
+"""Time limits of an HTTP/1 connection, as properties over virtual time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cluster.gateway.apis.http.timeouts import ConnectionTimeouts, Late, Timeout
 LIMITS = TimeoutLimits()
 
 
-def checked(pace: ConnectionTimeouts, start: float, end: float, unsent_bytes: int = 0) -> tuple[float, Late] | None:
-    """The first check in (start, end] that finds the client late, and why."""
+def checked(timeouts: ConnectionTimeouts, start: float, end: float, unsent_bytes: int = 0) -> tuple[float, Late] | None:
+    """The first check in (start, end] that finds the client late, and the reason."""
     now = start + LIMITS.check_s
     while now <= end:
-        if (late := pace.overdue(now, unsent_bytes)) is not None:
+        if (late := timeouts.overdue(now, unsent_bytes)) is not None:
             return now, late
         now += LIMITS.check_s
     return None
@@ -22,24 +22,24 @@ def checked(pace: ConnectionTimeouts, start: float, end: float, unsent_bytes: in
 
 @given(gap_s=st.floats(0.1, 30.0))
 def test_a_dribbled_head_is_cut_whatever_its_rhythm(gap_s: float) -> None:
-    """A first head that never ends would hold its connection for ever, if each of its bytes counted as progress."""
-    pace, now = ConnectionTimeouts(LIMITS, 0.0), 0.0
+    """A first head that does not end in time is cut, however its bytes arrive."""
+    timeouts, now = ConnectionTimeouts(LIMITS, 0.0), 0.0
     due = LIMITS.check_s
     while now < 60.0:
         now = min(now + gap_s, due)
         if now == due:
-            if (late := pace.overdue(now)) is not None:
+            if (late := timeouts.overdue(now)) is not None:
                 assert late in (Late.HEAD, Late.IDLE)
                 assert now <= LIMITS.first_head_s + 2 * LIMITS.check_s <= 20.0
                 return
             due += LIMITS.check_s
         else:
-            pace.began_head(now)
+            timeouts.began_head(now)
     raise AssertionError("never cut")
 
 
 def test_a_connection_without_a_request_is_cut_sooner_than_one_between_requests() -> None:
-    """A connection that never sent anything would be kept as long as a client's pool keeps its own."""
+    """A connection without any request is closed sooner than an idle one between requests."""
     silent = checked(ConnectionTimeouts(LIMITS, 0.0), 0.0, 60.0)
     assert silent is not None
     assert silent[0] <= 20.0
@@ -47,7 +47,7 @@ def test_a_connection_without_a_request_is_cut_sooner_than_one_between_requests(
     used.began_head(1.0)
     used.ended_head()
     used.ended_body()
-    assert checked(used, 1.0, 100.0) is None, "an answer may take as long as it likes"
+    assert checked(used, 1.0, 100.0) is None, "the time of an answer is not limited"
     used.answered(101.0, complete=True)
     between = checked(used, 101.0, 300.0)
     assert between is not None
@@ -59,47 +59,47 @@ def test_a_connection_without_a_request_is_cut_sooner_than_one_between_requests(
 def test_a_body_is_cut_for_a_slow_period_and_never_for_the_gateways_own_pauses(
     rates: list[int], data: st.DataObject
 ) -> None:
-    """A client would be cut for time in which the gateway did not read, or a dribbled body would never be."""
-    pace = ConnectionTimeouts(LIMITS, 0.0)
-    pace.began_head(0.0)
-    pace.ended_head()
+    """A body is cut after a slow period, but never for time in which the gateway did not read."""
+    timeouts = ConnectionTimeouts(LIMITS, 0.0)
+    timeouts.began_head(0.0)
+    timeouts.ended_head()
     now = 0.0
     for index, rate in enumerate(rates):
         paused = data.draw(st.booleans())
         now += LIMITS.check_s
-        pace.body(int(rate * LIMITS.check_s))
+        timeouts.body(int(rate * LIMITS.check_s))
         if paused:
-            pace.paused()
+            timeouts.paused()
         slow = rate < LIMITS.min_body_bytes_per_s and not paused and index > 0
-        assert pace.overdue(now) is (Late.BODY if slow else None)
+        assert timeouts.overdue(now) is (Late.BODY if slow else None)
         if slow:
             return
 
 
 def test_a_client_that_takes_nothing_is_cut_and_one_that_takes_little_is_not() -> None:
-    """A response that is never read would be kept as long as the client likes."""
-    pace = ConnectionTimeouts(LIMITS, 0.0)
-    pace.began_head(0.0)
-    pace.ended_head()
-    pace.ended_body()
+    """A client that reads no byte of its response is cut; one that reads a little is not."""
+    timeouts = ConnectionTimeouts(LIMITS, 0.0)
+    timeouts.began_head(0.0)
+    timeouts.ended_head()
+    timeouts.ended_body()
     now = 0.0
     for unsent in range(100_000, 99_960, -1):
         now += LIMITS.check_s
-        assert pace.overdue(now, unsent) is None
-    found = checked(pace, now, now + 100.0, 99_960)
+        assert timeouts.overdue(now, unsent) is None
+    found = checked(timeouts, now, now + 100.0, 99_960)
     assert found is not None
     assert found[1] is Late.UNREAD
 
 
 def test_the_rest_of_a_refused_body_has_seconds() -> None:
-    """A client that was refused could go on sending its body for ever."""
-    pace = ConnectionTimeouts(LIMITS, 0.0)
-    pace.began_head(0.0)
-    pace.ended_head()
-    pace.answered(1.0, complete=False)
-    pace.body(10**9)
-    found = checked(pace, 1.0, 60.0)
+    """The rest of a refused body must arrive within seconds."""
+    timeouts = ConnectionTimeouts(LIMITS, 0.0)
+    timeouts.began_head(0.0)
+    timeouts.ended_head()
+    timeouts.answered(1.0, complete=False)
+    timeouts.body(10**9)
+    found = checked(timeouts, 1.0, 60.0)
     assert found is not None
     assert found[1] is Late.LEFTOVER
-    pace.ended_leftover(8.0)
-    assert checked(pace, 8.0, 60.0) is None
+    timeouts.ended_leftover(8.0)
+    assert checked(timeouts, 8.0, 60.0) is None

@@ -1,4 +1,4 @@
-"""OpenAI's API over HTTP through a real gateway on the simulated engine, by the official client and as bytes."""
+"""OpenAI's API over HTTP through a real gateway with the simulated engine, by the official client and as bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 async def busy(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle
 ) -> AsyncIterator[TestCluster]:
-    """A gateway with a worker, for the whole module."""
+    """Start a gateway with a worker, for the whole module."""
     async with running_cluster(tmp_path_factory.mktemp("http")) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
         yield cluster
@@ -37,7 +37,7 @@ async def busy(
 
 
 async def test_the_official_client_chats(busy: TestCluster) -> None:
-    """Whole and streamed answers agree with each other and with gRPC's; usage comes when asked for, in a last chunk."""
+    """Complete and streamed answers equal each other and gRPC's; usage is in the last chunk if requested."""
     body = chat_body(max_tokens=40, extra_body={"ignore_eos": True})
     expected = await busy.stub.Chat(chat(max_tokens=40, ignore_eos=True))
     async with client(busy) as ai:
@@ -65,7 +65,7 @@ async def test_the_official_client_chats(busy: TestCluster) -> None:
 
 
 async def test_the_official_client_completes(busy: TestCluster, bundle: Bundle) -> None:
-    """Text and token ids, whole and streamed, give what gRPC gives."""
+    """Text and token ids, complete and streamed, get gRPC's answers."""
     expected = (await busy.stub.Complete(complete(max_tokens=30, ignore_eos=True))).choices[0].text
     ids = TextModel.from_bundle(bundle).encode_prompt("Once upon a time")
     async with client(busy) as ai:
@@ -96,7 +96,8 @@ async def test_the_official_client_without_asyncio(busy: TestCluster) -> None:
 
 
 async def test_several_prompts_and_choices(busy: TestCluster) -> None:
-    """Choices of several prompts are numbered through, and each is what its prompt gives alone; counts add up."""
+    """Choices of several prompts are numbered consecutively, and each equals its prompt's own answer. Token counts are
+    summed."""
     options = {"n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
     async with client(busy) as ai:
         alone = [await ai.completions.create(**completion_body(p, **options)) for p in ("one", "two")]
@@ -122,7 +123,7 @@ async def test_several_prompts_and_choices(busy: TestCluster) -> None:
 
 
 async def test_the_bytes_of_a_stream(busy: TestCluster) -> None:
-    """Framing to the byte: ASCII events of one line, a blank line after each, the end marked once, one id."""
+    """Exact framing: ASCII events of one line, a blank line after each, one end mark, one id."""
     wire = await Wire.open(busy)
     wire.ask(CHAT, chat_body(stream=True, max_tokens=30, ignore_eos=True, stream_options={"include_usage": True}))
     reply = await wire.reply()
@@ -144,34 +145,34 @@ async def test_the_bytes_of_a_stream(busy: TestCluster) -> None:
     assert list(events[1]["choices"][0]["delta"]) == ["content"]
     assert events[-1]["usage"]["completion_tokens"] == 30
     wire.ask("/health")
-    assert (await wire.reply()).json == {"status": "ok"}, "the connection goes on after a stream"
+    assert (await wire.reply()).json == {"status": "ok"}, "the connection stays usable after a stream"
     await wire.close()
 
 
 async def test_usage_with_every_chunk(busy: TestCluster) -> None:
-    """continuous_usage_stats tells the tokens so far with each chunk, for each choice by itself."""
+    """continuous_usage_stats reports the tokens so far in each chunk, for each choice by itself."""
     options = {"include_usage": True, "continuous_usage_stats": True}
     reply = await fetch(busy, COMPLETIONS, completion_body(n=2, ignore_eos=True, stream=True, stream_options=options))
     for index in (0, 1):
-        told = [
+        counts = [
             e["usage"]["completion_tokens"] for e in reply.events if e["choices"] and e["choices"][0]["index"] == index
         ]
-        assert told == sorted(told)
-        assert told[-1] == 16
+        assert counts == sorted(counts)
+        assert counts[-1] == 16
     assert reply.events[-1]["usage"]["completion_tokens"] == 32
 
 
 async def test_logprobs_in_both_shapes(busy: TestCluster) -> None:
-    """Chat and completion logprobs are those of gRPC in OpenAI's two shapes, whole and streamed."""
+    """Chat and completion logprobs equal gRPC's, in OpenAI's two shapes, complete and streamed."""
     grpc_ = (await busy.stub.Complete(complete(logprobs=True, top_logprobs=3, ignore_eos=True))).choices[0].logprobs
     body = completion_body(logprobs=2, ignore_eos=True)
     whole = (await fetch(busy, COMPLETIONS, body)).json["choices"][0]["logprobs"]
     assert whole["tokens"] == [t.token for t in grpc_]
     assert whole["token_logprobs"] == pytest.approx([t.logprob for t in grpc_])
     assert whole["text_offset"] == [sum(map(len, whole["tokens"][:i])) for i in range(16)]
-    for told, t in zip(whole["top_logprobs"], grpc_, strict=True):
-        assert 2 <= len(told) <= 3, "the sampled token, and the two most likely ones"
-        assert told[t.token] == pytest.approx(t.logprob) or len({o.token for o in t.top_logprobs}) < 3
+    for top, t in zip(whole["top_logprobs"], grpc_, strict=True):
+        assert 2 <= len(top) <= 3, "the sampled token, and the two most likely ones"
+        assert top[t.token] == pytest.approx(t.logprob) or len({o.token for o in t.top_logprobs}) < 3
     merged: dict[str, list[Any]] = {name: [] for name in whole}
     for event in (await fetch(busy, COMPLETIONS, {**body, "stream": True})).events:
         for name, values in (event["choices"][0]["logprobs"] or {}).items():
@@ -185,7 +186,7 @@ async def test_logprobs_in_both_shapes(busy: TestCluster) -> None:
 
 
 async def test_vllms_extensions_have_their_effect(busy: TestCluster) -> None:
-    """Options under vLLM's names arrive: the answers are those of the same options over gRPC."""
+    """Options under vLLM's names give the answers of the same options over gRPC."""
     stop = (await busy.stub.Chat(chat(max_tokens=30, ignore_eos=True, logprobs=True))).choices[0].logprobs[5].token_id
     cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"stop_token_ids": [stop], "ignore_eos": True}, {}),
@@ -205,7 +206,8 @@ async def test_vllms_extensions_have_their_effect(busy: TestCluster) -> None:
 
 
 async def test_messages_are_what_grpcs_are(busy: TestCluster) -> None:
-    """Parts, tool calls in the history, a prefilled answer and a prompt without a turn make the same prompt."""
+    """Parts, tool calls in the history, a prefilled answer and a prompt without a generation turn give gRPC's
+    prompt."""
     said = {"role": "user", "content": "Hi"}
     parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
@@ -241,7 +243,7 @@ async def test_messages_are_what_grpcs_are(busy: TestCluster) -> None:
 
 
 async def test_hints_and_unknown_fields_are_let_be(busy: TestCluster) -> None:
-    """What does not change an answer does not refuse it; null is as good as absent."""
+    """Fields that do not change an answer are ignored; null counts as absent."""
     plain = (await fetch(busy, CHAT, chat_body())).json["choices"]
     body = chat_body(user="me", store=False, metadata={"a": "b"}, service_tier="auto", wholly_unknown={"x": [1]})
     body |= {"tool_choice": "none", "parallel_tool_calls": True, "response_format": {"type": "text"}, "echo": False}
@@ -250,7 +252,7 @@ async def test_hints_and_unknown_fields_are_let_be(busy: TestCluster) -> None:
 
 
 async def test_request_ids_and_headers(busy: TestCluster) -> None:
-    """A good x-request-id comes back, with errors too; a bad one is replaced; nothing of it is reflected."""
+    """A valid x-request-id is returned, also with errors; an invalid one is replaced and never reflected."""
     reply = await fetch(busy, CHAT, chat_body(), x_request_id="abc-1")
     assert reply.headers["x-request-id"] == "abc-1"
     assert "server" not in reply.headers
@@ -262,7 +264,7 @@ async def test_request_ids_and_headers(busy: TestCluster) -> None:
 
 
 async def test_models_health_and_readiness(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Models are listed with their state; a gateway without any worker is ready, one that is stopping is not."""
+    """Models are listed with their state. A gateway without workers is ready, a stopping one is not."""
     entry = CatalogEntry("sim", aliases=("default", "Org/Sim"), state=ModelState.LOADING, max_model_len=256)
     cluster.gateway.worker_events.catalog([entry])
     assert (await fetch(cluster, "/ready")).json == {"status": "ready"}
@@ -286,7 +288,7 @@ async def test_models_health_and_readiness(cluster: TestCluster, checkpoint: Pat
 
 
 async def test_silence_is_broken_by_comments(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """Every keepalive_s of silence a comment goes out, before the first token and between tokens."""
+    """A comment is sent after every keepalive_s of silence, before the first token and between tokens."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  keepalive_s: 0.05")
     async with running_cluster(tmp_path, config) as cluster:
         entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)
@@ -310,7 +312,7 @@ async def test_silence_is_broken_by_comments(tmp_path: Path, checkpoint: Path, b
 
 
 async def test_calls_are_counted_by_their_face(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """An answered stream counts as ok over http, once."""
+    """An answered stream is counted once, as ok over http."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=1), bundle)
     assert (await fetch(cluster, CHAT, chat_body(stream=True))).events
     await until(lambda: not cluster.gateway.service.statistics(), "the call is over")

@@ -1,4 +1,4 @@
-"""Clients that go away free the engine's places at once, wherever their calls are, and slow ones hold up nobody."""
+"""Clients that disconnect free the engine's slots at once, in any state of a call; slow clients delay no others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 def outcomes(cluster: TestCluster) -> dict[str, float]:
-    """How many calls ended how."""
+    """Counts of calls by outcome."""
     counted: dict[str, float] = {}
     for labels, count in cluster.gateway.metrics._counters["requests_total"].items():
         counted[labels[-1]] = counted.get(labels[-1], 0) + count
@@ -30,7 +30,7 @@ def outcomes(cluster: TestCluster) -> dict[str, float]:
 async def test_a_client_gone_frees_its_place(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle, where: str, stream: bool
 ) -> None:
-    """Whether it waits, is in prefill or produces, a call whose connection closes leaves queue and engine at once."""
+    """A call whose connection closes leaves queue and engine at once, while it waits, prefills or decodes."""
     slow = {"prefill_tokens_per_s": 5} if where == "prefill" else {}
     worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=1, **slow), bundle)
     body = chat_body(max_tokens=3000, ignore_eos=True, stream=stream)
@@ -52,7 +52,7 @@ async def test_a_client_gone_frees_its_place(
 
 
 async def test_the_official_client_closes_a_stream(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """A stream that the client leaves is ended; the next call on the same client is answered."""
+    """A stream that the client closes is ended; the client's next call is answered."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     async with client(cluster) as ai:
         stream = await ai.chat.completions.create(
@@ -68,7 +68,7 @@ async def test_the_official_client_closes_a_stream(cluster: TestCluster, checkpo
 async def test_one_of_several_prompts_does_not_outlive_the_others(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A request of several prompts ends whole: gone with its client, and refused where one prompt is wrong."""
+    """A request of several prompts ends as a whole, when its client disconnects or one prompt is invalid."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
     wire = await Wire.open(cluster)
     wire.ask(COMPLETIONS, completion_body(["a", "b", "c"], n=2, max_tokens=3000, ignore_eos=True, stream=True))
@@ -82,7 +82,7 @@ async def test_one_of_several_prompts_does_not_outlive_the_others(
 
 
 async def test_hundreds_gone_at_once(cluster: TestCluster, checkpoint: Path, bundle: Bundle) -> None:
-    """Three hundred streams, running and waiting, whose connections break together leave nothing behind."""
+    """Three hundred streams, running and waiting, leave nothing behind when their connections break at once."""
     await cluster.add_worker(sim_engine(checkpoint, decode_ms=5, max_num_seqs=32), bundle)
     wires = await asyncio.gather(*(Wire.open(cluster) for _ in range(300)))
     for wire in wires:
@@ -99,7 +99,7 @@ async def test_hundreds_gone_at_once(cluster: TestCluster, checkpoint: Path, bun
 async def test_a_slow_reader_gets_its_text_in_fewer_events(
     cluster: TestCluster, checkpoint: Path, bundle: Bundle
 ) -> None:
-    """A client that does not read costs no memory for each token, does not hold up the engine, and loses nothing."""
+    """A client that does not read costs no memory per token, does not delay the engine, and loses no text."""
     worker = await cluster.add_worker(
         sim_engine(checkpoint, decode_ms=0.1, max_model_len=8_000, kv_blocks=4_000), bundle
     )
@@ -113,7 +113,7 @@ async def test_a_slow_reader_gets_its_text_in_fewer_events(
     wire = Wire(*await asyncio.open_connection(sock=raw, limit=1024))
     wire.ask(COMPLETIONS, {**body, "stream": True})
     assert (await wire.head())[0] == 200
-    await until(lambda: worker.engine.load().running == 0, "the engine is done though nobody reads", 60)
+    await until(lambda: worker.engine.load().running == 0, "the engine finishes although the client does not read", 60)
     events = []
     while chunk := await wire.chunk():
         events.append(chunk)
@@ -125,7 +125,7 @@ async def test_a_slow_reader_gets_its_text_in_fewer_events(
 
 
 async def test_a_body_that_never_comes(cluster: TestCluster) -> None:
-    """A client that goes away in the middle of its request leaves nothing behind, and no error in the log."""
+    """A client that disconnects within its request leaves nothing behind, and no error in the log."""
     wire = await Wire.open(cluster)
     wire.ask(CHAT, b'{"model"', content_length="1000")
     await until(lambda: bool(cluster.gateway.http._state.tasks), "the request is being read")
@@ -134,7 +134,7 @@ async def test_a_body_that_never_comes(cluster: TestCluster) -> None:
 
 
 async def test_stopping_lets_streams_end(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A stopping gateway refuses new connections, closes idle ones at once and lets a stream come to its end."""
+    """A stopping gateway refuses new connections, closes idle ones at once and lets streams finish."""
     async with running_cluster(tmp_path) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
         idle, busy = await Wire.open(cluster), await Wire.open(cluster)
@@ -156,7 +156,7 @@ async def test_stopping_lets_streams_end(tmp_path: Path, checkpoint: Path, bundl
 
 
 async def test_stopping_does_not_wait_for_ever(tmp_path: Path, bundle: Bundle) -> None:
-    """What has not ended by the drain's end is cut, and leaves nothing."""
+    """Calls still running at the end of the drain are cut, and leave nothing behind."""
     async with running_cluster(tmp_path) as cluster:
         await asyncio.to_thread(bundle.save, tmp_path / "bundles" / bundle.digest.replace(":", "-"))
         entry = CatalogEntry("sim", state=ModelState.LOADING, bundle_digest=bundle.digest, max_model_len=256)

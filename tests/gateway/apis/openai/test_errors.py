@@ -1,4 +1,4 @@
-"""What is wrong over HTTP is told in OpenAI's shape with its field, its reason and a remedy, and disturbs nobody."""
+"""HTTP errors have OpenAI's shape, name the field, the reason and a remedy, and do not affect other calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 NAN, INF = float("nan"), float("inf")
 
-# fields over a good chat request, the parameter that is told, and the code when it is not invalid_field
+# fields added to a valid chat request, the expected parameter, and the code if it is not invalid_field
 BAD_CHATS: list[tuple[str, dict[str, Any], str]] = [
     ("no messages", {"messages": []}, "messages"),
     ("messages of a wrong type", {"messages": "hi"}, "messages"),
@@ -132,7 +132,7 @@ BAD_COMPLETIONS: list[tuple[str, dict[str, Any], str, str]] = [
 async def busy(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, bundle: Bundle
 ) -> AsyncIterator[TestCluster]:
-    """A gateway with a worker, for the whole module."""
+    """Start a gateway with a worker, for the whole module."""
     async with running_cluster(tmp_path_factory.mktemp("http")) as cluster:
         await cluster.add_worker(sim_engine(checkpoint, decode_ms=1, max_model_len=256, kv_blocks=600), bundle)
         yield cluster
@@ -142,10 +142,10 @@ async def busy(
 async def assert_refused(
     cluster: TestCluster, path: str, body: dict[str, Any], param: str, code: str = "invalid_field"
 ) -> None:
-    """The answer is 400 with this parameter and code, and names the field, whole and streamed alike."""
+    """Assert a 400 answer with this parameter and code that names the field, complete and streamed."""
     wanted = [body] if "stream" in body else [body, {**body, "stream": True}]
-    for one in wanted:
-        reply = await fetch(cluster, path, one)
+    for wanted_body in wanted:
+        reply = await fetch(cluster, path, wanted_body)
         error = reply.error
         assert (reply.status, error["code"], error["param"]) == (400, code, param), error
         assert error["type"] == "invalid_request_error"
@@ -155,7 +155,7 @@ async def assert_refused(
 
 @pytest.mark.parametrize(("fields", "param"), [case[1:] for case in BAD_CHATS], ids=[c[0] for c in BAD_CHATS])
 async def test_a_wrong_field_is_named(busy: TestCluster, fields: dict[str, Any], param: str) -> None:
-    """Each bad chat ends with the path of its field."""
+    """Each invalid chat request gets its field's path."""
     await assert_refused(busy, CHAT, chat_body() | fields, param)
 
 
@@ -169,12 +169,12 @@ async def test_what_is_not_served_is_refused_by_name(busy: TestCluster, fields: 
     ("fields", "param", "code"), [case[1:] for case in BAD_COMPLETIONS], ids=[c[0] for c in BAD_COMPLETIONS]
 )
 async def test_a_wrong_completion_is_named(busy: TestCluster, fields: dict[str, Any], param: str, code: str) -> None:
-    """Each bad completion ends with the path of its field, under the name that the caller gave it."""
+    """Each invalid completion request gets its field's path, under the caller's name for it."""
     await assert_refused(busy, COMPLETIONS, completion_body() | fields, param, code)
 
 
 async def test_errors_disturb_nobody(busy: TestCluster) -> None:
-    """A good call beside bad ones gives what it gives alone; several faults are told in one answer."""
+    """A valid call beside invalid ones gets its usual answer; one error lists several invalid fields."""
     good = chat_body(max_tokens=100, ignore_eos=True)
     expected = (await fetch(busy, CHAT, good)).json["choices"]
     beside = asyncio.ensure_future(fetch(busy, CHAT, good))
@@ -202,14 +202,14 @@ async def test_errors_disturb_nobody(busy: TestCluster) -> None:
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 async def test_a_body_that_is_no_request(busy: TestCluster, path: str, body: bytes, says: str) -> None:
-    """Malformed JSON of any kind is the caller's fault, told in the same shape."""
+    """Malformed JSON of any kind is the caller's error, in the same shape."""
     reply = await fetch(busy, path, body, method="POST", content_length=str(len(body)))
     assert (reply.status, reply.error["param"], reply.error["code"]) == (400, "body", "invalid_field")
     assert says in reply.error["message"]
 
 
 async def test_a_body_over_the_limit(tmp_path: Path) -> None:
-    """Refused with 413 by its length, before it is read, and by its size where no length is given."""
+    """A too large body is refused with 413: unread by its content-length, else by its size."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  max_message_bytes: 65536")
     async with running_cluster(tmp_path, config) as cluster:
         wire = await Wire.open(cluster)
@@ -222,7 +222,7 @@ async def test_a_body_over_the_limit(tmp_path: Path) -> None:
         wire.ask(CHAT, chunked, transfer_encoding="chunked")
         assert (await wire.reply()).status == 413
         wire.ask("/health")
-        assert (await wire.reply()).status == 200, "the connection goes on"
+        assert (await wire.reply()).status == 200, "the connection stays usable"
         fits = b"ffff\r\n" + b" " * 0xFFFF + b"\r\n0\r\n\r\n"
         wire.ask(CHAT, fits, transfer_encoding="chunked")
         assert (await wire.reply()).status == 400
@@ -230,7 +230,7 @@ async def test_a_body_over_the_limit(tmp_path: Path) -> None:
 
 
 async def test_wrong_paths_methods_and_media(busy: TestCluster) -> None:
-    """404, 405 and 415 have OpenAI's shape; what a web page could post unasked is refused."""
+    """404, 405 and 415 have OpenAI's shape; cross-site form posts are refused."""
     nowhere = await fetch(busy, "/v1/nope", {})
     assert (nowhere.status, nowhere.error["code"]) == (404, "not_found")
     get = await fetch(busy, CHAT)
@@ -242,7 +242,7 @@ async def test_wrong_paths_methods_and_media(busy: TestCluster) -> None:
 
 
 async def test_garbage_and_endless_heads(busy: TestCluster) -> None:
-    """What is no HTTP, or never ends its headers, is answered with 400 and closed."""
+    """Invalid HTTP, or a head that never ends, is answered with 400 and the connection closed."""
     endless = b"GET /health HTTP/1.1\r\n" + b"x-a: " + b"a" * 70_000
     for data in (b"\x16\x03\x01garbage\r\n\r\n", endless, b"GET /" + b"a" * 70_000):
         wire = await Wire.open(busy)
@@ -254,7 +254,7 @@ async def test_garbage_and_endless_heads(busy: TestCluster) -> None:
 
 
 async def test_the_official_clients_exceptions(busy: TestCluster, cluster: TestCluster) -> None:
-    """Each error is the type that the client has for it, with code and parameter; a pause is told twice."""
+    """Each error raises the client's matching exception, with code and parameter; the retry delay is in two headers."""
     async with client(busy) as ai:
         with pytest.raises(openai.NotFoundError) as missing:
             await ai.chat.completions.create(**chat_body(model="nope"))
@@ -274,7 +274,7 @@ async def test_the_official_clients_exceptions(busy: TestCluster, cluster: TestC
 
 
 async def test_a_worker_lost_in_mid_stream(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """With resume off the stream ends with an error event after all its text, and without [DONE]; the client raises."""
+    """Without resume a stream ends with an error event after its text, and without [DONE]; the client raises."""
     config = LOOPBACK.replace("drain_timeout_s: 0", "drain_timeout_s: 0\n  resume: {max_attempts: 1}")
     async with running_cluster(tmp_path, config) as cluster:
         worker = await cluster.add_worker(sim_engine(checkpoint, decode_ms=5), bundle)
@@ -299,7 +299,7 @@ async def test_a_worker_lost_in_mid_stream(tmp_path: Path, checkpoint: Path, bun
 
 
 async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) -> None:
-    """A full queue refuses with 503, a reason and a pause; so does what has waited too long."""
+    """A full queue refuses with 503, a reason and a retry delay; so does a call that waited too long."""
     config = LOOPBACK.replace(
         "drain_timeout_s: 0", "drain_timeout_s: 0\n  queue: {max_requests: 2, max_tokens: 100000, max_wait_s: 0.3}"
     )
@@ -318,11 +318,11 @@ async def test_a_full_queue(tmp_path: Path, checkpoint: Path, bundle: Bundle) ->
 
 
 def test_every_reader_takes_its_defaults() -> None:
-    """The smallest requests are good ones, and leave every option to the model."""
+    """The smallest requests are valid and leave every option to the model's defaults."""
     for asked in (
         chat_asked(Fields({"model": "m", "messages": [{"role": "user", "content": "x"}]})),
         completion_asked(Fields({"model": "m", "prompt": "x"})),
     ):
-        options = asked.wishes[0].options
+        options = asked.requests[0].options
         assert (options.max_tokens, options.temperature, options.n, options.logprobs) == (None, None, 1, None)
         assert not asked.stream
