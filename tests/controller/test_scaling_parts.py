@@ -36,7 +36,7 @@ def test_workers_that_drain_do_not_serve() -> None:
 
 def test_what_was_asked_is_kept_whole(tmp_path: Path) -> None:
     """Nothing where nothing is; and a file that cannot be read stops no controller."""
-    file = scaling.AskedFile(tmp_path / "scaling.json")
+    file = scaling.OperatorRequestFile(tmp_path / "scaling.json")
     assert file.read() == OperatorRequest()
     asked = OperatorRequest({"m": 3}, frozenset({"n"}), True)
     file.keep(asked)
