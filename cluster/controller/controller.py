@@ -40,7 +40,7 @@ from cluster.policy.scaling.scaler import Scaler
 from cluster.process.private_files import make_private_folder
 from cluster.ray.backend import Backend, ChildBackend, RayAway, RaySnapshot
 from cluster.ray.jobs import JobBackend
-from cluster.ray.several_clusters import SeveralRays
+from cluster.ray.several_clusters import MultiClusterBackend
 from cluster.wire.bundle import Bundle
 from cluster.wire.lost_engines import LostEngine
 from cluster.wire.tls import TlsFiles
@@ -590,7 +590,9 @@ def _backend(config: Config, instance: str, ray_address: str | None, run_folder:
         return ChildBackend(config.name, ray_address, tag, run_folder / "driver.log")
     if not config.ray:
         raise ValueError("ray: is empty; name a Ray cluster to run models on, with its dashboard_url")
-    return SeveralRays({ray.name: JobBackend(config.name, ray.dashboard_url, ray.token_file) for ray in config.ray})
+    return MultiClusterBackend(
+        {ray.name: JobBackend(config.name, ray.dashboard_url, ray.token_file) for ray in config.ray}
+    )
 
 
 async def run_controller(

@@ -17,7 +17,7 @@ from cluster.controller.controller import QUIET_S, Controller, settings_of
 from cluster.controller.links import FleetWorker
 from cluster.policy.scaling.scaler import OperatorRequest
 from cluster.ray.backend import Backend, RayAway
-from cluster.ray.several_clusters import SeveralRays
+from cluster.ray.several_clusters import MultiClusterBackend
 from cluster.wire.lost_engines import LostEngine
 from cluster.worker.settings import ReplicaSettings
 from tests.support.fake_ray import FakeRay
@@ -482,7 +482,7 @@ async def test_two_ray_clusters_are_driven_side_by_side() -> None:
     blue, green, gateways, clock = FakeRay(), FakeRay(), FakeGateways(), Clock()
     on_blue, on_green = settings("m"), settings("m")
     on_blue, on_green = (dataclasses.replace(on_blue, ray_cluster=name) for name in ("blue", "green"))
-    loop = controller(SeveralRays({"blue": blue, "green": green}), gateways, on_blue, clock=clock)
+    loop = controller(MultiClusterBackend({"blue": blue, "green": green}), gateways, on_blue, clock=clock)
     await loop.step()
     blue.change("m", running=1)
     loop.want([on_green])
