@@ -42,17 +42,17 @@ def test_shipped_files_load(file: Path) -> None:
         (HEAD + "models: [{name: m, source: s}, {name: n, source: s, aliases: [m]}]", "'m' is used by"),
         (HEAD + r'models: [{name: "m\n", source: s}]', "models[0].name"),
         (HEAD + r'models: [{name: m, source: s, aliases: ["a\n"]}]', "models[0].aliases[0]"),
-        (HEAD + "models: [{name: m, source: s, engine: {port: 1}}]", "models[0].engine.port: is Headrace's"),
+        (HEAD + "models: [{name: m, source: s, engine: {port: 1}}]", "models[0].engine.port: is set by Headrace"),
         (HEAD + "models: [{name: m, source: s, engine: {distributed_executor_backend: mp}}]", "placed by Ray"),
         (HEAD + "models: [{name: m, source: s, trust_remote_code: true}]", "weights.allow.remote_code"),
         (HEAD + "models: [{name: m, source: s, load_format: pt}]", "weights.allow.formats"),
         (HEAD + "models: [{name: m, source: s, slo: {target: 1}}]", "models[0].slo.target"),
         (HEAD + "models: [{name: m, source: s, slo: {ttft: 1}}]", "models[0].slo.ttft: unknown key"),
         (HEAD + "scaling: {gpu_budget: {H100: -1}}\n" + MODEL, "scaling.gpu_budget.H100"),
-        (HEAD + "scaling: {forecast: false}\n" + MODEL, "the policy always acts ahead"),
+        (HEAD + "scaling: {forecast: false}\n" + MODEL, "scaling always acts on the forecast"),
         (HEAD + "scaling: {cold_start_s: 0}\n" + MODEL, "scaling.cold_start_s"),
-        (HEAD + "auth: {}\n" + MODEL, "auth: nobody could be let in"),
-        (HEAD + "tenants: [{name: acme}]\n" + MODEL, "without auth nobody can be told apart"),
+        (HEAD + "auth: {}\n" + MODEL, "auth: no caller could be authenticated"),
+        (HEAD + "tenants: [{name: acme}]\n" + MODEL, "without auth callers have no tenants"),
         (HEAD + KEYS + "tenants: [{name: acme, class: gold}]\n" + MODEL, "tenants[0].class: 'gold' is none of classes"),
         (
             HEAD + KEYS + "tenants: [{name: acme, limits: {daily_tokens: 0}}]\n" + MODEL,
@@ -106,7 +106,7 @@ def test_ports_open_with_auth_and_tls_together(listener: str) -> None:
     tls = "tls: {cert_file: /tls/tls.crt, key_file: /tls/tls.key}"
     with pytest.raises(schema.ConfigError, match=r"without auth:.*use every model"):
         schema.parse(HEAD + f"gateway: {{{wide}, {tls}}}\n" + MODEL)
-    with pytest.raises(schema.ConfigError, match=r"without gateway\.tls: keys would travel"):
+    with pytest.raises(schema.ConfigError, match=r"without gateway\.tls: API keys would be sent unencrypted"):
         schema.parse(HEAD + KEYS + f"gateway: {{{wide}}}\n" + MODEL)
     assert schema.parse(HEAD + KEYS + f"gateway: {{{wide}, {tls}}}\n" + MODEL).auth is not None
 

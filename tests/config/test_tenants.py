@@ -149,8 +149,8 @@ def test_null_takes_a_default_away() -> None:
         (Store, "{database_url: 'mysql://h/d'}", "database_url", "postgresql+psycopg"),
         (Store, "{database_url: 'postgresql://u:secret@h/d'}", "database_url", "HEADRACE_DATABASE_PASSWORD"),
         (Store, "{database_url: 'postgresql://h'}", "database_url", "no database"),
-        (Store, "{database_url: 'sqlite://'}", "database_url", "forgets everything"),
-        (Store, "{database_url: 'sqlite:///:memory:'}", "database_url", "forgets everything"),
+        (Store, "{database_url: 'sqlite://'}", "database_url", "loses everything"),
+        (Store, "{database_url: 'sqlite:///:memory:'}", "database_url", "loses everything"),
         (Store, "{limits_url: 'memcached://h'}", "limits_url", "rediss://"),
         (Cost, "{currency: euro, gpu_hour: {}}", "currency", "ISO 4217"),
         (Cost, "{currency: EUR, gpu_hour: {H100: -1}}", "gpu_hour", "between 0"),
@@ -163,7 +163,7 @@ def test_null_takes_a_default_away() -> None:
         (BudgetWebhook, "{url: 'https://example.com/', secret_file: /s, thresholds: [0]}", "thresholds.0", "than 0"),
         (Class, "{name: A, rank: 0}", "name", "lower-case"),
         (Class, "{name: a, rank: -1}", "rank", "greater than or equal to 0"),
-        (Auth, "{cluster_secret_file: /s}", "", "nobody could be let in"),
+        (Auth, "{cluster_secret_file: /s}", "", "no caller could be authenticated"),
     ],
 )
 def test_bad_input_names_its_field(section: type[Any], text: str, field: str, words: str) -> None:
@@ -212,10 +212,10 @@ def test_certificates_are_named_one_by_one(san: str) -> None:
 @pytest.mark.parametrize(
     ("classes", "defaults", "tenants", "words"),
     [
-        ((*CLASSES, Class(name="batch", rank=9)), "{}", [], r"classes\[3\]: 'batch' is there twice"),
-        ((*CLASSES, Class(name="x", rank=0)), "{}", [], r"classes\[3\]: 'rank 0' is there twice"),
+        ((*CLASSES, Class(name="batch", rank=9)), "{}", [], r"classes\[3\]: 'batch' is listed twice"),
+        ((*CLASSES, Class(name="x", rank=0)), "{}", [], r"classes\[3\]: 'rank 0' is listed twice"),
         (CLASSES, "{class: gold}", [], "tenant_defaults.class: 'gold'"),
-        (CLASSES, "{}", ["{name: a}", "{name: a}"], r"tenants\[1\]: 'a' is there twice"),
+        (CLASSES, "{}", ["{name: a}", "{name: a}"], r"tenants\[1\]: 'a' is listed twice"),
         (CLASSES, "{}", ["{name: b}", "{name: a, class: gold}"], r"tenants\[1\].class: 'gold'"),
     ],
 )
