@@ -61,7 +61,7 @@ class ScalingService(Protocol):
         """Set a fixed number of replicas, or return to scaling by demand (None)."""
 
     def freeze(self, name: str, frozen: bool) -> Sequence[ModelScaling]:
-        """Freeze or unfreeze the number of replicas. An empty name freezes all models, besides each one's own flag."""
+        """Freeze or unfreeze the number of replicas. An empty name sets a separate flag for all models."""
 
     def explain(self, name: str, limit: int) -> ScalingExplanation:
         """Return why the model has its replicas, with at most `limit` decisions (0: all that are kept)."""

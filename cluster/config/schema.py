@@ -147,8 +147,9 @@ class Gpu(Section):
 
 
 class Rollback(Section):
-    """Automatic rollback of a canary: when its error rate or time to first token exceeds the stable version's by this
-    factor; 0: never."""
+    """Automatic rollback of a canary whose error rate or time to first token is too high.
+
+    Each value is the allowed ratio to the stable version; 0: never roll back."""
 
     error_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.5
     ttft_ratio: Annotated[float, Field(ge=0, le=1000)] = 1.2

@@ -29,14 +29,14 @@ log = structlog.get_logger("catalog")
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredCatalog:
     """Stored changes to the file's catalog: entries of models, and overrides by model and version."""
 
     models: Sequence[Mapping[str, Any]] = ()
     marks: Mapping[str, Mapping[str, VersionMark]] = field(default_factory=dict)
 
 
-class KeptFile:
+class StoredCatalogFile:
     """File of the stored changes, from which the next controller of the same cluster continues.
 
     `life` is the instance of a local cluster, else empty. A file of another instance is ignored.
@@ -46,7 +46,7 @@ class KeptFile:
         self._path = path
         self._life = life
 
-    def read(self) -> Kept | None:
+    def read(self) -> StoredCatalog | None:
         """Return the stored changes; None if there are none of this instance or the file cannot be read."""
         try:
             values = json.loads(self._path.read_text())
@@ -56,14 +56,14 @@ class KeptFile:
                 model: {version: VersionMark.from_json(mark) for version, mark in versions.items()}
                 for model, versions in values["marks"].items()
             }
-            return Kept(values["models"], marks)
+            return StoredCatalog(values["models"], marks)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             log.warning("kept_catalog_unreadable", path=str(self._path), reason=str(error))
             return None
 
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: StoredCatalog) -> None:
         """Replace the file atomically. Raises OSError."""
         marks = {
             model: {version: mark.as_json() for version, mark in versions.items()}
@@ -99,7 +99,7 @@ class StoredCatalogService:
         self,
         config: Config,
         controller: CatalogOwner,
-        file: KeptFile,
+        file: StoredCatalogFile,
         settings_of: Callable[[Config], Sequence[ReplicaSettings]],
         *,
         by_file: bool,
@@ -123,8 +123,8 @@ class StoredCatalogService:
         controller.marks = {model: dict(versions) for model, versions in (kept.marks if kept else {}).items()}
         self._want()
 
-    def _restored(self, config: Config, kept: Kept) -> Config:
-        """Return the catalog with the stored models: all of them, except those that belong to the file."""
+    def _restored(self, config: Config, kept: StoredCatalog) -> Config:
+        """Return the stored catalog on a local cluster, else the file's models with the stored ones beside them."""
         stored = [entry for entry in kept.models if entry.get("name") not in self._file_models]
         entries = [entry_of(model) for model in config.models if model.name in self._file_models]
         try:
@@ -141,7 +141,7 @@ class StoredCatalogService:
     def keep(self) -> None:
         """Store the changed models and the controller's overrides. Raises OSError."""
         models = [entry_of(model) for model in self.config.models if model.name not in self._file_models]
-        self._file.keep(Kept(models, self._controller.marks))
+        self._file.keep(StoredCatalog(models, self._controller.marks))
 
     # ---- verbs
 

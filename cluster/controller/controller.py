@@ -645,7 +645,7 @@ async def run_controller(
     catalog = catalog_service.StoredCatalogService(
         config,
         controller,
-        catalog_service.KeptFile(run_folder / "catalog.json", instance if local else ""),
+        catalog_service.StoredCatalogFile(run_folder / "catalog.json", instance if local else ""),
         lambda config: settings_of(config, gateways=gateways, local=local),
         by_file=not local,
         held=held_names(found.held),

@@ -2,8 +2,9 @@
 
 SIGTERM to `ray start --block` marks the node as draining, with a deadline RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S later,
 and waits that long. Ray Serve stops a replica there only graceful_shutdown_timeout_s before the deadline, and until
-then sends it new work. Replicas therefore poll Ray themselves and begin to drain at once, with nearly all the remaining
-time (drain_time.py). A cloud's notice that a spot node will be reclaimed arrives the same way, with a nearer deadline.
+then the replica would accept new work. Replicas therefore poll Ray themselves and begin to drain at once, with nearly
+all the remaining time (drain_time.py). A cloud's notice that a spot node will be reclaimed arrives the same way, with
+a nearer deadline.
 """
 
 from __future__ import annotations

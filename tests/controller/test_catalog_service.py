@@ -11,7 +11,7 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.outcomes import CallError, Outcome
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import KeptFile, StoredCatalogService
+from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller, settings_of
 from tests.controller.test_controller import FakeGateways
@@ -38,7 +38,7 @@ class CatalogBed:
         self.service = StoredCatalogService(
             parse(FILE),
             self.controller,
-            KeptFile(folder / "catalog.json", life),
+            StoredCatalogFile(folder / "catalog.json", life),
             lambda config: settings_of(config, gateways=["g:1"], local=True),
             by_file=by_file,
         )

@@ -21,7 +21,7 @@ import pytest
 from cluster.admin.v1 import catalog_pb2 as pb
 from cluster.api.types import CatalogEntry
 from cluster.config.schema import parse
-from cluster.controller.catalog_service import KeptFile, StoredCatalogService
+from cluster.controller.catalog_service import StoredCatalogFile, StoredCatalogService
 from cluster.controller.catalog_verbs import catalog_verbs
 from cluster.controller.controller import Controller, settings_of
 from cluster.controller.links import ControllerLinks
@@ -135,7 +135,7 @@ async def operating(cluster: TestCluster, backend: Backend, folder: Path) -> Asy
     service = StoredCatalogService(
         parse(FILE),
         controller,
-        KeptFile(folder / "catalog.json", "one"),
+        StoredCatalogFile(folder / "catalog.json", "one"),
         lambda config: settings_of(config, gateways=[address], local=True),
         by_file=False,
     )
