@@ -42,7 +42,7 @@ _COUNTS = {
     "ti": 2.0**40,
 }
 _UNITS = {"s": "seconds", "bytes": "bytes", "tokens": "tokens", "days": "days", "minute": "a count per minute"}
-_EMPTY = "nothing stands below the key; fill it, or remove it"
+_EMPTY = "the key has no value; fill it, or remove it"
 _ADDRESS = "host:port, of an IPv6 address [address]:port"
 _FORMS = {
     **dict.fromkeys(("grpc", "http", "link", "admin", "metrics"), _ADDRESS),

@@ -598,7 +598,7 @@ _MODELS_DEPEND_ON = ("weights", "ray", "scaling")
 
 
 def _duplicate_problem(key: Duplicate) -> Problem:
-    text = f"the key stands here again, first in line {key.first_line}; only the last would count: keep one of them"
+    text = f"the key appears again here, first in line {key.first_line}; only the last would count: keep one of them"
     return Problem(key.path, text)
 
 

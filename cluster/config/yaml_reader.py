@@ -45,7 +45,7 @@ class Duplicate:
 
     def __str__(self) -> str:
         return (
-            f"line {self.line}: the key {str(self.path[-1])!r} stands here again, first in line {self.first_line}; "
+            f"line {self.line}: the key {str(self.path[-1])!r} appears again here, first in line {self.first_line}; "
             "only the last would count: keep one of them"
         )
 

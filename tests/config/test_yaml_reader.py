@@ -42,7 +42,7 @@ def test_a_key_twice_is_found_at_any_depth(value: dict[str, Any], data: st.DataO
 
 def test_both_lines_are_named() -> None:
     """The error names the lines of both keys, and every path has a line."""
-    with pytest.raises(NotYaml, match="line 5: the key 'models' stands here again, first in line 2"):
+    with pytest.raises(NotYaml, match="line 5: the key 'models' appears again here, first in line 2"):
         load("a: 1\nmodels:\n  - {name: x}\nb: 2\nmodels: []\n")
     assert read("a:\n  - b: 1\n    c: 2\n").line_of(("a", 0, "c", "deeper")) == 3
 
